@@ -360,8 +360,8 @@ def caption(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         of_task.append(f"{TASKS[task].title} {', '.join(parts)}")
     return (
         "Points are gains over the probe of the same seed, bars their 95 % intervals (Student's t), over the seeds "
-        f"that all four and the probe have: {'; '.join(of_task)}. The table has all runs. Studies asked later are not drawn: "
-        "their seeds have no probe."
+        f"that all four and the probe have: {'; '.join(of_task)}. The table has all runs. Studies asked later are not "
+        "drawn: their seeds have no probe."
     )
 
 

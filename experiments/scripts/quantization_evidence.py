@@ -340,7 +340,8 @@ def few_bits(runs: pd.DataFrame, claims: Sequence[Few] = FEW_BITS, level: float 
         "relative error, %": _mean("relative_error", 100),
         "adapter values": lambda part: f"{part.adapter_parameters.mean():,.0f}",
         "runs that stayed at the probe": lambda part: str((part.adapter_to_error_ratio == 0).sum()),
-        "model without adapters, MB": _mean("model_bytes", 1e-6),
+        "file with adapters, MB": lambda part: f"{(part.file_bytes + 4 * part.adapter_parameters).mean() / 1e6:.2f}",
+        "merged, MB": _mean("model_bytes", 1e-6),
     }
     order = sorted(runs.experiment.unique(), key=lambda name: -of(runs, name).mean())
     return f"{table(rows, compared_columns)}\n\n{by_experiment(runs, order, columns, first='setting')}"

@@ -16,13 +16,13 @@ import planted
 import pytest
 import scipy
 import study_figures
-from evidence import filled
+from evidence import ROOT, filled
 
 from peft_vit.allocation import choose_starting_ranks
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
-from peft_vit.report.formatting import points_interval
+from peft_vit.report.formatting import fixed, points_interval
 from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
 
@@ -366,7 +366,9 @@ def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
 
 def test_seeds_are_of_no_other_study() -> None:
     files = [
-        file for file in CONFIGS.glob("*.yaml") if not re.match("hypotheses|frontier_(?!screening|length|task|rates)", file.name)
+        file
+        for file in CONFIGS.glob("*.yaml")
+        if not re.match("hypotheses|frontier_(?!screening|length|task|rates)", file.name)
     ]
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
@@ -376,25 +378,20 @@ def test_seeds_are_of_no_other_study() -> None:
     assert len(of_studies) == len(set(of_studies))
 
 
-def test_on_elpv_setting_and_rates_are_those_that_validation_chose() -> None:
+def test_on_elpv_setting_and_rate_are_those_that_validation_chose() -> None:
     rows = frontier.read(frontier.TASK_ROWS, frontier._OF_TASK)
-    study = load_study(CONFIGS / "frontier_elpv_9.yaml")
-    means = rows[rows.task == "rates_elpv"].groupby(["method", "learning_rate"]).validation_accuracy.mean()
-    for one in study.experiments:
-        tried = means["even_blocks_9" if one.name == "even_9" else one.name]
-        assert one.training.learning_rate == tried.idxmax()
-        assert tried.index.min() < tried.idxmax() < tried.index.max()
-    assert study.stopping.control == study.experiments[0].name == "stable_rank_9"
-    assert {one.name for one in study.experiments[1:]} == {f"{who}_9" for who in frontier_configs.SENTENCES}
     room = frontier.rooms(rows).query("gain >= 3").iloc[0]
-    ends = load_study(CONFIGS / "frontier_elpv.yaml")
-    assert ends.experiments[1].training.learning_rate == room.rate
-    for one in (study, ends):
-        assert frontier_configs.TASKS["elpv"].images in (CONFIGS / f"{one.name}.yaml").read_text()
-        assert set(one.seeds) <= set(frontier_configs.STUDY_SEEDS)
-        assert one.data == study.data
-        lengths = {f"{run.training.total_steps(512)}x{run.training.batch_size}" for run in one.experiments[-1:]}
-        assert (one.data.image_size, lengths) == (room.pixels, {room.length})
+    tried = rows[(rows.task == "task_elpv_112") & (rows.method == f"lora_r8_{room.length}")].learning_rate
+    assert tried.min() < room.rate < tried.max()
+    study = load_study(CONFIGS / "frontier_elpv.yaml")
+    lora = study.experiments[1].training
+    assert (study.data.image_size, f"{lora.total_steps(512)}x{lora.batch_size}", lora.learning_rate) == (
+        room.pixels,
+        room.length,
+        room.rate,
+    )
+    assert set(study.seeds) <= set(frontier_configs.STUDY_SEEDS)
+    assert frontier_configs.TASKS["elpv"].images in (CONFIGS / "frontier_elpv.yaml").read_text()
 
 
 @pytest.mark.usefixtures("cache")
@@ -735,3 +732,44 @@ def test_the_page_in_plain_words_repeats_the_leads_of_the_table() -> None:
 
 def _task(title: str) -> str:
     return next(name for name, task in frontier_configs.TASKS.items() if task.title == title)
+
+
+def test_readme_and_pages_say_what_the_files_hold() -> None:
+    runs = frontier.read(frontier.ROWS, frontier._OF_STUDY)
+    readme, index, page = (
+        " ".join(file.read_text(encoding="utf-8").split())
+        for file in (ROOT / "README.md", frontier.DOCUMENT.parent / "index.md", frontier.DOCUMENT)
+    )
+    wide = {
+        (task, study): runs[runs.study.isin([f"frontier_{task}", f"frontier_{task}_{study}"])].pivot(
+            index="seed", columns="experiment", values="test_accuracy"
+        )
+        for task in frontier_configs.SCREENED
+        for study in ("9", "16128")
+    }
+    gains, reached = {}, {}
+    for task in frontier_configs.SCREENED:
+        nine = wide[task, "9"]
+        for name in ("stable_rank_9", "lora_r8", "last_blocks_9"):
+            gains[task, name] = _points((nine[name] - nine.linear_probe).dropna())
+        reached[task] = [fixed(100 * nine[one].mean(), 1) for one in ("stable_rank_9", "lora_r8", "linear_probe")]
+        values = wide[task, "16128"]
+        gains[task, "even"] = _points((values.even_16128 - values.last_blocks_16128).dropna())
+    (digits, lora, last), (fashion, lora_too, last_too) = (
+        [gains[task, name] for name in ("stable_rank_9", "lora_r8", "last_blocks_9")] for task in ("digits", "fashion")
+    )
+    assert f"bring {digits.replace('+', '')} of the {lora[1:].split()[0]} points" in readme
+    assert f"{fashion.replace('+', '')} of {lora_too[1:].split()[0]} on clothing" in readme
+    assert f"they bring {last.removeprefix('+')} and {last_too.removeprefix('+')}." in readme
+    even, even_too = gains["digits", "even"].replace(" ", " points ", 1), gains["fashion", "even"]
+    assert all(f"{even} on digits (ten seeds) and {even_too} on Fashion-MNIST" in text for text in (index, page))
+    (own, most, least), (own_too, most_too, least_too) = reached["digits"], reached["fashion"]
+    assert f"reach {own} %, LoRA r=8 with 576 ranks {most}, the probe {least}" in index
+    assert f"it is {own_too}, {most_too} and {least_too}." in index
+    assert f"{own} % on digits (LoRA r=8 with 576 ranks {most}, the probe {least})" in page
+    assert f"and {own_too} % on Fashion-MNIST ({most_too} and {least_too})" in page
+
+
+def _points(differences: pd.Series) -> str:
+    low, high = scipy.stats.t.interval(0.95, len(differences) - 1, differences.mean(), differences.sem())
+    return points_interval(Interval(differences.mean(), low, high, len(differences), 0.95))
