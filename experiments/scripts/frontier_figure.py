@@ -191,9 +191,9 @@ def in_words(found: Sequence[Sentence], runs: pd.DataFrame) -> str:
         if task not in ends:
             lines.append(f"- {title}: open, as long as the linear probe and LoRA r=8 have no seed in common.")
             continue
-        if not _has_room(runs, task):
-            least = f"{room(runs, task):+.1f} points above the linear probe, less than {LEAST_ROOM:g}"
-            lines.append(f"- {title} decides nothing: LoRA r=8 is {least}.")
+        if (gain := room(runs, task)) < LEAST_ROOM:
+            less = f"{gain:+.1f} points above the linear probe, less than {LEAST_ROOM:g}"
+            lines.append(f"- {title} decides nothing: LoRA r=8 is {less}.")
             continue
         if not of_task:
             lines.append(f"- {title}: not asked yet.")
