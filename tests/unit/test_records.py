@@ -50,8 +50,8 @@ from peft_vit.records import (
     write_record,
     write_result,
 )
-from peft_vit.records.older import study_with_augmentation
-from peft_vit.records.study_file import StudyFile
+from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
 RESULTS = CONFIGS.parents[1] / "results"
@@ -393,7 +393,13 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
 
 @pytest.mark.parametrize(
     ("archive", "experiment", "flips"),
-    [("study_elpv", "lora", "horizontal"), ("study_elpv", "linear", "horizontal"), ("study_digits", "lora", "none")],
+    [
+        ("study_elpv", "lora", "horizontal"),
+        ("study_elpv", "linear", "horizontal"),
+        ("study_elpv", "adalora", "horizontal"),
+        ("study_elpv", "qa_", "horizontal"),
+        ("study_digits", "lora", "none"),
+    ],
 )
 def test_the_digest_of_a_kept_run_is_what_it_was(archive: str, experiment: str, flips: str, tmp_path: Path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
@@ -422,10 +428,56 @@ def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
         del experiment["training"]["augmentation"]
     whole = {"smoke": False, "data_sha256": "d", "runs": [], "limited": {"asked": then, "first": []}}
     content = json.dumps({**whole, "configuration": then}).encode()
-    read = StudyFile.model_validate_json(study_with_augmentation(content))
+    read = StudyFile.model_validate_json(migrated_study(content))
     assert read.configuration == read.limited.asked == now
     for odd in (b"[", b'["flips"]', b'{"configuration": 1, "flips": 2}', b'{"configuration": {"data": {"flips": []}}}'):
-        assert study_with_augmentation(odd) == odd
+        assert migrated_study(odd) == odd
+
+
+def older(tmp_path: Path, section: str, **settings: object) -> Path:
+    """Return the file of a record in which a section of the experiment has further settings."""
+    name = {"adalora": "adalora_top_k_fisher", "training": "lora_r1"}[section]
+    file = write_record(tmp_path, record(spec(name)))
+    data = json.loads(file.read_text())
+    data["spec"]["experiment"][section] |= settings
+    file.write_text(json.dumps(data))
+    return file
+
+
+def test_a_setting_that_went_is_left_out_where_it_did_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
+    file = older(tmp_path, "adalora", polish="none")
+    assert read_record(file).spec == spec("adalora_top_k_fisher")
+    older(tmp_path, "adalora", polish="shiny")
+    with pytest.raises(UserError) as caught:
+        read_record(file)
+    assert str(caught.value) == (
+        f"{file}: experiment.adalora.polish: shiny is something that this version no longer has; "
+        "peft-vit 0.2.0 reads it"
+    )
+
+
+def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
+    words = "experiment.training.schedule: zigzag is something that this version no longer has"
+    with pytest.raises(UserError, match=words):
+        read_record(older(tmp_path, "training", schedule="zigzag"))
+    content = json.loads(study().model_dump_json())
+    content["experiments"][0]["training"]["schedule"] = "zigzag"
+    whole = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": content}
+    (tmp_path / STUDY_FILE).write_text(json.dumps(whole))
+    with pytest.raises(UserError, match=words) as caught:
+        read_study_file(tmp_path)
+    assert caught.value.file == str(tmp_path / STUDY_FILE)
+
+
+def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none", digested_after="targets"))
+    experiment = {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "top_k": 2}}
+    assert json.dumps(with_digested(experiment)) == json.dumps(
+        {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "polish": "none", "top_k": 2}}
+    )
+    assert with_digested({"adalora": None}) == {"adalora": None}
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from peft_vit.errors import UserError, first_fault
-from peft_vit.records.older import with_augmentation
+from peft_vit.errors import UserError, first_fault, named
+from peft_vit.records.migrations import migrated
 from peft_vit.records.run_spec import RunSpec
 from peft_vit.records.values import (
     SCHEMA_VERSION,
@@ -130,7 +130,9 @@ def read_record(file: Path) -> RunRecord:
                 file=file,
                 field="schema_version",
             )
-        record = RunRecord.model_validate(_tuples(data))
+        with named(file):
+            data = _tuples(data)
+        record = RunRecord.model_validate(data)
         _check_rows(record, file)
         return record
     except ValidationError as error:
@@ -162,19 +164,16 @@ def _check_rows(record: RunRecord, file: Path) -> None:
         raise UserError(problem, file=file, field="rank_history")
 
 
-_RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names in older records were others
-
-
 def _tuples(data: Any) -> Any:
-    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old names into new ones."""
+    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old words into today's."""
     if isinstance(data, dict) and isinstance(data.get("spec"), dict):
-        return {**data, "spec": with_augmentation(_deep_tuples(data["spec"]))}
+        return {**data, "spec": migrated(_deep_tuples(data["spec"]))}
     return data
 
 
 def _deep_tuples(data: Any) -> Any:
     if isinstance(data, dict):
-        return {_RENAMED.get(key, key): _deep_tuples(value) for key, value in data.items()}
+        return {key: _deep_tuples(value) for key, value in data.items()}
     if isinstance(data, list):
         return tuple(_deep_tuples(value) for value in data)
     return data

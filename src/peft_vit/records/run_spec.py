@@ -21,6 +21,7 @@ from peft_vit.config import (
     Precision,
     QaLoraConfig,
 )
+from peft_vit.records.migrations import with_digested
 
 # Settings that came later, by section: a digest leaves them out where they have their default.
 _LATER_SECTIONS = ("peft",)
@@ -90,6 +91,7 @@ class RunSpec(BaseModel):
         if flips is not None:
             later.add("augmentation")
         content = self.model_dump(mode="json", exclude=unasked)
+        content["experiment"] = with_digested(content["experiment"])
         if flips is not None:
             content["data"]["flips"] = flips  # where flips were said when there was nothing else
         return hashlib.sha256(to_json(content)).hexdigest()

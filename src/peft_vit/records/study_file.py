@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.config import Name, StudyConfig
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import UserError, first_fault, named
 from peft_vit.records.ledger import RunName
-from peft_vit.records.older import study_with_augmentation
+from peft_vit.records.migrations import migrated_study
 from peft_vit.safe_io import read_bytes
 
 STUDY_FILE = "study.json"
@@ -63,7 +63,8 @@ def read_study_file(folder: Path) -> StudyFile | None:
     file = folder / STUDY_FILE
     remedy = "move it away and give the command of the study again, which makes it anew"
     try:
-        return StudyFile.model_validate_json(study_with_augmentation(read_bytes(file)))
+        with named(file):
+            return StudyFile.model_validate_json(migrated_study(read_bytes(file)))
     except FileNotFoundError:
         return None
     except ValidationError as error:
