@@ -37,7 +37,6 @@ from peft_vit.adapters import (
     resize_adapters,
     set_ranks,
     site_adapters,
-    write_in_singular_triplets,
 )
 from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, check_start, costs_for, schedule_for
@@ -290,8 +289,6 @@ class AdaLoRAController:
         if masks:
             self._mask(model, ranks)
         if resizes:
-            if self.config.importance_metric == "singular_value":
-                write_in_singular_triplets(site_adapters(model), optimizer, ranks)
             self._renew_generators(model, ranks)
             scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
             kept = resize_adapters(model, optimizer, ranks, scores)

@@ -141,15 +141,6 @@ class AdaLoraConfig(AdapterConfig):
         return self
 
     @model_validator(mode="after")
-    def _singular_values_can_be_cut(self) -> Self:
-        if self.importance_metric != "singular_value":
-            return self
-        for field, needed in (("parametrization", "product"), ("prune", "physical")):
-            if getattr(self, field) != needed:
-                raise ValueError(f"importance_metric: singular_value needs {field}: {needed}")
-        return self
-
-    @model_validator(mode="after")
     def _something_is_decided(self) -> Self:
         if self.budget_schedule == "constant" and self.prune == "reversible":
             raise ValueError(

@@ -12,13 +12,10 @@ from pydantic import Field, ValidationInfo, model_validator
 from peft_vit.methods.adalora import BudgetUnit
 from peft_vit.settings import Frozen, is_given
 
-# What a rule reads: the frozen weights, the layers' inputs or the loss's gradients on training images, or nothing.
-Reads = Literal["weights", "inputs", "gradients", "nothing"]
+# What a rule reads: the frozen weights, the loss's gradients on training images, or nothing.
+Reads = Literal["weights", "gradients", "nothing"]
 STARTING_RULES: dict[str, Reads] = {
-    "eva": "inputs",
     "gradient": "gradients",
-    "spt": "gradients",
-    "gora": "gradients",
     "stable_rank": "weights",
     "even": "nothing",
     "random": "nothing",
@@ -41,7 +38,7 @@ class StartingRanksConfig(Frozen):
     unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
     maximum_rank: int | None = Field(default=None, ge=1, description="of a site, for rules that score")
     site_rank: int = Field(default=1, ge=1, description="that random, first_blocks, last_blocks give to a site")
-    calibration_images: int = Field(default=64, ge=1, description="training images that inputs or gradients are of")
+    calibration_images: int = Field(default=64, ge=1, description="training images that gradients are of")
 
     @property
     def reads(self) -> Reads:
@@ -51,7 +48,7 @@ class StartingRanksConfig(Frozen):
     @property
     def reads_images(self) -> bool:
         """Return whether the rule needs training images."""
-        return self.reads in ("inputs", "gradients")
+        return self.reads == "gradients"
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self, info: ValidationInfo) -> Self:
