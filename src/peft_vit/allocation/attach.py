@@ -22,10 +22,6 @@ def attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool:
         _check_peft(model, config, pool)
         return found
     sites = find_sites(model, config.targets)
-    if site_adapters(model):
-        raise UserError(
-            "carries adapters already; hand over a plain model, or one that PEFT has wrapped", field="model"
-        )
     attach_adapters(
         model,
         sites,

@@ -24,18 +24,17 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit.allocation.layer_gradients import frozen, layer_gradients, squared_singular_values
+from peft_vit.allocation.strategies import Floats
 from peft_vit.backbones import Backbone, Site, visit_blocks
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.seeding import torch_generator
 
-Floats = npt.NDArray[np.float64]
 _FORWARD_IMAGES = 64
 # Of the head's logistic regression (1 / its L2 penalty), on features scaled to a mean squared norm of 1. On 64 images
 # of ELPV the held-out loss is near its least, 0.45 of 0.43, and that on the fitted images, 0.35, not far below it; with
