@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -105,17 +105,22 @@ def choose_starting_ranks(
     """
     check_starting_ranks(config, sites)
     names = [site.name for site in sites]
-    if config.reads == "nothing":
-        ranks, scores = _controlled(config, sites, seed), {}
-    else:
-        by_rank = _scored(config.rule, model, sites, batch)
-        scores = {name: float(by_rank[name][0]) for name in names}
-        if not any(scores.values()):
-            problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
-            raise UserError(problem, field="lora.ranks.rule")
-        ranks = _by_scores(config, sites, [by_rank[name] for name in names])
-        _warn_of_no_effect(config, ranks.tolist(), scores)
-    return dict(zip(names, ranks.tolist(), strict=True)), scores
+    if not config.scores_sites:
+        return dict(zip(names, _controlled(config, sites, seed).tolist(), strict=True)), {}
+    by_rank = _scored(config.rule, model, sites, batch)
+    scores = {name: float(by_rank[name][0]) for name in names}
+    if not any(scores.values()):
+        problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
+        raise UserError(problem, field="lora.ranks.rule")
+    ranks = dict(zip(names, _by_scores(config, sites, [by_rank[name] for name in names]).tolist(), strict=True))
+    alike = [what for what, of in (("score", scores), ("rank", ranks)) if len(set(of.values())) == 1]
+    if alike:
+        warnings.warn(
+            f"lora.ranks: rule {config.rule} gave every site the same {alike[0]}, so it says nothing about the sites",
+            SilentNoEffectWarning,
+            stacklevel=3,
+        )
+    return ranks, scores
 
 
 def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
@@ -221,16 +226,6 @@ def _fill(ranks: Ints, order: Iterable[int], each: int, left: int, costs: Ints, 
         ranks[site] += more
         left -= more * int(costs[site])
     return before - left
-
-
-def _warn_of_no_effect(config: StartingRanksConfig, ranks: Sequence[int], scores: Mapping[str, float]) -> None:
-    if len(set(scores.values())) == 1 or len(set(ranks)) == 1:
-        what = "score" if len(set(scores.values())) == 1 else "rank"
-        warnings.warn(
-            f"lora.ranks: rule {config.rule} gave every site the same {what}, so it says nothing about the sites",
-            SilentNoEffectWarning,
-            stacklevel=4,
-        )
 
 
 def _costs(config: StartingRanksConfig, sites: Sequence[Site]) -> Ints:
