@@ -20,7 +20,7 @@ import timm
 from evidence import RESULTS, ROOT, filled
 
 from peft_vit import cli
-from peft_vit.backbones.catalog import describe, native_size, size_step_of
+from peft_vit.backbones.catalog import architecture_of, describe, native_size, size_step_of
 from peft_vit.config import BackboneConfig, Library
 from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Outcome, check_architecture
 from peft_vit.errors import UserError
