@@ -364,7 +364,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     record = read_record(file)
     if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
         return None
-    if record.spec != spec:
+    if record.spec != spec or record.spec_digest != spec.digest():
         old, new = (one.model_dump(mode="json", exclude_none=True) for one in (record.spec, spec))
         raise UserError(
             "was made with another configuration, see below; "

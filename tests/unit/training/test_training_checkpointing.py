@@ -193,7 +193,7 @@ def test_the_first_blocks_keep_the_most(name) -> None:
     [
         "full",
         "growing",
-        "reversible",
+        "global",
         "with_penalty",
         "qa_lora",
         "managed_pace",
