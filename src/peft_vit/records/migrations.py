@@ -91,7 +91,9 @@ def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone) -> dict[str, Any]:
     if path:
         below = values.get(path[0])
-        return dict(values) if below is None else {**values, path[0]: _inserted(below, path[1:], field, gone)}
+        if not isinstance(below, Mapping):
+            return dict(values)
+        return {**values, path[0]: _inserted(below, path[1:], field, gone)}
     whole: dict[str, Any] = {}
     for key, value in values.items():
         whole[key] = value
