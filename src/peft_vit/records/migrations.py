@@ -36,7 +36,7 @@ class Gone:
 
 
 GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
-    ("adalora", "prune"): Gone("physical", digested_after="lambda_gain", kept=("reversible",)),
+    ("adalora", "prune"): Gone("physical", digested_after="lambda_gain", kept=("reversible",))
 }
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
 GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
