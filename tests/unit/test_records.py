@@ -457,6 +457,17 @@ def test_a_setting_that_went_is_left_out_where_it_did_nothing(tmp_path: Path, mo
     )
 
 
+def test_kept_results_of_what_went_are_read_and_are_no_results_of_this_version(tmp_path: Path) -> None:
+    file = older(tmp_path, "adalora", prune="reversible")
+    data = json.loads(file.read_text())
+    assert read_record(file).spec == spec("adalora_top_k_fisher")
+    older(tmp_path, "adalora", prune="physical")
+    assert read_record(file).spec.digest() == data["spec_digest"]
+    older(tmp_path, "adalora", prune="sideways")
+    with pytest.raises(UserError, match="prune: sideways is something that this version no longer has"):
+        read_record(file)
+
+
 def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     words = "experiment.training.schedule: zigzag is something that this version no longer has"

@@ -1,7 +1,8 @@
 """What records and study.json files of earlier versions say, in today's words; what no longer exists is refused.
 
 A setting that went stands in `GONE`, a choice of one that stayed in `GONE_CHOICES`. A file in which such a setting has
-the value at which it did nothing is read without it; any other is refused in one line that names the version.
+the value at which it did nothing, or one of kept results, is read without it; any other is refused in one line that
+names the version.
 """
 
 from __future__ import annotations
@@ -25,13 +26,18 @@ class Gone:
         default: the value at which it did nothing.
         digested_after: the field behind which it stood in what `RunSpec.digest` hashes, so that digests of runs from
             before stay; None: digests left it out at its default.
+        kept: values that did something, and that kept results have. Such a run can be read and compared, and is none
+            that this version would make: the digest in its record is another than its specification has.
     """
 
     default: Any
     digested_after: str | None = None
+    kept: tuple[Any, ...] = ()
 
 
-GONE: dict[tuple[str, ...], Gone] = {}  # by its place below an experiment
+GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
+    ("adalora", "prune"): Gone("physical", digested_after="lambda_gain", kept=("reversible",))
+}
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values that went
     ("lora", "ranks", "rule"): frozenset({"eva", "spt", "gora"}),
     ("adalora", "importance_metric"): frozenset({"singular_value", "relative_magnitude"}),
@@ -88,7 +94,9 @@ def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone) -> dict[str, Any]:
     if path:
         below = values.get(path[0])
-        return dict(values) if below is None else {**values, path[0]: _inserted(below, path[1:], field, gone)}
+        if not isinstance(below, Mapping):
+            return dict(values)
+        return {**values, path[0]: _inserted(below, path[1:], field, gone)}
     whole: dict[str, Any] = {}
     for key, value in values.items():
         whole[key] = value
@@ -99,7 +107,7 @@ def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone
 
 def _experiment(experiment: Any) -> Any:
     for path, gone in GONE.items():
-        experiment = _without(experiment, path, gone.default, path)
+        experiment = _without(experiment, path, (gone.default, *gone.kept), path)
     for path, choices in GONE_CHOICES.items():
         if (chosen := _at(experiment, path)) in choices:
             raise _refusal(path, chosen)
@@ -112,12 +120,12 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
     return values if isinstance(values, str) else None
 
 
-def _without(values: Any, path: tuple[str, ...], default: Any, whole: tuple[str, ...]) -> Any:
+def _without(values: Any, path: tuple[str, ...], read: tuple[Any, ...], whole: tuple[str, ...]) -> Any:
     if not isinstance(values, dict) or path[0] not in values:
         return values
     if len(path) > 1:
-        return {**values, path[0]: _without(values[path[0]], path[1:], default, whole)}
-    if values[path[0]] != default:
+        return {**values, path[0]: _without(values[path[0]], path[1:], read, whole)}
+    if values[path[0]] not in read:
         raise _refusal(whole, values[path[0]])
     return {key: value for key, value in values.items() if key != path[0]}
 

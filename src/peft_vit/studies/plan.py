@@ -372,6 +372,9 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             file=file,
             details=difference(old, new, str(file), "asked for"),
         )
+    if record.spec_digest != spec.digest():
+        problem = "was made with a setting that this version no longer has; choose another --output"
+        raise UserError(problem, file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start

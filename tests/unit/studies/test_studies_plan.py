@@ -305,6 +305,14 @@ def test_failed_runs_are_done_again_also_with_another_configuration(study, tmp_p
     assert planned(config, tmp_path).pending == ()
 
 
+def test_a_result_of_a_setting_that_went_is_no_result_of_what_is_left(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"spec_digest": "0" * 64}))
+    with pytest.raises(UserError, match="spec_digest: was made with a setting that this version no longer has"):
+        planned(config, tmp_path)
+
+
 def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:
     config = study("linear")
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
