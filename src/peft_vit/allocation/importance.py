@@ -169,16 +169,19 @@ class ImportanceTracker:
                 shape[dim] = ranks[site] - len(kept[site])
                 self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return a copy of the smoothed quantities by site."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for (site, quantity), value in self._state.items():
-            state.setdefault(site, {})[quantity] = value.clone()
-        return state
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the generator's state and the smoothed quantities, by names that safetensors can store."""
+        smoothed = {f"smoothed/{site}/{quantity}": value.clone() for (site, quantity), value in self._state.items()}
+        return {"generator": self.generator.get_state(), **smoothed}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over a copy of the smoothed quantities by site."""
-        self._state = {(site, name): value.clone() for site, values in state.items() for name, value in values.items()}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a copy of such a state."""
+        self.generator.set_state(state["generator"])
+        self._state = {}
+        for name, value in state.items():
+            if name.startswith("smoothed/"):
+                _, site, quantity = name.split("/")
+                self._state[site, quantity] = value.clone()
 
     def move_to(self, device: torch.device) -> None:
         """Bring the smoothed quantities to the adapters' device: a loaded state may lie elsewhere."""

@@ -265,7 +265,7 @@ def test_what_was_returned_does_not_change_later() -> None:
     for metric in SMOOTHED:
         adapter, scorer = site("svd"), tracker(metric)
         set_gradients(adapter, 0)
-        scores, state = scorer.update({"a": adapter})["a"], scorer.state_dict()["a"]
+        scores, state = scorer.update({"a": adapter})["a"], scorer.state_dict()
         copies = scores.clone(), {name: value.clone() for name, value in state.items()}
         scorer.update({"a": adapter})
         assert torch.equal(scores, copies[0])
