@@ -376,7 +376,6 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         "activation_checkpointing",
         "recomputed_blocks",
         "memory_limit",
-        "activation_storage",
         "probe_l2",
     ):
         del training[later]

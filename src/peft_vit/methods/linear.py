@@ -48,7 +48,7 @@ def _check_packed(experiment: ExperimentConfig, shape: BackboneShape, total_step
 
 def _agree(experiment: Any, info: ValidationInfo) -> None:
     settings = experiment.need(QaLoraConfig)
-    for field in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target", "start"):
+    for field in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target"):
         if is_given(settings, field, info):
             raise ValueError(f"qa_lora.{field} has no effect with method: qa_linear, which has no adapters; remove it")
     if settings.quantization_schedule != "constant":

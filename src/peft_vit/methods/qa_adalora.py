@@ -31,8 +31,6 @@ def _agree(experiment: Any, info: ValidationInfo) -> None:
     settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
     if packing.rank is not None:
         raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
-    if packing.start != "zero":
-        raise ValueError("qa_lora.start has no effect with method: qa_adalora, whose adapters start at zero; remove it")
     if packing.adaptive_bits is not None and packing.adaptive_bits.ranks:
         raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
     for field in ("scale", "targets"):

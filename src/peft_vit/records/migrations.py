@@ -31,7 +31,11 @@ class Gone:
     digested_after: str | None = None
 
 
-GONE: dict[tuple[str, ...], Gone] = {}  # by its place below an experiment
+GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
+    ("training", "activation_storage"): Gone("exact"),
+    ("qa_lora", "start"): Gone("zero"),
+    ("qa_lora", "loftq_iterations"): Gone(1),
+}
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
 GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
