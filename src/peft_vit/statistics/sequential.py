@@ -253,9 +253,7 @@ def _look(comparisons: list[_Comparison], rule: StoppingRule, k: int) -> None:
             comparison.stopped = _why_to_stop(comparison.looks[-1], rule)
 
 
-def _seen(
-    comparison: _Comparison, rule: StoppingRule, k: int, p_values: np.ndarray, shares: tuple[int, int]
-) -> Look:
+def _seen(comparison: _Comparison, rule: StoppingRule, k: int, p_values: np.ndarray, shares: tuple[int, int]) -> Look:
     """Return look k of a comparison, with the family's p-values (2, q) and the comparisons that share each level."""
     pairs, mean, error = rule.looks[k], float(comparison.means[k]), float(comparison.errors[k])
     critical = [_critical_t(rule, k, rule.level / share) for share in shares]
