@@ -13,6 +13,7 @@ from peft_vit.backbones import Architecture, BackboneShape, describe, native_siz
 from peft_vit.config import (
     DEFAULT_MODEL,
     IMAGE_SIZES,
+    METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
     AskedPrecision,
@@ -86,7 +87,7 @@ class OwnImages:
     @property
     def is_probe(self) -> bool:
         """Return whether only a head is fitted."""
-        return METHODS[self.method].trains == "head"
+        return METHOD_KINDS[self.method].trains == "head"
 
 
 @dataclass(frozen=True)
