@@ -82,5 +82,5 @@ def test_every_function_in_the_document_exists() -> None:
 
     named = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", DOCUMENT, re.MULTILINE))
     names = {name for pair in named for name in pair if name} | {"equivalence_verdict"}
-    assert len(names) >= 10
+    assert len(names) >= 9
     assert names <= set(vars(statistics))
