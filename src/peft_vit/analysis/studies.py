@@ -237,7 +237,7 @@ def _of_seeds(name: str, plan: Plan) -> list[str]:
         notices.append(
             f"Continued: {seeds_in_words(plan.seeds_added)} of {name} were added when results were there, and that "
             "was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates and "
-            "intervals describe. Only a study with `stopping: {spending: anytime}` may be continued."
+            "intervals describe."
         )
     if plan.declared is not None and plan.declared.stopping is not None:
         notices.append(

@@ -21,7 +21,7 @@ class StudyFile(BaseModel):
 
     `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
     configuration is the compressed one. `seeds_added`: seeds that a command added when results were there, so that
-    their number may follow from these; none where `stopping` allows it.
+    their number may follow from these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
