@@ -16,7 +16,7 @@ from peft_vit.studies.lock import StudyLock, study_lock
 if TYPE_CHECKING:
     from peft_vit.studies.events import StudyEvent
     from peft_vit.studies.plan import Plan
-    from peft_vit.studies.time_limit import Deadline
+    from peft_vit.studies.time_limit import Limit
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,17 @@ def hold_locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]
 
 
 def drive_plans(
-    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
+    plans: list[Plan], locks: list[StudyLock], execution: Execution, limit: Limit | None = None
 ) -> dict[str, str]:
-    """Do what plans say is pending, study by study, and return why runs have failed, by run id; see `drive`."""
+    """Do what plans say is pending, study by study, and return why runs have failed, by run id; see `drive`.
+
+    With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+    """
     from peft_vit.studies.event_log import event_log
     from peft_vit.studies.executors import open_executor
     from peft_vit.studies.progress_view import Watch
     from peft_vit.studies.scheduler import drive
+    from peft_vit.studies.time_limit import Deadline
 
     failed: dict[str, str] = {}
     with nullcontext() if execution.log_json is None else event_log(execution.log_json) as log:
@@ -52,12 +56,13 @@ def drive_plans(
             make_executor = partial(
                 open_executor,
                 execution.executor,
-                plan.in_time,
+                plan,
                 lock.folder.parent,
                 oversubscribe=execution.oversubscribe,
                 ray_address=execution.ray_address,
             )
-            with Watch(plan, until=None if deadline is None else deadline.limit.over_at) as watch:
+            deadline = None if limit is None else Deadline(plan, lock.folder.parent, limit, execution.executor)
+            with Watch(plan, until=None if limit is None else limit.over_at) as watch:
 
                 def on_event(event: StudyEvent, watch: Watch = watch) -> None:
                     if log is not None:
