@@ -25,7 +25,6 @@ from peft_vit.records import (
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 
@@ -149,7 +148,7 @@ class FakeExecutor:
     _step: int = 0
 
     def submit(self, run: Any) -> None:
-        self.submitted.append(run_name(run.spec))
+        self.submitted.append(run.spec.name)
         self._queue.append(run)
 
     def next_event(self, timeout_s: float) -> Event | None:
@@ -172,7 +171,7 @@ class FakeExecutor:
                 )
             return None
         self._running = None
-        if failures := self.outcomes.get(run_name(run.spec)):
+        if failures := self.outcomes.get(run.spec.name):
             return self.ending(RunEnded(run, failed_record(run.spec, failures.pop(0)), None))
         return self.ending(RunEnded(run, done_record(run.spec), fake_adapter(run.spec)))
 
@@ -209,7 +208,7 @@ def check_complete(study: StudyConfig, results_dir: Path) -> None:
     """Check that every run is done, entered once, and that its files are what they should be."""
     done = [row.run for row in ledger_rows(results_dir) if row.event == "done"]
     runs = fake_plan(study, results_dir).runs
-    assert sorted(done) == sorted(run_name(run.spec) for run in runs)
+    assert sorted(done) == sorted(run.spec.name for run in runs)
     for run in runs:
         folder = run_folder(results_dir, run.spec)
         record = read_record(folder / RECORD_FILE)

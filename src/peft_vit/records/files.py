@@ -77,6 +77,20 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Replace a file as `write_atomically`; what has no room is told in one line."""
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise no_room(file, error) from None
+
+
+def no_room(file: Path, error: OSError) -> UserError:
+    """Return what to say when a study can't be written to."""
+    problem = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it writable"
+    return UserError(f"{problem}, and the same command goes on", file=file)
+
+
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
     """Return the folder that holds a run's files.
 

@@ -13,7 +13,6 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies.execution import Execution, drive_plans, hold_locks
-from peft_vit.studies.ledger import run_name
 
 if TYPE_CHECKING:
     from peft_vit.studies.memory_limit import MeasureStep
@@ -106,7 +105,7 @@ def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
                 break
             _show(plan)
             failed = drive_plans([plan], [lock], execution, deadline)
-            taken |= {run_name(run.spec) for run in plan.runs}
+            taken |= {run.spec.name for run in plan.runs}
             left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
             if failed or not left or left & taken or deadline.over:
                 break

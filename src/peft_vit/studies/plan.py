@@ -29,7 +29,6 @@ from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import Limited, StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
@@ -106,7 +105,7 @@ class Plan:
         if self.within is None:
             return self
         expected = self.within.expected
-        runs = (run for run in self.runs if run_name(run.spec) in expected)
+        runs = (run for run in self.runs if run.spec.name in expected)
         return replace(self, runs=tuple(runs))
 
     def only(self, method: str | None, seeds: Container[int] | None) -> Plan:

@@ -26,7 +26,6 @@ from peft_vit.records import RunRecord, RunSpec
 from peft_vit.studies.events import RunEnded, RunProgress
 from peft_vit.studies.executors import decode_images
 from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
 from peft_vit.studies.sizes import smallest_image
 from peft_vit.training import Progress
@@ -164,7 +163,7 @@ def _side_by_side(
     decode_images(copies[:1])  # of all: the split is fixed
     for run in copies:
         executor.submit(run)
-    seen: dict[str, Seen] = {run_name(run.spec): [] for run in copies}
+    seen: dict[str, Seen] = {run.spec.name: [] for run in copies}
     ended: list[tuple[RunRecord, Seen]] = []
     while len(ended) < workers:
         left_s = ends_at - time.monotonic()
@@ -172,9 +171,9 @@ def _side_by_side(
             return []
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
-            seen[run_name(event.run.spec)].append((event.progress, time.perf_counter()))
+            seen[event.run.spec.name].append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            ended.append((event.record, seen[run_name(event.run.spec)]))
+            ended.append((event.record, seen[event.run.spec.name]))
     return ended
 
 

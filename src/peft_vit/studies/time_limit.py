@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from peft_vit.statistics import minimum_n_wilcoxon
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.ledger import run_name
 
 if TYPE_CHECKING:  # a scheduler needs no torch
     from peft_vit.studies.plan import PlannedRun
@@ -210,12 +209,12 @@ class Deadline:
             run = self._next(waiting)
             if run is None:
                 return
-            self.under_way.add(run_name(run.spec))
+            self.under_way.add(run.spec.name)
             yield run
 
     def hear(self, event: Event, waiting: Collection[str]) -> None:
         """Take in what happened to a run; one that is not among those waiting has ended."""
-        name = run_name(event.run.spec)
+        name = event.run.spec.name
         if isinstance(event, RunStarted):
             self._started_at[name] = self.limit.clock()
         elif isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
@@ -236,7 +235,7 @@ class Deadline:
         alike = self._taken.get(run.spec.experiment.name)
         pace = self._stepped_s / self._planned_s if self._planned_s else 1.0
         whole = statistics.median(alike) if alike else pace * run.estimate.seconds
-        return self._left.get(run_name(run.spec), 1.0) * whole
+        return self._left.get(run.spec.name, 1.0) * whole
 
     def _next(self, waiting: Collection[str]) -> PlannedRun | None:
         left_s = self.limit.left_s
@@ -249,14 +248,14 @@ class Deadline:
         return next(iter(there if self._whatever else in_time), None)
 
     def _idle(self, runs: Sequence[PlannedRun], waiting: Collection[str]) -> list[PlannedRun]:
-        return [run for run in runs if run_name(run.spec) in waiting and run_name(run.spec) not in self.under_way]
+        return [run for run in runs if run.spec.name in waiting and run.spec.name not in self.under_way]
 
     def _that_fit(self, waiting: Collection[str], left_s: float) -> int:
         """Return how many experiments get enough seeds in time; as many as before, if not even two do.
 
         One that was left for later comes back when others turn out to be faster than it looked.
         """
-        busy = [self._remaining_s(run) for row in self._runs for run in row if run_name(run.spec) in self.under_way]
+        busy = [self._remaining_s(run) for row in self._runs for run in row if run.spec.name in self.under_way]
         for experiments in range(len(self._runs), 1, -1):
             needed = seeds_for_verdict(max(experiments, self._counted(waiting)), len(self._runs[0]))
             if needed is None:
@@ -269,7 +268,7 @@ class Deadline:
 
     def _counted(self, waiting: Collection[str]) -> int:
         """Return how many experiments count as compared, for having a run that is done or under way."""
-        names = [{run_name(run.spec) for run in row} for row in self._runs]
+        names = [{run.spec.name for run in row} for row in self._runs]
         return max(self._begun, sum(bool(row - set(waiting) or row & self.under_way) for row in names))
 
     def _tell_of(self, experiments: int) -> None:
@@ -281,4 +280,4 @@ class Deadline:
 
     def _remaining_s(self, run: PlannedRun) -> float:
         now = self.limit.clock()
-        return max(0.0, self._expected_s(run) - (now - self._started_at.get(run_name(run.spec), now)))
+        return max(0.0, self._expected_s(run) - (now - self._started_at.get(run.spec.name, now)))

@@ -16,7 +16,6 @@ from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError, named
 from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.records.study_file import STUDY_FILE, Limited, read_study_file
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import (
     Plan,
     PlannedRun,
@@ -197,8 +196,8 @@ def _choose(
     study, workers = plan.study, plan.study.execution.workers
     names = sorted((one.name for one in study.experiments), key=lambda name: name not in first)  # else the file's order
     rows = _rows(plan, names)
-    left = {run_name(run.spec): share_left(results_dir, run) for run in plan.runs}
-    seconds = [[left[run_name(run.spec)] * run.estimate.seconds for run in row] for row in rows]
+    left = {run.spec.name: share_left(results_dir, run) for run in plan.runs}
+    seconds = [[left[run.spec.name] * run.estimate.seconds for run in row] for row in rows]
     begun = max((place for place, row in enumerate(rows, start=1) if any(run.done for run in row)), default=0)
     left_s = limit.left_s - process_s
     choice = choose(seconds, workers, left_s, at_least=len(first), begun=begun)
@@ -206,7 +205,7 @@ def _choose(
     expected = seed_by_seed(taken, choice.experiments, choice.seeds)
     within = Within(
         Limited(asked=asked, first=tuple(names[: choice.experiments])),
-        frozenset(run_name(run.spec) for run in expected),
+        frozenset(run.spec.name for run in expected),
         tuple(_lines(choice, names, study, asked, limit)),
     )
     ordered = seed_by_seed(taken, choice.experiments, len(study.seeds))
@@ -238,7 +237,7 @@ def part_within(
     if limit is None:
         return plan, None
     workers = max(1, len(plan.runs)) if executor == "ray" else whole.study.execution.workers
-    left = {run_name(run.spec): share_left(results_dir, run) for run in plan.runs}
+    left = {run.spec.name: share_left(results_dir, run) for run in plan.runs}
     return plan, Deadline(rows, workers, limit, left=left, may_leave_out=False)
 
 

@@ -16,7 +16,6 @@ import scipy.stats
 from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan, ledger_rows
 
 from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive as drive_study
 from peft_vit.studies.status import study_status
@@ -160,8 +159,8 @@ class Timed:
             return RunInterrupted(run, 5)
         if self._waiting and len(self._running) < self.workers:
             run = self._waiting.popleft()
-            self._running[run_name(run.spec)] = run, self.now + self.seconds[run.spec.experiment.name]
-            self.started.append(run_name(run.spec))
+            self._running[run.spec.name] = run, self.now + self.seconds[run.spec.experiment.name]
+            self.started.append(run.spec.name)
             return RunStarted(run, "worker")
         name, (run, ends) = min(self._running.items(), key=lambda one: one[1][1], default=("", (None, 0.0)))
         if run is None or ends > self.now + timeout_s:
