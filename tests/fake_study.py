@@ -22,9 +22,8 @@ from peft_vit.records import (
     read_record,
     run_folder,
 )
-from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
-from peft_vit.records.study_file import StudyFile, read_study_file
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
+from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 
@@ -198,17 +197,21 @@ def fake_drive(
         return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, skip_failed=skip_failed)
 
 
-def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:
-    content = read_ledger(results_dir / name / LEDGER_FILE)
-    assert content.unreadable == ()
-    return content.rows
+def happened(told: Iterable[StudyEvent], run: str | None = None) -> list[str]:
+    """Return what was told of all runs or of one, a word each."""
+    words = {RunStarted: "started", RunInterrupted: "interrupted", RunRetried: "failed"}
+    events = [event for event in told if not isinstance(event, Notice) and run in (None, event.run.spec.name)]
+    return [event.record.status if isinstance(event, RunEnded) else words[type(event)] for event in events]
 
 
 def check_complete(study: StudyConfig, results_dir: Path) -> None:
-    """Check that every run is done, entered once, and that its files are what they should be."""
-    done = [row.run for row in ledger_rows(results_dir) if row.event == "done"]
+    """Check that every run is done, and that its files are what they should be, with nothing beside them."""
     runs = fake_plan(study, results_dir).runs
-    assert sorted(done) == sorted(run.spec.name for run in runs)
+    folder = results_dir / study.name
+    assert {path.name for path in folder.iterdir()} == {STUDY_FILE, *(run.spec.experiment.name for run in runs)}
+    assert {path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/*/{RECORD_FILE}")} == {
+        run.spec.name for run in runs
+    }
     for run in runs:
         folder = run_folder(results_dir, run.spec)
         record = read_record(folder / RECORD_FILE)

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import ray
 from at_work import at_work, events_of, left_by_killed_driver, of
+from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 from ray.cluster_utils import Cluster
 from ray_clusters import small_cluster
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest, read_records
-from peft_vit.records.ledger import LEDGER_FILE, read_ledger
 from peft_vit.runs import run_one
 from peft_vit.studies import plan_study
 from peft_vit.studies.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from fake_study import FakeExecutor, fake_config, fake_drive
+from peft_vit.records.ledger import LEDGER_FILE
+from peft_vit.studies.repair import RUNS_FILE, repair
 
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE
-from peft_vit.records.ledger import LEDGER_FILE
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
-from peft_vit.studies.repair import RUNS_FILE, repair
 
 QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
 BAD = "<the bad path>"

@@ -23,11 +23,11 @@ from pathlib import Path
 import harness
 from commands import Command, run_forked
 from harness import Tally
+from peft_vit.records.ledger import LEDGER_FILE
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE
 
 PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import mutations
 from kinds_of_files import Nasty, Target, is_one_line
+from peft_vit.records.ledger import LEDGER_FILE
+from peft_vit.studies.repair import repair
 from sound_files import SoundFiles
 
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
 from peft_vit.records import checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.runs.execute import run_one
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.repair import repair
 from peft_vit.studies.status import find_studies, status_lines, study_status
 from peft_vit.training import Checkpoints
 from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_vit.records import ADAPTER_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
+
+from peft_vit.records import ADAPTER_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
 
 NAME = "tiny"
 STEPS = 12  # of a run: 24 images in batches of 8, four times
