@@ -208,7 +208,9 @@ def check_complete(study: StudyConfig, results_dir: Path) -> None:
     """Check that every run is done, and that its files are what they should be, with nothing beside them."""
     runs = fake_plan(study, results_dir).runs
     folder = results_dir / study.name
-    assert {path.name for path in folder.iterdir()} == {STUDY_FILE, *(run.spec.experiment.name for run in runs)}
+    # Whoever is killed while it writes study.json may leave a hidden file.
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{STUDY_FILE}.")}
+    assert names == {STUDY_FILE, *(run.spec.experiment.name for run in runs)}
     assert {path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/*/{RECORD_FILE}")} == {
         run.spec.name for run in runs
     }

@@ -168,8 +168,8 @@ def _do_runs(sound: SoundFiles) -> None:
                 on_progress=lambda progress: steps.append(progress.step),
                 should_stop=lambda: len(steps) == 3,
             )
-        except Interrupted as stop:
-            store.interrupted(planned.spec.name, stop.step)
+        except Interrupted:
+            store.interrupted(planned.spec.name)
 
 
 @contextmanager
@@ -181,9 +181,7 @@ def _begun(mapping: dict[str, Any], file: Path, results: Path) -> Iterator[tuple
         names = {run.spec.name for run in plan.runs}
         content = study_file(study, names, smoke=False, data_sha256=plan.data_sha256)
         write_study_file(lock.folder, content)
-        store = StudyStore(lock, content.runs)
-        yield plan, store
-        store.close()
+        yield plan, StudyStore(lock, content.runs)
         left = (lock.folder / LOCK_FILE).read_bytes()
     (lock.folder / LOCK_FILE).write_bytes(left)  # as if its owner had been killed
 
