@@ -26,7 +26,7 @@ from harness import Tally
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, checkpoint_folders
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
 from peft_vit.records.progress import PROGRESS_FILE
 from peft_vit.records.study_file import STUDY_FILE
 
@@ -120,7 +120,7 @@ def trial(
     if code == 0:
         return None, difference(out, expected)
     said = study.said(log)
-    what = _what(said, out / NAME / study.run)
+    what = _what(said)
     fault = None
     if code != 2 or len(said) != 1 or not said[0].startswith("error: ") or "No space left on device" not in said[0]:
         fault = f"it ended with {code} and said {said}"
@@ -141,7 +141,7 @@ def _room(scenario: str, most: int, rng: random.Random) -> int:
     return rng.randrange(_FIRST, most)
 
 
-def _what(said: list[str], run: Path) -> str:
+def _what(said: list[str]) -> str:
     """Return what could not be written, as the error says it."""
     line = said[-1] if said else ""
     for sign, what in (
@@ -149,11 +149,11 @@ def _what(said: list[str], run: Path) -> str:
         (PROGRESS_FILE, "a run's progress"),
         (STUDY_FILE, "study.json"),
         ("registration.json", "the registration"),
+        (ADAPTER_FILE, "the adapter"),
+        (RECORD_FILE, "the record"),
     ):
         if sign in line:
             return what
-    if f"{run.parent.name}/{run.name}: " in line:
-        return "the record" if (run / ADAPTER_FILE).exists() else "the adapter"
     return "the study's folder or lock"
 
 

@@ -26,7 +26,6 @@ from peft_vit.records.files import (
     checkpoint_folders,
     flush,
     make_folder,
-    no_room,
     read_record,
     run_folder,
     write_atomically,

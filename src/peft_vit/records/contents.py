@@ -58,8 +58,7 @@ class Problem:
 class StudyFolder:
     """A study's folder, apart from its records."""
 
-    folder: str  # relative to the directory that was read; "." for itself
-    name: str  # of the folder
+    name: str
     file: StudyFile | None  # what was planned; None if it can't be known
     unfinished: tuple[RunStatus, ...]  # those of the planned runs that have no record
     owner: Owner | None  # who works on the study at present
@@ -134,16 +133,10 @@ def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> Stud
     owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
     study_file = PurePosixPath(folder, STUDY_FILE).as_posix()
     content = _attempt(lambda: read_study_file(place), directory, study_file, problems)
-    unfinished = (
-        ()
-        if content is None
-        else tuple(
-            run_status(place, run, owner, skipped=run in content.skipped)
-            for run in content.runs
-            if not (place / run / RECORD_FILE).exists()
-        )
-    )
-    return StudyFolder(folder, Path(os.path.abspath(place)).name, content, unfinished, owner)
+    open_ = [] if content is None else [run for run in content.runs if not (place / run / RECORD_FILE).exists()]
+    skipped = () if content is None else content.skipped
+    unfinished = tuple(run_status(place, run, owner, skipped=run in skipped) for run in open_)
+    return StudyFolder(Path(os.path.abspath(place)).name, content, unfinished, owner)
 
 
 @dataclass

@@ -17,7 +17,6 @@ from peft_vit.records import (
     Registration,
     RunRecord,
     checkpoint_folders,
-    no_room,
     write_result,
     write_whole,
 )
@@ -101,10 +100,7 @@ class StudyStore:
         if retried:
             self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
             return record
-        try:
-            write_result(self.folder.parent, record, adapter)
-        except OSError as error:
-            raise no_room(self.folder / run, error) from None
+        write_result(self.folder.parent, record, adapter)
         self._known[run] = look_at(self.folder, run)
         if record.status == "done":
             self._clean_up(run)

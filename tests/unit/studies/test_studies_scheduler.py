@@ -384,8 +384,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch) -> N
     with pytest.raises(UserError) as caught:
         fake_drive(STUDY, tmp_path, FakeExecutor(checkpoints_in=tmp_path), fill)
     assert str(caught.value) == (
-        f"{tmp_path / 'fake/b/seed_0'}: can't be written (No space left on device); nothing that was written is lost: "
-        "make room, or make it writable, and the same command goes on"
+        f"{tmp_path / 'fake/b/seed_0/adapter.safetensors'}: can't be written (No space left on device); nothing that "
+        "was written is lost: make room, or make it writable, and the same command goes on"
     )
     assert (tmp_path / "fake/b/seed_0/checkpoint-1").is_dir()
     monkeypatch.undo()
