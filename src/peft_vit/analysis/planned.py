@@ -87,7 +87,7 @@ def unfinished_runs(
             for status in known.get(run, ()):
                 if status.state == state:
                     return UnfinishedRun(*run, state, status.note)
-        # Planned all the same: in its folder is the record of another run.
+        # Planned all the same: the record in its folder is of another run, or has come since records were read.
         return UnfinishedRun(*run, "pending" if run in planned else "missing")
 
     return tuple(map(unfinished, sorted({*(planned if plan.is_known else expected), *why} - set(recorded))))

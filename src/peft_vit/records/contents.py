@@ -80,11 +80,9 @@ def read_contents(directory: Path) -> Contents:
     Raises:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
-    studies: list[StudyFolder] = []
-    of_studies: list[Problem] = []
-    # On the way, before the folders of its runs are listed: a run that ends meanwhile has a record that is found.
-    found = _walk(directory, lambda folder: studies.append(_study_folder(directory, folder, of_studies)))
-    problems = [*found.problems, *of_studies]
+    found = _walk(directory)
+    problems = found.problems
+    studies = [_study_folder(directory, folder, problems) for folder in found.studies]
     records = []
     for file in found.records:
         record = _attempt(partial(read_record, directory / file), directory, file, problems)
@@ -101,7 +99,7 @@ def read_records(directory: Path) -> Iterator[RunRecord]:
     Raises:
         UserError: if the directory does not exist or holds no record; at the first one that can't be read.
     """
-    found = _walk(directory, lambda _: None)
+    found = _walk(directory)
     if not found.records:
         raise _nothing(directory, [])
     for file in found.records:
@@ -142,10 +140,11 @@ def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> Stud
 @dataclass
 class _Found:
     records: list[str] = field(default_factory=list)
+    studies: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
+def _walk(directory: Path) -> _Found:
     """Find what there is to read, in the order of paths. Links to folders are not followed, as they may lead anywhere.
 
     Raises:
@@ -166,7 +165,7 @@ def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
         here = Path(place).relative_to(directory)
         found.records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
         if STUDY_FILE in files:
-            at_study(here.as_posix())
+            found.studies.append(here.as_posix())
         for name in sorted(folders):
             if os.path.islink(os.path.join(place, name)):
                 problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
