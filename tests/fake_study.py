@@ -67,7 +67,6 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
-    within: Any = None
     registration: Registration | None = None
     before: StudyFile | None = None
 

@@ -37,7 +37,9 @@ def run(
     workers: Workers = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="end within so many, with the sizes, experiments and seeds that fit; the next call goes on"),
+        typer.Option(
+            help="end within so many: all runs of a seed, then of the next, while one fits; the next call goes on"
+        ),
     ] = None,
     until_decided: Annotated[
         bool,

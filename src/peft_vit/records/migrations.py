@@ -38,6 +38,7 @@ GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
 }
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
 GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
+_SIZES = ("image_size", "train_images", "shots_per_class", "validation_images", "test_images")
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
 
 
@@ -74,9 +75,21 @@ def migrated_study(content: bytes) -> bytes:
         return content
     if "configuration" in study:
         study["configuration"] = migrated(study["configuration"])
-    if isinstance(limited := study.get("limited"), dict) and "asked" in limited:
-        limited["asked"] = migrated(limited["asked"])
+    if isinstance(limited := study.pop("limited", None), dict):
+        data, asked = (_images(one) for one in (study.get("configuration"), limited.get("asked")))
+        if data != asked:
+            raise UserError(
+                "the study was made on smaller or fewer images than it asked for, which this version no longer does; "
+                f"peft-vit {LAST_VERSION_WITH_ALL} goes on with it",
+                field="limited",
+            )
     return json.dumps(study).encode()
+
+
+def _images(configuration: Any) -> list[Any]:
+    """Return how large a study's images are, and how many: what a limit of time once made less of."""
+    data = configuration.get("data") if isinstance(configuration, dict) else None
+    return [data.get(name) if isinstance(data, dict) else None for name in _SIZES]
 
 
 def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from peft_vit.studies.lock import StudyLock, study_lock
 
 if TYPE_CHECKING:
     from peft_vit.studies.plan import Plan
-    from peft_vit.studies.time_limit import Deadline
+    from peft_vit.studies.time_limit import Limit
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,29 @@ def hold_locks(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]
 
 
 def drive_plans(
-    plans: list[Plan], locks: list[StudyLock], execution: Execution, deadline: Deadline | None = None
+    plans: list[Plan], locks: list[StudyLock], execution: Execution, limit: Limit | None = None
 ) -> dict[str, str]:
-    """Do what plans say is pending, study by study, and return why runs have failed, by run id; see `drive`."""
+    """Do what plans say is pending, study by study, and return why runs have failed, by run id; see `drive`.
+
+    With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+    """
     from peft_vit.studies.executors import open_executor
     from peft_vit.studies.progress_view import Watch
     from peft_vit.studies.scheduler import drive
+    from peft_vit.studies.time_limit import Deadline
 
     failed: dict[str, str] = {}
     for plan, lock in zip(plans, locks, strict=True):
         make_executor = partial(
             open_executor,
             execution.executor,
-            plan.in_time,
+            plan,
             lock.folder.parent,
             oversubscribe=execution.oversubscribe,
             ray_address=execution.ray_address,
         )
-        with Watch(plan, until=None if deadline is None else deadline.limit.over_at) as watch:
+        deadline = None if limit is None else Deadline(plan, lock.folder.parent, limit, execution.executor)
+        with Watch(plan, until=None if limit is None else limit.over_at) as watch:
             failed |= drive(
                 plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline
             )

@@ -66,8 +66,7 @@ def drive(
     """
     on_event = _undisturbed(on_event)
     names = {run.spec.name for run in plan.runs}
-    limited = None if plan.within is None else plan.within.limited
-    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited)
+    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
     content = go_on(lock.folder, plan.before, asked, source=plan.file, part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
@@ -113,7 +112,7 @@ def _carry_out(
             if signals.asked and not attempts.stopping:
                 attempts.stop(_STOPPING)
             if deadline is not None:
-                _keep(deadline, attempts, executor, on_event)
+                _keep(deadline, attempts, executor)
                 if deadline.past if attempts.stopping else not deadline.under_way:
                     break
             event = executor.next_event(_POLL_S)
@@ -127,7 +126,7 @@ def _carry_out(
             raise KeyboardInterrupt
 
 
-def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event: Callable[[StudyEvent], None]) -> None:
+def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor) -> None:
     """Start what is expected to end in time, and stop what runs when the time is over."""
     if attempts.stopping:
         return
@@ -137,9 +136,6 @@ def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event:
         return
     for run in deadline.to_start(attempts.waiting):
         executor.submit(run)
-    for line in deadline.news:
-        on_event(Notice(line))
-    deadline.news.clear()
 
 
 class _Attempts:

@@ -147,6 +147,15 @@ def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
     assert plan.only("lora", None).study == plan.study
 
 
+def test_a_plan_seed_by_seed(study, tmp_path) -> None:
+    plan = planned(study("linear", "lora", "full", seeds=(3, 1, 4)), tmp_path)
+    found = plan.seed_by_seed(("lora", "linear"), (4, 3, 9))
+    assert [run.spec.run_id for run in found.runs] == [
+        f"tiny/{name}/seed_{seed}" for seed in (4, 3) for name in ("lora", "linear")
+    ]
+    assert found.study == plan.study
+
+
 def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
     plan = planned(study("full"), tmp_path)
     (tmp_path / "tiny").mkdir()
