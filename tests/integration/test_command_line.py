@@ -239,7 +239,6 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, command) -> None:
     command("run", write(tmp_path, more), "--output", out)
     assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in command("status", out).out
     assert record.stat().st_mtime_ns == written
-    assert command("repair", out).out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
     for format in ("md", "html"):
         command("report", out, "--format", format)
 
@@ -325,17 +324,13 @@ def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused)
 
 
 @pytest.mark.part("runner")
-def test_what_status_and_repair_cannot_read(tmp_path, command, refused) -> None:
+def test_what_status_cannot_read(tmp_path, command, refused) -> None:
     folder = tmp_path / "out" / "tiny"
     folder.mkdir(parents=True)
-    for name in ("status", "repair"):
-        assert "holds no study; run one first" in refused(name, tmp_path / "out")
-        assert "does not exist" in refused(name, tmp_path / "nowhere")
-    (folder / "ledger.jsonl").write_text("{}\n{}\n")
-    assert "ledger.jsonl: line 1 and 1 more can't be read" in command("status", tmp_path / "out").out
+    assert "holds no study; run one first" in refused("status", tmp_path / "out")
+    assert "does not exist" in refused("status", tmp_path / "nowhere")
     (folder / "study.json").write_text("{}")
-    for name in ("status", "repair"):
-        assert "study.json: smoke: Field required; move it away" in refused(name, tmp_path / "out")
+    assert "study.json: smoke: Field required; move it away" in refused("status", tmp_path / "out")
 
 
 SECOND = """

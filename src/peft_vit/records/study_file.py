@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
 from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError, first_fault, named
-from peft_vit.records.ledger import RunName
 from peft_vit.records.migrations import migrated_study
 from peft_vit.safe_io import read_bytes
 
 STUDY_FILE = "study.json"
+# Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
+RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
+RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 
 
 class StudyFile(BaseModel):

@@ -11,9 +11,8 @@ import yaml
 
 from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_record
+from peft_vit.records import RECORD_FILE, read_record, write_whole
 from peft_vit.records.study_file import STUDY_FILE, StudyFile
-from peft_vit.studies.ledger import write_whole
 
 _FREE = {"description", "execution", "hypotheses"}  # no result depends on them
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from peft_vit.config import ExecutorName
 from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted
-from peft_vit.studies.ledger import run_name
 
 if TYPE_CHECKING:  # a scheduler needs no torch
     from peft_vit.studies.plan import Plan, PlannedRun
@@ -80,7 +79,7 @@ class Deadline:
         self.under_way: set[str] = set()
         self._runs = plan.pending
         self._workers = max(1, len(plan.pending)) if executor == "ray" else plan.study.execution.workers
-        self._left = {run_name(run.spec): _share_left(results_dir, run) for run in plan.pending}
+        self._left = {run.spec.name: _share_left(results_dir, run) for run in plan.pending}
         self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
         self._stepped_s = self._planned_s = 0.0  # of those that take steps: seconds, and what was planned
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
@@ -105,12 +104,12 @@ class Deadline:
             run = self._next(waiting)
             if run is None:
                 return
-            self.under_way.add(run_name(run.spec))
+            self.under_way.add(run.spec.name)
             yield run
 
     def hear(self, event: Event, waiting: Set[str]) -> None:
         """Take in what happened to a run; one that is not among those waiting has ended."""
-        name = run_name(event.run.spec)
+        name = event.run.spec.name
         if isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
             self.under_way.discard(name)
         if isinstance(event, RunEnded) and event.record.status == "done":
@@ -129,12 +128,12 @@ class Deadline:
         alike = self._taken.get(run.spec.experiment.name)
         pace = self._stepped_s / self._planned_s if self._planned_s else 1.0
         whole = statistics.median(alike) if alike else pace * run.estimate.seconds
-        return self._left[run_name(run.spec)] * whole
+        return self._left[run.spec.name] * whole
 
     def _next(self, waiting: Set[str]) -> PlannedRun | None:
         left_s = self.limit.left_s
         idle = waiting - self.under_way
-        there = [run for run in self._runs if run_name(run.spec) in idle]
+        there = [run for run in self._runs if run.spec.name in idle]
         in_time = [run for run in there if self._expected_s(run) <= left_s]
         if self._whatever is None:
             self._whatever = bool(there) and not in_time

@@ -15,7 +15,6 @@ from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
 from peft_vit.studies.executors import open_executor
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_begun_study
 from peft_vit.studies.profiling import measure_step
@@ -136,7 +135,7 @@ class StudyRunner:
         elif isinstance(event, RunRetried):
             self.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
-            name, record = run_name(event.run.spec), event.record
+            name, record = event.run.spec.name, event.record
             if record.status == "failed" or record.test is None:
                 self.tell(f"  {name} failed: {record.error}")
             else:

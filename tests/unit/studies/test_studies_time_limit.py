@@ -6,12 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan, ledger_rows
+from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan
 
 from peft_vit.cli.start import EXAMPLES
 from peft_vit.config import load_study
+from peft_vit.records.progress import look_at
 from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive as drive_study
 from peft_vit.studies.status import study_status
@@ -46,8 +46,8 @@ class Timed:
             return RunInterrupted(run, 5)
         if self._waiting and len(self._running) < self.workers:
             run = self._waiting.popleft()
-            self._running[run_name(run.spec)] = run, self.now + self.seconds[run.spec.experiment.name]
-            self.started.append(run_name(run.spec))
+            self._running[run.spec.name] = run, self.now + self.seconds[run.spec.experiment.name]
+            self.started.append(run.spec.name)
             return RunStarted(run, "worker")
         name, (run, ends) = min(self._running.items(), key=lambda one: one[1][1], default=("", (None, 0.0)))
         if run is None or ends > self.now + timeout_s:
@@ -151,8 +151,9 @@ def test_what_still_runs_at_the_deadline_is_stopped_but_not_waited_for(tmp_path,
     assert told == ["the time is over: what still runs writes a checkpoint, with which a later call goes on"]
     assert executor.closed
     assert executor.now == pytest.approx(60 if deaf else 57, abs=0.5)
-    last = ledger_rows(tmp_path)[-1]
-    assert (last.run, last.event, last.step) == ("b/seed_0", *(("started", None) if deaf else ("interrupted", 5)))
+    attempt = look_at(tmp_path / "fake", "b/seed_0").attempt
+    assert attempt is not None
+    assert attempt.state == ("running" if deaf else "interrupted")
     assert states(tmp_path)["b/seed_0"] == "pending"
 
 
@@ -161,7 +162,9 @@ def test_if_no_run_can_end_in_time_the_first_is_begun_all_the_same(tmp_path) -> 
     executor = Timed(AS_PLANNED)
     drive(tmp_path, TWO, AS_PLANNED, executor, over_at=5)
     assert executor.started == ["a/seed_0"]
-    assert ledger_rows(tmp_path)[-1].event == "interrupted"
+    attempt = look_at(tmp_path / "fake", "a/seed_0").attempt
+    assert attempt is not None
+    assert attempt.state == "interrupted"
 
 
 def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
