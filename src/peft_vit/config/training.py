@@ -135,19 +135,6 @@ class TrainingConfig(Frozen):
         fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
-        self._blocks_are_decided_once(info)
-        mixing = [one.name for one in self.augmentation if one.mixes]
-        if mixing and self.batch_size == 1:
-            raise ValueError(
-                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
-            )
-        if self.warmup_share is not None and self.schedule == "constant":
-            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
-        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
-            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
-        return self
-
-    def _blocks_are_decided_once(self, info: ValidationInfo) -> None:
         adaptive = self.activation_checkpointing == "adaptive"
         if self.recomputed_blocks is not None and not adaptive:
             raise ValueError(
@@ -164,6 +151,16 @@ class TrainingConfig(Frozen):
                 "memory_limit decides what is computed again, and activation_checkpointing: "
                 f"{self.activation_checkpointing} does so, too; remove one of them"
             )
+        mixing = [one.name for one in self.augmentation if one.mixes]
+        if mixing and self.batch_size == 1:
+            raise ValueError(
+                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
+            )
+        if self.warmup_share is not None and self.schedule == "constant":
+            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
+        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
+            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
+        return self
 
     @property
     def images_at_once(self) -> int:

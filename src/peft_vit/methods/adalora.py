@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
+from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, largest_ranks, schedule_for
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, Frozen
 from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
@@ -21,9 +21,8 @@ def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total
     """
 
     sites = sites_of("adalora", settings, shape)
-    shapes = [(site.in_features // pool, site.out_features) for site in sites]
-    costs = costs_for(settings, shapes, [site.tokens for site in sites])
-    bounds = bounds_for(settings, [min(sides) for sides in shapes], costs)
+    costs = costs_for(settings, sites, pool)
+    bounds = bounds_for(settings, largest_ranks(sites, pool), costs)
     schedule_for(settings, total_steps, bounds, costs)
 
 

@@ -40,7 +40,8 @@ _MOST_ITERATIONS = 10_000
 _FOLDS = 5
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 _LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
-_FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+# The axes of each of the equally likely ways in which an image is shown in training.
+FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
     "horizontal": ((), (-1,)),
     "both": ((), (-1,), (-2,), (-2, -1)),
@@ -181,11 +182,6 @@ def head_inputs(
                 features = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) to (batch_size, D)
             found.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
     return np.concatenate(found)  # (N, D)
-
-
-def flip_axes(flips: str) -> tuple[tuple[int, ...], ...]:
-    """Return the axes of each of the equally likely ways in which an image is shown in training."""
-    return _FLIPS[flips]
 
 
 @torch.inference_mode()
