@@ -144,7 +144,7 @@ class AdaLoRAController:
 
     def _cost(self, ranks: dict[str, int]) -> int:
         """Return what ranks cost in the unit of the budget."""
-        return sum(int(cost) * ranks[name] for name, cost in zip(self.names, self.costs, strict=True))
+        return int(self.costs @ [ranks[name] for name in self.names])
 
     def _record(self, step: int, ranks: dict[str, int]) -> None:
         self.rank_history.append(

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
+from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked
 from peft_vit.errors import UserError
 from peft_vit.settings import Frozen, is_given
 
@@ -192,7 +192,7 @@ class TrainingConfig(Frozen):
     @property
     def flips(self) -> Flips:
         """Return how images are flipped, which is all of `augmentation` that probes read."""
-        return flips_of(self.augmentation)
+        return next((one.flip.direction for one in self.augmentation if one.flip is not None), "none")
 
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""

@@ -66,7 +66,7 @@ class StartingRanks(Hook):
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks, and the score of each site's first rank if the rule scores."""
         costs = rank_costs(self._config.unit, self._sites)
-        cost = sum(int(one) * self._ranks[site.name] for one, site in zip(costs, self._sites, strict=True))
+        cost = int(costs @ [self._ranks[site.name] for site in self._sites])
         entry = RankEntry(step=0, budget=self._config.budget, ranks=self._ranks, unit=self._config.unit, cost=cost)
         scores = [ImportanceEntry(step=0, scores=self._scores)] if self._scores else []
         return {"rank_history": [entry], "importance_history": scores}
