@@ -17,7 +17,7 @@ from peft_vit.config.augmentation import (
     RandomResizedCrop,
     Rotate90,
 )
-from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
@@ -43,7 +43,6 @@ from peft_vit.config.study import (
     WeightsSource,
 )
 from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
-from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.methods.linear import PROBE_L2
 from peft_vit.methods.lora import LoraConfig
@@ -88,10 +87,8 @@ __all__ = [
     "Flips",
     "Frozen",
     "Interpolation",
-    "KeyPath",
     "Kind",
     "Library",
-    "Lines",
     "LoraConfig",
     "MeasuresConfig",
     "MethodName",
@@ -118,8 +115,6 @@ __all__ = [
     "load_study",
     "micro_batch_fault",
     "named_backbone",
-    "one_line",
     "parse_bytes",
-    "read_mapping",
     "study_from_mapping",
 ]

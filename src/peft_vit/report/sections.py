@@ -72,7 +72,7 @@ def _document(
             tuple(_allocation(analysis)),
             tuple(_quantization(analysis)),
             (*_methods(analysis), *example_blocks(analysis, thumbnails)),
-            findings_tables.findings_blocks(study, analysis.findings),
+            findings_tables.findings_tables(analysis.findings),
         )
     return StudyDocument(
         label=plain(study.label),

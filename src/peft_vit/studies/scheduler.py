@@ -75,7 +75,7 @@ def drive(
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
-        with closing(StudyStore(lock, content.runs, plan.registration)) as store:
+        with closing(StudyStore(lock, content.runs)) as store:
             for text in store.notices:
                 on_event(Notice(text))
             waiting = [run for run in plan.pending if not (skip_failed and _failed(store, run))]

@@ -1,7 +1,5 @@
 """A study's folder in the hands of its scheduler: results, which decide what is done, and the ledger beside them.
 
-When a run is first begun, the hypotheses that stand written down then are put beside its checkpoints, for its record.
-
 A result is written in the order adapter, record, ledger, removal of the checkpoints. Whoever is killed in between has
 lost nothing: a record that the ledger does not know yet is entered into it when the study is opened again.
 """
@@ -14,26 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from peft_vit.errors import UserError
-from peft_vit.records import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    REGISTRATION_FILE,
-    Registration,
-    RunRecord,
-    checkpoint_folders,
-    write_result,
-)
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, REGISTRATION_FILE, RunRecord, checkpoint_folders, write_result
 from peft_vit.records.ledger import Row, last_rows
 from peft_vit.safe_io import folder_below, read_bytes
-from peft_vit.studies.ledger import Ledger, no_room, now, run_name, write_whole
+from peft_vit.studies.ledger import Ledger, no_room, now, run_name
 from peft_vit.studies.lock import StudyLock
 
 # What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
-_TEMPORARY = (
-    ".checkpoint-",
-    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, REGISTRATION_FILE)),
-    REGISTRATION_FILE,
-)
+_TEMPORARY = (".checkpoint-", *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE)), REGISTRATION_FILE)
 
 
 def last_known(last: Row | None, folder: Path, run: str) -> Row | None:
@@ -103,16 +89,14 @@ class StudyStore:
     Args:
         lock: of its folder.
         runs: that are planned.
-        registration: the hypotheses that stand written down now.
 
     Raises:
         UserError: as of `Ledger`, and if a record can't be read.
     """
 
-    def __init__(self, lock: StudyLock, runs: tuple[str, ...], registration: Registration | None = None) -> None:
+    def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
         self.folder = lock.folder
         self.notices: list[str] = []
-        self._registration = registration
         self._ledger = Ledger(lock.folder)
         self._last = last_rows(self._ledger.rows)
         try:
@@ -145,9 +129,6 @@ class StudyStore:
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Enter that an attempt begins."""
-        file = folder_below(self.folder, run) / REGISTRATION_FILE
-        if self._registration is not None and not file.exists():
-            write_whole(file, self._registration.model_dump_json().encode())
         last = self._last.get(run)
         self._enter(run, "started", 1 if last is None else last.attempt + 1, worker=worker, total_steps=total_steps)
 
@@ -168,8 +149,7 @@ class StudyStore:
         """
         run = run_name(record.spec)
         said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
-        known = {"attempts": self.attempt(run), "registration": self._registered(run)}
-        record = record.model_copy(update=known | said)
+        record = record.model_copy(update={"attempts": self.attempt(run)} | said)
         if not retried:
             try:
                 write_result(self.folder.parent, record, adapter)
@@ -202,13 +182,6 @@ class StudyStore:
     def _append(self, row: Row) -> None:
         self._ledger.append(row)
         self._last[row.run] = row
-
-    def _registered(self, run: str) -> Registration | None:
-        """Return what stood written down when a run was first begun; None: nobody looked."""
-        try:
-            return Registration.model_validate_json(read_bytes(self.folder / run / REGISTRATION_FILE))
-        except (OSError, ValueError):
-            return None
 
     def _clean_up(self, run: str) -> None:
         """Remove what a finished run needs no more, and files that a killed process was about to put in place."""

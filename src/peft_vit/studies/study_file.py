@@ -15,7 +15,7 @@ from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile
 from peft_vit.studies.ledger import write_whole
 
-_FREE = {"description", "execution", "hypotheses"}  # no result depends on them
+_FREE = {"description", "execution"}  # no result depends on them
 
 
 def study_file(
