@@ -15,7 +15,7 @@ import study_evidence
 import study_figures
 import study_tables
 
-from peft_vit.analysis import Analysis, Finding, analyze, load_studies
+from peft_vit.analysis import Analysis, Finding, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.report.formatting import megabytes, points_interval
@@ -90,7 +90,7 @@ def test_the_first_lines_of_the_readme_say_what_the_studies_came_to() -> None:
 
 
 def _names(finding: Finding, hypothesis: str, experiment: str) -> bool:
-    return finding.hypothesis.id == hypothesis and finding.subject == f"{experiment} against lora_r8"
+    return finding.sentence.id == hypothesis and finding.subject == f"{experiment} against lora_r8"
 
 
 def test_the_figure_follows_a_light_and_a_dark_page() -> None:
@@ -182,8 +182,7 @@ def test_the_second_backbone_changes_nothing_else() -> None:
 
 
 def test_seeds_of_the_study_are_those_of_no_other_configuration() -> None:
-    files = [file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses")]
-    used = {file.stem: set(load_study(file).seeds) for file in files}
+    used = {file.stem: set(load_study(file).seeds) for file in CONFIGS.glob("*.yaml")}
     for study in ("study_elpv", "study_digits", "study_fashion"):
         others = {name: seeds for name, seeds in used.items() if not name.startswith("study_")}
         assert all(used[study].isdisjoint(seeds) for seeds in others.values())
@@ -230,7 +229,7 @@ def planted_study(folder: Path, name: str = "study_elpv", seeds: int = 8) -> Pat
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     (study,) = load_studies(planted_study(tmp_path_factory.mktemp("planted")))
-    return analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+    return study_evidence.with_hypotheses(study)
 
 
 def test_the_main_table_names_what_loses_and_what_takes_more(analysis: Analysis) -> None:

@@ -39,7 +39,7 @@ def test_tables_in_a_terminal_need_nothing_that_draws(tmp_path: Path) -> None:
         "for name in {name for needed in EXTRAS.values() for name in needed} - {'torch'}: sys.modules[name] = None\n"
         "from peft_vit.cli import main\nmain(sys.argv[1:])\n"
     )
-    for command in ("findings", "recommend", "status"):
+    for command in ("recommend", "status"):
         done = subprocess.run(
             [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False
         )

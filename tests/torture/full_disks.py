@@ -147,7 +147,6 @@ def _what(said: list[str], run: Path) -> str:
         (".checkpoint-", "a checkpoint"),
         (LEDGER_FILE, "the ledger"),
         ("study.json", "study.json"),
-        ("registration.json", "the registration"),
     ):
         if sign in line:
             return what

@@ -434,7 +434,7 @@ SENTENCES = (
         test="counted",
         measure=partial(above_majority, of=_EVERY),
         unit="share",
-        margin=0,
+        margin=0.0,
         refuted_by="a run that is not",
         source="this project",
     ),

@@ -33,9 +33,8 @@ class Gone:
 
 GONE: dict[tuple[str, ...], Gone] = {}  # by its place below an experiment
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
-GONE_OF_STUDIES: tuple[str, ...] = (
-    "hypotheses",
-)  # keys of a study's configuration on which no result depends: dropped
+# Keys of a study's configuration on which no result depends: dropped.
+GONE_OF_STUDIES: tuple[str, ...] = ("hypotheses",)
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
 
 
