@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.records import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    Failure,
-    RunRecord,
-    RunSpec,
-    read_record,
-    run_folder,
-)
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 from evidence import ROOT
 
+from peft_vit.config import ORDERED_RULES
 from peft_vit.config.yaml_loader import read_mapping
-from peft_vit.methods.starting_ranks import ORDERED_RULES
 
 CONFIGS = ROOT / "experiments" / "configs"
 SITES = 72

@@ -143,11 +143,7 @@ def _room(scenario: str, most: int, rng: random.Random) -> int:
 def _what(said: list[str], run: Path) -> str:
     """Return what could not be written, as the error says it."""
     line = said[-1] if said else ""
-    for sign, what in (
-        (".checkpoint-", "a checkpoint"),
-        (LEDGER_FILE, "the ledger"),
-        ("study.json", "study.json"),
-    ):
+    for sign, what in ((".checkpoint-", "a checkpoint"), (LEDGER_FILE, "the ledger"), ("study.json", "study.json")):
         if sign in line:
             return what
     if f"{run.parent.name}/{run.name}: " in line:

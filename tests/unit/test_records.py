@@ -376,7 +376,6 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         "activation_checkpointing",
         "recomputed_blocks",
         "memory_limit",
-        "activation_storage",
         "probe_l2",
     ):
         del training[later]
@@ -482,6 +481,25 @@ def test_what_a_study_registered_is_dropped_and_a_record_keeps_it(tmp_path: Path
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
+
+
+def test_looks_at_any_time_are_refused_and_the_share_that_was_no_number_is_todays(tmp_path: Path) -> None:
+    content = json.loads(study().model_dump_json())
+    content["stopping"] = {"control": "lora_r1", "asked": "superiority", "every": 2, "futility": None}
+    whole = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": content}
+    file = tmp_path / STUDY_FILE
+    file.write_text(json.dumps(whole))
+    read = read_study_file(tmp_path)
+    assert read is not None
+    assert read.configuration.stopping is not None
+    assert read.configuration.stopping.futility == 0.05
+    content["stopping"]["spending"] = "anytime"
+    file.write_text(json.dumps(whole))
+    with pytest.raises(UserError) as caught:
+        read_study_file(tmp_path)
+    assert str(caught.value) == (
+        f"{file}: stopping.spending: anytime is something that this version no longer has; peft-vit 0.2.0 reads it"
+    )
 
 
 def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch: pytest.MonkeyPatch) -> None:

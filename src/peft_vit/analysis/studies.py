@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
-from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
+from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 
-METHOD_ORDER = tuple(METHODS)
+METHOD_ORDER = tuple(METHOD_KINDS)
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ def _of_seeds(name: str, plan: Plan) -> list[str]:
         notices.append(
             f"Continued: {seeds_in_words(plan.seeds_added)} of {name} were added when results were there, and that "
             "was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates and "
-            "intervals describe. Only a study with `stopping: {spending: anytime}` may be continued."
+            "intervals describe."
         )
     if plan.declared is not None and plan.declared.stopping is not None:
         notices.append(

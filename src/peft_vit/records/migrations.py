@@ -31,7 +31,11 @@ class Gone:
     digested_after: str | None = None
 
 
-GONE: dict[tuple[str, ...], Gone] = {}  # by its place below an experiment
+GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
+    ("training", "activation_storage"): Gone("exact"),
+    ("qa_lora", "start"): Gone("zero"),
+    ("qa_lora", "loftq_iterations"): Gone(1),
+}
 GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
 # Keys of a study's configuration on which no result depends: dropped.
 GONE_OF_STUDIES: tuple[str, ...] = ("hypotheses",)
@@ -56,6 +60,8 @@ def migrated(content: Any) -> Any:
         content["experiment"] = _experiment(content["experiment"])
     if isinstance(listed := content.get("experiments"), list | tuple):
         content["experiments"] = type(listed)(map(_experiment, listed))
+    if isinstance(stopping := content.get("stopping"), dict):
+        content["stopping"] = _stopping(stopping)
     return _with_augmentation(content)
 
 
@@ -100,8 +106,15 @@ def _experiment(experiment: Any) -> Any:
         experiment = _without(experiment, path, gone.default, path)
     for path, choices in GONE_CHOICES.items():
         if (chosen := _at(experiment, path)) in choices:
-            raise _refusal(path, chosen)
+            raise _refusal(("experiment", *path), chosen)
     return experiment
+
+
+def _stopping(stopping: dict[str, Any]) -> dict[str, Any]:
+    if stopping.get("spending") == "anytime":
+        raise _refusal(("stopping", "spending"), "anytime")
+    # futility: null was its default, which is a number now
+    return {key: value for key, value in stopping.items() if (key, value) != ("futility", None)}
 
 
 def _at(values: Any, path: tuple[str, ...]) -> Any:
@@ -116,13 +129,13 @@ def _without(values: Any, path: tuple[str, ...], default: Any, whole: tuple[str,
     if len(path) > 1:
         return {**values, path[0]: _without(values[path[0]], path[1:], default, whole)}
     if values[path[0]] != default:
-        raise _refusal(whole, values[path[0]])
+        raise _refusal(("experiment", *whole), values[path[0]])
     return {key: value for key, value in values.items() if key != path[0]}
 
 
 def _refusal(path: tuple[str, ...], value: Any) -> UserError:
     problem = f"{value} is something that this version no longer has"
-    return UserError(f"{problem}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(("experiment", *path)))
+    return UserError(f"{problem}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(path))
 
 
 def _renamed(values: Any) -> Any:

@@ -34,7 +34,7 @@ class StudyFile(BaseModel):
 
     `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
     configuration is the compressed one. `limited`: the last command had a limit of time. `seeds_added`: seeds that a
-    command added when results were there, so that their number may follow from these; none where `stopping` allows it.
+    command added when results were there, so that their number may follow from these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

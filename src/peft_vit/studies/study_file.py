@@ -82,11 +82,10 @@ def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: P
 def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[int, ...]:
     """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
 
-    Looks of the form `anytime` allow for any number; a smoke study has no results.
+    A smoke study has no results.
     """
     new = tuple(seed for seed in asked.seeds if seed not in before.configuration.seeds)
-    allowed = before.smoke or (asked.stopping is not None and asked.stopping.spending == "anytime")
-    if not new or allowed or not any(_is_done(folder / run / RECORD_FILE) for run in before.runs):
+    if not new or before.smoke or not any(_is_done(folder / run / RECORD_FILE) for run in before.runs):
         return before.seeds_added
     return tuple(dict.fromkeys((*before.seeds_added, *new)))
 
@@ -139,12 +138,9 @@ def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[di
         study["experiments"] = {name: one for name, one in experiments.items() if name in kept}
         if not study["experiments"]:
             del study["experiments"]
-    if looked is not None:
-        if looked.spending == "anytime":
-            new["seeds"] = new["seeds"][: len(old["seeds"])]
-        return old, new
-    new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
-    old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
+    if looked is None:
+        new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
+        old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
     return old, new
 
 

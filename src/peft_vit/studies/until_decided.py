@@ -105,6 +105,6 @@ def _next(study: StudyConfig, found: Sequence[Course], out: set[str]) -> tuple[l
     """
     stopping = study.stopping
     assert stopping is not None
-    able = {one.name for one in found if (one.next_look or 0) <= len(study.seeds)} - out
-    at_it, seeds = next_look(found, set() if stopping.control in out else able)
+    able = set() if stopping.control in out else {one.name for one in found} - out
+    at_it, seeds = next_look(found, able)
     return ([stopping.control, *at_it] if at_it else []), seeds
