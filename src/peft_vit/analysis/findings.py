@@ -36,24 +36,18 @@ from peft_vit.statistics import (
 FindingVerdict = Literal["supported", "refuted", "not decided", "no data"]
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about one experiment, or about one pair."""
+@dataclass(frozen=True, kw_only=True)
+class Finding(Measured):
+    """One sentence about one experiment, or about one pair: its values, and what they decide."""
 
     sentence: Sentence
     study: str  # whose runs these are
-    subject: str  # which experiment or pair; empty where there is no data
-    labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
-    values: tuple[float, ...]  # a positive one speaks for the sentence
-    n_of: str  # what n counts, in the plural
     interval: Interval | None  # mean of the values, 95 % t interval; None without values
     test: str  # its name; "none" if nothing is tested
     p_value: float | None  # of the test that can show the sentence, after Holm's correction; None if there is none
     opposite_p: float | None  # of the test that can show its opposite, likewise; for superiority the same
     outcome: str  # what the test said, or why it says nothing
     verdict: FindingVerdict  # on the sentence
-    note: str  # what restricts it
-    rivals: tuple[tuple[float, ...], ...] = ()  # see `Measured`
 
     @property
     def n(self) -> int:
@@ -74,21 +68,15 @@ class Conclusion:
 
 def find(evidence: Evidence) -> tuple[Finding, ...]:
     """Return what a study says about every sentence, in their order."""
-    measured = [(sentence, one) for sentence in SENTENCES for one in measure(sentence, evidence)]
+    measured = [(sentence, one) for sentence in SENTENCES for one in _measure(sentence, evidence)]
     return judge(measured, evidence.study.label, evidence.study.untested)
 
 
-def measure(sentence: Sentence, evidence: Evidence) -> tuple[Measured, ...]:
-    """Return the values of a sentence in a study, or one without any, with the reason."""
+def _measure(sentence: Sentence, evidence: Evidence) -> tuple[Measured, ...]:
     try:
         return sentence.measure(evidence)
     except NoDataError as reason:
-        return (nothing(str(reason)),)
-
-
-def nothing(reason: str) -> Measured:
-    """Return that there are no values."""
-    return Measured(subject="", values=(), labels=(), n_of="seeds", note=reason)
+        return (Measured(subject="", values=(), labels=(), n_of="seeds", note=str(reason)),)
 
 
 def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
@@ -124,20 +112,15 @@ def judge(measured: Sequence[tuple[Sentence, Measured]], study: str = "", untest
 def _untested(sentence: Sentence, one: Measured, study: str) -> Finding:
     """Return a finding whose verdict needs no test, or does not stand yet."""
     finding = Finding(
+        **vars(one),
         sentence=sentence,
         study=study,
-        subject=one.subject,
-        labels=one.labels,
-        values=one.values,
-        n_of=one.n_of,
         interval=mean_interval(one.values) if one.values else None,
         test="none",
         p_value=None,
         opposite_p=None,
         outcome="",
         verdict="not decided",
-        note=one.note,
-        rivals=one.rivals,
     )
     if not one.values:
         return replace(finding, verdict="no data", outcome=one.note or "no finished run tells", note="")

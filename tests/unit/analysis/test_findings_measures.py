@@ -71,6 +71,21 @@ def test_attention_over_mlp() -> None:
     assert (finding.verdict, finding.sentence.unit) == ("supported", "log2 ratio")
 
 
+def test_ranks_by_chance_are_described_and_say_nothing_of_scores() -> None:
+    adalora = ADALORA.adalora.model_copy(update={"importance_metric": "random"})
+    by_chance = ADALORA.model_copy(update={"name": "by_chance", "adalora": adalora})
+    records = [run(one, seed) for one in (ADALORA, by_chance, EXPERIMENTS["lora_r4"]) for seed in range(2)]
+    subjects: dict[str, set[str]] = {}
+    for finding in findings_of(records):
+        if finding.values:
+            subjects.setdefault(finding.sentence.id, set()).add(finding.subject.partition(" against ")[0])
+    for name in ("attention-over-mlp", "query-most-rank", "query-more-than-mean", "seeds-agree"):
+        assert subjects[name] == {ADALORA.name}
+    for name in ("spread-gini", "spread-entropy"):
+        assert subjects[name] == {ADALORA.name, "by_chance"}
+    assert subjects["above-majority"] == {ADALORA.name, "by_chance", "lora_r4"}
+
+
 def test_query_lead() -> None:
     planted_ranks = ranks(query=5, key=3, value=2, out=2, fc1=1, fc2=1)
     records = [run(ADALORA, seed, rank_history=planted_ranks) for seed in range(2)]
