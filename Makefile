@@ -95,7 +95,7 @@ format: setup ## repair what ruff can
 clean: ## remove the environment, caches and build leftovers; keep results and downloads
 	rm -rf $(VENV) build dist src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find $(wildcard src tests experiments benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard src tests experiments benchmarks docs) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define FETCH
 import sys

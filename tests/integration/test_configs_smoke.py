@@ -19,8 +19,7 @@ from peft_vit.runs.restore import prepare_as_saved
 from peft_vit.studies import Plan, plan_study
 from peft_vit.studies.smoke import smoke_study
 
-_FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))
-CONFIGS = [file for file in _FILES if not file.name.startswith("hypotheses")]  # the others are studies
+CONFIGS = sorted((Path(__file__).parents[2] / "experiments").glob("**/configs/*.yaml"))
 pytestmark = pytest.mark.usefixtures("cache")
 
 

@@ -247,7 +247,9 @@ def test_bad_input_of_compare_is_one_line(ten: Path, other: Path, tmp_path: Path
 
 def test_the_pages_show_what_their_commands_say_of_kept_studies(tmp_path: Path, monkeypatch, told) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").symlink_to(HOW_TO.parents[1] / "results")
+    (tmp_path / "experiments" / "methods").mkdir(parents=True)
+    results = HOW_TO.parents[1] / "experiments" / "methods" / "results"
+    (tmp_path / "experiments" / "methods" / "results").symlink_to(results)
     pages = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("compare_studies.md", "choose_a_limit.md"))
     said = []
     for line in re.findall(r"^(?:mkdir|tar|peft-vit (?:compare|recommend)) .*", pages, re.MULTILINE):

@@ -54,7 +54,7 @@ from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
-RESULTS = CONFIGS.parents[1] / "results"
+RESULTS = CONFIGS.parent / "methods" / "results"
 
 
 def study() -> StudyConfig:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft_vit.training import Hook
 
 DEFAULT_RANK = 8  # of `peft-vit train`
-RULE_OF_A_BUDGET = "stable_rank"  # likewise: what the screening in docs/findings/adaptive_ranks.md chose of seven
+RULE_OF_A_BUDGET = "stable_rank"  # likewise: what a screening of seven rules chose
 
 
 class LoraConfig(AdapterConfig):

@@ -18,7 +18,7 @@ from peft_vit.errors import UserError
 pytestmark = pytest.mark.part("configuration")
 
 CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
-STUDIES = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
+STUDIES = sorted(CONFIGS.parent.glob("**/configs/*.yaml"))
 QUICKSTART = (CONFIGS / "quickstart.yaml").read_text()
 
 VALID = """\
@@ -92,7 +92,7 @@ def line_of(text: str, content: str) -> int:
 
 def test_studies_with_kept_results_name_the_precision_of_these() -> None:
     """On a machine that only emulates bf16 they would be repeated in another one."""
-    kept = {file.name.split(".")[0] for file in (CONFIGS.parents[1] / "results").iterdir()}
+    kept = {file.name.split(".")[0] for file in CONFIGS.parent.glob("*/results/*")}
     precisions = {file.stem: load_study(file).precision for file in STUDIES if file.stem in kept}
     assert len(precisions) >= 14
     assert precisions.pop("activation_storage") == "fp32"
@@ -110,7 +110,7 @@ def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks
         "Images:",
         "Weights:",
         "Cost:",
-        f"Command: .venv/bin/peft-vit run experiments/configs/{file.name}",
+        f"Command: .venv/bin/peft-vit run {file.relative_to(CONFIGS.parents[1])}",
     ):
         assert word in header
     if study.backbone.weights == "hub":
