@@ -5,31 +5,33 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
+.PHONY: help setup demo smoke test test-research test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## build .venv, fetch weights and the study's images
 
 demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minutes, and write the report
-	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output $(DEMO)
-	$(BIN)/peft-vit report $(DEMO)
+	$(BIN)/peft-vit run examples/demo.yaml --minutes 9
+	$(BIN)/peft-vit report peft-vit-runs/demo
 
 smoke: setup ## run the quickstart's whole path with random weights and synthetic images
-	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output experiments/outputs/smoke
+	$(BIN)/peft-vit run examples/quickstart.yaml --smoke
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup ## run the tests that are not marked slow, one thread in each of two processes
 	$(PYTEST) -m "not slow" --durations 25
 
-test-all: setup ## run all tests, the slow ones too; before a release
-	$(PYTEST) --durations 50
+test-research: setup ## the same of experiments/: its scripts, configurations, and what its pages say of kept results
+	$(PYTEST) -m "not slow" --durations 10 experiments
+
+test-all: setup ## run all tests, those of experiments/ and the slow ones too; before a release
+	$(PYTEST) --durations 50 tests experiments
 
 test-gpu: setup ## run the tests that are marked gpu, in one process; without an NVIDIA GPU all of them are skipped
 	$(BIN)/python -m pytest -m gpu -rs
@@ -82,7 +84,7 @@ check: setup ## lint, formatting, types, import rules, the documentation's links
 	@$(MAKE) --no-print-directory sizes
 
 sizes: ## count lines of Python by package; nothing is asked of the numbers
-	@find src tests -name '*.py' -exec wc -l {} + | awk '$$2 != "total" { \
+	@find src tests experiments -name '*.py' -exec wc -l {} + | awk '$$2 != "total" { \
 	  sub("/[^/]*$$", "", $$2); n = split($$2, at, "/"); all[at[1]] += $$1; \
 	  lines[at[1] (n > 1 ? "/" at[2] : "") (n > 2 ? "/" at[3] : "")] += $$1 } \
 	  END { for (one in lines) printf "%7d  %s\n", lines[one], one; \

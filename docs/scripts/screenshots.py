@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/scripts/screenshots.py PAGE NAME [PAGE NAME ...]
 
-Each PAGE becomes docs/images/NAME.png: `report` is experiments/outputs/demo/report/report.html, of `make demo`, `tune`
+Each PAGE becomes docs/images/NAME.png: `report` is peft-vit-runs/demo/report/report.html, of `make demo`, `tune`
 the report.html of a tuning. PEFT_VIT_CHROMIUM names another Chromium.
 """
 

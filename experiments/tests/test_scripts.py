@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -172,6 +173,14 @@ def test_an_empty_directory_is_one_line_and_exit_2(tmp_path: Path, capsys) -> No
     assert not (tmp_path / "summary").exists()
 
 
+@pytest.mark.part("runner")
+@pytest.mark.parametrize(("flags", "name"), [((), "adaptive"), (("--smoke",), "adaptive_smoke")])
+def test_runs_go_into_the_repository_wherever_the_script_is_called(flags, name, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = runner.command(runner.parse(["--run-all", *flags]))
+    assert arguments[arguments.index("--output") + 1] == str(ROOT / "experiments" / "outputs" / name)
+
+
 @pytest.mark.part("analyzer")
 def test_default_directories_lie_in_the_repository(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -209,6 +218,15 @@ def test_a_document_without_both_marks_is_left_alone(results: Path, tmp_path: Pa
     assert document.read_text() == f"text {marks} text"
 
 
+def test_every_part_that_a_test_names_is_one_of_the_seven() -> None:
+    """Another would make the validation fail, which is run by hand."""
+    files = [file for folder in ("tests", "experiments") for file in (ROOT / folder).rglob("test_*.py")]
+    found = {
+        part for file in files for part in re.findall(r"mark\.part\(\"([^\"]+)\"\)", file.read_text(encoding="utf-8"))
+    }
+    assert found == set(PARTS)
+
+
 def marked_tests(parts: tuple[str, ...]) -> str:
     return "".join(f"@pytest.mark.part({part!r})\ndef test_{i}():\n    pass\n\n\n" for i, part in enumerate(parts))
 
@@ -239,6 +257,7 @@ def test_the_validation_counts_and_fails_when_it_should(
     """It runs over other tests than the repository's, which lie in modules of a name that nothing else has."""
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['part(name): a part']\n")
     (tmp_path / "tests").mkdir()
+    (tmp_path / "experiments").mkdir()
     (tmp_path / "tests" / f"test_{tmp_path.name}.py").write_text(f"import pytest\n\n\n{tests}")
     monkeypatch.syspath_prepend(ROOT)
     import test_adaptive_experiments as validation

@@ -15,7 +15,7 @@ from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.studies.repair import RUNS_FILE, repair
 
-QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
+QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
 BAD = "<the bad path>"
 COMMANDS = {
     "run": ["run", BAD],

@@ -14,7 +14,7 @@ from peft_vit.backbones import find_sites
 from peft_vit.config import StartingRanksConfig
 
 pytest.importorskip("peft")
-pytestmark = pytest.mark.part("adaptive ranks")
+pytestmark = pytest.mark.part("controller")
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -7,7 +7,7 @@ import pytest
 from experiments.scripts import evidence
 from experiments.tuning.scripts import replay
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4)  # points
 

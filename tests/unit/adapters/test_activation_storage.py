@@ -11,7 +11,7 @@ from peft_vit.adapters import adapted_product, attach_adapters, site_adapters
 from peft_vit.adapters.activation_storage import EightBits, stored_in_eight_bits
 from peft_vit.backbones import find_sites
 
-pytestmark = pytest.mark.part("adapters")
+pytestmark = pytest.mark.part("trainer")
 
 
 def in_numpy(values: np.ndarray) -> np.ndarray:

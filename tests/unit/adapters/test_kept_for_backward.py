@@ -12,7 +12,7 @@ from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_product, attac
 from peft_vit.adapters.activation_storage import EightBits, stored_in_eight_bits
 from peft_vit.backbones import find_sites
 
-pytestmark = pytest.mark.part("adapters")
+pytestmark = pytest.mark.part("trainer")
 WIDTH = 64
 
 

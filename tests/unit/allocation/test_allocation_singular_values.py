@@ -9,7 +9,7 @@ from peft_vit import AdaLoRAController
 from peft_vit.adapters import singular_values, site_adapters, to_singular_triplets
 from peft_vit.adapters.low_rank import SiteAdapter
 
-pytestmark = pytest.mark.part("adaptive ranks")
+pytestmark = pytest.mark.part("controller")
 STEPS = 4
 
 

@@ -1,108 +1,26 @@
-"""Every configuration in the repository loads and plans; few of their experiments do smoke runs, at real width.
+"""What the smoke run of any configuration leaves: a record that says what it is, and a file that fits a fresh model."""
 
-They are chosen so that each value of each setting of each method, each backbone, kind of images and measure is tried.
-"""
-
-from functools import cache
 from pathlib import Path
 
-import pytest
 from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import PROBE_L2, StudyConfig, load_study
+from peft_vit.config import PROBE_L2
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.methods import METHODS
-from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.runs.restore import prepare_as_saved
-from peft_vit.studies import Plan, plan_study
-from peft_vit.studies.smoke import smoke_study
-
-CONFIGS = sorted((Path(__file__).parents[2] / "experiments").glob("**/configs/*.yaml"))
-pytestmark = pytest.mark.usefixtures("cache")
 
 
-@pytest.mark.part("configuration")
-def test_the_promised_configurations_are_there() -> None:
-    names = {file.stem for file in CONFIGS}
-    assert names >= {
-        "quickstart",
-        "adalora_comprehensive_experiment",
-        "qa_lora_comprehensive_experiment",
-        "fixed_rank_baselines",
-        "cifar100_vit_small",
-        "tiny_imagenet_deit_small",
-    }
-
-
-@pytest.mark.part("importance analysis")
-def test_one_of_them_measures_what_updates_are_worth() -> None:
-    assert any(load_study(file).measures.removal_images for file in CONFIGS)
-
-
-@cache
-def planned(file: Path) -> Plan:
-    study = load_study(file)
-    plan = plan_study(study, Path("/nothing/is/done/here"), file=file, smoke=True)
-    assert [run.spec.experiment.name for run in plan.pending] == [e.name for e in study.experiments]
-    return plan
-
-
-@pytest.mark.parametrize("file", CONFIGS, ids=[file.stem for file in CONFIGS])
-def test_it_plans(file: Path) -> None:
-    assert planned(file).runs
-
-
-def ways(value: object, path: tuple[str, ...] = ()) -> set[tuple[object, ...]]:
-    """Return each setting with its value; all numbers are alike, since another rank takes no other way."""
-    if isinstance(value, dict):
-        return set().union(*(ways(one, (*path, key)) for key, one in value.items()))
-    if isinstance(value, list):
-        return {(*path, str([one if isinstance(one, str) else "a number" for one in value]))}
-    return {(*path, value if isinstance(value, str | bool | None) else "a number")}
-
-
-def ways_of(study: StudyConfig) -> list[set[tuple[object, ...]]]:
-    """Return what the smoke run of each experiment tries: its method's settings, the backbone, images and measures."""
-    small = smoke_study(study, patch_size=16)  # of the backbone's own, which follows from its name
-    around = ways(small.model_dump(mode="json", include={"data", "measures", "precision"}))
-    around |= {("model", small.backbone.model)}
-    methods = [one.model_dump(mode="json", exclude={"name"}) for one in small.experiments]
-    changes = [{"augmentation": one["training"].pop("augmentation")} for one in methods]  # the same for any method
-    return [around | ways(change) | ways(one, (one["method"],)) for change, one in zip(changes, methods, strict=True)]
-
-
-def chosen() -> list[tuple[Path, int, bool]]:
-    """Choose few experiments that try all there is to try: file, place, and whether its method is met anew."""
-    studies = {file: load_study(file) for file in CONFIGS}
-    tried = {(file, place): one for file, study in studies.items() for place, one in enumerate(ways_of(study))}
-    left = set().union(*tried.values())
-    found, methods = [], set()
-    while left:
-        file, place = max(tried, key=lambda each: len(tried[each] & left))
-        left -= tried[file, place]
-        method = studies[file].experiments[place].method
-        found.append((file, place, method not in methods))
-        methods.add(method)
-    return found
-
-
-@pytest.mark.part("runner")
-@pytest.mark.parametrize(
-    ("file", "place"),
-    [
-        pytest.param(file, place, id=f"{file.stem}-{place}", marks=() if anew else pytest.mark.slow)
-        for file, place, anew in chosen()
-    ],
-)
-def test_smoke(file: Path, place: int, tmp_path: Path) -> None:
-    record = run_and_write(planned(file).runs[place].spec, tmp_path)
+def check_smoke_run(spec: RunSpec, results_dir: Path) -> None:
+    """Do a smoke run, and check all that it leaves."""
+    record = run_and_write(spec, results_dir)
     assert (record.status, record.error) == ("done", None)
-    assert record == read_record(run_folder(tmp_path, record.spec) / "record.json")
+    assert record == read_record(run_folder(results_dir, record.spec) / "record.json")
     check_record(record)
     if record.spec.experiment.method in ("adalora", "qa_lora", "qa_adalora"):  # fixed ranks: test_runs_execute.py
-        check_saved_adapter(record, tmp_path)
+        check_saved_adapter(record, results_dir)
 
 
 def check_record(record: RunRecord) -> None:
