@@ -21,8 +21,8 @@ from experiments.scripts.evidence import EXPERIMENTS, with_runs
 from peft_vit.records import RunRecord, write_atomically
 
 STUDY = "length_elpv"
-ROWS = EXPERIMENTS / "few_labels" / "results" / f"{STUDY}.csv"
-DOCUMENT = EXPERIMENTS / "methods" / "docs" / "studies.md"
+FOLDER = EXPERIMENTS / "few_labels"
+ROWS, DOCUMENT = FOLDER / "results" / f"{STUDY}.csv", FOLDER / "docs" / "few_labels.md"
 TITLES = {"full": "full fine-tuning", "lora": "LoRA r=8", "qa_lora": "QA-LoRA r=8, nf4"}
 
 

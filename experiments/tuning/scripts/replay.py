@@ -5,7 +5,7 @@
 Differences to LoRA r=8 go through looks as `run --until-decided` would have done them; runs count until a comparison
 stops, those of the control as long as one is open. Verdicts stand beside those of the same questions asked once, after
 all seeds. Of the study of learning rates those experiments are taken that ran all twenty seeds. The table goes to
-docs/explanation/statistics.md.
+docs/stopping.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 
 from experiments.methods.scripts.study_evidence import kept_studies, unpacked
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, SHORT
-from experiments.scripts.evidence import EXPERIMENTS, ROOT, run, table
+from experiments.scripts.evidence import EXPERIMENTS, run, table
 from peft_vit.analysis import load_studies
 from peft_vit.analysis.stopping import paired
 from peft_vit.config import StoppingConfig
@@ -26,7 +26,7 @@ from peft_vit.errors import UserError
 from peft_vit.statistics import Course, StoppingRule, follow
 from peft_vit.statistics.sequential import Asked, Form
 
-DOCUMENT = ROOT / "docs" / "explanation" / "statistics.md"
+DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
 RATES = "learning_rates_fresh_seeds"
 MARGIN = 0.01
 LOOKS = {10: (4, 6, 8, 10), 20: (5, 10, 15, 20)}  # by the number of seeds

@@ -23,14 +23,14 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
-from experiments.scripts.evidence import EXPERIMENTS, ROOT, filled
+from experiments.scripts.evidence import EXPERIMENTS, filled
 from peft_vit.records import write_atomically
 from peft_vit.statistics import StoppingRule
 from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, repeated_p, t_statistics
 from peft_vit.statistics.spending import boundaries
 
 ROWS = EXPERIMENTS / "tuning" / "results" / "sequential_designs.csv"
-DOCUMENT = ROOT / "docs" / "explanation" / "statistics.md"
+DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
 KEY = ["part", "data", "comparisons", "design", "truth"]
 STUDIES, SEED, MARGIN = 10_000, 20261127, 0.01
 POINT, EFFECT, IMAGES = 0.01, 0.005, 600

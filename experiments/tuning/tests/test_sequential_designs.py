@@ -1,4 +1,4 @@
-"""What statistics.md says of comparisons that stop is in results/, can be simulated anew, and means `follow`."""
+"""What stopping.md says of comparisons that stop is in results/, can be simulated anew, and means `follow`."""
 
 from dataclasses import replace
 from itertools import product

@@ -36,7 +36,7 @@ def own(tmp_path: Path, text: str) -> Path:
 
 
 def test_the_packaged_file_is_the_one_of_the_repository() -> None:
-    config = Path(__file__).parents[3] / "experiments/hypotheses/hypotheses.yaml"
+    config = Path(__file__).parents[1] / "hypotheses.yaml"
     assert config.read_bytes() == PACKAGED.read_bytes()
     assert load_registry().sha256 == hashlib.sha256(config.read_bytes()).hexdigest()
 
@@ -141,7 +141,7 @@ def test_what_is_no_file_is_refused(tmp_path, name) -> None:
 
 
 def test_the_documentation_names_every_measure_and_its_example_loads(tmp_path) -> None:
-    document = (Path(__file__).parents[3] / "experiments/hypotheses/docs/hypotheses.md").read_text()
+    document = (Path(__file__).parents[1] / "docs/hypotheses.md").read_text()
     (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", document, re.DOTALL) if "hypotheses:\n" in block)
     assert load_registry(own(tmp_path, example)).hypotheses[-1].id == "rank-8-is-enough"
     table = document[document.index("| measure |") :]
