@@ -6,7 +6,7 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import PROBE_L2
+from peft_vit.config import PROBE_L2, AdaLoraConfig, QaLoraConfig
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.methods import METHODS
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, read_record, run_folder
@@ -26,9 +26,13 @@ def check_smoke_run(spec: RunSpec, results_dir: Path) -> None:
 def check_record(record: RunRecord) -> None:
     """Check what every record must hold, and that it says what it is."""
     assert record.spec.smoke
+    assert record.provenance is not None
+    assert record.test is not None
+    assert record.parameters is not None
+    assert record.bytes is not None
     assert record.provenance.random_weights
     assert record.provenance.weights_sha256 is None
-    assert "random" in record.provenance.weights_name
+    assert "random" in (record.provenance.weights_name or "")
     assert len(record.steps) == (len(PROBE_L2) if record.spec.experiment.is_probe else 8)
     assert record.validation == next(e.metrics for e in record.evaluations if e.step == record.chosen_step)
     assert next(e for e in record.evaluations if e.step == record.chosen_step).deployable
@@ -45,11 +49,12 @@ def check_record(record: RunRecord) -> None:
     assert (record.test.auroc is not None) == binary
     method, parameters = record.spec.experiment.method, record.parameters
     if method in ("adalora", "qa_adalora"):
-        adalora = record.spec.experiment.adalora
+        adalora = record.spec.experiment.need(AdaLoraConfig)
         budget = adalora.budget
+        assert adalora.final_steps is not None
         assert [entry.step for entry in record.importance_history] == list(range(1, 9 - adalora.final_steps))
         assert {entry.unit for entry in record.rank_history} == {budget.unit}
-        assert all(entry.spent <= entry.budget for entry in record.rank_history)
+        assert all(entry.budget is not None and entry.spent <= entry.budget for entry in record.rank_history)
         assert record.rank_history[-1].budget == budget.total
         if budget.unit == "ranks":
             assert sum(record.rank_history[-1].ranks.values()) == budget.total
@@ -69,13 +74,16 @@ def check_record(record: RunRecord) -> None:
         assert record.bytes.frozen_bytes == 0
     assert record.bytes.trainable_bytes == 4 * parameters.final
     assert 4 * parameters.final < record.bytes.adapter_file_bytes < 4 * parameters.final + 50_000
-    qa_lora = record.spec.experiment.qa_lora
-    if qa_lora is not None and qa_lora.adaptive_bits is None:
-        bits = qa_lora.quantization_bits
-        per_group = 32 / qa_lora.group_size  # bits of scale and offset, shared; without groups far less
-        assert bits < record.quantization.bits_per_weight <= bits + per_group
-    if qa_lora is not None and qa_lora.adaptive_bits is not None:
-        assert record.bit_allocation.spent_bytes <= record.bit_allocation.budget_bytes
+    if record.quantization is not None:
+        qa_lora = record.spec.experiment.need(QaLoraConfig)
+        if qa_lora.adaptive_bits is None:
+            bits = qa_lora.quantization_bits
+            assert bits is not None
+            per_group = 32 / qa_lora.group_size  # bits of scale and offset, shared; without groups far less
+            assert bits < record.quantization.bits_per_weight <= bits + per_group
+        else:
+            assert record.bit_allocation is not None
+            assert record.bit_allocation.spent_bytes <= record.bit_allocation.budget_bytes
 
 
 def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
@@ -87,6 +95,7 @@ def check_saved_adapter(record: RunRecord, results_dir: Path) -> None:
     file = run_folder(results_dir, spec) / ADAPTER_FILE
     prepare_as_saved(fresh, spec.experiment, file, total_steps=8, seed=9)
     metadata = load_trained(fresh, file)
+    assert record.parameters is not None
     ranks = record.rank_history[-1].ranks if record.rank_history else {}
     if record.chosen_step == 0 and "adalora" in spec.experiment.method:
         ranks = dict.fromkeys(ranks, 0)
