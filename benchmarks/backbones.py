@@ -21,8 +21,7 @@ from common import RESULTS
 from marks import filled
 
 from peft_vit import cli
-from peft_vit.backbones import Architecture
-from peft_vit.backbones.catalog import describe, native_size, size_step_of
+from peft_vit.backbones.catalog import architecture_of, describe, native_size, size_step_of
 from peft_vit.config import BackboneConfig, Library
 from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Outcome, check_architecture
 from peft_vit.errors import UserError
@@ -88,7 +87,7 @@ def checked(name: str, module: str) -> dict[str, object]:
     """Return the row of an architecture."""
     library: Library = "transformers" if module == TRANSFORMERS else "timm"
     backbone = BackboneConfig(library=library, model=name, weights="random")
-    architecture = Architecture.of(backbone)
+    architecture = architecture_of(backbone)
     step = size_step_of(architecture)
     side = min(native_size(architecture), max(2 * step, -(-_SMALLEST // step) * step))
     try:

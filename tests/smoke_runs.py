@@ -6,9 +6,8 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks, load_trained
 from peft_vit.backbones import load_backbone
-from peft_vit.config import PROBE_L2, AdaLoraConfig, QaLoraConfig
+from peft_vit.config import METHOD_KINDS, PROBE_L2, AdaLoraConfig, QaLoraConfig
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.methods import METHODS
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.runs.restore import prepare_as_saved
 
@@ -67,7 +66,7 @@ def check_record(record: RunRecord) -> None:
         == bool(record.bits_history)
     )
     # Before the first step no site has a rank where ranks are adaptive: the head alone is what is chosen there.
-    head_alone = METHODS[method].trains == "head" or (record.chosen_step == 0 and "adalora" in method)
+    head_alone = METHOD_KINDS[method].trains == "head" or (record.chosen_step == 0 and "adalora" in method)
     assert (parameters.final == parameters.head) == head_alone
     if method == "full":
         assert parameters.final == parameters.head + parameters.backbone_total

@@ -189,13 +189,13 @@ def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-run
     Raises:
         UserError: for bad input, in one line, or if the run fails.
     """
-    from peft_vit.methods import METHODS
+    from peft_vit.config import METHOD_KINDS
     from peft_vit.records import RECORD_FILE, read_record
     from peft_vit.studies.commands import run_on_own_images
     from peft_vit.studies.own_images import STUDY_NAME, OwnImages
 
-    if method not in METHODS:
-        raise UserError(f"expected one of {', '.join(METHODS)}, got {method!r}", field="method")
+    if method not in METHOD_KINDS:
+        raise UserError(f"expected one of {', '.join(METHOD_KINDS)}, got {method!r}", field="method")
     asked = OwnImages(Path(images), method, **settings)
     if failed := run_on_own_images(asked, Path(output)):
         run, reason = next(iter(failed.items()))

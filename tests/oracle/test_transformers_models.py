@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
 from peft_vit.adapters.acting import effects
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.backbones import Architecture, LoadedBackbone, describe, find_sites, load_backbone
+from peft_vit.backbones import LoadedBackbone, architecture_of, describe, find_sites, load_backbone
 from peft_vit.backbones.transformers_models import TOWERS
 from peft_vit.config import BackboneConfig
 from peft_vit.deployment import (
@@ -303,11 +303,11 @@ def test_what_is_cached_in_part_is_asked_of_the_hub(file: str, on_the_hub: Path)
 @pytest.mark.parametrize("weights", ["hub", "random"])
 def test_a_path_is_not_asked_of_the_hub(weights: str) -> None:
     with pytest.raises(UserError, match=r"/nowhere/model: .* is no folder"):
-        Architecture.of(BackboneConfig(library="transformers", model="/nowhere/model", weights=weights))
+        architecture_of(BackboneConfig(library="transformers", model="/nowhere/model", weights=weights))
 
 
 def test_without_a_network_a_hub_name_gets_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     asked = BackboneConfig(library="transformers", model="nobody/no-such-model", weights="hub")
     with pytest.raises(UserError, match=r"could not get nobody/no-such-model from the hub .* name a folder"):
-        Architecture.of(asked)
+        architecture_of(asked)

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 from qa_lora_settings import DEFAULT as QA_LORA
 
-from peft_vit.config import PROBE_READS, StudyConfig, study_from_mapping
-from peft_vit.methods import METHODS as REGISTRY
+from peft_vit.config import METHOD_KINDS, PROBE_READS, StudyConfig, study_from_mapping
 
-PROBES = {name for name, method in REGISTRY.items() if method.trains == "head"}
+PROBES = {name for name, method in METHOD_KINDS.items() if method.trains == "head"}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "full": {},

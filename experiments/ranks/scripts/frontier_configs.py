@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from peft_vit.config import ORDERED_RULES
 from peft_vit.config.yaml_loader import read_mapping
-from peft_vit.methods.starting_ranks import ORDERED_RULES
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS = FOLDER / "configs"

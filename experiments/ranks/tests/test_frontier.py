@@ -20,6 +20,7 @@ from peft_vit.allocation import choose_starting_ranks
 from peft_vit.backbones import describe
 from peft_vit.config import MATRICES, load_study
 from peft_vit.errors import UserError
+from peft_vit.methods import METHODS
 from peft_vit.report.formatting import fixed, points_interval
 from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
@@ -319,7 +320,7 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
     assert (data.train_images, data.shots_per_class, data.test_images) == images[task]
     shape = describe(study.backbone, data.image_size)
     for one in study.experiments:  # the budget fits the sites, and the rule the images
-        one.kind.check(one, shape, 160, data.train_images or 10 * data.shots_per_class)
+        METHODS[one.method].check(one, shape, 160, data.train_images or 10 * data.shots_per_class)
         spent = one.adalora.total_rank_budget if one.adalora else one.lora.ranks.budget
         assert spent == budget
 

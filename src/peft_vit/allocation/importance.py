@@ -24,7 +24,7 @@ gradients g = dL/dw, the score after each backward pass is
     random         uniform noise from the run's seed: a control
     uniform        1: a control
 
-Metrics of the frozen weight (`methods.metrics`) score a site once, and each of its triplets alike.
+Metrics of the frozen weight (`SCORES_OF_WEIGHTS`) score a site once, and each of its triplets alike.
 
 Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets start from 0 as at the beginning.
 """
@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.linalg import matrix_norm
 
 from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter, adapted_modules, singular_values
 from peft_vit.adapters.low_rank import SVD_INIT_STD
@@ -110,7 +111,7 @@ class ImportanceTracker:
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
         if self.metric == "uniform":
             return {name: torch.ones(one.rank, device=one.lora_A.device) for name, one in adapters.items()}
-        if METRICS[self.metric].of_weight is not None:
+        if METRICS[self.metric].reads_weight:
             return {name: one.lora_A.new_full((one.rank,), self.of_sites[name]) for name, one in adapters.items()}
         if self.metric == "random":
             noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
@@ -196,12 +197,21 @@ class ImportanceTracker:
         self._state = {key: value.to(device) for key, value in self._state.items()}
 
 
+def _stable_rank(weight: Tensor) -> float:
+    """Return ||W||_F^2 / ||W||_2^2, between 1 and the rank (Rudelson and Vershynin, arXiv math/0503442); 0 of zeros."""
+    largest = float(matrix_norm(weight, 2))
+    return float(matrix_norm(weight)) ** 2 / largest**2 if largest else 0.0
+
+
+SCORES_OF_WEIGHTS: dict[str, Callable[[Tensor], float]] = {"stable_rank": _stable_rank}  # of a frozen weight (out, in)
+
+
 @torch.no_grad()
 def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
     """Return the score of each adapted site from its frozen weight, nothing under a metric that scores triplets."""
-    score = METRICS[metric].of_weight
-    if score is None:
+    if not METRICS[metric].reads_weight:
         return {}
+    score = SCORES_OF_WEIGHTS[metric]
     ours = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
     theirs = [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
     weights = {

@@ -13,12 +13,11 @@ from functools import cached_property
 from pathlib import Path
 
 from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
-from peft_vit.config import ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
+from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.methods import METHODS
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
 
-METHOD_ORDER = tuple(METHODS)
+METHOD_ORDER = tuple(METHOD_KINDS)
 
 
 @dataclass(frozen=True)

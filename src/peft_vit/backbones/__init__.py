@@ -3,7 +3,15 @@
 from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.attention import choose_attention
 from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
-from peft_vit.backbones.catalog import MODELS, BackboneShape, describe, interpolation_of, native_size, size_step_of
+from peft_vit.backbones.catalog import (
+    MODELS,
+    BackboneShape,
+    architecture_of,
+    describe,
+    interpolation_of,
+    native_size,
+    size_step_of,
+)
 from peft_vit.backbones.head import Head, fill_head, soften
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import ReplayedPass, visit_blocks
@@ -20,6 +28,7 @@ __all__ = [
     "ReplayedPass",
     "Site",
     "Weights",
+    "architecture_of",
     "check_weights",
     "choose_attention",
     "chosen",

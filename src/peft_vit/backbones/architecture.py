@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.config import BackboneConfig, Library
+from peft_vit.config import Library
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,3 @@ class Architecture:
     name: str
     config: str | None = None
     config_sha256: str | None = None  # of the files that config was read from; None: of none
-
-    @classmethod
-    def of(cls, backbone: BackboneConfig) -> Architecture:
-        """Return the architecture that a configuration asks for; of transformers its files are looked for.
-
-        Raises:
-            UserError: if transformers is not installed, or its files can't be had.
-        """
-        if backbone.library == "timm":
-            return cls("timm", backbone.model)
-        from peft_vit.backbones.transformers_models import read_config
-
-        return cls("transformers", backbone.model, *read_config(backbone))

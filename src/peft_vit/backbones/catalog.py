@@ -94,13 +94,24 @@ class BackboneShape:
         return tuple(values[layer] for layer in sorted(values))
 
 
+def architecture_of(backbone: BackboneConfig) -> Architecture:
+    """Return the architecture that a configuration asks for; of transformers its files are looked for.
+
+    Raises:
+        UserError: if transformers is not installed, or its files can't be had.
+    """
+    if backbone.library == "timm":
+        return Architecture("timm", backbone.model)
+    return Architecture("transformers", backbone.model, *transformers_models.read_config(backbone))
+
+
 def describe(config: BackboneConfig, image_size: int) -> BackboneShape:
     """Return a backbone's shape; cheap, no weights are allocated or read.
 
     Raises:
         UserError: if the model is unknown, not one that can be adapted, or does not take this image size.
     """
-    return _shape(Architecture.of(config), image_size)
+    return _shape(architecture_of(config), image_size)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.backbone import Backbone, find_sites
-from peft_vit.backbones.catalog import create_model, create_skeleton
+from peft_vit.backbones.catalog import architecture_of, create_model, create_skeleton
 from peft_vit.backbones.weights import Weights, read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
@@ -88,7 +88,7 @@ def load_backbone(
         UserError: if the model or image size does not suit, the weights can't be had, or any backbone tensor
             is missing, left over, of another shape or not finite.
     """
-    architecture = architecture or Architecture.of(config)
+    architecture = architecture or architecture_of(config)
     random_weights = smoke or config.weights == "random"
     weights = None if random_weights else read(config)
     if weights is None:

@@ -14,20 +14,18 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import torch
 from torch import nn
 
+from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.families.transformers_vision import TowerClassifier, TransformersModel, side_of, vision_config
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.safe_io import sha256_of
-
-if TYPE_CHECKING:
-    from peft_vit.backbones.architecture import Architecture
 
 CONFIG_FILE, IMAGES_FILE = "config.json", "preprocessor_config.json"
 # Towers without a class for classification; they get a head of ours on their pooled output.
@@ -220,8 +218,6 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     Raises:
         UserError: as `check_weights`, and if the file can't be read or lacks a tensor.
     """
-    from peft_vit.backbones.architecture import Architecture
-
     files, sha256 = _weight_files(backbone)
     folder = files[0].parent
     source = f"hub {backbone.model}" if backbone.weights == "hub" else f"folder {folder.name}"

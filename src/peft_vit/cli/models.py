@@ -213,14 +213,14 @@ def check(
     peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
 ) -> None:
     """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
-    from peft_vit.backbones import Architecture
+    from peft_vit.backbones import architecture_of
     from peft_vit.config import BackboneConfig
     from peft_vit.deployment.check import check_architecture
 
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
-    found = check_architecture(Architecture.of(asked), image_size, openvino=openvino, peft=peft)
+    found = check_architecture(architecture_of(asked), image_size, openvino=openvino, peft=peft)
     _print_check(found, library)
 
 

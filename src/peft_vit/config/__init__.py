@@ -5,6 +5,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
+from peft_vit.config.adalora import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.config.augmentation import (
     AUGMENTATION_OF_FLIPS,
     Augmentation,
@@ -17,8 +18,13 @@ from peft_vit.config.augmentation import (
     RandomResizedCrop,
     Rotate90,
 )
+from peft_vit.config.importance import METRICS, Metric
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, STARTING_RULES, LoraConfig, StartingRanksConfig
+from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
+from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
+from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
     IMAGE_SIZES,
@@ -44,13 +50,6 @@ from peft_vit.config.study import (
 )
 from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
 from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
-from peft_vit.methods.adalora import AdaLoraConfig, BudgetUnit, Strategy
-from peft_vit.methods.linear import PROBE_L2
-from peft_vit.methods.lora import LoraConfig
-from peft_vit.methods.metrics import METRICS, Metric
-from peft_vit.methods.peft import PeftAdaLoraConfig, PeftLoraConfig
-from peft_vit.methods.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
-from peft_vit.methods.starting_ranks import ORDERED_RULES, STARTING_RULES, StartingRanksConfig
 from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 
 __all__ = [
@@ -60,11 +59,14 @@ __all__ = [
     "DEFAULT_MODEL",
     "IMAGE_SIZES",
     "MATRICES",
+    "METHOD_KINDS",
     "METRICS",
     "NEEDS_PATH",
     "ORDERED_RULES",
     "PROBE_L2",
     "PROBE_READS",
+    "RULE_OF_A_BUDGET",
+    "SECTIONS",
     "SEEDS",
     "SITE_MATRICES",
     "STARTING_RULES",
@@ -94,11 +96,13 @@ __all__ = [
     "Lines",
     "LoraConfig",
     "MeasuresConfig",
+    "MethodKind",
     "MethodName",
     "Metric",
     "Mixup",
     "Name",
     "PeftAdaLoraConfig",
+    "PeftConfig",
     "PeftLoraConfig",
     "Precision",
     "QaLoraConfig",

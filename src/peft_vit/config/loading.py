@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from peft_vit.config.augmentation import Augmentation
 from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
+from peft_vit.config.methods import METHOD_KINDS
 from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig
 from peft_vit.config.training import TrainingConfig
 from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
 from peft_vit.errors import UserError
-from peft_vit.methods import METHODS
 from peft_vit.settings import AS_WRITTEN
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
 
 def _is_probe(experiment: dict[str, Any]) -> bool:
     method = experiment.get("method")
-    return isinstance(method, str) and method in METHODS and METHODS[method].trains == "head"
+    return isinstance(method, str) and method in METHOD_KINDS and METHOD_KINDS[method].trains == "head"
 
 
 def _is_flip(entry: Any) -> bool:

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
 
+from peft_vit.config.lora import LoraConfig
+from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.training import TrainingConfig
-from peft_vit.methods import METHODS, SECTIONS, Method
-from peft_vit.methods.linear import PROBE_L2
-from peft_vit.methods.lora import LoraConfig
 from peft_vit.settings import Frozen, without_repeats
 
 DatasetName = Literal[
@@ -30,7 +29,7 @@ _OF_HF = ("image_column", "label_column", "hub_subset")
 if TYPE_CHECKING:
     MethodName = str
 else:
-    MethodName = Literal[tuple(METHODS)]
+    MethodName = Literal[tuple(METHOD_KINDS)]
 # A name becomes a folder name: short, lower case, no separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
@@ -166,9 +165,9 @@ class _Experiment(Frozen):
     training: TrainingConfig
 
     @property
-    def kind(self) -> Method:
+    def kind(self) -> MethodKind:
         """Return the method."""
-        return METHODS[self.method]
+        return METHOD_KINDS[self.method]
 
     def section(self, settings: type[S]) -> S | None:
         """Return the section with settings of a kind, None if the experiment has none."""

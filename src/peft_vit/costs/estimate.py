@@ -17,6 +17,7 @@ from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.costs.cache import Costs, known_costs
 from peft_vit.evaluation.ablation import GROUPS
 from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.provenance import cpu_count, processor_name
 from peft_vit.training import flip_axes
@@ -179,7 +180,7 @@ def recomputed_passes(shape: BackboneShape, recomputed: int) -> float:
 def step_passes(experiment: ExperimentConfig, shape: BackboneShape) -> float:
     """Return how many forward passes a step takes as long as."""
     recomputed = experiment.training.recomputed_of(len(shape.values_by_block))
-    return experiment.kind.forward_passes + recomputed_passes(shape, recomputed)
+    return METHODS[experiment.method].forward_passes + recomputed_passes(shape, recomputed)
 
 
 def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> float:
@@ -200,7 +201,7 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
     recomputed = experiment.training.recomputed_of(len(workload.shape.values_by_block))
     kept = 0.0 if experiment.is_probe else kept_values(workload.shape, recomputed)
     activations = experiment.training.images_at_once * kept * value_bytes
-    weights = workload.shape.parameters * (experiment.kind.bytes_per_weight or 4 + value_bytes)
+    weights = workload.shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
     seconds = reckoned_s(run.spec, run.steps, workload, rate)
     return Estimate(seconds, int(PROCESS_BYTES + activations + weights), "estimate")
 

@@ -108,7 +108,7 @@ class MeasuredPace:
         if own:
             longer = own[0].costs.step_s / _line(like, own[0].batch_tokens)
         else:
-            longer = experiment.kind.forward_passes / METHODS[like[0].method].forward_passes
+            longer = METHODS[experiment.method].forward_passes / METHODS[like[0].method].forward_passes
         return longer * _line(like, tokens * experiment.training.batch_size)
 
     def image_s(self, tokens: int) -> float:

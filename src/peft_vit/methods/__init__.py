@@ -1,39 +1,23 @@
-"""The methods of fine-tuning: a module each, and a line each in `METHODS`, in the order in which reports show them."""
+"""What the methods of fine-tuning do: a module each, found by the lines of `config.METHOD_KINDS`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from importlib import import_module
 
+from torch import Tensor, nn
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import METHOD_KINDS, ExperimentConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.adalora import ADALORA
-from peft_vit.methods.full import FULL
-from peft_vit.methods.linear import LINEAR, QA_LINEAR
-from peft_vit.methods.lora import LORA
 from peft_vit.methods.method import Method, Preparation, Wishes
-from peft_vit.methods.peft import PEFT, PEFT_ADALORA, PEFT_LORA
-from peft_vit.methods.qa_adalora import QA_ADALORA
-from peft_vit.methods.qa_lora import QA_LORA
-from peft_vit.settings import Frozen
+from peft_vit.quantization import QuantizationFormat
+from peft_vit.training import Hook
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from peft_vit.backbones import BackboneShape
-    from peft_vit.config import ExperimentConfig
-    from peft_vit.quantization import QuantizationFormat
-    from peft_vit.training import Hook
-
+# In the order of the kinds. A module calls what it does by the method's name in capitals.
 METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (LINEAR, QA_LINEAR, FULL, LORA, PEFT_LORA, ADALORA, PEFT_ADALORA, QA_LORA, QA_ADALORA, PEFT)
-}
-# Every section that an experiment may have, and the model of its settings; a probe has none of its own.
-SECTIONS: dict[str, type[Frozen]] = {
-    section: settings
-    for method in METHODS.values()
-    if method.trains != "head"
-    for section, settings in method.settings.items()
+    name: getattr(import_module(f"{__name__}.{kind.module or name}"), name.upper())
+    for name, kind in METHOD_KINDS.items()
 }
 _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
 
@@ -55,7 +39,7 @@ def prepare(
     What it depends on beside the experiment is told by `Preparation`.
     """
     preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks, packed)
-    return experiment.kind.prepare(model, experiment, preparation)
+    return METHODS[experiment.method].prepare(model, experiment, preparation)
 
 
 def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -82,12 +66,12 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
             f"{recomputed} of {blocks} blocks: computing the last one again saves nothing; give at most {blocks - 1}",
             field="training.recomputed_blocks",
         )
-    experiment.kind.check(experiment, shape, total_steps, train_images)
+    METHODS[experiment.method].check(experiment, shape, total_steps, train_images)
 
 
 def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every: int = 1) -> ExperimentConfig:
     """Return an experiment of `total_steps` with schedules that fit fewer, deciding every `every` steps at most."""
-    return experiment.model_copy(update=experiment.kind.shorten(experiment, total_steps, steps, every))
+    return experiment.model_copy(update=METHODS[experiment.method].shorten(experiment, total_steps, steps, every))
 
 
-__all__ = ["METHODS", "SECTIONS", "Method", "Preparation", "Wishes", "check", "prepare", "shorten"]
+__all__ = ["METHODS", "Method", "Preparation", "Wishes", "check", "prepare", "shorten"]

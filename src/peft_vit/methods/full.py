@@ -3,10 +3,6 @@
 from peft_vit.methods.method import Method
 
 FULL = Method(
-    name="full",
-    title="Full fine-tuning",
-    color="#cc79a7",
-    trains="everything",
     learning_rate=2e-5,
     forward_passes=3,
     bytes_per_weight=16,

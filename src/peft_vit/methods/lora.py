@@ -4,53 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
-from pydantic import Field, ValidationInfo, model_validator
+from torch import nn
 
+from peft_vit.adapters import attach_adapters
+from peft_vit.adapters.peft_files import read_peft
+from peft_vit.adapters.peft_format import import_peft
+from peft_vit.allocation import check_starting_ranks
+from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
+from peft_vit.config import RULE_OF_A_BUDGET, ExperimentConfig, LoraConfig, StartingRanksConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import Method, Preparation, Wishes, check_rank_at, sites_of
-from peft_vit.methods.starting_ranks import StartingRanksConfig
-from peft_vit.settings import AdapterConfig, is_given
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peft_vit.backbones import BackboneShape, Site
-    from peft_vit.config import ExperimentConfig
-    from peft_vit.training import Hook
-
-DEFAULT_RANK = 8  # of `peft-vit train`
-RULE_OF_A_BUDGET = "stable_rank"  # likewise: what a screening of seven rules chose
-
-
-class LoraConfig(AdapterConfig):
-    """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
-
-    rank: int | None = Field(default=None, ge=1, description="of every update")
-    start: str | None = Field(
-        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
-    )
-
-    ranks: StartingRanksConfig | None = Field(
-        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
-    )
-
-    @model_validator(mode="after")
-    def _rank_or_start(self, info: ValidationInfo) -> Self:
-        if sum(one is not None for one in (self.rank, self.start, self.ranks)) != 1:
-            raise ValueError("give exactly one of rank, start and ranks")
-        for field in ("scale", "targets"):
-            if self.start is not None and is_given(self, field, info):
-                raise ValueError(f"{field} has no effect with start: the adapter has its own; remove it")
-        return self
+from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_rank_at, sites_of
+from peft_vit.training import Hook, StartingRanks
 
 
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    from peft_vit.adapters import attach_adapters
-    from peft_vit.adapters.peft_format import import_peft
-    from peft_vit.backbones import find_sites
-    from peft_vit.training import StartingRanks
 
     settings = experiment.need(LoraConfig)
     if settings.start is not None:
@@ -63,7 +32,6 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 
 def _check_ranks(settings: StartingRanksConfig, sites: Sequence[Site], train_images: int) -> None:
-    from peft_vit.allocation import check_starting_ranks
 
     check_rank_at("lora.ranks.site_rank", sites, settings.site_rank)
     check_starting_ranks(settings, sites)
@@ -75,8 +43,6 @@ def _check_ranks(settings: StartingRanksConfig, sites: Sequence[Site], train_ima
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_files import read_peft
-    from peft_vit.backbones import fused_sites
 
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
@@ -97,11 +63,6 @@ def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 
 
 LORA = Method(
-    name="lora",
-    title="LoRA, fixed rank",
-    color="#0072b2",
-    trains="adapters",
-    settings={"lora": LoraConfig},
     prepare=_prepare,
     check=_check,
     defaults=_defaults,

@@ -1,30 +1,22 @@
-"""What a method of fine-tuning is to the rest of the package.
-
-A method is one module beside this one and a line in `METHODS`. Its settings are read by everything that reads a
-configuration, a report without torch among them, so a method's module imports what trains only inside its functions.
-"""
+"""What a method of fine-tuning does: it prepares a model, refuses what would fail, and chooses for `peft-vit train`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import ValidationInfo
+from torch import Tensor, nn
 
+from peft_vit.allocation import rank_costs
+from peft_vit.backbones import BackboneShape, Site, chosen
+from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen
 from peft_vit.errors import UserError
-from peft_vit.settings import AdapterConfig, Frozen
+from peft_vit.quantization import QuantizationFormat
+from peft_vit.training import Hook, check_ranks
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor, nn
-
-    from peft_vit.backbones import BackboneShape, Site
-    from peft_vit.config import ExperimentConfig
-    from peft_vit.quantization import QuantizationFormat
-    from peft_vit.training import Hook
+DEFAULT_RANK = 8  # of `peft-vit train`
 
 
 @dataclass(frozen=True)
@@ -70,8 +62,6 @@ class Wishes:
     @property
     def below_one_rank_a_matrix(self) -> bool:
         """Whether the budget is too small for one rank on each matrix."""
-        from peft_vit.allocation import rank_costs
-
         if self.budget is None:
             return False
         shapes = [(site.in_features, site.out_features) for site in self.shape.sites]
@@ -82,9 +72,6 @@ class Wishes:
         """Refuse fewer steps than adaptive ranks need."""
         if self.steps < fewest:
             raise UserError(f"{self.steps} steps are too few to move ranks; give more", field="--steps")
-
-
-def _agreed(experiment: ExperimentConfig, info: ValidationInfo) -> None: ...
 
 
 def _as_it_is(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
@@ -104,15 +91,9 @@ def _no_sections(wishes: Wishes) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Everything that differs from method to method.
+    """What differs from method to method once a run is at hand; what can be asked of it is a `MethodKind` of `config`.
 
     Attributes:
-        name: what a configuration says.
-        title: what a report says.
-        color: of its marks in figures.
-        trains: a probe fits a head on features of the frozen backbone and takes no step.
-        settings: the sections of an experiment that it reads, and their models.
-        agree: refuses settings that contradict each other between sections (ValueError).
         prepare: makes a plain model trainable, in place, and returns what the loop has to call.
         check: refuses what `prepare` or the run would refuse later, from shapes and numbers alone (UserError).
         shorten: returns the sections with schedules of `total_steps` that fit `steps`, deciding every `every` steps at
@@ -128,12 +109,6 @@ class Method:
         why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
     """
 
-    name: str
-    title: str
-    color: str
-    trains: Literal["head", "adapters", "everything"]
-    settings: Mapping[str, type[Frozen]] = field(default_factory=dict)
-    agree: Callable[[Any, ValidationInfo], None] = _agreed
     prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = _as_it_is
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = _checked
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
@@ -171,8 +146,6 @@ def sites_of(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
     Raises:
         UserError: if it names kinds of matrices that the model lacks.
     """
-    from peft_vit.backbones import chosen
-
     with below(f"{section}.targets"):
         return chosen(shape.sites, settings.targets)
 
@@ -183,8 +156,6 @@ def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int =
     Raises:
         UserError: with the field, below the experiment.
     """
-    from peft_vit.training import check_ranks
-
     try:
         check_ranks(sites, rank, pool)
     except UserError as error:

@@ -5,21 +5,16 @@ The library is an extra, and imported only when a run needs it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
-from pydantic import ConfigDict, Field, model_validator
+from torch import nn
 
+from peft_vit.adapters.peft_tuner import attach_peft, attach_peft_lora, require_peft, tuner_config
+from peft_vit.backbones import BackboneShape, Site, whole_modules
+from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.lora import DEFAULT_RANK
-from peft_vit.methods.method import Method, Preparation, Wishes, below, check_rank_at
-from peft_vit.settings import AdapterConfig, Frozen
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peft_vit.backbones import BackboneShape, Site
-    from peft_vit.config import ExperimentConfig
-    from peft_vit.training import Hook
+from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, below, check_rank_at
+from peft_vit.training import Hook, PeftAdaLoraHook, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
 # AdaLoRA 12 -> 8 with its penalty and its allocation; PEFT 0.21.2, the allocator's defaults.
@@ -28,51 +23,20 @@ _CALIBRATION_IMAGES = 64  # for a start that depends on data
 _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 
 
-class PeftLoraConfig(AdapterConfig):
-    """LoRA by the PEFT library; one rank for a fused query, key and value."""
-
-    rank: int = Field(ge=1, description="of every update")
-
-
-class PeftAdaLoraConfig(AdapterConfig):
-    """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
-
-    initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")
-    target_rank: int = Field(default=8, ge=1, description="target_r: mean rank of the modules in the end")
-    update_frequency: int = Field(ge=1, description="deltaT: masks are made at multiples of it")
-    warmup_steps: int = Field(ge=1, description="tinit: no mask up to this step; at 0 PEFT masks before it has scores")
-    final_steps: int | None = Field(default=None, ge=0, description="tfinal: steps under the last mask; a quarter")
-    orthogonality_weight: float = Field(default=0.5, ge=0, description="orth_reg_weight; applied by our loop")
-    beta1: float = Field(default=0.85, gt=0, lt=1, description="smoothing of the sensitivity")
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="smoothing of its uncertainty")
-
-    @model_validator(mode="after")
-    def _rank_falls(self) -> Self:
-        if self.target_rank >= self.initial_rank:
-            raise ValueError(
-                f"target_rank {self.target_rank} does not lie below initial_rank {self.initial_rank}, and PEFT fails "
-                "when it has nothing to mask; raise initial_rank, or use peft_lora"
-            )
-        return self
-
-
 def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
     """Return the modules that PEFT adapts, each as one site."""
-    from peft_vit.backbones import whole_modules
 
     with below(f"{section}.targets"):
         return list(whole_modules(shape.sites, settings.targets).values())
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    from peft_vit.adapters.peft_tuner import attach_peft_lora
 
     attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
     return []
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_tuner import require_peft
 
     require_peft()
     settings = experiment.need(PeftLoraConfig)
@@ -84,11 +48,6 @@ def _lora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 
 
 PEFT_LORA = Method(
-    name="peft_lora",
-    title="LoRA by PEFT",
-    color="#56b4e9",
-    trains="adapters",
-    settings={"peft_lora": PeftLoraConfig},
     prepare=_prepare_lora,
     check=_check_lora,
     defaults=_lora_defaults,
@@ -100,15 +59,12 @@ PEFT_LORA = Method(
 
 
 def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    from peft_vit.training import PeftAdaLoraHook
 
     settings = experiment.need(PeftAdaLoraConfig)
     return [PeftAdaLoraHook(model, settings, preparation.total_steps, seed=preparation.seed)]
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_tuner import require_peft
-    from peft_vit.training import last_update
 
     require_peft()
     settings = experiment.need(PeftAdaLoraConfig)
@@ -118,7 +74,6 @@ def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_ste
 
 
 def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-    from peft_vit.training import last_update
 
     settings = experiment.need(PeftAdaLoraConfig)
     part = steps / total_steps
@@ -134,11 +89,6 @@ def _adalora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 
 
 PEFT_ADALORA = Method(
-    name="peft_adalora",
-    title="AdaLoRA by PEFT",
-    color="#e69f00",
-    trains="adapters",
-    settings={"peft_adalora": PeftAdaLoraConfig},
     prepare=_prepare_adalora,
     check=_check_adalora,
     shorten=_shorten_adalora,
@@ -149,21 +99,7 @@ PEFT_ADALORA = Method(
 )
 
 
-class PeftConfig(Frozen):
-    """A tuner of the PEFT library with PEFT's own settings, which PEFT's own configuration checks."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: str = Field(min_length=1, description="as PEFT names it, in small letters; and dora, rslora, eva")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return what is handed on to PEFT."""
-        return dict(self.model_extra or {})
-
-
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    from peft_vit.adapters.peft_tuner import attach_peft
 
     config = experiment.need(PeftConfig)
     images = None if preparation.calibration is None else preparation.calibration(_CALIBRATION_IMAGES)
@@ -174,7 +110,6 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    from peft_vit.adapters.peft_tuner import tuner_config
 
     config = experiment.need(PeftConfig)
     if config.type == "adalora":
@@ -183,11 +118,6 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 
 PEFT = Method(
-    name="peft",
-    title="Tuner of PEFT",
-    color="#775533",
-    trains="adapters",
-    settings={"peft": PeftConfig},
     prepare=_prepare,
     check=_check,
     defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pydantic import ValidationInfo
+from torch import nn
 
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.methods import adalora, qa_lora
-from peft_vit.methods.adalora import AdaLoraConfig
 from peft_vit.methods.method import Method, Preparation, Wishes
-from peft_vit.methods.qa_lora import QaLoraConfig
-from peft_vit.settings import Frozen
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from peft_vit.backbones import BackboneShape
-    from peft_vit.config import ExperimentConfig
-    from peft_vit.training import Hook
+from peft_vit.training import Hook
 
 
 def pooled(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
     """Return the settings of adaptive ranks with scale and targets of `qa_lora`, and the inputs that adapters pool."""
     settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
     return settings.model_copy(update={"scale": packing.scale, "targets": packing.targets}), packing.pool
-
-
-def _agree(experiment: Any, info: ValidationInfo) -> None:
-    """The ranks are adalora's, and what every adapter has is said once, in `qa_lora`."""
-    settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
-    if packing.rank is not None:
-        raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
-    if packing.start != "zero":
-        raise ValueError("qa_lora.start has no effect with method: qa_adalora, whose adapters start at zero; remove it")
-    if packing.adaptive_bits is not None and packing.adaptive_bits.ranks:
-        raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
-    for field in ("scale", "targets"):
-        if getattr(settings, field) != AdaLoraConfig.model_fields[field].default:
-            raise ValueError(f"adalora.{field} has no effect with method: qa_adalora; set qa_lora.{field}")
 
 
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
@@ -62,12 +41,6 @@ def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 
 
 QA_ADALORA = Method(
-    name="qa_adalora",
-    title="AdaLoRA + QA-LoRA",
-    color="#8844ee",
-    trains="adapters",
-    settings={"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
-    agree=_agree,
     prepare=_prepare,
     check=_check,
     shorten=_shorten,

@@ -10,9 +10,8 @@ from peft_vit.analysis.exported_latency import ExportedLatency
 from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError
-from peft_vit.methods import METHODS
-from peft_vit.methods.lora import RULE_OF_A_BUDGET
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
 from peft_vit.report.formatting import (
@@ -172,7 +171,7 @@ def _fewer_ranks(found: Recommendation) -> Iterator[str]:
     if limit is None or found.limits.stored_bytes is not None or found.chosen is not None:
         return
     adapted = [
-        one for one in (found.best, *_others(found)) if METHODS[one.runs[0].experiment.method].trains == "adapters"
+        one for one in (found.best, *_others(found)) if METHOD_KINDS[one.runs[0].experiment.method].trains == "adapters"
     ]
     if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
         return

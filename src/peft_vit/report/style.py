@@ -15,15 +15,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 
-from peft_vit.methods import METHODS
+from peft_vit.config import METHOD_KINDS
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.hover import HoverPoints
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5b6671", "#d8dee4", "#ffffff"
 # The colors that a figure shares with the page follow the page's theme.
 THEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", PAPER: "var(--paper)"}
-METHOD_COLORS = {method.name: method.color for method in METHODS.values()}
-METHOD_TITLES = {method.name: method.title for method in METHODS.values()}
+METHOD_COLORS = {method.name: method.color for method in METHOD_KINDS.values()}
+METHOD_TITLES = {method.name: method.title for method in METHOD_KINDS.values()}
 SEQUENTIAL = "viridis"  # perceptually uniform, readable in grey and under color-vision deficiencies
 DASHED = (0, (4, 3))
 # Within one diagram only few lines need telling apart: Okabe and Ito's colors without yellow, which is faint on paper.

@@ -44,7 +44,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.methods import prepare
+from peft_vit.methods import METHODS, prepare
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
 from peft_vit.runs.calibration import choose_bits
@@ -153,7 +153,7 @@ def _kind(error: Exception) -> Failure:
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
-    if spec.experiment.kind.uses_peft:
+    if METHODS[spec.experiment.method].uses_peft:
         load_peft()
     memory = attempt.watch_memory()
     torch.set_num_threads(spec.threads)

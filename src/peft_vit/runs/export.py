@@ -36,6 +36,7 @@ from peft_vit.deployment import (
 )
 from peft_vit.errors import UserError
 from peft_vit.extras import EXTRAS, require_extra
+from peft_vit.methods import METHODS
 from peft_vit.records import write_atomically
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
@@ -125,7 +126,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     Raises:
         UserError: if the run can't be restored, or its method has no PEFT counterpart.
     """
-    if why := done_record(run_dir).spec.experiment.kind.why_not_peft:
+    if why := METHODS[done_record(run_dir).spec.experiment.method].why_not_peft:
         raise UserError(
             f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
             "of PEFT's methods",

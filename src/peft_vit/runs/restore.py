@@ -19,7 +19,7 @@ from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.data import DATASETS
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with
-from peft_vit.methods import prepare
+from peft_vit.methods import METHODS, prepare
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
@@ -135,7 +135,7 @@ def prepare_as_saved(
         formats=read_adapter_file(file).formats if adaptive is not None else None,
         ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
         packed=read_adapter_file(file).packed if keeps_codes(experiment) else None,
-        module_ranks=saved_module_ranks(file) if experiment.kind.uses_peft else None,
+        module_ranks=saved_module_ranks(file) if METHODS[experiment.method].uses_peft else None,
     )
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from peft_vit.backbones import Architecture, BackboneShape, describe, native_size, size_step_of
+from peft_vit.backbones import BackboneShape, architecture_of, describe, native_size, size_step_of
 from peft_vit.config import (
     DEFAULT_MODEL,
     IMAGE_SIZES,
+    METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
     AskedPrecision,
@@ -86,7 +87,7 @@ class OwnImages:
     @property
     def is_probe(self) -> bool:
         """Return whether only a head is fitted."""
-        return METHODS[self.method].trains == "head"
+        return METHOD_KINDS[self.method].trains == "head"
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ class _Pace:
     def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
         """Measure this machine's pace, in 0.2 s."""
         backbone = _backbone(asked)
-        patch = size_step_of(Architecture.of(backbone))
+        patch = size_step_of(architecture_of(backbone))
         shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
@@ -254,7 +255,7 @@ class _Pace:
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
-        architecture = Architecture.of(self.backbone)
+        architecture = architecture_of(self.backbone)
         patch, native = size_step_of(architecture), native_size(architecture)
         wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
         steps = 0 if self.asked.is_probe else wished

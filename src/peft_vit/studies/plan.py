@@ -10,7 +10,7 @@ from typing import cast
 
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
-from peft_vit.backbones import Architecture, check_weights, describe, interpolation_of
+from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import DataConfig, Precision, StudyConfig
 from peft_vit.costs.estimate import (
     Estimate,
@@ -293,7 +293,7 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
 
 def _interpolated(study: StudyConfig) -> DataConfig:
     """Return a study's images, resized as the model's pretraining did it if nothing else was asked for."""
-    known = interpolation_of(Architecture.of(study.backbone))
+    known = interpolation_of(architecture_of(study.backbone))
     if study.data.interpolation is not None or known == "bicubic":
         return study.data
     return study.data.model_copy(update={"interpolation": known})

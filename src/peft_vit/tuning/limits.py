@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_vit.backbones import Architecture
+from peft_vit.backbones import architecture_of
 from peft_vit.config import IMAGE_SIZES, SEEDS, parse_bytes, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.provenance import cpu_count
@@ -124,7 +124,7 @@ def time_exported(context: TuningContext, model: str, image_size: int) -> float:
     from peft_vit.deployment.check import card_of_random
     from peft_vit.deployment.timing import time_alone
 
-    architecture = Architecture.of(context.backbones[model])
+    architecture = architecture_of(context.backbones[model])
     names = tuple(context.seen.class_names)
     plain = create_model(architecture, image_size, len(names))
     card = card_of_random(architecture, image_size, names, "tune")

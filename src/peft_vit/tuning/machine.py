@@ -11,6 +11,7 @@ from peft_vit.config import ExperimentConfig, StudyConfig, study_from_mapping
 from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, Workload
 from peft_vit.costs.pace import MeasuredPace, Pace, ReckonedPace
 from peft_vit.data import ImageIndex, open_index
+from peft_vit.methods import METHODS
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.studies.profiling import measure_pace
 
@@ -102,4 +103,4 @@ def _image_s(pace: Pace, shape: BackboneShape) -> float:
 def _step_s(pace: Pace, experiment: ExperimentConfig, shape: BackboneShape) -> float:
     if isinstance(pace, MeasuredPace):
         return pace.step_s(experiment, shape.tokens)
-    return experiment.kind.forward_passes * experiment.training.batch_size * _image_s(pace, shape)
+    return METHODS[experiment.method].forward_passes * experiment.training.batch_size * _image_s(pace, shape)

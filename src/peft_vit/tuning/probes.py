@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft_vit.backbones import Architecture, native_size, size_step_of
+from peft_vit.backbones import architecture_of, native_size, size_step_of
 from peft_vit.config.augmentation import Flips
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
@@ -51,7 +51,7 @@ def sizes_of(context: TuningContext, model: str) -> list[int]:
         for size in context.request.image_sizes:
             context.shape(model, size)
         return sorted(context.request.image_sizes)
-    architecture = Architecture.of(context.backbones[model])
+    architecture = architecture_of(context.backbones[model])
     patch, native = size_step_of(architecture), native_size(architecture)
     largest = max(min(_LARGEST_PIXELS, _side_of(context)), _SIDES[5] * patch)
     sizes = [side * patch for side in _SIDES if 14 <= side * patch <= min(largest, max(native, patch))]

@@ -19,7 +19,7 @@ from peft_vit.errors import UserError
 pytestmark = pytest.mark.part("importance analysis")
 BETA1, BETA2, RANK = 0.85, 0.7, 3
 SMOOTHED = ("gradient_norm", "fisher", "sensitivity")
-OF_TRIPLETS = [name for name, metric in METRICS.items() if metric.of_weight is None]
+OF_TRIPLETS = [name for name, metric in METRICS.items() if not metric.reads_weight]
 
 
 def site(parametrization: str, seed: int = 0, rank: int = RANK, *, scale: float = 2.0, **settings: Any) -> SiteAdapter:

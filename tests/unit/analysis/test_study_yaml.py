@@ -5,8 +5,7 @@ import planted
 import pytest
 
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import AdaptiveBitsConfig, StudyConfig, load_study, study_from_mapping
-from peft_vit.methods import METHODS
+from peft_vit.config import METHOD_KINDS, AdaptiveBitsConfig, StudyConfig, load_study, study_from_mapping
 from peft_vit.records import RunSpec, read_record, write_record
 
 ADALORA = {
@@ -86,7 +85,7 @@ def planted_study(**changes: Any) -> StudyConfig:
         "measures": {"latency_batches": [1, 8]},
         "experiments": [
             one
-            if METHODS[one["method"]].trains == "head"
+            if METHOD_KINDS[one["method"]].trains == "head"
             else {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}}
             for one in EXPERIMENTS
         ],
@@ -110,7 +109,7 @@ def spec_of(study: StudyConfig, place: int) -> RunSpec:
 
 
 def test_every_method_is_among_the_experiments() -> None:
-    assert {one["method"] for one in EXPERIMENTS} >= METHODS.keys() - {"peft"}
+    assert {one["method"] for one in EXPERIMENTS} >= METHOD_KINDS.keys() - {"peft"}
 
 
 @pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[one["name"] for one in EXPERIMENTS])

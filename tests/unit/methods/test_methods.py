@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
-from peft_vit.methods import METHODS, SECTIONS, shorten
+from peft_vit import methods
+from peft_vit.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
+from peft_vit.methods import METHODS, shorten
 from peft_vit.report.style import METHOD_COLORS, METHOD_TITLES
 
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}
@@ -27,31 +29,37 @@ def experiment(method: str, **sections: dict[str, object]) -> ExperimentConfig:
 
 
 def test_names_titles_and_colors_are_each_methods_own() -> None:
-    assert all(name == method.name for name, method in METHODS.items())
+    assert all(name == kind.name for name, kind in METHOD_KINDS.items())
     for values in (METHOD_TITLES.values(), METHOD_COLORS.values()):
-        assert len(set(values)) == len(METHODS)
+        assert len(set(values)) == len(METHOD_KINDS)
+
+
+def test_every_kind_has_its_method_and_every_module_a_kind() -> None:
+    assert list(METHODS) == list(METHOD_KINDS)
+    modules = {module.name for module in pkgutil.iter_modules(methods.__path__)} - {"method"}
+    assert modules == {kind.module or kind.name for kind in METHOD_KINDS.values()}
 
 
 def test_an_experiment_has_a_field_for_every_section() -> None:
     assert set(SECTIONS) < set(ExperimentConfig.model_fields)
-    assert {name: kind for method in METHODS.values() for name, kind in method.settings.items()} == SECTIONS
+    assert {name: kind for method in METHOD_KINDS.values() for name, kind in method.settings.items()} == SECTIONS
 
 
 def test_a_section_is_found_by_its_kind() -> None:
     lora = experiment("lora", lora={"rank": 4})
     assert lora.need(LoraConfig).rank == 4
     assert lora.section(QaLoraConfig) is None
-    assert lora.kind is METHODS["lora"]
+    assert lora.kind is METHOD_KINDS["lora"]
 
 
-@pytest.mark.parametrize("method", [name for name, one in METHODS.items() if one.settings])
+@pytest.mark.parametrize("method", [name for name, kind in METHOD_KINDS.items() if kind.settings])
 def test_a_method_without_its_section_is_refused(method: str) -> None:
     with pytest.raises(ValidationError, match=f"method: {method} needs a section"):
         experiment(method)
 
 
 def test_a_method_of_ones_own_is_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(METHODS, "lora", replace(METHODS["lora"], trains="head"))
+    monkeypatch.setitem(METHOD_KINDS, "lora", replace(METHOD_KINDS["lora"], trains="head"))
     assert experiment("lora", lora={"rank": 4}).is_probe
 
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from peft_vit.backbones import describe
+from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.config.named_backbone import named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
-from peft_vit.methods.lora import RULE_OF_A_BUDGET
 from peft_vit.studies import own_images
 from peft_vit.studies.own_images import OwnImages, study_of
 
@@ -151,7 +151,7 @@ def test_an_output_among_the_images_is_refused(asked, tmp_path) -> None:
 def test_every_method_has_a_preset(asked, method) -> None:
     (experiment,) = study_of(asked(method))[0].experiments
     assert experiment.method == method
-    assert all(isinstance(getattr(experiment, name), kind) for name, kind in METHODS[method].settings.items())
+    assert all(isinstance(getattr(experiment, name), kind) for name, kind in METHOD_KINDS[method].settings.items())
     training = experiment.training
     if not experiment.is_probe:
         assert (training.schedule, training.head_start) == ("warmup_stable_decay", "probe")
@@ -383,4 +383,4 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         assert (packing.group_size if packing.use_group_quantization else None) == group
         if method == "qa_lora":
             assert packing.rank == rank
-        experiment.kind.check(experiment, describe(study.backbone, size), 60, 100)
+        METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)

@@ -8,11 +8,9 @@ import pytest
 from peft_vit.backbones import describe
 from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.catalog import create_model
-from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.config import BackboneConfig, ExperimentConfig, LoraConfig
 from peft_vit.evaluation import model_size
-from peft_vit.methods import METHODS
-from peft_vit.methods.lora import LoraConfig
-from peft_vit.methods.method import Preparation
+from peft_vit.methods import METHODS, Preparation
 from peft_vit.tuning.candidates import KINDS, designs, training_of
 from peft_vit.tuning.contest import contestants, reference_of
 from peft_vit.tuning.rates import BestRate

@@ -1,4 +1,4 @@
-"""Ranks of a LoRA that are chosen once, before the first step: the section `lora.ranks`, and a line for each rule.
+"""What can be asked of LoRA (arXiv 2106.09685) with ranks that stay: the sections `lora` and `lora.ranks`.
 
 How a rule scores and what it gives is told, and computed, in `allocation.starting_ranks`.
 """
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
-from peft_vit.methods.adalora import BudgetUnit
-from peft_vit.settings import Frozen, is_given
+from peft_vit.config.adalora import BudgetUnit
+from peft_vit.settings import AdapterConfig, Frozen, is_given
 
 # What a rule reads: the frozen weights, the layers' inputs or the loss's gradients on training images, or nothing.
 Reads = Literal["weights", "inputs", "gradients", "nothing"]
@@ -63,4 +63,30 @@ class StartingRanksConfig(Frozen):
         for field, is_read in read.items():
             if not is_read and getattr(self, field) is not None and is_given(self, field, info):
                 raise ValueError(f"{field} has no effect with rule: {self.rule}; remove it")
+        return self
+
+
+# Of `peft-vit train --budget`: what the screening of seven rules chose.
+RULE_OF_A_BUDGET = "stable_rank"
+
+
+class LoraConfig(AdapterConfig):
+    """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
+
+    rank: int | None = Field(default=None, ge=1, description="of every update")
+    start: str | None = Field(
+        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
+    )
+
+    ranks: StartingRanksConfig | None = Field(
+        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
+    )
+
+    @model_validator(mode="after")
+    def _rank_or_start(self, info: ValidationInfo) -> Self:
+        if sum(one is not None for one in (self.rank, self.start, self.ranks)) != 1:
+            raise ValueError("give exactly one of rank, start and ranks")
+        for field in ("scale", "targets"):
+            if self.start is not None and is_given(self, field, info):
+                raise ValueError(f"{field} has no effect with start: the adapter has its own; remove it")
         return self

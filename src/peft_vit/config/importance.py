@@ -1,17 +1,13 @@
 """The importance metrics by which ranks can be given out: a line each in `METRICS`.
 
-What scores a triplet by its parameters and gradients is told, and computed, in `allocation.importance`. A metric with
-`of_weight` asks for neither: it scores a site by its frozen weight, once.
+What scores a triplet by its parameters and gradients, or a site by its frozen weight, is told, and computed, in
+`allocation.importance`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -22,20 +18,12 @@ class ImportanceMetric:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
             `allocation.gradient_probes`; None: it is not probed.
-        of_weight: returns the score of a site from its frozen weight (out, in); None: triplets are scored.
+        reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
     """
 
     reads_gradient: bool = False
     probe_power: int | None = None
-    of_weight: Callable[[Tensor], float] | None = None
-
-
-def _stable_rank(weight: Tensor) -> float:
-    """Return ||W||_F^2 / ||W||_2^2, between 1 and the rank (Rudelson and Vershynin, arXiv math/0503442); 0 of zeros."""
-    from torch.linalg import matrix_norm
-
-    largest = float(matrix_norm(weight, 2))
-    return float(matrix_norm(weight)) ** 2 / largest**2 if largest else 0.0
+    reads_weight: bool = False
 
 
 METRICS: dict[str, ImportanceMetric] = {
@@ -47,7 +35,7 @@ METRICS: dict[str, ImportanceMetric] = {
     "sensitivity": ImportanceMetric(reads_gradient=True, probe_power=2),
     "random": ImportanceMetric(),
     "uniform": ImportanceMetric(),
-    "stable_rank": ImportanceMetric(of_weight=_stable_rank),
+    "stable_rank": ImportanceMetric(reads_weight=True),
 }
 GRADIENT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads_gradient)
 
