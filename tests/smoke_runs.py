@@ -38,7 +38,9 @@ def check_record(record: RunRecord) -> None:
     assert record.test.n == record.split_sizes["test"]
     measures = record.spec.measures
     assert tuple(record.latency_s) == measures.latency_batches
-    has_updates = record.spec.experiment.has_adapters
+    method, parameters = record.spec.experiment.method, record.parameters
+    before_ranks = record.chosen_step == 0 and "adalora" in method  # which come with the first step
+    has_updates = record.spec.experiment.has_adapters and not before_ranks
     assert (record.removal is not None) == (has_updates and measures.removal_images is not None)
     if record.removal is not None:  # more images are asked for than the 8 that a smoke run has
         assert record.removal.images == record.split_sizes["validation"]
@@ -46,7 +48,6 @@ def check_record(record: RunRecord) -> None:
         assert record.removal.site_loss_rise.keys() == {name for name, rank in last.items() if rank}
     binary = len(record.class_names) == 2
     assert (record.test.auroc is not None) == binary
-    method, parameters = record.spec.experiment.method, record.parameters
     if method in ("adalora", "qa_adalora"):
         adalora = record.spec.experiment.need(AdaLoraConfig)
         budget = adalora.budget
@@ -65,8 +66,7 @@ def check_record(record: RunRecord) -> None:
         == (method in ("qa_linear", "qa_lora", "qa_adalora"))
         == bool(record.bits_history)
     )
-    # Before the first step no site has a rank where ranks are adaptive: the head alone is what is chosen there.
-    head_alone = METHOD_KINDS[method].trains == "head" or (record.chosen_step == 0 and "adalora" in method)
+    head_alone = METHOD_KINDS[method].trains == "head" or before_ranks
     assert (parameters.final == parameters.head) == head_alone
     if method == "full":
         assert parameters.final == parameters.head + parameters.backbone_total

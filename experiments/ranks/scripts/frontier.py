@@ -10,8 +10,8 @@
 `length` keeps the runs of frontier_length_* in results/frontier_length.csv, and prints which length and batch their
 rule takes; `task` those of frontier_task_* and frontier_rates_* in results/frontier_task.csv, and whether ELPV is a
 task after all, and at which rates. `screen` keeps the runs of frontier_screening_* in results/frontier_screening.csv,
-one row a run without its test accuracy, and prints what the rule in their configurations' heads says of them. `more`
-writes the configurations of the runs that the rule asks for besides, `study` those of the studies once it has all.
+one row a run without its test accuracy, and prints what the rule of screening.yaml says of them. `more` prints the
+rounds that the rule asks for besides, `study` writes the configurations of the studies once it has all.
 `figure` keeps the studies' runs in results/frontier.csv, draws docs/images/frontier.svg, and prints the numbers beside
 it. What is printed goes where marks in docs/adaptive_ranks.md ask for it. Without a DIR the same comes from
 the files that are there.
@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -50,7 +51,7 @@ from experiments.ranks.scripts.frontier_figure import (
 from experiments.scripts import evidence
 from experiments.scripts.evidence import table, with_runs
 from peft_vit import cli
-from peft_vit.config import MATRICES, load_study
+from peft_vit.config import MATRICES
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, write_atomically
 
@@ -298,7 +299,7 @@ def missing(runs: pd.DataFrame) -> dict[str, list[tuple[str, int]]]:
     found = {}
     for task in SCREENED:
         done = runs[runs.task == task]
-        planned = [one.name for one in load_study(configs.CONFIGS / f"frontier_screening_{task}.yaml").experiments]
+        planned = configs.screened_names(task)
         begun = done.experiment[done.study != f"frontier_screening_{task}"]
         there = set(zip(done.experiment, done.seed, strict=True))
         wanted = {(name, seed): None for name in (*planned, *begun) for seed in SCREENING_SEEDS[:2]}
@@ -369,7 +370,7 @@ def picks(runs: pd.DataFrame) -> Picks:
         if found:
             raise UserError(
                 f"{len(found)} runs or rates {what} are missing, so the rule can't choose yet; "
-                "`frontier.py screen` names them, `frontier.py more` writes configurations for what comes after",
+                "`frontier.py screen` names them, `frontier.py more` the rounds that come after",
                 file=SCREENING_ROWS,
             )
     rules, kind = goes_on(runs)
@@ -440,22 +441,16 @@ def _listed(asked: Sequence[Asked]) -> str:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-def write_further_runs(runs: pd.DataFrame, folder: Path) -> None:
-    """Write the configurations of the runs that the rule asks for next: rates beyond ends first, then seeds.
+def further_runs(runs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rounds that the rule asks for next, as screening.yaml holds them: rates beyond ends, then seeds.
 
     Raises:
         UserError: if runs that were planned before are missing.
     """
     if absent := [run for found in missing(runs).values() for run in found]:
         raise UserError(f"{len(absent)} runs that were planned are missing; finish them first", file=SCREENING_ROWS)
-    asked = ends(runs) or again(runs)
-    if not asked:
-        print("nothing: the rule has all it asks for")
-    for task in dict.fromkeys(one.task for one in asked):
-        numbers = runs.study[runs.task == task].str.extract(r"_(\d+)$")[0].dropna().astype(int)
-        of_task = [one for one in asked if one.task == task]
-        for number, seeds in enumerate(dict.fromkeys(one.seeds for one in of_task), max(numbers, default=1) + 1):
-            configs.write(folder, *configs.further_runs(number, [one for one in of_task if one.seeds == seeds]))
+    numbers = runs.study.str.extract(r"_(\d+)$")[0].fillna("1").astype(int).groupby(runs.task).max()
+    return configs.further_runs(ends(runs) or again(runs), numbers.to_dict())
 
 
 def write_studies(chosen: Picks, folder: Path, found: Sequence[Sentence] = ()) -> None:
@@ -504,7 +499,7 @@ def main(arguments: list[str] | None = None) -> None:
     most = {"more": 0, "study": 1}.get(asked.what, len(asked.paths))
     if len(asked.paths) > most:
         parser.error(f"{asked.what} takes {most or 'no'} path")
-    if asked.output and asked.what not in ("more", "study"):
+    if asked.output and asked.what != "study":
         parser.error(f"--output has no effect with {asked.what}")
     output = asked.output or configs.CONFIGS
     with cli.user_errors():
@@ -531,7 +526,8 @@ def main(arguments: list[str] | None = None) -> None:
                 keep(folder, SCREENING_ROWS, _OF_SCREENING, pilot_row)
             runs = read(SCREENING_ROWS, _OF_SCREENING)
             if asked.what == "more":
-                write_further_runs(runs, output)
+                for one in further_runs(runs):
+                    print(one)
             else:
                 tell({"frontier_screening": screening_text(runs)})
 

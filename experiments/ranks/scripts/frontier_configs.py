@@ -1,11 +1,17 @@
-"""The configurations that follow from the screening of rules for few ranks: its further runs, and the studies.
+"""The configurations of the screening of rules for few ranks, a round each, and of the studies that follow from it.
+
+    .venv/bin/python -m experiments.ranks.scripts.frontier_configs screening digits 3 > round.yaml
 
 An experiment is the screening's of that name, at another budget and rate, so a study runs what was screened.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import hashlib
+import json
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +22,12 @@ from typing import Any, NamedTuple
 import yaml
 
 from peft_vit.config import ORDERED_RULES
+from peft_vit.config.lr_sweep import at_each_rate
 from peft_vit.config.yaml_loader import read_mapping
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS = FOLDER / "configs"
+SCREENING = FOLDER / "screening.yaml"  # its rounds, in place of a file each
 SITES = 72
 SCREENED_BUDGETS = (9, 36)
 BUDGETS = (4, 9, 18, 36, 72, 288)
@@ -103,44 +111,97 @@ def _site_rank(budget: int) -> int:
 
 
 @cache
-def _screening(task: str) -> dict[str, Any]:
-    return read_mapping(CONFIGS / f"frontier_screening_{task}.yaml")[0]
+def _table() -> dict[str, Any]:
+    return read_mapping(SCREENING)[0]
 
 
+@cache
 def _screened(task: str) -> dict[str, dict[str, Any]]:
-    return {one["name"]: one for one in _screening(task)["experiments"]}
+    """Return the experiments of the screening's first round by name; rules that read images have some for each task."""
+    found = {one["name"]: copy.deepcopy(one) for one in _table()["experiments"]}
+    images = _table()["images"][task].get("calibration_images")
+    for one in found.values():
+        ranks = one.get("lora", {}).get("ranks", {})
+        if images is not None and ranks.get("rule") in _table()["calibrated"]:
+            ranks["calibration_images"] = images
+    return found
 
 
 def _common(task: str) -> dict[str, Any]:
     """Return what all studies on these images have in common."""
-    found = copy.deepcopy(_screening(task))
-    found["training"] = {key: value for key, value in found["training"].items() if key != "learning_rate"}
-    return found
+    found, images = copy.deepcopy(_table()["settings"]), copy.deepcopy(_table()["images"][task])
+    return found | {"data": images["data"], "training": {"augmentation": images["augmentation"], **found["training"]}}
 
 
-def further_runs(number: int, asked: Sequence[Asked]) -> tuple[str, str]:
-    """Return name and text of the screening's further runs on one task; all have the same seeds."""
-    task, seeds = asked[0].task, asked[0].seeds
-    rates: dict[str, list[float]] = {}
-    for one in asked:
-        rates.setdefault(one.method, []).append(one.rate)
+def rounds(task: str) -> dict[int, dict[str, Any]]:
+    """Return the rounds of a task by number: seeds, a digest of the configuration, and but for the first one rates."""
+    return {one["round"]: one for one in _table()["rounds"] if one["task"] == task}
+
+
+def screening(task: str, number: int) -> dict[str, Any]:
+    """Return the configuration of a round as a mapping."""
+    asked = rounds(task)[number]
+    found = _common(task) | {"name": f"frontier_screening_{task}", "seeds": asked["seeds"]}
+    if number == 1:
+        found["training"]["learning_rate"] = _table()["learning_rates"]
+        description = f"Rules for where few ranks go, {' and '.join(map(str, SCREENED_BUDGETS))} over {SITES} sites, "
+        return found | {
+            "description": f"{description}chosen on validation.",
+            "experiments": [*_screened(task).values()],
+        }
+    found["name"] += f"_{number}"
     experiments = []
-    for method, tried in rates.items():
-        rule, _, budget = method.rpartition("_")
-        screened = _screened(task).get(method)
+    for name, tried in asked["rates"].items():
+        rule, _, budget = name.rpartition("_")
+        screened = _screened(task).get(name)
         made = copy.deepcopy(screened) if screened else experiment(task, rule, int(budget), tried)
-        experiments.append(made | {"training": {"learning_rate": sorted(tried)}})
+        experiments.append(made | {"training": {"learning_rate": tried}})
+    description = "Further rates or seeds of the screening, chosen on validation."
+    return found | {"description": description, "experiments": experiments}
+
+
+def screened_names(task: str) -> list[str]:
+    """Return the experiments of the first round as a study names them, one a name and rate."""
+    study = screening(task, 1)
+    shared = {"training": {"learning_rate": study["training"]["learning_rate"]}}
+    one_a_rate = [one if one["method"] == "linear" else one | shared for one in study["experiments"]]
+    return [one["name"] for one in at_each_rate({"experiments": one_a_rate})["experiments"]]
+
+
+def digest(study: Mapping[str, Any]) -> str:
+    """Return what a round's configuration is known by."""
+    return hashlib.sha256(json.dumps(study, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def screening_text(task: str, number: int) -> str:
+    """Return the configuration of a round as a file."""
+    study = screening(task, number)
+    rates = len(at_each_rate(study)["experiments"]) if number > 1 else len(screened_names(task))
+    with_commit = rounds(task)[number].get("made_with")
     head = {
-        "Asks": f"what the rule of frontier_screening_{task}.yaml asks for besides: rates beyond an end of the list "
-        "that was best, the best two rates of what goes on with further seeds, its rates at 288 ranks, those of "
-        f"controls with {VALUES} trained values, or of an even spread over many depths. Test images are never read.",
+        "Asks": f"round {number} of the screening on {TASKS[task].title}; what it asks, and its rule, stand in "
+        "experiments/ranks/screening.yaml. Test images are never read.",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Cost": f"{len(asked) * len(seeds)} runs of {_steps(task)} steps, about {_SECONDS} seconds each.",
+        "Cost": f"{rates * len(study['seeds'])} runs of {_steps()} steps, about {_SECONDS} seconds each.",
     }
-    name = f"frontier_screening_{task}_{number}"
-    description = "Further rates or seeds of the screening, chosen on validation."
-    return _configuration(task, name, head, description, seeds, experiments)
+    if with_commit:
+        head["Older"] = f"it holds rules that are gone; commit {with_commit}, version 0.2.0, can repeat it."
+    lines = [line for label, text in head.items() for line in _wrapped(f"{label}:", text)]
+    return "\n".join((*lines, "", _dumped(study)))
+
+
+def further_runs(asked: Sequence[Asked], numbers: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return the rounds that a screening asks for, as the table holds them; `numbers` are the last ones by task."""
+    found: dict[tuple[str, tuple[int, ...]], dict[str, list[float]]] = {}
+    for one in asked:
+        found.setdefault((one.task, one.seeds), {}).setdefault(one.method, []).append(one.rate)
+    made, last = [], dict(numbers)
+    for (task, seeds), rates in found.items():
+        last[task] += 1
+        tried = {method: sorted(some) for method, some in rates.items()}
+        made.append({"task": task, "round": last[task], "seeds": list(seeds), "rates": tried})
+    return made
 
 
 def references(task: str, picks: Picks) -> tuple[str, str]:
@@ -153,8 +214,7 @@ def references(task: str, picks: Picks) -> tuple[str, str]:
         "Weights": _WEIGHTS,
         "Rule, before the data": "where LoRA r=8 is less than 3 points above the probe on test images, the task "
         "decides nothing about ranks, and the findings say so.",
-        "Cost": f"{2 * len(STUDY_SEEDS)} runs of {_steps(task)} steps, about {_SECONDS} seconds each; probes "
-        "take less.",
+        "Cost": f"{2 * len(STUDY_SEEDS)} runs of {_steps()} steps, about {_SECONDS} seconds each; probes take less.",
     }
     return _configuration(task, f"frontier_{task}", head, "The linear probe and LoRA r=8.", STUDY_SEEDS, [probe, lora])
 
@@ -226,7 +286,7 @@ def _asked_after(
         "Asks": asks,
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Chosen": f"on validation, with other seeds: every rate, by the rule of frontier_screening_{task}.yaml. Asked "
+        "Chosen": f"on validation, with other seeds: every rate, by the rule of screening.yaml. Asked "
         f"after the studies of {budget} ranks were read, so with seeds of its own.",
         "Rule, before the data": f"test accuracy, paired by seed, every comparison with {best}. Sentences: {claims}. "
         + _SHOWN_WHERE,
@@ -255,9 +315,9 @@ def _head(task: str, budget: int, picks: Picks, experiments: int) -> dict[str, s
         "Asks": f"at {budget} ranks over {SITES} sites, does it matter where they go?",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Chosen": "on validation, with other seeds, by the rule of frontier_screening_*.yaml: the rules that score, "
+        "Chosen": "on validation, with other seeds, by the rule of screening.yaml: the rules that score, "
         f"{best} before {', '.join(picks.rules[1:])}; {picks.kind} as the one kind of matrix; every rate, which is "
-        f"that at {RATE_BUDGETS[budget]} ranks in frontier_screening_{task}*.yaml.",
+        f"that at {RATE_BUDGETS[budget]} ranks in its rounds on {TASKS[task].title}.",
         "Controls": f"random sites, first and last blocks have rank {_site_rank(budget)} until the budget is spent.",
         "Budgets": f"in ranks that are left at the end.{''.join(_STARTS.get(one, '') for one in picks.rules)} Nothing "
         "is said of equal numbers of trained values: a rank of fc1 or fc2 has 1,920, of the others 768.",
@@ -274,7 +334,7 @@ def _head(task: str, budget: int, picks: Picks, experiments: int) -> dict[str, s
 def _cost(task: str, experiments: int) -> str:
     """Return what a study with looks takes; all such have as many seeds."""
     return (
-        f"{experiments * LOOKS[-1]} runs of {_steps(task)} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each of "
+        f"{experiments * LOOKS[-1]} runs of {_steps()} steps at most, {LOOKS[0]} to {LOOKS[-1]} of each of "
         f"{experiments} experiments, about {_SECONDS} seconds a run on one core."
     )
 
@@ -286,12 +346,12 @@ def _head_of_described(task: str, budget: int, experiments: int) -> dict[str, st
         f"before it in the order {', '.join(map(str, SEQUENCE))} is not shown.",
         "Images": TASKS[task].images,
         "Weights": _WEIGHTS,
-        "Cost": f"{experiments * LOOKS[0]} runs of {_steps(task)} steps, about {_SECONDS} seconds each on one core.",
+        "Cost": f"{experiments * LOOKS[0]} runs of {_steps()} steps, about {_SECONDS} seconds each on one core.",
     }
 
 
-def _steps(task: str) -> int:
-    return int(_screening(task)["training"]["steps"])
+def _steps() -> int:
+    return int(_table()["settings"]["training"]["steps"])
 
 
 class _Dumper(yaml.SafeDumper):
@@ -313,14 +373,16 @@ def _configuration(
     settings |= {"experiments": list(experiments)} | ({"stopping": stopping} if stopping else {})
     lines = [line for label, text in head.items() for line in _wrapped(f"{label}:", text)]
     decided = " --until-decided" if stopping else ""
-    what, folder = ("screen", "frontier_screening") if "screening" in name else ("figure", "frontier")
-    output = f"experiments/outputs/{folder}"
+    output = "experiments/outputs/frontier"
     lines += [
-        f"# Command: .venv/bin/peft-vit run experiments/configs/{name}.yaml{decided} --output {output}",
-        f"#          then .venv/bin/python -m experiments.ranks.scripts.frontier {what} {output}",
+        f"# Command: .venv/bin/peft-vit run experiments/ranks/configs/{name}.yaml{decided} --output {output}",
+        f"#          then .venv/bin/python -m experiments.ranks.scripts.frontier figure {output}",
     ]
-    body = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=100, default_flow_style=None)
-    return name, "\n".join((*lines, "", body))
+    return name, "\n".join((*lines, "", _dumped(settings)))
+
+
+def _dumped(settings: Mapping[str, Any]) -> str:
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, width=100, default_flow_style=None)
 
 
 def _wrapped(label: str, text: str) -> list[str]:
@@ -333,3 +395,19 @@ def write(folder: Path, name: str, text: str) -> None:
     file = folder / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")
     print(file)
+
+
+def main() -> None:
+    """Print the configuration of a round."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["screening"])
+    parser.add_argument("task", choices=SCREENED)
+    parser.add_argument("round", type=int)
+    asked = parser.parse_args()
+    if asked.round not in rounds(asked.task):
+        parser.error(f"{asked.task} has rounds 1 to {max(rounds(asked.task))}")
+    sys.stdout.write(screening_text(asked.task, asked.round))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,11 +26,10 @@ from peft_vit.statistics import Interval
 from peft_vit.studies import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
-SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier_configs.SCREENED}
 RATES = (1e-3, 3e-3, 1e-2)
 # Above `random`, in validation images of 300; what is not named has none more.
-LEADS = {"para": 9, "gradient": 7, "eva": 5, "spt": 3, "gora": 1, "value": 4, "fc1": 2, "last_blocks": 6}
-BEST = {"gradient_9": 2, "para_36": 0}  # places in RATES, where it is not the middle one
+LEADS = {"stable_rank": 9, "eva": 7, "gradient": 5, "spt": 3, "gora": 1, "value": 4, "fc1": 2, "last_blocks": 6}
+BEST = {"eva_9": 2, "stable_rank_36": 0}  # places in RATES, where it is not the middle one
 
 
 def row(task: str, name: str, rate: float | None, seed: int, images: int, nll: float = 0.5, **changes: object) -> dict:
@@ -57,13 +56,13 @@ def row(task: str, name: str, rate: float | None, seed: int, images: int, nll: f
 def whole() -> list[dict]:
     """Return the rows of a screening that is done: 224 runs a task."""
     rows = []
-    for task, study in SCREENINGS.items():
-        for experiment in study.experiments:
-            name, _, _ = experiment.name.partition("_lr_")
+    for task in frontier_configs.SCREENED:
+        for experiment in frontier_configs.screening(task, 1)["experiments"]:
+            name = experiment["name"]
             lead = LEADS.get(name.rpartition("_")[0], 0)
-            rate = experiment.training.learning_rate
-            off = 0 if rate is None else 20 * abs(RATES.index(rate) - BEST.get(name, 1))
-            rows += [row(task, name, rate, seed, 200 + lead - off + 3 * (seed - 220)) for seed in study.seeds]
+            for rate in (None,) if experiment["method"] == "linear" else RATES:
+                off = 0 if rate is None else 20 * abs(RATES.index(rate) - BEST.get(name, 1))
+                rows += [row(task, name, rate, seed, 200 + lead - off + 3 * (seed - 220)) for seed in (220, 221)]
     return rows
 
 
@@ -71,10 +70,10 @@ def followed(rows: list[dict]) -> list[dict]:
     """Return the rows with all further runs that the rule asks for; rates stay as they were, at 288 the middle one."""
 
     def beyond(name: str, rate: float) -> list[dict]:
-        made = [row(task, name, rate, seed, 100) for task in SCREENINGS for seed in (220, 221)]
+        made = [row(task, name, rate, seed, 100) for task in frontier_configs.SCREENED for seed in (220, 221)]
         return [one | {"study": f"{one['study']}_2"} for one in made]
 
-    rows = [*rows, *beyond("gradient_9", 3e-2), *beyond("para_36", 3e-4)]
+    rows = [*rows, *beyond("eva_9", 3e-2), *beyond("stable_rank_36", 3e-4)]
     for below in (beyond("random_16128", 3e-4), []):  # what is new has further seeds once it has its best two rates
         rows += [
             row(one["task"], one["method"], one["rate"], seed, 150 - 5 * abs(RATES.index(one["rate"]) - best))
@@ -148,16 +147,16 @@ def test_of_equal_rates_the_lower_loss_decides_though_thirds_are_rounded(rows: l
 def test_a_screening_that_is_not_whole_says_so_and_what_it_asks_for(rows: list[dict]) -> None:
     runs = frame(rows)
     assert frontier.missing(runs) == {"digits": [], "fashion": []}
-    assert {(one.method, one.rate) for one in frontier.ends(runs)} == {("gradient_9", 3e-2), ("para_36", 3e-4)}
+    assert {(one.method, one.rate) for one in frontier.ends(runs)} == {("eva_9", 3e-2), ("stable_rank_36", 3e-4)}
     text = frontier.screening_text(runs)
     assert "- Fashion-MNIST: 224 runs, 0 of them failed; 0 missing." in text
-    para = "| `para` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | +3.0 (0.003) | +3.0 (0.001) | yes |"
-    assert para in text
+    best = "| `stable_rank` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | +3.0 (0.003) | +3.0 (0.001) | yes |"
+    assert best in text
     assert "| `gora` | +0.33 | +0.3 (0.003) | +0.3 (0.003) | +0.3 (0.003) | +0.3 (0.003) |  |" in text
-    assert "digits `para_36` 0.001 and 0.003;" in text
+    assert "digits `stable_rank_36` 0.001 and 0.003;" in text
     half = frontier.screening_text(frame(rows[:224]))
     assert "- Fashion-MNIST: 0 runs, 0 of them failed; 224 missing, such as linear_probe seed 220" in half
-    assert "| `para` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | yes |" in half
+    assert "| `stable_rank` | +3.00 | +3.0 (0.003) | +3.0 (0.001) | yes |" in half
     part = frame([one for one in rows if (one["study"][19:], one["method"]) != ("fashion", "spt_36")])
     assert len(frontier.missing(part)["fashion"]) == 6
     assert "6 missing, such as spt_36_lr_1e-3 seed 220" in frontier.screening_text(part)
@@ -178,7 +177,7 @@ def test_half_decades(rate: float, up: bool, following: float) -> None:
 
 def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]) -> None:
     again = asked_again(rows)
-    on = {"para", "gradient", "eva", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
+    on = {"stable_rank", "eva", "gradient", "value", "even", "random", "first_blocks", "last_blocks", "query_value"}
     later = {"random_16128", "last_blocks_16128", "even_16128", "even_depths_9"}
     first = {f"{rule}_{k}" for rule in on for k in (9, 36, 288)} | {"lora_r8"} | later
     assert {one["method"] for one in again} == first
@@ -186,42 +185,66 @@ def test_what_goes_on_has_its_rate_chosen_again_with_four_seeds(rows: list[dict]
     assert {one["seeds"] for one in anew} == {(220, 221)}
     assert {one["seeds"] for one in again if one not in anew} == {(224, 225)}
     assert [one["rate"] for one in anew if (one["task"], one["method"]) == ("digits", "even_16128")] == list(RATES)
-    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "eva_288")] == list(RATES)
-    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "gradient_9")] == [1e-2, 3e-3]
+    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "gradient_288")] == list(RATES)
+    assert [one["rate"] for one in again if (one["task"], one["method"]) == ("digits", "eva_9")] == [1e-2, 3e-3]
     all_of_them = followed(rows)
     for one in all_of_them:  # the second best leads with the further seeds
         if one["method"] == "even_9" and one["seed"] > 221:
             one["validation_accuracy"] = 0.99 if one["learning_rate"] == 1e-3 else 0.5
     before, after = frontier.rates(frame(rows)), frontier.picks(frame(all_of_them)).rates
     changed = {key for key in before if before[key] != after[key]}
-    assert frontier.goes_on(frame(all_of_them))[0] == ("para", "gradient", "eva")
-    assert frontier.picks(frame(all_of_them)).rules == ("para", "eva")  # gradient has no lead with the further seeds
+    assert frontier.goes_on(frame(all_of_them))[0] == ("stable_rank", "eva", "gradient")
+    assert frontier.picks(frame(all_of_them)).rules == (
+        "stable_rank",
+        "gradient",
+    )  # gradient has no lead with the further seeds
     assert changed == {("digits", "even_9"), ("fashion", "even_9")}
     assert after["digits", "even_9"] == 1e-3
     half = [one for one in all_of_them if one["seed"] != 225]
     assert {key: frontier.rates(frame(half))[key] for key in before} == before
 
 
-def test_further_runs_are_written_as_configurations_that_load(rows: list[dict], tmp_path: Path) -> None:
-    frontier.write_further_runs(frame(rows), tmp_path)
-    study = load_study(tmp_path / "frontier_screening_digits_2.yaml")
-    assert [one.name for one in study.experiments] == ["gradient_9_lr_3e-2", "para_36_lr_3e-4"]
-    assert study.seeds == (220, 221)
-    first = SCREENINGS["digits"]
-    assert (study.data, study.backbone) == (first.data, first.backbone)
-    gradient, same = study.experiments[0], next(one for one in first.experiments if one.name == "gradient_9_lr_1e-2")
-    assert gradient.model_dump(exclude={"name", "training"}) == same.model_dump(exclude={"name", "training"})
+def test_further_runs_are_rounds_of_the_table(rows: list[dict]) -> None:
+    first = frontier.further_runs(frame(rows))
+    assert [(one["task"], one["round"], one["seeds"]) for one in first] == [
+        (task, 2, [220, 221]) for task in frontier_configs.SCREENED
+    ]
+    assert all(one["rates"] == {"eva_9": [3e-2], "stable_rank_36": [3e-4]} for one in first)
     done = followed(rows)[: len(rows) + 8]
-    frontier.write_further_runs(frame(done), tmp_path)
-    many = load_study(tmp_path / "frontier_screening_fashion_4.yaml")
-    assert many.seeds == (220, 221)
-    assert {one.name.partition("_lr_")[0].rpartition("_")[2] for one in many.experiments} == {"288", "16128", "9"}
-    assert len(many.experiments) == 3 * (9 + 4)
-    again = load_study(tmp_path / "frontier_screening_fashion_3.yaml")
-    assert again.seeds == (224, 225)
-    assert len(again.experiments) == 2 * 19
+    rounds = {(one["task"], one["round"]): one for one in frontier.further_runs(frame(done))}
+    many, again = rounds["fashion", 4], rounds["fashion", 3]
+    assert many["seeds"] == [220, 221]
+    assert {name.rpartition("_")[2] for name in many["rates"]} == {"288", "16128", "9"}
+    assert sum(map(len, many["rates"].values())) == 3 * (9 + 4)
+    assert again["seeds"] == [224, 225]
+    assert sum(map(len, again["rates"].values())) == 2 * 19
     with pytest.raises(UserError, match="1 runs that were planned are missing"):
-        frontier.write_further_runs(frame(done[:-1]), tmp_path)
+        frontier.further_runs(frame(done[:-1]))
+
+
+ROUNDS = [(task, number) for task in frontier_configs.SCREENED for number in frontier_configs.rounds(task)]
+
+
+@pytest.mark.parametrize(("task", "number"), ROUNDS)
+def test_a_round_is_the_configuration_that_was_run(task: str, number: int, tmp_path: Path) -> None:
+    asked, study = frontier_configs.rounds(task)[number], frontier_configs.screening(task, number)
+    assert frontier_configs.digest(study) == asked["digest"]
+    assert frontier_configs.digest(study | {"seeds": [9]}) != asked["digest"]
+    file = tmp_path / "round.yaml"
+    file.write_text(frontier_configs.screening_text(task, number))
+    if "made_with" not in asked:
+        read = load_study(file)
+        assert read.name == f"frontier_screening_{task}_{number}"
+        assert f"# Cost:    {len(read.experiments) * len(read.seeds)} runs of 160 steps" in file.read_text()
+    ran = pd.read_csv(frontier.SCREENING_ROWS)
+    assert {*ran.seed[ran.study == study["name"]]} == set(asked["seeds"])
+
+
+def test_rounds_of_rules_that_are_gone_are_those_that_say_with_which_commit() -> None:
+    gone = {"eva", "spt", "gora", "para", "over_untrained"}
+    for task, number in ROUNDS:
+        rules = {one["name"].rpartition("_")[0] for one in frontier_configs.screening(task, number)["experiments"]}
+        assert bool(rules & gone) == ("made_with" in frontier_configs.rounds(task)[number])
 
 
 def test_the_length_is_the_cheapest_within_half_a_point() -> None:
@@ -300,7 +323,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-GO_ON = ["para", "eva", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
+GO_ON = ["stable_rank", "gradient", "even", "random", "first_blocks", "last_blocks", "query_value", "value"]
 
 
 @pytest.mark.parametrize(
@@ -309,7 +332,7 @@ GO_ON = ["para", "eva", "even", "random", "first_blocks", "last_blocks", "query_
 def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, budget: int) -> None:
     study = load_study(studies / f"frontier_{task}_{budget}.yaml")
     assert [one.name for one in study.experiments] == [f"{name}_{budget}" for name in GO_ON]
-    assert study.stopping.control == f"para_{budget}"
+    assert study.stopping.control == f"stable_rank_{budget}"
     assert study.stopping.looks == (5, 10, 15, 20, 25, 30)
     assert study.seeds == tuple(range(250, 280))
     assert {(one.training.total_steps(100), one.training.head_start) for one in study.experiments} == {(160, "probe")}
@@ -327,8 +350,13 @@ def test_a_study_loads_and_asks_for_what_was_chosen(studies: Path, task: str, bu
 
 def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path) -> None:
     study = load_study(studies / "frontier_fashion_16128.yaml")
-    assert [one.name for one in study.experiments] == ["para_9", "random_16128", "last_blocks_16128", "even_16128"]
-    assert (study.stopping.control, study.seeds) == ("para_9", tuple(range(320, 350)))
+    assert [one.name for one in study.experiments] == [
+        "stable_rank_9",
+        "random_16128",
+        "last_blocks_16128",
+        "even_16128",
+    ]
+    assert (study.stopping.control, study.seeds) == ("stable_rank_9", tuple(range(320, 350)))
     assert [one.training.learning_rate for one in study.experiments] == [3e-3, 1e-3, 3e-3, 3e-3]
     sites = list(describe(study.backbone, study.data.image_size).sites)
     for one in study.experiments[1:]:
@@ -339,8 +367,8 @@ def test_controls_of_equal_values_train_as_many_as_the_nine_ranks(studies: Path)
 
 def test_an_even_spread_over_depths_is_the_rule_even_with_seeds_of_its_own(studies: Path) -> None:
     study = load_study(studies / "frontier_digits_even_depths.yaml")
-    assert [one.name for one in study.experiments] == ["para_9", "even_depths_9"]
-    assert (study.stopping.control, study.seeds) == ("para_9", tuple(range(350, 380)))
+    assert [one.name for one in study.experiments] == ["stable_rank_9", "even_depths_9"]
+    assert (study.stopping.control, study.seeds) == ("stable_rank_9", tuple(range(350, 380)))
     even = study.experiments[1].lora.ranks
     assert (even.rule, even.budget, even.unit) == ("even", 9, "ranks")
     sites = list(describe(study.backbone, study.data.image_size).sites)
@@ -356,7 +384,7 @@ def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
     assert all(line.startswith("# ") for line in head)
     said = " ".join(" ".join(line[2:] for line in head).split())
     for what, control in (("random sites", "random"), ("the last blocks", "last_blocks")):
-        assert f'"at 9 ranks, para beats {what}" ({control}_9)' in said
+        assert f'"at 9 ranks, stable_rank beats {what}" ({control}_9)' in said
     assert max(len(line) for line in text.splitlines() if "Command" not in line) <= 120
     ends = load_study(studies / "frontier_fashion.yaml")
     assert [one.name for one in ends.experiments] == ["linear_probe", "lora_r8"]
@@ -364,9 +392,10 @@ def test_a_study_says_before_its_data_what_it_claims(studies: Path) -> None:
 
 
 def test_seeds_are_of_no_other_study() -> None:
-    files = [file for file in study_files() if not re.match("frontier_(?!screening|length|task|rates)", file.name)]
+    files = [file for file in study_files() if not re.match("frontier_(?!length|task|rates)", file.name)]
     lists = [re.search(r"^seeds: \[([\d, ]+)\]", file.read_text(), re.MULTILINE) for file in files]
     others = {int(seed) for one in lists for seed in one[1].split(",")}
+    others |= {seed for task, number in ROUNDS for seed in frontier_configs.rounds(task)[number]["seeds"]}
     assert set(frontier.SCREENING_SEEDS[:2]) < others
     of_studies = [*frontier_configs.STUDY_SEEDS, *frontier_configs.VALUES_SEEDS, *frontier_configs.DEPTHS_SEEDS]
     assert not (others | set(frontier.SCREENING_SEEDS)) & set(of_studies)
@@ -406,17 +435,17 @@ def planted_record(study: str, name: str, seed: int, accuracy: float, **changes:
 
 def test_runs_of_a_screening_are_kept_without_a_look_at_the_test_images(tmp_path: Path) -> None:
     study, file = "frontier_screening_digits", tmp_path / "rows.csv"
-    records = [planted_record(study, "eva_9_lr_1e-3", seed, 0.7 + seed / 1000, test=None) for seed in (220, 221)]
+    records = [planted_record(study, "gradient_9_lr_1e-3", seed, 0.7 + seed / 1000, test=None) for seed in (220, 221)]
     keep = [file, frontier._OF_SCREENING, frontier.pilot_row]
     frontier.keep(planted.write(tmp_path / "a", records), *keep)
-    further = [planted_record(f"{study}_2", "eva_9_lr_1e-3", 222, 0.75, test=None)]
+    further = [planted_record(f"{study}_2", "gradient_9_lr_1e-3", 222, 0.75, test=None)]
     frontier.keep(planted.write(tmp_path / "b", further), *keep)
     runs = frontier.read(file, frontier._OF_SCREENING)
     assert not [column for column in runs if "test" in column]
     assert list(runs[["task", "method", "seed"]].itertuples(index=False, name=None)) == [
-        ("digits", "eva_9", 220),
-        ("digits", "eva_9", 221),
-        ("digits", "eva_9", 222),
+        ("digits", "gradient_9", 220),
+        ("digits", "gradient_9", 221),
+        ("digits", "gradient_9", 222),
     ]
     assert list(runs.validation_accuracy) == [one.validation.accuracy for one in [*records, *further]]
     with pytest.raises(UserError, match=r"expected real runs of frontier_screening_\*, and no others"):
@@ -426,7 +455,7 @@ def test_runs_of_a_screening_are_kept_without_a_look_at_the_test_images(tmp_path
         frontier.keep(planted.write(tmp_path / "d", [other]), *keep)
 
 
-POINTS = {"para": 85.0, "random": 80.0, "last_blocks": 81.0, "even": 82.0}  # from 18 ranks on random is as good
+POINTS = {"stable_rank": 85.0, "random": 80.0, "last_blocks": 81.0, "even": 82.0}  # from 18 ranks on random is as good
 
 
 def results() -> pd.DataFrame:
@@ -442,7 +471,7 @@ def results() -> pd.DataFrame:
 
     for budget in (4, 9, 18):
         for name, points in POINTS.items():
-            level = POINTS["para"] if (name, budget) == ("random", 18) else points
+            level = POINTS["stable_rank"] if (name, budget) == ("random", 18) else points
             for seed in range(250, 260):
                 add(f"frontier_digits_{budget}", f"{name}_{budget}", seed, level, 900 * budget + seed)
     for name, points in POINTS.items():
@@ -478,14 +507,14 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
             continue
         part = runs[runs.study == f"frontier_digits_{one.budget}"]
         wide = part.pivot(index="seed", columns="experiment", values="test_accuracy")
-        lead = wide[f"para_{one.budget}"] - wide[f"{one.control}_{one.budget}"]
+        lead = wide[f"stable_rank_{one.budget}"] - wide[f"{one.control}_{one.budget}"]
         assert one.lead.estimate == pytest.approx(lead.head(one.lead.n).mean())
         assert one.lead.n in (5, 10)
         assert one.lead.low < one.lead.estimate < one.lead.high
         assert (one.lead.low > 0) == one.shown
-        assert one.own.accuracy == pytest.approx(wide[f"para_{one.budget}"].mean())
+        assert one.own.accuracy == pytest.approx(wide[f"stable_rank_{one.budget}"].mean())
     text = frontier_figure.in_words(found, runs)
-    assert "digits: at 4, 9 ranks `para` beats random sites" in text
+    assert "digits: at 4, 9 ranks `stable_rank` beats random sites" in text
     values = [round(one.other.values) for one in found if (one.task, one.budget) == ("digits", 9)]
     had = f"it has 8,354 values at 9, these have {min(values):,} to {max(values):,}. At 18 ranks it is open so far."
     assert f"ranks spread evenly; {had}" in text
@@ -507,12 +536,12 @@ def test_sentences_are_told_by_the_declared_looks(told) -> None:
     assert f"ELPV decides nothing: LoRA r=8 is {gain:+.1f} points above the linear probe, less than 3." in beside
     assert "What ranks lie between on ELPV, 10 seeds: linear probe 75." in beside
     lines = frontier_figure.sentence_table(found).splitlines()
-    names = ("para", "even", "random", "last blocks")
+    names = ("stable rank", "even", "random", "last blocks")
     assert [line.split(" | ")[:2] for line in lines[2:18]] == [
         *([f"| digits, {budget}", name] for budget in (4, 9, 18) for name in names),
         *(["| Fashion-MNIST, 4", name] for name in names),
     ]
-    assert lines[6].startswith("| digits, 9 | para | 8,354 | 10 | ")
+    assert lines[6].startswith("| digits, 9 | stable rank | 8,354 | 10 | ")
     assert lines[6].endswith(" | 20 | – |")  # of ten runs two have returned the probe
     assert all(line.endswith("]** |") for line in lines[7:10])
     assert lines[17].endswith("| open |")
@@ -538,7 +567,7 @@ def test_a_budget_is_shown_only_if_those_before_it_are_and_what_comes_after_desc
     assert frontier_figure.not_shown(found, "digits", before=18) is None
     assert frontier_figure.not_shown(found, "fashion") is None  # its comparisons are open
     level = runs.assign(
-        test_accuracy=runs.test_accuracy.mask((runs.experiment == "para_9") & (runs.task == "digits"), 0.82)
+        test_accuracy=runs.test_accuracy.mask((runs.experiment == "stable_rank_9") & (runs.task == "digits"), 0.82)
     )
     after = frontier_figure.sentences(level)
     assert not any(one.shown for one in after if one.task == "digits" and one.budget in (4, 18))
@@ -585,7 +614,7 @@ def test_what_was_asked_later_is_told_beside_and_stays_out_of_the_figure(told, s
             "adapter_values": 16_128,
             "chosen_step": 0,
         }
-        for place, (name, level) in enumerate({"para_9": 85, **points}.items())
+        for place, (name, level) in enumerate({"stable_rank_9": 85, **points}.items())
         for seed in range(320, 350)
     ]
     if suffix == "even_depths":
@@ -597,19 +626,19 @@ def test_what_was_asked_later_is_told_beside_and_stays_out_of_the_figure(told, s
     ]
     wide = pd.DataFrame(more).pivot(index="seed", columns="experiment", values="test_accuracy")
     for one, name in zip(later, points, strict=True):
-        assert one.lead.estimate == pytest.approx((wide["para_9"] - wide[name]).head(one.lead.n).mean())
+        assert one.lead.estimate == pytest.approx((wide["stable_rank_9"] - wide[name]).head(one.lead.n).mean())
     assert frontier_figure.sentences(both) == found
-    rule = {"digits": "para", "fashion": "para"}
+    rule = {"digits": "stable_rank", "fashion": "stable_rank"}
     assert frontier_figure.means(both, rule) == frontier_figure.means(runs, rule)
     blocks = frontier.blocks(found, both)
-    assert "| digits, 9 | para | 16,128 | 30 | 85.1 | 100 | – |" in blocks[mark]
+    assert "| digits, 9 | stable rank | 16,128 | 30 | 85.1 | 100 | – |" in blocks[mark]
     assert blocks["frontier"] == frontier.blocks(found, runs)["frontier"]
 
 
 def test_points_of_a_budget_are_over_the_same_seeds(told) -> None:
     runs, found = told
     part = runs[(runs.experiment != "even_9") | (runs.seed < 255)]  # its comparison was decided early
-    rows = frontier_figure.means(part, {"digits": "para", "fashion": "para"})
+    rows = frontier_figure.means(part, {"digits": "stable_rank", "fashion": "stable_rank"})
     of_nine = [row for row in rows if (row["task"], row["ranks"]) == ("digits", 9)]
     assert {row["seeds"] for row in of_nine} == {5}
     assert {row["seeds"] for row in rows if (row["task"], row["ranks"]) == ("digits", 4)} == {10}
@@ -634,7 +663,16 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
     assert (row["low"], row["gain"], row["high"]) == pytest.approx((low, gain.mean(), high))
     assert by["digits", "linear_probe", None]["gain"] == 0
     assert row["trained_values"] == 3600
-    for name in ("para", "even", "random sites", "last blocks", "linear probe", "LoRA r=8", "digits", "Fashion-MNIST"):
+    for name in (
+        "stable_rank",
+        "even",
+        "random sites",
+        "last blocks",
+        "linear probe",
+        "LoRA r=8",
+        "digits",
+        "Fashion-MNIST",
+    ):
         assert f">{name}</text>" in figure.svg
     study_figures.write_figure(tmp_path / "frontier.svg", figure)
     assert study_figures.recorded_digest(tmp_path / "frontier.svg") == study_figures.digest(figure)
@@ -646,7 +684,7 @@ def test_the_figure_shows_means_with_intervals_and_has_words_beside_it(told, tmp
     }
     alternative = block.partition("](../images/frontier.svg)")[0]
     for task, words in (("digits", "digits, 9 ranks: "), ("fashion", "Fashion-MNIST, 4 ranks: ")):
-        names = {"rule": "para", "even": "even", "random": "random sites", "last_blocks": "last blocks"}
+        names = {"rule": "stable_rank", "even": "even", "random": "random sites", "last_blocks": "last blocks"}
         numbers = [f"{name} {told_of[task, which]}" for which, name in {**names, "lora_r8": "LoRA r=8"}.items()]
         assert words + ", ".join(numbers) in alternative
 
