@@ -21,15 +21,13 @@ with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCAT
 
 import statistics  # noqa: E402 - torch must be loaded under the allocator
 import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import AbstractContextManager, contextmanager, nullcontext  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
 import psutil  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 
-from peft_vit.adapters.activation_storage import stored_in_eight_bits  # noqa: E402
 from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
 from peft_vit.training.activation_checkpointing import blocks_of, recomputed  # noqa: E402
 
@@ -50,33 +48,27 @@ LARGE_BUILDS: dict[str, Build] = {
     "peft-vit LoRA r=8": lambda: sides.lora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
     "peft-vit QA-LoRA nf4": lambda: sides.qa_lora(LARGE_SIZE, bf16=False, type="nf4", name=LARGE_MODEL),
 }
-WAYS = {"": nullcontext, ", blocks": None, ", 8-bit storage": stored_in_eight_bits}
+AGAIN = ", blocks"  # computed again in the backward pass
 LARGE_SIDES = {
     f"{LARGE}{name}{way}": (build, way)
     for name, build in LARGE_BUILDS.items()
-    for way in WAYS
-    if (name != "floor" or not way) and (name.startswith("peft-vit") or way != ", 8-bit storage")
+    for way in ("", AGAIN)
+    if name != "floor" or not way
 }
 
 
-@contextmanager
-def passing(side: sides.Side, way: str) -> Iterator[None]:
-    """Let a side's forward passes keep what a way keeps, by this package's means or by timm's own."""
+def recompute(side: sides.Side) -> None:
+    """Let a side's forward passes keep no more than its blocks' inputs, by this package's means or by timm's own."""
     forward = side.model.forward
-    if way == ", blocks" and isinstance(side.model, sides.peft.PeftModel):
+    if isinstance(side.model, sides.peft.PeftModel):
         side.model.base_model.model.set_grad_checkpointing(True)
-        yield
         return
 
     def call(*inputs: Any) -> Any:
-        kept: AbstractContextManager[Any] = (
-            recomputed(blocks_of(side.model)) if way == ", blocks" else (WAYS[way] or nullcontext)()
-        )
-        with kept:
+        with recomputed(blocks_of(side.model)):
             return forward(*inputs)
 
     side.model.forward = call
-    yield
 
 
 def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]:
@@ -89,12 +81,13 @@ def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]
     side = build()
     reset_peak_memory()
     built = psutil.Process().memory_info().rss
+    if way == AGAIN:
+        recompute(side)
     seconds = []
-    with passing(side, way):
-        for _ in range(STEPS):
-            started = time.perf_counter()
-            side.step()
-            seconds.append(time.perf_counter() - started)
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        side.step()
+        seconds.append(time.perf_counter() - started)
     peak = peak_memory_bytes()
     return peak, peak - built, peak - imported, int(1e6 * statistics.median(seconds))
 

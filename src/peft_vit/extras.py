@@ -12,7 +12,7 @@ from pathlib import Path
 
 from peft_vit.errors import UserError
 
-_REPORT = {"matplotlib": "3.8", "jinja2": "3.1", "pandas": "2.2", "statsmodels": "0.14"}
+_REPORT = {"matplotlib": "3.8", "jinja2": "3.1", "pandas": "2.2"}
 _ONNX = {"torch": "2.8", "onnx": "1.16", "onnxscript": "0.5", "onnxruntime": "1.32"}
 
 # Of each extra of pyproject.toml, by name: the oldest version of each package. Torch has had operators of other ONNX

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from marks import filled
 
-from peft_vit.statistics import mixed_effect
-
 ROOT = Path(__file__).parents[2]
 
 RESULT = json.loads(benchmark.RESULT.read_text())
@@ -40,12 +38,12 @@ def test_every_interval_was_simulated_at_every_size_often_enough() -> None:
             assert shares(interval, n).keys() == benchmark.populations().keys()
 
 
-@pytest.mark.parametrize("interval", ["mean (or paired difference), t", "mixed model, complete pairs"])
+@pytest.mark.parametrize("interval", ["mean (or paired difference), t", "probability of improvement of pairs, Wilson"])
 def test_the_result_can_be_simulated_anew(interval: str) -> None:
-    position = list(benchmark.INTERVALS).index(interval)
+    stream, measured = benchmark.INTERVALS[interval]
     for j, (name, population) in enumerate(benchmark.populations().items()):
-        rng = np.random.default_rng([RESULT["setting"]["seed"], position, j, 3])
-        again = benchmark.coverage(*benchmark.INTERVALS[interval](rng, population, 3))
+        rng = np.random.default_rng([RESULT["setting"]["seed"], stream, j, 3])
+        again = benchmark.coverage(*measured(rng, population, 3))
         assert again["coverage"] == pytest.approx(ROWS[interval, name, 3]["coverage"], abs=0.001)
 
 
@@ -55,28 +53,14 @@ def test_what_the_document_says_of_it_is_so() -> None:
         by_t = shares("mean (or paired difference), t", n)
         assert 0.87 < by_t.pop(skewed) < 0.91
         assert min(by_t.values()) > benchmark.three_errors_below()
-        assert min(shares("mixed model, complete pairs", n).values()) > benchmark.three_errors_below()
     assert 0.65 < min(shares("mean, BCa bootstrap", 3).values()) < max(shares("mean, BCa bootstrap", 3).values()) < 0.75
     assert (
         0.85 < min(shares("mean, BCa bootstrap", 10).values()) < max(shares("mean, BCa bootstrap", 10).values()) < 0.92
     )
-    assert min(shares("interquartile mean, bootstrap", 10).values()) > 0.92
     assert shares("effect size d, noncentral t", 10)["heavy tails (t, 3 degrees)"] < 0.90
-    assert max(shares("the same by the normal distribution (not used)", 3).values()) < 0.85
     apart = [row["without"] for key, row in ROWS.items() if key[0].endswith("improvement, bootstrap") and key[2] == 3]
     assert min(apart) > 0.2
     assert ROWS[benchmark.SHARE, "right or wrong", 600]["coverage"] == pytest.approx(0.95, abs=0.005)
-
-
-def test_the_closed_form_of_the_mixed_model_is_what_is_fitted() -> None:
-    rng = np.random.default_rng(0)
-    for between in (0.0, 0.05):  # with and without variance between seeds: the edge and the inside
-        runs = rng.normal(0.8, 0.02, (4, 6, 2)) + rng.normal(0, between + 1e-12, (4, 6, 1))
-        estimate, error = benchmark.complete_pairs(runs[..., 0], runs[..., 1])
-        for study, mean, spread in zip(runs, estimate, error, strict=True):
-            own = mixed_effect(study.ravel(), np.tile([0, 1], 6), np.repeat(np.arange(6), 2))
-            assert own.estimate == pytest.approx(mean, abs=1e-9)
-            assert (own.high - own.estimate) / 2.570582 == pytest.approx(spread, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +71,6 @@ def test_the_truths_are_those_of_the_populations(name: str) -> None:
     draws = np.sort(population.draw(np.random.default_rng(0), (2, 200_000)), axis=1)
     error = 5 * population.deviation / np.sqrt(200_000)
     assert draws.mean() == pytest.approx(population.mean, abs=error)
-    assert draws[:, 50_000:150_000].mean() == pytest.approx(population.middle, abs=error)
     difference = population.draw(np.random.default_rng(1), (200_000,)) + population.shift
     difference -= population.draw(np.random.default_rng(2), (200_000,))
     wins = np.mean(difference > 1e-12) + np.mean(np.abs(difference) <= 1e-12) / 2
@@ -99,5 +82,5 @@ def test_every_function_in_the_document_exists() -> None:
 
     named = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", DOCUMENT, re.MULTILINE))
     names = {name for pair in named for name in pair if name} | {"equivalence_verdict"}
-    assert len(names) >= 10
+    assert len(names) >= 9
     assert names <= set(vars(statistics))

@@ -168,17 +168,6 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     assert seeds_of(tmp_path) == WHOLE
 
 
-def test_looks_at_any_time_go_on_with_seeds_that_are_added(command, file, runs, tmp_path) -> None:
-    anytime = {"control": "base", "asked": "superiority", "spending": "anytime", "every": 3}
-    names = {"experiments": [one for one in mapping()["experiments"] if one["name"] in ("base", "level")]}
-    few = file(**names, stopping=anytime, seeds=list(range(3)))
-    assert lines_of(command("run", few, "--until-decided", "--output", tmp_path).out)[-1].endswith("Ends here.")
-    more = file(**names, stopping=anytime, seeds=list(range(6)))
-    said = command("run", more, "--until-decided", "--output", tmp_path).out
-    assert "level minus base, 6 pairs: " in lines_of(said)[-1]
-    assert seeds_of(tmp_path)["level"] == 6
-
-
 REFUSED = {
     "a section is missing": (("--until-decided",), {"stopping": None}, "stopping: is missing"),
     "a section has no effect": ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),

@@ -23,25 +23,19 @@ def test_a_tuning_is_refused_before_images_are_looked_at(tmp_path: Path, refused
     assert said == "error: tune needs the packages optuna and matplotlib; run: pip install 'peft-vit[tune]'"
 
 
-def test_a_comparison_of_studies_needs_statsmodels(tmp_path: Path, refused, without) -> None:
-    for place, seeds in (("a", (0, 1)), ("b", (2, 3))):
-        planted.write(tmp_path / place, planted.quickstart(seeds))
-    without("statsmodels")
-    said = refused("compare", tmp_path / "a", tmp_path / "b")
-    assert said.endswith("needs the package statsmodels; run: pip install 'peft-vit[report]'")
-
-
 def test_tables_in_a_terminal_need_nothing_that_draws(tmp_path: Path) -> None:
     """In another process, where nothing that an extra brings can be imported."""
-    planted.write(tmp_path, planted.quickstart())
+    for place, seeds in (("a", (0, 1)), ("b", (2, 3))):
+        planted.write(tmp_path / place, planted.quickstart(seeds))
     code = (
         "import sys\nfrom peft_vit.extras import EXTRAS\n"
         "for name in {name for needed in EXTRAS.values() for name in needed} - {'torch'}: sys.modules[name] = None\n"
         "from peft_vit.cli import main\nmain(sys.argv[1:])\n"
     )
-    for command in ("findings", "recommend", "status"):
+    one, both = tmp_path / "a", (tmp_path / "a", tmp_path / "b")
+    for command, *folders in (("findings", one), ("recommend", one), ("status", one), ("compare", *both)):
         done = subprocess.run(
-            [sys.executable, "-c", code, command, str(tmp_path)], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, command, *map(str, folders)], capture_output=True, text=True, check=False
         )
         assert "Error" not in done.stderr, done.stderr
         assert done.returncode == 0 or done.stderr.startswith("error: "), (command, done.stderr)

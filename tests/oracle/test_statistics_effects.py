@@ -1,13 +1,11 @@
-"""Effect size, equivalence and mixed models against pingouin, statsmodels and second routes."""
+"""Effect size and equivalence against pingouin, statsmodels and second routes."""
 
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import pingouin
 import pytest
 from scipy import integrate, special, stats
-from statsmodels.regression.mixed_linear_model import MixedLM
 from statsmodels.stats.weightstats import ttost_paired
 
 from peft_vit.statistics import (
@@ -17,7 +15,6 @@ from peft_vit.statistics import (
     hedges_factor,
     inferiority,
     mean_interval,
-    mixed_effect,
     noninferiority,
 )
 
@@ -84,54 +81,3 @@ def test_what_refutes_equals_scipy_and_the_interval_beyond_the_margin(shift: flo
     assert beyond_margin(differences, 0.5).p_value == pytest.approx(min(1, 2 * min(worse, better)), **CLOSE)
     above = stats.ttest_1samp(differences, -0.5, alternative="greater").pvalue
     assert noninferiority(differences, 0.5).p_value == pytest.approx(above, **CLOSE)
-
-
-def grouped(seed: int, groups: int, between: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return pairs of runs by group: (2 groups,) response, condition, label."""
-    rng = np.random.default_rng(seed)
-    label, condition = np.repeat(np.arange(groups), 2), np.tile([0.0, 1.0], groups)
-    response = 0.8 + 0.01 * condition + rng.normal(0, between, groups)[label] + rng.normal(0, 0.005, 2 * groups)
-    return response, condition, label
-
-
-@pytest.mark.parametrize("groups", [3, 5, 10])
-def test_mixed_effect_of_complete_pairs_is_the_paired_difference(groups: int) -> None:
-    """Restricted likelihood on complete pairs has a closed form; with n - 1 degrees the interval is the paired t's."""
-    response, condition, label = grouped(groups, groups, 0.03)
-    own = mixed_effect(response, condition, label)
-    differences = response[1::2] - response[::2]
-    assert own.estimate == pytest.approx(differences.mean(), abs=1e-12)
-    paired = mean_interval(differences)
-    assert (own.low, own.high) == pytest.approx((paired.low, paired.high), abs=1e-3 * (paired.high - paired.low))
-    assert own.degrees == groups - 1
-    assert (own.note, own.n, own.groups) == (None, 2 * groups, groups)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_mixed_effect_with_missing_runs_is_weighted_least_squares_and_statsmodels_formula(seed: int) -> None:
-    response, condition, label = (part[3:-2] for part in grouped(seed, 8, 0.02))  # three groups have one run
-    own = mixed_effect(response, condition, label)
-    assert own.between is not None
-    assert own.within is not None
-    X = np.column_stack([np.ones_like(condition), condition])
-    V = own.within**2 * np.eye(len(response)) + own.between**2 * (label[:, None] == label[None, :])
-    covariance = np.linalg.inv(X.T @ np.linalg.solve(V, X))
-    assert own.estimate == pytest.approx((covariance @ X.T @ np.linalg.solve(V, response))[1], rel=1e-8)
-    assert own.low is not None
-    # statsmodels inverts the Hessian of all parameters, the variances among them: close to the block of the effects
-    assert own.degrees == len(response) - own.groups - 1
-    t = stats.t.ppf(0.975, own.degrees)
-    assert own.estimate - own.low == pytest.approx(t * np.sqrt(covariance[1, 1]), rel=2e-3)
-    table = pd.DataFrame({"y": 100 * response, "x": condition, "g": label}).sample(frac=1, random_state=seed)
-    theirs = MixedLM.from_formula("y ~ x", table, groups="g").fit()
-    assert 100 * own.estimate == pytest.approx(theirs.params["x"], rel=1e-4)
-    assert 100 * (own.estimate - own.low) / t == pytest.approx(theirs.bse["x"], rel=1e-3)
-
-
-def test_mixed_effect_of_a_condition_that_varies_between_groups_has_fewer_degrees() -> None:
-    response, _, label = grouped(0, 6, 0.02)
-    own = mixed_effect(response, label >= 3, label)
-    means = response.reshape(6, 2).mean(axis=1)
-    theirs = stats.ttest_ind(means[3:], means[:3]).confidence_interval()  # groups are what is drawn: their means
-    assert own.degrees == 4
-    assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), rel=1e-3)

@@ -1,4 +1,4 @@
-"""Closed forms against scipy and statsmodels, to 1e-12, and the bootstrap against a plain loop."""
+"""Closed forms against scipy and statsmodels, to 1e-12."""
 
 from itertools import combinations
 
@@ -9,7 +9,6 @@ from statsmodels.stats.proportion import proportion_confint
 
 from peft_vit.statistics import (
     holm,
-    interquartile_mean_interval,
     mean_interval,
     noninferiority,
     normalized_entropy,
@@ -84,17 +83,6 @@ def test_proportion_interval_equals_scipys_wilson_interval(successes: int, n: in
     theirs = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     own = proportion_interval(successes, n)
     assert (own.low, own.high) == pytest.approx((theirs.low, theirs.high), **CLOSE)
-
-
-@pytest.mark.parametrize(("runs", "tasks"), [(5, 1), (4, 3)])
-def test_interquartile_mean_interval_by_a_plain_loop_over_resamples(runs: int, tasks: int) -> None:
-    scores = np.random.default_rng(runs).normal(size=(runs, tasks))
-    own = interquartile_mean_interval(scores, np.random.default_rng(0), resamples=3000, confidence=0.9)
-    assert own.estimate == pytest.approx(stats.trim_mean(scores, 0.25, axis=None), **CLOSE)
-    rng = np.random.default_rng(1)
-    means = [stats.trim_mean([rng.choice(task, runs) for task in scores.T], 0.25, axis=None) for _ in range(3000)]
-    assert (own.low, own.high) == pytest.approx(tuple(np.percentile(means, [5, 95])), abs=0.05)
-    assert own.n == runs
 
 
 @pytest.mark.parametrize("differences", [[1, 2, 3, 4, 5], [1, -1, 2, 0, 0], [-1.0], [0, 0, 0]])

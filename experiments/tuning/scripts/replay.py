@@ -24,14 +24,15 @@ from peft_vit.analysis.stopping import paired
 from peft_vit.config import StoppingConfig
 from peft_vit.errors import UserError
 from peft_vit.statistics import Course, StoppingRule, follow
-from peft_vit.statistics.sequential import Asked, Form
+from peft_vit.statistics.sequential import Asked
+from peft_vit.statistics.spending import Spending
 
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
 RATES = "learning_rates_fresh_seeds"
 MARGIN = 0.01
 LOOKS = {10: (4, 6, 8, 10), 20: (5, 10, 15, 20)}  # by the number of seeds
 ASKED: tuple[Asked, ...] = ("superiority", "non-inferiority", "both")
-FORMS: tuple[Form, ...] = ("obrien-fleming", "pocock", "anytime")
+FORMS: tuple[Spending, ...] = ("obrien-fleming", "pocock")
 
 Differences = Mapping[str, Sequence[float]]  # by experiment, in the order of the seeds
 
@@ -93,8 +94,7 @@ def replays(study: str, differences: Differences) -> Iterator[Replay]:
     for asked in ASKED:
         fixed = follow(differences, StoppingRule(asked, MARGIN, (seeds,)))
         for form in FORMS:
-            looks = tuple(range(2, seeds + 1, 2)) if form == "anytime" else LOOKS[seeds]
-            looked = follow(differences, StoppingRule(asked, MARGIN, looks, form=form))
+            looked = follow(differences, StoppingRule(asked, MARGIN, LOOKS[seeds], form=form))
             yield Replay(study, asked, form, fixed, looked, seeds)
 
 

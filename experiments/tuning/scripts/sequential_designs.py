@@ -26,8 +26,8 @@ from scipy import special
 from experiments.scripts.evidence import EXPERIMENTS, filled
 from peft_vit.records import write_atomically
 from peft_vit.statistics import StoppingRule
-from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, repeated_p, t_statistics
-from peft_vit.statistics.spending import boundaries
+from peft_vit.statistics.sequential import FUTILITY, adjusted, normal_score, t_statistics
+from peft_vit.statistics.spending import boundaries, repeated_p_values
 
 ROWS = EXPERIMENTS / "tuning" / "results" / "sequential_designs.csv"
 DOCUMENT = EXPERIMENTS / "tuning" / "docs" / "stopping.md"
@@ -36,12 +36,11 @@ STUDIES, SEED, MARGIN = 10_000, 20261127, 0.01
 POINT, EFFECT, IMAGES = 0.01, 0.005, 600
 EASY, GAINS = (200, 300, 400, 500, 1000, 2000), {"nothing gained": 0.0, "0.5 % gained": 0.005, "5 % gained": 0.05}
 FOLDS_RULE = StoppingRule("non-inferiority", MARGIN, (5, 10, 15), correlation=0.2 / 0.64)
-LOOKS, EACH = (5, 10, 15, 20, 25, 30), tuple(range(1, 31))
+LOOKS = (5, 10, 15, 20, 25, 30)
 DESIGNS = {
     "fixed, Holm": StoppingRule("superiority", MARGIN, LOOKS[-1:]),
     "O'Brien-Fleming": StoppingRule("superiority", MARGIN, LOOKS),
     "Pocock": StoppingRule("superiority", MARGIN, LOOKS, form="pocock"),
-    "anytime": StoppingRule("superiority", MARGIN, EACH, form="anytime"),
 }
 REMEDY = "O'Brien-Fleming, smaller of t and Hall's"
 ADASTOP, ADASTOP_STUDIES, PERMUTATIONS = "AdaStop", {1: 500, 4: 80, 11: 60}, 1000
@@ -106,8 +105,9 @@ def decide(data: np.ndarray, rule: StoppingRule, remedy: bool = False) -> tuple[
     known = spread if rule.images is None else np.nan_to_num(spread)
     t = t_statistics(mean, known * np.sqrt(1 / looks + rule.correlation), rule, looks)  # (2, S, m, q, K)
     skews = np.array([skewness, -skewness])[:, :, :, None]
-    p_values = repeated_p(halls(t, skews, looks) if remedy else t, rule, looks)
-    scores = (t if rule.form == "anytime" else normal_score(t, looks)).max(axis=0)  # (S, m, q, K)
+    evidence = normal_score(halls(t, skews, looks) if remedy else t, looks)
+    p_values = repeated_p_values(evidence, rule.fractions, rule.form)
+    scores = normal_score(t, looks).max(axis=0)  # (S, m, q, K)
     seen = np.ones(p_values.shape[:-1])
     verdicts = np.zeros(seen.shape[1:], dtype=int)
     going, pairs = np.ones(verdicts.shape[:2], dtype=bool), np.full(verdicts.shape[:2], looks[-1])
@@ -118,7 +118,7 @@ def decide(data: np.ndarray, rule: StoppingRule, remedy: bool = False) -> tuple[
         verdicts = np.where(verdicts == 0, new, verdicts)
         decided = (verdicts != 0).all(axis=-1)
         stop = decided.copy()
-        if rule.form != "anytime" and n != looks[-1]:
+        if n != looks[-1]:
             stop |= _power(scores[..., k], verdicts, rule, k) < FUTILITY
         pairs = np.where(going & stop, n, pairs)
         going &= ~stop
@@ -127,10 +127,9 @@ def decide(data: np.ndarray, rule: StoppingRule, remedy: bool = False) -> tuple[
 
 def _power(scores: np.ndarray, verdicts: np.ndarray, rule: StoppingRule, k: int) -> np.ndarray:
     """Return the predictive power (S, m) of an answer, from normal statistics (S, m, q) of look k."""
-    t, form = rule.fractions[k], rule.form
-    assert form != "anytime"
+    t = rule.fractions[k]
     open_ones = np.where(np.isnan(scores), np.inf, np.where(verdicts == 0, scores, -np.inf)).max(axis=-1)
-    ahead = open_ones / np.sqrt(t) - boundaries(rule.fractions, rule.level, form)[-1]
+    ahead = open_ones / np.sqrt(t) - boundaries(rule.fractions, rule.level, rule.form)[-1]
     return np.asarray(special.ndtr(ahead / np.sqrt((1 - t) / t)))
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peft_vit.adapters.activation_storage import EightBits, in_eight_bits
 from peft_vit.adapters.frozen_weight import FrozenWeight
 from peft_vit.adapters.layer_input import RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
@@ -77,9 +76,8 @@ def adapted_product(
             parameters = [added]
         kept = x if source is None else source.values
         function = None if source is None else source.function
-        eight_bits = in_eight_bits() and (pool == 1 if function is None else not function.is_norm)
         summed = not torch.is_grad_enabled() or _forms_sum(frozen, x.numel() // x.shape[-1], pool)
-        layer = _Layer(spans, pool, dtype, autocast, summed, function, eight_bits)
+        layer = _Layer(spans, pool, dtype, autocast, summed, function)
         x = x.detach()
         saved = None
         first = not torch.compiler.is_compiling() and _SAVES_FIRST.get()  # compilers can't read context variables
@@ -124,7 +122,6 @@ class _Layer:
         autocast: whether the module runs under autocast to that type.
         summed: whether W + dW is formed.
         function: makes its inputs x from what is kept; None if x itself is.
-        eight_bits: whether what is kept is stored in 8 bits.
     """
 
     spans: tuple[slice, ...]
@@ -133,7 +130,6 @@ class _Layer:
     autocast: bool
     summed: bool
     function: RowFunction | None
-    eight_bits: bool
 
     def weight(self, frozen: FrozenWeight, parameters: Sequence[Tensor]) -> Tensor:
         """Return W + dW, or W, (out, in) in the type of the products; of some columns, where both are of those."""
@@ -221,9 +217,7 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # what is kept has no graph of its own
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        holder = ctx if ctx.saved is None else ctx.saved
-        kept, floating, *parameters = holder.saved_tensors
-        kept = kept if holder.stored is None else holder.stored
+        kept, floating, *parameters = (ctx if ctx.saved is None else ctx.saved).saved_tensors
         layer: _Layer = ctx.layer
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
         frozen = FrozenWeight(floating, ctx.quantized, ctx.share)
@@ -331,9 +325,8 @@ def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer
     rows = x if layer.function is None else kept
     rows = rows.reshape(-1, rows.shape[-1])  # (N, in)
     needed = rows if layer.function is not None else layer.needed(rows) if parameters else None
-    ctx.stored = EightBits.of(needed) if layer.eight_bits and needed is not None else None
     # The float weight is saved, not held, so that the backward pass lets go of it.
-    ctx.save_for_backward(None if ctx.stored is not None else needed, frozen.floating, *parameters)
+    ctx.save_for_backward(needed, frozen.floating, *parameters)
 
 
 def _by_update(stacked: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -19,14 +19,13 @@ from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, diffe
 from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
-from peft_vit.analysis.pooling import Pooled, interquartile_over_studies, stratified_mean
+from peft_vit.analysis.pooling import Pooled, stratified_mean
 from peft_vit.analysis.results import load_studies
 from peft_vit.analysis.stability import StudyAgreement, study_agreements
 from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
-from peft_vit.extras import require_extra
-from peft_vit.statistics import Interval, MixedEffect, Verdict, holm, mixed_effect
+from peft_vit.statistics import Interval, Verdict, holm
 
 _ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
 _TIME_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
@@ -66,9 +65,6 @@ class PooledDifference:
     ahead: int  # in how many studies the experiment's mean is higher
     adjusted_p: float | None  # the pooled p-value after Holm's correction over the table
     verdict: Verdict  # on "is more accurate than the reference, on average over these studies"
-    interquartile: Interval | None  # over pairs and studies; None with the reason in its note
-    interquartile_note: str  # what restricts it
-    mixed: MixedEffect  # effect of the experiment with a random intercept by study, over all paired runs
     allowed: tuple[tuple[PoolKind, str], ...]  # kinds that differ and were pooled all the same, with what differs
     untested: str = ""  # why no test decides, if none does
 
@@ -168,10 +164,8 @@ def compare_studies(
         pool: what may be pooled although it differs.
 
     Raises:
-        UserError: if the reference has a finished run in fewer than two studies, nothing occurs in two, or statsmodels
-            is not installed.
+        UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
     """
-    require_extra("report", "a comparison of studies", packages=("statsmodels",))
     found_in: dict[str, list[str]] = {}
     for one in studies:
         for name in dict.fromkeys(run.experiment.name for run in one.study.runs):
@@ -265,23 +259,14 @@ def _pairs(study: Study, name: str, reference: str | None) -> list[tuple[Run, Ru
 
 
 def _difference(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> PooledDifference:
-    by_seed = [{a.seed: round(a.test.accuracy - b.test.accuracy, 12) for a, b in own} for own in pairs.values()]
-    interquartile, note = interquartile_over_studies(by_seed)
-    runs = [(run, place, label) for label, own in pairs.items() for pair in own for place, run in enumerate(pair)]
+    differences = [[round(a.test.accuracy - b.test.accuracy, 12) for a, b in own] for own in pairs.values()]
     return PooledDifference(
         name=name,
         studies=tuple(pairs),
-        pooled=stratified_mean([tuple(values.values()) for values in by_seed]),
-        ahead=sum(math.fsum(values.values()) > 0 for values in by_seed),
+        pooled=stratified_mean(differences),
+        ahead=sum(math.fsum(values) > 0 for values in differences),
         adjusted_p=None,
         verdict="not decided",
-        interquartile=interquartile,
-        interquartile_note=note,
-        mixed=mixed_effect(
-            [run.test.accuracy for run, _, _ in runs],
-            [1 - place for _, place, _ in runs],
-            [label for _, _, label in runs],
-        ),
         allowed=allowed,
     )
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.statistics import Interval, interquartile_mean_interval
+from peft_vit.statistics import Interval
 from peft_vit.statistics.checked import has_spread
-
-LEAST_STUDIES = 3  # for an interquartile mean: of two studies it says nothing that their means do not
 
 
 @dataclass(frozen=True)
@@ -54,26 +52,3 @@ def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Po
     half = float(scipy.stats.t.ppf(0.5 + confidence / 2, degrees)) * error
     p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))
     return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), p_value)
-
-
-def interquartile_over_studies(by_seed: Sequence[Mapping[int, float]]) -> tuple[Interval | None, str]:
-    """Return the interquartile mean over pairs and studies, with its stratified bootstrap interval.
-
-    Needs as many pairs of each study, so it takes the seeds that all studies have.
-
-    Args:
-        by_seed: of each study, seed -> value.
-
-    Returns:
-        The interval and what restricts it; None with the reason why there is none.
-    """
-    if len(by_seed) < LEAST_STUDIES:
-        return None, f"takes {LEAST_STUDIES} studies"
-    seeds = sorted(set.intersection(*(set(values) for values in by_seed)))
-    if len(seeds) < 2:
-        return None, "the studies have fewer than 2 seeds in common"
-    scores = np.array([[values[seed] for values in by_seed] for seed in seeds])  # (seeds, studies)
-    dropped = sum(len(values) - len(seeds) for values in by_seed)
-    note = f"over the {len(seeds)} seeds that all studies have; {dropped} other pairs left out" if dropped else ""
-    generator = np.random.default_rng(0)  # of the resampling alone: the same records give the same interval
-    return interquartile_mean_interval(scores, generator), note

@@ -15,7 +15,7 @@ from peft_vit.backbones.catalog import (
 from peft_vit.backbones.head import Head, fill_head, soften
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import ReplayedPass, visit_blocks
-from peft_vit.backbones.site import Site, chosen, fused_sites, wanted_kinds, whole_modules
+from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
 __all__ = [
@@ -46,6 +46,5 @@ __all__ = [
     "size_step_of",
     "soften",
     "visit_blocks",
-    "wanted_kinds",
     "whole_modules",
 ]

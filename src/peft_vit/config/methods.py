@@ -52,8 +52,6 @@ def _adaptive_ranks_on_packed_weights(experiment: Any, info: ValidationInfo) -> 
     settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
     if packing.rank is not None:
         raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
-    if packing.start != "zero":
-        raise ValueError("qa_lora.start has no effect with method: qa_adalora, whose adapters start at zero; remove it")
     if packing.adaptive_bits is not None and packing.adaptive_bits.ranks:
         raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
     for setting in ("scale", "targets"):
@@ -63,7 +61,7 @@ def _adaptive_ranks_on_packed_weights(experiment: Any, info: ValidationInfo) -> 
 
 def _probe_on_packed_weights(experiment: Any, info: ValidationInfo) -> None:
     settings = experiment.need(QaLoraConfig)
-    for setting in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target", "start"):
+    for setting in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target"):
         if is_given(settings, setting, info):
             raise ValueError(
                 f"qa_lora.{setting} has no effect with method: qa_linear, which has no adapters; remove it"

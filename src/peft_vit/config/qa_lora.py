@@ -84,12 +84,6 @@ class QaLoraConfig(AdapterConfig):
     calibration_images: int | None = Field(
         default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
     )
-    start: Literal["zero", "loftq"] = Field(
-        default="zero",
-        description="loftq: adapters start at what they can take up of the quantization error (arXiv 2310.08659); see "
-        "quantization.loftq",
-    )
-    loftq_iterations: int = Field(default=1, ge=1, description="of quantizing what the adapters leave; 5 in the paper")
     use_double_quant: bool = Field(
         default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
     )
@@ -133,7 +127,7 @@ class QaLoraConfig(AdapterConfig):
     @property
     def keeps_codes(self) -> bool:
         """Return whether packed weights depend on more than the float ones, and so are saved with the adapters."""
-        return self.rounding == "gptq" or self.start == "loftq"
+        return self.rounding == "gptq"
 
     @model_validator(mode="after")
     def _bits_are_said_once(self) -> Self:
@@ -151,21 +145,6 @@ class QaLoraConfig(AdapterConfig):
             raise ValueError(
                 f"quantization_type: {self.quantization_type} stores {expected} bits, "
                 f"quantization_bits says {self.quantization_bits}; change one of them"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _start_has_an_effect(self, info: ValidationInfo) -> Self:
-        if self.start == "zero" and is_given(self, "loftq_iterations", info):
-            raise ValueError("loftq_iterations has no effect with start: zero; remove it")
-        if self.start == "loftq" and self.quantization_schedule != "constant":
-            raise ValueError("start: loftq makes up for quantized weights; set quantization_schedule: constant")
-        types = [self.quantization_type] if self.adaptive_bits is None else self.adaptive_bits.types
-        integers = all(one is not None and one.startswith("int") for one in types)
-        if self.loftq_iterations > 1 and self.use_group_quantization and self.offset and integers:
-            raise ValueError(
-                "loftq_iterations above 1 brings next to nothing on integers with offsets, which take up all that is "
-                "constant on a group; remove it"
             )
         return self
 

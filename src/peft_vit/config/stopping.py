@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from peft_vit.settings import Frozen
 
-Spending = Literal["obrien-fleming", "pocock", "anytime"]
+Spending = Literal["obrien-fleming", "pocock"]
 Asked = Literal["superiority", "non-inferiority", "both"]
 ComparedBy = Literal["accuracy", "balanced_accuracy"]
 FEWEST_PAIRS = 2  # one pair has no spread: a look at it decides nothing
@@ -24,12 +24,10 @@ class StoppingConfig(Frozen):
         default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
     )
     every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
-    spending: Spending = Field(
-        default="obrien-fleming", description="shape of the bounds; anytime: seeds may be added later"
-    )
+    spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
     level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
-    futility: float | None = Field(
-        default=None, ge=0, lt=1, description="predictive power below which a comparison stops; default 0.05, 0: never"
+    futility: float = Field(
+        default=0.05, ge=0, lt=1, description="predictive power below which a comparison stops; 0: never"
     )
     images: int | None = Field(
         default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
@@ -42,27 +40,22 @@ class StoppingConfig(Frozen):
             raise ValueError("'margin' has no effect with asked: superiority; remove it")
         if self.asked != "superiority" and self.margin is None:
             raise ValueError(f"asked: {self.asked} needs the field 'margin', in points of accuracy; add it")
-        if self.looks is not None and self.spending == "anytime":
-            raise ValueError(
-                "'looks' has no effect with spending: anytime, whose end is open; set 'every' in its place"
-            )
         if self.looks is not None and self.every is not None:
             raise ValueError("looks and every exclude each other; remove one")
-        if self.looks is None and self.every is None and self.spending != "anytime":
-            raise ValueError(f"spending: {self.spending} needs the field 'looks', or 'every'; add one")
+        if self.looks is None and self.every is None:
+            raise ValueError("needs the field 'looks', or 'every'; add one")
         if self.looks is not None and list(self.looks) != sorted(set(self.looks)):
             raise ValueError(f"looks have to rise, got {list(self.looks)}")
-        if self.images is not None and (self.asked != "non-inferiority" or self.spending == "anytime"):
-            raise ValueError("'images' has an effect with asked: non-inferiority and declared looks alone; remove it")
-        if self.spending == "anytime" and self.futility is not None:
-            raise ValueError("'futility' has no effect with spending: anytime, which has no end to look ahead to")
+        if self.images is not None and self.asked != "non-inferiority":
+            raise ValueError("'images' has an effect with asked: non-inferiority alone; remove it")
         return self
 
     def looks_at(self, seeds: int) -> tuple[int, ...]:
-        """Return the numbers of pairs at which a study of so many seeds is looked at, the last is all; (): at each."""
+        """Return the numbers of pairs at which a study of so many seeds is looked at; the last is all."""
         if self.looks is not None:
             return self.looks
-        return () if self.every is None else (*range(self.every, seeds, self.every), seeds)
+        assert self.every is not None
+        return (*range(self.every, seeds, self.every), seeds)
 
     def fault(self, names: tuple[str, ...], seeds: int) -> str | None:
         """Return why a study with these experiments and so many seeds can't be looked at so; None: it can."""

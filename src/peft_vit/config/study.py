@@ -336,8 +336,6 @@ class StudyConfig(Frozen):
         data: DataConfig = info.data["data"]
         if data.folds is None and stopping.images is not None:
             raise ValueError("'images' has an effect with data.folds alone; remove it")
-        if data.folds is not None and stopping.spending == "anytime":
-            raise ValueError("spending: anytime needs seeds that are independent, and folds share images; take another")
         if not data.tests_by_seed and data.train_subset == "fixed":
             probes = [one.name for one in experiments if one.is_probe]
             if stopping.control in probes and len(probes) > 1:

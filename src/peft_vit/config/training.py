@@ -82,10 +82,6 @@ class TrainingConfig(Frozen):
         description="on the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
         "unless given, are the fastest that keep within",
     )
-    activation_storage: Literal["exact", "8bit"] = Field(
-        default="exact",
-        description="8bit: what attention and activation functions keep for the backward pass; gradients get noise",
-    )
     learning_rate: float | None = Field(
         default=None,
         gt=0,
@@ -140,11 +136,6 @@ class TrainingConfig(Frozen):
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
         self._blocks_are_decided_once(info)
-        if self.activation_storage == "8bit" and (self.activation_checkpointing != "none" or self.memory_limit):
-            raise ValueError(
-                "activation_storage: 8bit has no effect on blocks that are computed again; remove it, or "
-                "activation_checkpointing and memory_limit"
-            )
         mixing = [one.name for one in self.augmentation if one.mixes]
         if mixing and self.batch_size == 1:
             raise ValueError(

@@ -75,11 +75,7 @@ def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
         "machine": platform.node(),
         "processor": processor_name(),
         "cpu_count": cpu_count(),
-        "device": _device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
     }
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
     return cache_dir() / "costs" / f"{digest[:32]}.json", depends_on
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -292,9 +292,8 @@ def _without_contradictions(seen: Seen) -> Seen:
                 if not seen.sealed[i]:
                     why.setdefault(i, f"a copy of {seen.names[tested[0]]}, of the test split")
     kept = np.array([i not in why for i in range(len(seen.names))], dtype=bool)
-    return Seen(
-        path=seen.path,
-        class_names=seen.class_names,
+    return replace(
+        seen,
         names=tuple(np.array(seen.names, dtype=object)[kept]),
         labels=seen.labels[kept],
         copies=seen.copies[kept],

@@ -67,15 +67,15 @@ class ModelCheck:
     Attributes:
         sites: all of it.
         merged: a plain model with the merged weights.
-        onnx: its ONNX file in onnxruntime; None if that was not asked for.
-        openvino: its .xml file in OpenVINO; None likewise.
+        onnx: its ONNX file in onnxruntime.
+        openvino: its .xml file in OpenVINO; None if that was not asked for.
         peft: PEFT, reading the adapter that is exported; None likewise.
         peft_idle: the reason why PEFT's LoRA has no effect on the model as it is built, by the names of modules.
     """
 
     sites: tuple[SiteCheck, ...]
     merged: Outcome
-    onnx: Outcome | None
+    onnx: Outcome
     openvino: Outcome | None
     peft: Outcome | None
     peft_idle: dict[str, str]
@@ -90,23 +90,54 @@ def check_architecture(
     architecture: Architecture,
     image_size: int | None = None,
     *,
-    onnx: bool = True,
     openvino: bool = False,
     peft: bool = False,
     shallow: bool = False,
 ) -> ModelCheck:
-    """Do as `check_model` for a model with random weights, of two blocks a stage if it shall be shallow.
+    """Put adapters on all sites of a model with random weights, and see what works.
+
+    Args:
+        architecture: of the model.
+        image_size: side in pixels; None: that of pretraining.
+        openvino: export to OpenVINO, too.
+        peft: let the PEFT library do likewise; it takes 90 MB.
+        shallow: build two blocks a stage.
 
     Raises:
-        UserError: if the model is unknown, can't be adapted, or does not take images of this size; or as `check_model`.
+        UserError: if the model is unknown, can't be adapted, or does not take images of this size, or OpenVINO is asked
+            for and not installed.
     """
+    if openvino:
+        require_extra("openvino", "OpenVINO export")
     side = native_size(architecture) if image_size is None else image_size
-    return check_model(
-        lambda: random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)),
-        card_of_random(architecture, side, tuple(map(str, range(_CLASSES))), "check"),
-        onnx=onnx,
-        openvino=openvino,
-        peft=peft,
+    card = card_of_random(architecture, side, tuple(map(str, range(_CLASSES))), "check")
+
+    def build() -> nn.Module:
+        return random_weights(build_model(architecture, side, _CLASSES, shallow=shallow)).eval()
+
+    model = build()
+    sites = find_sites(model)
+    effect = _attach_random(model, sites)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=generator)
+    with torch.inference_mode():
+        logits = model(images)
+        merge_errors = {name: _merge_error(module) for name, module in adapted_modules(model)}
+    state = merged_state_dict(model)
+
+    def plain() -> nn.Module:
+        merged = build()
+        Backbone(merged).prepare()
+        merged.load_state_dict(state)
+        return merged
+
+    return ModelCheck(
+        tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
+        _compared(logits, lambda: plain()(images)),
+        _compared(logits, lambda: _by_onnx(plain(), card, images)),
+        _compared(logits, lambda: _by_openvino(plain(), card, images)) if openvino else None,
+        _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
+        _idle_of_peft(build) if peft else {},
     )
 
 
@@ -137,49 +168,6 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         class_names=tuple(class_names),
-    )
-
-
-def check_model(
-    build: Callable[[], nn.Module], card: ModelCard, *, onnx: bool = True, openvino: bool = False, peft: bool = True
-) -> ModelCheck:
-    """Put adapters on all sites of a model, and see what works.
-
-    Args:
-        build: makes a plain model, each time the same one.
-        card: for exports.
-        onnx: export to ONNX.
-        openvino: export to OpenVINO.
-        peft: let the PEFT library do likewise; it takes 90 MB.
-
-    Raises:
-        UserError: if the model can't be adapted, or OpenVINO is asked for and not installed.
-    """
-    if openvino:
-        require_extra("openvino", "OpenVINO export")
-    model = build().eval()
-    sites = find_sites(model)
-    effect = _attach_random(model, sites)
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=generator)
-    with torch.inference_mode():
-        logits = model(images)
-        merge_errors = {name: _merge_error(module) for name, module in adapted_modules(model)}
-    state = merged_state_dict(model)
-
-    def plain() -> nn.Module:
-        merged = build().eval()
-        Backbone(merged).prepare()
-        merged.load_state_dict(state)
-        return merged
-
-    return ModelCheck(
-        tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
-        _compared(logits, lambda: plain()(images)),
-        _compared(logits, lambda: _by_onnx(plain(), card, images)) if onnx else None,
-        _compared(logits, lambda: _by_openvino(plain(), card, images)) if openvino else None,
-        _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
-        _idle_of_peft(build) if peft else {},
     )
 
 
@@ -230,7 +218,7 @@ def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -
     load_peft()
     from peft import PeftModel
 
-    base = build().eval()
+    base = build()
     Backbone(base).prepare()
     with tempfile.TemporaryDirectory() as folder:
         export_peft(model, Path(folder), {})
@@ -244,7 +232,7 @@ def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
     from peft import LoraConfig, get_peft_model
 
     names = list(fused_sites(find_sites(build())))
-    model = build().eval()  # of which nothing prepares the modules' calls
+    model = build()  # of which nothing prepares the modules' calls
     get_peft_model(model, LoraConfig(r=_RANK, target_modules=names))
     parameters = {
         name: [one for key, one in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names

@@ -17,11 +17,10 @@ from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
-from peft_vit.records import write_atomically
 
 
 class _Layer(BaseModel):
@@ -77,10 +76,7 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     header = _Header(card=card, layers=layers)
     _build(header, tensors, file)  # what could not be read again is not written
     header = header.model_copy(update={"sha256": _digest(header, tensors)})
-    try:
-        write_atomically(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+    write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
 
 
 def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:

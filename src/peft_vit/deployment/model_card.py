@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
@@ -11,6 +11,7 @@ from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
 from peft_vit.deployment.calibrated import Calibrated
 from peft_vit.errors import UserError, first_fault
+from peft_vit.records import write_atomically
 
 HEADER = "peft_vit_model"  # key of a file's metadata
 _Positive = Annotated[float, Field(gt=0)]
@@ -48,15 +49,6 @@ class ModelCard(BaseModel):
         """Return what the model is built from."""
         return Architecture(self.library, self.model, self.config)
 
-    @classmethod
-    def from_json(cls, text: str | bytes, file: Path) -> Self:
-        """Read a card.
-
-        Raises:
-            UserError: if it is none; names the file and the field.
-        """
-        return read_json(cls, text, file)
-
 
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     """Return checked values out of JSON.
@@ -69,3 +61,15 @@ def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     except ValidationError as error:
         field, fault = first_fault(error)
         raise UserError(f"{fault}; export the run again", file=file, field=field) from None
+
+
+def write_exported(file: Path, content: bytes) -> None:
+    """Write a file with a card in it.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None

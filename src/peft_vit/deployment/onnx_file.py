@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, Range
 from peft_vit.deployment.onnx_layers import OnnxLinear
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
-from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
 INPUT, OUTPUT = "images", "logits"
@@ -71,10 +70,7 @@ def export_onnx(
     proto = onnx_graph(model, card.image_size, partial(_exported, runtime=runtime, input_ranges=input_ranges))
     header = _Header(card=card, sha256=_digest(card, proto))
     proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
-    try:
-        write_atomically(file, proto.SerializeToString())
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+    write_exported(file, proto.SerializeToString())
 
 
 def check_int8(model: nn.Module) -> None:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules
 from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, ModelCard, read_json
+from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizedTensor
-from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
 _UNSIGNED = "0" * 64  # in place of the hash while it is computed
@@ -68,11 +67,8 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     network.set_rt_info(_Header(card=card, sha256=_UNSIGNED).model_dump_json(), [HEADER])
     description, weights = _serialized(network)
     signed = description.replace(_UNSIGNED.encode(), _digest(description, weights).encode(), 1)
-    try:
-        write_atomically(file.with_suffix(".bin"), weights)
-        write_atomically(file, signed)
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+    write_exported(file.with_suffix(".bin"), weights)
+    write_exported(file, signed)
 
 
 def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor]) -> Any:

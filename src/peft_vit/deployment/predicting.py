@@ -21,7 +21,7 @@ from peft_vit.backbones import load_backbone
 from peft_vit.config import BackboneConfig, named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
-from peft_vit.deployment.model_card import ModelCard
+from peft_vit.deployment.model_card import ModelCard, read_json
 from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.deployment.openvino_file import open_openvino
 from peft_vit.errors import UserError, agreeing_with, named
@@ -101,7 +101,7 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     """
     file = folder / BASE_FILE
     try:
-        card = ModelCard.from_json(read_bytes(file), file)
+        card = read_json(ModelCard, read_bytes(file), file)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
     with named(file):

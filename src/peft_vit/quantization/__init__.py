@@ -6,7 +6,6 @@ The package works on plain tensors. It knows nothing of models, adapters or trai
 from peft_vit.quantization.codebooks import code_values
 from peft_vit.quantization.formats import QuantizationFormat
 from peft_vit.quantization.gptq import quantize_with_compensation
-from peft_vit.quantization.loftq import loftq
 from peft_vit.quantization.packing import pack_codes, unpack_codes
 from peft_vit.quantization.quantizer import quantize
 from peft_vit.quantization.tensor import QuantizedTensor, relative_error
@@ -15,7 +14,6 @@ __all__ = [
     "QuantizationFormat",
     "QuantizedTensor",
     "code_values",
-    "loftq",
     "pack_codes",
     "quantize",
     "quantize_with_compensation",

@@ -108,18 +108,14 @@ def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: Quantizatio
     if format.has_codebook:
         codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
     else:
-        places = ((weights.double() - offsets.double()) / _divisors(scales)).round_()
+        divisors = torch.where(scales > 0, scales.double(), 1.0)  # a group of scale 0 has nothing to divide
+        places = ((weights.double() - offsets.double()) / divisors).round_()
         middle = 2 ** (format.bits - 1)
         if format.offset:
             codes = places.clamp_(0, 2 * middle - 1).to(torch.uint8)
         else:
             codes = (places.clamp_(1 - middle, middle - 1) + middle).to(torch.uint8)
     return pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
-
-
-def _divisors(scales: Tensor) -> Tensor:
-    """Return scales to divide by: 1 for a scale of 0, whose group has nothing to divide."""
-    return torch.where(scales > 0, scales.double(), 1.0)
 
 
 def _round_outwards(numbers: Tensor, dtype: torch.dtype, direction: float) -> Tensor:

@@ -29,7 +29,7 @@ _LATER_BACKBONE = ("library",)
 _LATER_MEASURES = ("logits",)
 _LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
 _LATER_LORA = ("ranks",)
-_LATER_QA_LORA = ("rounding", "calibration_images", "start", "loftq_iterations", "use_double_quant")
+_LATER_QA_LORA = ("rounding", "calibration_images", "use_double_quant")
 _LATER_TRAINING = (
     "steps",
     "validate_every",
@@ -42,7 +42,6 @@ _LATER_TRAINING = (
     "activation_checkpointing",
     "recomputed_blocks",
     "memory_limit",
-    "activation_storage",
     "probe_l2",
 )
 
@@ -64,9 +63,14 @@ class RunSpec(BaseModel):
     measures: MeasuresConfig = MeasuresConfig()
 
     @property
+    def name(self) -> str:
+        """Return ``experiment/seed_k``, which is also the run's folder below its study's."""
+        return f"{self.experiment.name}/seed_{self.seed}"
+
+    @property
     def run_id(self) -> str:
         """Return ``study/experiment/seed_k``, which is also the run's folder below the results directory."""
-        return f"{self.study}/{self.experiment.name}/seed_{self.seed}"
+        return f"{self.study}/{self.name}"
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that the run depends on.

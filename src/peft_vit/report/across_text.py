@@ -127,32 +127,21 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
                 "experiment": row.name,
                 "studies": str(len(row.studies)),
                 "pairs": str(row.pooled.interval.n),
-                "mean over studies": _points(row.pooled.interval),
+                "mean over studies": _with_reason(row.pooled.interval, points_interval(row.pooled.interval)),
                 "ahead in": f"{row.ahead} of {len(row.studies)}",
                 "p (Holm)": "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
                 "more accurate?": row.verdict + (f" ({row.untested})" if row.untested else ""),
-                "interquartile mean": _points(row.interquartile, row.interquartile_note),
-                "mixed model": points_interval(fit) if (fit := _mixed(row)) else f"– ({row.mixed.note})",
             }
             for row in rows
         ),
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
         "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
-        "this table. Interquartile mean: stratified bootstrap. Mixed model: random intercept by study, the effect "
-        "taken to be the same in all.",
+        "this table.",
     )
 
 
-def _points(interval: Interval | None, note: str = "") -> str:
-    if interval is None:
-        return f"– ({note})" if note else "–"
-    reason = interval.reason or note
-    return points_interval(interval) + (f" ({reason})" if reason else "")
-
-
-def _mixed(row: PooledDifference) -> Interval | None:
-    fit = row.mixed
-    return None if fit.estimate is None else Interval(fit.estimate, fit.low, fit.high, fit.n, fit.confidence)
+def _with_reason(interval: Interval, written: str) -> str:
+    return written + (f" ({interval.reason})" if interval.reason else "")
 
 
 def _times(rows: Sequence[PooledTime], reference: str) -> Table:
@@ -164,16 +153,12 @@ def _times(rows: Sequence[PooledTime], reference: str) -> Table:
                 "experiment": row.name,
                 "studies": str(len(row.studies)),
                 "pairs": str(row.ratio.n),
-                "geometric mean over studies": _multiple(row.ratio),
+                "geometric mean over studies": _with_reason(row.ratio, number_interval(row.ratio)),
             }
             for row in rows
         ),
         "95 % t intervals of the logarithms; each study counts the same.",
     )
-
-
-def _multiple(ratio: Interval) -> str:
-    return number_interval(ratio) + (f" ({ratio.reason})" if ratio.low is None else "")
 
 
 def _what(kind: PoolKind) -> str:
@@ -219,8 +204,6 @@ def _rows(found: Across) -> Iterator[_ValueRow]:
         yield _row("pooled", *named, row.pooled.interval, _although(row))._replace(
             p_value=row.pooled.p_value, p_holm=row.adjusted_p, verdict=row.verdict
         )
-        yield _row("interquartile mean", *named, row.interquartile, row.interquartile_note)
-        yield _row("mixed model", *named, _mixed(row), row.mixed.note or "")
     for agreement in found.agreements:
         rho = None if agreement.rho is None else Interval(agreement.rho, None, None, agreement.sites, 0.95)
         experiments = f"{agreement.experiment}; {agreement.other_experiment}"

@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, adapted_sites, adapter_bytes, current_ranks
+from peft_vit.adapters import adapted_modules, adapted_sites, adapter_bytes, update_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
-from peft_vit.adapters.peft_layers import peft_ranks
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
 from peft_vit.config import BackboneConfig
@@ -228,7 +227,7 @@ def _prepare(
 
 def _start(model: nn.Module) -> dict[str, Any]:
     """Return what a record says of a prepared model: its sites and their ranks."""
-    ranks = current_ranks(model) | peft_ranks(model)
+    ranks = update_ranks(model)
     return {
         "sites": [site.info() for site in adapted_sites(model).values()],
         "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],

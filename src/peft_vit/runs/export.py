@@ -34,10 +34,10 @@ from peft_vit.deployment import (
     save_pretrained,
     torch_classifier,
 )
+from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError
 from peft_vit.extras import EXTRAS, require_extra
 from peft_vit.methods import METHODS
-from peft_vit.records import write_atomically
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
 
@@ -239,10 +239,7 @@ def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCar
             f"it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
             field="--activations",
         )
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None
+    write_exported(file, content)
     return found
 
 

@@ -23,7 +23,6 @@ from peft_vit.methods import METHODS, prepare
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import Hook
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,11 @@ def restore_run(run_dir: Path) -> RestoredRun:
 
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
-) -> list[Hook]:
+) -> None:
     """Do as `prepare`, with what an adapter file says of a run: chosen formats and ranks, weights rounded on images."""
     qa_lora = experiment.section(QaLoraConfig)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
-    return prepare(
+    prepare(
         model,
         experiment,
         total_steps=total_steps,

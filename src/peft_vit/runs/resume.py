@@ -109,13 +109,16 @@ class Attempt:
         self._training, self._source = training, state.source
 
     def _foreign(self, field: str | None, reason: str) -> UserError:
-        step = 0 if self._keeper is None else self._keeper.step
         return UserError(
-            f"the checkpoint of step {step} can't be gone on from: {reason}; remove the checkpoint-* folders there, "
-            "and the run starts anew",
+            f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
+            "there, and the run starts anew",
             file=self._folder,
             field=field,
         )
+
+    @property
+    def _step(self) -> int:
+        return 0 if self._keeper is None else self._keeper.step
 
     @property
     def goes_on(self) -> bool:
@@ -158,10 +161,9 @@ class Attempt:
             if before.get(name) != after.get(name)
         ]
         if changes:
-            step = 0 if self._keeper is None else self._keeper.step
             warnings.warn(
-                f"the run went on from step {step} with {', '.join(changes)}; uninterrupted, its numbers may have "
-                "rounded otherwise",
+                f"the run went on from step {self._step} with {', '.join(changes)}; uninterrupted, its numbers may "
+                "have rounded otherwise",
                 CheckpointWarning,
                 stacklevel=2,
             )
@@ -180,7 +182,7 @@ class Attempt:
                 run = State({}, self.so_far().model_dump(mode="json"))
                 self._keeper.keep(step, lambda: State.of_parts(training=training(), run=run))
         if stops:
-            raise Interrupted(0 if self._keeper is None else self._keeper.step)
+            raise Interrupted(self._step)
 
     # --- what the record says of all attempts -------------------------------------------------------------------------
 

@@ -18,13 +18,11 @@ from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_fact
 from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
 from peft_vit.statistics.intervals import (
     Interval,
-    interquartile_mean_interval,
     mean_interval,
     paired_improvement,
     paired_proportions,
     proportion_interval,
 )
-from peft_vit.statistics.mixed import MixedEffect, mixed_effect
 from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,

@@ -12,7 +12,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.statistics.checked import check_level, finite, has_spread, without_rounding
+from peft_vit.statistics.checked import check_level, finite, without_rounding
 
 
 @dataclass(frozen=True)
@@ -129,47 +129,3 @@ def _wilson(share: float, n: int, confidence: float) -> Interval:
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, confidence)
-
-
-def interquartile_mean_interval(
-    scores: ArrayLike, generator: np.random.Generator, *, resamples: int = 5000, confidence: float = 0.95
-) -> Interval:
-    """Return the mean of the middle half of all runs on all tasks, with its percentile interval by the bootstrap.
-
-    Each task's runs are resampled by themselves, and tasks are never resampled, so the interval describes what another
-    draw of seeds would change on these tasks. It says nothing about other tasks. With a handful of seeds it is too
-    short, as no resample goes beyond the values observed (docs/explanation/statistics.md).
-
-    Assumption: runs are independent draws within a task. Source: Agarwal et al., Deep Reinforcement Learning at the
-    Edge of the Statistical Precipice (NeurIPS 2021); computed by `scipy.stats.trim_mean` and `scipy.stats.bootstrap`.
-
-    Args:
-        scores: (runs, tasks).
-        generator: of the resampling.
-        resamples: how many.
-        confidence: nominal coverage, between 0 and 1.
-
-    Returns:
-        The interval; n counts the runs of each task.
-
-    Raises:
-        ValueError: for values that are not finite.
-    """
-    check_level(confidence, "confidence")
-    tasks = sorted(sorted(finite(task, "scores").tolist()) for task in np.transpose(scores))
-    estimate, n = float(_middle(*map(np.array, tasks))), len(tasks[0])
-    if n < 2:
-        return Interval(estimate, None, None, n, confidence, "one run has no spread to resample")
-    found = scipy.stats.bootstrap(
-        tasks, _middle, n_resamples=resamples, method="percentile", confidence_level=confidence, rng=generator
-    )
-    if not has_spread(found.bootstrap_distribution):
-        return Interval(estimate, None, None, n, confidence, "all resamples give the same value")
-    low, high = found.confidence_interval
-    return Interval(estimate, float(low), float(high), n, confidence)
-
-
-def _middle(*tasks: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Return the interquartile mean over all tasks' runs: (..., runs) each to (...)."""
-    middle: np.ndarray = scipy.stats.trim_mean(np.concatenate(tasks, axis=-1), 0.25, axis=axis)
-    return middle

@@ -3,7 +3,7 @@
 Each comparison has paired differences, experiment minus control. At declared numbers of pairs their mean is tested, as
 often as there are looks, and the level of the whole family holds over all looks and all comparisons:
 
-- looks: bounds that spend the level (`spending`), or an e-process (`e_values`);
+- looks: bounds that spend the level (`spending`);
 - unknown variance: a t statistic counts as the normal one with the same tail probability (Jennison & Turnbull, Group
   Sequential Methods (2000), 4.4);
 - several comparisons: Holm's procedure on repeated p-values, so the level of comparisons that are decided passes on to
@@ -29,14 +29,12 @@ import numpy as np
 import scipy
 
 from peft_vit.statistics.checked import check_level, finite, has_spread
-from peft_vit.statistics.e_values import anytime_bound, anytime_p_values
 from peft_vit.statistics.intervals import mean_and_error
 from peft_vit.statistics.lost_images import difference_limits, loss_bounds, loss_p_values
 from peft_vit.statistics.significance import Verdict
-from peft_vit.statistics.spending import boundaries, repeated_p_values
+from peft_vit.statistics.spending import Spending, boundaries, repeated_p_values
 
 Asked = Literal["superiority", "non-inferiority", "both"]
-Form = Literal["obrien-fleming", "pocock", "anytime"]
 Stopped = Literal["decided", "futile", "maximum"]
 
 FUTILITY = 0.05
@@ -52,37 +50,31 @@ class StoppingRule:
 
     asked: Asked
     margin: float  # of non-inferiority, as a share of accuracy (0.01 is a point), above 0
-    looks: tuple[
-        int, ...
-    ]  # numbers of pairs, rising; the last is the maximum. () of anytime: after each pair, no maximum
+    looks: tuple[int, ...]  # numbers of pairs, rising; the last is the maximum
     level: float = 0.05  # one-sided, of the whole family
-    form: Form = "obrien-fleming"
+    form: Spending = "obrien-fleming"
     correlation: float = 0.0  # n_test / n_train of repeated folds: variance s^2 (1 / n + correlation)
-    # predictive power below which a comparison stops; None: 0.05, or never of anytime; 0: never. It spends nothing
-    futility: float | None = None
+    futility: float = FUTILITY  # predictive power below which a comparison stops; 0: never. It spends nothing
     images: int | None = None  # different ones of all folds; None: pairs without spread decide nothing
 
     def __post_init__(self) -> None:
-        if self.asked not in get_args(Asked) or self.form not in get_args(Form):
+        if self.asked not in get_args(Asked) or self.form not in get_args(Spending):
             raise ValueError(
-                f"expected one of {get_args(Asked)} and of {get_args(Form)}, got {self.asked}, {self.form}"
+                f"expected one of {get_args(Asked)} and of {get_args(Spending)}, got {self.asked}, {self.form}"
             )
         if not (self.margin > 0 and math.isfinite(self.margin)):
             raise ValueError(f"expected a positive margin, got {self.margin}")
         check_level(self.level, "level")
         rising = all(a < b for a, b in zip((0, *self.looks), self.looks, strict=False))
-        if not rising or not (self.looks or self.form == "anytime"):
+        if not (rising and self.looks):
             raise ValueError(f"expected looks at rising numbers of pairs, got {self.looks}")
         if not (self.correlation >= 0 and math.isfinite(self.correlation)):
             raise ValueError(f"expected a correlation of at least 0, got {self.correlation}")
-        if self.futility is not None and not 0 <= self.futility < 1:
+        if not 0 <= self.futility < 1:
             raise ValueError(f"expected 0 <= futility < 1, got {self.futility}")
-        if self.form == "anytime" and (self.correlation or self.futility):
-            raise ValueError("anytime: expected no correlation and no futility, since its e-values know neither")
-        if self.images is not None and (self.images < 1 or self.asked != "non-inferiority" or self.form == "anytime"):
+        if self.images is not None and (self.images < 1 or self.asked != "non-inferiority"):
             raise ValueError(
-                f"images: expected at least 1, asked: non-inferiority, and not the form anytime, got {self.images}, "
-                f"{self.asked}, {self.form}"
+                f"images: expected at least 1, and asked: non-inferiority, got {self.images}, {self.asked}"
             )
 
     @property
@@ -119,7 +111,7 @@ class Look:
     )
     superiority: SequentialTest | None  # None: not asked
     noninferiority: SequentialTest | None
-    predictive_power: float | None  # of an answer to what is open, at the last look; None: nothing is open, or anytime
+    predictive_power: float | None  # of an answer to what is open, at the last look; None: nothing is open
 
 
 @dataclass(frozen=True)
@@ -147,14 +139,6 @@ def t_statistics(means: np.ndarray, errors: np.ndarray, rule: StoppingRule, pair
     freedom = np.maximum(np.asarray(pairs) - 1, 1)
     at_most = -scipy.special.stdtrit(freedom, loss_p_values(means, rule.images, rule.margin))  # (2, ..., K)
     return np.minimum(np.where(np.isnan(both), -np.inf, both), at_most[..., None, :])
-
-
-def repeated_p(t: np.ndarray, rule: StoppingRule, pairs: Sequence[int]) -> np.ndarray:
-    """Return p-values (..., K) that hold over all looks, of t statistics (..., K) at so many pairs (K,) for "above"."""
-    numbers = np.asarray(pairs)
-    if rule.form == "anytime":
-        return anytime_p_values(t, numbers)
-    return repeated_p_values(normal_score(t, numbers), rule.fractions, rule.form)
 
 
 def normal_score(t: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -218,11 +202,9 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
     """
     if not differences:
         raise ValueError("expected at least one comparison")
-    largest = max(len(values) for values in differences.values())
-    looks = rule.looks or tuple(range(1, largest + 1))
-    comparisons = [_comparison(name, values, rule, looks) for name, values in differences.items()]
-    for k in range(len(looks)):
-        _look(comparisons, rule, looks, k)
+    comparisons = [_comparison(name, values, rule) for name, values in differences.items()]
+    for k in range(len(rule.looks)):
+        _look(comparisons, rule, k)
     return tuple(_course(comparison, rule) for comparison in comparisons)
 
 
@@ -233,11 +215,11 @@ def next_look(courses: Sequence[Course], going: Collection[str]) -> tuple[list[s
     return [name for name, look in waiting.items() if look == pairs], pairs
 
 
-def _comparison(name: str, values: Sequence[float], rule: StoppingRule, looks: tuple[int, ...]) -> _Comparison:
+def _comparison(name: str, values: Sequence[float], rule: StoppingRule) -> _Comparison:
     data = finite(values, name) if len(values) else np.empty(0)
-    if looks and data.size > looks[-1]:
-        raise ValueError(f"{name}: expected at most the {looks[-1]} pairs that were declared, got {data.size}")
-    pairs = [n for n in looks if n <= data.size]
+    if data.size > rule.looks[-1]:
+        raise ValueError(f"{name}: expected at most the {rule.looks[-1]} pairs that were declared, got {data.size}")
+    pairs = [n for n in rule.looks if n <= data.size]
     means, errors = np.full(len(pairs), np.nan), np.full(len(pairs), np.nan)
     for k, n in enumerate(pairs):
         means[k], error = mean_and_error(data[:n]) if n > 1 else (data[0], math.nan)
@@ -246,10 +228,11 @@ def _comparison(name: str, values: Sequence[float], rule: StoppingRule, looks: t
         elif rule.images is not None and n > 1:
             errors[k] = 0.0
     t = t_statistics(means, errors, rule, pairs)
-    return _Comparison(name, means, errors, t, repeated_p(t, rule, pairs), [], ["not decided"] * len(rule.centers))
+    p_values = repeated_p_values(normal_score(t, np.asarray(pairs)), rule.fractions, rule.form)
+    return _Comparison(name, means, errors, t, p_values, [], ["not decided"] * len(rule.centers))
 
 
-def _look(comparisons: list[_Comparison], rule: StoppingRule, looks: tuple[int, ...], k: int) -> None:
+def _look(comparisons: list[_Comparison], rule: StoppingRule, k: int) -> None:
     """Take look k, counted from 0: test all comparisons that have its pairs, and stop those that are done."""
     looking = [c for c in comparisons if c.stopped is None and len(c.looks) == k and k < len(c.means)]
     if not looking:
@@ -263,19 +246,17 @@ def _look(comparisons: list[_Comparison], rule: StoppingRule, looks: tuple[int, 
             if verdict == "not decided" and min(up[question], down[question]) <= rule.level:
                 comparison.verdicts[question] = "supported" if up[question] <= rule.level else "refuted"
         if comparison in looking:
-            comparison.looks.append(_seen(comparison, rule, looks[k], k, np.array([up, down]), shares))
+            comparison.looks.append(_seen(comparison, rule, k, np.array([up, down]), shares))
         if "not decided" not in comparison.verdicts:
             comparison.stopped = "decided"
         elif comparison in looking:
             comparison.stopped = _why_to_stop(comparison.looks[-1], rule)
 
 
-def _seen(
-    comparison: _Comparison, rule: StoppingRule, pairs: int, k: int, p_values: np.ndarray, shares: tuple[int, int]
-) -> Look:
+def _seen(comparison: _Comparison, rule: StoppingRule, k: int, p_values: np.ndarray, shares: tuple[int, int]) -> Look:
     """Return look k of a comparison, with the family's p-values (2, q) and the comparisons that share each level."""
-    mean, error = float(comparison.means[k]), float(comparison.errors[k])
-    critical = [_critical_t(rule, k, pairs, rule.level / share) for share in shares]
+    pairs, mean, error = rule.looks[k], float(comparison.means[k]), float(comparison.errors[k])
+    critical = [_critical_t(rule, k, rule.level / share) for share in shares]
     up, down = (t * error if math.isfinite(t * error) else math.inf for t in critical)
     low, high = mean - up, mean + down
     bounds = {center: (center + up, center - down) for center in rule.centers}
@@ -290,20 +271,19 @@ def _seen(
         for (upper, lower), supported, refuted in zip(bounds.values(), *p_values, strict=True)
     ]
     asked = dict(zip(rule.centers, tests, strict=True))
-    power = _predictive_power(comparison, rule, pairs, k)
+    power = _predictive_power(comparison, rule, k)
     return Look(pairs, mean, low, high, asked.get(0.0), asked.get(-rule.margin), power)
 
 
-def _critical_t(rule: StoppingRule, k: int, pairs: int, level: float) -> float:
-    if rule.form == "anytime":
-        return anytime_bound(pairs, level)
+def _critical_t(rule: StoppingRule, k: int, level: float) -> float:
+    pairs = rule.looks[k]
     if pairs < 2:
         return math.inf
     bound = boundaries(rule.fractions, level, rule.form)[k]
     return -float(scipy.special.stdtrit(pairs - 1, scipy.special.ndtr(-bound)))
 
 
-def _predictive_power(comparison: _Comparison, rule: StoppingRule, pairs: int, k: int) -> float | None:
+def _predictive_power(comparison: _Comparison, rule: StoppingRule, k: int) -> float | None:
     """Return how likely an open question is answered, either way, at the last look.
 
     With a statistic Z at the fraction t of the information and the last bound b it is
@@ -312,29 +292,26 @@ def _predictive_power(comparison: _Comparison, rule: StoppingRule, pairs: int, k
     Source: Spiegelhalter, Freedman & Blackburn, Controlled Clinical Trials 7 (1986).
     """
     open_ones = [answer == "not decided" for answer in comparison.verdicts]
-    if rule.form == "anytime" or k + 1 == len(rule.looks) or not any(open_ones) or math.isnan(comparison.errors[k]):
+    if k + 1 == len(rule.looks) or not any(open_ones) or math.isnan(comparison.errors[k]):
         return None
     t, bound = rule.fractions[k], boundaries(rule.fractions, rule.level, rule.form)[-1]
-    furthest = float(normal_score(comparison.t[:, open_ones, k], np.array(pairs)).max())
+    furthest = float(normal_score(comparison.t[:, open_ones, k], np.array(rule.looks[k])).max())
     return float(scipy.special.ndtr((furthest / math.sqrt(t) - bound) / math.sqrt((1 - t) / t)))
 
 
 def _why_to_stop(look: Look, rule: StoppingRule) -> Stopped | None:
-    if rule.looks and look.pairs == rule.looks[-1]:
+    if look.pairs == rule.looks[-1]:
         return "maximum"
-    least = FUTILITY if rule.futility is None else rule.futility
-    return "futile" if look.predictive_power is not None and look.predictive_power < least else None
+    return "futile" if look.predictive_power is not None and look.predictive_power < rule.futility else None
 
 
 def _course(comparison: _Comparison, rule: StoppingRule) -> Course:
     verdicts = dict(zip(rule.centers, comparison.verdicts, strict=True))
-    after = len(comparison.looks)
-    following = None if comparison.stopped else rule.looks[after] if rule.looks else after + 1
     return Course(
         comparison.name,
         tuple(comparison.looks),
         verdicts.get(0.0),
         verdicts.get(-rule.margin),
         comparison.stopped,
-        following,
+        None if comparison.stopped else rule.looks[len(comparison.looks)],
     )

@@ -62,7 +62,6 @@ def course_line(course: Course, study: StudyConfig) -> str:
     """Return how a comparison with the control stands after its last look, and what follows."""
     stopping, look = study.stopping, course.looks[-1]
     assert stopping is not None
-    of = "" if stopping.spending == "anytime" else f" of at most {len(study.seeds)}"
     questions = (
         (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
         ("better", look.superiority, course.superiority),
@@ -74,8 +73,8 @@ def course_line(course: Course, study: StudyConfig) -> str:
     ]
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
-        f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')}{of}: {_points(look.difference)} points "
-        f"{interval}. {'. '.join(said)}. {_what_follows(course, len(study.seeds))}"
+        f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
+        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. {_what_follows(course)}"
     )
 
 
@@ -83,11 +82,11 @@ def _points(share: float) -> str:
     return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"
 
 
-def _what_follows(course: Course, seeds: int) -> str:
-    if course.next_look is not None:
-        return f"Goes on to {course.next_look}." if course.next_look <= seeds else "Open: the study has no more seeds."
+def _what_follows(course: Course) -> str:
+    if course.stopped is None:
+        return f"Goes on to {course.next_look}."
     ends = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
-    return ends[course.stopped or "maximum"]
+    return ends[course.stopped]
 
 
 def duration(seconds: float) -> str:
@@ -112,7 +111,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     table.add_column("known from")
     table.add_column("state")
-    for run in plan.in_time.runs or plan.runs:
+    for run in plan.runs:
         table.add_row(
             f"{run.spec.experiment.name}/seed_{run.spec.seed}",
             str(run.total_steps),
@@ -123,8 +122,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         )
     console.print(table)
     _print_total(plan, console)
-    for line in () if plan.within is None else plan.within.lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_study(plan: Plan, console: Console) -> None:
@@ -164,7 +161,6 @@ def _print_precision(plan: Plan, console: Console) -> None:
 
 def _print_total(plan: Plan, console: Console) -> None:
     workers = plan.study.execution.workers
-    plan = plan.in_time
     pending = plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)

@@ -21,7 +21,6 @@ from peft_vit.studies.plan import plan_study
 from peft_vit.studies.printing import course_line, print_plan
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.time_limit import Limit
-from peft_vit.studies.within import part_within
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def run_until_decided(
                 break  # the same again: time for the rest of this look is missing
             names, seeds = asked
             whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
-            plan, deadline = part_within(whole, results_dir, names, study.seeds[:seeds], execution.executor, limit)
+            plan = whole.seed_by_seed(names, study.seeds[:seeds])
             print_plan(plan)
-            failed |= drive_plans([plan], [lock], execution, deadline)
+            failed |= drive_plans([plan], [lock], execution, limit)
     return Decided(found, failed)
 
 
@@ -105,6 +104,6 @@ def _next(study: StudyConfig, found: Sequence[Course], out: set[str]) -> tuple[l
     """
     stopping = study.stopping
     assert stopping is not None
-    able = {one.name for one in found if (one.next_look or 0) <= len(study.seeds)} - out
-    at_it, seeds = next_look(found, set() if stopping.control in out else able)
+    able = set() if stopping.control in out else {one.name for one in found} - out
+    at_it, seeds = next_look(found, able)
     return ([stopping.control, *at_it] if at_it else []), seeds

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import by_layer, check_acting, current_ranks
+from peft_vit.adapters import by_layer, check_acting
 from peft_vit.adapters.resizable import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -101,7 +101,6 @@ class QALoRATrainer(Hook):
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
         share = quantized_share(config, total_steps, 0)
-        self._start_ranks = current_ranks(model) if config.start == "loftq" else {}
         self._kept: dict[str, Tensor] = {}  # of packed weights, what a checkpoint has to hold
         for name, quantized in packed_weights(model, layers, self.formats, config, images, packed):
             module = layers[name].module
@@ -350,9 +349,9 @@ class QALoRATrainer(Hook):
                 module.drop_float()
 
     def features_depend_on(self) -> dict[str, Any]:
-        """Return how the weights are packed, and what else decides adapters that do not start at zero."""
+        """Return how the weights are packed, and those that calibration images have chosen."""
         formats = {name: one.as_json() for name, one in self.formats.items()}
-        kept = {"codes": State(self._kept).sha256(), "updates": self._start_ranks} if self.config.keeps_codes else {}
+        kept = {"codes": State(self._kept).sha256()} if self.config.keeps_codes else {}
         return {"formats": formats, "quantized_share": self.share, **kept}
 
     def finish(self, model: nn.Module, after: AfterTraining) -> None:

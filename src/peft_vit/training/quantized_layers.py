@@ -70,8 +70,6 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     if different:
         raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
     check_ranks(sites, ranks, config.pool)
-    if config.start != "zero" and not any(ranks.values()):
-        raise UserError("no adapter has a rank that could start anywhere; leave it out", field="qa_lora.start")
     attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
 
 
@@ -84,8 +82,6 @@ def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, i
             "them equal",
             field="qa_lora.group_size",
         )
-    if config.start != "zero":
-        raise UserError("the model carries adapters, whose start stays; leave it out", field="qa_lora.start")
     if ranks is not None:
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.backbones import Backbone, ReplayedPass, evaluating
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, QuantizedTensor, loftq, quantize, quantize_with_compensation
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
 from peft_vit.training.quantized_layers import QuantizedLayer
 
 _AT_ONCE = 16  # images
@@ -29,9 +27,8 @@ def packed_weights(
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's weight in its format; the layer is to use it before the next one is asked for.
 
-    With `start: loftq` its adapters are filled before. With `rounding: gptq` layers come in the order of a forward
-    pass, and the inputs of each are what the layers before it, quantized already, make of the images, in float32 and
-    evaluation mode.
+    With `rounding: gptq` layers come in the order of a forward pass, and the inputs of each are what the layers before
+    it, quantized already, make of the images, in float32 and evaluation mode.
 
     Args:
         model: with the layers' float weights.
@@ -52,8 +49,9 @@ def packed_weights(
         return
     _check_images(config, images)
     if images is None:
-        for name, layer in layers.items():
-            yield name, _packed(layer, partial(quantize, format=formats[name], name=name), config)
+        for name, (module, _) in layers.items():
+            assert module.weight is not None
+            yield name, quantize(module.weight, formats[name], name=name)
         return
     backbone = Backbone.within(model)
     images = images.to(next(backbone.model.parameters()).device)
@@ -62,25 +60,8 @@ def packed_weights(
         module = layers[name].module
         with torch.no_grad(), evaluating(model):
             hessian = _hessian(one.inputs(module)[0] for one in passes)
-        rounded = partial(quantize_with_compensation, format=formats[name], hessian=hessian, name=name)
-        yield name, _packed(layers[name], rounded, config)
-
-
-def _packed(
-    layer: QuantizedLayer, rounded: Callable[[Tensor], QuantizedTensor], config: QaLoraConfig
-) -> QuantizedTensor:
-    """Return a layer's packed weight; with `start: loftq` its adapters take up what they can of the error."""
-    assert layer.module.weight is not None
-    weight = layer.module.weight.detach()
-    if config.start == "zero":
-        return rounded(weight)
-    adapters = [(rows, adapter) for rows, adapter in layer.updates if isinstance(adapter, SiteAdapter)]
-    parts = [(rows, adapter.rank) for rows, adapter in adapters]
-    quantized, factors = loftq(weight, rounded, parts, pool=config.pool, iterations=config.loftq_iterations)
-    for (_, adapter), (left, right) in zip(adapters, factors, strict=True):
-        adapter.lora_B.data = left / math.sqrt(adapter.scale)
-        adapter.lora_A.data = right / math.sqrt(adapter.scale)
-    return quantized
+        assert module.weight is not None
+        yield name, quantize_with_compensation(module.weight, formats[name], hessian, name=name)
 
 
 def _check_images(config: QaLoraConfig, images: Tensor | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from peft_vit.adapters import current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
-from peft_vit.adapters.activation_storage import stored_in_eight_bits
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
@@ -173,30 +171,12 @@ class TrainingState:
         runtime, at_once = self._runtime, self._config.images_at_once
         for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
             bf16 = torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16")
-            with bf16, recomputed(self._recomputed), self._storage():
+            with bf16, recomputed(self._recomputed):
                 logits = self.model(some.to(runtime.device))  # (M, classes)
             mean = weighted_cross_entropy(
                 logits.float(), theirs.to(runtime.device), self._class_weights, self._config.label_smoothing
             )
             yield mean * (len(some) / len(images))
-
-    @contextmanager
-    def _storage(self) -> Iterator[None]:
-        """Keep activations of a forward pass within as the settings say.
-
-        Raises:
-            UserError: if that changes nothing.
-        """
-        if self._config.activation_storage == "exact":
-            yield
-            return
-        with stored_in_eight_bits() as stored:
-            yield
-        if not stored():
-            raise UserError(
-                "8bit has no effect on this model, which keeps nothing of attention or activation functions; remove it",
-                field="training.activation_storage",
-            )
 
     @property
     def ended(self) -> bool:

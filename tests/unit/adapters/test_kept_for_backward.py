@@ -9,7 +9,6 @@ from tiny_models import loose_site
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_product, attach_adapters
-from peft_vit.adapters.activation_storage import EightBits, stored_in_eight_bits
 from peft_vit.backbones import find_sites
 
 pytestmark = pytest.mark.part("trainer")
@@ -136,23 +135,6 @@ def test_second_derivatives_are_refused() -> None:
     first = torch.autograd.grad(adapted(x).square().sum(), [*adapted.sites["query"].parameters()], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         sum(one.square().sum() for one in first).backward()
-
-
-def test_factors_are_no_activations() -> None:
-    adapted, x = layer(pool=8), torch.randn(3, WIDTH)
-    factors = [*adapted.sites["query"].parameters()]
-    expected = torch.autograd.grad(adapted(x).square().sum(), factors)
-    with stored_in_eight_bits() as stored:
-        y = adapted(x)
-    assert stored() == 0
-    for found, one in zip(torch.autograd.grad(y.square().sum(), factors), expected, strict=True):
-        assert torch.equal(found, one)
-
-
-def test_the_smallest_numbers_are_off_by_half_a_scale_at_most() -> None:
-    values = torch.linspace(-1e-37, 1e-37, 64)
-    kept = EightBits.of(values)
-    assert float((kept.restored() - values).abs().max()) <= 0.51 * float(kept.scales[0])
 
 
 def test_a_compiled_model_is_one_graph_with_the_same_gradients(model, batch) -> None:

@@ -11,11 +11,10 @@ import numpy as np
 import planted
 import pytest
 from scipy import stats
-from statsmodels.regression.mixed_linear_model import MixedLM
 
 from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
 from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
-from peft_vit.analysis.pooling import interquartile_over_studies, stratified_mean
+from peft_vit.analysis.pooling import stratified_mean
 from peft_vit.analysis.studies import Run
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
@@ -108,21 +107,6 @@ def test_the_pooled_interval_covers_and_the_test_keeps_its_level() -> None:
     assert covered / trials == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / trials))
 
 
-def test_interquartile_mean_takes_common_seeds_and_says_so() -> None:
-    by_seed = [dict(enumerate(values)) for values in (A, B, C)]
-    interval, note = interquartile_over_studies(by_seed)
-    assert interval is not None
-    shared = np.array([A, B[:3], C]).ravel()
-    assert interval.estimate == pytest.approx(stats.trim_mean(shared, 0.25), rel=1e-12)
-    assert interval.low is not None
-    assert interval.low <= interval.estimate
-    assert note == "over the 3 seeds that all studies have; 1 other pairs left out"
-    assert interquartile_over_studies(by_seed) == (interval, note)
-    assert interquartile_over_studies(by_seed[:2]) == (None, "takes 3 studies")
-    apart = [{0: 0.1, 1: 0.2}, {1: 0.1, 2: 0.2}, {2: 0.1, 3: 0.4}]
-    assert interquartile_over_studies(apart) == (None, "the studies have fewer than 2 seeds in common")
-
-
 def test_pooled_where_only_the_images_differ(three: Callable[..., Across]) -> None:
     found = three()
     assert found.reference == "lora_r8"
@@ -137,19 +121,6 @@ def test_pooled_where_only_the_images_differ(three: Callable[..., Across]) -> No
         comparison = by_study[label]
         assert comparison is not None
         assert comparison.by_seed == pytest.approx(tuple(values), abs=1e-9)
-
-
-def test_the_mixed_model_is_that_of_statsmodels(three: Callable[..., Across]) -> None:
-    (row,) = three().pooled
-    response, condition, groups = [], [], []
-    for label, values, level in (("a", A, 0.7), ("b", B, 0.6), ("c", C, 0.85)):
-        for seed, value in enumerate(values):
-            response += [level + 0.01 * seed + value, level + 0.01 * seed]
-            condition += [1.0, 0.0]
-            groups += [label] * 2
-    design = np.column_stack([np.ones(len(condition)), condition])
-    expected = MixedLM(np.array(response), design, groups=groups).fit(reml=True)
-    assert row.mixed.estimate == pytest.approx(expected.fe_params[1], rel=1e-4)
 
 
 DIFFERING: dict[str, tuple[dict[str, Any], str]] = {

@@ -82,10 +82,6 @@ RULES: dict[str, tuple[dict[str, Any], StoppingRule]] = {
         {"asked": "superiority", "margin": None, "looks": None, "every": 4, "spending": "pocock", "level": 0.1},
         StoppingRule("superiority", 0.5, (4, 6), level=0.1, form="pocock"),
     ),
-    "anytime": (
-        {"asked": "non-inferiority", "looks": None, "spending": "anytime"},
-        StoppingRule("non-inferiority", 0.015, (), form="anytime"),
-    ),
     "never futile": ({"futility": 0}, StoppingRule("both", 0.015, (2, 4, 6), futility=0)),
     "folds": ({"data": {"folds": 5}}, StoppingRule("both", 0.015, (2, 4, 6), correlation=600 / 512)),
     "images of folds": (

@@ -58,7 +58,6 @@ def test_adapters_on_them_act_and_are_exported() -> None:
     found = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, openvino=True, peft=True)
     assert found.acting == len(found.sites) == 40
     assert found.merged.within(1e-5)
-    assert found.onnx is not None
     assert found.onnx.within(1e-4)
     assert found.openvino is not None
     assert found.openvino.within(1e-4)

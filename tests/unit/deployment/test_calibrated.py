@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_models import CARD
 
 from peft_vit.deployment import Calibrated, Classifier, check_coverage, predict_files
-from peft_vit.deployment.model_card import ModelCard
+from peft_vit.deployment.model_card import ModelCard, read_json
 from peft_vit.errors import UserError
 
 KNOWN = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.9, 0.95), thresholds=(0.2, 0.75, 0.9))
@@ -85,5 +85,5 @@ def test_few_images_have_no_thresholds_for_high_coverages() -> None:
 
 def test_cards_of_before_read_and_write_as_they_did() -> None:
     assert "calibrated" not in json.loads(CARD.model_dump_json())
-    assert ModelCard.from_json(CALIBRATED.model_dump_json(), Path("card")) == CALIBRATED
-    assert ModelCard.from_json(CARD.model_dump_json(), Path("card")) == CARD
+    assert read_json(ModelCard, CALIBRATED.model_dump_json(), Path("card")) == CALIBRATED
+    assert read_json(ModelCard, CARD.model_dump_json(), Path("card")) == CARD

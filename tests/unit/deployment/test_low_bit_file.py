@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from peft_vit.adapters import adapted_modules
 from peft_vit.deployment import ModelCard, load_low_bit, merge, open_exported, save_low_bit
 from peft_vit.deployment.low_bit_file import HEADER, _digest, _Header
+from peft_vit.deployment.model_card import read_json
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values
 
@@ -228,4 +229,4 @@ def test_names_and_pipes_that_could_not_be_opened(tmp_path) -> None:
 def test_a_card_that_would_fill_the_memory_or_make_no_sense(card, tmp_path, field, value) -> None:
     data = {**card.model_dump(mode="json"), field: value}
     with pytest.raises(UserError, match=rf"peft_vit\.json: {field}.*: "):
-        ModelCard.from_json(json.dumps(data), tmp_path / "peft_vit.json")
+        read_json(ModelCard, json.dumps(data), tmp_path / "peft_vit.json")

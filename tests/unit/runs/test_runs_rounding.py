@@ -28,8 +28,7 @@ METHODS = ["qa_lora", *(pytest.param(one, marks=pytest.mark.slow) for one in SLO
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_comes_back_from_its_file_without_images(study, tmp_path, method, monkeypatch) -> None:
-    start = "loftq" if method == "qa_lora" else "zero"
-    (record,) = done_runs.do(with_settings(study(method), "qa_lora", rounding="gptq", start=start), tmp_path)
+    (record,) = done_runs.do(with_settings(study(method), "qa_lora", rounding="gptq"), tmp_path)
     assert record.overhead_s["rounding"] > 0
     folder = run_folder(tmp_path, record.spec)
     in_all = record.bytes.adapter_file_bytes + record.quantization.quantized_bytes  # packed weights count as frozen
@@ -41,7 +40,7 @@ def test_a_run_comes_back_from_its_file_without_images(study, tmp_path, method, 
 
 
 def test_stopped_it_comes_to_the_same_end(study, tmp_path) -> None:
-    spec = done_runs.specs(with_settings(study("qa_lora"), "qa_lora", rounding="gptq", start="loftq"), tmp_path)[0]
+    spec = done_runs.specs(with_settings(study("qa_lora"), "qa_lora", rounding="gptq"), tmp_path)[0]
     whole = run_one(spec)
     with pytest.raises(Interrupted):
         run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0), should_stop=iter([False] * 3 + [True]).__next__)

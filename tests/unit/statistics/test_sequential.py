@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from peft_vit.statistics import holm
-from peft_vit.statistics.sequential import Course, Form, StoppingRule, adjusted, follow
-from peft_vit.statistics.spending import boundaries
+from peft_vit.statistics.sequential import Course, StoppingRule, adjusted, follow
+from peft_vit.statistics.spending import Spending, boundaries
 
 LOOKS = (5, 10, 15, 20, 25, 30)
 RULE = StoppingRule("both", 0.01, LOOKS)
@@ -143,7 +143,7 @@ def test_adjusted_p_values_of_one_question_are_those_of_holm() -> None:
     seed=st.integers(0, 50),
     cut=st.integers(0, 30),
     asked=st.sampled_from(["superiority", "non-inferiority", "both"]),
-    form=st.sampled_from(get_args(Form)),
+    form=st.sampled_from(get_args(Spending)),
 )
 @settings(max_examples=40)
 def test_more_data_only_adds_looks(mean: float, seed: int, cut: int, asked: str, form: str) -> None:
@@ -160,7 +160,7 @@ def test_more_data_only_adds_looks(mean: float, seed: int, cut: int, asked: str,
             assert late == early
 
 
-@given(mean=st.floats(-0.02, 0.02), seed=st.integers(0, 50), form=st.sampled_from(get_args(Form)))
+@given(mean=st.floats(-0.02, 0.02), seed=st.integers(0, 50), form=st.sampled_from(get_args(Spending)))
 @settings(max_examples=60)
 def test_a_verdict_is_a_bound_that_was_met(mean: float, seed: int, form: str) -> None:
     """Of a comparison alone, whose bounds never move; among several, those of looks before can still fall."""
@@ -214,20 +214,9 @@ def test_correlation_of_folds_widens_bounds_as_nadeau_and_bengio_do() -> None:
 
 @pytest.mark.parametrize("values", [[], [0.02], [0.02] * 10, [0.82 - 0.81, 0.81 - 0.80] * 5])
 def test_too_few_pairs_or_no_spread_decide_nothing(values: list[float]) -> None:
-    for rule in (StoppingRule("both", 0.01, (1, 5, 30)), StoppingRule("both", 0.01, (), form="anytime")):
-        (course,) = follow({"a": values}, rule)
-        assert (course.superiority, course.noninferiority, course.stopped) == ("not decided", "not decided", None)
-        assert all(math.isinf(look.low) and math.isinf(look.high) for look in course.looks)
-
-
-def test_anytime_looks_after_each_pair_and_has_no_maximum() -> None:
-    rule = StoppingRule("superiority", 0.01, (), form="anytime")
-    (open_one,) = follow({"a": drawn(0.0, n=40)}, rule)
-    assert len(open_one.looks) == 40
-    assert (open_one.stopped, open_one.next_look) == (None, 41)
-    (decided,) = follow({"a": drawn(0.02, n=40)}, rule)
-    assert decided.stopped == "decided"
-    assert decided.looks[-1].pairs < 20
+    (course,) = follow({"a": values}, StoppingRule("both", 0.01, (1, 5, 30)))
+    assert (course.superiority, course.noninferiority, course.stopped) == ("not decided", "not decided", None)
+    assert all(math.isinf(look.low) and math.isinf(look.high) for look in course.looks)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +229,7 @@ def test_anytime_looks_after_each_pair_and_has_no_maximum() -> None:
         ({"level": 1.0}, "0 < level < 1"),
         ({"correlation": -0.1}, "a correlation of at least 0"),
         ({"futility": 1.0}, "0 <= futility < 1"),
-        ({"form": "anytime", "futility": 0.1}, "no correlation and no futility"),
-        ({"form": "anytime", "correlation": 0.2}, "no correlation and no futility"),
+        ({"form": "anytime"}, "expected one of"),
         ({"asked": "equivalence"}, "expected one of"),
     ],
 )

@@ -188,7 +188,6 @@ def test_seeds_that_are_added_after_results_are_remembered(begun, part) -> None:
 
 
 LOOKS = {"control": "a", "asked": "superiority", "every": 2}
-ANYTIME = {**LOOKS, "spending": "anytime"}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +200,6 @@ ANYTIME = {**LOOKS, "spending": "anytime"}
         ((("a", "b"), (0, 1), LOOKS), (("a", "b", "c"), (0, 1), LOOKS)),
         ((("a", "b", "c"), (0, 1), LOOKS), (("a", "b"), (0, 1), LOOKS)),
         ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1, 2, 3), LOOKS)),
-        ((("a", "b"), (0, 1), ANYTIME), (("a", "b"), (2, 0, 1), ANYTIME)),
     ],
 )
 def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:
@@ -212,12 +210,3 @@ def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:
     assert go_on(tmp_path, read_study_file(tmp_path), asked(first), source="s.yaml").seeds_added == ()
     with pytest.raises(UserError, match="was begun with another configuration"):
         go_on(tmp_path, read_study_file(tmp_path), asked(second), source="s.yaml")
-
-
-def test_looks_at_any_time_take_further_seeds(tmp_path) -> None:
-    first, more = (fake_config(("a", "b"), seeds, stopping=ANYTIME) for seeds in ((0, 1), (0, 1, 2)))
-    write_study_file(tmp_path, asked(first))
-    recorded(tmp_path, done_record(fake_plan(first, tmp_path).runs[0].spec))
-    content = go_on(tmp_path, read_study_file(tmp_path), asked(more), source="s.yaml")
-    assert content.configuration.seeds == (0, 1, 2)
-    assert content.seeds_added == ()

@@ -48,7 +48,6 @@ CASES = [
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
     *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
     *((method, {"activation_checkpointing": "blocks"}) for method in ("growing", "qa_adalora")),
-    *((method, {"activation_storage": "8bit"}) for method in ("growing", "qa_lora")),
     ("qa_adalora", {"activation_checkpointing": "adaptive", "recomputed_blocks": 1, "micro_batch_size": 4}),
 ]
 
