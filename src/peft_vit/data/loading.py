@@ -59,7 +59,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         pixels, places = split_pixels(index, rows, splits.divided, config.image_size)
         return LabelledImages(pixels, index.labels[rows], rows, places)
 
-    train, validation, test = (images(rows) for rows in (splits.train, splits.validation, splits.test))
+    train, validation, test = (images(rows) for rows in splits.parts)
     return Data(
         class_names=index.class_names,
         train=train,
