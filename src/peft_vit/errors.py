@@ -76,6 +76,16 @@ def first_fault(error: ValidationError) -> tuple[str | None, str]:
     return ".".join(str(part) or "''" for part in first["loc"]) or None, first["msg"]
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's type and the beginning of what it says, for a line about what a library could not do."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of what an error says, its lines as one."""
+    return " ".join(str(error).split())[:300]
+
+
 class DivergedError(UserError):
     """The loss, its gradient or what is made of them is no longer finite; the same run would diverge again."""
 

@@ -18,7 +18,7 @@ from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, one_line
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
 
@@ -142,6 +142,5 @@ def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"does not hold the tensors of {card.model} ({reason})", file=file) from None
+        raise UserError(f"does not hold the tensors of {card.model} ({one_line(error)})", file=file) from None
     return model.requires_grad_(False).eval()

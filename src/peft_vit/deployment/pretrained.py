@@ -43,30 +43,25 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         if any(folder.iterdir()):
             raise UserError("holds files already; choose another folder", file=folder, field="--output")
         if card.library == "timm":
-            _save_timm(plain, folder, card)
+            save_for_hf(
+                plain,
+                str(folder),
+                model_config={"label_names": list(card.class_names)},
+                safe_serialization=True,
+                data_config={
+                    "input_size": (3, card.image_size, card.image_size),
+                    "mean": card.mean,
+                    "std": card.std,
+                    "interpolation": card.interpolation,
+                    "crop_pct": 1.0,
+                    "crop_mode": "squash",
+                },
+            )
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
     except OSError as error:
         raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
-
-
-def _save_timm(model: Any, folder: Path, card: ModelCard) -> None:
-    size = (3, card.image_size, card.image_size)
-    images = {
-        "input_size": size,
-        "mean": card.mean,
-        "std": card.std,
-        "interpolation": card.interpolation,
-        "crop_pct": 1.0,
-    }
-    save_for_hf(
-        model,
-        str(folder),
-        model_config={"label_names": list(card.class_names)},
-        safe_serialization=True,
-        data_config={**images, "crop_mode": "squash"},
-    )
 
 
 def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
