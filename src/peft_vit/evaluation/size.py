@@ -14,8 +14,7 @@ from peft_vit.records import FloatPart, LayerSize, ModelSize
 
 def model_size(model: nn.Module) -> ModelSize:
     """Count a low-bit model live and as a file, without adapters, with float copies that layers have beside codes."""
-    layers = {name: module for name, module in adapted_modules(model) if module.quantized is not None}
-    packed = {name: module.quantized for name, module in layers.items() if module.quantized is not None}
+    packed = {name: module.quantized for name, module in adapted_modules(model) if module.quantized is not None}
     adapters = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     left = {name: tensor for name, tensor in named.items() if id(tensor) not in adapters}
@@ -34,9 +33,10 @@ def model_size(model: nn.Module) -> ModelSize:
         layers=sizes,
         float_bytes={part: storage_bytes(tensors) for part, tensors in by_part.items()},
         merging_bytes=sum(
-            packed[name].scales.nbytes
-            for name, module in layers.items()
-            if packed[name].offsets is None
+            module.quantized.scales.nbytes
+            for _, module in adapted_modules(model)
+            if module.quantized is not None
+            and module.quantized.offsets is None
             and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters())
         ),
         live_bytes=storage_bytes(stored.values()),

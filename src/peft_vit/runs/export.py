@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.data import Data, LabelledImages
 from peft_vit.deployment import (
     Calibrated,
     Classifier,
@@ -170,7 +170,7 @@ def export_run_to_file(
     if options.runtime or options.activations:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    spec, card = run.record.spec, run.card.model_copy(update={"calibrated": calibrated})
+    card = run.card.model_copy(update={"calibrated": calibrated})
     if options.activations is not None:
         return Exported(merged, _export_int8(run, merged.model, file, card, options), activations="int8")
     write, open_again = _WAYS[format]
@@ -178,7 +178,7 @@ def export_run_to_file(
         write = partial(export_onnx, runtime=options.runtime)
     write(merged.model, file, card)
     try:
-        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+        data = run.load_data()
     except UserError as error:
         return Exported(merged, None, str(error))
     images, split = _to_compare_on(data)
@@ -203,7 +203,7 @@ def compare_int8(run_dir: Path) -> Comparison:
     """
     run = restore_run(run_dir)
     _check_packed(run, run_dir, OnnxOptions(activations="int8"))
-    data = load_data(run.record.spec.data, run.record.spec.seed, smoke=run.record.spec.smoke)
+    data = run.load_data()
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
         _write_int8(merge(run.model, run.card).model, trial, run.card, data.train)
@@ -212,9 +212,8 @@ def compare_int8(run_dir: Path) -> Comparison:
 
 def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCard, options: OnnxOptions) -> Comparison:
     """Write a file that multiplies in 8 bits if it is as accurate on the run's validation images as it has to be."""
-    spec = run.record.spec
     try:
-        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+        data = run.load_data()
     except UserError as error:
         raise UserError(
             f"is calibrated on the run's training images, and they are not there: {error}", field="--activations"

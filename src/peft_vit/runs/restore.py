@@ -16,7 +16,7 @@ from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.config import ExperimentConfig, QaLoraConfig
-from peft_vit.data import DATASETS
+from peft_vit.data import DATASETS, Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with
 from peft_vit.methods import METHODS, prepare
@@ -37,6 +37,10 @@ class RestoredRun:
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
         return model_card(self.record.spec, self.backbone, self.record.class_names)
+
+    def load_data(self) -> Data:
+        """Return the run's images; raises UserError if they are not there any more."""
+        return load_data(self.record.spec.data, self.record.spec.seed, smoke=self.record.spec.smoke)
 
 
 def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
