@@ -70,6 +70,16 @@ def agreeing_with(file: Path) -> Iterator[None]:
         raise UserError(problem, file=error.file or file, field=error.field) from None
 
 
+@contextmanager
+def os_fault(problem: str, file: Path, *, remedy: str = "", field: str | None = None) -> Iterator[None]:
+    """Tell an OSError as a UserError: what could not be done with a file, the system's reason, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{problem} ({error.strerror})"
+        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+
+
 def first_fault(error: ValidationError) -> tuple[str | None, str]:
     """Return the field and the message of the first fault that pydantic has found."""
     first = error.errors(include_url=False, include_input=False)[0]

@@ -25,12 +25,12 @@ from peft_vit.backbones.families.transformers_vision import TowerClassifier, Tra
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError, first_line
 from peft_vit.extras import require_extra
+from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
 from peft_vit.safe_io import sha256_of
 
 CONFIG_FILE, IMAGES_FILE = "config.json", "preprocessor_config.json"
 # Towers without a class for classification; they get a head of ours on their pooled output.
 TOWERS = ("dinov3_vit", "clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
-_HUB_TIMEOUT_S = 5.0
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _PLAIN_IMAGES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # of random weights
 _NOT_OF_THE_MODEL = ("id2label", "label2id", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -288,8 +288,8 @@ def _from_hub(repository: str, *, weights: bool) -> Path:
         return cached
     try:
         url = huggingface_hub.hf_hub_url(repository, CONFIG_FILE)
-        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+        ask_hub(url)
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # the client's errors differ by version; each means that there are no files
         raise _bad(
             f"could not get {repository} from the hub ({first_line(error)}); check name and network, or name a folder "

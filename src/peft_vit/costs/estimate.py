@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import torch
 
-from peft_vit.backbones import BackboneShape, Site
+from peft_vit.backbones import BackboneShape
 from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.costs.cache import Costs, known_costs
 from peft_vit.evaluation.ablation import GROUPS
@@ -54,11 +54,6 @@ class Workload:
     train: int
     validation: int
     test: int
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of one image."""
-        return self.shape.tokens
 
     def product_rate(self, *, budget_s: float = 0.2) -> float:
         """Return multiply-adds per second, see `product_rate`."""
@@ -138,17 +133,13 @@ def estimate_runs(
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
         if alike is not None:
-            estimates.append(_from_records(alike))
+            seconds = statistics.median(one.seconds for one in alike)
+            estimates.append(Estimate(seconds, max(one.peak_memory_bytes for one in alike), "records"))
         elif cost is not None:
             estimates.append(_from_costs(run, workload, cost))
         else:
             estimates.append(_from_arithmetic(run, workload, rate))
     return estimates
-
-
-def _from_records(records: Sequence[MeasuredCost]) -> Estimate:
-    seconds = statistics.median(one.seconds for one in records)
-    return Estimate(seconds, max(one.peak_memory_bytes for one in records), "records")
 
 
 def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estimate:
@@ -215,16 +206,12 @@ def measured_images(spec: RunSpec, workload: Workload) -> float:
     measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
     if measures.removal_images is not None and spec.experiment.has_adapters:
-        passes = _passes_from_sites_on(workload.shape.sites) + 1 + len(GROUPS)
+        sites = workload.shape.sites
+        layers = sorted(site.layer for site in sites)
+        repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
+        passes = repeated / sum(site.multiply_adds for site in sites) + 1 + len(GROUPS)
         images += passes * min(measures.removal_images, workload.validation)
     return images
-
-
-def _passes_from_sites_on(sites: Sequence[Site]) -> float:
-    """Return how many forward passes it takes to pass, for each site, its block and those behind it."""
-    layers = sorted(site.layer for site in sites)
-    repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
-    return repeated / sum(site.multiply_adds for site in sites)
 
 
 def bf16_factor(workload: Workload) -> float:

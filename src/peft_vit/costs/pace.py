@@ -89,8 +89,8 @@ class MeasuredPace:
             steps_s = _FITS_S
         else:
             images += experiment.validations(workload.train) * workload.validation + workload.test
-            steps_s = experiment.total_steps(workload.train) * self.step_s(experiment, workload.tokens)
-        return self.start_s(experiment) + steps_s + images * self.image_s(workload.tokens)
+            steps_s = experiment.total_steps(workload.train) * self.step_s(experiment, workload.shape.tokens)
+        return self.start_s(experiment) + steps_s + images * self.image_s(workload.shape.tokens)
 
     def start_s(self, experiment: ExperimentConfig) -> float:
         """Return the seconds of all that a run does once, beside what its study's `measures` ask for."""

@@ -14,7 +14,7 @@ import numpy as np
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, refuse_several_labels
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, os_fault
 from peft_vit.safe_io import read_bytes
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -182,10 +182,8 @@ def read_csv(path: Path | None) -> ImageIndex:
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
-    try:
+    with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror})", file=path, field="data.path") from None
     rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
     labels: dict[str, str] = {}
     splits = []

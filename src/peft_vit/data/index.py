@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from peft_vit.config import Interpolation
-from peft_vit.errors import CONTROL_CHARACTER, UserError, first_fault
+from peft_vit.errors import CONTROL_CHARACTER, UserError, first_fault, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.settings import Frozen
 
@@ -88,11 +88,10 @@ class ImagesFile(Frozen):
     @classmethod
     def read(cls, file: Path) -> Self:
         """Read it; raises UserError naming the file, and the field if its content is at fault."""
+        with os_fault("can't be read", file, remedy=_REMEDY, field="data.images_file"):
+            content = read_bytes(file)
         try:
-            return cls.model_validate_json(read_bytes(file))
-        except OSError as error:
-            problem = f"can't be read ({error.strerror}); {_REMEDY}"
-            raise UserError(problem, file=file, field="data.images_file") from None
+            return cls.model_validate_json(content)
         except ValidationError as error:
             field, message = first_fault(error)
             raise UserError(f"{message[0].lower()}{message[1:]}; {_REMEDY}", file=file, field=field) from None

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.adapters import AdaptedLinear, packed_weights
 from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
@@ -68,10 +68,9 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     """
     check_merged(model)
     tensors, layers = dict(model.state_dict()), {}
-    for name, module in adapted_modules(model):
-        if module.quantized is not None:
-            layers[name] = _Layer(**module.quantized.format.as_json(), shape=module.quantized.shape)
-            tensors |= {f"{name}.weight.{part}": tensor for part, tensor in module.quantized.tensors().items()}
+    for name, weight in packed_weights(model).items():
+        layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
+        tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = _Header(card=card, layers=layers)
     _build(header, tensors, file)  # what could not be read again is not written

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
 from peft_vit.deployment.calibrated import Calibrated
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import UserError, first_fault, os_fault
 from peft_vit.records import write_atomically
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -79,7 +79,5 @@ def write_exported(file: Path, content: bytes) -> None:
     Raises:
         UserError: if it can't be written.
     """
-    try:
+    with os_fault("can't be written", file, remedy="choose another place"):
         write_atomically(file, content)
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None

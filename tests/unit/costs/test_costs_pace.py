@@ -110,7 +110,7 @@ def test_a_probe_takes_no_steps_and_shares_its_features(study) -> None:
     config = study("linear", "lora")
     sizes = workload(config)
     costs = Costs(start_s=2.0, step_s=10.0, image_s=0.5, peak_memory_bytes=1, images=1)
-    pace = Pace({"lora": [Probe("lora", sizes.tokens, 32, costs)]}, 0.0)
+    pace = Pace({"lora": [Probe("lora", sizes.shape.tokens, 32, costs)]}, 0.0)
     spec = spec_of(config, 0, 0)
     once = 2 * sizes.train + sizes.validation + sizes.test  # flips: horizontal; the same training images for all seeds
     assert pace.run_s(spec, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * once / 6)
