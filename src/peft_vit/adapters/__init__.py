@@ -22,7 +22,6 @@ from peft_vit.adapters.adapter_file import (
     trained_tensors,
 )
 from peft_vit.adapters.attach import attach_adapters, freeze_backbone
-from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.adapters.peft_sites import peft_sites
@@ -44,7 +43,6 @@ __all__ = [
     "by_layer",
     "check_acting",
     "check_resizable",
-    "correct_young_triplets",
     "current_ranks",
     "effects",
     "freeze_backbone",

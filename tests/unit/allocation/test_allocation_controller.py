@@ -11,7 +11,7 @@ from covering_pairs import covering_pairs
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from peft_vit import AdaLoRAController
+from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, site_adapters
 from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.backbones import find_sites
@@ -303,21 +303,40 @@ def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
     assert controller.ranks[name] == 60
 
 
-def test_a_triplet_that_grew_starts_with_adams_first_step(tiny_vit, batch) -> None:
+def test_what_grew_is_scored_and_ranked_like_the_others(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
-    settings = config(budget_schedule="constant", total_rank_budget=12, warmup_steps=6)
+    settings = config(budget_schedule="constant", total_rank_budget=12, update_frequency=1)
     controller, optimizer = start(model, settings, steps=20)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
-    train(model, controller, optimizer, batch, range(1, 6))
-    scored(model, controller, batch, 6)
-    optimizer.step()
-    name = controller.names[4]
-    controller.reallocate_ranks(dict.fromkeys(controller.names, 1.0), 6)
-    controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1) | {name: 4})
+    name = controller.names[3]
+    best = {site: 10.0 if site == name else 0.1 for site in controller.names}
+    grown = train_step(model, controller, optimizer, batch, 2, best)[name]
+    assert grown > 2
+    scores = scored(model, controller, batch, 3)
     optimizer.zero_grad()
-    assert controller.ranks[name] == site_adapters(model)[name].rank == 4
-    train_step(model, controller, optimizer, batch, 7)
-    grown = site_adapters(model)[name].lora_B.detach()[:, 2:]
-    assert grown.shape[1] == 2
-    torch.testing.assert_close(grown.abs(), torch.full_like(grown, 5e-3), rtol=1e-2, atol=0)  # the learning rate
+    triplets = controller._triplet_scores[name]
+    assert scores[name] == pytest.approx(triplets.mean().item(), rel=1e-6)
+    assert triplets[2:].mean() < triplets[:2].mean()  # they are smoothed from 0 on
+    strongest = triplets.argsort(descending=True)[:3].sort().values
+    assert any(strongest >= 2)
+    before = site_adapters(model)[name].lora_A.detach()[strongest]
+    controller.apply_ranks(model, optimizer, {name: 3})
+    larger = grown / 3  # A takes the size that belongs to the rank
+    torch.testing.assert_close(site_adapters(model)[name].lora_A.detach(), before * larger)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "needs a penalty: parametrization: svd"),
+        ({"parametrization": "svd", "orthogonality_weight": 0.0}, "needs a penalty"),
+        ({"parametrization": "svd", "importance_metric": "magnitude"}, "no effect with importance_metric: magnitude"),
+        ({"parametrization": "svd", "importance_metric": "random"}, "no effect with importance_metric: random"),
+        ({"parametrization": "svd", "importance_metric": "uniform"}, "no effect with importance_metric: uniform"),
+    ],
+)
+def test_the_penaltys_gradient_is_scored_only_where_there_is_one(settings, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        config(importance_gradient="task_and_penalty", **settings)
+    good = config(importance_gradient="task_and_penalty", parametrization="svd")
+    assert good.importance_gradient == "task_and_penalty"
+    assert AdaLoraConfig(**config().model_dump()).importance_gradient == "task"

@@ -65,12 +65,6 @@ def test_defaults_are_those_of_peft_where_it_has_some(tmp_path) -> None:
             "adalora",
             "importance_metric: singular_value needs parametrization: product",
         ),
-        (
-            "adalora: {total_rank_budget: 9, allocation_strategy: global, importance_metric: singular_value, "
-            "update_frequency: 1, warmup_steps: 1, prune: reversible}",
-            "adalora",
-            "importance_metric: singular_value needs prune: physical",
-        ),
         ("lora: {start: ''}", "lora.start", "is empty"),
         ("lora: {start: folder, scale: 2.0}", "lora", "scale has no effect with start: the adapter has its own"),
         ("lora: {start: folder, targets: [fc1]}", "lora", "targets has no effect with start"),
