@@ -17,35 +17,3 @@ from peft_vit.backbones.replay import ReplayedPass, visit_blocks
 from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules
 from peft_vit.backbones.watching import evaluating, watching
 from peft_vit.backbones.weights import Weights, check_weights, read_weights
-
-__all__ = [
-    "MODELS",
-    "Architecture",
-    "Backbone",
-    "BackboneShape",
-    "Head",
-    "LoadedBackbone",
-    "ReplayedPass",
-    "Site",
-    "Weights",
-    "architecture_of",
-    "check_weights",
-    "choose_attention",
-    "chosen",
-    "describe",
-    "evaluating",
-    "fill_head",
-    "find_sites",
-    "freeze_batch_norm",
-    "fused_sites",
-    "interpolation_of",
-    "load_backbone",
-    "load_run_backbone",
-    "native_size",
-    "read_weights",
-    "size_step_of",
-    "soften",
-    "visit_blocks",
-    "watching",
-    "whole_modules",
-]

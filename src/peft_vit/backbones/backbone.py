@@ -84,21 +84,6 @@ class Backbone:
         """Return channels, height and width of an image, in pixels."""
         return self.family.input_size(self.model)
 
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Return the RGB mean of timm's pretraining of this model, for inputs in [0, 1]."""
-        return self._pretrained("mean")
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Return the RGB standard deviation likewise."""
-        return self._pretrained("std")
-
-    def _pretrained(self, field: str) -> tuple[float, float, float]:
-        model: Any = self.model
-        red, green, blue = model.pretrained_cfg[field]
-        return red, green, blue
-
     def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, (B, width), of normalised images (B, 3, S, S)."""
         return head_inputs(self.head, lambda: self.model(images))

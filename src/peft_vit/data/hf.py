@@ -106,7 +106,11 @@ def _label_column(features: Features, image: str, asked: str | None, path: str) 
     """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
     import datasets
 
-    several = [name for name, feature in features.items() if _is_list_of_labels(feature)]
+    several = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, (datasets.List, datasets.LargeList)) and _is_plain_label(feature.feature)
+    ]
     plain = [name for name, feature in features.items() if _is_plain_label(feature) and name != image]
     classes = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
     only = several[0] if asked is None and not plain and len(several) == 1 else asked
@@ -146,13 +150,6 @@ def _is_plain_label(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and (
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     )
-
-
-def _is_list_of_labels(feature: Any) -> bool:
-    import datasets
-
-    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else None
-    return inner is not None and _is_plain_label(inner)
 
 
 def _such_as(columns: list[str]) -> str:

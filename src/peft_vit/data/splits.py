@@ -93,7 +93,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     train = _draw_train(index, config, seed, pool)
     _check_every_class(index, train, pool)
     divided = None if config.folds is None else np.sort(np.concatenate([test, rest]))
-    return Splits(train, validation, test, _hash(train, validation, test), divided)
+    digest = hashlib.sha256()
+    for part in (train, validation, test):
+        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return Splits(train, validation, test, digest.hexdigest(), divided)
 
 
 def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -262,13 +265,6 @@ def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: 
         rng.permutation(available[strata[available] == name])[:share] for name, share in zip(names, shares, strict=True)
     ]
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])).astype(np.int64)
-
-
-def _hash(*parts: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:

@@ -223,22 +223,18 @@ def _images_below(path: Path, closed: list[OSError]) -> Iterator[Path]:
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        if isinstance(image, np.ndarray):
-            decoded = _as_image(image)
-        else:
+        if not isinstance(image, np.ndarray):
             decoded = decode_image(lambda: read_bytes(image), str(image))
+        elif image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+            decoded = Image.fromarray(image)
+        else:
+            raise UserError(
+                f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {image.shape} {image.dtype}",
+                field="images",
+            )
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
-
-
-def _as_image(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
-        raise UserError(
-            f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {array.shape} {array.dtype}",
-            field="images",
-        )
-    return Image.fromarray(array)
 
 
 def class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:

@@ -14,9 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
@@ -34,6 +32,7 @@ from peft_vit.errors import (
     is_out_of_memory,
 )
 from peft_vit.evaluation import (
+    LogitsAndLabels,
     frozen_bytes,
     give_memory_back,
     head_parameters,
@@ -272,16 +271,14 @@ def _train_and_test(
         softening=head.softening,
     )
 
-    def predict_images(images: LabelledImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def predict_images(images: LabelledImages) -> LogitsAndLabels:
         batches = images.ordered_batches(spec.experiment.training.images_at_once, runtime.mean, runtime.std)
         return predict(model, batches, device=runtime.device, precision=runtime.precision)
 
     return result, _test(data, spec, predict_images)
 
 
-def _test(
-    data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
-) -> dict[str, Any]:
+def _test(data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], LogitsAndLabels]) -> dict[str, Any]:
     """Read the test split, the only time, and return what was measured and what was predicted there."""
     images = data.test.open()
     logits, labels = predict_images(images)
