@@ -78,16 +78,12 @@ class BackboneShape:
         return list(fused_sites(self.sites).values())
 
     @property
-    def matrix_values(self) -> int:
-        """Return how many values go into and come out of all matrices for one image: 16 a token and width of a block.
-
-        That is of a plain block, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and 4, 4 and 1.
-        """
-        return sum(self.values_by_block)
-
-    @property
     def values_by_block(self) -> tuple[int, ...]:
-        """Return as many of each block, in the order of a forward pass."""
+        """Return how many values go into and come out of each block's matrices for one image, in a pass's order.
+
+        Of a plain block these are 16 a token and width, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and
+        4, 4 and 1.
+        """
         values: Counter[int] = Counter()
         for one in self.modules:
             values[one.layer] += one.tokens * (one.in_features + one.out_features)

@@ -195,15 +195,6 @@ def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
         ) from None
 
 
-def check_weights(backbone: BackboneConfig) -> None:
-    """Check that weights can be had; downloads them if they are not cached.
-
-    Raises:
-        UserError: if they can't be had, or have another hash than the configuration says.
-    """
-    _weight_files(backbone)
-
-
 def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Tensor]]:
     """Return what the weights are called, their SHA-256, and all tensors but the head's under the model's own names.
 
@@ -211,9 +202,9 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     head or a text tower, is left aside.
 
     Raises:
-        UserError: as `check_weights`, and if the file can't be read or lacks a tensor.
+        UserError: as `weight_files`, and if the file can't be read or lacks a tensor.
     """
-    files, sha256 = _weight_files(backbone)
+    files, sha256 = weight_files(backbone)
     folder = files[0].parent
     source = f"hub {backbone.model}" if backbone.weights == "hub" else f"folder {folder.name}"
     architecture = Architecture("transformers", backbone.model, *read_config(backbone))
@@ -237,7 +228,12 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     return source, sha256, {name: one for name, one in tensors.items() if not name.startswith("classifier")}
 
 
-def _weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
+def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
+    """Return the files of the weights and their SHA-256; downloads them if they are not cached.
+
+    Raises:
+        UserError: if they can't be had, or have another hash than the configuration says.
+    """
     folder = _folder(backbone, weights=True)
     if folder is None:
         raise _bad(f"{backbone.model} is a type of models and has no weights; use weights: random")

@@ -45,7 +45,7 @@ def check_weights(config: BackboneConfig) -> None:
     """
     if config.library == "transformers":
         if config.weights != "random":
-            transformers_models.check_weights(config)
+            transformers_models.weight_files(config)
         return
     check_model_name(config.model)
     if config.weights == "hub":

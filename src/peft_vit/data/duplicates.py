@@ -212,17 +212,13 @@ def joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         return groups
     size = int(groups.max()) + 1
     links = coo_array((np.ones(len(pairs), dtype=bool), (groups[pairs[:, 0]], groups[pairs[:, 1]])), shape=(size, size))
-    number: np.ndarray = connected_components(links, directed=False)[1]
-    return number[groups].astype(np.int64)
+    return connected_components(links, directed=False)[1][groups].astype(np.int64)
 
 
 def _details_agree(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return whether the second differences of thumbnails correlate, pair by pair, (N, 256) twice to (N,) bool."""
     a, b = _detail(a), _detail(b)  # (N, 196) each
-    agree: np.ndarray = (a * b).sum(1) >= (
-        _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    )
-    return agree
+    return (a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
 
 
 def thumbnails_of(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:

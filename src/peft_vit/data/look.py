@@ -60,18 +60,13 @@ class Seen:
     left_out: Mapping[str, str]
 
     @property
-    def class_counts(self) -> np.ndarray:
-        """Return the number of images of each class, (K,) int64."""
-        return np.bincount(self.labels, minlength=len(self.class_names))
-
-    @property
     def chosen_on(self) -> np.ndarray:
         """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
         return np.ones(len(self.names), dtype=bool) if self.sealed is None else ~self.sealed
 
     @property
     def chosen_counts(self) -> np.ndarray:
-        """Return the number of these of each class, (K,) int64."""
+        """Return the number of these images of each class, (K,) int64."""
         return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
 
     @property
@@ -89,7 +84,7 @@ class Seen:
         return [*self._of_images(), *self._of_what_is_left_out(), *self._of_copies(), *self._of_balance()]
 
     def _of_images(self) -> Iterator[str]:
-        counts = self.class_counts
+        counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
         else:

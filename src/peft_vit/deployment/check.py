@@ -216,8 +216,7 @@ def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -
     Backbone(base).prepare()
     with tempfile.TemporaryDirectory() as folder:
         export_peft(model, Path(folder), {})
-        logits: Tensor = PeftModel.from_pretrained(base, folder).eval()(images)
-        return logits
+        return PeftModel.from_pretrained(base, folder).eval()(images)
 
 
 def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:

@@ -71,5 +71,4 @@ def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
     """Return a plain model of its library with the weights that a model has, updates and low bits included."""
     plain = create_skeleton(card.architecture, card.image_size, len(card.class_names))
     plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
-    merged: nn.Module = plain.requires_grad_(False).eval()
-    return merged
+    return plain.requires_grad_(False).eval()

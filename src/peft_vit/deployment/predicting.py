@@ -56,8 +56,7 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
 
     @torch.inference_mode()
     def logits(images: Tensor) -> Tensor:
-        result: Tensor = model(images)
-        return result
+        return model(images)
 
     return Classifier(logits, card)
 

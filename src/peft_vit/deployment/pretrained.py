@@ -112,5 +112,4 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> torch.Tensor:
-        logits: Tensor = self.model(**inputs(self.model, images)).logits
-        return logits
+        return self.model(**inputs(self.model, images)).logits

@@ -28,8 +28,7 @@ class TransformersModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of normalised images (B, 3, S, S)."""
         outputs: Any = super().forward(**inputs(self, images))
-        logits: Tensor = outputs.logits
-        return logits
+        return outputs.logits
 
 
 class TowerClassifier(TransformersModel):
@@ -51,8 +50,7 @@ class TowerClassifier(TransformersModel):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of normalised images (B, 3, S, S)."""
         pooled: Tensor = self.tower(**inputs(self, images)).pooler_output  # (B, width)
-        logits: Tensor = self.classifier(pooled)
-        return logits
+        return self.classifier(pooled)
 
 
 def vision_config(config: Any) -> Any:
