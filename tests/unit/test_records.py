@@ -459,7 +459,7 @@ def test_a_study_that_time_made_smaller_is_refused_and_one_that_it_did_not_is_re
 
 def older(tmp_path: Path, section: str, **settings: object) -> Path:
     """Return the file of a record in which a section of the experiment has further settings."""
-    name = {"adalora": "adalora_top_k_fisher", "training": "lora_r1"}[section]
+    name = "adalora_top_k_fisher" if section == "adalora" else "lora_r1"
     file = write_record(tmp_path, record(spec(name)))
     data = json.loads(file.read_text())
     data["spec"]["experiment"][section] |= settings
@@ -503,6 +503,18 @@ def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, mo
     with pytest.raises(UserError, match=words) as caught:
         read_study_file(tmp_path)
     assert caught.value.file == str(tmp_path / STUDY_FILE)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "named"),
+    [
+        ("lora", {"rank": None, "ranks": {"rule": "eva", "budget": 9}}, "lora.ranks.rule: eva"),
+        ("adalora", {"importance_metric": "singular_value"}, "adalora.importance_metric: singular_value"),
+    ],
+)
+def test_rules_and_metrics_that_went_are_named(tmp_path: Path, section: str, settings: Any, named: str) -> None:
+    with pytest.raises(UserError, match=f"experiment.{named} is something that this version no longer has"):
+        read_record(older(tmp_path, section, **settings))
 
 
 def test_looks_at_any_time_are_refused_and_the_share_that_was_no_number_is_todays(tmp_path: Path) -> None:
