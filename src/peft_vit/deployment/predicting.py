@@ -162,7 +162,7 @@ def _predictions(
     while chunk := list(islice(remaining, _BATCH)):
         read = [one if isinstance(one, UserError) else _pixels(one, classifier.card) for one in chunk]
         pixels = [array for array in read if isinstance(array, np.ndarray)]
-        rows = iter(class_probabilities(classifier, np.stack(pixels)) if pixels else ())
+        rows = iter(_class_probabilities(classifier, np.stack(pixels)) if pixels else ())
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
@@ -236,7 +236,7 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         return error
 
 
-def class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
+def _class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
     """Return (B, classes) of images (B, S, S, C) uint8, calibrated if the model's file says how."""
     card = classifier.card
     images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), card.mean, card.std)  # (B, 3, S, S)
