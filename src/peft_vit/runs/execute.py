@@ -230,8 +230,8 @@ def _prepare(
             bits = ChosenBits.of_record(known.bit_allocation, config)
         else:
             with attempt.overhead.of("bit_allocation"):
-                images, labels = calibration.batch(config.adaptive_bits.calibration_images)
-                bits = allocate_bits(model, config, images, labels, seed=spec.seed)
+                batch = config.adaptive_bits.calibration_images
+                bits = allocate_bits(model, config, *calibration.batch(batch), seed=spec.seed)
             known.bit_allocation = bits.record
     with attempt.overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
         return prepare(
