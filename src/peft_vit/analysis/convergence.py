@@ -8,14 +8,14 @@ most of it drops out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from peft_vit.analysis.comparison import known_interval
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval, mean_interval
+from peft_vit.statistics import Interval
 
 LATE_SHARE = 1 / 3  # of the steps
 SETTLED_WITHIN_NATS = 0.02  # of the final validation loss
@@ -40,19 +40,14 @@ def convergences(study: Study) -> tuple[Convergence, ...]:
         Convergence(
             experiment=experiment,
             seeds=tuple(run.seed for run in runs),
-            late_deviation=_over_seeds([late_loss_deviation(run) for run in runs]),
-            roughness=_over_seeds([roughness(run) for run in runs]),
-            settled_step=_over_seeds([settled_step(run) for run in runs]),
+            late_deviation=known_interval(map(late_loss_deviation, runs)),
+            roughness=known_interval(map(roughness, runs)),
+            settled_step=known_interval(map(settled_step, runs)),
             steps=max(len(run.record.steps) for run in runs),
         )
         for experiment in study.experiments
         if (runs := study.of(experiment.name))
     )
-
-
-def _over_seeds(values: Sequence[float | None]) -> Interval | None:
-    known = [value for value in values if value is not None]
-    return mean_interval(known) if known else None
 
 
 def late_loss_deviation(run: Run) -> float | None:

@@ -35,8 +35,8 @@ class Cell:
     values: Mapping[str, Raw] = field(default_factory=dict)
 
 
-Row = Mapping[str, Cell | str]
-"""Cells by their headings; a text alone stands for nothing more. `UNSEEN` heads values that are not shown."""
+Row = Mapping[str, Cell | str | int]
+"""Cells by their headings; a text or count alone stands for nothing more. `UNSEEN` heads values that are not shown."""
 UNSEEN = ""
 
 
@@ -69,7 +69,7 @@ class Table:
         Rows have the same headings in the same order; without any there are no headings, and the note is all. `data`
         defaults to the values of the cells.
         """
-        cells = [{name: Cell(c) if isinstance(c, str) else c for name, c in row.items()} for row in rows]
+        cells = [{name: c if isinstance(c, Cell) else Cell(str(c)) for name, c in row.items()} for row in rows]
         if data is None:
             data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
         columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
