@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import Comparison, MethodResult, method_results
-from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.hypotheses import Registry, load_registry
@@ -40,7 +39,6 @@ class Analysis:
     courses: tuple[Course, ...]
     pairs: AllPairs
     fronts: tuple[Front, ...]
-    convergence: tuple[Convergence, ...]
     calibration: tuple[Calibration, ...]
     calibration_differences: tuple[CalibrationDifferences, ...]
     importance: tuple[ImportancePattern, ...]
@@ -65,7 +63,6 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
-        convergence=convergences(study),
         calibration=calibrated,
         calibration_differences=calibration_differences,
         importance=patterns,

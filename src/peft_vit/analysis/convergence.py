@@ -8,46 +8,14 @@ most of it drops out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from peft_vit.analysis.comparison import known_interval
-from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval
+from peft_vit.analysis.studies import Run
 
 LATE_SHARE = 1 / 3  # of the steps
 SETTLED_WITHIN_NATS = 0.02  # of the final validation loss
 _FEWEST = 3  # losses: with fewer nothing is left beside a line
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """One experiment's course of the loss, over its seeds."""
-
-    experiment: ExperimentConfig
-    seeds: tuple[int, ...]  # its finished runs
-    late_deviation: Interval | None  # `late_loss_deviation`, nats; None if no run has it, which goes for the others too
-    roughness: Interval | None  # `roughness`, nats
-    settled_step: Interval | None  # `settled_step`
-    steps: int  # recorded in the longest run
-
-
-def convergences(study: Study) -> tuple[Convergence, ...]:
-    """Return one row for each experiment with a finished run."""
-    return tuple(
-        Convergence(
-            experiment=experiment,
-            seeds=tuple(run.seed for run in runs),
-            late_deviation=known_interval(map(late_loss_deviation, runs)),
-            roughness=known_interval(map(roughness, runs)),
-            settled_step=known_interval(map(settled_step, runs)),
-            steps=max(len(run.record.steps) for run in runs),
-        )
-        for experiment in study.experiments
-        if (runs := study.of(experiment.name))
-    )
 
 
 def late_loss_deviation(run: Run) -> float | None:

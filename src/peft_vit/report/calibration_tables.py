@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, Convergence
-from peft_vit.analysis.calibration import BINS, Bin, Measure
-from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
+from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, MethodResult
+from peft_vit.analysis.calibration import BINS, Bin
+from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.report.document import Block, Cell, Paragraph, Table
 from peft_vit.report.formatting import fixed, joined, number_interval, percent
-from peft_vit.report.tables import OVER_SEEDS, cell, comparison_values, ends, interval_cell, to_thousandths
+from peft_vit.report.tables import (
+    OVER_SEEDS,
+    Column,
+    cell,
+    comparison_values,
+    ends,
+    interval_cell,
+    interval_cells,
+    to_thousandths,
+)
 
-_TITLES: dict[Measure, str] = {
-    "nll": "NLL (nats)",
-    "ece": "ECE",
-    "adaptive_ece": "adaptive ECE",
-    "brier": "Brier score",
-}
+_TITLES: dict[str, str] = {"nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score"}
 
 
 def calibration_blocks(
@@ -38,15 +42,18 @@ def calibration_blocks(
 
 
 def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
+    columns = _TITLES | {"overconfidence": "overconfidence"}
     return Table.of(
         "calibration",
         "Calibration on test",
         (
             {
                 "experiment": cell("experiment", c.experiment.name),
-                **{title: interval_cell(name, getattr(c, name), to_thousandths) for name, title in _TITLES.items()},
-                "overconfidence": interval_cell("overconfidence", c.overconfidence, to_thousandths),
-                "n": Cell(str(c.nll.n), {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)}),
+                **{title: interval_cell(name, c.intervals[name], to_thousandths) for name, title in columns.items()},
+                "n": Cell(
+                    str(len(c.seeds) + len(c.without)),
+                    {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)},
+                ),
             }
             for c in calibrations
         ),
@@ -124,23 +131,26 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     )
 
 
-def convergence_table(convergences: Sequence[Convergence]) -> Table:
+_CONVERGENCE = (
+    Column("late_deviation", "late deviation (nats)", late_loss_deviation, to_thousandths),
+    Column("roughness", "roughness (nats)", roughness, to_thousandths),
+    Column("settled_step", "near the end from step", settled_step, lambda found: number_interval(found, 0)),
+)
+
+
+def convergence_table(methods: Sequence[MethodResult]) -> Table:
     """Return how steadily each experiment's loss came down."""
     return Table.of(
         "convergence",
         "How steadily the loss came down",
         (
             {
-                "experiment": cell("experiment", c.experiment.name),
-                "late deviation (nats)": interval_cell("late_deviation", c.late_deviation, to_thousandths),
-                "roughness (nats)": interval_cell("roughness", c.roughness, to_thousandths),
-                "near the end from step": interval_cell(
-                    "settled_step", c.settled_step, lambda found: number_interval(found, 0)
-                ),
-                "of steps": cell("steps", c.steps),
-                "n": cell("n", len(c.seeds)),
+                "experiment": cell("experiment", m.experiment.name),
+                **interval_cells(_CONVERGENCE, m.runs),
+                "of steps": cell("steps", max(len(run.record.steps) for run in m.runs)),
+                "n": cell("n", len(m.runs)),
             }
-            for c in convergences
+            for m in methods
         ),
         "Late deviation: standard deviation of the training loss about its own line over the last third of the "
         "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "

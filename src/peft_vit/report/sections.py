@@ -180,4 +180,4 @@ def _methods(analysis: Analysis) -> Iterator[Block]:
     yield tables.quality_table(methods)
     yield from reliability_diagram(analysis.calibration, validation_means(methods))
     yield from calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences)
-    yield calibration_tables.convergence_table(analysis.convergence)
+    yield calibration_tables.convergence_table(methods)

@@ -85,12 +85,17 @@ def crossed(first: str, keys: Iterable[Hashable], columns: Mapping[str, Mapping[
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table of experiments: what their runs recorded, mean over seeds; – where none did."""
+    """A column of a table of experiments: the mean over their runs of what each recorded; – where none did."""
 
     key: str  # of the CSV file
     title: str
     of: Callable[[Run], float | None]
-    write: Callable[[float], str]
+    write: Callable[[Any], str]  # of the mean, or of its interval
+
+
+def interval_cells(columns: Iterable[Column], runs: Sequence[Run]) -> dict[str, Cell]:
+    """Return the cells of an experiment's runs in columns of intervals over seeds, by heading."""
+    return {c.title: interval_cell(c.key, known_interval(map(c.of, runs)), c.write) for c in columns}
 
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
@@ -153,20 +158,19 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
+_QUALITY = (
+    Column("balanced_accuracy", "balanced accuracy", lambda run: run.test.balanced_accuracy, percent_interval),
+    Column("auroc", "AUROC", lambda run: run.test.auroc, to_thousandths),
+)
+
+
 def quality_table(methods: Sequence[MethodResult]) -> Table:
     """Return the other measures of right answers on test; how far they can be believed stands with calibration."""
     return Table.of(
         "quality",
         "Other measures on test",
         (
-            {
-                "experiment": cell("experiment", m.experiment.name),
-                "balanced accuracy": interval_cell(
-                    "balanced_accuracy", known_interval(run.test.balanced_accuracy for run in m.runs), percent_interval
-                ),
-                "AUROC": interval_cell("auroc", known_interval(run.test.auroc for run in m.runs), to_thousandths),
-                "n": len(m.runs),
-            }
+            {"experiment": cell("experiment", m.experiment.name), **interval_cells(_QUALITY, m.runs), "n": len(m.runs)}
             for m in methods
         ),
         f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",

@@ -11,9 +11,11 @@ import pytest
 from scipy import stats
 
 from peft_vit.analysis import Run
-from peft_vit.analysis.convergence import convergences, late_loss_deviation, roughness, settled_step
+from peft_vit.analysis.comparison import method_results
+from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
 from peft_vit.analysis.quantization import quantization_impacts
 from peft_vit.records import Evaluation, RunRecord, StepRow
+from peft_vit.report.calibration_tables import convergence_table
 
 LORA = planted.experiments()["lora_r8"]
 
@@ -107,13 +109,11 @@ def test_settled_step(validation: dict[int, float], expected: int | None) -> Non
 def test_an_experiment_over_its_seeds() -> None:
     rough = {0: [0, 3, 0, 3], 1: [0, 6, 0, 6]}
     records = [planted.record(LORA, seed, 0.8, changes={"steps": steps(y)}) for seed, y in rough.items()]
-    (row,) = convergences(planted.study_of(records))
-    assert row.seeds == (0, 1)
-    assert row.roughness is not None
-    assert row.roughness.estimate == pytest.approx(1.5 * math.sqrt(6))
-    assert row.roughness.n == 2
-    assert row.late_deviation is None, "two steps are no course"
-    assert row.steps == 4
+    (row,) = convergence_table(method_results(planted.study_of(records))).data
+    assert row["roughness"] == pytest.approx(1.5 * math.sqrt(6))
+    assert row["roughness_n"] == 2
+    assert row["late_deviation"] is None, "two steps are no course"
+    assert (row["steps"], row["n"]) == (4, 2)
 
 
 def quantized(seed: int, losses: list[float], **changes: object) -> RunRecord:
