@@ -6,7 +6,7 @@ value nearest to a pointer without knowing anything of how the figure was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,18 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from peft_vit.report.document import Player, Point, Series
+from peft_vit.report.document import Point, Series
 
 MARKERS = "os^DvPX<>ph*"  # of matplotlib
 _GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖◀▶⬟⬢★", strict=True)) | {"": "━"}
 _POINTS_PER_INCH = 72.0
+
+
+def coded(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return texts as indices into their distinct values, in order of appearance."""
+    place: dict[str, int] = {}
+    index = [place.setdefault(text, len(place)) for text in texts]
+    return {"values": list(place), "index": index}
 
 
 class HoverPoints:
@@ -36,7 +43,7 @@ class HoverPoints:
         self._series: dict[str, Series] = {}
         self._artists: list[int] = []  # how many each series has
         self._placed: list[tuple[int, Artist, Sequence[str]]] = []
-        self.player: Player | None = None
+        self.player: dict[str, Any] | None = None
 
     def series(self, name: str, color: str, marker: str = "s") -> None:
         """Declare what can be switched off; a name that stands already keeps its first look."""

@@ -19,6 +19,7 @@ from peft_vit.report.formatting import (
     counted,
     fixed,
     joined,
+    known,
     margin_in_points,
     megabytes,
     percent,
@@ -197,8 +198,8 @@ def _tested_table(found: Recommendation) -> Table:
                 "to store": megabytes(one.rated.cost.stored_bytes),
                 "parameters": count(one.rated.cost.parameters),
                 "difference (points)": points_interval(one.difference),
-                "n": str(len(one.seeds)),
-                "p (Holm)": "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
+                "n": len(one.seeds),
+                "p (Holm)": known(one.adjusted_p, "{:.2g}".format),
                 "loses less than asked?": _verdict(one, found) + (f" ({one.note})" if one.note else ""),
             }
             for one in found.candidates
