@@ -36,7 +36,6 @@ class LabelledStudy:
     """A study and what it is called here: its label, with its directory where two have the same."""
 
     label: str
-    directory: Path
     study: Study
 
 
@@ -120,9 +119,7 @@ def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:
         raise UserError(problem, file=directories[0])
     labels = [study.label for _, study in found]
     return tuple(
-        LabelledStudy(
-            study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", directory, study
-        )
+        LabelledStudy(study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", study)
         for directory, study in found
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy
@@ -41,7 +41,7 @@ class Calibration:
     """One experiment over its seeds."""
 
     experiment: ExperimentConfig
-    # mean and interval of each measure and of `overconfidence`; None where no record holds predictions
+    # mean and interval of each measure, and of `overconfidence`, mean confidence minus accuracy; None: no predictions
     intervals: dict[str, Interval | None]
     # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
     # interval from their count would be too narrow
@@ -110,28 +110,23 @@ def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
     return math.fsum((p - hit) ** 2) / p.size
 
 
-def overconfidence(run: Run) -> float | None:
-    """Return mean confidence minus accuracy on test; None without predictions."""
-    found = _predictions(run)
-    return None if found is None else math.fsum(found[0] - found[1]) / found[0].size
+def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], float | None]:
+    """Return the measure of a run's confidences on test and of what is right; of a record without predictions None."""
 
+    def of(run: Run) -> float | None:
+        found = _predictions(run)
+        return None if found is None else measure(*found)
 
-def _adaptive_ece(run: Run) -> float | None:
-    found = _predictions(run)
-    return None if found is None else calibration_error(equal_count_bins(*found))
-
-
-def _brier(run: Run) -> float | None:
-    found = _predictions(run)
-    return None if found is None else confidence_brier(*found)
+    return of
 
 
 _MEASURES: dict[Measure, Callable[[Run], float | None]] = {
     "nll": lambda run: run.test.nll,
     "ece": lambda run: run.test.ece,
-    "adaptive_ece": _adaptive_ece,
-    "brier": _brier,
+    "adaptive_ece": _of_predictions(lambda p, hit: calibration_error(equal_count_bins(p, hit))),
+    "brier": _of_predictions(confidence_brier),
 }
+_OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
 
 
 def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[CalibrationDifferences, ...]]:
@@ -166,7 +161,7 @@ def _calibration(runs: tuple[Run, ...]) -> Calibration:
         experiment=runs[0].experiment,
         intervals={
             name: known_interval(map(value, runs))
-            for name, value in (*_MEASURES.items(), ("overconfidence", overconfidence))
+            for name, value in (*_MEASURES.items(), ("overconfidence", _OVERCONFIDENCE))
         },
         bins=equal_width_bins(np.concatenate(confidence), np.concatenate(right)) if known else (),
         seeds=tuple(known),

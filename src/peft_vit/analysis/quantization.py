@@ -14,7 +14,6 @@ from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
-from peft_vit.records import QuantizationSummary
 from peft_vit.statistics import Interval, mean_interval
 
 _FLOAT32_BYTES = 4
@@ -53,7 +52,7 @@ class QuantizationImpact:
     quantized_bytes: float  # bytes of the quantized layers
     size: MeasuredSize  # what is claimed of the format and what was counted, layers and whole model
     bits_by_layer: dict[str, float]  # stored bits a weight in the end, by module
-    error_by_layer: dict[str, float]  # relative error by module
+    error_by_layer: dict[str, float]  # relative error by module, mean over runs, of those that all runs quantized
     frozen_bytes: float  # bytes of everything that is frozen
     float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
     balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
@@ -135,7 +134,8 @@ def _impact(
     against_float: dict[str, Comparison],
 ) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
-    errors = _mean_errors(summaries)
+    quantized = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))  # in all runs
+    errors = {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in quantized}
     worst = max(errors, key=lambda name: (errors[name], name)) if errors else ""
     return QuantizationImpact(
         experiment=experiment,
@@ -170,12 +170,6 @@ def _costs(runs: Sequence[Run]) -> dict[str, float | None]:
         "seconds_per_step": known_mean(run.record.seconds_per_step for run in runs),
         **{f"latency_s_batch_{n}": fmean(run.record.latency_s[n] for run in runs) for n in sorted(sizes)},
     }
-
-
-def _mean_errors(summaries: Sequence[QuantizationSummary]) -> dict[str, float]:
-    """Return module -> relative error, mean over runs, for the modules that all runs quantized."""
-    shared = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))
-    return {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in shared}
 
 
 def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:

@@ -61,7 +61,7 @@ class SeedAgreement:
 
 def seed_agreements(patterns: Sequence[ImportancePattern]) -> tuple[SeedAgreement, ...]:
     """Return one row for each pattern."""
-    return tuple(_seed_agreement(pattern) for pattern in patterns)
+    return tuple(map(_seed_agreement, patterns))
 
 
 def _seed_agreement(pattern: ImportancePattern) -> SeedAgreement:
@@ -174,10 +174,6 @@ class FisherAgreement:
 
 def fisher_agreements(study: Study) -> tuple[FisherAgreement, ...]:
     """Return one for each experiment whose runs recorded the comparison."""
-    found = []
-    for experiment in study.experiments:
-        checks = [run.record.fisher_check for run in study.of(experiment.name)]
-        kept = tuple(check for check in checks if check is not None)
-        if kept:
-            found.append(FisherAgreement(experiment, kept))
-    return tuple(found)
+    checks_of = {e.name: [run.record.fisher_check for run in study.of(e.name)] for e in study.experiments}
+    kept = [(e, tuple(check for check in checks_of[e.name] if check is not None)) for e in study.experiments]
+    return tuple(FisherAgreement(experiment, checks) for experiment, checks in kept if checks)

@@ -64,16 +64,16 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         study: with its runs.
         validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
     """
-    by_name: dict[str, list[Run]] = {}
-    for run in study.runs:
-        if run.record.steps:
-            by_name.setdefault(run.experiment.name, []).append(run)
-    recorded = [e for e in study.experiments if e.name in by_name]
+    by_name = {e.name: [run for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    recorded = [e for e in study.experiments if by_name[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
     longest = max(len(run.record.steps) for runs in by_name.values() for run in runs)
     window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
-    rows = _rows_of(recorded, validation)
+    by_method: dict[str, list[ExperimentConfig]] = {}
+    for experiment in recorded:
+        by_method.setdefault(experiment.method, []).append(experiment)
+    rows = {method: leading(own, lambda e: e.name, validation, PER_METHOD) for method, own in by_method.items()}
     drawn = [e for members in rows.values() for e in members]
     pairs = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
     bundles = [bundle for pair in pairs.values() for bundle in pair]
@@ -124,15 +124,6 @@ def _caption(study: Study, bundles: Sequence[_Bundle], window: int) -> str:
         f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
         "All rows of a column share one scale."
     )
-
-
-def _rows_of(
-    recorded: Sequence[ExperimentConfig], validation: Mapping[str, float]
-) -> dict[str, list[ExperimentConfig]]:
-    rows: dict[str, list[ExperimentConfig]] = {}
-    for experiment in recorded:
-        rows.setdefault(experiment.method, []).append(experiment)
-    return {method: leading(row, lambda e: e.name, validation, PER_METHOD) for method, row in rows.items()}
 
 
 def _bundles(name: str, runs: Sequence[Run], window: int) -> tuple[_Bundle, _Bundle]:

@@ -75,8 +75,9 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
 def _asked(found: Recommendation) -> Iterator[str]:
     best, study = found.best, found.study
     seeds = counted(len(best.seeds), "seed")
+    reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
     yield (
-        f"Study {study.label}. {_reference(found)}: {best.name}, mean validation accuracy "
+        f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
     )
     if uneven := [one for one in _others(found) if set(one.seeds) != set(best.seeds)]:
@@ -96,10 +97,6 @@ def _others(found: Recommendation) -> tuple[Rated, ...]:
 
 def _whom(found: Recommendation) -> str:
     return "the best" if found.study.stopping is None else "the control"
-
-
-def _reference(found: Recommendation) -> str:
-    return "Best by validation" if found.study.stopping is None else "Control of its comparisons, which stop"
 
 
 def _latency_source(found: Recommendation, exported: ExportedLatency) -> str:
