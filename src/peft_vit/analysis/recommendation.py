@@ -40,8 +40,16 @@ from numpy.typing import ArrayLike
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
-from peft_vit.analysis.exported_latency import ExportedLatency
-from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
+from peft_vit.analysis.limits import (
+    SAME_SIZE,
+    Cost,
+    ExportedLatency,
+    Fault,
+    Limits,
+    Measure,
+    cost_of,
+    smallest_latency_batch,
+)
 from peft_vit.analysis.stopping import ENDS, p_value_of, pairs_seen, repeated_interval, study_courses
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import StoppingConfig

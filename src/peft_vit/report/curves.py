@@ -73,7 +73,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     by_method: dict[str, list[ExperimentConfig]] = {}
     for experiment in recorded:
         by_method.setdefault(experiment.method, []).append(experiment)
-    rows = {method: leading(own, lambda e: e.name, validation, PER_METHOD) for method, own in by_method.items()}
+    rows = {method: leading(own, validation, PER_METHOD, lambda e: e.name) for method, own in by_method.items()}
     drawn = [e for members in rows.values() for e in members]
     pairs = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
     bundles = [bundle for pair in pairs.values() for bundle in pair]

@@ -67,7 +67,7 @@ class _Row:
 
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
-    drawn = leading(methods, lambda m: m.experiment.name, validation_means(methods), ROWS)
+    drawn = leading(methods, validation_means(methods), ROWS)
     found = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
     majority = {seed: share for seed, share in found.items() if share is not None}
     shares = sorted(majority.values())
@@ -157,7 +157,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
             (c, c.difference) for c in analysis.comparisons if c.reference == reference and c.difference is not None
         ]
         if paired:
-            drawn = leading(paired, lambda pair: pair[0].name, validation_means(analysis.methods), ROWS)
+            drawn = leading(paired, validation_means(analysis.methods), ROWS, lambda pair: pair[0].name)
             rows = [_difference(c, d, METHOD_COLORS[methods[c.name]]) for c, d in drawn]
             found[reference] = _forest(rows, paired, reference, margin)
     return found

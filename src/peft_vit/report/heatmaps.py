@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import matplotlib
@@ -17,7 +17,6 @@ from peft_vit.analysis import Allocation, ImportancePattern
 from peft_vit.analysis.allocation import RankMap
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.importance import row_means
-from peft_vit.config import ExperimentConfig
 from peft_vit.records import Role
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import fixed
@@ -35,7 +34,7 @@ from peft_vit.report.style import (
     quiet_grid,
 )
 
-T = TypeVar("T")
+T = TypeVar("T", Allocation, ImportancePattern)
 _PANEL_IN = 2.25
 SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 CELLS = 60_000  # of all maps that the page carries together
@@ -71,12 +70,10 @@ def _color_bar(subfigure: SubFigure, norm: Normalize, axes: Axes | list[Axes], p
     bar.ax.tick_params(length=0)
 
 
-def _by_experiment(
-    figure: Figure, hover: HoverPoints, items: Sequence[T], experiment: Callable[[T], ExperimentConfig]
-) -> Iterator[tuple[SubFigure, T]]:
+def _by_experiment(figure: Figure, hover: HoverPoints, items: Sequence[T]) -> Iterator[tuple[SubFigure, T]]:
     """Yield a titled part of the figure for each item, from the top."""
     for subfigure, item in zip(figure.subfigures(len(items), 1, squeeze=False)[:, 0], items, strict=True):
-        own = experiment(item)
+        own = item.experiment
         hover.series(own.name, METHOD_COLORS[own.method])
         subfigure.suptitle(own.name, x=0.01, ha="left", fontweight="bold", fontsize="medium")
         yield subfigure, item
@@ -126,7 +123,7 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
 
     def paint(figure: Figure) -> HoverPoints:
         hover, panels = HoverPoints(), []
-        for subfigure, allocation in _by_experiment(figure, hover, allocations, lambda a: a.experiment):
+        for subfigure, allocation in _by_experiment(figure, hover, allocations):
             panels += _rank_row(subfigure, hover, allocation, norm, frames[allocation.experiment.name], walk)
         if moving:
             start = walk.index(moving[0].maps[len(moving[0].maps) // 2].step)
@@ -228,7 +225,7 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
 
     def paint(figure: Figure) -> HoverPoints:
         hover = HoverPoints()
-        for subfigure, pattern in _by_experiment(figure, hover, patterns, lambda p: p.experiment):
+        for subfigure, pattern in _by_experiment(figure, hover, patterns):
             name = pattern.experiment.name
             left, right = subfigure.subplots(1, 2, width_ratios=(1, 1.35))
             norm = Normalize(0, float(np.nanmax(means[name])))

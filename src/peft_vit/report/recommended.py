@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.exported_latency import ExportedLatency
-from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
+from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Fault, Measure, Option
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET

@@ -77,7 +77,7 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
 
 
 def _drawn(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return leading(methods, lambda m: m.experiment.name, validation_means(methods), LEGEND_ENTRIES)
+    return leading(methods, validation_means(methods), LEGEND_ENTRIES)
 
 
 def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:
@@ -172,7 +172,7 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         return ()
     on_front = {point.experiment for front in shown for point in front.on_front}
     first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
-    looks = _looks(leading(methods, lambda m: m.experiment.name, first, LEGEND_ENTRIES))
+    looks = _looks(leading(methods, first, LEGEND_ENTRIES))
 
     def paint(figure: Figure) -> HoverPoints:
         hover = HoverPoints()
