@@ -21,6 +21,7 @@ from peft_vit.records import Role
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import fixed
 from peft_vit.report.hover import HoverPoints, coded
+from peft_vit.report.plot_selection import SINGLE_SEEDS
 from peft_vit.report.style import (
     DASHED,
     GRID,
@@ -36,7 +37,6 @@ from peft_vit.report.style import (
 
 T = TypeVar("T", Allocation, ImportancePattern)
 _PANEL_IN = 2.25
-SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 CELLS = 60_000  # of all maps that the page carries together
 PARTLY = " To keep the page small, it and the data hold a part of the recorded updates, evenly chosen."
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from peft_vit.analysis import MethodResult
 
+SINGLE_SEEDS = 10  # lines; with more, a band from the lowest to the highest stands for them
 SEED_DOTS = 150  # more dots in one row cover one another
 T = TypeVar("T")
 
