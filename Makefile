@@ -81,12 +81,8 @@ check: setup ## lint, formatting, types, import rules, the documentation's links
 	@$(MAKE) --no-print-directory site
 	@$(MAKE) --no-print-directory sizes
 
-sizes: ## count lines of Python by package; nothing is asked of the numbers
-	@find src tests -name '*.py' -exec wc -l {} + | awk '$$2 != "total" { \
-	  sub("/[^/]*$$", "", $$2); n = split($$2, at, "/"); all[at[1]] += $$1; \
-	  lines[at[1] (n > 1 ? "/" at[2] : "") (n > 2 ? "/" at[3] : "")] += $$1 } \
-	  END { for (one in lines) printf "%7d  %s\n", lines[one], one; \
-	        for (one in all) printf "%7d  %s, all\n", all[one], one }' | sort -k 2
+sizes: ## print tokens, lines and modules by package; nothing is asked of the numbers
+	@$(PYTHON) benchmarks/code_size.py
 
 format: setup ## repair what ruff can
 	$(BIN)/ruff check --fix

@@ -4,8 +4,8 @@
 
 Side by side: two runs of ViT-S/14 in the package's own `run_one`, batches of 32, make one step each in turn, in two
 threads of one process. One is bare; the other tells each step to a driver in another process, waits until the driver
-has written and shown it, asks whether to stop, and writes a checkpoint every 30 s of its own time. Ledger rows and the
-result are written by that driver too. A run that does not wait for its driver, as real ones, pays less.
+has written and shown it, asks whether to stop, and writes a checkpoint every 30 s of its own time. Its progress and
+the result are written by that driver too. A run that does not wait for its driver, as real ones, pays less.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from peft_vit.records import write_record as write_run  # noqa: E402
 from peft_vit.runs import run_one  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
 from peft_vit.studies import plan_study  # noqa: E402
-from peft_vit.studies.event_log import event_log  # noqa: E402
-from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted, StudyEvent  # noqa: E402
+from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted  # noqa: E402
 from peft_vit.studies.lock import study_lock  # noqa: E402
 from peft_vit.studies.plan import Plan, PlannedRun  # noqa: E402
 from peft_vit.studies.progress_view import Watch  # noqa: E402
@@ -181,19 +180,10 @@ class OtherEnd:
 
 
 def drive_other_end(pipe: Connection, config: StudyConfig, folder: Path) -> None:
-    """Be the driver: ledger, results, the log for other programs, and plain lines for a person."""
+    """Be the driver: progress, results, and plain lines for a person."""
     plan = planned(config, folder)
-    with (
-        study_lock(folder / config.name) as lock,
-        event_log(folder / "log.jsonl") as log,
-        Watch(plan, console=Console(file=io.StringIO())) as watch,
-    ):
-
-        def tell(event: StudyEvent) -> None:
-            log(event)
-            watch.on_event(event)
-
-        drive(plan, lock, lambda: OtherEnd(pipe), tell)
+    with study_lock(folder / config.name) as lock, Watch(plan, console=Console(file=io.StringIO())) as watch:
+        drive(plan, lock, lambda: OtherEnd(pipe), watch.on_event)
 
 
 def bare_side(plan: Plan, turns: Turns) -> None:
@@ -242,7 +232,7 @@ def kept_side(plan: Plan, turns: Turns, pipe: Connection, folder: Path, parts: d
         "told_s": told.seconds,
         "asked_s": asked.seconds,
         "checkpoints_s": finished.record.overhead_s["checkpoints"],
-        "ledger_and_result_s": once.seconds,
+        "progress_and_result_s": once.seconds,
     }
 
 
@@ -345,7 +335,7 @@ def full_record(record: RunRecord, steps: int = 48, epochs: int = 3) -> RunRecor
 
 
 def many_runs(runs: int, repeats: int) -> dict[str, Any]:
-    """Time `peft-vit status` and `peft-vit repair` as whole commands, on a study of which a tenth has failed."""
+    """Time `peft-vit status` as a whole command, on a study of which a tenth has failed."""
     experiments = [f"experiment_{number}" for number in range(runs // 10)]
     config = fake_config(experiments=experiments, seeds=range(10))
     with tempfile.TemporaryDirectory() as place:
@@ -354,14 +344,13 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         started = time.perf_counter()
         outcome = fake_drive(config, folder, FakeExecutor(outcomes=outcomes, steps=0))
         writing_s = time.perf_counter() - started
-        assert len(outcome.failed) == len(experiments)
+        assert len(outcome) == len(experiments)
         records = list(read_records(folder))
         for record in records:
             write_run(folder, full_record(record) if record.status == "done" else record)
         assert len(fake_plan(config, folder).pending) == len(experiments)
         record_bytes = (run_folder(folder, records[0].spec) / "record.json").stat().st_size
         status_s = [command("status", folder, expected=f"{runs} planned") for _ in range(repeats)]
-        repair_s = [command("repair", folder, expected=f"{runs} runs") for _ in range(repeats)]
     row = {
         "runs": runs,
         "failed": len(experiments),
@@ -369,14 +358,11 @@ def many_runs(runs: int, repeats: int) -> dict[str, Any]:
         "n": repeats,
         "status_s": round(statistics.median(status_s), 3),
         "status_most_s": round(max(status_s), 3),
-        "repair_s": round(statistics.median(repair_s), 3),
-        "repair_most_s": round(max(repair_s), 3),
         "writing_ms_per_run": round(1e3 * writing_s / runs, 3),
     }
     print(
-        f"{runs} runs: status {row['status_s']:.2f} s (at most {row['status_most_s']:.2f}), repair "
-        f"{row['repair_s']:.2f} s (at most {row['repair_most_s']:.2f}), "
-        f"{row['writing_ms_per_run']} ms to enter and write one",
+        f"{runs} runs: status {row['status_s']:.2f} s (at most {row['status_most_s']:.2f}), "
+        f"{row['writing_ms_per_run']} ms to write one",
         flush=True,
     )
     return row

@@ -14,22 +14,59 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fake_study import FakeExecutor, check_complete, fake_config, fake_drive
+from fake_study import FakeExecutor, check_complete, fake_config, fake_drive, fake_plan
 
 from peft_vit.errors import UserError
 from peft_vit.records import Registration, read_records
 from peft_vit.studies.status import study_status
 
-CALLS = ("write", "fsync", "replace", "ftruncate", "open", "mkdir", "unlink", "rmdir")
+CALLS = ("write", "fsync", "replace", "pwrite", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))
 KILLED = 9
 WRITTEN_DOWN = Registration(sha256="1" * 64, hypotheses={"h": "2" * 64})
 
 
 def drive(out: Path, executor: FakeExecutor) -> None:
-    """Drive the study, while some hypotheses stand written down."""
+    """Drive the study, while some hypotheses stand written down; what is done already is not done again."""
+    planned = fake_plan(STUDY, out).runs
     fake_drive(STUDY, out, executor, registration=WRITTEN_DOWN)
+    assert executor.submitted == [run.spec.name for run in planned if not run.done]
     assert all(record.registration == WRITTEN_DOWN for record in read_records(out))
+
+
+class Written:
+    """A file that is open for writing, whose every write is a call of `os.write`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, content: bytes) -> None:
+        """Write it all."""
+        while content:
+            content = content[os.write(self._descriptor, content) :]
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+    def fileno(self) -> int:
+        """Return its number."""
+        return self._descriptor
+
+
+def write_through_calls() -> None:
+    """Have files written by calls that can be watched: Python's own file objects make theirs unseen."""
+    fdopen: Any = os.fdopen
+
+    def replacement(descriptor: int, mode: str) -> Any:
+        return Written(descriptor) if mode == "wb" else fdopen(descriptor, mode)
+
+    setattr(os, "fdopen", replacement)  # noqa: B010 - mypy would want all of its overloads
 
 
 def in_child(action: Callable[[], object]) -> int:
@@ -52,6 +89,7 @@ def in_child(action: Callable[[], object]) -> int:
 
 def die_at(count: int) -> None:
     """Make this process end like a killed one at its count-th call of the system; a write is first half done."""
+    write_through_calls()
     left = count
 
     def dying(call: Any, name: str) -> Any:
@@ -59,8 +97,8 @@ def die_at(count: int) -> None:
             nonlocal left
             left -= 1
             if left <= 0:
-                if name == "write":
-                    call(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                if name in ("write", "pwrite"):
+                    call(arguments[0], arguments[1][: len(arguments[1]) // 2], *arguments[2:])
                 os._exit(KILLED)
             return call(*arguments, **named)
 
@@ -117,13 +155,14 @@ def fill_disk(room: int) -> None:
 
         return fsync
 
+    write_through_calls()
     os.write, os.fsync = filling(os.write), flushing(os.fsync)
 
 
 def full_disk(folder: Path) -> None:
     """Fill the disk at every byte or so; the driver says so in one line, and with room again it goes on."""
     refused = 0
-    for room in range(0, 4000, 37):
+    for room in range(0, 12_000, 97):
         out = folder / str(room)
 
         def disturbed(room: int = room, out: Path = out) -> None:
@@ -160,6 +199,7 @@ def pair(out: Path) -> float:
     codes.append(os.waitstatus_to_exitcode(os.waitpid(-1, 0)[1]))
     assert codes == [2, 0], codes
     check_complete(STUDY, out)
+    assert all(record.attempts == 1 for record in read_records(out))
     return left_s
 
 

@@ -22,10 +22,8 @@ from peft_vit.records import (
     read_record,
     run_folder,
 )
-from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
-from peft_vit.records.study_file import StudyFile, read_study_file
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
-from peft_vit.studies.ledger import run_name
+from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
+from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.scheduler import drive
 
@@ -69,7 +67,6 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
-    within: Any = None
     registration: Registration | None = None
     before: StudyFile | None = None
 
@@ -149,7 +146,7 @@ class FakeExecutor:
     _step: int = 0
 
     def submit(self, run: Any) -> None:
-        self.submitted.append(run_name(run.spec))
+        self.submitted.append(run.spec.name)
         self._queue.append(run)
 
     def next_event(self, timeout_s: float) -> Event | None:
@@ -172,7 +169,7 @@ class FakeExecutor:
                 )
             return None
         self._running = None
-        if failures := self.outcomes.get(run_name(run.spec)):
+        if failures := self.outcomes.get(run.spec.name):
             return self.ending(RunEnded(run, failed_record(run.spec, failures.pop(0)), None))
         return self.ending(RunEnded(run, done_record(run.spec), fake_adapter(run.spec)))
 
@@ -199,17 +196,23 @@ def fake_drive(
         return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, skip_failed=skip_failed)
 
 
-def ledger_rows(results_dir: Path, name: str = "fake") -> tuple[Row, ...]:
-    content = read_ledger(results_dir / name / LEDGER_FILE)
-    assert content.unreadable == ()
-    return content.rows
+def happened(told: Iterable[StudyEvent], run: str | None = None) -> list[str]:
+    """Return what was told of all runs or of one, a word each."""
+    words = {RunStarted: "started", RunInterrupted: "interrupted", RunRetried: "failed"}
+    events = [event for event in told if not isinstance(event, Notice) and run in (None, event.run.spec.name)]
+    return [event.record.status if isinstance(event, RunEnded) else words[type(event)] for event in events]
 
 
 def check_complete(study: StudyConfig, results_dir: Path) -> None:
-    """Check that every run is done, entered once, and that its files are what they should be."""
-    done = [row.run for row in ledger_rows(results_dir) if row.event == "done"]
+    """Check that every run is done, and that its files are what they should be, with nothing beside them."""
     runs = fake_plan(study, results_dir).runs
-    assert sorted(done) == sorted(run_name(run.spec) for run in runs)
+    folder = results_dir / study.name
+    # Whoever is killed while it writes study.json may leave a hidden file.
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(f".{STUDY_FILE}.")}
+    assert names == {STUDY_FILE, *(run.spec.experiment.name for run in runs)}
+    assert {path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/*/{RECORD_FILE}")} == {
+        run.spec.name for run in runs
+    }
     for run in runs:
         folder = run_folder(results_dir, run.spec)
         record = read_record(folder / RECORD_FILE)

@@ -8,7 +8,7 @@ import planted
 
 from peft_vit.config import study_from_mapping
 from peft_vit.records import RunRecord
-from peft_vit.studies.ledger import Row, encode
+from peft_vit.records.progress import PROGRESS_FILE, Attempt
 from peft_vit.studies.study_file import study_file, write_study_file
 
 EXPERIMENTS = planted.experiments()
@@ -41,16 +41,18 @@ PLAN = study_from_mapping(
 )
 
 
-def planned(folder: Path, records: list[RunRecord], rows: list[Row], left_out: str = "") -> Path:
-    """Write a study in progress; its last run may be one that the command leaves out."""
+def planned(folder: Path, records: list[RunRecord], begun: dict[str, Attempt], left_out: str = "") -> Path:
+    """Write a study in progress with the runs that were begun; its last run may be one that the command leaves out."""
     planted.write(folder, records)
     asked = [f"{e.name}/seed_{seed}" for e in PLAN.experiments for seed in PLAN.seeds]
     asked = [run for run in asked if run != left_out]
     write_study_file(folder / "quickstart", study_file(PLAN, asked, smoke=False, data_sha256="b" * 64))
-    (folder / "quickstart" / "ledger.jsonl").write_bytes(b"".join(map(encode, rows)))
+    for run, attempt in begun.items():
+        (folder / "quickstart" / run).mkdir(parents=True)
+        (folder / "quickstart" / run / PROGRESS_FILE).write_text(attempt.model_dump_json())
     return folder
 
 
-def row(run: str, event: str, **more: object) -> Row:
-    """Return a row of a ledger, far in the future."""
-    return Row.model_validate({"at": "2999-01-01T00:00:00+00:00", "run": run, "event": event, "attempt": 1, **more})
+def attempt(state: str, **more: object) -> Attempt:
+    """Return an attempt far in the future."""
+    return Attempt.model_validate({"number": 1, "state": state, "started_at": "2999-01-01T00:00:00+00:00", **more})

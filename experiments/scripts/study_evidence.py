@@ -3,9 +3,8 @@
     .venv/bin/python experiments/scripts/study_evidence.py [DIR ...]
 
 Each DIR holds the records of studies named study_*. Of a pilot, study_*_pilot, one row a run goes to results/*.csv,
-without its test accuracy, which chooses nothing. Of a study all records go to results/*.tar.xz with its plan and
-ledger, as they are; unpacked, they are a results directory for every command of peft-vit. Without DIR only the
-documents are made anew.
+without its test accuracy, which chooses nothing. Of a study all records go to results/*.tar.xz with its plan, as they
+are; unpacked, they are a results directory for every command of peft-vit. Without DIR only the documents are made anew.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ HYPOTHESES = CONFIGS / "hypotheses_study.yaml"
 README, FINDINGS = ROOT / "README.md", ROOT / "docs" / "findings" / "studies.md"
 EVERY_TEST = ROOT / "docs" / "findings" / "every_test.md"
 IMAGES = ROOT / "docs" / "images"
-_KEPT = ("study.json", "ledger.jsonl", RECORD_FILE)
+_KEPT = ("study.json", RECORD_FILE)
 
 
 def keep(results_dir: Path) -> None:
@@ -121,7 +120,7 @@ def chosen_rates(pilot: pd.DataFrame) -> dict[str, float]:
 
 
 def packed(study: Path, name: str) -> bytes:
-    """Return a study's plan, ledger and records as .tar.xz; the same files give the same bytes."""
+    """Return a study's plan and records as .tar.xz; the same files give the same bytes."""
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:xz", preset=9) as archive:
         for file in sorted(file for file in study.rglob("*") if file.name in _KEPT):

@@ -11,16 +11,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from planted_runs import PlantedRuns
 from pyarrow import parquet
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
 from peft_vit.records import read_records
-from peft_vit.records.study_file import Limited, read_study_file
-from peft_vit.studies import plan_study
+from peft_vit.records.study_file import read_study_file
+from peft_vit.studies import plan_study, time_limit
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.time_limit import Choice
+from peft_vit.studies.time_limit import Limit
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 
@@ -238,7 +239,6 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, command) -> None:
     command("run", write(tmp_path, more), "--output", out)
     assert "tiny: 2 planned = 2 done + 0 failed + 0 pending + 0 running + 0 skipped" in command("status", out).out
     assert record.stat().st_mtime_ns == written
-    assert command("repair", out).out == f"{out / 'tiny/runs.parquet'}: 2 runs\n"
     for format in ("md", "html"):
         command("report", out, "--format", format)
 
@@ -246,25 +246,13 @@ def test_a_study_that_was_begun_goes_on_as_it_was(tmp_path, command) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--smoke"], "can't be combined with --smoke: a smoke study takes seconds; leave one of the two out"),
-        (
-            ["--seeds", "0"],
-            "can't be combined with --seeds: the time decides which seeds are taken; leave one of the two out",
-        ),
-        (
-            ["--method", "lora"],
-            "can't be combined with --method: the time decides which experiments are taken; leave one of the two out",
-        ),
-        (
-            ["--executor", "ray"],
-            "works with --executor local only: it measures how fast this machine is; leave one of the two out",
-        ),
         (["--minutes", "0"], "is 0; give more than 0"),
         (["--minutes", "nan"], "is nan; give more than 0"),
         (["{file}"], "is of one study, and 2 are given; give one, or leave --minutes out"),
+        (["--dry-run", "--minutes", "0"], "is 0; give more than 0"),
     ],
 )
-def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, refused) -> None:
+def test_what_minutes_cannot_be(options, said, tmp_path, refused) -> None:
     file = write(tmp_path)
     options = [option.format(file=file) for option in options]
     line = refused("run", file, "--output", tmp_path / "out", "--minutes", "10", *options)
@@ -272,50 +260,43 @@ def test_what_minutes_cannot_be_combined_with(options, said, tmp_path, refused) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.fixture
+def runs_of_a_minute(monkeypatch) -> PlantedRuns:
+    """Let every run of the study take a minute, by its record and by the clock."""
+    now = [0.0]
+    executor = PlantedRuns(lambda *_: 0.9)
+    carry_out = executor._record
+
+    def a_minute_later(run):
+        now[0] += 60
+        return carry_out(run).model_copy(update={"seconds": 60.0})
+
+    executor._record = a_minute_later
+    monkeypatch.setattr(time_limit, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
+    return executor
+
+
 @pytest.mark.part("runner")
-@pytest.mark.usefixtures("in_this_process")
-@pytest.mark.slow
-def test_a_study_within_minutes(tmp_path, command, monkeypatch) -> None:
+def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, command, runs_of_a_minute) -> None:
     head, _, _ = STUDY.partition("  - name: adaptive")
-    file, out = write(tmp_path, head), tmp_path / "out"
-    run = ("run", file, "--output", out, "--minutes", "60")
-    assert "60 minutes, 2 experiments x 1 of 1 seeds: all of the study." in command(*run, "--dry-run").out
+    file, out = write(tmp_path, head.replace("seeds: [0]", "seeds: [1, 0, 2]")), tmp_path / "out"
+    run = ("run", file, "--output", out, "--minutes", "3.5")
+    assert "6 runs: 6 to do in about" in command(*run, "--dry-run").out
     assert not out.exists()
-    with monkeypatch.context() as patch:  # a time that is over as soon as it begins
-        patch.setattr("peft_vit.studies.time_limit.Deadline.over", True)
-        said = command(*run).out
-    assert "2 runs of the study are left; the same command goes on with them, for another 60 minutes." in said
-    assert "tiny: 2 planned = 0 done + 0 failed + 2 pending" in command("status", out).out
-    begun = read_study_file(out / "tiny")
-    assert begun.limited == Limited(asked=load_study(file), first=("probe", "low_rank"))
-    assert not begun.smaller_than_asked
-    assert "are left" not in command(*run).out
-    assert {record.status for record in read_records(out)} == {"done"}
-    before = snapshot(out)
     said = command(*run).out
-    assert "2 runs: 0 to do, 2 already done and skipped." in said
-    assert "measuring" not in said  # finished runs tell what there is to know
-    assert snapshot(out) == before
-    command("run", file, "--output", out)
-    command("report", out, "--format", "md")
-
-
-@pytest.mark.part("runner")
-@pytest.mark.usefixtures("in_this_process")
-@pytest.mark.slow
-def test_time_that_is_left_over_is_spent_on_what_it_is_enough_for(tmp_path, command, monkeypatch) -> None:
-    """The choice is made again when all that was taken is done: first for no more, in another call for one more."""
-    head, _, _ = STUDY.partition("  - name: adaptive")
-    run = ("run", write(tmp_path, head), "--output", tmp_path / "out", "--minutes", "60")
-    choices = [Choice(experiments, 1, None, fits=True) for experiments in (1, 1, 1, 2)]
-    monkeypatch.setattr("peft_vit.studies.within.choose", lambda *_, **__: choices.pop(0))
-    said = command(*run).out
-    assert "Left for a later call: 1 experiment (low_rank)." in said
-    assert "1 run of the study is left; the same command goes on with it, for another 60 minutes." in said
-    done = "tiny: 2 planned = 1 done + 0 failed + 0 pending + 0 running + 1 skipped"
-    assert done in command("status", tmp_path / "out").out
+    assert runs_of_a_minute.done == ["probe/seed_1", "low_rank/seed_1", "probe/seed_0"]
+    assert "3 runs of the study are left; the same command goes on with them, for another 3.5 minutes." in said
+    assert "tiny: 6 planned = 3 done + 0 failed + 3 pending" in command("status", out).out
+    command("run", file, "--output", out, "--minutes", "1.5", "--method", "lora", "--seeds", "2")
+    assert runs_of_a_minute.done[3:] == ["low_rank/seed_2"]
     assert " left; the same command" not in command(*run).out
-    assert len(list(read_records(tmp_path / "out"))) == 2
+    assert runs_of_a_minute.done[4:] == ["low_rank/seed_0", "probe/seed_2"]
+    before = snapshot(out)
+    assert "6 runs: 0 to do, 6 already done and skipped." in command(*run).out
+    assert snapshot(out) == before
+    command("run", file, "--output", out)  # as the same study, without a limit
+    assert read_study_file(out / "tiny").configuration.data == load_study(file).data
 
 
 @pytest.mark.part("runner")
@@ -343,17 +324,13 @@ def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused)
 
 
 @pytest.mark.part("runner")
-def test_what_status_and_repair_cannot_read(tmp_path, command, refused) -> None:
+def test_what_status_cannot_read(tmp_path, command, refused) -> None:
     folder = tmp_path / "out" / "tiny"
     folder.mkdir(parents=True)
-    for name in ("status", "repair"):
-        assert "holds no study; run one first" in refused(name, tmp_path / "out")
-        assert "does not exist" in refused(name, tmp_path / "nowhere")
-    (folder / "ledger.jsonl").write_text("{}\n{}\n")
-    assert "ledger.jsonl: line 1 and 1 more can't be read" in command("status", tmp_path / "out").out
+    assert "holds no study; run one first" in refused("status", tmp_path / "out")
+    assert "does not exist" in refused("status", tmp_path / "nowhere")
     (folder / "study.json").write_text("{}")
-    for name in ("status", "repair"):
-        assert "study.json: smoke: Field required; move it away" in refused(name, tmp_path / "out")
+    assert "study.json: smoke: Field required; move it away" in refused("status", tmp_path / "out")
 
 
 SECOND = """

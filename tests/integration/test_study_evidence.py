@@ -30,6 +30,7 @@ PILOT_OF = {
     "study_digits": "study_digits_pilot",
     "study_fashion": "study_fashion_pilot",
 }
+WENT = {"study_elpv": {"adalora_published"}}  # methods of kept studies and their pilots that this version does not have
 RUN = {study: pilot for study, pilot in PILOT_OF.items() if (evidence.RESULTS / f"{pilot}.csv").exists()}
 
 
@@ -138,9 +139,10 @@ def test_every_run_of_a_kept_study_is_one_that_its_configuration_asks_for(study:
     experiments = {one.name: one for one in asked.experiments}
     specs = {(record.spec.experiment.name, record.spec.seed): record.spec for record in records}
     assert len(records) == len(specs)
-    assert specs.keys() == {(name, seed) for name in experiments for seed in asked.seeds}
+    went = WENT.get(study, set())
+    assert specs.keys() == {(name, seed) for name in {*experiments, *went} for seed in asked.seeds}
     for (name, _), spec in specs.items():
-        assert spec.experiment == experiments[name]
+        assert name in went or spec.experiment == experiments[name]
         assert (spec.data, spec.measures, spec.precision) == (asked.data, asked.measures, asked.precision)
         assert (spec.backbone.model, spec.backbone.weights) == (asked.backbone.model, asked.backbone.weights)
 
@@ -148,6 +150,8 @@ def test_every_run_of_a_kept_study_is_one_that_its_configuration_asks_for(study:
 @pytest.mark.parametrize("pilot", sorted(set(RUN.values())))
 def test_every_run_of_a_kept_pilot_is_one_that_its_configuration_asks_for(pilot: str) -> None:
     runs = pd.read_csv(evidence.RESULTS / f"{pilot}.csv")
+    went = WENT.get(pilot.removesuffix("_pilot"), set())
+    runs = runs[~runs.method.isin(went)]
     asked = config(pilot)
     rates = {one.name: one.training.learning_rate for one in asked.experiments}
     assert set(zip(runs.experiment, runs.seed, strict=True)) == {(name, seed) for name in rates for seed in asked.seeds}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TORTURE = Path(__file__).parents[1] / "torture"
-KINDS = {"configuration", "record", "adapter", "exported model", "weights", "data set", "cache", "ledger", "checkpoint"}
+KINDS = {"configuration", "record", "adapter", "exported model", "weights", "data set", "cache", "study", "checkpoint"}
 
 
 def python(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import told_events
+
 _ASKED = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"  # numpy, loaded after this, starts no threads then; a fork would miss them
 POLL_S = 0.0005
@@ -30,7 +32,7 @@ _IMPORTED = (
     "peft_vit.cli",
     *(
         f"peft_vit.studies.{name}"
-        for name in ("commands", "event_log", "executors.local", "plan", "profiling", "progress_view", "scheduler")
+        for name in ("commands", "executors.local", "plan", "profiling", "progress_view", "scheduler")
     ),
 )
 _MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it anew where need be
@@ -89,15 +91,17 @@ class Command:
         return self.code
 
 
-def run_fresh(arguments: list[str], log: Path) -> Command:
-    """Start `peft-vit run`, its output to the end of a file."""
-    program = str(Path(sys.executable).with_name("peft-vit"))
+def run_fresh(arguments: list[str], log: Path, told: Path | None = None) -> Command:
+    """Start `peft-vit run`, its output to the end of a file, and what its watcher is told to the end of another."""
+    command = [str(Path(sys.executable).with_name("peft-vit")), "run", *arguments]
+    if told is not None:
+        command = [sys.executable, told_events.__file__, str(told), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     environment |= {} if _ASKED is None else {"OMP_NUM_THREADS": _ASKED}
-    return _start(lambda: os.execve(program, [program, "run", *arguments], environment), log)
+    return _start(lambda: os.execve(command[0], command, environment), log)
 
 
-def run_forked(arguments: list[str], log: Path) -> Command:
+def run_forked(arguments: list[str], log: Path, told: Path | None = None) -> Command:
     """Do the same in a child of this process."""
     _import_all()
 
@@ -113,6 +117,8 @@ def run_forked(arguments: list[str], log: Path) -> Command:
             serve(pipe, parent)
 
         local._serve = serve_alone
+        if told is not None:
+            told_events.write_to(told)
         sys.argv = ["peft-vit", "run", *arguments]
         main(["run", *arguments])
 

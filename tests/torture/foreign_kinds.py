@@ -344,7 +344,7 @@ KINDS: dict[str, Callable[[SoundFiles, Nasty], list[Target]]] = {
     "weights": weights,
     "data set": data_sets,
     "cache": caches,
-    "ledger": study_kinds.ledgers,
+    "study": study_kinds.studies,
     "checkpoint": study_kinds.checkpoints,
 }
 

@@ -3,10 +3,10 @@
     .venv/bin/python tests/torture/full_disks.py --trials 60        as `make torture` does; mounts, so it takes root
 
 The disk is a tmpfs with a ballast that leaves room for a number of pages. That room is drawn so that it gives out
-where the study begins (its lock, its study.json, its ledger), in a checkpoint, or in a run's adapter or record. A trial
-is a command that did not fit. It has passed if it ended with exit code 2 and one line that names what could not be
-written, if every checkpoint that it left can be read, and if after the ballast is gone the same command ends with all
-runs done once and as undisturbed ones. Commands are forked, see `commands`.
+where the study begins (its lock, its study.json, a run's progress), in a checkpoint, or in a run's adapter or record.
+A trial is a command that did not fit. It has passed if it ended with exit code 2 and one line that names what could
+not be written, if every checkpoint that it left can be read, and if after the ballast is gone the same command ends
+with all runs done and as undisturbed ones. Commands are forked, see `commands`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from harness import Tally
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
+from peft_vit.records.progress import PROGRESS_FILE
+from peft_vit.records.study_file import STUDY_FILE
 
 PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096
 _DISK = 16 << 20
-_FIRST = 3  # pages of lock, study.json and ledger
+_FIRST = 3  # pages of lock, study.json and progress.json
 SCENARIOS = ("begin", "checkpoints", "results")
 
 
@@ -119,7 +120,7 @@ def trial(
     if code == 0:
         return None, difference(out, expected)
     said = study.said(log)
-    what = _what(said, out / NAME / study.run)
+    what = _what(said)
     fault = None
     if code != 2 or len(said) != 1 or not said[0].startswith("error: ") or "No space left on device" not in said[0]:
         fault = f"it ended with {code} and said {said}"
@@ -132,7 +133,7 @@ def trial(
 
 
 def _room(scenario: str, most: int, rng: random.Random) -> int:
-    """Return for how many pages there is room: lock, study.json and ledger take one each, what follows the rest."""
+    """Return for how many pages there is room: lock, study.json and progress take one each, what follows the rest."""
     if scenario == "begin":
         return rng.randrange(_FIRST + 1)
     if scenario == "results":
@@ -140,19 +141,19 @@ def _room(scenario: str, most: int, rng: random.Random) -> int:
     return rng.randrange(_FIRST, most)
 
 
-def _what(said: list[str], run: Path) -> str:
+def _what(said: list[str]) -> str:
     """Return what could not be written, as the error says it."""
     line = said[-1] if said else ""
     for sign, what in (
         (".checkpoint-", "a checkpoint"),
-        (LEDGER_FILE, "the ledger"),
-        ("study.json", "study.json"),
+        (PROGRESS_FILE, "a run's progress"),
+        (STUDY_FILE, "study.json"),
         ("registration.json", "the registration"),
+        (ADAPTER_FILE, "the adapter"),
+        (RECORD_FILE, "the record"),
     ):
         if sign in line:
             return what
-    if f"{run.parent.name}/{run.name}: " in line:
-        return "the record" if (run / ADAPTER_FILE).exists() else "the adapter"
     return "the study's folder or lock"
 
 

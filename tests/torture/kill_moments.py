@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from commands import Command
-from tiny_studies import NAME, STEPS, ledger_rows, newest_step
+from tiny_studies import NAME, STEPS, newest_step
+
+from peft_vit.records.progress import look_at
 
 START, STEP, CHECKPOINT, LAST, RESULTS = "at the start", "in a step", "in a checkpoint", "after the last", "in results"
 _FILE_S = 0.004  # about what a small file takes to be written
@@ -24,14 +26,14 @@ class Watched:
         out: the results directory.
         rng: draws the moments.
         run_s: seconds of a run that nothing happens to.
-        rows: of the ledger, when the moment was.
+        attempts: starts of each run, when the moment was.
     """
 
-    def __init__(self, out: Path, rng: random.Random, run_s: float, rows: int) -> None:
+    def __init__(self, out: Path, rng: random.Random, run_s: float, attempts: Mapping[str, int]) -> None:
         self._out = out
         self._rng = rng
         self._run_s = run_s
-        self._rows = rows
+        self._attempts = attempts
         self._steps = {run: newest_step(out / NAME / run) for run in runs_of(out)}
         self._old = self._files(_UNFINISHED + _RESULTS)
 
@@ -49,9 +51,13 @@ class Watched:
         return not command.ended()
 
     def under_way(self) -> list[str]:
-        """Return the runs that have begun since then and have not ended, as the ledger says."""
-        last = {row.run: row.event for row in ledger_rows(self._out)[self._rows :]}
-        return [run for run, event in last.items() if event == "started"]
+        """Return the runs that have begun since then and have not ended, as their progress.json says."""
+        attempts = {run: look_at(self._out / NAME, run).attempt for run in runs_of(self._out)}
+        return [
+            run
+            for run, attempt in attempts.items()
+            if attempt is not None and attempt.state == "running" and attempt.number > self._attempts.get(run, 0)
+        ]
 
     def place(self, run: str) -> str:
         """Return where a kill has met a run that is under way."""

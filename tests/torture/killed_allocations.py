@@ -32,10 +32,6 @@ from peft_vit.records import RankEntry, RunSpec
 PROMISE = "AdaLoRA killed around each decision: identical ranks"
 KINDS: dict[str, dict[str, Any]] = {
     "physical": {"method": "adalora", **with_adalora(parametrization="svd")},
-    "reversible": {
-        "method": "adalora",
-        **with_adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
-    },
     "growing": {
         "method": "adalora",
         **with_adalora(

@@ -5,16 +5,17 @@
 
 What is killed, each counted for itself:
 
-- a fresh command: `peft-vit run` as the shell would start it, with its whole process group or its worker alone, which
+- a fresh command: `peft-vit run` in an interpreter of its own, with its whole process group or its worker alone, which
   the driver then replaces;
 - a forked command: the same code in a process forked after torch was imported (see `commands`); its whole group, its
   driver alone (whose worker must end with it), or its worker alone.
 
 A study is of one method, one seed or two (then with two workers), writes checkpoints after every step or after every
 twentieth of a second, and is killed one to four times, or three to five if it is fresh. A kill counts if it met a
-living process while a run was under way: begun and not ended, as the ledger says. It has passed if the study then ends
-with each run done once, and with the metrics, histories, adapter bytes and optimiser hash of an undisturbed study; and
-if every attempt went on from the newest checkpoint that was there.
+living process while a run was under way: begun and not ended, as its progress.json says. It has passed if the study
+then ends with each run done, and with the metrics, histories, adapter bytes and optimiser hash of an undisturbed study;
+if no run that was done was done again; if records count the attempts; and if every attempt went on from the newest
+checkpoint that was there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import random
 import shutil
 import signal
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,9 +38,10 @@ import harness
 from commands import Command, run_forked, run_fresh
 from harness import Tally
 from kill_moments import CHECKPOINT, LAST, RESULTS, START, STEP, Watched, runs_of
-from tiny_studies import METHODS, NAME, End, difference, ends_of, ledger_rows, newest_step, write_study
+from tiny_studies import METHODS, NAME, End, difference, done_records, ends_of, newest_step, write_study
 
 from peft_vit.records import read_records
+from peft_vit.records.progress import look_at
 
 PROMISE = "SIGKILL at random points: resumed equals undisturbed"
 SEEDS = (0, 1, 2)
@@ -67,8 +70,7 @@ class Way:
         """Start the command once more."""
         out, log = config.parent / "out", config.parent / f"life-{life}"
         arguments = [str(config), "--output", str(out), "--workers", str(workers), "--oversubscribe"]
-        arguments += ["--log-json", str(log.with_suffix(".events"))]
-        return (run_fresh if self.fresh else run_forked)(arguments, log.with_suffix(".txt"))
+        return (run_fresh if self.fresh else run_forked)(arguments, log.with_suffix(".txt"), log.with_suffix(".events"))
 
 
 FRESH = (Way(True, "group"), Way(True, "worker"))
@@ -104,7 +106,8 @@ class Study:
         self.resumed = 0  # attempts that went on from a checkpoint
         self._expected = {f"{method}/seed_{seed}": undisturbed[f"{method}/seed_{seed}"] for seed in seeds}
         self._rng = rng
-        self._rows = 0  # of the ledger, when the command started
+        self._attempts: dict[str, int] = {}  # starts of each run, when what is killed next started
+        self._told: Counter[str] = Counter()  # starts of each run
         self._strayed: str | None = None  # an attempt that went on from elsewhere than from the newest checkpoint
 
     def disturb(self, kills: int, run_s: float) -> str | None:
@@ -112,19 +115,22 @@ class Study:
         life = 0
         while True:
             before = {run: newest_step(self.out / NAME / run) for run in runs_of(self.out)}
-            self._rows = len(ledger_rows(self.out))
+            self._attempts = {run: look_at(self.out / NAME, run).attempts for run in before}
+            done = done_records(self.out, before)
             command = self.way.start(self.config, life, len(self.seeds))
             if self.way.victim == "worker":
                 self._kill_workers(command, kills, run_s)
             elif (left := kills - len(self.kills) - self.beside) > 0 and self._kill_command(command, left, run_s):
                 self._check_steps(life, before, [])
+                self._check_done(life, done)
                 life += 1
                 continue
             code = command.finish()
             self._check_steps(life, before, [kill.left for kill in self.kills] if self.way.victim == "worker" else [])
+            self._check_done(life, done)
             if code != 0:
                 return f"the command ended with {code}: {self._said(life)}"
-            return self._strayed or difference(self.out, self._expected)
+            return self._strayed or difference(self.out, self._expected) or self._miscounted()
 
     def _moment(self, kills_left: int) -> str:
         moments = [START, STEP, STEP, CHECKPOINT] + ([] if self.kills else [START, START])
@@ -154,24 +160,27 @@ class Study:
             watched = self._watched(run_s)
             if not watched.wait(command, self._moment(kills + 1 - number)) or not (runs := watched.under_way()):
                 break
-            worker = next(row.worker for row in reversed(ledger_rows(self.out)) if row.event == "started")
-            assert worker is not None
+            attempt = look_at(self.out / NAME, runs[0]).attempt
+            if attempt is None:  # it has just ended
+                break
+            assert attempt.worker is not None
             with suppress(ProcessLookupError):  # the command has just ended
-                os.kill(int(worker.split()[1]), signal.SIGKILL)
+                os.kill(int(attempt.worker.split()[1]), signal.SIGKILL)
             kill = Kill(watched.place(runs[0]), self._left(runs))
-            if not command.wait(partial(self._has_failed, number)):
+            if not command.wait(partial(self._has_failed, runs[0], attempt.number)):
                 self.beside += 1  # it had nothing to do any more
                 break
+            self._attempts = {runs[0]: attempt.number}
             self.kills.append(kill)
 
     def _watched(self, run_s: float) -> Watched:
         """Look at the study from the start of this attempt on."""
-        ended = [number for number, row in enumerate(ledger_rows(self.out), start=1) if row.event == "failed"]
-        rows = ended[-1] if self.way.victim == "worker" and ended else self._rows
-        return Watched(self.out, self._rng, run_s, rows)
+        return Watched(self.out, self._rng, run_s, self._attempts)
 
-    def _has_failed(self, times: int) -> bool:
-        return sum(row.event == "failed" for row in ledger_rows(self.out)) >= times
+    def _has_failed(self, run: str, number: int) -> bool:
+        """Tell whether an attempt at a run has failed, which is tried again then."""
+        attempt = look_at(self.out / NAME, run).attempt
+        return attempt is not None and (attempt.number > number or attempt.state == "failed")
 
     def _left(self, runs: list[str]) -> dict[str, int]:
         return {run: newest_step(self.out / NAME / run) for run in runs}
@@ -187,10 +196,11 @@ class Study:
                 event = json.loads(line)
             except ValueError:
                 continue  # the last one, cut short
-            name = event.get("run", "").partition("/")[2]
-            if event["event"] == "started":
+            name = event["run"]
+            if event["event"] == "RunStarted":
                 attempts.setdefault(name, []).append(None)
-            elif event["event"] == "progress" and attempts[name][-1] is None:
+                self._told[name] += 1
+            elif event["event"] == "RunProgress" and attempts[name][-1] is None:
                 attempts[name][-1] = event["step"]
         for name, firsts in attempts.items():
             starts = [before.get(name, 0), *(left[name] for left in later)]
@@ -201,6 +211,22 @@ class Study:
                     self._strayed = (
                         f"{name}, life {life}: step {first} came first, the newest checkpoint was of {start}"
                     )
+
+    # --- was anything done twice, or miscounted? ----------------------------------------------------------------------
+
+    def _check_done(self, life: int, before: Mapping[str, tuple[int, int]]) -> None:
+        """See that a command has left alone what was done before it."""
+        done = done_records(self.out, before)
+        if changed := sorted(run for run, record in before.items() if done.get(run) != record):
+            self._strayed = f"life {life}: {changed} were done, and their results are others now"
+
+    def _miscounted(self) -> str | None:
+        """Return whose record does not count its attempts; a killed command may not have told of its last one."""
+        for record in read_records(self.out):
+            told = self._told[record.spec.name]
+            if not told <= record.attempts <= told + len(self.kills) + self.beside:
+                return f"{record.spec.name}: {record.attempts} attempts in its record, {told} were told"
+        return None
 
     def _said(self, life: int) -> str:
         return (self.config.parent / f"life-{life}.txt").read_text()[-1500:]

@@ -255,24 +255,6 @@ def of_safetensors(texts: Sequence[str]) -> Mutation:
     return mutate
 
 
-def of_json_lines(texts: Sequence[str]) -> Mutation:
-    """Return a mutation of one line of JSON among several, or of their order."""
-
-    def mutate(rng: Random, content: bytes) -> bytes:
-        lines = content.splitlines(keepends=True)
-        place = rng.randrange(len(lines))
-        match rng.randrange(5):
-            case 0:
-                lines.insert(rng.randrange(len(lines) + 1), lines[place])
-            case 1:
-                del lines[place]
-            case _:
-                lines[place] = json.dumps(changed_value(rng, json.loads(lines[place]), texts)).encode() + b"\n"
-        return b"".join(lines)
-
-    return mutate
-
-
 def of_png(inner: Mutation) -> Mutation:
     """Return a mutation of one chunk of a PNG, whose checksum is made to fit again."""
 

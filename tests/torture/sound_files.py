@@ -23,7 +23,6 @@ from peft_vit.records import run_folder
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.export import export_run_to_file, export_run_to_peft
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.store import StudyStore
@@ -151,7 +150,7 @@ def _do_runs(sound: SoundFiles) -> None:
     mapping = study_mapping(sound.inputs, {"dataset": "image-folder", "path": str(sound.inputs / "images")})
     with _begun(mapping, sound.inputs / "tiny.yaml", sound.results) as (plan, store):
         for planned in plan.runs:
-            store.started(run_name(planned.spec), "torture", planned.total_steps)
+            store.started(planned.spec.name, "torture", planned.total_steps)
             finished = run_one(planned.spec)
             if finished.adapter is None:
                 raise RuntimeError(finished.record.traceback)
@@ -159,7 +158,7 @@ def _do_runs(sound: SoundFiles) -> None:
     mapping["experiments"] = mapping["experiments"][1:2]
     with _begun(mapping, sound.inputs / "interrupted.yaml", sound.interrupted) as (plan, store):
         (planned,) = plan.runs
-        store.started(run_name(planned.spec), "torture", planned.total_steps)
+        store.started(planned.spec.name, "torture", planned.total_steps)
         steps: list[int] = []
         checkpoints = Checkpoints(run_folder(sound.interrupted, planned.spec), 0)
         try:
@@ -169,8 +168,8 @@ def _do_runs(sound: SoundFiles) -> None:
                 on_progress=lambda progress: steps.append(progress.step),
                 should_stop=lambda: len(steps) == 3,
             )
-        except Interrupted as stop:
-            store.interrupted(run_name(planned.spec), stop.step)
+        except Interrupted:
+            store.interrupted(planned.spec.name)
 
 
 @contextmanager
@@ -179,12 +178,10 @@ def _begun(mapping: dict[str, Any], file: Path, results: Path) -> Iterator[tuple
     study = load_study(file)
     plan = plan_study(study, results, file=file)
     with study_lock(results / study.name) as lock:
-        names = {run_name(run.spec) for run in plan.runs}
+        names = {run.spec.name for run in plan.runs}
         content = study_file(study, names, smoke=False, data_sha256=plan.data_sha256)
         write_study_file(lock.folder, content)
-        store = StudyStore(lock, content.runs)
-        yield plan, store
-        store.close()
+        yield plan, StudyStore(lock, content.runs)
         left = (lock.folder / LOCK_FILE).read_bytes()
     (lock.folder / LOCK_FILE).write_bytes(left)  # as if its owner had been killed
 

@@ -1,4 +1,4 @@
-"""Kinds of files that only a study's folder has: its ledger, what was planned, its lock, and checkpoints of runs."""
+"""Kinds of files that only a study's folder has: what was planned, its lock, attempts and checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -7,69 +7,80 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import mutations
 from kinds_of_files import Nasty, Target, is_one_line
 from sound_files import SoundFiles
 
+from peft_vit.analysis import read_results
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
 from peft_vit.records import checkpoint_folders
-from peft_vit.records.ledger import LEDGER_FILE
 from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records.progress import PROGRESS_FILE
 from peft_vit.records.study_file import STUDY_FILE
 from peft_vit.runs.execute import run_one
+from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.repair import repair
 from peft_vit.studies.status import find_studies, status_lines, study_status
+from peft_vit.studies.store import StudyStore
 from peft_vit.training import Checkpoints
 from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
 
 
-def ledgers(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """ledger.jsonl, study.json and the lock's file, as `status`, `repair` and `run` read them."""
+def studies(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """study.json, the lock's file and a run's progress.json, as `status`, `report` and `run` read them."""
     copy = sound.out / "results"
 
-    def prepare() -> None:
+    def prepare(results: Path) -> None:
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(sound.results, copy)
+        shutil.copytree(results, copy)
 
-    def status() -> None:
-        for folder in find_studies(sound.results):
+    def status(results: Path) -> None:
+        for folder in find_studies(results):
             for line in status_lines(study_status(folder)):
                 assert is_one_line(line), line
 
-    def status_while_locked() -> None:
-        with (sound.results / "tiny" / LOCK_FILE).open() as lock:
+    def status_while_locked(results: Path) -> None:
+        with (results / "tiny" / LOCK_FILE).open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            status()
+            status(results)
 
-    def remake() -> None:
-        prepare()
-        for line in repair(copy):
-            assert is_one_line(line), line
+    def summary() -> None:
+        for study in read_results(sound.interrupted).studies:
+            assert len(study.unfinished) == 1
 
     def go_on() -> None:
         file = sound.inputs / "tiny.yaml"
         plan_study(load_study(file), sound.results, file=file)
 
-    run = ("run", sound.inputs / "tiny.yaml", "--output", copy)
-    ways: tuple[tuple[Callable[[], None], tuple[object, ...]], ...] = (
-        (status, ("status", sound.results)),
-        (status_while_locked, ("status", sound.results)),
-        (remake, ("repair", copy)),
-        (go_on, run),
-    )
-    spoil: dict[str, tuple[mutations.Mutation, ...]] = {
-        LEDGER_FILE: (mutations.of_json_lines(nasty.texts), nasty.of_bytes()),
-        STUDY_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
-        LOCK_FILE: (mutations.of_json(nasty.texts), nasty.of_bytes()),
-    }
+    def begin() -> None:
+        prepare(sound.interrupted)
+        with study_lock(copy / "tiny") as lock:
+            for line in StudyStore(lock, ("adaptive/seed_0",)).notices:
+                assert is_one_line(line), line
+
+    def ways(results: Path) -> tuple[tuple[Callable[[], None], tuple[object, ...]], ...]:
+        return (
+            (partial(status, results), ("status", results)),
+            (partial(status_while_locked, results), ("status", results)),
+        )
+
+    run = (go_on, ("run", sound.inputs / "tiny.yaml", "--output", copy))
+    report = (summary, ("report", sound.interrupted, "--output", sound.out / "report"))
+    resume = (begin, ("run", sound.inputs / "interrupted.yaml", "--output", copy))
+    opened = [
+        (sound.results, STUDY_FILE, (*ways(sound.results), run)),
+        (sound.results, LOCK_FILE, (*ways(sound.results), run)),
+        (sound.interrupted, f"adaptive/seed_0/{PROGRESS_FILE}", (*ways(sound.interrupted), report, resume)),
+    ]
+    spoil = (mutations.of_json(nasty.texts), nasty.of_bytes())
     return [
-        Target(sound.results / "tiny" / name, spoil[name], opened, command, prepare=prepare, places=True)
-        for name in spoil
-        for opened, command in ways
+        Target(results / "tiny" / name, spoil, read, command, prepare=partial(prepare, results), places=True)
+        for results, name, all_ways in opened
+        for read, command in all_ways
     ]
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_vit.records import ADAPTER_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
-from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
+from peft_vit.records.progress import look_at
 
 NAME = "tiny"
 STEPS = 12  # of a run: 24 images in batches of 8, four times
@@ -107,12 +106,12 @@ def ends_of(results_dir: Path) -> dict[str, End]:
 
 
 def difference(results_dir: Path, expected: Mapping[str, End]) -> str | None:
-    """Return what is wrong with a study that has ended: not every run done once and as expected; None if nothing is."""
-    rows = ledger_rows(results_dir)
-    done = Counter(row.run for row in rows if row.event == "done")
-    if done != Counter(dict.fromkeys(expected, 1)):
-        return f"the ledger says done: {dict(done)}"
+    """Return what is wrong with a study that has ended: not every run done and as expected; None if nothing is."""
+    if missing := sorted(expected.keys() - done_records(results_dir, expected).keys()):
+        return f"{missing} are not done"
     ends = ends_of(results_dir)
+    if more := sorted(ends.keys() - expected.keys()):
+        return f"there are records of {more}"
     for name, end in expected.items():
         for field in ("ranks", "optimizer", "adapter", "digest"):
             if getattr(ends[name], field) != getattr(end, field):
@@ -123,9 +122,11 @@ def difference(results_dir: Path, expected: Mapping[str, End]) -> str | None:
     return None
 
 
-def ledger_rows(results_dir: Path) -> tuple[Row, ...]:
-    """Return the rows of the study's ledger, without a last one that is being written."""
-    return read_ledger(results_dir / NAME / LEDGER_FILE).rows
+def done_records(results_dir: Path, runs: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return inode and time of the record of each of those runs that is done; one that is written again has others."""
+    study = results_dir / NAME
+    stats = {run: (study / run / RECORD_FILE).stat() for run in runs if look_at(study, run).is_done}
+    return {run: (stat.st_ino, stat.st_mtime_ns) for run, stat in stats.items()}
 
 
 def newest_step(folder: Path) -> int:

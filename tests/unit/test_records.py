@@ -416,7 +416,7 @@ def test_the_digest_of_a_kept_run_is_what_it_was(archive: str, experiment: str, 
 
 @pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
 def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
-    """Both configurations of one with a limit of time; what is of another form is left to who reads it."""
+    """What is of another form is left to who reads it."""
     content = json.loads(study().model_dump_json())
     for experiment in content["experiments"]:
         experiment["training"]["augmentation"] = [one.model_dump() for one in AUGMENTATION_OF_FLIPS[flips]]
@@ -425,17 +425,41 @@ def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
     then["data"]["flips"] = flips
     for experiment in then["experiments"]:
         del experiment["training"]["augmentation"]
-    whole = {"smoke": False, "data_sha256": "d", "runs": [], "limited": {"asked": then, "first": []}}
+    whole = {"smoke": False, "data_sha256": "d", "runs": []}
     content = json.dumps({**whole, "configuration": then}).encode()
     read = StudyFile.model_validate_json(migrated_study(content))
-    assert read.configuration == read.limited.asked == now
+    assert read.configuration == now
     for odd in (b"[", b'["flips"]', b'{"configuration": 1, "flips": 2}', b'{"configuration": {"data": {"flips": []}}}'):
         assert migrated_study(odd) == odd
 
 
+@pytest.mark.parametrize("limited", [None, "as asked", "smaller"])
+def test_a_study_that_time_made_smaller_is_refused_and_one_that_it_did_not_is_read(
+    tmp_path: Path, limited: str | None
+) -> None:
+    configuration = json.loads(study().model_dump_json())
+    asked = json.loads(study().model_dump_json())
+    asked["data"]["interpolation"] = "nearest"  # was decided after the limit
+    asked["data"]["image_size"] += 14 * (limited == "smaller")
+    content = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": configuration}
+    content["limited"] = None if limited is None else {"asked": asked, "first": ["lora_r1"]}
+    (tmp_path / STUDY_FILE).write_text(json.dumps(content))
+    if limited != "smaller":
+        read = read_study_file(tmp_path)
+        assert read is not None
+        assert read.configuration == study()
+        return
+    with pytest.raises(UserError) as caught:
+        read_study_file(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path / STUDY_FILE}: limited: the study was made on smaller or fewer images than it asked for, which "
+        "this version no longer does; peft-vit 0.2.0 goes on with it"
+    )
+
+
 def older(tmp_path: Path, section: str, **settings: object) -> Path:
     """Return the file of a record in which a section of the experiment has further settings."""
-    name = {"adalora": "adalora_top_k_fisher", "training": "lora_r1"}[section]
+    name = "adalora_top_k_fisher" if section == "adalora" else "lora_r1"
     file = write_record(tmp_path, record(spec(name)))
     data = json.loads(file.read_text())
     data["spec"]["experiment"][section] |= settings
@@ -456,6 +480,17 @@ def test_a_setting_that_went_is_left_out_where_it_did_nothing(tmp_path: Path, mo
     )
 
 
+def test_kept_results_of_what_went_are_read_and_are_no_results_of_this_version(tmp_path: Path) -> None:
+    file = older(tmp_path, "adalora", prune="reversible")
+    data = json.loads(file.read_text())
+    assert read_record(file).spec == spec("adalora_top_k_fisher")
+    older(tmp_path, "adalora", prune="physical")
+    assert read_record(file).spec.digest() == data["spec_digest"]
+    older(tmp_path, "adalora", prune="sideways")
+    with pytest.raises(UserError, match="prune: sideways is something that this version no longer has"):
+        read_record(file)
+
+
 def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     words = "experiment.training.schedule: zigzag is something that this version no longer has"
@@ -468,6 +503,18 @@ def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, mo
     with pytest.raises(UserError, match=words) as caught:
         read_study_file(tmp_path)
     assert caught.value.file == str(tmp_path / STUDY_FILE)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "named"),
+    [
+        ("lora", {"rank": None, "ranks": {"rule": "eva", "budget": 9}}, "lora.ranks.rule: eva"),
+        ("adalora", {"importance_metric": "singular_value"}, "adalora.importance_metric: singular_value"),
+    ],
+)
+def test_rules_and_metrics_that_went_are_named(tmp_path: Path, section: str, settings: Any, named: str) -> None:
+    with pytest.raises(UserError, match=f"experiment.{named} is something that this version no longer has"):
+        read_record(older(tmp_path, section, **settings))
 
 
 def test_looks_at_any_time_are_refused_and_the_share_that_was_no_number_is_todays(tmp_path: Path) -> None:

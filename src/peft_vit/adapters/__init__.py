@@ -21,13 +21,11 @@ from peft_vit.adapters.adapter_file import (
     trained_tensors,
 )
 from peft_vit.adapters.attach import attach_adapters, freeze_backbone
-from peft_vit.adapters.bias_correction import correct_young_triplets
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.adapters.peft_sites import peft_sites
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
-from peft_vit.adapters.singular_triplets import singular_values, to_singular_triplets, write_in_singular_triplets
 
 __all__ = [
     "AdaptedLinear",
@@ -43,7 +41,6 @@ __all__ = [
     "by_layer",
     "check_acting",
     "check_resizable",
-    "correct_young_triplets",
     "current_ranks",
     "effects",
     "freeze_backbone",
@@ -56,11 +53,8 @@ __all__ = [
     "resize_adapters",
     "restore_trained",
     "set_ranks",
-    "singular_values",
     "site_adapters",
-    "to_singular_triplets",
     "trained_tensors",
     "update_ranks",
     "without_updates",
-    "write_in_singular_triplets",
 ]

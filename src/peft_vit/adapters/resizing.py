@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import Adapter, site_adapters
-from peft_vit.adapters.bias_correction import TRIPLETS, triplets_after
 from peft_vit.adapters.resizable import check_resizable, unwrapped
 from peft_vit.errors import UserError
 
@@ -23,7 +22,8 @@ def resize_adapters(
     A site that shrinks loses exactly its triplets with the lowest scores (of equal ones the later); the others keep
     their order and their updates. Under a reference rank A of those that stay changes its size with the rank, and B
     the other way, see `SiteAdapter.start_size`. A site that grows gets triplets that leave the function as it was, with
-    moments of zero; their age is kept too, see `correct_young_triplets`.
+    moments of zero. Their first steps under Adam are larger than those of a parameter that starts: torch counts steps
+    of the whole parameter, and corrects the zero start of what has just grown no more.
 
     Args:
         model: carries the adapters.
@@ -115,5 +115,4 @@ def _carry_state(
         if isinstance(value, Tensor) and value.shape == old.shape
         else value
         for key, value in state.items()
-        if key != TRIPLETS
-    } | triplets_after(state, dim, keep.tolist(), zeros.shape[dim])
+    }

@@ -32,22 +32,17 @@ from peft_vit.adapters import (
     SiteAdapter,
     check_acting,
     check_resizable,
-    correct_young_triplets,
     current_ranks,
     resize_adapters,
     set_ranks,
     site_adapters,
-    write_in_singular_triplets,
 )
 from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, check_start, costs_for, schedule_for
 from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
 from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
-from peft_vit.allocation.masking import silence_others, strongest
 from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
-from peft_vit.allocation.protection import TripletAges, allocate_protected
-from peft_vit.allocation.strategies import Bounds, even_ranks
-from peft_vit.allocation.tensor_tree import flatten, unflatten
+from peft_vit.allocation.strategies import allocate, even_ranks
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
@@ -113,12 +108,6 @@ class AdaLoRAController:
         self._start(model)
         if check:
             check_acting(model)
-        self._ages = TripletAges(self.ranks)
-        self._active: dict[str, Tensor] | None = None  # under prune: reversible, until the last decision
-        if config.prune == "reversible":  # every triplet is active, and there will be no others
-            self._active = {name: torch.ones(rank, dtype=torch.bool) for name, rank in self.ranks.items()}
-            present = np.array(list(self.ranks.values()))
-            self.bounds = Bounds(np.minimum(self.bounds.minimum, present), np.minimum(self.bounds.maximum, present))
         self._bar_too_high = False  # at some decision, and said
         warn_of_a_held_start(config, np.array(list(self.ranks.values())), self.costs, self.bounds)
 
@@ -133,13 +122,13 @@ class AdaLoRAController:
             set_ranks(model, dict(zip(self.names, map(int, even), strict=True)))
         ranks = {name: adapter.rank for name, adapter in adapters.items()}
         check_start(self.config, self._cost(ranks), self.schedule.initial)
-        self._record(0, ranks, {})
+        self._record(0, ranks)
 
     def _cost(self, ranks: dict[str, int]) -> int:
         """Return what ranks cost in the unit of the budget."""
         return sum(int(cost) * ranks[name] for name, cost in zip(self.names, self.costs, strict=True))
 
-    def _record(self, step: int, ranks: dict[str, int], gave_way: dict[str, int]) -> None:
+    def _record(self, step: int, ranks: dict[str, int]) -> None:
         self.rank_history.append(
             {
                 "step": step,
@@ -147,12 +136,11 @@ class AdaLoRAController:
                 "ranks": ranks,
                 "unit": self.config.budget.unit,
                 "cost": self._cost(ranks),
-                "gave_way": gave_way,
             }
         )
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse what can't follow a change of rank, and let Adam know of it; call once before the first step.
+        """Refuse what can't follow a change of rank; call once before the first step.
 
         In a loop that does not call it, the first `apply_ranks` does; only a decision after the very first step then
         goes without probes.
@@ -166,21 +154,20 @@ class AdaLoRAController:
 
     def _take_on(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         check_resizable(model, optimizer)
-        ranks = current_ranks(model)
-        other = next((name for name in self.names if ranks.get(name) != self._ages.rank(name)), None)
+        ranks, own = current_ranks(model), self.ranks
+        other = next((name for name in self.names if ranks.get(name) != own[name]), None)
         if other is not None:
             raise UserError(
-                f"has rank {ranks.get(other)} where the controller has {self._ages.rank(other)}; load the adapters "
-                "that belong to its state",
+                f"has rank {ranks.get(other)} where the controller has {own[other]}; load the adapters that belong to "
+                "its state",
                 field=other,
             )
-        correct_young_triplets(optimizer)
         self.tracker.move_to(next(model.parameters()).device)
         self._optimizer = optimizer
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the ranks as last applied, by site; under prune: reversible those of the active triplets."""
+        """Return the ranks as last applied, by site."""
         return dict(self.rank_history[-1]["ranks"])
 
     def update_importance_scores(self, model: nn.Module, step: int, *, loss_scale: float = 1.0) -> dict[str, float]:
@@ -192,9 +179,8 @@ class AdaLoRAController:
             loss_scale: factor on the loss; with `torch.amp.GradScaler` its `get_scale()`, or 1 after `unscale_`.
 
         Returns:
-            The mean score per triplet of each site, of those that did not grow at the latest decision, and that are
-            active. A site without such triplets keeps its last score, or gets one from its probe where a decision is
-            due (see `probes`); one that was never scored counts as an average site.
+            The mean score per triplet of each site. A site without rank keeps its last score, or gets one from its
+            probe where a decision is due (see `probes`); one that was never scored counts as an average site.
 
         Raises:
             UserError: if the step is not later than the last one.
@@ -204,11 +190,11 @@ class AdaLoRAController:
             raise UserError(f"step {step} follows step {self._scored}; score once a step, counted from 1", field="step")
         adapters = site_adapters(model)
         self._triplet_scores = self.tracker.update(adapters, loss_scale)
-        measured = mean_per_triplet({name: self._counted(name, one) for name, one in self._triplet_scores.items()})
+        measured = mean_per_triplet(self._triplet_scores)
         self._last_scores |= measured
         gradients, values = take_probes(adapters)
         if gradients:
-            sought = [name for name in self.names if self._ages.rank(name) == 0]
+            sought = [name for name, rank in self.ranks.items() if rank == 0]
             found = probed_scores(self.config.importance_metric, gradients, measured, sought)
             self._last_scores |= found
             self.probe_history.append({"step": step, "sites": list(found), "values": values})
@@ -218,12 +204,6 @@ class AdaLoRAController:
         self._scored = step
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}
-
-    def _counted(self, name: str, triplet_scores: Tensor) -> Tensor:
-        """Return the scores of the triplets that make up their site's."""
-        if self._active is not None and self._active[name].any():
-            return triplet_scores[self._active[name]]
-        return triplet_scores[~self._ages.young(name)] if self._ages.has_young(name) else triplet_scores
 
     def reallocate_ranks(self, importance_scores: dict[str, float], step: int) -> dict[str, int]:
         """Decide the ranks from now on; nothing is changed yet.
@@ -249,31 +229,35 @@ class AdaLoRAController:
         if step >= self.schedule.last_update:
             warn_of_equal_scores(self.config, importance_scores)
         self._bar_too_high = self._bar_too_high or warn_of_a_bar_too_high(self.config, scores, self.costs)
-        budget = self.schedule.budget_at(step)
-        young = [self._ages.young(name).numpy() for name in self.names]
         of_triplets = None
         if self.config.allocation_strategy == "global":
             of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
-        ranks = allocate_protected(self.config, scores, of_triplets, young, budget, self.bounds, self.costs)
+        ranks = allocate(
+            self.config.allocation_strategy,
+            scores,
+            self.schedule.budget_at(step),
+            self.bounds,
+            costs=self.costs,
+            threshold_tau=self.config.threshold_tau,
+            top_k=self.config.top_k,
+            triplet_scores=of_triplets,
+        )
         return dict(zip(self.names, map(int, ranks), strict=True))
 
     def apply_ranks(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
         """Resize the adapters and the optimiser's moments to the decided ranks, if they differ from the present ones.
 
-        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores, those
-        that grew at the decision before last of all. Under prune: reversible the weakest are set to zero instead,
-        until the last decision. If the next step leads to a decision, the sites are probed in it.
+        Call after the optimiser's step. A shrinking site loses its weakest triplets by their latest scores. If the
+        next step leads to a decision, the sites are probed in it.
         """
         if optimizer is not self._optimizer:
             self._take_on(model, optimizer)
-        present, is_new = self.ranks, self._decided > self.rank_history[-1]["step"]
-        if is_new or ranks != present:
-            self._change(model, optimizer, {**present, **ranks}, is_decision=is_new)
+        present = self.ranks
+        if self._decided > self.rank_history[-1]["step"] or ranks != present:
+            self._change(model, optimizer, {**present, **ranks})
         self._probe_next_step(model)
 
-    def _change(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int], *, is_decision: bool
-    ) -> None:
+    def _change(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
         unknown = next((name for name in ranks if name not in self.names), None)
         if unknown is not None:
             raise UserError(f"the model has no adapter on {unknown}", field="ranks")
@@ -281,40 +265,20 @@ class AdaLoRAController:
         if cost > budget:
             unit = self.config.budget.unit
             raise UserError(f"{cost} {unit} exceed the {budget} of step {self._decided}", field="ranks")
-        masks = self._active is not None and self._decided < self.schedule.last_update
-        resizes = not masks and any(rank != self._ages.rank(name) for name, rank in ranks.items())
-        if (masks or resizes) and not self._triplet_scores:
-            raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
-        gave_way = {name: self._ages.young_count(name) - rank for name, rank in ranks.items()}
-        kept: dict[str, Tensor] = {}
-        if masks:
-            self._mask(model, ranks)
-        if resizes:
-            if self.config.importance_metric == "singular_value":
-                write_in_singular_triplets(site_adapters(model), optimizer, ranks)
+        if ranks != self.ranks:
+            if not self._triplet_scores:
+                raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
             self._renew_generators(model, ranks)
-            scores = {name: self._ages.strongest_first(name, values) for name, values in self._triplet_scores.items()}
-            kept = resize_adapters(model, optimizer, ranks, scores)
+            kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
+            self.tracker.follow(kept, ranks)
             self._triplet_scores = {}
-        # Nothing was refused: from here on it is done.
-        self._active = self._active if masks else None
-        self._ages.decisions += is_decision
-        self._ages.follow(kept, ranks)
-        self.tracker.follow(kept, ranks)
-        self._record(self._decided, ranks, {name: count for name, count in gave_way.items() if count > 0})
-
-    def _mask(self, model: nn.Module, ranks: dict[str, int]) -> None:
-        wide = next((name for name, rank in ranks.items() if rank > self._ages.rank(name)), None)
-        if wide is not None:
-            raise UserError(f"prune: reversible can't grow beyond the {self._ages.rank(wide)} of the start", field=wide)
-        self._active = {name: strongest(self._triplet_scores[name], rank) for name, rank in ranks.items()}
-        silence_others(model, self._active)
+        self._record(self._decided, ranks)
 
     def _renew_generators(self, model: nn.Module, ranks: dict[str, int]) -> None:
         """Let what grows follow from seed, site and number of the change, so that a resumed run grows the same."""
         adapters = site_adapters(model)
         for index, name in enumerate(self.names):
-            if ranks[name] > self._ages.rank(name):
+            if ranks[name] > adapters[name].rank:
                 stream = len(self.rank_history) * _STREAMS + index
                 adapters[name].generator = torch_generator(self.seed, "adapter_init", stream)
 
@@ -322,7 +286,7 @@ class AdaLoRAController:
         """Probe the sites in the next step, if its scores lead to a decision in which a site without rank can win."""
         step = self._scored + 1
         is_due = self.schedule.last_due(step) > self._decided
-        can_grow = self._active is None and self.config.allocation_strategy != "global"
+        can_grow = self.config.allocation_strategy != "global"
         is_probed = METRICS[self.config.importance_metric].probe_power is not None
         if is_due and can_grow and is_probed and 0 in self.ranks.values():
             attach_probes(site_adapters(model), seed=self.seed, step=step)
@@ -354,23 +318,16 @@ class AdaLoRAController:
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
         """
-        tensors = {
-            "generator": self.tracker.generator.get_state(),
-            "births": self._ages.births,
-            "active": self._active or {},
-            "smoothed": self.tracker.state_dict(),
-        }
         values = {
             "made_with": self._made_with(),
             "scored": self._scored,
             "decided": self._decided,
-            "decisions": self._ages.decisions,
             "last_scores": self._last_scores,
             "rank_history": self.rank_history,
             "score_history": self.score_history,
             "probe_history": self.probe_history,
         }
-        return {"values": copy.deepcopy(values), "tensors": flatten(tensors)}
+        return {"values": copy.deepcopy(values), "tensors": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
@@ -380,7 +337,7 @@ class AdaLoRAController:
         Raises:
             UserError: if the state belongs to another configuration, length of run, seed or set of sites.
         """
-        values, tensors = copy.deepcopy(state["values"]), unflatten(state["tensors"])
+        values = copy.deepcopy(state["values"])
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:
@@ -389,11 +346,8 @@ class AdaLoRAController:
         self._last_scores = values["last_scores"]
         self.rank_history, self.score_history = values["rank_history"], values["score_history"]
         self.probe_history = values["probe_history"]
-        self._ages.decisions, self._ages.births = values["decisions"], tensors["births"]
-        self._active = tensors.get("active")
         self._triplet_scores, self._optimizer = {}, None
-        self.tracker.generator.set_state(tensors["generator"])
-        self.tracker.load_state_dict(tensors.get("smoothed", {}))
+        self.tracker.load_state_dict(state["tensors"])
 
     def _made_with(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")

@@ -13,18 +13,12 @@ from peft_vit.errors import SilentNoEffectWarning
 def warn_of_a_held_start(config: AdaLoraConfig, ranks: Ints, costs: Ints, bounds: Bounds) -> None:
     """Warn if only removals are to be decided, and the final budget holds every triplet of the start.
 
-    Under prune: reversible nothing grows; the global ranking grows sites only by what its budget has left.
+    The global ranking grows sites only by what its budget has left.
     """
     unit, total, _ = config.budget
     held = int(costs @ ranks)
     grows = (ranks < bounds.maximum) & (costs <= total - held)
-    if held > total or grows.any():
-        return
-    if config.prune == "reversible":
-        _warn(
-            f"prune: reversible has no effect: the adapters start with {held} {unit}, the final budget holds them all"
-        )
-    elif config.allocation_strategy == "global":
+    if config.allocation_strategy == "global" and held <= total and not grows.any():
         _warn(
             f"allocation_strategy: global has no effect: the adapters start with {held} {unit}, the final budget holds "
             "them all"

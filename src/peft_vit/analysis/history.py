@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +55,12 @@ def export_history(results_dir: Path, file: Path) -> int:
     return len(rows)
 
 
-def parquet_bytes(rows: list[dict[str, Any]], columns: Sequence[str], types: dict[str, str]) -> bytes:
-    """Return a table as the content of a Parquet file; `types` are those of columns that may be empty."""
+def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
     import pandas
 
-    table = pandas.DataFrame(rows, columns=list(columns)).astype(types)
-    content: bytes = table.to_parquet(engine="pyarrow", index=False)
+    may_be_empty = {"rank": "Int64", "budget": "Int64", "score": "float64"}
+    content: bytes = pandas.DataFrame(rows).astype(may_be_empty).to_parquet(engine="pyarrow", index=False)
     return content
-
-
-def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
-    return parquet_bytes(rows, list(rows[0]), {"rank": "Int64", "budget": "Int64", "score": "float64"})
 
 
 def _as_json(rows: list[dict[str, Any]]) -> bytes:

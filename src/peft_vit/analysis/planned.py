@@ -8,10 +8,12 @@ from typing import Literal, get_args
 
 from peft_vit.config import ExperimentConfig, StudyConfig
 from peft_vit.records import StudyFolder
-from peft_vit.records.ledger import Row, last_rows, unfinished_state
+from peft_vit.records.progress import RunStatus
 
 # missing: no record, and no study.json that would tell whether it was ever planned.
 State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
+# Of a run without a record: in one of several folders it may have got further.
+_FURTHEST_FIRST: tuple[State, ...] = ("running", "pending", "skipped")
 
 
 @dataclass(frozen=True)
@@ -72,49 +74,29 @@ def unfinished_runs(
     Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
     """
     why = {(experiment, seed): reason for experiment, seed, reason in plan.left_out}
-    of_ledger = {run_of(run) for folder in plan.folders for run in last_rows(folder.rows)}
-    named = set(plan.runs) if plan.is_known else {*expected, *of_ledger}
-    runs = sorted({*named, *why} - set(recorded))
-    return tuple(UnfinishedRun(*run, "left out", why[run]) if run in why else _state(plan, run) for run in runs)
+    planned = set(plan.runs)
+    known: dict[tuple[str, int], list[RunStatus]] = {}
+    for folder in plan.folders:
+        for status in folder.unfinished:
+            known.setdefault(run_of(status.run), []).append(status)
+
+    def unfinished(run: tuple[str, int]) -> UnfinishedRun:
+        if run in why:
+            return UnfinishedRun(*run, "left out", why[run])
+        for state in _FURTHEST_FIRST:
+            for status in known.get(run, ()):
+                if status.state == state:
+                    return UnfinishedRun(*run, state, status.note)
+        # Planned all the same: the record in its folder is of another run, or has come since records were read.
+        return UnfinishedRun(*run, "pending" if run in planned else "missing")
+
+    return tuple(map(unfinished, sorted({*(planned if plan.is_known else expected), *why} - set(recorded))))
 
 
 def run_of(run: str) -> tuple[str, int]:
     """Return experiment and seed of ``lora_r8/seed_0``."""
     experiment, _, seed = run.partition("/seed_")
     return experiment, int(seed)
-
-
-def _state(plan: Plan, run: tuple[str, int]) -> UnfinishedRun:
-    name = f"{run[0]}/seed_{run[1]}"
-    states = [_state_in(folder, name) for folder in plan.folders]
-    known = [state for state in states if state is not None]
-    if not known:
-        return UnfinishedRun(*run, "missing")
-    order = ("running", "failed", "pending", "skipped")  # in one of several folders it may have got further
-    return UnfinishedRun(*run, *min(known, key=lambda state: order.index(state[0])))
-
-
-def _state_in(folder: StudyFolder, run: str) -> tuple[State, str] | None:
-    """Return what a folder's ledger and study.json say of a run without a record."""
-    last = last_rows(folder.rows).get(run)
-    skipped = folder.file is not None and run in folder.file.skipped
-    if last is None:
-        planned = folder.file is not None and run in folder.file.runs
-        return ("skipped" if skipped else "pending", "") if planned else None
-    state = unfinished_state(last, folder.owner, skipped=skipped)
-    if state == "failed":
-        return state, last.error or "no error was recorded"
-    if state == "running":
-        return state, f"attempt {last.attempt}, {last.worker}, since {last.at}"
-    return state, _why_pending(last)
-
-
-def _why_pending(last: Row) -> str:
-    if last.event == "failed":
-        return f"to be tried again after: {last.error}"
-    if last.event == "interrupted":
-        return f"interrupted at step {last.step}"
-    return "was done, and its record is gone" if last.event in ("done", "lost") else "was cut off"
 
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:

@@ -83,8 +83,7 @@ class Study:
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
         states = Counter(run.state for run in self.unfinished)
-        failed = len(self.failed) + states["failed"]
-        return {"done": len(self.runs), "failed": failed, **{s: states[s] for s in STATES if s != "failed"}}
+        return {"done": len(self.runs)} | {state: states[state] for state in STATES} | {"failed": len(self.failed)}
 
     @property
     def label(self) -> str:
@@ -251,7 +250,6 @@ def _of_seeds(name: str, plan: Plan) -> list[str]:
 def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[UnfinishedRun]) -> list[str]:
     """Say which planned runs there is nothing of, and who works on them."""
     notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
-    notices += [f"Failed: {r.experiment}, seed {r.seed}: {r.note}" for r in unfinished if r.state == "failed"]
     runs_in = {
         state: [run.run for run in unfinished if run.state == state]
         for state in ("running", "pending", "skipped", "missing")

@@ -37,7 +37,9 @@ def run(
     workers: Workers = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="end within so many, with the sizes, experiments and seeds that fit; the next call goes on"),
+        typer.Option(
+            help="end within so many: all runs of a seed, then of the next, while one fits; the next call goes on"
+        ),
     ] = None,
     until_decided: Annotated[
         bool,
@@ -56,9 +58,6 @@ def run(
             help="host:port, or local for a cluster of this call alone; default: one that runs here, or local"
         ),
     ] = None,
-    log_json: Annotated[
-        Path | None, typer.Option(help="append what happens to this file, one JSON object an event, for other programs")
-    ] = None,
 ) -> None:
     """Do every run of the studies that is not done yet, then say where to look.
 
@@ -75,7 +74,7 @@ def run(
     if dry_run:
         plan_studies(asked)
     else:
-        execution = Execution(executor, ray_address, oversubscribe, skip_failed, log_json)
+        execution = Execution(executor, ray_address, oversubscribe, skip_failed)
         _sum_up(run_studies(asked, execution), results_dir)
 
 
@@ -112,15 +111,6 @@ def status(results_dir: StudiesDir) -> None:
     for folder in find_studies(results_dir):
         for line in status_lines(study_status(folder)):
             print(line)
-
-
-@app.command()
-def repair(results_dir: StudiesDir) -> None:
-    """Make anew what follows from records: a damaged ledger, which is set aside, and runs.parquet."""
-    from peft_vit.studies.repair import repair as repair_studies
-
-    for line in repair_studies(results_dir):
-        print(line)
 
 
 @app.command()

@@ -80,10 +80,6 @@ class AdaLoraConfig(AdapterConfig):
         gt=0,
         description="svd form: factor k on lambda; under AdamW a learning rate k times as high for it, under SGD k^2",
     )
-    prune: Literal["physical", "reversible"] = Field(
-        default="physical",
-        description="reversible: losers are set to zero and may come back; tensors shrink at the last decision",
-    )
     importance_gradient: Literal["task", "task_and_penalty"] = Field(
         default="task",
         description="whose gradient is scored; the official AdaLoRA code scores with the penalty's. Read by the "
@@ -133,21 +129,7 @@ class AdaLoraConfig(AdapterConfig):
         return self
 
     @model_validator(mode="after")
-    def _singular_values_can_be_cut(self) -> Self:
-        if self.importance_metric != "singular_value":
-            return self
-        for field, needed in (("parametrization", "product"), ("prune", "physical")):
-            if getattr(self, field) != needed:
-                raise ValueError(f"importance_metric: singular_value needs {field}: {needed}")
-        return self
-
-    @model_validator(mode="after")
     def _something_is_decided(self) -> Self:
-        if self.budget_schedule == "constant" and self.prune == "reversible":
-            raise ValueError(
-                "prune: reversible has no effect with budget_schedule: constant, where no triplet ever loses; "
-                "use cubic or prune: physical"
-            )
         if self.allocation_strategy == "global" and self.budget_schedule == "constant":
             raise ValueError(
                 "allocation_strategy: global has no effect with budget_schedule: constant, where every triplet stays; "

@@ -55,11 +55,6 @@ class Workload:
     validation: int
     test: int
 
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of one image."""
-        return self.shape.tokens
-
     def product_rate(self, *, budget_s: float = 0.2) -> float:
         """Return multiply-adds per second, see `product_rate`."""
         return product_rate(self.shape, self.device, self.precision, self.threads, budget_s=budget_s)
@@ -183,18 +178,6 @@ def step_passes(experiment: ExperimentConfig, shape: BackboneShape) -> float:
     return METHODS[experiment.method].forward_passes + recomputed_passes(shape, recomputed)
 
 
-def reckoned_s(spec: RunSpec, steps: int, workload: Workload, rate: float) -> float:
-    """Return the seconds of a run by how much it multiplies, at `rate` multiply-adds per second."""
-    experiment = spec.experiment
-    images = workload.test + measured_images(spec, workload)
-    if experiment.is_probe:  # each image once, in every way in which training shows it
-        images += len(flip_axes(experiment.training.flips)) * workload.train + workload.validation
-    else:
-        images += step_passes(experiment, workload.shape) * steps * min(experiment.training.batch_size, workload.train)
-        images += experiment.validations(workload.train) * workload.validation
-    return START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.multiply_adds * images / rate
-
-
 def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> Estimate:
     experiment = run.spec.experiment
     value_bytes = 2 if workload.precision == "bf16" else 4
@@ -202,11 +185,18 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
     kept = 0.0 if experiment.is_probe else kept_values(workload.shape, recomputed)
     activations = experiment.training.images_at_once * kept * value_bytes
     weights = workload.shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
-    seconds = reckoned_s(run.spec, run.steps, workload, rate)
+    images = workload.test + _measured_images(run.spec, workload)
+    if experiment.is_probe:  # each image once, in every way in which training shows it
+        images += len(flip_axes(experiment.training.flips)) * workload.train + workload.validation
+    else:
+        batch_size = min(experiment.training.batch_size, workload.train)
+        images += step_passes(experiment, workload.shape) * run.steps * batch_size
+        images += experiment.validations(workload.train) * workload.validation
+    seconds = START_S + TIME_OUTSIDE_PRODUCTS * workload.shape.multiply_adds * images / rate
     return Estimate(seconds, int(PROCESS_BYTES + activations + weights), "estimate")
 
 
-def measured_images(spec: RunSpec, workload: Workload) -> float:
+def _measured_images(spec: RunSpec, workload: Workload) -> float:
     """Return the images that pass through the whole model for what the study's `measures` ask for.
 
     Leaving the update of a site out takes what comes from its block on; there is a pass with all updates, and one

@@ -5,36 +5,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from peft_vit.config import ExperimentConfig, MethodName
 from peft_vit.costs.cache import Costs
-from peft_vit.costs.estimate import Workload, measured_images, reckoned_s
 from peft_vit.methods import METHODS
-from peft_vit.records import RunSpec
-from peft_vit.training import flip_axes
 
-_SEEDS_OF_A_STUDY = 6  # that share features; a verdict takes as many
-_FITS_S = 3.0  # of a probe at each strength
 _PROCESS_S = 10.0  # until a worker process is ready, where that was not measured
-
-
-class Pace(Protocol):
-    """What runs cost on this machine while as many run as the study has workers."""
-
-    @property
-    def process_s(self) -> float:
-        """Return the seconds until a worker process is ready for its first run."""
-        ...
-
-    def run_s(self, spec: RunSpec, workload: Workload) -> float:
-        """Return the seconds of a run.
-
-        Args:
-            spec: of the run.
-            workload: of its study, with the sizes that it has.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -43,10 +19,6 @@ class ReckonedPace:
 
     rate: float
     process_s: float = _PROCESS_S
-
-    def run_s(self, spec: RunSpec, workload: Workload) -> float:
-        """Return the seconds of a run."""
-        return reckoned_s(spec, spec.experiment.total_steps(workload.train), workload, self.rate)
 
 
 @dataclass(frozen=True)
@@ -66,34 +38,16 @@ class Probe:
 
 @dataclass(frozen=True)
 class MeasuredPace:
-    """What was measured, by experiment, at one size or two, the larger one first; of one experiment at least."""
+    """What was measured, by experiment, at one size or two, the larger one first; of one experiment at least.
+
+    `process_s`: seconds until a worker process is ready for its first run.
+    """
 
     probes: Mapping[str, Sequence[Probe]]
     process_s: float
 
-    def run_s(self, spec: RunSpec, workload: Workload) -> float:
-        """Return the seconds of a run: its start, its steps, and each image that it evaluates.
-
-        A linear probe passes each image through the model once in every way in which training shows it, whatever the
-        number of seeds: runs share its features. Seeds that train on other images have taken about twice as many of
-        them in the end.
-        """
-        experiment, images = spec.experiment, measured_images(spec, workload)
-        if experiment.is_probe:
-            trained = (
-                len(flip_axes(spec.experiment.training.flips))
-                * workload.train
-                * (1 + (spec.data.train_subset == "per_seed" and spec.data.folds is None))
-            )
-            images += (trained + workload.validation + workload.test) / _SEEDS_OF_A_STUDY
-            steps_s = _FITS_S
-        else:
-            images += experiment.validations(workload.train) * workload.validation + workload.test
-            steps_s = experiment.total_steps(workload.train) * self.step_s(experiment, workload.tokens)
-        return self.start_s(experiment) + steps_s + images * self.image_s(workload.tokens)
-
     def start_s(self, experiment: ExperimentConfig) -> float:
-        """Return the seconds of all that a run does once, beside what its study's `measures` ask for."""
+        """Return the seconds of all that a run does once."""
         own = self.probes.get(experiment.name) or self._all()
         return statistics.median(probe.costs.start_s for probe in own)
 
@@ -121,6 +75,9 @@ class MeasuredPace:
 
     def _all(self) -> list[Probe]:
         return [probe for probes in self.probes.values() for probe in probes]
+
+
+Pace = MeasuredPace | ReckonedPace
 
 
 def _line(probes: Sequence[Probe], batch_tokens: int) -> float:

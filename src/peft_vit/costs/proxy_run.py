@@ -20,7 +20,7 @@ from peft_vit.training import steps_per_epoch
 _STEPS = 8
 _STEPS_IF_LONG = 4
 _LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
-LEAST_BETWEEN_DECISIONS = 3  # steps; with fewer, scores and probes would weigh more than in the whole run
+_LEAST_BETWEEN_DECISIONS = 3  # steps; with fewer, scores and probes would weigh more than in the whole run
 _VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
 _NEUTRAL: dict[str, Any] = {
     "learning_rate": 1e-4,
@@ -56,7 +56,7 @@ def miniature(
     assert data.train_images is not None
     an_epoch = steps_per_epoch(data.train_images, batch_size)
     epochs = -(-steps // an_epoch)
-    experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=LEAST_BETWEEN_DECISIONS)
+    experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
     training = experiment.training
     if not experiment.is_probe:
         training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})

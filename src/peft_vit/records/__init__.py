@@ -2,7 +2,8 @@
 
 A results directory holds one study per folder::
 
-    DIR/<study>/study.json, ledger.jsonl                   what was planned, what happened
+    DIR/<study>/study.json                                 `study_file.StudyFile`: what was planned
+    DIR/<study>/<experiment>/seed_<k>/progress.json        `progress.Attempt`, until the run is done
     DIR/<study>/<experiment>/seed_<k>/record.json          `values.RunRecord`
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
 """
@@ -30,6 +31,7 @@ from peft_vit.records.files import (
     write_atomically,
     write_record,
     write_result,
+    write_whole,
 )
 from peft_vit.records.run_spec import RunSpec
 from peft_vit.records.values import (

@@ -12,21 +12,21 @@ from typing import TypeVar
 
 from peft_vit.errors import UserError
 from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, read_record
-from peft_vit.records.ledger import LEDGER_FILE, Row, read_ledger, unreadable_lines
 from peft_vit.records.owner import Owner, owner_of
-from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
+from peft_vit.records.progress import PROGRESS_FILE, RunStatus, run_status
+from peft_vit.records.study_file import RUN_NAME, STUDY_FILE, StudyFile, read_study_file
 from peft_vit.records.values import RunRecord
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "analysis_summary.md"
-RUNS_FILE = "runs.parquet"
 
 _TABLES = {".json", ".jsonl", ".csv", ".parquet"}  # what results of others are kept in
-_OWN = {RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, LEDGER_FILE, RUNS_FILE}
+_EARLIER = {"ledger.jsonl", "runs.parquet"}  # of version 0.2.0, which records say as well
+_OWN = {RECORD_FILE, REGISTRATION_FILE, PROGRESS_FILE, STUDY_FILE} | _EARLIER
 _OUTPUTS = {HTML_FILE, MARKDOWN_FILE}  # in a folder beside them lies what was written from records, not a source
 _BELOW_OUTPUTS = {"tables", "figures"}
 _CHECKPOINT = re.compile(r"\.?checkpoint-.*")
-_RUN_FOLDER = re.compile(r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}")
+_RUN_FOLDER = re.compile(RUN_NAME)
 _NAMED = 20  # files of others that are named; a data set beside the results may have thousands
 
 _Content = TypeVar("_Content")
@@ -58,10 +58,9 @@ class Problem:
 class StudyFolder:
     """A study's folder, apart from its records."""
 
-    folder: str  # relative to the directory that was read; "." for itself
-    name: str  # of the folder
+    name: str
     file: StudyFile | None  # what was planned; None if it can't be known
-    rows: tuple[Row, ...]  # of the ledger
+    unfinished: tuple[RunStatus, ...]  # those of the planned runs that have no record
     owner: Owner | None  # who works on the study at present
 
 
@@ -76,16 +75,14 @@ class Contents:
 
 
 def read_contents(directory: Path) -> Contents:
-    """Read every record, study.json and ledger below a directory; what can't be read becomes a problem.
+    """Read every record and study.json below a directory; what can't be read becomes a problem.
 
     Raises:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
-    studies: list[StudyFolder] = []
-    of_studies: list[Problem] = []
-    # On the way, before the folders of its runs are listed: what its ledger calls done has a record that is found.
-    found = _walk(directory, lambda folder: studies.append(_study_folder(directory, folder, of_studies)))
-    problems = [*found.problems, *of_studies]
+    found = _walk(directory)
+    problems = found.problems
+    studies = [_study_folder(directory, folder, problems) for folder in found.studies]
     records = []
     for file in found.records:
         record = _attempt(partial(read_record, directory / file), directory, file, problems)
@@ -102,7 +99,7 @@ def read_records(directory: Path) -> Iterator[RunRecord]:
     Raises:
         UserError: if the directory does not exist or holds no record; at the first one that can't be read.
     """
-    found = _walk(directory, lambda _: None)
+    found = _walk(directory)
     if not found.records:
         raise _nothing(directory, [])
     for file in found.records:
@@ -132,21 +129,22 @@ def _attempt(read: Callable[[], _Content], directory: Path, file: str, problems:
 def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> StudyFolder:
     place = directory / folder
     owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
-    ledger_file, study_file = (PurePosixPath(folder, name).as_posix() for name in (LEDGER_FILE, STUDY_FILE))
-    ledger = _attempt(lambda: read_ledger(place / LEDGER_FILE), directory, ledger_file, problems)
-    if ledger is not None and ledger.unreadable:
-        problems.append(Problem(ledger_file, unreadable_lines(ledger), left_out=False))
+    study_file = PurePosixPath(folder, STUDY_FILE).as_posix()
     content = _attempt(lambda: read_study_file(place), directory, study_file, problems)
-    return StudyFolder(folder, Path(os.path.abspath(place)).name, content, () if ledger is None else ledger.rows, owner)
+    open_ = [] if content is None else [run for run in content.runs if not (place / run / RECORD_FILE).exists()]
+    skipped = () if content is None else content.skipped
+    unfinished = tuple(run_status(place, run, owner, skipped=run in skipped) for run in open_)
+    return StudyFolder(Path(os.path.abspath(place)).name, content, unfinished, owner)
 
 
 @dataclass
 class _Found:
     records: list[str] = field(default_factory=list)
+    studies: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
+def _walk(directory: Path) -> _Found:
     """Find what there is to read, in the order of paths. Links to folders are not followed, as they may lead anywhere.
 
     Raises:
@@ -166,8 +164,8 @@ def _walk(directory: Path, at_study: Callable[[str], None]) -> _Found:
     for place, folders, files in os.walk(directory, onerror=unreadable):
         here = Path(place).relative_to(directory)
         found.records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
-        if STUDY_FILE in files or LEDGER_FILE in files:
-            at_study(here.as_posix())
+        if STUDY_FILE in files:
+            found.studies.append(here.as_posix())
         for name in sorted(folders):
             if os.path.islink(os.path.join(place, name)):
                 problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"

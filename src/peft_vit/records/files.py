@@ -77,6 +77,15 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise
 
 
+def write_whole(file: Path, content: bytes) -> None:
+    """Replace a file as `write_atomically`; what has no room is told in one line."""
+    try:
+        write_atomically(file, content)
+    except OSError as error:
+        problem = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
+        raise UserError(f"{problem}writable, and the same command goes on", file=file) from None
+
+
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
     """Return the folder that holds a run's files.
 
@@ -95,7 +104,7 @@ def checkpoint_folders(run_folder: Path) -> dict[int, Path]:
 def write_record(results_dir: Path, record: RunRecord) -> Path:
     """Write a run's record and return its path."""
     file = run_folder(results_dir, record.spec) / RECORD_FILE
-    write_atomically(file, (record.model_dump_json(indent=1) + "\n").encode())
+    write_whole(file, (record.model_dump_json(indent=1) + "\n").encode())
     return file
 
 
@@ -108,7 +117,7 @@ def write_result(results_dir: Path, record: RunRecord, adapter: bytes | None) ->
         adapter: content of the adapter file; None if the run failed.
     """
     if adapter is not None:
-        write_atomically(run_folder(results_dir, record.spec) / ADAPTER_FILE, adapter)
+        write_whole(run_folder(results_dir, record.spec) / ADAPTER_FILE, adapter)
     write_record(results_dir, record)
 
 

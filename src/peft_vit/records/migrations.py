@@ -1,7 +1,8 @@
 """What records and study.json files of earlier versions say, in today's words; what no longer exists is refused.
 
 A setting that went stands in `GONE`, a choice of one that stayed in `GONE_CHOICES`. A file in which such a setting has
-the value at which it did nothing is read without it; any other is refused in one line that names the version.
+the value at which it did nothing, or one of kept results, is read without it; any other is refused in one line that
+names the version.
 """
 
 from __future__ import annotations
@@ -25,19 +26,27 @@ class Gone:
         default: the value at which it did nothing.
         digested_after: the field behind which it stood in what `RunSpec.digest` hashes, so that digests of runs from
             before stay; None: digests left it out at its default.
+        kept: values that did something, and that kept results have. Such a run can be read and compared, and is none
+            that this version would make: the digest in its record is another than its specification has.
     """
 
     default: Any
     digested_after: str | None = None
+    kept: tuple[Any, ...] = ()
 
 
 GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
+    ("adalora", "prune"): Gone("physical", digested_after="lambda_gain", kept=("reversible",)),
     ("training", "activation_storage"): Gone("exact"),
     ("qa_lora", "start"): Gone("zero"),
     ("qa_lora", "loftq_iterations"): Gone(1),
 }
-GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
+GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values that went
+    ("lora", "ranks", "rule"): frozenset({"eva", "spt", "gora"}),
+    ("adalora", "importance_metric"): frozenset({"singular_value", "relative_magnitude"}),
+}
 GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
+_SIZES = ("image_size", "train_images", "shots_per_class", "validation_images", "test_images")
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
 
 
@@ -74,9 +83,21 @@ def migrated_study(content: bytes) -> bytes:
         return content
     if "configuration" in study:
         study["configuration"] = migrated(study["configuration"])
-    if isinstance(limited := study.get("limited"), dict) and "asked" in limited:
-        limited["asked"] = migrated(limited["asked"])
+    if isinstance(limited := study.pop("limited", None), dict):
+        data, asked = (_images(one) for one in (study.get("configuration"), limited.get("asked")))
+        if data != asked:
+            raise UserError(
+                "the study was made on smaller or fewer images than it asked for, which this version no longer does; "
+                f"peft-vit {LAST_VERSION_WITH_ALL} goes on with it",
+                field="limited",
+            )
     return json.dumps(study).encode()
+
+
+def _images(configuration: Any) -> list[Any]:
+    """Return how large a study's images are, and how many: what a limit of time once made less of."""
+    data = configuration.get("data") if isinstance(configuration, dict) else None
+    return [data.get(name) if isinstance(data, dict) else None for name in _SIZES]
 
 
 def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +112,9 @@ def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone) -> dict[str, Any]:
     if path:
         below = values.get(path[0])
-        return dict(values) if below is None else {**values, path[0]: _inserted(below, path[1:], field, gone)}
+        if not isinstance(below, Mapping):
+            return dict(values)
+        return {**values, path[0]: _inserted(below, path[1:], field, gone)}
     whole: dict[str, Any] = {}
     for key, value in values.items():
         whole[key] = value
@@ -102,7 +125,7 @@ def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone
 
 def _experiment(experiment: Any) -> Any:
     for path, gone in GONE.items():
-        experiment = _without(experiment, path, gone.default, path)
+        experiment = _without(experiment, path, (gone.default, *gone.kept), path)
     for path, choices in GONE_CHOICES.items():
         if (chosen := _at(experiment, path)) in choices:
             raise _refusal(("experiment", *path), chosen)
@@ -122,12 +145,12 @@ def _at(values: Any, path: tuple[str, ...]) -> Any:
     return values if isinstance(values, str) else None
 
 
-def _without(values: Any, path: tuple[str, ...], default: Any, whole: tuple[str, ...]) -> Any:
+def _without(values: Any, path: tuple[str, ...], read: tuple[Any, ...], whole: tuple[str, ...]) -> Any:
     if not isinstance(values, dict) or path[0] not in values:
         return values
     if len(path) > 1:
-        return {**values, path[0]: _without(values[path[0]], path[1:], default, whole)}
-    if values[path[0]] != default:
+        return {**values, path[0]: _without(values[path[0]], path[1:], read, whole)}
+    if values[path[0]] not in read:
         raise _refusal(("experiment", *whole), values[path[0]])
     return {key: value for key, value in values.items() if key != path[0]}
 

@@ -31,8 +31,8 @@ class Owner:
             return "a process that has not said its name"
         return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
 
-    def wrote(self, at: str) -> bool:
-        """Tell whether a ledger's row of that time is this owner's, and not of one that died."""
+    def began(self, at: str) -> bool:
+        """Tell whether what was begun at that time is this owner's, and not of one that died."""
         try:
             return datetime.fromisoformat(at) >= datetime.fromisoformat(self.since)
         except (ValueError, TypeError):

@@ -63,9 +63,14 @@ class RunSpec(BaseModel):
     measures: MeasuresConfig = MeasuresConfig()
 
     @property
+    def name(self) -> str:
+        """Return ``experiment/seed_k``, which is also the run's folder below its study's."""
+        return f"{self.experiment.name}/seed_{self.seed}"
+
+    @property
     def run_id(self) -> str:
         """Return ``study/experiment/seed_k``, which is also the run's folder below the results directory."""
-        return f"{self.study}/{self.experiment.name}/seed_{self.seed}"
+        return f"{self.study}/{self.name}"
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that the run depends on.

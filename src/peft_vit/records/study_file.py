@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from peft_vit.config import Name, StudyConfig
+from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError, first_fault, named
-from peft_vit.records.ledger import RunName
 from peft_vit.records.migrations import migrated_study
 from peft_vit.safe_io import read_bytes
 
 STUDY_FILE = "study.json"
-
-
-class Limited(BaseModel):
-    """What a study with a limit of time was made of.
-
-    `asked` is what the file says, of which the study may have smaller and fewer images, and accordingly shorter
-    schedules; the runs of the experiments in `first` come before all others.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    asked: StudyConfig
-    first: tuple[Name, ...]
+# Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
+RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
+RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 
 
 class StudyFile(BaseModel):
     """Content of study.json.
 
     `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
-    configuration is the compressed one. `limited`: the last command had a limit of time. `seeds_added`: seeds that a
-    command added when results were there, so that their number may follow from these.
+    configuration is the compressed one. `seeds_added`: seeds that a command added when results were there, so that
+    their number may follow from these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,13 +34,7 @@ class StudyFile(BaseModel):
     runs: tuple[RunName, ...]
     skipped: tuple[RunName, ...] = ()
     configuration: StudyConfig
-    limited: Limited | None = None
     seeds_added: tuple[int, ...] = ()
-
-    @property
-    def smaller_than_asked(self) -> bool:
-        """Tell whether the study has other images than its file asks for."""
-        return self.limited is not None and self.limited.asked.data != self.configuration.data
 
 
 def read_study_file(folder: Path) -> StudyFile | None:

@@ -112,7 +112,7 @@ class RankEntry(_Value):
     ranks: dict[str, int]  # by site
     unit: BudgetUnit = "ranks"  # of budget and cost
     cost: int | None = None  # what the ranks cost in the unit; None in older records, whose unit is ranks
-    gave_way: dict[str, int] = {}  # by site, triplets that grew at the decision before and went all the same
+    gave_way: dict[str, int] = {}  # of older records: by site, triplets that grew one decision before they went
 
     @property
     def spent(self) -> int:

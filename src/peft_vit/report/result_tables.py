@@ -52,9 +52,9 @@ class ResultTables:
     """What studies came to. Shares are from 0 to 1; NaN or NA stands where there is nothing.
 
     Attributes:
-        runs: a row a run with a record, with the columns of `runs.parquet`: `study`, `experiment`, `method`, `seed`,
-            `state` (done or failed), `test_accuracy`, `test_balanced_accuracy`, `test_nll` (nats), `parameters_final`
-            (trainable, head included), `frozen_bytes`, `adapter_file_bytes`, `seconds`, ...
+        runs: a row a run with a record, with the columns `study`, `experiment`, `method`, `seed`, `state` (done or
+            failed), `test_accuracy`, `test_balanced_accuracy`, `test_nll` (nats), `parameters_final` (trainable, head
+            included), `frozen_bytes`, `adapter_file_bytes`, `seconds`, ...
         ranks: a row a finished run and adapted site: its `rank` at the end, and the last `score` that decided on it.
         comparisons: a row an experiment and a reference: the mean `difference` in test accuracy of runs that share a
             seed with its 95 % interval, `n` pairs, the p-value before and after Holm's correction, and the verdict on

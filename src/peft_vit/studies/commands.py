@@ -13,13 +13,12 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.records.study_file import read_study_file
 from peft_vit.studies.execution import Execution, drive_plans, hold_locks
-from peft_vit.studies.ledger import run_name
 
 if TYPE_CHECKING:
     from peft_vit.studies.memory_limit import MeasureStep
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
-    from peft_vit.studies.time_limit import Deadline, Limit
+    from peft_vit.studies.time_limit import Limit
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RunRequest:
         seeds: only runs of these, as in 0,1,2.
         workers: in place of those that the studies set.
         calibrate: measure what runs cost of which nothing is known, instead of estimating it.
-        minutes: that the command may take; what does not fit is left for a later one.
+        minutes: that the command may take; runs come seed by seed, and what does not fit is left for a later one.
         until_decided: go from look to look of the study's `stopping`, and do what is still open.
     """
 
@@ -57,11 +56,8 @@ def plan_studies(request: RunRequest) -> None:
     """
     if request.until_decided:
         _until_decided(request, None)
-    elif request.minutes is not None:
-        limit = _limit(request)
-        ((study, file),) = _load_within(request)
-        _show(_plan_within(request, study, file, limit)[0])
     else:
+        _limit(request)
         _plan(request, _load(request))
 
 
@@ -73,8 +69,6 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
-    if request.minutes is not None and not request.until_decided:
-        return _run_within(request, execution)
     if execution.executor == "ray":
         if request.workers is not None:
             problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
@@ -82,57 +76,38 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
         request = replace(request, workers=1)  # for the plan
     if request.until_decided:
         return _until_decided(request, execution)
+    limit = _limit(request)
     studies = _load(request)
     for study, file in studies if not request.smoke else ():
         _refuse_looks(study, file)
     with hold_locks(request.results_dir, [study.name for study, _ in studies]) as locks:
-        return drive_plans(_plan(request, studies), locks, execution)
+        failed = drive_plans(_plan(request, studies), locks, execution, limit)
+        if limit is not None:
+            _say_left(locks[0].folder, limit.minutes)
+        return failed
 
 
-def _run_within(request: RunRequest, execution: Execution) -> dict[str, str]:
-    """Do what fits into a limited time; once all that was taken is done, take more, as long as more fits."""
+def _say_left(folder: Path, minutes: float) -> None:
+    """Say how many runs of a study that a command asked for it has not come to."""
     from peft_vit.studies.status import study_status
 
-    if execution.executor == "ray":
-        problem = "works with --executor local only: it measures how fast this machine is; leave one of the two out"
-        raise UserError(problem, field="--minutes")
-    limit = _limit(request)
-    ((study, file),) = _load_within(request)
-    with hold_locks(request.results_dir, [study.name]) as (lock,):
-        taken: set[str] = set()
-        while True:
-            plan, deadline = _plan_within(request, study, file, limit)
-            if taken and not plan.pending:  # there is time left, but not enough for more
-                break
-            _show(plan)
-            failed = drive_plans([plan], [lock], execution, deadline)
-            taken |= {run_name(run.spec) for run in plan.runs}
-            left = {run.run for run in study_status(lock.folder).runs if run.state not in ("done", "failed")}
-            if failed or not left or left & taken or deadline.over:
-                break
+    left = sum(run.state in ("pending", "running") for run in study_status(folder).runs)
     if left:
-        one = len(left) == 1
-        runs, them = ("1 run of the study is", "it") if one else (f"{len(left)} runs of the study are", "them")
-        print(f"{runs} left; the same command goes on with {them}, for another {request.minutes:g} minutes.")
-    return failed
+        runs, them = ("1 run of the study is", "it") if left == 1 else (f"{left} runs of the study are", "them")
+        print(f"{runs} left; the same command goes on with {them}, for another {minutes:g} minutes.")
 
 
-def _limit(request: RunRequest) -> Limit:
-    """Start the time that a command has.
+def _limit(request: RunRequest) -> Limit | None:
+    """Start the time that a command has; None: as long as it takes.
 
     Raises:
         UserError: if something else is asked for that it can't be combined with.
     """
     from peft_vit.studies.time_limit import Limit
 
-    assert request.minutes is not None
-    _alone(
-        request,
-        "--minutes",
-        smoke="a smoke study takes seconds",
-        method="the time decides which experiments are taken",
-        seeds="the time decides which seeds are taken",
-    )
+    if request.minutes is None:
+        return None
+    _alone(request, "--minutes")
     if not 0 < request.minutes < math.inf:
         raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
     return Limit(request.minutes, time.monotonic())
@@ -158,8 +133,8 @@ def _until_decided(request: RunRequest, execution: Execution | None) -> dict[str
         method="all comparisons share one level",
         seeds="the looks decide which seeds are taken",
     )
-    limit = None if request.minutes is None else _limit(request)
-    ((study, file),) = _load(request) if limit is None else _load_within(request)
+    limit = _limit(request)
+    ((study, file),) = _load(request)
     if study.stopping is None:
         problem = f"is missing: it says what is compared, and after how many seeds; add it, or leave {option} out"
         raise UserError(problem, file=file, field="stopping")
@@ -181,12 +156,6 @@ def _refuse_looks(study: StudyConfig, file: Path) -> None:
     if study.stopping is not None:
         problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
         raise UserError(f"{problem} to run every seed", file=file, field="stopping")
-
-
-def _plan_within(request: RunRequest, study: StudyConfig, file: Path, limit: Limit) -> tuple[Plan, Deadline]:
-    from peft_vit.studies.within import plan_within
-
-    return plan_within(study, request.results_dir, limit, file=file, tell=partial(print, flush=True))
 
 
 def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
@@ -225,20 +194,6 @@ def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
     ]
 
 
-def _load_within(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
-    """Load the one study that has a limit of time, which is no time to measure what keeps within one of memory."""
-    studies = _load(request)
-    for study, file in studies:
-        if not request.until_decided:
-            _refuse_looks(study, file)
-        for place, one in enumerate(study.experiments):
-            if one.training.is_undecided:
-                problem = "is kept by measured steps, which --minutes has no time for; write down what `peft-vit plan` "
-                problem += "chooses (activation_checkpointing: adaptive, recomputed_blocks, micro_batch_size)"
-                raise UserError(problem, file=file, field=f"experiments[{place}].training.memory_limit")
-    return studies
-
-
 def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
     if seeds is None:
         return study.seeds
@@ -263,7 +218,10 @@ def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[
         plan = plan_study(
             study, request.results_dir, file=file, smoke=request.smoke, measure=measure, measure_step=_measure_step()
         )
-        plans.append(plan.only(request.method, seeds))
+        plan = plan.only(request.method, seeds)
+        if request.minutes is not None:
+            plan = plan.seed_by_seed([one.name for one in plan.study.experiments], seeds)
+        plans.append(plan)
     for plan in plans:
         _show(plan)
     return plans

@@ -1,6 +1,6 @@
 """What an executor does for the driver of a study, and what it reports back.
 
-An executor carries out attempts at runs and knows no ledger, no retries and no files of a study. The driver alone
+An executor carries out attempts at runs and knows no retries and no files of a study. The driver alone
 decides what is attempted, and alone writes what came out.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from peft_vit.records import Failure, RunRecord
-from peft_vit.studies.ledger import now
+from peft_vit.records.progress import now
 
 if TYPE_CHECKING:  # a driver needs no torch
     from peft_vit.studies.plan import PlannedRun

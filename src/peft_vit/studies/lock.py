@@ -48,10 +48,29 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         problem = f"can't be written to ({error.strerror}); make it writable or choose another --output"
         raise UserError(problem, file=folder) from None
     try:
-        yield StudyLock(folder)
+        with _folder_held(folder):
+            yield StudyLock(folder)
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
         _remove_empty(missing)
+        os.close(descriptor)
+
+
+@contextmanager
+def _folder_held(folder: Path) -> Iterator[None]:
+    """Lock the folder as well: somebody may remove the lock's file, and with it what keeps a second process away."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        problem = f"another command works on this study, whose {LOCK_FILE} was removed; wait for its end, or stop it"
+        raise UserError(problem, file=folder) from None
+    except OSError:  # NFS locks no folders
+        pass
+    try:
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,9 +27,8 @@ from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, im
 from peft_vit.errors import UserError, named
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
-from peft_vit.records.study_file import Limited, StudyFile, read_study_file
+from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
@@ -43,21 +42,6 @@ class PlannedRun:
     total_steps: int
     estimate: Estimate
     done: bool
-
-
-@dataclass(frozen=True)
-class Within:
-    """What a limited time has made of a study.
-
-    Attributes:
-        limited: what study.json will say of it.
-        expected: names of the runs that are expected to be done in the end; others are, if time is left.
-        lines: what was taken, and what was left out and why.
-    """
-
-    limited: Limited
-    expected: frozenset[str]
-    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,6 @@ class Plan:
         registration: the hypotheses that stand written down now.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
-        within: what a limited time has made of the study; None: it has all the time it takes.
         before: what study.json says, read while planning; None: the study is new.
         memory: what was chosen now for each `memory_limit`, and its price.
     """
@@ -91,7 +74,6 @@ class Plan:
     bf16_factor: float | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
-    within: Within | None = None
     before: StudyFile | None = None
     memory: tuple[str, ...] = ()
 
@@ -99,15 +81,6 @@ class Plan:
     def pending(self) -> tuple[PlannedRun, ...]:
         """Return the runs that are still to be done."""
         return tuple(run for run in self.runs if not run.done)
-
-    @property
-    def in_time(self) -> Plan:
-        """Return the plan of the runs that are expected to be done in the time that there is."""
-        if self.within is None:
-            return self
-        expected = self.within.expected
-        runs = (run for run in self.runs if run_name(run.spec) in expected)
-        return replace(self, runs=tuple(runs))
 
     def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
         """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
@@ -117,6 +90,17 @@ class Plan:
             if method in (None, run.spec.experiment.method) and (seeds is None or run.spec.seed in seeds)
         )
         return replace(self, runs=tuple(runs))
+
+    def seed_by_seed(self, names: Sequence[str], seeds: Sequence[int]) -> Plan:
+        """Return the plan of some experiments and seeds: all runs of a seed before the next, so pairs complete early.
+
+        Args:
+            names: of the experiments, in the order in which their runs of a seed come.
+            seeds: in their order.
+        """
+        runs = {(run.spec.experiment.name, run.spec.seed): run for run in self.runs}
+        wanted = ((name, seed) for seed in seeds for name in names)
+        return replace(self, runs=tuple(runs[one] for one in wanted if one in runs))
 
 
 def plan_study(
@@ -164,12 +148,11 @@ def plan_begun_study(
     part: bool = False,
     measure: Measure | None = None,
     measure_step: MeasureStep | None = None,
-    limited: Limited | None = None,
 ) -> Plan:
     """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
 
     `before` is what study.json says; None: the study is new. With `part` the results directory may hold other
-    experiments and seeds of this study. `limited` is what a limit of time has made the study of.
+    experiments and seeds of this study.
     """
     own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
     registration = load_registry(own_hypotheses).registration()
@@ -180,7 +163,7 @@ def plan_begun_study(
     precision = decide_precision(study, before)
     study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
     index = open_index(study.data, smoke=smoke)
-    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256, limited=limited)
+    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
     go_on(results_dir / study.name, before, asked, source=file, part=part)
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
@@ -372,6 +355,9 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             file=file,
             details=difference(old, new, str(file), "asked for"),
         )
+    if record.spec_digest != spec.digest():
+        problem = "was made with a setting that this version no longer has; choose another --output"
+        raise UserError(problem, file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start

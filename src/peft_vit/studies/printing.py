@@ -111,7 +111,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         table.add_column(name, justify="right")
     table.add_column("known from")
     table.add_column("state")
-    for run in plan.in_time.runs or plan.runs:
+    for run in plan.runs:
         table.add_row(
             f"{run.spec.experiment.name}/seed_{run.spec.seed}",
             str(run.total_steps),
@@ -122,8 +122,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         )
     console.print(table)
     _print_total(plan, console)
-    for line in () if plan.within is None else plan.within.lines:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _print_study(plan: Plan, console: Console) -> None:
@@ -163,7 +161,6 @@ def _print_precision(plan: Plan, console: Console) -> None:
 
 def _print_total(plan: Plan, console: Console) -> None:
     workers = plan.study.execution.workers
-    plan = plan.in_time
     pending = plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,9 +26,7 @@ from peft_vit.records import RunRecord, RunSpec
 from peft_vit.studies.events import RunEnded, RunProgress
 from peft_vit.studies.executors import decode_images
 from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
-from peft_vit.studies.sizes import smallest_image
 from peft_vit.training import Progress
 
 _NEVER_S = 1e9
@@ -36,7 +34,8 @@ _POLL_S = 0.5
 _UNKNOWN = Estimate(0.0, 0, "estimate")
 _STEPS = 3  # of a run that a pace is measured by; the first one counts as part of the start
 _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
-_TWICE = 2  # so many experiments are measured at two sizes
+_FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
+_SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 
 # Whether the machine was busy with something else meanwhile.
 _SPEED_S = 0.1
@@ -65,10 +64,10 @@ def measure_costs(
     speed = speed or machine_speed
     measured = {}
     before = speed()
-    with _executor(1) as executor:
+    with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             tell(f"measuring {place} of {len(kinds)}: {name}")
-            ((record, seen),) = _side_by_side(kind, 1, executor)
+            record, seen = _carried_out(kind, executor)
             after = speed()
             if record.status == "failed":
                 tell(f"{name} could not be measured ({record.error}); its time and memory are estimated")
@@ -122,8 +121,8 @@ def measure_step(
     tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
     speed = speed or machine_speed
     before = speed()
-    with _executor(1) as executor:
-        ((record, _),) = _side_by_side(spec, 1, executor)
+    with _executor() as executor:
+        record, _ = _carried_out(spec, executor)
         peak = executor.peak_memory_bytes()
     if busy := disturbance(before, speed()):
         tell(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
@@ -141,53 +140,35 @@ def measure_step(
 
 
 @contextmanager
-def _executor(workers: int) -> Iterator[LocalExecutor]:
+def _executor() -> Iterator[LocalExecutor]:
     with tempfile.TemporaryDirectory() as folder:
-        executor = LocalExecutor(workers, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
+        executor = LocalExecutor(1, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
         with closing(executor):
             yield executor
 
 
-def _side_by_side(
-    kind: RunSpec, workers: int, executor: LocalExecutor, ends_at: float = math.inf
-) -> list[tuple[RunRecord, Seen]]:
-    """Run a miniature on all workers at the same time; return what came of each, nothing if it took too long.
+def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
+    """Run a miniature and return what came of it.
 
     Raises:
         UserError: if an image is broken.
+        TimeoutError: if it takes too long.
     """
     assert kind.data.train_images is not None
-    steps = kind.experiment.total_steps(kind.data.train_images)
-    copies = [
-        PlannedRun(kind.model_copy(update={"seed": copy}), steps, _UNKNOWN, done=False) for copy in range(workers)
-    ]
-    decode_images(copies[:1])  # of all: the split is fixed
-    for run in copies:
-        executor.submit(run)
-    seen: dict[str, Seen] = {run_name(run.spec): [] for run in copies}
-    ended: list[tuple[RunRecord, Seen]] = []
-    while len(ended) < workers:
-        left_s = ends_at - time.monotonic()
-        if left_s <= 0:
-            return []
+    run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
+    decode_images([run])
+    executor.submit(run)
+    seen: Seen = []
+    while (left_s := ends_at - time.monotonic()) > 0:
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
-            seen[run_name(event.run.spec)].append((event.progress, time.perf_counter()))
+            seen.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            ended.append((event.record, seen[run_name(event.run.spec)]))
-    return ended
+            return event.record, seen
+    raise TimeoutError
 
 
-# --- the pace of a study, for a limited time --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A run of a few steps that stands for those of some experiments."""
-
-    names: tuple[str, ...]
-    spec: RunSpec
-    tokens: int
+# --- the pace of methods, for times at any size -----------------------------------------------------------------------
 
 
 def measure_pace(
@@ -200,12 +181,11 @@ def measure_pace(
 ) -> Pace:
     """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
 
-    The first two experiments are measured at the study's size and at the smallest that it may be cut down to, then
-    the others at the study's, as long as there is time. As many runs go at a time as the study has workers. Nothing
-    is kept.
+    All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
+    Nothing is kept.
 
     Args:
-        study: as its file says.
+        study: of experiments that take steps.
         index: its images.
         workload: of the study.
         budget_s: seconds until the measurement ends, whatever it has found.
@@ -214,31 +194,25 @@ def measure_pace(
     """
     speed = speed or machine_speed
     ends_at = time.monotonic() + budget_s
-    workers = study.execution.workers
     tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
     before = speed()
     probes: dict[str, list[Probe]] = {}
     process_s = 0.0
-    with _executor(workers) as executor:
-        for kind in _kinds(study, index, workload):
+    with _executor() as executor:
+        for name, spec, tokens in _few_steps(study, index, workload):
             started = time.monotonic()
             try:
-                ended = _side_by_side(kind.spec, workers, executor, ends_at)
-            except UserError:  # a broken image, which the study itself will name
+                record, seen = _carried_out(spec, executor, ends_at)
+            except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
-            if not ended:
-                break
-            costs = [costs_of(*one) for one in ended if one[0].status == "done"]
-            if not costs:
-                tell(f"{kind.names[0]} could not be measured ({ended[0][0].error})")
+            if record.status != "done":
+                tell(f"{name} could not be measured ({record.error})")
                 continue
             if not probes:
-                process_s = max(0.0, time.monotonic() - started - max(record.seconds for record, _ in ended))
-            slowest = max(costs, key=lambda one: one.step_s)
-            experiment = kind.spec.experiment
-            found = Probe(experiment.method, kind.tokens, experiment.training.batch_size, slowest)
-            for name in kind.names:
-                probes.setdefault(name, []).append(found)
+                process_s = max(0.0, time.monotonic() - started - record.seconds)
+            experiment = spec.experiment
+            found = Probe(experiment.method, tokens, experiment.training.batch_size, costs_of(record, seen))
+            probes.setdefault(name, []).append(found)
     if busy := disturbance(before, speed()):
         tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
     if probes:
@@ -247,45 +221,32 @@ def measure_pace(
     return ReckonedPace(workload.product_rate())
 
 
-def _kinds(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[_Kind]:
-    """Yield what is measured, in this order: the first experiments, the same at the smallest size, the others."""
-    smallest = smallest_image(study.data.image_size, workload.shape.size_step)
-    large = _unlike(study, index, workload, study.data.image_size)
-    yield from large[:_TWICE]
-    if smallest < study.data.image_size:
-        yield from _unlike(study, index, workload, smallest)[:_TWICE]
-    yield from large[_TWICE:]
-
-
-def _unlike(study: StudyConfig, index: ImageIndex, workload: Workload, image_size: int) -> list[_Kind]:
-    """Return the miniatures of a study's experiments at some image size, one for all that differ in nothing else."""
-    shape = describe(study.backbone, image_size)
-    rate = workload.product_rate()
+def _few_steps(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[tuple[str, RunSpec, int]]:
+    """Yield an experiment's name, its miniature and the tokens of an image: all at the study's size, then smaller."""
     splits = splits_of(index, study)[study.seeds[0]]
-    kinds: dict[str, _Kind] = {}
-    for place, experiment in enumerate(study.experiments):
-        if experiment.is_probe:  # it takes no steps; its images are timed with those of the others
-            continue
-        image_s = TIME_OUTSIDE_PRODUCTS * step_passes(experiment, shape) * shape.multiply_adds / rate
-        batch_size = experiment.training.batch_size
-        while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
-            batch_size //= 2
-        spec = spec_of(study, place, study.seeds[0])
-        training = experiment.training.with_batch_size(batch_size)
-        changes = {
-            "experiment": experiment.model_copy(update={"training": training}),
-            "data": spec.data.model_copy(update={"image_size": image_size}),
-            "measures": MeasuresConfig(),
-        }
-        total_steps = experiment.total_steps(len(splits.train))
-        small = miniature(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
-        few = max(2, min(batch_size, small.data.validation_images))
-        tested = None if small.data.folds is not None else few
-        data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
-        small = small.model_copy(update={"data": data})
-        known = kinds.setdefault(small.digest(), _Kind((), small, shape.tokens))
-        kinds[small.digest()] = replace(known, names=(*known.names, experiment.name))
-    return list(kinds.values())
+    size_step = workload.shape.size_step
+    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
+    for image_size in dict.fromkeys((study.data.image_size, min(study.data.image_size, smallest))):
+        shape = describe(study.backbone, image_size)
+        rate = workload.product_rate()
+        for place, experiment in enumerate(study.experiments):
+            image_s = TIME_OUTSIDE_PRODUCTS * step_passes(experiment, shape) * shape.multiply_adds / rate
+            batch_size = experiment.training.batch_size
+            while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
+                batch_size //= 2
+            spec = spec_of(study, place, study.seeds[0])
+            training = experiment.training.with_batch_size(batch_size)
+            changes = {
+                "experiment": experiment.model_copy(update={"training": training}),
+                "data": spec.data.model_copy(update={"image_size": image_size}),
+                "measures": MeasuresConfig(),
+            }
+            total_steps = experiment.total_steps(len(splits.train))
+            small = miniature(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
+            few = max(2, min(batch_size, small.data.validation_images))
+            tested = None if small.data.folds is not None else few
+            data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
+            yield experiment.name, small.model_copy(update={"data": data}), shape.tokens
 
 
 # --- was the machine busy with something else? ------------------------------------------------------------------------

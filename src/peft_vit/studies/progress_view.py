@@ -14,7 +14,6 @@ from rich.text import Text
 
 from peft_vit.records import RunRecord
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.studies.printing import duration, open_console
 from peft_vit.studies.time_limit import makespan
@@ -74,7 +73,7 @@ class Watch:
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
         self._plain_every_s = plain_every_s
-        self._waiting = {run_name(run.spec): run for run in plan.pending}
+        self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
         self._taken_s = self._planned_s = 0.0  # of the runs that are done
@@ -102,7 +101,7 @@ class Watch:
             case RunProgress():
                 self._progress(event)
             case RunEnded():
-                self._running.pop(run_name(event.run.spec), None)
+                self._running.pop(event.run.spec.name, None)
                 self._ended(event)
             case RunRetried():
                 self._back(event.run)
@@ -119,19 +118,19 @@ class Watch:
         return f"[{self._count - len(self._waiting) - len(self._running)}/{self._count}]"
 
     def _back(self, run: PlannedRun) -> None:
-        name = run_name(run.spec)
+        name = run.spec.name
         self._running.pop(name, None)
         self._waiting[name] = run
 
     def _started(self, event: RunStarted) -> None:
-        name, now = run_name(event.run.spec), time.monotonic()
+        name, now = event.run.spec.name, time.monotonic()
         self._waiting.pop(name, None)
         self._running[name] = _Running(event.run, told=now)
         if self._live is None:
             self._say(f"{self._place()} {event.run.spec.run_id}: started on {event.worker}")
 
     def _progress(self, event: RunProgress) -> None:
-        running = self._running.get(run_name(event.run.spec))
+        running = self._running.get(event.run.spec.name)
         if running is None:
             return
         now = time.monotonic()

@@ -6,13 +6,12 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.errors import UserError
 from peft_vit.records import Failure, RunRecord
-from peft_vit.records.ledger import has_failed
 from peft_vit.studies.events import (
     Event,
     Executor,
@@ -24,7 +23,6 @@ from peft_vit.studies.events import (
     StudyEvent,
     lost,
 )
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import StudyLock
 from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
@@ -67,22 +65,21 @@ def drive(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
     """
     on_event = _undisturbed(on_event)
-    names = {run_name(run.spec) for run in plan.runs}
-    limited = None if plan.within is None else plan.within.limited
-    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256, limited=limited)
+    names = {run.spec.name for run in plan.runs}
+    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
     content = go_on(lock.folder, plan.before, asked, source=plan.file, part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
-        with closing(StudyStore(lock, content.runs, plan.registration)) as store:
-            for text in store.notices:
-                on_event(Notice(text))
-            waiting = [run for run in plan.pending if not (skip_failed and _failed(store, run))]
-            retries = plan.study.execution.retries
-            if executor is not None:
-                _carry_out(waiting, executor, store, on_event, retries, deadline)
-            return {run.spec.run_id: _reason(store, run) for run in plan.runs if _failed(store, run)}
+        store = StudyStore(lock, content.runs, plan.registration)
+        for text in store.notices:
+            on_event(Notice(text))
+        waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
+        if executor is not None:
+            _carry_out(waiting, executor, store, on_event, plan.study.execution.retries, deadline)
+        failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
+        return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
         if executor is not None:
             executor.close()
@@ -96,15 +93,6 @@ def _undisturbed(on_event: Callable[[StudyEvent], None]) -> Callable[[StudyEvent
             on_event(event)
 
     return told
-
-
-def _failed(store: StudyStore, run: PlannedRun) -> bool:
-    return has_failed(store.last(run_name(run.spec)))
-
-
-def _reason(store: StudyStore, run: PlannedRun) -> str:
-    last = store.last(run_name(run.spec))
-    return (last and last.error) or "no error was recorded"
 
 
 def _carry_out(
@@ -124,7 +112,7 @@ def _carry_out(
             if signals.asked and not attempts.stopping:
                 attempts.stop(_STOPPING)
             if deadline is not None:
-                _keep(deadline, attempts, executor, on_event)
+                _keep(deadline, attempts, executor)
                 if deadline.past if attempts.stopping else not deadline.under_way:
                     break
             event = executor.next_event(_POLL_S)
@@ -138,7 +126,7 @@ def _carry_out(
             raise KeyboardInterrupt
 
 
-def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event: Callable[[StudyEvent], None]) -> None:
+def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor) -> None:
     """Start what is expected to end in time, and stop what runs when the time is over."""
     if attempts.stopping:
         return
@@ -148,9 +136,6 @@ def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor, on_event:
         return
     for run in deadline.to_start(attempts.waiting):
         executor.submit(run)
-    for line in deadline.news:
-        on_event(Notice(line))
-    deadline.news.clear()
 
 
 class _Attempts:
@@ -164,7 +149,7 @@ class _Attempts:
         on_event: Callable[[StudyEvent], None],
         retries: int,
     ) -> None:
-        self.waiting = {run_name(run.spec) for run in runs}
+        self.waiting = {run.spec.name for run in runs}
         self.running: set[str] = set()
         self.stopping = False
         self._executor = executor
@@ -182,7 +167,7 @@ class _Attempts:
 
     def take(self, event: Event) -> None:
         """Enter what happened, and tell it."""
-        run = run_name(event.run.spec)
+        run = event.run.spec.name
         if run not in self.waiting:  # a late word, say of a node that was thought dead
             return
         if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self._reached[run]:
@@ -199,7 +184,7 @@ class _Attempts:
         self._on_event(event)
 
     def _interrupted(self, planned: PlannedRun, run: str, step: int) -> None:
-        self._store.interrupted(run, step)
+        self._store.interrupted(run)
         self._reached[run] = step
         self.running.discard(run)
         if not self.stopping:
@@ -209,7 +194,6 @@ class _Attempts:
         record = event.record
         self.running.discard(run)
         if record.failure == "disk_full":
-            self._store.ended(record, retried=True)
             problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
             raise UserError(problem, file=self._store.folder / run)
         if record.status == "failed" and self._try_again(record, run):

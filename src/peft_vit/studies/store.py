@@ -1,19 +1,15 @@
-"""A study's folder in the hands of its scheduler: results, which decide what is done, and the ledger beside them.
+"""A study's folder in the hands of its scheduler: results, which decide what is done, and the attempts until then.
 
 When a run is first begun, the hypotheses that stand written down then are put beside its checkpoints, for its record.
 
-A result is written in the order adapter, record, ledger, removal of the checkpoints. Whoever is killed in between has
-lost nothing: a record that the ledger does not know yet is entered into it when the study is opened again.
+A result is written in the order adapter, record, removal of the rest. Whoever is killed in between has lost nothing:
+what is left over beside a result is removed when the study is opened again.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from pathlib import Path
-from typing import Any, Literal
 
-from peft_vit.errors import UserError
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -22,70 +18,20 @@ from peft_vit.records import (
     RunRecord,
     checkpoint_folders,
     write_result,
+    write_whole,
 )
-from peft_vit.records.ledger import Row, last_rows
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, look_at, now
 from peft_vit.safe_io import folder_below, read_bytes
-from peft_vit.studies.ledger import Ledger, no_room, now, run_name, write_whole
 from peft_vit.studies.lock import StudyLock
 
-# What checkpoints and files are called while they are written, see `write_checkpoint` and `write_atomically`.
+# What a run needs until it is done, and what files and checkpoints are called while they are written, see
+# `write_checkpoint` and `write_atomically`.
 _TEMPORARY = (
     ".checkpoint-",
-    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, REGISTRATION_FILE)),
+    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, REGISTRATION_FILE, PROGRESS_FILE)),
     REGISTRATION_FILE,
+    PROGRESS_FILE,
 )
-
-
-def last_known(last: Row | None, folder: Path, run: str) -> Row | None:
-    """Return what is known last of a run: its record decides what has ended, the ledger knows what came after it.
-
-    Args:
-        last: what the ledger says last of the run.
-        folder: the study's.
-        run: the run's name.
-
-    Returns:
-        The ledger's row, or the one that is missing in it.
-
-    Raises:
-        UserError: if the record that decides can't be read, or if a link leads out of the study's folder.
-    """
-    file = folder_below(folder, run) / RECORD_FILE
-    adapter = file.with_name(ADAPTER_FILE).exists()
-    if last is not None and last.event == "done":
-        if file.exists() and adapter:
-            return last
-        return Row(at=now(), run=run, event="lost", attempt=last.attempt)
-    if not file.exists():
-        return last
-    record = _glance(file, run)
-    if record.event == "done" and not adapter:
-        return last
-    later = last is not None and (last.event in ("failed", "lost") or last.attempt > record.attempt)
-    if later and record.event != "done":
-        return last
-    return record.model_copy(update={"attempt": max(record.attempt, 1 if last is None else last.attempt)})
-
-
-def _glance(file: Path, run: str) -> Row:
-    """Return what a record says of its end. Of a thousand records, reading all of each takes too long for a look."""
-    try:
-        data: Any = json.loads(read_bytes(file))
-        return Row(
-            at=now(),
-            run=run,
-            event=data["status"],
-            attempt=data.get("attempts", 1),
-            seconds=data["seconds"],
-            adapter_sha256=data.get("adapter_sha256"),
-            failure=data.get("failure"),
-            error=data.get("error"),
-            traceback=data.get("traceback"),
-            found=True,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        problem = "is not a readable record; move it away and run the study again"
-        raise UserError(problem, file=file) from None
 
 
 def _as_utf8(text: str | None) -> str | None:
@@ -94,7 +40,7 @@ def _as_utf8(text: str | None) -> str | None:
 
 
 class StudyStore:
-    """The one writer of a study's ledger and results.
+    """The one writer of a study's results.
 
     Attributes:
         folder: the study's.
@@ -106,57 +52,37 @@ class StudyStore:
         registration: the hypotheses that stand written down now.
 
     Raises:
-        UserError: as of `Ledger`, and if a record can't be read.
+        UserError: as of `look_at`.
     """
 
     def __init__(self, lock: StudyLock, runs: tuple[str, ...], registration: Registration | None = None) -> None:
         self.folder = lock.folder
-        self.notices: list[str] = []
         self._registration = registration
-        self._ledger = Ledger(lock.folder)
-        self._last = last_rows(self._ledger.rows)
-        try:
-            for run in runs:
-                self._look_at(run)
-        except BaseException:
-            self.close()
-            raise
+        self._known = {run: look_at(self.folder, run) for run in runs}
+        self.notices = [f"{run}: {known.fault}" for run, known in self._known.items() if known.fault]
+        for run, known in self._known.items():
+            if known.is_done:
+                self._clean_up(run)
 
-    def _look_at(self, run: str) -> None:
-        row = last_known(self._last.get(run), self.folder, run)
-        if row is not self._last.get(run):
-            assert row is not None
-            self._append(row)
-            if row.event == "lost":
-                self.notices.append(f"{run}: was done, but its record or its adapter is gone; it runs again")
-        if row is not None and row.event == "done":
-            self._clean_up(run)
-
-    def last(self, run: str) -> Row | None:
-        """Return what happened last to a run."""
-        return self._last.get(run)
-
-    def attempt(self, run: str) -> int:
-        """Return the number of the attempt that is under way, or of the next one."""
-        last = self._last.get(run)
-        if last is None:
-            return 1
-        return last.attempt if last.event == "started" else last.attempt + 1
+    def known(self, run: str) -> Known:
+        """Return what has become of a run."""
+        return self._known[run]
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
-        """Enter that an attempt begins."""
+        """Write that an attempt begins."""
         file = folder_below(self.folder, run) / REGISTRATION_FILE
         if self._registration is not None and not file.exists():
             write_whole(file, self._registration.model_dump_json().encode())
-        last = self._last.get(run)
-        self._enter(run, "started", 1 if last is None else last.attempt + 1, worker=worker, total_steps=total_steps)
+        number = self._known[run].attempts + 1
+        begun = Attempt(number=number, state="running", started_at=now(), worker=worker, total_steps=total_steps)
+        self._write(run, begun)
 
-    def interrupted(self, run: str, step: int) -> None:
-        """Enter that an attempt was stopped."""
-        self._enter(run, "interrupted", self.attempt(run), step=step)
+    def interrupted(self, run: str) -> None:
+        """Write that an attempt was stopped."""
+        self._write(run, self._attempt(run).model_copy(update={"state": "interrupted"}))
 
     def ended(self, record: RunRecord, adapter: bytes | None = None, *, retried: bool = False) -> RunRecord:
-        """Write what came of a run, unless it is attempted again, and enter it; a finished one's checkpoints go.
+        """Write what came of an attempt: of the last one its result, whose checkpoints go if it is done.
 
         Args:
             record: what happened.
@@ -166,42 +92,30 @@ class StudyStore:
         Returns:
             The record with the number of attempts.
         """
-        run = run_name(record.spec)
+        run = record.spec.name
+        attempt = self._attempt(run)
         said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
-        known = {"attempts": self.attempt(run), "registration": self._registered(run)}
+        known = {"attempts": attempt.number, "registration": self._registered(run)}
         record = record.model_copy(update=known | said)
-        if not retried:
-            try:
-                write_result(self.folder.parent, record, adapter)
-            except OSError as error:
-                raise no_room(self.folder / run, error) from None
-        self._enter(
-            run,
-            record.status,
-            record.attempts,
-            seconds=record.seconds,
-            adapter_sha256=record.adapter_sha256,
-            failure=record.failure,
-            error=record.error,
-            traceback=record.traceback,
-            retried=retried,
-        )
+        if retried:
+            self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
+            return record
+        write_result(self.folder.parent, record, adapter)
+        self._known[run] = look_at(self.folder, run)
         if record.status == "done":
             self._clean_up(run)
         return record
 
-    def close(self) -> None:
-        """Give the ledger back."""
-        self._ledger.close()
+    def _attempt(self, run: str) -> Attempt:
+        """Return the attempt that is under way, or the next one where its start was not told."""
+        known = self._known[run]
+        if known.attempt is not None and known.attempt.state == "running":
+            return known.attempt
+        return Attempt(number=known.attempts + 1, state="running", started_at=now())
 
-    def _enter(
-        self, run: str, event: Literal["started", "interrupted", "done", "failed"], attempt: int, **more: Any
-    ) -> None:
-        self._append(Row(at=now(), run=run, event=event, attempt=attempt, **more))
-
-    def _append(self, row: Row) -> None:
-        self._ledger.append(row)
-        self._last[row.run] = row
+    def _write(self, run: str, attempt: Attempt) -> None:
+        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
+        self._known[run] = look_at(self.folder, run)
 
     def _registered(self, run: str) -> Registration | None:
         """Return what stood written down when a run was first begun; None: nobody looked."""

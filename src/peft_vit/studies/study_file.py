@@ -9,24 +9,19 @@ from typing import Any
 
 import yaml
 
-from peft_vit.config import DataConfig, StudyConfig
+from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.records.study_file import STUDY_FILE, Limited, StudyFile
-from peft_vit.studies.ledger import write_whole
+from peft_vit.records import RECORD_FILE, read_record, write_whole
+from peft_vit.records.study_file import STUDY_FILE, StudyFile
 
 _FREE = {"description", "execution", "hypotheses"}  # no result depends on them
 
 
-def study_file(
-    study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str, limited: Limited | None = None
-) -> StudyFile:
+def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
     """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
     runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
     skipped = tuple(run for run in runs if run not in asked)
-    return StudyFile(
-        smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study, limited=limited
-    )
+    return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
 
 
 def write_study_file(folder: Path, content: StudyFile) -> None:
@@ -58,13 +53,14 @@ def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: P
         kinds = {True: "a smoke study", False: "a real study"}
         problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
         raise UserError(problem, file=file, field="smoke")
-    if before.limited is not None and before.smaller_than_asked:
-        if asked.limited is None:
-            sizes = in_place_of(before.configuration.data, before.limited.asked.data)
-            problem = f"was begun smaller, for want of time ({sizes})"
-            raise UserError(f"{problem}; give --minutes to go on, or {remedy}", file=file, field="limited")
-        refuse_another(before.limited.asked, asked.limited.asked, file, source, part=part)
-    refuse_another(before.configuration, asked.configuration, file, source, part=part)
+    old, new = _comparable(before.configuration, asked.configuration, part)
+    if old != new:
+        raise UserError(
+            f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
+            file=file,
+            field="configuration",
+            details=difference(old, new, str(file), str(source)),
+        )
     if before.data_sha256 != asked.data_sha256:
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
     runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
@@ -92,37 +88,6 @@ def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[i
 
 def _is_done(file: Path) -> bool:
     return file.exists() and read_record(file).status == "done"
-
-
-def refuse_another(before: StudyConfig, asked: StudyConfig, file: Path, source: Path, *, part: bool = False) -> None:
-    """Raise UserError, with the difference, if a study was begun with another configuration.
-
-    Args:
-        before: as it was begun.
-        asked: by the command.
-        file: what says how it was begun.
-        source: the configuration file.
-        part: see `go_on`.
-    """
-    old, new = _comparable(before, asked, part)
-    if old != new:
-        remedy = "set it back, name the study otherwise, or choose another --output"
-        raise UserError(
-            f"was begun with another configuration, see below; {remedy}",
-            file=file,
-            field="configuration",
-            details=difference(old, new, str(file), str(source)),
-        )
-
-
-def in_place_of(smaller: DataConfig, asked: DataConfig) -> str:
-    """Return what differs, in words: image_size 56 in place of 84."""
-    pairs = {name: (getattr(smaller, name), getattr(asked, name)) for name in type(asked).model_fields}
-    return ", ".join(
-        f"{name} {left}" + ("" if right is None else f" in place of {right}")
-        for name, (left, right) in pairs.items()
-        if left != right
-    )
 
 
 def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,7 +21,6 @@ from peft_vit.studies.plan import plan_study
 from peft_vit.studies.printing import course_line, print_plan
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.time_limit import Limit
-from peft_vit.studies.within import part_within
 
 
 @dataclass(frozen=True)
@@ -81,9 +80,9 @@ def run_until_decided(
                 break  # the same again: time for the rest of this look is missing
             names, seeds = asked
             whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
-            plan, deadline = part_within(whole, results_dir, names, study.seeds[:seeds], execution.executor, limit)
+            plan = whole.seed_by_seed(names, study.seeds[:seeds])
             print_plan(plan)
-            failed |= drive_plans([plan], [lock], execution, deadline)
+            failed |= drive_plans([plan], [lock], execution, limit)
     return Decided(found, failed)
 
 

@@ -82,7 +82,7 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """Return moments, step counts, ages of triplets and rates of an optimiser."""
+    """Return moments, step counts and rates of an optimiser."""
     packed = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}

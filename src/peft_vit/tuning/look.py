@@ -11,8 +11,8 @@ import numpy as np
 
 from peft_vit.data.look import images_file, look_at
 from peft_vit.errors import UserError
+from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
-from peft_vit.studies.ledger import write_whole
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner

@@ -11,11 +11,10 @@ from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record
+from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.html import write_html
 from peft_vit.safe_io import read_bytes
-from peft_vit.studies.ledger import write_whole
 from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.blocks import TuningSummary
 from peft_vit.tuning.card import write_card

@@ -15,13 +15,11 @@ from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
 from peft_vit.studies.executors import open_executor
-from peft_vit.studies.ledger import run_name
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_begun_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import drive
-from peft_vit.studies.time_limit import Limit
-from peft_vit.studies.within import part_within
+from peft_vit.studies.time_limit import Deadline, Limit
 from peft_vit.tuning.result import Metric
 
 
@@ -91,7 +89,7 @@ class StudyRunner:
         file = self.results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with study_lock(folder_below(self.results_dir, study.name)) as lock:
-            plan = plan_begun_study(
+            whole = plan_begun_study(
                 study,
                 read_study_file(lock.folder),
                 self.results_dir,
@@ -99,12 +97,12 @@ class StudyRunner:
                 part=True,
                 measure_step=partial(measure_step, tell=self.tell),
             )
-            names = [one.name for one in plan.study.experiments if only is None or one.name in only[0]]
-            seeds = [seed for seed in plan.study.seeds if only is None or seed in only[1]]
-            whole, failed = plan, {}
-            plan, deadline = part_within(whole, self.results_dir, names, seeds, self.executor, limit)
+            names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
+            seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
+            plan, failed = whole.seed_by_seed(names, seeds), {}
             if plan.runs:
                 make_executor = partial(open_executor, self.executor, plan, self.results_dir)
+                deadline = Deadline(plan, self.results_dir, limit, self.executor)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
         done = self._outcomes(whole)
         if failed and not done:
@@ -137,7 +135,7 @@ class StudyRunner:
         elif isinstance(event, RunRetried):
             self.tell(f"  {event.record.spec.run_id}: {event.record.error}; tried again")
         elif isinstance(event, RunEnded):
-            name, record = run_name(event.run.spec), event.record
+            name, record = event.run.spec.name, event.record
             if record.status == "failed" or record.test is None:
                 self.tell(f"  {name} failed: {record.error}")
             else:

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.errors import UserError, first_fault
+from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
-from peft_vit.studies.ledger import write_whole
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.request import TuneRequest
 

@@ -11,9 +11,8 @@ from covering_pairs import covering_pairs
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from peft_vit import AdaLoRAController
+from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, site_adapters
-from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
 
@@ -166,46 +165,10 @@ def test_summary_and_export(tiny_vit, batch) -> None:
         assert summary[key] == pytest.approx(expected, rel=1e-9)
 
 
-def test_adapters_that_exceed_the_budget_are_refused(tiny_vit) -> None:
+def test_a_model_that_carries_adapters_of_ours_is_refused(tiny_vit) -> None:
     model = tiny_vit(depth=1)
-    AdaLoRAController(model, config(total_rank_budget=40), STEPS)
-    with pytest.raises(UserError, match=r"adalora\.initial_budget: .* hold 60 ranks, the budget allows 22 at"):
-        AdaLoRAController(model, config(), STEPS)
-    with pytest.raises(UserError, match=r"adalora\.total_rank_budget: .* hold 60 ranks, the budget allows 15"):
-        AdaLoRAController(model, config(budget_schedule="constant"), STEPS)
-
-
-@pytest.mark.parametrize(
-    ("present", "settings", "message"),
-    [
-        ({"scale": 7.0}, {}, r"adalora\.scale: the model's adapter on blocks\.0\.attn\.query has 7\.0, the settings"),
-        ({"parametrization": "svd"}, {}, r"adalora\.parametrization: .* has svd, the settings say product; make them"),
-        ({}, {"parametrization": "svd"}, r"adalora\.parametrization: .* has product, the settings say svd"),
-        (
-            {"parametrization": "svd"},
-            {"parametrization": "svd", "factor_start": "orthonormal"},
-            r"adalora\.factor_start: .* has normal, the settings say orthonormal",
-        ),
-        (
-            {"parametrization": "svd", "lambda_gain": 9.0},
-            {"parametrization": "svd", "lambda_gain": 3.0},
-            r"adalora\.lambda_gain: .* has 9\.0, the settings say 3\.0",
-        ),
-    ],
-)
-def test_adapters_of_other_settings_are_refused(tiny_vit, present, settings, message) -> None:
-    model = tiny_vit(depth=1)
-    attach_adapters(model, find_sites(model), 2, seed=0, **{"scale": 2.0, **present})
-    with pytest.raises(UserError, match=message):
-        AdaLoRAController(model, config(**settings), STEPS)
-    same = {key: value for key, value in present.items() if key != "scale"}
-    AdaLoRAController(model, config(scale=present.get("scale", 2.0), **same), STEPS)
-
-
-def test_an_adapter_that_query_key_and_value_share_is_refused(tiny_vit) -> None:
-    model = tiny_vit(depth=1)
-    attach_fused(model, {"blocks.0.attn.qkv": 2.0, "blocks.0.mlp.fc1": 2.0})
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv: query, key and value share this adapter, as import"):
+    attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
+    with pytest.raises(UserError, match=r"^model: the model already carries adapters"):
         AdaLoRAController(model, config(), STEPS)
 
 
@@ -303,21 +266,40 @@ def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
     assert controller.ranks[name] == 60
 
 
-def test_a_triplet_that_grew_starts_with_adams_first_step(tiny_vit, batch) -> None:
+def test_what_grew_is_scored_and_ranked_like_the_others(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
-    settings = config(budget_schedule="constant", total_rank_budget=12, warmup_steps=6)
+    settings = config(budget_schedule="constant", total_rank_budget=12, update_frequency=1)
     controller, optimizer = start(model, settings, steps=20)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0
-    train(model, controller, optimizer, batch, range(1, 6))
-    scored(model, controller, batch, 6)
-    optimizer.step()
-    name = controller.names[4]
-    controller.reallocate_ranks(dict.fromkeys(controller.names, 1.0), 6)
-    controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1) | {name: 4})
+    name = controller.names[3]
+    best = {site: 10.0 if site == name else 0.1 for site in controller.names}
+    grown = train_step(model, controller, optimizer, batch, 2, best)[name]
+    assert grown > 2
+    scores = scored(model, controller, batch, 3)
     optimizer.zero_grad()
-    assert controller.ranks[name] == site_adapters(model)[name].rank == 4
-    train_step(model, controller, optimizer, batch, 7)
-    grown = site_adapters(model)[name].lora_B.detach()[:, 2:]
-    assert grown.shape[1] == 2
-    torch.testing.assert_close(grown.abs(), torch.full_like(grown, 5e-3), rtol=1e-2, atol=0)  # the learning rate
+    triplets = controller._triplet_scores[name]
+    assert scores[name] == pytest.approx(triplets.mean().item(), rel=1e-6)
+    assert triplets[2:].mean() < triplets[:2].mean()  # they are smoothed from 0 on
+    strongest = triplets.argsort(descending=True)[:3].sort().values
+    assert any(strongest >= 2)
+    before = site_adapters(model)[name].lora_A.detach()[strongest]
+    controller.apply_ranks(model, optimizer, {name: 3})
+    larger = grown / 3  # A takes the size that belongs to the rank
+    torch.testing.assert_close(site_adapters(model)[name].lora_A.detach(), before * larger)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({}, "needs a penalty: parametrization: svd"),
+        ({"parametrization": "svd", "orthogonality_weight": 0.0}, "needs a penalty"),
+        ({"parametrization": "svd", "importance_metric": "magnitude"}, "no effect with importance_metric: magnitude"),
+        ({"parametrization": "svd", "importance_metric": "random"}, "no effect with importance_metric: random"),
+        ({"parametrization": "svd", "importance_metric": "uniform"}, "no effect with importance_metric: uniform"),
+    ],
+)
+def test_the_penaltys_gradient_is_scored_only_where_there_is_one(settings, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        config(importance_gradient="task_and_penalty", **settings)
+    good = config(importance_gradient="task_and_penalty", parametrization="svd")
+    assert good.importance_gradient == "task_and_penalty"
+    assert AdaLoraConfig(**config().model_dump()).importance_gradient == "task"

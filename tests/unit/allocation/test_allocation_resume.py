@@ -15,16 +15,11 @@ from peft_vit.errors import UserError
 pytestmark = pytest.mark.part("controller")
 STEPS = 12
 RUNS = {
-    # 12 sites share 18 ranks: sites without rank, probes, growth, protection
+    # 12 sites share 18 ranks: sites without rank, probes, growth
     "probed": {"budget_schedule": "constant", "total_rank_budget": 18, "importance_metric": "fisher"},
     "sensitivity": {"importance_metric": "sensitivity", "parametrization": "svd", "initial_budget": 30},
     "random": {"importance_metric": "random"},
-    "reversible": {
-        "importance_metric": "sensitivity",
-        "parametrization": "svd",
-        "allocation_strategy": "global",
-        "prune": "reversible",
-    },
+    "global": {"importance_metric": "sensitivity", "parametrization": "svd", "allocation_strategy": "global"},
 }
 
 
@@ -90,8 +85,7 @@ def test_resize_then_resume_equals_resume_then_resize(tiny_vit, batch, kind) -> 
     assert any(after != before for before, after in pairwise(ranks))
     if kind == "probed":
         assert controller.probe_history
-        assert any(ranks[3][name] > ranks[2][name] for name in ranks[3])  # it grew: births, protection
-        assert any("triplets" in values for values in whole[1].state.values())
+        assert any(ranks[3][name] > ranks[2][name] for name in ranks[3])  # it grew
     for step in (2, 3, 5, 6, 8):  # before a decision (probes are there), after it (tensors were resized)
         assert_equal(run([step]), whole)
     assert_equal(run(range(1, STEPS)), whole)

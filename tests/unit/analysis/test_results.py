@@ -8,12 +8,13 @@ from pathlib import Path
 
 import planted
 import pytest
-from unfinished import BAD, EXPERIMENTS, GOOD, planned, results_with, row
+from unfinished import BAD, EXPERIMENTS, GOOD, attempt, planned, results_with
 
 from peft_vit.analysis import load_studies, read_results
 from peft_vit.analysis.planned import seeds_in_words
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_records
+from peft_vit.records.progress import PROGRESS_FILE
 from peft_vit.studies.lock import study_lock
 
 
@@ -133,11 +134,11 @@ def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> Non
 
 def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
-    rows = [
-        row("lora_r8/seed_0", "started", worker="worker 1"),
-        row("lora_r8/seed_1", "failed", retried=True, error="killed"),
-    ]
-    folder = planned(tmp_path, [*GOOD[:2], broken], rows, left_out="lora_r8/seed_2")
+    begun = {
+        "lora_r8/seed_0": attempt("running", worker="worker 1"),
+        "lora_r8/seed_1": attempt("failed", error="killed"),
+    }
+    folder = planned(tmp_path, [*GOOD[:2], broken], begun, left_out="lora_r8/seed_2")
     with study_lock(folder / "quickstart"):
         (study,) = read_results(folder).studies
     assert [(run.experiment, run.seed, run.state) for run in study.unfinished] == [
@@ -158,7 +159,7 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
 
 
 def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
-    (study,) = read_results(planned(tmp_path, [], [])).studies
+    (study,) = read_results(planned(tmp_path, [], {})).studies
     assert (study.name, study.runs, study.failed) == ("quickstart", (), ())
     assert [e.name for e in study.experiments] == ["linear_probe", "lora_r8"]
     assert study.counts()["pending"] == 6
@@ -166,19 +167,27 @@ def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
     assert (alone.unfinished, alone.notices) == (study.unfinished, study.notices)
 
 
-def test_lines_of_a_ledger_that_are_no_rows_are_noted(tmp_path: Path) -> None:
-    folder = planned(tmp_path, GOOD, [row("lora_r8/seed_0", "interrupted", step=7)])
-    ledger = folder / "quickstart" / "ledger.jsonl"
-    ledger.write_bytes(b"{torn\n" + ledger.read_bytes() + b'{"run": ')
+def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp_path: Path) -> None:
+    folder = planned(tmp_path, GOOD, {"lora_r8/seed_0": attempt("interrupted")})
+    (folder / "quickstart/lora_r8/seed_0" / PROGRESS_FILE).write_bytes(b"{torn")
     results = read_results(folder)
     assert results.is_whole
-    (line,) = results.lines()
-    assert line.startswith(f"note: {ledger}: line 1 can't be read, so nothing of it counts; `peft-vit repair`")
-    assert results.studies[0].unfinished[0].note == "interrupted at step 7"
+    assert results.lines() == []
+    run = results.studies[0].unfinished[0]
+    assert (run.state, run.note) == ("pending", "its progress.json can't be read and counts as not there")
+
+
+def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_path: Path) -> None:
+    folder = planned(tmp_path, GOOD, {})
+    before = read_results(folder)
+    rows = b'{"at":"2999-01-01T00:00:00+00:00","attempt":1,"event":"failed","run":"lora_r8/seed_0"}\n{torn'
+    (folder / "quickstart" / "ledger.jsonl").write_bytes(rows)
+    (folder / "quickstart" / "runs.parquet").write_bytes(b"PAR1")
+    assert read_results(folder) == before
 
 
 def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
-    folder = planned(tmp_path, GOOD, [])
+    folder = planned(tmp_path, GOOD, {})
     (folder / "quickstart" / "study.json").write_text('{"schema_version": 2}')
     results = read_results(folder)
     assert len(results.studies[0].runs) == 3
@@ -186,15 +195,15 @@ def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
 
 
 def test_results_of_two_machines_are_one_plan(tmp_path: Path) -> None:
-    planned(tmp_path / "one", GOOD[:1], [])
-    planned(tmp_path / "two", GOOD[1:2], [])
+    planned(tmp_path / "one", GOOD[:1], {})
+    planned(tmp_path / "two", GOOD[1:2], {})
     (study,) = read_results(tmp_path).studies
     assert (study.counts()["done"], study.counts()["pending"]) == (2, 4)
 
 
 def test_records_that_were_not_planned_count_and_are_named(tmp_path: Path) -> None:
     stranger = planted.record(EXPERIMENTS["lora_r4"], 0, 0.8)
-    (study,) = read_results(planned(tmp_path, [stranger], [])).studies
+    (study,) = read_results(planned(tmp_path, [stranger], {})).studies
     assert len(study.runs) == 1
     assert any(notice.startswith("Not planned: study.json does not name lora_r4 seed 0") for notice in study.notices)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from written_runs import run_and_write
 
 from peft_vit.backbones import describe
 from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.estimate import EstimateRequest, Workload, reckoned_s
+from peft_vit.costs.estimate import EstimateRequest, Workload
 from peft_vit.costs.estimate import estimate_runs as estimate
 from peft_vit.records import write_record
 from peft_vit.studies import plan_study
@@ -116,8 +117,9 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
     ],
 )
 def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
-    study, tmp_path, training, images, widths, passes
+    study, tmp_path, monkeypatch, training, images, widths, passes
 ) -> None:
+    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda *_, **__: 1e9)
     config = study("lora")
     (one,) = config.experiments
     batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}
@@ -131,8 +133,10 @@ def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
     float_weights = (4 + 4) * workload.shape.parameters
     assert found.peak_memory_bytes == pytest.approx(700e6 + activations + float_weights, abs=1)
     steps = runs[0].steps
-    whole = reckoned_s(runs[0].spec, steps, workload, 1e9) - reckoned_s(runs[0].spec, 0, workload, 1e9)
-    assert whole == pytest.approx(1.8 * passes * steps * 8 * workload.shape.multiply_adds / 1e9)
+    (without,) = estimate([replace(runs[0], steps=0)], workload)
+    assert found.seconds - without.seconds == pytest.approx(
+        1.8 * passes * steps * 8 * workload.shape.multiply_adds / 1e9
+    )
 
 
 def test_records_of_another_machine_tell_nothing(study, tmp_path) -> None:

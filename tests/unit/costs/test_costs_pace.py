@@ -11,7 +11,6 @@ from peft_vit.costs.estimate import Workload
 from peft_vit.costs.pace import MeasuredPace as Pace
 from peft_vit.costs.pace import Probe, ReckonedPace
 from peft_vit.data import open_index
-from peft_vit.studies.plan import spec_of
 from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_pace
 
 pytestmark = pytest.mark.part("runner")
@@ -32,12 +31,6 @@ PROBES = {
     "lora": [Probe("lora", LARGE, 8, costs(2.0, 0.5, 0.010)), Probe("lora", SMALL, 8, costs(2.0, 0.26, 0.004))],
     "qa_lora": [Probe("qa_lora", LARGE, 4, costs(4.0, 0.6, 0.010))],
 }
-
-
-def test_a_run_is_its_start_its_steps_and_what_it_evaluates(study) -> None:
-    config = study("lora", epochs=4)
-    seconds = Pace(PROBES, 3.0).run_s(spec_of(config, 0, 0), workload(config))
-    assert seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.010)  # 32 px: 2 x 2 patches and the class token
 
 
 def test_steps_of_other_sizes_lie_on_the_line_through_two(study) -> None:
@@ -74,23 +67,10 @@ def test_noise_makes_no_step_shorter_than_none(study) -> None:
         assert (pace.step_s(experiment, 10), pace.step_s(experiment, 1)) == pytest.approx((of_ten, of_one))
 
 
-def test_without_a_measurement_matrices_have_to_do(study) -> None:
-    config = study("linear", "lora")
-    per_image = 1.8 * describe(config.backbone, 32).multiply_adds / 1e9  # 1.8: a step's time over its products'
-    probe_s, trained_s = (ReckonedPace(1e9).run_s(spec_of(config, place, 0), workload(config)) for place in (0, 1))
-    assert probe_s == pytest.approx(6 + (2 * 24 + 20 + 30) * per_image)  # 6: weights and images are loaded
-    assert trained_s == pytest.approx(6 + (2 * 6 * 8 + 2 * 20 + 30) * per_image)
-
-
 @pytest.mark.slow
-def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> None:
-    config = study("linear", "lora", "full", epochs=20)
-    config = config.model_copy(
-        update={
-            "execution": config.execution.model_copy(update={"workers": 2}),
-            "data": config.data.model_copy(update={"image_size": 64}),
-        }
-    )
+def test_real_steps_are_measured_at_two_sizes(study) -> None:
+    config = study("lora", "full", epochs=20)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 64})})
     told: list[str] = []
     pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append, lambda: STEADY)
     assert told == ["measuring steps of the study's methods, 500 s at most"]
@@ -99,23 +79,8 @@ def test_real_steps_are_measured_with_as_many_at_a_time_as_will_run(study) -> No
         "full": [17, 5],
     }
     assert pace.process_s > 0
-    sizes = workload(config, 64)
-    spec = spec_of(config, 1, 0)
     (large, _) = pace.probes["lora"]
-    assert pace.step_s(spec.experiment, large.tokens) == pytest.approx(large.costs.step_s)
-    assert pace.run_s(spec, sizes) > spec.experiment.total_steps(sizes.train) * large.costs.step_s
-
-
-def test_a_probe_takes_no_steps_and_shares_its_features(study) -> None:
-    config = study("linear", "lora")
-    sizes = workload(config)
-    costs = Costs(start_s=2.0, step_s=10.0, image_s=0.5, peak_memory_bytes=1, images=1)
-    pace = Pace({"lora": [Probe("lora", sizes.tokens, 32, costs)]}, 0.0)
-    spec = spec_of(config, 0, 0)
-    once = 2 * sizes.train + sizes.validation + sizes.test  # flips: horizontal; the same training images for all seeds
-    assert pace.run_s(spec, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * once / 6)
-    drawn = spec.model_copy(update={"data": spec.data.model_copy(update={"train_subset": "per_seed"})})
-    assert pace.run_s(drawn, sizes) == pytest.approx(2.0 + 3.0 + 0.5 * (once + 2 * sizes.train) / 6)
+    assert pace.step_s(config.experiments[0], large.tokens) == pytest.approx(large.costs.step_s)
 
 
 def test_no_time_to_measure_is_said(study) -> None:

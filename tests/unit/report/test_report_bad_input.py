@@ -93,8 +93,8 @@ def test_a_loss_that_is_not_finite_still_gives_a_page_and_stands_in_its_data(
 
 def test_a_study_that_goes_on_says_which_runs_are_missing(tmp_path: Path) -> None:
     broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
-    rows = [unfinished.row("lora_r8/seed_1", "failed", retried=True, error="killed")]
-    results = unfinished.planned(tmp_path / "out", [*unfinished.GOOD[:2], broken], rows)
+    begun = {"lora_r8/seed_1": unfinished.attempt("failed", error="killed")}
+    results = unfinished.planned(tmp_path / "out", [*unfinished.GOOD[:2], broken], begun)
     markdown, page = texts(results, tmp_path / "report")
     for text in (markdown, re.sub("<wbr>", "", page)):
         assert "6 planned = 2 done + 1 failed + 3 pending" in text
@@ -116,9 +116,9 @@ def hopeless() -> list[RunRecord]:
 
 
 def test_a_study_with_nothing_finished_still_says_what_was_planned_and_why_not(tmp_path: Path) -> None:
-    results = unfinished.planned(
-        tmp_path / "out", hopeless(), [unfinished.row("lora_r8/seed_1", "interrupted", step=7)]
-    )
+    begun = {"lora_r8/seed_1": unfinished.attempt("interrupted", total_steps=90)}
+    results = unfinished.planned(tmp_path / "out", hopeless(), begun)
+    (results / "quickstart/lora_r8/seed_1/checkpoint-7").mkdir()
     markdown, page = texts(results, tmp_path / "report")
     assert not (tmp_path / "report" / "figures").exists()
     for text in (markdown, re.sub("<wbr>", "", page)):
@@ -127,7 +127,7 @@ def test_a_study_with_nothing_finished_still_says_what_was_planned_and_why_not(t
         assert "Nothing: no run of this study has finished." in text
         assert "What was planned" in text
         assert "rank 8" in text
-        assert "interrupted at step 7" in text
+        assert "goes on from step 7 of 90" in text
         assert "peft-vit run CONFIG" in text
     assert "| linear_probe | 0, 1 | failed | out of memory |" in markdown
     folded = re.findall(r"<details><summary>[^<]*(?:<wbr>[^<]*)*failed</summary>.*?</details>", page, re.DOTALL)
@@ -141,11 +141,11 @@ def assert_no_bare_title(markdown: str, page: str) -> None:
 
 
 def test_a_study_of_which_only_its_file_is_there_has_a_page_without_bare_titles(tmp_path: Path) -> None:
-    markdown, page = texts(unfinished.planned(tmp_path / "out", [], []), tmp_path / "report")
+    markdown, page = texts(unfinished.planned(tmp_path / "out", [], {}), tmp_path / "report")
     assert "6 planned = 0 done + 0 failed + 6 pending" in markdown
     assert "elpv, 84 × 84 pixels" in markdown
     assert_no_bare_title(markdown, page)
-    assert_no_bare_title(*texts(unfinished.planned(tmp_path / "two", hopeless(), []), tmp_path / "report"))
+    assert_no_bare_title(*texts(unfinished.planned(tmp_path / "two", hopeless(), {}), tmp_path / "report"))
     assert_no_bare_title(*texts(planted.write(tmp_path / "three", unfinished.GOOD), tmp_path / "report"))
     with pytest.raises(AssertionError):
         assert_no_bare_title("## Insights\n", page)
@@ -163,7 +163,7 @@ build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
     kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
     broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")
-    results = unfinished.planned(tmp_path / "out", [*kept, broken], [])
+    results = unfinished.planned(tmp_path / "out", [*kept, broken], {})
     (results / "metrics.csv").write_text("1")
     (results / "quickstart" / "lora_r2" / "seed_0").mkdir(parents=True)
     (results / "quickstart" / "lora_r2" / "seed_0" / "record.json").write_bytes(TORN)

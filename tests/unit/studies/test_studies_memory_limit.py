@@ -181,7 +181,7 @@ def test_a_study_is_measured_once_and_its_runs_say_what_was_chosen(study, tmp_pa
 def test_a_step_without_enough_memory_is_no_error(study, monkeypatch, failure) -> None:
     spec = spec_of(study("lora"), 0, 0)
     record = SimpleNamespace(status="failed", failure=failure, error="no room")
-    monkeypatch.setattr(profiling, "_side_by_side", lambda *_: [(record, [])])
+    monkeypatch.setattr(profiling, "_carried_out", lambda *_: (record, []))
     told: list[str] = []
     speeds = iter((Speed(1000.0, 1.0), Speed(700.0, 1.0)))
     if failure == "killed":

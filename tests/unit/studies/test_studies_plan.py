@@ -147,6 +147,15 @@ def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
     assert plan.only("lora", None).study == plan.study
 
 
+def test_a_plan_seed_by_seed(study, tmp_path) -> None:
+    plan = planned(study("linear", "lora", "full", seeds=(3, 1, 4)), tmp_path)
+    found = plan.seed_by_seed(("lora", "linear"), (4, 3, 9))
+    assert [run.spec.run_id for run in found.runs] == [
+        f"tiny/{name}/seed_{seed}" for seed in (4, 3) for name in ("lora", "linear")
+    ]
+    assert found.study == plan.study
+
+
 def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
     plan = planned(study("full"), tmp_path)
     (tmp_path / "tiny").mkdir()
@@ -303,6 +312,14 @@ def test_failed_runs_are_done_again_also_with_another_configuration(study, tmp_p
         assert len(planned(again, tmp_path).pending) == 1
     write_record(tmp_path, record)
     assert planned(config, tmp_path).pending == ()
+
+
+def test_a_result_of_a_setting_that_went_is_no_result_of_what_is_left(study, tmp_path) -> None:
+    config = study("linear")
+    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    write_record(tmp_path, record.model_copy(update={"spec_digest": "0" * 64}))
+    with pytest.raises(UserError, match="spec_digest: was made with a setting that this version no longer has"):
+        planned(config, tmp_path)
 
 
 def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:

@@ -1,19 +1,15 @@
-"""What a person and a program see of two runs at a time that really happen, one of them failing, one stopped."""
+"""What a person sees of two runs at a time that really happen, one of them failing, one stopped."""
 
 import io
-import json
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from at_work import at_work, events_of, of
 from rich.console import Console
 
-from peft_vit.errors import UserError
 from peft_vit.studies import plan_study
-from peft_vit.studies.event_log import event_log
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import Plan
@@ -138,7 +134,7 @@ def test_retries_stops_and_notices_are_said(happened) -> None:
     lines = shown(
         plan,
         [
-            Notice("the last line of the ledger was cut short"),
+            Notice("its progress.json can't be read"),
             RunStarted(first, "a node"),
             RunRetried(first, failed.model_copy(update={"error": "the worker was killed"})),
             RunStarted(first, "another"),
@@ -146,7 +142,7 @@ def test_retries_stops_and_notices_are_said(happened) -> None:
         ],
     )
     assert lines == [
-        "the last line of the ledger was cut short",
+        "its progress.json can't be read",
         "[0/3] tiny/adaptive/seed_0: started on a node",
         "[0/3] tiny/adaptive/seed_0: the worker was killed; it is tried again",
         "[0/3] tiny/adaptive/seed_0: started on another",
@@ -171,52 +167,3 @@ def test_what_is_left_follows_from_the_run_itself(happened, monkeypatch) -> None
         "[0/3] tiny/adaptive/seed_0: step 100/200, loss 0.500; 25 s left",
         "[0/3] tiny/adaptive/seed_0: step 110/200, loss 0.400, validation 75.0%; 3.0 min left",
     ]
-
-
-# --- the log ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_log_has_an_object_for_every_event(happened, tmp_path) -> None:
-    _plan, events = happened
-    with event_log(tmp_path / "log.jsonl") as log:
-        for place, event in enumerate(events, start=1):
-            log(event)
-            assert len((tmp_path / "log.jsonl").read_bytes().splitlines()) == place  # flushed
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [row["run"] for row in rows] == [event.run.spec.run_id for event in events]
-    for row, event in zip(rows, events, strict=True):
-        assert row["at"].endswith("+00:00")
-        if isinstance(event, RunProgress):
-            assert row["event"] == "progress"
-            assert {key: row[key] for key in ("step", "loss", "mean_rank", "mean_bits")} == {
-                key: getattr(event.progress, key) for key in ("step", "loss", "mean_rank", "mean_bits")
-            }
-    ends = {row["run"]: row for row in rows if row["event"] in ("done", "failed")}
-    assert ends["tiny/diverging/seed_0"]["failure"] == "diverged"
-    (record,) = [e.record for e in events if isinstance(e, RunEnded) and e.run.spec.experiment.name == "quantized"]
-    assert ends["tiny/quantized/seed_0"]["adapter_sha256"] == record.adapter_sha256
-
-
-def test_the_log_goes_on_after_a_torn_line_and_knows_no_nan(happened, tmp_path) -> None:
-    plan, _ = happened
-    file = tmp_path / "log.jsonl"
-    file.write_text('{"event": "done"}\n{"event": "prog')
-    with event_log(file) as log:
-        log(RunProgress(plan.runs[0], Progress(1, 6, float("nan"), None)))
-        log(RunInterrupted(plan.runs[0], 1))
-        log(Notice("stopping"))
-    lines = file.read_text().splitlines()
-    assert lines[1] == '{"event": "prog'
-    rows = [json.loads(line) for line in lines[2:]]
-    assert [row["event"] for row in rows] == ["progress", "interrupted", "notice"]
-    assert rows[0]["loss"] is None
-
-
-def test_a_log_that_cannot_be_written(happened, tmp_path, capsys) -> None:
-    _plan, events = happened
-    with pytest.raises(UserError, match=r"--log-json: can't be written \(Is a directory\)"):
-        event_log(tmp_path).__enter__()
-    with event_log(Path("/dev/full")) as log:
-        for event in events[:3]:
-            log(event)  # the study goes on
-    assert capsys.readouterr().err.count("No space left on device") == 1

@@ -71,7 +71,7 @@ def test_a_record_has_what_stood_there_at_the_first_attempt_also_of_a_failed_or_
     fake_drive(study, tmp_path, registration=later)
     assert registered(tmp_path) == {"a": ("done", first), "b": ("done", first), "c": ("done", later)}
     names = {file.name for file in (tmp_path / "fake").rglob("*") if file.is_file()}
-    assert names == {"study.json", "ledger.jsonl", "record.json", "adapter.safetensors"}
+    assert names == {"study.json", "record.json", "adapter.safetensors"}
 
 
 def test_adding_hypotheses_makes_no_other_study(study, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """The driver attempts what is pending, retries what may pass, writes every result once, and stops when it is asked."""
 
 import errno
+import json
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_study import (
+    STARTED_AT,
     FakeExecutor,
     check_complete,
     done_record,
@@ -17,12 +19,13 @@ from fake_study import (
     fake_config,
     fake_drive,
     fake_plan,
-    ledger_rows,
+    happened,
 )
 
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, write_result
 from peft_vit.records.owner import LOCK_FILE, owner_of
+from peft_vit.records.progress import look_at
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
 from peft_vit.studies.status import study_status
 
@@ -31,8 +34,8 @@ pytestmark = pytest.mark.part("runner")
 STUDY = fake_config(("a", "b"), (0, 1))
 
 
-def events(out, run=None):
-    return [(row.event, row.attempt) for row in ledger_rows(out) if run in (None, row.run)]
+def attempts(out, run):
+    return read_record(out / "fake" / run / "record.json").attempts
 
 
 def spec(name, seed, study=STUDY):
@@ -107,17 +110,43 @@ def test_what_may_pass_is_retried_as_configured(tmp_path, failure) -> None:
     ended = [one.record for one in told if isinstance(one, RunEnded)]
     assert [(record.status, record.attempts) for record in ended] == [("done", 3), ("failed", 3)]
     assert sum(isinstance(one, RunRetried) for one in told) == 4
-    failed = [row for row in ledger_rows(tmp_path) if row.event == "failed"]
-    assert [(row.run, row.attempt, row.retried) for row in failed] == [
-        ("a/seed_0", 1, True),
-        ("b/seed_0", 1, True),
-        ("a/seed_0", 2, True),
-        ("b/seed_0", 2, True),
-        ("b/seed_0", 3, False),
+    failed = [one for one in told if isinstance(one, RunRetried | RunEnded) and one.record.status == "failed"]
+    assert [(one.run.spec.name, one.record.attempts, type(one)) for one in failed] == [
+        ("a/seed_0", 1, RunRetried),
+        ("b/seed_0", 1, RunRetried),
+        ("a/seed_0", 2, RunRetried),
+        ("b/seed_0", 2, RunRetried),
+        ("b/seed_0", 3, RunEnded),
     ]
-    assert all(
-        (row.failure, row.error, row.traceback) == (failure, f"it was {failure}", "Traceback ...") for row in failed
+    record = read_record(tmp_path / "fake/b/seed_0/record.json")
+    assert (record.failure, record.error, record.traceback, record.attempts) == (
+        failure,
+        f"it was {failure}",
+        "Traceback ...",
+        3,
     )
+
+
+def test_what_an_attempt_came_to_is_known_before_it_is_told(tmp_path) -> None:
+    seen = []
+
+    def look(event) -> None:
+        known = look_at(tmp_path / "fake", "a/seed_0")
+        attempt = known.attempt
+        state = None if attempt is None else (attempt.number, attempt.state, attempt.error)
+        seen.append((state, known.is_done, known.failure))
+
+    study = fake_config(("a",), (0,))
+    fake_drive(study, tmp_path, FakeExecutor({"a/seed_0": ["io", "diverged"]}), look)
+    fake_drive(study, tmp_path, FakeExecutor(), look)
+    assert seen == [
+        ((1, "running", None), False, None),
+        ((1, "failed", "it was io"), False, None),
+        ((2, "running", None), False, None),
+        (None, False, "it was diverged"),
+        ((3, "running", None), False, None),
+        (None, True, None),
+    ]
 
 
 @pytest.mark.parametrize("failure", ["diverged", "error"])
@@ -140,7 +169,7 @@ def test_a_later_call_tries_failed_runs_again_or_leaves_them(tmp_path) -> None:
     assert fake_drive(STUDY, tmp_path, again) == {}
     assert again.submitted == ["a/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
-    assert events(tmp_path, "a/seed_0") == [("started", 1), ("failed", 1), ("started", 2), ("done", 2)]
+    assert [attempts(tmp_path, run) for run in ("a/seed_0", "a/seed_1")] == [2, 1]
 
 
 def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
@@ -151,13 +180,14 @@ def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
             if not seen:
                 (tmp_path / "fake" / LOCK_FILE).unlink()
                 second = FakeExecutor()
-                with pytest.raises(UserError, match=r"ledger\.jsonl: another command writes to it") as caught:
+                with pytest.raises(UserError, match=r"fake: another command works on this study, whose lock was rem"):
                     fake_drive(STUDY, tmp_path, second)
-                seen.append((str(caught.value), second.submitted))
+                assert not (tmp_path / "fake" / LOCK_FILE).exists()
+                seen.append(second.submitted)
             return super().next_event(timeout_s)
 
     fake_drive(STUDY, tmp_path, Robbed())
-    assert seen[0][1] == []
+    assert seen == [[]]
     check_complete(STUDY, tmp_path)
 
 
@@ -177,17 +207,35 @@ def test_records_of_an_earlier_version_are_taken_over(tmp_path) -> None:
     executor = FakeExecutor()
     fake_drive(STUDY, tmp_path, executor)
     assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
-    rows = ledger_rows(tmp_path)
-    assert [(row.run, row.event, row.found) for row in rows[:2]] == [
-        ("a/seed_0", "done", True),
-        ("a/seed_1", "failed", True),
-    ]
-    assert events(tmp_path, "a/seed_1") == [("failed", 1), ("started", 2), ("done", 2)]
+    assert [attempts(tmp_path, run) for run in ("a/seed_0", "a/seed_1")] == [1, 2]
     check_complete(STUDY, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["record.json", "adapter.safetensors"])
-def test_a_result_that_is_gone_is_made_again(tmp_path, name) -> None:
+def test_what_an_earlier_version_knew_beside_records_is_ignored(tmp_path) -> None:
+    """Records decide: a run that only its ledger called done or failed is pending, one with a record is not."""
+    write_result(tmp_path, done_record(spec("a", 0)), fake_adapter(spec("a", 0)))
+    ledger = tmp_path / "fake" / "ledger.jsonl"
+    rows = [
+        {"at": STARTED_AT, "run": run, "event": event, "attempt": 3}
+        for run, event in (("a/seed_0", "started"), ("a/seed_1", "done"), ("b/seed_0", "failed"))
+    ]
+    ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    executor = FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor, skip_failed=True)
+    assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
+    assert [run.state for run in study_status(tmp_path / "fake").runs] == 4 * ["done"]
+    ledger.unlink()
+    check_complete(STUDY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "notices", "attempt"),
+    [
+        ("record.json", [], 1),
+        ("adapter.safetensors", ["a/seed_1: its record is here, its adapter.safetensors is not"], 2),
+    ],
+)
+def test_a_result_that_is_gone_is_made_again(tmp_path, name, notices, attempt) -> None:
     fake_drive(STUDY, tmp_path)
     (tmp_path / "fake/a/seed_1" / name).unlink()
     state = {run.run: run.state for run in study_status(tmp_path / "fake").runs}
@@ -196,8 +244,8 @@ def test_a_result_that_is_gone_is_made_again(tmp_path, name) -> None:
     executor = FakeExecutor()
     fake_drive(STUDY, tmp_path, executor, told.append)
     assert executor.submitted == ["a/seed_1"]
-    assert told[0] == Notice("a/seed_1: was done, but its record or its adapter is gone; it runs again")
-    assert events(tmp_path, "a/seed_1") == [("started", 1), ("done", 1), ("lost", 1), ("started", 2), ("done", 2)]
+    assert [one.text for one in told if isinstance(one, Notice)] == notices
+    assert attempts(tmp_path, "a/seed_1") == attempt
     assert {run.state for run in study_status(tmp_path / "fake").runs} == {"done"}
 
 
@@ -225,8 +273,10 @@ def preempted(steps: list[int]) -> FakeExecutor:
 
 def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
     study = fake_config(("a",), (0,))
-    fake_drive(study, tmp_path, preempted([5]))
-    assert events(tmp_path) == [("started", 1), ("interrupted", 1), ("started", 2), ("done", 2)]
+    told = []
+    fake_drive(study, tmp_path, preempted([5]), told.append)
+    assert happened(told) == ["started", "interrupted", "started", "done"]
+    assert attempts(tmp_path, "a/seed_0") == 2
     check_complete(study, tmp_path)
 
 
@@ -258,11 +308,13 @@ def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> N
     assert executor.closed
     assert signal.getsignal(number) == before or number == signal.SIGINT
     assert [type(one) for one in told] == [RunStarted, RunEnded, RunStarted, Notice, RunInterrupted]
-    assert events(tmp_path) == [("started", 1), ("done", 1), ("started", 1), ("interrupted", 1)]
+    attempt = look_at(tmp_path / "fake", "a/seed_1").attempt
+    assert attempt is not None
+    assert (attempt.number, attempt.state) == (1, "interrupted")
     states = [run.state for run in study_status(tmp_path / "fake").runs]
     assert states == ["done", "pending", "pending", "pending"]
     fake_drive(STUDY, tmp_path)
-    assert events(tmp_path, "a/seed_1") == [("started", 1), ("interrupted", 1), ("started", 2), ("done", 2)]
+    assert attempts(tmp_path, "a/seed_1") == 2
     check_complete(STUDY, tmp_path)
 
 
@@ -332,8 +384,8 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch) -> N
     with pytest.raises(UserError) as caught:
         fake_drive(STUDY, tmp_path, FakeExecutor(checkpoints_in=tmp_path), fill)
     assert str(caught.value) == (
-        f"{tmp_path / 'fake/b/seed_0'}: can't be written (No space left on device); nothing that was written is lost: "
-        "make room, or make it writable, and the same command goes on"
+        f"{tmp_path / 'fake/b/seed_0/adapter.safetensors'}: can't be written (No space left on device); nothing that "
+        "was written is lost: make room, or make it writable, and the same command goes on"
     )
     assert (tmp_path / "fake/b/seed_0/checkpoint-1").is_dir()
     monkeypatch.undo()

@@ -1,22 +1,29 @@
-"""Every planned run is in one state, whatever ledger and files say; reading needs no torch and changes nothing."""
+"""Every planned run is in one state, whatever files say; reading needs no torch and changes nothing."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas
 import pytest
-from fake_study import FakeExecutor, check_complete, done_record, fake_adapter, fake_config, fake_drive, fake_plan
+from fake_study import (
+    FakeExecutor,
+    check_complete,
+    done_record,
+    failed_record,
+    fake_adapter,
+    fake_config,
+    fake_drive,
+    fake_plan,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.records import RUN_COLUMNS, outcome_digest, read_record, write_result
-from peft_vit.records.ledger import LEDGER_FILE, Row, encode, read_ledger
-from peft_vit.studies.ledger import now
+from peft_vit.records import read_record, write_result
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, now
+from peft_vit.studies.events import Notice
 from peft_vit.studies.lock import study_lock
-from peft_vit.studies.repair import repair
 from peft_vit.studies.status import find_studies, status_lines, study_status
 from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import study_file, write_study_file
@@ -34,12 +41,10 @@ def begin(out, asked=RUNS):
     return folder
 
 
-def lay(folder, *rows: Row) -> None:
-    (folder / LEDGER_FILE).write_bytes(b"".join(map(encode, rows)))
-
-
-def row(run, event, attempt=1, **more) -> Row:
-    return Row(at=now(), run=run, event=event, attempt=attempt, **more)
+def lay(folder, run, number, state, **more) -> None:
+    (folder / run).mkdir(parents=True, exist_ok=True)
+    attempt = Attempt(number=number, state=state, **{"started_at": now(), **more})
+    (folder / run / PROGRESS_FILE).write_text(attempt.model_dump_json())
 
 
 def states(folder) -> list[str]:
@@ -58,7 +63,7 @@ def test_a_study_that_goes_on_and_its_end(tmp_path) -> None:
         (folder / "a/seed_0/checkpoint-20").mkdir(parents=True)
         (folder / "a/seed_0/checkpoint-30").mkdir()
         (folder / "a/seed_0/checkpoint-40.part").mkdir()
-        store.interrupted("a/seed_1", 12)
+        store.interrupted("a/seed_1")
         (folder / "a/seed_1/checkpoint-12").mkdir(parents=True)
         said = list(status_lines(study_status(folder)))
         assert said[0] == "fake: 4 planned = 0 done + 0 failed + 2 pending + 1 running + 1 skipped"
@@ -66,7 +71,6 @@ def test_a_study_that_goes_on_and_its_end(tmp_path) -> None:
         assert said[2].startswith("  running  a/seed_0: process 7 on host, since 20")
         assert said[2].endswith(", checkpoint at step 30 of 90")
         assert said[3] == "  pending  a/seed_1: goes on from step 12 of 90"
-        store.close()
     # The owner is gone: what it left under way is pending.
     assert list(status_lines(study_status(folder))) == [
         "fake: 4 planned = 0 done + 0 failed + 3 pending + 0 running + 1 skipped",
@@ -82,38 +86,54 @@ def test_a_study_that_goes_on_and_its_end(tmp_path) -> None:
 
 def test_what_a_dead_owner_left_is_not_running_under_the_next_one(tmp_path) -> None:
     folder = begin(tmp_path)
-    lay(folder, row("a/seed_0", "started").model_copy(update={"at": "2020-01-01T00:00:00.123+00:00"}))
+    lay(folder, "a/seed_0", 1, "running", started_at="2020-01-01T00:00:00.123+00:00")
+    lay(folder, "a/seed_1", 1, "running", worker="process 7", started_at="2999-01-01T00:00:00+00:00")
     with study_lock(folder):
-        assert states(folder) == 4 * ["pending"]
+        assert states(folder) == ["pending", "running", "pending", "pending"]
 
 
-rows = st.lists(
-    st.tuples(
-        st.sampled_from(RUNS),
-        st.sampled_from(["started", "done", "failed", "interrupted", "lost"]),
-        st.integers(1, 3),
-        st.booleans(),
-    ),
-    max_size=12,
+attempts = st.tuples(st.integers(1, 4), st.sampled_from(["running", "interrupted", "failed"]))
+# What a run's folder may hold: a record with its attempts, an adapter, and what is known of an attempt.
+held = st.tuples(
+    st.none() | st.tuples(st.sampled_from(["done", "failed"]), st.integers(1, 3)),
+    st.booleans(),
+    st.none()
+    | st.just("spoiled")
+    | st.tuples(st.integers(1, 4), st.sampled_from(["running", "interrupted", "failed"])),
 )
 
 
 @settings(max_examples=100)
-@given(rows, st.sets(st.sampled_from(RUNS)), st.sets(st.sampled_from(RUNS)), st.sets(st.sampled_from(RUNS)))
-def test_planned_is_the_sum_whatever_the_ledger_and_the_files_say(tmp_path_factory, history, done, bare, asked) -> None:
+@given(st.lists(held, min_size=4, max_size=4), st.sets(st.sampled_from(RUNS)))
+def test_planned_is_the_sum_whatever_the_files_say(tmp_path_factory, holdings, asked) -> None:
     out = tmp_path_factory.mktemp("out")
     folder = begin(out, asked)
-    lay(folder, *(row(run, event, attempt, retried=retried) for run, event, attempt, retried in history))
-    for run in fake_plan(STUDY, out).runs:
-        name = run.spec.run_id.removeprefix("fake/")
-        if name in done | bare:
-            write_result(out, done_record(run.spec), fake_adapter(run.spec) if name in done else None)
+    done, failed, begun = set(), set(), {}
+    for run, (end, has_adapter, attempt) in zip(fake_plan(STUDY, out).runs, holdings, strict=True):
+        name = run.spec.name
+        (folder / name).mkdir(parents=True)
+        if has_adapter:
+            (folder / name / "adapter.safetensors").write_bytes(fake_adapter(run.spec))
+        if end is not None:
+            record = done_record(run.spec) if end[0] == "done" else failed_record(run.spec, "error")
+            write_result(out, record.model_copy(update={"attempts": end[1]}), None)
+        if attempt == "spoiled":
+            (folder / name / PROGRESS_FILE).write_bytes(b"\xff{")
+        elif attempt is not None:
+            lay(folder, name, *attempt)
+        begun[name] = max(0 if end is None else end[1], attempt[0] if isinstance(attempt, tuple) else 0)
+        if end is not None and end[0] == "done" and has_adapter:
+            done.add(name)
+        elif end is not None and end[0] == "failed" and begun[name] == end[1]:
+            failed.add(name)
     before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     found = study_status(folder)
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert tuple(run.run for run in found.runs) == RUNS
     for run in found.runs:
         assert (run.state == "done") == (run.run in done)
+        assert (run.state == "failed") == (run.run in failed)
+        assert run.attempts == begun[run.run] or run.state == "done"
         assert run.state != "running"
         assert run.run not in asked or run.state != "skipped"
     line = next(status_lines(found))
@@ -121,8 +141,12 @@ def test_planned_is_the_sum_whatever_the_ledger_and_the_files_say(tmp_path_facto
     assert int(planned.split()[-1]) == sum(int(part.split()[0]) for part in parts.split(" + ")) == 4
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)  # slow, and of no account here
-        fake_drive(STUDY, out)  # from any of these states a study gets done
-    assert states(folder) == 4 * ["done"]
+        executor = FakeExecutor()
+        fake_drive(STUDY, out, executor)  # from any of these states a study gets done
+    assert set(executor.submitted) == set(RUNS) - done
+    check_complete(STUDY, out)
+    for run in executor.submitted:
+        assert read_record(folder / run / "record.json").attempts == begun[run] + 1
 
 
 def test_results_without_a_plan_are_those_of_an_earlier_version(tmp_path) -> None:
@@ -174,64 +198,23 @@ def test_where_there_is_no_study(tmp_path) -> None:
         find_studies(tmp_path / "file")
 
 
-def test_lines_that_are_no_rows_are_told_and_repaired(tmp_path) -> None:
-    fake_drive(STUDY, tmp_path, FakeExecutor({"b/seed_0": ["diverged"]}))
-    folder = tmp_path / "fake"
-    file = folder / LEDGER_FILE
-    lines = file.read_bytes().splitlines(keepends=True)
-    file.write_bytes(b"".join([lines[0], lines[1].replace(b"done", b"dome"), *lines[2:]]))
-    _, notice, failed = status_lines(study_status(folder))
-    assert notice.startswith("  ledger.jsonl: line 2 can't be read, so nothing of it counts; `peft-vit repair`")
-    assert failed == "  failed   b/seed_0: it was diverged"
-    assert states(folder) == ["done", "done", "failed", "done"]  # records decide
-    said = list(repair(tmp_path))
-    assert said[0] == f"{file}: 1 unreadable lines are gone, 7 stay"
-    assert states(folder) == ["done", "done", "failed", "done"]
-    (found,) = [entry for entry in read_ledger(file).rows if entry.found]
-    assert (found.run, found.event, found.attempt) == ("a/seed_0", "done", 1)
+def test_a_spoiled_progress_file_is_told_and_the_run_goes_on(tmp_path) -> None:
+    folder = begin(tmp_path)
+    (folder / "a/seed_0/checkpoint-20").mkdir(parents=True)
+    (folder / "a/seed_0" / PROGRESS_FILE).write_bytes(b"[" * 100_000)
+    (folder / "a/seed_1" / PROGRESS_FILE).mkdir(parents=True)
+    said = "its progress.json can't be read and counts as not there"
+    assert list(status_lines(study_status(folder)))[1:] == [
+        f"  pending  a/seed_0: {said}; goes on from step 20",
+        f"  pending  a/seed_1: {said}",
+    ]
+    told = []
+    with pytest.raises(UserError, match=r"a/seed_1/progress\.json: can't be written \(Is a directory\)"):
+        fake_drive(STUDY, tmp_path, on_event=told.append)
+    (folder / "a/seed_1" / PROGRESS_FILE).rmdir()
+    assert [one.text for one in told if isinstance(one, Notice)] == [f"a/seed_0: {said}", f"a/seed_1: {said}"]
     fake_drive(STUDY, tmp_path)
     check_complete(STUDY, tmp_path)
-
-
-def test_a_ledger_that_is_gone_is_made_anew_from_records(tmp_path) -> None:
-    fake_drive(STUDY, tmp_path, FakeExecutor({"b/seed_0": ["killed", "diverged"]}))
-    before = study_status(tmp_path / "fake")
-    (tmp_path / "fake" / LEDGER_FILE).unlink()
-    list(repair(tmp_path))
-    assert study_status(tmp_path / "fake") == before
-    assert len(read_ledger(tmp_path / "fake" / LEDGER_FILE).rows) == 4
-
-
-def test_the_table_of_runs(tmp_path) -> None:
-    fake_drive(STUDY, tmp_path, FakeExecutor({"b/seed_0": ["diverged"]}))
-    begin(tmp_path)
-    (tmp_path / "fake/a/seed_1/adapter.safetensors").unlink()
-    assert list(repair(tmp_path))[-1] == f"{tmp_path / 'fake/runs.parquet'}: 4 runs"
-    table = pandas.read_parquet(tmp_path / "fake/runs.parquet")
-    assert list(table.columns) == list(RUN_COLUMNS)
-    assert list(table.state) == ["done", "pending", "failed", "done"]
-    assert list(table.experiment + "/" + table.seed.astype(str)) == ["a/0", "a/1", "b/0", "b/1"]
-    record = read_record(tmp_path / "fake/a/seed_0/record.json")
-    first = table.iloc[0]
-    assert (first.adapter_sha256, first.outcome_digest) == (record.adapter_sha256, outcome_digest(record))
-    assert table.iloc[2].error == "it was diverged"
-    assert table.test_accuracy.isna().all()
-
-
-def test_the_table_needs_pyarrow_and_the_ledger_does_not(tmp_path, without) -> None:
-    fake_drive(STUDY, tmp_path)
-    (tmp_path / "fake" / LEDGER_FILE).unlink()
-
-    without("pyarrow")
-    with pytest.raises(UserError, match=r"runs\.parquet: needs the package pyarrow"):
-        list(repair(tmp_path))
-    check_complete(STUDY, tmp_path)
-
-
-def test_repair_leaves_a_study_alone_that_is_worked_on(tmp_path) -> None:
-    fake_drive(STUDY, tmp_path)
-    with study_lock(tmp_path / "fake"), pytest.raises(UserError, match="works on this study"):
-        list(repair(tmp_path))
 
 
 def test_no_torch_is_needed(tmp_path) -> None:
@@ -248,9 +231,9 @@ def test_no_torch_is_needed(tmp_path) -> None:
 
 def test_an_error_of_somebody_does_nothing_to_a_terminal(tmp_path) -> None:
     folder = begin(tmp_path)
-    lay(folder, row("a/seed_0", "started"), row("a/seed_0", "failed", error="\x1b]0;x\x07\nb/seed_0: \u202eenod"))
+    lay(folder, "a/seed_0", 1, "failed", error="\x1b]0;x\x07\nb/seed_0: \u202eenod")
     *_, line = status_lines(study_status(folder))
-    assert line == r"  failed   a/seed_0: \x1b]0;x\x07\nb/seed_0: \u202eenod"
+    assert line == r"  pending  a/seed_0: to be tried again after: \x1b]0;x\x07\nb/seed_0: \u202eenod"
 
 
 def test_nothing_is_written_or_removed_through_a_link(tmp_path) -> None:
@@ -261,17 +244,9 @@ def test_nothing_is_written_or_removed_through_a_link(tmp_path) -> None:
     write_result(elsewhere, record, fake_adapter(record.spec))
     (elsewhere / "fake/a/seed_0/checkpoint-20").mkdir()
     (folder / "a").symlink_to(elsewhere / "fake/a")
-    lay(folder, row("a/seed_0", "started"), row("a/seed_0", "done"))
     with pytest.raises(UserError, match="fake/a: is a link, and results go into real folders only"):
-        list(repair(out))
+        fake_drive(STUDY, out)
     assert study_status(folder).runs[0].note.startswith(f"{folder}/a: is a link")
-    (folder / "a").unlink()
-    folder.rename(elsewhere / "whole")
-    folder.symlink_to(elsewhere / "whole")
-    before = sorted(elsewhere.rglob("*"))
-    with pytest.raises(UserError, match="out/fake: is a link, and results go into real folders only"):
-        list(repair(out))
-    assert sorted(elsewhere.rglob("*")) == before
     assert (elsewhere / "fake/a/seed_0/checkpoint-20").is_dir()
 
 

@@ -78,7 +78,7 @@ def peft_adalora(model: nn.Module) -> list[Hook]:
     return [PeftAdaLoraHook(model, settings, STEPS, seed=3)]
 
 
-# 12 sites share 18 ranks: sites without rank, probes, growth, young triplets with moments of their own age
+# 12 sites share 18 ranks: sites without rank, probes, growth
 GROWING: dict[str, Any] = {"budget_schedule": "constant", "parametrization": "product", "importance_metric": "fisher"}
 METHODS: dict[str, Prepare] = {
     "linear": linear,
@@ -89,7 +89,7 @@ METHODS: dict[str, Prepare] = {
     "adalora": adalora(parametrization="svd", initial_budget=30),
     "growing": adalora(**GROWING),
     "orthonormal": adalora(parametrization="svd", factor_start="orthonormal"),
-    "reversible": adalora(parametrization="svd", allocation_strategy="global", prune="reversible"),
+    "global": adalora(parametrization="svd", allocation_strategy="global"),
     "random": adalora(importance_metric="random", allocation_strategy="threshold", threshold_tau=1.5),
     "with_penalty": adalora(parametrization="svd", importance_gradient="task_and_penalty"),
     "qa_lora": quantized(quantization_schedule="linear", quantization_warmup_steps=2),

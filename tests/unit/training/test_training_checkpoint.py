@@ -36,7 +36,7 @@ def state(step: int = 1) -> State:
         "none": torch.zeros(0, 5),
         "scalar": torch.tensor(2.5),
         "half": torch.randn(5, generator=generator).bfloat16(),
-        "births": torch.arange(step, step + 3),
+        "counts": torch.arange(step, step + 3),
         "mask": torch.tensor([True, False]),
         "generator": generator.get_state(),
         "double": torch.randn(2, dtype=torch.float64, generator=generator),
@@ -110,7 +110,7 @@ def test_a_hash_of_a_state_sees_every_change(change) -> None:
     if change == "value":
         tensors["scalar"] = -tensors["scalar"]
     elif change == "dtype":
-        tensors["births"] = tensors["births"].view(torch.float64)
+        tensors["counts"] = tensors["counts"].view(torch.float64)
     elif change == "shape":
         tensors["model/b"] = tensors["model/b"].reshape(4, 3)
     elif change == "name":

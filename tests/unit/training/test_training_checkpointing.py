@@ -190,17 +190,7 @@ def test_the_first_blocks_keep_the_most(name) -> None:
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
 @pytest.mark.parametrize(
     "method",
-    [
-        "full",
-        "growing",
-        "reversible",
-        "with_penalty",
-        "qa_lora",
-        "managed_pace",
-        "qa_adalora",
-        "peft_lora",
-        "peft_adalora",
-    ],
+    ["full", "growing", "global", "with_penalty", "qa_lora", "managed_pace", "qa_adalora", "peft_lora", "peft_adalora"],
 )
 def test_trainings_are_the_same_to_the_bit(tiny_vit, data, runtime, method, micro_batch_size) -> None:
     """With ranks that move, probes, packed weights and PEFT's layers."""

@@ -97,7 +97,7 @@ def test_every_metric_scores_as_with_the_whole_batch(trained, metric) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["full", "adalora", "reversible", "with_penalty", "qa_lora", "managed_pace", "qa_adalora", "peft_adalora"]
+    "method", ["full", "adalora", "global", "with_penalty", "qa_lora", "managed_pace", "qa_adalora", "peft_adalora"]
 )
 def test_every_method_takes_the_steps_of_the_whole_batch(trained, method) -> None:
     if method.startswith("peft"):

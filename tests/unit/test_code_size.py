@@ -1,0 +1,38 @@
+"""What `make sizes` counts, on a tree whose tokens are counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from code_size import counted, tokens
+
+CODE = '''"""A docstring."""
+
+# a comment
+X = "text"  # another
+
+
+def f(a: int) -> int:
+    """Say so."""
+    """Not a docstring, but a string."""
+    return a + 1
+'''
+# X = "text" | def f ( a : int ) -> int : | """...""" | return a + 1
+COUNTED = 3 + 10 + 1 + 4
+
+
+def test_comments_docstrings_and_layout_are_no_tokens() -> None:
+    assert tokens(CODE) == COUNTED
+    assert tokens(CODE.replace("(a: int)", "(\n    a: int\n)")) == COUNTED
+
+
+def test_packages_are_counted_apart_and_together(tmp_path: Path) -> None:
+    package = tmp_path / "src/peft_vit/data"
+    package.mkdir(parents=True)
+    (package / "read.py").write_text(CODE)
+    (package.parent / "top.py").write_text("x = 1\n")
+    (package / "names.yaml").write_text("a: 1\nb: 2\n")
+    found = counted(tmp_path)
+    assert found["src data"] == {"tokens": COUNTED, "lines": 10, "modules": 1}
+    assert found["src, all"] == {"tokens": COUNTED + 3, "lines": 11, "modules": 2}
+    assert found["src, other files"] == {"lines": 2, "modules": 1}

@@ -1,0 +1,94 @@
+"""A progress file gives back what was written; whatever else is in it counts as not there, and a record decides."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_vit.errors import UserError
+from peft_vit.records.owner import Owner
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, RunStatus, look_at, run_status
+
+pytestmark = pytest.mark.part("runner")
+
+RUN = "a/seed_0"
+ATTEMPT = Attempt(number=2, state="failed", started_at="2030-01-01T00:00:00+00:00", worker="µ", error='a\n"b"')
+WHOLE = ATTEMPT.model_dump_json().encode()
+FAULT = "its progress.json can't be read and counts as not there"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    (folder / RUN).mkdir(parents=True)
+    return folder
+
+
+def looked_at(study, content: bytes) -> Known:
+    (study / RUN / PROGRESS_FILE).write_bytes(content)
+    return look_at(study, RUN)
+
+
+def test_what_was_written_is_read_and_what_a_newer_version_adds_is_passed_over(study) -> None:
+    assert looked_at(study, WHOLE) == Known(ATTEMPT, None, False, "")
+    more = json.dumps(json.loads(WHOLE) | {"node": "7"}).encode()
+    assert looked_at(study, more).attempt == ATTEMPT
+    (study / RUN / PROGRESS_FILE).unlink()
+    assert look_at(study, RUN) == Known(None, None, False, "")
+
+
+def test_one_that_is_cut_short_anywhere_is_not_there(study) -> None:
+    for length in range(len(WHOLE)):
+        assert looked_at(study, WHOLE[:length]) == Known(None, None, False, FAULT)
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=300))
+def test_any_bytes_at_all_are_not_there(study, content) -> None:
+    assert looked_at(study, content) == Known(None, None, False, FAULT)
+
+
+@pytest.mark.parametrize(
+    "change", [{"number": 0}, {"number": "x"}, {"number": None}, {"state": "done"}, {"started_at": 7}, {"worker": [1]}]
+)
+def test_values_that_are_none_of_its_own_are_not_there(study, change) -> None:
+    assert looked_at(study, json.dumps(json.loads(WHOLE) | change).encode()) == Known(None, None, False, FAULT)
+
+
+@pytest.mark.parametrize(("attempts", "stands"), [(1, True), (2, False), (3, False)])
+@pytest.mark.parametrize("status", ["done", "failed"])
+def test_a_record_decides_unless_a_later_attempt_was_begun(tmp_path, attempts, stands, status) -> None:
+    (tmp_path / RUN).mkdir(parents=True)
+    (tmp_path / RUN / PROGRESS_FILE).write_bytes(WHOLE)
+    record = {"status": status, "seconds": 1.0, "attempts": attempts, "error": "it diverged"}
+    (tmp_path / RUN / "record.json").write_text(json.dumps(record))
+    known = look_at(tmp_path, RUN)
+    assert (known.attempt is not None) == stands
+    assert known.attempts == max(attempts, 2)
+    assert not known.is_done  # without an adapter
+    assert known.failure == ("it diverged" if status == "failed" and not stands else None)
+    (tmp_path / RUN / "adapter.safetensors").touch()
+    assert look_at(tmp_path, RUN).is_done == (status == "done")
+
+
+def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(study) -> None:
+    looked_at(study, ATTEMPT.model_copy(update={"state": "running", "total_steps": 9}).model_dump_json().encode())
+    (study / RUN / "checkpoint-4").mkdir()
+    before, after = (Owner(7, "h", since, "c") for since in ("2029-12-31T23:59:59+00:00", "2030-01-01T00:00:01+00:00"))
+    running = RunStatus(RUN, "running", 2, "µ, since 2030-01-01T00:00:00+00:00, checkpoint at step 4 of 9")
+    pending = RunStatus(RUN, "pending", 2, "goes on from step 4 of 9")
+    for owner, skipped, status in (
+        (before, False, running),
+        (before, True, running),
+        (after, False, pending),
+        (None, False, pending),
+        (None, True, RunStatus(RUN, "skipped", 2, "goes on from step 4 of 9")),
+    ):
+        assert run_status(study, RUN, owner, skipped=skipped) == status
+    (study / RUN / "checkpoint-4").rmdir()
+
+
+def test_nothing_is_looked_for_outside_the_study(tmp_path) -> None:
+    with pytest.raises(UserError, match="leads out of it"):
+        look_at(tmp_path, "../seed_1")
