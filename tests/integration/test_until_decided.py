@@ -16,7 +16,7 @@ from peft_vit.studies.execution import Execution
 from peft_vit.studies.time_limit import Limit
 from peft_vit.studies.until_decided import run_until_decided
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 SEEDS = 12
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4, -0.2, 0.6)  # points
