@@ -86,11 +86,9 @@ def _version(name: str, run: Run) -> str:
 
 
 def _weights(runs_of: RunsOf) -> Iterator[str]:
-    kinds = {label: {run.provenance.random_weights for run in runs} for label, runs in runs_of.items()}
-    if len(set.union(*kinds.values())) > 1:
-        yield from _among(
-            runs_of, lambda run: "random weights" if run.provenance.random_weights else "pretrained weights"
-        )
+    kinds = [*_among(runs_of, lambda run: f"{'random' if run.provenance.random_weights else 'pretrained'} weights")]
+    if kinds:
+        yield from kinds
         return
     for model in sorted({run.record.spec.backbone.model for runs in runs_of.values() for run in runs}):
         same = {

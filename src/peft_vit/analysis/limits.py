@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, TypeGuard
 
 from peft_vit.analysis.studies import Run, Study
@@ -64,7 +65,7 @@ class ExportedLatency:
     def of(self, runs: Sequence[Run]) -> float | None:
         """Return the mean over an experiment's runs, in seconds; None if none of them was timed."""
         rows = self.rows.get(runs[0].experiment.name, ())
-        return math.fsum(row.median_s for row in rows) / len(rows) if rows else None
+        return fmean(row.median_s for row in rows) if rows else None
 
 
 def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> ExportedLatency:
@@ -134,9 +135,9 @@ def cost_of(runs: Sequence[Run], latency_batch: int | None, exported: ExportedLa
     parameters = [run.parameters.final for run in runs]
     latencies = [None if latency_batch is None else run.record.latency_s.get(latency_batch) for run in runs]
     return Cost(
-        stored_bytes=math.fsum(stored) / len(runs),
+        stored_bytes=fmean(stored),
         largest_bytes=max(stored),
-        parameters=math.fsum(parameters) / len(runs),
+        parameters=fmean(parameters),
         largest_parameters=max(parameters),
         seconds_per_step=_mean([run.record.seconds_per_step for run in runs]),
         latency_s=_mean(latencies) if exported is None else exported.of(runs),
@@ -145,7 +146,7 @@ def cost_of(runs: Sequence[Run], latency_batch: int | None, exported: ExportedLa
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if is_time(value)]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def is_time(value: float | None) -> TypeGuard[float]:
