@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import Comparison, MethodResult, method_results
-from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
@@ -39,7 +38,6 @@ class Analysis:
     courses: tuple[Course, ...]
     pairs: AllPairs
     fronts: tuple[Front, ...]
-    convergence: tuple[Convergence, ...]
     calibration: tuple[Calibration, ...]
     calibration_differences: tuple[CalibrationDifferences, ...]
     importance: tuple[ImportancePattern, ...]
@@ -64,7 +62,6 @@ def analyze(study: Study) -> Analysis:
         courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
-        convergence=convergences(study),
         calibration=calibrated,
         calibration_differences=calibration_differences,
         importance=patterns,

@@ -105,7 +105,7 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import limits, load_studies
-    from peft_vit.analysis.exported_latency import exported_latency
+    from peft_vit.analysis.limits import exported_latency
     from peft_vit.analysis.recommendation import check_margin
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study

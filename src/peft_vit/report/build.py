@@ -9,13 +9,12 @@ from pathlib import Path
 
 from peft_vit.analysis import Results, analyze, read_results, study_agreements
 from peft_vit.errors import UserError
-from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
+from peft_vit.records import HTML_FILE, MARKDOWN_FILE, as_csv, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.examples import Thumbnails
 from peft_vit.report.html import write_html
 from peft_vit.report.markdown import write_markdown
 from peft_vit.report.publication import write_publication
-from peft_vit.report.rows import as_csv
 from peft_vit.report.sections import study_documents
 
 
