@@ -15,7 +15,7 @@ from peft_vit.config import METHOD_KINDS, PROBE_L2, StudyConfig, load_study
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import ADAPTER_FILE, RunRecord, read_record, run_folder
 from peft_vit.runs.restore import prepare_as_saved
-from peft_vit.studies import Plan, plan_study
+from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.smoke import smoke_study
 
 _FILES = sorted((Path(__file__).parents[2] / "experiments" / "configs").glob("*.yaml"))

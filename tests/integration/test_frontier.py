@@ -25,7 +25,7 @@ from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.report.formatting import fixed, points_interval
 from peft_vit.statistics import Interval
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
 SCREENINGS = {task: load_study(CONFIGS / f"frontier_screening_{task}.yaml") for task in frontier_configs.SCREENED}

@@ -7,7 +7,8 @@ import pytest
 
 from peft_vit.costs.cache import Costs, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
-from peft_vit.studies import plan_study, profiling
+from peft_vit.studies import profiling
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import Speed, costs_of, measure_costs
 from peft_vit.training import Progress
 

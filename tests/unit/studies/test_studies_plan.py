@@ -13,8 +13,7 @@ from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, run_folder, write_record
 from peft_vit.records.study_file import read_study_file
-from peft_vit.studies import plan_study
-from peft_vit.studies.plan import plan_begun_study
+from peft_vit.studies.plan import plan_begun_study, plan_study
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import study_file, write_study_file
 

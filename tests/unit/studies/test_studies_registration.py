@@ -10,8 +10,8 @@ from peft_vit.analysis import hypotheses
 from peft_vit.errors import UserError
 from peft_vit.records import Registration, read_records
 from peft_vit.records.study_file import read_study_file
-from peft_vit.studies import plan_study
 from peft_vit.studies.events import RunStarted
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
 
 pytestmark = pytest.mark.part("runner")
