@@ -11,7 +11,7 @@ from typing import cast
 from peft_vit.adapters.peft_files import peft_sha256
 from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
-from peft_vit.config import Precision, StudyConfig
+from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
 from peft_vit.costs.estimate import (
     Estimate,
     EstimateRequest,
@@ -29,7 +29,7 @@ from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured
+from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
 
@@ -217,18 +217,18 @@ def _within_memory(
     study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
 ) -> tuple[StudyConfig, dict[str, Choice]]:
     """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
-    experiments, choices = list(study.experiments), {}
-    for place, experiment in enumerate(study.experiments):
-        if not experiment.training.is_undecided:
-            continue
+    choices: dict[str, Choice] = {}
+
+    def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         check_weights(study.backbone)
         spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
             training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
-        experiments[place] = experiment.model_copy(update={"training": training})
-    return study.model_copy(update={"experiments": tuple(experiments)}), choices
+        return training
+
+    return with_decided(study, decide_measured), choices
 
 
 def _requests(
