@@ -16,7 +16,7 @@ from peft_vit.config import study_from_mapping
 from peft_vit.statistics import Course
 from peft_vit.studies.commands import Execution, run_until_decided
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4)  # points
 LEAD = {"ahead": 6.0, "level": 0.2, "behind": -6.0}  # of the control, points

@@ -29,7 +29,7 @@ from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 
-pytestmark = pytest.mark.part("tuning")
+pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")

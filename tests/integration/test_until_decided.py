@@ -15,7 +15,7 @@ from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.studies.commands import Execution, run_until_decided
 from peft_vit.studies.time_limit import Limit
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 SEEDS = 12
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4, -0.2, 0.6)  # points

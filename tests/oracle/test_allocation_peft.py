@@ -334,7 +334,7 @@ def test_trap_new_weights_meet_old_gradients_in_peft(tiny_vit, batch) -> None:
     before = adapter.lora_A.detach().clone()
     controller.update_importance_scores(model, 1)
     optimizer.step()
-    smooth = controller.tracker.state_dict()[controller.names[0]]["lora_A.sensitivity"]
+    smooth = controller.tracker.state_dict()[f"smoothed/{controller.names[0]}/lora_A.sensitivity"]
     torch.testing.assert_close(smooth, 0.15 * before.abs())
 
 

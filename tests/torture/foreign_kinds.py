@@ -23,7 +23,7 @@ import study_kinds
 from kinds_of_files import Nasty, Target
 from mutations import Mutation
 from safetensors.torch import save
-from sound_files import CONFIGS, SIDE, SoundFiles
+from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.adapters.peft_files import doubts_about
 from peft_vit.analysis import analyze, load_studies
@@ -42,12 +42,12 @@ from peft_vit.studies.plan import plan_study
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """YAML of studies: the project's own, and small ones on every data set."""
+    """YAML of studies: the examples, and small ones on every data set."""
     folder = sound.inputs / "yaml"
     folder.mkdir()
-    for source in (*CONFIGS.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
+    for source in (*EXAMPLES.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
         (folder / source.name).write_bytes(source.read_bytes())
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("hypotheses"))  # studies name these
+    files = sorted(folder.iterdir())
 
     def target(file: Path) -> Target:
         def plan() -> None:

@@ -53,12 +53,12 @@ from peft_vit.records import (
 from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
-RESULTS = CONFIGS.parents[1] / "results"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
 
 
 def study() -> StudyConfig:
-    return load_study(CONFIGS / "quickstart.yaml")
+    return load_study(EXAMPLES / "quickstart.yaml")
 
 
 def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
@@ -391,7 +391,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
 
 
 @pytest.mark.parametrize(
-    ("archive", "experiment", "flips"),
+    ("study", "experiment", "flips"),
     [
         ("study_elpv", "lora", "horizontal"),
         ("study_elpv", "linear", "horizontal"),
@@ -400,11 +400,11 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         ("study_digits", "lora", "none"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(archive: str, experiment: str, flips: str, tmp_path: Path) -> None:
+def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, flips: str, tmp_path: Path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
-    with tarfile.open(RESULTS / f"{archive}.tar.xz") as kept:
+    with tarfile.open(KEPT) as kept:
         for member in kept:
-            if re.search(rf"/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
+            if re.search(rf"^{study}/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
                 (tmp_path / "record.json").write_bytes(kept.extractfile(member).read())
                 read = read_record(tmp_path / "record.json")
                 assert read.spec.digest() == read.spec_digest
@@ -459,7 +459,7 @@ def test_a_study_that_time_made_smaller_is_refused_and_one_that_it_did_not_is_re
 
 def older(tmp_path: Path, section: str, **settings: object) -> Path:
     """Return the file of a record in which a section of the experiment has further settings."""
-    name = {"adalora": "adalora_top_k_fisher", "training": "lora_r1"}[section]
+    name = "adalora_top_k_fisher" if section == "adalora" else "lora_r1"
     file = write_record(tmp_path, record(spec(name)))
     data = json.loads(file.read_text())
     data["spec"]["experiment"][section] |= settings
@@ -503,6 +503,18 @@ def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, mo
     with pytest.raises(UserError, match=words) as caught:
         read_study_file(tmp_path)
     assert caught.value.file == str(tmp_path / STUDY_FILE)
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "named"),
+    [
+        ("lora", {"rank": None, "ranks": {"rule": "eva", "budget": 9}}, "lora.ranks.rule: eva"),
+        ("adalora", {"importance_metric": "singular_value"}, "adalora.importance_metric: singular_value"),
+    ],
+)
+def test_rules_and_metrics_that_went_are_named(tmp_path: Path, section: str, settings: Any, named: str) -> None:
+    with pytest.raises(UserError, match=f"experiment.{named} is something that this version no longer has"):
+        read_record(older(tmp_path, section, **settings))
 
 
 def test_looks_at_any_time_are_refused_and_the_share_that_was_no_number_is_todays(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets,
 from peft_vit.adapters.peft_sites import peft_sites
 from peft_vit.adapters.resizable import check_resizable
 from peft_vit.adapters.resizing import resize_adapters
-from peft_vit.adapters.singular_triplets import singular_values, to_singular_triplets, write_in_singular_triplets
 
 __all__ = [
     "AdaptedLinear",
@@ -54,11 +53,8 @@ __all__ = [
     "resize_adapters",
     "restore_trained",
     "set_ranks",
-    "singular_values",
     "site_adapters",
-    "to_singular_triplets",
     "trained_tensors",
     "update_ranks",
     "without_updates",
-    "write_in_singular_triplets",
 ]

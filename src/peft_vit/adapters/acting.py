@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import adapted_sites, site_adapters
-from peft_vit.adapters.peft_layers import tuner_layers
+from peft_vit.adapters.peft_layers import sites_of_layers, tuner_layers
 from peft_vit.backbones import Backbone, evaluating
 from peft_vit.errors import UserError
 
@@ -91,10 +91,7 @@ def _adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of each site's adapter that hold anything, by the site's name."""
     owners = {name: one for name, one in site_adapters(model).items() if isinstance(one, nn.Module)}
     layers = tuner_layers(model)
-    by_module = {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
-    for name, site in adapted_sites(model).items():
-        if name not in owners:
-            owners[name] = by_module[site.module]
+    owners |= {site.name: layers[key] for key, site in sites_of_layers(model).items()}
     return {
         name: [one for one in owner.parameters() if one.requires_grad and one.numel()] for name, owner in owners.items()
     }

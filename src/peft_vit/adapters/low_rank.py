@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
-SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
+_SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
 
 
 class SiteAdapter(nn.Module):
@@ -102,7 +102,7 @@ class SiteAdapter(nn.Module):
             lora_B = torch.randn(self.out_features, count, generator=self.generator)
             if self.factor_start == "orthonormal":
                 return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
-            return lora_A * SVD_INIT_STD, lora_B * SVD_INIT_STD, torch.zeros(count)
+            return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
         bound = self.start_size(count + beside) / math.sqrt(self.in_features)
         lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
         return lora_A, torch.zeros(self.out_features, count), None

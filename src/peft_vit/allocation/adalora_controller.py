@@ -36,7 +36,6 @@ from peft_vit.adapters import (
     resize_adapters,
     set_ranks,
     site_adapters,
-    write_in_singular_triplets,
 )
 from peft_vit.allocation.attach import attach_or_check
 from peft_vit.allocation.budget import bounds_for, check_start, costs_for, schedule_for
@@ -44,7 +43,6 @@ from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, ta
 from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
 from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
 from peft_vit.allocation.strategies import allocate, even_ranks
-from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
@@ -270,8 +268,6 @@ class AdaLoRAController:
         if ranks != self.ranks:
             if not self._triplet_scores:
                 raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
-            if self.config.importance_metric == "singular_value":
-                write_in_singular_triplets(site_adapters(model), optimizer, ranks)
             self._renew_generators(model, ranks)
             kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
             self.tracker.follow(kept, ranks)
@@ -322,7 +318,6 @@ class AdaLoRAController:
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
         """
-        tensors = {"generator": self.tracker.generator.get_state(), "smoothed": self.tracker.state_dict()}
         values = {
             "made_with": self._made_with(),
             "scored": self._scored,
@@ -332,7 +327,7 @@ class AdaLoRAController:
             "score_history": self.score_history,
             "probe_history": self.probe_history,
         }
-        return {"values": copy.deepcopy(values), "tensors": flatten(tensors)}
+        return {"values": copy.deepcopy(values), "tensors": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
@@ -342,7 +337,7 @@ class AdaLoRAController:
         Raises:
             UserError: if the state belongs to another configuration, length of run, seed or set of sites.
         """
-        values, tensors = copy.deepcopy(state["values"]), unflatten(state["tensors"])
+        values = copy.deepcopy(state["values"])
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:
@@ -352,8 +347,7 @@ class AdaLoRAController:
         self.rank_history, self.score_history = values["rank_history"], values["score_history"]
         self.probe_history = values["probe_history"]
         self._triplet_scores, self._optimizer = {}, None
-        self.tracker.generator.set_state(tensors["generator"])
-        self.tracker.load_state_dict(tensors.get("smoothed", {}))
+        self.tracker.load_state_dict(state["tensors"])
 
     def _made_with(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")

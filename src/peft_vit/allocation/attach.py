@@ -1,4 +1,4 @@
-"""Which sites a controller allocates to: ours, put on a plain model or found there, or those that PEFT has made."""
+"""Which sites a controller allocates to: ours, put on a plain model, or those that PEFT has made."""
 
 from __future__ import annotations
 
@@ -9,60 +9,32 @@ from peft_vit.backbones import Backbone, Site, chosen, find_sites
 from peft_vit.config import AdaLoraConfig, AdapterConfig
 from peft_vit.errors import UserError
 
-_STATED = ("scale", "parametrization", "factor_start", "lambda_gain")
-
 
 def attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int = 1) -> tuple[Site, ...]:
     """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
 
     Raises:
-        UserError: if the model is of another class, or carries adapters that don't fit the settings.
+        UserError: if the model is of another class, carries adapters of ours, or such of PEFT that don't fit the
+            settings.
     """
     found = peft_sites(model)
     if found:
         _check_peft(model, config, pool)
         return found
     sites = find_sites(model, config.targets)
-    if site_adapters(model):
-        _check_own(model, config, pool)
-    else:
-        attach_adapters(
-            model,
-            sites,
-            0,
-            scale=config.scale,
-            seed=seed,
-            parametrization=config.parametrization,
-            factor_start=config.factor_start,
-            lambda_gain=config.lambda_gain,
-            pool=pool,
-            check=False,  # the ranks come later, and the check after them
-        )
-    different = set(site_adapters(model)) ^ {site.name for site in sites}
-    if different:
-        raise UserError(f"the model's adapters and adalora.targets differ at {min(different)}", field="adalora.targets")
+    attach_adapters(
+        model,
+        sites,
+        0,
+        scale=config.scale,
+        seed=seed,
+        parametrization=config.parametrization,
+        factor_start=config.factor_start,
+        lambda_gain=config.lambda_gain,
+        pool=pool,
+        check=False,  # the ranks come later, and the check after them
+    )
     return sites
-
-
-def _check_own(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:
-    """Refuse adapters of ours that compute something else than the settings say."""
-    stated = {f"adalora.{name}": getattr(config, name) for name in _STATED} | {"pool": pool}
-    kinds = adapted_kinds(model)
-    for name, adapter in site_adapters(model).items():
-        if len(kinds[name]) > 1:
-            *some, last = kinds[name]
-            raise UserError(
-                f"{', '.join(some)} and {last} share this adapter, as import_peft attaches it, and can't have ranks of "
-                "their own; hand over a plain model, or one that peft.PeftModel.from_pretrained has wrapped",
-                field=name,
-            )
-        for field, value in stated.items():
-            present = getattr(adapter, field.rpartition(".")[2])
-            if present != value:
-                raise UserError(
-                    f"the model's adapter on {name} has {present}, the settings say {value}; make them equal",
-                    field=field,
-                )
 
 
 def _check_peft(model: nn.Module, config: AdaLoraConfig, pool: int) -> None:

@@ -24,18 +24,18 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft_vit.allocation.layer_gradients import FORWARD_IMAGES, frozen, layer_gradients, squared_singular_values
+from peft_vit.allocation.layer_gradients import frozen, layer_gradients, squared_singular_values
+from peft_vit.allocation.strategies import Floats
 from peft_vit.backbones import Backbone, Site, visit_blocks
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 from peft_vit.seeding import torch_generator
 
-Floats = npt.NDArray[np.float64]
+_FORWARD_IMAGES = 64
 # Of the head's logistic regression (1 / its L2 penalty), on features scaled to a mean squared norm of 1. On 64 images
 # of ELPV the held-out loss is near its least, 0.45 of 0.43, and that on the fitted images, 0.35, not far below it; with
 # 32 they are 0.43 and 0.19.
@@ -77,7 +77,7 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
         )
     backbone = Backbone(model)
     with frozen(model), torch.no_grad():
-        features = torch.cat([backbone.features(chunk) for chunk in images.split(FORWARD_IMAGES)])
+        features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])
     centre = features.mean(0)
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
@@ -143,7 +143,7 @@ def _divergences(
     backbone = Backbone(model)
     layer_of = {site.module: site.layer for site in backbone.sites}
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
-    for chunk in images.split(FORWARD_IMAGES):
+    for chunk in images.split(_FORWARD_IMAGES):
         logits: dict[str, list[Tensor]] = {name: [] for name in low}
 
         def visit(block: int, rest: Callable[[], Tensor], logits: dict[str, list[Tensor]] = logits) -> None:

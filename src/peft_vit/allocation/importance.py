@@ -5,14 +5,6 @@ gradients g = dL/dw, the score after each backward pass is
 
     magnitude      scale gain |lambda_i| ||P_i|| ||Q_i||, or scale ||b_i|| ||a_i||: the Frobenius norm of the triplet's
                    update; sites that PEFT made may have scales of their own
-    relative_magnitude
-                   magnitude over that of a triplet of the same shape that training has told nothing: A, or P and Q, of
-                   the size that they start with, and each value of B, or lambda, moved by 1, as Adam's first steps
-                   move each by about the learning rate whatever its gradient. Under AdamW it is how far a triplet has
-                   come in that unit; magnitude alone grows with sqrt(out)
-    singular_value the singular values of the site's update, the largest first: what PARA (arXiv 2604.27796) cuts by one
-                   threshold over all sites once training is over. A site whose rank changes is written in its
-                   singular triplets before, and Adam starts anew there
     gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
                    B at the inverse, whatever the rank has made of them (`SiteAdapter.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
@@ -40,8 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import matrix_norm
 
-from peft_vit.adapters import AdaptedLinear, Adapter, SiteAdapter, adapted_modules, singular_values
-from peft_vit.adapters.low_rank import SVD_INIT_STD
+from peft_vit.adapters import AdaptedLinear, Adapter, adapted_modules
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
@@ -117,13 +108,10 @@ class ImportanceTracker:
             noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
             return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
         parts = _parts(adapters)
-        if self.metric == "singular_value":
-            return {name: singular_values(one) for name, one in adapters.items()}
-        if self.metric in ("magnitude", "relative_magnitude"):
-            of = _over_untrained if self.metric == "relative_magnitude" else _factor
+        if self.metric == "magnitude":
             weights = [part.weight for part in parts]
             squares = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
-            scores = {site: square.sqrt_().mul_(of(adapters[site])) for site, square in squares.items()}
+            scores = {site: square.sqrt_().mul_(_factor(adapters[site])) for site, square in squares.items()}
         else:
             scores = self._smoothed_scores(parts, loss_scale) if parts else {}
         return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
@@ -181,16 +169,19 @@ class ImportanceTracker:
                 shape[dim] = ranks[site] - len(kept[site])
                 self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Return a copy of the smoothed quantities by site."""
-        state: dict[str, dict[str, Tensor]] = {}
-        for (site, quantity), value in self._state.items():
-            state.setdefault(site, {})[quantity] = value.clone()
-        return state
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return a copy of the generator's state and the smoothed quantities, by names that safetensors can store."""
+        smoothed = {f"smoothed/{site}/{quantity}": value.clone() for (site, quantity), value in self._state.items()}
+        return {"generator": self.generator.get_state(), **smoothed}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over a copy of the smoothed quantities by site."""
-        self._state = {(site, name): value.clone() for site, values in state.items() for name, value in values.items()}
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a copy of such a state."""
+        self.generator.set_state(state["generator"])
+        self._state = {}
+        for name, value in state.items():
+            if name.startswith("smoothed/"):
+                _, site, quantity = name.split("/")
+                self._state[site, quantity] = value.clone()
 
     def move_to(self, device: torch.device) -> None:
         """Bring the smoothed quantities to the adapters' device: a loaded state may lie elsewhere."""
@@ -257,16 +248,6 @@ def _factor(adapter: Adapter) -> float:
     """Return the Frobenius norm of a triplet's update over the product of its parameters' norms."""
     gain = 1.0 if adapter.lora_lambda is None else adapter.lambda_gain
     return abs(adapter.scale * gain) * math.sqrt(adapter.pool)  # each value of A stands for a pool of equal columns
-
-
-def _over_untrained(adapter: Adapter) -> float:
-    """Return 1 over the product of the norms of a triplet's parameters before training has told it anything."""
-    columns, outputs = adapter.lora_A.shape[1], adapter.lora_B.shape[0]
-    if adapter.lora_lambda is None:
-        # A is uniform within start_size / sqrt(in), a third of whose square is the variance; B has moved by 1.
-        return math.sqrt(3 * adapter.pool / outputs) / adapter.start_size(adapter.rank)
-    assert isinstance(adapter, SiteAdapter)
-    return 1.0 if adapter.factor_start == "orthonormal" else 1 / (SVD_INIT_STD**2 * math.sqrt(columns * outputs))
 
 
 def _gradients(parts: Sequence[_Part]) -> list[Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from peft_vit.backbones import evaluating
 
 BACKWARD_IMAGES = 8  # gradients of a layer's outputs exist for as many images at once
-FORWARD_IMAGES = 64
 
 
 @contextmanager

@@ -1,29 +1,14 @@
 """Ranks of a LoRA that are chosen once, before the first step, by a rule; below one rank a site, too.
 
-W (out, in) is a site's frozen weight, and X are its inputs, one row a token of each calibration image. G = dL/dW is the
-gradient of the run's own loss over all calibration images, at the head that training starts from, and G_b that over
-the b-th batch of 8 of them.
+W (out, in) is a site's frozen weight. G = dL/dW is the gradient of the run's own loss over all calibration images, at
+the head that training starts from. Two rules score:
 
-Rules that rank all ranks of all sites, and take the best:
-
-    eva          the k-th rank of a site scores the k-th explained variance ratio of X, lambda_k / sum of all lambda,
-                 with lambda the eigenvalues of X's covariance (EVA, arXiv 2410.07170, and its code in PEFT). Here the
-                 ranks alone are taken, not EVA's start of A, and `maximum_rank` stands in for rho times the rank that
-                 PEFT's code allows a site; query, key and value see the same X
-    gradient     the k-th scores sigma_k(G)^2. Of all updates of K rank-one terms at any sites and Frobenius norm n, the
-                 loss falls most to first order, by n sqrt(sum of the K largest sigma^2), along those (Eckart and
-                 Young 1936, on the block diagonal matrix of all G)
-    spt          the k-th scores the k (in + out)-th largest element of sum_b G_b^2. SPT (arXiv 2303.08566) calls the
-                 elements of all matrices with the largest sum of squared gradients sensitive, and adapts a matrix that
-                 has as many of them as its LoRA has values (its code: a tenth of that). Here a LoRA grows rank by
-                 rank, and as many elements are sensitive as spend the budget
-
-Rules that share in proportion (whole ranks by largest remainder):
-
-    gora         ranks in proportion to mean |W * G| / sqrt(in + out) (GoRA, arXiv 2502.12171, eq. 5 and after), without
-                 its smallest and largest rank and its start of B
-    stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2 (after the abstract of SR-LoRA, arXiv 2507.00327, whose
-                 code has its ranks as numbers and no formula): reads no image
+    gradient     the k-th rank of a site scores sigma_k(G)^2, and the best ranks of all sites are taken. Of all updates
+                 of K rank-one terms at any sites and Frobenius norm n, the loss falls most to first order, by
+                 n sqrt(sum of the K largest sigma^2), along those (Eckart and Young 1936, on the block diagonal matrix
+                 of all G)
+    stable_rank  ranks in proportion to ||W||_F^2 / ||W||_2^2, whole ones by largest remainder (after the abstract of
+                 SR-LoRA, arXiv 2507.00327, whose code has its ranks as numbers and no formula): reads no image
 
 Controls, which read nothing:
 
@@ -35,24 +20,23 @@ Controls, which read nothing:
     first_blocks, last_blocks  likewise from the first block on, or from the last block backwards
 
 A budget has the units of `budget.rank_costs`. Under one other than ranks `gradient` divides its score by what a rank
-costs; the others were published for ranks and go by the scores above.
+costs; `stable_rank` was published for ranks and goes by the score above.
 """
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear
 from peft_vit.allocation.budget import rank_costs
 from peft_vit.allocation.importance import weight_scores
-from peft_vit.allocation.layer_gradients import FORWARD_IMAGES, frozen, layer_gradients, squared_singular_values
+from peft_vit.allocation.layer_gradients import frozen, layer_gradients, squared_singular_values
 from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate
 from peft_vit.backbones import Site
 from peft_vit.config import ORDERED_RULES, StartingRanksConfig
@@ -114,29 +98,40 @@ def choose_starting_ranks(
         sites: that carry them.
         config: the settings.
         seed: of the run, for `random`.
-        batch: for rules that read images.
+        batch: for the rule that reads images.
 
     Raises:
         UserError: as `check_starting_ranks`, or if a score is not finite, or none is above 0.
     """
     check_starting_ranks(config, sites)
     names = [site.name for site in sites]
-    if config.reads == "nothing":
-        ranks, scores = _controlled(config, sites, seed), {}
-    else:
-        by_rank = _scored(config.rule, model, sites, batch)
-        scores = {name: float(by_rank[name][0]) for name in names}
-        if not any(scores.values()):
-            problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
-            raise UserError(problem, field="lora.ranks.rule")
-        ranks = _by_scores(config, sites, by_rank)
-        _warn_of_no_effect(config, ranks.tolist(), scores)
-    return dict(zip(names, ranks.tolist(), strict=True)), scores
+    if not config.scores_sites:
+        return dict(zip(names, _controlled(config, sites, seed).tolist(), strict=True)), {}
+    by_rank = _scored(config.rule, model, sites, batch)
+    scores = {name: float(by_rank[name][0]) for name in names}
+    if not any(scores.values()):
+        problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
+        raise UserError(problem, field="lora.ranks.rule")
+    ranks = dict(zip(names, _by_scores(config, sites, [by_rank[name] for name in names]).tolist(), strict=True))
+    alike = [what for what, of in (("score", scores), ("rank", ranks)) if len(set(of.values())) == 1]
+    if alike:
+        warnings.warn(
+            f"lora.ranks: rule {config.rule} gave every site the same {alike[0]}, so it says nothing about the sites",
+            SilentNoEffectWarning,
+            stacklevel=3,
+        )
+    return ranks, scores
 
 
-def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> Mapping[str, Floats]:
+def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
+    """Return the scores of each site's ranks, the first one first, or under `stable_rank` one a site."""
     try:
-        by_rank = _SCORES[rule](model, sites, batch)
+        if rule == "stable_rank":
+            by_rank = {name: np.array([score]) for name, score in weight_scores(model, "stable_rank").items()}
+        else:
+            assert batch is not None
+            gradients = _weight_gradients(model, sites, batch)
+            by_rank = {site.name: squared_singular_values(gradients[site.module][site.span]).numpy() for site in sites}
         finite = all(np.isfinite(scores).all() for scores in by_rank.values())
     except torch.linalg.LinAlgError:  # of a matrix with NaN
         finite = False
@@ -146,21 +141,33 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
     return by_rank
 
 
-def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Mapping[str, Floats]) -> Ints:
+def _weight_gradients(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch) -> dict[str, Tensor]:
+    """Return G (out, in) of each module."""
+    images, labels, loss = batch
+    sizes: list[int] = []
+
+    def mean_loss(logits: Tensor, part: slice) -> Tensor:
+        sizes.append(len(logits))
+        return loss(logits.float(), labels[part])
+
+    modules = list(dict.fromkeys(site.module for site in sites))
+    mean: dict[str, Tensor] = {}
+    with frozen(model):
+        for name, outputs, inputs in layer_gradients(model, modules, images, model, mean_loss):
+            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out, in)
+            mean[name] = mean.get(name, 0) + gradient * (sizes[-1] / len(images))
+    return mean
+
+
+def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Sequence[Floats]) -> Ints:
     costs, largest = _costs(config, sites), _largest(sites)
     if config.maximum_rank is not None:
         largest = np.minimum(largest, config.maximum_rank)
-    # `allocate` divides by costs; a score that goes by ranks in every unit is multiplied by them before.
-    weights = np.ones(len(sites)) if config.rule == "gradient" else costs.astype(np.float64)
-    scored = [weight * by_rank[site.name] for weight, site in zip(weights, sites, strict=True)]
-    return allocate(
-        "proportional" if config.rule in _IN_PROPORTION else "global",
-        np.array([one[0] for one in scored]),
-        config.budget,
-        Bounds(np.zeros_like(largest), largest),
-        costs=costs,
-        triplet_scores=scored,
-    )
+    bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[0] for scores in by_rank])
+    if config.rule == "gradient":
+        return allocate("global", firsts, config.budget, bounds, costs=costs, triplet_scores=by_rank)
+    # `allocate` divides by costs, and this score goes by ranks in every unit.
+    return allocate("proportional", costs * firsts, config.budget, bounds, costs=costs)
 
 
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
@@ -221,16 +228,6 @@ def _fill(ranks: Ints, order: Iterable[int], each: int, left: int, costs: Ints, 
     return before - left
 
 
-def _warn_of_no_effect(config: StartingRanksConfig, ranks: Sequence[int], scores: Mapping[str, float]) -> None:
-    if len(set(scores.values())) == 1 or len(set(ranks)) == 1:
-        what = "score" if len(set(scores.values())) == 1 else "rank"
-        warnings.warn(
-            f"lora.ranks: rule {config.rule} gave every site the same {what}, so it says nothing about the sites",
-            SilentNoEffectWarning,
-            stacklevel=4,
-        )
-
-
 def _costs(config: StartingRanksConfig, sites: Sequence[Site]) -> Ints:
     shapes = [(site.in_features, site.out_features) for site in sites]
     return rank_costs(config.unit, shapes, [site.tokens for site in sites])
@@ -238,118 +235,3 @@ def _costs(config: StartingRanksConfig, sites: Sequence[Site]) -> Ints:
 
 def _largest(sites: Sequence[Site]) -> Ints:
     return np.array([min(site.in_features, site.out_features) for site in sites], dtype=np.int64)
-
-
-# --- scores of a site's ranks, the first one first -------------------------------------------------------------------
-
-
-def _explained_variance(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
-    assert batch is not None
-    ratios = {}
-    for module, covariance in _input_covariances(model, _modules(sites), batch.images).items():
-        eigenvalues = torch.linalg.eigvalsh(covariance.double().cpu()).flip(0).clamp(min=0)
-        ratios[module] = (eigenvalues / eigenvalues.sum().clamp(min=torch.finfo(torch.float64).tiny)).numpy()
-    return {site.name: ratios[site.module][: min(site.in_features, site.out_features)] for site in sites}
-
-
-@torch.no_grad()
-def _input_covariances(model: nn.Module, modules: Sequence[str], images: Tensor) -> dict[str, Tensor]:
-    """Return the covariance (in, in) of each layer's inputs over the tokens of all images."""
-    # Counted from the first images' mean: some inputs are far from 0 beside their spread, and squares would lose it.
-    origin: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    tokens: dict[str, int] = dict.fromkeys(modules, 0)
-
-    def add(name: str, given: tuple[Tensor, ...]) -> None:
-        x = given[0].flatten(0, -2).float()  # (B, T, in) to (B T, in)
-        x = x - origin.setdefault(name, x.mean(0))
-        sums[name] = sums.get(name, 0) + x.sum(0)
-        squares[name] = squares.get(name, 0) + x.T @ x
-        tokens[name] += len(x)
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: add(name, given))
-        for name in modules
-    ]
-    try:
-        with frozen(model):
-            for chunk in images.split(FORWARD_IMAGES):
-                model(chunk)
-    finally:
-        for handle in handles:
-            handle.remove()
-    means = {name: total / tokens[name] for name, total in sums.items()}
-    return {name: squares[name] / tokens[name] - torch.outer(mean, mean) for name, mean in means.items()}
-
-
-def _gradient_values(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
-    mean, _ = _weight_gradients(model, _modules(sites), batch)
-    return {site.name: squared_singular_values(mean[site.module][site.span]).numpy() for site in sites}
-
-
-def _sensitive_elements(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
-    _, squares = _weight_gradients(model, _modules(sites), batch)
-    scores = {}
-    for site in sites:
-        values = site.in_features + site.out_features  # of a rank
-        ordered = squares[site.module][site.span].flatten().sort(descending=True).values
-        scores[site.name] = ordered[values - 1 :: values].double().cpu().numpy()
-    return scores
-
-
-def _weight_times_gradient(
-    model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None
-) -> dict[str, Floats]:
-    mean, _ = _weight_gradients(model, _modules(sites), batch)
-    scores = {}
-    for site in sites:
-        importance = (_frozen_weight(model, site) * mean[site.module][site.span]).abs().mean().item()
-        scores[site.name] = np.array([importance / np.sqrt(site.in_features + site.out_features)])
-    return scores
-
-
-def _stable_ranks(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch | None) -> dict[str, Floats]:
-    return {name: np.array([score]) for name, score in weight_scores(model, "stable_rank").items()}
-
-
-def _weight_gradients(
-    model: nn.Module, modules: Sequence[str], batch: CalibrationBatch | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return, by module, G (out, in) of all images, and the sum of the batches' squared gradients."""
-    assert batch is not None
-    images, labels, loss = batch
-    sizes: list[int] = []
-
-    def mean_loss(logits: Tensor, part: slice) -> Tensor:
-        sizes.append(len(logits))
-        return loss(logits.float(), labels[part])
-
-    mean: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
-    with frozen(model):
-        for name, outputs, inputs in layer_gradients(model, modules, images, model, mean_loss):
-            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out, in)
-            mean[name] = mean.get(name, 0) + gradient * (sizes[-1] / len(images))
-            squares[name] = squares.get(name, 0) + gradient.square()
-    return mean, squares
-
-
-def _frozen_weight(model: nn.Module, site: Site) -> Tensor:
-    module = model.get_submodule(site.module)
-    assert isinstance(module, AdaptedLinear)
-    return module.frozen_weight()[site.span]
-
-
-def _modules(sites: Sequence[Site]) -> list[str]:
-    return list(dict.fromkeys(site.module for site in sites))
-
-
-_SCORES: dict[str, Callable[[nn.Module, Sequence[Site], CalibrationBatch | None], dict[str, Floats]]] = {
-    "eva": _explained_variance,
-    "gradient": _gradient_values,
-    "spt": _sensitive_elements,
-    "gora": _weight_times_gradient,
-    "stable_rank": _stable_ranks,
-}
-_IN_PROPORTION = ("gora", "stable_rank")

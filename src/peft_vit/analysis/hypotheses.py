@@ -1,8 +1,8 @@
 """The hypothesis registry: sentences written down before the data, and what decides each of them.
 
-One file comes with the package (`experiments/configs/hypotheses.yaml` in the repository); a user's own file adds to
-it. Before a run begins, `Registry.registration` goes into its record: who changes a sentence, a margin or a test
-afterwards has another digest, and the verdict on it is exploratory.
+One file comes with the package (`analysis/hypotheses.yaml`); a user's own file adds to it. Before a run begins,
+`Registry.registration` goes into its record: who changes a sentence, a margin or a test afterwards has another digest,
+and the verdict on it is exploratory.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import typer
 from peft_vit.cli.app import DeviceOption, ExecutorOption, PrecisionOption, app
 from peft_vit.config import DEFAULT_MODEL, ActivationCheckpointing, Library, MethodName
 
-DEFAULT_OUTPUT = Path("experiments/outputs/adaptive")
-SMOKE_OUTPUT = Path("experiments/outputs/adaptive_smoke")  # apart: a smoke run must not stand in for a real one
+DEFAULT_OUTPUT = Path("peft-vit-runs")
+SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
 Output = Annotated[
@@ -185,7 +185,7 @@ def train(
         int, typer.Option(min=0, help="of what training draws: the start, batches, and with --shots the images")
     ] = 0,
     threads: Annotated[int, typer.Option(min=1, help="of PyTorch")] = 2,
-    output: Annotated[Path, typer.Option(help="where the record and the adapter go")] = Path("peft-vit-runs"),
+    output: Annotated[Path, typer.Option(help="where the record and the adapter go")] = DEFAULT_OUTPUT,
     smoke: Smoke = False,
 ) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.

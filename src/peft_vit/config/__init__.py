@@ -20,7 +20,7 @@ from peft_vit.config.augmentation import (
 )
 from peft_vit.config.importance import METRICS, Metric
 from peft_vit.config.loading import load_study, one_line, study_from_mapping
-from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, STARTING_RULES, LoraConfig, StartingRanksConfig
+from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
 from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
@@ -69,7 +69,6 @@ __all__ = [
     "SECTIONS",
     "SEEDS",
     "SITE_MATRICES",
-    "STARTING_RULES",
     "ActivationCheckpointing",
     "AdaLoraConfig",
     "AdapterConfig",

@@ -129,14 +129,6 @@ class AdaLoraConfig(AdapterConfig):
         return self
 
     @model_validator(mode="after")
-    def _singular_values_can_be_cut(self) -> Self:
-        if self.importance_metric != "singular_value":
-            return self
-        if self.parametrization != "product":
-            raise ValueError("importance_metric: singular_value needs parametrization: product")
-        return self
-
-    @model_validator(mode="after")
     def _something_is_decided(self) -> Self:
         if self.allocation_strategy == "global" and self.budget_schedule == "constant":
             raise ValueError(

@@ -28,8 +28,6 @@ class ImportanceMetric:
 
 METRICS: dict[str, ImportanceMetric] = {
     "magnitude": ImportanceMetric(probe_power=1),
-    "relative_magnitude": ImportanceMetric(probe_power=1),
-    "singular_value": ImportanceMetric(),
     "gradient_norm": ImportanceMetric(reads_gradient=True, probe_power=1),
     "fisher": ImportanceMetric(reads_gradient=True, probe_power=2),
     "sensitivity": ImportanceMetric(reads_gradient=True, probe_power=2),

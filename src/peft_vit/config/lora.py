@@ -5,58 +5,42 @@ How a rule scores and what it gives is told, and computed, in `allocation.starti
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 
 from peft_vit.config.adalora import BudgetUnit
 from peft_vit.settings import AdapterConfig, Frozen, is_given
 
-# What a rule reads: the frozen weights, the layers' inputs or the loss's gradients on training images, or nothing.
-Reads = Literal["weights", "inputs", "gradients", "nothing"]
-STARTING_RULES: dict[str, Reads] = {
-    "eva": "inputs",
-    "gradient": "gradients",
-    "spt": "gradients",
-    "gora": "gradients",
-    "stable_rank": "weights",
-    "even": "nothing",
-    "random": "nothing",
-    "first_blocks": "nothing",
-    "last_blocks": "nothing",
-}
 ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its ranks until the budget is spent
-
-if TYPE_CHECKING:
-    StartingRule = str
-else:
-    StartingRule = Literal[tuple(STARTING_RULES)]
 
 
 class StartingRanksConfig(Frozen):
     """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
 
-    rule: StartingRule = Field(description="how sites share the budget")
+    rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
+        description="how sites share the budget"
+    )
     budget: int = Field(ge=1, description="over all sites, in the unit")
     unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
     maximum_rank: int | None = Field(default=None, ge=1, description="of a site, for rules that score")
     site_rank: int = Field(default=1, ge=1, description="that random, first_blocks, last_blocks give to a site")
-    calibration_images: int = Field(default=64, ge=1, description="training images that inputs or gradients are of")
+    calibration_images: int = Field(default=64, ge=1, description="training images that gradients are of")
 
     @property
-    def reads(self) -> Reads:
-        """Return what the rule reads."""
-        return STARTING_RULES[self.rule]
+    def scores_sites(self) -> bool:
+        """Return whether the rule scores the sites; the others read nothing of them but their shapes."""
+        return self.rule in ("gradient", "stable_rank")
 
     @property
     def reads_images(self) -> bool:
         """Return whether the rule needs training images."""
-        return self.reads in ("inputs", "gradients")
+        return self.rule == "gradient"
 
     @model_validator(mode="after")
     def _settings_have_an_effect(self, info: ValidationInfo) -> Self:
         read = {
-            "maximum_rank": self.reads != "nothing",
+            "maximum_rank": self.scores_sites,
             "site_rank": self.rule in ORDERED_RULES,
             "calibration_images": self.reads_images,
         }

@@ -41,7 +41,10 @@ GONE: dict[tuple[str, ...], Gone] = {  # by its place below an experiment
     ("qa_lora", "start"): Gone("zero"),
     ("qa_lora", "loftq_iterations"): Gone(1),
 }
-GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {}  # likewise, the values that went
+GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values that went
+    ("lora", "ranks", "rule"): frozenset({"eva", "spt", "gora"}),
+    ("adalora", "importance_metric"): frozenset({"singular_value", "relative_magnitude"}),
+}
 GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
 _SIZES = ("image_size", "train_images", "shots_per_class", "validation_images", "test_images")
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others

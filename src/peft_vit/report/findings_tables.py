@@ -84,7 +84,7 @@ def _without_data(concluded: Sequence[Conclusion]) -> Table:
         "without_data",
         "Hypotheses without data in these records",
         ({**_sentence(c), "why": cell("reason", _reasons(c))} for c in concluded),
-        "Most are about experiments that this study does not have. docs/findings/hypotheses.md says what each needs.",
+        "Most are about experiments that this study does not have.",
         folded=True,
     )
 

@@ -36,7 +36,7 @@ from peft_vit.runs.device import choose_precision, resolve_device
 STUDY_NAME = "own-images"
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
-# steps end before LoRA has learned what it can (a pilot on Fashion-MNIST, docs/findings/few_labels.md).
+# steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time

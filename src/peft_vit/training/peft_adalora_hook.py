@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peft_vit.adapters import by_layer
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 from peft_vit.adapters.peft_tuner import attach_peft_adalora
-from peft_vit.allocation.tensor_tree import flatten, unflatten
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RankEntry
@@ -127,11 +127,12 @@ class PeftAdaLoraHook(Hook):
             "rank_history": copy.deepcopy(self.rank_history),
             "finalized": self._finalized,
         }
-        return State(flatten({name: getattr(allocator, name) for name in _SCORES}), values)
+        tensors = {f"{name}/{key}": one for name in _SCORES for key, one in getattr(allocator, name).items()}
+        return State(tensors, values)
 
     def load_state(self, model: nn.Module, state: State) -> None:
         """Go on from such a state."""
-        scores, device = unflatten(state.tensors), next(model.parameters()).device
+        scores, device = by_layer(state.tensors), next(model.parameters()).device
         for name in _SCORES:
             kept = {key: tensor.to(device) for key, tensor in scores.get(name, {}).items()}
             setattr(self.tuner.rankallocator, name, kept)

@@ -158,7 +158,7 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     head, whole = measured(model, batch, by)
     monkeypatch.setattr(layer_gradients, "BACKWARD_IMAGES", 3)
-    monkeypatch.setattr(bit_sensitivity, "FORWARD_IMAGES", 4)
+    monkeypatch.setattr(bit_sensitivity, "_FORWARD_IMAGES", 4)
     parts = layer_losses(model, dict.fromkeys(layers(model), FORMATS), batch[0], head, by=by, seed=3)
     for name, losses in whole.items():
         assert parts[name] == pytest.approx(losses, rel=1e-3, abs=1e-8)

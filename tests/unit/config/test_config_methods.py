@@ -43,27 +43,25 @@ def test_defaults_are_those_of_peft_where_it_has_some(tmp_path) -> None:
     [
         ("lora: {}", "lora", "give exactly one of rank, start and ranks"),
         ("lora: {rank: 2, start: folder}", "lora", "give exactly one of rank, start and ranks"),
-        ("lora: {rank: 2, ranks: {rule: eva, budget: 9}}", "lora", "give exactly one of rank, start and ranks"),
-        ("lora: {ranks: {rule: eve, budget: 9}}", "lora.ranks.rule", "'eva'"),
-        ("lora: {ranks: {rule: eva, budget: 0}}", "lora.ranks.budget", "greater than or equal to 1"),
-        ("lora: {ranks: {rule: eva, budget: 9, site_rank: 1}}", "lora.ranks", "site_rank has no effect with rule: eva"),
+        ("lora: {rank: 2, ranks: {rule: even, budget: 9}}", "lora", "give exactly one of rank, start and ranks"),
+        ("lora: {ranks: {rule: eve, budget: 9}}", "lora.ranks.rule", "'even'"),
+        ("lora: {ranks: {rule: even, budget: 0}}", "lora.ranks.budget", "greater than or equal to 1"),
+        (
+            "lora: {ranks: {rule: gradient, budget: 9, site_rank: 1}}",
+            "lora.ranks",
+            "site_rank has no effect with rule: gradient",
+        ),
         (
             "lora: {ranks: {rule: even, budget: 9, site_rank: 2}}",
             "lora.ranks",
             "site_rank has no effect with rule: even",
         ),
         ("lora: {ranks: {rule: random, budget: 9, maximum_rank: 2}}", "lora.ranks", "maximum_rank has no effect with"),
-        ("lora: {ranks: {rule: gora, budget: 9, unit: rank}}", "lora.ranks.unit", "'ranks'"),
+        ("lora: {ranks: {rule: gradient, budget: 9, unit: rank}}", "lora.ranks.unit", "'ranks'"),
         (
             "lora: {ranks: {rule: stable_rank, budget: 9, calibration_images: 64}}",
             "lora.ranks",
             "calibration_images has no effect with rule: stable_rank",
-        ),
-        (
-            "adalora: {total_rank_budget: 9, allocation_strategy: global, importance_metric: singular_value, "
-            "update_frequency: 1, warmup_steps: 1, parametrization: svd}",
-            "adalora",
-            "importance_metric: singular_value needs parametrization: product",
         ),
         ("lora: {start: ''}", "lora.start", "is empty"),
         ("lora: {start: folder, scale: 2.0}", "lora", "scale has no effect with start: the adapter has its own"),

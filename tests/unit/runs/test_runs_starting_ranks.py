@@ -17,7 +17,7 @@ from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
 from peft_vit.training import Checkpoints, Interrupted, StartingRanks
 
-pytestmark = pytest.mark.part("adaptive ranks")
+pytestmark = pytest.mark.part("controller")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def ruled(study):
     """Make the tiny study of LoRA at the ranks of a rule."""
 
     def make(**settings):
-        settings = {"calibration_images": 24} | settings if settings["rule"] in ("eva", "gradient") else settings
+        settings = {"calibration_images": 24} | settings if settings["rule"] == "gradient" else settings
         config = study("lora", head_start="probe")
         return with_settings(config, "lora", rank=None, ranks=StartingRanksConfig(**settings))
 
@@ -65,7 +65,7 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
 
 
 def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path, monkeypatch) -> None:
-    (spec,) = specs(ruled(rule="eva", budget=20), tmp_path / "plan")
+    (spec,) = specs(ruled(rule="gradient", budget=20), tmp_path / "plan")
     whole = run_one(spec)
     told = []
     with pytest.raises(Interrupted):
@@ -85,7 +85,7 @@ def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path
 @pytest.mark.parametrize(
     ("settings", "field"),
     [
-        ({"rule": "eva", "budget": 9, "calibration_images": 25}, "calibration_images"),
+        ({"rule": "gradient", "budget": 9, "calibration_images": 25}, "calibration_images"),
         ({"rule": "random", "budget": 36}, "budget"),
         ({"rule": "last_blocks", "budget": 9, "site_rank": 65}, "site_rank"),
     ],
