@@ -9,7 +9,7 @@ from smoke_runs import check_smoke_run
 
 from peft_vit.cli.start import EXAMPLES as PACKAGED
 from peft_vit.config import load_study
-from peft_vit.studies import Plan, plan_study
+from peft_vit.studies.plan import Plan, plan_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.glob("*.yaml"))

@@ -14,7 +14,7 @@ from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import compare_all, study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.statistics import Course
-from peft_vit.studies.until_decided import run_until_decided
+from peft_vit.studies.commands import Execution, run_until_decided
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -67,7 +67,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plant(patch)
         study = study_from_mapping(mapping(stopping=LOOKS), file=Path("stopped.yaml"))
-        run_until_decided(study, out, file=Path("stopped.yaml"))
+        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), tell=print)
     return out
 
 

@@ -38,7 +38,7 @@ from peft_vit.deployment import low_bit_file, onnx_file, open_exported, openvino
 from peft_vit.errors import named
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.runs.restore import open_model
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:

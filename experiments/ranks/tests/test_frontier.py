@@ -23,7 +23,7 @@ from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.report.formatting import fixed, points_interval
 from peft_vit.statistics import Interval
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 CONFIGS = frontier_configs.CONFIGS
 RATES = (1e-3, 3e-3, 1e-2)

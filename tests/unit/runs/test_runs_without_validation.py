@@ -20,7 +20,7 @@ from peft_vit.report import build_report
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
 from peft_vit.runs.export import export_run_to_file
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.training import Checkpoints, Features, Interrupted, held_out_temperature, training_state
 
 pytestmark = pytest.mark.part("runner")
