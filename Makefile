@@ -5,31 +5,33 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-DEMO := experiments/outputs/demo
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
+.PHONY: help setup demo smoke test test-research test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## build .venv, fetch weights and the study's images
 
 demo: setup ## compare a probe, LoRA and LoRA on 4-bit weights within ten minutes, and write the report
-	$(BIN)/peft-vit run experiments/configs/demo.yaml --minutes 9 --output $(DEMO)
-	$(BIN)/peft-vit report $(DEMO)
+	$(BIN)/peft-vit run examples/demo.yaml --minutes 9
+	$(BIN)/peft-vit report peft-vit-runs/demo
 
 smoke: setup ## run the quickstart's whole path with random weights and synthetic images
-	$(BIN)/peft-vit run experiments/configs/quickstart.yaml --smoke --output experiments/outputs/smoke
+	$(BIN)/peft-vit run examples/quickstart.yaml --smoke
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test: setup ## run the tests that are not marked slow, one thread in each of two processes
 	$(PYTEST) -m "not slow" --durations 25
 
-test-all: setup ## run all tests, the slow ones too; before a release
-	$(PYTEST) --durations 50
+test-research: setup ## the same of experiments/: its scripts, configurations, and what its pages say of kept results
+	$(PYTEST) -m "not slow" --durations 10 experiments
+
+test-all: setup ## run all tests, those of experiments/ and the slow ones too; before a release
+	$(PYTEST) --durations 50 tests experiments
 
 test-gpu: setup ## run the tests that are marked gpu, in one process; without an NVIDIA GPU all of them are skipped
 	$(BIN)/python -m pytest -m gpu -rs
@@ -91,7 +93,7 @@ format: setup ## repair what ruff can
 clean: ## remove the environment, caches and build leftovers; keep results and downloads
 	rm -rf $(VENV) build dist src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
-	find $(wildcard src tests experiments benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(wildcard src tests experiments benchmarks docs) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 define FETCH
 import sys

@@ -70,7 +70,8 @@ def faults(counter: PartCounter) -> list[str]:
 def main(arguments: list[str]) -> int:
     """Run the marked tests and return the exit code."""
     counter = PartCounter()
-    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), "-m", "part", str(ROOT / "tests"), *arguments], [counter])
+    folders = [str(ROOT / name) for name in ("tests", "experiments")]
+    code = pytest.main(["-c", str(ROOT / "pyproject.toml"), "-m", "part", *folders, *arguments], [counter])
     passed, failed = counter.passed, counter.failed
     print(f"\n{'part':<24}{'passed':>8}{'failed':>8}")
     for part in [*PARTS, *sorted({*passed, *failed} - set(PARTS))]:

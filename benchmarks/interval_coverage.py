@@ -13,7 +13,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from marks import filled
 from scipy import integrate, stats
 
 from peft_vit.statistics import effect_size, mean_interval, paired_improvement, proportion_interval
@@ -251,9 +251,6 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 def fill(document: Path, result: Mapping[str, Any]) -> None:
     """Put the table between the document's marks."""
-    sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
-    from evidence import filled
-
     document.write_text(filled(document.read_text(encoding="utf-8"), {MARK: table(result)}), encoding="utf-8")
     print(document)
 

@@ -27,7 +27,7 @@ _DRIVER = """
 import sys
 from pathlib import Path
 from peft_vit.config import load_study
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.events import RunStarted
 
 if __name__ == "__main__":

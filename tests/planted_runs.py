@@ -12,8 +12,8 @@ import planted
 from peft_vit.config import DataConfig
 from peft_vit.data import open_index
 from peft_vit.records import RunRecord
-from peft_vit.studies import PlannedRun
 from peft_vit.studies.events import Event, RunEnded, RunStarted
+from peft_vit.studies.plan import PlannedRun
 
 ADAPTER = b"adapter"
 IMAGES = 100_000  # so that a share of whole images is as good as the planted number

@@ -16,13 +16,14 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from benchmarks.marks import filled
 from peft_vit import cli
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_records, write_atomically
 from peft_vit.statistics import Interval, holm, mean_interval, noninferiority, wilcoxon
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "results"
+EXPERIMENTS = ROOT / "experiments"
 BENCHMARKS = ROOT / "benchmarks" / "results"
 MARGIN = 1.0  # points of accuracy; stated in the configurations before the data
 KEY = ("study", "experiment", "seed")  # what names a run; in some tables all are of one study, which is left out
@@ -91,8 +92,8 @@ def with_runs(
     return merge(present, pd.DataFrame([row(record) for record in records]))
 
 
-def condense(results_dir: Path, columns: Columns) -> None:
-    """Put the runs below a directory into results/<study>.csv, one row a run; a run done anew replaces its old row.
+def condense(results_dir: Path, columns: Columns, kept: Path) -> None:
+    """Put the runs below a directory into a folder's tables <study>.csv; a run done anew replaces its old row.
 
     Raises:
         UserError: if runs are of a smoke, or their data split is another than that of the rows that are there.
@@ -104,7 +105,7 @@ def condense(results_dir: Path, columns: Columns) -> None:
         )
     rows = pd.DataFrame([row_of(record, columns) for record in records])
     for study, part in rows.groupby("study"):
-        file = RESULTS / f"{study}.csv"
+        file = kept / f"{study}.csv"
         merged = merge(file.read_text(encoding="utf-8") if file.exists() else None, part)
         if pd.read_csv(io.StringIO(merged)).get("split", pd.Series()).nunique() > 1:
             raise UserError(
@@ -129,6 +130,11 @@ def merge(present: str | None, rows: pd.DataFrame) -> str:
 
 def _as_text(content: str) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(content), dtype=str, keep_default_na=False)
+
+
+def study_files() -> list[Path]:
+    """Return the configurations of every study here."""
+    return sorted(EXPERIMENTS.glob("**/configs/*.yaml"))
 
 
 def percent(values: Iterable[float]) -> pd.Series:
@@ -288,30 +294,15 @@ def measured_with(found: dict[str, Any]) -> str:
     return f"{setting['model']}, {setting['image_size']} px{batch}; {measured_on(found['machine'])}"
 
 
-def study_tables(makers: Mapping[str, Callable[[pd.DataFrame], str]]) -> dict[str, str]:
-    """Return the table of every study that results/ holds."""
-    files = {study: RESULTS / f"{study}.csv" for study in makers}
+def study_tables(makers: Mapping[str, Callable[[pd.DataFrame], str]], kept: Path) -> dict[str, str]:
+    """Return the table of every study whose rows a folder holds."""
+    files = {study: kept / f"{study}.csv" for study in makers}
     return {study: make(pd.read_csv(files[study])) for study, make in makers.items() if files[study].exists()}
 
 
 def benchmark_tables(makers: Mapping[str, Callable[[], str]]) -> dict[str, str]:
     """Return the table of every benchmark whose results are there."""
     return {name: make() for name, make in makers.items() if (BENCHMARKS / f"{name}.json").exists()}
-
-
-def filled(text: str, tables: Mapping[str, str]) -> str:
-    """Return a document with each table between its marks.
-
-    Raises:
-        ValueError: if a mark is opened and not closed.
-    """
-    for name, content in tables.items():
-        block = f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
-        pattern = re.compile(rf"<!-- {name} -->.*?<!-- /{name} -->", re.DOTALL)
-        text, places = pattern.subn(lambda _, block=block: block, text)
-        if places != text.count(f"<!-- {name} -->"):
-            raise ValueError(f"the mark {name} is opened, but not closed")
-    return text
 
 
 def run(

@@ -1,6 +1,6 @@
 """Put a study's numbers into the documents: everything between the marks is generated, nothing is typed by hand.
 
-    .venv/bin/python experiments/scripts/update_docs.py experiments/outputs/quickstart
+    .venv/bin/python -m experiments.scripts.update_docs experiments/outputs/quickstart
 
 The same records give the same text, so running it twice changes nothing.
 """
@@ -11,8 +11,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from evidence import ROOT, filled, table
-
+from experiments.scripts.evidence import ROOT, filled, table
 from peft_vit import cli
 from peft_vit.analysis import Analysis, MethodResult, Run, analyze, load_studies
 from peft_vit.errors import UserError

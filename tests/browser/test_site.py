@@ -12,7 +12,7 @@ from chromium import LEVEL_AA, axe_violations, context_of, needs_chromium, runni
 pytestmark = [pytest.mark.slow, needs_chromium]
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("index.html", "tutorials/own_images.html", "reference/configuration.html", "findings/index.html")
+PAGES = ("index.html", "tutorials/own_images.html", "reference/configuration.html", "explanation/statistics.html")
 
 
 @pytest.fixture(scope="module")

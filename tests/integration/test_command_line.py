@@ -19,8 +19,9 @@ from written_runs import run_and_write
 from peft_vit.config import load_study
 from peft_vit.records import read_records
 from peft_vit.records.study_file import read_study_file
-from peft_vit.studies import plan_study, time_limit
+from peft_vit.studies import commands
 from peft_vit.studies.lock import study_lock
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.time_limit import Limit
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
@@ -272,7 +273,7 @@ def runs_of_a_minute(monkeypatch) -> PlantedRuns:
         return carry_out(run).model_copy(update={"seconds": 60.0})
 
     executor._record = a_minute_later
-    monkeypatch.setattr(time_limit, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
+    monkeypatch.setattr(commands, "Limit", lambda minutes, _: Limit(minutes, now[0], clock=lambda: now[0]))
     monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
     return executor
 

@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import evidence
 import interval_coverage as benchmark
 import numpy as np
 import pytest
+from marks import filled
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +25,10 @@ def shares(interval: str, n: int) -> dict[str, float]:
 
 
 def test_the_document_holds_the_result() -> None:
-    assert evidence.filled(DOCUMENT, {benchmark.MARK: benchmark.table(RESULT)}) == DOCUMENT
+    assert filled(DOCUMENT, {benchmark.MARK: benchmark.table(RESULT)}) == DOCUMENT
     other = json.loads(json.dumps(RESULT))
     other["rows"][0]["coverage"] = 0.5
-    assert evidence.filled(DOCUMENT, {benchmark.MARK: benchmark.table(other)}) != DOCUMENT
+    assert filled(DOCUMENT, {benchmark.MARK: benchmark.table(other)}) != DOCUMENT
 
 
 def test_every_interval_was_simulated_at_every_size_often_enough() -> None:

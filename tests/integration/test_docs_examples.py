@@ -145,7 +145,7 @@ def test_the_readme_is_short() -> None:
     assert len(text_of("README.md").splitlines()) <= 120
 
 
-PATTERNS = ("*.md", "docs/**/*.md", "experiments/docs/*.md")
+PATTERNS = ("*.md", "docs/**/*.md", "examples/*.md")
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for pattern in PATTERNS for file in ROOT.glob(pattern))
 
 

@@ -25,7 +25,7 @@ from peft_vit.config import study_from_mapping
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.records import RunRecord, run_folder
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 METHODS = ("lora", "adaptive", "nf4", "int4_adaptive")

@@ -18,8 +18,8 @@ from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_record
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies import PlannedRun, plan_study
 from peft_vit.studies.own_images import OwnImages, study_of
+from peft_vit.studies.plan import PlannedRun, plan_study
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")

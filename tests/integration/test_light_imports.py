@@ -25,7 +25,7 @@ def loaded(stage):
 
 from peft_vit.config import study_from_mapping
 from peft_vit.runs.execute import run_one
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 loaded("imports")
 mapping, file = json.loads(sys.argv[1]), Path("tiny.yaml")

@@ -8,7 +8,7 @@ from written_runs import run_and_write
 from peft_vit.cli import main
 from peft_vit.config import load_study
 from peft_vit.report import build_report
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 pytest.importorskip("peft")
 pytestmark = [pytest.mark.part("runner"), pytest.mark.slow, pytest.mark.usefixtures("cache")]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,26 +242,6 @@ def test_bad_input_of_compare_is_one_line(ten: Path, other: Path, tmp_path: Path
     ):
         assert said in refused("compare", ten, other, option, value)
     assert "Missing argument" in refused("compare")
-
-
-def test_the_pages_show_what_their_commands_say_of_kept_studies(tmp_path: Path, monkeypatch, told) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "results").symlink_to(HOW_TO.parents[1] / "results")
-    pages = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("compare_studies.md", "choose_a_limit.md"))
-    said = []
-    for line in re.findall(r"^(?:mkdir|tar|peft-vit (?:compare|recommend)) .*", pages, re.MULTILINE):
-        program, *arguments = shlex.split(line)
-        if program == "peft-vit":
-            said.append(told(*arguments))
-        else:
-            subprocess.run([program, *arguments], check=True)
-    digits, fashion = "experiments/outputs/study_digits", "experiments/outputs/study_fashion"
-    said += [told("compare", digits, fashion), told("recommend", fashion, "--max-bytes", "30MB")]
-    there = {line.rstrip() for text in said for line in text.splitlines()}
-    shown = "".join(re.findall(r"^```text\n(.*?)^```$", pages, re.MULTILINE | re.DOTALL)).splitlines()
-    assert [line for line in shown if line not in there] == []
-    assert {"By study", "Candidates, smallest first"} <= set(shown)
-    assert load_study(tmp_path / "chosen.yaml").name == "study_digits-recommended"
 
 
 def test_the_page_names_everything_that_pooling_checks() -> None:

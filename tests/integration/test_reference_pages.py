@@ -17,7 +17,7 @@ from peft_vit.config import StudyConfig
 def test_the_page_is_current(name: str) -> None:
     made = reference_pages.MADE[name]()
     written = (reference_pages.PAGES / name).read_text(encoding="utf-8")
-    assert written == made, "run: .venv/bin/python experiments/scripts/reference_pages.py"
+    assert written == made, "run: .venv/bin/python docs/scripts/reference_pages.py"
 
 
 def test_every_option_of_every_command_stands_there() -> None:

@@ -14,7 +14,7 @@ from peft_vit.records.owner import LOCK_FILE
 from peft_vit.records.progress import PROGRESS_FILE
 from peft_vit.records.study_file import STUDY_FILE
 
-QUICKSTART = str(Path(__file__).parents[2] / "experiments" / "configs" / "quickstart.yaml")
+QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
 BAD = "<the bad path>"
 COMMANDS = {
     "run": ["run", BAD],

@@ -22,14 +22,14 @@ from peft_vit.deployment import Calibrated, open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
 from peft_vit.statistics import paired_proportions, proportion_interval
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.tuning import forms, pipeline
 from peft_vit.tuning.output import output_files_in, write_output
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 
-pytestmark = pytest.mark.part("tuning")
+pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ from planted_runs import PlantedRuns
 
 from peft_vit.config import study_from_mapping
 from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.studies.execution import Execution
+from peft_vit.studies.commands import Execution, run_until_decided
 from peft_vit.studies.time_limit import Limit
-from peft_vit.studies.until_decided import run_until_decided
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 SEEDS = 12
 NOISE = (0.9, -1.1, 0.3, -0.6, 1.4, -0.8, 0.1, 0.7, -1.3, 0.4, -0.2, 0.6)  # points
@@ -151,20 +150,20 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     study = study_from_mapping(mapping(), file=Path("built in memory"))
     told: list[str] = []
 
-    def call(minutes: float) -> tuple[str, ...]:
+    def call(minutes: float) -> list[str]:
         limit = Limit(minutes, now[0], clock=lambda: now[0])
-        decided = run_until_decided(
+        failed, still_open = run_until_decided(
             study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, tell=told.append
         )
-        assert decided.failed == {}
-        return decided.open
+        assert failed == {}
+        return still_open
 
-    assert call(10) == tuple(LEAD)
+    assert call(10) == [*LEAD]
     assert len(runs.done) == 10
     assert told == []
-    assert call(25) == ("level",)
+    assert call(25) == ["level"]
     assert [line.split(":")[0] for line in told[3:]] == [f"{name} minus base, 8 pairs of at most 12" for name in LEAD]
-    assert call(1000) == ()
+    assert call(1000) == []
     assert seeds_of(tmp_path) == WHOLE
 
 

@@ -23,7 +23,7 @@ import study_kinds
 from kinds_of_files import Nasty, Target
 from mutations import Mutation
 from safetensors.torch import save
-from sound_files import CONFIGS, SIDE, SoundFiles
+from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.adapters.peft_format import doubts_about
 from peft_vit.analysis import analyze, load_studies
@@ -38,16 +38,16 @@ from peft_vit.deployment import low_bit_file, onnx_file, open_exported, openvino
 from peft_vit.errors import named
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.runs.restore import open_model
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """YAML of studies: the project's own, and small ones on every data set."""
+    """YAML of studies: the examples, and small ones on every data set."""
     folder = sound.inputs / "yaml"
     folder.mkdir()
-    for source in (*CONFIGS.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
+    for source in (*EXAMPLES.glob("*.yaml"), *(sound.inputs / "data").glob("*.yaml")):
         (folder / source.name).write_bytes(source.read_bytes())
-    files = sorted(file for file in folder.iterdir() if not file.name.startswith("hypotheses"))  # studies name these
+    files = sorted(folder.iterdir())
 
     def target(file: Path) -> Target:
         def plan() -> None:
@@ -182,7 +182,7 @@ def _sign_low_bit(content: bytes) -> bytes:
 def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    header = onnx_file._Header.model_validate_json(metadata[onnx_file.HEADER])
+    header = onnx_file.Header.model_validate_json(metadata[onnx_file.HEADER])
     header = header.model_copy(update={"sha256": onnx_file._digest(header.card, proto)})
     proto.metadata_props.add(key=onnx_file.HEADER, value=header.model_dump_json())
     return bytes(proto.SerializeToString())

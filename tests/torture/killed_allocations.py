@@ -46,7 +46,7 @@ MOMENTS = ("before its checkpoint", "after its checkpoint")
 def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
     """Return the run of a kind of allocation."""
     from peft_vit.config import load_study
-    from peft_vit.studies import plan_study
+    from peft_vit.studies.plan import plan_study
 
     file = write_study(folder, {kind: KINDS[kind]}, (seed,))
     return plan_study(load_study(file), folder / "out", file=file).runs[0].spec

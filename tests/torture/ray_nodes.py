@@ -32,10 +32,10 @@ from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
-from peft_vit.studies import plan_study
 from peft_vit.studies.events import RunEnded, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.lock import study_lock
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import drive
 
 PROMISE = "Ray node removed mid-study: each run recorded exactly once"

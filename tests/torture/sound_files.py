@@ -30,7 +30,7 @@ from peft_vit.studies.study_file import study_file, write_study_file
 from peft_vit.training import Checkpoints, Interrupted
 
 SIDE = 32
-CONFIGS = Path(__file__).resolve().parents[2] / "experiments" / "configs"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 _EXPERIMENTS: dict[str, dict[str, Any]] = {
     "plain": {"method": "lora", "lora": {"rank": 2}},
     "adaptive": {

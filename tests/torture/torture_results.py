@@ -20,7 +20,7 @@ from peft_vit.records import write_atomically
 from peft_vit.runs.provenance import cpu_count, git_state, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "results" / "torture.json"
+FILE = Path(__file__).with_name("results.json")
 DOCUMENT = ROOT / "docs" / "explanation" / "reliability.md"
 BEGIN, END = "<!-- torture-table -->", "<!-- /torture-table -->"
 _FAULTS_KEPT = 20

@@ -53,12 +53,12 @@ from peft_vit.records import (
 from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "configs"
-RESULTS = CONFIGS.parents[1] / "results"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
 
 
 def study() -> StudyConfig:
-    return load_study(CONFIGS / "quickstart.yaml")
+    return load_study(EXAMPLES / "quickstart.yaml")
 
 
 def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
@@ -391,7 +391,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
 
 
 @pytest.mark.parametrize(
-    ("archive", "experiment", "flips"),
+    ("study", "experiment", "flips"),
     [
         ("study_elpv", "lora", "horizontal"),
         ("study_elpv", "linear", "horizontal"),
@@ -400,11 +400,11 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         ("study_digits", "lora", "none"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(archive: str, experiment: str, flips: str, tmp_path: Path) -> None:
+def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, flips: str, tmp_path: Path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
-    with tarfile.open(RESULTS / f"{archive}.tar.xz") as kept:
+    with tarfile.open(KEPT) as kept:
         for member in kept:
-            if re.search(rf"/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
+            if re.search(rf"^{study}/{experiment}[^/]*/seed_\d+/record\.json$", member.name):
                 (tmp_path / "record.json").write_bytes(kept.extractfile(member).read())
                 read = read_record(tmp_path / "record.json")
                 assert read.spec.digest() == read.spec_digest
@@ -503,6 +503,19 @@ def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, mo
     with pytest.raises(UserError, match=words) as caught:
         read_study_file(tmp_path)
     assert caught.value.file == str(tmp_path / STUDY_FILE)
+
+
+def test_what_a_study_registered_is_dropped_and_a_record_keeps_it(tmp_path: Path) -> None:
+    content = json.loads(study().model_dump_json()) | {"hypotheses": "own.yaml"}
+    whole = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": content}
+    (tmp_path / STUDY_FILE).write_text(json.dumps(whole))
+    read = read_study_file(tmp_path)
+    assert read is not None
+    assert read.configuration == study()
+    file = write_record(tmp_path, record(spec("lora_r1")))
+    registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
+    assert json.loads(read_record(file).model_dump_json())["registration"] == registered
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,6 @@ import typer
 from peft_vit.cli import studies
 
 # isort: split
-from peft_vit.cli import tuning
-
-# isort: split
 from peft_vit.cli import results
 
 # isort: split

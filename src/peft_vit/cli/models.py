@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from peft_vit.cli.app import app
+from peft_vit.config import BackboneConfig, Library
 from peft_vit.errors import UserError, named, printable
-
-if TYPE_CHECKING:
-    from peft_vit.deployment.check import ModelCheck
 
 
 @app.command()
@@ -207,24 +205,19 @@ def check(
             show_default=False,
         ),
     ],
-    library: Annotated[Literal["timm", "transformers"], typer.Option(help="whose model it is")] = "timm",
+    library: Annotated[Library, typer.Option(help="whose model it is")] = "timm",
     image_size: Annotated[int | None, typer.Option(help="side in pixels; default: that of pretraining")] = None,
     openvino: Annotated[bool, typer.Option("--openvino", help="export to OpenVINO, too")] = False,
     peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
 ) -> None:
     """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
     from peft_vit.backbones import architecture_of
-    from peft_vit.config import BackboneConfig
     from peft_vit.deployment.check import check_architecture
 
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
     found = check_architecture(architecture_of(asked), image_size, openvino=openvino, peft=peft)
-    _print_check(found, library)
-
-
-def _print_check(found: ModelCheck, library: str) -> None:
     rows = [
         (
             one.site.name,
@@ -242,14 +235,12 @@ def _print_check(found: ModelCheck, library: str) -> None:
         if outcome is not None:
             print(f"{name}: {outcome}")
     if found.peft is not None:
-        effect = f"has no effect on {_shortened(found.peft_idle)}" if found.peft_idle else "acts on all these modules"
+        effect = "acts on all these modules"
+        if found.peft_idle:
+            names, fault = list(found.peft_idle), next(iter(found.peft_idle.values()))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
         print(f"PEFT's LoRA on the model as {library} builds it {effect}")
-
-
-def _shortened(idle: dict[str, str]) -> str:
-    names, fault = list(idle), next(iter(idle.values()))
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}: {fault}"
 
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

@@ -63,7 +63,7 @@ _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of what `train` takes
 def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     """Return mean rank 4 unless told otherwise, decided early, by magnitude.
 
-    It is what docs/findings/adaptive_ranks.md found to keep up with LoRA at its learning rate.
+    It is what was found to keep up with LoRA at its learning rate.
     """
     wishes.enough_steps(_FEWEST_STEPS)
     early = max(1, min(_DECIDED_AFTER, wishes.steps // 12))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -80,11 +80,10 @@ def read_contents(directory: Path) -> Contents:
     Raises:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
-    found = _walk(directory)
-    problems = found.problems
-    studies = [_study_folder(directory, folder, problems) for folder in found.studies]
+    files, folders, problems = _walk(directory)
+    studies = [_study_folder(directory, folder, problems) for folder in folders]
     records = []
-    for file in found.records:
+    for file in files:
         record = _attempt(partial(read_record, directory / file), directory, file, problems)
         if record is not None:
             records.append((file, record))
@@ -99,10 +98,10 @@ def read_records(directory: Path) -> Iterator[RunRecord]:
     Raises:
         UserError: if the directory does not exist or holds no record; at the first one that can't be read.
     """
-    found = _walk(directory)
-    if not found.records:
+    files, _, _ = _walk(directory)
+    if not files:
         raise _nothing(directory, [])
-    for file in found.records:
+    for file in files:
         yield read_record(directory / file)
 
 
@@ -137,15 +136,10 @@ def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> Stud
     return StudyFolder(Path(os.path.abspath(place)).name, content, unfinished, owner)
 
 
-@dataclass
-class _Found:
-    records: list[str] = field(default_factory=list)
-    studies: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
+    """Find records and folders of studies, in the order of paths, and what is wrong or foreign.
 
-
-def _walk(directory: Path) -> _Found:
-    """Find what there is to read, in the order of paths. Links to folders are not followed, as they may lead anywhere.
+    Links to folders are not followed, as they may lead anywhere.
 
     Raises:
         UserError: if the directory does not exist.
@@ -154,41 +148,40 @@ def _walk(directory: Path) -> _Found:
         if os.path.lexists(directory):
             raise UserError("is no directory; give the one that holds the records", file=directory)
         raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
-    found = _Found()
+    records: list[str] = []
+    studies: list[str] = []
+    problems: list[Problem] = []
     foreign: list[str] = []
 
     def unreadable(error: OSError) -> None:
         place = os.path.relpath(error.filename, directory)
-        found.problems.append(Problem(Path(place).as_posix(), f"can't be read ({error.strerror}); make it readable"))
+        problems.append(Problem(Path(place).as_posix(), f"can't be read ({error.strerror}); make it readable"))
 
     for place, folders, files in os.walk(directory, onerror=unreadable):
         here = Path(place).relative_to(directory)
-        found.records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
+        records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
         if STUDY_FILE in files:
-            found.studies.append(here.as_posix())
+            studies.append(here.as_posix())
         for name in sorted(folders):
             if os.path.islink(os.path.join(place, name)):
                 problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
-                found.problems.append(Problem((here / name).as_posix(), problem, left_out=False))
+                problems.append(Problem((here / name).as_posix(), problem, left_out=False))
         outputs = _OUTPUTS & set(files)
         if not outputs and _CHECKPOINT.fullmatch(here.name) is None:
-            foreign += [(here / name).as_posix() for name in files if _is_foreign(name)]
+            foreign += [
+                (here / name).as_posix()
+                for name in files
+                if not name.startswith(".") and Path(name).suffix.lower() in _TABLES and name not in _OWN
+            ]
         folders[:] = sorted(
             name for name in folders if not (outputs and name in _BELOW_OUTPUTS) and not _CHECKPOINT.fullmatch(name)
         )
-    found.records.sort(key=lambda file: Path(file).parts)
-    found.problems += _of_foreign(sorted(foreign))
-    return found
-
-
-def _is_foreign(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in _TABLES and name not in _OWN
-
-
-def _of_foreign(files: list[str]) -> Iterator[Problem]:
+    records.sort(key=lambda file: Path(file).parts)
+    foreign.sort()
     problem = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
-    for file in files[:_NAMED]:
-        yield Problem(file, problem, left_out=False)
-    if len(files) > _NAMED:
-        place = PurePosixPath(files[_NAMED]).parent.as_posix()
-        yield Problem(place, f"{len(files) - _NAMED} more files, here and after it, are of no study", left_out=False)
+    problems += [Problem(file, problem, left_out=False) for file in foreign[:_NAMED]]
+    if len(foreign) > _NAMED:
+        place = PurePosixPath(foreign[_NAMED]).parent.as_posix()
+        problem = f"{len(foreign) - _NAMED} more files, here and after it, are of no study"
+        problems.append(Problem(place, problem, left_out=False))
+    return records, studies, problems

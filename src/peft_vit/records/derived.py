@@ -1,8 +1,10 @@
-"""What follows from a record: the digest of its outcome, a row in a table of runs, a table of ranks and scores."""
+"""What follows from a record: the digest of its outcome, rows of tables of runs, ranks and scores; rows as CSV."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,19 +72,6 @@ RUN_COLUMNS: Mapping[str, str | None] = {
     "adapter_sha256": None,
     "optimizer_sha256": None,
 }
-_AS_RECORDED = (
-    "failure",
-    "error",
-    "started_at",
-    "seconds",
-    "seconds_per_step",
-    "chosen_step",
-    "peak_memory_bytes",
-    "own_memory_bytes",
-    "spec_digest",
-    "adapter_sha256",
-    "optimizer_sha256",
-)
 
 
 def outcome_digest(record: RunRecord) -> str:
@@ -99,14 +88,12 @@ def outcome_digest(record: RunRecord) -> str:
 
 def run_row(record: RunRecord) -> dict[str, Any]:
     """Return a run's row in a table with RUN_COLUMNS, without its state; what it does not have is None."""
-    row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS) | {name: getattr(record, name) for name in _AS_RECORDED}
-    row |= {
+    row: dict[str, Any] = {name: getattr(record, name, None) for name in RUN_COLUMNS} | {
         "study": record.spec.study,
         "smoke": record.spec.smoke,
         "experiment": record.spec.experiment.name,
         "method": record.spec.experiment.method,
         "seed": record.spec.seed,
-        "attempts": record.attempts,
         "steps": len(record.steps),
         "outcome_digest": outcome_digest(record),
     }
@@ -162,3 +149,13 @@ def history_rows(
             if site.name in named
         ]
     return rows
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Return rows as CSV: some columns in any case, then those that occur, in the order in which they do."""
+    text = io.StringIO()
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

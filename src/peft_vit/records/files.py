@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,12 @@ from pydantic import ValidationError
 from peft_vit.errors import UserError, first_fault, named
 from peft_vit.records.migrations import migrated
 from peft_vit.records.run_spec import RunSpec
-from peft_vit.records.values import (
-    SCHEMA_VERSION,
-    BitsEntry,
-    Evaluation,
-    ImportanceEntry,
-    RankEntry,
-    RunRecord,
-    StepRow,
-)
+from peft_vit.records.values import SCHEMA_VERSION, RunRecord
 from peft_vit.safe_io import folder_below, read_bytes
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
-REGISTRATION_FILE = "registration.json"  # what stood written down when a run was first begun, until it is done
+REGISTRATION_FILE = "registration.json"  # of a run that version 0.2.0 has begun, until it is done
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of JSON; no page and no file could hold it alone
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
@@ -139,30 +130,18 @@ def read_record(file: Path) -> RunRecord:
                 file=file,
                 field="schema_version",
             )
-        with named(file):
-            data = _tuples(data)
+        if isinstance(data.get("spec"), dict):  # old words become today's; the configuration's models are strict
+            with named(file):
+                data["spec"] = migrated(_tuples(data["spec"]))
         record = RunRecord.model_validate(data)
-        _check_rows(record, file)
-        return record
     except ValidationError as error:
         field, fault = first_fault(error)
         raise UserError(f"{fault}; move it away and run the study again", file=file, field=field) from None
     except (OSError, ValueError, RecursionError) as error:
         problem = f"is not a readable record ({error}); move it away and run the study again"
         raise UserError(problem, file=file) from None
-
-
-def _check_rows(record: RunRecord, file: Path) -> None:
-    """Refuse histories in which a row stands twice, or whose rows are in units that can't be added up."""
-    histories: dict[str, Sequence[StepRow | Evaluation | RankEntry | ImportanceEntry | BitsEntry]] = {
-        "steps": record.steps,
-        "evaluations": record.evaluations,
-        "rank_history": record.rank_history,
-        "importance_history": record.importance_history,
-        "bits_history": record.bits_history,
-    }
-    for name, rows in histories.items():
-        for before, row in pairwise(rows):
+    for name in ("steps", "evaluations", "rank_history", "importance_history", "bits_history"):
+        for before, row in pairwise(getattr(record, name)):
             again = before.step >= row.step if name in ("steps", "evaluations") else before == row
             if again:
                 problem = f"step {row.step} stands twice or out of order; move it away and run the study again"
@@ -171,18 +150,12 @@ def _check_rows(record: RunRecord, file: Path) -> None:
     if len(units) > 1:
         problem = f"budgets in different units ({', '.join(units)}); move it away and run the study again"
         raise UserError(problem, file=file, field="rank_history")
+    return record
 
 
 def _tuples(data: Any) -> Any:
-    """Turn lists below `spec` into tuples, since the configuration's models are strict, and old words into today's."""
-    if isinstance(data, dict) and isinstance(data.get("spec"), dict):
-        return {**data, "spec": migrated(_deep_tuples(data["spec"]))}
-    return data
-
-
-def _deep_tuples(data: Any) -> Any:
     if isinstance(data, dict):
-        return {key: _deep_tuples(value) for key, value in data.items()}
+        return {key: _tuples(value) for key, value in data.items()}
     if isinstance(data, list):
-        return tuple(_deep_tuples(value) for value in data)
+        return tuple(_tuples(value) for value in data)
     return data

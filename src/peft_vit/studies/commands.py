@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError, named
-from peft_vit.records.study_file import read_study_file
-from peft_vit.studies.execution import Execution, drive_plans, hold_locks
+from peft_vit.config import ExecutorName, StudyConfig, load_study
+from peft_vit.errors import UserError
+from peft_vit.records.study_file import STUDY_FILE, read_study_file
+from peft_vit.safe_io import folder_below
+from peft_vit.studies.lock import StudyLock, study_lock
+from peft_vit.studies.status import study_status
+from peft_vit.studies.time_limit import Deadline, Limit
 
-if TYPE_CHECKING:
-    from peft_vit.studies.memory_limit import MeasureStep
+if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
+    from peft_vit.statistics.sequential import Course
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
-    from peft_vit.studies.time_limit import Limit
+
+_say = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,23 @@ class RunRequest:
     until_decided: bool = False
 
 
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, beyond what the studies say; see `open_executor` and `drive`."""
+
+    executor: ExecutorName = "local"
+    ray_address: str | None = None
+    oversubscribe: bool = False
+    skip_failed: bool = False
+
+
 def plan_studies(request: RunRequest) -> None:
     """Check every study and print its plan; nothing is written.
 
     Raises:
         UserError: for anything that would fail later.
     """
-    if request.until_decided:
-        _until_decided(request, None)
-    else:
-        _limit(request)
-        _plan(request, _load(request))
+    _plan(request, _load(request))
 
 
 def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
@@ -69,114 +81,174 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
+    limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
     if execution.executor == "ray":
         if request.workers is not None:
             problem = "has no effect with --executor ray, where as many runs go at a time as nodes have room for"
             raise UserError(f"{problem}; leave it out", field="--workers")
         request = replace(request, workers=1)  # for the plan
-    if request.until_decided:
-        return _until_decided(request, execution)
-    limit = _limit(request)
     studies = _load(request)
-    for study, file in studies if not request.smoke else ():
-        _refuse_looks(study, file)
-    with hold_locks(request.results_dir, [study.name for study, _ in studies]) as locks:
-        failed = drive_plans(_plan(request, studies), locks, execution, limit)
-        if limit is not None:
-            _say_left(locks[0].folder, limit.minutes)
+    if request.until_decided:
+        ((study, file),) = studies
+        failed, still_open = run_until_decided(
+            study, request.results_dir, file=file, execution=execution, limit=limit, tell=_say
+        )
+        if still_open:
+            more = "" if limit is None else f", for another {limit.minutes:g} minutes"
+            print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
         return failed
-
-
-def _say_left(folder: Path, minutes: float) -> None:
-    """Say how many runs of a study that a command asked for it has not come to."""
-    from peft_vit.studies.status import study_status
-
-    left = sum(run.state in ("pending", "running") for run in study_status(folder).runs)
-    if left:
-        runs, them = ("1 run of the study is", "it") if left == 1 else (f"{left} runs of the study are", "them")
-        print(f"{runs} left; the same command goes on with {them}, for another {minutes:g} minutes.")
-
-
-def _limit(request: RunRequest) -> Limit | None:
-    """Start the time that a command has; None: as long as it takes.
-
-    Raises:
-        UserError: if something else is asked for that it can't be combined with.
-    """
-    from peft_vit.studies.time_limit import Limit
-
-    if request.minutes is None:
-        return None
-    _alone(request, "--minutes")
-    if not 0 < request.minutes < math.inf:
-        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
-    return Limit(request.minutes, time.monotonic())
-
-
-def _alone(request: RunRequest, option: str, **whys: str) -> None:
-    """Refuse what an option can't be combined with, and a second study."""
-    for name, why in whys.items():
-        if getattr(request, name) not in (None, False):
-            raise UserError(f"can't be combined with --{name}: {why}; leave one of the two out", field=option)
-    if len(request.configs) > 1:
-        problem = f"is of one study, and {len(request.configs)} are given; give one, or leave {option} out"
-        raise UserError(problem, field=option)
-
-
-def _until_decided(request: RunRequest, execution: Execution | None) -> dict[str, str]:
-    """Go from look to look; `execution` None: only plan all that may be needed."""
-    option = "--until-decided"
-    _alone(
-        request,
-        option,
-        smoke="a smoke study has one seed",
-        method="all comparisons share one level",
-        seeds="the looks decide which seeds are taken",
-    )
-    limit = _limit(request)
-    ((study, file),) = _load(request)
-    if study.stopping is None:
-        problem = f"is missing: it says what is compared, and after how many seeds; add it, or leave {option} out"
-        raise UserError(problem, file=file, field="stopping")
-    if execution is None:
-        _plan(request, [(study, file)])
-        return {}
-    from peft_vit.studies.until_decided import run_until_decided
-
-    decided = run_until_decided(study, request.results_dir, file=file, execution=execution, limit=limit)
-    if decided.open:
-        names = ", ".join(decided.open)
-        more = "" if request.minutes is None else f", for another {request.minutes:g} minutes"
-        print(f"Open: {names}; the same command goes on{more}.")
-    return decided.failed
-
-
-def _refuse_looks(study: StudyConfig, file: Path) -> None:
-    """Refuse to run a study whose comparisons stop as if their number of seeds were fixed."""
-    if study.stopping is not None:
-        problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
-        raise UserError(f"{problem} to run every seed", file=file, field="stopping")
+    for study, file in studies if not request.smoke else ():
+        if study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
+            problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+            raise UserError(f"{problem} to run every seed", file=file, field="stopping")
+    with _locked(request.results_dir, [study.name for study, _ in studies]) as locks:
+        failed = {}
+        for plan, lock in zip(_plan(request, studies), locks, strict=True):
+            failed |= _drive(plan, lock, execution, limit)
+        if limit is not None:
+            left = sum(run.state in ("pending", "running") for run in study_status(locks[0].folder).runs)
+            if left:
+                runs, them = ("1 run of the study is", "it") if left == 1 else (f"{left} runs of the study are", "them")
+                print(f"{runs} left; the same command goes on with {them}, for another {limit.minutes:g} minutes.")
+        return failed
 
 
 def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
     from peft_vit.studies.own_images import STUDY_NAME, refuse_among_images, study_of
-    from peft_vit.studies.plan import plan_begun_study
+    from peft_vit.studies.plan import plan_study
+    from peft_vit.studies.printing import print_plan
+    from peft_vit.studies.profiling import measure_step
 
     refuse_among_images(request.folder, results_dir)
-    with hold_locks(results_dir, [STUDY_NAME]) as locks:
-        earlier = read_study_file(results_dir / STUDY_NAME)
+    with _locked(results_dir, [STUDY_NAME]) as (lock,):
+        earlier = read_study_file(lock.folder)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        with named(request.folder):
-            plan = plan_begun_study(
-                study, earlier, results_dir, file=request.folder, smoke=smoke, part=True, measure_step=_measure_step()
-            )
-        _show(plan)
-        return drive_plans([plan], locks, Execution())
+        plan = plan_study(
+            study,
+            results_dir,
+            file=request.folder,
+            smoke=smoke,
+            part=True,
+            measure_step=partial(measure_step, tell=_say),
+        )
+        print_plan(plan)
+        return _drive(plan, lock, Execution())
+
+
+def run_until_decided(
+    study: StudyConfig,
+    results_dir: Path,
+    *,
+    file: Path,
+    execution: Execution,
+    limit: Limit | None = None,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, str], list[str]]:
+    """Go from look to look until every comparison with the control has stopped, or the time is over.
+
+    A look takes as many seeds as it needs, of the comparisons that are open. What there is to do follows from records
+    and the declared looks alone, so a command that was killed goes on.
+
+    Args:
+        study: with a section `stopping`; from a file, or built in memory.
+        results_dir: its folder lies below it.
+        file: the configuration file, named in errors.
+        execution: how runs are carried out.
+        limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+        tell: told how a comparison stands, a line each, at the beginning and after each look.
+
+    Returns:
+        Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
+        whose comparison has not stopped.
+
+    Raises:
+        UserError: as `plan_study` and `drive`.
+        KeyboardInterrupt: see `drive`.
+    """
+    from peft_vit.analysis.results import read_results
+    from peft_vit.analysis.stopping import courses
+    from peft_vit.statistics.sequential import next_look
+    from peft_vit.studies.plan import plan_study
+    from peft_vit.studies.printing import course_line, print_plan
+    from peft_vit.studies.profiling import measure_step
+
+    assert study.stopping is not None
+    control = study.stopping.control
+    failed: dict[str, str] = {}
+    told: dict[str, Course] = {}
+    asked: tuple[list[str], int] | None = None
+    with _locked(results_dir, [study.name]) as (lock,):
+        while True:
+            recorded = None
+            if (lock.folder / STUDY_FILE).exists():
+                (recorded,) = read_results(lock.folder).studies
+            found = courses(study, recorded)
+            for course in found:
+                if course.looks and told.get(course.name) != course:
+                    tell(course_line(course, study))
+                told[course.name] = course
+            out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
+            able = set() if control in out else {course.name for course in found} - out
+            names, seeds = next_look(found, able)
+            before, asked = asked, (names, seeds)
+            if not names or asked == before or (limit is not None and limit.left_s <= 0):
+                break  # the same again: time for the rest of this look is missing
+            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
+            plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
+            print_plan(plan)
+            failed |= _drive(plan, lock, execution, limit)
+    return failed, [course.name for course in found if course.stopped is None]
+
+
+@contextmanager
+def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
+    """Hold all locks, from before planning on."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
+
+
+def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | None = None) -> dict[str, str]:
+    """Do what a plan says is pending, and show it; see `drive`.
+
+    With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
+    """
+    from peft_vit.studies.executors import open_executor
+    from peft_vit.studies.progress_view import Watch
+    from peft_vit.studies.scheduler import drive
+
+    results_dir = lock.folder.parent
+    make_executor = partial(
+        open_executor,
+        execution.executor,
+        plan,
+        results_dir,
+        oversubscribe=execution.oversubscribe,
+        ray_address=execution.ray_address,
+    )
+    deadline = None if limit is None else Deadline(plan, results_dir, limit, execution.executor)
+    with Watch(plan, until=None if limit is None else limit.over_at) as watch:
+        return drive(plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline)
 
 
 def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
+    """Read all studies, and refuse what can't be asked for together or of one of them."""
+    if request.until_decided:
+        for name, asked, why in (
+            ("smoke", request.smoke, "a smoke study has one seed"),
+            ("method", request.method is not None, "all comparisons share one level"),
+            ("seeds", request.seeds is not None, "the looks decide which seeds are taken"),
+        ):
+            if asked:
+                problem = f"can't be combined with --{name}: {why}; leave one of the two out"
+                raise UserError(problem, field="--until-decided")
+    for option, given in (("--until-decided", request.until_decided), ("--minutes", request.minutes is not None)):
+        if given and len(request.configs) > 1:
+            problem = f"is of one study, and {len(request.configs)} are given; give one, or leave {option} out"
+            raise UserError(problem, field=option)
+    if request.minutes is not None and not 0 < request.minutes < math.inf:
+        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
     studies = [(load_study(file), file) for file in request.configs]
     names = [study.name for study, _ in studies]
     for study, file in studies:
@@ -185,6 +257,9 @@ def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
         _chosen_seeds(study, request.seeds, file)
         if request.method not in (None, *(experiment.method for experiment in study.experiments)):
             raise UserError(f"no experiment is of method {request.method}", file=file, field="experiments")
+        if request.until_decided and study.stopping is None:
+            problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided"
+            raise UserError(f"{problem} out", file=file, field="stopping")
     if request.workers is None:
         return studies
     workers = {"workers": request.workers}
@@ -206,34 +281,26 @@ def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[in
 
 
 def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[Plan]:
+    """Plan all studies before the first plan is printed."""
     from peft_vit.studies.plan import plan_study
-    from peft_vit.studies.profiling import measure_costs
+    from peft_vit.studies.printing import print_plan
+    from peft_vit.studies.profiling import measure_costs, measure_step
 
-    measure = partial(measure_costs, tell=partial(print, flush=True)) if request.calibrate else None
     plans = []
     for study, file in studies:
         seeds = _chosen_seeds(study, request.seeds, file)
         if request.smoke:  # it has one seed, the first asked for
             study = study.model_copy(update={"seeds": seeds})  # noqa: PLW2901
         plan = plan_study(
-            study, request.results_dir, file=file, smoke=request.smoke, measure=measure, measure_step=_measure_step()
+            study,
+            request.results_dir,
+            file=file,
+            smoke=request.smoke,
+            measure=partial(measure_costs, tell=_say) if request.calibrate else None,
+            measure_step=partial(measure_step, tell=_say),
         )
-        plan = plan.only(request.method, seeds)
-        if request.minutes is not None:
-            plan = plan.seed_by_seed([one.name for one in plan.study.experiments], seeds)
-        plans.append(plan)
+        names = [one.name for one in plan.study.experiments if request.method in (None, one.method)]
+        plans.append(plan.only(names, seeds, by_seed=request.minutes is not None))
     for plan in plans:
-        _show(plan)
+        print_plan(plan)
     return plans
-
-
-def _measure_step() -> MeasureStep:
-    from peft_vit.studies.profiling import measure_step
-
-    return partial(measure_step, tell=partial(print, flush=True))
-
-
-def _show(plan: Plan) -> None:
-    from peft_vit.studies.printing import print_plan
-
-    print_plan(plan)

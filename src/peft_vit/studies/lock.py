@@ -86,9 +86,10 @@ def _acquire(folder: Path) -> int:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _still_there(descriptor, file):
-                _sign(descriptor)
-                return descriptor
+            with suppress(FileNotFoundError):  # it was just removed
+                if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
+                    _sign(descriptor)  # the one that others will find
+                    return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
                 owner = read_owner(descriptor)
@@ -100,15 +101,6 @@ def _acquire(folder: Path) -> int:
             raise
         os.close(descriptor)
         time.sleep(0.02)
-
-
-def _still_there(descriptor: int, file: Path) -> bool:
-    """Tell whether the file that was locked is the one that others will find, and not one just removed."""
-    try:
-        there = os.stat(file, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(descriptor), there)
 
 
 def _sign(descriptor: int) -> None:

@@ -21,32 +21,38 @@ _STEPS = 3  # that are measured; the first one also allocates what the others fi
 _FIELD = "training.memory_limit"
 
 
+def with_decided(study: StudyConfig, decide: Callable[[int, ExperimentConfig], TrainingConfig]) -> StudyConfig:
+    """Return a study with what is decided of each undecided experiment's training; `decide` gets its place too."""
+    experiments = [
+        experiment.model_copy(update={"training": decide(place, experiment)})
+        if experiment.training.is_undecided
+        else experiment
+        for place, experiment in enumerate(study.experiments)
+    ]
+    return study.model_copy(update={"experiments": tuple(experiments)})
+
+
 def as_begun(study: StudyConfig, before: StudyFile | None) -> StudyConfig:
     """Return a study with what was chosen for its limits when it was begun, on whatever machine that was."""
     begun = {} if before is None else {one.name: one.training for one in before.configuration.experiments}
-    experiments = []
-    for experiment in study.experiments:
-        training = experiment.training
-        earlier = begun.get(experiment.name)
-        if training.is_undecided and earlier is not None and earlier.recomputed_blocks is not None:
-            images = training.micro_batch_size or earlier.images_at_once
-            training = training.decided(images, earlier.recomputed_blocks)
-        experiments.append(experiment.model_copy(update={"training": training}))
-    return study.model_copy(update={"experiments": tuple(experiments)})
+
+    def decide_again(_: int, experiment: ExperimentConfig) -> TrainingConfig:
+        training, earlier = experiment.training, begun.get(experiment.name)
+        if earlier is None or earlier.recomputed_blocks is None:
+            return training
+        return training.decided(training.micro_batch_size or earlier.images_at_once, earlier.recomputed_blocks)
+
+    return with_decided(study, decide_again)
 
 
 def unmeasured(study: StudyConfig, shape: BackboneShape) -> StudyConfig:
     """Return a study, of which nothing is measured, with as many blocks computed again as saves anything."""
-    blocks = len(shape.values_by_block)
 
-    def decided(experiment: ExperimentConfig) -> ExperimentConfig:
+    def decide_blindly(_: int, experiment: ExperimentConfig) -> TrainingConfig:
         training = experiment.training
-        if not training.is_undecided:
-            return experiment
-        training = training.decided(training.images_at_once, training.recomputed_of(blocks))
-        return experiment.model_copy(update={"training": training})
+        return training.decided(training.images_at_once, training.recomputed_of(len(shape.values_by_block)))
 
-    return study.model_copy(update={"experiments": tuple(map(decided, study.experiments))})
+    return with_decided(study, decide_blindly)
 
 
 def decide(

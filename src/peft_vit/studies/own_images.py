@@ -36,13 +36,22 @@ from peft_vit.runs.device import choose_precision, resolve_device
 STUDY_NAME = "own-images"
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
-# steps end before LoRA has learned what it can (a pilot on Fashion-MNIST, docs/findings/few_labels.md).
+# steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
+_OF_STEPS = (
+    "steps",
+    "epochs",
+    "learning_rate",
+    "head_start",
+    "micro_batch_size",
+    "activation_checkpointing",
+    "memory_limit",
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     data["test_images"] = counts.test if index.official_test is None else None
     if asked.shots is not None:
         data |= {"shots_per_class": asked.shots, "train_subset": "per_seed"}
-    pace = _Pace.measured(asked, counts)
+    pace = _Pace(asked, counts)
     before = {} if earlier is None else {one.name: one.training.steps for one in earlier.experiments}
     data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(pace.backbone, data["image_size"])
@@ -156,21 +165,14 @@ def _check(asked: OwnImages) -> None:
         for option, own in given.items():
             if own is not None:
                 raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
-    steps = not asked.is_probe
-    sizes = METHODS[asked.method].size_options
-    for option, value, acts, remedy in (
-        ("--rank", asked.rank, "rank" in sizes, "leave it out; adaptive ranks have --budget"),
-        ("--budget", asked.budget, "budget" in sizes, "leave it out; fixed ranks have --rank"),
-        ("--steps", asked.steps, steps, "leave it out"),
-        ("--epochs", asked.epochs, steps, "leave it out"),
-        ("--learning-rate", asked.learning_rate, steps, "leave it out"),
-        ("--head-start", asked.head_start, steps, "leave it out"),
-        ("--micro-batch-size", asked.micro_batch_size, steps, "leave it out"),
-        ("--activation-checkpointing", asked.activation_checkpointing, steps, "leave it out"),
-        ("--memory-limit", asked.memory_limit, steps, "leave it out"),
-    ):
-        if value is not None and not acts:
-            raise UserError(f"has no effect with --method {asked.method}; {remedy}", field=option)
+    of_sizes = {"rank": "; adaptive ranks have --budget", "budget": "; fixed ranks have --rank"}
+    idle = [name for name in of_sizes if name not in METHODS[asked.method].size_options]
+    if asked.is_probe:
+        idle += _OF_STEPS
+    for name in idle:
+        if getattr(asked, name) is not None:
+            problem = f"has no effect with --method {asked.method}; leave it out{of_sizes.get(name, '')}"
+            raise UserError(problem, field=f"--{name.replace('_', '-')}")
     if asked.rank is not None and asked.budget is not None:
         raise UserError("excludes --budget; give one of them", field="--rank")
     _budget(asked.budget)
@@ -226,24 +228,18 @@ def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
     return Counts(max(1, train), validation, test)
 
 
-@dataclass(frozen=True)
 class _Pace:
-    """What a run takes here, by image size and steps; `rate` are multiply-adds a second of large products."""
+    """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
 
-    asked: OwnImages
-    counts: Counts
-    backbone: BackboneConfig
-    rate: float
-
-    @classmethod
-    def measured(cls, asked: OwnImages, counts: Counts) -> _Pace:
-        """Measure this machine's pace, in 0.2 s."""
-        backbone = _backbone(asked)
-        patch = size_step_of(architecture_of(backbone))
-        shape = describe(backbone, (asked.image_size or 8 * patch) // patch * patch)
+    def __init__(self, asked: OwnImages, counts: Counts) -> None:
+        self.asked = asked
+        self.counts = counts
+        self.backbone = _backbone(asked)
+        patch = size_step_of(architecture_of(self.backbone))
+        shape = describe(self.backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
         precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
-        return cls(asked, counts, backbone, product_rate(shape, device, precision, asked.threads))
+        self.rate = product_rate(shape, device, precision, asked.threads)  # multiply-adds a second
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
@@ -259,17 +255,18 @@ class _Pace:
         patch, native = size_step_of(architecture), native_size(architecture)
         wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
         steps = 0 if self.asked.is_probe else wished
-        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
-        fitting = [size for size in sizes if self._fits(describe(self.backbone, size), steps)]
-        return max(fitting, default=sizes[0])
-
-    def _fits(self, shape: BackboneShape, steps: int) -> bool:
         at_once = self.asked.micro_batch_size or (1 if self.asked.memory_limit else self.asked.batch_size)
-        kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
         room = available_memory_bytes()
         if self.asked.memory_limit is not None:
             room = min(room, bytes_of(self.asked.memory_limit))
-        return self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * room
+        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
+        largest = sizes[0]
+        for size in sizes:
+            shape = describe(self.backbone, size)
+            kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
+            if self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * room:
+                largest = size
+        return largest
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)
@@ -298,21 +295,20 @@ class _Pace:
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
-        length = f", up to {steps} steps, fewer if validation stops to gain"
+        length = (
+            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
+        )
         if self.asked.is_probe:
             length = ""
-        elif self.asked.epochs:
-            length = f", {steps} steps"
         patch = shape.size_step
         half = max(patch, image_size // 2 // patch * patch)
         share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
+        line = f"Images of {image_size} px{length}{saved}."
         minutes = self.seconds(shape, steps) / 60
-        longer = minutes > self.asked.minutes * _WITHIN
-        late = (
-            f" This may take {minutes:.0f} minutes here, more than --minutes {self.asked.minutes:g}." if longer else ""
-        )
-        return f"Images of {image_size} px{length}{saved}.{late}"
+        if minutes > self.asked.minutes * _WITHIN:
+            line += f" This may take {minutes:.0f} minutes here, more than --minutes {self.asked.minutes:g}."
+        return line
 
 
 def _asked_steps(asked: OwnImages, counts: Counts) -> int | None:
@@ -327,7 +323,6 @@ def _validate_every(asked: OwnImages, counts: Counts) -> int:
 
 def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    experiment: dict[str, Any] = {"name": asked.experiment, "method": asked.method}
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     method = METHODS[asked.method]
     budget, unit = _budget(asked.budget)
@@ -344,9 +339,8 @@ def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: i
             every = min(_validate_every(asked, counts), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    if asked.start is not None:
-        return {**experiment, "training": training, "lora": {"start": str(asked.start)}}
-    return {**experiment, "training": training, **method.defaults(wishes)}
+    sections = method.defaults(wishes) if asked.start is None else {"lora": {"start": str(asked.start)}}
+    return {"name": asked.experiment, "method": asked.method, "training": training, **sections}
 
 
 def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:

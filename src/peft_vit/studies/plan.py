@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from peft_vit.adapters.peft_format import peft_sha256
-from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
-from peft_vit.config import DataConfig, Precision, StudyConfig
+from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
 from peft_vit.costs.estimate import (
     Estimate,
     EstimateRequest,
@@ -26,10 +25,10 @@ from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError, named
 from peft_vit.methods import check
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured
+from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
 
@@ -57,7 +56,6 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
-        registration: the hypotheses that stand written down now.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         before: what study.json says, read while planning; None: the study is new.
@@ -70,7 +68,6 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     precision: ChosenPrecision
-    registration: Registration
     bf16_factor: float | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
@@ -82,25 +79,20 @@ class Plan:
         """Return the runs that are still to be done."""
         return tuple(run for run in self.runs if not run.done)
 
-    def only(self, method: str | None, seeds: Container[int] | None) -> Plan:
-        """Return the plan of the runs of one method, of some seeds, or both; None: of all."""
-        runs = (
-            run
-            for run in self.runs
-            if method in (None, run.spec.experiment.method) and (seeds is None or run.spec.seed in seeds)
-        )
-        return replace(self, runs=tuple(runs))
-
-    def seed_by_seed(self, names: Sequence[str], seeds: Sequence[int]) -> Plan:
-        """Return the plan of some experiments and seeds: all runs of a seed before the next, so pairs complete early.
+    def only(self, names: Sequence[str], seeds: Sequence[int], *, by_seed: bool) -> Plan:
+        """Return the plan of the runs that there are of some experiments and seeds, in the order of both.
 
         Args:
-            names: of the experiments, in the order in which their runs of a seed come.
-            seeds: in their order.
+            names: of the experiments.
+            seeds: of the runs.
+            by_seed: all runs of a seed before the next, so pairs complete early; otherwise all of an experiment.
         """
         runs = {(run.spec.experiment.name, run.spec.seed): run for run in self.runs}
-        wanted = ((name, seed) for seed in seeds for name in names)
-        return replace(self, runs=tuple(runs[one] for one in wanted if one in runs))
+        if by_seed:
+            wanted = [(name, seed) for seed in seeds for name in names]
+        else:
+            wanted = [(name, seed) for name in names for seed in seeds]
+        return replace(self, runs=tuple(runs[pair] for pair in wanted if pair in runs))
 
 
 def plan_study(
@@ -109,6 +101,7 @@ def plan_study(
     *,
     file: Path,
     smoke: bool = False,
+    part: bool = False,
     measure: Measure | None = None,
     measure_step: MeasureStep | None = None,
 ) -> Plan:
@@ -119,6 +112,7 @@ def plan_study(
         results_dir: where records lie; runs that are done there are not planned again.
         file: the configuration file, named in errors.
         smoke: compress the study, see `smoke.smoke_study`.
+        part: the results directory may hold other experiments and seeds of this study.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
         measure_step: measures the steps among which a `memory_limit` chooses; None: it is refused if there is one.
 
@@ -133,6 +127,7 @@ def plan_study(
             results_dir,
             file=file,
             smoke=smoke,
+            part=part,
             measure=measure,
             measure_step=measure_step,
         )
@@ -151,15 +146,14 @@ def plan_begun_study(
 ) -> Plan:
     """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
 
-    `before` is what study.json says; None: the study is new. With `part` the results directory may hold other
-    experiments and seeds of this study.
+    `before` is what study.json says; None: the study is new.
     """
-    own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
-    registration = load_registry(own_hypotheses).registration()
     if smoke:
         study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
         study = unmeasured(study, describe(study.backbone, study.data.image_size))
-    study = study.model_copy(update={"data": _interpolated(study)})
+    known = interpolation_of(architecture_of(study.backbone))
+    if study.data.interpolation is None and known != "bicubic":  # as the model's pretraining resized
+        study = study.model_copy(update={"data": study.data.model_copy(update={"interpolation": known})})
     precision = decide_precision(study, before)
     study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
     index = open_index(study.data, smoke=smoke)
@@ -168,7 +162,10 @@ def plan_begun_study(
     drawn = splits_of(index, study)
     splits = drawn[study.seeds[0]]
     workload = workload_of(study, index, splits)
-    _check_experiments(study, workload, index)
+    for place, experiment in enumerate(study.experiments):
+        with _below(place):
+            check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
+            check_augmentation(experiment.training.augmentation, index.channels)
     study, choices = _within_memory(study, workload, index, splits, measure_step)
     wanted = _requests(study, workload, index, splits, results_dir, smoke=smoke)
     notices: tuple[str, ...] = ()
@@ -177,19 +174,20 @@ def plan_begun_study(
         check_weights(study.backbone)
         notices = (*_notices(index, study, drawn), *_unseen(study))
     estimates = estimate_runs(wanted, workload, None if smoke else measure)
-    runs = tuple(
-        PlannedRun(run.spec, run.steps, _measured(estimate, run.spec, choices), done=run.taken is not None)
-        for run, estimate in zip(wanted, estimates, strict=True)
-    )
+    runs = []
+    for run, estimate in zip(wanted, estimates, strict=True):
+        choice = choices.get(run.spec.experiment.name)
+        if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
+            estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
+        runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
     factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
     return Plan(
         study,
         file,
         index.licence,
         index.sha256,
-        runs,
+        tuple(runs),
         precision,
-        registration,
         factor,
         part,
         notices,
@@ -209,29 +207,22 @@ def _below(place: int) -> Iterator[None]:
         raise UserError(error.message, file=error.file, field=f"experiments[{place}].{error.field}") from None
 
 
-def _check_experiments(study: StudyConfig, workload: Workload, index: ImageIndex) -> None:
-    for place, experiment in enumerate(study.experiments):
-        with _below(place):
-            check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
-            check_augmentation(experiment.training.augmentation, index.channels)
-
-
 def _within_memory(
     study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, measure_step: MeasureStep | None
 ) -> tuple[StudyConfig, dict[str, Choice]]:
     """Return the study with what keeps within every limit, and what was chosen now, by the names of experiments."""
-    experiments, choices = list(study.experiments), {}
-    for place, experiment in enumerate(study.experiments):
-        if not experiment.training.is_undecided:
-            continue
+    choices: dict[str, Choice] = {}
+
+    def decide_measured(place: int, experiment: ExperimentConfig) -> TrainingConfig:
         check_weights(study.backbone)
         spec, steps = spec_of(study, place, study.seeds[0]), experiment.total_steps(len(splits.train))
         with _below(place):
             if measure_step is None:
                 raise UserError("is kept by measured steps, and none are done here", field="training.memory_limit")
             training, choices[experiment.name] = decide(spec, steps, workload, index, splits, measure_step)
-        experiments[place] = experiment.model_copy(update={"training": training})
-    return study.model_copy(update={"experiments": tuple(experiments)}), choices
+        return training
+
+    return with_decided(study, decide_measured), choices
 
 
 def _requests(
@@ -251,14 +242,6 @@ def _requests(
     return wanted
 
 
-def _measured(estimate: Estimate, spec: RunSpec, choices: Mapping[str, Choice]) -> Estimate:
-    """Return an estimate with the memory that was measured for a limit, where arithmetic alone knew it."""
-    choice = choices.get(spec.experiment.name)
-    if choice is None or estimate.basis != "estimate":
-        return estimate
-    return replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)
-
-
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:
     """Return what all runs of a study share, whose precision is decided."""
     return Workload(
@@ -272,14 +255,6 @@ def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Worklo
         validation=len(splits.validation),
         test=len(splits.test),
     )
-
-
-def _interpolated(study: StudyConfig) -> DataConfig:
-    """Return a study's images, resized as the model's pretraining did it if nothing else was asked for."""
-    known = interpolation_of(architecture_of(study.backbone))
-    if study.data.interpolation is not None or known == "bicubic":
-        return study.data
-    return study.data.model_copy(update={"interpolation": known})
 
 
 def decide_precision(study: StudyConfig, before: StudyFile | None) -> ChosenPrecision:

@@ -34,6 +34,9 @@ _MERGED = {
 }
 
 
+_ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
+
+
 def print_export(done: Exported, file: Path) -> None:
     """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
     print(_MERGED[done.merged.how])
@@ -74,19 +77,13 @@ def course_line(course: Course, study: StudyConfig) -> str:
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. {_what_follows(course)}"
+        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. "
+        f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
 
 def _points(share: float) -> str:
     return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"
-
-
-def _what_follows(course: Course) -> str:
-    if course.stopped is None:
-        return f"Goes on to {course.next_look}."
-    ends = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
-    return ends[course.stopped]
 
 
 def duration(seconds: float) -> str:
@@ -104,7 +101,30 @@ def counted(number: int, what: str) -> str:
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
-    _print_study(plan, console)
+    study, precision = plan.study, plan.precision
+    console.print(
+        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
+        f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
+    )
+    if plan.runs[0].spec.smoke:
+        console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
+    elif study.backbone.weights == "random":
+        console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
+    if precision.note is not None:
+        console.print(Text(precision.note), soft_wrap=True)
+    if plan.bf16_factor is not None:
+        slow = (
+            f"BF16 MAY BE SLOW HERE: {precision.support.reason}; a matrix product takes {plan.bf16_factor:.1f} times "
+            "as long as in fp32."
+        )
+        console.print(Text(slow, style="bold yellow"), soft_wrap=True)
+    if study.threads > cpu_count():
+        console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
+    console.print(f"Images: {plan.licence}")
+    for line in plan.memory:
+        console.print(Text(line), soft_wrap=True)
+    for notice in plan.notices:  # they quote names of files, which may look like markup
+        console.print(Text(printable(notice), style="bold yellow"), soft_wrap=True)
     table = Table()
     table.add_column("run", no_wrap=True)
     for name in ("steps", "seconds", "peak MB"):
@@ -122,41 +142,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         )
     console.print(table)
     _print_total(plan, console)
-
-
-def _print_study(plan: Plan, console: Console) -> None:
-    study = plan.study
-    console.print(
-        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
-        f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
-    )
-    if plan.runs[0].spec.smoke:
-        console.print("[bold yellow]SMOKE: random weights and synthetic images; no number below means anything.[/]")
-    elif study.backbone.weights == "random":
-        console.print("[bold yellow]RANDOM WEIGHTS: nothing is pretrained in this study.[/]")
-    _print_precision(plan, console)
-    if study.threads > cpu_count():
-        console.print(f"[bold yellow]threads: {study.threads} exceeds this machine's {cpu_count()} processors.[/]")
-    console.print(f"Images: {plan.licence}")
-    for line in plan.memory:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for notice in plan.notices:  # they quote names of files, which may look like markup
-        console.print(Text(printable(notice), style="bold yellow"), soft_wrap=True)
-
-
-def _print_precision(plan: Plan, console: Console) -> None:
-    precision = plan.precision
-    if precision.note is not None:
-        console.print(precision.note, soft_wrap=True, highlight=False, markup=False)
-    if plan.bf16_factor is not None:
-        console.print(
-            f"BF16 MAY BE SLOW HERE: {precision.support.reason}; a matrix product takes {plan.bf16_factor:.1f} times "
-            "as long as in fp32.",
-            style="bold yellow",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
 
 
 def _print_total(plan: Plan, console: Console) -> None:

@@ -49,9 +49,7 @@ Seen = list[tuple[Progress, float]]  # what a run told, and when
 # --- what runs cost, for plans ----------------------------------------------------------------------------------------
 
 
-def measure_costs(
-    kinds: Mapping[str, RunSpec], tell: Callable[[str], None], speed: Callable[[], Speed] | None = None
-) -> dict[str, Costs]:
+def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
@@ -59,16 +57,14 @@ def measure_costs(
     Args:
         kinds: miniatures by the name of an experiment.
         tell: told what is being done, a line each.
-        speed: measures how fast the machine is, before and after each kind.
     """
-    speed = speed or machine_speed
     measured = {}
-    before = speed()
+    before = machine_speed()
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             tell(f"measuring {place} of {len(kinds)}: {name}")
             record, seen = _carried_out(kind, executor)
-            after = speed()
+            after = machine_speed()
             if record.status == "failed":
                 tell(f"{name} could not be measured ({record.error}); its time and memory are estimated")
             else:
@@ -103,15 +99,12 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
     )
 
 
-def measure_step(
-    spec: RunSpec, tell: Callable[[str], None], speed: Callable[[], Speed] | None = None
-) -> StepCost | None:
+def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
     """Do a run of a few steps in a worker process of its own, as runs do; None: there was not enough memory for it.
 
     Args:
         spec: of the few steps.
         tell: told what is being done, a line, and whether the machine was busy meanwhile.
-        speed: measures how fast the machine is, before and after.
 
     Raises:
         UserError: if it fails for another reason.
@@ -119,12 +112,11 @@ def measure_step(
     training = spec.experiment.training
     again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
     tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
-    speed = speed or machine_speed
-    before = speed()
+    before = machine_speed()
     with _executor() as executor:
         record, _ = _carried_out(spec, executor)
         peak = executor.peak_memory_bytes()
-    if busy := disturbance(before, speed()):
+    if busy := disturbance(before, machine_speed()):
         tell(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
     if record.failure in ("killed", "out_of_memory"):
         return None
@@ -172,12 +164,7 @@ def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.i
 
 
 def measure_pace(
-    study: StudyConfig,
-    index: ImageIndex,
-    workload: Workload,
-    budget_s: float,
-    tell: Callable[[str], None],
-    speed: Callable[[], Speed] | None = None,
+    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None]
 ) -> Pace:
     """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
 
@@ -190,12 +177,10 @@ def measure_pace(
         workload: of the study.
         budget_s: seconds until the measurement ends, whatever it has found.
         tell: told what is being done, a line each.
-        speed: measures how fast the machine is, before and after.
     """
-    speed = speed or machine_speed
     ends_at = time.monotonic() + budget_s
     tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
-    before = speed()
+    before = machine_speed()
     probes: dict[str, list[Probe]] = {}
     process_s = 0.0
     with _executor() as executor:
@@ -213,7 +198,7 @@ def measure_pace(
             experiment = spec.experiment
             found = Probe(experiment.method, tokens, experiment.training.batch_size, costs_of(record, seen))
             probes.setdefault(name, []).append(found)
-    if busy := disturbance(before, speed()):
+    if busy := disturbance(before, machine_speed()):
         tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
     if probes:
         return MeasuredPace(probes, process_s)

@@ -12,7 +12,6 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from peft_vit.records import RunRecord
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.studies.printing import duration, open_console
@@ -31,11 +30,6 @@ class _Running:
     told: float  # when the latest plain line was printed; all times are time.monotonic()
     first: tuple[int, float] | None = None  # step, time
     latest: Progress | None = None
-
-    def take(self, progress: Progress, now: float) -> None:
-        if self.first is None:
-            self.first = progress.step, now
-        self.latest = progress
 
     def left_s(self, now: float, pace: float) -> float:
         """Return the seconds that are left: at the run's own rate, or as planned before there is one.
@@ -101,7 +95,6 @@ class Watch:
             case RunProgress():
                 self._progress(event)
             case RunEnded():
-                self._running.pop(event.run.spec.name, None)
                 self._ended(event)
             case RunRetried():
                 self._back(event.run)
@@ -112,7 +105,7 @@ class Watch:
                 self._say(f"{self._place()} {event.run.spec.run_id}: stopped {when}")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(Text(line), soft_wrap=True)
 
     def _place(self) -> str:
         return f"[{self._count - len(self._waiting) - len(self._running)}/{self._count}]"
@@ -134,13 +127,15 @@ class Watch:
         if running is None:
             return
         now = time.monotonic()
-        running.take(event.progress, now)
+        running.first = running.first or (event.progress.step, now)
+        running.latest = event.progress
         if self._live is None and now - running.told >= self._plain_every_s:
             running.told = now
             left = duration(running.left_s(now, self._pace()))
             self._say(f"{self._place()} {event.run.spec.run_id}: {_in_words(event.progress)}; {left} left")
 
     def _ended(self, event: RunEnded) -> None:
+        self._running.pop(event.run.spec.name, None)
         record, run_id, place = event.record, event.run.spec.run_id, self._place()
         for warning in record.warnings:
             self._say(f"{place} {run_id}: warning: {warning}")
@@ -150,8 +145,13 @@ class Watch:
         self._taken_s += record.seconds
         self._planned_s += event.run.estimate.seconds
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
+        validation = ""
+        if record.validation is not None:
+            probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
+            its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"  # on the same images
+            validation = f"validation {record.validation.accuracy:.1%}{its}, "
         self._say(
-            f"{place} {run_id}: {_validation(record)}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
+            f"{place} {run_id}: {validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
             f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
         )
 
@@ -182,15 +182,6 @@ class Watch:
         ended = self._count - len(self._waiting) - len(self._running)
         total = f"{ended} of {self._count} runs ended, about {duration(self._left_s())} left"
         return Group(*([table] if table.row_count else []), Text(total, style="bold"))
-
-
-def _validation(record: RunRecord) -> str:
-    """Return validation accuracy, and that of the linear probe from which training started, on the same images."""
-    if record.validation is None:
-        return ""
-    probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
-    its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"
-    return f"validation {record.validation.accuracy:.1%}{its}, "
 
 
 def _cells(progress: Progress) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -64,7 +64,12 @@ def drive(
             result; nothing that was written is lost.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
     """
-    on_event = _undisturbed(on_event)
+
+    def tell(event: StudyEvent) -> None:
+        """Tell it a watcher who may be unable to write: a terminal is gone, nobody reads a pipe, a disk is full."""
+        with suppress(OSError, SystemExit):  # to exit is rich's answer to a broken pipe
+            on_event(event)
+
     names = {run.spec.name for run in plan.runs}
     asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
     content = go_on(lock.folder, plan.before, asked, source=plan.file, part=plan.part)
@@ -72,12 +77,12 @@ def drive(
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
-        store = StudyStore(lock, content.runs, plan.registration)
+        store = StudyStore(lock, content.runs)
         for text in store.notices:
-            on_event(Notice(text))
+            tell(Notice(text))
         waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
         if executor is not None:
-            _carry_out(waiting, executor, store, on_event, plan.study.execution.retries, deadline)
+            _carry_out(_Attempts(waiting, executor, store, tell, plan.study.execution.retries), deadline)
         failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
@@ -85,34 +90,22 @@ def drive(
             executor.close()
 
 
-def _undisturbed(on_event: Callable[[StudyEvent], None]) -> Callable[[StudyEvent], None]:
-    """Let a study go on whose watcher can't write: its terminal is gone, nobody reads its pipe, its disk is full."""
-
-    def told(event: StudyEvent) -> None:
-        with suppress(OSError, SystemExit):  # to exit is rich's answer to a broken pipe
-            on_event(event)
-
-    return told
-
-
-def _carry_out(
-    runs: list[PlannedRun],
-    executor: Executor,
-    store: StudyStore,
-    on_event: Callable[[StudyEvent], None],
-    retries: int,
-    deadline: Deadline | None,
-) -> None:
+def _carry_out(attempts: _Attempts, deadline: Deadline | None) -> None:
+    executor = attempts.executor
     with _signals() as signals:
-        attempts = _Attempts(runs, executor, store, on_event, retries)
         if deadline is None:
-            for run in runs:
+            for run in attempts.runs:
                 executor.submit(run)
         while attempts.waiting:
-            if signals.asked and not attempts.stopping:
+            if signals and not attempts.stopping:
                 attempts.stop(_STOPPING)
             if deadline is not None:
-                _keep(deadline, attempts, executor)
+                if not attempts.stopping:
+                    if not deadline.over:
+                        for run in deadline.to_start(attempts.waiting):
+                            executor.submit(run)
+                    elif deadline.under_way:
+                        attempts.stop(_TIME_IS_OVER)
                 if deadline.past if attempts.stopping else not deadline.under_way:
                     break
             event = executor.next_event(_POLL_S)
@@ -122,20 +115,8 @@ def _carry_out(
                     deadline.hear(event, attempts.waiting)
             elif attempts.stopping and not attempts.running:
                 break
-        if signals.asked and attempts.waiting:
+        if signals and attempts.waiting:
             raise KeyboardInterrupt
-
-
-def _keep(deadline: Deadline, attempts: _Attempts, executor: Executor) -> None:
-    """Start what is expected to end in time, and stop what runs when the time is over."""
-    if attempts.stopping:
-        return
-    if deadline.over:
-        if deadline.under_way:
-            attempts.stop(_TIME_IS_OVER)
-        return
-    for run in deadline.to_start(attempts.waiting):
-        executor.submit(run)
 
 
 class _Attempts:
@@ -143,16 +124,17 @@ class _Attempts:
 
     def __init__(
         self,
-        runs: Iterable[PlannedRun],
+        runs: list[PlannedRun],
         executor: Executor,
         store: StudyStore,
         on_event: Callable[[StudyEvent], None],
         retries: int,
     ) -> None:
+        self.runs = runs
+        self.executor = executor
         self.waiting = {run.spec.name for run in runs}
         self.running: set[str] = set()
         self.stopping = False
-        self._executor = executor
         self._store = store
         self._on_event = on_event
         self._retries = retries
@@ -163,7 +145,7 @@ class _Attempts:
         """Have what runs stopped, and start nothing more."""
         self._on_event(Notice(why))
         self.stopping = True
-        self._executor.stop()
+        self.executor.stop()
 
     def take(self, event: Event) -> None:
         """Enter what happened, and tell it."""
@@ -180,15 +162,12 @@ class _Attempts:
             self._store.started(run, event.worker, event.run.total_steps)
             self.running.add(run)
         elif isinstance(event, RunInterrupted):
-            self._interrupted(event.run, run, event.step)
+            self._store.interrupted(run)
+            self._reached[run] = event.step
+            self.running.discard(run)
+            if not self.stopping:
+                self.executor.submit(event.run)
         self._on_event(event)
-
-    def _interrupted(self, planned: PlannedRun, run: str, step: int) -> None:
-        self._store.interrupted(run)
-        self._reached[run] = step
-        self.running.discard(run)
-        if not self.stopping:
-            self._executor.submit(planned)
 
     def _ended(self, event: RunEnded, run: str) -> None:
         record = event.record
@@ -202,7 +181,7 @@ class _Attempts:
                 self._on_event(Notice(f"{record.spec.run_id}: {record.error}"))
             else:
                 self._on_event(RunRetried(event.run, record))
-                self._executor.submit(event.run)
+                self.executor.submit(event.run)
             return
         record = self._store.ended(record, event.adapter)
         self.waiting.discard(run)
@@ -218,28 +197,23 @@ class _Attempts:
         return self._failures[run] <= self._retries
 
 
-class _Signals:
-    """Ctrl-C and SIGTERM: the first one asks, the second one ends at once, wherever it meets this process."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 @contextmanager
-def _signals() -> Iterator[_Signals]:
-    handler = _Signals()
+def _signals() -> Iterator[list[int]]:
+    """Note Ctrl-C and SIGTERM: the first one asks, the second one ends at once, wherever it meets this process."""
+    noted: list[int] = []
+
+    def handler(number: int, _: FrameType | None) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
             if signal.getsignal(number) == usual:  # somebody who ignores or handles it had a reason
                 before[number] = signal.signal(number, handler)
     try:
-        yield handler
+        yield noted
     finally:
         for stopped, previous in before.items():
             signal.signal(stopped, previous)

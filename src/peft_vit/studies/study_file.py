@@ -14,7 +14,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_record, write_whole
 from peft_vit.records.study_file import STUDY_FILE, StudyFile
 
-_FREE = {"description", "execution", "hypotheses"}  # no result depends on them
+_FREE = {"description", "execution"}  # no result depends on them
 
 
 def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
@@ -65,11 +65,17 @@ def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: P
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
     runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
     left_out = {*before.runs, *asked.skipped} - ({*asked.runs} - {*asked.skipped})
+    together: dict[str, Any] = {}
+    if part:
+        earlier, now = before.configuration, asked.configuration
+        experiments = {experiment.name: experiment for experiment in (*earlier.experiments, *now.experiments)}
+        together["experiments"] = tuple(experiments.values())
+        together["seeds"] = tuple(dict.fromkeys((*earlier.seeds, *now.seeds)))
     return asked.model_copy(
         update={
             "runs": runs,
             "skipped": tuple(run for run in runs if run in left_out),
-            "configuration": _together(before.configuration, asked.configuration) if part else asked.configuration,
+            "configuration": asked.configuration.model_copy(update=together),
             "seeds_added": _seeds_added(folder, before, asked.configuration),
         }
     )
@@ -81,13 +87,11 @@ def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[i
     A smoke study has no results.
     """
     new = tuple(seed for seed in asked.seeds if seed not in before.configuration.seeds)
-    if not new or before.smoke or not any(_is_done(folder / run / RECORD_FILE) for run in before.runs):
-        return before.seeds_added
-    return tuple(dict.fromkeys((*before.seeds_added, *new)))
-
-
-def _is_done(file: Path) -> bool:
-    return file.exists() and read_record(file).status == "done"
+    if new and not before.smoke:
+        recorded = (file for run in before.runs if (file := folder / run / RECORD_FILE).exists())
+        if any(read_record(file).status == "done" for file in recorded):
+            return tuple(dict.fromkeys((*before.seeds_added, *new)))
+    return before.seeds_added
 
 
 def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,12 +111,6 @@ def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[di
         new["seeds"] = sorted(set(new["seeds"]) & set(old["seeds"]))
         old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
     return old, new
-
-
-def _together(before: StudyConfig, asked: StudyConfig) -> StudyConfig:
-    named = {experiment.name: experiment for experiment in (*before.experiments, *asked.experiments)}
-    seeds = tuple(dict.fromkeys((*before.seeds, *asked.seeds)))
-    return asked.model_copy(update={"experiments": tuple(named.values()), "seeds": seeds})
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:

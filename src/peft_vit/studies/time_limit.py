@@ -79,7 +79,10 @@ class Deadline:
         self.under_way: set[str] = set()
         self._runs = plan.pending
         self._workers = max(1, len(plan.pending)) if executor == "ray" else plan.study.execution.workers
-        self._left = {run.spec.name: _share_left(results_dir, run) for run in plan.pending}
+        self._left = {}  # share of a run that is still to be done, by its newest checkpoint
+        for run in plan.pending:
+            reached = max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0)
+            self._left[run.spec.name] = 1 - reached / run.total_steps
         self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
         self._stepped_s = self._planned_s = 0.0  # of those that take steps: seconds, and what was planned
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
@@ -101,11 +104,17 @@ class Deadline:
             waiting: names of the runs that have not ended.
         """
         while len(self.under_way) < self._workers:
-            run = self._next(waiting)
-            if run is None:
+            left_s = self.limit.left_s
+            idle = waiting - self.under_way
+            there = [run for run in self._runs if run.spec.name in idle]
+            in_time = [run for run in there if self._expected_s(run) <= left_s]
+            if self._whatever is None:
+                self._whatever = bool(there) and not in_time
+            fitting = there if self._whatever else in_time
+            if not fitting:
                 return
-            self.under_way.add(run.spec.name)
-            yield run
+            self.under_way.add(fitting[0].spec.name)
+            yield fitting[0]
 
     def hear(self, event: Event, waiting: Set[str]) -> None:
         """Take in what happened to a run; one that is not among those waiting has ended."""
@@ -129,17 +138,3 @@ class Deadline:
         pace = self._stepped_s / self._planned_s if self._planned_s else 1.0
         whole = statistics.median(alike) if alike else pace * run.estimate.seconds
         return self._left[run.spec.name] * whole
-
-    def _next(self, waiting: Set[str]) -> PlannedRun | None:
-        left_s = self.limit.left_s
-        idle = waiting - self.under_way
-        there = [run for run in self._runs if run.spec.name in idle]
-        in_time = [run for run in there if self._expected_s(run) <= left_s]
-        if self._whatever is None:
-            self._whatever = bool(there) and not in_time
-        return next(iter(there if self._whatever else in_time), None)
-
-
-def _share_left(results_dir: Path, run: PlannedRun) -> float:
-    """Return the share of a run that is still to be done, by its newest checkpoint."""
-    return 1 - max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0) / run.total_steps

@@ -99,7 +99,7 @@ class StudyRunner:
             )
             names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
             seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
-            plan, failed = whole.seed_by_seed(names, seeds), {}
+            plan, failed = whole.only(names, seeds, by_seed=True), {}
             if plan.runs:
                 make_executor = partial(open_executor, self.executor, plan, self.results_dir)
                 deadline = Deadline(plan, self.results_dir, limit, self.executor)

@@ -23,7 +23,7 @@ _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and t
 _FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
 _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 # Kinds, runs that race, and the steps that each run has at least, from ample time to the least: more steps gain more
-# than more kinds of methods do (docs: findings, "Are 48 steps long enough?").
+# than more kinds of methods do.
 _LEVELS = ((5, 20, 120), (3, 12, 96), (2, 10, 72), (2, 8, 48), (2, 4, LEAST_STEPS))
 
 

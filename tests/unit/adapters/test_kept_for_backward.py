@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_product, attach_adapters
 from peft_vit.backbones import find_sites
 
-pytestmark = pytest.mark.part("adapters")
+pytestmark = pytest.mark.part("trainer")
 WIDTH = 64
 
 

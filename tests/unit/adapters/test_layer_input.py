@@ -14,7 +14,7 @@ from peft_vit.adapters.layer_input import source_of
 from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizationFormat, quantize
 
-pytestmark = pytest.mark.part("adapters")
+pytestmark = pytest.mark.part("trainer")
 
 
 @pytest.fixture(autouse=True)

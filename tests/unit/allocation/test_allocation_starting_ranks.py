@@ -18,7 +18,7 @@ from peft_vit.backbones import Site, find_sites
 from peft_vit.config import StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 
-pytestmark = pytest.mark.part("adaptive ranks")
+pytestmark = pytest.mark.part("controller")
 IMAGES = 18  # batches of 8, 8 and 2
 WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 3.0])  # of the classes
 

@@ -14,7 +14,7 @@ from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.records import RunRecord
 from peft_vit.statistics import StoppingRule, follow
 
-pytestmark = pytest.mark.part("statistics")
+pytestmark = pytest.mark.part("analyzer")
 
 NAMES = ("lora_r8", "lora_r4", "lora_r2")
 EXPERIMENTS = planted.experiments()

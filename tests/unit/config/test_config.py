@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import peft_vit.config
 from peft_vit.config import MATRICES, QaLoraConfig, StudyConfig, load_study, study_from_mapping
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("configuration")
 
-CONFIGS = Path(__file__).parents[3] / "experiments" / "configs"
-STUDIES = sorted(file for file in CONFIGS.glob("*.yaml") if not file.name.startswith("hypotheses"))
-QUICKSTART = (CONFIGS / "quickstart.yaml").read_text()
+EXAMPLES = Path(peft_vit.config.__file__).parent / "examples"
+QUICKSTART = (EXAMPLES / "quickstart.yaml").read_text()
 
 VALID = """\
 name: tiny
@@ -88,46 +87,6 @@ def changed(old: str, new: str) -> str:
 
 def line_of(text: str, content: str) -> int:
     return content[: content.index(text)].count("\n") + 1
-
-
-def test_studies_with_kept_results_name_the_precision_of_these() -> None:
-    """On a machine that only emulates bf16 they would be repeated in another one."""
-    kept = {file.name.split(".")[0] for file in (CONFIGS.parents[1] / "results").iterdir()}
-    precisions = {file.stem: load_study(file).precision for file in STUDIES if file.stem in kept}
-    assert len(precisions) >= 13
-    assert set(precisions.values()) == {"bf16"}
-    assert load_study(CONFIGS / "quickstart.yaml").precision == "auto"
-
-
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_every_configuration_of_the_repository_loads_and_opens_with_what_it_asks(file: Path) -> None:
-    study = load_study(file)
-    assert study.name in file.stem
-    header = file.read_text().split("\nname:")[0]
-    for word in (
-        "Asks:",
-        "Images:",
-        "Weights:",
-        "Cost:",
-        f"Command: .venv/bin/peft-vit run experiments/configs/{file.name}",
-    ):
-        assert word in header
-    if study.backbone.weights == "hub":
-        assert "NOT RUN" in header
-
-
-def test_full_size_files_share_all_but_their_experiments() -> None:
-    names = ("adalora_comprehensive_experiment", "qa_lora_comprehensive_experiment", "fixed_rank_baselines")
-    studies = [load_study(CONFIGS / f"{name}.yaml") for name in names]
-    shared = [study.model_dump(exclude={"name", "description", "experiments"}) for study in studies]
-    assert shared[0] == shared[1] == shared[2]
-    steps = {
-        one.total_steps(study.data.train_images)
-        for study in studies
-        for one in study.experiments
-        if study.data.train_images is not None and not one.is_probe
-    }
-    assert steps == {600}
 
 
 def test_values_arrive_as_written(tmp_path: Path) -> None:
@@ -457,13 +416,6 @@ def test_faults_of_one_list_are_counted_each(tmp_path: Path) -> None:
     assert refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [-1, -2]")).endswith("(1 more fault in this file)")
 
 
-@pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-def test_the_head_of_a_study_counts_its_runs(file: Path) -> None:
-    study = load_study(file)
-    (told,) = re.findall(r"^# Cost: +(\d+) runs", file.read_text(), flags=re.MULTILINE)
-    assert int(told) == len(study.experiments) * len(study.seeds)
-
-
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "a_file/b.yaml"])
 def test_unreadable_path(path: str, tmp_path: Path) -> None:
     (tmp_path / "a_file").write_text("")
@@ -473,7 +425,7 @@ def test_unreadable_path(path: str, tmp_path: Path) -> None:
 
 
 def test_a_study_survives_being_written_out_with_all_its_defaults(tmp_path: Path) -> None:
-    for file in STUDIES:
+    for file in EXAMPLES.iterdir():
         study = load_study(file)
         assert StudyConfig.model_validate_json(study.model_dump_json()) == study
 

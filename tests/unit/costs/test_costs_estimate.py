@@ -13,7 +13,7 @@ from peft_vit.costs.cache import Costs, keep_costs
 from peft_vit.costs.estimate import EstimateRequest, Workload
 from peft_vit.costs.estimate import estimate_runs as estimate
 from peft_vit.records import write_record
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.time_limit import makespan
 
 pytestmark = pytest.mark.part("runner")

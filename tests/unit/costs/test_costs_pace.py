@@ -11,6 +11,7 @@ from peft_vit.costs.estimate import Workload
 from peft_vit.costs.pace import MeasuredPace as Pace
 from peft_vit.costs.pace import Probe, ReckonedPace
 from peft_vit.data import open_index
+from peft_vit.studies import profiling
 from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_pace
 
 pytestmark = pytest.mark.part("runner")
@@ -68,11 +69,12 @@ def test_noise_makes_no_step_shorter_than_none(study) -> None:
 
 
 @pytest.mark.slow
-def test_real_steps_are_measured_at_two_sizes(study) -> None:
+def test_real_steps_are_measured_at_two_sizes(study, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
     config = study("lora", "full", epochs=20)
     config = config.model_copy(update={"data": config.data.model_copy(update={"image_size": 64})})
     told: list[str] = []
-    pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append, lambda: STEADY)
+    pace = measure_pace(config, open_index(config.data), workload(config, 64), 500.0, told.append)
     assert told == ["measuring steps of the study's methods, 500 s at most"]
     assert {name: [probe.tokens for probe in probes] for name, probes in pace.probes.items()} == {
         "lora": [17, 5],
@@ -83,11 +85,12 @@ def test_real_steps_are_measured_at_two_sizes(study) -> None:
     assert pace.step_s(config.experiments[0], large.tokens) == pytest.approx(large.costs.step_s)
 
 
-def test_no_time_to_measure_is_said(study) -> None:
+def test_no_time_to_measure_is_said(study, monkeypatch) -> None:
     config = study("lora")
     told: list[str] = []
     speeds = iter((STEADY, replace(STEADY, products_per_s=700.0)))
-    pace = measure_pace(config, open_index(config.data), workload(config), 0.0, told.append, lambda: next(speeds))
+    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
+    pace = measure_pace(config, open_index(config.data), workload(config), 0.0, told.append)
     assert isinstance(pace, ReckonedPace)
     assert told[1:] == [
         "the machine was busy (its speed before and after differs by 30%, more than 20%), so these times may be long; "

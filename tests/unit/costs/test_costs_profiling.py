@@ -7,7 +7,8 @@ import pytest
 
 from peft_vit.costs.cache import Costs, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
-from peft_vit.studies import plan_study
+from peft_vit.studies import profiling
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import Speed, costs_of, measure_costs
 from peft_vit.training import Progress
 
@@ -29,12 +30,13 @@ def kinds_of(config, folder) -> dict:
     return found
 
 
-def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cache) -> None:
+def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
     config = study("lora", "qa_adalora", epochs=20)
     told: list[str] = []
 
     def measure(kinds):
-        return measure_costs(kinds, told.append, lambda: STEADY)
+        return measure_costs(kinds, told.append)
 
     out = tmp_path / "out"
     plan = plan_study(config, out, file=tmp_path / "tiny.yaml", measure=measure)
@@ -49,24 +51,26 @@ def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cach
     assert [run.estimate for run in again.runs] == [run.estimate for run in plan.runs]
 
 
-def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache) -> None:
+def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
     config = study("lora", "full")
     kinds = kinds_of(config, tmp_path)
     gone = kinds["full"].data.model_copy(update={"image_size": 33})
     kinds["full"] = kinds["full"].model_copy(update={"data": gone})
     told: list[str] = []
-    assert set(measure_costs(kinds, told.append, lambda: STEADY)) == {"lora"}
+    assert set(measure_costs(kinds, told.append)) == {"lora"}
     assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of 16")
     assert told[-1].endswith("; its time and memory are estimated")
     assert known_costs(kinds["full"]) is None
 
 
 @pytest.mark.slow
-def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, tmp_path, own_cache) -> None:
+def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, tmp_path, own_cache, monkeypatch) -> None:
     kinds = kinds_of(study("full", "lora"), tmp_path)
     told: list[str] = []
     speeds = iter((STEADY, Speed(700.0, 1.0), Speed(700.0, 1.0)))
-    assert set(measure_costs(kinds, told.append, lambda: next(speeds))) == {"full", "lora"}
+    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
+    assert set(measure_costs(kinds, told.append)) == {"full", "lora"}
     busy = "the machine was busy (its speed before and after differs by 30%, more than 20%)"
     assert told[1] == f"full: {busy}; its time serves this plan and is not kept"
     assert known_costs(kinds["full"]) is None

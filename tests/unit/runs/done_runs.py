@@ -10,7 +10,7 @@ from peft_vit.backbones import LoadedBackbone, load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.methods import prepare
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 
 def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:

@@ -20,7 +20,7 @@ from peft_vit.runs import execute as run
 from peft_vit.runs import provenance
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.provenance import git_state, hash_arrays, package_versions
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 METHODS = ("linear", "full", "lora", "adalora", "qa_lora", "qa_adalora")

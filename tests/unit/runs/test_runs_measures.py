@@ -23,7 +23,7 @@ from peft_vit.records.study_file import STUDY_FILE, read_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
 from peft_vit.runs.measures import removal_images
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
 from peft_vit.training import Checkpoints, RuntimeConfig
 

@@ -20,7 +20,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, run_folder
 from peft_vit.runs.export import export_run_to_peft
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 
 peft = pytest.importorskip("peft")
 TUNERS: dict[str, dict[str, Any]] = {

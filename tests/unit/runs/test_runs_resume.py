@@ -15,7 +15,7 @@ from peft_vit.records import checkpoint_folders, outcome_digest
 from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
 from peft_vit.runs.resume import _ALIKE, _THE_SAME
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.training import Checkpoints, CheckpointWarning, Interrupted, State
 from peft_vit.training.checkpoint import write_checkpoint
 

@@ -17,7 +17,7 @@ from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
 from peft_vit.training import Checkpoints, Interrupted, StartingRanks
 
-pytestmark = pytest.mark.part("adaptive ranks")
+pytestmark = pytest.mark.part("controller")
 
 
 @pytest.fixture

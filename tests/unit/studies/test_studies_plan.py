@@ -13,8 +13,7 @@ from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, run_folder, write_record
 from peft_vit.records.study_file import read_study_file
-from peft_vit.studies import plan_study
-from peft_vit.studies.plan import plan_begun_study
+from peft_vit.studies.plan import plan_begun_study, plan_study
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import study_file, write_study_file
 
@@ -140,16 +139,17 @@ def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
         planned(config.model_copy(update={"data": data}), tmp_path)
 
 
-def test_a_plan_of_some_methods_or_seeds(study, tmp_path) -> None:
+def test_a_plan_of_some_experiments_and_seeds(study, tmp_path) -> None:
     plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
-    assert plan.only(None, None) == plan
-    assert [run.spec.run_id for run in plan.only("lora", (4, 9)).runs] == ["tiny/lora/seed_4"]
-    assert plan.only("lora", None).study == plan.study
+    assert plan.only(("linear", "lora"), (3, 4), by_seed=False) == plan
+    found = plan.only(("lora",), (4, 9), by_seed=False)
+    assert [run.spec.run_id for run in found.runs] == ["tiny/lora/seed_4"]
+    assert found.study == plan.study
 
 
 def test_a_plan_seed_by_seed(study, tmp_path) -> None:
     plan = planned(study("linear", "lora", "full", seeds=(3, 1, 4)), tmp_path)
-    found = plan.seed_by_seed(("lora", "linear"), (4, 3, 9))
+    found = plan.only(("lora", "linear"), (4, 3, 9), by_seed=True)
     assert [run.spec.run_id for run in found.runs] == [
         f"tiny/{name}/seed_{seed}" for seed in (4, 3) for name in ("lora", "linear")
     ]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from peft_vit.studies import plan_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.printing import counted, duration, print_plan
 
 pytestmark = pytest.mark.part("runner")

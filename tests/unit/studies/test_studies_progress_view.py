@@ -9,10 +9,9 @@ import pytest
 from at_work import at_work, events_of, of
 from rich.console import Console
 
-from peft_vit.studies import plan_study
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.executors.local import LocalExecutor
-from peft_vit.studies.plan import Plan
+from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.progress_view import Watch
 from peft_vit.training import Progress
 

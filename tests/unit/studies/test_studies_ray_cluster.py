@@ -7,11 +7,11 @@ import pytest
 import ray
 
 from peft_vit.errors import UserError
-from peft_vit.studies import plan_study
 from peft_vit.studies.commands import Execution, RunRequest, run_studies
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 from peft_vit.studies.executors.ray_task import Place
+from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
 

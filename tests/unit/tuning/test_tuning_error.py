@@ -1,4 +1,4 @@
-"""The declared error of tunings, small; `experiments/scripts/tune_error.py` does 200 of each kind."""
+"""The declared error of tunings, small; `benchmarks/tune_error.py` does 200 of each kind."""
 
 import pytest
 import tune_error

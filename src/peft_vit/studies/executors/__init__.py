@@ -32,37 +32,32 @@ def open_executor(
     Raises:
         UserError: if an image is broken, or what runs need is not there.
     """
+    study, execution = plan.study, plan.study.execution
+    executor: Executor
     if name == "ray":
-        return _open_ray(plan, results_dir, oversubscribe, ray_address)
-    if ray_address is not None:
-        raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
-    from peft_vit.studies.executors.local import LocalExecutor
+        if oversubscribe:
+            problem = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
+            raise UserError(problem, field="--oversubscribe")
+        if study.device == "cuda" and execution.gpus == 0:
+            problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for "
+            raise UserError(f"{problem}example", field="execution.gpus")
+        require_extra("ray", field="--executor ray")
+        from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 
-    study, execution = plan.study, plan.study.execution
-    local = LocalExecutor(
-        execution.workers,
-        study.threads,
-        results_dir,
-        checkpoint_every_s=execution.checkpoint_every_s,
-        oversubscribe=oversubscribe,
-    )
-    decode_images(plan.pending)
-    return local
+        need = Need(study.threads, execution.gpus, execution.memory_gb)
+        executor = RayExecutor(ray_address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
+    else:
+        if ray_address is not None:
+            raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
+        from peft_vit.studies.executors.local import LocalExecutor
 
-
-def _open_ray(plan: Plan, results_dir: Path, oversubscribe: bool, address: str | None) -> Executor:
-    study, execution = plan.study, plan.study.execution
-    if oversubscribe:
-        problem = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
-        raise UserError(problem, field="--oversubscribe")
-    if study.device == "cuda" and execution.gpus == 0:
-        problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
-        raise UserError(problem, field="execution.gpus")
-    require_extra("ray", field="--executor ray")
-    from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-
-    need = Need(study.threads, execution.gpus, execution.memory_gb)
-    executor = RayExecutor(address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
+        executor = LocalExecutor(
+            execution.workers,
+            study.threads,
+            results_dir,
+            checkpoint_every_s=execution.checkpoint_every_s,
+            oversubscribe=oversubscribe,
+        )
     try:
         decode_images(plan.pending)
     except BaseException:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -33,12 +33,7 @@ from peft_vit.training import Checkpoints, Interrupted, Progress
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
-@dataclass(frozen=True)
-class _Order:
-    """What a worker is asked to do; None in its place asks it to stop what it does."""
-
-    spec: RunSpec
-    checkpoints: Checkpoints
+_Order = tuple[RunSpec, Checkpoints]  # what a worker is asked to do; None in its place asks it to stop what it does
 
 
 @dataclass(eq=False)
@@ -117,11 +112,16 @@ class LocalExecutor:
         An attempt that has made no step has nothing to keep: its worker, which may still be starting, is ended.
         """
         self._waiting.clear()
-        for worker in [worker for worker in self._workers if worker.run is not None]:
+        for worker in list(self._workers):
+            if worker.run is None:
+                continue
             if worker.stepped:
                 _send(worker, None)
-            else:
-                self._end_before_first_step(worker)
+                continue
+            worker.process.kill()
+            self._remove(worker)
+            steps = checkpoint_folders(run_folder(self._results_dir, worker.run.spec))  # of earlier attempts
+            self._events.append(RunInterrupted(worker.run, max(steps, default=0)))
 
     def close(self) -> None:
         """End at once, whatever runs; leave no process behind."""
@@ -147,7 +147,7 @@ class LocalExecutor:
             worker.run, worker.since, worker.stepped = run, time.monotonic(), False
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
-            _send(worker, _Order(run.spec, checkpoints))
+            _send(worker, (run.spec, checkpoints))
 
     def _another(self) -> _Worker | None:
         """Start a worker; None if the system allows no further process now, while others may yet take the run."""
@@ -165,8 +165,11 @@ class LocalExecutor:
     def _hear(self, worker: _Worker) -> None:
         try:
             message = worker.pipe.recv()
-        except (EOFError, OSError):
-            self._bury(worker)
+        except (EOFError, OSError):  # it is dead
+            self._remove(worker)
+            if worker.run is not None:
+                reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
+                self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
             return
         assert worker.run is not None
         match message:
@@ -180,23 +183,10 @@ class LocalExecutor:
                 self._events.append(RunInterrupted(worker.run, message.step))
         worker.run = None
 
-    def _end_before_first_step(self, worker: _Worker) -> None:
-        assert worker.run is not None
-        worker.process.kill()
-        self._remove(worker)
-        steps = checkpoint_folders(run_folder(self._results_dir, worker.run.spec))  # of earlier attempts
-        self._events.append(RunInterrupted(worker.run, max(steps, default=0)))
-
     def _remove(self, worker: _Worker) -> None:
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
-
-    def _bury(self, worker: _Worker) -> None:
-        self._remove(worker)
-        if worker.run is not None:
-            reason = f"the worker process {_how_it_ended(worker.process.exitcode)}"
-            self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
 
 
 def _how_it_ended(exitcode: int | None) -> str:
@@ -208,10 +198,8 @@ def _how_it_ended(exitcode: int | None) -> str:
 
 
 def _send(worker: _Worker, order: _Order | None) -> None:
-    try:
+    with suppress(OSError):  # it is dead, which `next_event` is about to notice
         worker.pipe.send(order)
-    except OSError:
-        return  # it is dead, which `next_event` is about to notice
 
 
 def _start_worker() -> _Worker:
@@ -219,7 +207,7 @@ def _start_worker() -> _Worker:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
     try:
-        with _environment_of_workers(), _without_the_script():
+        with _surroundings_of_workers():
             process.start()
     except OSError:
         ours.close()
@@ -230,49 +218,38 @@ def _start_worker() -> _Worker:
 
 
 @contextmanager
-def _environment_of_workers() -> Iterator[None]:
+def _surroundings_of_workers() -> Iterator[None]:
     """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
 
-    Python would look for modules in the working directory first, which may hold anybody's data.
+    Python would look for modules in the working directory first, which may hold anybody's data. A new process imports
+    the main module of the one that starts it: a script that calls `peft_vit.train` would begin there anew, and scripts
+    of others seldom guard against that.
     """
+    main = sys.modules["__main__"]
     with environment(ALLOCATOR | {"PYTHONSAFEPATH": "1"}):
         resource_tracker.ensure_running()  # what starts it lets Ctrl-C through again
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        sys.modules["__main__"] = ModuleType("__main__")
         try:
             yield
         finally:
+            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextmanager
-def _without_the_script() -> Iterator[None]:
-    """Let no worker import the script that calls `peft_vit.train`: it would begin there anew.
-
-    A new process imports the main module of the one that starts it; scripts of others seldom guard against that.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _serve(pipe: Connection, parent: int) -> None:
     """Do what comes through the pipe, until its other end is closed."""
-    _end_with(parent)
+    if sys.platform == "linux":  # it is not to outlive its parent: at once, elsewhere within a second
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     prepare_process()
     inbox = _Inbox(pipe)
     weights = WeightsOnce()
     while True:
-        order = inbox.next_order()
+        spec, checkpoints = inbox.next_order()
         try:
             finished: Finished | Interrupted = run_one(
-                order.spec,
-                on_progress=inbox.reply,
-                checkpoints=order.checkpoints,
-                should_stop=inbox.asked_to_stop,
-                read=weights,
+                spec, on_progress=inbox.reply, checkpoints=checkpoints, should_stop=inbox.asked_to_stop, read=weights
             )
         except Interrupted as interrupted:
             finished = interrupted
@@ -316,13 +293,6 @@ class _Inbox:
 
 
 def _end_with(parent: int) -> None:
-    """See that this process does not outlive its parent: at once on Linux, within a second elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -14,8 +14,7 @@ import textwrap
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -85,7 +84,7 @@ def _in_words(cpus: float, gpus: float | None, memory_bytes: float | None) -> st
     known = [(name, number) for name, number in (("CPU", cpus), ("GPU", gpus)) if number is not None]
     counted = [f"{number:g} {name}{'' if number == 1 else 's'}" for name, number in known]
     memory = [] if memory_bytes is None else [f"{memory_bytes / 1e9:.1f} GB"]
-    return ", ".join([*counted, *memory])
+    return ", ".join(counted + memory)
 
 
 @dataclass
@@ -161,7 +160,7 @@ class RayExecutor:
             left_s = deadline - time.monotonic()
             if left_s < 0:
                 return None
-            self._told = self._told or self._ask(_LISTEN_S)
+            self._told = self._told or self._channel.take.remote(_LISTEN_S, self._stopping)
             tasks = {attempt.task: number for number, attempt in self._attempts.items()}
             ready, _ = ray.wait([self._told, *tasks], num_returns=1, timeout=min(left_s, _LOOK_S))
             if self._told in ready:
@@ -169,7 +168,7 @@ class RayExecutor:
             ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
             if ended:
                 self._listen()  # what a task has told before its end may still be under way
-                self._told = self._ask(0)
+                self._told = self._channel.take.remote(0, self._stopping)
                 self._listen()
             for task in ended:
                 self._end(self._attempts.pop(tasks[task]))
@@ -198,10 +197,6 @@ class RayExecutor:
         if self._connected:
             ray.shutdown()
 
-    def _ask(self, wait_s: float) -> ray.ObjectRef:
-        """Ask what tasks have told; tasks get the answer whether to stop from the same place."""
-        return self._channel.take.remote(wait_s, self._stopping)
-
     def _listen(self) -> None:
         """Take in the answer; what belongs to an attempt that is over is dropped."""
         if self._told is None:
@@ -212,16 +207,15 @@ class RayExecutor:
         except RayError:  # the channel has died, and Ray starts it again
             return
         for number, bundle in bundles:
-            if attempt := self._attempts.get(number):
-                for message in json.loads(bundle):
-                    self._heard(attempt, message)
-
-    def _heard(self, attempt: _Attempt, message: str | dict[str, Any]) -> None:
-        if isinstance(message, dict):
-            self._events.append(RunProgress(attempt.run, Progress(**message)))
-        else:
-            attempt.started, attempt.since = True, time.monotonic()
-            self._events.append(RunStarted(attempt.run, message))
+            attempt = self._attempts.get(number)
+            if attempt is None:
+                continue
+            for message in json.loads(bundle):
+                if isinstance(message, dict):
+                    self._events.append(RunProgress(attempt.run, Progress(**message)))
+                else:  # by whom it is done
+                    attempt.started, attempt.since = True, time.monotonic()
+                    self._events.append(RunStarted(attempt.run, message))
 
     def _end(self, attempt: _Attempt) -> None:
         try:
@@ -265,12 +259,19 @@ def _connect(address: str | None) -> None:
     how: dict[str, Any] = {"address": found, "log_to_driver": False, "logging_level": "ERROR"}
     if found is None:
         how |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
+    listen, handler = worker.listen_error_messages, signal.getsignal(signal.SIGTERM)
     try:
-        with _same_handler_of_sigterm(), _no_listener(), environment({} if found else _OWN_CLUSTER):
+        # A thread of Ray's would print pages about whatever befalls a node: what a run suffers is told anyway.
+        worker.listen_error_messages = lambda *_: None
+        with environment({} if found else _OWN_CLUSTER):
             ray.init(**how)
     except Exception as error:  # of many types; each means that there is no connection
         where = found or "of this machine alone"
         raise _no_cluster(where, f"{type(error).__name__}: {error}") from None
+    finally:
+        worker.listen_error_messages = listen
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # which Ray's start makes its own affair
 
 
 def _find_cluster(named: str | None) -> str | None:
@@ -297,27 +298,3 @@ def _no_cluster(address: str, reason: str) -> UserError:
     reason = textwrap.shorten(reason, _REASON_CHARACTERS)
     problem = f"no connection to the Ray cluster {address} ({reason}); start it, or correct the address to host:port"
     return UserError(problem, field="--ray-address")
-
-
-@contextmanager
-def _same_handler_of_sigterm() -> Iterator[None]:
-    """Undo that Ray's start makes SIGTERM its own affair."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _no_listener() -> Iterator[None]:
-    """Let Ray start no thread that prints pages about whatever befalls a node: what a run suffers is told anyway."""
-    listen = worker.listen_error_messages
-    worker.listen_error_messages = lambda *_: None
-    try:
-        yield
-    finally:
-        worker.listen_error_messages = listen

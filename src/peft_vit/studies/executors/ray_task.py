@@ -79,9 +79,7 @@ class _Line:
             self._bundle = []
 
 
-@functools.cache
-def _weights_once() -> WeightsOnce:
-    return WeightsOnce()
+_weights_once = functools.cache(WeightsOnce)  # of this process
 
 
 def carry_out(

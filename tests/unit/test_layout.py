@@ -1,0 +1,89 @@
+"""The product stands without the research: what it is made of names nothing in experiments/, but for one page."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", ".ci")
+_TEXTS = {".py", ".md", ".yaml", ".yml", ".ipynb", ".html", ".css", ".js", ".txt", ""}
+THE_PAGE = "docs/what_we_found.md"  # which says where a reader finds more
+# A path in a text, or one put together; a fraction and a configuration's key are neither.
+_PATH = re.compile(r"""experiments/[\w*]|/ ["']experiments["']|["']experiments["'] /""")
+
+
+def imports_research(source: str) -> bool:
+    """Return whether Python imports the package of the research."""
+    names = [
+        name
+        for node in ast.walk(ast.parse(source))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    ]
+    return any(name.split(".")[0] == "experiments" for name in names)
+
+
+def names_research(root: Path) -> list[str]:
+    """Return the product's files that import, read or link to what lies in experiments/."""
+    found = []
+    for folder in FOLDERS:
+        for file in sorted((root / folder).rglob("*")):
+            place = file.relative_to(root).as_posix()
+            if not file.is_file() or file.suffix not in _TEXTS or "__pycache__" in file.parts:
+                continue
+            text = file.read_text(encoding="utf-8")
+            may_name = place == THE_PAGE or file == Path(__file__)
+            if (_PATH.search(text) and not may_name) or (file.suffix == ".py" and imports_research(text)):
+                found.append(place)
+    return found
+
+
+def test_nothing_of_the_product_names_the_research() -> None:
+    assert names_research(ROOT) == []
+
+
+def test_the_product_is_tested_without_the_research() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rules = re.findall(r"^([a-z0-9-]+):.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    with_research = {target for target, recipe in rules if "experiments" in recipe}
+    assert with_research == {"test-research", "test-all", "clean"}
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("src/a.py", "from experiments.scripts import evidence\n"),
+        ("src/a.py", "import experiments.ranks\n"),
+        ("tests/a.py", 'FILE = ROOT / "experiments" / "configs"\n'),
+        ("tests/a.py", 'FILE = "../experiments/configs/a.yaml"\n'),
+        ("docs/a.md", "see [more](../experiments/README.md)\n"),
+        ("docs/a.md", "run `experiments/scripts/a.py`\n"),
+        ("examples/a.yaml", "hypotheses: ../experiments/hypotheses/hypotheses.yaml\n"),
+        (".ci/wheel", "cp -r experiments/configs source\n"),
+    ],
+)
+def test_a_file_that_names_it_is_found(place: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / place).parent.mkdir()
+    (tmp_path / place).write_text(text)
+    assert names_research(tmp_path) == [place]
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("docs/what_we_found.md", "`experiments/README.md` lists them\n"),
+        ("src/a.py", 'study["experiments"] = experiments / 2\n'),
+        ("docs/a.md", "as many experiments as fit; experiments / seeds is a fraction\n"),
+    ],
+)
+def test_the_page_and_the_word_are_free(place: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / place).parent.mkdir()
+    (tmp_path / place).write_text(text)
+    assert names_research(tmp_path) == []
