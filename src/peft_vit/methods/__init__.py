@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from importlib import import_module
-
-from torch import Tensor, nn
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import METHOD_KINDS, ExperimentConfig
 from peft_vit.errors import UserError
 from peft_vit.methods.method import Method, Preparation, Wishes
-from peft_vit.quantization import QuantizationFormat
-from peft_vit.training import Hook
 
 # In the order of the kinds. A module calls what it does by the method's name in capitals.
 METHODS: dict[str, Method] = {
@@ -22,28 +17,8 @@ METHODS: dict[str, Method] = {
 _FEWEST_ONE_CYCLE_STEPS = 4  # below, one_cycle starts or ends the run at its lowest rate
 
 
-def prepare(
-    model: nn.Module,
-    experiment: ExperimentConfig,
-    *,
-    total_steps: int,
-    seed: int,
-    formats: Mapping[str, QuantizationFormat] | None = None,
-    ranks: Mapping[str, int] | None = None,
-    calibration: Callable[[int], Tensor] | None = None,
-    module_ranks: Mapping[str, int] | None = None,
-    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> list[Hook]:
-    """Make a plain model, from `load_backbone`, trainable as the method says, in place; return what the loop calls.
-
-    What it depends on beside the experiment is told by `Preparation`.
-    """
-    preparation = Preparation(total_steps, seed, formats, ranks, calibration, module_ranks, packed)
-    return METHODS[experiment.method].prepare(model, experiment, preparation)
-
-
 def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    """Refuse what `prepare` or the run would refuse later, from the backbone's shape and two numbers alone.
+    """Refuse what preparing a model or the run would refuse later, from the backbone's shape and two numbers alone.
 
     Raises:
         UserError: with the field below the experiment.
@@ -74,4 +49,4 @@ def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every
     return experiment.model_copy(update=METHODS[experiment.method].shorten(experiment, total_steps, steps, every))
 
 
-__all__ = ["METHODS", "Preparation", "Wishes", "check", "prepare", "shorten"]
+__all__ = ["METHODS", "Preparation", "Wishes", "check", "shorten"]

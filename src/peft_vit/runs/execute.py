@@ -42,7 +42,7 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.methods import METHODS, prepare
+from peft_vit.methods import METHODS, Preparation
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
 from peft_vit.runs.device import resolve_device
@@ -234,15 +234,14 @@ def _prepare(
                 bits = allocate_bits(model, config, *calibration.batch(batch), seed=spec.seed)
             known.bit_allocation = bits.record
     with attempt.overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
-        return prepare(
-            model,
-            spec.experiment,
+        preparation = Preparation(
             total_steps=total_steps,
             seed=spec.seed,
             formats=None if bits is None else bits.formats,
             ranks=None if bits is None else bits.ranks,
             calibration=calibration.images,
         )
+        return METHODS[spec.experiment.method].prepare(model, spec.experiment, preparation)
 
 
 def _train_and_test(

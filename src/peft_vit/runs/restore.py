@@ -18,7 +18,7 @@ from peft_vit.config import ExperimentConfig, QaLoraConfig
 from peft_vit.data import DATASETS, Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with, os_fault
-from peft_vit.methods import METHODS, prepare
+from peft_vit.methods import METHODS, Preparation
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import sha256_of
@@ -124,19 +124,19 @@ def restore_run(run_dir: Path) -> RestoredRun:
 def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
 ) -> None:
-    """Do as `prepare`, with what an adapter file says of a run: chosen formats and ranks, weights rounded on images."""
+    """Prepare a model as an adapter file says of its run: with chosen formats and ranks, weights rounded on images."""
     qa_lora = experiment.section(QaLoraConfig)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
-    prepare(
-        model,
-        experiment,
+    method = METHODS[experiment.method]
+    preparation = Preparation(
         total_steps=total_steps,
         seed=seed,
         formats=read_adapter_file(file).formats if adaptive is not None else None,
         ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
         packed=read_adapter_file(file).packed if keeps_codes(experiment) else None,
-        module_ranks=saved_module_ranks(file) if METHODS[experiment.method].uses_peft else None,
+        module_ranks=saved_module_ranks(file) if method.uses_peft else None,
     )
+    method.prepare(model, experiment, preparation)
 
 
 def done_record(run_dir: Path) -> RunRecord:

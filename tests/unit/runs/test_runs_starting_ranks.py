@@ -11,7 +11,7 @@ from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
-from peft_vit.methods import prepare
+from peft_vit.methods import METHODS, Preparation
 from peft_vit.records import outcome_digest, run_folder
 from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
@@ -99,6 +99,6 @@ def test_a_plan_refuses_what_the_sites_and_the_images_do_not_allow(ruled, tmp_pa
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
     model = tiny_vit()
     (spec,) = specs(ruled(rule="even", budget=9), tmp_path)
-    (hook,) = prepare(model, spec.experiment, total_steps=6, seed=0)
+    (hook,) = METHODS[spec.experiment.method].prepare(model, spec.experiment, Preparation(total_steps=6, seed=0))
     with pytest.raises(RuntimeError, match="call begin"):
         hook.attach(model, torch.optim.SGD(model.parameters(), 0.1))
