@@ -27,37 +27,3 @@ from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.adapters.peft_layers import peft_sites
 from peft_vit.adapters.resizing import check_resizable, resize_adapters
-
-__all__ = [
-    "AdaptedLinear",
-    "Adapter",
-    "Effect",
-    "GradientProbe",
-    "SiteAdapter",
-    "adapted_kinds",
-    "adapted_modules",
-    "adapted_sites",
-    "adapter_bytes",
-    "attach_adapters",
-    "by_layer",
-    "check_acting",
-    "check_resizable",
-    "check_stays",
-    "current_ranks",
-    "effects",
-    "freeze_backbone",
-    "load_trained",
-    "merge_by_requantizing",
-    "merge_into_offsets",
-    "merged_state_dict",
-    "packed_weights",
-    "peft_sites",
-    "read_adapter_file",
-    "resize_adapters",
-    "restore_trained",
-    "set_ranks",
-    "site_adapters",
-    "trained_tensors",
-    "update_ranks",
-    "without_updates",
-]

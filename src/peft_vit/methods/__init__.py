@@ -47,6 +47,3 @@ def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, 
 def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every: int = 1) -> ExperimentConfig:
     """Return an experiment of `total_steps` with schedules that fit fewer, deciding every `every` steps at most."""
     return experiment.model_copy(update=METHODS[experiment.method].shorten(experiment, total_steps, steps, every))
-
-
-__all__ = ["METHODS", "Preparation", "Wishes", "check", "shorten"]
