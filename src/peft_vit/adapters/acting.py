@@ -9,7 +9,7 @@ update is not zero, and no factor is, the update changes the logits to first ord
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import adapted_sites, site_adapters
 from peft_vit.adapters.peft_layers import sites_of_layers, tuner_layers
-from peft_vit.backbones import Backbone, evaluating
+from peft_vit.backbones import Backbone, evaluating, watching
 from peft_vit.errors import UserError
 
 _STD = 0.02  # of what stands in for zeros during the check
@@ -79,7 +79,9 @@ def effects_of(
         parameters: of the adapters, by the same names.
     """
     model = backbone.model
-    with _without_zeros(model), evaluating(model), _called(backbone, set(modules.values())) as called:
+    watched = {name: model.get_submodule(name) for name in set(modules.values())}
+    called: set[str] = set()
+    with _without_zeros(model), evaluating(model), watching(watched, lambda name, _: called.add(name)):
         norms = _gradient_norms(backbone, [one for group in parameters.values() for one in group])
     found = {}
     for name, module in modules.items():
@@ -91,21 +93,6 @@ def effects_of(
             fault = "at this image size the logits do not depend on it"
         found[name] = Effect(gradient, fault)
     return found
-
-
-@contextmanager
-def _called(backbone: Backbone, modules: Iterable[str]) -> Iterator[set[str]]:
-    """Gather which modules are called."""
-    called: set[str] = set()
-    handles = [
-        backbone.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        for name in modules
-    ]
-    try:
-        yield called
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gradient_norms(backbone: Backbone, parameters: list[nn.Parameter]) -> dict[int, float]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear
+from peft_vit.backbones import evaluating, watching
 from peft_vit.errors import UserError
 from peft_vit.training.quantized_layers import QuantizedLayer
 
@@ -116,22 +116,13 @@ def removed_in_outputs(
     """
     shares: list[float] = []
 
-    def watch(layer: QuantizedLayer, weight: Tensor) -> torch.utils.hooks.RemovableHandle:
-        def measure(module: AdaptedLinear, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].float().flatten(0, -2)  # (N, in)
-            error, rest = _error_and_rest(layer, weight)
-            shares.append(_removed(x @ rest.T, x @ error.T))  # (N, in) -> (N, out)
+    def see(name: str, inputs: Tensor) -> None:
+        x = inputs.float().flatten(0, -2)  # (B, ..., in) -> (N, in)
+        error, rest = _error_and_rest(layers[name], weights[name])
+        shares.append(_removed(x @ rest.T, x @ error.T))  # (N, in) -> (N, out)
 
-        return layer.module.register_forward_pre_hook(measure)
-
-    handles = [watch(layer, weights[name]) for name, layer in layers.items()]
-    was_training = model.training
-    try:
-        model.eval()(images)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
+    with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
+        model(images)
     return float(np.mean(shares))
 
 

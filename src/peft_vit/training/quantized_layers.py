@@ -25,7 +25,7 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites
+from peft_vit.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites, watching
 from peft_vit.config import QaLoraConfig, QuantizationType
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
@@ -228,17 +228,10 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
         UserError: if it leaves one out.
     """
     called: dict[str, None] = {}
-
-    def note(name: str, *_: object) -> None:
-        called[name] = None  # once called, it keeps its place
-
-    handles = [one.module.register_forward_pre_hook(partial(note, name)) for name, one in layers.items()]
-    try:
-        with torch.no_grad(), evaluating(backbone.model):
-            backbone.model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = {name: one.module for name, one in layers.items()}
+    # Once called, a layer keeps its place.
+    with watching(watched, lambda name, _: called.setdefault(name)), torch.no_grad(), evaluating(backbone.model):
+        backbone.model(image)
     if missing := [name for name in layers if name not in called]:
         problem = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
         raise UserError(problem, field="qa_lora.rounding")
