@@ -34,11 +34,6 @@ _TEMPORARY = (
 )
 
 
-def _as_utf8(text: str | None) -> str | None:
-    """Return text that a record can hold: an error may quote a file's name, which may be any bytes."""
-    return None if text is None else text.encode(errors="backslashreplace").decode()
-
-
 class StudyStore:
     """The one writer of a study's results.
 
@@ -94,7 +89,11 @@ class StudyStore:
         """
         run = record.spec.name
         attempt = self._attempt(run)
-        said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
+        said = {}
+        for name in ("error", "traceback"):
+            text = getattr(record, name)
+            if text is not None:  # it may quote a file's name, which may be any bytes
+                said[name] = text.encode(errors="backslashreplace").decode()
         known = {"attempts": attempt.number, "registration": self._registered(run)}
         record = record.model_copy(update=known | said)
         if retried:
