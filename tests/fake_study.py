@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.records import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    Failure,
-    Registration,
-    RunRecord,
-    RunSpec,
-    read_record,
-    run_folder,
-)
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.lock import study_lock
@@ -67,7 +58,6 @@ class FakePlan:
     file: Path = Path("fake.yaml")
     data_sha256: str = "d" * 64
     part: bool = False
-    registration: Registration | None = None
     before: StudyFile | None = None
 
     @property
@@ -216,6 +206,6 @@ def check_complete(study: StudyConfig, results_dir: Path) -> None:
     for run in runs:
         folder = run_folder(results_dir, run.spec)
         record = read_record(folder / RECORD_FILE)
-        assert record.model_copy(update={"attempts": 1, "registration": None}) == done_record(run.spec)
+        assert record.model_copy(update={"attempts": 1}) == done_record(run.spec)
         assert (folder / ADAPTER_FILE).read_bytes() == fake_adapter(run.spec)
         assert sorted(path.name for path in folder.iterdir()) == [ADAPTER_FILE, RECORD_FILE]

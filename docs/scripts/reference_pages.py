@@ -54,7 +54,7 @@ default is – may be left out.
 - The file may have a section `training`, too, which all experiments share. An experiment's own `training` goes before
   it, key by key.
 - `learning_rate` may be a list, as in `[1e-4, 3e-4]`: an experiment `lora` becomes `lora_lr_1e-4` and `lora_lr_3e-4`.
-- Relative paths start at the folder in which the command is called; that of `hypotheses` at the file.
+- Relative paths start at the folder in which the command is called.
 """
 
 

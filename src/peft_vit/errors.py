@@ -70,10 +70,30 @@ def agreeing_with(file: Path) -> Iterator[None]:
         raise UserError(problem, file=error.file or file, field=error.field) from None
 
 
+@contextmanager
+def os_fault(problem: str, file: Path, *, remedy: str = "", field: str | None = None) -> Iterator[None]:
+    """Tell an OSError as a UserError: what could not be done with a file, the system's reason, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = f"{problem} ({error.strerror})"
+        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+
+
 def first_fault(error: ValidationError) -> tuple[str | None, str]:
     """Return the field and the message of the first fault that pydantic has found."""
     first = error.errors(include_url=False, include_input=False)[0]
     return ".".join(str(part) or "''" for part in first["loc"]) or None, first["msg"]
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's type and the beginning of what it says, for a line about what a library could not do."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def one_line(error: Exception) -> str:
+    """Return the beginning of what an error says, its lines as one."""
+    return " ".join(str(error).split())[:300]
 
 
 class DivergedError(UserError):

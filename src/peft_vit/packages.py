@@ -42,6 +42,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-vit"
 
 
+HUB_TIMEOUT_S = 5.0
 _downloads = ContextVar("downloads", default=True)
 
 
@@ -59,6 +60,13 @@ def check_download(what: str) -> None:
     """Raise UserError if downloads are not wanted here."""
     if not _downloads.get():
         raise UserError("is not on this machine, and is not downloaded for this", file=what)
+
+
+def ask_hub(url: str) -> None:
+    """Ask the hub once, whose clients repeat a failed request for half a minute; raises what went wrong."""
+    import huggingface_hub
+
+    huggingface_hub.get_session().head(url, timeout=HUB_TIMEOUT_S)
 
 
 def fetch_wheel(wheel: Wheel) -> Path:

@@ -4,13 +4,18 @@ import csv
 import math
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import planted
 import pytest
 from recomputed_tables import KEYS, NOT_COVERED, Ledger, Row, recomputation_of
 
-from peft_vit.analysis import Analysis, analyze
+from peft_vit.analysis import Analysis, MethodResult, analyze
+from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
 from peft_vit.report import ReportFiles, build_report
+from peft_vit.statistics import Interval, mean_interval
+
+CONVERGENCE = {"late_deviation": late_loss_deviation, "roughness": roughness, "settled_step": settled_step}
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +90,17 @@ def test_every_number_of_every_table(files: ReportFiles, results: Path) -> None:
     assert found == []
 
 
+def mean_of(method: MethodResult, measure: str) -> Interval:
+    return mean_interval([value for run in method.runs if (value := CONVERGENCE[measure](run)) is not None])
+
+
 def named(analysis: Analysis) -> dict[str, list[tuple[tuple[object, ...], object, dict[str, str]]]]:
     """Return for tables whose numbers are computed a second way in tests/unit/analysis: keys, and column by value."""
     ranks = {n: n for n in ("budget", "unit", "spent", "used", "sites", "sites_without_rank", "gini", "updates")}
-    of = {n: f"{n}.estimate" for n in ("late_deviation", "roughness", "settled_step")}
-    of |= {f"{n}_n": f"{n}.n" for n in ("late_deviation", "roughness", "settled_step")}
+    of = {n: f"{n}.estimate" for n in CONVERGENCE} | {f"{n}_n": f"{n}.n" for n in CONVERGENCE}
     point = {"value": "cost", "validation_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy.estimate"}
     return {
-        "convergence": [((c.experiment.name,), c, of) for c in analysis.convergence],
+        "convergence": [((m.experiment.name,), {n: mean_of(m, n) for n in CONVERGENCE}, of) for m in analysis.methods],
         "allocation": [
             ((a.experiment.name, run.seed), run, ranks | {"evenness": "entropy"})
             for a in analysis.allocation
@@ -110,7 +118,8 @@ def test_columns_hold_what_they_name(files: ReportFiles) -> None:
         assert rows.keys() == {tuple(map(str, key)) for key, _, _ in items}
         for key, item, columns in items:
             row = rows[tuple(map(str, key))]
-            assert {c: row[c] for c in columns} == {c: str(attrgetter(path)(item)) for c, path in columns.items()}
+            values = SimpleNamespace(**item) if isinstance(item, dict) else item
+            assert {c: row[c] for c in columns} == {c: str(attrgetter(path)(values)) for c, path in columns.items()}
 
 
 def test_a_changed_number_and_a_new_column_are_seen(files: ReportFiles, results: Path) -> None:

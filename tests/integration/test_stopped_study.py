@@ -76,15 +76,19 @@ def course_of(directory: Path, name: str) -> Course:
     return next(course for course in study_courses(study) if course.name == name)
 
 
-def findings_of(command, directory: Path, file: Path) -> list[dict[str, Any]]:
-    command("findings", directory, "--output", file)
-    return json.loads(file.read_text())
+def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
+    """Write the report without its page; return the table of its findings."""
+    command("report", directory, "--format", "md", "--output", output)
+    (file,) = output.glob("tables/*_findings.csv")
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
 
 
 def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
-    lines = command("findings", stopped).out.splitlines()
-    place = lines.index("Comparisons with base that stop")
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[place + 4 : place + 7]}
+    tested = findings_of(command, stopped, tmp_path)
+    lines = (tmp_path / "analysis_summary.md").read_text().partition("Comparisons with base that stop")[2].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    rows = {name: " ".join(values) for name, *values in cells[2:5]}
     ahead, level = course_of(stopped, "ahead").looks[-1], course_of(stopped, "level").looks[-1]
     assert rows["ahead"] == (
         f"7 +6.0 [+4.8, +7.2] supported (p = {ahead.noninferiority.p_value:.3g}) "
@@ -93,11 +97,10 @@ def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
     assert rows["level"].startswith(f"10 +0.2 [−{-100 * level.low:.1f}, +{100 * level.high:.1f}] supported")
     assert rows["level"].endswith("at the last look")
     assert rows["behind"].startswith("7 −6.0 [−7.2, −4.8] refuted")
-    tested = [one for one in findings_of(command, stopped, tmp_path / "f.json") if one["estimate"] is not None]
     told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
     assert told
-    assert {(one["verdict"], one["p_holm"]) for one in told} == {("not decided", None)}
-    assert all(one["p_holm"] is None for one in tested)
+    assert {(one["verdict"], one["p_holm"]) for one in told} == {("not decided", "")}
+    assert all(one["p_holm"] == "" for one in tested)
 
 
 def test_a_recommendation_rests_on_looks(command, refused, stopped) -> None:
@@ -169,9 +172,9 @@ def test_a_study_that_was_continued_gets_no_verdict(command, planted_runs, tmp_p
     assert verdicts == {"not decided"}
     assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
     reason = "no verdict: seeds 7, 8 of plain were added after results"
-    found = [one for one in findings_of(command, out, tmp_path / "f.json") if one["outcome"] == reason]
+    found = [one for one in findings_of(command, out, tmp_path / "analysis") if one["outcome"] == reason]
     assert found
-    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", None)}
+    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", "")}
     said = command("recommend", out, "--smallest", "params").out
     assert "Not decided" in said
     assert f"not decided ({reason})" in said

@@ -33,7 +33,7 @@ def test_tables_in_a_terminal_need_nothing_that_draws(tmp_path: Path) -> None:
         "from peft_vit.cli import main\nmain(sys.argv[1:])\n"
     )
     one, both = tmp_path / "a", (tmp_path / "a", tmp_path / "b")
-    for command, *folders in (("findings", one), ("recommend", one), ("status", one), ("compare", *both)):
+    for command, *folders in (("recommend", one), ("status", one), ("compare", *both)):
         done = subprocess.run(
             [sys.executable, "-c", code, command, *map(str, folders)], capture_output=True, text=True, check=False
         )

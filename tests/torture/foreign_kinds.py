@@ -182,7 +182,7 @@ def _sign_low_bit(content: bytes) -> bytes:
 def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    header = onnx_file._Header.model_validate_json(metadata[onnx_file.HEADER])
+    header = onnx_file.Header.model_validate_json(metadata[onnx_file.HEADER])
     header = header.model_copy(update={"sha256": onnx_file._digest(header.card, proto)})
     proto.metadata_props.add(key=onnx_file.HEADER, value=header.model_dump_json())
     return bytes(proto.SerializeToString())

@@ -148,7 +148,6 @@ def _what(said: list[str]) -> str:
         (".checkpoint-", "a checkpoint"),
         (PROGRESS_FILE, "a run's progress"),
         (STUDY_FILE, "study.json"),
-        ("registration.json", "the registration"),
         (ADAPTER_FILE, "the adapter"),
         (RECORD_FILE, "the record"),
     ):

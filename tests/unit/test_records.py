@@ -505,6 +505,19 @@ def test_a_choice_that_went_is_refused_in_records_and_studies(tmp_path: Path, mo
     assert caught.value.file == str(tmp_path / STUDY_FILE)
 
 
+def test_what_a_study_registered_is_dropped_and_a_record_keeps_it(tmp_path: Path) -> None:
+    content = json.loads(study().model_dump_json()) | {"hypotheses": "own.yaml"}
+    whole = {"smoke": False, "data_sha256": "d", "runs": [], "configuration": content}
+    (tmp_path / STUDY_FILE).write_text(json.dumps(whole))
+    read = read_study_file(tmp_path)
+    assert read is not None
+    assert read.configuration == study()
+    file = write_record(tmp_path, record(spec("lora_r1")))
+    registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
+    assert json.loads(read_record(file).model_dump_json())["registration"] == registered
+
+
 @pytest.mark.parametrize(
     ("section", "settings", "named"),
     [

@@ -1,14 +1,16 @@
-"""The registry that comes along, and what is refused of a user's own file, in one line that names the place."""
+"""The registry, and what is refused of a study's own file, in one line that names the place."""
 
-import hashlib
 import re
 from pathlib import Path
 
+import planted
 import pytest
 import yaml
 
-from peft_vit.analysis.hypotheses import PACKAGED, load_registry
-from peft_vit.analysis.measures import MEASURES
+from experiments.hypotheses.registry import MEASURES, find, load_registry
+from peft_vit.analysis import findings
+from peft_vit.analysis.measures.evidence import Evidence
+from peft_vit.analysis.sentences import SENTENCES
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("analyzer")
@@ -35,12 +37,6 @@ def own(tmp_path: Path, text: str) -> Path:
     return file
 
 
-def test_the_packaged_file_is_the_one_of_the_repository() -> None:
-    config = Path(__file__).parents[1] / "hypotheses.yaml"
-    assert config.read_bytes() == PACKAGED.read_bytes()
-    assert load_registry().sha256 == hashlib.sha256(config.read_bytes()).hexdigest()
-
-
 def test_every_sentence_says_what_would_refute_it_or_why_nothing_can() -> None:
     registry = load_registry()
     for hypothesis in registry.hypotheses:
@@ -53,6 +49,33 @@ def test_every_sentence_says_what_would_refute_it_or_why_nothing_can() -> None:
         "novel",
     }
     assert {h.measure for h in registry.hypotheses} - {None} == MEASURES.keys(), "each measure is in use"
+
+
+def test_reports_say_the_same_sentences_on_the_same_experiments() -> None:
+    ours = {one.id: one for one in load_registry().hypotheses}
+    told = {one.id: one for one in SENTENCES}
+    assert ours.keys() - told.keys() == {
+        "data-sets-agree",
+        "gain-where-importance-varies",
+        "interpretable",
+        "simple",
+        "first",
+        "novel",
+    }
+    for name, sentence in told.items():
+        fields = ("test", "unit", "margin", "expected", "refuted_by", "source")
+        assert [getattr(ours[name], field) for field in fields] == [getattr(sentence, field) for field in fields]
+        assert (ours[name].sentence, ours[name].reason or "") == (sentence.text, sentence.reason)
+        assert ours[name].family in (sentence.family or (name if sentence.refuted_by else None), None)
+    study = planted.study_of(planted.quickstart(seeds=tuple(range(8))))
+    by_registry = {(one.sentence.id, one.subject): one for one in find([Evidence(study)], load_registry(), study.label)}
+    said = findings.find(Evidence(study))
+    assert {one.verdict for one in said} == {"supported", "refuted", "not decided", "no data"}
+    for one in said:
+        again = by_registry[one.sentence.id, one.subject]
+        assert (again.values, again.labels, again.rivals) == (one.values, one.labels, one.rivals)
+        assert (again.verdict, again.outcome, again.test, again.note) == (one.verdict, one.outcome, one.test, one.note)
+        assert (again.p_value, again.opposite_p, again.interval) == (one.p_value, one.opposite_p, one.interval)
 
 
 def test_an_entrys_digest_is_of_its_content_not_of_its_form(tmp_path) -> None:
@@ -84,7 +107,7 @@ def test_an_own_file_adds(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "to", "line", "expected"),
     [
-        ("id: mine", "id: attention-over-mlp", 2, "the id 'attention-over-mlp' comes with peft-vit already"),
+        ("id: mine", "id: attention-over-mlp", 2, "the id 'attention-over-mlp' stands in hypotheses.yaml already"),
         ("accuracy_against_float", "accuracy", 4, "there is no measure 'accuracy'; there are above_majority, "),
         ("{of: {methods", "{off: {methods", 5, "hypotheses[0].parameters.off: unknown key here"),
         ("[qa_lora]", "[qlora]", 5, "hypotheses[0].parameters.of.methods[0]"),

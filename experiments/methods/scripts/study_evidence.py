@@ -14,17 +14,18 @@ import tarfile
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pandas as pd
 
+from experiments.hypotheses.registry import ALL_STUDIES, Findings, all_findings, find, load_registry
 from experiments.methods.scripts.study_figures import write_figures
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, pilot_table, readme_table, study_blocks
 from experiments.scripts.evidence import EXPERIMENTS, ROOT, benchmark, merge, run
-from peft_vit.analysis import Analysis, Finding, analyze, load_studies
-from peft_vit.analysis.findings import ALL_STUDIES, all_findings
-from peft_vit.analysis.hypotheses import load_registry
+from peft_vit.analysis import Analysis, Study, analyze, load_studies
+from peft_vit.analysis.measures.evidence import Evidence
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, RunRecord, read_records, write_atomically
 from peft_vit.safe_io import folder_below
@@ -153,10 +154,16 @@ def analysis_of(name: str) -> Analysis:
     """Analyze a study out of results/."""
     with unpacked(name) as folder:
         (study,) = load_studies(folder)
-        return analyze(study, load_registry(HYPOTHESES))
+        return with_hypotheses(study)
 
 
-def over_all(analyses: Mapping[str, Analysis]) -> tuple[Finding, ...]:
+def with_hypotheses(study: Study) -> Analysis:
+    """Analyze a study, with findings on the registry's hypotheses in place of the report's sentences."""
+    findings = find([Evidence(study)], load_registry(HYPOTHESES), study.label)
+    return replace(analyze(study), findings=findings)
+
+
+def over_all(analyses: Mapping[str, Analysis]) -> Findings:
     """Return what the tested studies say together about hypotheses that are about several; nothing of a single one."""
     studies = [analysis.study for name, analysis in analyses.items() if name != DESCRIPTIVE]
     return all_findings(studies, load_registry(HYPOTHESES)).get(ALL_STUDIES, ()) if len(studies) > 1 else ()

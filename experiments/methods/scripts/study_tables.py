@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.hypotheses.registry import MarkedFinding, mark_of
 from experiments.scripts.evidence import table
 from peft_vit.analysis import Analysis, Comparison, Finding, MethodResult
 from peft_vit.analysis.findings import Conclusion, conclude
@@ -76,7 +77,7 @@ _MORE_TIME = 1.25  # times what LoRA r=8 takes; times of runs side by side diffe
 
 
 def study_blocks(
-    analyses: Mapping[str, Analysis], over_all: Sequence[Finding], pilots: Mapping[str, pd.DataFrame]
+    analyses: Mapping[str, Analysis], over_all: Sequence[MarkedFinding], pilots: Mapping[str, pd.DataFrame]
 ) -> dict[str, str]:
     """Return each generated part of the documents by the name of its marks.
 
@@ -269,7 +270,7 @@ def losses(analysis: Analysis) -> list[str]:
     """Return the pairs in which the study's own hypotheses were refuted, with the difference, each pair once."""
     found: dict[str, str] = {}
     for finding in analysis.findings:
-        if finding.verdict == "refuted" and finding.hypothesis.id in _OWN:
+        if finding.verdict == "refuted" and finding.sentence.id in _OWN:
             method, other = _compared(finding)
             if method not in map(titled, _NOT_OURS):
                 found[finding.subject] = f"{method} against {other} {points_interval(finding.interval)} points"
@@ -308,13 +309,13 @@ def _or_dash(value: float | None, written: Callable[[float], str]) -> str:
     return "–" if value is None else written(value)
 
 
-def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[Finding]) -> str:
+def verdicts(analyses: Mapping[str, Analysis], over_all: Sequence[MarkedFinding]) -> str:
     """Return one row a hypothesis, one column a data set; what all say together, and what none says, stand below."""
-    concluded = {name: {c.hypothesis.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
+    concluded = {name: {c.sentence.id: c for c in conclude(one.findings)} for name, one in analyses.items()}
     together = [finding for finding in over_all if finding.verdict != "no data"]
-    sentences = {name: escaped(one.hypothesis.sentence) for name, one in next(iter(concluded.values())).items()}
+    sentences = {name: escaped(one.sentence.text) for name, one in next(iter(concluded.values())).items()}
     told = [name for name in sentences if any(found[name].verdict != "no data" for found in concluded.values())]
-    over_several = {finding.hypothesis.id for finding in together}
+    over_several = {finding.sentence.id for finding in together}
     silent = [sentence for name, sentence in sentences.items() if name not in {*told, *over_several}]
     columns: dict[str, Callable[[str], str]] = {"hypothesis": sentences.__getitem__}
     columns |= {SHORT[study]: lambda name, found=found: _said(found[name]) for study, found in concluded.items()}
@@ -331,8 +332,8 @@ def _said(conclusion: Conclusion) -> str:
         return "–"
     if len(conclusion.findings) == 1:
         return f"{_verdict(conclusion)}: {escaped(estimate_of(conclusion.findings[0]))}"
-    if conclusion.hypothesis.test == "described":
-        return f"{conclusion.counts}{'' if conclusion.mark == 'registered' else ' (exploratory)'}"
+    if conclusion.sentence.test == "described":
+        return f"{conclusion.counts}{'' if mark_of(conclusion) == 'registered' else ' (exploratory)'}"
     verdict, counts = _verdict(conclusion), conclusion.counts
     return counts if counts.startswith(f"{verdict} in ") and "," not in counts else f"{verdict}: {counts}"
 
@@ -340,7 +341,7 @@ def _said(conclusion: Conclusion) -> str:
 def finding_table(findings: Sequence[Finding]) -> str:
     """Return one row a finding with data, with the test and what it said."""
     columns: dict[str, Callable[[Finding], str]] = {
-        "hypothesis": lambda one: one.hypothesis.id,
+        "hypothesis": lambda one: one.sentence.id,
         "experiment or pair": lambda one: one.subject,
         "verdict": _verdict,
         "estimate [95 %]": estimate_of,
@@ -351,14 +352,15 @@ def finding_table(findings: Sequence[Finding]) -> str:
     return table([one for one in findings if one.verdict != "no data"], escaping, left=len(columns))
 
 
-def _verdict(one: Finding | Conclusion) -> str:
-    verdict = "described" if one.hypothesis.test == "described" else one.verdict
-    return verdict if one.mark == "registered" else f"{verdict} (exploratory)"
+def _verdict(one: MarkedFinding | Conclusion) -> str:
+    verdict = "described" if one.sentence.test == "described" else one.verdict
+    mark = mark_of(one) if isinstance(one, Conclusion) else one.mark
+    return verdict if mark == "registered" else f"{verdict} (exploratory)"
 
 
 def _tested(finding: Finding) -> str:
     said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
-    said = "not tested" if finding.hypothesis.test == "described" else said
+    said = "not tested" if finding.sentence.test == "described" else said
     return f"{said} ({finding.note})" if finding.note else said
 
 
@@ -366,8 +368,8 @@ def undecided(analysis: Analysis) -> str:
     """Return the tested hypotheses that the runs could not decide, with what they know of each experiment or pair."""
     found: dict[str, list[Finding]] = {}
     for finding in analysis.findings:
-        if finding.verdict == "not decided" and finding.hypothesis.test != "described":
-            found.setdefault(finding.hypothesis.sentence, []).append(finding)
+        if finding.verdict == "not decided" and finding.sentence.test != "described":
+            found.setdefault(finding.sentence.text, []).append(finding)
     lines = []
     for sentence, findings in found.items():
         lines.append(f"- {escaped(sentence)}:")
@@ -488,4 +490,4 @@ def in_order(analysis: Analysis) -> Sequence[MethodResult]:
 
 
 def _of(analysis: Analysis, hypothesis: str) -> list[Finding]:
-    return [one for one in analysis.findings if one.hypothesis.id == hypothesis and one.verdict != "no data"]
+    return [one for one in analysis.findings if one.sentence.id == hypothesis and one.verdict != "no data"]

@@ -13,7 +13,7 @@ import pytest
 
 from experiments.methods.scripts import study_evidence, study_figures, study_tables
 from experiments.scripts import evidence
-from peft_vit.analysis import Analysis, Finding, analyze, load_studies
+from peft_vit.analysis import Analysis, Finding, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.report.formatting import megabytes, points_interval
@@ -87,7 +87,7 @@ def test_the_first_lines_of_the_readme_say_what_the_studies_came_to() -> None:
 
 
 def _names(finding: Finding, hypothesis: str, experiment: str) -> bool:
-    return finding.hypothesis.id == hypothesis and finding.subject == f"{experiment} against lora_r8"
+    return finding.sentence.id == hypothesis and finding.subject == f"{experiment} against lora_r8"
 
 
 def test_the_figure_follows_a_light_and_a_dark_page() -> None:
@@ -229,7 +229,7 @@ def planted_study(folder: Path, name: str = "study_elpv", seeds: int = 8) -> Pat
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     (study,) = load_studies(planted_study(tmp_path_factory.mktemp("planted")))
-    return analyze(study, study_evidence.load_registry(study_evidence.HYPOTHESES))
+    return study_evidence.with_hypotheses(study)
 
 
 def test_the_main_table_names_what_loses_and_what_takes_more(analysis: Analysis) -> None:

@@ -9,6 +9,7 @@ from peft_vit.adapters.adapted_model import (
     adapted_modules,
     adapted_sites,
     current_ranks,
+    packed_weights,
     site_adapters,
 )
 from peft_vit.adapters.adapter_file import (
@@ -48,6 +49,7 @@ __all__ = [
     "merge_by_requantizing",
     "merge_into_offsets",
     "merged_state_dict",
+    "packed_weights",
     "peft_sites",
     "read_adapter_file",
     "resize_adapters",

@@ -12,6 +12,7 @@ from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.adapters.peft_layers import sites_of_layers
 from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
 from peft_vit.backbones import Backbone, Site
+from peft_vit.quantization import QuantizedTensor
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -21,6 +22,11 @@ def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
+
+
+def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Return the packed weight of each quantized layer, by the layer's name."""
+    return {name: module.quantized for name, module in adapted_modules(model) if module.quantized is not None}
 
 
 def site_adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_model import adapted_modules, current_ranks, site_adapters
+from peft_vit.adapters.adapted_model import current_ranks, packed_weights, site_adapters
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -35,11 +35,10 @@ def adapter_bytes(model: nn.Module, metadata: dict[str, Any], *, packed: bool = 
     """
     tensors = {name: tensor for name, tensor in trained_tensors(model).items() if tensor.numel()}
     if packed:
-        for name, module in adapted_modules(model):
-            if module.quantized is not None:
-                tensors |= {f"{_PACKED}{name}/{key}": one for key, one in module.quantized.tensors().items()}
+        for name, weight in packed_weights(model).items():
+            tensors |= {f"{_PACKED}{name}/{key}": one for key, one in weight.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    formats = {name: format.as_json() for name, format in _formats(model).items()}
+    formats = {name: weight.format.as_json() for name, weight in packed_weights(model).items()}
     header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": formats}
     return save(tensors, metadata={"peft_vit": json.dumps(header, sort_keys=True)})
 
@@ -53,11 +52,6 @@ def _form(model: nn.Module) -> dict[str, Any]:
             forms[name]["lambda_gain"] = adapter.lambda_gain
     values = list(forms.values())
     return values[0] if values and all(value == values[0] for value in values) else forms
-
-
-def _formats(model: nn.Module) -> dict[str, QuantizationFormat]:
-    """Return the number format of each quantized weight, by module."""
-    return {name: one.quantized.format for name, one in adapted_modules(model) if one.quantized is not None}
 
 
 def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
@@ -74,7 +68,7 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
         raise UserError(
             f"holds adapters of the form {saved.form}, the model's are {_form(model)}; attach them alike", file=file
         )
-    present = _formats(model)
+    present = {name: weight.format for name, weight in packed_weights(model).items()}
     different = next((name for name in saved.formats if saved.formats[name] != present.get(name)), None)
     if different is not None:
         raise UserError(

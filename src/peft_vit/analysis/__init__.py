@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import Comparison, MethodResult, method_results
-from peft_vit.analysis.convergence import Convergence, convergences
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.hypotheses import Registry, load_registry
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
-from peft_vit.analysis.measures import Evidence
+from peft_vit.analysis.measures.evidence import Evidence
 from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact
@@ -40,7 +38,6 @@ class Analysis:
     courses: tuple[Course, ...]
     pairs: AllPairs
     fronts: tuple[Front, ...]
-    convergence: tuple[Convergence, ...]
     calibration: tuple[Calibration, ...]
     calibration_differences: tuple[CalibrationDifferences, ...]
     importance: tuple[ImportancePattern, ...]
@@ -52,8 +49,8 @@ class Analysis:
     findings: tuple[Finding, ...]
 
 
-def analyze(study: Study, registry: Registry | None = None) -> Analysis:
-    """Compute all tables and findings of one study; `registry` None: the sentences that come with the package."""
+def analyze(study: Study) -> Analysis:
+    """Compute all tables and findings of one study."""
     methods = method_results(study)
     patterns = importance_patterns(study)
     evidence = Evidence(study)
@@ -65,7 +62,6 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
-        convergence=convergences(study),
         calibration=calibrated,
         calibration_differences=calibration_differences,
         importance=patterns,
@@ -74,5 +70,5 @@ def analyze(study: Study, registry: Registry | None = None) -> Analysis:
         allocation=tuple(evidence.allocation.values()),
         against_controls=against_controls(study),
         quantization=tuple(evidence.quantization.values()),
-        findings=find([evidence], load_registry() if registry is None else registry, study.label),
+        findings=find(evidence),
     )

@@ -5,7 +5,7 @@ are compared as in `analysis.comparison`: pairs share seed, weights, images and 
 with Holm's correction over the study's table. Over studies a difference is pooled only if nothing differs that
 `comparability` names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
 more accurate than the reference, on average over these studies" is decided by the stratified t test of
-`pooling.stratified_mean`, with Holm's correction over the pooled table.
+`stratified_mean`, with Holm's correction over the pooled table.
 """
 
 from __future__ import annotations
@@ -15,20 +15,65 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
 from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
 from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
-from peft_vit.analysis.pooling import Pooled, stratified_mean
 from peft_vit.analysis.results import load_studies
 from peft_vit.analysis.stability import StudyAgreement, study_agreements
 from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, Verdict, holm
+from peft_vit.statistics.checked import has_spread
 
 _ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
 _TIME_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A mean over studies."""
+
+    interval: Interval  # estimate and interval; n counts all pairs
+    p_value: float | None  # two-sided, of "the mean is 0"; None without an interval
+
+
+def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Pooled:
+    """Return the mean over S studies of each study's (n_s,) mean, with a t interval over seeds within studies.
+
+    ``m = sum_s m_s / S``, ``v = sum_s s_s^2 / n_s / S^2``, and Satterthwaite's degrees of freedom ``v^2 / sum_s (s_s^2
+    / n_s / S^2)^2 / (n_s - 1)``. Studies are strata, not draws: the interval describes what other seeds would change on
+    these very studies. It says nothing about another data set or backbone.
+
+    Assumption: values are independent between and within studies and roughly normal; variances may differ. Source:
+    Cochran, Sampling Techniques (1977), 5.4; Satterthwaite, Biometrics Bulletin 2 (1946).
+    """
+    values = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
+    number = len(values)
+    means = [math.fsum(one) / one.size for one in values]
+    estimate, n = math.fsum(means) / number, sum(one.size for one in values)
+    reason = ""
+    if any(one.size < 2 for one in values):
+        reason = "a study has a single pair, which has no spread"
+    elif not any(has_spread(one) for one in values):
+        reason = "the pairs of no study differ, so there is no spread"
+    if reason:
+        return Pooled(Interval(estimate, None, None, n, confidence, reason), None)
+    parts = [
+        math.fsum((one - mean) ** 2) / (one.size - 1) / one.size / number**2
+        for one, mean in zip(values, means, strict=True)
+    ]
+    variance = math.fsum(parts)
+    degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
+    error = math.sqrt(variance)
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, degrees)) * error
+    p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))
+    return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), p_value)
 
 
 @dataclass(frozen=True)
@@ -36,7 +81,6 @@ class LabelledStudy:
     """A study and what it is called here: its label, with its directory where two have the same."""
 
     label: str
-    directory: Path
     study: Study
 
 
@@ -120,9 +164,7 @@ def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:
         raise UserError(problem, file=directories[0])
     labels = [study.label for _, study in found]
     return tuple(
-        LabelledStudy(
-            study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", directory, study
-        )
+        LabelledStudy(study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", study)
         for directory, study in found
     )
 

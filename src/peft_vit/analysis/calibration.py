@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.analysis.comparison import Comparison, compare, correct, references
+from peft_vit.analysis.comparison import Comparison, compare, correct, known_interval, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval, mean_interval
+from peft_vit.statistics import Interval
 
 BINS = 15  # as for the ECE of the records
 
@@ -38,15 +38,11 @@ class Bin:
 
 @dataclass(frozen=True)
 class Calibration:
-    """One experiment. Intervals are over seeds."""
+    """One experiment over its seeds."""
 
     experiment: ExperimentConfig
-    nll: Interval  # mean negative log likelihood on test, nats; with ece known for every run
-    ece: Interval  # expected calibration error, 15 equal-width bins
-    # the same with bins of equal counts; None without predictions, which goes for all below
-    adaptive_ece: Interval | None
-    brier: Interval | None  # `confidence_brier`
-    overconfidence: Interval | None  # mean confidence minus accuracy
+    # mean and interval of each measure, and of `overconfidence`, mean confidence minus accuracy; None: no predictions
+    intervals: dict[str, Interval | None]
     # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
     # interval from their count would be too narrow
     bins: tuple[Bin, ...]
@@ -61,15 +57,6 @@ class CalibrationDifferences:
     measure: Measure
     reference: str
     comparisons: tuple[Comparison, ...]
-
-
-@dataclass(frozen=True)
-class _Measured:
-    adaptive_ece: float
-    brier: float
-    overconfidence: float
-    confidence: NDArray[np.float64]
-    right: NDArray[np.bool_]
 
 
 def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
@@ -123,64 +110,60 @@ def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
     return math.fsum((p - hit) ** 2) / p.size
 
 
+def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], float | None]:
+    """Return the measure of a run's confidences on test and of what is right; of a record without predictions None."""
+
+    def of(run: Run) -> float | None:
+        found = _predictions(run)
+        return None if found is None else measure(*found)
+
+    return of
+
+
+_MEASURES: dict[Measure, Callable[[Run], float | None]] = {
+    "nll": lambda run: run.test.nll,
+    "ece": lambda run: run.test.ece,
+    "adaptive_ece": _of_predictions(lambda p, hit: calibration_error(equal_count_bins(p, hit))),
+    "brier": _of_predictions(confidence_brier),
+}
+_OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
+
+
 def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[CalibrationDifferences, ...]]:
     """Return one row for each experiment with a finished run, and paired differences to the study's references.
 
     Differences are one family of tests for each measure and reference; a measure that no pair has makes none.
     """
-    measured = _measure(study)
     runs_of = {e.name: runs for e in study.experiments if (runs := study.of(e.name))}
-    rows = tuple(_calibration(runs[0].experiment, runs, measured) for runs in runs_of.values())
-    values: dict[Measure, Callable[[Run], float | None]] = {
-        "nll": lambda run: run.test.nll,
-        "ece": lambda run: run.test.ece,
-        "adaptive_ece": lambda run: one.adaptive_ece if (one := measured.get(run.record.spec.run_id)) else None,
-        "brier": lambda run: one.brier if (one := measured.get(run.record.spec.run_id)) else None,
-    }
     families = []
     for reference in references(study):
         others = [name for name in runs_of if name != reference]
-        for measure, value in values.items():
+        for measure, value in _MEASURES.items():
             family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
             if any(comparison.difference is not None for comparison in family):
                 families.append(CalibrationDifferences(measure, reference, correct(family, study.untested)))
-    return rows, tuple(families)
+    return tuple(map(_calibration, runs_of.values())), tuple(families)
 
 
-def _measure(study: Study) -> dict[str, _Measured]:
-    found = {}
-    for run in study.runs:
-        predictions = run.record.predictions
-        if predictions is None or not predictions.labels:
-            continue
-        p = np.asarray(predictions.probability, dtype=np.float64)
-        hit = np.asarray(predictions.predicted) == np.asarray(predictions.labels)
-        found[run.record.spec.run_id] = _Measured(
-            adaptive_ece=calibration_error(equal_count_bins(p, hit)),
-            brier=confidence_brier(p, hit),
-            overconfidence=math.fsum(p - hit) / p.size,
-            confidence=p,
-            right=hit,
-        )
-    return found
+def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:
+    """Return the confidence on each test image and whether it is right, (n,) each; None if they are not recorded."""
+    predictions = run.record.predictions
+    if predictions is None or not predictions.labels:
+        return None
+    right = np.asarray(predictions.predicted) == np.asarray(predictions.labels)
+    return np.asarray(predictions.probability, dtype=np.float64), right
 
 
-def _calibration(experiment: ExperimentConfig, runs: Sequence[Run], measured: dict[str, _Measured]) -> Calibration:
-    known = {run.seed: one for run in runs if (one := measured.get(run.record.spec.run_id)) is not None}
-    found = list(known.values())
-    bins: tuple[Bin, ...] = ()
-    if found:
-        bins = equal_width_bins(
-            np.concatenate([one.confidence for one in found]), np.concatenate([one.right for one in found])
-        )
+def _calibration(runs: tuple[Run, ...]) -> Calibration:
+    known = {run.seed: found for run in runs if (found := _predictions(run)) is not None}
+    confidence, right = [p for p, _ in known.values()], [hit for _, hit in known.values()]
     return Calibration(
-        experiment=experiment,
-        nll=mean_interval([run.test.nll for run in runs]),
-        ece=mean_interval([run.test.ece for run in runs]),
-        adaptive_ece=mean_interval([one.adaptive_ece for one in found]) if found else None,
-        brier=mean_interval([one.brier for one in found]) if found else None,
-        overconfidence=mean_interval([one.overconfidence for one in found]) if found else None,
-        bins=bins,
+        experiment=runs[0].experiment,
+        intervals={
+            name: known_interval(map(value, runs))
+            for name, value in (*_MEASURES.items(), ("overconfidence", _OVERCONFIDENCE))
+        },
+        bins=equal_width_bins(np.concatenate(confidence), np.concatenate(right)) if known else (),
         seeds=tuple(known),
         without=tuple(run.seed for run in runs if run.seed not in known),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -56,64 +56,57 @@ def difference(kind: PoolKind, runs_of: RunsOf) -> str | None:
     study may divide them otherwise (`train_subset` or `test_split: per_seed`), so what is compared are the seeds that
     both have.
     """
-    return _DIFFERENCES[kind](runs_of)
+    found = list(_DIFFERENCES[kind](runs_of))
+    return _few(found) if found else None
 
 
-def _among(runs_of: RunsOf, value: Callable[[Run], str]) -> str | None:
-    """Return the values and the studies that have them, if they are not all the same."""
+def _few(texts: Sequence[str]) -> str:
+    more = f"; {len(texts) - _MOST_NAMED} more" if len(texts) > _MOST_NAMED else ""
+    return "; ".join(texts[:_MOST_NAMED]) + more
+
+
+def _among(runs_of: RunsOf, value: Callable[[Run], str], name: str = "") -> Iterator[str]:
+    """Yield in one text the values and the studies that have them, below a name, if they are not all the same."""
     studies_with: dict[str, list[str]] = {}
     for label, runs in runs_of.items():
         for text in sorted({value(run) for run in runs}):
             studies_with.setdefault(text, []).append(label)
-    if len(studies_with) < 2:
-        return None
-    return _few(f"{text} in {' and '.join(labels)}" for text, labels in sorted(studies_with.items()))
+    if len(studies_with) > 1:
+        each = [f"{text} in {' and '.join(labels)}" for text, labels in sorted(studies_with.items())]
+        yield name + _few(each)
 
 
-def _few(texts: Iterable[str]) -> str:
-    listed = list(texts)
-    more = f"; {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
-    return "; ".join(listed[:_MOST_NAMED]) + more
-
-
-def _versions(runs_of: RunsOf) -> str | None:
-    names = sorted({name for runs in runs_of.values() for run in runs for name in run.provenance.packages})
-    found = [f"{name} {text}" for name in names if (text := _among(runs_of, partial(_version, name)))]
-    return _few(found) if found else None
+def _versions(runs_of: RunsOf) -> Iterator[str]:
+    for name in sorted({name for runs in runs_of.values() for run in runs for name in run.provenance.packages}):
+        yield from _among(runs_of, partial(_version, name), f"{name} ")
 
 
 def _version(name: str, run: Run) -> str:
     return run.provenance.packages.get(name, "not there")
 
 
-def _weights(runs_of: RunsOf) -> str | None:
-    kinds = _among(runs_of, lambda run: "random weights" if run.provenance.random_weights else "pretrained weights")
+def _weights(runs_of: RunsOf) -> Iterator[str]:
+    kinds = [*_among(runs_of, lambda run: f"{'random' if run.provenance.random_weights else 'pretrained'} weights")]
     if kinds:
-        return kinds
-    found = []
+        yield from kinds
+        return
     for model in sorted({run.record.spec.backbone.model for runs in runs_of.values() for run in runs}):
         same = {
             label: [run for run in runs if run.record.spec.backbone.model == model] for label, runs in runs_of.items()
         }
-        if text := _among(same, lambda run: (run.provenance.weights_sha256 or "random")[:12]):
-            found.append(f"{model} {text}")
-    return _few(found) if found else None
+        yield from _among(same, lambda run: (run.provenance.weights_sha256 or "random")[:12], f"{model} ")
 
 
-def _splits(runs_of: RunsOf) -> str | None:
-    found = []
+def _splits(runs_of: RunsOf) -> Iterator[str]:
     for images in sorted({run.provenance.data_sha256 for runs in runs_of.values() for run in runs}):
         splits: dict[str, dict[int, str]] = {}
         for label, runs in runs_of.items():
             own = {run.seed: run.provenance.split_sha256 for run in runs if run.provenance.data_sha256 == images}
             if own:
                 splits[label] = own
-        found += [
-            f"{first} and {second} divide the same images otherwise"
-            for first, second in combinations(splits, 2)
-            if not _same_splits(splits[first], splits[second])
-        ]
-    return _few(found) if found else None
+        for first, second in combinations(splits, 2):
+            if not _same_splits(splits[first], splits[second]):
+                yield f"{first} and {second} divide the same images otherwise"
 
 
 def _same_splits(first: Mapping[int, str], second: Mapping[int, str]) -> bool:
@@ -123,7 +116,7 @@ def _same_splits(first: Mapping[int, str], second: Mapping[int, str]) -> bool:
     return set(first.values()) == set(second.values())
 
 
-def _configurations(runs_of: RunsOf) -> str | None:
+def _configurations(runs_of: RunsOf) -> Iterator[str]:
     by_name: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for label, runs in runs_of.items():
         for run in runs:
@@ -134,15 +127,13 @@ def _configurations(runs_of: RunsOf) -> str | None:
             known = by_name.setdefault(run.experiment.name, {}).setdefault(label, [])
             if plain not in known:
                 known.append(plain)
-    found = []
     for name, by_study in sorted(by_name.items()):
         flat = {label: [dict(_flat(plain, "")) for plain in plains] for label, plains in by_study.items()}
         for field in sorted({field for plains in flat.values() for plain in plains for field in plain}):
             values = {label: sorted({str(p.get(field)) for p in plains}) for label, plains in flat.items()}
             if len({value for own in values.values() for value in own}) > 1:
                 each = ", ".join(f"{' and '.join(own)} in {label}" for label, own in values.items())
-                found.append(f"{name}.{field}: {each}")
-    return _few(found) if found else None
+                yield f"{name}.{field}: {each}"
 
 
 def _flat(plain: Any, path: str) -> Iterable[tuple[str, Any]]:
@@ -153,7 +144,7 @@ def _flat(plain: Any, path: str) -> Iterable[tuple[str, Any]]:
         yield path, plain
 
 
-_DIFFERENCES: dict[PoolKind, Callable[[RunsOf], str | None]] = {
+_DIFFERENCES: dict[PoolKind, Callable[[RunsOf], Iterator[str]]] = {
     "configurations": _configurations,
     "precision": lambda runs_of: _among(runs_of, lambda run: run.record.spec.precision),
     "versions": _versions,

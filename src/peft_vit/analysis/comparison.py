@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import numpy as np
 
@@ -32,9 +33,10 @@ DECIMALS = 12  # shares of whole images: rounding turns float noise back into th
 
 @dataclass(frozen=True)
 class MethodResult:
-    """One experiment over its seeds. Accuracies are shares; `by_seed` is in the order of `seeds`."""
+    """One experiment over its runs, means where nothing else is said. Accuracies are shares; `by_seed` is as `runs`."""
 
     experiment: ExperimentConfig
+    runs: tuple[Run, ...]
     seeds: tuple[int, ...]
     by_seed: tuple[float, ...]
     test_accuracy: Interval
@@ -42,17 +44,10 @@ class MethodResult:
     above_majority: Interval
     runs_above_majority: int
     final_parameters: float
-    peak_parameters: float
-    adapter_parameters: float
     frozen_bytes: float
     adapter_file_bytes: float
     seconds_per_step: float | None
     latency_s: float | None  # of a forward pass of one image; None if no run measured it
-    own_memory_bytes: float | None
-    balanced_accuracy: Interval
-    auroc: Interval | None
-    nll: Interval
-    ece: Interval
 
     @property
     def stored_bytes(self) -> float:
@@ -80,41 +75,36 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
     return tuple(_result(e, study.of(e.name)) for e in study.experiments if study.of(e.name))
 
 
-def _result(experiment: ExperimentConfig, runs: Sequence[Run]) -> MethodResult:
+def _result(experiment: ExperimentConfig, runs: tuple[Run, ...]) -> MethodResult:
     margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
     validated = [run.validation.accuracy for run in runs if run.validation is not None]
-    aurocs = [run.test.auroc for run in runs if run.test.auroc is not None]
     return MethodResult(
         experiment=experiment,
+        runs=runs,
         seeds=tuple(run.seed for run in runs),
         by_seed=tuple(run.test.accuracy for run in runs),
         test_accuracy=mean_interval([run.test.accuracy for run in runs]),
         validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
         above_majority=mean_interval(margins),
         runs_above_majority=sum(margin > 0 for margin in margins),
-        final_parameters=_mean(runs, lambda run: run.parameters.final),
-        peak_parameters=_mean(runs, lambda run: run.parameters.peak),
-        adapter_parameters=_mean(runs, lambda run: run.parameters.final - run.parameters.head),
-        frozen_bytes=_mean(runs, lambda run: run.bytes.frozen_bytes),
-        adapter_file_bytes=_mean(runs, lambda run: run.bytes.adapter_file_bytes),
-        seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
-        latency_s=known_mean([run.record.latency_s.get(1) for run in runs]),
-        own_memory_bytes=known_mean([run.record.own_memory_bytes for run in runs]),
-        balanced_accuracy=mean_interval([run.test.balanced_accuracy for run in runs]),
-        auroc=mean_interval(aurocs) if aurocs else None,
-        nll=mean_interval([run.test.nll for run in runs]),
-        ece=mean_interval([run.test.ece for run in runs]),
+        final_parameters=fmean(run.parameters.final for run in runs),
+        frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
+        adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
+        seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
+        latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
     )
-
-
-def _mean(runs: Sequence[Run], value: Callable[[Run], float]) -> float:
-    return float(np.mean([value(run) for run in runs]))
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that were recorded; None if none was."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def known_interval(values: Iterable[float | None]) -> Interval | None:
+    """Return the mean of the values that were recorded, with its interval; None if none was."""
+    known = [value for value in values if value is not None]
+    return mean_interval(known) if known else None
 
 
 def references(study: Study) -> tuple[str, ...]:

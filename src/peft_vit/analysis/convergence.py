@@ -8,51 +8,14 @@ most of it drops out.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval, mean_interval
+from peft_vit.analysis.studies import Run
 
 LATE_SHARE = 1 / 3  # of the steps
 SETTLED_WITHIN_NATS = 0.02  # of the final validation loss
 _FEWEST = 3  # losses: with fewer nothing is left beside a line
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """One experiment's course of the loss, over its seeds."""
-
-    experiment: ExperimentConfig
-    seeds: tuple[int, ...]  # its finished runs
-    late_deviation: Interval | None  # `late_loss_deviation`, nats; None if no run has it, which goes for the others too
-    roughness: Interval | None  # `roughness`, nats
-    settled_step: Interval | None  # `settled_step`
-    steps: int  # recorded in the longest run
-
-
-def convergences(study: Study) -> tuple[Convergence, ...]:
-    """Return one row for each experiment with a finished run."""
-    return tuple(
-        Convergence(
-            experiment=experiment,
-            seeds=tuple(run.seed for run in runs),
-            late_deviation=_over_seeds([late_loss_deviation(run) for run in runs]),
-            roughness=_over_seeds([roughness(run) for run in runs]),
-            settled_step=_over_seeds([settled_step(run) for run in runs]),
-            steps=max(len(run.record.steps) for run in runs),
-        )
-        for experiment in study.experiments
-        if (runs := study.of(experiment.name))
-    )
-
-
-def _over_seeds(values: Sequence[float | None]) -> Interval | None:
-    known = [value for value in values if value is not None]
-    return mean_interval(known) if known else None
 
 
 def late_loss_deviation(run: Run) -> float | None:

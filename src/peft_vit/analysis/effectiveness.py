@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal, get_args
 
 from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct
@@ -71,7 +72,10 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
                 same_strategy=c is not None and _strategy(c) == _strategy(e),
                 accuracy=by_accuracy,
                 per_parameter=by_parameter,
-                parameters_ratio=None if c is None else _mean_final(study.of(e.name)) / _mean_final(study.of(c.name)),
+                parameters_ratio=None
+                if c is None
+                else fmean(run.parameters.final for run in study.of(e.name))
+                / fmean(run.parameters.final for run in study.of(c.name)),
             )
             for (e, c), by_accuracy, by_parameter in zip(found, accuracy, per_parameter, strict=True)
         ]
@@ -97,10 +101,6 @@ def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
 def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
     section = experiment.need(AdaLoraConfig)
     return section.allocation_strategy, section.top_k, section.threshold_tau
-
-
-def _mean_final(runs: Sequence[Run]) -> float:
-    return sum(run.parameters.final for run in runs) / len(runs)
 
 
 def _compare(

@@ -35,11 +35,6 @@ class PredictedImage:
         right = (self.best == self.label, self.baseline == self.label)
         return {(True, True): GROUPS[0], (True, False): GROUPS[1], (False, True): GROUPS[2]}.get(right, GROUPS[3])
 
-    @property
-    def confidence_gap(self) -> float:
-        """Return how far apart the probabilities are that both gave to what they predicted."""
-        return abs(self.best_probability - self.baseline_probability)
-
 
 @dataclass(frozen=True)
 class ImageExamples:
@@ -55,17 +50,21 @@ class ImageExamples:
     run: Run  # the run of the best with the first seed, which says which images these are
 
     def shown(self, group: Group) -> tuple[PredictedImage, ...]:
-        """Return up to MOST_SHOWN images of a group: the largest confidence gap first, the lower position among equals.
+        """Return up to MOST_SHOWN images of a group, the lower position first among equals.
 
-        The rule is fixed, so that nobody picks the images that suit a method.
+        First come those on which the probabilities that both gave to what they predicted lie farthest apart. The rule
+        is fixed, so that nobody picks the images that suit a method.
         """
         own = [image for image in self.images if image.group == group]
-        return tuple(sorted(own, key=lambda image: (-image.confidence_gap, image.position))[:MOST_SHOWN])
+        own.sort(key=lambda image: (-abs(image.best_probability - image.baseline_probability), image.position))
+        return tuple(own[:MOST_SHOWN])
 
 
 def image_examples(study: Study, best: str) -> ImageExamples | str:
     """Return the experiment that validation chose beside a baseline; as text why not, where that is impossible."""
-    baseline = _baseline(study, best)
+    # The linear probe, or else the smallest LoRA; never the best itself.
+    candidates = [*study.with_method("linear"), *study.fixed_rank_loras()]
+    baseline = next((e.name for e in candidates if e.name != best), None)
     if baseline is None:
         return "no linear probe and no LoRA has finished beside it that it could be set against"
     by_seed = {run.seed: run for run in study.of(baseline)}
@@ -87,12 +86,6 @@ def image_examples(study: Study, best: str) -> ImageExamples | str:
     }
     first = usable[0][0]
     return ImageExamples(best, baseline, tuple(images), tuple(left_out), images[first.seed], counts, first)
-
-
-def _baseline(study: Study, best: str) -> str | None:
-    """Return the linear probe, or else the smallest LoRA; never the best itself."""
-    candidates = [*study.with_method("linear"), *study.fixed_rank_loras()]
-    return next((e.name for e in candidates if e.name != best), None)
 
 
 def _why_not(one: Predictions | None, other: Predictions | None) -> str:

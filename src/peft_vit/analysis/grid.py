@@ -32,17 +32,19 @@ class Grid:
         array = np.full((len(self.blocks), len(self.matrices)), np.nan)
         for site in self.sites:
             if site.name in values:
-                array[self.blocks.index(site.block), self.matrices.index(site.matrix)] = values[site.name]
+                array[self._place(site)] = values[site.name]
         return array
 
     def has_matrix(self) -> np.ndarray:
         """Return (blocks, matrices) whether a block has such a matrix; Swin merges patches between stages alone."""
-        there = {(site.block, site.matrix) for site in self.sites}
-        return np.array([[(block, matrix) in there for matrix in self.matrices] for block in self.blocks])
+        return ~np.isnan(self.fill({site.name: 1.0 for site in self.sites}))
 
     def pick(self, values: np.ndarray, site: SiteInfo) -> float:
         """Return a site's entry of a (blocks, matrices) array."""
-        return float(values[self.blocks.index(site.block), self.matrices.index(site.matrix)])
+        return float(values[self._place(site)])
+
+    def _place(self, site: SiteInfo) -> tuple[int, int]:
+        return self.blocks.index(site.block), self.matrices.index(site.matrix)
 
     def columns_of(self, role: Role) -> np.ndarray:
         """Return (matrices,) whether a column holds matrices of a role."""

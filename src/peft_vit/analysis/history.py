@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from peft_vit.analysis.results import load_studies
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
-from peft_vit.records import history_rows, write_atomically
+from peft_vit.records import as_csv, history_rows, write_atomically
+
+_ENDINGS = (".parquet", ".json", ".csv")
 
 
 def history_table(results_dir: Path) -> list[dict[str, Any]]:
@@ -42,41 +41,26 @@ def export_history(results_dir: Path, file: Path) -> int:
         UserError: as in `history_table`; for another ending, if Parquet can't be written for want of pyarrow, or if
             the file can't be written.
     """
-    write = _WRITERS.get(file.suffix.lower())
-    if write is None:
-        raise UserError(f"expected a name that ends in {', '.join(_WRITERS)}", file=file)
-    if write is _as_parquet:
+    ending = file.suffix.lower()
+    if ending not in _ENDINGS:
+        raise UserError(f"expected a name that ends in {', '.join(_ENDINGS)}", file=file)
+    if ending == ".parquet":
         require_extra("parquet", file=file)
     rows = history_table(results_dir)
     try:
-        write_atomically(file, write(rows))
+        write_atomically(file, _content(rows, ending))
     except OSError as error:
         raise UserError(f"can't be written ({error.strerror}); choose another file", file=file) from None
     return len(rows)
 
 
-def _as_parquet(rows: list[dict[str, Any]]) -> bytes:
+def _content(rows: list[dict[str, Any]], ending: str) -> bytes:
+    if ending == ".csv":
+        return as_csv(rows).encode()
+    if ending == ".json":
+        return (json.dumps(rows, indent=0) + "\n").encode()
     import pandas
 
     may_be_empty = {"rank": "Int64", "budget": "Int64", "score": "float64"}
     content: bytes = pandas.DataFrame(rows).astype(may_be_empty).to_parquet(engine="pyarrow", index=False)
     return content
-
-
-def _as_json(rows: list[dict[str, Any]]) -> bytes:
-    return (json.dumps(rows, indent=0) + "\n").encode()
-
-
-def _as_csv(rows: list[dict[str, Any]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
-
-
-_WRITERS: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
-    ".parquet": _as_parquet,
-    ".json": _as_json,
-    ".csv": _as_csv,
-}

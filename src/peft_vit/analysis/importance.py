@@ -43,21 +43,16 @@ def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
     """Return one pattern for each experiment whose runs recorded scores."""
     patterns = []
     for experiment in study.experiments:
-        runs = [run for run in study.of(experiment.name) if _usable(run)]
+        runs = [run for run in study.of(experiment.name) if run.record.sites and sum(run.last_scores().values()) > 0]
         if runs:
             patterns.append(_pattern(experiment, runs))
     return tuple(patterns)
 
 
-def _usable(run: Run) -> bool:
-    history = run.record.importance_history
-    return bool(history) and bool(run.record.sites) and sum(history[-1].scores.values()) > 0
-
-
 def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
     by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
     steps = tuple(sorted(set.intersection(*(set(entries) for entries in by_run))))
-    finals = [run.record.importance_history[-1].scores for run in runs]
+    finals = [run.last_scores() for run in runs]
     grid = Grid.of([site for site in runs[0].record.sites if any(site.name in scores for scores in finals)])
     raw = np.stack([grid.fill(scores) for scores in finals])  # (S, B, M)
     relative = raw / np.nanmean(raw, axis=(1, 2), keepdims=True)

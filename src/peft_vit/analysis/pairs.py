@@ -52,7 +52,7 @@ def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
     if count > most:
         return AllPairs(names, (), count)
     family = correct([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
-    return AllPairs(names, tuple(_pair(comparison) for comparison in family), 0)
+    return AllPairs(names, tuple(map(_pair, family)), 0)
 
 
 def _pair(comparison: Comparison) -> Pair:

@@ -8,23 +8,17 @@ accuracies too, and whether its lead over the next cheaper one on the front is d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import Interval
 
-CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]
-_COSTS: dict[CostName, Callable[[MethodResult], float | None]] = {
-    "final_parameters": lambda method: method.final_parameters,
-    "stored_bytes": lambda method: method.stored_bytes,
-    "seconds_per_step": lambda method: method.seconds_per_step,
-    "latency_s": lambda method: method.latency_s,
-}
+CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]  # of a `MethodResult`
 _TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
 
 
@@ -91,16 +85,16 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
         return ()
     found = []
     machines = {hardware(run) for run in study.runs}
-    for cost, of in _COSTS.items():
-        known = {m.experiment.name: value for m in methods if (value := of(m)) is not None}
+    for cost in get_args(CostName):
+        known = {m.experiment.name: value for m in methods if (value := getattr(m, cost)) is not None}
         left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)
         if not known:
             continue
         if cost in _TIMED and len(machines) > 1:
             refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
             found.append(Front(cost, (), left_out, refused))
-            continue
-        found.append(Front(cost, _points(study, methods, known), left_out, ""))
+        else:
+            found.append(Front(cost, _points(study, methods, known), left_out, ""))
     return tuple(found)
 
 
@@ -115,8 +109,7 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
     on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
     members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
     steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
-    leads = correct(steps, study.untested)
-    lead_of = {lead.name: lead for lead in leads}
+    lead_of = {lead.name: lead for lead in correct(steps, study.untested)}
     return tuple(
         FrontPoint(
             experiment=m.experiment.name,

@@ -14,7 +14,6 @@ from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
-from peft_vit.records import QuantizationSummary
 from peft_vit.statistics import Interval, mean_interval
 
 _FLOAT32_BYTES = 4
@@ -30,23 +29,14 @@ class BalanceStep:
     n: int
 
 
-@dataclass(frozen=True)
-class AgainstFloat:
-    """Paired differences to the twin on float weights, by seed; each measure is a family over all experiments."""
-
-    nll: Comparison  # mean negative log likelihood on test, nats; positive is worse
-    late_deviation: Comparison  # `convergence.late_loss_deviation`, nats; positive is less steady
-    roughness: Comparison  # `convergence.roughness`, nats; positive is rougher
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What runs took, means over seeds; None where nothing was recorded."""
-
-    stored_bytes: float  # everything frozen and the adapter file
-    own_memory_bytes: float | None  # see `RunRecord`
-    seconds_per_step: float | None  # of training
-    latency_s: dict[int, float]  # batch size -> seconds of a forward pass, for the sizes that all runs measured
+# What is compared with the twin on float weights, paired by seed; each is a family over all experiments. Negative
+# log likelihood on test and both measures of the training loss are in nats: positive is worse, less steady, rougher.
+_COMPARED: dict[str, Callable[[Run], float | None]] = {
+    "accuracy": accuracy_on_test,
+    "nll": lambda run: run.test.nll,
+    "late_deviation": late_loss_deviation,
+    "roughness": roughness,
+}
 
 
 @dataclass(frozen=True)
@@ -56,20 +46,25 @@ class QuantizationImpact:
     experiment: ExperimentConfig
     settings: QaLoraConfig  # its quantization section
     test_accuracy: Interval  # interval over seeds
-    against_unquantized: Comparison  # difference to the LoRA of equal rank, scale and targets on float weights
+
     mean_relative_error: float  # mean over modules (and seeds) of ||W - Wq|| / ||W||
     worst_module: tuple[str, float]  # the module with the largest error, and that error
     quantized_bytes: float  # bytes of the quantized layers
     size: MeasuredSize  # what is claimed of the format and what was counted, layers and whole model
     bits_by_layer: dict[str, float]  # stored bits a weight in the end, by module
-    error_by_layer: dict[str, float]  # relative error by module
+    error_by_layer: dict[str, float]  # relative error by module, mean over runs, of those that all runs quantized
     frozen_bytes: float  # bytes of everything that is frozen
     float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
     balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
-    against_float: AgainstFloat  # more differences to the same LoRA
-    costs: Costs  # what its runs took
-    float_costs: Costs | None  # what the runs of that LoRA took; None without it
+    against_float: dict[str, Comparison]  # by measure: difference to the LoRA of equal rank, scale and targets on float
+    costs: dict[str, float | None]  # what its runs took, see `_costs`
+    float_costs: dict[str, float | None]  # what the runs of that LoRA took
     same_machine: bool  # whether both ran on one machine with as many threads, so that seconds and memory compare
+
+    @property
+    def against_unquantized(self) -> Comparison:
+        """Return the difference in test accuracy to that LoRA."""
+        return self.against_float["accuracy"]
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
@@ -81,14 +76,13 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
             found.append((experiment, experiment.need(QaLoraConfig), runs))
     twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
 
-    def family(value: Callable[[Run], float | None]) -> tuple[Comparison, ...]:
-        compared = [_compare(*one, twin, value) for one, twin in zip(found, twins, strict=True)]
-        return correct(compared, study.untested)
-
-    more = map(AgainstFloat, family(lambda run: run.test.nll), family(late_loss_deviation), family(roughness))
+    families = {
+        measure: correct([_compare(*q, twin, value) for q, twin in zip(found, twins, strict=True)], study.untested)
+        for measure, value in _COMPARED.items()
+    }
     return tuple(
-        _impact(*one, twin, against, against_float)
-        for one, twin, against, against_float in zip(found, twins, family(accuracy_on_test), more, strict=True)
+        _impact(*q, twin, {measure: family[i] for measure, family in families.items()})
+        for i, (q, twin) in enumerate(zip(found, twins, strict=True))
     )
 
 
@@ -137,47 +131,45 @@ def _impact(
     settings: QaLoraConfig,
     runs: Sequence[Run],
     twin: Sequence[Run],
-    against: Comparison,
-    against_float: AgainstFloat,
+    against_float: dict[str, Comparison],
 ) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
-    errors = _mean_errors(summaries)
+    quantized = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))  # in all runs
+    errors = {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in quantized}
     worst = max(errors, key=lambda name: (errors[name], name)) if errors else ""
     return QuantizationImpact(
         experiment=experiment,
         settings=settings,
         test_accuracy=mean_interval([run.test.accuracy for run in runs]),
-        against_unquantized=against,
         mean_relative_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
         worst_module=(worst, errors.get(worst, float("nan"))),
-        quantized_bytes=float(np.mean([summary.quantized_bytes for summary in summaries])),
+        quantized_bytes=fmean(summary.quantized_bytes for summary in summaries),
         size=measured_size(settings, runs),
         bits_by_layer=bits_by_layer(runs),
         error_by_layer=errors,
-        frozen_bytes=float(np.mean([run.bytes.frozen_bytes for run in runs])),
-        float_backbone_bytes=float(np.mean([_FLOAT32_BYTES * run.parameters.backbone_total for run in runs])),
+        frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
+        float_backbone_bytes=fmean(_FLOAT32_BYTES * run.parameters.backbone_total for run in runs),
         balance=_balance([summary.balance for summary in summaries]),
         against_float=against_float,
         costs=_costs(runs),
-        float_costs=_costs(twin) if twin else None,
+        float_costs=_costs(twin),
         same_machine=len({hardware(run) for run in (*runs, *twin)}) == 1,
     )
 
 
-def _costs(runs: Sequence[Run]) -> Costs:
-    sizes = set.intersection(*(set(run.record.latency_s) for run in runs))
-    return Costs(
-        stored_bytes=fmean(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
-        own_memory_bytes=known_mean([run.record.own_memory_bytes for run in runs]),
-        seconds_per_step=known_mean([run.record.seconds_per_step for run in runs]),
-        latency_s={size: fmean(run.record.latency_s[size] for run in runs) for size in sorted(sizes)},
-    )
+def _costs(runs: Sequence[Run]) -> dict[str, float | None]:
+    """Return what runs took by name, means over seeds: None where no run recorded it.
 
-
-def _mean_errors(summaries: Sequence[QuantizationSummary]) -> dict[str, float]:
-    """Return module -> relative error, mean over runs, for the modules that all runs quantized."""
-    shared = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))
-    return {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in shared}
+    `stored_bytes` is everything frozen and the adapter file, `seconds_per_step` is of training, and
+    `latency_s_batch_<n>` of a forward pass, for the batch sizes that all runs measured.
+    """
+    sizes = set.intersection(*(set(run.record.latency_s) for run in runs)) if runs else set()
+    return {
+        "stored_bytes": known_mean(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
+        "own_memory_bytes": known_mean(run.record.own_memory_bytes for run in runs),
+        "seconds_per_step": known_mean(run.record.seconds_per_step for run in runs),
+        **{f"latency_s_batch_{n}": fmean(run.record.latency_s[n] for run in runs) for n in sorted(sizes)},
+    }
 
 
 def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:

@@ -32,6 +32,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Literal
 
 import numpy as np
@@ -40,8 +41,16 @@ from numpy.typing import ArrayLike
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import compare
-from peft_vit.analysis.exported_latency import ExportedLatency
-from peft_vit.analysis.limits import SAME_SIZE, Cost, Fault, Limits, Measure, cost_of, smallest_latency_batch
+from peft_vit.analysis.limits import (
+    SAME_SIZE,
+    Cost,
+    ExportedLatency,
+    Fault,
+    Limits,
+    Measure,
+    cost_of,
+    smallest_latency_batch,
+)
 from peft_vit.analysis.stopping import ENDS, p_value_of, pairs_seen, repeated_interval, study_courses
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import StoppingConfig
@@ -209,11 +218,7 @@ def recommend(
     cost = partial(cost_of, latency_batch=smallest_latency_batch(study.runs), exported=exported)
     untimed = "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
     left_out = _left_out(study, measure, cost, untimed)
-    rated = [
-        _rate(experiment.name, study.of(experiment.name), limits, cost)
-        for experiment in study.experiments
-        if experiment.name not in left_out
-    ]
+    rated = [_rate(e.name, study.of(e.name), limits, cost) for e in study.experiments if e.name not in left_out]
     if not rated:
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
@@ -265,7 +270,7 @@ def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
 
 def _rate(name: str, runs: tuple[Run, ...], limits: Limits, cost_of: _CostOf) -> Rated:
     cost = cost_of(runs)
-    accuracy = math.fsum(run.validation.accuracy for run in runs if run.validation is not None) / len(runs)
+    accuracy = fmean(run.validation.accuracy for run in runs if run.validation is not None)
     return Rated(name, runs, cost, accuracy, limits.faults(cost))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from peft_vit.analysis.comparison import same_source
 from peft_vit.analysis.importance import ImportancePattern, row_means
 from peft_vit.analysis.studies import Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig
@@ -61,7 +62,7 @@ class SeedAgreement:
 
 def seed_agreements(patterns: Sequence[ImportancePattern]) -> tuple[SeedAgreement, ...]:
     """Return one row for each pattern."""
-    return tuple(_seed_agreement(pattern) for pattern in patterns)
+    return tuple(map(_seed_agreement, patterns))
 
 
 def _seed_agreement(pattern: ImportancePattern) -> SeedAgreement:
@@ -103,56 +104,51 @@ class StudyAgreement:
     same_backbone: bool  # whether both have the same model and weights; otherwise sites share no more than a name
 
 
-@dataclass(frozen=True)
-class _Scored:
-    study: Study
-    pattern: ImportancePattern
-    kind: tuple[str, str, str, bool]  # metric, strategy, method, smoke
-    relative: dict[str, float]
-    backbone: frozenset[tuple[str, str | None]]
-
-
 def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]) -> tuple[StudyAgreement, ...]:
     """Return one row for each two experiments of two studies with the same method, metric and strategy.
 
     Smoke studies are set against no real ones. Experiments without shared sites make no row.
     """
-    found = [one for study, patterns in scored for one in _scored(study, patterns)]
+    found = [
+        (study, pattern.experiment, kind, _relative_by_site(pattern))
+        for study, patterns in scored
+        for pattern in patterns
+        if (kind := _kind(study, pattern.experiment)) is not None
+    ]
     rows = []
-    for a, b in combinations(found, 2):
-        shared = sorted(a.relative.keys() & b.relative.keys())
-        if a.study.label == b.study.label or a.kind != b.kind or not shared:
+    for (study, a, kind, scores), (other, b, other_kind, other_scores) in combinations(found, 2):
+        shared = sorted(scores.keys() & other_scores.keys())
+        if study.label == other.label or kind != other_kind or not shared:
             continue
         rows.append(
             StudyAgreement(
-                metric=a.kind[0],
-                study=a.study.label,
-                other=b.study.label,
-                experiment=a.pattern.experiment.name,
-                other_experiment=b.pattern.experiment.name,
-                images=_images(a.study),
-                other_images=_images(b.study),
-                rho=spearman([a.relative[s] for s in shared], [b.relative[s] for s in shared]),
+                metric=kind[0],
+                study=study.label,
+                other=other.label,
+                experiment=a.name,
+                other_experiment=b.name,
+                images=_images(study),
+                other_images=_images(other),
+                rho=spearman([scores[s] for s in shared], [other_scores[s] for s in shared]),
                 sites=len(shared),
-                same_backbone=len(a.backbone | b.backbone) == 1,
+                same_backbone=len({same_source(run)[:2] for run in (*study.runs, *other.runs)}) == 1,
             )
         )
     return tuple(rows)
 
 
-def _scored(study: Study, patterns: Sequence[ImportancePattern]) -> list[_Scored]:
-    backbone = frozenset((run.record.spec.backbone.model, run.provenance.weights_sha256) for run in study.runs)
-    found = []
-    for pattern in patterns:
-        section = pattern.experiment.section(AdaLoraConfig)
-        if section is None:  # PEFT's own allocator: its metric is no setting of ours
-            continue
-        mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
-        by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
-        relative = {name: value for name, value in by_site.items() if np.isfinite(value)}
-        kind = (section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke)
-        found.append(_Scored(study, pattern, kind, relative, backbone))
-    return found
+def _kind(study: Study, experiment: ExperimentConfig) -> tuple[str, str, str, bool] | None:
+    """Return metric, strategy, method, and whether of smoke runs; None for PEFT's own allocator: no metric of ours."""
+    section = experiment.section(AdaLoraConfig)
+    if section is None:
+        return None
+    return section.importance_metric, section.allocation_strategy, experiment.method, study.smoke
+
+
+def _relative_by_site(pattern: ImportancePattern) -> dict[str, float]:
+    mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
+    by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
+    return {name: value for name, value in by_site.items() if np.isfinite(value)}
 
 
 def _images(study: Study) -> str:
@@ -174,10 +170,6 @@ class FisherAgreement:
 
 def fisher_agreements(study: Study) -> tuple[FisherAgreement, ...]:
     """Return one for each experiment whose runs recorded the comparison."""
-    found = []
-    for experiment in study.experiments:
-        checks = [run.record.fisher_check for run in study.of(experiment.name)]
-        kept = tuple(check for check in checks if check is not None)
-        if kept:
-            found.append(FisherAgreement(experiment, kept))
-    return tuple(found)
+    checks_of = {e.name: [run.record.fisher_check for run in study.of(e.name)] for e in study.experiments}
+    kept = [(e, tuple(check for check in checks_of[e.name] if check is not None)) for e in study.experiments]
+    return tuple(FisherAgreement(experiment, checks) for experiment, checks in kept if checks)

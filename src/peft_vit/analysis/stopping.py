@@ -151,11 +151,10 @@ def paired(configuration: StudyConfig, study: Study | None, name: str) -> dict[i
     assert stopping is not None
     if study is None:
         return {}
-    value = accuracy_on_test if stopping.metric == "accuracy" else _balanced_accuracy
+
+    def value(run: Run) -> float:
+        return accuracy_on_test(run) if stopping.metric == "accuracy" else run.test.balanced_accuracy
+
     found = compare(study.of(name), study.of(stopping.control), name, stopping.control, value)
     by_seed = dict(zip(found.seeds, found.by_seed, strict=True))
     return {seed: by_seed[seed] for seed in takewhile(by_seed.__contains__, configuration.seeds)}
-
-
-def _balanced_accuracy(run: Run) -> float:
-    return run.test.balanced_accuracy

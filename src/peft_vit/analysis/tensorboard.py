@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 
 from peft_vit.errors import UserError
@@ -56,7 +57,8 @@ def event_bytes(record: RunRecord) -> bytes:
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     started = datetime.fromisoformat(record.started_at).timestamp()
-    ends = dict(_ends(record))
+    seconds = accumulate(row.seconds for row in record.steps)
+    ends = {row.step: end for row, end in zip(record.steps, seconds, strict=True)}
     content = io.BytesIO()
     writer = RecordWriter(content)
     writer.write(Event(wall_time=started, file_version=_VERSION).SerializeToString())
@@ -65,14 +67,6 @@ def event_bytes(record: RunRecord) -> bytes:
         time = started + ends.get(step, 0.0)
         writer.write(Event(wall_time=time, step=step, summary=summary).SerializeToString())
     return content.getvalue()
-
-
-def _ends(record: RunRecord) -> Iterator[tuple[int, float]]:
-    """Yield each step with the seconds that it and those before it took."""
-    seconds = 0.0
-    for row in record.steps:
-        seconds += row.seconds
-        yield row.step, seconds
 
 
 def _scalars(record: RunRecord) -> Iterator[tuple[int, dict[str, float]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,8 +14,11 @@ from torch import Tensor, nn
 from peft_vit.backbones.families import FAMILIES, Family, family_of
 from peft_vit.backbones.head import AveragedHeads, Head, head_inputs
 from peft_vit.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
+from peft_vit.backbones.watching import evaluating, watching
+from peft_vit.config import Precision
 from peft_vit.errors import UserError
 
+_SHORT = 200  # tokens, for `choose_attention`
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
 
@@ -82,21 +84,6 @@ class Backbone:
         """Return channels, height and width of an image, in pixels."""
         return self.family.input_size(self.model)
 
-    @property
-    def mean(self) -> tuple[float, float, float]:
-        """Return the RGB mean of timm's pretraining of this model, for inputs in [0, 1]."""
-        return self._pretrained("mean")
-
-    @property
-    def std(self) -> tuple[float, float, float]:
-        """Return the RGB standard deviation likewise."""
-        return self._pretrained("std")
-
-    def _pretrained(self, field: str) -> tuple[float, float, float]:
-        model: Any = self.model
-        red, green, blue = model.pretrained_cfg[field]
-        return red, green, blue
-
     def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, (B, width), of normalised images (B, 3, S, S)."""
         return head_inputs(self.head, lambda: self.model(images))
@@ -161,32 +148,23 @@ class Backbone:
     def _count_tokens(self, modules: Sequence[str]) -> dict[str, int]:
         """Return how many tokens of one image pass through each module; counted once for a model and an image size."""
         known = _tokens.setdefault(self.model, {}).setdefault(self.input_size, {})
-        if not known.keys() >= set(modules):
-            known |= self._tokens_of_one_pass(modules)
-        return known
-
-    def _tokens_of_one_pass(self, modules: Sequence[str]) -> dict[str, int]:
+        if known.keys() >= set(modules):
+            return known
         self.prepare()  # or a hook would miss a module that timm goes past
         tokens: dict[str, int] = {}
 
-        def count(name: str, given: tuple[Tensor, ...]) -> None:
-            tokens[name] = given[0].numel() // given[0].shape[-1]  # (1, T, in), or windows of it (W, T / W, in)
+        def count(name: str, x: Tensor) -> None:
+            tokens[name] = x.numel() // x.shape[-1]  # (1, T, in), or windows of it (W, T / W, in)
 
-        handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: count(name, given))
-            for name in modules
-        ]
         parameter = next(self.model.parameters())
-        try:
-            with evaluating(self.model), torch.no_grad():
-                self.model(torch.zeros(1, *self.input_size, device=parameter.device, dtype=parameter.dtype))
-        finally:
-            for handle in handles:
-                handle.remove()
+        watched = {name: self.model.get_submodule(name) for name in modules}
+        with watching(watched, count), evaluating(self.model), torch.no_grad():
+            self.model(torch.zeros(1, *self.input_size, device=parameter.device, dtype=parameter.dtype))
         unseen = next((name for name in modules if name not in tokens), None)
         if unseen is not None:
             raise _missing(unseen, "no forward pass calls its module")
-        return tokens
+        known |= tokens
+        return known
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[Site, ...]:
@@ -208,18 +186,6 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
     return backbone.find_sites(wanted_kinds((kind for one in backbone.layout() for kind in one.kinds), targets))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode for a while."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def freeze_batch_norm(model: nn.Module) -> None:
     """Let BatchNorm, as some convolutional stems have it, compute with the statistics of pretraining, and keep them.
 
@@ -229,6 +195,22 @@ def freeze_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
+
+
+def choose_attention(model: nn.Module, device: torch.device, precision: Precision) -> bool:
+    """Let short sequences in bfloat16 on a CPU go through plain matrix products; say whether they do.
+
+    torch's fused attention saves memory that grows with the square of the tokens. Some dozen tokens leave little to
+    save, and in bfloat16 its backward pass on CPUs costs several times what the products do: see `attention` in
+    benchmarks/. (In float32 the two are close, and the fused one holds less.) Both compute
+    softmax(q k^T / sqrt(d)) v; they round differently.
+    """
+    if device.type != "cpu" or precision != "bf16" or max(site.tokens for site in Backbone(model).sites) > _SHORT:
+        return False
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for layer in layers:
+        layer.fused_attn = False
+    return bool(layers)
 
 
 def known_classes() -> str:

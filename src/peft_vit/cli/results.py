@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from peft_vit.records import RunRecord
 
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
-Hypotheses = Annotated[
-    Path | None, typer.Option(help="file of own hypotheses, beside those that come along", show_default=False)
-]
 
 
 def say_left_out(results: Results) -> None:
@@ -49,7 +46,6 @@ def report(
         Literal["html", "md"],
         typer.Option(help="html: the page, and all else; md: only analysis_summary.md, tables, figures"),
     ] = "html",
-    hypotheses: Hypotheses = None,
     publication: Annotated[
         bool,
         typer.Option(
@@ -74,39 +70,11 @@ def report(
         page=page,
         publication=publication,
         thumbnails=_thumbnails if page and examples else None,
-        hypotheses=hypotheses,
     )
     if page:
         print(f"Report: {files.html}")
     print(f"Markdown: {files.markdown}")
     say_left_out(files.results)
-
-
-@app.command()
-def findings(
-    results_dir: ResultsDir,
-    hypotheses: Hypotheses = None,
-    output: Annotated[
-        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
-    ] = None,
-) -> None:
-    """Say of each hypothesis in the registry whether these records support or refute it, or do not decide.
-
-    Exit codes: 0 done, 1 done, but a file that may be a result was left out and is named, 2 bad input.
-    """
-    from peft_vit.analysis import read_results
-    from peft_vit.analysis.findings import all_findings, unknown_registrations
-    from peft_vit.analysis.hypotheses import load_registry
-    from peft_vit.report.findings_tables import print_findings
-    from peft_vit.report.stopping_table import print_stopping
-
-    registry = load_registry(hypotheses)
-    results = read_results(results_dir)
-    print_findings(
-        all_findings(results.studies, registry), unknown_registrations(results.studies, registry.digests), output
-    )
-    print_stopping(results.studies)
-    say_left_out(results)
 
 
 @app.command()
@@ -137,7 +105,7 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import limits, load_studies
-    from peft_vit.analysis.exported_latency import exported_latency
+    from peft_vit.analysis.limits import exported_latency
     from peft_vit.analysis.recommendation import check_margin
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study

@@ -19,7 +19,7 @@ from peft_vit.config.augmentation import (
     Rotate90,
 )
 from peft_vit.config.importance import METRICS, Metric
-from peft_vit.config.loading import load_study, one_line, study_from_mapping
+from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
@@ -49,7 +49,6 @@ from peft_vit.config.study import (
     WeightsSource,
 )
 from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
-from peft_vit.config.yaml_loader import KeyPath, Lines, read_mapping
 from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
 
 __all__ = [
@@ -89,10 +88,8 @@ __all__ = [
     "Flips",
     "Frozen",
     "Interpolation",
-    "KeyPath",
     "Kind",
     "Library",
-    "Lines",
     "LoraConfig",
     "MeasuresConfig",
     "MethodKind",
@@ -121,8 +118,6 @@ __all__ = [
     "load_study",
     "micro_batch_fault",
     "named_backbone",
-    "one_line",
     "parse_bytes",
-    "read_mapping",
     "study_from_mapping",
 ]

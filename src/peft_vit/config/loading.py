@@ -44,7 +44,7 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
         # Through JSON, so that strict checking still turns lists into tuples.
         return StudyConfig.model_validate_json(json.dumps(data, default=str), context=AS_WRITTEN)
     except ValidationError as error:
-        raise one_line(error, lines or {}, file) from None
+        raise _one_line(error, lines or {}, file) from None
     except ValueError as error:
         raise UserError(str(error), file=file) from None
 
@@ -145,20 +145,19 @@ def _message(error: ErrorDetails, path: KeyPath) -> str:
     return f"{message}, got {reprlib.repr(error['input'])}"
 
 
-def one_line(error: ValidationError, lines: Lines, file: Path, below: KeyPath = ()) -> UserError:
+def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:
     """Return the first fault with its line, and how many more there are.
 
     Args:
         error: of what a file said.
         lines: where its keys stand.
         file: named in the error.
-        below: the keys under which the faulty values stand, if they are not the whole file.
     """
     details = error.errors(include_url=False)
-    echoes = {path[:n] for path in ((*below, *one["loc"]) for one in details) for n in range(len(path))}
+    echoes = {one["loc"][:n] for one in details for n in range(len(one["loc"]))}
     faults: dict[KeyPath, ErrorDetails] = {}
     for one in details:
-        path = _as_written((*below, *one["loc"]), lines)
+        path = _as_written(one["loc"], lines)
         # A list whose items have faults is also too short for pydantic, which counts only the sound ones.
         if one["type"] != "too_short" or path not in echoes:
             faults.setdefault(path, one)

@@ -289,11 +289,6 @@ class StudyConfig(Frozen):
 
     name: Name = Field(description="of the study, and of the folder that its results go to")
     description: str = Field(default="", description="what the study asks, for whoever reads its report")
-    hypotheses: str | None = Field(
-        default=None,
-        min_length=1,
-        description="file of own hypotheses beside those of the package; relative to this file",
-    )
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=SEEDS.stop)], ...],
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),

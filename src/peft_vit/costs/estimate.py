@@ -12,11 +12,11 @@ from typing import Literal, get_args
 
 import torch
 
-from peft_vit.backbones import BackboneShape, Site
+from peft_vit.backbones import BackboneShape
 from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.costs.cache import Costs, known_costs
 from peft_vit.evaluation.ablation import GROUPS
-from peft_vit.evaluation.latency import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.provenance import cpu_count, processor_name
@@ -133,17 +133,13 @@ def estimate_runs(
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
         if alike is not None:
-            estimates.append(_from_records(alike))
+            seconds = statistics.median(one.seconds for one in alike)
+            estimates.append(Estimate(seconds, max(one.peak_memory_bytes for one in alike), "records"))
         elif cost is not None:
             estimates.append(_from_costs(run, workload, cost))
         else:
             estimates.append(_from_arithmetic(run, workload, rate))
     return estimates
-
-
-def _from_records(records: Sequence[MeasuredCost]) -> Estimate:
-    seconds = statistics.median(one.seconds for one in records)
-    return Estimate(seconds, max(one.peak_memory_bytes for one in records), "records")
 
 
 def _from_costs(run: EstimateRequest, workload: Workload, costs: Costs) -> Estimate:
@@ -169,7 +165,7 @@ def recomputed_passes(shape: BackboneShape, recomputed: int) -> float:
 
     At ViT-B, 224 px, batch 8 all blocks took 0.6 to 1 of a forward pass.
     """
-    return sum(shape.values_by_block[:recomputed]) / shape.matrix_values
+    return sum(shape.values_by_block[:recomputed]) / sum(shape.values_by_block)
 
 
 def step_passes(experiment: ExperimentConfig, shape: BackboneShape) -> float:
@@ -205,16 +201,12 @@ def _measured_images(spec: RunSpec, workload: Workload) -> float:
     measures = spec.measures
     images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
     if measures.removal_images is not None and spec.experiment.has_adapters:
-        passes = _passes_from_sites_on(workload.shape.sites) + 1 + len(GROUPS)
+        sites = workload.shape.sites
+        layers = sorted(site.layer for site in sites)
+        repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
+        passes = repeated / sum(site.multiply_adds for site in sites) + 1 + len(GROUPS)
         images += passes * min(measures.removal_images, workload.validation)
     return images
-
-
-def _passes_from_sites_on(sites: Sequence[Site]) -> float:
-    """Return how many forward passes it takes to pass, for each site, its block and those behind it."""
-    layers = sorted(site.layer for site in sites)
-    repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
-    return repeated / sum(site.multiply_adds for site in sites)
 
 
 def bf16_factor(workload: Workload) -> float:

@@ -170,8 +170,7 @@ class _Search:
         """Return what least squares through all that was measured says of other settings."""
         rows = np.array([terms(setting) for setting in self.known()])  # (measured, terms)
         weights, *_ = np.linalg.lstsq(rows, np.asarray(values, dtype=np.float64), rcond=None)
-        found: NDArray[np.float64] = np.array([terms(setting) for setting in settings]) @ weights
-        return found
+        return np.array([terms(setting) for setting in settings]) @ weights
 
     def _of_memory(self, setting: Setting) -> list[float]:
         """Return 1, the images, and what the blocks keep of them at the moment when they keep the most."""

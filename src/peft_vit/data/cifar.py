@@ -47,7 +47,7 @@ LAYOUTS = {
 }
 
 
-def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
+def read_cifar(name: str, path: Path | None) -> ImageIndex:
     """Index CIFAR-10 or CIFAR-100 (format: cs.toronto.edu/~kriz/cifar.html, binary version).
 
     A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green and blue planes of
@@ -56,13 +56,18 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
     Args:
         name: cifar10 or cifar100.
         path: the archive, a folder that holds it, or the unpacked folder; None downloads it.
-        licence: of the images.
     """
     layout = LAYOUTS[name]
     wanted = (*layout.train, layout.test, layout.names)
     folder, sha256, remedy = _unpacked(layout, wanted, path)
     parts = [_records(folder / file, layout.label_bytes, remedy) for file in (*layout.train, layout.test)]
-    class_names = _class_names(folder / layout.names, remedy)
+    names_file = folder / layout.names
+    try:
+        lines = read_bytes(names_file).decode("utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"is not UTF-8 text; {remedy}", file=names_file) from None
+    class_names = tuple(line.strip() for line in lines if line.strip())
+    check_class_names(class_names, names_file, remedy=remedy)
     labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
     for file, part in zip((*layout.train, layout.test), parts, strict=True):
         largest = part[:, layout.label_bytes - 1].max()
@@ -77,12 +82,10 @@ def read_cifar(name: str, path: Path | None, licence: str) -> ImageIndex:
         return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))  # (3, S, S) -> (S, S, 3)
 
     return ImageIndex(
-        name=name,
         labels=labels,
         strata=labels,
         class_names=class_names,
         official_test=np.arange(len(labels)) >= starts[-2],
-        licence=licence,
         sha256=sha256,
         read=read,
     )
@@ -105,16 +108,6 @@ def _unpacked(layout: _Layout, wanted: tuple[str, ...], path: Path | None) -> tu
     sha256 = hashes({"": archive}).sha256
     folder = unpacked(archive, wanted, sha256)
     return folder, sha256, f"delete it, and if that does not help fetch {archive} again, where it comes from"
-
-
-def _class_names(file: Path, remedy: str) -> tuple[str, ...]:
-    try:
-        lines = read_bytes(file).decode("utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(f"is not UTF-8 text; {remedy}", file=file) from None
-    names = tuple(line.strip() for line in lines if line.strip())
-    check_class_names(names, file, remedy=remedy)
-    return names
 
 
 def _records(file: Path, label_bytes: int, remedy: str) -> np.ndarray:

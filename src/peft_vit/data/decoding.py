@@ -51,7 +51,8 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
             width, height = image.size
             if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
                 raise ValueError(f"{width} x {height} pixels are too many, scale it down")
-            fault, raw_mode = _fault(image), _raw_mode(image)  # to be asked before it is loaded
+            raw_mode = _raw_mode(image)  # to be asked before it is loaded
+            fault = _fault(image, raw_mode)
             if fault is not None:
                 raise UserError(fault, file=file)
             if enough is not None:
@@ -85,9 +86,8 @@ def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
     return image.mode.startswith("I") and raw_mode.startswith("I;1") and not raw_mode.endswith("S")
 
 
-def _fault(image: ImageFile.ImageFile) -> str | None:
+def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
     """Return why a file is not read right, and what to do; None if it is."""
-    raw_mode = _raw_mode(image)
     if image.mode.startswith(("I", "F")) and not _is_grey_of_16_bits(image, raw_mode):
         problem = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
         return f"{problem}; scale them and save it with 8 or 16 bits a channel"

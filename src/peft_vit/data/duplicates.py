@@ -38,7 +38,6 @@ _VERSION = 1  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
-_Part = tuple[np.ndarray, np.ndarray]  # of `split_pixels`
 
 
 def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[str, ...]:
@@ -56,8 +55,8 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
     if index.looked_at:  # splits are along its groups
         notes = tuple(DataWarning.PREFIX + note for note in index.notes)
         return (*class_gaps(index, splits), *notes)
-    rows = np.concatenate([splits.train, splits.validation, splits.test])
-    sides = np.repeat(np.arange(3), [len(splits.train), len(splits.validation), len(splits.test)])
+    rows = np.concatenate(splits.parts)
+    sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
     equal, near = _compared(index, splits, rows, image_size)
     if index.own:
         refuse_across(index, equal, sides, rows)
@@ -134,11 +133,11 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
     file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
     found = _kept(file, len(rows))
     if found is None:
-        parts = [
-            split_pixels(index, own, splits.divided, image_size)
-            for own in (splits.train, splits.validation, splits.test)
-        ]
-        equal = _groups(parts)
+        parts = [split_pixels(index, own, splits.divided, image_size) for own in splits.parts]
+        number: dict[bytes, int] = {}
+        images = (pixels[place] for pixels, places in parts for place in places)
+        digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+        equal = np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
         near = _near(parts, equal)
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate([equal, near.ravel()]))
@@ -156,15 +155,11 @@ def _kept(file: Path, count: int) -> np.ndarray | None:
     return found if plausible and np.all((found >= 0) & (found < count)) else None
 
 
-def _groups(parts: list[_Part]) -> np.ndarray:
-    number: dict[bytes, int] = {}
-    images = (pixels[place] for pixels, places in parts for place in places)
-    digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
-    return np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
+def _near(parts: list[tuple[np.ndarray, np.ndarray]], equal: np.ndarray) -> np.ndarray:
+    """Return for each validation and test image its nearest one of the splits before, if that is near and not equal.
 
-
-def _near(parts: list[_Part], equal: np.ndarray) -> np.ndarray:
-    """Return for each validation and test image its nearest one of the splits before, if that is near and not equal."""
+    `parts` are the three of `split_pixels`.
+    """
     thumbnails = np.concatenate([thumbnails_of(pixels, places) for pixels, places in parts])  # (N, 256)
     starts = np.cumsum([0, *(len(places) for _, places in parts)])
     pairs = []
@@ -217,17 +212,13 @@ def joined(groups: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         return groups
     size = int(groups.max()) + 1
     links = coo_array((np.ones(len(pairs), dtype=bool), (groups[pairs[:, 0]], groups[pairs[:, 1]])), shape=(size, size))
-    number: np.ndarray = connected_components(links, directed=False)[1]
-    return number[groups].astype(np.int64)
+    return connected_components(links, directed=False)[1][groups].astype(np.int64)
 
 
 def _details_agree(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return whether the second differences of thumbnails correlate, pair by pair, (N, 256) twice to (N,) bool."""
     a, b = _detail(a), _detail(b)  # (N, 196) each
-    agree: np.ndarray = (a * b).sum(1) >= (
-        _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    )
-    return agree
+    return (a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
 
 
 def thumbnails_of(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ import numpy as np
 
 from peft_vit.data.decoding import decode_image
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
-from peft_vit.data.images_file import ImagesFile
-from peft_vit.data.index import ImageIndex, check_class_names, refuse_several_labels
-from peft_vit.errors import UserError
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, refuse_several_labels
+from peft_vit.errors import UserError, os_fault
 from peft_vit.safe_io import read_bytes
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -26,13 +25,11 @@ _CSV_SPLITS = ("train", "test")
 
 
 def _index(
-    name: str,
     tree: FileTree,
     files: list[str],
     classes: list[str],
     is_test: list[bool] | None,
     *,
-    licence: str,
     titles: dict[str, str] | None = None,
     beside: tuple[str, ...] = (),
 ) -> ImageIndex:
@@ -43,12 +40,10 @@ def _index(
     number = {class_id: k for k, class_id in enumerate(class_ids)}
     labels = np.array([number[class_id] for class_id in classes], dtype=np.int64)
     return ImageIndex(
-        name=name,
         labels=labels,
         strata=labels,
         class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
-        licence=licence,
         sha256=hashed.sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
         names=files,
@@ -57,12 +52,11 @@ def _index(
     )
 
 
-def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
+def read_tiny_imagenet(path: Path | None) -> ImageIndex:
     """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
 
     Args:
         path: tiny-imagenet-200.zip, or its unpacked folder; None downloads it.
-        licence: of the images.
     """
     location = path or downloaded(_TINY_URL, _TINY_MD5)
     if location.is_dir() and (location / "tiny-imagenet-200.zip").is_file():
@@ -91,10 +85,10 @@ def read_tiny_imagenet(path: Path | None, licence: str) -> ImageIndex:
     check_class_names(titles.values(), tree.file(words_file))
     is_test = [k >= training for k in range(len(files))]
     beside = (words_file, annotations_file)
-    return _index("tiny-imagenet", tree, files, classes, is_test, licence=licence, titles=titles, beside=beside)
+    return _index(tree, files, classes, is_test, titles=titles, beside=beside)
 
 
-def read_image_folder(path: Path | None, licence: str, images_file: Path | None = None) -> ImageIndex:
+def read_image_folder(path: Path | None, images_file: Path | None = None) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
@@ -102,7 +96,6 @@ def read_image_folder(path: Path | None, licence: str, images_file: Path | None 
 
     Args:
         path: ROOT, a folder or a zip of one.
-        licence: of the images.
         images_file: what was found when they were looked at: it says what is left out, what is a copy of what, and
             which images are tested in the end, whatever their folders are.
     """
@@ -111,8 +104,7 @@ def read_image_folder(path: Path | None, licence: str, images_file: Path | None 
     tree = open_tree(path)
     looked_at = None if images_file is None else ImagesFile.read(images_file)
     files = class_files(tree, path, () if looked_at is None else looked_at.left_out)
-    names, classes = list(files.classes), list(files.classes.values())
-    index = _index("image-folder", tree, names, classes, files.is_test, licence=licence)
+    index = _index(tree, list(files.classes), list(files.classes.values()), files.is_test)
     return index if looked_at is None else looked_at.applied(index, path, images_file)
 
 
@@ -177,21 +169,22 @@ def _check_split(path: Path, parts: Sequence[Sequence[str]]) -> None:
             raise UserError(problem, file=path)
 
 
-def read_csv(path: Path | None, licence: str) -> ImageIndex:
+def read_csv(path: Path | None) -> ImageIndex:
     """Index the images of a CSV with columns path, label and perhaps split (train or test).
 
     Paths are relative to the CSV's folder and may not leave it.
 
     Args:
         path: the CSV.
-        licence: of the images.
     """
     if path is None:
         raise UserError("is missing; name a CSV with the columns path, label[, split]", field="data.path")
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
-    rows = csv.DictReader(io.StringIO(decode_text(_content(path), path), newline=""), strict=True)
+    with os_fault("can't be read", path, field="data.path"):
+        content = read_bytes(path)
+    rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
     labels: dict[str, str] = {}
     splits = []
     try:
@@ -210,14 +203,7 @@ def read_csv(path: Path | None, licence: str) -> ImageIndex:
     files = {name: root / name for name in labels}
     tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
     is_test = [split == "test" for split in splits] if "split" in columns else None
-    return _index("csv", tree, list(files), list(labels.values()), is_test, licence=licence)
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return read_bytes(path)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror})", file=path, field="data.path") from None
+    return _index(tree, list(files), list(labels.values()), is_test)
 
 
 def _checked_row(row: dict[str, str], where: str, root: Path, labels: dict[str, str]) -> str:

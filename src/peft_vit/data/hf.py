@@ -41,7 +41,7 @@ class _Split:
     files: tuple[Path, ...]  # that hold the table
 
 
-def read_hf(config: DataConfig, licence: str) -> ImageIndex:
+def read_hf(config: DataConfig) -> ImageIndex:
     """Index a data set that the library `datasets` reads, see `open_splits`.
 
     Its split `test` is the official test split; without it, `validation` is. If both are there, `validation` joins
@@ -50,7 +50,6 @@ def read_hf(config: DataConfig, licence: str) -> ImageIndex:
 
     Args:
         config: path, and perhaps columns and configuration of the set.
-        licence: of the images.
 
     Raises:
         UserError: as `open_splits`, and if images or labels can't be told from other columns, an image has several
@@ -75,12 +74,10 @@ def read_hf(config: DataConfig, licence: str) -> ImageIndex:
         return _content(parts[k].images[i - int(starts[k])].as_py())
 
     return ImageIndex(
-        name="hf",
         labels=labels,
         strata=labels,
         class_names=names,
         official_test=is_test,
-        licence=licence,
         sha256=hashlib.sha256("".join([*(f"{p.name}\0{len(p.images)}\n" for p in parts), *lines]).encode()).hexdigest(),
         read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
         names=titles,
@@ -101,44 +98,48 @@ def _image_column(features: Features, asked: str | None, path: str) -> str:
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     found = images or [name for name, feature in features.items() if holds_bytes(feature)]
-    if asked is not None:
-        possible = [name for name, feature in features.items() if name in images or holds_bytes(feature)]
-        _check_column(asked, features, path, "data.image_column")
-        if asked not in possible:
-            problem = f"column '{asked}' holds no images, but {_kind(features[asked])}{_such_as(possible)}"
-            raise UserError(problem, file=path, field="data.image_column")
-        return asked
-    if len(found) != 1:
-        problem = f"{len(found)} of the columns {', '.join(features)} hold images; name the one to read"
-        raise UserError(problem, file=path, field="data.image_column")
-    return found[0]
+    possible = [name for name, feature in features.items() if name in images or holds_bytes(feature)]
+    return _column("image", "hold images", features, asked, found, possible, path)
 
 
 def _label_column(features: Features, image: str, asked: str | None, path: str) -> str:
     """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
     import datasets
 
-    several = [name for name, feature in features.items() if _is_list_of_labels(feature)]
+    several = [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, (datasets.List, datasets.LargeList)) and _is_plain_label(feature.feature)
+    ]
     plain = [name for name, feature in features.items() if _is_plain_label(feature) and name != image]
     classes = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
-    if asked is not None:
-        _check_column(asked, features, path, "data.label_column")
-        found = [asked]
-    else:
-        found = classes or plain
-        found = [_LABEL] if _LABEL in found and len(found) > 1 else found
-        if not found and len(several) == 1:
-            found = several
-    if len(found) != 1:
-        problem = f"{len(found)} of the columns {', '.join(features)} could be the label; name the one to read"
-        raise UserError(problem, file=path, field="data.label_column")
-    if found[0] in several:
-        problem = f"column '{found[0]}' holds several labels an image; a model here tells one class of each image"
+    only = several[0] if asked is None and not plain and len(several) == 1 else asked
+    if only in several:
+        problem = f"column '{only}' holds several labels an image; a model here tells one class of each image"
         raise UserError(f"{problem}{_such_as(plain)}", file=path, field="data.label_column")
-    if found[0] not in plain:
-        problem = f"column '{found[0]}' holds no labels, but {_kind(features[found[0]])}{_such_as(plain)}"
-        raise UserError(problem, file=path, field="data.label_column")
-    return found[0]
+    found = classes or plain
+    found = [_LABEL] if _LABEL in found else found
+    return _column("label", "could be the label", features, asked, found, plain, path)
+
+
+def _column(
+    what: str, why: str, features: Features, asked: str | None, found: list[str], possible: list[str], path: str
+) -> str:
+    """Return the column asked for, which has to be a possible one, or else the one that is found."""
+    field = f"data.{what}_column"
+    if asked is None:
+        if len(found) != 1:
+            problem = f"{len(found)} of the columns {', '.join(features)} {why}; name the one to read"
+            raise UserError(problem, file=path, field=field)
+        return found[0]
+    if asked not in features:
+        raise UserError(f"there is no column '{asked}'; expected one of {', '.join(features)}", file=path, field=field)
+    if asked not in possible:
+        dtype = getattr(features[asked], "dtype", None)
+        kind = dtype if isinstance(dtype, str) else type(features[asked]).__name__
+        problem = f"column '{asked}' holds no {what}s, but {kind}{_such_as(possible)}"
+        raise UserError(problem, file=path, field=field)
+    return asked
 
 
 def _is_plain_label(feature: Any) -> bool:
@@ -149,23 +150,6 @@ def _is_plain_label(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and (
         feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
     )
-
-
-def _is_list_of_labels(feature: Any) -> bool:
-    import datasets
-
-    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else None
-    return inner is not None and _is_plain_label(inner)
-
-
-def _check_column(name: str, features: Features, path: str, field: str) -> None:
-    if name not in features:
-        raise UserError(f"there is no column '{name}'; expected one of {', '.join(features)}", file=path, field=field)
-
-
-def _kind(feature: Any) -> str:
-    dtype = getattr(feature, "dtype", None)
-    return dtype if isinstance(dtype, str) else type(feature).__name__
 
 
 def _such_as(columns: list[str]) -> str:
@@ -278,7 +262,11 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
                 if digest == _NO_BYTES:
                     beside[own[start + row]] = _own_file(file, inside, f"{path}: {own[start + row]}")
     of_files: Mapping[str, str] = hashes(beside).each if beside else {}
-    titles = [_title(title, beside.get(title), inside[0]) for title in own]
+    titles = []  # of a file in a local folder its path there, else the row
+    for title in own:
+        real = Path(os.path.realpath(beside[title])) if title in beside else None
+        below = real is not None and real.is_relative_to(inside[0])
+        titles.append(real.relative_to(inside[0]).as_posix() if real is not None and below else title)
     return titles, [of_files.get(title, digest) for title, digest in zip(own, digests, strict=True)]
 
 
@@ -303,12 +291,6 @@ def _own_file(file: str, inside: tuple[Path, ...], title: str) -> Path:
     if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in inside):
         raise UserError(f"names the file {file}, which leads out of the data set; copy it into it", file=title)
     return Path(file)
-
-
-def _title(row: str, file: Path | None, root: Path) -> str:
-    """Return what to call an image: its file's path in a local folder, else its row."""
-    real = None if file is None else Path(os.path.realpath(file))
-    return real.relative_to(root).as_posix() if real is not None and real.is_relative_to(root) else row
 
 
 def _content(value: Any) -> bytes:

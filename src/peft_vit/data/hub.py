@@ -21,12 +21,11 @@ import huggingface_hub
 from peft_vit.data.files import refuse_outside
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
-from peft_vit.packages import cache_dir, check_download
+from peft_vit.packages import ask_hub, cache_dir, check_download
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
-_HUB_TIMEOUT_S = 5.0
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 
@@ -144,10 +143,7 @@ def _prepared(builder: DatasetBuilder, path: str) -> dict[str, Dataset]:
 
 
 def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
-    """Return a set of the hub, from the library's cache if it is there.
-
-    The library repeats a failed request for half a minute, so it starts only once the hub has answered.
-    """
+    """Return a set of the hub, from the library's cache if it is there."""
     import datasets
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -162,7 +158,7 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
     check_download(f"the data set {name} of the hub")
     try:
         url = f"{huggingface_hub.constants.ENDPOINT}/api/datasets/{name}"
-        huggingface_hub.get_session().head(url, timeout=_HUB_TIMEOUT_S)
+        ask_hub(url)
         builder = datasets.load_dataset_builder(name, subset)
     except ValueError:  # its configurations, by name
         raise

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, ValidationError
 
 from peft_vit.config import Interpolation
-from peft_vit.errors import CONTROL_CHARACTER, UserError
+from peft_vit.errors import CONTROL_CHARACTER, UserError, first_fault, os_fault
+from peft_vit.safe_io import read_bytes
+from peft_vit.settings import Frozen
 
 _LONGEST_CLASS_NAME = 255
+_REMEDY = "look at the images again"
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,14 @@ class ImageIndex:
     """A labelled image set of N images; cheap to open, nothing is decoded yet.
 
     Attributes:
-        name: the data set's name in the configuration.
         labels: class of each image, (N,) int64 in [0, len(class_names)).
         strata: what splits are stratified by, (N,) int64: label x module type for elpv, else the label.
         class_names: name of each class.
         official_test: the data set's own test split, (N,) bool; None if it has none.
-        licence: of the images.
         sha256: of the source's content: the wheel or archive, or names and contents of all files used.
         read: decodes image i; raises UserError naming the file if it is broken.
+        name: the data set's name in the configuration.
+        licence: of the images.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
@@ -40,14 +45,14 @@ class ImageIndex:
         notes: what was left out of it, each in a line.
     """
 
-    name: str
     labels: np.ndarray
     strata: np.ndarray
     class_names: tuple[str, ...]
     official_test: np.ndarray | None
-    licence: str
     sha256: str
     read: Callable[[int], Image.Image]
+    name: str = ""
+    licence: str = ""
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
@@ -64,6 +69,63 @@ class ImageIndex:
     def title(self, i: int) -> str:
         """Return what to call image i."""
         return f"image {i}" if self.names is None else self.names[i]
+
+
+class ImagesFile(Frozen):
+    """What looking at a folder of images has found, as a file that a study names: `data.images_file`.
+
+    It says which images are used, by their names relative to the folder.
+
+    `sha256` is of the names and contents of those that are used.
+    """
+
+    version: Literal[1] = 1
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    left_out: dict[str, str]  # why, by name
+    copies: tuple[tuple[str, ...], ...]  # exact and near copies of one image; they stand on one side of every split
+    sealed: tuple[str, ...]  # tested once in the end; in no fold, and neither trained on nor validated with
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read it; raises UserError naming the file, and the field if its content is at fault."""
+        with os_fault("can't be read", file, remedy=_REMEDY, field="data.images_file"):
+            content = read_bytes(file)
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            field, message = first_fault(error)
+            raise UserError(f"{message[0].lower()}{message[1:]}; {_REMEDY}", file=file, field=field) from None
+
+    def applied(self, index: ImageIndex, path: Path, file: Path | None) -> ImageIndex:
+        """Return the index of the files that are not left out, with its groups and its test split.
+
+        Args:
+            index: of these files, as they are now.
+            path: of the folder, named in errors.
+            file: this one, likewise.
+
+        Raises:
+            UserError: if the folder's images are not those that were looked at, or names here are of none of them.
+        """
+        assert index.names is not None
+        if index.sha256 != self.sha256:
+            problem = f"holds other images than when they were looked at ({file}); {_REMEDY}"
+            raise UserError(problem, file=path, field="data.path")
+        place = {name: i for i, name in enumerate(index.names)}
+        groups = np.arange(len(place), dtype=np.int64)
+        sealed = np.zeros(len(place), dtype=bool)
+        try:
+            for names in self.copies:
+                groups[[place[name] for name in names]] = place[names[0]]
+            sealed[[place[name] for name in self.sealed]] = True
+        except LookupError:
+            raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
+        if len(np.unique(groups[sealed])) + len(np.unique(groups[~sealed])) > len(np.unique(groups)):
+            raise UserError(f"an image and its copy are on two sides; {_REMEDY}", file=file, field="sealed")
+        content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
+        return replace(
+            index, contents=groups, official_test=sealed if sealed.any() else None, sha256=content, looked_at=True
+        )
 
 
 def check_class_names(

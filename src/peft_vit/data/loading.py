@@ -35,7 +35,6 @@ class Data:
     test: SealedImages
     data_sha256: str
     split_sha256: str
-    licence: str
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
 
 
@@ -59,7 +58,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         pixels, places = split_pixels(index, rows, splits.divided, config.image_size)
         return LabelledImages(pixels, index.labels[rows], rows, places)
 
-    train, validation, test = (images(rows) for rows in (splits.train, splits.validation, splits.test))
+    train, validation, test = (images(rows) for rows in splits.parts)
     return Data(
         class_names=index.class_names,
         train=train,
@@ -67,7 +66,6 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         test=SealedImages(test, len(index.class_names)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
-        licence=index.licence,
         warnings=image_warnings(index, splits, config.image_size),
     )
 

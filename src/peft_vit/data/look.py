@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from peft_vit.data.decoding import decode_image, on_white, sides_of
 from peft_vit.data.duplicates import near_groups, thumbnails_of
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, existing, open_tree
 from peft_vit.data.folders import class_files, files_in_use, is_image
-from peft_vit.data.images_file import ImagesFile
-from peft_vit.data.index import check_class_names
+from peft_vit.data.index import ImagesFile, check_class_names
 from peft_vit.data.pixels import to_pixels
 from peft_vit.data.splits import crossing, stratified_draw
 from peft_vit.errors import UserError
@@ -61,18 +60,13 @@ class Seen:
     left_out: Mapping[str, str]
 
     @property
-    def class_counts(self) -> np.ndarray:
-        """Return the number of images of each class, (K,) int64."""
-        return np.bincount(self.labels, minlength=len(self.class_names))
-
-    @property
     def chosen_on(self) -> np.ndarray:
         """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
         return np.ones(len(self.names), dtype=bool) if self.sealed is None else ~self.sealed
 
     @property
     def chosen_counts(self) -> np.ndarray:
-        """Return the number of these of each class, (K,) int64."""
+        """Return the number of these images of each class, (K,) int64."""
         return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
 
     @property
@@ -90,7 +84,7 @@ class Seen:
         return [*self._of_images(), *self._of_what_is_left_out(), *self._of_copies(), *self._of_balance()]
 
     def _of_images(self) -> Iterator[str]:
-        counts = self.class_counts
+        counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
         else:
@@ -114,7 +108,8 @@ class Seen:
         near = len(self.names) - len(np.unique(self.groups)) - exact
         for count, what, groups in ((exact, "equal", self.copies), (near, "nearly equal", self.groups)):
             if count:
-                a, b = _pair(groups, self.copies if groups is self.groups else None)
+                apart = self.copies if groups is self.groups else np.arange(len(self.names))
+                a, b = crossing(groups, apart)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
         count, (a, b) = crossing(self.groups, self.labels)
@@ -139,12 +134,6 @@ class Seen:
 
 def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
-
-
-def _pair(groups: np.ndarray, apart: np.ndarray | None) -> tuple[int, int]:
-    """Return two members of one group, of different numbers in `apart` if that is given."""
-    marks = np.arange(len(groups)) if apart is None else apart
-    return crossing(groups, marks)[1]
 
 
 def look_at(
@@ -178,23 +167,28 @@ def look_at(
     number = {name: k for k, name in enumerate(class_names)}
     labels = np.array([number[name] for name in files.classes.values()], dtype=np.int64)
     sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
-    least = _least(folds, 0.0 if sealed is not None else sealed_share)
+    # Different images of a class that are needed: one in each fold, or what is trained on would be few.
+    trained_share = 1.0 if sealed is not None else 1 - sealed_share
+    least = math.ceil(round(max(folds, _LEAST_BESIDE_SEALED) / trained_share, 6))
     _refuse_few(path, class_names, labels, sealed, least)  # before anything is decoded
     found = _decoded(tree, list(files.classes), on_progress)
-    kept = np.array([name not in found.faults for name in files.classes], dtype=bool)
-    names = [name for name in files.classes if name not in found.faults]
+    readable = np.array([name not in found.faults for name in files.classes], dtype=bool)
+    names = np.array(list(files.classes), dtype=object)[readable]
+    labels = labels[readable]
+    sealed = None if sealed is None else sealed[readable]
+    why = _contradictions(names, labels, found, sealed)
+    kept = np.array([i not in why for i in range(len(names))], dtype=bool)
     seen = Seen(
         path=path,
         class_names=class_names,
-        names=tuple(names),
+        names=tuple(names[kept]),
         labels=labels[kept],
-        copies=found.copies,
-        groups=found.groups,
+        copies=found.copies[kept],
+        groups=found.groups[kept],
         sealed=None if sealed is None else sealed[kept],
-        sides=found.sides,
-        left_out={**left_out, **found.faults},
+        sides=found.sides[kept],
+        left_out={**left_out, **found.faults, **{names[i]: reason for i, reason in sorted(why.items())}},
     )
-    seen = _without_contradictions(seen)
     _refuse_few(path, class_names, seen.labels, seen.sealed, least, seen.groups)
     return seen
 
@@ -229,23 +223,16 @@ def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[st
         problem = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
         raise UserError(problem, file=seen.path)
     used = np.array([name not in left_out for name in seen.names], dtype=bool)
-    _, group, sizes = np.unique(seen.groups[used], return_inverse=True, return_counts=True)
-    several = [names[used][group == one].tolist() for one in np.flatnonzero(sizes > 1)]
     content = ImagesFile(
         sha256=open_tree(seen.path).hashed(names[used].tolist()).sha256,
         left_out=left_out,
-        copies=tuple(tuple(one) for one in several),
+        copies=tuple(tuple(names[used][some]) for some in _several(seen.groups[used])),
         sealed=tuple(names[sealed].tolist()),
     )
     return content.model_dump(mode="json")
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
-
-
-def _least(folds: int, sealed_share: float) -> int:
-    """Return how many different images of a class are needed: one in each fold, or what is trained on would be few."""
-    return math.ceil(round(max(folds, _LEAST_BESIDE_SEALED) / (1 - sealed_share), 6))
 
 
 def _refuse_few(
@@ -277,31 +264,23 @@ def _refuse_few(
         raise UserError(problem, file=path)
 
 
-def _without_contradictions(seen: Seen) -> Seen:
-    """Leave out equal images of two classes, of which both can't be right, and copies of the own test split."""
+def _contradictions(
+    names: np.ndarray, labels: np.ndarray, found: _Decoded, sealed: np.ndarray | None
+) -> dict[int, str]:
+    """Tell equal images of two classes, of which both can't be right, and copies of the own test split: why, by row."""
     why: dict[int, str] = {}
-    for some in _several(seen.copies):
-        if len(np.unique(seen.labels[some])) > 1:
+    for some in _several(found.copies):
+        if len(np.unique(labels[some])) > 1:
             for i in some:
-                other = next(k for k in some if seen.labels[k] != seen.labels[i])
-                why[i] = f"equal to {seen.names[other]}, of another class"
-    if seen.sealed is not None:
-        for some in _several(seen.groups):
-            tested = [i for i in some if seen.sealed[i] and i not in why]
+                other = next(k for k in some if labels[k] != labels[i])
+                why[i] = f"equal to {names[other]}, of another class"
+    if sealed is not None:
+        for some in _several(found.groups):
+            tested = [i for i in some if sealed[i] and i not in why]
             for i in some if tested else ():
-                if not seen.sealed[i]:
-                    why.setdefault(i, f"a copy of {seen.names[tested[0]]}, of the test split")
-    kept = np.array([i not in why for i in range(len(seen.names))], dtype=bool)
-    return replace(
-        seen,
-        names=tuple(np.array(seen.names, dtype=object)[kept]),
-        labels=seen.labels[kept],
-        copies=seen.copies[kept],
-        groups=seen.groups[kept],
-        sealed=None if seen.sealed is None else seen.sealed[kept],
-        sides=seen.sides[kept],
-        left_out={**seen.left_out, **{seen.names[i]: reason for i, reason in sorted(why.items())}},
-    )
+                if not sealed[i]:
+                    why.setdefault(i, f"a copy of {names[tested[0]]}, of the test split")
+    return why
 
 
 def _several(groups: np.ndarray) -> list[list[int]]:

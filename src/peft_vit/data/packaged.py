@@ -37,7 +37,7 @@ _FASHION_CLASSES = (
 _MODULE_TYPES = ("mono", "poly")
 
 
-def read_elpv(path: Path | None, licence: str) -> ImageIndex:
+def read_elpv(path: Path | None) -> ImageIndex:
     """Index the ELPV solar cells, out of the wheel or another zip or folder with its labels.csv.
 
     labels.csv has a line per image: path, defect probability (0, 1/3, 2/3 or 1) and module type (mono or
@@ -45,7 +45,6 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
 
     Args:
         path: a zip or folder; None fetches the wheel.
-        licence: of the images.
     """
     tree = open_tree(path or fetch_wheel(ELPV_WHEEL))
     table = tree.only("labels.csv")
@@ -56,7 +55,9 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
         where = f"{tree.file(table)}:{number}"
         try:
             name, probability, module = line.split()
-            labels.append(int(_probability(probability) >= 0.5))
+            if not 0 <= float(probability) <= 1:
+                raise ValueError
+            labels.append(int(float(probability) >= 0.5))
             modules.append(_MODULE_TYPES.index(module))
         except ValueError:
             raise UserError(f"expected 'path probability mono|poly', got {line[:80]!r}", file=where) from None
@@ -65,27 +66,17 @@ def read_elpv(path: Path | None, licence: str) -> ImageIndex:
             raise UserError(f"{name} is not there; fetch the data set again", file=where)
     label = np.array(labels, dtype=np.int64)
     return ImageIndex(
-        name="elpv",
         labels=label,
         strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
         class_names=("functional", "defective"),
         official_test=None,
-        licence=licence,
         sha256=tree.hashed([table, *names]).sha256,
-        channels=1,
         read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
         names=names,
     )
 
 
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
-def read_digits(path: Path | None, licence: str) -> ImageIndex:
+def read_digits(path: Path | None) -> ImageIndex:
     """Index scikit-learn's 1,797 handwritten digits; their 8 x 8 values 0..16 become grey levels 0..255."""
     if path is not None:
         raise UserError(
@@ -98,25 +89,21 @@ def read_digits(path: Path | None, licence: str) -> ImageIndex:
     pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # (N, 8, 8)
     labels = table[:, -1].astype(np.int64)
     return ImageIndex(
-        name="digits",
         labels=labels,
         strata=labels,
         class_names=tuple("0123456789"),
         official_test=None,
-        licence=licence,
         sha256=hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
         read=lambda i: Image.fromarray(pixels[i]),
-        channels=1,
     )
 
 
-def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
+def read_fashion_mnist(path: Path | None) -> ImageIndex:
     """Index Fashion-MNIST from its four idx .gz files.
 
     Args:
         path: the folder that holds them; None looks where Debian's dataset-fashion-mnist puts them, then
             downloads.
-        licence: of the images.
     """
     folder = path or _fashion_folder()
     pixels, labels = [], []
@@ -135,14 +122,11 @@ def read_fashion_mnist(path: Path | None, licence: str) -> ImageIndex:
     is_test = np.arange(len(label)) >= len(labels[0])
     train, test = pixels
     return ImageIndex(
-        name="fashion-mnist",
         labels=label,
         strata=label,
         class_names=_FASHION_CLASSES,
         official_test=is_test,
-        licence=licence,
         sha256=hashes(files).sha256,
-        channels=1,
         read=lambda i: Image.fromarray(train[i] if i < len(train) else test[i - len(train)]),
     )
 

@@ -45,7 +45,9 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
         UserError: if an image is broken, or the cache cannot be written.
     """
     shape = (len(rows), image_size, image_size, index.channels)
-    file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{_key(index, rows, image_size)}.npy"
+    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{how(index)}"
+    key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
+    file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
     found = _open(file, shape)
     if found is None:
         _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
@@ -73,11 +75,6 @@ def split_pixels(
     if divided is None:
         return cached_pixels(index, rows, image_size), np.arange(len(rows), dtype=np.int64)
     return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
-
-
-def _key(index: ImageIndex, rows: np.ndarray, image_size: int) -> str:
-    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{how(index)}"
-    return hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
 
 
 def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:

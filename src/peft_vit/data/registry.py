@@ -21,19 +21,19 @@ from peft_vit.errors import UserError
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a user should know before choosing a data set, and what indexes it, given the licence."""
+    """What a user should know before choosing a data set, and what indexes it."""
 
     description: str
     licence: str
     source: str
     task: str
-    read: Callable[[DataConfig, str], ImageIndex]
+    read: Callable[[DataConfig], ImageIndex]
     channels: Literal[1, 3] = 3  # 1: grey, and so is what is predicted on later
 
 
-def _files(read: Callable[[Path | None, str], ImageIndex]) -> Callable[[DataConfig, str], ImageIndex]:
+def _files(read: Callable[[Path | None], ImageIndex]) -> Callable[[DataConfig], ImageIndex]:
     """Give a reader of files their path, which has to exist if there is one."""
-    return lambda config, licence: read(None if config.path is None else existing(config.path), licence)
+    return lambda config: read(None if config.path is None else existing(config.path))
 
 
 def _cifar(name: str, classes: int) -> DatasetInfo:
@@ -85,9 +85,8 @@ DATASETS: dict[str, DatasetInfo] = {
         "yours",
         "data.path (folder or zip)",
         "classes are folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
-        lambda config, licence: read_image_folder(
+        lambda config: read_image_folder(
             None if config.path is None else existing(config.path),
-            licence,
             None if config.images_file is None else Path(config.images_file).expanduser(),
         ),
     ),
@@ -125,7 +124,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         licence = "synthetic images, no licence needed"
         elsewhere = dict.fromkeys(("images_file", "image_column", "label_column", "hub_subset"))
         config = config.model_copy(update={**elsewhere, "path": str(synthetic.files_for(config.dataset))})
-    index = info.read(config, licence)
+    index = replace(info.read(config), name=config.dataset, licence=licence, channels=info.channels)
     classes = len(index.class_names)
     if classes < 2:
         raise UserError(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.folds import deal_folds
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.seeding import numpy_generator
@@ -29,6 +28,11 @@ class Splits:
     test: np.ndarray
     sha256: str
     divided: np.ndarray | None = None
+
+    @property
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the three, in the order of `SIDES`."""
+        return self.train, self.validation, self.test
 
 
 def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
@@ -89,7 +93,10 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     train = _draw_train(index, config, seed, pool)
     _check_every_class(index, train, pool)
     divided = None if config.folds is None else np.sort(np.concatenate([test, rest]))
-    return Splits(train, validation, test, _hash(train, validation, test), divided)
+    digest = hashlib.sha256()
+    for part in (train, validation, test):
+        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
+    return Splits(train, validation, test, digest.hexdigest(), divided)
 
 
 def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -130,6 +137,38 @@ def _fold(index: ImageIndex, folds: int, config: DataConfig, seed: int) -> tuple
     return rows[fold_of == fold], rows[fold_of != fold]
 
 
+def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
+    """Divide images into folds that are as equal as whole groups allow, in size and in each stratum.
+
+    Stratum by stratum, groups are dealt in random order, larger ones first: each to the fold that has the fewest images
+    of the stratum, of these to the one with the fewest images, ties by lot. So without copies a stratum's images in two
+    folds differ by at most one, and so do the sizes of two folds. A group is of its first image's stratum.
+
+    Args:
+        strata: of each image, (N,) integers.
+        groups: of each image, (N,) integers; images of equal numbers stay together.
+        folds: how many, K.
+        rng: generator.
+
+    Returns:
+        The fold of each image, (N,) int64 in [0, K).
+    """
+    names, first, group, sizes = np.unique(groups, return_index=True, return_inverse=True, return_counts=True)
+    stratum = strata[first]  # (G,) of the G groups, as names and sizes are; group is (N,) in [0, G)
+    lot = rng.permutation(len(names))
+    fold_of = np.empty(len(names), dtype=np.int64)
+    total = [0] * folds
+    for name in np.unique(stratum):
+        here = np.flatnonzero(stratum == name)
+        within, lots = [0] * folds, rng.permutation(folds).tolist()
+        for place in here[np.lexsort((lot[here], -sizes[here]))].tolist():
+            fold = min(range(folds), key=lambda k: (within[k], total[k], lots[k]))
+            fold_of[place] = fold
+            within[fold] += int(sizes[place])
+            total[fold] += int(sizes[place])
+    return fold_of[group]
+
+
 def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
     """Return the rows whose file has no copy among those before them."""
     return rows[np.sort(np.unique(index.groups[rows], return_index=True)[1])]
@@ -149,7 +188,17 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         else numpy_generator(seed, "train_subset", config.split_seed)
     )
     if config.shots_per_class is not None:
-        return _draw_shots(index, config.shots_per_class, pool, rng)
+        drawn = []
+        for label, name in enumerate(index.class_names):
+            of_class = pool[index.labels[pool] == label]
+            if len(of_class) < config.shots_per_class:
+                raise UserError(
+                    f"{config.shots_per_class} images of class '{name}' are asked for, {len(of_class)} remain beside "
+                    "test and validation",
+                    field="data.shots_per_class",
+                )
+            drawn.append(stratified_draw(of_class, index.strata, config.shots_per_class, rng))
+        return np.sort(np.concatenate(drawn))
     if not fixed and count == len(pool):
         raise UserError(
             f"per_seed has no effect, all {len(pool)} images that remain are trained on; "
@@ -157,20 +206,6 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
             field="data.train_subset",
         )
     return stratified_draw(pool, index.strata, count, rng)
-
-
-def _draw_shots(index: ImageIndex, shots: int, pool: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw as many images of each class, stratified within the class."""
-    drawn = []
-    for label, name in enumerate(index.class_names):
-        of_class = pool[index.labels[pool] == label]
-        if len(of_class) < shots:
-            raise UserError(
-                f"{shots} images of class '{name}' are asked for, {len(of_class)} remain beside test and validation",
-                field="data.shots_per_class",
-            )
-        drawn.append(stratified_draw(of_class, index.strata, shots, rng))
-    return np.sort(np.concatenate(drawn))
 
 
 def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -> None:
@@ -230,13 +265,6 @@ def stratified_draw(available: np.ndarray, strata: np.ndarray, count: int, rng: 
         rng.permutation(available[strata[available] == name])[:share] for name, share in zip(names, shares, strict=True)
     ]
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *drawn])).astype(np.int64)
-
-
-def _hash(*parts: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-    return digest.hexdigest()
 
 
 def crossing(groups: np.ndarray, marks: np.ndarray) -> tuple[int, tuple[int, int]]:

@@ -17,28 +17,3 @@ from peft_vit.deployment.predicting import (
     torch_classifier,
 )
 from peft_vit.deployment.pretrained import load_pretrained, save_pretrained
-
-__all__ = [
-    "Calibrated",
-    "Classifier",
-    "Merged",
-    "ModelCard",
-    "OnnxRuntime",
-    "Prediction",
-    "check_coverage",
-    "check_int8",
-    "export_onnx",
-    "export_openvino",
-    "input_ranges",
-    "load_low_bit",
-    "load_pretrained",
-    "merge",
-    "open_exported",
-    "open_onnx",
-    "open_openvino",
-    "predict_files",
-    "predict_images",
-    "save_low_bit",
-    "save_pretrained",
-    "torch_classifier",
-]

@@ -24,6 +24,7 @@ from peft_vit.deployment.model_card import ModelCard
 from peft_vit.deployment.onnx_file import export_onnx
 from peft_vit.deployment.openvino_file import export_openvino
 from peft_vit.deployment.predicting import open_exported
+from peft_vit.errors import first_line
 from peft_vit.extras import require_extra
 
 _RANK = 2
@@ -117,7 +118,15 @@ def check_architecture(
 
     model = build()
     sites = find_sites(model)
-    effect = _attach_random(model, sites)
+    attach_adapters(model, sites, _RANK, scale=1.0, seed=0, check=False)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for _, module in adapted_modules(model):
+            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
+            for _, adapter in module.adapters():
+                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
+                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
+    effect = effects(model)
     generator = torch.Generator().manual_seed(3)
     images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=generator)
     with torch.inference_mode():
@@ -134,8 +143,8 @@ def check_architecture(
     return ModelCheck(
         tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
         _compared(logits, lambda: plain()(images)),
-        _compared(logits, lambda: _by_onnx(plain(), card, images)),
-        _compared(logits, lambda: _by_openvino(plain(), card, images)) if openvino else None,
+        _compared(logits, lambda: _by_file(export_onnx, "model.onnx", plain(), card, images)),
+        _compared(logits, lambda: _by_file(export_openvino, "model.xml", plain(), card, images)) if openvino else None,
         _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
@@ -171,18 +180,6 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
     )
 
 
-def _attach_random(model: nn.Module, sites: Sequence[Site]) -> dict[str, Effect]:
-    attach_adapters(model, sites, _RANK, scale=1.0, seed=0, check=False)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for _, module in adapted_modules(model):
-            size = 0.5 * float(module.frozen_weight().norm()) / len(module.adapters()) ** 0.5
-            for _, adapter in module.adapters():
-                adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
-                adapter.lora_B.mul_(size / float(adapter.delta().norm()))
-    return effects(model)
-
-
 def _merge_error(module: AdaptedLinear) -> float:
     """Return the largest difference of a module's outputs from those of its merged weight, over the largest output."""
     generator = torch.Generator().manual_seed(4)
@@ -198,20 +195,17 @@ def _compared(logits: Tensor, run: Callable[[], Tensor]) -> Outcome:
             warnings.simplefilter("ignore")
             others = run()
     except Exception as error:  # whatever it is that a library can't do with this model
-        return Outcome(None, f"{type(error).__name__}: {error}".split("\n")[0][:200])
+        return Outcome(None, first_line(error))
     return Outcome(float((others - logits).abs().max() / logits.abs().max()))
 
 
-def _by_onnx(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
+def _by_file(
+    export: Callable[[nn.Module, Path, ModelCard], None], name: str, model: nn.Module, card: ModelCard, images: Tensor
+) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
-        export_onnx(model, Path(folder) / "model.onnx", card)
-        return open_exported(Path(folder) / "model.onnx").logits(images)
-
-
-def _by_openvino(model: nn.Module, card: ModelCard, images: Tensor) -> Tensor:
-    with tempfile.TemporaryDirectory() as folder:
-        export_openvino(model, Path(folder) / "model.xml", card)
-        return open_exported(Path(folder) / "model.xml").logits(images)
+        file = Path(folder) / name
+        export(model, file, card)
+        return open_exported(file).logits(images)
 
 
 def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> Tensor:
@@ -222,8 +216,7 @@ def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -
     Backbone(base).prepare()
     with tempfile.TemporaryDirectory() as folder:
         export_peft(model, Path(folder), {})
-        logits: Tensor = PeftModel.from_pretrained(base, folder).eval()(images)
-        return logits
+        return PeftModel.from_pretrained(base, folder).eval()(images)
 
 
 def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:

@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.adapters import AdaptedLinear, packed_weights
 from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, one_line
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
 
@@ -68,10 +68,9 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     """
     check_merged(model)
     tensors, layers = dict(model.state_dict()), {}
-    for name, module in adapted_modules(model):
-        if module.quantized is not None:
-            layers[name] = _Layer(**module.quantized.format.as_json(), shape=module.quantized.shape)
-            tensors |= {f"{name}.weight.{part}": tensor for part, tensor in module.quantized.tensors().items()}
+    for name, weight in packed_weights(model).items():
+        layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
+        tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = _Header(card=card, layers=layers)
     _build(header, tensors, file)  # what could not be read again is not written
@@ -142,6 +141,5 @@ def _build(header: _Header, tensors: dict[str, Tensor], file: Path) -> nn.Module
     try:
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"does not hold the tensors of {card.model} ({reason})", file=file) from None
+        raise UserError(f"does not hold the tensors of {card.model} ({one_line(error)})", file=file) from None
     return model.requires_grad_(False).eval()

@@ -8,7 +8,13 @@ from typing import Literal
 
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, merge_by_requantizing, merge_into_offsets, merged_state_dict
+from peft_vit.adapters import (
+    adapted_modules,
+    merge_by_requantizing,
+    merge_into_offsets,
+    merged_state_dict,
+    packed_weights,
+)
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError
@@ -50,7 +56,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
         return Merged(merged, "codes", {"codes": merge_by_requantizing(merged)})
     copies = {dtype: copy.deepcopy(model) for dtype in SCALE_DTYPES}
     errors = {dtype_name(dtype): merge_into_offsets(merged, offset_dtype=dtype) for dtype, merged in copies.items()}
-    (stored,) = {layer.quantized.format.scale_dtype for layer in layers if layer.quantized is not None}
+    (stored,) = {weight.format.scale_dtype for weight in packed_weights(model).values()}
     return Merged(copies[stored], "offsets", errors, dtype_name(stored))
 
 
@@ -65,5 +71,4 @@ def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
     """Return a plain model of its library with the weights that a model has, updates and low bits included."""
     plain = create_skeleton(card.architecture, card.image_size, len(card.class_names))
     plain.load_state_dict({key: tensor.detach() for key, tensor in merged_state_dict(model).items()}, assign=True)
-    merged: nn.Module = plain.requires_grad_(False).eval()
-    return merged
+    return plain.requires_grad_(False).eval()

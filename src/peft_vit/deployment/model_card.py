@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
 from peft_vit.deployment.calibrated import Calibrated
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import UserError, first_fault, os_fault
 from peft_vit.records import write_atomically
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -50,6 +50,16 @@ class ModelCard(BaseModel):
         return Architecture(self.library, self.model, self.config)
 
 
+class Header(BaseModel):
+    """What the file of a network says of itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    version: Literal[1] = 1
+    card: ModelCard
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     """Return checked values out of JSON.
 
@@ -69,7 +79,5 @@ def write_exported(file: Path, content: bytes) -> None:
     Raises:
         UserError: if it can't be written.
     """
-    try:
+    with os_fault("can't be written", file, remedy="choose another place"):
         write_atomically(file, content)
-    except OSError as error:
-        raise UserError(f"can't be written ({error.strerror}); choose another place", file=file) from None

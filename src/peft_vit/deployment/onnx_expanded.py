@@ -22,14 +22,14 @@ more than 4; MatMulNBits with accuracy_level 4, which needs no expanding, 0.95 i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.backbones import watching
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.codebooks import Codebook, code_values
 from peft_vit.quantization.packing import field_bits
@@ -159,19 +159,13 @@ def input_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Range
     """Return the range of the inputs of every packed layer, by its name, over batches of images (B, 3, S, S)."""
     seen: dict[str, Range] = {}
 
-    def watch(name: str, _: nn.Module, given: tuple[Any, ...]) -> None:
-        low, high = map(float, given[0].aminmax())
+    def see(name: str, x: Tensor) -> None:
+        low, high = map(float, x.aminmax())
         before = seen.get(name, (low, high))
         seen[name] = (min(low, before[0]), max(high, before[1]))
 
-    packed: Mapping[str, AdaptedLinear] = {
-        name: module for name, module in adapted_modules(model) if module.quantized is not None
-    }
-    hooks = [module.register_forward_pre_hook(partial(watch, name)) for name, module in packed.items()]
-    try:
+    packed = {name: module for name, module in adapted_modules(model) if module.quantized is not None}
+    with watching(packed, see):
         for images in batches:
             model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen

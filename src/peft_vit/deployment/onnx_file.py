@@ -10,35 +10,25 @@ import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
+from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, Range
 from peft_vit.deployment.onnx_layers import OnnxLinear
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, one_line
 from peft_vit.extras import require_extra
 from peft_vit.safe_io import read_bytes
 
 INPUT, OUTPUT = "images", "logits"
 OnnxRuntime = Literal["small", "fast"]
 _OPSET = 20
-
-
-class _Header(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: Literal[1] = 1
-    card: ModelCard
-    sha256: str
 
 
 def export_onnx(
@@ -67,28 +57,26 @@ def export_onnx(
     check_merged(model)
     if input_ranges is not None:
         check_int8(model)
-    proto = onnx_graph(model, card.image_size, partial(_exported, runtime=runtime, input_ranges=input_ranges))
-    header = _Header(card=card, sha256=_digest(card, proto))
+
+    def exported(layer: AdaptedLinear, name: str) -> nn.Module:
+        if input_ranges is not None:
+            return Int8Linear(layer, input_ranges[name])
+        return ExpandedLinear(layer) if runtime == "fast" else OnnxLinear(layer, name)
+
+    proto = onnx_graph(model, card.image_size, exported)
+    header = Header(card=card, sha256=_digest(card, proto))
     proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
     write_exported(file, proto.SerializeToString())
 
 
 def check_int8(model: nn.Module) -> None:
     """Refuse a model with a layer whose codes are not multiplied by activations in 8 bits."""
-    for name, module in adapted_modules(model):
-        if module.quantized is not None and module.quantized.format.bits == 2:
+    for name, weight in packed_weights(model).items():
+        if weight.format.bits == 2:
             raise UserError(
                 f"{name} is in int2, and int8 takes codes of 3, 4 or 8 bits; leave it out, or take --runtime fast",
                 field="--activations",
             )
-
-
-def _exported(
-    layer: AdaptedLinear, name: str, *, runtime: OnnxRuntime, input_ranges: Mapping[str, Range] | None
-) -> nn.Module:
-    if input_ranges is not None:
-        return Int8Linear(layer, input_ranges[name])
-    return ExpandedLinear(layer) if runtime == "fast" else OnnxLinear(layer, name)
 
 
 def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinear, str], nn.Module]) -> Any:
@@ -103,14 +91,9 @@ def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinea
     for name, module in list(adapted_modules(model)):
         if module.quantized is not None:
             model.set_submodule(name, packed(module, name))
-    for attention in [one for one in model.modules() if isinstance(one, MaskUnitAttention)]:
-        setattr(attention, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
-    proto = _traced(model, image_size)
-    _strip(proto)
-    return proto
-
-
-def _traced(model: nn.Module, image_size: int) -> Any:
+    for part in model.modules():
+        if isinstance(part, MaskUnitAttention):
+            setattr(part, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
@@ -125,7 +108,15 @@ def _traced(model: nn.Module, image_size: int) -> Any:
             custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )
     assert program is not None
-    return program.model_proto
+    proto: Any = program.model_proto
+    # What only explains the graph to people goes: half a megabyte of where each node comes from.
+    graph = proto.graph
+    for entry in (*graph.node, *graph.initializer, *graph.input, *graph.output):
+        del entry.metadata_props[:]
+        entry.doc_string = ""
+    del graph.value_info[:]
+    proto.producer_name = "peft-vit"
+    return proto
 
 
 def _all_true(values: Any) -> Any:
@@ -136,16 +127,6 @@ def _all_true(values: Any) -> Any:
     op: Any = opset20
 
     return op.Cast(op.ReduceMin(op.Cast(values, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
-
-
-def _strip(proto: Any) -> None:
-    """Take out what only explains the graph to people: half a megabyte of where each node comes from."""
-    graph = proto.graph
-    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]
-        part.doc_string = ""
-    del graph.value_info[:]
-    proto.producer_name = "peft-vit"
 
 
 def _digest(card: ModelCard, proto: Any) -> str:
@@ -179,14 +160,13 @@ def open_onnx(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         raise UserError(
             "keeps numbers in other files, which could be any of this machine; export the run again", file=file
         )
-    header = read_json(_Header, text, file)
+    header = read_json(Header, text, file)
     if _digest(header.card, proto) != header.sha256:
         raise UserError("was changed after it was written; export the run again", file=file)
     try:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({reason})", file=file) from None
+        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]), header.card
 
 

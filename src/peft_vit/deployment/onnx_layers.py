@@ -46,8 +46,16 @@ class OnnxLinear(nn.Module):
         kind = quantized.format
         self.out_features, self.in_features = quantized.shape
         self.groups = quantized.groups
-        block = _block_size(self.in_features // self.groups, name)
-        self.blocks_per_group = self.in_features // self.groups // block
+        group_size = self.in_features // self.groups
+        block = min(group_size & -group_size, _LARGEST_BLOCK)  # the largest power of two that divides it
+        if block < _SMALLEST_BLOCK:
+            raise UserError(
+                f"{name} has groups of {group_size} inputs, and onnxruntime's low-bit products take blocks of "
+                f"{_SMALLEST_BLOCK} and more that divide it; export with --runtime fast, or train with another group "
+                "size",
+                field="group_size",
+            )
+        self.blocks_per_group = group_size // block
         self.attributes: dict[str, int] = {"K": self.in_features, "N": self.out_features, "block_size": block}
         codes = quantized.codes
         self.shift = 0  # what the operator takes from a code and the format does not
@@ -92,14 +100,3 @@ class OnnxLinear(nn.Module):
             constant = self.offsets.float() + self.shift * scales if self.shift else self.offsets.float()
             y = y + x.unflatten(-1, (self.groups, -1)).sum(-1) @ constant.T  # (B, T, groups) (groups, out)
         return y if self.bias is None else y + self.bias
-
-
-def _block_size(group_size: int, name: str) -> int:
-    block = min(group_size & -group_size, _LARGEST_BLOCK)  # the largest power of two that divides it
-    if block < _SMALLEST_BLOCK:
-        raise UserError(
-            f"{name} has groups of {group_size} inputs, and onnxruntime's low-bit products take blocks of "
-            f"{_SMALLEST_BLOCK} and more that divide it; export with --runtime fast, or train with another group size",
-            field="group_size",
-        )
-    return block

@@ -12,17 +12,16 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import packed_weights
 from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, ModelCard, read_json, write_exported
+from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.safe_io import read_bytes
@@ -31,14 +30,6 @@ _UNSIGNED = "0" * 64  # in place of the hash while it is computed
 _NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)", "nf3": ""}
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
-
-
-class _Header(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    version: Literal[1] = 1
-    card: ModelCard
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
@@ -54,8 +45,10 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
             file can't be written.
     """
     require_extra("openvino", "OpenVINO export")
+    import openvino
+
     check_merged(model)
-    packed = {name: one.quantized for name, one in adapted_modules(model) if one.quantized is not None}
+    packed = packed_weights(model)
     for name, weight in packed.items():
         if (why := _NO_TYPE.get(weight.format.type)) is not None:
             raise UserError(
@@ -64,8 +57,11 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed)
-    network.set_rt_info(_Header(card=card, sha256=_UNSIGNED).model_dump_json(), [HEADER])
-    description, weights = _serialized(network)
+    network.set_rt_info(Header(card=card, sha256=_UNSIGNED).model_dump_json(), [HEADER])
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / "model.xml"
+        openvino.save_model(network, written, compress_to_fp16=False)
+        description, weights = written.read_bytes(), written.with_suffix(".bin").read_bytes()
     signed = description.replace(_UNSIGNED.encode(), _digest(description, weights).encode(), 1)
     write_exported(file.with_suffix(".bin"), weights)
     write_exported(file, signed)
@@ -92,16 +88,6 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
     return core.read_model(proto.SerializeToString(), b"")
 
 
-def _serialized(network: Any) -> tuple[bytes, bytes]:
-    """Return the .xml and the .bin."""
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.xml"
-        openvino.save_model(network, file, compress_to_fp16=False)
-        return file.read_bytes(), file.with_suffix(".bin").read_bytes()
-
-
 def _digest(description: bytes, weights: bytes) -> str:
     """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
     return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
@@ -118,11 +104,15 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
             OpenVINO is missing or can't run it.
     """
     require_extra("openvino", packages=("openvino",), file=file)
-    description, weights = (_read(part) for part in (file, file.with_suffix(".bin")))
+    parts = []
+    for part in (file, file.with_suffix(".bin")):
+        with os_fault("can't be read", part, remedy="export the run again"):
+            parts.append(read_bytes(part, None))
+    description, weights = parts
     found = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
     if found is None:
         raise UserError("was not written by `peft-vit export --format openvino`, or was cut off", file=file)
-    header = read_json(_Header, html.unescape(found[1].decode(errors="replace")), file)
+    header = read_json(Header, html.unescape(found[1].decode(errors="replace")), file)
     unsigned = description.replace(header.sha256.encode(), _UNSIGNED.encode(), 1)
     if _digest(unsigned, weights) != header.sha256:
         raise UserError(
@@ -134,13 +124,5 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
     except Exception as error:  # OpenVINO's errors share no public class
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({reason})", file=file) from None
+        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
     return lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return read_bytes(file, None)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); export the run again", file=file) from None

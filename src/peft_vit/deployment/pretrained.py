@@ -17,7 +17,7 @@ from peft_vit.backbones.families.transformers_vision import TowerClassifier, inp
 from peft_vit.backbones.transformers_models import quiet
 from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, os_fault
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 
@@ -38,35 +38,28 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         UserError: if the folder holds files, or can't be written to.
     """
     plain: Any = with_float_weights(model, card)
-    try:
+    with os_fault("can't be written to", folder, remedy="choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError("holds files already; choose another folder", file=folder, field="--output")
         if card.library == "timm":
-            _save_timm(plain, folder, card)
+            save_for_hf(
+                plain,
+                str(folder),
+                model_config={"label_names": list(card.class_names)},
+                safe_serialization=True,
+                data_config={
+                    "input_size": (3, card.image_size, card.image_size),
+                    "mean": card.mean,
+                    "std": card.std,
+                    "interpolation": card.interpolation,
+                    "crop_pct": 1.0,
+                    "crop_mode": "squash",
+                },
+            )
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
-    except OSError as error:
-        raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
-
-
-def _save_timm(model: Any, folder: Path, card: ModelCard) -> None:
-    size = (3, card.image_size, card.image_size)
-    images = {
-        "input_size": size,
-        "mean": card.mean,
-        "std": card.std,
-        "interpolation": card.interpolation,
-        "crop_pct": 1.0,
-    }
-    save_for_hf(
-        model,
-        str(folder),
-        model_config={"label_names": list(card.class_names)},
-        safe_serialization=True,
-        data_config={**images, "crop_mode": "squash"},
-    )
 
 
 def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
@@ -85,7 +78,7 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
         "image_std": list(card.std),
         "resample": int(Image.Resampling[card.interpolation.upper()]),
     }
-    config = vision_config(model)
+    config = vision_config(model.config)
     if config.model_type.startswith("siglip2"):
         said |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
         processor: Any = transformers.Siglip2ImageProcessor(**said)
@@ -119,5 +112,4 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> torch.Tensor:
-        logits: Tensor = self.model(**inputs(self.model, images)).logits
-        return logits
+        return self.model(**inputs(self.model, images)).logits

@@ -15,29 +15,6 @@ from peft_vit.evaluation.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.evaluation.latency import forward_s
 from peft_vit.evaluation.metrics import expected_calibration_error, measure
-from peft_vit.evaluation.predict import predict, predictions
+from peft_vit.evaluation.predict import LogitsAndLabels, forward_s, predict, predictions
 from peft_vit.evaluation.size import model_size
-
-__all__ = [
-    "MemoryWatch",
-    "available_memory_bytes",
-    "expected_calibration_error",
-    "forward_s",
-    "frozen_bytes",
-    "give_memory_back",
-    "head_parameters",
-    "measure",
-    "measure_ablation",
-    "model_size",
-    "optimizer_bytes",
-    "peak_memory_bytes",
-    "peak_memory_of",
-    "predict",
-    "predictions",
-    "reset_peak_memory",
-    "storage_bytes",
-    "trainable_bytes",
-    "trainable_parameters",
-]

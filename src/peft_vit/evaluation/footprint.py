@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import packed_weights
 from peft_vit.backbones import Backbone
 
 
@@ -40,9 +40,8 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 def frozen_bytes(model: nn.Module) -> int:
     """Return the bytes of everything that is kept but not trained, packed weights with their scales included."""
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
-    for _, module in adapted_modules(model):
-        if module.quantized is not None:
-            frozen += module.quantized.tensors().values()
+    for weight in packed_weights(model).values():
+        frozen += weight.tensors().values()
     return storage_bytes(frozen)
 
 

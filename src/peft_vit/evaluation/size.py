@@ -5,7 +5,7 @@ from __future__ import annotations
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, site_adapters
+from peft_vit.adapters import adapted_modules, packed_weights, site_adapters
 from peft_vit.backbones import Backbone
 from peft_vit.evaluation.footprint import storage_bytes
 from peft_vit.quantization import QuantizedTensor
@@ -14,8 +14,7 @@ from peft_vit.records import FloatPart, LayerSize, ModelSize
 
 def model_size(model: nn.Module) -> ModelSize:
     """Count a low-bit model live and as a file, without adapters, with float copies that layers have beside codes."""
-    layers = {name: module for name, module in adapted_modules(model) if module.quantized is not None}
-    packed = {name: module.quantized for name, module in layers.items() if module.quantized is not None}
+    packed = packed_weights(model)
     adapters = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
     named = dict(model.named_parameters()) | dict(model.named_buffers())
     left = {name: tensor for name, tensor in named.items() if id(tensor) not in adapters}
@@ -35,8 +34,9 @@ def model_size(model: nn.Module) -> ModelSize:
         float_bytes={part: storage_bytes(tensors) for part, tensors in by_part.items()},
         merging_bytes=sum(
             packed[name].scales.nbytes
-            for name, module in layers.items()
-            if packed[name].offsets is None
+            for name, module in adapted_modules(model)
+            if name in packed
+            and packed[name].offsets is None
             and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters())
         ),
         live_bytes=storage_bytes(stored.values()),

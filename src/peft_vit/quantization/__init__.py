@@ -9,14 +9,3 @@ from peft_vit.quantization.gptq import quantize_with_compensation
 from peft_vit.quantization.packing import pack_codes, unpack_codes
 from peft_vit.quantization.quantizer import quantize
 from peft_vit.quantization.tensor import QuantizedTensor, relative_error
-
-__all__ = [
-    "QuantizationFormat",
-    "QuantizedTensor",
-    "code_values",
-    "pack_codes",
-    "quantize",
-    "quantize_with_compensation",
-    "relative_error",
-    "unpack_codes",
-]

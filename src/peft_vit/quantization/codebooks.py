@@ -55,18 +55,14 @@ _NF3 = (
     1.0,
 )
 # Magnitudes of the bit patterns 000 to 111; the fourth bit is the sign. The largest becomes 1.
-_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+_FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
 # bitsandbytes takes the reciprocal of at least this, so that a group of zeros does not divide by zero.
 _SMALLEST_SCALE = 1e-38
 
 
-def _fp4() -> Tensor:
-    magnitudes = torch.tensor(_FP4_MAGNITUDES)
-    # `0 - x` rather than `-x`: code 8 means 0, not minus 0.
-    return torch.cat([magnitudes, 0 - magnitudes]) / magnitudes.max()
-
-
-_VALUES: dict[str, Tensor] = {"nf4": torch.tensor(_NF4), "fp4": _fp4(), "nf3": torch.tensor(_NF3)}
+# `0 - x` rather than `-x`: code 8 means 0, not minus 0.
+_FP4 = torch.cat([_FP4_MAGNITUDES, 0 - _FP4_MAGNITUDES]) / _FP4_MAGNITUDES.max()
+_VALUES: dict[str, Tensor] = {"nf4": torch.tensor(_NF4), "fp4": _FP4, "nf3": torch.tensor(_NF3)}
 _ORDER = {name: torch.argsort(values, stable=True) for name, values in _VALUES.items()}
 
 

@@ -5,8 +5,8 @@ Source: GPTQ, arXiv 2210.17323, algorithm 1, with its damping of 1 % and its blo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Self, cast
+from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def quantize_with_compensation(
     """
     rounded = quantize(weight, format, name=name)
     factor = _inverse_factor(hessian.cpu().double(), name)
-    grid = _Grid.of(format)
+    levels, codes_of_levels = _levels(format)
+    middles = (levels[:-1] + levels[1:]) / 2
     columns, groups = weight.shape[1], rounded.scales.shape[1]
     group_of = torch.arange(columns) // (columns // groups)
     scales = rounded.scales.cpu().double().T[group_of]  # (in, out)
@@ -62,7 +63,9 @@ def quantize_with_compensation(
         stop = min(start + _BLOCK, columns)
         errors = torch.empty_like(rest[start:stop])  # (block, out)
         for j in range(start, stop):
-            codes[j], values = grid.nearest(rest[j], scales[j], offsets[j])
+            scaled = (rest[j] - offsets[j]) / torch.where(scales[j] > 0, scales[j], 1.0)  # (out,)
+            places = torch.bucketize(scaled, middles)  # on a tie the lower value's
+            codes[j], values = codes_of_levels[places], levels[places] * scales[j] + offsets[j]
             errors[j - start] = (rest[j] - values) / factor[j, j]
             rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)  # (rest, block) @ (block, out)
@@ -86,33 +89,13 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
     return torch.linalg.cholesky(inverse, upper=True)
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The values that codes stand for before scale and offset, in rising order.
-
-    Attributes:
-        values: (levels,) float64.
-        codes: (levels,) uint8.
-    """
-
-    values: Tensor
-    codes: Tensor
-
-    @classmethod
-    def of(cls, format: QuantizationFormat) -> Self:
-        """Return a format's grid."""
-        if format.has_codebook:
-            values, codes = code_values(cast(Codebook, format.type)).double().sort(stable=True)
-            return cls(values, codes.to(torch.uint8))
-        if format.offset:
-            codes = torch.arange(2**format.bits)
-            return cls(codes.double(), codes.to(torch.uint8))
-        middle = 2 ** (format.bits - 1)
-        codes = torch.arange(1, 2**format.bits)  # code 0 is never used
-        return cls((codes - middle).double(), codes.to(torch.uint8))
-
-    def nearest(self, weights: Tensor, scales: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes and values of a column's weights; all are (out,). On a tie it is the lower value's code."""
-        scaled = (weights - offsets) / torch.where(scales > 0, scales, 1.0)
-        places = torch.bucketize(scaled, (self.values[:-1] + self.values[1:]) / 2)
-        return self.codes[places], self.values[places] * scales + offsets
+def _levels(format: QuantizationFormat) -> tuple[Tensor, Tensor]:
+    """Return what codes stand for before scale and offset, in rising order, (levels,) float64, and the codes, uint8."""
+    if format.has_codebook:
+        values, codes = code_values(cast(Codebook, format.type)).double().sort(stable=True)
+        return values, codes.to(torch.uint8)
+    if format.offset:
+        codes = torch.arange(2**format.bits)
+        return codes.double(), codes.to(torch.uint8)
+    codes = torch.arange(1, 2**format.bits)  # code 0 is never used
+    return (codes - 2 ** (format.bits - 1)).double(), codes.to(torch.uint8)

@@ -153,7 +153,12 @@ class QuantizedTensor:
             dtype = self.format.scale_dtype if self.offsets is None else self.offsets.dtype
         if dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {dtype}", field="offset_dtype")
-        exact = self._constant_part() + delta.detach()
+        if self.offsets is None:  # what each group adds to scale * value[c], or to scale * c
+            zero = 0 if self.format.has_codebook else 2 ** (self.format.bits - 1)
+            constant = self.scales.float() * -zero
+        else:
+            constant = self.offsets.float()
+        exact = constant + delta.detach()
         offsets = exact.to(dtype)
         if not bool(offsets.isfinite().all()):
             raise UserError(
@@ -169,13 +174,6 @@ class QuantizedTensor:
         if update.shape != expected:
             raise ValueError(f"expected an update of shape {expected}, got {tuple(update.shape)}")
 
-    def _constant_part(self) -> Tensor:
-        """Return what each group adds to scale * value[c], or to scale * c, float32 of shape (out, groups)."""
-        if self.offsets is not None:
-            return self.offsets.float()
-        zero = 0 if self.format.has_codebook else 2 ** (self.format.bits - 1)
-        return self.scales.float() * -zero
-
     def rows(self, rows: slice) -> QuantizedTensor:
         """Return some rows, to compute with: on the same memory, but scales in 8 bits are in floats."""
         codes, scales = self.codes[rows], self.scales[rows]
@@ -185,12 +183,11 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
-        return QuantizedTensor(
+        return replace(
+            self,
             codes=self.codes.to(device),
             stored_scales=self.stored_scales.to(device),
             offsets=None if self.offsets is None else self.offsets.to(device),
-            shape=self.shape,
-            format=self.format,
         )
 
     def tensors(self) -> dict[str, Tensor]:

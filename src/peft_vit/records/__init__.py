@@ -18,7 +18,7 @@ from peft_vit.records.contents import (
     read_contents,
     read_records,
 )
-from peft_vit.records.derived import RUN_COLUMNS, history_rows, outcome_digest, run_row
+from peft_vit.records.derived import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,

@@ -1,8 +1,10 @@
-"""What follows from a record: the digest of its outcome, a row in a table of runs, a table of ranks and scores."""
+"""What follows from a record: the digest of its outcome, rows of tables of runs, ranks and scores; rows as CSV."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,3 +149,13 @@ def history_rows(
             if site.name in named
         ]
     return rows
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """Return rows as CSV: some columns in any case, then those that occur, in the order in which they do."""
+    text = io.StringIO()
+    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

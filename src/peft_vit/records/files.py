@@ -21,7 +21,7 @@ from peft_vit.safe_io import folder_below, read_bytes
 
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
-REGISTRATION_FILE = "registration.json"  # what stood written down when a run was first begun, until it is done
+REGISTRATION_FILE = "registration.json"  # of a run that version 0.2.0 has begun, until it is done
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of JSON; no page and no file could hold it alone
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 

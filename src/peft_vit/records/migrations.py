@@ -45,7 +45,8 @@ GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values 
     ("lora", "ranks", "rule"): frozenset({"eva", "spt", "gora"}),
     ("adalora", "importance_metric"): frozenset({"singular_value", "relative_magnitude"}),
 }
-GONE_OF_STUDIES: tuple[str, ...] = ()  # keys of a study's configuration on which no result depends: dropped
+# Keys of a study's configuration on which no result depends: dropped.
+GONE_OF_STUDIES: tuple[str, ...] = ("hypotheses",)
 _SIZES = ("image_size", "train_images", "shots_per_class", "validation_images", "test_images")
 _RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
 

@@ -333,6 +333,6 @@ class RunRecord(_Value):
     predictions: Predictions | None = None  # None in older records
     removal: AdapterRemoval | None = None  # with measures.removal_images
     latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
-    registration: Registration | None = None  # None in older records
+    registration: Registration | None = None  # as of version 0.2.0; None in older and newer records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records

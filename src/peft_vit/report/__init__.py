@@ -11,11 +11,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ReportFiles", "Thumbnails", "build_report"]
 
-_HOME = {
-    **dict.fromkeys(("ReportFiles", "build_report"), "peft_vit.report.build"),
-    "Thumbnails": "peft_vit.report.examples",
-}
-
 
 def __getattr__(name: str) -> Any:
     """Import on first use: tables in a terminal need nothing that draws.
@@ -23,7 +18,7 @@ def __getattr__(name: str) -> Any:
     Raises:
         UserError: if what draws is not installed.
     """
-    if name in _HOME:
+    if name in __all__:
         require_extra("report", "a report")
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module("peft_vit.report.build"), name)
     raise AttributeError(f"module 'peft_vit.report' has no attribute {name!r}")

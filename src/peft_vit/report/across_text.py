@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from peft_vit.analysis.across import Across, InStudy, PooledDifference, PooledTime
 from peft_vit.analysis.comparability import PoolKind
 from peft_vit.analysis.comparison import Comparison
-from peft_vit.report.document import Paragraph, Row, Table
+from peft_vit.report.document import Paragraph, Raw, Row, Table
 from peft_vit.report.formatting import (
     count,
     fixed,
     joined,
+    known,
     megabytes,
     number_interval,
     percent_interval,
@@ -34,8 +34,7 @@ def print_comparison(found: Across, output: Path | None) -> None:
     Raises:
         UserError: for another ending, or if the file can't be written.
     """
-    rows = [row._asdict() for row in _rows(found)]
-    print_with_rows(_blocks(found), rows, output, _ValueRow._fields)
+    print_with_rows(_blocks(found), list(_rows(found)), output, _COLUMNS)
 
 
 def _blocks(found: Across) -> Iterator[Paragraph | Table]:
@@ -101,13 +100,13 @@ def _study_row(row: InStudy, against: str) -> Row:
         "experiment": row.name,
         "study": row.study,
         "test accuracy": percent_interval(result.test_accuracy),
-        "n": str(result.test_accuracy.n),
+        "n": result.test_accuracy.n,
         against: difference,
         "pairs": pairs,
         "more accurate?": verdict,
         "to store": megabytes(result.stored_bytes),
         "parameters": count(result.final_parameters),
-        "s a step": "–" if result.seconds_per_step is None else fixed(result.seconds_per_step),
+        "s a step": known(result.seconds_per_step, fixed),
     }
 
 
@@ -125,11 +124,11 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
         (
             {
                 "experiment": row.name,
-                "studies": str(len(row.studies)),
-                "pairs": str(row.pooled.interval.n),
+                "studies": len(row.studies),
+                "pairs": row.pooled.interval.n,
                 "mean over studies": _with_reason(row.pooled.interval, points_interval(row.pooled.interval)),
                 "ahead in": f"{row.ahead} of {len(row.studies)}",
-                "p (Holm)": "–" if row.adjusted_p is None else f"{row.adjusted_p:.2g}",
+                "p (Holm)": known(row.adjusted_p, "{:.2g}".format),
                 "more accurate?": row.verdict + (f" ({row.untested})" if row.untested else ""),
             }
             for row in rows
@@ -151,8 +150,8 @@ def _times(rows: Sequence[PooledTime], reference: str) -> Table:
         (
             {
                 "experiment": row.name,
-                "studies": str(len(row.studies)),
-                "pairs": str(row.ratio.n),
+                "studies": len(row.studies),
+                "pairs": row.ratio.n,
                 "geometric mean over studies": _with_reason(row.ratio, number_interval(row.ratio)),
             }
             for row in rows
@@ -171,52 +170,41 @@ def _differ(kind: PoolKind) -> str:
     return "differs" if kind == "precision" else "differ"
 
 
-class _ValueRow(NamedTuple):
-    """A row for other programs; accuracies and differences are shares."""
-
-    row: str
-    study: str
-    experiment: str
-    reference: str | None
-    measure: str
-    estimate: float | None
-    low: float | None
-    high: float | None
-    n: int
-    p_value: float | None = None
-    p_holm: float | None = None
-    verdict: str | None = None
-    note: str = ""
+# Of a row for other programs; accuracies and differences are shares.
+_COLUMNS = (
+    *("row", "study", "experiment", "reference", "measure"),
+    *("estimate", "low", "high", "n"),
+    *("p_value", "p_holm", "verdict"),
+    "note",
+)
 
 
-def _rows(found: Across) -> Iterator[_ValueRow]:
+def _rows(found: Across) -> Iterator[dict[str, Raw]]:
+    difference = found.reference, "test_accuracy_difference"
     for one in found.rows:
-        yield _row("accuracy", one.study, one.name, None, "test_accuracy", one.result.test_accuracy)
-        comparison = one.comparison
-        if comparison is not None:
-            named = one.study, one.name, found.reference, "test_accuracy_difference"
-            p = None if comparison.significance is None else comparison.significance.p_value
-            yield _row("difference", *named, comparison.difference)._replace(
-                p_value=p, p_holm=comparison.adjusted_p, verdict=comparison.verdict, note=comparison.note
-            )
+        yield _row(("accuracy", one.study, one.name, None, "test_accuracy"), one.result.test_accuracy)
+        c = one.comparison
+        if c is not None:
+            p = None if c.significance is None else c.significance.p_value
+            tested = p, c.adjusted_p, c.verdict
+            yield _row(("difference", one.study, one.name, *difference), c.difference, c.note, tested)
     for row in found.pooled:
-        named = "; ".join(row.studies), row.name, found.reference, "test_accuracy_difference"
-        yield _row("pooled", *named, row.pooled.interval, _although(row))._replace(
-            p_value=row.pooled.p_value, p_holm=row.adjusted_p, verdict=row.verdict
-        )
+        tested = row.pooled.p_value, row.adjusted_p, row.verdict
+        named = "pooled", "; ".join(row.studies), row.name, *difference
+        yield _row(named, row.pooled.interval, _although(row), tested)
     for agreement in found.agreements:
         rho = None if agreement.rho is None else Interval(agreement.rho, None, None, agreement.sites, 0.95)
         experiments = f"{agreement.experiment}; {agreement.other_experiment}"
-        named = f"{agreement.study}; {agreement.other}", experiments, None, f"{agreement.metric}_spearman_rho"
+        studies = f"{agreement.study}; {agreement.other}"
         note = "n counts sites" if agreement.same_backbone else "n counts sites; the backbones differ"
-        yield _row("importance agreement", *named, rho, note)
+        yield _row(("importance agreement", studies, experiments, None, f"{agreement.metric}_spearman_rho"), rho, note)
     for time in found.times:
-        named = "; ".join(time.studies), time.name, found.reference, "seconds_per_step_ratio"
-        yield _row("pooled", *named, time.ratio, _although(time))
+        named = "pooled", "; ".join(time.studies), time.name, found.reference, "seconds_per_step_ratio"
+        yield _row(named, time.ratio, _although(time))
     for refusal in found.refusals:
         for name in refusal.experiments:
-            named = "; ".join(refusal.studies), name, found.reference, _what(refusal.kind)
-            yield _row("not pooled", *named, None, f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}")
+            named = "not pooled", "; ".join(refusal.studies), name, found.reference, _what(refusal.kind)
+            yield _row(named, None, f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}")
 
 
 def _although(row: PooledDifference | PooledTime) -> str:
@@ -224,10 +212,9 @@ def _although(row: PooledDifference | PooledTime) -> str:
 
 
 def _row(
-    row: str, study: str, experiment: str, reference: str | None, measure: str, found: Interval | None, note: str = ""
-) -> _ValueRow:
+    named: tuple[str | None, ...], found: Interval | None, note: str = "", tested: tuple[Raw, ...] = (None, None, None)
+) -> dict[str, Raw]:
+    """Return a row of the file: the five columns that name it, an interval, p-values and verdict, and notes."""
+    values = (None, None, None, 0) if found is None else (found.estimate, found.low, found.high, found.n)
     notes = "; ".join(part for part in (found.reason if found else "", note) if part)
-    if found is None:
-        return _ValueRow(row, study, experiment, reference, measure, None, None, None, 0, note=notes)
-    values = found.estimate, found.low, found.high, found.n
-    return _ValueRow(row, study, experiment, reference, measure, *values, note=notes)
+    return dict(zip(_COLUMNS, (*named, *values, *tested, notes), strict=True))

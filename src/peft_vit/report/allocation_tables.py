@@ -9,19 +9,18 @@ from peft_vit.analysis.allocation import SETTLED_AT
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.report.document import Block, Cell, Paragraph, Table
-from peft_vit.report.formatting import count, fixed, joined, number_interval, percent, plain, points_interval, scaled
-from peft_vit.report.tables import (
-    FAMILY_NOTE,
-    OVER_SEEDS,
-    cell,
-    crossed,
-    differences_table,
-    ends,
-    measured,
-    tested,
-    with_n,
+from peft_vit.report.formatting import (
+    count,
+    fixed,
+    joined,
+    known,
+    number_interval,
+    percent,
+    plain,
+    points_interval,
+    scaled,
 )
-from peft_vit.statistics import Interval
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, crossed, differences_table, ends, measured, tested
 
 
 def allocation_table(allocations: Sequence[Allocation]) -> Table:
@@ -74,16 +73,14 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
         (
             {
                 "experiment": a.experiment.name,
-                "seed": str(run.seed),
+                "seed": run.seed,
                 "moved at an update, mean": percent(sum(churn) / len(churn)) if churn else "–",
-                "in place at the start": _share(run.overlap_with_final[0]),
-                "after half of the updates": _share(run.overlap_with_final[len(run.overlap_with_final) // 2])
-                if run.updates
-                else "–",
-                f"at least {percent(SETTLED_AT)} in place from step": "–"
-                if run.settled_step is None
-                else str(run.settled_step),
-                "last update": str(run.steps[-1]) if run.updates else "no update",
+                "in place at the start": known(run.overlap_with_final[0], percent),
+                "after half of the updates": known(
+                    run.overlap_with_final[len(run.steps) // 2] if run.updates else None, percent
+                ),
+                f"at least {percent(SETTLED_AT)} in place from step": known(run.settled_step, str),
+                "last update": run.steps[-1] if run.updates else "no update",
             }
             for a in allocations
             for run in a.runs
@@ -109,10 +106,6 @@ def allocation_course_table(allocations: Sequence[Allocation]) -> Table:
         ),
         folded=True,
     )
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else percent(value)
 
 
 def control_blocks(rows: Sequence[AgainstControl]) -> Iterator[Block]:
@@ -142,28 +135,24 @@ def _control_table(rows: Sequence[AgainstControl]) -> Table:
                 "difference (points)": Cell(
                     points_interval(r.accuracy.difference), measured("difference", r.accuracy.difference)
                 ),
-                "n": str(len(r.accuracy.by_seed)),
+                "n": len(r.accuracy.by_seed),
                 "more accurate?": cell("verdict", r.accuracy.verdict),
                 "test": Cell(tested(r.accuracy), {"p_holm": r.accuracy.adjusted_p, "note": r.accuracy.note}),
                 f"points per {count(PARAMETERS)} parameters": Cell(
-                    _small_points(r.per_parameter.difference),
-                    measured("per_1000_parameters", r.per_parameter.difference)
-                    | {"per_1000_parameters_p_holm": r.per_parameter.adjusted_p},
+                    # in points, with the decimals that a thousandth of an accuracy needs
+                    "not computed" if share is None else number_interval(scaled(share, 100), 4),
+                    measured("per_1000_parameters", share) | {"per_1000_parameters_p_holm": r.per_parameter.adjusted_p},
                 ),
                 "parameters, ratio": cell("parameters_ratio", r.parameters_ratio, fixed),
             }
             for r in rows
+            for share in [r.per_parameter.difference]
         ),
         "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
         "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "
         "means something only where the ratio of parameters is near 1. The exact Wilcoxon signed-rank test at 5 % "
         f"decides, with Holm's correction over the rows of one control. {OVER_SEEDS}",
     )
-
-
-def _small_points(share: Interval | None) -> str:
-    """Return a difference of shares in points with the decimals that a thousandth of an accuracy needs."""
-    return "not computed" if share is None else number_interval(scaled(share, 100), 4)
 
 
 def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
@@ -180,7 +169,9 @@ def allocation_value_table(allocations: Sequence[Allocation]) -> Table:
 def rank_by_matrix_table(allocations: Sequence[Allocation]) -> Table:
     """Return mean final ranks by matrix type."""
     columns = {
-        with_n(a.experiment.name, len(a.runs)): {m: number_interval(found, 1) for m, found in a.rank_by_matrix.items()}
+        f"{a.experiment.name} (n = {len(a.runs)})": {
+            m: number_interval(found, 1) for m, found in a.rank_by_matrix.items()
+        }
         for a in allocations
     }
     return Table.of(

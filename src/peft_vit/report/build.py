@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.analysis import Results, analyze, read_results, study_agreements
-from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.errors import UserError
-from peft_vit.records import HTML_FILE, MARKDOWN_FILE, write_atomically
+from peft_vit.records import HTML_FILE, MARKDOWN_FILE, as_csv, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.examples import Thumbnails
 from peft_vit.report.html import write_html
 from peft_vit.report.markdown import write_markdown
 from peft_vit.report.publication import write_publication
-from peft_vit.report.rows import as_csv
 from peft_vit.report.sections import study_documents
 
 
@@ -40,7 +38,6 @@ def build_report(
     page: bool = True,
     publication: bool = False,
     thumbnails: Thumbnails | None = None,
-    hypotheses: Path | None = None,
 ) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
@@ -50,14 +47,12 @@ def build_report(
         page: also write the HTML; the summary has the same tables and figures.
         publication: also draw every figure at the widths of a paper, which takes several times as long.
         thumbnails: gets pictures of test images for the page, from where the images lie; None: no pictures.
-        hypotheses: a file of own ones, beside those that come with the package.
 
     Raises:
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = read_results(results_dir)
-    registry = load_registry(hypotheses)
-    analyses = [analyze(study, registry) for study in results.studies]
+    analyses = [analyze(study) for study in results.studies]
     agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
     documents = study_documents(analyses, agreements, thumbnails)
     with _writing_to(output_dir):

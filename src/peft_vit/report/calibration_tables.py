@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, Convergence
-from peft_vit.analysis.calibration import BINS, Measure
-from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS
+from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, MethodResult
+from peft_vit.analysis.calibration import BINS, Bin
+from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.report.document import Block, Cell, Paragraph, Table
 from peft_vit.report.formatting import fixed, joined, number_interval, percent
-from peft_vit.report.tables import OVER_SEEDS, cell, comparison_values, ends, interval_cell
-from peft_vit.statistics import Interval
+from peft_vit.report.tables import (
+    OVER_SEEDS,
+    Column,
+    cell,
+    comparison_values,
+    ends,
+    interval_cell,
+    interval_cells,
+    to_thousandths,
+)
 
-_TITLES: dict[Measure, str] = {
-    "nll": "NLL (nats)",
-    "ece": "ECE",
-    "adaptive_ece": "adaptive ECE",
-    "brier": "Brier score",
-}
+_TITLES: dict[str, str] = {"nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score"}
 
 
 def calibration_blocks(
@@ -32,25 +35,25 @@ def calibration_blocks(
     if bins := [c for c in calibrations if c.bins]:
         yield _reliability_table(bins)
     without = [c.experiment.name for c in calibrations if not c.seeds]
-    partly = [(c.experiment.name, len(c.without), len(c.without) + len(c.seeds)) for c in calibrations if c.seeds]
-    if named := [*without, *(f"{name} ({n} of {of})" for name, n, of in partly if n)]:
+    partly = [c for c in calibrations if c.seeds and c.without]
+    partly_named = (f"{c.experiment.name} ({len(c.without)} of {len(c.without) + len(c.seeds)})" for c in partly)
+    if named := [*without, *partly_named]:
         yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(named)}.")
 
 
-def _three_decimals(found: Interval) -> str:
-    return number_interval(found, 3)
-
-
 def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
+    columns = _TITLES | {"overconfidence": "overconfidence"}
     return Table.of(
         "calibration",
         "Calibration on test",
         (
             {
                 "experiment": cell("experiment", c.experiment.name),
-                **{title: interval_cell(name, getattr(c, name), _three_decimals) for name, title in _TITLES.items()},
-                "overconfidence": interval_cell("overconfidence", c.overconfidence, _three_decimals),
-                "n": Cell(str(c.nll.n), {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)}),
+                **{title: interval_cell(name, c.intervals[name], to_thousandths) for name, title in columns.items()},
+                "n": Cell(
+                    str(len(c.seeds) + len(c.without)),
+                    {"seeds_without_predictions": " ".join(str(seed) for seed in c.without)},
+                ),
             }
             for c in calibrations
         ),
@@ -63,30 +66,28 @@ def _calibration_table(calibrations: Sequence[Calibration]) -> Table:
 
 
 def _differences_table(families: Sequence[CalibrationDifferences], reference: str) -> Table:
-    by_name: dict[str, dict[Measure, Comparison]] = {}
-    for family in families:
-        for comparison in family.comparisons:
-            by_name.setdefault(comparison.name, {})[family.measure] = comparison
+    rows = list(zip(*(family.comparisons for family in families), strict=True))  # one an experiment, one a measure
     return Table.of(
         f"calibration_against_{reference}",
         f"Calibration minus that of {reference}, paired by seed",
         (
-            {"experiment": name} | {_TITLES[family.measure]: _difference(found[family.measure]) for family in families}
-            for name, found in by_name.items()
+            {"experiment": row[0].name}
+            | {_TITLES[family.measure]: _difference(c) for family, c in zip(families, row, strict=True)}
+            for row in rows
         ),
         "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
         f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
         data=(
             {
-                "experiment": name,
+                "experiment": c.name,
                 "reference": reference,
-                "measure": measure,
-                **ends("difference", comparison.difference),
-                **comparison_values(comparison),
-                "verdict": {"supported": "larger", "refuted": "smaller"}.get(comparison.verdict, comparison.verdict),
+                "measure": family.measure,
+                **ends("difference", c.difference),
+                **comparison_values(c),
+                "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
             }
-            for name, found in by_name.items()
-            for measure, comparison in found.items()
+            for row in rows
+            for family, c in zip(families, row, strict=True)
         ),
         folded=True,
     )
@@ -96,14 +97,13 @@ def _difference(comparison: Comparison) -> str:
     if comparison.difference is None:
         return comparison.note
     word = {"supported": "worse", "refuted": "better", "not decided": "not decided"}[comparison.verdict]
-    return f"{_three_decimals(comparison.difference)}, {word}"
+    return f"{to_thousandths(comparison.difference)}, {word}"
 
 
 def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     filled = [m for m in range(BINS) if any(c.bins[m].count for c in calibrations)]
 
-    def text(c: Calibration, m: int) -> str:
-        one = c.bins[m]
+    def text(one: Bin) -> str:
         if one.confidence is None or one.accuracy is None:
             return "–"
         return f"{percent(one.confidence)} / {percent(one.accuracy)} ({one.count:,})"
@@ -112,7 +112,7 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     return Table.of(
         "reliability",
         "Reliability: mean confidence / accuracy (predictions) by confidence",
-        ({"experiment": c.experiment.name} | {title: text(c, m) for m, title in titles.items()} for c in calibrations),
+        ({"experiment": c.experiment.name} | {titles[m]: text(c.bins[m]) for m in filled} for c in calibrations),
         "Predictions of all seeds together: they share test images, so their number is no sample size and no "
         "interval is given. Accuracy below confidence is overconfidence.",
         data=(
@@ -131,23 +131,26 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     )
 
 
-def convergence_table(convergences: Sequence[Convergence]) -> Table:
+_CONVERGENCE = (
+    Column("late_deviation", "late deviation (nats)", late_loss_deviation, to_thousandths),
+    Column("roughness", "roughness (nats)", roughness, to_thousandths),
+    Column("settled_step", "near the end from step", settled_step, lambda found: number_interval(found, 0)),
+)
+
+
+def convergence_table(methods: Sequence[MethodResult]) -> Table:
     """Return how steadily each experiment's loss came down."""
     return Table.of(
         "convergence",
         "How steadily the loss came down",
         (
             {
-                "experiment": cell("experiment", c.experiment.name),
-                "late deviation (nats)": interval_cell("late_deviation", c.late_deviation, _three_decimals),
-                "roughness (nats)": interval_cell("roughness", c.roughness, _three_decimals),
-                "near the end from step": interval_cell(
-                    "settled_step", c.settled_step, lambda found: number_interval(found, 0)
-                ),
-                "of steps": cell("steps", c.steps),
-                "n": cell("n", len(c.seeds)),
+                "experiment": cell("experiment", m.experiment.name),
+                **interval_cells(_CONVERGENCE, m.runs),
+                "of steps": cell("steps", max(len(run.record.steps) for run in m.runs)),
+                "n": cell("n", len(m.runs)),
             }
-            for c in convergences
+            for m in methods
         ),
         "Late deviation: standard deviation of the training loss about its own line over the last third of the "
         "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "

@@ -15,39 +15,31 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.report.document import Block, Paragraph, Raw
 from peft_vit.report.formatting import counted, fixed
 from peft_vit.report.hover import HoverPoints
-from peft_vit.report.plot_selection import leading, selection_note
+from peft_vit.report.plot_selection import SINGLE_SEEDS, leading, selection_note
 from peft_vit.report.style import METHOD_TITLES, draw, is_narrow, line_look, quiet_grid
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
 PER_METHOD = 8  # a row has room for so many names
-SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 VERTICES = 12_000  # of all lines together
 Measure = Literal["training loss", "validation NLL"]
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """One line: values (steps,) of one seed, or over all seeds of an experiment."""
-
-    of: str  # "seed 3", "mean", "lowest", "highest"
-    steps: np.ndarray
-    values: np.ndarray
+_Line = tuple[np.ndarray, np.ndarray]  # steps and values, (steps,) each
 
 
 @dataclass(frozen=True)
 class _Bundle:
-    """The curves of one experiment and measure; `mean` is None where the seeds recorded different steps."""
+    """The lines of one experiment and measure.
+
+    They stand by what they are of: "mean", where all seeds recorded the same steps, and "seed 3" and so on, or of many
+    seeds "lowest" and "highest".
+    """
 
     experiment: str
     measure: Measure
-    seeds: tuple[_Curve, ...]
-    mean: _Curve | None
-    ends: tuple[_Curve, _Curve] | None  # lowest and highest, where they stand for single seeds
-
-    def curves(self) -> tuple[_Curve, ...]:
-        """Return what is drawn."""
-        return (*((self.mean,) if self.mean else ()), *(self.ends or self.seeds))
+    seeds: int
+    lines: dict[str, _Line]
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
@@ -64,20 +56,20 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         study: with its runs.
         validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
     """
-    by_name: dict[str, list[Run]] = {}
-    for run in study.runs:
-        if run.record.steps:
-            by_name.setdefault(run.experiment.name, []).append(run)
-    recorded = [e for e in study.experiments if e.name in by_name]
+    by_name = {e.name: [run for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    recorded = [e for e in study.experiments if by_name[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
     longest = max(len(run.record.steps) for runs in by_name.values() for run in runs)
     window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
-    rows = _rows_of(recorded, validation)
+    by_method: dict[str, list[ExperimentConfig]] = {}
+    for experiment in recorded:
+        by_method.setdefault(experiment.method, []).append(experiment)
+    rows = {method: leading(own, validation, PER_METHOD, lambda e: e.name) for method, own in by_method.items()}
     drawn = [e for members in rows.values() for e in members]
     pairs = {e.name: _bundles(e.name, by_name[e.name], window) for e in drawn}
     bundles = [bundle for pair in pairs.values() for bundle in pair]
-    vertices = sum(curve.steps.size for bundle in bundles for curve in bundle.curves())
+    vertices = sum(steps.size for bundle in bundles for steps, _ in bundle.lines.values())
     stride = max(1, -(-vertices // VERTICES))  # every so many-th vertex of each line is few enough to draw
 
     def paint(figure: Figure) -> HoverPoints:
@@ -102,13 +94,13 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         {
             "experiment": bundle.experiment,
             "measure": bundle.measure,
-            "of": curve.of,
-            "step": int(curve.steps[i]),
-            "value": float(curve.values[i]),
+            "of": of,
+            "step": int(steps[i]),
+            "value": float(values[i]),
         }
         for bundle in bundles
-        for curve in bundle.curves()
-        for i in _kept(curve, stride)
+        for of, (steps, values) in bundle.lines.items()
+        for i in _kept(steps.size, stride)
     ]
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
 
@@ -121,44 +113,36 @@ def _caption(study: Study, bundles: Sequence[_Bundle], window: int) -> str:
     return (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
         f"Right: {validated}. Thick: mean over seeds; "
-        f"{'; '.join(said[kind] for kind in sorted({bundle.ends is not None for bundle in bundles}))}. "
+        f"{'; '.join(said[kind] for kind in sorted({'lowest' in bundle.lines for bundle in bundles}))}. "
         "All rows of a column share one scale."
     )
 
 
-def _rows_of(
-    recorded: Sequence[ExperimentConfig], validation: Mapping[str, float]
-) -> dict[str, list[ExperimentConfig]]:
-    rows: dict[str, list[ExperimentConfig]] = {}
-    for experiment in recorded:
-        rows.setdefault(experiment.method, []).append(experiment)
-    return {method: leading(row, lambda e: e.name, validation, PER_METHOD) for method, row in rows.items()}
-
-
 def _bundles(name: str, runs: Sequence[Run], window: int) -> tuple[_Bundle, _Bundle]:
-    train, validation = [], []
+    train, validation = {}, {}
     for run in runs:
         steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
-        losses = smoothed([row.loss for row in steps], window)
-        train.append(_Curve(of, np.array([row.step for row in steps]), losses))
+        train[of] = np.array([row.step for row in steps]), smoothed([row.loss for row in steps], window)
         nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
-        validation.append(_Curve(of, np.array([e.step for e in evaluations]), nll))
+        validation[of] = np.array([e.step for e in evaluations]), nll
     return _bundle(name, "training loss", train), _bundle(name, "validation NLL", validation)
 
 
-def _bundle(name: str, measure: Measure, curves: Sequence[_Curve]) -> _Bundle:
-    if len({tuple(curve.steps) for curve in curves}) > 1:  # a mean needs the same steps in every seed
-        return _Bundle(name, measure, tuple(curves), None, None)
-    values, steps = np.stack([curve.values for curve in curves]), curves[0].steps  # (seeds, steps)
-    ends = None
-    if len(curves) > SINGLE_SEEDS:
-        ends = _Curve("lowest", steps, values.min(axis=0)), _Curve("highest", steps, values.max(axis=0))
-    return _Bundle(name, measure, tuple(curves), _Curve("mean", steps, values.mean(axis=0)), ends)
+def _bundle(name: str, measure: Measure, by_seed: dict[str, _Line]) -> _Bundle:
+    if len({tuple(steps) for steps, _ in by_seed.values()}) > 1:  # a mean needs the same steps in every seed
+        return _Bundle(name, measure, len(by_seed), by_seed)
+    steps = next(iter(by_seed.values()))[0]
+    values = np.stack([line for _, line in by_seed.values()])  # (seeds, steps)
+    lines = {"mean": (steps, values.mean(axis=0))}
+    if len(by_seed) > SINGLE_SEEDS:
+        lines |= {"lowest": (steps, values.min(axis=0)), "highest": (steps, values.max(axis=0))}
+    else:
+        lines |= by_seed
+    return _Bundle(name, measure, len(by_seed), lines)
 
 
-def _kept(curve: _Curve, stride: int) -> np.ndarray:
-    """Return every stride-th place, and the last."""
-    size = curve.steps.size
+def _kept(size: int, stride: int) -> np.ndarray:
+    """Return every stride-th of so many places, and the last."""
     return np.unique(np.append(np.arange(0, size, stride), max(0, size - 1))) if size else np.arange(0)
 
 
@@ -191,25 +175,25 @@ def _legend(figure: Figure, left: Axes, right: Axes) -> None:
 
 
 def _draw_bundle(axes: Axes, hover: HoverPoints, bundle: _Bundle, index: int, stride: int) -> None:
-    name, look = bundle.experiment, line_look(index)
+    name, look, lines = bundle.experiment, line_look(index), bundle.lines
 
-    def line(curve: _Curve, texts: bool, **more: object) -> None:
-        kept = _kept(curve, stride)
-        of = f"mean, {counted(len(bundle.seeds), 'seed')}" if curve is bundle.mean else curve.of
-        what = f"{bundle.measure} (nats), {of}"
-        said = [f"step {curve.steps[i]}: {fixed(float(curve.values[i]), 3)}\n{what}" for i in kept] if texts else []
-        hover.plot(name, axes, curve.steps[kept], curve.values[kept], said, **look, **more)
+    def line(of: str, texts: bool, **more: object) -> None:
+        steps, values = lines[of]
+        kept = _kept(steps.size, stride)
+        who = f"mean, {counted(bundle.seeds, 'seed')}" if of == "mean" else of
+        what = f"{bundle.measure} (nats), {who}"
+        said = [f"step {steps[i]}: {fixed(float(values[i]), 3)}\n{what}" for i in kept] if texts else []
+        hover.plot(name, axes, steps[kept], values[kept], said, **look, **more)
 
-    if bundle.ends is None:
-        for curve in bundle.seeds:
-            line(curve, bundle.mean is None, lw=0.7, alpha=0.4)
+    if "lowest" in lines:
+        (steps, low), (_, high) = lines["lowest"], lines["highest"]
+        kept, color = _kept(steps.size, stride), look["color"]
+        hover.add(name, axes.fill_between(steps[kept], low[kept], high[kept], color=color, alpha=0.15, lw=0))
     else:
-        low, high = bundle.ends
-        kept = _kept(low, stride)
-        at, color = low.steps[kept], look["color"]
-        hover.add(name, axes.fill_between(at, low.values[kept], high.values[kept], color=color, alpha=0.15, lw=0))
-    if bundle.mean is None:
+        for of in [of for of in lines if of != "mean"]:
+            line(of, "mean" not in lines, lw=0.7, alpha=0.4)
+    if "mean" not in lines:
         axes.plot([], [], **look, lw=1.6, label=name)
     else:
         marker = "o" if bundle.measure == "validation NLL" else ""
-        line(bundle.mean, True, lw=1.6, marker=marker, ms=3.5, label=name)
+        line("mean", True, lw=1.6, marker=marker, ms=3.5, label=name)

@@ -35,8 +35,8 @@ class Cell:
     values: Mapping[str, Raw] = field(default_factory=dict)
 
 
-Row = Mapping[str, Cell | str]
-"""Cells by their headings; a text alone stands for nothing more. `UNSEEN` heads values that are not shown."""
+Row = Mapping[str, Cell | str | int]
+"""Cells by their headings; a text or count alone stands for nothing more. `UNSEEN` heads values that are not shown."""
 UNSEEN = ""
 
 
@@ -69,7 +69,7 @@ class Table:
         Rows have the same headings in the same order; without any there are no headings, and the note is all. `data`
         defaults to the values of the cells.
         """
-        cells = [{name: Cell(c) if isinstance(c, str) else c for name, c in row.items()} for row in rows]
+        cells = [{name: c if isinstance(c, Cell) else Cell(str(c)) for name, c in row.items()} for row in rows]
         if data is None:
             data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
         columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
@@ -97,30 +97,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Panel:
-    """A heat map that can show other steps than the one it was drawn with."""
-
-    gid: str  # of its cells in the SVG; that of its title ends in ``-title``
-    first_point: int  # index of its first cell among the points; cells follow by row
-    titles: tuple[str, ...]  # one a frame
-    frames: tuple[tuple[str, ...], ...]  # texts of the cells, one tuple a frame; empty where there is no value
-    frame_at: tuple[int, ...]  # the frame to show at each of the player's positions
-
-
-@dataclass(frozen=True)
-class Player:
-    """A walk of heat maps through recorded steps."""
-
-    steps: tuple[int, ...]  # the positions
-    start: int  # index of the first to show
-    unit: str  # of the values, as a word before the number
-    colors: tuple[str, ...]  # from 0 to `highest`
-    missing: str  # color of a cell without a value
-    highest: float
-    panels: tuple[Panel, ...]  # the maps that change
-
-
-@dataclass(frozen=True)
 class Drawing:
     """A finished figure as SVG text and PNG bytes."""
 
@@ -132,7 +108,7 @@ class Drawing:
     series: tuple[Series, ...]  # what can be switched off
     points: tuple[Point, ...]  # what can be pointed at
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
-    player: Player | None  # the walk through steps, for heat maps
+    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps._player` says
     height_in: float  # at the width of the page
     narrow_height_in: float  # in one column of a paper
     paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication

@@ -67,7 +67,7 @@ class _Row:
 
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
-    drawn = leading(methods, lambda m: m.experiment.name, validation_means(methods), ROWS)
+    drawn = leading(methods, validation_means(methods), ROWS)
     found = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
     majority = {seed: share for seed, share in found.items() if share is not None}
     shares = sorted(majority.values())
@@ -122,9 +122,8 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
 
 
 def _accuracy_caption(study: Study, rows: Sequence[_Row]) -> str:
-    seeds = (
-        "Pale line: from the lowest to the highest seed." if any(map(_crowded, rows)) else "Open circles: single seeds."
-    )
+    crowded = any(len(row.by_seed) > SEED_DOTS for row in rows)
+    seeds = "Pale line: from the lowest to the highest seed." if crowded else "Open circles: single seeds."
     on = "on the same test images, not other images"
     if study.images_tested_by_seed:
         on = "with other test images out of the same data set, not other data sets"
@@ -158,7 +157,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
             (c, c.difference) for c in analysis.comparisons if c.reference == reference and c.difference is not None
         ]
         if paired:
-            drawn = leading(paired, lambda pair: pair[0].name, validation_means(analysis.methods), ROWS)
+            drawn = leading(paired, validation_means(analysis.methods), ROWS, lambda pair: pair[0].name)
             rows = [_difference(c, d, METHOD_COLORS[methods[c.name]]) for c, d in drawn]
             found[reference] = _forest(rows, paired, reference, margin)
     return found
@@ -251,10 +250,6 @@ def _draw_rows(
     figure.legend(handles=legend, loc="outside lower center", ncols=columns, handletextpad=0.4)
 
 
-def _crowded(row: _Row) -> bool:
-    return len(row.by_seed) > SEED_DOTS
-
-
 def _draw_row(axes: Axes, hover: HoverPoints, row: _Row, kind: _Kind, at: int, limits: tuple[float, float]) -> None:
     name, color, mean = row.name, row.color, 100 * row.interval.estimate
     low, high, seeds = row.interval.low, row.interval.high, [100 * value for value in row.by_seed]
@@ -265,7 +260,7 @@ def _draw_row(axes: Axes, hover: HoverPoints, row: _Row, kind: _Kind, at: int, l
         for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
             if end == limit:
                 hover.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
-    if _crowded(row):
+    if len(seeds) > SEED_DOTS:
         hover.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
     else:
         says = [f"seed {seed}: {kind.write(value)}{kind.unit}" for seed, value in zip(row.seeds, seeds, strict=True)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from peft_vit.analysis.pareto import CostName
 from peft_vit.statistics import Interval
 
+T = TypeVar("T")
 _MINUS = "\u2212"
 
 
@@ -17,6 +18,11 @@ def plain(text: str) -> str:
     """Return text on one line without control characters, for names that others chose."""
     visible = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
     return " ".join(visible.split())
+
+
+def known(value: T | None, write: Callable[[T], str]) -> str:
+    """Return a value as text; – where it is not known."""
+    return "–" if value is None else write(value)
 
 
 def fixed(value: float, decimals: int = 2) -> str:
@@ -41,26 +47,24 @@ def percent(share: float) -> str:
     return f"{fixed(100 * share, 1)} %"
 
 
+def points(share: float) -> str:
+    """Return a difference of shares in points, with its sign."""
+    return signed(100 * share)
+
+
 def percent_interval(interval: Interval) -> str:
     """Return a share with its interval, e.g. ``80.3 % [76.1, 84.5]``."""
-    if interval.low is None or interval.high is None:
-        return f"{percent(interval.estimate)} [no interval]"
-    return f"{percent(interval.estimate)} [{fixed(100 * interval.low, 1)}, {fixed(100 * interval.high, 1)}]"
+    return f"{percent(interval.estimate)} {_ends(interval, lambda end: fixed(100 * end, 1))}"
 
 
 def margin_in_points(share: float) -> str:
     """Return a margin in points, e.g. ``1 point`` or ``0.5 points``."""
-    points = 100 * share
-    return f"{points:.4g} point{'' if points == 1 else 's'}"
+    return f"{100 * share:.4g} point{'' if 100 * share == 1 else 's'}"
 
 
 def points_interval(interval: Interval | None) -> str:
     """Return a difference of shares in points with its interval, e.g. ``+4.6 [-1.0, +10.2]``."""
-    if interval is None:
-        return "not computed"
-    if interval.low is None or interval.high is None:
-        return f"{signed(100 * interval.estimate)} [no interval]"
-    return f"{signed(100 * interval.estimate)} [{signed(100 * interval.low)}, {signed(100 * interval.high)}]"
+    return "not computed" if interval is None else f"{points(interval.estimate)} {_ends(interval, points)}"
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
@@ -72,10 +76,13 @@ def scaled(interval: Interval, factor: float) -> Interval:
 
 def number_interval(interval: Interval, decimals: int = 2) -> str:
     """Return a number with its interval."""
+    return f"{fixed(interval.estimate, decimals)} {_ends(interval, lambda end: fixed(end, decimals))}"
+
+
+def _ends(interval: Interval, write: Callable[[float], str]) -> str:
     if interval.low is None or interval.high is None:
-        return f"{fixed(interval.estimate, decimals)} [no interval]"
-    low, high = fixed(interval.low, decimals), fixed(interval.high, decimals)
-    return f"{fixed(interval.estimate, decimals)} [{low}, {high}]"
+        return "[no interval]"
+    return f"[{write(interval.low)}, {write(interval.high)}]"
 
 
 def count(value: float) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import matplotlib
@@ -18,16 +17,26 @@ from peft_vit.analysis import Allocation, ImportancePattern
 from peft_vit.analysis.allocation import RankMap
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.importance import row_means
-from peft_vit.config import ExperimentConfig
 from peft_vit.records import Role
-from peft_vit.report.document import Drawing, Panel, Player, Raw
+from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.formatting import fixed
-from peft_vit.report.hover import HoverPoints
-from peft_vit.report.style import DASHED, GRID, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL, draw, is_narrow, quiet_grid
+from peft_vit.report.hover import HoverPoints, coded
+from peft_vit.report.plot_selection import SINGLE_SEEDS
+from peft_vit.report.style import (
+    DASHED,
+    GRID,
+    METHOD_COLORS,
+    MUTED,
+    PAPER,
+    SEQUENTIAL,
+    THEME,
+    draw,
+    is_narrow,
+    quiet_grid,
+)
 
-T = TypeVar("T")
+T = TypeVar("T", Allocation, ImportancePattern)
 _PANEL_IN = 2.25
-SINGLE_SEEDS = 10  # with more, a band from the lowest to the highest stands for them
 CELLS = 60_000  # of all maps that the page carries together
 PARTLY = " To keep the page small, it and the data hold a part of the recorded updates, evenly chosen."
 
@@ -61,12 +70,10 @@ def _color_bar(subfigure: SubFigure, norm: Normalize, axes: Axes | list[Axes], p
     bar.ax.tick_params(length=0)
 
 
-def _by_experiment(
-    figure: Figure, hover: HoverPoints, items: Sequence[T], experiment: Callable[[T], ExperimentConfig]
-) -> Iterator[tuple[SubFigure, T]]:
+def _by_experiment(figure: Figure, hover: HoverPoints, items: Sequence[T]) -> Iterator[tuple[SubFigure, T]]:
     """Yield a titled part of the figure for each item, from the top."""
     for subfigure, item in zip(figure.subfigures(len(items), 1, squeeze=False)[:, 0], items, strict=True):
-        own = experiment(item)
+        own = item.experiment
         hover.series(own.name, METHOD_COLORS[own.method])
         subfigure.suptitle(own.name, x=0.01, ha="left", fontweight="bold", fontsize="medium")
         yield subfigure, item
@@ -111,11 +118,16 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
     highest = max(float(np.nanmax(m.ranks)) for of in frames.values() for m in of)
     norm = Normalize(0, max(1.0, highest))
 
+    moving = [a for a in allocations if len(frames[a.experiment.name]) > 1]
+    walk = sorted({m.step for a in moving for m in frames[a.experiment.name]})
+
     def paint(figure: Figure) -> HoverPoints:
         hover, panels = HoverPoints(), []
-        for subfigure, allocation in _by_experiment(figure, hover, allocations, lambda a: a.experiment):
-            panels += _rank_row(subfigure, hover, allocation, norm, frames[allocation.experiment.name])
-        hover.player = _player(allocations, frames, norm, panels)
+        for subfigure, allocation in _by_experiment(figure, hover, allocations):
+            panels += _rank_row(subfigure, hover, allocation, norm, frames[allocation.experiment.name], walk)
+        if moving:
+            start = walk.index(moving[0].maps[len(moving[0].maps) // 2].step)
+            hover.player = _player(walk, start, norm, panels)
         return hover
 
     skipped = any(len(frames[a.experiment.name]) < len(a.maps) for a in allocations)
@@ -149,12 +161,17 @@ def _shown(allocation: Allocation) -> list[int]:
 
 
 def _rank_row(
-    subfigure: SubFigure, hover: HoverPoints, allocation: Allocation, norm: Normalize, frames: list[RankMap]
-) -> list[Panel]:
-    """Draw one experiment, and return the map that can move, if any."""
+    subfigure: SubFigure,
+    hover: HoverPoints,
+    allocation: Allocation,
+    norm: Normalize,
+    frames: list[RankMap],
+    walk: list[int],
+) -> list[dict[str, Any]]:
+    """Draw one experiment, and return the map that can move, if any: at each step it shows what was in force."""
     name, grid, shown = allocation.experiment.name, allocation.grid, _shown(allocation)
     end = "\n" if is_narrow(subfigure) else " "
-    moving: list[Panel] = []
+    moving: list[dict[str, Any]] = []
     panels = subfigure.subplots(1, 3, squeeze=False)[0]
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
@@ -165,8 +182,17 @@ def _rank_row(
         first = hover.add(name, mesh, _cell_texts(grid, entry.ranks, "rank"))
         if index == len(allocation.maps) // 2 and len(frames) > 1:
             title.set_gid(f"{mesh.get_gid()}-title")  # so that it can change with its map
-            titles, cells = (tuple(_map_title(m, end) for m in frames), tuple(_cells(m.ranks) for m in frames))
-            moving = [Panel(str(mesh.get_gid()), first, titles, cells, frame_at=())]
+            in_force = np.searchsorted([m.step for m in frames], walk, side="right") - 1
+            moving = [
+                {
+                    "gid": mesh.get_gid(),  # of its cells in the SVG; that of its title ends in ``-title``
+                    "first": first,  # index of its first cell among the points; cells follow by row
+                    "titles": [_map_title(m, end) for m in frames],
+                    "at": np.maximum(0, in_force).tolist(),  # the frame to show at each step
+                    "cells": entry.ranks.size,
+                    **coded(text for m in frames for text in _cells(m.ranks)),
+                }
+            ]
     _color_bar(subfigure, norm, list(panels), 0.02, "rank")
     return moving
 
@@ -175,22 +201,17 @@ def _map_title(entry: RankMap, end: str) -> str:
     return f"from step {entry.step}:{end}{round(float(np.nansum(entry.ranks)))} ranks"
 
 
-def _player(
-    allocations: Sequence[Allocation], frames: dict[str, list[RankMap]], norm: Normalize, panels: list[Panel]
-) -> Player | None:
-    """Return the walk through all steps at which a map changed; at each, a map shows what was in force."""
-    moving = [a for a in allocations if len(frames[a.experiment.name]) > 1]
-    if not moving:
-        return None
-    steps_of = [[m.step for m in frames[a.experiment.name]] for a in moving]
-    steps = sorted({step for one in steps_of for step in one})
-    placed = tuple(
-        replace(panel, frame_at=tuple(max(0, int(np.searchsorted(one, step, side="right")) - 1) for step in steps))
-        for panel, one in zip(panels, steps_of, strict=True)
-    )
-    start = steps.index(moving[0].maps[len(moving[0].maps) // 2].step)
-    colors = tuple(to_hex(color) for color in _colors()(np.arange(256)))
-    return Player(tuple(steps), start, "rank", colors, GRID, float(norm.vmax or 1.0), placed)
+def _player(walk: list[int], start: int, norm: Normalize, panels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the walk through all steps at which a map changed, as the page's script reads it."""
+    return {
+        "steps": walk,
+        "start": start,  # index of the step to begin with
+        "unit": "rank",  # a word before the number
+        "colors": [to_hex(color) for color in _colors()(np.arange(256))],  # from 0 to `highest`
+        "missing": THEME[GRID],  # a cell without a value
+        "highest": float(norm.vmax or 1.0),
+        "panels": panels,
+    }
 
 
 def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Drawing:
@@ -204,7 +225,7 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
 
     def paint(figure: Figure) -> HoverPoints:
         hover = HoverPoints()
-        for subfigure, pattern in _by_experiment(figure, hover, patterns, lambda p: p.experiment):
+        for subfigure, pattern in _by_experiment(figure, hover, patterns):
             name = pattern.experiment.name
             left, right = subfigure.subplots(1, 2, width_ratios=(1, 1.35))
             norm = Normalize(0, float(np.nanmax(means[name])))

@@ -6,7 +6,7 @@ value nearest to a pointer without knowing anything of how the figure was drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,30 +18,38 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
-from peft_vit.report.document import Player, Point, Series
+from peft_vit.report.document import Point, Series
 
 MARKERS = "os^DvPX<>ph*"  # of matplotlib
 _GLYPHS = dict(zip(MARKERS, "●■▲◆▼✚✖◀▶⬟⬢★", strict=True)) | {"": "━"}
 _POINTS_PER_INCH = 72.0
 
 
+def coded(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return texts as indices into their distinct values, in order of appearance."""
+    place: dict[str, int] = {}
+    index = [place.setdefault(text, len(place)) for text in texts]
+    return {"values": list(place), "index": index}
+
+
 class HoverPoints:
     """Series and points of one figure, collected while it is painted.
 
     Attributes:
+        declared: the series by name, in order.
         player: set by a painter whose heat maps can walk through steps.
     """
 
     def __init__(self) -> None:
-        self._series: dict[str, Series] = {}
+        self.declared: dict[str, Series] = {}
         self._artists: list[int] = []  # how many each series has
         self._placed: list[tuple[int, Artist, Sequence[str]]] = []
-        self.player: Player | None = None
+        self.player: dict[str, Any] | None = None
 
     def series(self, name: str, color: str, marker: str = "s") -> None:
         """Declare what can be switched off; a name that stands already keeps its first look."""
-        if name not in self._series:
-            self._series[name] = Series(name, color, _GLYPHS[marker])
+        if name not in self.declared:
+            self.declared[name] = Series(name, color, _GLYPHS[marker])
             self._artists.append(0)
 
     def add(self, name: str, artist: Artist, texts: Sequence[str] = ()) -> int:
@@ -53,7 +61,7 @@ class HoverPoints:
             texts: what each of its points says: vertices of a line, or cells of a mesh by row. Empty: none is
                 pointed at.
         """
-        index = list(self._series).index(name)
+        index = list(self.declared).index(name)
         artist.set_gid(f"series{index}-{self._artists[index]}")
         self._artists[index] += 1
         first = sum(len(said) for _, _, said in self._placed)
@@ -67,15 +75,11 @@ class HoverPoints:
         self.add(name, line, texts)
         return line
 
-    def all_series(self) -> tuple[Series, ...]:
-        """Return the series in the order in which they were declared."""
-        return tuple(self._series.values())
-
     def claim_legends(self, figure: Figure) -> None:
         """Let the entries of legends go and come with their series."""
         for legend in _legends(figure):
             for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
-                if text.get_text() in self._series and handle is not None:
+                if text.get_text() in self.declared and handle is not None:
                     self.add(text.get_text(), handle)
                     self.add(text.get_text(), text)
 

@@ -12,14 +12,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from peft_vit.report.document import Drawing, Player, Raw, StudyDocument
+from peft_vit.report.document import Drawing, Raw, StudyDocument
+from peft_vit.report.hover import coded
 from peft_vit.report.style import THEME
 
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # U+2028 and all else beyond ASCII: json escapes it
@@ -87,11 +88,11 @@ def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
         "x": [_place(point.x_pt) for point in points],
         "y": [_place(point.y_pt) for point in points],
         "series": [point.series for point in points],
-        "text": _coded(point.text for point in points),
-        "columns": [{"name": name, **_coded(_as_written(row.get(name)) for row in rows)} for name in columns],
+        "text": coded(point.text for point in points),
+        "columns": [{"name": name, **coded(_as_written(row.get(name)) for row in rows)} for name in columns],
     }
     if drawing.player is not None:
-        content["player"] = _player(drawing.player)
+        content["player"] = {name: value for name, value in drawing.player.items() if name != "start"}
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup("".join(_UNSAFE.get(character, character) for character in text))
 
@@ -106,31 +107,3 @@ def _as_written(value: Raw) -> str:
     if value is None:
         return ""
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _coded(texts: Iterable[str]) -> dict[str, list[Any]]:
-    """Return texts as indices into their distinct values, in order of appearance."""
-    place: dict[str, int] = {}
-    index = [place.setdefault(text, len(place)) for text in texts]
-    return {"values": list(place), "index": index}
-
-
-def _player(player: Player) -> dict[str, Any]:
-    return {
-        "steps": player.steps,
-        "unit": player.unit,
-        "colors": player.colors,
-        "missing": THEME.get(player.missing, player.missing),
-        "highest": player.highest,
-        "panels": [
-            {
-                "gid": panel.gid,
-                "first": panel.first_point,
-                "titles": panel.titles,
-                "at": panel.frame_at,
-                "cells": len(panel.frames[0]),
-                **_coded(text for frame in panel.frames for text in frame),
-            }
-            for panel in player.panels
-        ],
-    }

@@ -9,8 +9,8 @@ import numpy as np
 
 from peft_vit.analysis import ImportancePattern, SeedAgreement, StudyAgreement
 from peft_vit.report.document import Cell, Table
-from peft_vit.report.formatting import fixed, number_interval, plain
-from peft_vit.report.tables import OVER_SEEDS, cell, crossed, ends, with_n
+from peft_vit.report.formatting import fixed, known, number_interval, plain
+from peft_vit.report.tables import OVER_SEEDS, cell, crossed, ends
 
 
 def _by_experiment(
@@ -18,9 +18,13 @@ def _by_experiment(
 ) -> dict[str, dict[Any, str]]:
     """Return the columns of a table with one an experiment: what was found for each, as text."""
     return {
-        with_n(p.experiment.name, len(p.seeds)): {key: _or_dash(value) for key, value in values.items()}
+        _heading(p): {key: _or_dash(value) for key, value in values.items()}
         for p, values in zip(patterns, found, strict=True)
     }
+
+
+def _heading(pattern: ImportancePattern) -> str:
+    return f"{pattern.experiment.name} (n = {len(pattern.seeds)})"
 
 
 def _or_dash(value: float | None) -> str:
@@ -31,9 +35,9 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
     """Return relative scores by matrix type, attention over MLP, and agreement between seeds."""
     ratios = [float(np.mean(p.attention_over_mlp)) if p.attention_over_mlp else None for p in patterns]  # log2
     columns = {
-        with_n(p.experiment.name, len(p.seeds)): {
+        _heading(p): {
             **{matrix: number_interval(interval) for matrix, interval in p.by_matrix.items()},
-            "attention / MLP": "–" if ratio is None else f"{fixed(2**ratio)} ×",
+            "attention / MLP": known(ratio, lambda log2: f"{fixed(2**log2)} ×"),
             "agreement of seeds": _or_dash(p.agreement_between_seeds),
         }
         for p, ratio in zip(patterns, ratios, strict=True)

@@ -43,15 +43,18 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
 
 def summary_parts(document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> list[str]:
     """Return what stands above the sections: notices first."""
-    parts = []
-    if document.notices:
-        parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
+    parts = notice_parts(document)
     parts.append(_rows(("asked", ""), document.facts))
     parts.append("**What came out**\n\n" + _bullets(document.came_out))
     parts.append("**How sure**\n\n" + _bullets(document.how_sure))
     parts += [block_text(block, document, figure_path) for block in document.progress]
     parts.append("**What this does not show**\n\n" + _bullets(document.not_shown))
     return parts
+
+
+def notice_parts(document: StudyDocument) -> list[str]:
+    """Return what has to be known before a number is believed, as one block; nothing without notices."""
+    return ["\n".join(f"> **{escaped(notice)}**  " for notice in document.notices)] if document.notices else []
 
 
 def block_text(block: Block, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:

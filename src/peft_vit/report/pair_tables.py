@@ -12,11 +12,12 @@ from peft_vit.report.formatting import (
     count,
     fixed,
     joined,
+    known,
     percent,
     percent_interval,
+    points,
     points_interval,
     scaled,
-    signed,
 )
 from peft_vit.report.tables import OVER_SEEDS, comparison_values, measured, tested
 from peft_vit.statistics import Interval
@@ -56,7 +57,7 @@ def _matrix(pairs: AllPairs) -> Table:
         if comparison.difference is None:
             return "no pair"
         marks = {"supported": ("", " ▲", " ▼"), "refuted": ("", " ▼", " ▲"), "not decided": ("", "", "")}
-        return signed(sign * 100 * comparison.difference.estimate) + marks[comparison.verdict][sign]
+        return points(sign * comparison.difference.estimate) + marks[comparison.verdict][sign]
 
     return Table.of(
         "all_pairs",
@@ -104,9 +105,9 @@ def _decided_row(pair: Pair, difference: Interval) -> Row:
         "more accurate": better,
         "less accurate": worse,
         "difference (points)": points_interval(difference),
-        "n": str(len(comparison.by_seed)),
-        "effect size (Hedges' g)": "–" if effect is None or effect.g is None else fixed(abs(effect.g)),
-        "seeds that agree": "–" if agree is None else percent(agree),
+        "n": len(comparison.by_seed),
+        "effect size (Hedges' g)": known(None if effect is None or effect.g is None else abs(effect.g), fixed),
+        "seeds that agree": known(agree, percent),
         "test": tested(comparison),
     }
 
@@ -160,9 +161,9 @@ def _front_row(front: Front, point: FrontPoint) -> Row:
         "takes": cost.write(point.cost),
         "validation": percent(point.validation_accuracy),
         "test accuracy": percent_interval(point.test_accuracy),
-        "lead over the one before (points)": "–" if lead is None else points_interval(lead.difference),
+        "lead over the one before (points)": known(lead, lambda c: points_interval(c.difference)),
         "more accurate?": "cheapest" if lead is None else lead.verdict,
-        "test": "–" if lead is None else tested(lead),
+        "test": known(lead, tested),
         "on the front of test accuracies": "yes" if point.on_test_front else "no",
     }
 

@@ -7,10 +7,11 @@ have it. Validation chooses, never test.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft_vit.analysis import MethodResult
 
+SINGLE_SEEDS = 10  # lines; with more, a band from the lowest to the highest stands for them
 SEED_DOTS = 150  # more dots in one row cover one another
 T = TypeVar("T")
 
@@ -20,14 +21,20 @@ def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
     return {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
 
 
-def leading(items: Sequence[T], name: Callable[[T], str], validation: Mapping[str, float], limit: int) -> list[T]:
+def _of_experiment(item: Any) -> str:
+    return str(item.experiment.name)
+
+
+def leading(
+    items: Sequence[T], validation: Mapping[str, float], limit: int, name: Callable[[T], str] = _of_experiment
+) -> list[T]:
     """Return the `limit` best on validation in their order; all where there are no more.
 
     Args:
         items: in the order of the figure.
-        name: of an item's experiment.
         validation: experiment -> mean validation accuracy; an experiment without one comes last.
         limit: how many at most.
+        name: of an item's experiment.
     """
     names = [name(item) for item in items]
     best = sorted(range(len(names)), key=lambda i: (-validation.get(names[i], float("-inf")), names[i], i))

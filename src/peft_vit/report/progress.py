@@ -19,7 +19,7 @@ def progress(study: Study) -> tuple[Block, ...]:
     runs = _not_done(study)
     if not runs:
         return ()
-    planned = () if study.runs else (_planned_table(study),)
+    planned = () if study.runs else (_planned_table(study, runs),)
     return (*planned, _not_done_table(study, runs), Paragraph(_how_to_go_on(study, runs)))
 
 
@@ -44,9 +44,8 @@ def _not_done(study: Study) -> list[UnfinishedRun]:
     return sorted(runs, key=lambda run: (place.get(run.experiment, len(place)), run.experiment, run.seed))
 
 
-def _planned_table(study: Study) -> Table:
+def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
-    runs = _not_done(study)
 
     def row(experiment: ExperimentConfig) -> Row:
         own = [run for run in runs if run.experiment == experiment.name]

@@ -15,7 +15,7 @@ import matplotlib
 
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Drawing, StudyDocument
-from peft_vit.report.markdown import escaped
+from peft_vit.report.markdown import escaped, notice_parts
 from peft_vit.report.style import STYLE, laid_out
 
 WIDTHS_IN: dict[str, float] = {"one": 3.5, "two": 7.2}
@@ -92,9 +92,7 @@ def captions(documents: Sequence[StudyDocument]) -> str:
 
 
 def _captions(document: StudyDocument) -> list[str]:
-    parts = [f"## {escaped(document.label)}"]
-    if document.notices:
-        parts.append("\n".join(f"> **{escaped(notice)}**  " for notice in document.notices))
+    parts = [f"## {escaped(document.label)}", *notice_parts(document)]
     for drawing in document.drawings():
         sizes = f"{drawing.narrow_height_in:.1f} inches high in one column, {drawing.height_in:.1f} in two"
         if max(drawing.narrow_height_in, drawing.height_in) > PAGE_HEIGHT_IN:

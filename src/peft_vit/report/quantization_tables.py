@@ -7,12 +7,12 @@ from typing import get_args
 
 from peft_vit.analysis import Comparison, QuantizationImpact
 from peft_vit.analysis.comparison import outcome
-from peft_vit.analysis.quantization import BalanceStep, Costs
+from peft_vit.analysis.quantization import BalanceStep
 from peft_vit.analysis.size import FLOAT16_BITS, FLOAT32_BITS, ModelBytes
 from peft_vit.records import FloatPart
 from peft_vit.report.document import Cell, Raw, Row, Table
-from peft_vit.report.formatting import COSTS, fixed, megabytes, number_interval, percent_interval, points_interval
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, comparison_values, ends
+from peft_vit.report.formatting import COSTS, fixed, known, megabytes, percent, percent_interval, points_interval
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, comparison_values, ends, to_thousandths
 
 
 def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
@@ -74,11 +74,11 @@ def _settings(q: QuantizationImpact) -> dict[str, Cell]:
     }
 
 
-_MEASURES: dict[str, tuple[str, Callable[[QuantizationImpact], Comparison]]] = {
-    "accuracy": ("accuracy (points)", lambda q: q.against_unquantized),
-    "nll": ("NLL (nats)", lambda q: q.against_float.nll),
-    "late_deviation": ("late deviation (nats)", lambda q: q.against_float.late_deviation),
-    "roughness": ("roughness (nats)", lambda q: q.against_float.roughness),
+_MEASURES = {
+    "accuracy": "accuracy (points)",
+    "nll": "NLL (nats)",
+    "late_deviation": "late deviation (nats)",
+    "roughness": "roughness (nats)",
 }
 
 
@@ -90,15 +90,14 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
         (
             {
                 "experiment": q.experiment.name,
-                "bits": str(q.settings.quantization_bits or "by layer"),
+                "bits": q.settings.quantization_bits or "by layer",
                 **_settings(q),
-                "n": str(len(q.against_unquantized.by_seed)),
-                **{title: _difference(measure, of(q)) for measure, (title, of) in _MEASURES.items()},
-                "float twin": q.against_unquantized.reference
-                if q.against_unquantized.by_seed
-                else q.against_unquantized.note,
+                "n": len(accuracy.by_seed),
+                **{title: _difference(measure, q.against_float[measure]) for measure, title in _MEASURES.items()},
+                "float twin": accuracy.reference if accuracy.by_seed else accuracy.note,
             }
             for q in impacts
+            for accuracy in [q.against_unquantized]
         ),
         "Accuracy: negative is a loss. NLL on test, late deviation and roughness: positive is worse, less steady, "
         "rougher. Late deviation: standard deviation of the training loss about its own line over the last third "
@@ -110,12 +109,12 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "bits": q.settings.quantization_bits,
                 **{name: value for one in _settings(q).values() for name, value in one.values.items()},
                 "measure": measure,
-                "float_reference": of(q).reference,
-                **ends("difference", of(q).difference),
-                **comparison_values(of(q)),
+                "float_reference": compared.reference,
+                **ends("difference", compared.difference),
+                **comparison_values(compared),
             }
             for q in impacts
-            for measure, (_, of) in _MEASURES.items()
+            for measure, compared in q.against_float.items()
         ),
     )
 
@@ -124,7 +123,7 @@ def _difference(measure: str, comparison: Comparison) -> str:
     found = comparison.difference
     if found is None:
         return "not computed"
-    text = points_interval(found) if measure == "accuracy" else number_interval(found, 3)
+    text = points_interval(found) if measure == "accuracy" else to_thousandths(found)
     if comparison.verdict == "not decided":
         return f"{text}, not decided"
     return f"{text}, {'more' if comparison.verdict == 'supported' else 'less'}, {outcome(comparison)}"
@@ -143,38 +142,29 @@ def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
     )
 
 
-_NOTHING = Costs(0.0, None, None, {})
-
-
 def _cost_row(q: QuantizationImpact) -> Row:
-    own, twin = q.costs, q.float_costs or _NOTHING
-    timed = twin if q.same_machine else _NOTHING
-    reference = None if q.float_costs is None else q.against_unquantized.reference
-    values: dict[str, Raw] = {"float_reference": reference, "same_machine": int(q.same_machine)}
-    values |= _cost_values("", q.costs) | _cost_values("float_", q.float_costs)
+    def with_factor(name: str, write: Callable[[float], str]) -> str:
+        own, other = q.costs.get(name), q.float_costs.get(name)
+        if own is None:
+            return "–"
+        if other and (q.same_machine or name == "stored_bytes"):
+            return f"{write(own)} (× {fixed(own / other)})"
+        return write(own)
+
+    has_twin = q.float_costs["stored_bytes"] is not None
+    reference = q.against_unquantized.reference if has_twin else None
+    values: dict[str, Raw] = {"float_reference": reference, "same_machine": int(q.same_machine), **q.costs}
     return {
         "experiment": cell("experiment", q.experiment.name),
         "bits a weight, layers": cell("bits_per_weight", q.size.layers_bits, fixed),
-        "to store": _with_factor(megabytes, own.stored_bytes, twin.stored_bytes),
-        "memory of a run": _with_factor(megabytes, own.own_memory_bytes, timed.own_memory_bytes),
-        "a step": _with_factor(COSTS["seconds_per_step"].write, own.seconds_per_step, timed.seconds_per_step),
-        "latency, 1 image": _with_factor(COSTS["latency_s"].write, own.latency_s.get(1), timed.latency_s.get(1)),
-        "float twin": Cell(reference or "none in this study", values),
-    }
-
-
-def _with_factor(write: Callable[[float], str], own: float | None, other: float | None) -> str:
-    if own is None:
-        return "–"
-    return f"{write(own)} (× {fixed(own / other)})" if other else write(own)
-
-
-def _cost_values(prefix: str, costs: Costs | None) -> dict[str, Raw]:
-    return {
-        f"{prefix}stored_bytes": None if costs is None else costs.stored_bytes,
-        f"{prefix}own_memory_bytes": None if costs is None else costs.own_memory_bytes,
-        f"{prefix}seconds_per_step": None if costs is None else costs.seconds_per_step,
-        **{f"{prefix}latency_s_batch_{size}": s for size, s in (costs.latency_s.items() if costs else ())},
+        "to store": with_factor("stored_bytes", megabytes),
+        "memory of a run": with_factor("own_memory_bytes", megabytes),
+        "a step": with_factor("seconds_per_step", COSTS["seconds_per_step"].write),
+        "latency, 1 image": with_factor("latency_s_batch_1", COSTS["latency_s"].write),
+        "float twin": Cell(
+            reference or "none in this study",
+            values | {f"float_{name}": value for name, value in q.float_costs.items()},
+        ),
     }
 
 
@@ -224,7 +214,7 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **_bits_and_ratios("model", q.size.model.bits_per_weight if q.size.model else None),
                 "live": cell("live_bytes", q.size.model and q.size.model.live, megabytes),
                 "file": cell("file_bytes", q.size.model and q.size.model.file, megabytes),
-                "memory of a run": cell("own_memory_bytes", q.costs.own_memory_bytes, megabytes),
+                "memory of a run": cell("own_memory_bytes", q.costs["own_memory_bytes"], megabytes),
             }
             for q in impacts
         ),
@@ -255,7 +245,7 @@ def bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
     parts = [part for part in get_args(FloatPart) if any(part in model.in_float for _, model in counted)]
 
     def share(part: str, size: float, model: ModelBytes) -> Cell:
-        return Cell(f"{megabytes(size)} ({fixed(100 * size / model.total, 1)} %)" if size else "–", {part: size})
+        return Cell(f"{megabytes(size)} ({percent(size / model.total)})" if size else "–", {part: size})
 
     return Table.of(
         "size_parts",
@@ -281,14 +271,14 @@ def layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
         for name, bits in q.bits_by_layer.items():
             by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
 
-    def text(found: list[float]) -> str:
-        return " to ".join(dict.fromkeys((fixed(min(found)), fixed(max(found))))) if found else "–"
+    def text(bits: list[float]) -> str:
+        return " to ".join(dict.fromkeys((fixed(min(bits)), fixed(max(bits)))))
 
     return Table.of(
         "bits_by_layer",
         "Bits a weight by layer",
         (
-            {"experiment": name, **{kind: text(of.get(name, [])) for kind, of in by_kind.items()}}
+            {"experiment": name, **{kind: known(of.get(name), text) for kind, of in by_kind.items()}}
             for name in (q.experiment.name for q in impacts)
         ),
         "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",

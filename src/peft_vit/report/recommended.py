@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.exported_latency import ExportedLatency
-from peft_vit.analysis.limits import SAME_SIZE, Fault, Measure, Option
+from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Fault, Measure, Option
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
@@ -19,6 +18,7 @@ from peft_vit.report.formatting import (
     counted,
     fixed,
     joined,
+    known,
     margin_in_points,
     megabytes,
     percent,
@@ -74,8 +74,9 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
 def _asked(found: Recommendation) -> Iterator[str]:
     best, study = found.best, found.study
     seeds = counted(len(best.seeds), "seed")
+    reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
     yield (
-        f"Study {study.label}. {_reference(found)}: {best.name}, mean validation accuracy "
+        f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
     )
     if uneven := [one for one in _others(found) if set(one.seeds) != set(best.seeds)]:
@@ -95,10 +96,6 @@ def _others(found: Recommendation) -> tuple[Rated, ...]:
 
 def _whom(found: Recommendation) -> str:
     return "the best" if found.study.stopping is None else "the control"
-
-
-def _reference(found: Recommendation) -> str:
-    return "Best by validation" if found.study.stopping is None else "Control of its comparisons, which stop"
 
 
 def _latency_source(found: Recommendation, exported: ExportedLatency) -> str:
@@ -197,8 +194,8 @@ def _tested_table(found: Recommendation) -> Table:
                 "to store": megabytes(one.rated.cost.stored_bytes),
                 "parameters": count(one.rated.cost.parameters),
                 "difference (points)": points_interval(one.difference),
-                "n": str(len(one.seeds)),
-                "p (Holm)": "–" if one.adjusted_p is None else f"{one.adjusted_p:.2g}",
+                "n": len(one.seeds),
+                "p (Holm)": known(one.adjusted_p, "{:.2g}".format),
                 "loses less than asked?": _verdict(one, found) + (f" ({one.note})" if one.note else ""),
             }
             for one in found.candidates

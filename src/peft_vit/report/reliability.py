@@ -28,7 +28,7 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
     recorded = [c for c in calibrations if any(b.count for b in c.bins)]
     if not recorded:
         return ()
-    drawn = leading(recorded, lambda c: c.experiment.name, validation, LINES)
+    drawn = leading(recorded, validation, LINES)
 
     caption = (
         f"Predictions on test in {len(drawn[0].bins)} bins of equal width of their confidence, all seeds together; "

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from peft_vit.errors import UserError
-from peft_vit.records import write_atomically
+from peft_vit.records import as_csv, write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.terminal import print_blocks
-
-
-def as_csv(rows: Sequence[dict[str, Raw]], columns: Sequence[str] = ()) -> str:
-    """Return rows as CSV: some columns in any case, then those that occur, in the order in which they do."""
-    text = io.StringIO()
-    names = dict.fromkeys([*columns, *(key for row in rows for key in row)])
-    writer = csv.DictWriter(text, list(names), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def print_with_rows(

@@ -37,7 +37,9 @@ def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
         axes = figure.add_subplot()
         says = [f"{count(m.final_parameters)} trainable parameters" for m in drawn]
         hover = _scatter(figure, axes, drawn, [m.final_parameters for m in drawn], says)
-        line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in drawn if _has_fixed_rank(m)]
+        sections = [(m, m.experiment.section(LoraConfig)) for m in drawn]
+        fixed_rank = [m for m, lora in sections if lora is not None and lora.rank is not None]
+        line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in fixed_rank]
         if len(line) > 1:
             axes.plot(*zip(*sorted(line), strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
         _count_axis(axes)
@@ -75,12 +77,7 @@ def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
 
 
 def _drawn(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return leading(methods, lambda m: m.experiment.name, validation_means(methods), LEGEND_ENTRIES)
-
-
-def _has_fixed_rank(method: MethodResult) -> bool:
-    lora = method.experiment.section(LoraConfig)
-    return lora is not None and lora.rank is not None
+    return leading(methods, validation_means(methods), LEGEND_ENTRIES)
 
 
 def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:
@@ -175,7 +172,7 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         return ()
     on_front = {point.experiment for front in shown for point in front.on_front}
     first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
-    looks = _looks(leading(methods, lambda m: m.experiment.name, first, LEGEND_ENTRIES))
+    looks = _looks(leading(methods, first, LEGEND_ENTRIES))
 
     def paint(figure: Figure) -> HoverPoints:
         hover = HoverPoints()

@@ -72,7 +72,7 @@ def _document(
             tuple(_allocation(analysis)),
             tuple(_quantization(analysis)),
             (*_methods(analysis), *example_blocks(analysis, thumbnails)),
-            findings_tables.findings_blocks(study, analysis.findings),
+            findings_tables.findings_tables(analysis.findings),
         )
     return StudyDocument(
         label=plain(study.label),
@@ -97,7 +97,7 @@ def _maps_note(drawn: int, there: int) -> str:
 def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> Iterator[Block]:
     patterns = analysis.importance
     if patterns:
-        shown = leading(patterns, lambda p: p.experiment.name, validation_means(analysis.methods), MAPS)
+        shown = leading(patterns, validation_means(analysis.methods), MAPS)
         yield importance_maps(shown, _maps_note(len(shown), len(patterns)))
     else:
         yield Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
@@ -133,7 +133,7 @@ def _allocation(analysis: Analysis) -> Iterator[Block]:
     allocated = analysis.allocation
     mapped = [a for a in allocated if a.maps]
     if mapped:
-        shown = leading(mapped, lambda a: a.experiment.name, validation_means(analysis.methods), MAPS)
+        shown = leading(mapped, validation_means(analysis.methods), MAPS)
         yield rank_maps(shown, _maps_note(len(shown), len(mapped)))
     else:
         yield Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")
@@ -180,4 +180,4 @@ def _methods(analysis: Analysis) -> Iterator[Block]:
     yield tables.quality_table(methods)
     yield from reliability_diagram(analysis.calibration, validation_means(methods))
     yield from calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences)
-    yield calibration_tables.convergence_table(analysis.convergence)
+    yield calibration_tables.convergence_table(methods)

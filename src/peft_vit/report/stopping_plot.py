@@ -54,7 +54,7 @@ def courses_figure(
         colors: by experiment.
         validation: see `stopping_blocks`.
     """
-    drawn = leading(courses, lambda course: course.name, validation, PANELS)
+    drawn = leading(courses, validation, PANELS, lambda course: course.name)
     asked = [field for field in QUESTIONS if getattr(drawn[0], field) is not None]
     legend = [
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),

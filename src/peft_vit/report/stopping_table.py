@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from peft_vit.analysis import Study
-from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval, study_courses
+from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
 from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Cell, Table
 from peft_vit.report.formatting import points_interval
 from peft_vit.report.tables import ends
-from peft_vit.report.terminal import print_blocks
 from peft_vit.statistics.sequential import Course
 
 QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a course and of its looks
-
-
-def print_stopping(studies: Iterable[Study]) -> None:
-    """Print where the comparisons of studies stand that declared when they stop."""
-    for study in studies:
-        if study.stopping is not None:
-            print_blocks([stopping_table(study_courses(study), study.stopping)])
 
 
 def stopping_table(courses: Sequence[Course], stopping: StoppingConfig) -> Table:

@@ -98,7 +98,7 @@ def draw(
         caption=caption,
         svg=svg.getvalue(),
         png=png.getvalue(),
-        series=hover.all_series(),
+        series=tuple(hover.declared.values()),
         points=hover.points(figure),
         data=tuple(data),
         player=hover.player,

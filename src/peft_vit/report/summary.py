@@ -276,17 +276,14 @@ def _failure(record: RunRecord) -> RunDetails:
         ("specification", record.spec_digest),
     )
     title = f"{record.spec.experiment.name}, seed {record.spec.seed}: failed"
-    return RunDetails(title, rows, _lines(record.traceback or ""))
-
-
-def _lines(text: str) -> str:
-    """Return text with its lines kept, and nothing else that could act on a page or a terminal."""
-    return "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in text.expandtabs(4).split("\n")).strip()
+    lines = (record.traceback or "").expandtabs(4).split("\n")  # kept, but nothing that could act on a page or terminal
+    return RunDetails(title, rows, "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in lines).strip())
 
 
 def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
     record, origin = run.record, run.provenance
     dirty = {True: ", with uncommitted changes", False: "", None: ""}[origin.git_dirty]
+    sections = {name: getattr(run.experiment, name) for name in ("training", *run.experiment.kind.settings)}
     rows: tuple[tuple[str, object], ...] = (
         ("started", record.started_at),
         ("seconds", fixed(record.seconds, 1)),
@@ -303,11 +300,6 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
         ("initial head", origin.head_init_sha256),
         ("order of images", origin.data_order_sha256),
         ("adapter", record.adapter_sha256 or "not saved"),
-        ("configuration", _settings(run)),
+        ("configuration", "; ".join(f"{name} {own.model_dump_json()}" for name, own in sections.items() if own)),
     )
     return tuple((key, plain(str(value))) for key, value in rows)
-
-
-def _settings(run: Run) -> str:
-    sections = {name: getattr(run.experiment, name) for name in ("training", *run.experiment.kind.settings)}
-    return "; ".join(f"{name} {section.model_dump_json()}" for name, section in sections.items() if section is not None)

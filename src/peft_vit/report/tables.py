@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from peft_vit.analysis import Comparison, MethodResult
-from peft_vit.analysis.comparison import BY_LOOKS, outcome
+from peft_vit.analysis import Comparison, MethodResult, Run
+from peft_vit.analysis.comparison import BY_LOOKS, known_interval, known_mean, outcome
 from peft_vit.report.document import UNSEEN, Cell, Raw, Row, Table
 from peft_vit.report.formatting import (
     count,
     fixed,
+    known,
     megabytes,
     number_interval,
     percent,
     percent_interval,
+    points,
     points_interval,
-    signed,
 )
 from peft_vit.statistics import Interval
 
@@ -33,12 +35,12 @@ LOOKS_NOTE = (
 
 def cell(name: str, value: Any, write: Callable[[Any], str] = str) -> Cell:
     """Return the cell of a number or text, whose column in the CSV file has that name; – where it is not known."""
-    return Cell("–" if value is None else write(value), {name: value})
+    return Cell(known(value, write), {name: value})
 
 
 def interval_cell(name: str, found: Interval | None, write: Callable[[Interval], str]) -> Cell:
     """Return the cell of an interval whose n has a column of its own; – where there is none."""
-    return Cell("–" if found is None else write(found), measured(name, found))
+    return Cell(known(found, write), measured(name, found))
 
 
 def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
@@ -70,15 +72,30 @@ def tested(comparison: Comparison) -> str:
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
 
 
+def to_thousandths(found: Interval) -> str:
+    """Return a number with its interval, three decimals each."""
+    return number_interval(found, 3)
+
+
 def crossed(first: str, keys: Iterable[Hashable], columns: Mapping[str, Mapping[Any, str]]) -> Iterator[Row]:
     """Yield a row for each key, below `first`, with a column for each experiment; – where one lacks the key."""
     for key in keys:
         yield {first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()}
 
 
-def with_n(name: str, n: int) -> str:
-    """Return a column's heading with the number of seeds behind it."""
-    return f"{name} (n = {n})"
+@dataclass(frozen=True)
+class Column:
+    """A column of a table of experiments: the mean over their runs of what each recorded; – where none did."""
+
+    key: str  # of the CSV file
+    title: str
+    of: Callable[[Run], float | None]
+    write: Callable[[Any], str]  # of the mean, or of its interval
+
+
+def interval_cells(columns: Iterable[Column], runs: Sequence[Run]) -> dict[str, Cell]:
+    """Return the cells of an experiment's runs in columns of intervals over seeds, by heading."""
+    return {c.title: interval_cell(c.key, known_interval(map(c.of, runs)), c.write) for c in columns}
 
 
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
@@ -93,7 +110,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
                 "experiment": cell("experiment", m.experiment.name),
                 UNSEEN: Cell("", {"method": m.experiment.method}),
                 "test accuracy": Cell(percent_interval(m.test_accuracy), ends("test_accuracy", m.test_accuracy)),
-                "n": str(len(m.seeds)),
+                "n": len(m.seeds),
                 "each seed (%)": Cell(
                     ", ".join(f"{s}: {fixed(100 * value, 1)}" for s, value in zip(m.seeds, m.by_seed, strict=True)),
                     {f"seed_{seed}": accuracy for seed, accuracy in zip(m.seeds, m.by_seed, strict=True)},
@@ -101,14 +118,24 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
                 "validation": cell(
                     "validation_accuracy", m.validation_accuracy and m.validation_accuracy.estimate, percent
                 ),
-                "above majority (points)": cell(
-                    "above_majority", m.above_majority.estimate, lambda share: signed(100 * share)
-                ),
+                "above majority (points)": cell("above_majority", m.above_majority.estimate, points),
             }
             for m in methods
         ),
         f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. {chose}; test was read once.",
     )
+
+
+_COSTS = (
+    Column("final_parameters", "trainable at end", lambda run: run.parameters.final, count),
+    Column("peak_parameters", "largest", lambda run: run.parameters.peak, count),
+    Column("adapter_parameters", "adapter alone", lambda run: run.parameters.final - run.parameters.head, count),
+    Column("frozen_bytes", "frozen", lambda run: run.bytes.frozen_bytes, megabytes),
+    Column("adapter_file_bytes", "adapter file", lambda run: run.bytes.adapter_file_bytes, megabytes),
+    Column("seconds_per_step", "s a step", lambda run: run.record.seconds_per_step, lambda s: fixed(s, 3)),
+    Column("latency_s", "latency (ms)", lambda run: run.record.latency_s.get(1), lambda s: fixed(1000 * s, 1)),
+    Column("own_memory_bytes", "memory of a run", lambda run: run.record.own_memory_bytes, megabytes),
+)
 
 
 def cost_table(methods: Sequence[MethodResult]) -> Table:
@@ -119,14 +146,7 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
         (
             {
                 "experiment": cell("experiment", m.experiment.name),
-                "trainable at end": cell("final_parameters", m.final_parameters, count),
-                "largest": cell("peak_parameters", m.peak_parameters, count),
-                "adapter alone": cell("adapter_parameters", m.adapter_parameters, count),
-                "frozen": cell("frozen_bytes", m.frozen_bytes, megabytes),
-                "adapter file": cell("adapter_file_bytes", m.adapter_file_bytes, megabytes),
-                "s a step": cell("seconds_per_step", m.seconds_per_step, lambda seconds: fixed(seconds, 3)),
-                "latency (ms)": cell("latency_s", m.latency_s, lambda seconds: fixed(1000 * seconds, 1)),
-                "memory of a run": cell("own_memory_bytes", m.own_memory_bytes, megabytes),
+                **{c.title: cell(c.key, known_mean(map(c.of, m.runs)), c.write) for c in _COSTS},
                 UNSEEN: Cell("", {"n": len(m.seeds)}),
             }
             for m in methods
@@ -138,18 +158,19 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
+_QUALITY = (
+    Column("balanced_accuracy", "balanced accuracy", lambda run: run.test.balanced_accuracy, percent_interval),
+    Column("auroc", "AUROC", lambda run: run.test.auroc, to_thousandths),
+)
+
+
 def quality_table(methods: Sequence[MethodResult]) -> Table:
     """Return the other measures of right answers on test; how far they can be believed stands with calibration."""
     return Table.of(
         "quality",
         "Other measures on test",
         (
-            {
-                "experiment": cell("experiment", m.experiment.name),
-                "balanced accuracy": interval_cell("balanced_accuracy", m.balanced_accuracy, percent_interval),
-                "AUROC": interval_cell("auroc", m.auroc, lambda found: number_interval(found, 3)),
-                "n": str(m.balanced_accuracy.n),
-            }
+            {"experiment": cell("experiment", m.experiment.name), **interval_cells(_QUALITY, m.runs), "n": len(m.runs)}
             for m in methods
         ),
         f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",
@@ -176,10 +197,10 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], 
                 "experiment": Cell(c.name, {"experiment": c.name, "reference": c.reference}),
                 "difference (points)": Cell(points_interval(c.difference), ends("difference", c.difference)),
                 "each seed": Cell(
-                    ", ".join(signed(100 * d) for d in c.by_seed),
+                    ", ".join(map(points, c.by_seed)),
                     {f"seed_{seed}": difference for seed, difference in zip(c.seeds, c.by_seed, strict=True)},
                 ),
-                "n": str(len(c.by_seed)),
+                "n": len(c.by_seed),
                 "more accurate?": c.verdict,
                 "test": Cell(tested(c), comparison_values(c)),
             }

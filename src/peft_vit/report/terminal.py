@@ -44,18 +44,14 @@ def _print_table(console: Console, table: Table) -> None:
     if Measurement.get(console, console.options.update(max_width=_WIDEST), text).maximum <= console.width:
         console.print(text)
     else:
-        _print_list(console, table)
+        # As lines "column: cell" below each first cell: columns would be cut.
+        console.print()
+        for first, *others in table.rows:
+            console.print(Text(printable(first)), soft_wrap=True)
+            for name, cell in zip(table.columns[1:], others, strict=True):
+                colon = "" if name.endswith("?") else ":"
+                console.print(Text(printable(f"  {name}{colon} {cell}")), soft_wrap=True)
+        console.print()
     if table.note:
         console.print(Text(printable(table.note)), soft_wrap=True)
         console.print()
-
-
-def _print_list(console: Console, table: Table) -> None:
-    """Print each row as lines "column: cell" below its first cell: where a table is too wide, columns would be cut."""
-    console.print()
-    for first, *others in table.rows:
-        console.print(Text(printable(first)), soft_wrap=True)
-        for name, cell in zip(table.columns[1:], others, strict=True):
-            colon = "" if name.endswith("?") else ":"
-            console.print(Text(printable(f"  {name}{colon} {cell}")), soft_wrap=True)
-    console.print()

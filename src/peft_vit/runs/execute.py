@@ -14,16 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, adapted_sites, adapter_bytes, update_ranks
+from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
 from peft_vit.adapters.peft_files import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
-from peft_vit.config import BackboneConfig
+from peft_vit.config import BackboneConfig, QaLoraConfig
 from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
@@ -34,6 +32,7 @@ from peft_vit.errors import (
     is_out_of_memory,
 )
 from peft_vit.evaluation import (
+    LogitsAndLabels,
     frozen_bytes,
     give_memory_back,
     head_parameters,
@@ -46,7 +45,6 @@ from peft_vit.evaluation import (
 from peft_vit.methods import METHODS, prepare
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
-from peft_vit.runs.calibration import choose_bits
 from peft_vit.runs.device import resolve_device
 from peft_vit.runs.head_start import start_head
 from peft_vit.runs.measures import take_measures
@@ -56,11 +54,13 @@ from peft_vit.training import (
     AfterTraining,
     Calibration,
     Checkpoints,
+    ChosenBits,
     Hook,
     Interrupted,
     Progress,
     RuntimeConfig,
     TrainingResult,
+    allocate_bits,
     loss_weights,
     steps_per_epoch,
     train,
@@ -173,12 +173,22 @@ def _execute(
     model.to(device)  # those that are packed come packed
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
-    _say_doubts(spec, provenance, data)
-    start = _start(model)
+    if (start := spec.experiment.start) is not None:
+        weights = provenance.weights_name, provenance.weights_sha256
+        for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
+            warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
+    sites = [site.info() for site in adapted_sites(model).values()]
+    ranks = update_ranks(model)
     memory.prepared()
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     keeps = keeps_codes(spec.experiment)
-    content = adapter_bytes(model, _adapter_metadata(spec, provenance, data), packed=keeps)
+    said = {
+        "spec": spec.model_dump(mode="json"),
+        "class_names": list(data.class_names),
+        "weights_name": provenance.weights_name,
+        "weights_sha256": provenance.weights_sha256,
+    }
+    content = adapter_bytes(model, said, packed=keeps)
     until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
     give_memory_back()  # or what the steps took would lie beside them
     after = AfterTraining(
@@ -198,7 +208,8 @@ def _execute(
         "overhead_s": attempt.overhead,
         "peak_memory_bytes": until_here.peak_memory_bytes,
         "own_memory_bytes": until_here.own_memory_bytes,
-        **start,
+        "sites": sites,
+        "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
         **_images(data),
         **{field: value for hook in hooks for field, value in hook.record(model).items()},
         **_trained(model, result, backbone_total, content, holds_packed=keeps),
@@ -212,7 +223,16 @@ def _prepare(
     model: nn.Module, spec: RunSpec, attempt: Attempt, calibration: Calibration, total_steps: int
 ) -> list[Hook]:
     """Let the method change the model, with the bits and ranks that calibration images choose if that was asked for."""
-    bits = choose_bits(model, spec, attempt, calibration)
+    config, known = spec.experiment.section(QaLoraConfig), attempt.known
+    bits: ChosenBits | None = None
+    if config is not None and config.adaptive_bits is not None:
+        if known.bit_allocation is not None:  # an earlier attempt has chosen
+            bits = ChosenBits.of_record(known.bit_allocation, config)
+        else:
+            with attempt.overhead.of("bit_allocation"):
+                batch = config.adaptive_bits.calibration_images
+                bits = allocate_bits(model, config, *calibration.batch(batch), seed=spec.seed)
+            known.bit_allocation = bits.record
     with attempt.overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
         return prepare(
             model,
@@ -223,15 +243,6 @@ def _prepare(
             ranks=None if bits is None else bits.ranks,
             calibration=calibration.images,
         )
-
-
-def _start(model: nn.Module) -> dict[str, Any]:
-    """Return what a record says of a prepared model: its sites and their ranks."""
-    ranks = update_ranks(model)
-    return {
-        "sites": [site.info() for site in adapted_sites(model).values()],
-        "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
-    }
 
 
 def _train_and_test(
@@ -259,24 +270,20 @@ def _train_and_test(
         overhead=attempt.overhead,
         softening=head.softening,
     )
-    return result, _test(data, spec, lambda images: _predict(model, images, spec, runtime))
+
+    def predict_images(images: LabelledImages) -> LogitsAndLabels:
+        batches = images.ordered_batches(spec.experiment.training.images_at_once, runtime.mean, runtime.std)
+        return predict(model, batches, device=runtime.device, precision=runtime.precision)
+
+    return result, _test(data, spec, predict_images)
 
 
-def _test(
-    data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], tuple[NDArray[np.float32], NDArray[np.int64]]]
-) -> dict[str, Any]:
+def _test(data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], LogitsAndLabels]) -> dict[str, Any]:
     """Read the test split, the only time, and return what was measured and what was predicted there."""
     images = data.test.open()
     logits, labels = predict_images(images)
     kept = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
     return {"test": measure(logits, labels), "predictions": kept}
-
-
-def _predict(
-    model: nn.Module, images: LabelledImages, spec: RunSpec, runtime: RuntimeConfig
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    batches = images.ordered_batches(spec.experiment.training.images_at_once, runtime.mean, runtime.std)
-    return predict(model, batches, device=runtime.device, precision=runtime.precision)
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
@@ -308,17 +315,6 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
     )
 
 
-def _say_doubts(spec: RunSpec, provenance: Provenance, data: Data) -> None:
-    """Warn of an adapter to go on from that was trained on something else, as far as its files tell."""
-    start = spec.experiment.start
-    if start is None:
-        return
-    for doubt in doubts_about(
-        Path(start), spec.backbone.model, provenance.weights_name, provenance.weights_sha256, data.class_names
-    ):
-        warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
-
-
 def _images(data: Data) -> dict[str, Any]:
     """Return what a record says of the images; majority: the accuracy of a constant guess at its best."""
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
@@ -338,7 +334,7 @@ def _trained(
     """Return the course of training, the state that it chose, and what is counted on that."""
     file_bytes = len(content)
     if holds_packed:  # they count as frozen
-        file_bytes -= sum(one.quantized.nbytes for _, one in adapted_modules(model) if one.quantized is not None)
+        file_bytes -= sum(weight.nbytes for weight in packed_weights(model).values())
     return {
         "steps": result.steps,
         "evaluations": result.evaluations,
@@ -360,13 +356,4 @@ def _trained(
             optimizer_bytes=result.optimizer_bytes,
             adapter_file_bytes=file_bytes,
         ),
-    }
-
-
-def _adapter_metadata(spec: RunSpec, provenance: Provenance, data: Data) -> dict[str, Any]:
-    return {
-        "spec": spec.model_dump(mode="json"),
-        "class_names": list(data.class_names),
-        "weights_name": provenance.weights_name,
-        "weights_sha256": provenance.weights_sha256,
     }

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules
+from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.data import Data, LabelledImages
 from peft_vit.deployment import (
     Calibrated,
     Classifier,
@@ -46,7 +46,7 @@ _CALIBRATED_ON = 128  # training images, for the ranges of activations
 LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
 FileFormat = Literal["onnx", "openvino", "safetensors", "pretrained"]
-
+_Split: TypeAlias = Literal["validation", "training", "test"]
 
 # How each is written, and opened again to be compared.
 _Write: TypeAlias = Callable[[nn.Module, Path, ModelCard], None]
@@ -64,7 +64,7 @@ class Comparison:
     """An exported file, opened again, against the run's model as it was trained; both in float32."""
 
     images: int
-    split: Literal["validation", "training", "test"]  # of the run, that they are of
+    split: _Split  # of the run, that they are of
     same_predictions: float  # share
     logit_error: float  # largest difference over the largest magnitude
     trained_accuracy: float
@@ -170,7 +170,7 @@ def export_run_to_file(
     if options.runtime or options.activations:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    spec, card = run.record.spec, run.card.model_copy(update={"calibrated": calibrated})
+    card = run.card.model_copy(update={"calibrated": calibrated})
     if options.activations is not None:
         return Exported(merged, _export_int8(run, merged.model, file, card, options), activations="int8")
     write, open_again = _WAYS[format]
@@ -178,7 +178,7 @@ def export_run_to_file(
         write = partial(export_onnx, runtime=options.runtime)
     write(merged.model, file, card)
     try:
-        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+        data = run.load_data()
     except UserError as error:
         return Exported(merged, None, str(error))
     images, split = _to_compare_on(data)
@@ -186,7 +186,7 @@ def export_run_to_file(
 
 
 def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None:
-    if all(module.quantized is None for _, module in adapted_modules(run.model)):
+    if not packed_weights(run.model):
         option = "--runtime" if options.activations is None else "--activations"
         raise UserError(f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field=option)
     if options.activations is not None:
@@ -203,18 +203,14 @@ def compare_int8(run_dir: Path) -> Comparison:
     """
     run = restore_run(run_dir)
     _check_packed(run, run_dir, OnnxOptions(activations="int8"))
-    data = load_data(run.record.spec.data, run.record.spec.seed, smoke=run.record.spec.smoke)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        _write_int8(merge(run.model, run.card).model, trial, run.card, data.train)
-        return compare(torch_classifier(run.model, run.card), open_exported(trial), data.test.open(), "test")
+    data = run.load_data()
+    return _try_int8(run, merge(run.model, run.card).model, run.card, data.train, data.test.open(), "test")[0]
 
 
 def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCard, options: OnnxOptions) -> Comparison:
     """Write a file that multiplies in 8 bits if it is as accurate on the run's validation images as it has to be."""
-    spec = run.record.spec
     try:
-        data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+        data = run.load_data()
     except UserError as error:
         raise UserError(
             f"is calibrated on the run's training images, and they are not there: {error}", field="--activations"
@@ -226,11 +222,7 @@ def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCar
             "accepted on training images with --accept-loss",
             field="--activations",
         )
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "model.onnx"
-        _write_int8(merged, trial, card, data.train)
-        found = compare(torch_classifier(run.model, card), open_exported(trial), images, split)
-        content = trial.read_bytes()
+    found, content = _try_int8(run, merged, card, data.train, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     lost = 100 * found.accuracy_loss.estimate
     if lost > accepted:
@@ -243,12 +235,19 @@ def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCar
     return found
 
 
-def _write_int8(merged: nn.Module, file: Path, card: ModelCard, train: LabelledImages) -> None:
+def _try_int8(
+    run: RestoredRun, merged: nn.Module, card: ModelCard, train: LabelledImages, images: LabelledImages, split: _Split
+) -> tuple[Comparison, bytes]:
+    """Return what activations in 8 bits, calibrated on training images, do to a run's model, and the file's content."""
     calibration = _spread(train, _CALIBRATED_ON).ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std)
-    export_onnx(merged, file, card, input_ranges=input_ranges(merged, (images for images, _ in calibration)))
+    ranges = input_ranges(merged, (batch for batch, _ in calibration))
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "model.onnx"
+        export_onnx(merged, trial, card, input_ranges=ranges)
+        return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
 
 
-def _to_compare_on(data: Data) -> tuple[LabelledImages, Literal["validation", "training"]]:
+def _to_compare_on(data: Data) -> tuple[LabelledImages, _Split]:
     if len(data.validation):
         return data.validation, "validation"
     return _spread(data.train, _CALIBRATED_ON), "training"
@@ -278,9 +277,7 @@ def file_bytes(model: Path) -> int:
     return sum(part.stat().st_size for part in parts)
 
 
-def compare(
-    trained: Classifier, exported: Classifier, images: LabelledImages, split: Literal["validation", "training", "test"]
-) -> Comparison:
+def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: _Split) -> Comparison:
     """Return how far a classifier's outputs are from another's, on labelled images of a run's split."""
     logits: list[tuple[Tensor, Tensor]] = []
     labels = []

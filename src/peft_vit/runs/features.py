@@ -65,8 +65,7 @@ class SharedFeatures:
             values = np.concatenate([values, found]) if len(values) else found
             self._keep(places, values)
         order = np.argsort(places)
-        result: NDArray[np.float32] = values[order[np.searchsorted(places, wanted, sorter=order)]]
-        return result
+        return values[order[np.searchsorted(places, wanted, sorter=order)]]
 
     def _known(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         nothing = np.empty(0, np.int64), np.empty((0, 0), np.float32)

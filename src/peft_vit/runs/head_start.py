@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from peft_vit.backbones import Backbone, Head
 from peft_vit.data import Data, LabelledImages
-from peft_vit.evaluation import trainable_parameters
+from peft_vit.evaluation import LogitsAndLabels, trainable_parameters
 from peft_vit.records import RunSpec
 from peft_vit.runs.features import SharedFeatures
 from peft_vit.runs.resume import Attempt
@@ -45,7 +43,7 @@ class HeadStart:
     probe: LinearProbe | None
     softening: float = 1.0
 
-    def predict(self, images: LabelledImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def predict(self, images: LabelledImages) -> LogitsAndLabels:
         """Return logits (N, classes) and labels (N,) of a model of which nothing but the head was fitted."""
         return head_logits(self.head, self.features.of(images).values, self.runtime), images.labels
 

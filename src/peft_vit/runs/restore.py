@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +15,13 @@ from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.config import ExperimentConfig, QaLoraConfig
-from peft_vit.data import DATASETS
+from peft_vit.data import DATASETS, Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
-from peft_vit.errors import UserError, agreeing_with
+from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, prepare
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
-from peft_vit.safe_io import read_bytes
+from peft_vit.safe_io import sha256_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,10 @@ class RestoredRun:
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
         return model_card(self.record.spec, self.backbone, self.record.class_names)
+
+    def load_data(self) -> Data:
+        """Return the run's images; raises UserError if they are not there any more."""
+        return load_data(self.record.spec.data, self.record.spec.seed, smoke=self.record.spec.smoke)
 
 
 def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[str]) -> ModelCard:
@@ -83,10 +86,8 @@ def restore_run(run_dir: Path) -> RestoredRun:
     spec, provenance = record.spec, record.provenance
     assert provenance is not None
     file = run_dir / ADAPTER_FILE
-    try:
-        found = hashlib.sha256(read_bytes(file, None)).hexdigest()
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); move or rerun the whole run", file=file) from None
+    with os_fault("can't be read", file, remedy="move or rerun the whole run"):
+        found = sha256_of(file)
     if found != record.adapter_sha256:
         problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
         raise UserError(problem, file=file, field="adapter_sha256")

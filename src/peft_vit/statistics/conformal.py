@@ -18,8 +18,7 @@ TEMPERATURES = (0.05, 20.0)  # where every image is right, or wrong, likelihood 
 
 def probabilities(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
     """Return softmax(logits / temperature), (N, classes)."""
-    result: NDArray[np.float64] = scipy.special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
-    return result
+    return np.asarray(scipy.special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
@@ -72,11 +71,11 @@ def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | N
     if s.ndim != 1 or s.size == 0 or which.shape != s.shape:
         raise ValueError(f"expected as many images as scores and at least one, got {which.size} and {s.size}")
     check_level(coverage, "coverage")
-    _, place, times = np.unique(which, return_inverse=True, return_counts=True)
+    weight, count = _weights(which)
     order = np.argsort(s, kind="stable")
-    below = np.cumsum(1 / times[place][order])  # images with a score up to it
-    rank = math.ceil((len(times) + 1) * coverage - 1e-9)  # 1e-9: 0.9 * 10 is 9 here too
-    if rank > len(times):
+    below = np.cumsum(weight[order])  # images with a score up to it
+    rank = math.ceil((count + 1) * coverage - 1e-9)  # 1e-9: 0.9 * 10 is 9 here too
+    if rank > count:
         return math.inf
     return float(s[order][np.searchsorted(below, rank - 1e-9)])
 
@@ -88,7 +87,7 @@ def prediction_sets(probability: ArrayLike, quantile: float) -> NDArray[np.bool_
     is always in, so that no set is empty. Source: Sadinle, Lei & Wasserman, JASA 114 (2019), arXiv 1609.00451.
     """
     p = np.asarray(probability, dtype=np.float64)
-    inside: NDArray[np.bool_] = 1 - p <= quantile
+    inside = 1 - p <= quantile
     inside[np.arange(len(p)), p.argmax(1)] = True
     return inside
 
@@ -96,8 +95,7 @@ def prediction_sets(probability: ArrayLike, quantile: float) -> NDArray[np.bool_
 def class_scores(probability: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     """Return 1 - (the probability of the true class), (N,), of probabilities (N, classes)."""
     p, y = _checked(probability, labels)
-    result: NDArray[np.float64] = 1 - p[np.arange(len(y)), y]
-    return result
+    return np.asarray(1 - p[np.arange(len(y)), y])
 
 
 def fold_coverage(
@@ -127,9 +125,15 @@ def fold_coverage(
         others = ~np.isin(which, which[own])
         inside = prediction_sets(p[own], conformal_quantile(scores[others], coverage, which[others]))
         covered[own], sizes[own] = inside[np.arange(own.sum()), y[own]], inside.sum(1)
-    _, place, times = np.unique(which, return_inverse=True, return_counts=True)
-    weight = 1 / times[place] / len(times)
+    weight, count = _weights(which)
+    weight /= count
     return float(covered @ weight), float(sizes @ weight)
+
+
+def _weights(images: np.ndarray) -> tuple[NDArray[np.float64], int]:
+    """Return (m,) weights of rows such that each image has 1, and the number of images."""
+    _, place, times = np.unique(images, return_inverse=True, return_counts=True)
+    return 1 / times[place], len(times)
 
 
 def _checked(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -21,9 +21,6 @@ class EffectSize:
     low: float | None
     high: float | None
     g: float | None  # Hedges' g, d without its bias; None also for two pairs, where the correction is zero
-    n: int  # number of pairs
-    confidence: float  # nominal coverage, e.g. 0.95
-    reason: str | None = None  # why something is None; None if nothing is
 
 
 def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
@@ -45,16 +42,13 @@ def effect_size(differences: ArrayLike, confidence: float = 0.95) -> EffectSize:
     data = finite(differences, "differences")
     n = int(data.size)
     if not has_spread(data):
-        reason = "one pair has no spread" if n < 2 else "the differences have no spread"
-        return EffectSize(None, None, None, None, n, confidence, reason)
+        return EffectSize(None, None, None, None)
     mean, error = mean_and_error(data)
     t, root = mean / error, math.sqrt(n)
     d = t / root
     low = _noncentrality(t, n - 1, 0.5 + confidence / 2) / root
     high = _noncentrality(t, n - 1, 0.5 - confidence / 2) / root
-    if n == 2:
-        return EffectSize(d, low, high, None, n, confidence, "Hedges' correction needs three pairs")
-    return EffectSize(d, low, high, hedges_factor(n - 1) * d, n, confidence)
+    return EffectSize(d, low, high, hedges_factor(n - 1) * d if n > 2 else None)
 
 
 def hedges_factor(degrees: int) -> float:

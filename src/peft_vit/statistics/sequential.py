@@ -178,10 +178,6 @@ class _Comparison:
     verdicts: list[Verdict]  # (q,)
     stopped: Stopped | None = None
 
-    def evidence(self, looks: int) -> np.ndarray:
-        """Return its p-values (2, q) after so many looks."""
-        return self.p_values[..., looks - 1] if looks else np.ones(self.p_values.shape[:2])
-
 
 def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tuple[Course, ...]:
     """Return what a rule makes of comparisons with one control: a function of the data, whenever it is called.
@@ -205,7 +201,20 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
     comparisons = [_comparison(name, values, rule) for name, values in differences.items()]
     for k in range(len(rule.looks)):
         _look(comparisons, rule, k)
-    return tuple(_course(comparison, rule) for comparison in comparisons)
+    courses = []
+    for comparison in comparisons:
+        verdicts = dict(zip(rule.centers, comparison.verdicts, strict=True))
+        courses.append(
+            Course(
+                comparison.name,
+                tuple(comparison.looks),
+                verdicts.get(0.0),
+                verdicts.get(-rule.margin),
+                comparison.stopped,
+                None if comparison.stopped else rule.looks[len(comparison.looks)],
+            )
+        )
+    return tuple(courses)
 
 
 def next_look(courses: Sequence[Course], going: Collection[str]) -> tuple[list[str], int]:
@@ -237,8 +246,10 @@ def _look(comparisons: list[_Comparison], rule: StoppingRule, k: int) -> None:
     looking = [c for c in comparisons if c.stopped is None and len(c.looks) == k and k < len(c.means)]
     if not looking:
         return
-    evidence = np.array([c.evidence(len(c.looks) + (c in looking)) for c in comparisons])  # (m, 2, q)
-    above = adjusted(evidence[:, 0])  # (m, q)
+    seen = [len(c.looks) + (c in looking) for c in comparisons]
+    none = np.ones((2, len(rule.centers)))
+    evidence = np.array([c.p_values[..., n - 1] if n else none for c, n in zip(comparisons, seen, strict=True)])
+    above = adjusted(evidence[:, 0])  # (m, 2, q) to (m, q)
     below = adjusted(evidence[:, 1, ::-1])[:, ::-1]  # to be worse is shown before to be worse by the margin
     shares = (max(1, int((above[:, -1] > rule.level).sum())), max(1, int((below[:, 0] > rule.level).sum())))
     for comparison, up, down in zip(comparisons, above, below, strict=True):
@@ -250,7 +261,11 @@ def _look(comparisons: list[_Comparison], rule: StoppingRule, k: int) -> None:
         if "not decided" not in comparison.verdicts:
             comparison.stopped = "decided"
         elif comparison in looking:
-            comparison.stopped = _why_to_stop(comparison.looks[-1], rule)
+            power = comparison.looks[-1].predictive_power
+            if rule.looks[k] == rule.looks[-1]:
+                comparison.stopped = "maximum"
+            elif power is not None and power < rule.futility:
+                comparison.stopped = "futile"
 
 
 def _seen(comparison: _Comparison, rule: StoppingRule, k: int, p_values: np.ndarray, shares: tuple[int, int]) -> Look:
@@ -297,21 +312,3 @@ def _predictive_power(comparison: _Comparison, rule: StoppingRule, k: int) -> fl
     t, bound = rule.fractions[k], boundaries(rule.fractions, rule.level, rule.form)[-1]
     furthest = float(normal_score(comparison.t[:, open_ones, k], np.array(rule.looks[k])).max())
     return float(scipy.special.ndtr((furthest / math.sqrt(t) - bound) / math.sqrt((1 - t) / t)))
-
-
-def _why_to_stop(look: Look, rule: StoppingRule) -> Stopped | None:
-    if look.pairs == rule.looks[-1]:
-        return "maximum"
-    return "futile" if look.predictive_power is not None and look.predictive_power < rule.futility else None
-
-
-def _course(comparison: _Comparison, rule: StoppingRule) -> Course:
-    verdicts = dict(zip(rule.centers, comparison.verdicts, strict=True))
-    return Course(
-        comparison.name,
-        tuple(comparison.looks),
-        verdicts.get(0.0),
-        verdicts.get(-rule.margin),
-        comparison.stopped,
-        None if comparison.stopped else rule.looks[len(comparison.looks)],
-    )

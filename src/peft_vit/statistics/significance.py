@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -58,10 +59,7 @@ def minimum_n_wilcoxon(alpha: float = 0.05, comparisons: int = 1) -> int:
     """
     if not 0 < alpha < 1 or comparisons < 1:
         raise ValueError(f"expected 0 < alpha < 1 and comparisons >= 1, got {alpha}, {comparisons}")
-    n = 1
-    while comparisons * 2.0 ** (1 - n) > alpha:
-        n += 1
-    return n
+    return next(n for n in count(1) if comparisons * 2.0 ** (1 - n) <= alpha)
 
 
 def wilcoxon(differences: ArrayLike) -> Significance:
@@ -111,14 +109,13 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
     """
     if not rivals:
         raise ValueError("expected at least one rival")
-    count = len(rivals)
     tests = [wilcoxon(values) for values in rivals]
     towards = [_points(values, test) for values, test in zip(rivals, tests, strict=True)]
     least = min(tests, key=lambda test: test.n)
     ahead = [(test.p_value or 0.0) if way > 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
     behind = [(test.p_value or 0.0) if way < 0 else 1.0 for test, way in zip(tests, towards, strict=True)]
     shown = Significance(
-        f"{least.test}, each of {count} rivals",
+        f"{least.test}, each of {len(rivals)} rivals",
         least.n,
         max(ahead),
         least.minimum_n,
@@ -127,10 +124,10 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
     )
     against = tests[behind.index(min(behind))]
     opposite = Significance(
-        f"{against.test}, the worst of {count} rivals",
+        f"{against.test}, the worst of {len(rivals)} rivals",
         against.n,
-        min(1.0, count * min(behind)),
-        minimum_n_wilcoxon(comparisons=count),
+        min(1.0, len(rivals) * min(behind)),
+        minimum_n_wilcoxon(comparisons=len(rivals)),
         against.dropped,
         -1 if min(towards) < 0 else 0,
     )
@@ -161,13 +158,11 @@ def holm(p_values: Sequence[float]) -> tuple[float, ...]:
 
     Assumption: none on how the tests depend on each other. Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    count = len(p_values)
-    adjusted = [1.0] * count
-    running = 0.0
-    for position, index in enumerate(sorted(range(count), key=lambda i: p_values[i])):
-        running = max(running, min(1.0, (count - position) * p_values[index]))
-        adjusted[index] = running
-    return tuple(adjusted)
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(p.size, 0, -1) * p[order]))
+    return tuple(adjusted.tolist())
 
 
 def verdict(estimate: float, significance: Significance, adjusted_p: float | None, alpha: float = 0.05) -> Verdict:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import cast
 
 from peft_vit.adapters.peft_files import peft_sha256
-from peft_vit.analysis.hypotheses import load_registry
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
 from peft_vit.costs.estimate import (
@@ -26,7 +25,7 @@ from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError, named
 from peft_vit.methods import check
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Registration, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
@@ -57,7 +56,6 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
-        registration: the hypotheses that stand written down now.
         bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         before: what study.json says, read while planning; None: the study is new.
@@ -70,7 +68,6 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     precision: ChosenPrecision
-    registration: Registration
     bf16_factor: float | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
@@ -151,8 +148,6 @@ def plan_begun_study(
 
     `before` is what study.json says; None: the study is new.
     """
-    own_hypotheses = None if study.hypotheses is None else file.parent / study.hypotheses
-    registration = load_registry(own_hypotheses).registration()
     if smoke:
         study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
         study = unmeasured(study, describe(study.backbone, study.data.image_size))
@@ -200,7 +195,6 @@ def plan_begun_study(
         index.sha256,
         tuple(runs),
         precision,
-        registration,
         factor,
         part,
         notices,

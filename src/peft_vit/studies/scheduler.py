@@ -77,7 +77,7 @@ def drive(
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
-        store = StudyStore(lock, content.runs, plan.registration)
+        store = StudyStore(lock, content.runs)
         for text in store.notices:
             tell(Notice(text))
         waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]

@@ -1,7 +1,5 @@
 """A study's folder in the hands of its scheduler: results, which decide what is done, and the attempts until then.
 
-When a run is first begun, the hypotheses that stand written down then are put beside its checkpoints, for its record.
-
 A result is written in the order adapter, record, removal of the rest. Whoever is killed in between has lost nothing:
 what is left over beside a result is removed when the study is opened again.
 """
@@ -9,26 +7,26 @@ what is left over beside a result is removed when the study is opened again.
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
     REGISTRATION_FILE,
-    Registration,
     RunRecord,
     checkpoint_folders,
     write_result,
     write_whole,
 )
 from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, look_at, now
-from peft_vit.safe_io import folder_below, read_bytes
+from peft_vit.safe_io import folder_below
 from peft_vit.studies.lock import StudyLock
 
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
 # `write_checkpoint` and `write_atomically`.
 _TEMPORARY = (
     ".checkpoint-",
-    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, REGISTRATION_FILE, PROGRESS_FILE)),
+    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, PROGRESS_FILE)),
     REGISTRATION_FILE,
     PROGRESS_FILE,
 )
@@ -44,15 +42,13 @@ class StudyStore:
     Args:
         lock: of its folder.
         runs: that are planned.
-        registration: the hypotheses that stand written down now.
 
     Raises:
         UserError: as of `look_at`.
     """
 
-    def __init__(self, lock: StudyLock, runs: tuple[str, ...], registration: Registration | None = None) -> None:
+    def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
         self.folder = lock.folder
-        self._registration = registration
         self._known = {run: look_at(self.folder, run) for run in runs}
         self.notices = [f"{run}: {known.fault}" for run, known in self._known.items() if known.fault]
         for run, known in self._known.items():
@@ -65,9 +61,6 @@ class StudyStore:
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Write that an attempt begins."""
-        file = folder_below(self.folder, run) / REGISTRATION_FILE
-        if self._registration is not None and not file.exists():
-            write_whole(file, self._registration.model_dump_json().encode())
         number = self._known[run].attempts + 1
         begun = Attempt(number=number, state="running", started_at=now(), worker=worker, total_steps=total_steps)
         self._write(run, begun)
@@ -89,13 +82,12 @@ class StudyStore:
         """
         run = record.spec.name
         attempt = self._attempt(run)
-        said = {}
+        update: dict[str, Any] = {"attempts": attempt.number}
         for name in ("error", "traceback"):
             text = getattr(record, name)
             if text is not None:  # it may quote a file's name, which may be any bytes
-                said[name] = text.encode(errors="backslashreplace").decode()
-        known = {"attempts": attempt.number, "registration": self._registered(run)}
-        record = record.model_copy(update=known | said)
+                update[name] = text.encode(errors="backslashreplace").decode()
+        record = record.model_copy(update=update)
         if retried:
             self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
             return record
@@ -115,13 +107,6 @@ class StudyStore:
     def _write(self, run: str, attempt: Attempt) -> None:
         write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
         self._known[run] = look_at(self.folder, run)
-
-    def _registered(self, run: str) -> Registration | None:
-        """Return what stood written down when a run was first begun; None: nobody looked."""
-        try:
-            return Registration.model_validate_json(read_bytes(self.folder / run / REGISTRATION_FILE))
-        except (OSError, ValueError):
-            return None
 
     def _clean_up(self, run: str) -> None:
         """Remove what a finished run needs no more, and files that a killed process was about to put in place."""

@@ -14,7 +14,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_record, write_whole
 from peft_vit.records.study_file import STUDY_FILE, StudyFile
 
-_FREE = {"description", "execution", "hypotheses"}  # no result depends on them
+_FREE = {"description", "execution"}  # no result depends on them
 
 
 def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:

@@ -12,9 +12,8 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
+from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across, stratified_mean
 from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
-from peft_vit.analysis.pooling import stratified_mean
 from peft_vit.analysis.studies import Run
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError

@@ -11,9 +11,11 @@ import pytest
 from scipy import stats
 
 from peft_vit.analysis import Run
-from peft_vit.analysis.convergence import convergences, late_loss_deviation, roughness, settled_step
+from peft_vit.analysis.comparison import method_results
+from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
 from peft_vit.analysis.quantization import quantization_impacts
 from peft_vit.records import Evaluation, RunRecord, StepRow
+from peft_vit.report.calibration_tables import convergence_table
 
 LORA = planted.experiments()["lora_r8"]
 
@@ -107,13 +109,11 @@ def test_settled_step(validation: dict[int, float], expected: int | None) -> Non
 def test_an_experiment_over_its_seeds() -> None:
     rough = {0: [0, 3, 0, 3], 1: [0, 6, 0, 6]}
     records = [planted.record(LORA, seed, 0.8, changes={"steps": steps(y)}) for seed, y in rough.items()]
-    (row,) = convergences(planted.study_of(records))
-    assert row.seeds == (0, 1)
-    assert row.roughness is not None
-    assert row.roughness.estimate == pytest.approx(1.5 * math.sqrt(6))
-    assert row.roughness.n == 2
-    assert row.late_deviation is None, "two steps are no course"
-    assert row.steps == 4
+    (row,) = convergence_table(method_results(planted.study_of(records))).data
+    assert row["roughness"] == pytest.approx(1.5 * math.sqrt(6))
+    assert row["roughness_n"] == 2
+    assert row["late_deviation"] is None, "two steps are no course"
+    assert (row["steps"], row["n"]) == (4, 2)
 
 
 def quantized(seed: int, losses: list[float], **changes: object) -> RunRecord:
@@ -127,20 +127,20 @@ def test_a_rougher_quantized_run_is_told_against_its_float_twin() -> None:
     records += [quantized(seed, rough) for seed in range(2)]
     (impact,) = quantization_impacts(planted.study_of(records))
     against = impact.against_float
-    assert (against.roughness.name, against.roughness.reference) == ("qa_lora_4bit_nf4_constant", "lora_r8")
-    assert against.roughness.by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
+    assert (against["roughness"].name, against["roughness"].reference) == ("qa_lora_4bit_nf4_constant", "lora_r8")
+    assert against["roughness"].by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
     # The last three of nine: 0, 3, 0 (6, 0, 6 ...) about their mean: sqrt(6), and twice that.
-    assert against.late_deviation.by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
-    assert against.nll.difference is not None
-    assert against.nll.difference.estimate == pytest.approx(1.2 * 0.01)
+    assert against["late_deviation"].by_seed == pytest.approx((math.sqrt(6), math.sqrt(6)))
+    assert against["nll"].difference is not None
+    assert against["nll"].difference.estimate == pytest.approx(1.2 * 0.01)
 
 
 def test_a_loss_that_is_not_finite_leaves_its_pair_out_and_says_so() -> None:
     records = [planted.record(LORA, seed, 0.8) for seed in range(2)]
     records += [quantized(0, [math.nan] * 12), quantized(1, [1.0, 2.0, 1.0] * 4)]
     (impact,) = quantization_impacts(planted.study_of(records))
-    assert impact.against_float.roughness.seeds == (1,)
-    assert "1 pair(s) left out" in impact.against_float.roughness.note
+    assert impact.against_float["roughness"].seeds == (1,)
+    assert "1 pair(s) left out" in impact.against_float["roughness"].note
 
 
 def test_costs_stand_beside_those_of_the_float_twin() -> None:
@@ -151,13 +151,16 @@ def test_costs_stand_beside_those_of_the_float_twin() -> None:
         quantized(1, [1.0] * 9, latency_s={1: 0.05, 8: 0.4}, seconds_per_step=1.1, own_memory_bytes=None),
     ]
     (impact,) = quantization_impacts(planted.study_of(records))
-    assert impact.costs.latency_s == {1: pytest.approx(0.04)}, "only what both runs measured"
-    assert impact.costs.seconds_per_step == pytest.approx(1.0)
-    assert impact.costs.own_memory_bytes == 900_000_000
-    assert impact.float_costs is not None
-    assert impact.float_costs.latency_s == latency
+    own, twin = impact.costs, impact.float_costs
+    latencies = {name: seconds for name, seconds in own.items() if name.startswith("latency")}
+    assert latencies == {"latency_s_batch_1": pytest.approx(0.04)}, "only what both runs measured"
+    assert own["seconds_per_step"] == pytest.approx(1.0)
+    assert own["own_memory_bytes"] == 900_000_000
+    assert (twin["latency_s_batch_1"], twin["latency_s_batch_8"]) == (latency[1], latency[8])
     assert impact.same_machine
-    assert impact.float_costs.stored_bytes > 3 * impact.costs.stored_bytes
+    assert twin["stored_bytes"] is not None
+    assert own["stored_bytes"] is not None
+    assert twin["stored_bytes"] > 3 * own["stored_bytes"]
 
 
 def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:

@@ -8,8 +8,8 @@ import planted
 import pytest
 
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
-from peft_vit.analysis.findings import Finding, all_findings
-from peft_vit.analysis.hypotheses import load_registry
+from peft_vit.analysis.findings import Finding, find
+from peft_vit.analysis.measures.evidence import Evidence
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
 from peft_vit.statistics import gini, normalized_entropy
@@ -19,16 +19,18 @@ pytestmark = pytest.mark.part("analyzer")
 EXPERIMENTS = planted.experiments()
 ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
 SITES = planted.sites()
-REGISTRY = load_registry()
 
 
-def found(records: list[RunRecord], hypothesis: str) -> list[Finding]:
-    findings = [f for of_study in all_findings(planted.studies_of(records), REGISTRY).values() for f in of_study]
-    return [finding for finding in findings if finding.hypothesis.id == hypothesis]
+def findings_of(records: list[RunRecord]) -> tuple[Finding, ...]:
+    return find(Evidence(planted.study_of(records)))
 
 
-def only(records: list[RunRecord], hypothesis: str) -> Finding:
-    (finding,) = found(records, hypothesis)
+def found(records: list[RunRecord], sentence: str) -> list[Finding]:
+    return [finding for finding in findings_of(records) if finding.sentence.id == sentence]
+
+
+def only(records: list[RunRecord], sentence: str) -> Finding:
+    (finding,) = found(records, sentence)
     return finding
 
 
@@ -66,7 +68,22 @@ def qa(name: str, **changes: Any) -> dict[str, Any]:
 def test_attention_over_mlp() -> None:
     finding = only([run(ADALORA, seed) for seed in range(6)], "attention-over-mlp")
     assert finding.values == pytest.approx([2.0] * 6), "planted: four times as high at the last decision"
-    assert (finding.verdict, finding.hypothesis.unit) == ("supported", "log2 ratio")
+    assert (finding.verdict, finding.sentence.unit) == ("supported", "log2 ratio")
+
+
+def test_ranks_by_chance_are_described_and_say_nothing_of_scores() -> None:
+    adalora = ADALORA.adalora.model_copy(update={"importance_metric": "random"})
+    by_chance = ADALORA.model_copy(update={"name": "by_chance", "adalora": adalora})
+    records = [run(one, seed) for one in (ADALORA, by_chance, EXPERIMENTS["lora_r4"]) for seed in range(2)]
+    subjects: dict[str, set[str]] = {}
+    for finding in findings_of(records):
+        if finding.values:
+            subjects.setdefault(finding.sentence.id, set()).add(finding.subject.partition(" against ")[0])
+    for name in ("attention-over-mlp", "query-most-rank", "query-more-than-mean", "seeds-agree"):
+        assert subjects[name] == {ADALORA.name}
+    for name in ("spread-gini", "spread-entropy"):
+        assert subjects[name] == {ADALORA.name, "by_chance"}
+    assert subjects["above-majority"] == {ADALORA.name, "by_chance", "lora_r4"}
 
 
 def test_query_lead() -> None:
@@ -264,8 +281,8 @@ def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -
     accuracy = {name: (480 + place) / 600 for place, name in enumerate(made)}
     records = [run(one, 0, accuracy[name]) for name, one in made.items()]
 
-    def pairs(hypothesis: str) -> dict[str, float]:
-        return {f.subject: round(600 * f.interval.estimate, 9) for f in found(records, hypothesis)}
+    def pairs(sentence: str) -> dict[str, float]:
+        return {f.subject: round(600 * f.interval.estimate, 9) for f in found(records, sentence)}
 
     assert pairs("groups-help") == {"base against one_scale": -1, "scaled against both": -4}
     assert pairs("gradient-scaling-helps") == {
@@ -376,9 +393,9 @@ def test_above_majority() -> None:
 
 
 def test_nothing_finished_is_no_data_everywhere() -> None:
-    findings = all_findings(planted.studies_of([planted.failed(ADALORA, 0, "out of memory")]), REGISTRY)
-    assert {f.verdict for of_study in findings.values() for f in of_study} == {"no data"}
-    assert all(f.outcome for of_study in findings.values() for f in of_study)
+    findings = findings_of([planted.failed(ADALORA, 0, "out of memory")])
+    assert {f.verdict for f in findings} == {"no data"}
+    assert all(f.outcome for f in findings)
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
@@ -410,94 +427,3 @@ def test_memory_factors() -> None:
     whole = 4 * (planted.BACKBONE_PARAMETERS + 770) / (quantized * 5 / 8 + planted.LEFT_IN_FLOAT + 3080)
     assert only(records, "four-bits-model-eighth").values == pytest.approx((whole,), rel=1e-6)
     assert whole < 32 / 5
-
-
-# --- several studies --------------------------------------------------------------------------------------------------
-
-
-def on(data: str, seed: int, order: tuple[int, ...], **named: Any) -> RunRecord:
-    history = scores({site.name: float(value) for site, value in zip(SITES, order, strict=False)})
-    return planted.record(
-        ADALORA,
-        seed,
-        0.8,
-        study=f"on_{data}",
-        provenance_changes={"data_sha256": data * 64},
-        changes={"importance_history": history},
-        **named,
-    )
-
-
-def test_agreement_of_data_sets() -> None:
-    records = [on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)]
-    records += [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(1, 4)]
-    finding = only(records, "data-sets-agree")
-    assert finding.labels == ("1", "2")
-    assert finding.values == pytest.approx((0.9, 0.9))
-    assert finding.subject == f"{ADALORA.name} on on_a and on_b"
-
-
-@pytest.mark.parametrize(
-    ("changes", "agree"),
-    [({"update_frequency": 4, "warmup_steps": 8, "final_steps": 20}, True), ({"total_rank_budget": 300}, False)],
-)
-def test_data_sets_may_differ_in_when_ranks_were_decided_but_not_in_the_budget(
-    changes: dict[str, int], agree: bool
-) -> None:
-    other = [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(3)]
-    adalora = ADALORA.adalora.model_copy(update=changes)
-    experiment = ADALORA.model_copy(update={"adalora": adalora})
-    other = [planted.asking(r, experiment=experiment) for r in other]
-    finding = only([*(on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)), *other], "data-sets-agree")
-    assert (finding.verdict != "no data") == agree
-
-
-def test_data_sets_are_told_apart_by_their_images_and_smoke_runs_stand_apart() -> None:
-    same = [on("a", 0, (1, 2, 3))] + [planted.asking(r, study="other") for r in [on("a", 0, (1, 2, 3))]]
-    assert only(same, "data-sets-agree").verdict == "no data"
-    assert only([on("a", 0, (1, 2, 3)), on("b", 0, (1, 2, 3), smoke=True)], "data-sets-agree").verdict == "no data"
-
-
-def varied(gains: list[int], seeds: int, scatter: float = 0.0) -> list[RunRecord]:
-    """Return experiments whose scores vary the more the later they stand, with gains in images of 600."""
-    section = {"total_rank_budget": 288, "allocation_strategy": "proportional", "update_frequency": 6}
-    made = planted.experiments_of(
-        *(
-            {
-                "name": f"e{i:02}",
-                "method": "adalora",
-                "adalora": {
-                    **section,
-                    "warmup_steps": 12,
-                    "importance_metric": "magnitude",
-                    "total_rank_budget": 288 + i,
-                },
-            }
-            for i in range(len(gains))
-        )
-    )
-    rng = np.random.default_rng(0)
-    records = [record for seed in range(seeds) for record in lora_line(seed, {1: 450 / 600, 2: 450 / 600})]
-    for seed in range(seeds):
-        for i, (gain, one) in enumerate(zip(gains, made.values(), strict=True)):
-            values = {site.name: 2.0 + i if site.matrix == "query" else 1.0 for site in SITES}
-            accuracy = (450 + gain + scatter * rng.normal()) / 600
-            records.append(with_parameters(run(one, seed, accuracy, importance_history=scores(values)), 1500))
-    return records
-
-
-def test_gain_where_importance_varies() -> None:
-    finding = only(varied([3, 5, 4, 9, 7], 2), "gain-where-importance-varies")
-    assert finding.values == pytest.approx((6 / 600, 2 / 600)), "e03 against e00, e04 against e01"
-    assert finding.labels == ("e03 in quickstart - e00 in quickstart", "e04 in quickstart - e01 in quickstart")
-    assert finding.note == "over 5 experiments; in no pair: e02 in quickstart"
-    one = only(varied([3], 2), "gain-where-importance-varies")
-    assert one.outcome == "needs scores and gains of at least 2 experiments, there are 1"
-    assert only(varied([*range(12)], 1), "gain-where-importance-varies").verdict == "supported"
-    assert only(varied([*range(12, 0, -1)], 1), "gain-where-importance-varies").verdict == "refuted"
-
-
-def test_many_seeds_of_few_experiments_do_not_show_where_adaptive_ranks_gain() -> None:
-    finding = only(varied([1, 20, 40], 8, scatter=1.0), "gain-where-importance-varies")
-    assert finding.verdict == "not decided", "three gains rise by chance in one of six worlds, in every seed of it"
-    assert finding.n == 1

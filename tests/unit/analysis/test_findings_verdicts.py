@@ -6,39 +6,25 @@ import numpy as np
 import pytest
 
 from peft_vit.analysis.findings import Finding, conclude, judge
-from peft_vit.analysis.hypotheses import Hypothesis
-from peft_vit.analysis.measures import Measured
+from peft_vit.analysis.measures.evidence import Measured
+from peft_vit.analysis.sentences import Sentence
 from peft_vit.statistics import wilcoxon
 
 pytestmark = pytest.mark.part("analyzer")
 
 
-def hypothesis(test: str = "superiority", name: str = "h", **changes: Any) -> Hypothesis:
-    values: dict[str, Any] = {
-        "id": name,
-        "sentence": "s",
-        "test": test,
-        "measure": "above_majority",
-        "parameters": {"of": {}},
-        "unit": "share",
-        "source": "me",
-        "family": "f",
-        "refuted_by": "r",
-    }
-    if test in ("counted", "described"):
-        del values["family"]
-    if test == "described":
-        del values["refuted_by"]
-    return Hypothesis(**{**values, **changes})
+def sentence(test: str = "superiority", name: str = "h", **changes: Any) -> Sentence:
+    values = {"family": "f", **changes}
+    return Sentence(id=name, text="s", test=test, measure=lambda _: (), unit="share", source="me", **values)
 
 
 def values_of(values: Any, subject: str = "a") -> Measured:
     data = tuple(float(value) for value in values)
-    return Measured(subject, data, tuple(str(seed) for seed in range(len(data))), "seeds", ())
+    return Measured(subject, data, tuple(str(seed) for seed in range(len(data))), "seeds")
 
 
 def found(values: Any, test: str = "superiority", **changes: Any) -> Finding:
-    (finding,) = judge([(hypothesis(test, **changes), values_of(values))])
+    (finding,) = judge([(sentence(test, **changes), values_of(values))])
     return finding
 
 
@@ -73,17 +59,22 @@ def test_too_few_seeds_decide_nothing_and_say_how_many_would(n) -> None:
 
 
 def test_a_larger_family_needs_more_seeds() -> None:
-    rows = [(hypothesis(name=f"h{i}"), values_of(np.arange(1, 7))) for i in range(3)]
+    rows = [(sentence(name=f"h{i}"), values_of(np.arange(1, 7))) for i in range(3)]
     assert {f.outcome for f in judge(rows)} == {"not decidable with n = 6, needs at least 7"}
-    apart = [(hypothesis(name=f"h{i}", family=f"f{i}"), values_of(np.arange(1, 7))) for i in range(3)]
+    apart = [(sentence(name=f"h{i}", family=f"f{i}"), values_of(np.arange(1, 7))) for i in range(3)]
     assert {f.verdict for f in judge(apart)} == {"supported"}
+
+
+def test_a_sentence_without_a_family_is_one_of_its_own() -> None:
+    rows = [(sentence(name=f"h{i}", family=""), values_of(np.arange(1, 7))) for i in range(3)]
+    assert {f.verdict for f in judge(rows)} == {"supported"}
 
 
 def test_holm_over_a_family_by_hand() -> None:
     rows = [np.arange(1, 11), np.array([-1, 2, 3, 4, 5, 6, 7, 8, 9, 10]), np.array([-4, 5, -6, 7, -1, 2, 3, -8, 9, 10])]
     raw = [wilcoxon(row).p_value for row in rows]
     assert raw == sorted(raw)
-    findings = judge([(hypothesis(name=f"h{i}"), values_of(row)) for i, row in enumerate(rows)])
+    findings = judge([(sentence(name=f"h{i}"), values_of(row)) for i, row in enumerate(rows)])
     by_hand = [3 * raw[0], max(3 * raw[0], 2 * raw[1]), max(3 * raw[0], 2 * raw[1], raw[2])]
     assert [f.p_value for f in findings] == pytest.approx(by_hand, abs=1e-12)
 
@@ -118,7 +109,7 @@ def test_a_test_without_p_value_still_counts_in_its_family() -> None:
     equal = np.full(5, 0.004)
     some = np.array([0.001, -0.002, 0.009, 0.004, 0.002])
     alone = found(some, "noninferiority", margin=0.006)
-    rows = [(hypothesis("noninferiority", name=n, margin=0.006), values_of(v)) for n, v in (("x", some), ("y", equal))]
+    rows = [(sentence("noninferiority", name=n, margin=0.006), values_of(v)) for n, v in (("x", some), ("y", equal))]
     together, without = judge(rows)
     assert without.p_value is None
     assert together.p_value == pytest.approx(2 * alone.p_value), "a result must not make the family smaller"
@@ -137,10 +128,10 @@ def test_counted_and_described() -> None:
 
 
 def test_nothing_is_no_data_and_takes_no_part_in_a_family() -> None:
-    nothing = Measured("b", (), (), "seeds", (), "no run")
-    first, second = judge([(hypothesis(name="x"), values_of(range(1, 7))), (hypothesis(name="y"), nothing)])
+    nothing = Measured("b", (), (), "seeds", "no run")
+    first, second = judge([(sentence(name="x"), values_of(range(1, 7))), (sentence(name="y"), nothing)])
     assert first.verdict == "supported", "with two tests it would need seven seeds"
-    assert (second.verdict, second.outcome, second.interval, second.mark) == ("no data", "no run", None, None)
+    assert (second.verdict, second.outcome, second.interval) == ("no data", "no run", None)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +148,7 @@ def test_nothing_is_no_data_and_takes_no_part_in_a_family() -> None:
 )
 def test_one_verdict_over_several_experiments(signs, expected, counts) -> None:
     values = {"+": np.arange(1, 11), "-": -np.arange(1, 11), "0": [1, -2, 3, -4], ".": []}
-    rows = [(hypothesis(), values_of(values[sign], f"e{i}")) for i, sign in enumerate(signs)]
+    rows = [(sentence(), values_of(values[sign], f"e{i}")) for i, sign in enumerate(signs)]
     (conclusion,) = conclude(judge(rows))
     assert (conclusion.verdict, conclusion.counts) == (expected, counts)
 

@@ -322,5 +322,5 @@ def test_crossing_by_hand():
 
 def test_images_that_are_no_files_are_numbered():
     labels = np.zeros(2, np.int64)
-    index = ImageIndex("toy", labels, labels, ("a", "b"), None, "none", "0" * 64, lambda i: None)
+    index = ImageIndex(labels, labels, ("a", "b"), None, "0" * 64, lambda i: None)
     assert index.title(1) == "image 1"

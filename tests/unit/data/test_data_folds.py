@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from peft_vit.config import DataConfig
 from peft_vit.data import ImageIndex, load_data, make_splits
-from peft_vit.data.folds import deal_folds
+from peft_vit.data.splits import deal_folds
 from peft_vit.errors import UserError
 
 SETS = st.integers(5, 60).flatmap(

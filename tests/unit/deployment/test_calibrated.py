@@ -31,7 +31,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def predicted(card: ModelCard, image: Path, coverage: float | None = None):
-    classifier = Classifier(card, lambda images: torch.tensor([LOGITS] * len(images)))
+    classifier = Classifier(lambda images: torch.tensor([LOGITS] * len(images)), card)
     (found,) = predict_files(classifier, [image], coverage)
     return found
 

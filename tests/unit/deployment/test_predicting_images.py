@@ -47,7 +47,7 @@ def test_predict_sees_what_training_sees(
         seen.append(images)
         return torch.zeros(len(images), len(card.class_names))
 
-    found = list(predict_files(Classifier(card.model_copy(update={"channels": 3}), logits), [tmp_path / "images"]))
+    found = list(predict_files(Classifier(logits, card.model_copy(update={"channels": 3})), [tmp_path / "images"]))
     assert [one.file.name for one in found] == [name.split("/")[1] for name in index.names]
     expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), card.mean, card.std)
     assert torch.equal(torch.cat(seen), expected)
@@ -59,7 +59,7 @@ def test_a_folder_that_cannot_be_listed_is_named(
 ) -> None:
     write_images(tmp_path)
     unreadable(tmp_path / "dog")
-    classifier = Classifier(card, lambda images: torch.zeros(len(images), len(card.class_names)))
+    classifier = Classifier(lambda images: torch.zeros(len(images), len(card.class_names)), card)
     *predicted, refused = predict_files(classifier, [tmp_path])
     assert [one.file for one in predicted] == sorted((tmp_path / "cat").iterdir())
     assert isinstance(refused, UserError)

@@ -58,14 +58,6 @@ def test_the_command_names_it_and_ends_with_1(format: str, tmp_path: Path, capsy
     assert capsys.readouterr().err.startswith(f"note: {results / 'metrics.csv'}: is no file of a study")
 
 
-def test_findings_name_it_too(tmp_path: Path, capsys) -> None:
-    results = unfinished.results_with(tmp_path / "out", TORN)
-    assert code("findings", results) == 1
-    said = capsys.readouterr()
-    assert said.out
-    assert said.err.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
-
-
 def test_nothing_readable_is_an_error_with_every_name(tmp_path: Path, capsys) -> None:
     results = unfinished.results_with(tmp_path / "out", b"{}")
     for seed in range(3):

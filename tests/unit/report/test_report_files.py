@@ -1,5 +1,6 @@
 """The report as files: complete, the same bytes again, closed against hostile names, without torch."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -121,6 +122,28 @@ def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRe
         s for s, is_so in folded.items() if is_so
     }
     assert {"accuracy", "all_pairs", "cost", "verdicts"} <= {slug for slug, is_so in folded.items() if not is_so}
+
+
+def test_verdicts_findings_and_what_it_can_say_nothing_about(tmp_path: Path) -> None:
+    accuracy = {"linear_probe": 450, "full_finetuning": 470, "lora_r4": 465, "lora_r8": 480}
+    records = [
+        planted.record(EXPERIMENTS[name], seed, (images + seed + name.startswith("lora") * seed) / 600)
+        for name, images in accuracy.items()
+        for seed in range(3)
+    ]
+    files = build_report(planted.write(tmp_path / "results", records), tmp_path / "report")
+    assert files.html is not None
+    page, summary = files.html.read_text(), files.markdown.read_text()
+    for text in (page, summary[summary.index("## Insights") :]):
+        assert "Every run is more accurate than always naming the most frequent class" in text
+        assert "Attention sites score higher than MLP sites, in the mean per triplet" in text
+        assert "no experiment of method linear" not in text, "it is there"
+        assert "no experiment of method " in text
+    (table,) = (file for file in files.tables if file.name.endswith("_findings.csv"))
+    rows = {(row["id"], row["subject"]): row for row in csv.DictReader(table.read_text().splitlines())}
+    row = rows["lora-beats-full", "lora_r8 against full_finetuning"]
+    assert float(row["estimate"]) == pytest.approx((10 + 11 + 12) / 3 / 600, rel=1e-12)
+    assert (row["verdict"], int(row["n"]), row["n_of"]) == ("not decided", 3, "pairs")
 
 
 def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
-from peft_vit.runs import calibration
+from peft_vit.runs import execute
 from peft_vit.runs.restore import restore_run
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.smoke import smoke_study
@@ -56,7 +56,7 @@ def test_a_run_keeps_its_choice_and_comes_back_without_measuring(study, tmp_path
         formats = json.loads(file.metadata()["peft_vit"])["formats"]
     assert {name: one["type"] for name, one in formats.items()} == found.types
 
-    monkeypatch.setattr(calibration, "allocate_bits", None)  # nothing is measured from here on
+    monkeypatch.setattr(execute, "allocate_bits", None)  # nothing is measured from here on
     run = restore_run(folder)
     assert {name: module.quantized.format.type for name, module in adapted_modules(run.model)} == found.types
     assert current_ranks(run.model) == record.rank_history[-1].ranks
@@ -66,13 +66,13 @@ def test_a_run_keeps_its_choice_and_comes_back_without_measuring(study, tmp_path
 
 def test_it_is_measured_on_training_images_alone(study, tmp_path, monkeypatch) -> None:
     seen = []
-    allocate = calibration.allocate_bits
+    allocate = execute.allocate_bits
 
     def watching(model, config, images, labels, **rest):
         seen.append((images, labels))
         return allocate(model, config, images, labels, **rest)
 
-    monkeypatch.setattr(calibration, "allocate_bits", watching)
+    monkeypatch.setattr(execute, "allocate_bits", watching)
     record = do(study("adaptive_bits"), tmp_path)
     ((images, labels),) = seen
     train = load_data(record.spec.data, 0).train

@@ -52,9 +52,9 @@ def test_the_last_step_is_the_model_and_a_stopped_run_comes_to_the_same_end(
     unseen, tmp_path, monkeypatch, method
 ) -> None:
     spec, tested = spec_of(unseen(method), tmp_path), []
-    predict = run_module._predict
+    predict = run_module.predict
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_predict", lambda *arguments: tested.append(1) or predict(*arguments))
+        patch.setattr(run_module, "predict", lambda *args, **named: tested.append(1) or predict(*args, **named))
         whole = run_one(spec)
     record = whole.record
     assert record.error is None

@@ -24,6 +24,7 @@ from fake_study import (
 
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, write_result
+from peft_vit.records.contents import read_contents
 from peft_vit.records.owner import LOCK_FILE, owner_of
 from peft_vit.records.progress import look_at
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
@@ -313,6 +314,9 @@ def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> N
     assert (attempt.number, attempt.state) == (1, "interrupted")
     states = [run.state for run in study_status(tmp_path / "fake").runs]
     assert states == ["done", "pending", "pending", "pending"]
+    (tmp_path / "fake/a/seed_1").mkdir(exist_ok=True)
+    (tmp_path / "fake/a/seed_1/registration.json").write_text("{}")  # as version 0.2.0 left it
+    assert [problem.file for problem in read_contents(tmp_path).problems] == []
     fake_drive(STUDY, tmp_path)
     assert attempts(tmp_path, "a/seed_1") == 2
     check_complete(STUDY, tmp_path)

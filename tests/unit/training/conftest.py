@@ -23,7 +23,7 @@ def data() -> Callable[..., Data]:
             return LabelledImages(levels.astype(np.uint8), labels.astype(np.int64))
 
         names = tuple(f"class {k}" for k in range(5))
-        return Data(names, split(train), split(validation), SealedImages(split(test), 5), "d" * 64, "s" * 64, "none")
+        return Data(names, split(train), split(validation), SealedImages(split(test), 5), "d" * 64, "s" * 64)
 
     return make
 

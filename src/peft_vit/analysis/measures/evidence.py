@@ -1,22 +1,19 @@
-"""What measures look at, what they return, and how they find the runs that a hypothesis is about."""
+"""What measures look at, what they return, and how they find the runs that a sentence is about."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from peft_vit.analysis.allocation import Allocation, allocations
 from peft_vit.analysis.comparison import references
-from peft_vit.analysis.measures.selection import Reference, Selection, settings_without
 from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig, Frozen
-from peft_vit.records import RunRecord
-
-Unit = Literal["share", "log2 ratio", "ranks", "rho", "index", "factor", "nats", "s", "bytes"]
+from peft_vit.config import ExperimentConfig
 
 # Where the fields that not every record has come from; what is not named here, every finished run has.
 _HOW_TO_RECORD = {
@@ -30,7 +27,15 @@ _HOW_TO_RECORD = {
 
 
 class NoDataError(Exception):
-    """Nothing in the records speaks about a hypothesis; the message says why, and what would."""
+    """Nothing in the records speaks about a sentence; the message says why, and what would."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some experiments of a study, told by what they are, never by their results."""
+
+    words: str  # as they follow "no experiment"
+    takes: Callable[[ExperimentConfig], bool]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,6 @@ class Measured:
     values: tuple[float, ...]  # one for each of `labels`; empty if there are none
     labels: tuple[str, ...]  # what each value belongs to, as a rule a seed
     n_of: str  # what n counts, in the plural
-    records: tuple[RunRecord, ...]  # all that the values come from
     note: str = ""  # what restricts them; for no values, why there are none
     # for a sentence about the most of several: the values against each rival, of which `values` are those with the
     # smallest mean; empty for any other sentence
@@ -85,17 +89,17 @@ class Evidence:
         loras = {experiment.name for experiment in self.study.fixed_rank_loras()}
         return next((name for name in references(self.study) if name in loras), None)
 
-    def subjects(self, selection: Selection, needs: Sequence[str]) -> tuple[Subject, ...]:
-        """Return the selected experiments that have a finished run with everything that is needed.
+    def subjects(self, of: Group, needs: Sequence[str] = ()) -> tuple[Subject, ...]:
+        """Return the experiments of a group that have a finished run whose record has all fields that are needed.
 
         Raises:
             NoDataError: if there is none, with what is missing.
         """
-        meant = [e for e in self.study.experiments if selection.takes(e, self.reference_lora)]
+        meant = [e for e in self.study.experiments if of.takes(e)]
         finished = [(e, self.study.of(e.name)) for e in meant]
         if not any(runs for _, runs in finished):
             left = " has finished" if meant else ""
-            raise NoDataError(f"no experiment {selection.words()}{left}")
+            raise NoDataError(f"no experiment {of.words}{left}")
         found = []
         for experiment, runs in finished:
             whole = tuple(run for run in runs if not _missing(run, needs))
@@ -109,23 +113,22 @@ class Evidence:
             raise NoDataError("; ".join(how))
         return tuple(found)
 
-    def partners(self, experiment: ExperimentConfig, reference: Reference) -> Iterator[ExperimentConfig]:
-        """Yield the experiments with a finished run that an experiment is to be compared with."""
-        for other in self.study.experiments:
-            if (
-                other.name != experiment.name
-                and self.study.of(other.name)
-                and reference.takes(other, self.reference_lora)
-                and reference.differ(experiment, other)
-                and (not reference.same_but or self._rest(experiment, reference) == self._rest(other, reference))
-            ):
-                yield other
+    def partners(self, one: ExperimentConfig, against: Group, same_but: tuple[str, ...]) -> Iterator[ExperimentConfig]:
+        """Yield the experiments of a group that have a finished run and that an experiment is to be compared with.
 
-    def _rest(self, experiment: ExperimentConfig, reference: Reference) -> str:
+        With `same_but` only those whose settings differ in some of these and in nothing else.
+        """
+        for other in self.study.experiments:
+            if other.name != one.name and self.study.of(other.name) and against.takes(other):
+                differ = any(value_at(one, path) != value_at(other, path) for path in same_but)
+                if not same_but or (differ and self._rest(one, same_but) == self._rest(other, same_but)):
+                    yield other
+
+    def _rest(self, experiment: ExperimentConfig, same_but: tuple[str, ...]) -> str:
         """Return what must be equal; kept, since every pair of experiments asks for it."""
-        key = experiment.name, reference.same_but
+        key = experiment.name, same_but
         if key not in self._rests:
-            self._rests[key] = settings_without(experiment, reference.same_but)
+            self._rests[key] = settings_without(experiment, same_but)
         return self._rests[key]
 
     def _unfinished(self, experiment: ExperimentConfig) -> str:
@@ -134,6 +137,27 @@ class Evidence:
         return together(
             f"failed: seed {joined(failed)}" if failed else "", f"missing: seed {joined(missing)}" if missing else ""
         )
+
+
+def value_at(experiment: ExperimentConfig, path: str) -> Any:
+    """Return what a setting is by its dotted name, as in qa_lora.quantization_bits; None where its section is not."""
+    value: Any = experiment
+    for part in path.split("."):
+        value = None if value is None else getattr(value, part)
+    return value
+
+
+def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> str:
+    """Return all settings but the name and the given ones, as text that is equal where they are."""
+    settings: dict[str, Any] = experiment.model_dump(mode="json")
+    for path in ("name", *paths):
+        *sections, last = path.split(".")
+        inner: Any = settings
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return json.dumps(settings, sort_keys=True)
 
 
 def _missing(run: Run, needs: Sequence[str]) -> list[str]:
@@ -162,48 +186,12 @@ def by_seed(subject: Subject, value: Callable[[Run], float | None], without: str
         values=tuple(known.values()),
         labels=tuple(str(seed) for seed in known),
         n_of="seeds",
-        records=tuple(run.record for run in subject.runs if run.seed in known),
         note=together(subject.note, note),
     )
 
 
-def records_of(study: Study, experiments: Iterable[str], seeds: Iterable[int]) -> tuple[RunRecord, ...]:
-    """Return the records of some experiments' finished runs at some seeds."""
-    wanted = set(seeds)
-    return tuple(run.record for name in experiments for run in study.of(name) if run.seed in wanted)
-
-
-class OfParameters(Frozen):
-    """What a hypothesis says under `parameters`: the experiments, and in subclasses what else a measure asks."""
-
-    of: Selection
-
-
-Subjects = tuple[Subject, ...]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A function from studies to values, and what a hypothesis has to say to use it."""
-
-    parameters: type[OfParameters]  # model of what stands under `parameters` in the registry
-    unit: Unit | Callable[[Any], Unit]  # of the values, and so of the margin
-    # values of one study's selected experiments; None where several studies are needed
-    of_study: Callable[[Evidence, Subjects, Any], tuple[Measured, ...]] | None = None
-    # values over all studies of a directory, each with its selected experiments, if any; None where one study is enough
-    of_studies: Callable[[Sequence[tuple[Evidence, Subjects]], Any], tuple[Measured, ...]] | None = None
-
-    def unit_of(self, parameters: OfParameters) -> Unit:
-        """Return the unit of the values."""
-        return self.unit(parameters) if callable(self.unit) else self.unit
-
-
 def each_run(
-    value: Callable[[Run, Any], float | None], without: str
-) -> Callable[[Evidence, Subjects, Any], tuple[Measured, ...]]:
-    """Return the measure that takes one value from each run; `without` as in `by_seed`."""
-
-    def measured(_: Evidence, subjects: Subjects, parameters: Any) -> tuple[Measured, ...]:
-        return tuple(by_seed(subject, lambda run: value(run, parameters), without) for subject in subjects)
-
-    return measured
+    evidence: Evidence, of: Group, needs: Sequence[str], value: Callable[[Run], float | None], without: str
+) -> tuple[Measured, ...]:
+    """Return one value from each run of each experiment of a group, see `by_seed`."""
+    return tuple(by_seed(subject, value, without) for subject in evidence.subjects(of, needs))

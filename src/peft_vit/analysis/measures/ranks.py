@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
-from typing import Literal
 
-from peft_vit.analysis.measures.evidence import Evidence, Measured, OfParameters, Subject, Subjects, by_seed, together
+from peft_vit.analysis.measures.evidence import Evidence, Group, Measured, Subject, by_seed, each_run, together
 from peft_vit.analysis.studies import Run
-from peft_vit.config import SiteMatrix
 from peft_vit.statistics import gini, normalized_entropy
 
-
-class RankLeadParameters(OfParameters):
-    """Of `rank_lead`."""
-
-    matrix: SiteMatrix
-    over: Literal["each", "mean"]
-
-
-def rank_lead(_: Evidence, subjects: Subjects, parameters: RankLeadParameters) -> tuple[Measured, ...]:
-    """Return the mean final rank of a matrix type minus that of the others.
-
-    `over: each` asks for the most of all types. Every other type is a rival of its own, tested over seeds; the values
-    are those against the rival of the largest mean over seeds. The largest type of each seed would not do: it changes
-    with chance, and lies above any single type even where all get the same on average. `over: mean` subtracts the mean
-    over all other sites.
-    """
-    if parameters.over == "each":
-        return tuple(_over_each(subject, parameters.matrix) for subject in subjects)
-    return tuple(by_seed(subject, lambda run: _over_mean(run, parameters.matrix), _WITHOUT) for subject in subjects)
-
-
+_NEEDS = ("rank_history",)
 _WITHOUT = "without sites of both kinds"
 
 
-def _over_each(subject: Subject, matrix: SiteMatrix) -> Measured:
+def query_over_each(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
+    """Return the mean final rank of query sites minus that of each other matrix type.
+
+    Every other type is a rival of its own, tested over seeds; the values are those against the rival of the largest
+    mean over seeds. The largest type of each seed would not do: it changes with chance, and lies above any single type
+    even where all get the same on average.
+    """
+    return tuple(_over_each(subject) for subject in evidence.subjects(of, _NEEDS))
+
+
+def _over_each(subject: Subject) -> Measured:
     means = {run.seed: {kind: fmean(ranks) for kind, ranks in _by_matrix(run).items()} for run in subject.runs}
-    seeds = [seed for seed, of in means.items() if matrix in of and len(of) > 1]
-    common = sorted(set.intersection(*(set(means[seed]) for seed in seeds)) - {matrix}) if seeds else []
-    leads = {kind: tuple(means[seed][matrix] - means[seed][kind] for seed in seeds) for kind in common}
+    seeds = [seed for seed, of in means.items() if "query" in of and len(of) > 1]
+    common = sorted(set.intersection(*(set(means[seed]) for seed in seeds)) - {"query"}) if seeds else []
+    leads = {kind: tuple(means[seed]["query"] - means[seed][kind] for seed in seeds) for kind in common}
     strongest = min(leads, key=lambda kind: (math.fsum(leads[kind]), kind), default="")
     values = dict(zip(seeds, leads[strongest], strict=True)) if leads else {}
     measured = by_seed(subject, lambda run: values.get(run.seed), _WITHOUT)
@@ -50,9 +39,14 @@ def _over_each(subject: Subject, matrix: SiteMatrix) -> Measured:
     return replace(measured, rivals=tuple(leads.values()), note=note)
 
 
-def _over_mean(run: Run, matrix: SiteMatrix) -> float | None:
+def query_over_mean(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
+    """Return the mean final rank of query sites minus that of all other sites."""
+    return each_run(evidence, of, _NEEDS, _query_over_mean, _WITHOUT)
+
+
+def _query_over_mean(run: Run) -> float | None:
     ranks = _by_matrix(run)
-    own = ranks.pop(matrix, None)
+    own = ranks.pop("query", None)
     if own is None or not ranks:
         return None
     return fmean(own) - fmean(rank for other in ranks.values() for rank in other)
@@ -67,15 +61,9 @@ def _by_matrix(run: Run) -> dict[str, list[int]]:
     return ranks
 
 
-class RankSpreadParameters(OfParameters):
-    """Of `rank_spread`."""
-
-    index: Literal["gini", "entropy"]
-
-
-def rank_spread(run: Run, parameters: RankSpreadParameters) -> float | None:
-    """Return how the final ranks are spread over sites: Gini's coefficient, or entropy over its largest value."""
-    return rank_gini(run) if parameters.index == "gini" else rank_entropy(run)
+def rank_spread(evidence: Evidence, of: Group, index: Callable[[Run], float | None]) -> tuple[Measured, ...]:
+    """Return how the final ranks are spread over sites, by `rank_gini` or `rank_entropy`."""
+    return each_run(evidence, of, _NEEDS, index, "without ranks on two sites")
 
 
 def rank_gini(run: Run) -> float | None:
@@ -85,6 +73,6 @@ def rank_gini(run: Run) -> float | None:
 
 
 def rank_entropy(run: Run) -> float | None:
-    """Return how even a run's final ranks are; None without ranks on two sites."""
+    """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
     ranks = list(run.final_ranks().values())
     return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None

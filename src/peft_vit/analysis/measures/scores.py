@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from statistics import fmean
-from typing import Literal
 
 from peft_vit.analysis.comparison import same_problem, same_source
-from peft_vit.analysis.measures.evidence import Evidence, Measured, OfParameters, Subject, Subjects, joined, together
+from peft_vit.analysis.measures.evidence import Evidence, Group, Measured, Subject, each_run, joined, together
 from peft_vit.analysis.studies import Run
 from peft_vit.statistics import spearman
 
+_SCORES = ("importance_history",)
 _FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are
 
 
-def attention_over_mlp(run: Run, _: OfParameters) -> float | None:
+def attention_over_mlp(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
     """Return log2 of the mean final score of attention sites over that of MLP sites; a score is a mean per triplet."""
+    without = "without positive scores of attention and of MLP sites"
+    return each_run(evidence, of, _SCORES, _attention_over_mlp, without)
+
+
+def _attention_over_mlp(run: Run) -> float | None:
     scores = run.last_scores()
     attention = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "attention"]
     mlp = [scores[s.name] for s in run.record.sites if s.name in scores and s.role == "mlp"]
@@ -32,14 +37,14 @@ def rank_correlation(left: dict[str, float], right: dict[str, float]) -> float |
     return spearman([left[name] for name in common], [right[name] for name in common])
 
 
-def between_seeds(_: Evidence, subjects: Subjects, __: OfParameters) -> tuple[Measured, ...]:
+def between_seeds(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
     """Return Spearman's rho of the final scores of two seeds, over disjoint pairs of seeds: 1st and 2nd, 3rd and 4th.
 
     All pairs of seeds would share runs, and no test for independent values could be used; the mean over all of them
     stands in `analysis.importance`. Where each seed draws its own images out of one data set, agreement holds over
     these too, which is more than was asked; the note says so.
     """
-    return tuple(_between_seeds(subject) for subject in subjects)
+    return tuple(_between_seeds(subject) for subject in evidence.subjects(of, _SCORES))
 
 
 def _between_seeds(subject: Subject) -> Measured:
@@ -58,7 +63,6 @@ def _between_seeds(subject: Subject) -> Measured:
         values=tuple(known.values()),
         labels=tuple(known),
         n_of="pairs of seeds",
-        records=tuple(run.record for a, b in pairs if f"{a.seed}-{b.seed}" in known for run in (a, b)),
         note=together(subject.note, odd, refused if len(pairs) < len(formed) else "", drawn, undefined),
     )
 
@@ -73,21 +77,24 @@ def _drawn_by_seed(a: Run, b: Run) -> bool:
     )
 
 
-def against_harm(run: Run, _: OfParameters) -> float | None:
+def against_harm(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
     """Return Spearman's rho, over sites with rank, between last scores and the loss rise when a site is left out."""
+    without = "whose scores or losses are all equal, not finite, or of too few sites"
+    return each_run(evidence, of, (*_SCORES, "removal"), _against_harm, without)
+
+
+def _against_harm(run: Run) -> float | None:
     removal = run.record.removal
     return None if removal is None else rank_correlation(run.last_scores(), removal.site_loss_rise)
 
 
-class RemovalParameters(OfParameters):
-    """Of `removal_cost`."""
+def cost_of_removing_mlp(evidence: Evidence, of: Group) -> tuple[Measured, ...]:
+    """Return the validation accuracy that is lost when the updates of MLP sites are left out."""
+    return each_run(evidence, of, ("removal",), _cost_of_removing_mlp, "without a site in that group")
 
-    group: Literal["attention", "mlp", "all"]
 
-
-def removal_cost(run: Run, parameters: RemovalParameters) -> float | None:
-    """Return the validation accuracy that is lost when the updates of a group of sites are left out."""
+def _cost_of_removing_mlp(run: Run) -> float | None:
     removal = run.record.removal
-    if removal is None or parameters.group not in removal.group_accuracy:
+    if removal is None or "mlp" not in removal.group_accuracy:
         return None
-    return removal.accuracy - removal.group_accuracy[parameters.group]
+    return removal.accuracy - removal.group_accuracy["mlp"]

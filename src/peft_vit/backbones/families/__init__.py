@@ -1,16 +1,13 @@
-"""Families of Vision Transformers: what differs from one class of models to the next, a module each."""
+"""Families of Vision Transformers: what differs from one class of models to the next."""
 
 from torch import nn
 
 from peft_vit.backbones.families.family import Family
-from peft_vit.backbones.families.timm_beit import TIMM_BEIT
-from peft_vit.backbones.families.timm_deit import TIMM_DEIT
-from peft_vit.backbones.families.timm_eva import TIMM_EVA
 from peft_vit.backbones.families.timm_hiera import TIMM_HIERA
 from peft_vit.backbones.families.timm_naflexvit import TIMM_NAFLEXVIT
 from peft_vit.backbones.families.timm_other import TIMM_OTHER, is_of_timm
 from peft_vit.backbones.families.timm_swin import TIMM_SWIN, TIMM_SWIN_V2
-from peft_vit.backbones.families.timm_vit import TIMM_VIT
+from peft_vit.backbones.families.timm_vit import TIMM_BEIT, TIMM_DEIT, TIMM_EVA, TIMM_VIT
 from peft_vit.backbones.families.transformers_vision import TRANSFORMERS_VISION
 
 # A class stands before the one that it derives from.

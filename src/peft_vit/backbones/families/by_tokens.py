@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,8 @@ from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
 from torch import nn
 
 from peft_vit.backbones.site import LinearLayout
-from peft_vit.errors import UserError
+from peft_vit.backbones.watching import evaluating, watching
+from peft_vit.errors import UserError, first_line
 from peft_vit.records import Role
 
 _LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -73,7 +73,7 @@ def on_tokens(model: Any) -> OnTokens:
 
 def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exception) -> UserError:
     """Return what a model says, in whatever way, of images that its windows or stages do not divide."""
-    reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
+    reason = first_line(error)[:150]
     problem = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
     return UserError(problem, field="data.image_size")
 
@@ -84,20 +84,20 @@ def noted_input_size(model: Any) -> tuple[int, int, int]:
     return int(channels), int(height), int(width)
 
 
-def layout_on_tokens(model: nn.Module) -> list[LinearLayout]:
-    """Return what `Family.layout` is to return."""
-    return list(on_tokens(model).linears)
-
-
-def blocks_on_tokens(model: nn.Module) -> list[str]:
-    """Return what `Family.blocks` is to return."""
-    return list(on_tokens(model).blocks)
-
-
-def prepare_on_tokens(model: nn.Module) -> bool:
+def _prepare(model: nn.Module) -> bool:
     """Look for a model's layers while they are plain; each is called, or it would not be found."""
     on_tokens(model)
     return False
+
+
+# Fields of a `Family` whose layers are found so.
+BY_TOKENS: dict[str, Any] = {
+    "layout": lambda model: list(on_tokens(model).linears),
+    "blocks": lambda model: list(on_tokens(model).blocks),
+    "prepare": _prepare,
+    "input_size": noted_input_size,
+    "in_turn": False,
+}
 
 
 def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
@@ -107,14 +107,18 @@ def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
         name
         for name, shape in one.items()
         if len(shape) >= 3
-        and _tokens(shape) > 1
-        and _tokens(two[name]) == 2 * _tokens(shape)
+        and shape[:-1].numel() > 1
+        and two[name][:-1].numel() == 2 * shape[:-1].numel()
         and not _POSITIONS.search(name)
         and not any(name.startswith(f"{pool}.") for pool in pools)
     ]
     lists = {name for name, module in model.named_modules() if isinstance(module, _LISTS)}
     members = Counter(part for name in names for part in _members(name, lists))
-    own = {name: block for name in names if (block := _block_of(name, members, lists)) is not None}
+    own: dict[str, str] = {}  # of each layer the innermost member of a list that holds several layers
+    for name in names:
+        holding_several = [part for part in _members(name, lists) if members[part] > 1]
+        if holding_several:
+            own[name] = holding_several[-1]
     holding = set(own.values())
     blocks = [one for one in dict.fromkeys(own.values()) if not any(other.startswith(f"{one}.") for other in holding)]
     linears: list[LinearLayout] = []
@@ -134,27 +138,14 @@ def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
     """Return the shape of what each linear layer sees in a forward pass, in the order of first calls."""
     seen: dict[str, torch.Size] = {}
 
-    def note(name: str, given: tuple[Any, ...]) -> None:
-        seen.setdefault(name, given[0].shape)
+    def note(name: str, x: torch.Tensor) -> None:
+        seen.setdefault(name, x.shape)
 
     like = next(model.parameters())
-    was_training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack, torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                handle = module.register_forward_pre_hook(lambda _, given, name=name: note(name, given))
-                stack.callback(handle.remove)
-        model.eval()
-        try:
-            model(torch.zeros(shape, device=like.device, dtype=like.dtype))
-        finally:
-            for module in was_training:
-                module.training = True
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with watching(layers, note), evaluating(model), torch.no_grad():
+        model(torch.zeros(shape, device=like.device, dtype=like.dtype))
     return seen
-
-
-def _tokens(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape[:-1]).numel())
 
 
 def _members(name: str, lists: set[str]) -> list[str]:
@@ -162,11 +153,6 @@ def _members(name: str, lists: set[str]) -> list[str]:
     parts = name.split(".")
     paths = [".".join(parts[:count]) for count in range(1, len(parts))]
     return [path for path in paths if path.rpartition(".")[0] in lists]
-
-
-def _block_of(name: str, members: Counter[str], lists: set[str]) -> str | None:
-    """Return the innermost member of a list that holds several layers; None: there is none."""
-    return next((part for part in reversed(_members(name, lists)) if members[part] > 1), None)
 
 
 def _kind(name: str, names: dict[str, str]) -> str:

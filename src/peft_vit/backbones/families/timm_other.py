@@ -12,13 +12,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from peft_vit.backbones.families.by_tokens import (
-    blocks_on_tokens,
-    layout_on_tokens,
-    noted_input_size,
-    prepare_on_tokens,
-    wrong_size,
-)
+from peft_vit.backbones.families.by_tokens import BY_TOKENS, wrong_size
 from peft_vit.backbones.families.family import Family
 
 
@@ -50,13 +44,9 @@ def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 TIMM_OTHER = Family(
     nn.Module,
-    layout_on_tokens,
-    blocks_on_tokens,
-    _fit_weights,
-    prepare=prepare_on_tokens,
-    input_size=noted_input_size,
+    fit_weights=_fit_weights,
     build=_build,
     size_step=lambda model: 1,  # a forward pass tells which sizes a model takes
     shallow={},
-    in_turn=False,
+    **BY_TOKENS,
 )

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_vit.backbones.families.by_tokens import (
-    blocks_on_tokens,
-    layout_on_tokens,
-    noted_input_size,
-    prepare_on_tokens,
-)
+from peft_vit.backbones.families.by_tokens import BY_TOKENS
 from peft_vit.backbones.families.family import Family
 
 
@@ -33,8 +28,7 @@ class TransformersModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of normalised images (B, 3, S, S)."""
         outputs: Any = super().forward(**inputs(self, images))
-        logits: Tensor = outputs.logits
-        return logits
+        return outputs.logits
 
 
 class TowerClassifier(TransformersModel):
@@ -56,18 +50,17 @@ class TowerClassifier(TransformersModel):
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, classes) of normalised images (B, 3, S, S)."""
         pooled: Tensor = self.tower(**inputs(self, images)).pooler_output  # (B, width)
-        logits: Tensor = self.classifier(pooled)
-        return logits
+        return self.classifier(pooled)
 
 
-def vision_config(model: Any) -> Any:
+def vision_config(config: Any) -> Any:
     """Return the configuration of a model's vision part."""
-    return getattr(model.config, "vision_config", model.config)
+    return getattr(config, "vision_config", config)
 
 
 def inputs(model: Any, images: Tensor) -> dict[str, Any]:
     """Return what a model of transformers takes for square images (B, 3, S, S), resampling positions if it has to."""
-    config = vision_config(model)
+    config = vision_config(model.config)
     if config.model_type.startswith("siglip2"):  # takes patches of images of any shape, with their grid
         patch, (count, channels, side) = config.patch_size, images.shape[:3]
         grid = side // patch
@@ -92,19 +85,12 @@ def side_of(config: Any) -> int:
 
 def _size_step(model: Any) -> int:
     """Return the side of a patch; with stages of what becomes one token of the last one."""
-    config = vision_config(model)
+    config = vision_config(model.config)
     patch = getattr(config, "patch_size", 1)
     patch = patch if isinstance(patch, int) else patch[0]
     return int(patch * 2 ** (len(getattr(config, "depths", [1])) - 1))
 
 
 TRANSFORMERS_VISION = Family(
-    TransformersModel,
-    layout_on_tokens,
-    blocks_on_tokens,
-    lambda tensors, _: tensors,
-    prepare=prepare_on_tokens,
-    input_size=noted_input_size,
-    size_step=_size_step,
-    in_turn=False,
+    TransformersModel, fit_weights=lambda tensors, _: tensors, size_step=_size_step, **BY_TOKENS
 )

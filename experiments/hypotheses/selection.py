@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from peft_vit.analysis.measures.evidence import Evidence, Group, value_at
 from peft_vit.config import ExperimentConfig, Frozen, MethodName
 
 Value = bool | int | float | str | None
@@ -62,6 +62,10 @@ class Selection(Frozen):
         default=False, description="only the fixed-rank LoRA of largest rank up to 8; without one, the smallest"
     )
 
+    def group(self, evidence: Evidence) -> Group:
+        """Return the experiments of a study that are meant."""
+        return Group(self.words(), lambda experiment: self.takes(experiment, evidence.reference_lora))
+
     def takes(self, experiment: ExperimentConfig, reference_lora: str | None) -> bool:
         """Return whether an experiment is meant; `reference_lora` is the name of that one in its study."""
         return (
@@ -98,36 +102,6 @@ class Reference(Selection):
         if self.same_but == () and not (self.names or self.methods or self.where or self.reference_lora):
             raise ValueError("says nothing of what to compare with; give names, methods, where or same_but")
         return self
-
-    def words(self) -> str:
-        """Return what is compared with, in words."""
-        own = super().words()
-        return f"{own}, equal but for {', '.join(self.same_but)}" if self.same_but else own
-
-    def differ(self, experiment: ExperimentConfig, other: ExperimentConfig) -> bool:
-        """Return whether two experiments differ in some of the named settings; True if none is named."""
-        return not self.same_but or any(value_at(experiment, path) != value_at(other, path) for path in self.same_but)
-
-
-def value_at(experiment: ExperimentConfig, path: str) -> Any:
-    """Return what an experiment's setting is; None where the section is left out."""
-    value: Any = experiment
-    for part in path.split("."):
-        value = None if value is None else getattr(value, part)
-    return value
-
-
-def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> str:
-    """Return all settings but the name and the given ones, as text that is equal where they are."""
-    settings: dict[str, Any] = experiment.model_dump(mode="json")
-    for path in ("name", *paths):
-        *sections, last = path.split(".")
-        inner: Any = settings
-        for section in sections:
-            inner = inner.get(section) if isinstance(inner, Mapping) else None
-        if isinstance(inner, dict):
-            inner.pop(last, None)
-    return json.dumps(settings, sort_keys=True)
 
 
 def _holds(experiment: ExperimentConfig, path: str, values: Value | tuple[Value, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Measures over all studies of a directory. Smoke studies stand apart from real ones."""
+"""Measures over all studies of a directory, which may be one. Smoke studies stand apart from real ones."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from itertools import combinations
 
 from peft_vit.analysis.measures.evidence import (
     Evidence,
+    Group,
     Measured,
     NoDataError,
-    OfParameters,
     Subject,
-    Subjects,
     joined,
-    records_of,
+    settings_without,
     together,
 )
 from peft_vit.analysis.measures.scores import rank_correlation
-from peft_vit.analysis.measures.selection import settings_without
-from peft_vit.records import RunRecord
 from peft_vit.statistics import gini
 from peft_vit.statistics.checked import ROUNDING
 
+Studies = Sequence[tuple[Evidence, Group]]  # each with the experiments that a hypothesis is about
+Subjects = tuple[Subject, ...]
 _HOW_LONG = ("training", "adalora.update_frequency", "adalora.warmup_steps", "adalora.final_steps")
 
 
-def importance_between_data_sets(studies: Sequence[tuple[Evidence, Subjects]], _: OfParameters) -> tuple[Measured, ...]:
+def importance_between_data_sets(studies: Studies) -> tuple[Measured, ...]:
     """Return Spearman's rho of the final scores on two data sets, by common seed.
 
     A pair are two studies of one backbone on different images, with an experiment of the same name and the same
@@ -35,7 +34,7 @@ def importance_between_data_sets(studies: Sequence[tuple[Evidence, Subjects]], _
     """
     found = [
         _agreement(left, a, right, b)
-        for (left, own), (right, others) in combinations(studies, 2)
+        for (left, own), (right, others) in combinations(_with_subjects(studies, "importance_history"), 2)
         if left.study.smoke == right.study.smoke
         for a in own
         for b in others
@@ -44,6 +43,16 @@ def importance_between_data_sets(studies: Sequence[tuple[Evidence, Subjects]], _
     if not found:
         raise NoDataError("needs two studies of one backbone on different images that share an experiment with scores")
     return tuple(found)
+
+
+def _with_subjects(studies: Studies, *needs: str) -> list[tuple[Evidence, Subjects]]:
+    found: list[tuple[Evidence, Subjects]] = []
+    for evidence, of in studies:
+        try:
+            found.append((evidence, evidence.subjects(of, needs)))
+        except NoDataError:
+            found.append((evidence, ()))
+    return found
 
 
 def _comparable(a: Subject, b: Subject) -> bool:
@@ -65,12 +74,11 @@ def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Measu
         values=tuple(known.values()),
         labels=tuple(str(seed) for seed in known),
         n_of="seeds",
-        records=tuple(run.record for pair in pairs if pair[0].seed in known for run in pair),
         note="" if known else "no seed has scores in both",
     )
 
 
-def gain_where_importance_varies(studies: Sequence[tuple[Evidence, Subjects]], _: OfParameters) -> tuple[Measured, ...]:
+def gain_where_importance_varies(studies: Studies) -> tuple[Measured, ...]:
     """Return, by pair of experiments, how much more the one gains whose scores vary more between sites.
 
     How much scores vary is Gini's coefficient of the final scores over sites, the gain is that in test accuracy over
@@ -82,9 +90,10 @@ def gain_where_importance_varies(studies: Sequence[tuple[Evidence, Subjects]], _
     order these stand, and an order by chance is as likely to rise as to fall. Assumption of the test: if importance
     had nothing to do with it, either one of a pair would be as likely to gain more, independently of other pairs.
     """
+    found = _with_subjects(studies, "importance_history", "rank_history")
     return tuple(
-        _gains([(evidence, subjects) for evidence, subjects in studies if evidence.study.smoke == smoke])
-        for smoke in sorted({evidence.study.smoke for evidence, _ in studies})
+        _gains([(evidence, subjects) for evidence, subjects in found if evidence.study.smoke == smoke])
+        for smoke in sorted({evidence.study.smoke for evidence, _ in found})
     )
 
 
@@ -95,7 +104,6 @@ class _Gain:
     gini: float
     name: str
     gain: float
-    records: tuple[RunRecord, ...]
 
 
 def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Measured:
@@ -121,13 +129,11 @@ def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Measured:
         values=tuple(upper.gain - lower.gain for lower, upper in pairs),
         labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs),
         n_of="pairs of experiments",
-        records=tuple(record for pair in pairs for one in pair for record in one.records),
         note=note,
     )
 
 
 def _gains_of(evidence: Evidence, subjects: Subjects) -> Iterator[_Gain]:
-    loras = [lora.name for lora in evidence.study.fixed_rank_loras()]
     for subject in subjects:
         allocated = evidence.allocation.get(subject.name)
         if allocated is None:
@@ -139,10 +145,8 @@ def _gains_of(evidence: Evidence, subjects: Subjects) -> Iterator[_Gain]:
             if run.seed in gains and all(map(math.isfinite, scores)) and min(scores) >= 0 and sum(scores) > 0:
                 known[run.seed] = gini(scores)
         if known:
-            own = tuple(run.record for run in subject.runs if run.seed in known)
             yield _Gain(
                 gini=math.fsum(known.values()) / len(known),
                 name=f"{subject.name} in {evidence.study.label}",
                 gain=math.fsum(gains[seed] for seed in known) / len(known),
-                records=(*own, *records_of(evidence.study, loras, known)),
             )
