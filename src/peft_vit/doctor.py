@@ -46,7 +46,11 @@ def examine() -> Iterator[Line]:
     yield from _machine()
     yield _cache()
     yield from answers()
-    yield from _extras()
+    missing = {name: missing_packages(name) for name in EXTRAS}
+    yield Line("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
+    for name, packages in missing.items():
+        if packages:
+            yield Line("", f"{name} needs {', '.join(packages)}; run: pip install 'peft-vit[{name}]'")
 
 
 def _packages() -> Line:
@@ -91,14 +95,6 @@ def _cache() -> Line:
     writable = "" if os.access(there, os.W_OK) else ", not writable: set PEFT_VIT_CACHE to a folder that is"
     free = shutil.disk_usage(there).free
     return Line("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
-
-
-def _extras() -> Iterator[Line]:
-    missing = {name: missing_packages(name) for name in EXTRAS}
-    yield Line("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
-    for name, packages in missing.items():
-        if packages:
-            yield Line("", f"{name} needs {', '.join(packages)}; run: pip install 'peft-vit[{name}]'")
 
 
 def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Line]]:

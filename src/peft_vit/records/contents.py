@@ -81,8 +81,18 @@ def read_contents(directory: Path) -> Contents:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
     files, folders, problems = _walk(directory)
-    studies = [_study_folder(directory, folder, problems) for folder in folders]
-    records = []
+    studies, records = [], []
+    for folder in folders:
+        place = directory / folder
+        owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
+        study_file = PurePosixPath(folder, STUDY_FILE).as_posix()
+        content = _attempt(partial(read_study_file, place), directory, study_file, problems)
+        unfinished = []
+        if content is not None:
+            for run in content.runs:
+                if not (place / run / RECORD_FILE).exists():
+                    unfinished.append(run_status(place, run, owner, skipped=run in content.skipped))
+        studies.append(StudyFolder(Path(os.path.abspath(place)).name, content, tuple(unfinished), owner))
     for file in files:
         record = _attempt(partial(read_record, directory / file), directory, file, problems)
         if record is not None:
@@ -123,17 +133,6 @@ def _attempt(read: Callable[[], _Content], directory: Path, file: str, problems:
         line = named.removeprefix(str(directory / file)) if named.startswith(str(directory / file)) else ""
         problems.append(Problem(file + line, f"{error.field}: {error.message}" if error.field else error.message))
         return None
-
-
-def _study_folder(directory: Path, folder: str, problems: list[Problem]) -> StudyFolder:
-    place = directory / folder
-    owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
-    study_file = PurePosixPath(folder, STUDY_FILE).as_posix()
-    content = _attempt(lambda: read_study_file(place), directory, study_file, problems)
-    open_ = [] if content is None else [run for run in content.runs if not (place / run / RECORD_FILE).exists()]
-    skipped = () if content is None else content.skipped
-    unfinished = tuple(run_status(place, run, owner, skipped=run in skipped) for run in open_)
-    return StudyFolder(Path(os.path.abspath(place)).name, content, unfinished, owner)
 
 
 def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:

@@ -15,35 +15,37 @@ from peft_vit.config import (
     DataConfig,
     Device,
     ExperimentConfig,
-    LoraConfig,
     MeasuresConfig,
     Name,
     Precision,
-    QaLoraConfig,
 )
 from peft_vit.records.migrations import with_digested
 
 # Settings that came later, by section: a digest leaves them out where they have their default.
 _LATER_SECTIONS = ("peft",)
-_LATER_BACKBONE = ("library",)
-_LATER_MEASURES = ("logits",)
-_LATER_DATA = ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds")
-_LATER_LORA = ("ranks",)
-_LATER_QA_LORA = ("rounding", "calibration_images", "use_double_quant")
-_LATER_TRAINING = (
-    "steps",
-    "validate_every",
-    "patience",
-    "head_start",
-    "label_smoothing",
-    "warmup_share",
-    "layer_decay",
-    "micro_batch_size",
-    "activation_checkpointing",
-    "recomputed_blocks",
-    "memory_limit",
-    "probe_l2",
-)
+_LATER = {
+    "backbone": ("library",),
+    "measures": ("logits",),
+    "data": ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds"),
+}
+_LATER_OF_EXPERIMENT = {
+    "lora": ("ranks",),
+    "qa_lora": ("rounding", "calibration_images", "use_double_quant"),
+    "training": (
+        "steps",
+        "validate_every",
+        "patience",
+        "head_start",
+        "label_smoothing",
+        "warmup_share",
+        "layer_decay",
+        "micro_batch_size",
+        "activation_checkpointing",
+        "recomputed_blocks",
+        "memory_limit",
+        "probe_l2",
+    ),
+}
 
 
 class RunSpec(BaseModel):
@@ -78,23 +80,19 @@ class RunSpec(BaseModel):
         Settings that came later are left out where they have their default, so that it is the digest of before there
         was anything else.
         """
-        asked = self.measures != MeasuresConfig()
-        unasked: dict[str, Any] = {"measures": _at_default(self.measures, _LATER_MEASURES) if asked else True}
-        training = self.experiment.training
-        later = _at_default(training, _LATER_TRAINING)
-        unasked["data"] = _at_default(self.data, _LATER_DATA)
-        unasked["backbone"] = _at_default(self.backbone, _LATER_BACKBONE)
-        unasked["experiment"] = {"training": later} | {
-            name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None
-        }
-        if isinstance(lora := getattr(self.experiment, "lora", None), LoraConfig):
-            unasked["experiment"]["lora"] = _at_default(lora, _LATER_LORA)
-        if isinstance(packing := getattr(self.experiment, "qa_lora", None), QaLoraConfig):
-            unasked["experiment"]["qa_lora"] = _at_default(packing, _LATER_QA_LORA)
-        flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == training.augmentation), None)
+        experiment: dict[str, Any] = {name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None}
+        for name, later in _LATER_OF_EXPERIMENT.items():
+            section = getattr(self.experiment, name, None)
+            if isinstance(section, BaseModel):
+                experiment[name] = _at_default(section, later)
+        unasked: dict[str, Any] = {name: _at_default(getattr(self, name), later) for name, later in _LATER.items()}
+        if self.measures == MeasuresConfig():
+            unasked["measures"] = True
+        augmentation = self.experiment.training.augmentation
+        flips = next((said for said, same in AUGMENTATION_OF_FLIPS.items() if same == augmentation), None)
         if flips is not None:
-            later.add("augmentation")
-        content = self.model_dump(mode="json", exclude=unasked)
+            experiment["training"].add("augmentation")
+        content = self.model_dump(mode="json", exclude=unasked | {"experiment": experiment})
         content["experiment"] = with_digested(content["experiment"])
         if flips is not None:
             content["data"]["flips"] = flips  # where flips were said when there was nothing else

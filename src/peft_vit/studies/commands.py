@@ -89,7 +89,7 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
         request = replace(request, workers=1)  # for the plan
     studies = _load(request)
     if request.until_decided:
-        ((study, file),) = studies
+        ((study, file, _),) = studies
         failed, still_open = run_until_decided(
             study, request.results_dir, file=file, execution=execution, limit=limit, tell=_say
         )
@@ -97,11 +97,11 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
             more = "" if limit is None else f", for another {limit.minutes:g} minutes"
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
         return failed
-    for study, file in studies if not request.smoke else ():
+    for study, file, _ in studies if not request.smoke else ():
         if study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
             problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
             raise UserError(f"{problem} to run every seed", file=file, field="stopping")
-    with _locked(request.results_dir, [study.name for study, _ in studies]) as locks:
+    with _locked(request.results_dir, [study.name for study, _, _ in studies]) as locks:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= _drive(plan, lock, execution, limit)
@@ -232,8 +232,12 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
         return drive(plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline)
 
 
-def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
-    """Read all studies, and refuse what can't be asked for together or of one of them."""
+def _load(request: RunRequest) -> list[tuple[StudyConfig, Path, list[int]]]:
+    """Return all studies with their files and the seeds that are asked for.
+
+    Raises:
+        UserError: for what can't be asked for together or of one of them.
+    """
     if request.until_decided:
         for name, asked, why in (
             ("smoke", request.smoke, "a smoke study has one seed"),
@@ -249,48 +253,39 @@ def _load(request: RunRequest) -> list[tuple[StudyConfig, Path]]:
             raise UserError(problem, field=option)
     if request.minutes is not None and not 0 < request.minutes < math.inf:
         raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
-    studies = [(load_study(file), file) for file in request.configs]
-    names = [study.name for study, _ in studies]
-    for study, file in studies:
+    loaded = [(load_study(file), file) for file in request.configs]
+    names = [study.name for study, _ in loaded]
+    studies = []
+    for study, file in loaded:
         if names.count(study.name) > 1:
             raise UserError(f"'{study.name}' names two of the given studies; rename one", file=file, field="name")
-        _chosen_seeds(study, request.seeds, file)
+        there = {str(seed): seed for seed in study.seeds}
+        wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
+        if not wanted <= there.keys():
+            problem = f"--seeds asks for {min(wanted - there.keys())!r}, the study has {study.seeds}"
+            raise UserError(problem, file=file, field="seeds")
         if request.method not in (None, *(experiment.method for experiment in study.experiments)):
             raise UserError(f"no experiment is of method {request.method}", file=file, field="experiments")
         if request.until_decided and study.stopping is None:
             problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided"
             raise UserError(f"{problem} out", file=file, field="stopping")
-    if request.workers is None:
-        return studies
-    workers = {"workers": request.workers}
-    return [
-        (study.model_copy(update={"execution": study.execution.model_copy(update=workers)}), file)
-        for study, file in studies
-    ]
+        if request.workers is not None:
+            execution = study.execution.model_copy(update={"workers": request.workers})
+            study = study.model_copy(update={"execution": execution})  # noqa: PLW2901
+        studies.append((study, file, [seed for text, seed in there.items() if text in wanted]))
+    return studies
 
 
-def _chosen_seeds(study: StudyConfig, seeds: str | None, file: Path) -> tuple[int, ...]:
-    if seeds is None:
-        return study.seeds
-    there = {str(seed) for seed in study.seeds}
-    wanted = {seed.strip() for seed in seeds.split(",")}
-    if not wanted <= there:
-        problem = f"--seeds asks for {min(wanted - there)!r}, the study has {study.seeds}"
-        raise UserError(problem, file=file, field="seeds")
-    return tuple(seed for seed in study.seeds if str(seed) in wanted)
-
-
-def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path]]) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[tuple[StudyConfig, Path, list[int]]]) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.printing import print_plan
     from peft_vit.studies.profiling import measure_costs, measure_step
 
     plans = []
-    for study, file in studies:
-        seeds = _chosen_seeds(study, request.seeds, file)
+    for study, file, seeds in studies:
         if request.smoke:  # it has one seed, the first asked for
-            study = study.model_copy(update={"seeds": seeds})  # noqa: PLW2901
+            study = study.model_copy(update={"seeds": tuple(seeds)})  # noqa: PLW2901
         plan = plan_study(
             study,
             request.results_dir,

@@ -91,7 +91,25 @@ def decide(
         )
 
     def measure(setting: Setting) -> StepCost | None:
-        return measure_step(_small(spec, setting, total_steps, workload, index, splits))
+        """Measure a run of a few steps that takes as much memory as the whole run would with a setting.
+
+        The head starts as it does in the run: its probe's batches are of a size of their own.
+        """
+        decided = training.decided(setting.images, setting.recomputed)
+        whole = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": decided})})
+        small = miniature(whole, total_steps, workload.shape, index, splits, at_most=_STEPS)
+        few_steps = small.experiment.training.model_copy(update={"head_start": training.head_start})
+        few = max(2 * len(index.class_names), setting.images, spec.measures.removal_images or 0)
+        images = {
+            name: min(few, asked)
+            for name in ("validation_images", "test_images")
+            if (asked := getattr(small.data, name)) is not None
+        }
+        changes = {
+            "experiment": small.experiment.model_copy(update={"training": few_steps}),
+            "data": small.data.model_copy(update=images),
+        }
+        return measure_step(small.model_copy(update=changes))
 
     choice = choose(
         limit, training.batch_size, workload.shape.values_by_block, measure, images=training.micro_batch_size
@@ -148,29 +166,3 @@ def model_bytes(experiment: ExperimentConfig, shape: BackboneShape) -> int:
     bits = min(BITS_OF_TYPE[one] for one in types if one is not None)
     packed = sum(site.in_features * site.out_features for site in chosen(shape.sites, qa_lora.targets))
     return packed * bits // 8 + 4 * (shape.parameters - packed)
-
-
-def _small(
-    spec: RunSpec, setting: Setting, total_steps: int, workload: Workload, index: ImageIndex, splits: Splits
-) -> RunSpec:
-    """Return a run of a few steps that takes as much memory as the whole run would with a setting.
-
-    The head starts as it does in the run: its probe's batches are of a size of their own.
-    """
-    experiment = spec.experiment
-    decided = experiment.training.decided(setting.images, setting.recomputed)
-    whole = spec.model_copy(update={"experiment": experiment.model_copy(update={"training": decided})})
-    small = miniature(whole, total_steps, workload.shape, index, splits, at_most=_STEPS)
-    training = small.experiment.training.model_copy(update={"head_start": experiment.training.head_start})
-    few = max(2 * len(index.class_names), setting.images, spec.measures.removal_images or 0)
-    images = {
-        name: min(few, asked)
-        for name in ("validation_images", "test_images")
-        if (asked := getattr(small.data, name)) is not None
-    }
-    return small.model_copy(
-        update={
-            "experiment": small.experiment.model_copy(update={"training": training}),
-            "data": small.data.model_copy(update=images),
-        }
-    )

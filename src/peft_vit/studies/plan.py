@@ -167,7 +167,14 @@ def plan_begun_study(
             check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
             check_augmentation(experiment.training.augmentation, index.channels)
     study, choices = _within_memory(study, workload, index, splits, measure_step)
-    wanted = _requests(study, workload, index, splits, results_dir, smoke=smoke)
+    wanted = []
+    for place, experiment in enumerate(study.experiments):
+        steps = experiment.total_steps(workload.train)
+        kind = miniature(spec_of(study, place, study.seeds[0], smoke=smoke), steps, workload.shape, index, splits)
+        kind_sha256 = kind.digest()
+        for seed in study.seeds:
+            spec = spec_of(study, place, seed, smoke=smoke)
+            wanted.append(EstimateRequest(spec, steps, kind, kind_sha256, _taken(results_dir, spec, index.sha256)))
     notices: tuple[str, ...] = ()
     pending = any(run.taken is None for run in wanted)
     if pending:
@@ -223,23 +230,6 @@ def _within_memory(
         return training
 
     return with_decided(study, decide_measured), choices
-
-
-def _requests(
-    study: StudyConfig, workload: Workload, index: ImageIndex, splits: Splits, results_dir: Path, *, smoke: bool
-) -> list[EstimateRequest]:
-    """Return what to know of every run before its cost is told: what it is, of which kind, and what it took if done."""
-    wanted = []
-    for place, experiment in enumerate(study.experiments):
-        total_steps = experiment.total_steps(len(splits.train))
-        first = spec_of(study, place, study.seeds[0], smoke=smoke)
-        kind = miniature(first, total_steps, workload.shape, index, splits)
-        kind_sha256 = kind.digest()
-        for seed in study.seeds:
-            spec = spec_of(study, place, seed, smoke=smoke)
-            taken = _taken(results_dir, spec, index.sha256)
-            wanted.append(EstimateRequest(spec, total_steps, kind, kind_sha256, taken))
-    return wanted
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:

@@ -141,18 +141,13 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
             "done" if run.done else "to do",
         )
     console.print(table)
-    _print_total(plan, console)
-
-
-def _print_total(plan: Plan, console: Console) -> None:
-    workers = plan.study.execution.workers
-    pending = plan.pending
+    workers, pending = study.execution.workers, plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
     console.print(
         f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, "
-        f"{len(plan.runs) - len(plan.pending)} already done and skipped.",
+        f"{len(plan.runs) - len(pending)} already done and skipped.",
         soft_wrap=True,
     )
     if not pending:

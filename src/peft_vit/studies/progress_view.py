@@ -51,22 +51,13 @@ class Watch:
     Args:
         plan: what is done.
         console: where to show it.
-        plain_every_s: seconds between two lines on one run, where that is no terminal.
         until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        *,
-        console: Console | None = None,
-        plain_every_s: float = _PLAIN_EVERY_S,
-        until: float | None = None,
-    ) -> None:
+    def __init__(self, plan: Plan, *, console: Console | None = None, until: float | None = None) -> None:
         self._until = until
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
-        self._plain_every_s = plain_every_s
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
@@ -98,17 +89,18 @@ class Watch:
                 self._ended(event)
             case RunRetried():
                 self._back(event.run)
-                self._say(f"{self._place()} {event.run.spec.run_id}: {event.record.error}; it is tried again")
+                self._say_of(event.run, f"{event.record.error}; it is tried again")
             case RunInterrupted():
                 self._back(event.run)
                 when = f"after step {event.step}" if event.step else "before its first step"
-                self._say(f"{self._place()} {event.run.spec.run_id}: stopped {when}")
+                self._say_of(event.run, f"stopped {when}")
 
     def _say(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
 
-    def _place(self) -> str:
-        return f"[{self._count - len(self._waiting) - len(self._running)}/{self._count}]"
+    def _say_of(self, run: PlannedRun, what: str) -> None:
+        ended = self._count - len(self._waiting) - len(self._running)
+        self._say(f"[{ended}/{self._count}] {run.spec.run_id}: {what}")
 
     def _back(self, run: PlannedRun) -> None:
         name = run.spec.name
@@ -120,7 +112,7 @@ class Watch:
         self._waiting.pop(name, None)
         self._running[name] = _Running(event.run, told=now)
         if self._live is None:
-            self._say(f"{self._place()} {event.run.spec.run_id}: started on {event.worker}")
+            self._say_of(event.run, f"started on {event.worker}")
 
     def _progress(self, event: RunProgress) -> None:
         running = self._running.get(event.run.spec.name)
@@ -129,18 +121,21 @@ class Watch:
         now = time.monotonic()
         running.first = running.first or (event.progress.step, now)
         running.latest = event.progress
-        if self._live is None and now - running.told >= self._plain_every_s:
+        if self._live is None and now - running.told >= _PLAIN_EVERY_S:
             running.told = now
             left = duration(running.left_s(now, self._pace()))
-            self._say(f"{self._place()} {event.run.spec.run_id}: {_in_words(event.progress)}; {left} left")
+            step, *values = _cells(event.progress)
+            names = ("loss", "validation", "mean rank", "mean bits")
+            known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
+            self._say_of(event.run, f"{', '.join([f'step {step}', *known])}; {left} left")
 
     def _ended(self, event: RunEnded) -> None:
         self._running.pop(event.run.spec.name, None)
-        record, run_id, place = event.record, event.run.spec.run_id, self._place()
+        record = event.record
         for warning in record.warnings:
-            self._say(f"{place} {run_id}: warning: {warning}")
+            self._say_of(event.run, f"warning: {warning}")
         if record.status == "failed":
-            self._say(f"{place} {run_id}: FAILED, {record.error}")
+            self._say_of(event.run, f"FAILED, {record.error}")
             return
         self._taken_s += record.seconds
         self._planned_s += event.run.estimate.seconds
@@ -150,9 +145,10 @@ class Watch:
             probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
             its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"  # on the same images
             validation = f"validation {record.validation.accuracy:.1%}{its}, "
-        self._say(
-            f"{place} {run_id}: {validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
-            f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}"
+        self._say_of(
+            event.run,
+            f"{validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, "
+            f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB{left}",
         )
 
     def _pace(self) -> float:
@@ -193,10 +189,3 @@ def _cells(progress: Progress) -> list[str]:
         _UNKNOWN if progress.mean_rank is None else f"{progress.mean_rank:.1f}",
         _UNKNOWN if progress.mean_bits is None else f"{progress.mean_bits:.1f}",
     ]
-
-
-def _in_words(progress: Progress) -> str:
-    step, *values = _cells(progress)
-    names = ("loss", "validation", "mean rank", "mean bits")
-    known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
-    return ", ".join([f"step {step}", *known])

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from peft_vit.errors import UserError
-from peft_vit.records import Failure, RunRecord
+from peft_vit.records import Failure
 from peft_vit.studies.events import (
     Event,
     Executor,
@@ -175,7 +175,11 @@ class _Attempts:
         if record.failure == "disk_full":
             problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
             raise UserError(problem, file=self._store.folder / run)
-        if record.status == "failed" and self._try_again(record, run):
+        again = record.status == "failed" and record.failure in TRANSIENT
+        if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
+            self._failures[run] += 1
+            again = self._failures[run] <= self._retries
+        if again:
             record = self._store.ended(record, retried=True)
             if self.stopping:
                 self._on_event(Notice(f"{record.spec.run_id}: {record.error}"))
@@ -186,15 +190,6 @@ class _Attempts:
         record = self._store.ended(record, event.adapter)
         self.waiting.discard(run)
         self._on_event(RunEnded(event.run, record, event.adapter))
-
-    def _try_again(self, record: RunRecord, run: str) -> bool:
-        """Tell whether a failure may pass: what a stop or Ctrl-C has killed counts as none."""
-        if record.failure not in TRANSIENT:
-            return False
-        if self.stopping:
-            return True
-        self._failures[run] += 1
-        return self._failures[run] <= self._retries
 
 
 @contextmanager

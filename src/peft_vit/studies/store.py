@@ -7,6 +7,7 @@ what is left over beside a result is removed when the study is opened again.
 from __future__ import annotations
 
 import shutil
+from typing import Any
 
 from peft_vit.records import (
     ADAPTER_FILE,
@@ -29,11 +30,6 @@ _TEMPORARY = (
     REGISTRATION_FILE,
     PROGRESS_FILE,
 )
-
-
-def _as_utf8(text: str | None) -> str | None:
-    """Return text that a record can hold: an error may quote a file's name, which may be any bytes."""
-    return None if text is None else text.encode(errors="backslashreplace").decode()
 
 
 class StudyStore:
@@ -86,8 +82,12 @@ class StudyStore:
         """
         run = record.spec.name
         attempt = self._attempt(run)
-        said = {"error": _as_utf8(record.error), "traceback": _as_utf8(record.traceback)}
-        record = record.model_copy(update={"attempts": attempt.number} | said)
+        update: dict[str, Any] = {"attempts": attempt.number}
+        for name in ("error", "traceback"):
+            text = getattr(record, name)
+            if text is not None:  # it may quote a file's name, which may be any bytes
+                update[name] = text.encode(errors="backslashreplace").decode()
+        record = record.model_copy(update=update)
         if retried:
             self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
             return record

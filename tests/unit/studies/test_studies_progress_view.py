@@ -9,6 +9,7 @@ import pytest
 from at_work import at_work, events_of, of
 from rich.console import Console
 
+from peft_vit.studies import progress_view
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import Plan, plan_study
@@ -54,18 +55,19 @@ def console(*, terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
 
 
-def shown(plan: Plan, events, **options) -> list[str]:
+def shown(plan: Plan, events) -> list[str]:
     """Return the lines that a watch prints where the output is no terminal."""
     plain = console(terminal=False)
-    with Watch(plan, console=plain, **options) as watch:
+    with Watch(plan, console=plain) as watch:
         for event in events:
             watch.on_event(event)
     return plain.file.getvalue().splitlines()
 
 
-def test_plain_lines_say_what_a_terminal_shows(happened) -> None:
+def test_plain_lines_say_what_a_terminal_shows(happened, monkeypatch) -> None:
+    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 0.0)
     plan, events = happened
-    lines = shown(plan, events, plain_every_s=0.0)
+    lines = shown(plan, events)
     started = [line for line in lines if "started on process" in line]
     assert len(started) == 3
     steps = [line for line in lines if "tiny/adaptive/seed_0: step" in line]
@@ -117,9 +119,10 @@ def test_a_terminal_shows_all_that_runs_at_a_moment(happened) -> None:
 
 
 def test_a_terminal_that_can_do_nothing_gets_lines(happened, monkeypatch) -> None:
+    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 0.0)
     plan, events = happened
     dumb = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={"TERM": "dumb"})
-    with Watch(plan, console=dumb, plain_every_s=0.0) as watch:
+    with Watch(plan, console=dumb) as watch:
         for event in events:
             watch.on_event(event)
     assert "\x1b[" not in dumb.file.getvalue().replace("\x1b[0m", "")
@@ -153,10 +156,11 @@ def test_what_is_left_follows_from_the_run_itself(happened, monkeypatch) -> None
     """A run that goes on at step 100 and makes 10 steps in 20 s has 90 steps and 180 s left; before, half of it all."""
     plan, _ = happened
     clock = [1000.0]
+    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 15.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     run = replace(plan.runs[0], total_steps=200, estimate=replace(plan.runs[0].estimate, seconds=50.0))
     plain = console(terminal=False)
-    with Watch(plan, console=plain, plain_every_s=15.0) as watch:
+    with Watch(plan, console=plain) as watch:
         watch.on_event(RunStarted(run, "here"))
         clock[0] += 90.0  # its process starts
         watch.on_event(RunProgress(run, Progress(100, 200, 0.5, None)))

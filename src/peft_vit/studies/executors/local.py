@@ -140,7 +140,17 @@ class LocalExecutor:
         while self._waiting:
             worker = next((worker for worker in self._workers if worker.run is None), None)
             if worker is None and len(self._workers) < self._count:
-                worker = self._another()
+                try:
+                    worker = _start_worker()
+                except OSError as error:  # no further process now; others may yet take the run
+                    if not self._workers:
+                        problem = f"no worker process can be started ({error.strerror or error})"
+                        remedy = (
+                            "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
+                        )
+                        raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
+                else:
+                    self._workers.append(worker)
             if worker is None:
                 return
             run = self._waiting.popleft()
@@ -148,19 +158,6 @@ class LocalExecutor:
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
             _send(worker, (run.spec, checkpoints))
-
-    def _another(self) -> _Worker | None:
-        """Start a worker; None if the system allows no further process now, while others may yet take the run."""
-        try:
-            worker = _start_worker()
-        except OSError as error:
-            if self._workers:
-                return None
-            problem = f"no worker process can be started ({error.strerror or error})"
-            remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
-            raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
-        self._workers.append(worker)
-        return worker
 
     def _hear(self, worker: _Worker) -> None:
         try:
