@@ -120,7 +120,7 @@ def peft_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     if hasattr(layer, "lora_E"):
         diagonal = layer.lora_E[ADAPTER].flatten()  # (r0,); a mask sets its triplets' to exactly 0
         kept = diagonal != 0
-        left = (layer.lora_B[ADAPTER] * diagonal)[:, kept]
+        left = (layer.lora_B[ADAPTER] * diagonal)[:, kept]  # (out, r0) -> (out, r)
         return layer.lora_A[ADAPTER][kept], left, layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 

@@ -101,7 +101,7 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
                 # Of a value that is `factor` times as large the moments are those of 1 / factor.
-                kept = value.index_select(dim, keep) / factors[name] ** _POWERS[key]
+                kept = value.index_select(dim, keep) / factors[name] ** _POWERS[key]  # of the triplets that stay
                 state[key] = torch.cat([kept, torch.zeros_like(added).to(value)], dim).contiguous()
         optimizer.state[parameter] = state
 

@@ -76,13 +76,13 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
         )
     backbone = Backbone(model)
     with frozen(model), torch.no_grad():
-        features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])
-    centre = features.mean(0)
+        features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])  # (N, width)
+    centre = features.mean(0)  # (width,)
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
         ((features - centre) / spread).double().cpu().numpy(), places.cpu().numpy()
     )
-    weight, bias = fitted.coef_, fitted.intercept_
+    weight, bias = fitted.coef_, fitted.intercept_  # (classes, width), (classes,); (1, width), (1,) of two
     if len(classes) == 2:  # scikit-learn holds the difference of the two logits alone
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight, bias = (torch.tensor(values, dtype=torch.float32, device=images.device) for values in (weight, bias))
@@ -116,7 +116,7 @@ def layer_losses(
         generator = torch_generator(seed, "calibration")
 
         def loss(logits: Tensor, _: slice) -> Tensor:
-            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+            drawn = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator).squeeze(1)  # (B,)
             return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
         squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}
@@ -155,7 +155,7 @@ def _divergences(
                     weight.data = floating
 
         features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
-        target = head(features).double().log_softmax(1)
+        target = head(features).double().log_softmax(1)  # (B, classes)
         for name, found in logits.items():
             for candidate, one in enumerate(found):
                 divergence = F.kl_div(one.double().log_softmax(1), target, reduction="sum", log_target=True)
@@ -222,7 +222,7 @@ def _sample_gradients(
         model, modules, images, lambda chunk: head(backbone.features(chunk)), loss
     ):
         for gradient, x in zip(gradients, inputs, strict=True):  # (T, out), (T, in)
-            yield name, gradient.T @ x
+            yield name, gradient.T @ x  # (out, in)
 
 
 def _weight(model: nn.Module, module: str) -> Tensor:

@@ -218,7 +218,8 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     present = {name: values for name, values in triplet_scores.items() if values.shape[0]}
     if not present:
         return {}
-    flat = torch.cat(list(present.values())).cpu().double().numpy()  # some devices have no float64
+    # (rank,) each -> (ranks of all,); some devices have no float64.
+    flat = torch.cat(list(present.values())).cpu().double().numpy()
     counts = np.array([values.shape[0] for values in present.values()])  # len() of a tensor is slow
     means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
     return dict(zip(present, means.tolist(), strict=True))

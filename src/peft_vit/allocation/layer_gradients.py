@@ -71,5 +71,5 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     singular values.
     """
     matrix = matrix.double().cpu()
-    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix  # of the smaller side
     return torch.linalg.eigvalsh(squares).flip(0).clamp(min=0)
