@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from written_runs import run_and_write
 
 from peft_vit.adapters import site_adapters
-from peft_vit.adapters.peft_files import peft_sha256
-from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
+from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft, peft_sha256
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_record
 from peft_vit.runs.restore import restore_run

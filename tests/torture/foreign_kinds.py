@@ -25,7 +25,7 @@ from mutations import Mutation
 from safetensors.torch import save
 from sound_files import EXAMPLES, SIDE, SoundFiles
 
-from peft_vit.adapters.peft_files import doubts_about
+from peft_vit.adapters.peft_format import doubts_about
 from peft_vit.analysis import analyze, load_studies
 from peft_vit.analysis.history import history_table
 from peft_vit.backbones import load_backbone

@@ -1,6 +1,5 @@
 """Low-rank adapters on sites: update, attaching, whether they act, resizing, merging, files."""
 
-from peft_vit.adapters.ablation import update_ranks, without_updates
 from peft_vit.adapters.acting import Effect, check_acting, effects
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.adapted_model import (
@@ -11,6 +10,8 @@ from peft_vit.adapters.adapted_model import (
     current_ranks,
     packed_weights,
     site_adapters,
+    update_ranks,
+    without_updates,
 )
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
@@ -21,12 +22,11 @@ from peft_vit.adapters.adapter_file import (
     set_ranks,
     trained_tensors,
 )
-from peft_vit.adapters.attach import attach_adapters, freeze_backbone
+from peft_vit.adapters.attach import attach_adapters, check_stays, freeze_backbone
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
-from peft_vit.adapters.peft_sites import peft_sites
-from peft_vit.adapters.resizable import check_resizable
-from peft_vit.adapters.resizing import resize_adapters
+from peft_vit.adapters.peft_layers import peft_sites
+from peft_vit.adapters.resizing import check_resizable, resize_adapters
 
 __all__ = [
     "AdaptedLinear",
@@ -42,6 +42,7 @@ __all__ = [
     "by_layer",
     "check_acting",
     "check_resizable",
+    "check_stays",
     "current_ranks",
     "effects",
     "freeze_backbone",

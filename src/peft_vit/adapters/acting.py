@@ -59,7 +59,13 @@ def check_acting(model: nn.Module) -> None:
 def effects(model: nn.Module) -> dict[str, Effect]:
     """Return the effect of each adapter, by the name of its site; the model and all generators stay as they were."""
     modules = {name: site.module for name, site in adapted_sites(model).items()}
-    return effects_of(Backbone.within(model), modules, _adapter_parameters(model))
+    owners = {name: one for name, one in site_adapters(model).items() if isinstance(one, nn.Module)}
+    layers = tuner_layers(model)
+    owners |= {site.name: layers[key] for key, site in sites_of_layers(model).items()}
+    parameters = {
+        name: [one for one in owner.parameters() if one.requires_grad and one.numel()] for name, owner in owners.items()
+    }
+    return effects_of(Backbone.within(model), modules, parameters)
 
 
 def effects_of(
@@ -85,16 +91,6 @@ def effects_of(
             fault = "at this image size the logits do not depend on it"
         found[name] = Effect(gradient, fault)
     return found
-
-
-def _adapter_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the parameters of each site's adapter that hold anything, by the site's name."""
-    owners = {name: one for name, one in site_adapters(model).items() if isinstance(one, nn.Module)}
-    layers = tuner_layers(model)
-    owners |= {site.name: layers[key] for key, site in sites_of_layers(model).items()}
-    return {
-        name: [one for one in owner.parameters() if one.requires_grad and one.numel()] for name, owner in owners.items()
-    }
 
 
 @contextmanager

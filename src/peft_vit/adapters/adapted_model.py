@@ -1,17 +1,18 @@
-"""The adapters that a model carries, and their sites."""
+"""The adapters that a model carries, their sites, and what the model computes without some of their updates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.peft_layers import sites_of_layers
-from peft_vit.adapters.peft_sites import PeftSite, peft_site_adapters
+from peft_vit.adapters.peft_layers import PeftSite, peft_layers, peft_ranks, peft_site_adapters, sites_of_layers
 from peft_vit.backbones import Backbone, Site
+from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
@@ -62,3 +63,50 @@ def adapted_kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def current_ranks(model: nn.Module) -> dict[str, int]:
     """Return the rank of each site as its tensors have it now."""
     return {name: adapter.rank for name, adapter in site_adapters(model).items()}
+
+
+def update_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of every site that has an update of this package's or of the PEFT library's."""
+    return current_ranks(model) | peft_ranks(model)
+
+
+@contextmanager
+def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
+    """Leave the updates of some sites out of every forward pass, as if B (or lambda) were zero.
+
+    No tensor is touched. Afterwards the model is as it was, whatever happened inside.
+
+    Args:
+        model: carries adapters of this package, or LoRA or AdaLoRA of the PEFT library.
+        sites: by name, `blocks.3.attn.query`; of PEFT's `blocks.3.attn.qkv`.
+
+    Raises:
+        UserError: if the model has no adapter on a site.
+    """
+    unknown = sorted(set(sites) - set(update_ranks(model)))
+    if unknown:
+        raise UserError(f"the model has no adapter on {unknown[0]}; name sites that have one", field="sites")
+    with ExitStack() as stack:
+        for _, module in adapted_modules(model):
+            named = {site.name for site, _ in module.adapters()}.intersection(sites)
+            if named:
+                stack.callback(setattr, module, "ablated", module.ablated)
+                module.ablated = module.ablated.union(named)
+        places = sites_of_layers(model)
+        for name, layer in peft_layers(model).items():
+            if name in places and places[name].name in sites and not layer.disable_adapters:
+                stack.enter_context(_disabled(layer))
+        yield
+
+
+@contextmanager
+def _disabled(layer: Any) -> Iterator[None]:
+    """Use PEFT's own switch, which also says that the factors are not, and then that they are to be trained."""
+    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        layer.enable_adapters(True)
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)

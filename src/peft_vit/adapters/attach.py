@@ -1,4 +1,4 @@
-"""Put adapters on a model's sites."""
+"""Put adapters on a model's sites, or see whether those that it carries are what settings ask for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import nn
 
 from peft_vit.adapters.acting import check_acting
 from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.adapted_model import site_adapters
+from peft_vit.adapters.adapted_model import adapted_kinds, adapted_sites, site_adapters
 from peft_vit.adapters.layer_input import remember_sources
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
-from peft_vit.backbones import Backbone, Site, freeze_batch_norm
+from peft_vit.backbones import Backbone, Site, chosen, freeze_batch_norm
+from peft_vit.config import AdapterConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
@@ -85,3 +86,19 @@ def attach_adapters(
     remember_sources(model)
     if check:
         check_acting(model)
+
+
+def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
+    """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
+    scales = sorted({adapter.scale for adapter in site_adapters(model).values()})
+    if "scale" in config.model_fields_set and scales != [config.scale]:
+        stated = ", ".join(map(str, scales))
+        raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
+    if "targets" not in config.model_fields_set:
+        return
+    sites = adapted_sites(model)
+    adapted = {(sites[name].module, kind) for name, kinds in adapted_kinds(model).items() for kind in kinds}
+    wanted = {(site.module, site.kind) for site in chosen(Backbone.within(model).sites, config.targets)}
+    if wanted != adapted:
+        kinds = ", ".join(sorted({kind for _, kind in adapted}))
+        raise UserError(f"adapters are on {kinds}; leave it out", field=f"{section}.targets")

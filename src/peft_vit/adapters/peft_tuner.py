@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters.acting import check_acting
 from peft_vit.adapters.attach import freeze_backbone
-from peft_vit.adapters.peft_files import PREFIX
-from peft_vit.adapters.peft_layers import ADAPTER
+from peft_vit.adapters.peft_layers import ADAPTER, PREFIX
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError, is_out_of_memory

@@ -1,4 +1,7 @@
-"""Change a site's rank for real: tensors get smaller or larger, and the optimiser's moments follow their triplets."""
+"""Change a site's rank for real: tensors get smaller or larger, and the optimiser's moments follow their triplets.
+
+A change of rank replaces parameters. What would go on with the old ones, or lose moments silently, is refused.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import Adapter, site_adapters
-from peft_vit.adapters.resizable import check_resizable, unwrapped
+from peft_vit.adapters.peft_layers import peft_sites
 from peft_vit.errors import UserError
 
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient in a moment
+_OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+# Classes of torch by name: they come from modules that are slow to import, and not in every build of torch.
+_WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel goes on synchronizing the old tensors; train in one process",
+    "FullyShardedDataParallel": "FullyShardedDataParallel shards fixed tensors; train without it",
+    "FSDPModule": "fully_shard shards fixed tensors; train without it",
+    "OptimizedModule": "torch.compile has fixed the tensors' shapes; train the model that is not compiled",
+}
 
 
 def resize_adapters(
@@ -40,9 +52,17 @@ def resize_adapters(
     check_resizable(model, optimizer)
     optimizer = unwrapped(optimizer)
     adapters = site_adapters(model)
-    _check_ranks(adapters, optimizer, ranks)
-    for name in ranks:
-        if adapters[name].rank != ranks[name] and len(triplet_scores[name]) != adapters[name].rank:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, rank in ranks.items():
+        if name not in adapters:
+            raise UserError(f"the model has no adapter on {name}", field="ranks")
+        least, most = adapters[name].smallest_rank, adapters[name].largest_rank
+        if not least <= rank <= most:
+            raise UserError(f"expected {least} to {most}, got {rank}", field=f"ranks[{name}]")
+        if not all(id(parameter) in held for parameter in adapters[name].parameters()):
+            raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
+    for name, rank in ranks.items():
+        if adapters[name].rank != rank and len(triplet_scores[name]) != adapters[name].rank:
             raise UserError(
                 f"{len(triplet_scores[name])} scores for {adapters[name].rank} triplets; score again after a change",
                 field=f"triplet_scores[{name}]",
@@ -51,31 +71,14 @@ def resize_adapters(
     for name, rank in ranks.items():
         adapter = adapters[name]
         if rank != adapter.rank:
-            kept[name] = _strongest(triplet_scores[name], rank)
+            order = torch.argsort(triplet_scores[name].detach().cpu(), descending=True, stable=True)
+            kept[name] = order[:rank].sort().values
             _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
     return kept
 
 
-def _check_ranks(adapters: Mapping[str, Adapter], optimizer: torch.optim.Optimizer, ranks: Mapping[str, int]) -> None:
-    """Refuse what can't be done before anything is changed: half a change would leave optimiser and model apart."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, rank in ranks.items():
-        if name not in adapters:
-            raise UserError(f"the model has no adapter on {name}", field="ranks")
-        adapter = adapters[name]
-        least, most = adapter.smallest_rank, adapter.largest_rank
-        if not least <= rank <= most:
-            raise UserError(f"expected {least} to {most}, got {rank}", field=f"ranks[{name}]")
-        if not all(id(parameter) in held for parameter in adapter.parameters()):
-            raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
-
-
-def _strongest(scores: Tensor, count: int) -> Tensor:
-    order = torch.argsort(scores.detach().cpu(), descending=True, stable=True)
-    return order[:count].sort().values
-
-
 def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, grow: int) -> None:
+    """Keep some triplets and add fresh ones; the optimiser's moments follow their triplets."""
     keep = keep.to(adapter.lora_A.device)
     fresh = adapter.fresh_triplets(grow, beside=len(keep))
     # A by this factor and B by its inverse: the update stays, and its steps fit the new rank.
@@ -87,32 +90,62 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
             continue
         added = new.to(old)
         kept = old.detach().index_select(dim, keep) * factors[name]
-        values = torch.cat([kept, added], dim).contiguous()
+        values = torch.cat([kept, added], dim).contiguous()  # A (rank, in / pool), B (out, rank), lambda (rank,)
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
-        _carry_state(optimizer, old, parameter, keep, dim, torch.zeros_like(added), factors[name])
+        for group in optimizer.param_groups:
+            group["params"][:] = [parameter if one is old else one for one in group["params"]]
+        state = optimizer.state.pop(old, None)
+        if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
+            continue
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == old.shape:
+                # Of a value that is `factor` times as large the moments are those of 1 / factor.
+                kept = value.index_select(dim, keep) / factors[name] ** _POWERS[key]
+                state[key] = torch.cat([kept, torch.zeros_like(added).to(value)], dim).contiguous()
+        optimizer.state[parameter] = state
 
 
-def _carry_state(
-    optimizer: torch.optim.Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter,
-    keep: Tensor,
-    dim: int,
-    zeros: Tensor,
-    factor: float,
-) -> None:
-    """Let moments follow their triplets; of a value that is `factor` times as large they are those of 1 / factor."""
-    for group in optimizer.param_groups:
-        for index, parameter in enumerate(group["params"]):
-            if parameter is old:
-                group["params"][index] = new
-    state = optimizer.state.pop(old, None)
-    if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
-        return
-    optimizer.state[new] = {
-        key: torch.cat([value.index_select(dim, keep) / factor ** _POWERS[key], zeros.to(value)], dim).contiguous()
-        if isinstance(value, Tensor) and value.shape == old.shape
-        else value
-        for key, value in state.items()
-    }
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimiser that does the steps: transformers' Trainer hands out one that accelerate has wrapped."""
+    if type(optimizer).__module__.startswith("accelerate."):
+        inner: torch.optim.Optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        return inner
+    return optimizer
+
+
+def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what can't follow a change of rank.
+
+    Raises:
+        UserError: for another optimiser, for a model that is distributed, sharded or compiled, or one that PEFT has
+            wrapped with more than plain LoRA.
+    """
+    optimizer = unwrapped(optimizer)
+    if type(optimizer) not in _OPTIMIZERS:
+        known = ", ".join(kind.__name__ for kind in _OPTIMIZERS)
+        raise UserError(
+            f"{type(optimizer).__name__} can't follow a change of rank; use one of {known}", field="optimizer"
+        )
+    if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
+        # torch takes a parameter's first gradient undamped; a triplet that joins later would be damped.
+        raise UserError("SGD with dampening can't follow a change of rank; set dampening=0", field="optimizer")
+    peft_sites(model)
+    for name, module in model.named_modules():
+        where = name or "model"
+        for kind in type(module).__mro__:
+            if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
+                raise UserError(f"ranks can't change here: {_WRAPPERS[kind.__name__]}", field=where)
+        if module._compiled_call_impl is not None:  # Module.compile() leaves the class as it is
+            raise UserError(f"ranks can't change here: {_WRAPPERS['OptimizedModule']}", field=where)
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise UserError("ranks can't change here: it is a DTensor, sharded over a mesh; train without", field=name)
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        # A trainer may wrap the model out of our sight; the wrapped one is then not what we were given.
+        raise UserError(
+            f"{distributed.get_world_size()} processes train together, and none would learn of another's new tensors; "
+            "train in one",
+            field="torch.distributed",
+        )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -30,21 +31,23 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import (
     SiteAdapter,
+    attach_adapters,
     check_acting,
     check_resizable,
+    check_stays,
     current_ranks,
+    peft_sites,
     resize_adapters,
     set_ranks,
     site_adapters,
 )
-from peft_vit.allocation.attach import attach_or_check
-from peft_vit.allocation.budget import bounds_for, check_start, costs_for, schedule_for
+from peft_vit.allocation.budget import bounds_for, costs_for, largest_ranks, schedule_for
 from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
 from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
-from peft_vit.allocation.no_effect import warn_of_a_bar_too_high, warn_of_a_held_start, warn_of_equal_scores
-from peft_vit.allocation.strategies import allocate, even_ranks
+from peft_vit.allocation.strategies import allocate, even_ranks, reach_threshold
+from peft_vit.backbones import Site, find_sites
 from peft_vit.config import METRICS, AdaLoraConfig
-from peft_vit.errors import DivergedError, UserError
+from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
 from peft_vit.seeding import torch_generator
 
@@ -82,13 +85,11 @@ class AdaLoRAController:
         self.config = config
         self.total_steps = total_steps
         self.seed = seed
-        sites = attach_or_check(model, config, seed=seed, pool=pool)
+        sites = _attach_or_check(model, config, seed=seed, pool=pool)
         self.sites = tuple(site.info() for site in sites)
         self.names = tuple(site.name for site in sites)
-        adapters = [site_adapters(model)[name] for name in self.names]
-        shapes = [(one.in_features // one.pool, one.out_features) for one in adapters]
-        self.costs = costs_for(config, shapes, [site.tokens for site in sites])
-        self.bounds = bounds_for(config, [adapter.largest_rank for adapter in adapters], self.costs)
+        self.costs = costs_for(config, sites, pool)
+        self.bounds = bounds_for(config, largest_ranks(sites, pool), self.costs)
         self.schedule = schedule_for(config, total_steps, self.bounds, self.costs)
         self.tracker = ImportanceTracker(
             config.importance_metric,
@@ -109,7 +110,18 @@ class AdaLoRAController:
         if check:
             check_acting(model)
         self._bar_too_high = False  # at some decision, and said
-        warn_of_a_held_start(config, np.array(list(self.ranks.values())), self.costs, self.bounds)
+        # Only removals are decided: the global ranking grows sites only by what its budget has left.
+        unit, total, _ = config.budget
+        ranks = np.array(list(self.ranks.values()))
+        held = int(self.costs @ ranks)
+        grows = (ranks < self.bounds.maximum) & (self.costs <= total - held)
+        if config.allocation_strategy == "global" and held <= total and not grows.any():
+            warnings.warn(
+                f"allocation_strategy: global has no effect: the adapters start with {held} {unit}, the final budget "
+                "holds them all",
+                SilentNoEffectWarning,
+                stacklevel=2,
+            )
 
     def _start(self, model: nn.Module) -> None:
         """Give sites that have no rank yet equal ranks within the initial budget."""
@@ -121,12 +133,18 @@ class AdaLoRAController:
             even = even_ranks(self.schedule.initial, self.bounds, self.costs)
             set_ranks(model, dict(zip(self.names, map(int, even), strict=True)))
         ranks = {name: adapter.rank for name, adapter in adapters.items()}
-        check_start(self.config, self._cost(ranks), self.schedule.initial)
+        (unit, _, field), cost = self.config.budget, self._cost(ranks)
+        if cost > self.schedule.initial:
+            raise UserError(
+                f"the model's adapters hold {cost} {unit}, the budget allows {self.schedule.initial} at the start; "
+                "raise it, or start with fewer",
+                field="adalora.initial_budget" if self.config.budget_schedule == "cubic" else f"adalora.{field}",
+            )
         self._record(0, ranks)
 
     def _cost(self, ranks: dict[str, int]) -> int:
         """Return what ranks cost in the unit of the budget."""
-        return sum(int(cost) * ranks[name] for name, cost in zip(self.names, self.costs, strict=True))
+        return int(self.costs @ [ranks[name] for name in self.names])
 
     def _record(self, step: int, ranks: dict[str, int]) -> None:
         self.rank_history.append(
@@ -226,10 +244,23 @@ class AdaLoRAController:
         self._decided = step
         self.score_history.append({"step": step, "scores": dict(importance_scores)})
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
-        if step >= self.schedule.last_update:
-            warn_of_equal_scores(self.config, importance_scores)
-        self._bar_too_high = self._bar_too_high or warn_of_a_bar_too_high(self.config, scores, self.costs)
-        of_triplets = None
+        if step >= self.schedule.last_update and len(set(importance_scores.values())) == 1:
+            warnings.warn(
+                f"importance_metric {self.config.importance_metric} gave every site the same score; "
+                "the allocation says nothing about the sites",
+                SilentNoEffectWarning,
+                stacklevel=2,
+            )
+        of_triplets, tau = None, self.config.threshold_tau
+        if self.config.allocation_strategy == "threshold" and not self._bar_too_high:
+            self._bar_too_high = not reach_threshold(scores, self.costs, tau)
+            if self._bar_too_high:
+                warnings.warn(
+                    f"threshold_tau {tau} has no effect: no site's score reaches so many times the mean, and all share "
+                    "the budget in proportion; lower it",
+                    SilentNoEffectWarning,
+                    stacklevel=2,
+                )
         if self.config.allocation_strategy == "global":
             of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
         ranks = allocate(
@@ -238,7 +269,7 @@ class AdaLoRAController:
             self.schedule.budget_at(step),
             self.bounds,
             costs=self.costs,
-            threshold_tau=self.config.threshold_tau,
+            threshold_tau=tau,
             top_k=self.config.top_k,
             triplet_scores=of_triplets,
         )
@@ -268,19 +299,16 @@ class AdaLoRAController:
         if ranks != self.ranks:
             if not self._triplet_scores:
                 raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
-            self._renew_generators(model, ranks)
+            adapters = site_adapters(model)
+            for index, name in enumerate(self.names):
+                if ranks[name] > adapters[name].rank:
+                    # What grows follows from seed, site and number of the change: a resumed run grows the same.
+                    stream = len(self.rank_history) * _STREAMS + index
+                    adapters[name].generator = torch_generator(self.seed, "adapter_init", stream)
             kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
             self.tracker.follow(kept, ranks)
             self._triplet_scores = {}
         self._record(self._decided, ranks)
-
-    def _renew_generators(self, model: nn.Module, ranks: dict[str, int]) -> None:
-        """Let what grows follow from seed, site and number of the change, so that a resumed run grows the same."""
-        adapters = site_adapters(model)
-        for index, name in enumerate(self.names):
-            if ranks[name] > adapters[name].rank:
-                stream = len(self.rank_history) * _STREAMS + index
-                adapters[name].generator = torch_generator(self.seed, "adapter_init", stream)
 
     def _probe_next_step(self, model: nn.Module) -> None:
         """Probe the sites in the next step, if its scores lead to a decision in which a site without rank can win."""
@@ -352,3 +380,37 @@ class AdaLoRAController:
     def _made_with(self) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
         return {"config": config, "total_steps": self.total_steps, "seed": self.seed, "sites": list(self.names)}
+
+
+def _attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool: int) -> tuple[Site, ...]:
+    """Return the sites that carry adapters, block by block; on a plain model they are put there first, at rank 0.
+
+    Raises:
+        UserError: if the model is of another class, carries adapters of ours, or such of PEFT that don't fit the
+            settings.
+    """
+    found = peft_sites(model)
+    if found:
+        # LoRA of PEFT can't follow every setting, and has decided others.
+        if pool != 1:
+            raise UserError("PEFT's LoRA does not pool its inputs; leave it out", field="pool")
+        if config.minimum_rank < 1:
+            raise UserError("PEFT has no layer of rank 0; set minimum_rank to 1 or more", field="adalora.minimum_rank")
+        if config.parametrization != "product":
+            raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
+        check_stays(model, config, "adalora")
+        return found
+    sites = find_sites(model, config.targets)
+    attach_adapters(
+        model,
+        sites,
+        0,
+        scale=config.scale,
+        seed=seed,
+        parametrization=config.parametrization,
+        factor_start=config.factor_start,
+        lambda_gain=config.lambda_gain,
+        pool=pool,
+        check=False,  # the ranks come later, and the check after them
+    )
+    return sites

@@ -19,7 +19,6 @@ Ranks. See `rank_gains`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -123,15 +122,13 @@ def layer_losses(
         squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}
         for name, gradient in _sample_gradients(model, list(formats), images, head, loss):
             squares[name].addcmul_(gradient, gradient, value=1 / len(images))
-        return {
-            name: [_weighted_error(name, _weight(model, name), square, format) for format in formats[name]]
-            for name, square in squares.items()
-        }
-
-
-def _weighted_error(name: str, weight: Tensor, fisher: Tensor, format: QuantizationFormat) -> float:
-    error = quantize(weight, format, name=name).dequantize() - weight
-    return (fisher * error.square()).double().sum().item() / 2
+        losses: dict[str, list[float]] = {name: [] for name in squares}
+        for name, square in squares.items():
+            weight = _weight(model, name)
+            for format in formats[name]:
+                error = quantize(weight, format, name=name).dequantize() - weight  # (out, in)
+                losses[name].append((square * error.square()).double().sum().item() / 2)
+        return losses
 
 
 @torch.no_grad()
@@ -148,9 +145,14 @@ def _divergences(
 
         def visit(block: int, rest: Callable[[], Tensor], logits: dict[str, list[Tensor]] = logits) -> None:
             for name in (name for name in low if layer_of[name] == block):
-                for quantized in low[name]:
-                    with _weight_replaced(_weight(model, name), quantized.dequantize()):
+                weight = _weight(model, name)
+                floating = weight.data
+                try:
+                    for quantized in low[name]:
+                        weight.data = quantized.dequantize()
                         logits[name].append(head(rest()))
+                finally:
+                    weight.data = floating
 
         features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
         target = head(features).double().log_softmax(1)
@@ -201,14 +203,11 @@ def rank_gains(
     for site in sites:
         rows = slice(*site.rows)
         pooled = gradients[site.module][rows].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
-        bounds[site.name] = _weight(model, site.module)[rows].norm().item() * _norms_by_rank(pooled)
+        # Frobenius norms of the gradient's best approximations of rank 0, 1, ... up to its smaller side.
+        norms = np.sqrt(np.concatenate([[0.0], squared_singular_values(pooled).cumsum(0).numpy()]))
+        bounds[site.name] = _weight(model, site.module)[rows].norm().item() * norms
     total = sum(bound[-1] for bound in bounds.values())
     return {name: bound * (sum(losses) / total if total else 0.0) for name, bound in bounds.items()}
-
-
-def _norms_by_rank(matrix: Tensor) -> Floats:
-    """Return the Frobenius norms of a matrix's best approximations of rank 0, 1, ... up to its smaller side."""
-    return np.sqrt(np.concatenate([[0.0], squared_singular_values(matrix).cumsum(0).numpy()]))
 
 
 def _sample_gradients(
@@ -230,12 +229,3 @@ def _weight(model: nn.Module, module: str) -> Tensor:
     weight = model.get_submodule(module).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-@contextmanager
-def _weight_replaced(own: Tensor, other: Tensor) -> Iterator[None]:
-    before, own.data = own.data, other
-    try:
-        yield
-    finally:
-        own.data = before

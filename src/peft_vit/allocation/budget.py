@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from peft_vit.allocation.strategies import Bounds, Ints
+from peft_vit.backbones import Site
 from peft_vit.config import AdaLoraConfig, BudgetUnit
 from peft_vit.errors import UserError
 
@@ -71,7 +72,7 @@ class BudgetSchedule:
         return self.total + (self.initial - self.total) * left**3 // span**3
 
 
-def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: Sequence[int]) -> Ints:
+def costs_for(config: AdaLoraConfig, sites: Sequence[Site], pool: int = 1) -> Ints:
     """Return what one rank of each site costs in the unit of the budget, (sites,).
 
     A triplet of a site holds (in / pool) + out trained values, in the svd form one more. In ranks each triplet costs
@@ -80,22 +81,25 @@ def costs_for(config: AdaLoraConfig, shapes: Sequence[tuple[int, int]], tokens: 
 
     Args:
         config: the `adalora` section.
-        shapes: of each site: inputs of its A, which are in / pool, and outputs.
-        tokens: of one image that pass through each site.
+        sites: that carry adapters.
+        pool: inputs per group on which an update is constant.
     """
-    return rank_costs(config.budget.unit, shapes, tokens, svd=config.parametrization == "svd")
+    return rank_costs(config.budget.unit, sites, pool=pool, svd=config.parametrization == "svd")
 
 
-def rank_costs(
-    unit: BudgetUnit, shapes: Sequence[tuple[int, int]], tokens: Sequence[int], *, svd: bool = False
-) -> Ints:
+def rank_costs(unit: BudgetUnit, sites: Sequence[Site], *, pool: int = 1, svd: bool = False) -> Ints:
     """Return what one rank of each site costs in a unit, (sites,), see `costs_for`."""
     if unit == "ranks":
-        return np.ones(len(shapes), dtype=np.int64)
-    values = np.array(shapes, dtype=np.int64).sum(axis=1) + svd
+        return np.ones(len(sites), dtype=np.int64)
+    values = np.array([site.in_features // pool + site.out_features + svd for site in sites], dtype=np.int64)
     if unit == "macs":
-        return values * np.array(tokens, dtype=np.int64)
+        return values * np.array([site.tokens for site in sites], dtype=np.int64)
     return values * {"parameters": 1, "bytes": 4}[unit]
+
+
+def largest_ranks(sites: Sequence[Site], pool: int = 1) -> Ints:
+    """Return the rank of each site above which more can't change its update, min(in / pool, out), (sites,)."""
+    return np.array([min(site.in_features // pool, site.out_features) for site in sites], dtype=np.int64)
 
 
 def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
@@ -120,18 +124,17 @@ def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs:
     return BudgetSchedule(initial, total, config.warmup_steps, config.update_frequency, final_steps, total_steps)
 
 
-def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints) -> Bounds:
+def bounds_for(config: AdaLoraConfig, largest: Ints, costs: Ints) -> Bounds:
     """Return each site's bounds, and refuse a budget that they can't meet, or under which nothing is decided.
 
     Args:
         config: the `adalora` section.
-        largest_ranks: the rank of each site above which more would be wasted, min(in / pool, out).
+        largest: rank of each site, from `largest_ranks`.
         costs: of one rank of each site, from `costs_for`.
 
     Raises:
         UserError: naming the setting and what the sites allow.
     """
-    largest = np.array(largest_ranks, dtype=np.int64)
     if config.maximum_rank is not None and config.maximum_rank > largest.max():
         raise UserError(
             f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
@@ -158,23 +161,7 @@ def bounds_for(config: AdaLoraConfig, largest_ranks: Sequence[int], costs: Ints)
             "decide; lower it",
             field="adalora.minimum_rank",
         )
-    _check_choice(config, len(minimum))
-    return Bounds(minimum, maximum)
-
-
-def check_start(config: AdaLoraConfig, cost: int, initial: int) -> None:
-    """Refuse adapters that cost more than the budget at the start."""
-    unit, _, field = config.budget
-    if cost > initial:
-        raise UserError(
-            f"the model's adapters hold {cost} {unit}, the budget allows {initial} at the start; raise it, or start "
-            "with fewer",
-            field="adalora.initial_budget" if config.budget_schedule == "cubic" else f"adalora.{field}",
-        )
-
-
-def _check_choice(config: AdaLoraConfig, sites: int) -> None:
-    """Refuse strategies' settings that choose every site or none, whatever the scores."""
+    sites = len(minimum)
     if config.top_k is not None and config.top_k >= sites:
         reason = f"exceeds the {sites} sites" if config.top_k > sites else "is every site, and scores decide nothing"
         raise UserError(f"{config.top_k} {reason}; lower it", field="adalora.top_k")
@@ -183,3 +170,4 @@ def _check_choice(config: AdaLoraConfig, sites: int) -> None:
             f"no score can be {config.threshold_tau} times the mean of {sites} sites; lower it",
             field="adalora.threshold_tau",
         )
+    return Bounds(minimum, maximum)

@@ -110,21 +110,22 @@ class ImportanceTracker:
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
-            squares = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
-            scores = {site: square.sqrt_().mul_(_factor(adapters[site])) for site, square in squares.items()}
+            scores = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
+            for site, square in scores.items():
+                one = adapters[site]
+                gain = 1.0 if one.lora_lambda is None else one.lambda_gain
+                # Each value of A stands for a pool of equal columns.
+                square.sqrt_().mul_(abs(one.scale * gain) * math.sqrt(one.pool))
+        elif parts:
+            gradients, overflowed = _gradients(parts), False
+            if loss_scale != 1:
+                overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
+                gradients = list(torch._foreach_div(gradients, loss_scale))
+            score = self._sensitivity if self.metric == "sensitivity" else self._size
+            scores = score(parts, None if overflowed else gradients)
         else:
-            scores = self._smoothed_scores(parts, loss_scale) if parts else {}
+            scores = {}
         return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
-
-    def _smoothed_scores(self, parts: Sequence[_Part], loss_scale: float) -> dict[str, Tensor]:
-        gradients = _gradients(parts)
-        overflowed = False
-        if loss_scale != 1:
-            overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
-            gradients = list(torch._foreach_div(gradients, loss_scale))
-        if self.metric == "sensitivity":
-            return self._sensitivity(parts, None if overflowed else gradients)
-        return self._size(parts, None if overflowed else gradients)
 
     def _size(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         """Score by the gradient's norm, or its square."""
@@ -242,12 +243,6 @@ def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
         if lora_lambda is not None:
             parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
     return parts
-
-
-def _factor(adapter: Adapter) -> float:
-    """Return the Frobenius norm of a triplet's update over the product of its parameters' norms."""
-    gain = 1.0 if adapter.lora_lambda is None else adapter.lambda_gain
-    return abs(adapter.scale * gain) * math.sqrt(adapter.pool)  # each value of A stands for a pool of equal columns
 
 
 def _gradients(parts: Sequence[_Part]) -> list[Tensor]:

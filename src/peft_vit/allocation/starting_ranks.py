@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.allocation.budget import rank_costs
+from peft_vit.allocation.budget import largest_ranks, rank_costs
 from peft_vit.allocation.importance import weight_scores
 from peft_vit.allocation.layer_gradients import frozen, layer_gradients, squared_singular_values
 from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate
@@ -60,7 +60,7 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> 
     Raises:
         UserError: naming the setting and what the sites allow.
     """
-    costs, largest = _costs(config, sites), _largest(sites)
+    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
     if config.maximum_rank is not None and config.maximum_rank > largest.max():
         raise UserError(
             f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
@@ -112,7 +112,16 @@ def choose_starting_ranks(
     if not any(scores.values()):
         problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
         raise UserError(problem, field="lora.ranks.rule")
-    ranks = dict(zip(names, _by_scores(config, sites, [by_rank[name] for name in names]).tolist(), strict=True))
+    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
+    if config.maximum_rank is not None:
+        largest = np.minimum(largest, config.maximum_rank)
+    bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[name] for name in names])
+    if config.rule == "gradient":
+        of_triplets = [by_rank[name] for name in names]
+        allocated = allocate("global", firsts, config.budget, bounds, costs=costs, triplet_scores=of_triplets)
+    else:  # `allocate` divides by costs, and this score goes by ranks in every unit
+        allocated = allocate("proportional", costs * firsts, config.budget, bounds, costs=costs)
+    ranks = dict(zip(names, allocated.tolist(), strict=True))
     alike = [what for what, of in (("score", scores), ("rank", ranks)) if len(set(of.values())) == 1]
     if alike:
         warnings.warn(
@@ -159,19 +168,8 @@ def _weight_gradients(model: nn.Module, sites: Sequence[Site], batch: Calibratio
     return mean
 
 
-def _by_scores(config: StartingRanksConfig, sites: Sequence[Site], by_rank: Sequence[Floats]) -> Ints:
-    costs, largest = _costs(config, sites), _largest(sites)
-    if config.maximum_rank is not None:
-        largest = np.minimum(largest, config.maximum_rank)
-    bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[0] for scores in by_rank])
-    if config.rule == "gradient":
-        return allocate("global", firsts, config.budget, bounds, costs=costs, triplet_scores=by_rank)
-    # `allocate` divides by costs, and this score goes by ranks in every unit.
-    return allocate("proportional", costs * firsts, config.budget, bounds, costs=costs)
-
-
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
-    costs, largest = _costs(config, sites), _largest(sites)
+    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
     if config.rule == "even":
         return _even(config.budget, sites, costs, largest)
     order = list(range(len(sites)))
@@ -226,12 +224,3 @@ def _fill(ranks: Ints, order: Iterable[int], each: int, left: int, costs: Ints, 
         ranks[site] += more
         left -= more * int(costs[site])
     return before - left
-
-
-def _costs(config: StartingRanksConfig, sites: Sequence[Site]) -> Ints:
-    shapes = [(site.in_features, site.out_features) for site in sites]
-    return rank_costs(config.unit, shapes, [site.tokens for site in sites])
-
-
-def _largest(sites: Sequence[Site]) -> Ints:
-    return np.array([min(site.in_features, site.out_features) for site in sites], dtype=np.int64)

@@ -12,7 +12,6 @@ from peft_vit.config.augmentation import (
     ColorJitter,
     Cutmix,
     Flip,
-    Flips,
     Mixup,
     RandAugment,
     RandomResizedCrop,
@@ -21,7 +20,7 @@ from peft_vit.config.augmentation import (
 from peft_vit.config.importance import METRICS, Metric
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig
-from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
+from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS
 from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
 from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
@@ -36,7 +35,6 @@ from peft_vit.config.study import (
     DataConfig,
     DatasetName,
     Device,
-    ExecutionConfig,
     ExecutorName,
     ExperimentConfig,
     Interpolation,
@@ -49,10 +47,9 @@ from peft_vit.config.study import (
     WeightsSource,
 )
 from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
-from peft_vit.settings import AS_WRITTEN, MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix, is_given
+from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix
 
 __all__ = [
-    "AS_WRITTEN",
     "AUGMENTATION_OF_FLIPS",
     "BITS_OF_TYPE",
     "DEFAULT_MODEL",
@@ -81,18 +78,15 @@ __all__ = [
     "DataConfig",
     "DatasetName",
     "Device",
-    "ExecutionConfig",
     "ExecutorName",
     "ExperimentConfig",
     "Flip",
-    "Flips",
     "Frozen",
     "Interpolation",
     "Kind",
     "Library",
     "LoraConfig",
     "MeasuresConfig",
-    "MethodKind",
     "MethodName",
     "Metric",
     "Mixup",
@@ -114,7 +108,6 @@ __all__ = [
     "TrainingConfig",
     "WeightsSource",
     "bytes_of",
-    "is_given",
     "load_study",
     "micro_batch_fault",
     "named_backbone",

@@ -9,7 +9,6 @@ What a setting does is told where it is done, in `data.augmentation`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_serializer, model_validator
@@ -144,11 +143,6 @@ AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
     "horizontal": (Augmentation(flip=Flip()),),
     "both": (Augmentation(flip=Flip(direction="both")),),
 }
-
-
-def flips_of(augmentation: Sequence[Augmentation]) -> Flips:
-    """Return how images are flipped."""
-    return next((one.flip.direction for one in augmentation if one.flip is not None), "none")
 
 
 def checked(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:

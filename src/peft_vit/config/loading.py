@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from peft_vit.config.augmentation import Augmentation
-from peft_vit.config.lr_sweep import at_each_rate, at_first_rates, check_rates
+from peft_vit.config.lr_sweep import at_rates, check_rates
 from peft_vit.config.methods import METHOD_KINDS
 from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig
 from peft_vit.config.training import TrainingConfig
@@ -33,8 +33,9 @@ def load_study(file: str | Path) -> StudyConfig:
     _check_probes(data, lines, file)
     filled = _fill_training(data, lines, file)
     check_rates(filled, lines, file)
-    study = study_from_mapping(at_first_rates(filled), file=file, lines=lines)  # names faults where they stand, once
-    expanded = at_each_rate(filled)
+    at_first = at_rates(filled, first=True)
+    study = study_from_mapping(at_first, file=file, lines=lines)  # names faults where they stand, once
+    expanded = at_rates(filled, first=False)
     return study if expanded == filled else study_from_mapping(expanded, file=file)
 
 

@@ -26,23 +26,23 @@ def check_rates(study: dict[str, Any], lines: Lines, file: Path) -> None:
             raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))
 
 
-def at_first_rates(study: dict[str, Any]) -> dict[str, Any]:
-    """Return the study as it stands in the file, with the first rate in the place of each list."""
-    return _replaced(
-        study, [_with_rate(one, rates[0]) if (rates := _rates(one)) else one for one in _experiments(study)]
-    )
+def at_rates(study: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """Return the study with an experiment a rate in the place of each with a list: `lora` becomes `lora_lr_1e-3`.
 
-
-def at_each_rate(study: dict[str, Any]) -> dict[str, Any]:
-    """Return the study with an experiment a rate in the place of each with a list: `lora` becomes `lora_lr_1e-3`."""
-    return _replaced(study, [at_rate for one in _experiments(study) for at_rate in _at_each(one)])
-
-
-def _at_each(experiment: Any) -> list[Any]:
-    rates = _rates(experiment)
-    if rates is None:
-        return [experiment]
-    return [{**_with_rate(experiment, rate), "name": f"{experiment.get('name')}_lr_{_as_name(rate)}"} for rate in rates]
+    With `first` it stays one, under its own name, at the first rate of its list.
+    """
+    experiments = []
+    for experiment in _experiments(study):
+        rates = _rates(experiment)
+        if rates is None:
+            experiments.append(experiment)
+            continue
+        for rate in rates[:1] if first else rates:
+            at_rate = {**experiment, "training": {**experiment["training"], "learning_rate": rate}}
+            if not first:
+                at_rate["name"] = f"{experiment.get('name')}_lr_{_as_name(rate)}"
+            experiments.append(at_rate)
+    return {**study, "experiments": experiments} if experiments else study
 
 
 def _as_name(rate: float) -> str:
@@ -57,14 +57,6 @@ def _rates(experiment: Any) -> list[Any] | None:
     return rates if isinstance(rates, list) else None
 
 
-def _with_rate(experiment: dict[str, Any], rate: float) -> dict[str, Any]:
-    return {**experiment, "training": {**experiment["training"], "learning_rate": rate}}
-
-
 def _experiments(study: dict[str, Any]) -> list[Any]:
     experiments = study.get("experiments")
     return experiments if isinstance(experiments, list) else []  # of the wrong shape: validation names it
-
-
-def _replaced(study: dict[str, Any], experiments: list[Any]) -> dict[str, Any]:
-    return {**study, "experiments": experiments} if experiments else study

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationInfo
 
@@ -16,12 +16,6 @@ from peft_vit.config.lora import LoraConfig
 from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.config.qa_lora import QaLoraConfig
 from peft_vit.settings import Frozen, is_given
-
-if TYPE_CHECKING:
-    from peft_vit.config.study import ExperimentConfig
-
-
-def _agreed(experiment: ExperimentConfig, info: ValidationInfo) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +37,7 @@ class MethodKind:
     color: str
     trains: Literal["head", "adapters", "everything"]
     settings: Mapping[str, type[Frozen]] = field(default_factory=dict)
-    agree: Callable[[Any, ValidationInfo], None] = _agreed
+    agree: Callable[[Any, ValidationInfo], None] = lambda *_: None
     module: str = ""
 
 

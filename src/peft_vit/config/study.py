@@ -227,11 +227,6 @@ class _Experiment(Frozen):
             raise ValueError("training.learning_rate is missing; add it")
         if not self.is_probe and self.training.epochs is None and self.training.steps is None:
             raise ValueError("training.epochs (or training.steps) is missing; add it")
-        self._recipe_fits_method()
-        self.kind.agree(self, info)
-        return self
-
-    def _recipe_fits_method(self) -> None:
         if self.training.probe_l2 is not None and not self.fits_probe:
             raise ValueError(
                 "training.probe_l2 has no effect where no probe is fitted; remove it, or set training.head_start: probe"
@@ -244,6 +239,8 @@ class _Experiment(Frozen):
                 f"training.layer_decay has no effect with method: {self.method}, which trains no weights of the "
                 "backbone; set it in the training of experiments with method: full alone"
             )
+        self.kind.agree(self, info)
+        return self
 
 
 if TYPE_CHECKING:

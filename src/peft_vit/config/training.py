@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked, flips_of
+from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked
 from peft_vit.errors import UserError
 from peft_vit.settings import Frozen, is_given
 
@@ -135,19 +135,6 @@ class TrainingConfig(Frozen):
         fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
-        self._blocks_are_decided_once(info)
-        mixing = [one.name for one in self.augmentation if one.mixes]
-        if mixing and self.batch_size == 1:
-            raise ValueError(
-                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
-            )
-        if self.warmup_share is not None and self.schedule == "constant":
-            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
-        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
-            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
-        return self
-
-    def _blocks_are_decided_once(self, info: ValidationInfo) -> None:
         adaptive = self.activation_checkpointing == "adaptive"
         if self.recomputed_blocks is not None and not adaptive:
             raise ValueError(
@@ -164,6 +151,16 @@ class TrainingConfig(Frozen):
                 "memory_limit decides what is computed again, and activation_checkpointing: "
                 f"{self.activation_checkpointing} does so, too; remove one of them"
             )
+        mixing = [one.name for one in self.augmentation if one.mixes]
+        if mixing and self.batch_size == 1:
+            raise ValueError(
+                f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
+            )
+        if self.warmup_share is not None and self.schedule == "constant":
+            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
+        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
+            raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
+        return self
 
     @property
     def images_at_once(self) -> int:
@@ -195,7 +192,7 @@ class TrainingConfig(Frozen):
     @property
     def flips(self) -> Flips:
         """Return how images are flipped, which is all of `augmentation` that probes read."""
-        return flips_of(self.augmentation)
+        return next((one.flip.direction for one in self.augmentation if one.flip is not None), "none")
 
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""

@@ -101,7 +101,12 @@ def _read(node: yaml.Node, loader: _StrictLoader, path: KeyPath, lines: Lines, f
     return mapping
 
 
-def _read_bytes(file: Path) -> bytes:
+def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
+    """Read a file whose top is a mapping; also return the line of each key and list item, for messages.
+
+    Raises:
+        UserError: with file and line, for anything else.
+    """
     try:
         with file.open("rb") as handle:
             raw = handle.read(_MAX_BYTES + 1)  # no more than that: it could be any file
@@ -110,16 +115,6 @@ def _read_bytes(file: Path) -> bytes:
         raise UserError(problem, file=file) from None
     if len(raw) > _MAX_BYTES:
         raise UserError(f"is larger than {_MAX_BYTES} bytes; a configuration is small", file=file)
-    return raw
-
-
-def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
-    """Read a file whose top is a mapping; also return the line of each key and list item, for messages.
-
-    Raises:
-        UserError: with file and line, for anything else.
-    """
-    raw = _read_bytes(file)
     lines: Lines = {}
     text = ""
     try:

@@ -20,7 +20,7 @@ from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.provenance import cpu_count, processor_name
-from peft_vit.training import flip_axes
+from peft_vit.training import FLIP_AXES
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.
 TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix products
@@ -183,7 +183,7 @@ def _from_arithmetic(run: EstimateRequest, workload: Workload, rate: float) -> E
     weights = workload.shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
     images = workload.test + _measured_images(run.spec, workload)
     if experiment.is_probe:  # each image once, in every way in which training shows it
-        images += len(flip_axes(experiment.training.flips)) * workload.train + workload.validation
+        images += len(FLIP_AXES[experiment.training.flips]) * workload.train + workload.validation
     else:
         batch_size = min(experiment.training.batch_size, workload.train)
         images += step_passes(experiment, workload.shape) * run.steps * batch_size

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from peft_vit.adapters.peft_files import BASE_FILE, CONFIG_FILE
-from peft_vit.adapters.peft_format import import_peft
+from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, import_peft
 from peft_vit.backbones import load_backbone
 from peft_vit.config import named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels

@@ -74,4 +74,4 @@ def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, *, every
     return experiment.model_copy(update=METHODS[experiment.method].shorten(experiment, total_steps, steps, every))
 
 
-__all__ = ["METHODS", "Method", "Preparation", "Wishes", "check", "prepare", "shorten"]
+__all__ = ["METHODS", "Preparation", "Wishes", "check", "prepare", "shorten"]

@@ -6,48 +6,55 @@ from typing import Any
 
 from torch import nn
 
-from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, schedule_for
+from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, largest_ranks, schedule_for
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import AdaLoraConfig, ExperimentConfig, Frozen
+from peft_vit.config import AdaLoraConfig, ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
 from peft_vit.training import AllocationHook, Hook
 
 
-def check_course(settings: AdaLoraConfig, pool: int, shape: BackboneShape, total_steps: int) -> None:
-    """Refuse a budget that does not fit the sites, whose adapters sum `pool` inputs, or a schedule the steps.
+def settings_of(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
+    """Return the settings of adaptive ranks, and the inputs that adapters pool.
+
+    On packed weights scale and targets are those of `qa_lora`.
+    """
+    settings, packing = experiment.need(AdaLoraConfig), experiment.section(QaLoraConfig)
+    if packing is None:
+        return settings, 1
+    return settings.model_copy(update={"scale": packing.scale, "targets": packing.targets}), packing.pool
+
+
+def prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+    """Attach adapters whose ranks move, and return what moves them; on packed weights the trainer checks for effect."""
+    (settings, pool), steps, seed = settings_of(experiment), preparation.total_steps, preparation.seed
+    alone = experiment.section(QaLoraConfig) is None
+    return [AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=alone))]
+
+
+def check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    """Refuse a budget that does not fit the sites, or a schedule that does not fit the steps.
 
     Raises:
         UserError: with the setting, below the experiment.
     """
-
+    settings, pool = settings_of(experiment)
     sites = sites_of("adalora", settings, shape)
-    shapes = [(site.in_features // pool, site.out_features) for site in sites]
-    costs = costs_for(settings, shapes, [site.tokens for site in sites])
-    bounds = bounds_for(settings, [min(sides) for sides in shapes], costs)
+    costs = costs_for(settings, sites, pool)
+    bounds = bounds_for(settings, largest_ranks(sites, pool), costs)
     schedule_for(settings, total_steps, bounds, costs)
 
 
-def controller_hook(
-    model: nn.Module, settings: AdaLoraConfig, preparation: Preparation, *, pool: int = 1, check: bool = True
-) -> Hook:
-    """Attach adapters whose ranks move, and return what moves them; check that they have an effect."""
-
-    steps, seed = preparation.total_steps, preparation.seed
-    return AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=check))
-
-
-def shortened(settings: AdaLoraConfig, total_steps: int, steps: int, every: int) -> AdaLoraConfig:
-    """Return the settings for fewer steps: each phase keeps its share."""
-    part = steps / total_steps
+def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    """Return the section for fewer steps: each phase keeps its share."""
+    settings, part = experiment.need(AdaLoraConfig), steps / total_steps
     final = total_steps // 4 if settings.final_steps is None else settings.final_steps
     final = min(round(part * final), steps - 1)
-    return settings.model_copy(
-        update={
-            "final_steps": final,
-            "update_frequency": max(every, round(part * settings.update_frequency)),
-            "warmup_steps": min(max(1, round(part * settings.warmup_steps)), steps - final),
-        }
-    )
+    short = {
+        "final_steps": final,
+        "update_frequency": max(every, round(part * settings.update_frequency)),
+        "warmup_steps": min(max(1, round(part * settings.warmup_steps)), steps - final),
+    }
+    return {"adalora": settings.model_copy(update=short)}
 
 
 _FEWEST_STEPS, _DECIDED_AFTER, _MEAN_RANK = 12, 16, 4  # of what `train` takes
@@ -72,18 +79,6 @@ def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {"adalora": section}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    return [controller_hook(model, experiment.need(AdaLoraConfig), preparation)]
-
-
-def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-    check_course(experiment.need(AdaLoraConfig), 1, shape, total_steps)
-
-
-def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-    return {"adalora": shortened(experiment.need(AdaLoraConfig), total_steps, steps, every)}
-
-
 ADALORA = Method(
-    prepare=_prepare, check=_check, shorten=_shorten, defaults=defaults, learning_rate=5e-4, size_options=("budget",)
+    prepare=prepare, check=check, shorten=shorten, defaults=defaults, learning_rate=5e-4, size_options=("budget",)
 )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peft_vit.adapters import attach_adapters
-from peft_vit.adapters.peft_files import read_peft
-from peft_vit.adapters.peft_format import import_peft
+from peft_vit.adapters.peft_format import import_peft, read_peft
 from peft_vit.allocation import check_starting_ranks
-from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
-from peft_vit.config import RULE_OF_A_BUDGET, ExperimentConfig, LoraConfig, StartingRanksConfig
+from peft_vit.backbones import BackboneShape, find_sites, fused_sites
+from peft_vit.config import RULE_OF_A_BUDGET, ExperimentConfig, LoraConfig
 from peft_vit.errors import UserError
 from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_rank_at, sites_of
 from peft_vit.training import Hook, StartingRanks
@@ -31,24 +29,20 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
     return [] if settings.ranks is None else [StartingRanks(settings.ranks, sites, seed=preparation.seed)]
 
 
-def _check_ranks(settings: StartingRanksConfig, sites: Sequence[Site], train_images: int) -> None:
-
-    check_rank_at("lora.ranks.site_rank", sites, settings.site_rank)
-    check_starting_ranks(settings, sites)
-    if settings.reads_images and settings.calibration_images > train_images:
-        raise UserError(
-            f"{settings.calibration_images} are more than the {train_images} training images; lower it",
-            field="lora.ranks.calibration_images",
-        )
-
-
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
 
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
     if settings.ranks is not None:
-        _check_ranks(settings.ranks, sites_of("lora", settings, shape), train_images)
+        sites, rule = sites_of("lora", settings, shape), settings.ranks
+        check_rank_at("lora.ranks.site_rank", sites, rule.site_rank)
+        check_starting_ranks(rule, sites)
+        if rule.reads_images and rule.calibration_images > train_images:
+            raise UserError(
+                f"{rule.calibration_images} are more than the {train_images} training images; lower it",
+                field="lora.ranks.calibration_images",
+            )
     if settings.start is not None:
         try:
             read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)

@@ -64,29 +64,12 @@ class Wishes:
         """Whether the budget is too small for one rank on each matrix."""
         if self.budget is None:
             return False
-        shapes = [(site.in_features, site.out_features) for site in self.shape.sites]
-        costs = rank_costs(self.budget_unit, shapes, [site.tokens for site in self.shape.sites])
-        return self.budget < int(costs.sum())
+        return self.budget < int(rank_costs(self.budget_unit, self.shape.sites).sum())
 
     def enough_steps(self, fewest: int) -> None:
         """Refuse fewer steps than adaptive ranks need."""
         if self.steps < fewest:
             raise UserError(f"{self.steps} steps are too few to move ranks; give more", field="--steps")
-
-
-def _as_it_is(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    return []
-
-
-def _checked(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None: ...
-
-
-def _no_schedule(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-    return {}
-
-
-def _no_sections(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    return {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +92,10 @@ class Method:
         why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
     """
 
-    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = _as_it_is
-    check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = _checked
-    shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = _no_schedule
-    defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = _no_sections
+    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = lambda *_: []
+    check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
+    shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
+    defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = lambda _: {}
     learning_rate: float = 1e-3
     few_ranks_learning_rate: float | None = None
     size_options: tuple[Literal["rank", "budget"], ...] = ()

@@ -43,14 +43,10 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
     check_rank_at("peft_lora.rank", _modules("peft_lora", settings, shape), settings.rank)
 
 
-def _lora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    return {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}}
-
-
 PEFT_LORA = Method(
     prepare=_prepare_lora,
     check=_check_lora,
-    defaults=_lora_defaults,
+    defaults=lambda wishes: {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
     size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peft_vit.adapters.peft_files import CONFIG_FILE
+from peft_vit.adapters.peft_format import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
 from peft_vit.deployment import ModelCard, export_onnx, merge, save_low_bit
 from peft_vit.deployment.timing import Calls, time_alone

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
-from peft_vit.adapters.peft_files import doubts_about, peft_sha256
+from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
 from peft_vit.config import BackboneConfig, QaLoraConfig

@@ -21,7 +21,7 @@ from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.packages import cache_dir
 from peft_vit.records import Provenance, RunSpec, write_atomically
 from peft_vit.safe_io import read_bytes
-from peft_vit.training import Features, Hook, RuntimeConfig, flip_axes, head_inputs
+from peft_vit.training import FLIP_AXES, Features, Hook, RuntimeConfig, head_inputs
 
 _log = logging.getLogger(__name__)
 _LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
@@ -47,7 +47,7 @@ class SharedFeatures:
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""
-        ways = flip_axes(self._flips)
+        ways = FLIP_AXES[self._flips]
         values = [self._values(images, way, axes) for way, axes in enumerate(ways)]
         return Features(np.concatenate(values), np.tile(images.labels, len(ways)))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from peft_vit.adapters.peft_files import peft_sha256
+from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
 from peft_vit.costs.estimate import (

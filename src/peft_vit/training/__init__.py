@@ -2,34 +2,29 @@
 
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
 from peft_vit.training.allocation_hook import AllocationHook
-from peft_vit.training.calibration import Calibration
-from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted
-from peft_vit.training.checkpoint_state import State
-from peft_vit.training.hooks import AfterTraining, BeforeTraining, Hook, Overhead
+from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted, State
+from peft_vit.training.hooks import AfterTraining, Hook, Overhead
 from peft_vit.training.linear_probe import (
+    FLIP_AXES,
     Features,
     LinearProbe,
     fit_probe,
-    flip_axes,
     head_inputs,
     head_logits,
     held_out_temperature,
 )
-from peft_vit.training.loop import train
+from peft_vit.training.loop import Progress, TrainingResult, steps_per_epoch, train
 from peft_vit.training.optimization import loss_weights, optimization_step
 from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
-from peft_vit.training.progress import Progress
-from peft_vit.training.qa_lora import QALoRATrainer
-from peft_vit.training.quantization_schedule import end_step
+from peft_vit.training.qa_lora import QALoRATrainer, end_step
 from peft_vit.training.quantized_layers import check_ranks
-from peft_vit.training.runtime import RuntimeConfig
+from peft_vit.training.runtime import Calibration, RuntimeConfig
 from peft_vit.training.starting_ranks import StartingRanks
-from peft_vit.training.training_state import TrainingResult, steps_per_epoch
 
 __all__ = [
+    "FLIP_AXES",
     "AfterTraining",
     "AllocationHook",
-    "BeforeTraining",
     "Calibration",
     "CheckpointKeeper",
     "CheckpointWarning",
@@ -52,7 +47,6 @@ __all__ = [
     "check_ranks",
     "end_step",
     "fit_probe",
-    "flip_axes",
     "head_inputs",
     "head_logits",
     "held_out_temperature",

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -36,16 +35,12 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
-        _set(block, partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False))
+        vars(block)["forward"] = partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False)
     try:
         yield
     finally:
         for block, own in zip(blocks, before, strict=True):
             if own is None:
-                del block.forward
+                del vars(block)["forward"]
             else:  # another library had put one there
-                _set(block, own)
-
-
-def _set(block: Any, forward: Any) -> None:
-    block.forward = forward
+                vars(block)["forward"] = own

@@ -44,16 +44,12 @@ class ChosenBits:
 
 @dataclass(frozen=True)
 class _Options:
-    """What may be chosen, and its bytes."""
+    """What may be chosen, its bytes, and how many may be spent."""
 
     formats: dict[str, list[QuantizationFormat]]  # by module
     format_bytes: dict[str, list[int]]  # likewise
     rank_bytes: dict[str, list[int]]  # by site, of ranks from 0 to the largest useful one
-    weights: int  # that are quantized
-
-    @property
-    def sizes(self) -> list[list[int]]:
-        return [*self.format_bytes.values(), *self.rank_bytes.values()]
+    budget: int
 
 
 def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
@@ -62,7 +58,7 @@ def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
     Raises:
         UserError: if no choice is within the budget, every choice is, or groups or ranks do not fit a site.
     """
-    return _budget(config, _options(config, sites))
+    return _options(config, sites).budget
 
 
 def allocate_bits(
@@ -85,21 +81,34 @@ def allocate_bits(
         raise UserError("carries adapters already; choose bits before they are attached", field="model")
     sites = find_sites(model)
     options = _options(config, sites)
-    budget = _budget(config, options)
     head, places = fit_head(model, images, labels)
     losses = layer_losses(model, options.formats, images, head, by=config.adaptive_bits.sensitivity, seed=seed)
     chosen_sites = [site for site in sites if site.name in options.rank_bytes]
     gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
     worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
-    choice = choose(worths, options.sizes, budget)
+    choice = choose(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
     types = dict(zip(options.formats, choice.options, strict=False))  # layers come first
     formats = {name: options.formats[name][place] for name, place in types.items()}
     ranks = dict(zip(options.rank_bytes, choice.options[len(formats) :], strict=True))
-    _warn_of_no_effect(formats, ranks)
+    chosen_types = {format.type for format in formats.values()}
+    if len(chosen_types) == 1:
+        warnings.warn(
+            f"adaptive_bits chose {min(chosen_types)} for every layer: no exchange of bits between layers is predicted "
+            "to be worth it, and quantization_type gives the same weights",
+            SilentNoEffectWarning,
+            stacklevel=2,
+        )
+    if ranks and not any(ranks.values()):
+        warnings.warn(
+            "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
+            "total_byte_budget",
+            SilentNoEffectWarning,
+            stacklevel=2,
+        )
     rise = sum(losses[name][place] for name, place in types.items())
     record = BitAllocation(
         images=len(images),
-        budget_bytes=budget,
+        budget_bytes=options.budget,
         spent_bytes=choice.size,
         types={name: format.type for name, format in formats.items()},
         ranks=ranks or None,
@@ -114,67 +123,43 @@ def allocate_bits(
     return ChosenBits(formats, record.ranks, record)
 
 
-def _warn_of_no_effect(formats: dict[str, QuantizationFormat], ranks: dict[str, int]) -> None:
-    types = {format.type for format in formats.values()}
-    if len(types) == 1:
-        warnings.warn(
-            f"adaptive_bits chose {min(types)} for every layer: no exchange of bits between layers is predicted to be "
-            "worth it, and quantization_type gives the same weights",
-            SilentNoEffectWarning,
-            stacklevel=3,
-        )
-    if ranks and not any(ranks.values()):
-        warnings.warn(
-            "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
-            "total_byte_budget",
-            SilentNoEffectWarning,
-            stacklevel=3,
-        )
-
-
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
-    assert config.adaptive_bits is not None
-    wanted = chosen(sites, config.targets)
-    check_ranks(wanted, 0, config.pool)
-    candidates = [format_of(config, type) for type in config.adaptive_bits.types]
-    modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
-    return _Options(
-        formats=dict.fromkeys(modules, candidates),
-        format_bytes={
-            name: [format.stored_bytes(one.out_features, one.in_features) for format in candidates]
-            for name, one in modules.items()
-        },
-        rank_bytes={site.name: _rank_bytes(site, config.pool) for site in wanted} if config.adaptive_bits.ranks else {},
-        weights=sum(one.out_features * one.in_features for one in modules.values()),
-    )
-
-
-def _rank_bytes(site: Site, pool: int) -> list[int]:
-    columns = site.in_features // pool
-    return [_VALUE_BYTES * rank * (columns + site.out_features) for rank in range(min(columns, site.out_features) + 1)]
-
-
-def _budget(config: QaLoraConfig, options: _Options) -> int:
     settings = config.adaptive_bits
     assert settings is not None
-    least, most = (sum(pick(group) for group in options.sizes) for pick in (min, max))
+    wanted = chosen(sites, config.targets)
+    check_ranks(wanted, 0, config.pool)
+    candidates = [format_of(config, type) for type in settings.types]
+    modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
+    format_bytes = {
+        name: [format.stored_bytes(one.out_features, one.in_features) for format in candidates]
+        for name, one in modules.items()
+    }
+    rank_bytes = {}
+    for site in wanted if settings.ranks else []:
+        columns = site.in_features // config.pool
+        ranks = range(min(columns, site.out_features) + 1)
+        rank_bytes[site.name] = [_VALUE_BYTES * rank * (columns + site.out_features) for rank in ranks]
+    least, most = (sum(pick(group) for group in [*format_bytes.values(), *rank_bytes.values()]) for pick in (min, max))
     if settings.average_bits is not None:
-        to_bits = 8 / options.weights
+        to_bits = 8 / sum(one.out_features * one.in_features for one in modules.values())
         if not least * to_bits <= settings.average_bits < most * to_bits:
             raise UserError(
                 f"expected at least {math.ceil(least * to_bits * 1000) / 1000:.3f} (every layer at the smallest type) "
                 f"and less than {most * to_bits:.3f} bits (at the largest), got {settings.average_bits}",
                 field="qa_lora.adaptive_bits.average_bits",
             )
-        return math.floor(settings.average_bits / to_bits)
-    assert settings.total_byte_budget is not None
-    if options.rank_bytes:
-        least += min(group[1] for group in options.rank_bytes.values())
-    if not least <= settings.total_byte_budget < most:
-        smallest, largest = (", one rank", " and rank") if options.rank_bytes else ("", "")
-        raise UserError(
-            f"expected at least {least} (every layer at the smallest type{smallest}) and less than {most} bytes (at "
-            f"the largest{largest}), got {settings.total_byte_budget}",
-            field="qa_lora.adaptive_bits.total_byte_budget",
-        )
-    return settings.total_byte_budget
+        budget = math.floor(settings.average_bits / to_bits)
+    else:
+        assert settings.total_byte_budget is not None
+        budget = settings.total_byte_budget
+        smallest, largest = ("", "")
+        if rank_bytes:
+            least += min(group[1] for group in rank_bytes.values())
+            smallest, largest = (", one rank", " and rank")
+        if not least <= budget < most:
+            raise UserError(
+                f"expected at least {least} (every layer at the smallest type{smallest}) and less than {most} bytes "
+                f"(at the largest{largest}), got {budget}",
+                field="qa_lora.adaptive_bits.total_byte_budget",
+            )
+    return _Options(dict.fromkeys(modules, candidates), format_bytes, rank_bytes, budget)

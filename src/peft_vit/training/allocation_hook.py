@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import SiteAdapter, site_adapters
 from peft_vit.allocation import AdaLoRAController, check_fisher
 from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry, StepRow
-from peft_vit.training.checkpoint_state import State
+from peft_vit.training.checkpoint import State
 from peft_vit.training.hooks import AfterTraining, Hook
 
 _FISHER_IMAGES = 32  # of the calibration batch

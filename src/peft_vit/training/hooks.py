@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.records import StepRow
-from peft_vit.training.checkpoint_state import State
+from peft_vit.training.checkpoint import State
 
 
 class Overhead(dict[str, float]):

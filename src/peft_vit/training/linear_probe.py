@@ -40,7 +40,8 @@ _MOST_ITERATIONS = 10_000
 _FOLDS = 5
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 _LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
-_FLIPS: dict[str, tuple[tuple[int, ...], ...]] = {
+# The axes of each of the equally likely ways in which an image is shown in training.
+FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
     "horizontal": ((), (-1,)),
     "both": ((), (-1,), (-2,), (-2, -1)),
@@ -183,11 +184,6 @@ def head_inputs(
     return np.concatenate(found)  # (N, D)
 
 
-def flip_axes(flips: str) -> tuple[tuple[int, ...], ...]:
-    """Return the axes of each of the equally likely ways in which an image is shown in training."""
-    return _FLIPS[flips]
-
-
 @torch.inference_mode()
 def head_logits(head: Head, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
     """Return the logits of a head (N, classes) in the runtime's precision, as the model has them."""
@@ -232,7 +228,7 @@ def fit_probe(
     if validation is None and len(fits) > 1:
         raise ValueError(f"of {len(fits)} strengths validation chooses, and there are no images for it")
     quality = [(one.metrics.accuracy, -one.metrics.nll) for one in evaluations]
-    best = max(range(len(quality)), key=lambda i: (*quality[i], -i), default=0)
+    best = max(range(len(quality)), key=quality.__getitem__, default=0)  # of equal ones the first, the strongest
     weight_, bias_, gradient_norm = fits[best]
     fit = HeadFit(
         l2=tuple(ordered),
@@ -265,18 +261,12 @@ def _fits(
         weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
         if classes == 2:
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
-        loss, gradient = _objective(weight, bias, z, train.labels, weights, l2)
+        # Without the penalty the mean weighted loss, with it the gradient.
+        W, b = (torch.from_numpy(one).double().requires_grad_() for one in (weight, bias))  # (classes, D), (classes,)
+        logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
+        losses = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels), reduction="none")  # (N,)
+        loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()
+        by_weight, by_bias = torch.autograd.grad(loss + l2 / 2 * W.square().sum(), [W, b])
+        gradient = math.hypot(float(by_weight.norm()), float(by_bias.norm()))
         folded = weight / spread
-        yield folded, bias - folded @ centre, loss, gradient, time.perf_counter() - started
-
-
-def _objective(
-    weight: Floats, bias: Floats, z: Floats, labels: NDArray[np.int64], weights: Floats, l2: float
-) -> tuple[float, float]:
-    """Return the mean weighted loss without the penalty, and the norm of the penalized objective's gradient."""
-    W, b = (torch.from_numpy(one).double().requires_grad_() for one in (weight, bias))  # (classes, D), (classes,)
-    logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
-    losses = nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="none")  # (N,)
-    loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()
-    by_weight, by_bias = torch.autograd.grad(loss + l2 / 2 * W.square().sum(), [W, b])
-    return loss.item(), math.hypot(float(by_weight.norm()), float(by_bias.norm()))
+        yield folded, bias - folded @ centre, loss.item(), gradient, time.perf_counter() - started

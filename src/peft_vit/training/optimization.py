@@ -106,7 +106,10 @@ def optimization_step(
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     if not parameters:
         raise UserError("no parameter received a gradient; attach adapters or unfreeze the head", field="model")
-    _check_held(model, optimizer)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and id(parameter) not in held:  # it would stay as it is, silently
+            raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
     norm = float(nn.utils.clip_grad_norm_(parameters, math.inf if clip_norm is None else clip_norm))
     if not math.isfinite(norm):
         raise DivergedError(f"the gradient norm is {norm} at step {step}; lower the learning rate")
@@ -114,14 +117,6 @@ def optimization_step(
     call_each(hooks, "after_step", overhead, model, optimizer, step)
     optimizer.zero_grad(set_to_none=True)
     return StepOutcome(value, norm, {name: float(term.detach()) for name, term in penalties.items()})
-
-
-def _check_held(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a trainable parameter that the optimiser lacks: it would stay as it is, silently."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and id(parameter) not in held:
-            raise UserError("has a gradient but is not in the optimizer; build it after attaching adapters", field=name)
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
@@ -154,19 +149,14 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     for name, parameter in backbone.model.named_parameters():
         own = next((place for place, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
         if own is not None:
-            reached = own + 1
-        of_last = own is None and reached == len(blocks)
-        layer = len(blocks) + 1 if of_last or backbone.is_of_head(name) else _layer(own, reached)
+            layer = reached = own + 1
+        else:  # before the next block; before the first one stand embeddings
+            layer = reached + 1 if reached else 0
+        if backbone.is_of_head(name):
+            layer = len(blocks) + 1
         if parameter.requires_grad:
             layers.setdefault(layer, []).append(parameter)
     return [
         {"params": layers[layer], "lr": learning_rate * decay ** (len(blocks) + 1 - layer)}
         for layer in sorted(layers, reverse=True)
     ]
-
-
-def _layer(own: int | None, reached: int) -> int:
-    """Return the layer of a parameter in a block, or before the next one; before the first one stand embeddings."""
-    if own is not None:
-        return own + 1
-    return reached + 1 if reached else 0

@@ -15,7 +15,7 @@ from peft_vit.adapters.peft_tuner import attach_peft_adalora
 from peft_vit.config import PeftAdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RankEntry
-from peft_vit.training.checkpoint_state import State
+from peft_vit.training.checkpoint import State
 from peft_vit.training.hooks import AfterTraining, Hook
 
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter

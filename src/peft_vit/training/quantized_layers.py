@@ -1,30 +1,36 @@
-"""The layers whose weights are quantized, and the adapters on them: new ones, those a model carries, or PEFT's."""
+"""The layers whose weights are quantized, and the adapters on them: new ones, those a model carries, or PEFT's.
+
+Weights become low-bit ones each by itself, or layer by layer on calibration images (GPTQ).
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vit.adapters import (
     AdaptedLinear,
     Adapter,
     adapted_modules,
     attach_adapters,
+    check_stays,
     current_ranks,
     peft_sites,
     site_adapters,
 )
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
-from peft_vit.allocation.attach import check_stays
-from peft_vit.backbones import Site, find_sites
+from peft_vit.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites
 from peft_vit.config import QaLoraConfig, QuantizationType
 from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.quantization import QuantizationFormat
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
+
+_AT_ONCE = 16  # images
 
 
 class QuantizedLayer(NamedTuple):
@@ -60,22 +66,17 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     if peft_sites(model):  # refuses what is more than plain LoRA
         for layer in peft_layers(model).values():
             layer.base_layer = AdaptedLinear(layer.base_layer)
-    if site_adapters(model):
-        _check_present(model, config, ranks)
-        return
-    sites = find_sites(model, config.targets)
-    if ranks is None:
-        ranks = dict.fromkeys((site.name for site in sites), config.fixed_rank)
-    different = set(ranks) ^ {site.name for site in sites}
-    if different:
-        raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
-    check_ranks(sites, ranks, config.pool)
-    attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
-
-
-def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, int] | None) -> None:
-    """Refuse settings that say otherwise what the model's adapters have decided."""
     pools = {adapter.pool for adapter in site_adapters(model).values()}
+    if not pools:
+        sites = find_sites(model, config.targets)
+        if ranks is None:
+            ranks = dict.fromkeys((site.name for site in sites), config.fixed_rank)
+        different = set(ranks) ^ {site.name for site in sites}
+        if different:
+            raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
+        check_ranks(sites, ranks, config.pool)
+        attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
+        return
     if not pools <= {1, config.pool}:
         raise UserError(
             f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}; make "
@@ -92,7 +93,7 @@ def _check_present(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, i
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
             "quantizes anew; quantization_offset: false does without the offsets",
             SilentNoEffectWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -109,8 +110,13 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
     """
     for site in sites:
         if site.in_features % pool:
+            common = math.gcd(*(site.in_features for site in sites))
+            sizes = [str(size) for size in range(2, common + 1) if common % size == 0]
+            remedy = f"use one of {', '.join(sizes)}"
+            if not sizes:
+                remedy = "no size divides those of all sites: use_group_quantization: false, or other targets"
             raise UserError(
-                f"{pool} does not divide the {site.in_features} inputs of {site.name}; {_groups_for(sites)}",
+                f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}",
                 field="qa_lora.group_size",
             )
         rank = ranks if isinstance(ranks, int) else ranks[site.name]
@@ -118,15 +124,6 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
         if rank > largest:
             reason = f"{site.in_features} inputs in groups of {pool} allow" if pool > 1 else "its smaller side allows"
             raise UserError(f"rank {rank} is wasted on {site.name}: {reason} at most {largest}; lower it", field="rank")
-
-
-def _groups_for(sites: Sequence[Site]) -> str:
-    """Return a remedy: the group sizes that divide the inputs of all sites."""
-    common = math.gcd(*(site.in_features for site in sites))
-    sizes = [str(size) for size in range(2, common + 1) if common % size == 0]
-    if not sizes:
-        return "no size divides those of all sites: use_group_quantization: false, or other targets"
-    return f"use one of {', '.join(sizes)}"
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
@@ -171,3 +168,107 @@ def formats_of(
                 field=f"formats[{name}]",
             )
     return formats
+
+
+def packed_weights(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    formats: Mapping[str, QuantizationFormat],
+    config: QaLoraConfig,
+    images: Tensor | None,
+    packed: Mapping[str, Mapping[str, Tensor]] | None,
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield each layer's weight in its format; the layer is to use it before the next one is asked for.
+
+    With `rounding: gptq` layers come in the order of a forward pass, and the inputs of each are what the layers before
+    it, quantized already, make of the images, in float32 and evaluation mode.
+
+    Args:
+        model: with the layers' float weights.
+        layers: by name.
+        formats: likewise.
+        config: says how to round.
+        images: calibration images (N, C, S, S), normalised; with `rounding: gptq` alone.
+        packed: weights that were saved, by layer; then nothing is rounded.
+
+    Raises:
+        UserError: if calibration images are missing or have no effect, a forward pass calls a layer not, or saved
+            weights are not these layers'.
+    """
+    if packed is not None:
+        if images is not None:
+            raise UserError("have no effect on saved weights; leave one of both out", field="images")
+        yield from saved_weights(layers, formats, packed)
+        return
+    if config.rounding == "gptq" and (images is None or not len(images)):
+        problem = "rounding: gptq measures layers' inputs; give calibration images (N, C, S, S), normalised"
+        raise UserError(problem, field="images")
+    if images is None:
+        for name, (module, _) in layers.items():
+            assert module.weight is not None
+            yield name, quantize(module.weight, formats[name], name=name)
+        return
+    if config.rounding == "nearest":
+        raise UserError("have no effect with rounding: nearest; leave them out, or set rounding: gptq", field="images")
+    backbone = Backbone.within(model)
+    images = images.to(next(backbone.model.parameters()).device)
+    passes = [ReplayedPass(backbone, partial(backbone.model, part)) for part in images.split(_AT_ONCE)]
+    for name in _in_order(backbone, layers, images[:1]):
+        module = layers[name].module
+        with torch.no_grad(), evaluating(model):
+            hessian = _hessian(one.inputs(module)[0] for one in passes)
+        assert module.weight is not None
+        yield name, quantize_with_compensation(module.weight, formats[name], hessian, name=name)
+
+
+def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: Tensor) -> list[str]:
+    """Return the layers' names as a forward pass calls them first.
+
+    Raises:
+        UserError: if it leaves one out.
+    """
+    called: dict[str, None] = {}
+
+    def note(name: str, *_: object) -> None:
+        called[name] = None  # once called, it keeps its place
+
+    handles = [one.module.register_forward_pre_hook(partial(note, name)) for name, one in layers.items()]
+    try:
+        with torch.no_grad(), evaluating(backbone.model):
+            backbone.model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name in layers if name not in called]:
+        problem = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
+        raise UserError(problem, field="qa_lora.rounding")
+    return list(called)
+
+
+def _hessian(inputs: Iterator[Tensor]) -> Tensor:
+    """Return 2 X^T X, (in, in) float64 on the CPU, of inputs (..., in) in parts, each multiplied in float32."""
+    total: Tensor | float = 0.0
+    for part in inputs:
+        x = part.float().flatten(0, -2)  # (..., in) -> (N, in)
+        total = total + 2 * (x.T @ x).double().cpu()
+    assert isinstance(total, Tensor)
+    return total
+
+
+def saved_weights(
+    layers: Mapping[str, QuantizedLayer],
+    formats: Mapping[str, QuantizationFormat],
+    packed: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield each layer's packed weight as it was saved, in place of rounding anew.
+
+    Raises:
+        UserError: if the saved weights are of other layers, or a tensor is not of the layer's shape and format.
+    """
+    if different := set(packed) ^ set(layers):
+        raise UserError(f"saved weights and the model's layers differ at {min(different)}", field="packed")
+    for name, (module, _) in layers.items():
+        shape = (module.out_features, module.in_features)
+        there = module.weight if module.quantized is None else module.quantized.scales
+        assert there is not None
+        yield name, QuantizedTensor.from_tensors(packed[name], shape, formats[name]).to(there.device)

@@ -13,7 +13,7 @@ from peft_vit.allocation import CalibrationBatch, choose_starting_ranks, rank_co
 from peft_vit.backbones import Site
 from peft_vit.config import StartingRanksConfig
 from peft_vit.records import ImportanceEntry, RankEntry
-from peft_vit.training.checkpoint_state import State
+from peft_vit.training.checkpoint import State
 from peft_vit.training.hooks import BeforeTraining, Hook
 
 
@@ -65,9 +65,8 @@ class StartingRanks(Hook):
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks, and the score of each site's first rank if the rule scores."""
-        shapes = [(site.in_features, site.out_features) for site in self._sites]
-        costs = rank_costs(self._config.unit, shapes, [site.tokens for site in self._sites])
-        cost = sum(int(one) * self._ranks[site.name] for one, site in zip(costs, self._sites, strict=True))
+        costs = rank_costs(self._config.unit, self._sites)
+        cost = int(costs @ [self._ranks[site.name] for site in self._sites])
         entry = RankEntry(step=0, budget=self._config.budget, ranks=self._ranks, unit=self._config.unit, cost=cost)
         scores = [ImportanceEntry(step=0, scores=self._scores)] if self._scores else []
         return {"rank_history": [entry], "importance_history": scores}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
-from peft_vit.training import flip_axes
+from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.candidates import KINDS, Kind
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.machine import Machine
@@ -62,7 +62,7 @@ def run_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps:
 
 def features_s(context: TuningContext, machine: Machine, shape: BackboneShape) -> float:
     """Return the seconds of the features of all images as training shows them, which runs of one backbone share."""
-    return len(flip_axes(context.flips)) * context.images * machine.image(shape)
+    return len(FLIP_AXES[context.flips]) * context.images * machine.image(shape)
 
 
 def ending_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps: int) -> float:

@@ -1,6 +1,7 @@
 """The budget's course is the cubic formula at the steps of decision, and what cannot be met is refused."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.allocation import Bounds, BudgetSchedule, bounds_for, costs_for, schedule_for
+from peft_vit.allocation import Bounds, BudgetSchedule, bounds_for, costs_for, largest_ranks, schedule_for
+from peft_vit.backbones import Site
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 
@@ -91,11 +93,20 @@ def test_a_schedule_without_a_decision_is_refused() -> None:
 )
 def test_budgets_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
     with pytest.raises(UserError, match=message):
-        bounds_for(config(**settings), [6, 6, 10, 10], np.ones(4, np.int64))
+        bounds_for(config(**settings), np.array([6, 6, 10, 10]), np.ones(4, np.int64))
 
 
-SHAPES = [(384, 384), (384, 384), (384, 1536), (1536, 384)]  # query, out, fc1, fc2 of ViT-S
-TOKENS = [37] * 4
+SHAPES = {"query": (384, 384), "out": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}  # (in, out) of ViT-S
+
+
+def sites_of(tokens: Sequence[int]) -> list[Site]:
+    return [
+        Site(kind, kind, (0, outputs), 0, kind, "mlp", inputs, outputs, count)
+        for (kind, (inputs, outputs)), count in zip(SHAPES.items(), tokens, strict=True)
+    ]
+
+
+SITES = sites_of([37] * 4)
 
 
 @pytest.mark.parametrize(
@@ -109,28 +120,30 @@ TOKENS = [37] * 4
     ],
 )
 def test_what_a_rank_costs(settings, costs) -> None:
-    assert costs_for(config(**{"total_rank_budget": None, **settings}), SHAPES, TOKENS).tolist() == costs
+    assert costs_for(config(**{"total_rank_budget": None, **settings}), SITES).tolist() == costs
 
 
 def test_macs_count_the_tokens_of_each_site() -> None:
     settings = config(total_rank_budget=None, total_mac_budget=400_000)
-    assert costs_for(settings, SHAPES, [49, 49, 196, 1]).tolist() == [49 * 768, 49 * 768, 196 * 1920, 1920]
+    assert costs_for(settings, sites_of([49, 49, 196, 1])).tolist() == [49 * 768, 49 * 768, 196 * 1920, 1920]
 
 
 def test_grouped_inputs_cost_less() -> None:
     settings = config(total_rank_budget=None, total_parameter_budget=9000)
-    assert costs_for(settings, [(384 // 32, 384)], [37]).tolist() == [396]
+    assert costs_for(settings, SITES[:1], 32).tolist() == [396]
 
 
 def test_bounds_and_course_in_parameters() -> None:
     settings = config(total_rank_budget=None, total_parameter_budget=9000, minimum_rank=1)
-    costs = costs_for(settings, SHAPES, TOKENS)
-    bounds = bounds_for(settings, [384] * 4, costs)
+    costs = costs_for(settings, SITES)
+    bounds = bounds_for(settings, largest_ranks(SITES), costs)
     assert schedule_for(settings, 48, bounds, costs).initial == 13500
     small = config(total_rank_budget=None, total_parameter_budget=800)
-    assert schedule_for(small, 48, bounds_for(small, [384] * 4, costs), costs).initial == 2 * 768 + 2 * 1920
+    assert schedule_for(small, 48, bounds_for(small, largest_ranks(SITES), costs), costs).initial == 2 * 768 + 2 * 1920
     full = config(total_rank_budget=None, total_parameter_budget=9000, maximum_rank=2)
-    assert schedule_for(full, 48, bounds_for(full, [384] * 4, costs), costs).initial == 2 * (2 * 768 + 2 * 1920)
+    assert schedule_for(full, 48, bounds_for(full, largest_ranks(SITES), costs), costs).initial == 2 * (
+        2 * 768 + 2 * 1920
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +159,7 @@ def test_bounds_and_course_in_parameters() -> None:
 def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings, message) -> None:
     settings = config(total_rank_budget=None, **settings)
     with pytest.raises(UserError, match=message):
-        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS))
+        bounds_for(settings, largest_ranks(SITES), costs_for(settings, SITES))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +181,7 @@ def test_budgets_in_other_units_that_the_sites_cannot_meet_are_refused(settings,
 def test_settings_that_leave_nothing_to_decide_are_refused(settings, message) -> None:
     settings = config(**settings)
     with pytest.raises(UserError, match=message):
-        bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS))
+        bounds_for(settings, largest_ranks(SITES), costs_for(settings, SITES))
 
 
 @pytest.mark.parametrize(
@@ -182,7 +195,7 @@ def test_settings_that_leave_nothing_to_decide_are_refused(settings, message) ->
 )
 def test_the_least_that_is_left_to_decide(settings) -> None:
     settings = config(**settings)
-    assert len(bounds_for(settings, [384] * 4, costs_for(settings, SHAPES, TOKENS)).minimum) == 4
+    assert len(bounds_for(settings, largest_ranks(SITES), costs_for(settings, SITES)).minimum) == 4
 
 
 def test_an_initial_budget_beyond_the_sites_is_refused() -> None:
@@ -193,6 +206,6 @@ def test_an_initial_budget_beyond_the_sites_is_refused() -> None:
 
 
 def test_bounds() -> None:
-    bounds = bounds_for(config(minimum_rank=1, maximum_rank=8), [6, 6, 10, 10], np.ones(4, np.int64))
+    bounds = bounds_for(config(minimum_rank=1, maximum_rank=8), np.array([6, 6, 10, 10]), np.ones(4, np.int64))
     assert bounds.minimum.tolist() == [1, 1, 1, 1]
     assert bounds.maximum.tolist() == [6, 6, 8, 8]

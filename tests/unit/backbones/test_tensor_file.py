@@ -21,7 +21,7 @@ from peft_vit.backbones import load_backbone, tensor_file
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
-from peft_vit.training import qa_lora, rounding
+from peft_vit.training import qa_lora, quantized_layers
 
 SETTINGS = config(rank=2)
 LAYERS = 4 * 6  # of test_vit: query, key and value in one, out, fc1, fc2
@@ -119,10 +119,12 @@ def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
     own = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
     model = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=SETTINGS.targets).model
     assert everything_mapped() == LAYERS
-    quantize, check = rounding.quantize, qa_lora.check_acting
+    quantize, check = quantized_layers.quantize, qa_lora.check_acting
     counts = []
     monkeypatch.setattr(
-        rounding, "quantize", lambda *args, **named: counts.append(everything_mapped()) or quantize(*args, **named)
+        quantized_layers,
+        "quantize",
+        lambda *args, **named: counts.append(everything_mapped()) or quantize(*args, **named),
     )
     monkeypatch.setattr(qa_lora, "check_acting", lambda model: counts.append(everything_mapped()) or check(model))
     ours = QALoRATrainer(model, SETTINGS, 8)

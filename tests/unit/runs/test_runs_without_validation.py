@@ -21,7 +21,7 @@ from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.studies.plan import plan_study
-from peft_vit.training import Checkpoints, Features, Interrupted, held_out_temperature, training_state
+from peft_vit.training import Checkpoints, Features, Interrupted, held_out_temperature, loop
 
 pytestmark = pytest.mark.part("runner")
 
@@ -85,9 +85,9 @@ def test_it_is_the_model_of_the_last_step(study, tmp_path, monkeypatch) -> None:
         return replace(data, validation=data.validation.chosen(np.empty(0, dtype=np.int64)))
 
     with monkeypatch.context() as patch:
-        offer = training_state.BestState.offer
+        offer = loop.BestState.offer
         at_end = lambda self, one, *rest, **named: offer(self, one, *rest, **named) if one.step == 6 else None  # noqa: E731
-        patch.setattr(training_state.BestState, "offer", at_end)
+        patch.setattr(loop.BestState, "offer", at_end)
         watched = run_one(spec)
     monkeypatch.setattr(run_module, "load_data", without_validation)
     alone = run_one(spec)

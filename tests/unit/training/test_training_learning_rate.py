@@ -10,7 +10,7 @@ from peft_vit.config import TrainingConfig
 from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import Hook, train
 from peft_vit.training.learning_rate import WarmupStableDecay, build_scheduler
-from peft_vit.training.training_state import TrainingState
+from peft_vit.training.loop import TrainingState
 
 pytestmark = pytest.mark.part("runner")
 

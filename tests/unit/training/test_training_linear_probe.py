@@ -12,7 +12,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import find_sites
 from peft_vit.data import LabelledImages
-from peft_vit.training import Features, fit_probe, flip_axes, head_inputs, head_logits
+from peft_vit.training import FLIP_AXES, Features, fit_probe, head_inputs, head_logits
 
 pytestmark = pytest.mark.part("runner")
 
@@ -163,7 +163,7 @@ def test_an_image_s_features_depend_on_no_other_image(tiny_vit, images, runtime)
 @pytest.mark.parametrize(("flips", "ways"), [("none", 1), ("horizontal", 2), ("both", 4)])
 def test_flips_are_those_of_the_pixels(tiny_vit, images, runtime, flips, ways) -> None:
     model = tiny_vit()
-    axes = flip_axes(flips)
+    axes = FLIP_AXES[flips]
     assert len(set(axes)) == ways
     assert axes[0] == ()
     found = [head_inputs(model, images, runtime, 4, one) for one in axes]

@@ -14,8 +14,8 @@ from peft_vit.errors import DivergedError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import AllocationHook, Hook, steps_per_epoch, train
+from peft_vit.training.loop import BestState
 from peft_vit.training.optimization import class_weights
-from peft_vit.training.training_state import BestState
 
 pytestmark = pytest.mark.part("trainer")
 

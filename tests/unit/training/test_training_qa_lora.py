@@ -16,7 +16,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, merged_state_dict, site_adapters
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import frozen_bytes
-from peft_vit.training.quantization_schedule import end_step, quantized_share
+from peft_vit.training.qa_lora import end_step, quantized_share
 
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
 RATE = 0.1

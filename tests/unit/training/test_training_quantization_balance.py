@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, site_adapters, trained_tensors
 from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.training.qa_lora import next_part
 from peft_vit.training.quantization_balance import (
     MEASURE_EVERY_STEPS,
     managed_pace,
@@ -20,7 +21,6 @@ from peft_vit.training.quantization_balance import (
     removed_in_outputs,
     removed_in_weights,
 )
-from peft_vit.training.quantization_schedule import next_part
 from peft_vit.training.quantized_layers import quantized_layers
 
 pytestmark = pytest.mark.part("trainer")

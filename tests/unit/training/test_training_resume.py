@@ -15,8 +15,14 @@ from peft_vit.adapters import current_ranks, trained_tensors
 from peft_vit.config import TrainingConfig
 from peft_vit.errors import UserError
 from peft_vit.training import State, train
-from peft_vit.training.checkpoint import read_checkpoint, write_checkpoint
-from peft_vit.training.checkpoint_state import generators_state, load_generators_state, load_model_state, model_state
+from peft_vit.training.checkpoint import (
+    generators_state,
+    load_generators_state,
+    load_model_state,
+    model_state,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 pytestmark = pytest.mark.part("runner")
 EPOCHS = 4  # of 18 images in batches of 8: 12 steps
@@ -212,7 +218,7 @@ def test_ranks_that_a_state_cannot_have_kept_are_refused_with_its_file(make) -> 
 def test_want_of_memory_is_no_fault_of_the_state(make, monkeypatch) -> None:
     run = make("lora")
     run.once(None, 5)
-    monkeypatch.setattr("peft_vit.training.training_state.load_model_state", lambda *arguments: torch.empty(1 << 50))
+    monkeypatch.setattr("peft_vit.training.loop.load_model_state", lambda *arguments: torch.empty(1 << 50))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         run.once(read_checkpoint(run.folder / "checkpoint-5"))
 
