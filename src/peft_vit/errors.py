@@ -96,6 +96,27 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
+@contextmanager
+def checked(file: Path, remedy: str) -> Iterator[None]:
+    """Tell in one line the first fault that pydantic finds in what a file says, or why it can't be read.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        UserError: with file, field and remedy.
+    """
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except ValidationError as error:
+        field, fault = first_fault(error)
+        raise UserError(f"{fault}; {remedy}", file=file, field=field) from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None
+
+
 class DivergedError(UserError):
     """The loss, its gradient or what is made of them is no longer finite; the same run would diverge again."""
 

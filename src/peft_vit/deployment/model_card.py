@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
 from peft_vit.deployment.calibrated import Calibrated
-from peft_vit.errors import UserError, first_fault, os_fault
+from peft_vit.errors import checked, os_fault
 from peft_vit.records import write_atomically
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -66,11 +66,8 @@ def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:
     Raises:
         UserError: with the first fault; names the file and the field.
     """
-    try:
+    with checked(file, "export the run again"):
         return kind.model_validate_json(text)
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(f"{fault}; export the run again", file=file, field=field) from None
 
 
 def write_exported(file: Path, content: bytes) -> None:

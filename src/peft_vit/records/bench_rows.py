@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import checked, os_fault
 from peft_vit.safe_io import read_bytes
 
 _Positive = Annotated[float, Field(gt=0)]
@@ -47,10 +47,5 @@ def read_bench(file: Path) -> tuple[BenchRow, ...]:
         UserError: if it can't be read, or is no such file; names the file and the field.
     """
     remedy = "expected what `peft-vit bench MODEL... --output FILE.json` writes"
-    try:
+    with os_fault("can't be read", file, remedy=remedy), checked(file, remedy):
         return _ROWS.validate_json(read_bytes(file))
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(f"{fault}; {remedy}", file=file, field=field) from None
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None

@@ -87,13 +87,14 @@ def outcome_digest(record: RunRecord) -> str:
 
 
 def run_row(record: RunRecord) -> dict[str, Any]:
-    """Return a run's row in a table with RUN_COLUMNS, without its state; what it does not have is None."""
+    """Return a run's row in a table with RUN_COLUMNS; what it does not have is None."""
     row: dict[str, Any] = {name: getattr(record, name, None) for name in RUN_COLUMNS} | {
         "study": record.spec.study,
         "smoke": record.spec.smoke,
         "experiment": record.spec.experiment.name,
         "method": record.spec.experiment.method,
         "seed": record.spec.seed,
+        "state": record.status,
         "steps": len(record.steps),
         "outcome_digest": outcome_digest(record),
     }

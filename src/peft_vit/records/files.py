@@ -11,9 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from peft_vit.errors import UserError, first_fault, named
+from peft_vit.errors import UserError, checked, named
 from peft_vit.records.migrations import migrated
 from peft_vit.records.run_spec import RunSpec
 from peft_vit.records.values import SCHEMA_VERSION, RunRecord
@@ -133,10 +131,8 @@ def read_record(file: Path) -> RunRecord:
         if isinstance(data.get("spec"), dict):  # old words become today's; the configuration's models are strict
             with named(file):
                 data["spec"] = migrated(_tuples(data["spec"]))
-        record = RunRecord.model_validate(data)
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(f"{fault}; move it away and run the study again", file=file, field=field) from None
+        with checked(file, "move it away and run the study again"):
+            record = RunRecord.model_validate(data)
     except (OSError, ValueError, RecursionError) as error:
         problem = f"is not a readable record ({error}); move it away and run the study again"
         raise UserError(problem, file=file) from None

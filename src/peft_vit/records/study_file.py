@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from peft_vit.config import StudyConfig
-from peft_vit.errors import UserError, first_fault, named
+from peft_vit.errors import checked, named
 from peft_vit.records.migrations import migrated_study
 from peft_vit.safe_io import read_bytes
 
@@ -46,12 +46,7 @@ def read_study_file(folder: Path) -> StudyFile | None:
     file = folder / STUDY_FILE
     remedy = "move it away and give the command of the study again, which makes it anew"
     try:
-        with named(file):
+        with checked(file, remedy), named(file):
             return StudyFile.model_validate_json(migrated_study(read_bytes(file)))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(f"{fault}; {remedy}", file=file, field=field) from None
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=file) from None

@@ -107,8 +107,7 @@ def _of(study: Study) -> dict[str, Any]:
 
 
 def _runs(study: Study) -> Iterator[dict[str, Any]]:
-    yield from (run_row(run.record) | {"state": "done"} for run in study.runs)
-    yield from (run_row(record) | {"state": "failed"} for record in study.failed)
+    yield from map(run_row, (*(run.record for run in study.runs), *study.failed))
 
 
 def _ranks(study: Study) -> Iterator[dict[str, Any]]:

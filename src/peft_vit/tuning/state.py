@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from peft_vit.errors import UserError, first_fault
+from peft_vit.errors import UserError, checked
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.time_limit import Limit
@@ -145,16 +145,11 @@ class State:
 
 
 def _read(place: Path) -> TuneFile | None:
-    remedy = "move it away, or choose another --output"
     try:
-        return TuneFile.model_validate_json(read_bytes(place))
+        with checked(place, "move it away, or choose another --output"):
+            return TuneFile.model_validate_json(read_bytes(place))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        at, fault = first_fault(error)
-        raise UserError(f"{fault}; {remedy}", file=place, field=at) from None
-    except OSError as error:
-        raise UserError(f"can't be read ({error.strerror}); {remedy}", file=place) from None
 
 
 def _said(value: Any) -> str:
