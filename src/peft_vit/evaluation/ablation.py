@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_sites, update_ranks, without_updates
 from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
 from peft_vit.config import Precision
+from peft_vit.evaluation.metrics import log_softmax
 from peft_vit.records import AdapterRemoval, Role
 
 GROUPS: dict[str, tuple[Role, ...]] = {
@@ -91,6 +91,6 @@ def _logits(
 
 def _loss_and_accuracy(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, float]:
     """Return mean cross-entropy in nats, and the share of right predictions."""
-    log_probability = log_softmax(logits.astype(np.float64), axis=1)
+    log_probability = log_softmax(logits.astype(np.float64))
     loss = float(-log_probability[np.arange(len(labels)), labels].mean())
     return loss, float((log_probability.argmax(1) == labels).mean())

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 
 from peft_vit.records import Metrics
 
 ECE_BINS = 15
+
+
+def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log probabilities (N, classes) in float64, without scipy, which no training process loads."""
+    shifted = logits - logits.max(1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    return result
 
 
 def expected_calibration_error(
@@ -55,7 +61,7 @@ def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
     Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC is
     None unless there are two classes and both have images.
     """
-    log_probability = log_softmax(logits.astype(np.float64), axis=1)
+    log_probability = log_softmax(logits.astype(np.float64))
     probability = np.exp(log_probability)  # (N, classes)
     predicted = log_probability.argmax(1)  # (N,)
     correct = predicted == labels

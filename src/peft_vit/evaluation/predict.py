@@ -10,11 +10,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import log_softmax
 from torch import Tensor, nn
 
 from peft_vit.backbones import evaluating
 from peft_vit.config import Precision
+from peft_vit.evaluation.metrics import log_softmax
 from peft_vit.records import Predictions
 
 WARMUP_PASSES = 5
@@ -49,7 +49,7 @@ def predictions(
         positions: (N,) in the data set.
         keep_logits: with them.
     """
-    log_probability = log_softmax(logits.astype(np.float64), axis=1)
+    log_probability = log_softmax(logits.astype(np.float64))
     predicted = log_probability.argmax(1)  # (N,)
     return Predictions(
         images=positions.tolist(),
