@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -49,6 +50,17 @@ def test_few_labels_holds_five_draws_of_every_cell() -> None:
     asked = set(itertools.product(few_labels.DATA, few_labels.SHOTS, few_labels.METHODS, seeds))
     assert len(rows) == len(asked)
     assert set(rows[["dataset", "shots", "method", "seed"]].itertuples(index=False, name=None)) == asked
+
+
+@pytest.mark.parametrize("dataset", few_labels.DATA)
+def test_every_cell_is_a_study_of_what_train_does(dataset: str, tmp_path: Path) -> None:
+    file = tmp_path / "few_labels.yaml"
+    file.write_text(json.dumps(few_labels.study(dataset, 12, draws=2)))
+    study = load_study(file)
+    assert [experiment.method for experiment in study.experiments] == list(few_labels.METHODS)
+    trained = [experiment.training for experiment in study.experiments if not experiment.is_probe]
+    assert {training.head_start for training in trained} == {"probe"}
+    assert len(study.seeds) == 2
 
 
 def test_what_train_returns_is_not_below_the_probe_that_it_started_from_on_validation() -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from peft_vit.config import ORDERED_RULES
-from peft_vit.config.lr_sweep import at_each_rate
+from peft_vit.config.lr_sweep import at_rates
 from peft_vit.config.yaml_loader import read_mapping
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def screened_names(task: str) -> list[str]:
     study = screening(task, 1)
     shared = {"training": {"learning_rate": study["training"]["learning_rate"]}}
     one_a_rate = [one if one["method"] == "linear" else one | shared for one in study["experiments"]]
-    return [one["name"] for one in at_each_rate({"experiments": one_a_rate})["experiments"]]
+    return [one["name"] for one in at_rates({"experiments": one_a_rate}, first=False)["experiments"]]
 
 
 def digest(study: Mapping[str, Any]) -> str:
@@ -176,7 +176,7 @@ def digest(study: Mapping[str, Any]) -> str:
 def screening_text(task: str, number: int) -> str:
     """Return the configuration of a round as a file."""
     study = screening(task, number)
-    rates = len(at_each_rate(study)["experiments"]) if number > 1 else len(screened_names(task))
+    rates = len(at_rates(study, first=False)["experiments"]) if number > 1 else len(screened_names(task))
     with_commit = rounds(task)[number].get("made_with")
     head = {
         "Asks": f"round {number} of the screening on {TASKS[task].title}; what it asks, and its rule, stand in "

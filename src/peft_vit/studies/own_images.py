@@ -140,7 +140,7 @@ def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[Stud
     data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(pace.backbone, data["image_size"])
     steps = _asked_steps(asked, counts) or before.get(asked.experiment) or pace.most_steps(shape)
-    return _study(asked, data, _experiment(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
+    return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
 
 
 def refuse_among_images(folder: Path, output: Path) -> None:
@@ -321,7 +321,7 @@ def _validate_every(asked: OwnImages, counts: Counts) -> int:
     return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
 
 
-def _experiment(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     method = METHODS[asked.method]
