@@ -36,7 +36,8 @@ def names_research(root: Path) -> list[str]:
     for folder in FOLDERS:
         for file in sorted((root / folder).rglob("*")):
             place = file.relative_to(root).as_posix()
-            if not file.is_file() or file.suffix not in _TEXTS or "__pycache__" in file.parts:
+            made = "__pycache__" in file.parts or "peft_vit.egg-info" in file.parts  # by pip, out of README
+            if not file.is_file() or file.suffix not in _TEXTS or made:
                 continue
             text = file.read_text(encoding="utf-8")
             may_name = place == THE_PAGE or file == Path(__file__)
