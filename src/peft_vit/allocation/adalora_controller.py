@@ -49,6 +49,7 @@ from peft_vit.backbones import Site, find_sites
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, history_rows
+from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.seeding import torch_generator
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
@@ -363,9 +364,13 @@ class AdaLoRAController:
         The model must carry the adapters of that moment (`load_trained`, or `set_ranks` and their values).
 
         Raises:
-            UserError: if the state belongs to another configuration, length of run, seed or set of sites.
+            UserError: if the state belongs to another configuration, length of run, seed or set of sites, or is of a
+                version that kept more.
         """
         values = copy.deepcopy(state["values"])
+        if "decisions" in values:
+            problem = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
+            raise UserError(f"{problem}; without it training starts anew", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:

@@ -26,6 +26,7 @@ from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, im
 from peft_vit.errors import UserError, named
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
+from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
@@ -321,8 +322,8 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        problem = "was made with a setting that this version no longer has; choose another --output"
-        raise UserError(problem, file=file, field="spec_digest")
+        problem = "was made with a setting that this version no longer has; choose another --output, or go on with "
+        raise UserError(f"{problem}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start
