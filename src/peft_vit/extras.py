@@ -6,9 +6,11 @@ The command needs peft-vit on no index: pip finds it installed, and reads what t
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from peft_vit.errors import UserError
 
@@ -57,6 +59,14 @@ def require_extra(
         names = f"packages {', '.join(others)} and {last}" if others else f"package {last}"
         problem = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
         raise UserError(problem, file=file, field=field)
+
+
+def load_openvino() -> Any:
+    """Return OpenVINO, imported without `openvino_telemetry`: with it each import tells Google Analytics of itself."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # not importable: it has a stub for that
+    import openvino
+
+    return openvino
 
 
 def missing_packages(extra: str, packages: Collection[str] | None = None) -> list[str]:

@@ -1,7 +1,10 @@
 """Exported models, run by OpenVINO's own kernels, against the torch model on packed weights."""
 
 import copy
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +209,17 @@ def test_a_missing_half_is_named(exported, tmp_path) -> None:
     (tmp_path / "model.xml").write_bytes(exported[1].read_bytes())
     with pytest.raises(UserError, match=r"model\.bin: can't be read"):
         open_exported(tmp_path / "model.xml")
+
+
+def test_no_address_is_looked_up_when_openvino_is_loaded() -> None:
+    code = """
+import sys
+sys.addaudithook(lambda event, told: sys.exit(f"{event} {told}") if event.startswith(("socket.", "urllib.")) else None)
+from peft_vit.extras import load_openvino
+load_openvino().Core()
+from openvino.tools.ovc import telemetry_utils
+assert telemetry_utils.tm.__name__.endswith("telemetry_stub"), telemetry_utils.tm
+"""
+    outside = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    done = subprocess.run([sys.executable, "-c", code], env=outside, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ from peft_vit.deployment.merging import check_merged
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
 from peft_vit.errors import UserError, one_line, os_fault
-from peft_vit.extras import require_extra
+from peft_vit.extras import load_openvino, require_extra
 from peft_vit.quantization import QuantizedTensor
 from peft_vit.safe_io import read_bytes
 
@@ -45,8 +45,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
             file can't be written.
     """
     require_extra("openvino", "OpenVINO export")
-    import openvino
-
+    openvino = load_openvino()
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
@@ -69,7 +68,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
 
 def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor]) -> Any:
     """Return OpenVINO's model, packed layers by their own codes."""
-    import openvino
+    openvino = load_openvino()
     from onnxscript.optimizer import fold_constants
     from openvino import opset13
     from openvino.frontend.onnx import ConversionExtension
@@ -118,8 +117,7 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
         raise UserError(
             f"it or {file.with_suffix('.bin').name} was changed after it was written; export the run again", file=file
         )
-    import openvino
-
+    openvino = load_openvino()
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
