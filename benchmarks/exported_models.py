@@ -35,7 +35,8 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
         export(model, folder / f"{name}{ending}", run.card)
         sizes.append(file_bytes(folder / f"{name}{ending}"))
     images = load_data(spec.data, spec.seed, smoke=spec.smoke).test.open()
-    found = compare(torch_classifier(run.model, run.card), open_exported(folder / f"model{ending}"), images)
+    exported = open_exported(folder / f"model{ending}")
+    found = compare(torch_classifier(run.model, run.card), exported, images, "test")
     return {
         "run": spec.run_id,
         "format": kind,

@@ -23,6 +23,7 @@ from torch import nn  # noqa: E402
 
 from peft_vit.adapters import site_adapters  # noqa: E402
 from peft_vit.allocation import AdaLoRAController, ImportanceTracker  # noqa: E402
+from peft_vit.allocation.importance import weight_scores  # noqa: E402
 from peft_vit.config import AdaLoraConfig, Metric  # noqa: E402
 
 RANK, SITES, REPEATS, WARMUP = 8, 72, 200, 20
@@ -65,7 +66,11 @@ def cost(metric: Metric, parametrization: str) -> dict[str, dict[str, float]]:
     model, controller = model_with_gradients(metric, parametrization)
     adapters = site_adapters(model)
     tracker = ImportanceTracker(
-        metric, sensitivity_beta=0.85, uncertainty_beta=0.85, generator=torch.Generator().manual_seed(0)
+        metric,
+        sensitivity_beta=0.85,
+        uncertainty_beta=0.85,
+        generator=torch.Generator().manual_seed(0),
+        of_sites=weight_scores(model, metric),
     )
     steps = iter(range(1, 10**6))
     return {

@@ -34,6 +34,7 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BitsEntry, QuantizationSummary
+from peft_vit.records.migrations import migrated
 from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 from peft_vit.training.checkpoint import State
 from peft_vit.training.hooks import AfterTraining, Hook
@@ -341,10 +342,14 @@ class QALoRATrainer(Hook):
         """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
 
         Raises:
-            UserError: if the state belongs to another configuration, length of run, or other weights.
+            UserError: if the state belongs to another configuration, length of run, or other weights, or was made with
+                a setting that went.
         """
-        here = self._made_with()
-        other = next((key for key in here if state["made_with"].get(key) != here[key]), None)
+        here, made_with = self._made_with(), state["made_with"]
+        # A state of an earlier version spells out settings that went.
+        experiment = migrated({"experiment": {"qa_lora": made_with.get("config")}})["experiment"]
+        made_with = {**made_with, "config": experiment["qa_lora"]}
+        other = next((key for key in here if made_with.get(key) != here[key]), None)
         if other is not None:
             raise UserError("the state was made with another one; build the trainer as it was built then", field=other)
         state = copy.deepcopy(dict(state))

@@ -116,6 +116,16 @@ def test_a_state_of_another_run_is_refused(tiny_vit, change, field) -> None:
         trainer.load_state_dict(state, model)
 
 
+def test_a_state_of_0_2_0_goes_on_where_what_went_did_nothing(tiny_vit) -> None:
+    trainer = QALoRATrainer(model := tiny_vit(), scheduled(rank=2), 8)
+    state = trainer.state_dict()
+    state["made_with"]["config"] |= {"start": "zero", "loftq_iterations": 1}
+    trainer.load_state_dict(state, model)
+    state["made_with"]["config"]["start"] = "loftq"
+    with pytest.raises(UserError, match=r"^experiment\.qa_lora\.start: loftq is .* peft-vit 0\.2\.0 reads it"):
+        trainer.load_state_dict(state, model)
+
+
 def test_a_state_is_a_copy(tiny_vit, batch) -> None:
     model = tiny_vit()
     trainer, optimizer = QALoRATrainer(model, scheduled(rank=1), 8), adam(model)
