@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", ".ci")
+FOLDERS = ("src", "tests", "docs", "examples", "benchmarks", ".ci", ".github")
 _TEXTS = {".py", ".md", ".yaml", ".yml", ".ipynb", ".html", ".css", ".js", ".txt", ""}
 THE_PAGE = "docs/what_we_found.md"  # which says where a reader finds more
 # A path in a text, or one put together; a fraction and a configuration's key are neither.
