@@ -100,9 +100,9 @@ def _open_onnx(job: dict[str, Any]) -> _Opened:
 
 
 def _open_openvino(job: dict[str, Any]) -> _Opened:
-    from peft_vit.extras import load_openvino
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as `extras.load_openvino`
+    import openvino
 
-    openvino = load_openvino()
     settings = job["openvino"] | {"INFERENCE_NUM_THREADS": job["threads"]}
     compiled = openvino.Core().compile_model(job["file"], "CPU", settings)
     return compiled, compiled.input(0).partial_shape[-1].get_length()
