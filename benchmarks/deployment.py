@@ -27,7 +27,6 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import onnxruntime  # noqa: E402
-import openvino  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 from onnxruntime.quantization import QuantType, quantize_dynamic  # noqa: E402
@@ -38,6 +37,7 @@ from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
 from peft_vit.config import BackboneConfig  # noqa: E402
 from peft_vit.deployment import ModelCard, export_onnx, export_openvino, input_ranges, merge, open_exported  # noqa: E402
 from peft_vit.deployment.timing import time_alone  # noqa: E402
+from peft_vit.extras import load_openvino  # noqa: E402
 from peft_vit.quantization import QuantizationFormat, quantize  # noqa: E402
 from peft_vit.runs.export import file_bytes  # noqa: E402
 
@@ -161,7 +161,7 @@ def main() -> None:
         latency = latencies(files, options)
     setting = {"model": sides.MODEL, "image_size": options.image_size, "group_size": GROUP, "rank": sides.RANK}
     setting |= {"rounds": options.rounds, "clock": "processor" if options.threads == 1 else "wall"}
-    versions = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__}
+    versions = {"onnxruntime": onnxruntime.__version__, "openvino": load_openvino().__version__}
     write(
         "deployment",
         {"machine": machine(options.threads) | versions, "setting": setting, "files": rows, "latency": latency},
