@@ -1,4 +1,4 @@
-"""Every table of the reports on the kept studies, as kept in results/tables.tar.xz, so that a change of a digit is seen.
+"""Every table of the reports on the kept studies, kept in results/tables.tar.xz, so that a changed digit is seen.
 
 python -m experiments.methods.scripts.kept_tables     writes them anew
 """
