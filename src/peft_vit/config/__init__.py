@@ -17,7 +17,7 @@ from peft_vit.config.augmentation import (
     RandomResizedCrop,
     Rotate90,
 )
-from peft_vit.config.datasets import DATASETS, DatasetInfo
+from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
 from peft_vit.config.importance import METRICS, Metric
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig

@@ -3,7 +3,7 @@ with settings.
 
     augmentation: [flip, random_resized_crop: {scale: [0.5, 1.0]}, mixup: {alpha: 0.2}]
 
-What a setting does is told where it is done, in `data.augmentation`.
+What a setting does is told where it is done, in `data.images`.
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
 
 if TYPE_CHECKING:
-    MethodName = DatasetName = str
+    MethodName = str
+    DatasetName = str
 else:
-    MethodName, DatasetName = Literal[tuple(METHOD_KINDS)], Literal[tuple(DATASETS)]
+    MethodName = Literal[tuple(METHOD_KINDS)]
+    DatasetName = Literal[tuple(DATASETS)]
 # A name becomes a folder name: short, lower case, no separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
