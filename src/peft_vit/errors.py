@@ -103,6 +103,20 @@ def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
     return said if kind == "json_invalid" else f"{said}, got {reprlib.repr(fault['input'])}"
 
 
+@contextmanager
+def foreign_fault(
+    problem: str, file: str | Path | None = None, *, remedy: str = "", field: str | None = None
+) -> Iterator[None]:
+    """Tell as a UserError, in one line, whatever goes wrong with a file of others: it can be wrong in any way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = f"{problem} ({first_line(error)})"
+        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+
+
 def first_fault(error: ValidationError) -> tuple[str | None, str]:
     """Return the field and the message of the first fault that pydantic has found."""
     first = error.errors(include_url=False)[0]

@@ -5,7 +5,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.config.datasets import DATASETS, DatasetInfo
+from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.methods import (
     METHOD_KINDS,

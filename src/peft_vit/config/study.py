@@ -33,7 +33,8 @@ IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
 
 if TYPE_CHECKING:
-    MethodName = DatasetName = str
+    MethodName = str
+    DatasetName = str
 else:
     MethodName = Literal[tuple(METHOD_KINDS)]
     DatasetName = Literal[tuple(DATASETS)]
