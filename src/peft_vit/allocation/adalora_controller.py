@@ -41,10 +41,24 @@ from peft_vit.adapters import (
     set_ranks,
     site_adapters,
 )
-from peft_vit.allocation.budget import bounds_for, costs_for, largest_ranks, schedule_for
-from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
-from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
-from peft_vit.allocation.strategies import allocate, even_ranks, reach_threshold
+from peft_vit.allocation.importance import (
+    ImportanceTracker,
+    attach_probes,
+    layer_summary,
+    mean_per_triplet,
+    probed_scores,
+    take_probes,
+    weight_scores,
+)
+from peft_vit.allocation.strategies import (
+    allocate,
+    bounds_for,
+    costs_for,
+    even_ranks,
+    largest_ranks,
+    reach_threshold,
+    schedule_for,
+)
 from peft_vit.backbones import Site, find_sites
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError

@@ -24,7 +24,7 @@ class ImportanceMetric:
     Attributes:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
-            `allocation.gradient_probes`; None: it is not probed.
+            `allocation.importance`; None: it is not probed.
         reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
     """
 
@@ -72,7 +72,7 @@ _BUDGETS: dict[str, BudgetUnit] = {
 class AdaLoraConfig(AdapterConfig):
     """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
 
-    The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
+    The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
     total_rank_budget: int | None = Field(None, ge=1, description="ranks over all sites")
