@@ -14,12 +14,13 @@ In ranks the budget is met exactly: the lesser of the budget and the sum of maxi
 exceeded, and what is left is less than one more rank of any site with room costs: what the chosen sites can't take
 goes to the others. Ties go to the larger score, then to the first site.
 
-Shares are fractions without rounding: equal shares are equal, the order of the sites changes no sum, and a budget of
+All arithmetic is in whole numbers: equal shares are equal, the order of the sites changes no sum, and a budget of
 many millions of bytes is not exceeded by a rounding error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -253,7 +254,7 @@ def allocate(
         elif strategy == "top_k":
             wanted = max(1, len(scores) // 2) if top_k is None else top_k
             chosen = {site for site, place in enumerate(sites.place) if place < wanted}
-            weights = [Fraction(1, cost) for cost in sites.costs]
+            weights = _per_cost([1.0] * len(scores), sites.costs)
         reach = [high[site] if site in chosen else low[site] for site in range(len(scores))]
         ranks = sites.share(weights, budget, low, reach)
     return np.array(sites.share(sites.worth, budget, ranks, high), dtype=np.int64)  # what is left, to all
@@ -271,25 +272,35 @@ def _checked(scores: Floats) -> list[float]:
     return values
 
 
+def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
+    """Return values over costs, all times the factor that makes them whole; no digit is lost."""
+    ratios = [value.as_integer_ratio() for value in values]
+    denominator = max((below for _, below in ratios), default=1)  # of floats: powers of two
+    multiple = math.lcm(*costs)
+    return [
+        above * (denominator // below) * (multiple // cost) for (above, below), cost in zip(ratios, costs, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class _Sites:
     """What the strategies need to know of each site.
 
     Attributes:
         costs: of one rank.
-        worth: score per unit of cost.
+        worth: score per unit of cost, times a factor that all share.
         place: 0 for the best site by worth, then by score, then by order.
     """
 
     costs: list[int]
-    worth: list[Fraction]
+    worth: list[int]
     place: list[int]
 
     @classmethod
     def of(cls, scores: Floats, costs: Ints) -> _Sites:
         if np.any(costs < 1):
             raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
-        worth = [Fraction(score) / cost for score, cost in zip(_checked(scores), costs.tolist(), strict=True)]
+        worth = _per_cost(_checked(scores), costs.tolist())
         best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
         return cls(costs.tolist(), worth, np.argsort(best_first).tolist())
 
@@ -302,7 +313,7 @@ class _Sites:
         bar = Fraction(threshold_tau) * sum(self.worth) / len(self.worth)
         return {site for site, worth in enumerate(self.worth) if worth >= bar}
 
-    def share(self, weights: list[Fraction], budget: int, low: list[int], high: list[int]) -> list[int]:
+    def share(self, weights: list[int], budget: int, low: list[int], high: list[int]) -> list[int]:
         """Return ranks within bounds in proportion to the weights, as many as the budget buys, by largest remainder.
 
         Quotas are clip(level * weight, low, high) at the level at which they cost the budget (water-filling). Sites
@@ -312,31 +323,29 @@ class _Sites:
             return list(high)
         full = [most if weight else least for weight, least, most in zip(weights, low, high, strict=True)]
         if self.cost(full) <= budget:
-            low = full
-            weights = [Fraction(not weight) / cost for weight, cost in zip(weights, self.costs, strict=True)]
-        quotas = [Fraction(rank) for rank in low]
+            low, equal = full, _per_cost([1.0] * len(weights), self.costs)
+            weights = [0 if weight else share for weight, share in zip(weights, equal, strict=True)]
+        ranks, remainders = list(low), [0] * len(low)  # of the quotas, over a denominator that all share
         free = [site for site, weight in enumerate(weights) if weight]
         left = budget - sum(self.costs[site] * rank for site, rank in enumerate(low) if not weights[site])
         while free:
-            level = left / sum(self.costs[site] * weights[site] for site in free)
-            for site in free:
-                quotas[site] = level * weights[site]
-            below = [site for site in free if quotas[site] < low[site]]
-            above = [site for site in free if quotas[site] > high[site]]
+            total = sum(self.costs[site] * weights[site] for site in free)  # the level is left / total
+            below = [site for site in free if left * weights[site] < low[site] * total]
+            above = [site for site in free if left * weights[site] > high[site] * total]
             if not below and not above:
+                for site in free:
+                    ranks[site], remainders[site] = divmod(left * weights[site], total)
                 break
-            missing = sum(self.costs[site] * (low[site] - quotas[site]) for site in below)
-            surplus = sum(self.costs[site] * (quotas[site] - high[site]) for site in above)
-            # Raising those below takes more than cutting those above gives: the level can only fall, so they stay
-            # there.
+            missing = sum(self.costs[site] * (low[site] * total - left * weights[site]) for site in below)
+            surplus = sum(self.costs[site] * (left * weights[site] - high[site] * total) for site in above)
+            # Raising those below takes more than cutting those above gives: the level can only fall, so they stay.
             held, bound = (below, low) if missing >= surplus else (above, high)
             for site in held:
-                quotas[site] = Fraction(bound[site])
+                ranks[site] = bound[site]
                 left -= self.costs[site] * bound[site]
             free = [site for site in free if site not in held]
-        ranks = [int(quota) for quota in quotas]
         left = budget - self.cost(ranks)
-        order = sorted(range(len(ranks)), key=lambda site: (ranks[site] - quotas[site], self.place[site]))
+        order = sorted(range(len(ranks)), key=lambda site: (-remainders[site], self.place[site]))
         given = True
         while given:  # once in ranks; in other units what does not buy a dear rank may buy several cheap ones
             given = False
@@ -350,12 +359,13 @@ class _Sites:
     def best_triplets(self, triplets: Sequence[Floats], budget: int, low: list[int], high: list[int]) -> list[int]:
         """Fill each site's minimum, then take present triplets, the best first, as far as they fit."""
         ranks, left = list(low), budget - self.cost(low)
-        beyond = [  # of triplets beyond each site's minimum: worth, place, site
-            (-Fraction(score) / self.costs[site], self.place[site], site)
-            for site, values in enumerate(triplets)
-            for score in _checked(np.sort(values)[::-1][low[site] : high[site]])
-        ]
-        for _, _, site in sorted(beyond):
+        owners, scores = [], []  # of triplets beyond each site's minimum
+        for site, values in enumerate(triplets):
+            best_first = _checked(np.sort(values)[::-1][low[site] : high[site]])
+            owners += [site] * len(best_first)
+            scores += best_first
+        worth = _per_cost(scores, [self.costs[site] for site in owners])
+        for _, _, site in sorted((-value, self.place[site], site) for value, site in zip(worth, owners, strict=True)):
             if self.costs[site] <= left:
                 ranks[site] += 1
                 left -= self.costs[site]

@@ -334,7 +334,7 @@ class QaLoraConfig(AdapterConfig):
     rounding: Literal["nearest", "gptq"] = Field(
         "nearest",
         description="gptq: layer by layer, with codes that make up for each other's errors on training images "
-        "(arXiv 2210.17323); see quantization.gptq",
+        "(arXiv 2210.17323); see quantization.quantizer",
     )
     calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
         None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
