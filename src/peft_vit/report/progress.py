@@ -6,10 +6,10 @@ from peft_vit.analysis import Study
 from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
 from peft_vit.config import ExperimentConfig
-from peft_vit.report.document import Block, Cell, Paragraph, Row, Table
+from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.formatting import joined, plain
 from peft_vit.report.style import METHOD_TITLES
-from peft_vit.report.tables import cell
+from peft_vit.report.tables import Column, table
 
 _SHOWN_SETTINGS = 4
 
@@ -47,22 +47,31 @@ def _not_done(study: Study) -> list[UnfinishedRun]:
 def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
 
-    def row(experiment: ExperimentConfig) -> Row:
-        own = [run for run in runs if run.experiment == experiment.name]
-        counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
-        return {
-            "Experiment": cell("experiment", experiment.name, plain),
-            "Method": Cell(METHOD_TITLES[experiment.method], {"method": experiment.method}),
-            "Settings": plain(_settings(experiment)),
-            "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
-            "Runs": Cell(
-                joined(f"{n} {state}" for state, n in counts.items() if n),
-                {state.replace(" ", "_"): n for state, n in counts.items()},
-            ),
-        }
+    def own(experiment: ExperimentConfig) -> list[UnfinishedRun]:
+        return [run for run in runs if run.experiment == experiment.name]
 
-    note = "Settings that are not at their defaults; all of them stand in the configuration and in study.json."
-    return Table.of("planned", "What was planned", map(row, study.experiments), note)
+    def counts(experiment: ExperimentConfig) -> dict[str, int]:
+        return {"done": 0} | {state: sum(run.state == state for run in own(experiment)) for state in STATES}
+
+    return table(
+        "planned",
+        "What was planned",
+        study.experiments,
+        [
+            Column("Experiment", "name", plain, "experiment"),
+            Column("Method", lambda e: METHOD_TITLES[e.method]),
+            Column("", "method"),
+            Column("Settings", lambda e: plain(_settings(e))),
+            Column("Seeds", lambda e: seeds_in_words([run.seed for run in own(e)]).split(" ", 1)[-1]),
+            Column(
+                "Runs",
+                counts,
+                lambda of: joined(f"{n} {state}" for state, n in of.items() if n),
+                lambda of: {state.replace(" ", "_"): n for state, n in of.items()},
+            ),
+        ],
+        "Settings that are not at their defaults; all of them stand in the configuration and in study.json.",
+    )
 
 
 def _settings(experiment: ExperimentConfig) -> str:
@@ -81,10 +90,10 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     groups: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
-    return Table.of(
+    return table(
         "not_done",
         "Runs that are not done",
-        (
+        [
             {
                 "Experiment": plain(experiment),
                 "Seeds": seeds_in_words(seeds).split(" ", 1)[-1],
@@ -92,7 +101,8 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
                 "Why, or how far": plain(note) or "–",
             }
             for (experiment, state, note), seeds in groups.items()
-        ),
+        ],
+        None,
         f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
         "tracebacks of failed runs stand under Provenance.",
         data=(

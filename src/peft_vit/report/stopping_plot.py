@@ -15,8 +15,8 @@ from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Block, Drawing, Raw
 from peft_vit.report.formatting import fixed, margin_in_points, points_interval, signed
 from peft_vit.report.hover import HoverPoints
+from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.plot_selection import leading, selection_note
-from peft_vit.report.stopping_table import QUESTIONS, stopping_table
 from peft_vit.report.style import DASHED, INK, METHOD_COLORS, MUTED, draw, is_narrow, quiet_grid
 from peft_vit.report.tables import ends
 from peft_vit.statistics.sequential import Course, Look, SequentialTest

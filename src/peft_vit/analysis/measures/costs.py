@@ -7,9 +7,8 @@ from collections.abc import Callable, Set
 from functools import partial
 
 from peft_vit.analysis.measures.evidence import Evidence, Group, Measured, each_run
-from peft_vit.analysis.size import FLOAT32_BITS, MeasuredSize, measured_size
+from peft_vit.analysis.quantization import FLOAT32_BITS, layers_bits, model_bytes
 from peft_vit.analysis.studies import Run
-from peft_vit.config import QaLoraConfig
 
 OVERHEAD_LIMIT = 0.10  # over the steps' seconds without scoring and reallocation
 
@@ -42,14 +41,10 @@ def memory_factor(evidence: Evidence, of: Group, value: Callable[[Run], float | 
 
 def layers_factor(run: Run) -> float:
     """Return the factor of the quantized layers, scales and offsets included."""
-    return FLOAT32_BITS / _size(run).layers_bits
+    return FLOAT32_BITS / layers_bits([run])
 
 
 def model_factor(run: Run) -> float | None:
     """Return the factor of the whole model, everything counted."""
-    model = _size(run).model
+    model = model_bytes([run])
     return None if model is None else FLOAT32_BITS / model.bits_per_weight
-
-
-def _size(run: Run) -> MeasuredSize:
-    return measured_size(run.experiment.need(QaLoraConfig), [run])
