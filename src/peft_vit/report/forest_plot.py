@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
 
-from peft_vit.analysis import Analysis, Comparison, MethodResult, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
 from peft_vit.report.document import Drawing
 from peft_vit.report.formatting import counted, fixed, margin_in_points, percent_interval, points_interval, signed
 from peft_vit.report.hover import HoverPoints
@@ -153,9 +153,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
     if analysis.study.stopping is not None:
         return found  # their courses are drawn
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
-        paired = [
-            (c, c.difference) for c in analysis.comparisons if c.reference == reference and c.difference is not None
-        ]
+        paired = [(c, c.interval) for c in analysis.comparisons if c.reference == reference and c.interval is not None]
         if paired:
             drawn = leading(paired, validation_means(analysis.methods), ROWS, lambda pair: pair[0].name)
             rows = [_difference(c, d, METHOD_COLORS[methods[c.name]]) for c, d in drawn]
@@ -164,7 +162,7 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
 
 
 def _forest(
-    rows: Sequence[_Row], paired: Sequence[tuple[Comparison, Interval]], reference: str, margin: float | None
+    rows: Sequence[_Row], paired: Sequence[tuple[Estimate, Interval]], reference: str, margin: float | None
 ) -> Drawing:
     legend: list[Line2D | Patch] = [
         Line2D([], [], ls="", mfc=PAPER, mec=MUTED, marker="o", ms=3.5, label="one pair"),
@@ -206,17 +204,19 @@ def _forest(
             "margin": margin,
         }
         for c, difference in paired
-        for seed, value in zip(c.seeds, c.by_seed, strict=True)
+        for seed, value in c.by_seed.items()
     ]
     title = f"How far from {reference}: paired differences"
     return draw(f"differences_to_{reference}", title, caption, 1.25 + _ROW_IN * len(rows), paint, data)
 
 
-def _difference(comparison: Comparison, difference: Interval, color: str) -> _Row:
+def _difference(comparison: Estimate, difference: Interval, color: str) -> _Row:
     n, decided = len(comparison.by_seed), comparison.verdict != "not decided"
     mean = f"mean of {n} pair{'' if n == 1 else 's'}: {points_interval(difference)} points"
     says = f"{mean}\nmore accurate? {comparison.verdict}"
-    return _Row(comparison.name, color, difference, comparison.seeds, comparison.by_seed, says, decided)
+    return _Row(
+        comparison.name, color, difference, tuple(comparison.by_seed), tuple(comparison.by_seed.values()), says, decided
+    )
 
 
 def _around_zero(rows: Sequence[_Row], margin: float | None) -> tuple[float, float]:

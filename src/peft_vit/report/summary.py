@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.config import DataConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
@@ -153,11 +153,11 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
             "interval over seeds)."
         ]
     for comparison in analysis.comparisons:
-        if comparison.name == name and comparison.difference is not None:
+        if comparison.name == name and comparison.interval is not None:
             sentences.append(
                 f"{name} minus {comparison.reference} on test: "
-                f"{points_interval(comparison.difference)} points "
-                f"({counted(comparison.difference.n, 'pair')}): {_decided(comparison)}."
+                f"{points_interval(comparison.interval)} points "
+                f"({counted(comparison.interval.n, 'pair')}): {_decided(comparison)}."
             )
     above = sum(m.runs_above_majority for m in analysis.methods)
     total = sum(len(m.seeds) for m in analysis.methods)
@@ -165,7 +165,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     return tuple(sentences)
 
 
-def _decided(comparison: Comparison) -> str:
+def _decided(comparison: Estimate) -> str:
     significance = comparison.significance
     if comparison.verdict != "not decided":
         word = "more" if comparison.verdict == "supported" else "less"
