@@ -1,8 +1,8 @@
 """One way to draw a figure: its look, what it tells the page about itself, and its files for page and paper.
 
-A painter draws into a `Canvas` and names its artists while it does. Places are read off the finished layout, so the page
-can find the value nearest to a pointer without knowing anything of how the figure was drawn. The same data give the same
-bytes, and matplotlib's global state stays as it is.
+A painter draws into a `Canvas` and names its artists while it does. Places are read off the finished layout, so the
+page can find the value nearest to a pointer without knowing anything of how the figure was drawn. The same data give
+the same bytes, and matplotlib's global state stays as it is.
 
 Colors are Okabe and Ito's and four more, told apart with each of the three color-vision deficiencies. Ink, grid and
 paper are exact hex values, so that the HTML page can exchange them for its own and follow a dark theme.
@@ -141,8 +141,8 @@ class Canvas:
 
     def legend(self, handles: Sequence[Line2D | Patch], columns: tuple[int, int], **spacing: float) -> None:
         """Put a legend below the data, in so many columns: in a narrow figure, and in a wide one."""
-        place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns[0 if self.narrow else 1]}
-        self.figure.legend(handles=handles, **place, **spacing)
+        ncols = columns[0] if self.narrow else columns[1]
+        self.figure.legend(handles=handles, loc="outside lower center", ncols=ncols, **spacing)
 
     def name_experiments(self, handles: Sequence[Line2D]) -> None:
         """Put a legend of experiments at the right, or below where there is no room at the right."""

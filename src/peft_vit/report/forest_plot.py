@@ -75,7 +75,9 @@ class _Kind:
         if len(seeds) > SEED_DOTS:
             canvas.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
         else:
-            says = [f"seed {seed}: {self.write(value)}{self.unit}" for seed, value in zip(row.seeds, seeds, strict=True)]
+            says = [
+                f"seed {seed}: {self.write(value)}{self.unit}" for seed, value in zip(row.seeds, seeds, strict=True)
+            ]
             canvas.plot(name, axes, seeds, [at] * len(seeds), says, ls="", mfc=PAPER, mec=color, **self.seed, zorder=3)
         look = {"color": color, "mec": color, "mfc": color if row.filled else PAPER, "ls": "", "zorder": 4} | self.mean
         canvas.plot(name, axes, [mean], [at], [row.says], **look)
@@ -108,7 +110,10 @@ _ACCURACY = _Kind(
     unit=" %",
 )
 _DIFFERENCE = _Kind(
-    mean={"marker": "s", "ms": 5.5, "mew": 1.2}, seed={"marker": "o", "ms": 3.5, "mew": 0.9}, write=signed, unit=" points"
+    mean={"marker": "s", "ms": 5.5, "mew": 1.2},
+    seed={"marker": "o", "ms": 3.5, "mew": 0.9},
+    write=signed,
+    unit=" points",
 )
 
 

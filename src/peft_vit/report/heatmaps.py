@@ -57,7 +57,8 @@ def _heat(
     for spine in axes.spines.values():
         spine.set_visible(False)
     texts = [
-        f"block {block}, {matrix}\n" + (f"{what} {value or 'not recorded'}" if there else "no such matrix in this block")
+        f"block {block}, {matrix}\n"
+        + (f"{what} {value or 'not recorded'}" if there else "no such matrix in this block")
         for (block, matrix), value, there in zip(_places(grid), _cells(values), grid.has_matrix().ravel(), strict=True)
     ]
     return mesh, canvas.add(name, mesh, texts)
@@ -77,7 +78,7 @@ def _grid_rows(grid: Grid, values: Mapping[str, np.ndarray]) -> Iterator[dict[st
     """Yield a row for each cell: its block and matrix, and the value in each (blocks, matrices) array."""
     for index, (block, matrix) in enumerate(_places(grid)):
         cells = {name: float(array.flat[index]) for name, array in values.items()}
-        yield {"block": block, "matrix": matrix} | {n: v if np.isfinite(v) else None for n, v in cells.items()}
+        yield {"block": block, "matrix": matrix, **{n: v if np.isfinite(v) else None for n, v in cells.items()}}
 
 
 def _empty_cells(grids: Iterable[Grid]) -> str:
