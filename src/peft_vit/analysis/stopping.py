@@ -15,8 +15,7 @@ from typing import Literal
 
 from peft_vit.analysis.comparison import BY_LOOKS, Estimate, accuracy_on_test, compare, decide, references, together
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import StoppingConfig, StudyConfig
-from peft_vit.config.stopping import FEWEST_PAIRS
+from peft_vit.config import FEWEST_PAIRS, StoppingConfig, StudyConfig
 from peft_vit.statistics import Interval, Significance, Verdict
 from peft_vit.statistics.sequential import Course, Look, SequentialTest, Stopped, StoppingRule, follow
 
