@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct, known_mean
+from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
@@ -60,10 +60,10 @@ class QuantizationImpact:
     settings: QaLoraConfig  # its quantization section
     runs: tuple[Run, ...]  # that recorded what quantization did
     twin: tuple[Run, ...]  # empty without one
-    against_float: dict[str, Comparison]  # by measure: difference to the twin
+    against_float: dict[str, Estimate]  # by measure: difference to the twin
 
     @property
-    def against_unquantized(self) -> Comparison:
+    def against_unquantized(self) -> Estimate:
         """Return the difference in test accuracy."""
         return self.against_float["accuracy"]
 
@@ -122,7 +122,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
         if (runs := tuple(run for run in study.of(experiment.name) if run.record.quantization is not None))
     ]
     families = {
-        measure: correct([_compare(*one, value) for one in found], study.untested)
+        measure: decide([_compare(*one, value) for one in found], study.untested)
         for measure, value in _COMPARED.items()
     }
     return tuple(
@@ -152,14 +152,14 @@ def _compare(
     runs: Sequence[Run],
     twin: Sequence[Run],
     value: Callable[[Run], float | None],
-) -> Comparison:
+) -> Estimate:
     if twin:
         return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
     ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
     if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
-    return compare_values({}, name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
+    return Estimate(name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
 
 
 def costs(runs: Sequence[Run]) -> dict[str, float | None]:

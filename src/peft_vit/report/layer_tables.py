@@ -268,7 +268,7 @@ def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
                 Column("", lambda r: int(r.same_strategy), data="same_strategy"),
                 Column(
                     "difference (points)",
-                    lambda r: r.accuracy.difference,
+                    lambda r: r.accuracy.interval,
                     points_interval,
                     partial(measured, "difference"),
                     none=points_interval(None),
@@ -278,7 +278,7 @@ def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
                 Column("test", "accuracy", tested, lambda c: {"p_holm": c.adjusted_p, "note": c.note}),
                 Column(
                     f"points per {count(PARAMETERS)} parameters",
-                    lambda r: r.per_parameter.difference,
+                    lambda r: r.per_parameter.interval,
                     # in points, with the decimals that a thousandth of an accuracy needs
                     lambda share: number_interval(scaled(share, 100), 4),
                     partial(measured, "per_1000_parameters"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from peft_vit.analysis import AllPairs, Calibration, CalibrationDifferences, Comparison, Front, MethodResult, Pair
+from peft_vit.analysis import AllPairs, Calibration, CalibrationDifferences, Estimate, Front, MethodResult, Pair
 from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin
 from peft_vit.analysis.comparison import BY_LOOKS
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
@@ -197,8 +197,8 @@ def calibration_blocks(
 def _calibration_differences(families: Sequence[CalibrationDifferences], reference: str) -> Table:
     words = {"supported": "worse", "refuted": "better", "not decided": "not decided"}
 
-    def text(c: Comparison) -> str:
-        return c.note if c.difference is None else f"{to_thousandths(c.difference)}, {words[c.verdict]}"
+    def text(c: Estimate) -> str:
+        return c.note if c.interval is None else f"{to_thousandths(c.interval)}, {words[c.verdict]}"
 
     rows = zip(*(family.comparisons for family in families), strict=True)  # one an experiment, one a measure
     return table(
@@ -213,7 +213,7 @@ def _calibration_differences(families: Sequence[CalibrationDifferences], referen
                 "experiment": c.name,
                 "reference": reference,
                 "measure": family.measure,
-                **ends("difference", c.difference),
+                **ends("difference", c.interval),
                 **comparison_values(c),
                 "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
             }
@@ -262,7 +262,7 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
     )
 
 
-def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table:
+def comparison_table(comparisons: Sequence[Estimate], reference: str) -> Table:
     """Return paired differences against one reference."""
     against = [c for c in comparisons if c.reference == reference]
     looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
@@ -271,7 +271,7 @@ def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table
     return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
 
 
-def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], note: str) -> Table:
+def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], note: str) -> Table:
     """Return one family of comparisons."""
     return table(
         slug,
@@ -282,14 +282,14 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], 
             Column("", "reference"),
             Column(
                 "difference (points)",
-                "difference",
+                "interval",
                 points_interval,
                 partial(ends, "difference"),
                 none=points_interval(None),
             ),
             Column(
                 "each seed",
-                lambda c: dict(zip(c.seeds, c.by_seed, strict=True)),
+                "by_seed",
                 lambda by_seed: joined(map(points, by_seed.values())),
                 lambda by_seed: {f"seed_{seed}": difference for seed, difference in by_seed.items()},
             ),
@@ -319,11 +319,11 @@ def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
 def _matrix(pairs: AllPairs) -> Table:
     signs = {"supported": (" ▲", " ▼"), "refuted": (" ▼", " ▲"), "not decided": ("", "")}
     texts: dict[tuple[str, str], str] = {}
-    for c in pairs.comparisons:
+    for c in (pair.comparison for pair in pairs.pairs):
         for place, pair in enumerate([(c.name, c.reference), (c.reference, c.name)]):
             texts[pair] = "no pair"
-            if c.difference is not None:
-                texts[pair] = points((-1) ** place * c.difference.estimate) + signs[c.verdict][place]
+            if c.interval is not None:
+                texts[pair] = points((-1) ** place * c.interval.estimate) + signs[c.verdict][place]
     numbered = {name: str(number) for number, name in enumerate(pairs.experiments, start=1)}
     return table(
         "all_pairs",
@@ -340,8 +340,8 @@ def _matrix(pairs: AllPairs) -> Table:
 
 
 def _count_sentence(pairs: AllPairs) -> str:
-    without = sum(pair.comparison.difference is None for pair in pairs.pairs)
-    needed = {c.significance.minimum_n for c in pairs.comparisons if c.significance is not None}
+    without = sum(pair.comparison.interval is None for pair in pairs.pairs)
+    needed = {c.significance.minimum_n for c in (pair.comparison for pair in pairs.pairs) if c.significance is not None}
     seeds = f" A decision among so many needs at least {max(needed)} seeds." if needed else ""
     nothing = f" {count(without)} have no runs in common." if without else ""
     return f"{count(len(pairs.decided))} of {count(len(pairs.pairs))} pairs are decided.{nothing}{seeds}"
@@ -349,8 +349,8 @@ def _count_sentence(pairs: AllPairs) -> str:
 
 def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
     def size(pair: Pair) -> float:
-        assert pair.comparison.difference is not None
-        return abs(pair.comparison.difference.estimate)
+        assert pair.comparison.interval is not None
+        return abs(pair.comparison.interval.estimate)
 
     # Largest difference first: the rows that are left out are those that say least.
     decided = sorted(pairs.decided, key=lambda pair: (-size(pair), pair.comparison.name, pair.comparison.reference))
@@ -369,7 +369,7 @@ def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
 
 def _decided_row(pair: Pair) -> dict[str, str]:
     """Return a row in which the more accurate experiment stands first."""
-    comparison, effect, difference = pair.comparison, pair.effect, pair.comparison.difference
+    comparison, effect, difference = pair.comparison, pair.effect, pair.comparison.interval
     assert difference is not None
     names = [comparison.name, comparison.reference]
     agree = None if pair.improvement is None else pair.improvement.estimate
@@ -393,7 +393,7 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     return {
         "experiment": comparison.name,
         "reference": comparison.reference,
-        **measured("difference", comparison.difference),
+        **measured("difference", comparison.interval),
         **comparison_values(comparison),
         "cohens_d": None if effect is None else effect.d,
         "cohens_d_low": None if effect is None else effect.low,
@@ -403,11 +403,11 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     }
 
 
-def _lead_values(lead: Comparison | None) -> dict[str, Raw]:
+def _lead_values(lead: Estimate | None) -> dict[str, Raw]:
     if lead is None:
         return {"before": None, **measured("lead", None), "p_holm": None, "verdict": None}
     decided = {"p_holm": lead.adjusted_p, "verdict": lead.verdict}
-    return {"before": lead.reference, **measured("lead", lead.difference), **decided}
+    return {"before": lead.reference, **measured("lead", lead.interval), **decided}
 
 
 _FRONT = [
@@ -419,7 +419,7 @@ _FRONT = [
     Column("test accuracy", "test_accuracy", percent_interval, partial(measured, "test_accuracy")),
     Column("", lambda row: int(row["on_front"]), data="on_front"),
     Column("", lambda row: int(row["on_test_front"]), data="on_test_front"),
-    Column("lead over the one before (points)", "lead", lambda c: points_interval(c.difference), _lead_values),
+    Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), _lead_values),
     Column("more accurate?", "lead", lambda c: c.verdict, "", "cheapest"),
     Column("test", "lead", tested, ""),
     Column("on the front of test accuracies", "on_test_front", lambda is_on: "yes" if is_on else "no", ""),

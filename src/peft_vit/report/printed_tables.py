@@ -7,9 +7,9 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
-from peft_vit.analysis.across import Across, PooledDifference, PooledTime
+from peft_vit.analysis.across import Across, PooledRow
 from peft_vit.analysis.comparability import PoolKind
-from peft_vit.analysis.comparison import Comparison
+from peft_vit.analysis.comparison import Estimate
 from peft_vit.records import BenchRow
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.formatting import (
@@ -74,16 +74,16 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
             f"--allow-mismatch {kind}."
         )
     told: dict[tuple[PoolKind, str], dict[str, None]] = {}
-    rows: tuple[PooledDifference | PooledTime, ...] = (*found.pooled, *found.times)
+    rows: tuple[PooledRow, ...] = (*found.pooled, *found.times)
     for row in rows:
         for kind, why in row.allowed:
-            told.setdefault((kind, why), {})[row.name] = None
+            told.setdefault((kind, why), {})[row.estimate.name] = None
     for (kind, why), names in told.items():
         yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {joined(names)}.")
 
 
 def _by_study(found: Across) -> Table:
-    def tested(comparison: Comparison) -> str:
+    def tested(comparison: Estimate) -> str:
         significance, p = comparison.significance, comparison.adjusted_p
         verdict = comparison.verdict if significance is None else significance.sentence()
         if significance is not None and significance.decidable and p is not None:
@@ -99,8 +99,8 @@ def _by_study(found: Across) -> Table:
             "study",
             Column("test accuracy", lambda row: row.result.test_accuracy, percent_interval),
             Column("n", lambda row: row.result.test_accuracy.n),
-            Column(f"against {found.reference} (points)", "comparison", lambda c: points_interval(c.difference), ""),
-            Column("pairs", "comparison", lambda c: str(len(c.seeds)), ""),
+            Column(f"against {found.reference} (points)", "comparison", lambda c: points_interval(c.interval), ""),
+            Column("pairs", "comparison", lambda c: str(len(c.by_seed)), ""),
             Column("more accurate?", "comparison", tested, ""),
             Column("to store", lambda row: row.result.stored_bytes, megabytes),
             Column("parameters", lambda row: row.result.final_parameters, count),
@@ -115,19 +115,24 @@ def _with_reason(write: Callable[[Interval], str], interval: Interval) -> str:
     return write(interval) + (f" ({interval.reason})" if interval.reason else "")
 
 
-def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
+_POOLED = [
+    Column("experiment", lambda row: row.estimate.name),
+    Column("studies", lambda row: len(row.studies)),
+    Column("pairs", lambda row: row.interval.n),
+]
+
+
+def _pooled(rows: Sequence[PooledRow], reference: str) -> Table:
     return table(
         "pooled",
         f"Over studies: test accuracy against {reference} (points)",
         rows,
         [
-            Column("experiment", "name"),
-            Column("studies", lambda row: len(row.studies)),
-            Column("pairs", lambda row: row.pooled.interval.n),
-            Column("mean over studies", lambda row: row.pooled.interval, partial(_with_reason, points_interval)),
+            *_POOLED,
+            Column("mean over studies", "interval", partial(_with_reason, points_interval)),
             Column("ahead in", lambda row: f"{row.ahead} of {len(row.studies)}"),
-            Column("p (Holm)", "adjusted_p", "{:.2g}".format),
-            Column("more accurate?", lambda row: row.verdict + (f" ({row.untested})" if row.untested else "")),
+            Column("p (Holm)", lambda row: row.estimate.adjusted_p, "{:.2g}".format),
+            Column("more accurate?", "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
         ],
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
         "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
@@ -135,17 +140,12 @@ def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
     )
 
 
-def _times(rows: Sequence[PooledTime], reference: str) -> Table:
+def _times(rows: Sequence[PooledRow], reference: str) -> Table:
     return table(
         "times",
         f"Over studies: seconds a step, as a multiple of {reference}'s",
         rows,
-        [
-            Column("experiment", "name"),
-            Column("studies", lambda row: len(row.studies)),
-            Column("pairs", lambda row: row.ratio.n),
-            Column("geometric mean over studies", "ratio", partial(_with_reason, number_interval), ""),
-        ],
+        [*_POOLED, Column("geometric mean over studies", "interval", partial(_with_reason, number_interval))],
         "95 % t intervals of the logarithms; each study counts the same.",
     )
 
@@ -185,31 +185,32 @@ def _rows(found: Across) -> Iterator[dict[str, Raw]]:
         cells = (kind, "; ".join(studies), experiment, reference, measure, *values, *decided, notes)
         return dict(zip(_COLUMNS, cells, strict=True))
 
+    def decided(estimate: Estimate) -> tuple[Raw, ...]:
+        p_value = None if estimate.significance is None else estimate.significance.p_value
+        return p_value, estimate.adjusted_p, estimate.verdict
+
     difference = "test_accuracy_difference"
     for own in found.rows:
         yield row("accuracy", [own.study], own.name, "test_accuracy", own.result.test_accuracy, "")
         if (c := own.comparison) is not None:
-            p_value = None if c.significance is None else c.significance.p_value
-            decided = p_value, c.adjusted_p, c.verdict
-            yield row("difference", [own.study], own.name, difference, c.difference, c.note, decided)
+            yield row("difference", [own.study], own.name, difference, c.interval, c.note, decided(c))
     for pooled in found.pooled:
-        decided = pooled.pooled.p_value, pooled.adjusted_p, pooled.verdict
-        interval = pooled.pooled.interval
-        yield row("pooled", pooled.studies, pooled.name, difference, interval, _although(pooled), decided)
+        named = "pooled", pooled.studies, pooled.estimate.name, difference
+        yield row(*named, pooled.interval, _although(pooled), decided(pooled.estimate))
     for of in found.agreements:
         rho = None if of["rho"] is None else Interval(of["rho"], None, None, of["sites"], 0.95)
         studies, experiments = [of["study"], of["other_study"]], f"{of['experiment']}; {of['other_experiment']}"
         note = "n counts sites" if of["same_backbone"] else "n counts sites; the backbones differ"
         yield row("importance agreement", studies, experiments, f"{of['metric']}_spearman_rho", rho, note)
     for time in found.times:
-        yield row("pooled", time.studies, time.name, "seconds_per_step_ratio", time.ratio, _although(time))
+        yield row("pooled", time.studies, time.estimate.name, "seconds_per_step_ratio", time.interval, _although(time))
     for refusal in found.refusals:
         note = f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}"
         for name in refusal.experiments:
             yield row("not pooled", refusal.studies, name, _what(refusal.kind), None, note)
 
 
-def _although(row: PooledDifference | PooledTime) -> str:
+def _although(row: PooledRow) -> str:
     return "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in row.allowed)
 
 

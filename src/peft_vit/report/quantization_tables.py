@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from peft_vit.analysis import Comparison, QuantizationImpact, Run
+from peft_vit.analysis import Estimate, QuantizationImpact, Run
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, costs, layers_bits
 from peft_vit.records import FloatPart
@@ -54,7 +54,7 @@ _SETTINGS = [
 
 def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
     compared = [q.against_unquantized for q in impacts]
-    twins = ", ".join(sorted({c.reference for c in compared if c.difference is not None}))
+    twins = ", ".join(sorted({c.reference for c in compared if c.interval is not None}))
     float_bytes = mean_of("", "float_backbone_bytes", lambda run: 4 * run.parameters.backbone_total, megabytes)
 
     def quantized_bytes(run: Run) -> float | None:
@@ -84,9 +84,9 @@ def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
             Column(
                 "against float (points)",
                 "against_unquantized",
-                lambda c: points_interval(c.difference),
+                lambda c: points_interval(c.interval),
                 lambda c: {
-                    "difference_to_float": None if c.difference is None else c.difference.estimate,
+                    "difference_to_float": None if c.interval is None else c.interval.estimate,
                     "float_reference": c.reference,
                 },
             ),
@@ -114,14 +114,14 @@ _MEASURES = {
 def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
     def text(measure: str, q: QuantizationImpact) -> str:
         comparison = q.against_float[measure]
-        if comparison.difference is None:
+        if comparison.interval is None:
             return "not computed"
         difference = points_interval if measure == "accuracy" else to_thousandths
         verdict = {"supported": "more, ", "refuted": "less, "}.get(comparison.verdict)
         said = "not decided" if verdict is None else verdict + outcome(comparison)
-        return f"{difference(comparison.difference)}, {said}"
+        return f"{difference(comparison.interval)}, {said}"
 
-    def twin(accuracy: Comparison) -> str:
+    def twin(accuracy: Estimate) -> str:
         return accuracy.reference if accuracy.by_seed else accuracy.note
 
     settings = [EXPERIMENT, Column("bits", lambda q: q.settings.quantization_bits, data="bits", none="by layer")]
@@ -145,7 +145,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **own,
                 "measure": measure,
                 "float_reference": compared.reference,
-                **ends("difference", compared.difference),
+                **ends("difference", compared.interval),
                 **comparison_values(compared),
             }
             for q, own in zip(impacts, csv_rows(impacts, settings), strict=True)

@@ -87,7 +87,7 @@ def read_tables(directory: Path) -> ResultTables:
             ranks += [row for row in rows if row["step"] == rows[-1]["step"]]
         comparisons += [
             {"study": study.name, "smoke": study.smoke, "experiment": c.name, "reference": c.reference}
-            | ends("difference", c.difference)
+            | ends("difference", c.interval)
             | comparison_values(c)
             for c in compared
         ]

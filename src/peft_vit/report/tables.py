@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from peft_vit.analysis import Comparison, Run
+from peft_vit.analysis import Estimate, Run
 from peft_vit.analysis.comparison import known_interval, known_mean, outcome
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import number_interval
@@ -135,7 +135,7 @@ def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
     return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
 
 
-def comparison_values(comparison: Comparison) -> dict[str, Raw]:
+def comparison_values(comparison: Estimate) -> dict[str, Raw]:
     """Return what decided a comparison."""
     significance = comparison.significance
     return {
@@ -147,7 +147,7 @@ def comparison_values(comparison: Comparison) -> dict[str, Raw]:
     }
 
 
-def tested(comparison: Comparison) -> str:
+def tested(comparison: Estimate) -> str:
     """Return what the test said, with its note."""
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
 

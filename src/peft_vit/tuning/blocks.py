@@ -25,7 +25,7 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.stopping_plot import stopping_blocks
+from peft_vit.report.lines import stopping_blocks
 from peft_vit.report.tables import Column, measured, table
 from peft_vit.statistics import Interval
 from peft_vit.statistics.sequential import Look

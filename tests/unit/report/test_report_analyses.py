@@ -9,7 +9,7 @@ import pytest
 from golden import check_golden
 
 from peft_vit.analysis import Analysis, analyze
-from peft_vit.analysis.pairs import all_pairs
+from peft_vit.analysis.comparison import all_pairs
 from peft_vit.records import FisherCheck, Predictions, RankEntry, RunRecord
 from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks
