@@ -14,8 +14,7 @@ from itertools import islice, takewhile
 
 from peft_vit.analysis.comparison import BY_LOOKS, Comparison, accuracy_on_test, compare, correct, references
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import StoppingConfig, StudyConfig
-from peft_vit.config.stopping import FEWEST_PAIRS
+from peft_vit.config import FEWEST_PAIRS, StoppingConfig, StudyConfig
 from peft_vit.statistics import Interval, Significance
 from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
 

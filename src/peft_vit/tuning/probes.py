@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_vit.backbones import architecture_of, native_size, size_step_of
-from peft_vit.config.augmentation import Flips
+from peft_vit.config import Flips
 from peft_vit.errors import UserError
 from peft_vit.forecasting.throughput import Throughput
 from peft_vit.forecasting.time_limit import Limit
