@@ -16,8 +16,8 @@ from experiments.scripts import evidence
 from peft_vit.analysis import Analysis, Finding, load_studies
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
+from peft_vit.report.figure import METHOD_COLORS
 from peft_vit.report.formatting import megabytes, points_interval
-from peft_vit.report.style import METHOD_COLORS
 
 CONFIGS = study_evidence.CONFIGS
 PILOT_OF = {

@@ -3,13 +3,13 @@
 import numpy as np
 import planted
 import pytest
-from matplotlib.figure import Figure
 
 from peft_vit.analysis import Study
 from peft_vit.analysis.allocation import allocations, moved_ranks
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.quantization import quantization_impacts
 from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo
+from peft_vit.report.figure import Canvas
 from peft_vit.report.heatmaps import importance_maps
 
 EXPERIMENTS = planted.experiments()
@@ -76,9 +76,9 @@ def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -
     drawing = importance_maps([pattern])
     assert drawing.caption.endswith("Grey: the block has no such matrix.")
     assert "Grey" not in importance_maps(importance_patterns(planted.study_of([plain]))).caption
-    figure = Figure(figsize=(8, 3))
-    drawing.paint(figure)
-    lines = {line.get_label(): line.get_ydata() for line in figure.subfigs[0].axes[1].lines}
+    canvas = Canvas(8, 3)
+    drawing.paint(canvas)
+    lines = {line.get_label(): line.get_ydata() for line in canvas.figure.subfigs[0].axes[1].lines}
     courses = [lines[label] for label in ("attention", "MLP")]
     assert all(len(course) == 12 and np.isfinite(course).all() for course in courses)
     np.testing.assert_allclose(courses[0], 4 * courses[1])
