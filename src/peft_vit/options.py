@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pydantic import ConfigDict, ValidationError
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import AS_WRITTEN, Settings
 
 
@@ -61,13 +61,8 @@ class Request(Settings):
             return cls.model_validate(asked, context=AS_WRITTEN)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-        problem, kind = first["msg"].removeprefix("Value error, "), first["type"]
-        field = str(first["loc"][0]) if first["loc"] else ""
-        if kind == "extra_forbidden":
-            problem = f"is unknown; expected one of {', '.join(cls.model_fields)}"
-        elif kind not in ("value_error", "refused"):
-            problem = f"{problem.replace('Input should', 'should')}, got {first['input']!r}"
-        raise UserError(problem, field=cls.option(field).name if field in cls.model_fields else field or None)
+        field = str(first["loc"][0])
+        raise UserError(problem_of(first), field=cls.option(field).name if field in cls.model_fields else field)
 
 
 @contextmanager

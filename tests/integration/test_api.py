@@ -32,7 +32,7 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
 
 REFUSED = [  # the function, its arguments, the parameter that is named, and a part of what is said
     ("train", {"method": "lorra"}, "method", "should be 'linear', "),
-    ("train", {"ranks": 8}, "ranks", "is unknown; expected one of images, method, shots"),
+    ("train", {"ranks": 8}, "ranks", "unknown key"),
     ("train", {"learning_rate": 0}, "learning_rate", "should be greater than 0, got 0"),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
     ("train", {"start": "adapter", "rank": 8}, "rank", "has no effect with start; "),
@@ -46,12 +46,12 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("tune", {"image_sizes": (0,)}, "image_sizes", "should be greater than or equal to 14, got 0"),
     ("tune", {"models": [3]}, "models", "string, got 3"),
     ("tune", {"models": 3}, "models", "string, got 3"),
-    ("tune", {"models": ""}, "models", "got ''"),
+    ("tune", {"models": ""}, "models", "is empty"),
     ("tune", {"executor": "spark"}, "executor", "should be 'local' or 'ray', got 'spark'"),
     ("tune", {"memory_limit": 10**9}, "memory_limit", "string, got 1000000000"),
     ("tune", {"minutes": "many"}, "minutes", "got 'many'"),
     ("tune", {"threads": 0}, "threads", "got 0"),
-    ("tune", {"ranks": 3}, "ranks", "is unknown"),
+    ("tune", {"ranks": 3}, "ranks", "unknown key"),
 ]
 
 

