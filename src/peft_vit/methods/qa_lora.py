@@ -123,7 +123,6 @@ QA_LORA = Method(
     check=_check,
     shorten=_shorten,
     defaults=_defaults,
-    size_options=("rank",),
     why_not_peft=(
         "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"
     ),
@@ -150,7 +149,6 @@ QA_ADALORA = Method(
     check=_check_adaptive,
     shorten=_shorten_adaptive,
     defaults=lambda wishes: {**adalora.defaults(wishes), "qa_lora": _packed_by_default(wishes.shape)},
-    size_options=("budget",),
     why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
 )
 
