@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Raw = str | int | float | None
 SECTION_TITLES = (
@@ -28,19 +28,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table: the text that a reader sees, and the unrounded values behind it by their columns' names."""
-
-    text: str
-    values: Mapping[str, Raw] = field(default_factory=dict)
-
-
-Row = Mapping[str, Cell | str | int]
-"""Cells by their headings; a text or count alone stands for nothing more. `UNSEEN` heads values that are not shown."""
-UNSEEN = ""
-
-
-@dataclass(frozen=True)
 class Table:
     """A table: what a reader sees, and the unrounded values behind it."""
 
@@ -53,32 +40,8 @@ class Table:
     folded: bool = False  # the page shows only its title until a reader opens it; paper and Markdown show all of it
     kind: Literal["table"] = "table"
 
-    @classmethod
-    def of(
-        cls,
-        slug: str,
-        title: str,
-        rows: Iterable[Row],
-        note: str,
-        *,
-        data: Iterable[dict[str, Raw]] | None = None,
-        folded: bool = False,
-    ) -> Table:
-        """Return a table of cells.
 
-        Rows have the same headings in the same order; without any there are no headings, and the note is all. `data`
-        defaults to the values of the cells.
-        """
-        cells = [{name: c if isinstance(c, Cell) else Cell(str(c)) for name, c in row.items()} for row in rows]
-        if data is None:
-            data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
-        columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
-        texts = tuple(tuple(row[name].text for name in columns) for row in cells)
-        return cls(slug, title, columns, texts, note, tuple(data), folded)
-
-
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """What a reader can switch off in a figure: its artists have the gid ``series<index>-<number>``."""
 
     name: str
@@ -86,8 +49,7 @@ class Series:
     glyph: str  # its marker as a character, so that color is not the only difference
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One value that a reader can point at."""
 
     series: int  # its index
@@ -108,15 +70,14 @@ class Drawing:
     series: tuple[Series, ...]  # what can be switched off
     points: tuple[Point, ...]  # what can be pointed at
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
-    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps._player` says
+    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps.rank_maps` says
     height_in: float  # at the width of the page
     narrow_height_in: float  # in one column of a paper
     paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication
     kind: Literal["figure"] = "figure"
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image of the data set as PNG, and what is to be said of it."""
 
     png: bytes
@@ -137,8 +98,7 @@ class Gallery:
 Block = Paragraph | Table | Drawing | Gallery
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What one method reached, at a glance."""
 
     method: str
@@ -147,8 +107,7 @@ class Card:
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class RunDetails:
+class RunDetails(NamedTuple):
     """Provenance of one run: key and value, as texts; `traceback` keeps its lines."""
 
     title: str

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peft_vit.backbones import BackboneShape, check_weights, describe
-from peft_vit.config import BackboneConfig, WeightsSource, named_backbone
-from peft_vit.config.augmentation import Flips
+from peft_vit.config import BackboneConfig, Flips, WeightsSource, named_backbone
 from peft_vit.errors import UserError
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Metric
