@@ -138,9 +138,9 @@ def without_repeats(problem: str) -> AfterValidator:
 class AdapterConfig(Settings):
     """What all adapters have."""
 
-    scale: float = Field(2.0, gt=0, description="alpha / rank; stays when the rank moves")
+    scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")
     targets: Annotated[tuple[Target, ...], without_repeats("names a matrix twice; remove one")] = Field(
-        MATRICES,
+        default=MATRICES,
         min_length=1,
         description="kinds of matrices, or patterns of their names, `blocks.*.attn.qkv`; the default, the six of a "
         "plain block, stands for all that the model has",

@@ -75,60 +75,60 @@ class AdaLoraConfig(AdapterConfig):
     The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
-    total_rank_budget: int | None = Field(None, ge=1, description="ranks over all sites")
-    total_parameter_budget: int | None = Field(None, ge=1, description="trainable parameters, head not counted")
-    total_byte_budget: int | None = Field(None, ge=1, description="bytes of these values in float32")
+    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
+    total_parameter_budget: int | None = Field(default=None, ge=1, description="trainable parameters, head not counted")
+    total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
     total_mac_budget: int | None = Field(
-        None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
+        default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
     )
     allocation_strategy: Strategy = Field(description="how scores become ranks")
     importance_metric: Metric = Field(description="what scores a rank, or a site")
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
-    final_steps: int | None = Field(None, ge=0, description="last steps with frozen ranks; default a quarter")
+    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
     budget_schedule: Literal["cubic", "constant"] = Field(
-        "cubic", description="cubic: the budget comes down from initial_budget to the total"
+        default="cubic", description="cubic: the budget comes down from initial_budget to the total"
     )
     initial_budget: Annotated[int | None, OnlyWith(budget_schedule="cubic")] = Field(
-        None,
+        default=None,
         ge=1,
         description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
         "rank a site",
     )
-    minimum_rank: int = Field(0, ge=0, le=65_536, description="of a site; 0: it may lose its update")
-    maximum_rank: int | None = Field(None, ge=1, description="default: the smaller side of the matrix")
+    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a site; 0: it may lose its update")
+    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = Field(
-        "product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
+        default="product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
     )
     factor_start: Annotated[Literal["normal", "orthonormal"], OnlyWith(parametrization="svd")] = Field(
-        "normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
+        default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
     )
     lambda_gain: Annotated[float, OnlyWith(parametrization="svd")] = Field(
-        1.0,
+        default=1.0,
         gt=0,
         description="svd form: factor k on lambda; under AdamW a learning rate k times as high for it, under SGD k^2",
     )
     importance_gradient: Annotated[
         Literal["task", "task_and_penalty"], OnlyWith(importance_metric=GRADIENT_METRICS)
     ] = Field(
-        "task",
+        default="task",
         description="whose gradient is scored; the official AdaLoRA code scores with the penalty's. Read by the "
         "training loop: in another one it is decided by where the scores are updated",
     )
     orthogonality_weight: Annotated[float | None, OnlyWith(parametrization="svd")] = Field(
-        None, ge=0, description="default 0.1 for svd, none for product"
+        default=None, ge=0, description="default 0.1 for svd, none for product"
     )
     sensitivity_beta: Annotated[float, OnlyWith(importance_metric=GRADIENT_METRICS)] = Field(
-        0.85, gt=0, lt=1, description="smoothing of scores (b1)"
+        default=0.85, gt=0, lt=1, description="smoothing of scores (b1)"
     )
     uncertainty_beta: Annotated[float, OnlyWith(importance_metric="sensitivity")] = Field(
-        0.85, gt=0, lt=1, description="smoothing of their spread (b2)"
+        default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)"
     )
     threshold_tau: Annotated[float, OnlyWith(allocation_strategy="threshold")] = Field(
-        1.0, gt=0, description="threshold strategy: multiple of the mean score"
+        default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
     )
     top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = Field(
-        None, ge=1, description="top_k strategy: number of sites; default half"
+        default=None, ge=1, description="top_k strategy: number of sites; default half"
     )
 
     @property
@@ -177,15 +177,15 @@ class StartingRanksConfig(Settings):
         description="how sites share the budget"
     )
     budget: int = Field(ge=1, description="over all sites, in the unit")
-    unit: BudgetUnit = Field("ranks", description="what the budget counts")
+    unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
     maximum_rank: Annotated[int | None, OnlyWith(rule=SCORING_RULES)] = Field(
-        None, ge=1, description="of a site, for rules that score"
+        default=None, ge=1, description="of a site, for rules that score"
     )
     site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(
-        1, ge=1, description="that random, first_blocks, last_blocks give to a site"
+        default=1, ge=1, description="that random, first_blocks, last_blocks give to a site"
     )
     calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
-        64, ge=1, description="training images that gradients are of"
+        default=64, ge=1, description="training images that gradients are of"
     )
 
     @property
@@ -206,13 +206,13 @@ RULE_OF_A_BUDGET = "stable_rank"
 class LoraConfig(AdapterConfig):
     """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
 
-    rank: int | None = Field(None, ge=1, description="of every update")
+    rank: int | None = Field(default=None, ge=1, description="of every update")
     start: str | None = Field(
-        None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
+        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
     )
 
     ranks: StartingRanksConfig | None = Field(
-        None, description="in place of rank: a budget over all sites, and the rule that spends it"
+        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
     )
 
     @model_validator(mode="after")
@@ -232,14 +232,14 @@ class PeftLoraConfig(AdapterConfig):
 class PeftAdaLoraConfig(AdapterConfig):
     """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
 
-    initial_rank: int = Field(12, ge=2, description="init_r: rank of every module until the first mask")
-    target_rank: int = Field(8, ge=1, description="target_r: mean rank of the modules in the end")
+    initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")
+    target_rank: int = Field(default=8, ge=1, description="target_r: mean rank of the modules in the end")
     update_frequency: int = Field(ge=1, description="deltaT: masks are made at multiples of it")
     warmup_steps: int = Field(ge=1, description="tinit: no mask up to this step; at 0 PEFT masks before it has scores")
-    final_steps: int | None = Field(None, ge=0, description="tfinal: steps under the last mask; a quarter")
-    orthogonality_weight: float = Field(0.5, ge=0, description="orth_reg_weight; applied by our loop")
-    beta1: float = Field(0.85, gt=0, lt=1, description="smoothing of the sensitivity")
-    beta2: float = Field(0.85, gt=0, lt=1, description="smoothing of its uncertainty")
+    final_steps: int | None = Field(default=None, ge=0, description="tfinal: steps under the last mask; a quarter")
+    orthogonality_weight: float = Field(default=0.5, ge=0, description="orth_reg_weight; applied by our loop")
+    beta1: float = Field(default=0.85, gt=0, lt=1, description="smoothing of the sensitivity")
+    beta2: float = Field(default=0.85, gt=0, lt=1, description="smoothing of its uncertainty")
 
     @model_validator(mode="after")
     def _rank_falls(self) -> Self:
@@ -271,23 +271,23 @@ class AdaptiveBitsConfig(Settings):
     """Bits of each layer, chosen before training from what quantizing it to each type would cost on training images."""
 
     average_bits: float | None = Field(
-        None, gt=0, le=32, description="stored bits a weight over the quantized layers, scales and offsets too"
+        default=None, gt=0, le=32, description="stored bits a weight over the quantized layers, scales and offsets too"
     )
     total_byte_budget: int | None = Field(
-        None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
+        default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
     )
     ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
-        False, description="choose each site's rank under the same bytes; in place of rank"
+        default=False, description="choose each site's rank under the same bytes; in place of rank"
     )
     types: Annotated[tuple[QuantizationType, ...], without_repeats("names a format twice; remove one")] = Field(
-        ("int2", "int4", "int8"), min_length=2, description="that a layer may get"
+        default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"
     )
     sensitivity: Literal["fisher", "loss"] = Field(
-        "fisher",
+        default="fisher",
         description="fisher: squared error weighted with the Fisher's diagonal, one backward pass; loss: rise of the "
         "loss, a forward pass for each type of each layer",
     )
-    calibration_images: int = Field(64, ge=1, description="training images to measure on")
+    calibration_images: int = Field(default=64, ge=1, description="training images to measure on")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -304,18 +304,18 @@ class QaLoraConfig(AdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
     quantization_bits: Annotated[Bits | None, OnlyWith(adaptive_bits=None)] = Field(
-        None, description="bits of a code; not with adaptive_bits"
+        default=None, description="bits of a code; not with adaptive_bits"
     )
     quantization_type: Annotated[QuantizationType | None, OnlyWith(adaptive_bits=None)] = Field(
-        None, description="number format of the codes; not with adaptive_bits"
+        default=None, description="number format of the codes; not with adaptive_bits"
     )
     quantization_schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant",
+        default="constant",
         description="how float weights give way to quantized ones; constant: they are quantized from the start",
     )
-    gradient_scaling_factor: float = Field(1.0, gt=0, description="factor on the adapters' gradients")
+    gradient_scaling_factor: float = Field(default=1.0, gt=0, description="factor on the adapters' gradients")
     gradient_scaling: Literal["constant", "adaptive"] = Field(
-        "constant",
+        default="constant",
         description="adaptive: each layer's factor in proportion to its relative quantization error, mean factor kept",
     )
     use_group_quantization: bool = Field(
@@ -323,39 +323,39 @@ class QaLoraConfig(AdapterConfig):
         "scale for each output and a plain adapter (QLoRA)"
     )
     group_size: Annotated[int, OnlyWith(use_group_quantization=True)] = Field(
-        32, ge=2, description="inputs that share a scale; with use_group_quantization"
+        default=32, ge=2, description="inputs that share a scale; with use_group_quantization"
     )
     quantization_offset: bool | None = Field(
-        None,
+        default=None,
         description="store an offset beside each scale while training; default: where there are groups and no "
         "use_double_quant",
     )
-    scale_precision: Literal["fp16", "fp32"] = Field("fp16", description="of scales and offsets")
+    scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
     rounding: Literal["nearest", "gptq"] = Field(
-        "nearest",
+        default="nearest",
         description="gptq: layer by layer, with codes that make up for each other's errors on training images "
         "(arXiv 2210.17323); see quantization.quantizer",
     )
     calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
-        None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
+        default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
     )
     use_double_quant: Annotated[bool, OnlyWith(use_group_quantization=True)] = Field(
-        False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
+        default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
     )
     rank: int | None = Field(
-        None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
+        default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
     )
     quantization_warmup_steps: Annotated[int, OnlyWith(quantization_schedule=_COURSES)] = Field(
-        0, ge=0, description="steps before the float weights start to go"
+        default=0, ge=0, description="steps before the float weights start to go"
     )
     quantization_end_step: Annotated[int | None, OnlyWith(quantization_schedule=_COURSES)] = Field(
-        None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
+        default=None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
     )
     balance_target: float | None = Field(
-        None, gt=0, description="adapter-to-error norm ratio to hold; null: it is measured, not managed"
+        default=None, gt=0, description="adapter-to-error norm ratio to hold; null: it is measured, not managed"
     )
     balance_by: Annotated[Literal["gradient_scale", "schedule_pace"], OnlyWith(balance_target=...)] = Field(
-        "gradient_scale", description="what is moved to hold balance_target"
+        default="gradient_scale", description="what is moved to hold balance_target"
     )
     adaptive_bits: AdaptiveBitsConfig | None = None
 

