@@ -8,7 +8,6 @@ from statistics import fmean
 
 import numpy as np
 
-from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
@@ -153,7 +152,7 @@ def _impact(
         against_float=against_float,
         costs=_costs(runs),
         float_costs=_costs(twin),
-        same_machine=len({hardware(run) for run in (*runs, *twin)}) == 1,
+        same_machine=len({run.hardware for run in (*runs, *twin)}) == 1,
     )
 
 
