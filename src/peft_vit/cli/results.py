@@ -138,8 +138,7 @@ def compare(
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
     Exit codes: 0 done, 2 bad input.
     """
-    from peft_vit.analysis.across import compare_studies, load_across
-    from peft_vit.analysis.comparability import parse_pool
+    from peft_vit.analysis.across import compare_studies, load_across, parse_pool
     from peft_vit.report.across_text import print_comparison
 
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")
