@@ -16,7 +16,7 @@ from PIL import Image
 from peft_vit.costs.memory_limit import StepCost
 from peft_vit.costs.pace import ReckonedPace
 from peft_vit.errors import UserError
-from peft_vit.records.study_file import read_study_file
+from peft_vit.records import read_study_file
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning import stages
 from peft_vit.tuning.look import _telling_if_slow

@@ -19,14 +19,12 @@ from safetensors.torch import save_file
 
 from peft_vit.config import load_study
 from peft_vit.data import synthetic
-from peft_vit.records import run_folder
-from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records import run_folder, write_study_file
+from peft_vit.records.progress import LOCK_FILE, study_lock
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.export import export_run_to_file, export_run_to_peft
-from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_study
-from peft_vit.studies.store import StudyStore
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.scheduler import StudyStore, study_file
 from peft_vit.training import Checkpoints, Interrupted
 
 SIDE = 32

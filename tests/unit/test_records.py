@@ -27,6 +27,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
+    STUDY_FILE,
     BitsEntry,
     ByteCounts,
     Evaluation,
@@ -42,16 +43,17 @@ from peft_vit.records import (
     RunSpec,
     SiteInfo,
     StepRow,
+    StudyFile,
     flush,
     read_record,
     read_records,
+    read_study_file,
     run_folder,
     write_atomically,
     write_record,
     write_result,
 )
 from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
-from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
@@ -222,13 +224,13 @@ CORRUPTIONS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not a readable record"),
     "not JSON": (b"{'a': 1}", "is not a readable record"),
     "binary": (b"\xff\xfe\x00", "is not a readable record"),
-    "a list": (b"[]", "schema_version: expected 1, got None"),
-    "no version": (b"{}", "schema_version: expected 1, got None"),
-    "other version": (b'{"schema_version": 2}', "schema_version: expected 1, got 2"),
-    "version in words": (b'{"schema_version": "1"}', "schema_version: expected 1, got '1'"),
+    "a list": (b"[]", "should be an object"),
+    "no version": (b"{}", "spec: "),
+    "other version": (b'{"schema_version": 2}', "schema_version: "),
+    "version in words": (b'{"schema_version": "1"}', "schema_version: "),
     "nothing but a version": (b'{"schema_version": 1}', "spec: "),
-    "half a character": (b'{"schema_version": 1, "error": "\\ud800"}', "is not a readable record ('utf-8' codec"),
-    "the other half": (b'{"schema_version": 1, "\\uDC00": 1}', "is not a readable record ('utf-8' codec"),
+    "half a character": (b'{"schema_version": 1, "error": "\\ud800"}', "is not a readable record"),
+    "the other half": (b'{"schema_version": 1, "\\uDC00": 1}', "is not a readable record"),
     "a character in halves": (b'{"schema_version": 1, "error": "\\ud83d\\ude00"}', "spec: "),
 }
 
@@ -427,9 +429,9 @@ def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
         del experiment["training"]["augmentation"]
     whole = {"smoke": False, "data_sha256": "d", "runs": []}
     content = json.dumps({**whole, "configuration": then}).encode()
-    read = StudyFile.model_validate_json(migrated_study(content))
+    read = StudyFile.model_validate_json(json.dumps(migrated_study(json.loads(content))))
     assert read.configuration == now
-    for odd in (b"[", b'["flips"]', b'{"configuration": 1, "flips": 2}', b'{"configuration": {"data": {"flips": []}}}'):
+    for odd in (["flips"], {"configuration": 1, "flips": 2}, {"configuration": {"data": {"flips": []}}}):
         assert migrated_study(odd) == odd
 
 

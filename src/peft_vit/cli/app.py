@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from peft_vit.config import AskedPrecision, Device, ExecutorName
+from peft_vit.config import AskedPrecision, Device
+from peft_vit.studies.executors import ExecutorName
 
 # Options that several commands have.
 ExecutorOption = Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")]

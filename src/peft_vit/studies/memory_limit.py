@@ -12,8 +12,7 @@ from peft_vit.costs.memory_limit import Choice, Setting, StepCost, choose
 from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits
 from peft_vit.errors import UserError
-from peft_vit.records import RunSpec
-from peft_vit.records.study_file import StudyFile
+from peft_vit.records import RunSpec, StudyFile
 
 MeasureStep = Callable[[RunSpec], StepCost | None]  # of a run of a few steps; None: there was not enough memory
 

@@ -23,8 +23,7 @@ from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.studies.events import RunEnded, RunProgress
-from peft_vit.studies.executors import decode_images
+from peft_vit.studies.executors import RunEnded, RunProgress, decode_images
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
 from peft_vit.training import Progress

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 
-from peft_vit.config import DEFAULT_MODEL, AskedPrecision, Device, ExecutorName, bytes_of
+from peft_vit.config import DEFAULT_MODEL, AskedPrecision, Device, bytes_of
 from peft_vit.errors import UserError
+from peft_vit.studies.executors import ExecutorName
 
 _OPTIONS = {"max_latency_s": "--max-latency", "models": "--model", "image_sizes": "--image-size", "images": "IMAGES"}
 

@@ -14,8 +14,7 @@ from peft_vit.analysis import load_studies, read_results
 from peft_vit.analysis.planned import seeds_in_words
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_records
-from peft_vit.records.progress import PROGRESS_FILE
-from peft_vit.studies.lock import study_lock
+from peft_vit.records.progress import PROGRESS_FILE, study_lock
 
 
 def spoiled(change: Callable[[dict], object]) -> bytes:

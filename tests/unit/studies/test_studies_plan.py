@@ -11,11 +11,9 @@ from written_runs import run_and_write
 from peft_vit.config import PROBE_L2
 from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
-from peft_vit.records import read_record, run_folder, write_record
-from peft_vit.records.study_file import read_study_file
-from peft_vit.studies.plan import plan_begun_study, plan_study
-from peft_vit.studies.smoke import smoke_study
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.records import read_record, run_folder, write_record, write_study_file
+from peft_vit.studies.plan import plan_study, smoke_study
+from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -166,8 +164,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora"), tmp_path)
-    begun = read_study_file(tmp_path / "tiny")
-    added = plan_begun_study(study("lora"), begun, tmp_path, file=tmp_path / "tiny.yaml", part=True)
+    added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
     assert (added.part, len(added.runs)) == (True, 1)
 
 

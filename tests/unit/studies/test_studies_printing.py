@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from peft_vit.studies.display import counted, duration, print_plan
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.printing import counted, duration, print_plan
 
 pytestmark = pytest.mark.part("runner")
 

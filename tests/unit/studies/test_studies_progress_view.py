@@ -9,11 +9,11 @@ import pytest
 from at_work import at_work, events_of, of
 from rich.console import Console
 
-from peft_vit.studies import progress_view
-from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.studies import display
+from peft_vit.studies.display import Watch
+from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import Plan, plan_study
-from peft_vit.studies.progress_view import Watch
 from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")
@@ -65,7 +65,7 @@ def shown(plan: Plan, events) -> list[str]:
 
 
 def test_plain_lines_say_what_a_terminal_shows(happened, monkeypatch) -> None:
-    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(display, "_PLAIN_EVERY_S", 0.0)
     plan, events = happened
     lines = shown(plan, events)
     started = [line for line in lines if "started on process" in line]
@@ -119,7 +119,7 @@ def test_a_terminal_shows_all_that_runs_at_a_moment(happened) -> None:
 
 
 def test_a_terminal_that_can_do_nothing_gets_lines(happened, monkeypatch) -> None:
-    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(display, "_PLAIN_EVERY_S", 0.0)
     plan, events = happened
     dumb = Console(file=io.StringIO(), force_terminal=True, width=120, _environ={"TERM": "dumb"})
     with Watch(plan, console=dumb) as watch:
@@ -156,7 +156,7 @@ def test_what_is_left_follows_from_the_run_itself(happened, monkeypatch) -> None
     """A run that goes on at step 100 and makes 10 steps in 20 s has 90 steps and 180 s left; before, half of it all."""
     plan, _ = happened
     clock = [1000.0]
-    monkeypatch.setattr(progress_view, "_PLAIN_EVERY_S", 15.0)
+    monkeypatch.setattr(display, "_PLAIN_EVERY_S", 15.0)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     run = replace(plan.runs[0], total_steps=200, estimate=replace(plan.runs[0].estimate, seconds=50.0))
     plain = console(terminal=False)

@@ -23,12 +23,9 @@ from fake_study import (
 )
 
 from peft_vit.errors import UserError
-from peft_vit.records import read_record, write_result
-from peft_vit.records.contents import read_contents
-from peft_vit.records.owner import LOCK_FILE, owner_of
-from peft_vit.records.progress import look_at
-from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
-from peft_vit.studies.status import study_status
+from peft_vit.records import read_contents, read_record, write_result
+from peft_vit.records.progress import LOCK_FILE, look_at, owner_of, study_status
+from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
 
 pytestmark = pytest.mark.part("runner")
 

@@ -20,13 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.records import read_record, write_result
-from peft_vit.records.progress import PROGRESS_FILE, Attempt, now
-from peft_vit.studies.events import Notice
-from peft_vit.studies.lock import study_lock
-from peft_vit.studies.status import find_studies, status_lines, study_status
-from peft_vit.studies.store import StudyStore
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.records import read_record, write_result, write_study_file
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, find_studies, now, status_lines, study_lock, study_status
+from peft_vit.studies.executors import Notice
+from peft_vit.studies.scheduler import StudyStore, study_file
 
 pytestmark = pytest.mark.part("runner")
 

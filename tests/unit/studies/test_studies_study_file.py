@@ -7,9 +7,8 @@ import yaml
 from fake_study import done_record, failed_record, fake_config, fake_plan
 
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE
-from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
-from peft_vit.studies.study_file import difference, go_on, study_file, write_study_file
+from peft_vit.records import RECORD_FILE, STUDY_FILE, StudyFile, read_study_file, write_study_file
+from peft_vit.studies.scheduler import difference, go_on, study_file
 
 pytestmark = pytest.mark.part("runner")
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from peft_vit.backbones import read_weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
-from peft_vit.studies.executors import worker
-from peft_vit.studies.executors.worker import WeightsOnce, environment
+from peft_vit.studies.executors import local
+from peft_vit.studies.executors.local import WeightsOnce, environment
 
 pytestmark = pytest.mark.part("runner")
 
@@ -26,7 +26,7 @@ def weights_file(folder, name: str) -> BackboneConfig:
 def test_weights_are_read_once_and_stay_what_they_were(tmp_path, monkeypatch) -> None:
     config, other = weights_file(tmp_path, "one.safetensors"), weights_file(tmp_path, "other.safetensors")
     reads = []
-    monkeypatch.setattr(worker, "read_weights", lambda config: reads.append(config) or read_weights(config))
+    monkeypatch.setattr(local, "read_weights", lambda config: reads.append(config) or read_weights(config))
     once = WeightsOnce()
     expected = read_weights(config)
     first = once(config)
@@ -63,7 +63,7 @@ def test_variables_are_handed_down_and_taken_back(monkeypatch) -> None:
 def test_collections_of_a_run_look_at_what_it_made_alone() -> None:
     code = (
         "import gc, weakref\n"
-        "from peft_vit.studies.executors.worker import prepare_process\n"
+        "from peft_vit.studies.executors.local import prepare_process\n"
         "prepare_process()\n"
         "class Cycle: pass\n"
         "cycle = Cycle()\n"

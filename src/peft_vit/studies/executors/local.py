@@ -3,36 +3,48 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
 import multiprocessing
 import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
+from typing import IO
 
+import torch
+
+from peft_vit.backbones import Weights, read_weights
+from peft_vit.backbones.tensor_file import TensorFile
+from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
-from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, prepare_process
-from peft_vit.studies.plan import PlannedRun
+from peft_vit.runs.provenance import cpu_count, loaded_git_state
+from peft_vit.studies.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
+from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
+# glibc returns freed memory to the system by default and pays for it with page faults in every step.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
 _Order = tuple[RunSpec, Checkpoints]  # what a worker is asked to do; None in its place asks it to stop what it does
 
 
@@ -186,6 +198,24 @@ class LocalExecutor:
         self._workers.remove(worker)
 
 
+def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_address: str | None) -> Executor:
+    """Return an executor for a plan's runs.
+
+    Raises:
+        UserError: as `LocalExecutor`, and if an address is given.
+    """
+    if ray_address is not None:
+        raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
+    execution = plan.study.execution
+    return LocalExecutor(
+        execution.workers,
+        plan.study.threads,
+        results_dir,
+        checkpoint_every_s=execution.checkpoint_every_s,
+        oversubscribe=oversubscribe,
+    )
+
+
 def _how_it_ended(exitcode: int | None) -> str:
     if exitcode == -signal.SIGKILL:
         return "was killed (SIGKILL: by somebody, or by the system, which was out of memory)"
@@ -293,3 +323,65 @@ def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+# --- in any worker process, whatever started it ---
+
+
+@contextmanager
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Hand variables down to the processes that are started meanwhile, unless the user has set them."""
+    new = {name: value for name, value in added.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
+
+
+@functools.cache
+def prepare_process() -> None:
+    """Make a fresh process ready for runs; a second call does nothing."""
+    torch.set_num_interop_threads(1)
+    loaded_git_state()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    gc.freeze()  # what libraries hold, or each of a run's garbage collections would look at all of it
+
+
+class WeightsOnce:
+    """Reads a backbone's weights once from where they come from, and again from a nameless file of its own.
+
+    A safetensors file is read where it is, see `TensorFile`.
+
+    Not from memory: what a process kept of the run before would count as memory of the next one.
+    """
+
+    def __init__(self) -> None:
+        self._config: BackboneConfig | None = None  # of what the file holds
+        self._weights: Weights | None = None  # the same without tensors
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as this object
+
+    def __call__(self, config: BackboneConfig) -> Weights:
+        """Return the weights of a configuration.
+
+        Raises:
+            UserError: see `read_weights`.
+        """
+        if self._weights is None or config != self._config:
+            weights = read_weights(config)
+            self._config = None
+            if not isinstance(weights.tensors, TensorFile):  # which holds nothing in memory either
+                self._file.seek(0)
+                self._file.truncate()
+                try:
+                    torch.save(weights.tensors, self._file)
+                except (OSError, RuntimeError):  # no room; they are read again
+                    return weights
+                weights = replace(weights, tensors={})  # the first run, too, gets what lies in memory as for others
+            self._config, self._weights = config, weights
+        if self._weights.tensors:
+            return self._weights
+        self._file.seek(0)
+        tensors = torch.load(self._file, weights_only=True)  # noqa: TID251 - tensors alone
+        return replace(self._weights, tensors=tensors)
