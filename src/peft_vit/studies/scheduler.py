@@ -56,8 +56,6 @@ if TYPE_CHECKING:  # it runs without torch, which only executors need
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
-_TIME_IS_OVER = "the time is over: what still runs writes a checkpoint, with which a later call goes on"
-_STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at once"
 _FREE = {"description", "execution"}  # settings on which no result depends
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
 # `write_checkpoint` and `write_atomically`.
@@ -114,9 +112,8 @@ def drive(
             tell(Notice(text))
         waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
         if executor is not None:
-            names = {run.spec.name for run in waiting}
-            attempts = _Attempts(names, executor, store, tell, plan.study.execution.retries)
-            _carry_out(attempts, waiting, deadline)
+            attempts = _Attempts(executor, store, tell, plan.study.execution.retries)
+            attempts.carry_out(waiting, deadline)
         failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
@@ -124,49 +121,51 @@ def drive(
             executor.close()
 
 
-def _carry_out(attempts: _Attempts, runs: list[PlannedRun], deadline: Deadline | None) -> None:
-    executor = attempts.executor
-    with _signals() as signals:
-        if deadline is None:
-            for run in runs:
-                executor.submit(run)
-        while attempts.waiting:
-            if signals and not attempts.stopping:
-                attempts.stop(_STOPPING)
-            if deadline is not None:
-                if not attempts.stopping and not deadline.over:
-                    for run in deadline.to_start(attempts.waiting):
-                        executor.submit(run)
-                elif not attempts.stopping and deadline.under_way:
-                    attempts.stop(_TIME_IS_OVER)
-                if deadline.past if attempts.stopping else not deadline.under_way:
-                    break
-            event = executor.next_event(_POLL_S)
-            if event is not None:
-                attempts.take(event)
-                if deadline is not None:
-                    deadline.hear(event, attempts.waiting)
-            elif attempts.stopping and not attempts.running:
-                break
-        if signals and attempts.waiting:
-            raise KeyboardInterrupt
-
-
 @dataclass
 class _Attempts:
     """What of a call is not over yet, and what each event means for it."""
 
-    waiting: set[str]  # names of runs
     executor: Executor
     store: StudyStore
     tell: Callable[[StudyEvent], None]
     retries: int
+    waiting: set[str] = field(default_factory=set)  # names of the runs that have not ended
     running: set[str] = field(default_factory=set)
     stopping: bool = False
     failures: Counter[str] = field(default_factory=Counter)
     reached: Counter[str] = field(default_factory=Counter)  # step of the last interruption that nobody asked for
 
-    def stop(self, why: str) -> None:
+    def carry_out(self, runs: list[PlannedRun], deadline: Deadline | None) -> None:
+        """Attempt runs until all have ended, or the time is over, or a signal came."""
+        self.waiting = {run.spec.name for run in runs}
+        with _signals() as signals:
+            if deadline is None:
+                for run in runs:
+                    self.executor.submit(run)
+            while self.waiting:
+                if signals and not self.stopping:
+                    self._stop("stopping: what runs writes a checkpoint first; Ctrl-C again ends at once")
+                if deadline is not None:
+                    if not self.stopping and not deadline.over:
+                        for run in deadline.to_start(self.waiting):
+                            self.executor.submit(run)
+                    elif not self.stopping and deadline.under_way:
+                        self._stop(
+                            "the time is over: what still runs writes a checkpoint, with which a later call goes on"
+                        )
+                    if deadline.past if self.stopping else not deadline.under_way:
+                        break
+                event = self.executor.next_event(_POLL_S)
+                if event is not None:
+                    self.take(event)
+                    if deadline is not None:
+                        deadline.hear(event, self.waiting)
+                elif self.stopping and not self.running:
+                    break
+            if signals and self.waiting:
+                raise KeyboardInterrupt
+
+    def _stop(self, why: str) -> None:
         """Have what runs stopped, and start nothing more."""
         self.tell(Notice(why))
         self.stopping = True
@@ -258,19 +257,22 @@ class StudyStore:
 
     def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
         self.folder = lock.folder
-        self._known = {run: look_at(self.folder, run) for run in runs}
-        self.notices = [f"{run}: {known.fault}" for run, known in self._known.items() if known.fault]
-        for run, known in self._known.items():
+        self.notices = []
+        for run in runs:
+            known = self.known(run)
+            if known.fault:
+                self.notices.append(f"{run}: {known.fault}")
             if known.is_done:
                 self._clean_up(run)
 
     def known(self, run: str) -> Known:
         """Return what has become of a run."""
-        return self._known[run]
+        return look_at(self.folder, run)
 
     def started(self, run: str, worker: str, total_steps: int) -> None:
         """Write that an attempt begins."""
-        self._write(run, self._next(run).model_copy(update={"worker": worker, "total_steps": total_steps}))
+        attempt = self._attempt(run, begins=True)
+        self._write(run, attempt.model_copy(update={"worker": worker, "total_steps": total_steps}))
 
     def interrupted(self, run: str) -> None:
         """Write that an attempt was stopped."""
@@ -299,22 +301,19 @@ class StudyStore:
             self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
             return record
         write_result(self.folder.parent, record, adapter)
-        self._known[run] = look_at(self.folder, run)
         if record.status == "done":
             self._clean_up(run)
         return record
 
-    def _attempt(self, run: str) -> Attempt:
-        """Return the attempt that is under way, or the next one where its start was not told."""
-        attempt = self._known[run].attempt
-        return attempt if attempt is not None and attempt.state == "running" else self._next(run)
-
-    def _next(self, run: str) -> Attempt:
-        return Attempt(number=self._known[run].attempts + 1, state="running", started_at=now())
+    def _attempt(self, run: str, *, begins: bool = False) -> Attempt:
+        """Return the attempt that is under way, or the next one where it begins, or its start was not told."""
+        known = self.known(run)
+        if not begins and known.attempt is not None and known.attempt.state == "running":
+            return known.attempt
+        return Attempt(number=known.attempts + 1, state="running", started_at=now())
 
     def _write(self, run: str, attempt: Attempt) -> None:
         write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
-        self._known[run] = look_at(self.folder, run)
 
     def _clean_up(self, run: str) -> None:
         """Remove what a finished run needs no more, and files that a killed process was about to put in place."""

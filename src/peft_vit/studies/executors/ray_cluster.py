@@ -29,11 +29,11 @@ from peft_vit.errors import UserError
 from peft_vit.records import Failure, run_folder
 from peft_vit.records.progress import LOCK_FILE
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
-from peft_vit.studies.executors.local import ALLOCATOR, environment
+from peft_vit.studies.executors import Event, Executor, RunStarted, lost
+from peft_vit.studies.executors.local import ALLOCATOR, environment, event_of
 from peft_vit.studies.executors.ray_task import Channel, Place, carry_out
 from peft_vit.studies.plan import Plan, PlannedRun
-from peft_vit.training import Checkpoints, Interrupted, Progress
+from peft_vit.training import Checkpoints, Progress
 
 _REASON_CHARACTERS = 400
 _ANSWER_S = 5.0
@@ -210,7 +210,7 @@ class RayExecutor:
                 continue
             for message in json.loads(bundle):
                 if isinstance(message, dict):
-                    self._events.append(RunProgress(attempt.run, Progress(**message)))
+                    self._events.append(event_of(attempt.run, Progress(**message)))
                 else:  # by whom it is done
                     attempt.started, attempt.since = True, time.monotonic()
                     self._events.append(RunStarted(attempt.run, message))
@@ -225,10 +225,7 @@ class RayExecutor:
         except RayError as error:  # a dead worker, node or object
             self._lose(attempt, f"the worker process was lost, or its node: {error}", "killed")
         else:
-            if isinstance(result, Interrupted):
-                self._events.append(RunInterrupted(attempt.run, result.step))
-            else:
-                self._events.append(RunEnded(attempt.run, result.record, result.adapter))
+            self._events.append(event_of(attempt.run, result))
 
     def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ from peft_vit.records import RunSpec
 
 if TYPE_CHECKING:
     from peft_vit.runs.execute import Finished
-    from peft_vit.studies.executors.local import WeightsOnce
     from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _TELL_S = 0.5  # how often a task talks to the driver
@@ -101,14 +99,6 @@ class _Line:
             self._bundle = []
 
 
-@functools.cache
-def _weights_once() -> WeightsOnce:
-    """Return this process's own."""
-    from peft_vit.studies.executors.local import WeightsOnce
-
-    return WeightsOnce()
-
-
 def carry_out(
     channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place
 ) -> Finished | Interrupted:
@@ -129,7 +119,6 @@ def carry_out(
             on_progress=line.tell,
             checkpoints=checkpoints if place.is_seen() else None,
             should_stop=lambda: line.asked_to_stop,
-            read=_weights_once(),
         )
     except Interrupted as interrupted:
         return interrupted
