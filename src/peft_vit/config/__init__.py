@@ -17,6 +17,7 @@ from peft_vit.config.augmentation import (
     RandomResizedCrop,
     Rotate90,
 )
+from peft_vit.config.datasets import DATASETS, DatasetInfo
 from peft_vit.config.importance import METRICS, Metric
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig
@@ -27,7 +28,6 @@ from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConf
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.study import (
     IMAGE_SIZES,
-    NEEDS_PATH,
     PROBE_READS,
     SEEDS,
     AskedPrecision,

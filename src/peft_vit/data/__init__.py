@@ -9,5 +9,5 @@ from peft_vit.data.index import ImageIndex
 from peft_vit.data.loading import Data, load_data, smoke_config, thumbnails, thumbnails_of
 from peft_vit.data.look import images_file, look_at
 from peft_vit.data.pixels import to_pixels
-from peft_vit.data.registry import DATASETS, open_index
+from peft_vit.data.registry import open_index
 from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw

