@@ -330,7 +330,7 @@ def test_what_status_cannot_read(tmp_path, command, refused) -> None:
     assert "holds no study; run one first" in refused("status", tmp_path / "out")
     assert "does not exist" in refused("status", tmp_path / "nowhere")
     (folder / "study.json").write_text("{}")
-    assert "study.json: smoke: Field required; move it away" in refused("status", tmp_path / "out")
+    assert "study.json: smoke: is missing; move it away" in refused("status", tmp_path / "out")
 
 
 SECOND = """

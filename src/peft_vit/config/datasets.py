@@ -21,7 +21,6 @@ class DatasetInfo:
         module: of `data`; its SOURCES say how the set is read.
         channels: 1 if all images are grey, and so is what is predicted on later.
         needs_path: nothing can be read without `data.path`.
-        settings: fields of `data` that only this set reads.
         caveat: what no study on it can show, for reports.
     """
 
@@ -32,7 +31,6 @@ class DatasetInfo:
     module: str
     channels: Literal[1, 3] = 3
     needs_path: bool = False
-    settings: tuple[str, ...] = ()
     caveat: str = ""
 
 
@@ -89,7 +87,6 @@ DATASETS: dict[str, DatasetInfo] = {
         origin="data.path (folder or zip)",
         module="folders",
         needs_path=True,
-        settings=("images_file",),
     ),
     "csv": DatasetInfo(
         images="your own images, listed in a CSV",
@@ -106,6 +103,10 @@ DATASETS: dict[str, DatasetInfo] = {
         origin="data.path (name on the hub; folder of Parquet files, images or save_to_disk); extra peft-vit[hf]",
         module="hf",
         needs_path=True,
-        settings=("image_column", "label_column", "hub_subset"),
     ),
 }
+
+
+def licence_of(dataset: str, *, smoke: bool) -> str:
+    """Return the terms of the images that a study of a data set shows."""
+    return "synthetic images, none needed" if smoke and dataset != "digits" else DATASETS[dataset].licence

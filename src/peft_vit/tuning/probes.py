@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from peft_vit.backbones import architecture_of, native_size, size_step_of
-from peft_vit.config.augmentation import Flips
+from peft_vit.config import Flips
 from peft_vit.errors import UserError
 from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import training_of

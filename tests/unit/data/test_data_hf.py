@@ -14,7 +14,7 @@ from PIL import Image
 
 from peft_vit.config import DATASETS
 from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails
-from peft_vit.data import hub as hub_module
+from peft_vit.data import hf as hub_module
 from peft_vit.errors import UserError
 
 datasets = pytest.importorskip("datasets")

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from peft_vit.backbones import describe
-from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
-from peft_vit.config.named_backbone import named_backbone
+from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS

@@ -12,24 +12,24 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from peft_vit.data.decoding import decode_image, on_white, sides_of
 from peft_vit.data.duplicates import near_groups, thumbnails_of
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, existing, open_tree
 from peft_vit.data.folders import class_files, files_in_use, is_image
 from peft_vit.data.index import ImagesFile, check_class_names
-from peft_vit.data.pixels import to_pixels
+from peft_vit.data.pixels import decode_image, on_white, sides_of, to_pixels
 from peft_vit.data.splits import crossing, stratified_draw
 from peft_vit.errors import UserError
 from peft_vit.seeding import numpy_generator
 
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 _LEAST_BESIDE_SEALED = 8  # different images of a class, for training, validation and test
-_ENOUGH, _SIDE, _BATCH = 256, 64, 64  # pixels a side of a JPEG that is decoded, and of what is compared; images
+_ENOUGH, _SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 
 
@@ -81,14 +81,13 @@ class Seen:
 
     def lines(self) -> list[str]:
         """Return what there is to know, each in a line."""
-        return [*self._of_images(), *self._of_what_is_left_out(), *self._of_copies(), *self._of_balance()]
+        return [*self._of_images(), *self._of_copies(), self._of_balance()]
 
     def _of_images(self) -> Iterator[str]:
         counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
+        each = f"{counts.min():,} to {counts.max():,} of each"
         if len(counts) <= _CLASSES_NAMED:
             each = ", ".join(f"{name} {count:,}" for name, count in zip(self.class_names, counts, strict=True))
-        else:
-            each = f"{counts.min():,} to {counts.max():,} of each"
         yield f"{len(self.names):,} images of {len(counts)} classes: {each}"
         short, long = np.median(self.sides, axis=0).astype(int)
         smallest, largest = self.sides.min(), self.sides.max()
@@ -96,40 +95,34 @@ class Seen:
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.sealed is not None:
             yield f"{np.count_nonzero(self.sealed):,} of them are the folder's own test split, which is read once"
-
-    def _of_what_is_left_out(self) -> Iterator[str]:
         if self.left_out:
-            each = [f"{name} ({why})" for name, why in self.left_out.items()]
-            more = f" and {len(each) - _NAMED:,} more" if len(each) > _NAMED else ""
-            yield f"{_are(len(each), 'file')} left out: {', '.join(each[:_NAMED])}{more}"
+            reasons = [f"{name} ({why})" for name, why in self.left_out.items()]
+            more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
+            yield f"{_are(len(reasons), 'file')} left out: {', '.join(reasons[:_NAMED])}{more}"
 
     def _of_copies(self) -> Iterator[str]:
-        exact = len(self.names) - len(np.unique(self.copies))
-        near = len(self.names) - len(np.unique(self.groups)) - exact
-        for count, what, groups in ((exact, "equal", self.copies), (near, "nearly equal", self.groups)):
+        every = np.arange(len(self.names))
+        for what, groups, within in (("equal", self.copies, every), ("nearly equal", self.groups, self.copies)):
+            count = len(np.unique(within)) - len(np.unique(groups))
             if count:
-                apart = self.copies if groups is self.groups else np.arange(len(self.names))
-                a, b = crossing(groups, apart)[1]
+                a, b = crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        count, (a, b) = crossing(self.groups, self.labels)
+        count, pair = crossing(self.groups, self.labels)
         if count:
-            a_class, b_class = (self.class_names[self.labels[i]] for i in (a, b))
-            yield (
-                f"{_are(count, 'image')} nearly equal to one of another class, such as {self.names[a]} ('{a_class}')"
-                f" and {self.names[b]} ('{b_class}'); is one of the labels wrong?"
-            )
+            a_title, b_title = (f"{self.names[i]} ('{self.class_names[self.labels[i]]}')" for i in pair)
+            such_as = f"such as {a_title} and {b_title}"
+            yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
-    def _of_balance(self) -> Iterator[str]:
+    def _of_balance(self) -> str:
         counts = self.chosen_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {self.imbalance:.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():
             times = "all classes have as many images"
         if self.balanced:
-            yield f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
-        else:
-            yield f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
+            return f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
+        return f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
 
 
 def _are(count: int, what: str) -> str:
@@ -165,32 +158,19 @@ def look_at(
         raise UserError(problem, file=path)
     check_class_names(class_names, path)
     number = {name: k for k, name in enumerate(class_names)}
+    names = np.array(list(files.classes), dtype=object)
     labels = np.array([number[name] for name in files.classes.values()], dtype=np.int64)
     sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
     # Different images of a class that are needed: one in each fold, or what is trained on would be few.
     trained_share = 1.0 if sealed is not None else 1 - sealed_share
     least = math.ceil(round(max(folds, _LEAST_BESIDE_SEALED) / trained_share, 6))
-    _refuse_few(path, class_names, labels, sealed, least)  # before anything is decoded
-    found = _decoded(tree, list(files.classes), on_progress)
-    readable = np.array([name not in found.faults for name in files.classes], dtype=bool)
-    names = np.array(list(files.classes), dtype=object)[readable]
-    labels = labels[readable]
-    sealed = None if sealed is None else sealed[readable]
-    why = _contradictions(names, labels, found, sealed)
-    kept = np.array([i not in why for i in range(len(names))], dtype=bool)
-    seen = Seen(
-        path=path,
-        class_names=class_names,
-        names=tuple(names[kept]),
-        labels=labels[kept],
-        copies=found.copies[kept],
-        groups=found.groups[kept],
-        sealed=None if sealed is None else sealed[kept],
-        sides=found.sides[kept],
-        left_out={**left_out, **found.faults, **{names[i]: reason for i, reason in sorted(why.items())}},
-    )
-    _refuse_few(path, class_names, seen.labels, seen.sealed, least, seen.groups)
-    return seen
+    _refuse_few(path, class_names, labels, np.arange(len(labels)), sealed, least)  # before anything is decoded
+    copies, groups, sides, faults = _decoded(tree, list(files.classes), on_progress)
+    left_out |= faults | _contradictions(names, labels, copies, groups, sealed)
+    kept = np.array([name not in left_out for name in names], dtype=bool)
+    labels, groups, sealed = labels[kept], groups[kept], None if sealed is None else sealed[kept]
+    _refuse_few(path, class_names, labels, groups, sealed, least)
+    return Seen(path, class_names, tuple(names[kept]), labels, copies[kept], groups, sealed, sides[kept], left_out)
 
 
 def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
@@ -239,22 +219,22 @@ def _refuse_few(
     path: Path,
     class_names: Sequence[str],
     labels: np.ndarray,
+    groups: np.ndarray,
     sealed: np.ndarray | None,
     least: int,
-    groups: np.ndarray | None = None,
 ) -> None:
     """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
-    groups = np.arange(len(labels)) if groups is None else groups
     chosen_on = np.ones(len(labels), dtype=bool) if sealed is None else ~sealed
     counts = np.array([len(np.unique(groups[chosen_on & (labels == k)])) for k in range(len(class_names))])
-    if counts.min() < least:
-        few = np.flatnonzero(counts < least)
-        more = f"; {len(few) - 1} more classes have too few" if len(few) > 1 else ""
+    scarce = int(counts.argmin())
+    if counts[scarce] < least:
+        few = np.count_nonzero(counts < least) - 1
+        more = f"; {few} more classes have too few" if few else ""
         beside = "" if sealed is None else " beside the test split"
-        if np.count_nonzero(labels[chosen_on] == counts.argmin()) > counts.min():
+        if np.count_nonzero(labels[chosen_on] == scarce) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         raise UserError(
-            f"class '{class_names[int(counts.argmin())]}' has {counts.min()} different images that can be used{beside}"
+            f"class '{class_names[scarce]}' has {counts[scarce]} different images that can be used{beside}"
             f", {least} are needed of each class to seal some and to train and test on the others{more}; add images, "
             "or take the class out",
             file=path,
@@ -265,83 +245,60 @@ def _refuse_few(
 
 
 def _contradictions(
-    names: np.ndarray, labels: np.ndarray, found: _Decoded, sealed: np.ndarray | None
-) -> dict[int, str]:
-    """Tell equal images of two classes, of which both can't be right, and copies of the own test split: why, by row."""
-    why: dict[int, str] = {}
-    for some in _several(found.copies):
-        if len(np.unique(labels[some])) > 1:
-            for i in some:
-                other = next(k for k in some if labels[k] != labels[i])
-                why[i] = f"equal to {names[other]}, of another class"
+    names: np.ndarray, labels: np.ndarray, copies: np.ndarray, groups: np.ndarray, sealed: np.ndarray | None
+) -> dict[str, str]:
+    """Tell, by name, equal images of two classes, of which both can't be right, and copies of the own test split."""
+    why: dict[str, str] = {}
+    for some in _several(copies):
+        for i in some if len(np.unique(labels[some])) > 1 else ():
+            other = next(k for k in some if labels[k] != labels[i])
+            why[names[i]] = f"equal to {names[other]}, of another class"
     if sealed is not None:
-        for some in _several(found.groups):
-            tested = [i for i in some if sealed[i] and i not in why]
+        for some in _several(groups):
+            tested = [i for i in some if sealed[i] and names[i] not in why]
             for i in some if tested else ():
                 if not sealed[i]:
-                    why.setdefault(i, f"a copy of {names[tested[0]]}, of the test split")
-    return why
+                    why.setdefault(names[i], f"a copy of {names[tested[0]]}, of the test split")
+    return dict(sorted(why.items()))
 
 
 def _several(groups: np.ndarray) -> list[list[int]]:
-    """Return the members of every group that has several."""
+    """Return the members of every group that has several; what could not be read is in none, -1."""
     order = np.argsort(groups, kind="stable")
+    order = order[groups[order] >= 0]
     cuts = np.flatnonzero(np.diff(groups[order])) + 1
     return [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
+def _decoded(
+    tree: FileTree, names: Sequence[str], on_progress: Callable[[int, int], None] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
+    """Decode N files: equal numbers for exact copies (N,), for near ones too (N,), sides (N, 2), faults by name.
 
-
-@dataclass(frozen=True)
-class _Decoded:
-    """What decoding has found of the files that can be read, and by name why others can't."""
-
-    copies: np.ndarray  # (N,) int64
-    groups: np.ndarray  # (N,) int64
-    sides: np.ndarray  # (N, 2) int64
-    faults: dict[str, str]
-
-
-def _decoded(tree: FileTree, names: Sequence[str], on_progress: Callable[[int, int], None] | None) -> _Decoded:
+    Of a file that can't be read the numbers are -1.
+    """
+    copies, groups = np.full((2, len(names)), -1, dtype=np.int64)
+    sides = np.zeros((len(names), 2), dtype=np.int64)
     number: dict[bytes, int] = {}  # of each set of exact copies
-    copies: list[int] = []
-    sides: list[tuple[int, int]] = []
     faults: dict[str, str] = {}
-    small: list[np.ndarray] = []  # (64, 64, 3) each, at most a batch
-    thumbnails = [np.empty((0, 256), np.float32)]
-
-    def shrink() -> None:
-        if small:
-            thumbnails.append(thumbnails_of(np.stack(small), np.arange(len(small))))
-            small.clear()
-
-    for done, name in enumerate(names, start=1):
+    different: list[np.ndarray] = []  # thumbnails of one image of each set, (256,) each
+    for done, name in enumerate(names):
         try:
-            digest, both, pixels = _one(tree, name)
+            content = tree.read(name)
+            image = on_white(decode_image(partial(bytes, content), name, enough=_ENOUGH)).convert("RGB")
+            sides[done] = sides_of(content)
         except Exception as error:  # a foreign file or archive can fail in any way
             why = error.message if isinstance(error, UserError) else f"can't be read ({error})"
             faults[name] = why.split("; ")[0]
         else:
-            copies.append(number.setdefault(digest, len(number)))
-            sides.append(both)
-            small.append(pixels)
-            if len(small) == _BATCH:
-                shrink()
+            mark = repr((tuple(sides[done].tolist()), image.size)).encode()
+            digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
+            if digest not in number:
+                number[digest] = len(number)
+                different.append(thumbnails_of(to_pixels(image, _SIDE, 3)[None], np.arange(1))[0])
+            copies[done] = number[digest]
         if on_progress is not None:
-            on_progress(done, len(names))
-    shrink()
-    first = np.unique(copies, return_index=True)[1]  # (different images,), in the order of their numbers
-    near = near_groups(np.concatenate(thumbnails)[first])
-    of_image = np.array(copies, dtype=np.int64)
-    return _Decoded(of_image, near[of_image], np.array(sides, dtype=np.int64).reshape(-1, 2), faults)
-
-
-def _one(tree: FileTree, name: str) -> tuple[bytes, tuple[int, int], np.ndarray]:
-    """Return what tells an image's pixels apart, its sides in pixels, and its pixels at the size that is compared."""
-    content = tree.read(name)
-    image = on_white(decode_image(lambda: content, name, enough=_ENOUGH)).convert("RGB")
-    sides = sides_of(content)
-    digest = hashlib.blake2b(repr((sides, image.size)).encode(), digest_size=16)
-    digest.update(image.tobytes())
-    return digest.digest(), sides, to_pixels(image, _SIDE, 3)
+            on_progress(done + 1, len(names))
+    if different:
+        groups = np.where(copies < 0, -1, near_groups(np.stack(different))[copies])
+    return copies, groups, sides, faults
