@@ -17,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_studies import METHODS, with_adalora
 
 from peft_vit.config import load_study
 from peft_vit.data import sample_path
@@ -30,30 +31,13 @@ from peft_vit.training import Checkpoints, Interrupted
 
 SIDE = 32
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+_TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
 _EXPERIMENTS: dict[str, dict[str, Any]] = {
     "plain": {"method": "lora", "lora": {"rank": 2}},
-    "adaptive": {
-        "method": "adalora",
-        "adalora": {
-            "total_rank_budget": 40,
-            "allocation_strategy": "top_k",
-            "importance_metric": "sensitivity",
-            "update_frequency": 1,
-            "warmup_steps": 1,
-            "final_steps": 1,
-        },
-    },
+    "adaptive": {"method": "adalora", **with_adalora(update_frequency=1, warmup_steps=1, final_steps=1)},
     "quantized": {
         "method": "qa_lora",
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "int4",
-            "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 16,
-            "rank": 2,
-        },
+        "qa_lora": {**METHODS["qa_lora"]["qa_lora"], "quantization_schedule": "constant"},
     },
 }
 
@@ -139,7 +123,7 @@ def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
         "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
         "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2},
+        "training": _TRAINING,
         "experiments": [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
     }
 
