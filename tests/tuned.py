@@ -51,7 +51,7 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
     (course,) = study_courses(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(
-        request=TuneRequest(images, folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
+        request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
         seen=seen,
         images_file=sealed,
         metric="accuracy",

@@ -21,17 +21,6 @@ from peft_vit.config import (
     StudyConfig,
     TrainingConfig,
 )
-from peft_vit.costs.estimate import (
-    Estimate,
-    EstimateRequest,
-    Measure,
-    MeasuredCost,
-    Workload,
-    bf16_factor,
-    estimate_runs,
-)
-from peft_vit.costs.memory_limit import Choice
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import (
     ImageIndex,
     Splits,
@@ -43,11 +32,13 @@ from peft_vit.data import (
     smoke_config,
 )
 from peft_vit.errors import UserError, named
+from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
+from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.methods import check, shorten
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
 from peft_vit.studies.scheduler import difference, go_on, study_file
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
@@ -166,7 +157,8 @@ def plan_study(
         wanted = []
         for place, experiment in enumerate(study.experiments):
             steps = experiment.total_steps(workload.train)
-            kind = miniature(spec_of(study, place, study.seeds[0], smoke=smoke), steps, workload.shape, index, first)
+            spec = spec_of(study, place, study.seeds[0], smoke=smoke)
+            kind = calibration_run(spec, steps, workload.shape, index, first)
             digest = kind.digest()
             for seed in study.seeds:
                 spec = spec_of(study, place, seed, smoke=smoke)
@@ -182,6 +174,7 @@ def plan_study(
             if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
                 estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
             runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
+        blocks = len(workload.shape.values_by_block)
         limited = [experiment for experiment in study.experiments if experiment.name in choices]
         return Plan(
             study,
@@ -190,11 +183,11 @@ def plan_study(
             index.sha256,
             tuple(runs),
             precision,
-            bf16_factor=bf16_factor(workload) if precision.emulated and pending and not smoke else None,
+            bf16_factor=workload.bf16_factor() if precision.emulated and pending and not smoke else None,
             part=part,
             notices=tuple(notices),
             before=before,
-            memory=tuple(line(experiment, choices[experiment.name], workload.shape) for experiment in limited),
+            memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
         )
 
 

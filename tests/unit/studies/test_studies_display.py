@@ -11,7 +11,7 @@ from fake_study import done_record, failed_record, fake_config, fake_plan
 from golden import check_golden
 from rich.console import Console
 
-from peft_vit.costs.estimate import Estimate
+from peft_vit.forecasting.estimate import Estimate
 from peft_vit.records import HeadFit, Metrics, StepRow
 from peft_vit.studies import display
 from peft_vit.studies.display import Watch, counted, duration, print_plan

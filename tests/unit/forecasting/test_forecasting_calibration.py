@@ -4,8 +4,8 @@ import pytest
 
 from peft_vit.backbones import describe
 from peft_vit.config import Augmentation, PeftAdaLoraConfig, Rotate90
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import make_splits, open_index
+from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.methods import check
 from peft_vit.records import RunSpec
 from peft_vit.training import steps_per_epoch
@@ -30,7 +30,9 @@ def spec_of(config, place: int = 0, **training) -> RunSpec:
 
 def small(spec: RunSpec, total_steps: int) -> RunSpec:
     index = open_index(spec.data)
-    return miniature(spec, total_steps, describe(spec.backbone, 32), index, make_splits(index, spec.data, spec.seed))
+    return calibration_run(
+        spec, total_steps, describe(spec.backbone, 32), index, make_splits(index, spec.data, spec.seed)
+    )
 
 
 def steps_of(spec: RunSpec) -> int:
@@ -123,6 +125,6 @@ def test_every_class_keeps_an_image(large) -> None:
     assert set(index.labels[make_splits(index, found.data, 0).train]) == set(range(10))
 
 
-def test_a_short_run_is_its_own_miniature(study) -> None:
+def test_a_short_run_is_its_own_calibration_run(study) -> None:
     spec = spec_of(study("lora"), epochs=1)
     assert steps_of(small(spec, 3)) == 3

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peft_vit.forecasting.time_limit import Limit, fit
 from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.studies.executors import EXECUTORS, Event, ExecutorName, RunEnded, RunInterrupted
 
 if TYPE_CHECKING:  # a scheduler needs no torch
     from peft_vit.studies.plan import Plan, PlannedRun
-
-_STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
-
-
-@dataclass(frozen=True)
-class Limit:
-    """The time that a call has, in seconds on `clock`, from when it was given."""
-
-    minutes: float
-    started: float
-    clock: Callable[[], float] = time.monotonic
-
-    @property
-    def over_at(self) -> float:
-        """Return when what still runs is stopped, so that it can write its checkpoint."""
-        return self.past_at - min(_STOPPING_S, self.minutes * 60 / 20)
-
-    @property
-    def past_at(self) -> float:
-        """Return when it is no longer waited for."""
-        return self.started + 60 * self.minutes
-
-    @property
-    def left_s(self) -> float:
-        """Return the seconds until what still runs is stopped."""
-        return self.over_at - self.clock()
-
-
-def makespan(seconds: Iterable[float], workers: int, *, busy: Iterable[float] = ()) -> float:
-    """Return when the last run ends, if each in its turn goes to the worker that is free first.
-
-    Args:
-        seconds: of each run, in the order in which they start.
-        workers: that work at a time.
-        busy: for how long some of them still are.
-    """
-    free_at = sorted(busy)[-workers:]
-    free_at += [0.0] * (workers - len(free_at))
-    heapq.heapify(free_at)
-    for one in seconds:
-        heapq.heapreplace(free_at, free_at[0] + one)
-    return max(free_at)
 
 
 class Deadline:
@@ -103,17 +59,16 @@ class Deadline:
             waiting: names of the runs that have not ended.
         """
         while len(self.under_way) < self._workers:
-            left_s = self.limit.left_s
-            idle = waiting - self.under_way
-            there = [run for run in self._runs if run.spec.name in idle]
-            in_time = [run for run in there if self._expected_s(run) <= left_s]
+            idle = [run for run in self._runs if run.spec.name in waiting - self.under_way]
+            run = fit(idle, self._expected_s, self.limit.left_s)
             if self._whatever is None:
-                self._whatever = bool(there) and not in_time
-            fitting = there if self._whatever else in_time
-            if not fitting:
+                self._whatever = bool(idle) and run is None
+            if self._whatever:
+                run = next(iter(idle), None)
+            if run is None:
                 return
-            self.under_way.add(fitting[0].spec.name)
-            yield fitting[0]
+            self.under_way.add(run.spec.name)
+            yield run
 
     def hear(self, event: Event, waiting: Set[str]) -> None:
         """Take in what happened to a run; one that is not among those waiting has ended."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.costs.cache import Costs, keep_costs, known_costs
+from peft_vit.forecasting.calibration import Costs, keep_costs, known_costs
 from peft_vit.runs.execute import run_one
 from peft_vit.studies import profiling
 from peft_vit.studies.plan import plan_study
@@ -83,10 +83,10 @@ def test_costs_are_of_one_kind_machine_and_version(study, tmp_path, own_cache, m
     assert known_costs(kind) == COSTS
     assert known_costs(kind.model_copy(update={"threads": 2})) is None
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.costs.cache.processor_name", lambda: "another one")
+        patch.setattr("peft_vit.forecasting.calibration.processor_name", lambda: "another one")
         assert known_costs(kind) is None
     with monkeypatch.context() as patch:
-        patch.setattr("peft_vit.costs.cache.package_versions", lambda: {"torch": "9"})
+        patch.setattr("peft_vit.forecasting.calibration.package_versions", lambda: {"torch": "9"})
         assert known_costs(kind) is None
     assert known_costs(kind) == COSTS
 

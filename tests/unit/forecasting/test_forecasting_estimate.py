@@ -1,7 +1,5 @@
 """Estimates: what they are known from, and how they add up."""
 
-import itertools
-import random
 from dataclasses import replace
 
 import pytest
@@ -9,12 +7,11 @@ import torch
 from written_runs import run_and_write
 
 from peft_vit.backbones import describe
-from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.estimate import EstimateRequest, Workload
-from peft_vit.costs.estimate import estimate_runs as estimate
+from peft_vit.forecasting.calibration import Costs, keep_costs
+from peft_vit.forecasting.estimate import EstimateRequest, Workload
+from peft_vit.forecasting.estimate import estimate_runs as estimate
 from peft_vit.records import write_record
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.time_limit import makespan
 
 pytestmark = pytest.mark.part("runner")
 
@@ -37,28 +34,6 @@ def wanted(config, folder) -> tuple[list[EstimateRequest], Workload]:
     ]
     workload = Workload(describe(config.backbone, 32), 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
     return runs, workload
-
-
-def simulated(seconds: list[float], workers: int, busy: list[float]) -> float:
-    """Move a clock from one end of a run to the next."""
-    clock, waiting, running = 0.0, list(seconds), sorted(busy)
-    while waiting or running:
-        while waiting and len(running) < workers:
-            running.append(clock + waiting.pop(0))
-        running.sort()
-        clock = running.pop(0)
-    return clock
-
-
-def test_the_makespan_is_that_of_a_simulation() -> None:
-    draw = random.Random(0)
-    for workers, count, occupied in itertools.product((1, 2, 3, 7), (0, 1, 2, 5, 20), (0, 1, 2)):
-        seconds = [draw.choice((1.0, 2.5, 7.0, draw.random())) for _ in range(count)]
-        busy = [draw.random() * 5 for _ in range(min(occupied, workers))]
-        expected = simulated(seconds, workers, busy)
-        assert makespan(seconds, workers, busy=busy) == pytest.approx(expected), (seconds, workers, busy)
-    assert makespan([3.0, 1.0, 1.0, 1.0], 2) == 3.0
-    assert makespan([1.0, 1.0, 1.0, 3.0], 2) == 4.0  # a long run at the end
 
 
 def test_costs_are_put_together(study, tmp_path) -> None:
@@ -119,7 +94,7 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
 def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
     study, tmp_path, monkeypatch, training, images, widths, passes
 ) -> None:
-    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_, **__: 1e9)
     config = study("lora")
     (one,) = config.experiments
     batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}
