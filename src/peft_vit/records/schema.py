@@ -54,6 +54,7 @@ _Number = Annotated[int, Field(ge=1)]
 _RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 
 # Settings that came later, by section: a digest leaves them out where they have their default.
+_LATER_SECTIONS = ("peft",)
 _LATER = {
     "backbone": ("library",),
     "measures": ("logits",),
@@ -117,8 +118,7 @@ class RunSpec(_Value):
         if self.measures == MeasuresConfig():
             left_out["measures"] = True
         experiment: dict[str, Any] = _at_defaults(self.experiment, _LATER_OF_EXPERIMENT)
-        if self.experiment.peft is None:
-            experiment["peft"] = True
+        experiment |= {name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None}
         augmentation = self.experiment.training.augmentation
         flips = next((name for name, same in AUGMENTATION_OF_FLIPS.items() if same == augmentation), None)
         if flips is not None:

@@ -188,6 +188,7 @@ class Watch:
                     self._progress(running, event.progress, now)
             case RunEnded():
                 self._running.pop(name, None)
+                self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
                     self._say(f"warning: {warning}", run)
                 self._say(self._outcome(run, event.record), run)

@@ -126,9 +126,10 @@ def test_what_is_said_of_runs_that_go_on(monkeypatch) -> None:
         for wait_s, event in events_of(plan.pending):
             clock[0] += wait_s
             watch.on_event(event)
-            view = console()
-            view.print(watch._view())
-            document += [f"## {type(event).__name__}", view.file.getvalue()]
+            if isinstance(event, RunProgress | RunEnded):
+                view = console()
+                view.print(watch._view())
+                document += [f"## {type(event).__name__} of {event.run.spec.name}", view.file.getvalue()]
     text = "\n".join(line.rstrip() for line in "\n".join(document).splitlines())
     check_golden("watch.txt", text + "\n")
 

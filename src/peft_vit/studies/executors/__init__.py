@@ -132,8 +132,17 @@ def lost(
         failure: its kind.
         traceback: of what ended it, if it is known.
     """
-    told = {"error": reason, "failure": failure, "traceback": traceback, "seconds": seconds, "started_at": now()}
-    return RunEnded(run, RunRecord(spec=run.spec, spec_digest=run.spec.digest(), status="failed", **told), None)
+    record = RunRecord(
+        spec=run.spec,
+        spec_digest=run.spec.digest(),
+        status="failed",
+        error=reason,
+        failure=failure,
+        traceback=traceback,
+        started_at=now(),
+        seconds=seconds,
+    )
+    return RunEnded(run, record, None)
 
 
 def open_executor(
