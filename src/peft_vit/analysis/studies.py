@@ -15,7 +15,7 @@ from typing import Literal, TypeVar, get_args
 
 from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo, StudyFolder
+from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo, StudyStatus
 
 # missing: no record, and no study.json that would tell whether it was ever planned.
 State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
@@ -118,7 +118,7 @@ class UnfinishedRun:
 class Plan:
     """What is known of a study beside its records."""
 
-    folders: tuple[StudyFolder, ...] = ()  # those of this study; several if its results were brought together
+    folders: tuple[StudyStatus, ...] = ()  # those of this study; several if its results were brought together
     left_out: tuple[tuple[str, int, str], ...] = ()  # experiment and seed of runs whose records do not count, and why
 
     @cached_property
@@ -149,7 +149,7 @@ class Plan:
         Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
         """
         why = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
-        known = grouped((run_of(status.run), status) for folder in self.folders for status in folder.unfinished)
+        known = grouped((run_of(status.run), status) for folder in self.folders for status in folder.runs)
         found: list[UnfinishedRun] = []
         for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
             told: list[tuple[State, str]] = [
