@@ -92,7 +92,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     else:
         positions = bits * torch.arange(codes_at_once(bits), device=packed.device)
         words = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
-        return words.flatten(1)[:, :columns].to(torch.uint8)
+        return words.flatten(1)[:, :columns].to(torch.uint8)  # (out, codes)
     return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
 
 
@@ -120,4 +120,5 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     """Return the codes that fill whole bytes together in an int64 each, (out, words)."""
     size = codes_at_once(bits) * bits // 8
     some = packed.unflatten(1, (packed.shape[1] // size, size))  # (out, words, bytes a word)
+    # (out, words, 8) -> (out, words, 1) -> (out, words)
     return torch.nn.functional.pad(some, (0, 8 - size)).view(torch.int64).squeeze(-1)
