@@ -51,10 +51,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     words = padded[:, ::at_once].to(torch.uint8 if at_once * bits == 8 else torch.int64)  # (out, words)
     for position in range(1, at_once):
         words = words | padded[:, position::at_once].to(words.dtype) << (bits * position)
-    size = at_once * bits // 8
-    return (
-        words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))[..., :size].flatten(1)
-    )  # (out, bytes)
+    as_bytes = words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))  # (out, words, bytes of a word)
+    return as_bytes[..., : at_once * bits // 8].flatten(1)  # (out, bytes)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
