@@ -9,6 +9,7 @@ from quantization_strategies import TYPES
 from scipy.stats import norm
 
 from peft_vit.config import NUMBER_FORMATS
+from peft_vit.config.number_formats import NumberFormat
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values, pack_codes, quantize, unpack_codes
 from peft_vit.quantization.packing import row_bytes, unpack_pairs
@@ -51,6 +52,14 @@ def test_a_format_in_the_registry_is_whole(type: str) -> None:
         if kind.values is not None:
             assert values.abs().max() == 1
             assert 0 in values
+
+
+def test_a_codebook_of_other_bits_is_a_line_in_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(NUMBER_FORMATS, "uneven", NumberFormat(2, (-1.0, 0.0, 0.25, 1.0)))
+    format = QuantizationFormat("uneven", 4, offset=False)
+    weight = torch.tensor([[-3.0, 0.9, 2.0, 0.1], [0.5, 0.1, -0.5, 0.0]])
+    assert quantize(weight, format).dequantize().tolist() == [[-3.0, 0.75, 3.0, 0.0], [0.5, 0.125, -0.5, 0.0]]
+    assert format.stored_bytes(2, 4) == 2 + 2 * 4
 
 
 @given(bits=st.integers(1, 8), rows=st.integers(0, 4), columns=st.integers(1, 19), seed=st.integers(0, 999))
