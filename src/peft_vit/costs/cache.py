@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from peft_vit.errors import first_fault, printable
 from peft_vit.packages import cache_dir
 from peft_vit.records import RunSpec, write_atomically
-from peft_vit.runs.provenance import cpu_count, package_versions, processor_name
+from peft_vit.runs.machine import cpu_count, package_versions, processor_name
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, BenchRow
 from peft_vit.runs.export import file_bytes
-from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.runs.restore import open_model, restore_run
 
 MADE = "float32 made here"

@@ -31,7 +31,7 @@ from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.methods import METHODS, Wishes
-from peft_vit.runs.device import choose_precision, resolve_device
+from peft_vit.runs.machine import choose_precision, resolve_device
 
 STUDY_NAME = "own-images"
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are

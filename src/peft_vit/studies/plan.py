@@ -28,7 +28,7 @@ from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.records.study_file import StudyFile, read_study_file
-from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,8 +43,7 @@ class ChosenBits:
         return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What may be chosen, its bytes, and how many may be spent."""
 
     formats: dict[str, list[QuantizationFormat]]  # by module
@@ -90,21 +90,19 @@ def allocate_bits(
     types = dict(zip(options.formats, choice.options, strict=False))  # layers come first
     formats = {name: options.formats[name][place] for name, place in types.items()}
     ranks = dict(zip(options.rank_bytes, choice.options[len(formats) :], strict=True))
-    chosen_types = {format.type for format in formats.values()}
-    if len(chosen_types) == 1:
-        warnings.warn(
+    texts = []
+    if len(chosen_types := {format.type for format in formats.values()}) == 1:
+        texts += [
             f"adaptive_bits chose {min(chosen_types)} for every layer: no exchange of bits between layers is predicted "
-            "to be worth it, and quantization_type gives the same weights",
-            SilentNoEffectWarning,
-            stacklevel=2,
-        )
+            "to be worth it, and quantization_type gives the same weights"
+        ]
     if ranks and not any(ranks.values()):
-        warnings.warn(
+        texts += [
             "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
-            "total_byte_budget",
-            SilentNoEffectWarning,
-            stacklevel=2,
-        )
+            "total_byte_budget"
+        ]
+    for text in texts:
+        warnings.warn(text, SilentNoEffectWarning, stacklevel=2)
     rise = sum(losses[name][place] for name, place in types.items())
     record = BitAllocation(
         images=len(images),
@@ -113,7 +111,7 @@ def allocate_bits(
         types={name: format.type for name, format in formats.items()},
         ranks=ranks or None,
         losses={
-            name: {one.type: loss for one, loss in zip(options.formats[name], losses[name], strict=True)}
+            name: {format.type: loss for format, loss in zip(options.formats[name], losses[name], strict=True)}
             for name in formats
         },
         predicted_rise=rise,
@@ -129,10 +127,10 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     wanted = chosen(sites, config.targets)
     check_ranks(wanted, 0, config.pool)
     candidates = [format_of(config, type) for type in settings.types]
-    modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
+    modules = {name: site for name, site in fused_sites(sites).items() if name in {site.module for site in wanted}}
     format_bytes = {
-        name: [format.stored_bytes(one.out_features, one.in_features) for format in candidates]
-        for name, one in modules.items()
+        name: [format.stored_bytes(site.out_features, site.in_features) for format in candidates]
+        for name, site in modules.items()
     }
     rank_bytes = {}
     for site in wanted if settings.ranks else []:
@@ -140,26 +138,27 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
         ranks = range(min(columns, site.out_features) + 1)
         rank_bytes[site.name] = [_VALUE_BYTES * rank * (columns + site.out_features) for rank in ranks]
     least, most = (sum(pick(group) for group in [*format_bytes.values(), *rank_bytes.values()]) for pick in (min, max))
+    one_rank = min((group[1] for group in rank_bytes.values()), default=0)
     if settings.average_bits is not None:
-        to_bits = 8 / sum(one.out_features * one.in_features for one in modules.values())
-        if not least * to_bits <= settings.average_bits < most * to_bits:
-            raise UserError(
-                f"expected at least {math.ceil(least * to_bits * 1000) / 1000:.3f} (every layer at the smallest type) "
-                f"and less than {most * to_bits:.3f} bits (at the largest), got {settings.average_bits}",
-                field="qa_lora.adaptive_bits.average_bits",
-            )
+        to_bits = 8 / sum(site.out_features * site.in_features for site in modules.values())
         budget = math.floor(settings.average_bits / to_bits)
+        fits = least * to_bits <= settings.average_bits < most * to_bits
+        field, given, lower = (
+            "average_bits",
+            f"{settings.average_bits}",
+            f"{math.ceil(least * to_bits * 1000) / 1000:.3f}",
+        )
+        upper = f"{most * to_bits:.3f} bits"
     else:
         assert settings.total_byte_budget is not None
         budget = settings.total_byte_budget
-        smallest, largest = ("", "")
-        if rank_bytes:
-            least += min(group[1] for group in rank_bytes.values())
-            smallest, largest = (", one rank", " and rank")
-        if not least <= budget < most:
-            raise UserError(
-                f"expected at least {least} (every layer at the smallest type{smallest}) and less than {most} bytes "
-                f"(at the largest{largest}), got {budget}",
-                field="qa_lora.adaptive_bits.total_byte_budget",
-            )
+        fits = least + one_rank <= budget < most
+        field, given, lower, upper = "total_byte_budget", f"{budget}", f"{least + one_rank}", f"{most} bytes"
+    if not fits:
+        smallest, largest = (", one rank", " and rank") if rank_bytes else ("", "")
+        raise UserError(
+            f"expected at least {lower} (every layer at the smallest type{smallest}) and less than {upper} (at the "
+            f"largest{largest}), got {given}",
+            field=f"qa_lora.adaptive_bits.{field}",
+        )
     return _Options(dict.fromkeys(modules, candidates), format_bytes, rank_bytes, budget)

@@ -17,9 +17,9 @@ from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs import execute as run
-from peft_vit.runs import provenance
+from peft_vit.runs import machine
 from peft_vit.runs.execute import run_one
-from peft_vit.runs.provenance import git_state, hash_arrays, package_versions
+from peft_vit.runs.machine import git_state, hash_arrays, package_versions
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")

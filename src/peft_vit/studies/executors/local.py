@@ -24,7 +24,7 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, prepare_process
 from peft_vit.studies.plan import PlannedRun

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from peft_vit.errors import UserError
 from peft_vit.records import Failure, run_folder
 from peft_vit.records.owner import LOCK_FILE
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.studies.executors.ray_channel import Channel
 from peft_vit.studies.executors.ray_task import Place, carry_out

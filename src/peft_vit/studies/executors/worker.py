@@ -16,7 +16,7 @@ import torch
 from peft_vit.backbones import Weights, read_weights
 from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
-from peft_vit.runs.provenance import loaded_git_state
+from peft_vit.runs.machine import loaded_git_state
 
 # glibc returns freed memory to the system by default and pays for it with page faults in every step.
 ALLOCATOR = {
