@@ -245,10 +245,10 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:
 
 def test_a_commit_made_during_a_study_is_not_the_code_that_runs(monkeypatch) -> None:
     states = iter([("first", False), ("second", True)])
-    monkeypatch.setattr(provenance, "git_state", lambda: next(states))
-    provenance.loaded_git_state.cache_clear()
-    assert provenance.loaded_git_state() == provenance.loaded_git_state() == ("first", False)
-    provenance.loaded_git_state.cache_clear()
+    monkeypatch.setattr(machine, "git_state", lambda: next(states))
+    machine.loaded_git_state.cache_clear()
+    assert machine.loaded_git_state() == machine.loaded_git_state() == ("first", False)
+    machine.loaded_git_state.cache_clear()
 
 
 def test_provenance() -> None:

@@ -21,7 +21,7 @@ from peft_vit.backbones import Backbone, describe, find_sites, load_backbone
 from peft_vit.config import BackboneConfig, TrainingConfig
 from peft_vit.errors import UserError
 from peft_vit.training import train
-from peft_vit.training.activation_checkpointing import blocks_of, recomputed
+from peft_vit.training.optimization import blocks_of, recomputed
 
 pytestmark = pytest.mark.part("trainer")
 
