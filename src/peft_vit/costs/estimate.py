@@ -15,8 +15,7 @@ import torch
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.costs.cache import Costs, known_costs
-from peft_vit.evaluation.ablation import GROUPS
-from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.machine import cpu_count, processor_name

@@ -29,7 +29,7 @@ from peft_vit.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
-from peft_vit.evaluation import measure
+from peft_vit.evaluation import autocast, measure
 from peft_vit.records import Evaluation, HeadFit, StepRow
 from peft_vit.seeding import numpy_generator
 from peft_vit.training.hooks import RuntimeConfig
@@ -177,7 +177,7 @@ def head_inputs(
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+            with autocast(runtime.device, runtime.precision):
                 features = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) to (batch_size, D)
             parts.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
     return np.concatenate(parts)  # (N, D)
@@ -186,7 +186,7 @@ def head_inputs(
 @torch.inference_mode()
 def head_logits(head: Head, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
     """Return the logits of a head (N, classes) in the runtime's precision, as the model has them."""
-    with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+    with autocast(runtime.device, runtime.precision):
         logits: Tensor = head(torch.from_numpy(features).to(runtime.device))
     return logits.float().cpu().numpy()
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
@@ -22,7 +21,7 @@ from peft_vit.backbones import Backbone, freeze_batch_norm, soften
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
-from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.evaluation import autocast, measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.checkpoint import (
     State,
@@ -283,8 +282,7 @@ class TrainingState:
         """
         device, at_once, smoothing = self._runtime.device, self._config.images_at_once, self._config.label_smoothing
         for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            bf16 = torch.autocast(device.type, torch.bfloat16, enabled=self._runtime.precision == "bf16")
-            with bf16, recomputed(self._recomputed):
+            with autocast(device, self._runtime.precision), recomputed(self._recomputed):
                 logits = self.model(some.to(device))  # (M, classes)
             mean = weighted_cross_entropy(logits.float(), theirs.to(device), self._class_weights, smoothing)
             yield mean * (len(some) / len(images))
