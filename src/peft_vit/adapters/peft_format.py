@@ -33,8 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.adapted_model import adapted_modules, site_adapters
+from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_modules, site_adapters
 from peft_vit.adapters.adapter_file import read_safetensors, trained_tensors
 from peft_vit.adapters.attach import attach_adapters
 from peft_vit.adapters.peft_layers import PREFIX, check_plain, is_plain, peft_factors, peft_layers, tuner_layers

@@ -29,8 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from peft_vit.adapters.acting import check_acting
-from peft_vit.adapters.attach import freeze_backbone
+from peft_vit.adapters.attach import check_acting, freeze_backbone
 from peft_vit.adapters.peft_layers import ADAPTER, PREFIX
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
