@@ -43,9 +43,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva": ("lora", {"init_lora_weights": "eva"}),  # arXiv 2410.07170
 }
 # Set here: the head is trained by our loop, and there is one adapter that is trained.
-_OURS = frozenset(
-    {"peft_type", "task_type", "inference_mode", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
-)
+_OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
 _RANK_OF_FILE = ".lora_A.default.weight"
 
 
