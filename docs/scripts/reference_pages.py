@@ -1,4 +1,4 @@
-"""The reference of commands and of configuration keys, written from the argument parser and from the models.
+"""The reference of commands, configuration keys and data sets, written from what the program itself goes by.
 
     .venv/bin/python docs/scripts/reference_pages.py
 
@@ -11,7 +11,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from peft_vit.cli import app
-from peft_vit.config import StudyConfig
+from peft_vit.config import DATASETS, StudyConfig
 from peft_vit.records import write_atomically
 
 PAGES = Path(__file__).resolve().parents[1] / "reference"
@@ -55,6 +55,12 @@ default is – may be left out.
   it, key by key.
 - `learning_rate` may be a list, as in `[1e-4, 3e-4]`: an experiment `lora` becomes `lora_lr_1e-4` and `lora_lr_3e-4`.
 - Relative paths start at the folder in which the command is called.
+"""
+
+DATA_SETS = f"""{GENERATED}
+# Data sets
+
+What `data.dataset` names. [Prepare images](../how_to/prepare_images.md) tells how your own ones are laid out.
 """
 
 
@@ -219,16 +225,27 @@ def _prose(text: str) -> str:
     return "".join(parts)
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Iterable[Sequence[str]]) -> str:
     lines = (head, ("---",) * len(head), *rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-MADE: dict[str, Callable[[], str]] = {"commands.md": commands, "configuration.md": configuration}
+def data_sets() -> str:
+    """Return the page of data sets: what each holds, where it comes from, and its licence."""
+    rows = [(f"`{name}`", set_.images, set_.classes, set_.origin, set_.licence) for name, set_ in DATASETS.items()]
+    head = ("data set", "images", "classes and test images", "files", "licence")
+    return f"{DATA_SETS}\n{_table(head, ([_prose(cell) for cell in row] for row in rows))}\n"
+
+
+MADE: dict[str, Callable[[], str]] = {
+    "commands.md": commands,
+    "configuration.md": configuration,
+    "data_sets.md": data_sets,
+}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write the pages."""
     for name, text in MADE.items():
         write_atomically(PAGES / name, text().encode())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 # What moves a terminal's cursor, breaks a line or turns the direction of writing: no part of a name.
 CONTROL_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -80,10 +82,45 @@ def os_fault(problem: str, file: Path, *, remedy: str = "", field: str | None = 
         raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
 
 
+def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
+    """Return a fault that pydantic has found as users read it: what was expected, what was given, and what to do.
+
+    Args:
+        fault: one of `ValidationError.errors()`.
+        remedy: whether to say what to do about a key that is missing or unknown.
+    """
+    kind, said = fault["type"], fault["msg"].removeprefix("Value error, ")
+    known = {
+        "extra_forbidden": ("unknown key here", "remove it or correct its spelling"),
+        "missing": ("is missing", "add it"),
+        "string_too_short": ("is empty", "fill it in"),
+    }
+    if kind in known:
+        return "; ".join(known[kind][: 1 + remedy])
+    if kind in ("value_error", "refused"):  # our own
+        return said
+    said = f"{said[0].lower()}{said[1:]}".replace("an object", "a mapping").replace("valid array", "list")
+    return said if kind == "json_invalid" else f"{said}, got {reprlib.repr(fault['input'])}"
+
+
+@contextmanager
+def foreign_fault(
+    problem: str, file: str | Path | None = None, *, remedy: str = "", field: str | None = None
+) -> Iterator[None]:
+    """Tell as a UserError, in one line, whatever goes wrong with a file of others: it can be wrong in any way."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = f"{problem} ({first_line(error)})"
+        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+
+
 def first_fault(error: ValidationError) -> tuple[str | None, str]:
     """Return the field and the message of the first fault that pydantic has found."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return ".".join(str(part) or "''" for part in first["loc"]) or None, first["msg"]
+    first = error.errors(include_url=False)[0]
+    return ".".join(str(part) or "''" for part in first["loc"]) or None, problem_of(first, remedy=False)
 
 
 def first_line(error: Exception) -> str:

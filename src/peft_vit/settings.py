@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # of a matrix, in its model's own words
 Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?\[\]!\-]{1,256}$")]  # a kind, or a pattern of names
@@ -24,10 +35,93 @@ AS_WRITTEN = "what a person wrote: a setting equal to its default was still mean
 
 
 def is_given(config: BaseModel, field: str, info: ValidationInfo) -> bool:
-    """Tell whether a setting was given; a record spells out every default, so there other values count."""
-    if info.context == AS_WRITTEN:
-        return field in config.model_fields_set
-    return bool(getattr(config, field) != type(config).model_fields[field].default)
+    """Tell whether a setting asks for something: null does not, nor do 0 and false where the default is as little.
+
+    In what a person wrote a default counts as asked for; a record spells out every default, so there other values do.
+    """
+    value, default = getattr(config, field), type(config).model_fields[field].default
+    if value is None or not (value or default):
+        return False
+    return field in config.model_fields_set if info.context == AS_WRITTEN else bool(value != default)
+
+
+class OnlyWith:
+    """In the annotation of a setting: it has an effect only while another one has some value.
+
+        top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = None
+
+    Args:
+        remedy: what to do instead, where that is not to give the other one such a value.
+        setting: the other one, and its value, or a tuple of several; None: it is left out; `...`: it is given.
+    """
+
+    def __init__(self, *, remedy: str = "", **setting: Any) -> None:
+        ((self.other, values),) = setting.items()
+        self.values = values if isinstance(values, tuple) else (values,)
+        self.remedy = remedy
+
+    def problem(self, config: Settings) -> str | None:
+        """Return why the setting has no effect in a configuration, and what to do; None: it has one."""
+        value = getattr(config, self.other)
+        if value in self.values or (... in self.values and value is not None):
+            return None
+        other = config.spelled(self.other)
+        if self.values == (None,):
+            return f"has no effect with {other}; {self.remedy or 'remove one of the two'}"
+        if value is None:
+            return f"has no effect without {other}; {self.remedy or f'remove it, or give {other}'}"
+        remedy = self.remedy or f"remove it, or set {config.spelled(self.other, *self.values)}"
+        return f"has no effect with {config.spelled(self.other, value)}; {remedy}"
+
+
+class Settings(Frozen):
+    """Settings that a person writes: one that has no effect with the others is refused, see `OnlyWith`."""
+
+    @classmethod
+    def spelled(cls, field: str, *values: Any) -> str:
+        """Return a setting, and its value or several, as a person writes it; requests of commands have options."""
+        words = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+        listed = " or ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+        return f"{field}: {listed}" if values else field
+
+    @model_validator(mode="after")
+    def _has_an_effect(self, info: ValidationInfo) -> Self:
+        problems = {
+            name: problem
+            for name, field in type(self).model_fields.items()
+            for condition in field.metadata
+            if isinstance(condition, OnlyWith) and is_given(self, name, info) and (problem := condition.problem(self))
+        }
+        refuse(self, problems)
+        return self
+
+
+def refuse(config: BaseModel, problems: Mapping[str, str]) -> None:
+    """Refuse settings in a validator, each at its own place.
+
+    Args:
+        config: the section that is validated.
+        problems: what is wrong with each of its settings, and what to do; empty: nothing is.
+    """
+    if problems:
+        raise ValidationError.from_exception_data(
+            type(config).__name__,
+            [
+                InitErrorDetails(
+                    type=PydanticCustomError("refused", "{problem}", {"problem": problem}),
+                    loc=tuple(field.split(".")),
+                    input=None,
+                )
+                for field, problem in problems.items()
+            ],
+        )
+
+
+def exactly_one(config: BaseModel, *fields: str) -> None:
+    """Refuse a section, in a validator, that does not give just one of some settings."""
+    given = [field for field in fields if getattr(config, field) is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of {', '.join(fields)}; got {' and '.join(given) or 'none'}")
 
 
 def without_repeats(problem: str) -> AfterValidator:
@@ -41,7 +135,7 @@ def without_repeats(problem: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class AdapterConfig(Frozen):
+class AdapterConfig(Settings):
     """What all adapters have."""
 
     scale: float = Field(default=2.0, gt=0, description="alpha / rank; stays when the rank moves")

@@ -13,14 +13,12 @@ import planted
 import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
 from peft_vit.report.document import SECTION_TITLES, Drawing, StudyDocument, Table
-from peft_vit.report.hover import HoverPoints
+from peft_vit.report.figure import Canvas, draw
 from peft_vit.report.html import write_html
-from peft_vit.report.style import draw
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 
@@ -306,16 +304,14 @@ def test_without_script_the_figures_stand_and_no_button_pretends(open_page, buil
 def hostile_document() -> StudyDocument:
     """Return a document whose every text is hostile."""
 
-    def paint(figure: Figure) -> HoverPoints:
-        axes, hover = figure.add_subplot(), HoverPoints()
-        hover.series(HOSTILE, "#0072b2", "o")
-        hover.series("harmless", "#d55e00", "s")
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        canvas.series(HOSTILE, "#0072b2", "o")
+        canvas.series("harmless", "#d55e00", "s")
         for y, name in ((1, HOSTILE), (2, "harmless")):
-            (line,) = axes.plot([1, 2], [y, y], "o", label=name)
-            hover.add(name, line, [f"{HOSTILE} {i}" for i in range(2)])
+            canvas.plot(name, axes, [1, 2], [y, y], [f"{HOSTILE} {i}" for i in range(2)], marker="o", ls="", label=name)
         axes.set_title(HOSTILE)
         axes.legend()
-        return hover
 
     rows = ({"experiment": HOSTILE, "value": 0.1}, {"experiment": "a,b", "value": None})
     drawing: Drawing = draw("figure", HOSTILE, HOSTILE, 3.0, paint, rows)

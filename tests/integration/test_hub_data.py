@@ -16,7 +16,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from peft_vit.data import synthetic
+from peft_vit.data import sample_path
 
 COMMIT = "a" * 40
 API, FILES = "/api/datasets/someone/pets", "/datasets/someone/pets/resolve/"
@@ -91,9 +91,9 @@ def _oid(file: Path) -> str:
 
 @pytest.fixture(params=["hf", "image-folder"])
 def hub(request: pytest.FixtureRequest, cache: str) -> Iterator[Hub]:
-    folder = synthetic.files_for(request.param)
+    folder = sample_path(request.param)
     assert folder is not None
-    with Hub(folder) as server:
+    with Hub(Path(folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from peft_vit.config import load_study
-from peft_vit.data import synthetic
+from peft_vit.data import sample_path
 from peft_vit.records import run_folder
 from peft_vit.records.owner import LOCK_FILE
 from peft_vit.runs.execute import run_one
@@ -191,10 +192,14 @@ def _make_data_sets(inputs: Path) -> None:
     folder = inputs / "data"
     paths = {}
     for name in ("elpv", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv", "hf"):
-        path = synthetic.files_for(name)
-        assert path is not None
+        path = Path(sample_path(name) or "")
         source = path if path.is_dir() else path.parent
-        shutil.copytree(source, folder / name)
+        if name == "cifar10":
+            (folder / name).mkdir()
+            with tarfile.open(folder / name / "cifar-10-binary.tar.gz", "w:gz") as packed:
+                packed.add(source, "cifar-10-batches-bin")
+        else:
+            shutil.copytree(source, folder / name)
         paths[name] = folder / name if path.is_dir() else folder / name / path.name
     paths["image-folder"] = folder / "images.zip"
     with zipfile.ZipFile(paths["image-folder"], "w", zipfile.ZIP_DEFLATED) as archive:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
 
 from experiments.methods.scripts.study_tables import IN_README, KINDS, titled
 from peft_vit.analysis import Analysis, MethodResult
 from peft_vit.report.document import Drawing
-from peft_vit.report.hover import MARKERS, HoverPoints
-from peft_vit.report.style import GRID, INK, METHOD_COLORS, MUTED, PAPER, THEME, draw, quiet_grid
+from peft_vit.report.figure import GRID, INK, MARKERS, METHOD_COLORS, MUTED, PAPER, THEME, Canvas, draw, quiet_grid
 
 _SPAN = 5.0  # points of accuracy that each panel shows, so that differences compare
 _DODGE_PT = 7.0  # from marker to marker where sizes are about the same
@@ -22,7 +20,8 @@ def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:
     """Draw mean accuracy and its interval over seeds against the bytes to store, a panel a data set."""
     shown = {title: _of(analyses[study]) for study, title in KINDS.items()}
 
-    def paint(figure: Figure) -> HoverPoints:
+    def paint(canvas: Canvas) -> None:
+        figure = canvas.figure
         panels = figure.subplots(1, len(shown))
         for axes, (title, methods) in zip(panels, shown.items(), strict=True):
             middle = [100 * method.test_accuracy.estimate for method in methods]
@@ -51,7 +50,6 @@ def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:
             quiet_grid(axes)
         panels[0].set_ylabel("test accuracy (%)")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(IN_README))
-        return HoverPoints()
 
     rows = [
         {

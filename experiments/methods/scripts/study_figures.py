@@ -18,10 +18,10 @@ from experiments.scripts.evidence import ROOT
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Drawing
+from peft_vit.report.figure import METHOD_COLORS
 from peft_vit.report.forest_plot import forests
 from peft_vit.report.heatmaps import rank_maps
-from peft_vit.report.scatter import accuracy_by_bytes
-from peft_vit.report.style import METHOD_COLORS
+from peft_vit.report.scatter import accuracy_against
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -41,7 +41,7 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[Path, Drawing]]
         if (drawing := forests(analysis, MARGIN).get(REFERENCE)) is not None:
             yield IMAGES / f"{name}_differences.png", drawing
     if (elpv := analyses.get(MAIN)) is not None:
-        yield IMAGES / f"{MAIN}_bytes.png", accuracy_by_bytes(elpv.methods)
+        yield IMAGES / f"{MAIN}_bytes.png", accuracy_against("stored_bytes", elpv.methods)
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
         yield IMAGES / f"{MAIN}_ranks.png", rank_maps(shown)
     if analyses.keys() >= KINDS.keys():

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.ranks.scripts import frontier_configs as configs
@@ -19,10 +18,9 @@ from peft_vit.analysis.stopping import ENDS, repeated_interval, stopping_rule
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.report.document import Drawing
+from peft_vit.report.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
 from peft_vit.report.formatting import count, fixed, joined, percent, points_interval
-from peft_vit.report.hover import MARKERS, HoverPoints
 from peft_vit.report.scatter import short_count
-from peft_vit.report.style import DASHED, LINE_COLORS, MUTED, PAPER, draw, quiet_grid
 from peft_vit.statistics import Course, Interval, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
@@ -314,7 +312,8 @@ def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
     rows = means(runs, rule)
     names = {"rule": joined(sorted(set(rule.values()))), **_SHOWN}
 
-    def paint(figure: Figure) -> HoverPoints:
+    def paint(canvas: Canvas) -> None:
+        figure = canvas.figure
         panels = figure.subplots(1, len(rule), squeeze=False, sharex=True)[0]
         for axes, task in zip(panels, rule, strict=True):
             of_task = [row for row in rows if row["task"] == task]
@@ -332,7 +331,6 @@ def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
         panels[0].set_ylabel("points above the linear probe")
         handles = dict(pair[::-1] for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6)
-        return HoverPoints()
 
     return draw("frontier", "Gain over the probe by trained values", "", 3.0, paint, rows)
 

@@ -182,9 +182,9 @@ def _counts(texts: list[str], option: str) -> tuple[int, ...]:
 @app.command()
 def datasets() -> None:
     """List the data sets."""
-    from peft_vit.data import DATASETS
+    from peft_vit.config import DATASETS
 
-    _print_table(("name", "images", "licence"), [(n, d.description, d.licence) for n, d in DATASETS.items()])
+    _print_table(("name", "images", "licence"), [(n, d.images, d.licence) for n, d in DATASETS.items()])
 
 
 @app.command()

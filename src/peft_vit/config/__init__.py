@@ -5,29 +5,32 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.config.adalora import AdaLoraConfig, BudgetUnit, Strategy
-from peft_vit.config.augmentation import (
-    AUGMENTATION_OF_FLIPS,
-    Augmentation,
-    ColorJitter,
-    Cutmix,
-    Flip,
-    Mixup,
-    RandAugment,
-    RandomResizedCrop,
-    Rotate90,
-)
-from peft_vit.config.importance import METRICS, Metric
+from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
 from peft_vit.config.loading import load_study, study_from_mapping
-from peft_vit.config.lora import ORDERED_RULES, RULE_OF_A_BUDGET, LoraConfig, StartingRanksConfig
-from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS
-from peft_vit.config.named_backbone import DEFAULT_MODEL, named_backbone
-from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
-from peft_vit.config.qa_lora import BITS_OF_TYPE, AdaptiveBitsConfig, QaLoraConfig, QuantizationType
-from peft_vit.config.stopping import StoppingConfig
+from peft_vit.config.methods import (
+    METHOD_KINDS,
+    METRICS,
+    ORDERED_RULES,
+    PROBE_L2,
+    RULE_OF_A_BUDGET,
+    SECTIONS,
+    AdaLoraConfig,
+    AdaptiveBitsConfig,
+    BudgetUnit,
+    LoraConfig,
+    Metric,
+    PeftAdaLoraConfig,
+    PeftConfig,
+    PeftLoraConfig,
+    QaLoraConfig,
+    StartingRanksConfig,
+    Strategy,
+)
+from peft_vit.config.number_formats import BITS_OF_TYPE, NUMBER_FORMATS, QuantizationType
 from peft_vit.config.study import (
+    DEFAULT_MODEL,
+    FEWEST_PAIRS,
     IMAGE_SIZES,
-    NEEDS_PATH,
     PROBE_READS,
     SEEDS,
     AskedPrecision,
@@ -43,8 +46,26 @@ from peft_vit.config.study import (
     MethodName,
     Name,
     Precision,
+    StoppingConfig,
     StudyConfig,
     WeightsSource,
+    named_backbone,
 )
-from peft_vit.config.training import ActivationCheckpointing, TrainingConfig, bytes_of, micro_batch_fault, parse_bytes
-from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, SiteMatrix
+from peft_vit.config.training import (
+    AUGMENTATION_OF_FLIPS,
+    ActivationCheckpointing,
+    Augmentation,
+    ColorJitter,
+    Cutmix,
+    Flip,
+    Flips,
+    Mixup,
+    RandAugment,
+    RandomResizedCrop,
+    Rotate90,
+    TrainingConfig,
+    bytes_of,
+    micro_batch_fault,
+    parse_bytes,
+)
+from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix

@@ -1,4 +1,7 @@
-"""A YAML file to a study: shared settings are filled in, and every fault is one line that names where it stands."""
+"""A YAML file to a study: shared settings are filled in, and every fault is one line that names where it stands.
+
+A list of learning rates in a file stands for an experiment a rate; nothing outside this module knows of such lists.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from peft_vit.config.augmentation import Augmentation
-from peft_vit.config.lr_sweep import at_rates, check_rates
 from peft_vit.config.methods import METHOD_KINDS
-from peft_vit.config.study import NO_EFFECT_ON_PROBES, PROBE_READS, StudyConfig
+from peft_vit.config.study import PROBE_READS, StudyConfig
 from peft_vit.config.training import TrainingConfig
 from peft_vit.config.yaml_loader import KeyPath, Lines, dotted, read_mapping
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import AS_WRITTEN
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+_LARGEST_RATE = 1e6
 
 
 def load_study(file: str | Path) -> StudyConfig:
@@ -30,9 +33,8 @@ def load_study(file: str | Path) -> StudyConfig:
     """
     file = Path(file)
     data, lines = read_mapping(file)
-    _check_probes(data, lines, file)
     filled = _fill_training(data, lines, file)
-    check_rates(filled, lines, file)
+    _check_rates(filled, lines, file)
     at_first = at_rates(filled, first=True)
     study = study_from_mapping(at_first, file=file, lines=lines)  # names faults where they stand, once
     expanded = at_rates(filled, first=False)
@@ -51,36 +53,43 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
 
 
 def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:
-    """Put the study's `training:` under each experiment's own."""
-    shared, experiments = data.get("training", {}), data.get("experiments")
+    """Put the study's `training:` under each experiment's own; what is of a wrong shape is left for validation.
+
+    What one experiment can't read is for the others. Where none reads it, it goes to all, and is refused.
+    """
+    shared = data.get("training", {})
     if not isinstance(shared, dict):
         problem = f"expected a mapping of settings, got {reprlib.repr(shared)}"
         raise UserError(problem, file=f"{file}:{lines['training',]}", field="training")
+    own = {
+        place: experiment.get("training", {})
+        for place, experiment in enumerate(_experiments(data))
+        if isinstance(experiment, dict) and isinstance(experiment.get("training", {}), dict)
+    }
+    probes = {place for place in own if _is_probe(data["experiments"][place])}
+    fit_probes = probes | {place for place in own if {**shared, **own[place]}.get("head_start") == "probe"}
+    experiments = list(_experiments(data))
+    for place, training in own.items():
+        taken = dict(shared)
+        if place in probes and probes != own.keys():
+            taken = {key: value for key, value in shared.items() if key in PROBE_READS}
+            if isinstance(changes := taken.get("augmentation"), list):
+                flips = (change == "flip" or (isinstance(change, dict) and "flip" in change) for change in changes)
+                taken["augmentation"] = [change for change, is_flip in zip(changes, flips, strict=True) if is_flip]
+        if fit_probes and place not in fit_probes:
+            taken.pop("probe_l2", None)
+        if {"epochs", "steps"} & training.keys():  # a length of one's own replaces the study's, however either is said
+            taken = {key: value for key, value in taken.items() if key not in ("epochs", "steps")}
+        taken |= training
+        for key in taken if place in probes else ():
+            if key in TrainingConfig.model_fields and key not in PROBE_READS:
+                path = ("experiments", place, "training", key)
+                path = path if path in lines else path[2:]
+                problem = "has no effect on a linear probe, which is fitted to convergence; remove it"
+                raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))
+        experiments[place] = {**experiments[place], "training": taken}
     filled = {key: value for key, value in data.items() if key != "training"}
-    if isinstance(experiments, list):
-        listed = filled["experiments"] = [_with_training(one, shared) for one in experiments]
-        trained = [one.get("training") for one in listed if isinstance(one, dict)]
-        if shared.get("probe_l2") is not None and not any(isinstance(t, dict) and "probe_l2" in t for t in trained):
-            where = f"{file}:{lines['training', 'probe_l2']}"
-            problem = "has no effect, as no experiment fits a probe; remove it"
-            raise UserError(problem, file=where, field="training.probe_l2")
-    return filled
-
-
-def _with_training(experiment: Any, shared: dict[str, Any]) -> Any:
-    own = experiment.get("training", {}) if isinstance(experiment, dict) else None
-    if not isinstance(own, dict):
-        return experiment  # of the wrong shape: validation names it
-    if _is_probe(experiment):
-        shared = {key: value for key, value in shared.items() if key in PROBE_READS}
-        if isinstance(listed := shared.get("augmentation"), list):  # what probes do not see is the other experiments'
-            shared["augmentation"] = [one for one in listed if _is_flip(one)]
-    else:
-        if {"epochs", "steps"} & own.keys():  # a length of one's own replaces the study's, however either is said
-            shared = {key: value for key, value in shared.items() if key not in ("epochs", "steps")}
-        if {**shared, **own}.get("head_start") != "probe":  # the strength of the penalty is for those that fit one
-            shared = {key: value for key, value in shared.items() if key != "probe_l2"}
-    return {**experiment, "training": {**shared, **own}}
+    return {**filled, "experiments": experiments} if own else filled
 
 
 def _is_probe(experiment: dict[str, Any]) -> bool:
@@ -88,91 +97,75 @@ def _is_probe(experiment: dict[str, Any]) -> bool:
     return isinstance(method, str) and method in METHOD_KINDS and METHOD_KINDS[method].trains == "head"
 
 
-def _is_flip(entry: Any) -> bool:
-    return entry == "flip" or (isinstance(entry, dict) and "flip" in entry)
+def _check_rates(study: dict[str, Any], lines: Lines, file: Path) -> None:
+    """Refuse lists that hold anything but learning rates that differ, in a study with `training` filled in."""
+    for place, experiment in enumerate(_experiments(study)):
+        rates = _rates(experiment)
+        if rates is None:
+            continue
+        sound = all(type(rate) in (int, float) and 0 < rate <= _LARGEST_RATE for rate in rates)
+        if not (sound and rates and len(set(rates)) == len(rates)):
+            own = ("experiments", place, "training", "learning_rate")
+            path = own if own in lines else own[2:]
+            problem = f"expected a number above 0, or a list of some that differ, got {reprlib.repr(rates)}"
+            raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))
 
 
-def _is_other(entry: Any) -> bool:
-    """Tell whether an entry of `augmentation` is one that probes do not see; a misspelled one is named elsewhere."""
-    names = [entry] if isinstance(entry, str) else entry
-    return (
-        not _is_flip(entry)
-        and isinstance(names, list | dict)
-        and any(one in Augmentation.model_fields for one in names)
-    )
+def at_rates(study: dict[str, Any], *, first: bool) -> dict[str, Any]:
+    """Return the study with an experiment a rate in the place of each with a list: `lora` becomes `lora_lr_1e-3`.
+
+    With `first` it stays one, under its own name, at the first rate of its list.
+    """
+    experiments = []
+    for experiment in _experiments(study):
+        rates = _rates(experiment)
+        if rates is None:
+            experiments.append(experiment)
+            continue
+        for rate in rates[:1] if first else rates:
+            at_rate = {**experiment, "training": {**experiment["training"], "learning_rate": rate}}
+            if not first:
+                at_rate["name"] = f"{experiment.get('name')}_lr_{_as_name(rate)}"
+            experiments.append(at_rate)
+    return {**study, "experiments": experiments} if experiments else study
 
 
-def _check_probes(data: dict[str, Any], lines: Lines, file: Path) -> None:
-    """Refuse settings of training that no experiment reads: a probe's own, and the study's where all are probes."""
-    experiments = data.get("experiments")
-    listed = [one for one in experiments if isinstance(one, dict)] if isinstance(experiments, list) else []
-    probes = [_is_probe(one) for one in listed]
-    places: list[tuple[KeyPath, Any]] = [
-        (("experiments", place, "training"), one.get("training")) for place, one in enumerate(listed) if probes[place]
-    ]
-    if probes and all(probes):
-        places.append((("training",), data.get("training")))
-    for path, training in places:
-        for key, value in training.items() if isinstance(training, dict) else ():
-            unread, problem = None, "has no effect on a linear probe, which is fitted to convergence; remove it"
-            if key in TrainingConfig.model_fields and key not in PROBE_READS:
-                unread = (*path, key)
-            elif key == "augmentation" and isinstance(value, list):
-                others = (place for place, one in enumerate(value) if _is_other(one))
-                unread = next(((*path, key, place) for place in others), None)
-                problem = NO_EFFECT_ON_PROBES
-            if unread is not None:
-                where = f"{file}:{lines[unread]}" if unread in lines else file
-                raise UserError(problem, file=where, field=dotted(unread))
+def _as_name(rate: float) -> str:
+    """Return 3e-4 for 0.0003 and 2_5e-4 for 0.00025: a name holds no full stop."""
+    mantissa, exponent = f"{rate:.14e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace(".", "_")
 
 
-def _message(error: ErrorDetails, path: KeyPath) -> str:
-    kind = error["type"]
-    if kind == "extra_forbidden" and path == ("data", "flips"):
-        return "is said by training.augmentation: [] for none, [flip] (the default), or [flip: {direction: both}]"
-    if kind == "extra_forbidden":
-        return "unknown key here; remove it or correct its spelling"
-    if kind == "missing":
-        return "is missing; add it"
-    if kind == "string_too_short":
-        return "is empty; fill it in"
-    if kind == "value_error":
-        return error["msg"].removeprefix("Value error, ")
-    if kind == "string_pattern_mismatch" and path[-1:] == ("name",):
-        message = "use lower-case letters, digits, '-' and '_', at most 64"
-    else:
-        message = f"{error['msg'][0].lower()}{error['msg'][1:]}".replace("an object", "a mapping")
-        message = message.replace("valid array", "list")
-    return f"{message}, got {reprlib.repr(error['input'])}"
+def _rates(experiment: Any) -> list[Any] | None:
+    training = experiment.get("training") if isinstance(experiment, dict) else None
+    rates = training.get("learning_rate") if isinstance(training, dict) else None
+    return rates if isinstance(rates, list) else None
+
+
+def _experiments(study: dict[str, Any]) -> list[Any]:
+    experiments = study.get("experiments")
+    return experiments if isinstance(experiments, list) else []  # of the wrong shape: validation names it
 
 
 def _one_line(error: ValidationError, lines: Lines, file: Path) -> UserError:
-    """Return the first fault with its line, and how many more there are.
-
-    Args:
-        error: of what a file said.
-        lines: where its keys stand.
-        file: named in the error.
-    """
+    """Return the first fault with its line, and how many more there are."""
     details = error.errors(include_url=False)
-    echoes = {one["loc"][:n] for one in details for n in range(len(one["loc"]))}
+    echoes = {detail["loc"][:n] for detail in details for n in range(len(detail["loc"]))}
     faults: dict[KeyPath, ErrorDetails] = {}
-    for one in details:
-        path = _as_written(one["loc"], lines)
+    for detail in details:
+        path: KeyPath = detail["loc"]
+        shared: KeyPath = ("training", *path[3:])
+        if path[2:3] == ("training",) and path not in lines and shared in lines:
+            path = shared  # where it stands in the file: the study's `training` was copied to the experiments
         # A list whose items have faults is also too short for pydantic, which counts only the sound ones.
-        if one["type"] != "too_short" or path not in echoes:
-            faults.setdefault(path, one)
+        if detail["type"] != "too_short" or path not in echoes:
+            faults.setdefault(path, detail)
     # An unknown key first: a misspelled one is also reported as missing, which misleads.
-    path, first = min(faults.items(), key=lambda item: item[1]["type"] != "extra_forbidden")
+    path, first = min(faults.items(), key=lambda fault: fault[1]["type"] != "extra_forbidden")
+    message = problem_of(first)
+    if path == ("data", "flips"):
+        message = "is said by training.augmentation: [] for none, [flip] (the default), or [flip: {direction: both}]"
+    if len(faults) > 1:
+        message += f" ({len(faults) - 1} more fault{'s' if len(faults) > 2 else ''} in this file)"
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
-    message = _message(first, path)
-    more = len(faults) - 1
-    if more:
-        message += f" ({more} more fault{'s' if more > 1 else ''} in this file)"
     return UserError(message, file=f"{file}:{line}" if line else str(file), field=dotted(path))
-
-
-def _as_written(path: KeyPath, lines: Lines) -> KeyPath:
-    """Return where a setting stands in the file; one of the study's shared `training` was copied to the experiments."""
-    shared: KeyPath = ("training", *path[3:])
-    return shared if path[2:3] == ("training",) and path not in lines and shared in lines else path

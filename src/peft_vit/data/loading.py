@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 
 import numpy as np
 from PIL import Image
 
-from peft_vit.config import DataConfig
-from peft_vit.data.decoding import on_white
+from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
 from peft_vit.data.duplicates import image_warnings
+from peft_vit.data.files import new_in_cache
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.pixels import split_pixels
-from peft_vit.data.registry import open_index
+from peft_vit.data.index import ImageIndex, Source, check_class_names
+from peft_vit.data.pixels import on_white, split_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.data.synthetic import CLASS_COUNTS
 from peft_vit.errors import UserError
-from peft_vit.packages import no_downloads
+from peft_vit.packages import cache_dir, no_downloads
 from peft_vit.records import RunRecord
 
+_SAMPLES_VERSION = 3  # raise when what a source writes changes
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
 
@@ -70,6 +71,56 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
     )
 
 
+def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
+    """Open a data set without decoding an image.
+
+    Args:
+        config: which set, and where it lies.
+        smoke: read a few synthetic images of the same on-disk format instead of the real ones, and ignore
+            `config.path` and what else says where they lie. (digits is real, it needs no file.)
+
+    Raises:
+        UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
+    """
+    if smoke:
+        elsewhere = {
+            name: None
+            for name, field in DataConfig.model_fields.items()
+            if any(isinstance(one, OnlyWith) and one.other == "dataset" for one in field.metadata)
+        }
+        config = config.model_copy(update={**elsewhere, "path": sample_path(config.dataset)})
+    index = replace(
+        _source(config.dataset).read(config),
+        name=config.dataset,
+        licence=licence_of(config.dataset, smoke=smoke),
+        channels=DATASETS[config.dataset].channels,
+    )
+    classes = len(index.class_names)
+    if classes < 2:
+        problem = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
+        raise UserError(problem, file=config.path, field="data.path")
+    check_class_names(index.class_names, config.path, "data.path")
+    return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
+
+
+def _source(dataset: str) -> Source:
+    source: Source = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
+    return source
+
+
+def sample_path(dataset: str) -> str | None:
+    """Return what `data.path` is in a smoke run: a data set's synthetic files, written to the cache on first use."""
+    source = _source(dataset)
+    if source.write_sample is None:
+        return None
+    folder = cache_dir() / "smoke" / f"{dataset}-v{_SAMPLES_VERSION}"
+    if not folder.is_dir():
+        with new_in_cache(folder) as temporary:
+            temporary.mkdir()
+            source.write_sample(temporary)
+    return str(folder / source.sample_file)
+
+
 def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
     """Return the same data set, compressed to seconds: 2 x 2 patches (more if they are tiny), a few images.
 
@@ -82,7 +133,7 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
         update={
             "image_size": patches * patch_size,
             "images_file": None,
-            "train_images": max(16, CLASS_COUNTS[config.dataset]),
+            "train_images": max(16, _source(config.dataset).sample_classes),
             "shots_per_class": None,
             "validation_images": 8 if config.validation_images else 0,
             "test_images": None if config.test_images is None else 8,

@@ -1,4 +1,4 @@
-"""Readers of sets that packages hold: ELPV (a wheel), digits (scikit-learn), Fashion-MNIST (Debian's)."""
+"""Readers of published sets with files of their own kind: ELPV, digits, Fashion-MNIST, CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
@@ -9,49 +9,37 @@ import math
 import struct
 import sys
 import sysconfig
-import zlib
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
-from peft_vit.data.decoding import decode_image
-from peft_vit.data.files import hashes, open_tree
-from peft_vit.data.index import ImageIndex
-from peft_vit.errors import UserError
+from peft_vit.config import DataConfig
+from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, open_tree, unpacked
+from peft_vit.data.index import ImageIndex, Source, check_class_names, sample_images, save_sample
+from peft_vit.data.pixels import decode_image
+from peft_vit.errors import UserError, foreign_fault
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
-from peft_vit.safe_io import LARGEST_BYTES, require_regular
+from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular
 
-_FASHION_CLASSES = (
-    "T-shirt/top",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+# --- ELPV: a wheel ----------------------------------------------------------------------------------------------------
+
 _MODULE_TYPES = ("mono", "poly")
 
 
-def read_elpv(path: Path | None) -> ImageIndex:
+def read_elpv(config: DataConfig) -> ImageIndex:
     """Index the ELPV solar cells, out of the wheel or another zip or folder with its labels.csv.
 
     labels.csv has a line per image: path, defect probability (0, 1/3, 2/3 or 1) and module type (mono or
     poly), between spaces. The binary label is probability >= 0.5; strata are label x module type.
-
-    Args:
-        path: a zip or folder; None fetches the wheel.
     """
-    tree = open_tree(path or fetch_wheel(ELPV_WHEEL))
+    tree = open_tree(fetch_wheel(ELPV_WHEEL) if config.path is None else existing(config.path))
     table = tree.only("labels.csv")
-    base = PurePosixPath(table).parent
     present = set(tree.names)
     names, labels, modules = [], [], []
-    for number, line in enumerate(tree.text(table).splitlines(), start=1):
+    for number, line in enumerate(tree.lines(table), start=1):
         where = f"{tree.file(table)}:{number}"
         try:
             name, probability, module = line.split()
@@ -61,7 +49,7 @@ def read_elpv(path: Path | None) -> ImageIndex:
             modules.append(_MODULE_TYPES.index(module))
         except ValueError:
             raise UserError(f"expected 'path probability mono|poly', got {line[:80]!r}", file=where) from None
-        names.append(str(base / name))
+        names.append(str(PurePosixPath(table).parent / name))
         if names[-1] not in present:
             raise UserError(f"{name} is not there; fetch the data set again", file=where)
     label = np.array(labels, dtype=np.int64)
@@ -76,9 +64,22 @@ def read_elpv(path: Path | None) -> ImageIndex:
     )
 
 
-def read_digits(path: Path | None) -> ImageIndex:
+def _write_elpv(folder: Path) -> None:
+    probabilities = np.tile([0.0, 1 / 3, 2 / 3, 1.0], 16)
+    lines = []
+    for i, pixels in enumerate(sample_images((probabilities >= 0.5).astype(int), 48, 1)):
+        name = f"images/cell{i + 1:04d}.png"
+        save_sample(pixels, folder / name)
+        lines.append(f"{name}  {probabilities[i]:<20}{_MODULE_TYPES[i // 32]}\n")
+    (folder / "labels.csv").write_text("".join(lines))
+
+
+# --- digits: in scikit-learn ------------------------------------------------------------------------------------------
+
+
+def read_digits(config: DataConfig) -> ImageIndex:
     """Index scikit-learn's 1,797 handwritten digits; their 8 x 8 values 0..16 become grey levels 0..255."""
-    if path is not None:
+    if config.path is not None:
         raise UserError(
             "has no effect with dataset: digits, which comes with scikit-learn; remove it", field="data.path"
         )
@@ -98,14 +99,20 @@ def read_digits(path: Path | None) -> ImageIndex:
     )
 
 
-def read_fashion_mnist(path: Path | None) -> ImageIndex:
+# --- Fashion-MNIST: idx files, Debian's or downloaded -----------------------------------------------------------------
+
+_FASHION_CLASSES = (
+    *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+)
+
+
+def read_fashion_mnist(config: DataConfig) -> ImageIndex:
     """Index Fashion-MNIST from its four idx .gz files.
 
-    Args:
-        path: the folder that holds them; None looks where Debian's dataset-fashion-mnist puts them, then
-            downloads.
+    Without a path they are those of Debian's dataset-fashion-mnist, or are downloaded.
     """
-    folder = path or _fashion_folder()
+    folder = _fashion_folder() if config.path is None else existing(config.path)
     pixels, labels = [], []
     files: dict[str, Path] = {}
     for split in ("train", "t10k"):
@@ -117,45 +124,37 @@ def read_fashion_mnist(path: Path | None) -> ImageIndex:
         if len(pixels[-1]) != len(labels[-1]):
             raise UserError(f"holds {len(labels[-1])} labels for {len(pixels[-1])} images", file=labels_file)
         if labels[-1].size and labels[-1].max() >= len(_FASHION_CLASSES):
-            raise UserError(f"holds label {labels[-1].max()}, expected 0 to 9; fetch it again", file=labels_file)
+            raise UserError(f"holds label {labels[-1].max()}, expected 0 to 9; {FETCH_AGAIN}", file=labels_file)
     label = np.concatenate(labels)
-    is_test = np.arange(len(label)) >= len(labels[0])
     train, test = pixels
     return ImageIndex(
         labels=label,
         strata=label,
         class_names=_FASHION_CLASSES,
-        official_test=is_test,
+        official_test=np.arange(len(label)) >= len(train),
         sha256=hashes(files).sha256,
         read=lambda i: Image.fromarray(train[i] if i < len(train) else test[i - len(train)]),
     )
 
 
 def _fashion_folder() -> Path:
-    shares = (
-        Path(sysconfig.get_path("data"), "share"),
-        Path(sys.base_prefix, "share"),
-        Path("/usr/local/share"),
-        Path("/usr/share"),
-    )
-    for share in shares:
-        if (share / "datasets" / "fashion-mnist").is_dir():
-            return share / "datasets" / "fashion-mnist"
+    prefixes = (Path(sysconfig.get_path("data")), Path(sys.base_prefix), Path("/usr/local"), Path("/usr"))
+    for folder in (prefix / "share" / "datasets" / "fashion-mnist" for prefix in prefixes):
+        if folder.is_dir():
+            return folder
     root = cache_dir() / "downloads"
-    if not (root / "FashionMNIST" / "raw").is_dir():
+    folder = root / "FashionMNIST" / "raw"
+    if not folder.is_dir():
         check_download("Fashion-MNIST")
     from torchvision.datasets import FashionMNIST
 
-    try:
+    with foreign_fault(
+        "Fashion-MNIST could not be downloaded",
+        remedy="install Debian's package dataset-fashion-mnist, or name the folder with its idx .gz files",
+        field="data.path",
+    ):
         FashionMNIST(str(root), download=True)  # checks each file's md5
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(":")
-        raise UserError(
-            f"Fashion-MNIST could not be downloaded ({reason}); install Debian's package "
-            "dataset-fashion-mnist, or name the folder with its idx .gz files",
-            field="data.path",
-        ) from None
-    return root / "FashionMNIST" / "raw"
+    return folder
 
 
 def read_idx(file: Path, dimensions: int) -> np.ndarray:
@@ -168,24 +167,142 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
         UserError: if it is missing, broken, or of another shape than its header says.
     """
     start = 4 + 4 * dimensions
-    try:
+    if not file.exists():
+        problem = "is missing; name the folder that holds the four idx .gz files"
+        raise UserError(problem, file=file, field="data.path")
+    with foreign_fault("is not a readable .gz", file, remedy=FETCH_AGAIN):
         require_regular(file.stat(), file)  # opening a pipe could wait for ever
         with gzip.open(file) as unzipped:
             header = unzipped.read(start)
             if len(header) < start or header[:4] != bytes((0, 0, 8, dimensions)):
-                raise UserError(f"is no idx file of bytes in {dimensions} dimensions; fetch it again", file=file)
+                raise UserError(f"is no idx file of bytes in {dimensions} dimensions; {FETCH_AGAIN}", file=file)
             shape = struct.unpack(f">{dimensions}I", header[4:])
             expected = math.prod(shape)
             if expected > LARGEST_BYTES:
                 raise OSError(f"its header asks for {expected} bytes")
             values = unzipped.read(expected + 1)  # and no more of what may be a bomb
-    except FileNotFoundError:
-        raise UserError(
-            "is missing; name the folder that holds the four idx .gz files", file=file, field="data.path"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"is not a readable .gz ({error}); fetch it again", file=file) from None
     if len(values) != expected:
         found = f"more than {expected}" if len(values) > expected else len(values)
-        raise UserError(f"holds {found} values, its header says {shape}; fetch it again", file=file)
+        raise UserError(f"holds {found} values, its header says {shape}; {FETCH_AGAIN}", file=file)
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
+
+
+def write_idx(file: Path, values: np.ndarray) -> None:
+    """Write what `read_idx` reads."""
+    header = bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape)
+    file.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0))
+
+
+def _write_fashion_mnist(folder: Path) -> None:
+    for number, (split, each) in enumerate((("train", 8), ("t10k", 2))):
+        labels = np.tile(np.arange(10), each)
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", sample_images(labels, 28, 1, number))
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
+
+
+# --- CIFAR: binary archives, of which nothing is unpickled ------------------------------------------------------------
+
+_SIDE = 32
+_PIXELS = 3 * _SIDE * _SIDE
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """Names in a CIFAR archive, and how many bytes of labels stand before an image's pixels."""
+
+    archive: str
+    md5: str
+    train: tuple[str, ...]
+    test: str
+    names: str
+    label_bytes: int  # the last of them is the class; CIFAR-100 has the coarse class before it
+
+
+CIFAR10 = CifarFiles(
+    "cifar-10-binary.tar.gz",
+    "c32a1d4ab5d03f1284b67883e8d87530",
+    tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+    "test_batch.bin",
+    "batches.meta.txt",
+    1,
+)
+CIFAR100 = CifarFiles(
+    "cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8", ("train.bin",), "test.bin", "fine_label_names.txt", 2
+)
+
+
+def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
+    """Index CIFAR-10 or CIFAR-100 (format: cs.toronto.edu/~kriz/cifar.html, binary version).
+
+    A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green and blue planes of
+    32 x 32. The path is the archive, a folder that holds it, or the unpacked folder; without one it is downloaded.
+    """
+    batches = (*layout.train, layout.test)
+    folder, sha256, remedy = _unpacked_cifar(layout, None if config.path is None else existing(config.path))
+    lines = decode_text(read_bytes(folder / layout.names), folder / layout.names, remedy).splitlines()
+    class_names = tuple(line.strip() for line in lines if line.strip())
+    check_class_names(class_names, folder / layout.names, remedy=remedy)
+    parts = []
+    for file in (folder / batch for batch in batches):
+        size = file.stat().st_size
+        if size == 0 or size % (layout.label_bytes + _PIXELS):
+            raise UserError(f"is {size} bytes, no multiple of a record; {remedy}", file=file)
+        records = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, layout.label_bytes + _PIXELS)  # (N, bytes)
+        if (largest := records[:, layout.label_bytes - 1].max()) >= len(class_names):
+            problem = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"
+            raise UserError(problem, file=file)
+        parts.append(records)
+    labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
+    starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def read(i: int) -> Image.Image:
+        k = int(np.searchsorted(starts, i, side="right")) - 1
+        planes = parts[k][i - starts[k], layout.label_bytes :].reshape(3, _SIDE, _SIDE)
+        return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))  # (3, S, S) -> (S, S, 3)
+
+    return ImageIndex(
+        labels=labels,
+        strata=labels,
+        class_names=class_names,
+        official_test=np.arange(len(labels)) >= starts[-2],
+        sha256=sha256,
+        read=read,
+    )
+
+
+def _unpacked_cifar(layout: CifarFiles, path: Path | None) -> tuple[Path, str, str]:
+    """Return a folder with the files, the hash of all, and what to do if one of them is broken."""
+    wanted = (*layout.train, layout.test, layout.names)
+    if path is not None and (path / layout.test).is_file():
+        missing = [name for name in wanted if not (path / name).is_file()]
+        if missing:
+            raise UserError("is missing; unpack the binary archive again", file=path / missing[0], field="data.path")
+        sha256 = hashes({name: path / name for name in wanted}).sha256
+        return path, sha256, "unpack the binary archive again"
+    if path is None:
+        archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)
+    else:
+        archive = path / layout.archive if path.is_dir() else path
+    if not archive.is_file():
+        raise UserError(f"holds no {layout.archive}; put it there", file=path, field="data.path")
+    sha256 = hashes({"": archive}).sha256
+    folder = unpacked(archive, wanted, sha256)
+    return folder, sha256, f"delete it, and if that does not help fetch {archive} again, where it comes from"
+
+
+def _write_cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
+    labels = np.tile(np.arange(classes), 2)
+    for number, name in enumerate((*layout.train, layout.test)):
+        planes = sample_images(labels, _SIDE, 3, number).transpose(0, 3, 1, 2)  # (N, S, S, 3) -> (N, 3, S, S)
+        leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
+        np.hstack([leading, planes.reshape(len(labels), _PIXELS)]).tofile(folder / name)  # (N, bytes of a record)
+    (folder / layout.names).write_text("".join(f"class {k}\n" for k in range(classes)))
+
+
+SOURCES = {
+    "elpv": Source(read_elpv, 2, _write_elpv),
+    "digits": Source(read_digits, 10),
+    "fashion-mnist": Source(read_fashion_mnist, 10, _write_fashion_mnist),
+    "cifar10": Source(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
+    "cifar100": Source(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
+}

@@ -1,6 +1,16 @@
-"""Decode once: the images of one split, resized, in one .npy file of the user's cache.
+"""From an image file to pixels: decoded once, resized, and kept for each split in one .npy file of the user's cache.
 
-A file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and
+How a file is read, as upright pixels of 8 bits a channel:
+
+- Of 16 bits a channel the upper 8 stay, floor(v / 256), in grey as in colour, which is how Pillow reads colour and how
+  libpng's `png_set_strip_16` scales: black and white are those of the format, whatever the values of the image. Of 12
+  bits (TIFF) the upper 8 stay too.
+- CMYK becomes RGB by (255 - C)(255 - K) / 255 and so on, without colour profiles; Adobe's inverted JPEGs are turned
+  back by Pillow.
+- What is transparent lies on white, c a + 255 (1 - a), be it by an alpha channel, a palette or a transparent colour.
+- What Pillow would read wrongly, or what has no black and white of its own (32 bits, floats, signed), is refused.
+
+A cached file holds exactly the rows of one split. So a study on 512 of 110,000 images decodes 512, all methods and
 seeds share a fixed split's file, and test and validation, which do not move with `train_images`, are shared
 between studies. The price is one training file a seed with `train_subset: per_seed`, and three files a seed with
 `test_split: per_seed`. With `folds` one file holds what all seeds divide.
@@ -9,22 +19,133 @@ between studies. The price is one training file a seed with `train_subset: per_s
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from peft_vit.config import Interpolation
-from peft_vit.data.decoding import on_white
-from peft_vit.data.files import cache_not_writable, new_in_cache
+from peft_vit.data.files import cache_fault, new_in_cache
 from peft_vit.data.index import ImageIndex
+from peft_vit.errors import UserError, foreign_fault
 from peft_vit.packages import cache_dir
 
 FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)
+# By content, whatever the file is called: Pillow would hand an EPS to Ghostscript, which runs what stands in it.
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+_MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb by default; a quarter of a gigabyte as RGB
+_MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
+_WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
+_REMEDY = "replace it or take it out"
+_GREY_LEVELS = {"L;2": 4, "L;4": 16}  # of PNGs whose grey Pillow spreads over 256
+
+
+def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = None) -> Image.Image:
+    """Decode one image file completely, turned upright by its EXIF orientation, to 8 bits a channel.
+
+    Args:
+        read: returns the file's content.
+        file: what to call the file in an error.
+        enough: pixels a side that will do: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves as many,
+            which takes less time. None: at its size.
+
+    Raises:
+        UserError: if it cannot be read, is truncated, not an image, too large, or of a kind that is not read right.
+    """
+    with (
+        foreign_fault("is not a readable image", file, remedy=_REMEDY),
+        warnings.catch_warnings(action="ignore"),  # of Pillow's, on damage that it can do with, and on many pixels
+    ):
+        try:
+            image = Image.open(io.BytesIO(read()), formats=_FORMATS)  # noqa: TID251 - these alone
+        except UnidentifiedImageError:  # its text holds a memory address
+            raise UserError(f"is not an image of a known format; {_REMEDY}", file=file) from None
+        width, height = image.size
+        if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
+            raise ValueError(f"{width} x {height} pixels are too many, scale it down")
+        # How pixels lie in the file, in Pillow's words, until it is loaded; empty where a format's library alone knows.
+        arguments: Any = image.tile[0][3] if image.tile else ""
+        raw_mode = str(arguments if isinstance(arguments, str) else arguments[0])
+        if (fault := _fault(image, raw_mode)) is not None:
+            raise UserError(fault, file=file)
+        if enough is not None:
+            image.draft(None, (enough, enough))  # of JPEGs alone; its sides stay at least as long
+        image.load()
+        return _eight_bits(image, ImageOps.exif_transpose(image), raw_mode)
+
+
+def sides_of(content: bytes) -> tuple[int, int]:
+    """Return the shorter and the longer side of a sound image file, in pixels."""
+    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:  # noqa: TID251 - these alone
+        return min(image.size), max(image.size)
+
+
+def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
+    """Tell of grey values in 0 to 65,535, which older versions of Pillow hold as 32 bits; signed ones are others."""
+    return image.mode.startswith("I") and raw_mode.startswith("I;1") and not raw_mode.endswith("S")
+
+
+def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
+    """Return why a file is not read right, and what to do; None if it is."""
+    if image.mode.startswith(("I", "F")) and not _is_grey_of_16_bits(image, raw_mode):
+        problem = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
+        return f"{problem}; scale them and save it with 8 or 16 bits a channel"
+    if isinstance(image, PngImageFile) and raw_mode == "RGB;16B" and "transparency" in image.info:
+        return "has 16 bits a channel and a transparent colour; save it with an alpha channel"
+    if not isinstance(image, TiffImageFile):
+        return None
+    if image.tag_v2.get(_PLANAR) == _IN_PLANES and (
+        set(image.tag_v2.get(_BITS_PER_SAMPLE, ())) != {8} or image.tag_v2.get(_PHOTOMETRIC) not in (2, 5)
+    ):
+        return "holds its channels in planes of their own; save it with interleaved channels"
+    try:
+        image.seek(1)
+    except EOFError:
+        image.seek(0)
+        return None
+    return "holds several pages; save the one that is meant"
+
+
+def _eight_bits(image: Image.Image, upright: Image.Image, raw_mode: str) -> Image.Image:
+    """Return the upright image with 8 bits a channel and its transparent colour among them.
+
+    Args:
+        image: as it was loaded from the file.
+        upright: the same, turned.
+        raw_mode: how pixels lie in the file.
+    """
+    transparent = image.info.get("transparency")
+    if raw_mode in _GREY_LEVELS and isinstance(transparent, int) and transparent < _GREY_LEVELS[raw_mode]:
+        upright.info["transparency"] = transparent * 255 // (_GREY_LEVELS[raw_mode] - 1)
+    if not _is_grey_of_16_bits(image, raw_mode):
+        return upright
+    values = np.asarray(upright)  # (H, W), 0 to 65,535
+    grey = (values >> (4 if raw_mode == "I;12" else 8)).astype(np.uint8)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey
+    plain = Image.fromarray(grey)
+    if isinstance(transparent, int):
+        plain.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return plain
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image as a viewer shows it: what is transparent lies on white, whatever colour stands behind it."""
+    if not image.has_transparency_data:
+        return image
+    layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
 
 
 def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.ndarray:
@@ -51,11 +172,33 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
     found = _open(file, shape)
     if found is None:
         _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
-        _build(file, index, rows, shape)
+        # Written as a stream: on a full disk a memory map would end the process, write() raises.
+        with new_in_cache(file) as temporary, temporary.open("wb") as handle:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(handle, header)
+            for row in rows:
+                pixels = to_pixels(index.read(int(row)), image_size, index.channels, index.interpolation)
+                handle.write(pixels.tobytes())
+            handle.flush()
+            os.fsync(handle.fileno())
         found = _open(file, shape)
     if found is None:
-        raise cache_not_writable(file, OSError(0, "what was written does not read back"))
+        with cache_fault(file):
+            raise OSError(0, "what was written does not read back")
     return found
+
+
+def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    if not file.is_file():
+        return None
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
+    except Exception:  # whatever was in its place, it is not this package's file
+        array = None
+    if array is not None and array.shape == shape and array.dtype == np.uint8:
+        return array
+    _log.warning("%s is damaged; decoding its images again", file)
+    return None
 
 
 def split_pixels(
@@ -75,31 +218,6 @@ def split_pixels(
     if divided is None:
         return cached_pixels(index, rows, image_size), np.arange(len(rows), dtype=np.int64)
     return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
-
-
-def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    if not file.is_file():
-        return None
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone
-    except Exception:  # whatever was in its place, it is not this package's file
-        array = None
-    if array is not None and array.shape == shape and array.dtype == np.uint8:
-        return array
-    _log.warning("%s is damaged; decoding its images again", file)
-    return None
-
-
-def _build(file: Path, index: ImageIndex, rows: np.ndarray, shape: tuple[int, ...]) -> None:
-    # Written as a stream: on a full disk a memory map would end the process, write() raises.
-    with new_in_cache(file) as temporary, temporary.open("wb") as handle:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(handle, header)
-        for row in rows:
-            pixels = to_pixels(index.read(int(row)), shape[1], index.channels, index.interpolation)
-            handle.write(pixels.tobytes())
-        handle.flush()
-        os.fsync(handle.fileno())
 
 
 def how(index: ImageIndex) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from peft_vit.config import DataConfig
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.seeding import numpy_generator
+from peft_vit.seeding import Purpose, numpy_generator
 
 _NAMED = 3  # classes in a warning
 SIDES = ("training", "validation", "test")
@@ -61,80 +61,109 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     """
     if index.official_test is not None and index.own:
         refuse_across(index, index.groups, np.where(index.official_test, 2, 0))
-    rng = (
-        numpy_generator(seed, "split", config.split_seed)
-        if config.tests_by_seed
-        else numpy_generator(config.split_seed, "split")
-    )
-    test, rest = _draw_test(index, config, rng) if config.folds is None else _fold(index, config.folds, config, seed)
-    wanted = config.validation_images + (2 if config.train_images is None else config.train_images)
-    if wanted > len(rest):
-        too_many = "validation_images" if config.validation_images > len(rest) - 2 else "train_images"
+    rng = _generator("split", config.split_seed, seed if config.tests_by_seed else None)
+    everything = np.arange(len(index.labels), dtype=np.int64)
+    if config.folds is None:
+        test, rest = _draw_test(index, config, rng)
+    else:
+        divided = everything if index.official_test is None else everything[~index.official_test]
+        groups = index.groups[divided]
+        different = len(np.unique(groups))
+        if config.folds > different:
+            raise UserError(f"is {config.folds}, but there are only {different} different images", field="data.folds")
+        repetition, fold = divmod(seed, config.folds)
+        shuffle = numpy_generator(config.split_seed, "folds", repetition)
+        fold_of = deal_folds(index.strata[divided], groups, config.folds, shuffle)
+        test, rest = divided[fold_of == fold], divided[fold_of != fold]
+    validated, trained = config.validation_images, 2 if config.train_images is None else config.train_images
+    if validated + trained > len(rest):
         raise UserError(
-            f"{config.validation_images} validation and {wanted - config.validation_images} training images are "
-            f"needed, the test split leaves {len(rest)} of {len(index.labels)}; ask for fewer",
-            field=f"data.{too_many}",
+            f"{validated} validation and {trained} training images are needed, the test split leaves {len(rest)} of "
+            f"{len(everything)}; ask for fewer",
+            field="data.validation_images" if validated > len(rest) - 2 else "data.train_images",
         )
     source = _one_of_each(index, rest)
-    if config.validation_images > len(source):
-        raise UserError(
-            f"is {config.validation_images}, but the {len(rest)} files beside the test split hold {len(source)} "
-            "different images; ask for fewer",
-            field="data.validation_images",
-        )
-    validation = stratified_draw(source, index.strata, config.validation_images, rng)
+    if validated > len(source):
+        problem = f"is {validated}, but the {len(rest)} files beside the test split hold {len(source)} different images"
+        raise UserError(f"{problem}; ask for fewer", field="data.validation_images")
+    validation = stratified_draw(source, index.strata, validated, rng)
     pool = _without(index, rest, validation)
-    if wanted - config.validation_images > len(pool):
-        raise UserError(
-            f"{wanted - config.validation_images} training images are needed, {len(pool)} remain without copies of "
-            "validation images; ask for fewer",
-            field="data.train_images",
-        )
+    if trained > len(pool):
+        problem = f"{trained} training images are needed, {len(pool)} remain without copies of validation images"
+        raise UserError(f"{problem}; ask for fewer", field="data.train_images")
     train = _draw_train(index, config, seed, pool)
-    _check_every_class(index, train, pool)
-    divided = None if config.folds is None else np.sort(np.concatenate([test, rest]))
     digest = hashlib.sha256()
     for part in (train, validation, test):
         digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
-    return Splits(train, validation, test, digest.hexdigest(), divided)
+    divided_by_seeds = None if config.folds is None else np.sort(np.concatenate([test, rest]))
+    return Splits(train, validation, test, digest.hexdigest(), divided_by_seeds)
+
+
+def _generator(purpose: Purpose, split_seed: int, seed: int | None) -> np.random.Generator:
+    """Return a generator that follows from the split seed alone, or from a run's seed too."""
+    return numpy_generator(split_seed, purpose) if seed is None else numpy_generator(seed, purpose, split_seed)
 
 
 def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return test images, and those that are neither tested nor copies of what is."""
     everything = np.arange(len(index.labels), dtype=np.int64)
-    if index.official_test is None:
-        if config.test_images is None:
-            raise UserError(
-                f"is missing; {index.name} has no test split of its own, say how many images", field="data.test_images"
-            )
-        source = _one_of_each(index, everything)
-    else:
-        source = everything[index.official_test]
+    official = index.official_test
+    if official is None and config.test_images is None:
+        problem = f"is missing; {index.name} has no test split of its own, say how many images"
+        raise UserError(problem, field="data.test_images")
+    source = _one_of_each(index, everything) if official is None else everything[official]
     count = len(source) if config.test_images is None else config.test_images
     if count > len(source):
-        what = "images" if index.official_test is not None or len(source) == len(everything) else "different images"
+        what = "images" if official is not None or len(source) == len(everything) else "different images"
         raise UserError(f"is {count}, but only {len(source)} {what} are available for test", field="data.test_images")
-    if config.test_split == "per_seed" and index.official_test is not None and count == len(source):
+    if config.test_split == "per_seed" and official is not None and count == len(source):
         raise UserError(
             f"per_seed would test the same images with each seed, all {count} of the test split that comes with "
             f"{index.name}; set data.test_images below {count}, or say fixed",
             field="data.test_split",
         )
     test = stratified_draw(source, index.strata, count, rng)
-    if index.official_test is None:
-        return test, _without(index, everything, test)
-    return test, everything[~index.official_test]
+    return test, _without(index, everything, test) if official is None else everything[~official]
 
 
-def _fold(index: ImageIndex, folds: int, config: DataConfig, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images of the seed's fold, and those of the others."""
-    everything = np.arange(len(index.labels), dtype=np.int64)
-    rows = everything if index.official_test is None else everything[~index.official_test]
-    groups = index.groups[rows]
-    if folds > len(np.unique(groups)):
-        raise UserError(f"is {folds}, but there are only {len(np.unique(groups))} different images", field="data.folds")
-    repetition, fold = divmod(seed, folds)
-    fold_of = deal_folds(index.strata[rows], groups, folds, numpy_generator(config.split_seed, "folds", repetition))
-    return rows[fold_of == fold], rows[fold_of != fold]
+def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
+    """Return the rows whose file has no copy among those before them."""
+    return rows[np.sort(np.unique(index.groups[rows], return_index=True)[1])]
+
+
+def _without(index: ImageIndex, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Return the rows that are neither drawn nor copies of what is."""
+    return rows[~np.isin(index.groups[rows], index.groups[drawn])]
+
+
+def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
+    """Return training images out of what remains beside test and validation, some of every class."""
+    per_seed = config.train_subset == "per_seed"
+    rng = _generator("train_subset", config.split_seed, seed if per_seed else None)
+    remaining = np.bincount(index.labels[pool], minlength=len(index.class_names))  # (K,)
+    if (shots := config.shots_per_class) is not None:
+        if remaining.min() < shots:
+            scarce = int(np.argmax(remaining < shots))
+            problem = f"{shots} images of class '{index.class_names[scarce]}' are asked for"
+            raise UserError(
+                f"{problem}, {remaining[scarce]} remain beside test and validation", field="data.shots_per_class"
+            )
+        by_class = (pool[index.labels[pool] == label] for label in range(len(remaining)))
+        return np.sort(np.concatenate([stratified_draw(rows, index.strata, shots, rng) for rows in by_class]))
+    count = len(pool) if config.train_images is None else config.train_images
+    if per_seed and count == len(pool):
+        problem = f"per_seed has no effect, all {len(pool)} images that remain are trained on"
+        raise UserError(f"{problem}; lower data.train_images or say fixed", field="data.train_subset")
+    train = stratified_draw(pool, index.strata, count, rng)
+    drawn = np.bincount(index.labels[train], minlength=len(remaining))  # (K,)
+    if not drawn.all():
+        missing = int(np.argmin(drawn))
+        raise UserError(
+            f"class '{index.class_names[missing]}' gets none of the {count} training images ({remaining[missing]} of "
+            f"the {len(pool)} that remain beside test and validation are of this class); raise it, or add images",
+            field="data.train_images",
+        )
+    return train
 
 
 def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.random.Generator) -> np.ndarray:
@@ -169,72 +198,17 @@ def deal_folds(strata: np.ndarray, groups: np.ndarray, folds: int, rng: np.rando
     return fold_of[group]
 
 
-def _one_of_each(index: ImageIndex, rows: np.ndarray) -> np.ndarray:
-    """Return the rows whose file has no copy among those before them."""
-    return rows[np.sort(np.unique(index.groups[rows], return_index=True)[1])]
-
-
-def _without(index: ImageIndex, rows: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Return the rows that are neither drawn nor copies of what is."""
-    return rows[~np.isin(index.groups[rows], index.groups[drawn])]
-
-
-def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarray) -> np.ndarray:
-    count = len(pool) if config.train_images is None else config.train_images
-    fixed = config.train_subset == "fixed"
-    rng = (
-        numpy_generator(config.split_seed, "train_subset")
-        if fixed
-        else numpy_generator(seed, "train_subset", config.split_seed)
-    )
-    if config.shots_per_class is not None:
-        drawn = []
-        for label, name in enumerate(index.class_names):
-            of_class = pool[index.labels[pool] == label]
-            if len(of_class) < config.shots_per_class:
-                raise UserError(
-                    f"{config.shots_per_class} images of class '{name}' are asked for, {len(of_class)} remain beside "
-                    "test and validation",
-                    field="data.shots_per_class",
-                )
-            drawn.append(stratified_draw(of_class, index.strata, config.shots_per_class, rng))
-        return np.sort(np.concatenate(drawn))
-    if not fixed and count == len(pool):
-        raise UserError(
-            f"per_seed has no effect, all {len(pool)} images that remain are trained on; "
-            "lower data.train_images or say fixed",
-            field="data.train_subset",
-        )
-    return stratified_draw(pool, index.strata, count, rng)
-
-
-def _check_every_class(index: ImageIndex, train: np.ndarray, pool: np.ndarray) -> None:
-    classes = len(index.class_names)
-    trained = np.bincount(index.labels[train], minlength=classes)
-    if trained.all():
-        return
-    missing = int(np.argmin(trained))
-    available = int(np.bincount(index.labels[pool], minlength=classes)[missing])
-    raise UserError(
-        f"class '{index.class_names[missing]}' gets none of the {len(train)} training images ({available} of "
-        f"the {len(pool)} that remain beside test and validation are of this class); raise it, or add images",
-        field="data.train_images",
-    )
-
-
 def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
     """Return a warning for each split that lacks a class: balanced accuracy is then a mean over the others."""
     gaps = []
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
         counts = np.bincount(index.labels[rows], minlength=len(index.class_names))
-        if not len(rows):  # nothing is validated
-            continue
         missing = [f"'{index.class_names[label]}'" for label in np.flatnonzero(counts == 0)]
-        if missing:
+        if missing and len(rows):
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-            said = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
+            named = f"class{'es' if len(missing) > 1 else ''} {', '.join(missing[:_NAMED])}{more}"
             gaps.append(
-                f"{DataWarning.PREFIX}no {name} image is of {said}; balanced {name} accuracy is the mean over "
+                f"{DataWarning.PREFIX}no {name} image is of {named}; balanced {name} accuracy is the mean over "
                 f"{np.count_nonzero(counts)} of {len(counts)} classes"
             )
     return gaps

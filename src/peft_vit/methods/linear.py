@@ -12,6 +12,7 @@ from torch import nn
 from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, QaLoraConfig
+from peft_vit.errors import UserError
 from peft_vit.methods import qa_lora
 from peft_vit.methods.method import Method, Preparation, Wishes
 from peft_vit.training import Hook
@@ -32,6 +33,9 @@ def _prepare_packed(model: nn.Module, experiment: ExperimentConfig, preparation:
 
 
 def _check_packed(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    if experiment.need(QaLoraConfig).quantization_schedule != "constant":
+        problem = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
+        raise UserError(problem, field="qa_lora.quantization_schedule")
     qa_lora.check_packing(experiment, shape, total_steps, train_images, rank=0)
 
 

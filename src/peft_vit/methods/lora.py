@@ -62,5 +62,4 @@ LORA = Method(
     defaults=_defaults,
     learning_rate=5e-4,
     few_ranks_learning_rate=1.5e-3,  # 3e-3 had the best mean in that screening, at 9 ranks and at 36
-    size_options=("rank", "budget"),
 )

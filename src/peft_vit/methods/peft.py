@@ -48,7 +48,6 @@ PEFT_LORA = Method(
     check=_check_lora,
     defaults=lambda wishes: {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
-    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )
@@ -118,7 +117,6 @@ PEFT = Method(
     check=_check,
     defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
-    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )

@@ -37,6 +37,5 @@ QA_ADALORA = Method(
     check=_check,
     shorten=_shorten,
     defaults=_defaults,
-    size_options=("budget",),
     why_not_peft=("its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"),
 )

@@ -124,7 +124,6 @@ QA_LORA = Method(
     check=_check,
     shorten=shorten,
     defaults=_defaults,
-    size_options=("rank",),
     why_not_peft=(
         "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"
     ),

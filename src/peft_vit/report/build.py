@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_vit.analysis import Results, analyze, read_results, study_agreements
-from peft_vit.errors import UserError
+from peft_vit.errors import os_fault
 from peft_vit.records import HTML_FILE, MARKDOWN_FILE, as_csv, write_atomically
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.examples import Thumbnails
+from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, publication_files
 from peft_vit.report.html import write_html
-from peft_vit.report.markdown import write_markdown
-from peft_vit.report.publication import write_publication
+from peft_vit.report.markdown import write_captions, write_markdown
 from peft_vit.report.sections import study_documents
 
 
@@ -55,48 +54,46 @@ def build_report(
     analyses = [analyze(study) for study in results.studies]
     agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
     documents = study_documents(analyses, agreements, thumbnails)
-    with _writing_to(output_dir):
-        return ReportFiles(
-            results=results,
-            html=_write(output_dir / HTML_FILE, write_html(documents)) if page else None,
-            figures=tuple(_write_figures(documents, output_dir)),
-            figure_data=tuple(
-                _write((output_dir / _figure_path(document, drawing)).with_suffix(".csv"), as_csv(drawing.data))
-                for document in documents
-                for drawing in document.drawings()
-            ),
-            tables=tuple(
-                _write(output_dir / "tables" / f"{document.slug}_{table.slug}.csv", as_csv(table.data))
-                for document in documents
-                for table in document.tables()
-            ),
-            markdown=_write(output_dir / MARKDOWN_FILE, write_markdown(documents, _figure_path)),
-            publication=write_publication(documents, output_dir / "figures" / "publication") if publication else (),
-        )
 
+    def write(name: str, content: str | bytes) -> Path:
+        file = output_dir / name
+        write_atomically(file, content.encode() if isinstance(content, str) else content)
+        return file
 
-@contextmanager
-def _writing_to(output_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        problem = f"can't be written to ({error.strerror}); choose another --output"
-        raise UserError(problem, file=output_dir) from None
-
-
-def _write(file: Path, text: str) -> Path:
-    write_atomically(file, text.encode())
-    return file
-
-
-def _write_figures(documents: Sequence[StudyDocument], output_dir: Path) -> Iterator[Path]:
-    for document in documents:
-        for drawing in document.drawings():
-            png = output_dir / _figure_path(document, drawing)
-            write_atomically(png, drawing.png)
-            yield png
-            yield _write(png.with_suffix(".svg"), drawing.svg)
+    with os_fault("can't be written to", output_dir, remedy="choose another --output"):
+        html = write(HTML_FILE, write_html(documents)) if page else None
+        figures, figure_data, tables, paper = [], [], [], []
+        for document in documents:
+            for drawing in document.drawings():
+                png = _figure_path(document, drawing)
+                stem = png.removesuffix(".png")
+                figures += [write(png, drawing.png), write(f"{stem}.svg", drawing.svg)]
+                figure_data.append(write(f"{stem}.csv", as_csv(drawing.data)))
+                if publication:
+                    own = f"figures/publication/{document.slug}_{drawing.slug}"
+                    paper += [write(own + ending, content) for ending, content in publication_files(drawing)]
+            for table in document.tables():
+                tables.append(write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data)))
+        markdown = write(MARKDOWN_FILE, write_markdown(documents, _figure_path))
+        if publication:
+            paper.append(write("figures/publication/captions.md", captions(documents)))
+    return ReportFiles(results, html, markdown, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
 
 
 def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
     return f"figures/{document.slug}_{drawing.slug}.png"
+
+
+def captions(documents: Sequence[StudyDocument]) -> str:
+    """Return captions.md of the figures for a paper."""
+
+    def size(drawing: Drawing) -> str:
+        high = f"{drawing.narrow_height_in:.1f} inches high in one column, {drawing.height_in:.1f} in two"
+        fits = max(drawing.narrow_height_in, drawing.height_in) <= PAGE_HEIGHT_IN
+        return high if fits else f"{high}; a page holds {PAGE_HEIGHT_IN} inches"
+
+    how = (
+        f"Each figure stands here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and "
+        f"{WIDTHS_IN['two']} inches wide. Text is at least 6.5 points."
+    )
+    return write_captions(documents, how, size)

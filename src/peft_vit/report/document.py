@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Raw = str | int | float | None
 SECTION_TITLES = (
@@ -77,8 +77,7 @@ class Table:
         return cls(slug, title, columns, texts, note, tuple(data), folded)
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """What a reader can switch off in a figure: its artists have the gid ``series<index>-<number>``."""
 
     name: str
@@ -86,8 +85,7 @@ class Series:
     glyph: str  # its marker as a character, so that color is not the only difference
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One value that a reader can point at."""
 
     series: int  # its index
@@ -108,15 +106,14 @@ class Drawing:
     series: tuple[Series, ...]  # what can be switched off
     points: tuple[Point, ...]  # what can be pointed at
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
-    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps._player` says
+    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps.rank_maps` says
     height_in: float  # at the width of the page
     narrow_height_in: float  # in one column of a paper
     paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication
     kind: Literal["figure"] = "figure"
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """An image of the data set as PNG, and what is to be said of it."""
 
     png: bytes
@@ -137,8 +134,7 @@ class Gallery:
 Block = Paragraph | Table | Drawing | Gallery
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """What one method reached, at a glance."""
 
     method: str
@@ -147,8 +143,7 @@ class Card:
     lines: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class RunDetails:
+class RunDetails(NamedTuple):
     """Provenance of one run: key and value, as texts; `traceback` keeps its lines."""
 
     title: str

@@ -12,16 +12,15 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from peft_vit.report.document import Drawing, Raw, StudyDocument
-from peft_vit.report.hover import coded
-from peft_vit.report.style import THEME
+from peft_vit.report.document import Drawing, StudyDocument
+from peft_vit.report.figure import THEME
 
 _UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # U+2028 and all else beyond ASCII: json escapes it
 
@@ -78,32 +77,28 @@ def inline_svg(document: StudyDocument, drawing: Drawing) -> Markup:
     return Markup(f'{head} role="img" aria-label="{escape(drawing.title)}">{rest}')
 
 
+def coded(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Return texts as indices into their distinct values, in order of appearance."""
+    place: dict[str, int] = {}
+    index = [place.setdefault(text, len(place)) for text in texts]
+    return {"values": list(place), "index": index}
+
+
 def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
-    """Return the content of a figure's JSON block."""
+    """Return the content of a figure's JSON block; values are written as in the CSV file."""
     points, rows = drawing.points, drawing.data
-    columns = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
     content: dict[str, Any] = {
         "file": f"{document.slug}_{drawing.slug}.csv",
         "names": [series.name for series in drawing.series],
-        "x": [_place(point.x_pt) for point in points],
-        "y": [_place(point.y_pt) for point in points],
+        # A value that is not finite is not drawn, and stands where no pointer comes near.
+        "x": [point.x_pt if math.isfinite(point.x_pt) else -1e6 for point in points],
+        "y": [point.y_pt if math.isfinite(point.y_pt) else -1e6 for point in points],
         "series": [point.series for point in points],
         "text": coded(point.text for point in points),
-        "columns": [{"name": name, **coded(_as_written(row.get(name)) for row in rows)} for name in columns],
+        "columns": [{"name": n, **coded("" if v is None else str(v) for v in column)} for n, column in values.items()],
     }
     if drawing.player is not None:
         content["player"] = {name: value for name, value in drawing.player.items() if name != "start"}
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup("".join(_UNSAFE.get(character, character) for character in text))
-
-
-def _place(distance_pt: float) -> float:
-    """Return where a value stands; one that is not finite is not drawn, and stands where no pointer comes near."""
-    return distance_pt if math.isfinite(distance_pt) else -1e6
-
-
-def _as_written(value: Raw) -> str:
-    """Return a value as the CSV file writes it."""
-    if value is None:
-        return ""
-    return repr(value) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The report as Markdown: one file with five sections, figures as files beside it."""
+"""The report as Markdown: one file with five sections, figures as files beside it; and captions for a paper."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 
 from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Gallery, Paragraph, StudyDocument, Table
+
+FigurePath = Callable[[StudyDocument, Drawing], str]
 
 
 def escaped(text: str) -> str:
@@ -19,7 +21,7 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+def write_markdown(documents: Sequence[StudyDocument], figure_path: FigurePath) -> str:
     """Return the text of analysis_summary.md.
 
     Args:
@@ -34,22 +36,21 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: Callable[[St
         if with_blocks:
             parts.append(f"## {title}")
         for document in with_blocks:
-            if len(documents) > 1:
-                parts.append(f"### {escaped(document.label)}")
-            for block in document.sections[title]:
-                parts.append(block_text(block, document, figure_path))
+            parts += [f"### {escaped(document.label)}"] if len(documents) > 1 else []
+            parts += [block_text(block, document, figure_path) for block in document.sections[title]]
     return "\n\n".join(parts) + "\n"
 
 
-def summary_parts(document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> list[str]:
+def summary_parts(document: StudyDocument, figure_path: FigurePath) -> list[str]:
     """Return what stands above the sections: notices first."""
-    parts = notice_parts(document)
-    parts.append(_rows(("asked", ""), document.facts))
-    parts.append("**What came out**\n\n" + _bullets(document.came_out))
-    parts.append("**How sure**\n\n" + _bullets(document.how_sure))
-    parts += [block_text(block, document, figure_path) for block in document.progress]
-    parts.append("**What this does not show**\n\n" + _bullets(document.not_shown))
-    return parts
+    return [
+        *notice_parts(document),
+        _rows(("asked", ""), document.facts),
+        f"**What came out**\n\n{_bullets(document.came_out)}",
+        f"**How sure**\n\n{_bullets(document.how_sure)}",
+        *(block_text(block, document, figure_path) for block in document.progress),
+        f"**What this does not show**\n\n{_bullets(document.not_shown)}",
+    ]
 
 
 def notice_parts(document: StudyDocument) -> list[str]:
@@ -57,24 +58,39 @@ def notice_parts(document: StudyDocument) -> list[str]:
     return ["\n".join(f"> **{escaped(notice)}**  " for notice in document.notices)] if document.notices else []
 
 
-def block_text(block: Block, document: StudyDocument, figure_path: Callable[[StudyDocument, Drawing], str]) -> str:
+def block_text(block: Block, document: StudyDocument, figure_path: FigurePath) -> str:
     """Return a block as Markdown; arguments as `write_markdown`'s."""
     if isinstance(block, Paragraph):
         return escaped(block.text)
     if isinstance(block, Table):
-        parts = (f"**{escaped(block.title)}**", *([_rows(block.columns, block.rows)] if block.rows else []))
-        return "\n\n".join((*parts, escaped(block.note)))
+        rows = [_rows(block.columns, block.rows)] if block.rows else []
+        return "\n\n".join((f"**{escaped(block.title)}**", *rows, escaped(block.note)))
+    title, caption = escaped(block.title), escaped(block.caption)
     if isinstance(block, Gallery):
-        return f"{escaped(block.title)}: the pictures stand in report.html. {escaped(block.caption)}"
-    return (
-        f"![{escaped(block.title)}]({figure_path(document, block)})\n\n{escaped(block.title)}. {escaped(block.caption)}"
-    )
+        return f"{title}: the pictures stand in report.html. {caption}"
+    return f"![{title}]({figure_path(document, block)})\n\n{title}. {caption}"
+
+
+def write_captions(documents: Sequence[StudyDocument], how: str, size: Callable[[Drawing], str]) -> str:
+    """Return the captions of all figures, below what stands above a study's numbers.
+
+    Args:
+        documents: one a study.
+        how: in which files and sizes figures are.
+        size: of one, behind its caption.
+    """
+    parts = ["# Captions", how]
+    for document in documents:
+        parts += [f"## {escaped(document.label)}", *notice_parts(document)]
+        for drawing in document.drawings():
+            caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
+            parts += [f"### {document.slug}_{drawing.slug}", caption, f"({size(drawing)})"]
+    return "\n\n".join(parts) + "\n"
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    escaped_rows = [[escaped(text) for text in row] for row in (columns, *rows)]
-    escaped_rows.insert(1, ["---"] * len(columns))
-    return "\n".join(f"| {' | '.join(row)} |" for row in escaped_rows)
+    head, *body = ([escaped(text) for text in row] for row in (columns, *rows))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(columns), *body))
 
 
 def _bullets(sentences: Sequence[str]) -> str:

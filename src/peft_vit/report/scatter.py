@@ -2,97 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.analysis import Front, MethodResult
+from peft_vit.analysis.pareto import CostName
 from peft_vit.config import LoraConfig
 from peft_vit.report.document import Drawing, Raw
-from peft_vit.report.formatting import COSTS, count, counted, megabytes, percent, percent_interval
-from peft_vit.report.hover import MARKERS, HoverPoints
-from peft_vit.report.plot_selection import SEED_DOTS, leading, selection_note, validation_means
-from peft_vit.report.style import INK, METHOD_COLORS, PAPER, draw, is_narrow, place_legend, quiet_grid
+from peft_vit.report.figure import (
+    INK,
+    MARKERS,
+    METHOD_COLORS,
+    PAPER,
+    SEED_DOTS,
+    Canvas,
+    draw,
+    leading,
+    quiet_grid,
+    validation_means,
+)
+from peft_vit.report.formatting import COSTS, counted, percent, percent_interval
 
 LEGEND_ENTRIES = 24
 _MARKER_STEP_PT = 7.0
 _PANEL_IN = 2.5
-_SCATTER_CAPTION = (
+_READ = (
     "Dots: single seeds, joined by a thin line. Large marker: mean. Of markers at the same place the "
     "leftmost stands where it belongs, the others beside it."
 )
-Looks = Mapping[str, tuple[str, str]]
-"""Experiment -> color of its method, and a marker that up to a dozen others do not have."""
 
 
-def accuracy_by_parameters(methods: Sequence[MethodResult]) -> Drawing:
-    """Draw accuracy against final trainable parameters, log scale."""
-    drawn = _drawn(methods)
+class _Against(NamedTuple):
+    """A figure of accuracy against a cost; `columns` of its data are fields of a result."""
 
-    def paint(figure: Figure) -> HoverPoints:
-        axes = figure.add_subplot()
-        says = [f"{count(m.final_parameters)} trainable parameters" for m in drawn]
-        hover = _scatter(figure, axes, drawn, [m.final_parameters for m in drawn], says)
-        sections = [(m, m.experiment.section(LoraConfig)) for m in drawn]
-        fixed_rank = [m for m, lora in sections if lora is not None and lora.rank is not None]
-        line = [(m.final_parameters, 100 * m.test_accuracy.estimate) for m in fixed_rank]
-        if len(line) > 1:
-            axes.plot(*zip(*sorted(line), strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
-        _count_axis(axes)
-        end = "\n" if is_narrow(figure) else " "
-        axes.set_xlabel(f"trainable parameters at the end of the run,{end}head included (log scale)")
-        return hover
-
-    caption = (
-        f"{_SCATTER_CAPTION} The blue line joins the fixed-rank LoRA means: an adaptive method earns "
-        f"its cost where it lies above that line.{selection_note(len(drawn), len(methods))}"
-    )
-    title = "Accuracy against trainable parameters"
-    rows = _rows(methods, lambda m: {"trainable_parameters": m.final_parameters})
-    return draw("accuracy_by_parameters", title, caption, 3.9, paint, rows, 2.7 + 0.14 * len(drawn))
+    slug: str
+    title: str
+    caption: str
+    label: str
+    columns: dict[str, str]
 
 
-def accuracy_by_bytes(methods: Sequence[MethodResult]) -> Drawing:
-    """Draw accuracy against the bytes to store: frozen weights plus adapter file."""
-    drawn = _drawn(methods)
-
-    def paint(figure: Figure) -> HoverPoints:
-        axes, stored = figure.add_subplot(), [m.stored_bytes / 1e6 for m in drawn]
-        says = [f"{megabytes(m.stored_bytes)} to store" for m in drawn]
-        hover = _scatter(figure, axes, drawn, stored, says)
-        axes.set_xlim(0, 1.1 * max(stored))  # room for markers beside the last one
-        axes.set_xlabel("frozen weights + adapter file (MB, 10⁶ bytes)")
-        return hover
-
-    caption = (
-        "What must be stored for one task: the frozen weights as they are held, scales and offsets "
-        f"included, plus the saved adapter. {_SCATTER_CAPTION}{selection_note(len(drawn), len(methods))}"
-    )
-    rows = _rows(methods, lambda m: {"frozen_bytes": m.frozen_bytes, "adapter_file_bytes": m.adapter_file_bytes})
-    return draw("accuracy_by_bytes", "Accuracy against bytes", caption, 3.9, paint, rows, 2.7 + 0.14 * len(drawn))
-
-
-def _drawn(methods: Sequence[MethodResult]) -> list[MethodResult]:
-    return leading(methods, validation_means(methods), LEGEND_ENTRIES)
+_AGAINST: dict[CostName, _Against] = {
+    "final_parameters": _Against(
+        "accuracy_by_parameters",
+        "Accuracy against trainable parameters",
+        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies above "
+        "that line.",
+        "trainable parameters at the end of the run,{end}head included (log scale)",
+        {"trainable_parameters": "final_parameters"},
+    ),
+    "stored_bytes": _Against(
+        "accuracy_by_bytes",
+        "Accuracy against bytes",
+        "What must be stored for one task: the frozen weights as they are held, scales and offsets included, plus the "
+        f"saved adapter. {_READ}",
+        "frozen weights + adapter file (MB, 10⁶ bytes)",
+        {"frozen_bytes": "frozen_bytes", "adapter_file_bytes": "adapter_file_bytes"},
+    ),
+}
 
 
-def _rows(methods: Sequence[MethodResult], cost: Callable[[MethodResult], dict[str, Raw]]) -> list[dict[str, Raw]]:
-    return [
+def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing:
+    """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
+    own, words = _AGAINST[cost], COSTS[cost]
+    drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        places = [words.scale * getattr(m, cost) for m in drawn]
+        _scatter(canvas, axes, drawn, places, [f"{words.write(getattr(m, cost))}{words.unit}" for m in drawn])
+        if cost == "final_parameters":
+            ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
+            line = sorted((m.final_parameters, 100 * m.test_accuracy.estimate) for m, lora in ranked if lora.rank)
+            if len(line) > 1:
+                axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
+            _count_axis(axes)
+        else:
+            axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
+        axes.set_xlabel(own.label.format(end="\n" if canvas.narrow else " "))
+
+    data: list[dict[str, Raw]] = [
         {
             "experiment": m.experiment.name,
             "method": m.experiment.method,
             "seed": seed,
             "test_accuracy": value,
             "mean_test_accuracy": m.test_accuracy.estimate,
-            **cost(m),
+            **{column: getattr(m, field) for column, field in own.columns.items()},
         }
         for m in methods
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
     ]
+    return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
+
+
+Looks = Mapping[str, tuple[str, str]]
+"""Experiment -> color of its method, and a marker that up to a dozen others do not have."""
 
 
 def _looks(methods: Sequence[MethodResult]) -> Looks:
@@ -102,48 +112,47 @@ def _looks(methods: Sequence[MethodResult]) -> Looks:
     }
 
 
-def _legend(figure: Figure, looks: Looks) -> None:
-    marks = [Line2D([], [], marker=m, ls="", color=color, ms=6, label=name) for name, (color, m) in looks.items()]
-    place_legend(figure, marks)
+def _legend(canvas: Canvas, looks: Looks) -> None:
+    canvas.name_experiments(
+        [Line2D([], [], marker=m, ls="", color=color, ms=6, label=name) for name, (color, m) in looks.items()]
+    )
 
 
 def _scatter(
-    figure: Figure, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], says: Sequence[str]
-) -> HoverPoints:
+    canvas: Canvas, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], says: Sequence[str]
+) -> None:
     """Draw each seed and the mean of each method at its place; `says` is what a place is."""
-    hover, looks = HoverPoints(), _looks(methods)
-    for method, x, offset, said in zip(methods, places, _side_by_side(places), says, strict=True):
+    looks = _looks(methods)
+    for method, x, offset, said in zip(methods, places, side_by_side(places), says, strict=True):
         name, mean = method.experiment.name, 100 * method.test_accuracy.estimate
         color, marker = looks[name]
-        hover.series(name, color, marker)
-        moved = axes.transData + ScaledTranslation(offset / 72, 0, figure.dpi_scale_trans)
+        canvas.series(name, color, marker)
+        moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
         seeds = [100 * value for value in method.by_seed]
         span = [min(seeds), max(seeds)]
-        hover.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
+        canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
         if len(seeds) <= SEED_DOTS:
             texts = [f"seed {s}: {percent(v)}\n{said}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
             look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
-            hover.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
+            canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
         texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{said}"]
         look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
-        hover.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
+        canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
     # Moved artists do not count for the limits on their own.
     axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed])
     axes.margins(x=0.1, y=0.08)
     axes.autoscale_view()
     axes.set_ylabel("test accuracy (%)")
     quiet_grid(axes)
-    _legend(figure, looks)
-    return hover
+    _legend(canvas, looks)
 
 
-def _side_by_side(positions: Sequence[float]) -> list[float]:
+def side_by_side(positions: Sequence[float]) -> list[float]:
     """Return offsets in points: of markers at the same position (within 0.2 %), the first stays, others follow."""
-    offsets: list[float] = []
-    for i, position in enumerate(positions):
-        before = sum(abs(position - other) <= 0.002 * position for other in positions[:i])
-        offsets.append(_MARKER_STEP_PT * before)
-    return offsets
+    return [
+        _MARKER_STEP_PT * sum(abs(position - other) <= 0.002 * position for other in positions[:i])
+        for i, position in enumerate(positions)
+    ]
 
 
 def _count_axis(axes: Axes) -> None:
@@ -172,22 +181,20 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         return ()
     on_front = {point.experiment for front in shown for point in front.on_front}
     first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
-    looks = _looks(leading(methods, first, LEGEND_ENTRIES))
+    looks = _looks(leading(methods, first, LEGEND_ENTRIES)[0])
 
-    def paint(figure: Figure) -> HoverPoints:
-        hover = HoverPoints()
+    def paint(canvas: Canvas) -> None:
         for name, (color, marker) in looks.items():
-            hover.series(name, color, marker)
-        columns = 1 if is_narrow(figure) else 2
-        panels = figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).ravel()
+            canvas.series(name, color, marker)
+        columns = 1 if canvas.narrow else 2
+        panels = canvas.figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).ravel()
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         for axes, front in zip(panels, shown, strict=False):
-            _front_panel(axes, hover, front, looks)
+            _front_panel(axes, canvas, front, looks)
         for axes in panels[: len(shown) : columns]:
             axes.set_ylabel("validation accuracy (%)")
-        _legend(figure, looks)
-        return hover
+        _legend(canvas, looks)
 
     some = (
         f" Drawn are {len(looks)} of {len(methods)} experiments: those on a front first, then those with the highest "
@@ -198,9 +205,6 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         "by a stair. Open: beaten by another. Validation chooses the front; the table has the accuracy on test and "
         f"what the paired test says of each step.{'' if len(looks) == len(methods) else some}"
     )
-    height = _PANEL_IN * -(-len(shown) // 2) + 0.4
-    narrow = _PANEL_IN * len(shown) + 0.4 + 0.14 * len(looks)
-    title = "Pareto fronts: accuracy against what it costs"
     data: list[dict[str, Raw]] = [
         {
             "cost": front.cost,
@@ -213,10 +217,14 @@ def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> t
         for front in shown
         for point in front.points
     ]
-    return (draw("pareto_fronts", title, caption, height, paint, data, narrow),)
+    height = _PANEL_IN * -(-len(shown) // 2) + 0.4
+    narrow = _PANEL_IN * len(shown) + 0.4 + 0.14 * len(looks)
+    return (
+        draw("pareto_fronts", "Pareto fronts: accuracy against what it costs", caption, height, paint, data, narrow),
+    )
 
 
-def _front_panel(axes: Axes, hover: HoverPoints, front: Front, looks: Looks) -> None:
+def _front_panel(axes: Axes, canvas: Canvas, front: Front, looks: Looks) -> None:
     cost = COSTS[front.cost]
     stair = [(cost.scale * p.cost, 100 * p.validation_accuracy) for p in front.on_front]
     axes.step(*zip(*stair, strict=True), where="post", color=INK, lw=0.9, alpha=0.6, zorder=2)
@@ -227,16 +235,9 @@ def _front_panel(axes: Axes, hover: HoverPoints, front: Front, looks: Looks) -> 
         stands = "on the front" if point.on_front else "not on the front"
         accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
         texts = [f"{cost.write(point.cost)}{cost.unit}: {stands}\n{accuracies}"]
-        look = {
-            "marker": marker,
-            "ls": "",
-            "ms": 6,
-            "mfc": color if point.on_front else PAPER,
-            "mec": color,
-            "mew": 1.2,
-        }
+        look = {"marker": marker, "ls": "", "ms": 6, "mfc": color if point.on_front else PAPER, "mec": color}
         x, y = cost.scale * point.cost, 100 * point.validation_accuracy
-        hover.plot(point.experiment, axes, [x], [y], texts, color=color, **look, zorder=3)
+        canvas.plot(point.experiment, axes, [x], [y], texts, color=color, mew=1.2, **look, zorder=3)
     if front.cost == "final_parameters":
         _count_axis(axes)
     axes.margins(x=0.08, y=0.1)

@@ -17,17 +17,14 @@ from peft_vit.report import (
     summary,
     tables,
 )
-from peft_vit.report.curves import loss_curves
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.examples import Thumbnails, example_blocks
+from peft_vit.report.figure import leading, validation_means
 from peft_vit.report.forest_plot import accuracy_by_method, forests
 from peft_vit.report.formatting import counted, fixed, joined, plain
 from peft_vit.report.heatmaps import importance_maps, rank_maps
-from peft_vit.report.plot_selection import leading, selection_note, validation_means
-from peft_vit.report.progress import progress
-from peft_vit.report.reliability import reliability_diagram
-from peft_vit.report.scatter import accuracy_by_bytes, accuracy_by_parameters, pareto_panels
-from peft_vit.report.stopping_plot import stopping_blocks
+from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
+from peft_vit.report.scatter import accuracy_against, pareto_panels
 
 MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
@@ -43,17 +40,38 @@ def study_documents(
         agreements: between them.
         thumbnails: gets pictures of test images.
     """
-    taken: set[str] = set()
-    documents = []
+    documents: dict[str, StudyDocument] = {}
     for analysis in analyses:
-        base = slug = slug_of(analysis.study.label)
+        study = analysis.study
+        base = slug = slug_of(study.label)
         number = 2
-        while slug in taken:
+        while slug in documents:
             slug, number = f"{base}_{number}", number + 1
-        taken.add(slug)
-        own = [a for a in agreements if analysis.study.label in (a.study, a.other)]
-        documents.append(_document(analysis, slug, own, thumbnails))
-    return tuple(documents)
+        own = [a for a in agreements if study.label in (a.study, a.other)]
+        contents: tuple[tuple[Block, ...], ...] = ((),) * len(SECTION_TITLES)
+        if study.runs:
+            contents = (
+                tuple(_importance(analysis, own)),
+                tuple(_allocation(analysis)),
+                tuple(_quantization(analysis)),
+                (*_methods(analysis), *example_blocks(analysis, thumbnails)),
+                findings_tables.findings_tables(analysis.findings),
+            )
+        documents[slug] = StudyDocument(
+            label=plain(study.label),
+            slug=slug,
+            notices=tuple(map(plain, study.notices)),
+            facts=summary.facts(study),
+            cards=summary.cards(analysis.methods),
+            came_out=summary.came_out(analysis),
+            how_sure=summary.how_sure(analysis),
+            progress=summary.progress(study),
+            sections=dict(zip(SECTION_TITLES, contents, strict=True)),
+            not_shown=summary.not_shown(study),
+            runs=summary.run_details(study),
+            disclaimer=plain(study.disclaimer),
+        )
+    return tuple(documents.values())
 
 
 def slug_of(name: str) -> str:
@@ -61,44 +79,11 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
 
 
-def _document(
-    analysis: Analysis, slug: str, agreements: Sequence[StudyAgreement], thumbnails: Thumbnails | None
-) -> StudyDocument:
-    study = analysis.study
-    contents: tuple[tuple[Block, ...], ...] = ((),) * len(SECTION_TITLES)
-    if study.runs:
-        contents = (
-            tuple(_importance(analysis, agreements)),
-            tuple(_allocation(analysis)),
-            tuple(_quantization(analysis)),
-            (*_methods(analysis), *example_blocks(analysis, thumbnails)),
-            findings_tables.findings_tables(analysis.findings),
-        )
-    return StudyDocument(
-        label=plain(study.label),
-        slug=slug,
-        notices=tuple(plain(notice) for notice in study.notices),
-        facts=summary.facts(study),
-        cards=summary.cards(analysis.methods),
-        came_out=summary.came_out(analysis),
-        how_sure=summary.how_sure(analysis),
-        progress=progress(study),
-        sections=dict(zip(SECTION_TITLES, contents, strict=True)),
-        not_shown=summary.not_shown(study),
-        runs=summary.run_details(study),
-        disclaimer=plain(study.disclaimer),
-    )
-
-
-def _maps_note(drawn: int, there: int) -> str:
-    return selection_note(drawn, there) + (_EVERY_RUN if drawn < there else "")
-
-
 def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> Iterator[Block]:
     patterns = analysis.importance
     if patterns:
-        shown = leading(patterns, validation_means(analysis.methods), MAPS)
-        yield importance_maps(shown, _maps_note(len(shown), len(patterns)))
+        shown, note = leading(patterns, validation_means(analysis.methods), MAPS)
+        yield importance_maps(shown, note and note + _EVERY_RUN)
     else:
         yield Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
     yield from (Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
@@ -117,13 +102,13 @@ def _fisher_line(agreement: FisherAgreement) -> str:
     rhos = agreement.rhos
     images = joined(str(count) for count in sorted({check.images for check in agreement.checks}))
     sites = sorted({len(check.minibatch) for check in agreement.checks})
-    found = "undefined, one of both is constant"
+    value = "undefined, one of both is constant"
     if rhos:
-        found = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
+        value = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
     return (
         f"{plain(agreement.experiment.name)}: the score fisher (minibatch empirical Fisher) against the per-sample "
         f"empirical Fisher of the same {images} training images after training, Spearman's rho over the "
-        f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {found}, "
+        f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {value}, "
         f"{counted(len(rhos), 'seed')}. At 1 both order the sites alike; at 0 the score does not tell the other's "
         "order. It describes these runs; it is no test."
     )
@@ -133,8 +118,8 @@ def _allocation(analysis: Analysis) -> Iterator[Block]:
     allocated = analysis.allocation
     mapped = [a for a in allocated if a.maps]
     if mapped:
-        shown = leading(mapped, validation_means(analysis.methods), MAPS)
-        yield rank_maps(shown, _maps_note(len(shown), len(mapped)))
+        shown, note = leading(mapped, validation_means(analysis.methods), MAPS)
+        yield rank_maps(shown, note and note + _EVERY_RUN)
     else:
         yield Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")
     if allocated:
@@ -159,10 +144,10 @@ def _quantization(analysis: Analysis) -> Iterator[Block]:
 
 
 def _methods(analysis: Analysis) -> Iterator[Block]:
-    methods = analysis.methods
+    methods, means = analysis.methods, validation_means(analysis.methods)
     yield accuracy_by_method(analysis.study, methods)
     yield tables.accuracy_table(methods)
-    yield from stopping_blocks(analysis.study, analysis.courses, validation_means(methods))
+    yield from stopping_blocks(analysis.study, analysis.courses, means)
     forest = forests(analysis)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         if reference in forest:
@@ -171,13 +156,13 @@ def _methods(analysis: Analysis) -> Iterator[Block]:
     if not analysis.comparisons:
         yield Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method.")
     yield from pair_tables.pair_blocks(analysis.pairs)
-    yield accuracy_by_parameters(methods)
-    yield accuracy_by_bytes(methods)
-    yield loss_curves(analysis.study, validation_means(methods))
+    yield accuracy_against("final_parameters", methods)
+    yield accuracy_against("stored_bytes", methods)
+    yield loss_curves(analysis.study, means)
     yield tables.cost_table(methods)
     yield from pareto_panels(analysis.fronts, methods)
     yield from pair_tables.front_blocks(analysis.fronts)
     yield tables.quality_table(methods)
-    yield from reliability_diagram(analysis.calibration, validation_means(methods))
+    yield from reliability_diagram(analysis.calibration, means)
     yield from calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences)
     yield calibration_tables.convergence_table(methods)

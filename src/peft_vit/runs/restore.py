@@ -14,8 +14,8 @@ from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
 from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
-from peft_vit.config import ExperimentConfig, QaLoraConfig
-from peft_vit.data import DATASETS, Data, load_data
+from peft_vit.config import DATASETS, ExperimentConfig, QaLoraConfig
+from peft_vit.data import Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, Preparation

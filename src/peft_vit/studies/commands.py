@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 from peft_vit.config import ExecutorName, StudyConfig, load_study
 from peft_vit.errors import UserError
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records.study_file import STUDY_FILE, read_study_file
 from peft_vit.safe_io import folder_below
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.lock import StudyLock, study_lock
 from peft_vit.studies.status import study_status
-from peft_vit.studies.time_limit import Deadline, Limit
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.statistics.sequential import Course
-    from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
+    from peft_vit.studies.request import TrainRequest
 
 _say = partial(print, flush=True)
 
@@ -113,23 +114,23 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
         return failed
 
 
-def run_on_own_images(request: OwnImages, results_dir: Path, *, smoke: bool = False) -> dict[str, str]:
-    """Do one run on somebody's own images, beside those that the directory holds already; as `run_studies`."""
+def run_on_own_images(request: TrainRequest) -> dict[str, str]:
+    """Do one run on somebody's own images, beside those that the output holds already; as `run_studies`."""
     from peft_vit.studies.own_images import STUDY_NAME, refuse_among_images, study_of
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.printing import print_plan
     from peft_vit.studies.profiling import measure_step
 
-    refuse_among_images(request.folder, results_dir)
-    with _locked(results_dir, [STUDY_NAME]) as (lock,):
+    refuse_among_images(request.images, request.output)
+    with _locked(request.output, [STUDY_NAME]) as (lock,):
         earlier = read_study_file(lock.folder)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
         plan = plan_study(
             study,
-            results_dir,
-            file=request.folder,
-            smoke=smoke,
+            request.output,
+            file=request.images,
+            smoke=request.smoke,
             part=True,
             measure_step=partial(measure_step, tell=_say),
         )

@@ -11,25 +11,16 @@ from typing import cast
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
-from peft_vit.costs.estimate import (
-    Estimate,
-    EstimateRequest,
-    Measure,
-    MeasuredCost,
-    Workload,
-    bf16_factor,
-    estimate_runs,
-)
-from peft_vit.costs.memory_limit import Choice
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
 from peft_vit.errors import UserError, named
+from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
+from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.methods import check
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
 from peft_vit.studies.smoke import smoke_study
 from peft_vit.studies.study_file import difference, go_on, study_file
 
@@ -171,7 +162,7 @@ def plan_begun_study(
     wanted = []
     for place, experiment in enumerate(study.experiments):
         steps = experiment.total_steps(workload.train)
-        kind = miniature(spec_of(study, place, study.seeds[0], smoke=smoke), steps, workload.shape, index, splits)
+        kind = calibration_run(spec_of(study, place, study.seeds[0], smoke=smoke), steps, workload.shape, index, splits)
         kind_sha256 = kind.digest()
         for seed in study.seeds:
             spec = spec_of(study, place, seed, smoke=smoke)
@@ -188,7 +179,7 @@ def plan_begun_study(
         if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
             estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
         runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
-    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
+    factor = workload.bf16_factor() if precision.emulated and pending and not smoke else None
     return Plan(
         study,
         file,
@@ -200,7 +191,11 @@ def plan_begun_study(
         part,
         notices,
         before=before,
-        memory=tuple(line(one, choices[one.name], workload.shape) for one in study.experiments if one.name in choices),
+        memory=tuple(
+            choices[one.name].line(one, len(workload.shape.values_by_block))
+            for one in study.experiments
+            if one.name in choices
+        ),
     )
 
 

@@ -12,11 +12,11 @@ from rich.text import Text
 from peft_vit.config import StudyConfig
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
+from peft_vit.forecasting.time_limit import makespan
 from peft_vit.runs.export import Exported, file_bytes, said_loss
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.time_limit import makespan
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
 

@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from peft_vit.forecasting.time_limit import makespan
 from peft_vit.studies.events import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.studies.printing import duration, open_console
-from peft_vit.studies.time_limit import makespan
 from peft_vit.training import Progress
 
 _PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal

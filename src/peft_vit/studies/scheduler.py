@@ -28,8 +28,8 @@ from peft_vit.studies.store import StudyStore
 from peft_vit.studies.study_file import go_on, study_file, write_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.studies.deadline import Deadline
     from peft_vit.studies.plan import Plan, PlannedRun
-    from peft_vit.studies.time_limit import Deadline
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2

@@ -24,7 +24,7 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.stopping_plot import stopping_blocks
+from peft_vit.report.lines import stopping_blocks
 from peft_vit.report.tables import cell, interval_cell
 from peft_vit.statistics import Interval
 from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure

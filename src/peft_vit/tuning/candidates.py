@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from peft_vit.backbones import BackboneShape, fused_sites
-from peft_vit.config import BITS_OF_TYPE, QuantizationType
-from peft_vit.config.augmentation import AUGMENTATION_OF_FLIPS, Flips
+from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
 from peft_vit.methods import METHODS, Wishes
 
 Kind = Literal["lora", "lora_nf4", "lora_int8", "adalora", "lora_int2"]

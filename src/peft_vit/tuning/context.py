@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peft_vit.backbones import BackboneShape, check_weights, describe
-from peft_vit.config import BackboneConfig, WeightsSource, named_backbone
-from peft_vit.config.augmentation import Flips
+from peft_vit.config import BackboneConfig, Flips, WeightsSource, named_backbone
 from peft_vit.errors import UserError
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Metric
@@ -29,7 +28,7 @@ class TuningContext:
     Attributes:
         state: of the tuning.
         runner: does the runs of a study.
-        seen: of the images, see `data.look`.
+        seen: of the images, see `data.look_at`.
         images_file: which of them are sealed.
         counts: images of each class that are not sealed.
         metric: what decides.

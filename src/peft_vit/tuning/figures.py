@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from peft_vit.report.document import Drawing, Raw
+from peft_vit.report.figure import METHOD_COLORS, PAPER, SEQUENTIAL, STYLE, Canvas, draw
 from peft_vit.report.formatting import counted, percent
-from peft_vit.report.hover import HoverPoints
-from peft_vit.report.reliability import Line, draw_reliability
-from peft_vit.report.style import METHOD_COLORS, PAPER, SEQUENTIAL, STYLE, draw
+from peft_vit.report.lines import Line, draw_reliability
 from peft_vit.tuning.sealed import CalibrationResult
 
 MOST_CLASSES = 40  # of a confusion matrix that can be read
@@ -83,16 +81,16 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
     text: dict[str, Any] = {"fontfamily": families, "parse_math": False}
     shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
 
-    def paint(figure: Figure) -> HoverPoints:
-        axes, hover = figure.add_subplot(), HoverPoints()
-        hover.series("images", METHOD_COLORS["lora"])
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        canvas.series("images", METHOD_COLORS["lora"])
         mesh = axes.pcolormesh(shares, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=PAPER, linewidth=0.4)
         texts = [
             f"{names[row]}, taken for {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
             for row in range(size)
             for column in range(size)
         ]
-        hover.add("images", mesh, texts)
+        canvas.add("images", mesh, texts)
         if size <= _NUMBERED:
             for row, column in np.ndindex(*confusion.shape):
                 color = _ON_BRIGHT if shares[row, column] > _BRIGHT else _ON_DARK
@@ -106,7 +104,6 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        return hover
 
     data: list[dict[str, Raw]] = [
         {"class": names[row], "taken_for": names[column], "images": int(confusion[row, column])}
@@ -141,18 +138,6 @@ def calibration_figure(sealed: CalibrationResult, folds: CalibrationResult, temp
         "folds, calibrated": folds.bins[1],
         "sealed, calibrated": sealed.bins[1],
     }
-    data: list[dict[str, Raw]] = [
-        {
-            "images": name,
-            "low": b.low,
-            "high": b.high,
-            "predictions": b.count,
-            "confidence": b.confidence,
-            "accuracy": b.accuracy,
-        }
-        for name, found in bins.items()
-        for b in found
-    ]
     caption = (
         "Predictions in bins of equal counts by their confidence; the fewer images, the more a bin moves by chance. On "
         "the dashed line confidence and accuracy agree; below it the model is too sure of itself. Calibrated: "
@@ -160,4 +145,4 @@ def calibration_figure(sealed: CalibrationResult, folds: CalibrationResult, temp
         "negative log-likelihood on folds. The expected calibration error on sealed images is "
         f"{percent(sealed.ece[1])}, and {percent(sealed.ece[0])} without."
     )
-    return draw_reliability([Line(name, found) for name, found in bins.items()], caption, data)
+    return draw_reliability([Line(name, found) for name, found in bins.items()], caption, "images")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peft_vit.data.look import images_file, look_at
+from peft_vit.data import images_file, look_at
 from peft_vit.errors import UserError
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from peft_vit.config import DATASETS
 from peft_vit.records import RECORD_FILE, RunRecord
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, StudyDocument
 from peft_vit.report.formatting import (
@@ -17,7 +18,6 @@ from peft_vit.report.formatting import (
     points_interval,
     signed,
 )
-from peft_vit.report.summary import LICENCES
 from peft_vit.statistics import Interval
 from peft_vit.tuning.blocks import (
     Pictures,
@@ -111,7 +111,7 @@ def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
     yield "Models", f"{joined(request.models)}; taken: {choice.model} at {choice.image_size} pixels"
     yield "Licence of the weights", summary.weights_licence
-    yield "Licence of the images", LICENCES[summary.chosen.spec.data.dataset]
+    yield "Licence of the images", DATASETS[summary.chosen.spec.data.dataset].licence
     sizes = summary.chosen.split_sizes
     yield "Split", f"{sizes['train']:,} images trained on, {sizes['test']:,} sealed until the end"
     yield "Classes", f"{len(summary.chosen.class_names)}: {joined(map(plain, summary.chosen.class_names))}"

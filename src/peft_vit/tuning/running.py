@@ -10,16 +10,17 @@ from typing import Any, Protocol
 
 from peft_vit.config import ExecutorName, study_from_mapping
 from peft_vit.errors import UserError
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.records.study_file import read_study_file
 from peft_vit.safe_io import folder_below
+from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_begun_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import drive
-from peft_vit.studies.time_limit import Deadline, Limit
 from peft_vit.tuning.result import Metric
 
 

@@ -142,7 +142,7 @@ def test_more_folds_than_different_images_are_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"test_images": 10}, "test_images has no effect with folds"),
+        ({"test_images": 10}, "has no effect with folds"),
         ({"test_split": "per_seed"}, "test_split: per_seed has no effect with folds"),
         ({"folds": 1}, "greater than or equal to 2"),
     ],

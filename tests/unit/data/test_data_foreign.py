@@ -17,9 +17,8 @@ from PIL import Image
 from written_images import encoded, member, png_by_hand, tar_gz
 
 from peft_vit.data import decode_image, open_index
-from peft_vit.data.cifar import LAYOUTS
 from peft_vit.data.files import unpacked
-from peft_vit.data.packaged import read_idx
+from peft_vit.data.packaged import CIFAR10, read_idx
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.errors import UserError
 
@@ -173,7 +172,7 @@ def zipped(file, members, method=zipfile.ZIP_DEFLATED):
         ("/cat/x.png", "which leads out of it"),
         (r"cat\..\x.png", "which leads out of it"),
         ("cat/a.png", r"holds 'cat/a\.png' twice"),
-        ("", "holds a file of the name '', which is none; pack it anew"),
+        ("", "holds a file of the name ''"),
     ],
 )
 def test_a_zip_whose_names_lead_out_or_stand_twice(tmp_path, config, name, message):
@@ -189,7 +188,10 @@ def test_a_zip_bomb_is_unpacked_no_further_than_an_image_goes(tmp_path, config, 
     index = open_index(config("image-folder", file))
     index.read(1) if method == zipfile.ZIP_DEFLATED else None
     expected = "larger than 1048576 bytes" if method == zipfile.ZIP_DEFLATED else "compressed otherwise than by deflate"
-    with in_memory_of(8 * MIB), pytest.raises(UserError, match=rf"cat/a\.png: is not a readable image \({expected}"):
+    with (
+        in_memory_of(8 * MIB),
+        pytest.raises(UserError, match=rf"cat/a\.png: is not a readable image \(BadZipFile: {expected}"),
+    ):
         index.read(0)
 
 
@@ -254,9 +256,9 @@ def test_the_pickled_version_of_cifar_is_refused_unread(tmp_path, config, marker
 
 
 def test_pickles_under_the_names_of_the_binary_version_are_pixels(tmp_path, config, marker):
-    layout = LAYOUTS["cifar10"]
-    for name in (*layout.train, layout.test, layout.names):
+    for name in (*CIFAR10.train, CIFAR10.test):
         (tmp_path / name).write_bytes(pickle.dumps(Payload(marker)))
+    (tmp_path / CIFAR10.names).write_text("cat\ndog\n")
     with pytest.raises(UserError, match="no multiple of a record"):
         open_index(config("cifar10", tmp_path))
 

@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from peft_vit.config import DATASETS
 from peft_vit.data import decode_image, image_warnings, load_data, make_splits, open_index, thumbnails
-from peft_vit.data import hub as hub_module
+from peft_vit.data import hf as hub_module
 from peft_vit.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -102,7 +103,7 @@ def test_forms(form, hf, tmp_path, monkeypatch):
     assert index.names[order[0]] == ("train/cat/0.png" if form == "image folder" else "train[0]")
     assert index.contents.tolist() == np.unique(index.contents, return_inverse=True)[1].tolist()
     assert len(set(index.contents)) == 8
-    assert (index.channels, index.licence) == (3, "as its card on the hub says, or yours")
+    assert (index.channels, index.licence) == (3, DATASETS["hf"].licence)
 
 
 def test_one_hash_for_the_same_tables_however_they_are_stored(hf, tmp_path):

@@ -11,7 +11,7 @@ from written_images import save
 
 from peft_vit.config import DataConfig
 from peft_vit.data import images_file, load_data, look_at, make_splits, open_index
-from peft_vit.data import look as look_module
+from peft_vit.data import inspect as inspect_module
 from peft_vit.errors import UserError
 
 
@@ -236,7 +236,7 @@ def test_imbalance_makes_balanced_accuracy_decide(root):
 @pytest.fixture
 def blind(monkeypatch):
     """Fail if an image is decoded."""
-    monkeypatch.setattr(look_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
+    monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
 
 
 def test_an_empty_folder_is_refused(tmp_path, blind):

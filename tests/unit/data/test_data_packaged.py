@@ -3,6 +3,7 @@
 import gzip
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from PIL import Image
 from torchvision.datasets.mnist import read_image_file, read_label_file
 from written_images import encoded, member, tar_gz
 
-from peft_vit.data import open_index, synthetic
-from peft_vit.data.cifar import LAYOUTS
-from peft_vit.data.packaged import read_idx
+from peft_vit.data import open_index, sample_path
+from peft_vit.data.packaged import CIFAR10, CIFAR100, read_idx
 from peft_vit.errors import UserError
 
+LAYOUTS = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 ELPV_LINES = [
     "images/cell0001.png  1.0                 mono",
     "images/cell0002.png  0.3333333333333333  poly",
@@ -114,7 +115,7 @@ def test_fashion_mnist_pixels_labels_and_test_split(fashion, config):
 
 
 def test_idx_reader_and_synthetic_writer_agree_with_torchvision(tmp_path):
-    folder = synthetic.files_for("fashion-mnist")
+    folder = Path(sample_path("fashion-mnist"))
     for kind, dimensions, oracle in (("images-idx3", 3, read_image_file), ("labels-idx1", 1, read_label_file)):
         file = folder / f"train-{kind}-ubyte.gz"
         plain = tmp_path / kind

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from peft_vit import methods
 from peft_vit.config import METHOD_KINDS, SECTIONS, AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
 from peft_vit.methods import METHODS, shorten
-from peft_vit.report.style import METHOD_COLORS, METHOD_TITLES
 
 TRAINING = {"epochs": 1, "learning_rate": 1e-3}
 ADALORA = {
@@ -30,8 +29,8 @@ def experiment(method: str, **sections: dict[str, object]) -> ExperimentConfig:
 
 def test_names_titles_and_colors_are_each_methods_own() -> None:
     assert all(name == kind.name for name, kind in METHOD_KINDS.items())
-    for values in (METHOD_TITLES.values(), METHOD_COLORS.values()):
-        assert len(set(values)) == len(METHOD_KINDS)
+    for values in ({kind.title for kind in METHOD_KINDS.values()}, {kind.color for kind in METHOD_KINDS.values()}):
+        assert len(values) == len(METHOD_KINDS)
 
 
 def test_every_kind_has_its_method_and_every_module_a_kind() -> None:

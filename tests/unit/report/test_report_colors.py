@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from peft_vit.analysis import method_results
-from peft_vit.report.scatter import accuracy_by_parameters
-from peft_vit.report.style import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
+from peft_vit.report.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
+from peft_vit.report.scatter import accuracy_against
 from peft_vit.tuning.figures import _BRIGHT, _ON_BRIGHT, _ON_DARK
 
 CLOSEST = 12.5  # Delta E of 1976; about 2 can be seen side by side
@@ -85,6 +85,6 @@ def test_heat_maps_go_from_dark_to_bright(deficiency: Deficiency | None) -> None
 
 def test_a_dozen_experiments_have_markers_of_their_own() -> None:
     """So that no two of them are told apart by color alone."""
-    drawing = accuracy_by_parameters(method_results(planted.study_of(planted.quickstart())))
+    drawing = accuracy_against("final_parameters", method_results(planted.study_of(planted.quickstart())))
     assert len(drawing.series) == 12
     assert len({one.glyph for one in drawing.series}) == 12

@@ -11,40 +11,36 @@ import numpy as np
 import planted
 import pypdf
 import pytest
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from peft_vit.analysis import Analysis, analyze, load_studies
 from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
-from peft_vit.report import publication
+from peft_vit.report.build import captions
 from peft_vit.report.document import Drawing
-from peft_vit.report.hover import HoverPoints
-from peft_vit.report.reliability import reliability_diagram
+from peft_vit.report.figure import WIDTHS_IN, Canvas, draw, publication_files, publication_style
+from peft_vit.report.lines import reliability_diagram
 from peft_vit.report.sections import study_documents
-from peft_vit.report.style import METHOD_COLORS, draw
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
 
 
 @pytest.fixture(scope="module")
 def hostile() -> Drawing:
-    def paint(figure: Figure) -> HoverPoints:
-        axes, hover = figure.add_subplot(), HoverPoints()
-        hover.series(HOSTILE, "#0072b2", "o")
-        (line,) = axes.plot([1, 2, 3], [1, 3, 2], "o-", label=HOSTILE)
-        hover.add(HOSTILE, line, ["one", "two", HOSTILE])
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        canvas.series(HOSTILE, "#0072b2", "o")
+        canvas.plot(HOSTILE, axes, [1, 2, 3], [1, 3, 2], ["one", "two", HOSTILE], marker="o", label=HOSTILE)
         axes.set_xlabel("share (%)")
         axes.legend()
-        return hover
 
     return draw("hostile", HOSTILE, HOSTILE, 2.5, paint, [{"name": HOSTILE, "value": 0.1}])
 
 
 @pytest.fixture(scope="module")
 def files(hostile: Drawing) -> dict[str, bytes]:
-    return dict(publication.publication_files(hostile))
+    return dict(publication_files(hostile))
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +101,11 @@ def drawings(analysis: Analysis) -> tuple[Drawing, ...]:
 def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
     assert len(drawings) == 9
     for drawing in drawings:
-        for columns, width in publication.WIDTHS_IN.items():
-            with matplotlib.rc_context(publication.style_of(columns)):
-                figure = Figure(figsize=(width, drawing.height_in))
-                drawing.paint(figure)
-                texts = figure.findobj(lambda a: isinstance(a, Text) and bool(a.get_text()))
+        for columns, width in WIDTHS_IN.items():
+            with matplotlib.rc_context(publication_style(columns)):
+                canvas = Canvas(width, drawing.height_in)
+                drawing.paint(canvas)
+                texts = canvas.figure.findobj(lambda a: isinstance(a, Text) and bool(a.get_text()))
             assert len(texts) > 3
             assert min(text.get_fontsize() for text in texts) >= 6.5, drawing.slug
 
@@ -144,44 +140,24 @@ def test_a_reliability_diagram_needs_predictions_and_names_their_number(analysis
     assert [row["predictions"] for row in drawing.data] == [0, 40]
 
 
-def _distances(colors: list[str], matrix: np.ndarray) -> np.ndarray:
-    rgb = np.array([[int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)] for color in colors])
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    seen = np.clip(linear @ matrix.T, 0, 1)
-    back = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
-    return np.linalg.norm(back[:, None] - back[None], axis=2)[np.triu_indices(len(colors), 1)]
-
-
-@pytest.mark.parametrize(
-    ("deficiency", "matrix"),
-    [  # Machado, Oliveira and Fernandes 2009, severity 1.0
-        ("none", [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
-        ("protan", [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
-        ("deutan", [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]),
-    ],
-)
-def test_methods_differ_in_color_under_color_vision_deficiencies(deficiency: str, matrix: list[list[float]]) -> None:
-    assert _distances(list(METHOD_COLORS.values()), np.array(matrix)).min() > 0.07, deficiency
-
-
 def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: tuple[Drawing, ...]) -> None:
     document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
     document.drawings = lambda: (hostile, *drawings)
-    text = publication.captions([document])
+    text = captions([document])
     assert text.count("\n### s_") == len(drawings) + 1
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
 
 
 def test_a_legend_entry_goes_with_its_series() -> None:
-    figure, hover = Figure(), HoverPoints()
-    axes = figure.add_subplot()
-    hover.series("a", "#000000")
+    canvas = Canvas(3, 3)
+    axes = canvas.figure.add_subplot()
+    canvas.series("a", "#000000")
     axes.plot([1], [1], label="a")
     axes.plot([2], [2], label="b")
-    figure.legend(handles=[Line2D([], [], label="a")])
+    canvas.figure.legend(handles=[Line2D([], [], label="a")])
     axes.legend()
-    hover.claim_legends(figure)
-    claimed = [text.get_gid() for text in figure.findobj(Text) if text.get_text() in {"a", "b"}]
+    canvas.finish()
+    claimed = [text.get_gid() for text in canvas.figure.findobj(Text) if text.get_text() in {"a", "b"}]
     assert sum(gid is not None for gid in claimed) == 2
     assert len(claimed) == 3

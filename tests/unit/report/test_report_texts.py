@@ -1,10 +1,10 @@
 import pytest
 
-from peft_vit.report.curves import smoothed
 from peft_vit.report.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.report.html import soft
+from peft_vit.report.lines import smoothed
 from peft_vit.report.markdown import escaped
-from peft_vit.report.scatter import _side_by_side, short_count
+from peft_vit.report.scatter import short_count, side_by_side
 from peft_vit.report.sections import slug_of
 from peft_vit.statistics import mean_interval
 
@@ -55,8 +55,8 @@ def test_smoothing_is_a_centered_mean() -> None:
     assert smoothed([1.0, 2.0], 1) == pytest.approx([1.0, 2.0])
 
 
-def test_markers_at_one_place_stand_side_by_side() -> None:
-    first, second, third, elsewhere = _side_by_side([100.0, 100.1, 100.0, 150.0])
+def test_markers_at_one_place_standside_by_side() -> None:
+    first, second, third, elsewhere = side_by_side([100.0, 100.1, 100.0, 150.0])
     assert first == elsewhere == 0
     assert 0 < second < third
 

@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 from written_runs import run_and_write
 
-from peft_vit.costs import estimate
 from peft_vit.errors import UserError
+from peft_vit.forecasting import estimate
 from peft_vit.records.study_file import read_study_file
 from peft_vit.runs import machine as precision
 from peft_vit.runs.machine import Bf16Support, bf16_support, choose_precision, resolve_device
@@ -219,7 +219,7 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
 def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
     asked = []
 
-    def rate(shape, device, precision, threads, *, budget_s):
+    def rate(shape, device, precision, threads, *, budget_s=0.2):
         asked.append((precision, budget_s))
         return {"bf16": 2e9, "fp32": 13.2e9}[precision]
 

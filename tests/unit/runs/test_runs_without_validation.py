@@ -172,7 +172,7 @@ def test_what_needs_validation_images_is_refused(study, methods, training, measu
 def test_one_validation_image_and_a_strength_without_a_probe_are_refused(study) -> None:
     with pytest.raises(ValidationError, match="1 image tells nothing; give at least 2, or 0"):
         with_data(study("lora"), validation_images=1)
-    with pytest.raises(UserError, match=r"training\.probe_l2 has no effect where no probe is fitted"):
+    with pytest.raises(UserError, match=r"training\.probe_l2: has no effect where no probe is fitted"):
         study("lora", probe_l2=0.1)
 
 

@@ -106,5 +106,5 @@ def test_what_has_no_effect_is_refused(tiny_vit, images) -> None:
         QALoRATrainer(tiny_vit(), config(rounding="gptq", rank=2), 8)
     with pytest.raises(UserError, match="images: have no effect with rounding: nearest"):
         QALoRATrainer(tiny_vit(), config(rank=2), 8, images=images)
-    with pytest.raises(ValueError, match="calibration_images has no effect with rounding: nearest; remove it"):
+    with pytest.raises(ValueError, match="has no effect with rounding: nearest; remove it"):
         config(calibration_images=8)

@@ -1,0 +1,378 @@
+"""Diagrams of lines: loss over training, how often a model is right when sure, and comparisons from look to look."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from peft_vit.analysis import Calibration, Run, Study
+from peft_vit.analysis.calibration import Bin
+from peft_vit.analysis.stopping import ENDS, repeated_interval
+from peft_vit.config import METHOD_KINDS, StoppingConfig
+from peft_vit.report.document import Block, Drawing, Paragraph, Raw
+from peft_vit.report.figure import (
+    DASHED,
+    INK,
+    MARKERS,
+    METHOD_COLORS,
+    MUTED,
+    SINGLE_SEEDS,
+    Canvas,
+    draw,
+    leading,
+    line_look,
+    quiet_grid,
+    selection_note,
+)
+from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, signed
+from peft_vit.report.stopping_table import QUESTIONS, stopping_table
+from peft_vit.report.tables import ends
+from peft_vit.statistics.sequential import Course, Look
+
+_ROW_IN = 1.65
+_ENTRY_IN = 0.16
+PER_METHOD = 8  # a row has room for so many names
+VERTICES = 12_000  # of all lines together
+_MEASURES = ("training loss", "validation NLL")
+_Line = tuple[np.ndarray, np.ndarray]  # steps and values, (steps,) each
+# The lines of one experiment and measure by what they are of: "mean", where all seeds recorded the same steps, and
+# "seed 3" and so on, or of many seeds "lowest" and "highest".
+_Lines = dict[str, _Line]
+
+
+def smoothed(values: Sequence[float], window: int) -> np.ndarray:
+    """Return the centered moving average; at the ends over what there is of the window."""
+    data, box, half = np.asarray(values, dtype=np.float64), np.ones(window), window // 2
+    sums, counts = np.convolve(data, box), np.convolve(np.ones_like(data), box)
+    return np.asarray((sums / counts)[half : half + data.size])
+
+
+def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
+    """Draw the curves of all finished runs: a row a method, training loss at the left, validation at the right.
+
+    Args:
+        study: with its runs.
+        validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
+    """
+    runs = {e.name: [run for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    recorded = [e for e in study.experiments if runs[e.name]]
+    if not recorded:
+        return Paragraph("No loss curves: no finished run of this study recorded its steps.")
+    longest = max(len(run.record.steps) for own in runs.values() for run in own)
+    window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
+    rows: dict[str, list[str]] = {}
+    for e in recorded:
+        rows.setdefault(e.method, []).append(e.name)
+    rows = {method: leading(names, validation, PER_METHOD, str)[0] for method, names in rows.items()}
+    curves = {name: _curves(runs[name], window) for names in rows.values() for name in names}
+    vertices = sum(steps.size for pair in curves.values() for lines in pair for steps, _ in lines.values())
+    stride = max(1, -(-vertices // VERTICES))  # every so many-th vertex of each line is few enough to draw
+    for pair in curves.values():
+        for lines in pair:
+            for of, (steps, values) in lines.items():
+                kept = np.unique([*range(0, steps.size, stride), *range(steps.size)[-1:]]).astype(int)
+                lines[of] = steps[kept], values[kept]
+
+    def paint(canvas: Canvas) -> None:
+        for (method, names), panels in zip(rows.items(), _panels(canvas, len(rows)), strict=True):
+            for index, name in enumerate(names):
+                canvas.series(name, line_look(index)["color"], "")
+                for axes, measure, lines in zip(panels, _MEASURES, curves[name], strict=True):
+                    _draw_curve(axes, canvas, name, index, measure, lines, len(runs[name]))
+            left, right = panels
+            left.set_ylabel(METHOD_KINDS[method].title)
+            if canvas.narrow:  # the names of the lines stand below a row, else beside it
+                handles, _ = left.get_legend_handles_labels()
+                left.figure.legend(handles=handles, loc="outside lower center", labelspacing=0.2, borderaxespad=0.1)
+            else:
+                right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
+
+    validated = "negative log-likelihood on the validation images after each epoch"
+    if not any(run.record.evaluations for run in study.runs):
+        validated = "nothing, as there are no validation images"
+    said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
+    kinds = sorted({"lowest" in lines for pair in curves.values() for lines in pair})
+    thinned = f" To keep the page small, one point in {stride} of each line is drawn, the last too."
+    note = selection_note(len(curves), len(recorded)).replace("on validation", "on validation, by row")
+    caption = (
+        f"Left: task loss of the training batches, centered moving average over {window} steps. "
+        f"Right: {validated}. Thick: mean over seeds; {'; '.join(said[kind] for kind in kinds)}. "
+        f"All rows of a column share one scale.{thinned if stride > 1 else ''}{note}"
+    )
+    entries = max(map(len, rows.values()))
+    height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
+    narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
+    data: list[dict[str, Raw]] = [
+        {"experiment": name, "measure": measure, "of": of, "step": int(step), "value": float(value)}
+        for name, pair in curves.items()
+        for measure, lines in zip(_MEASURES, pair, strict=True)
+        for of, line in lines.items()
+        for step, value in zip(*line, strict=True)
+    ]
+    return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
+
+
+def _curves(runs: Sequence[Run], window: int) -> tuple[_Lines, _Lines]:
+    train, validation = {}, {}
+    for run in runs:
+        steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
+        train[of] = np.array([row.step for row in steps]), smoothed([row.loss for row in steps], window)
+        nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
+        validation[of] = np.array([e.step for e in evaluations]), nll
+    return _with_mean(train), _with_mean(validation)
+
+
+def _with_mean(by_seed: _Lines) -> _Lines:
+    if len({tuple(steps) for steps, _ in by_seed.values()}) > 1:  # a mean needs the same steps in every seed
+        return by_seed
+    steps = next(iter(by_seed.values()))[0]
+    values = np.stack([line for _, line in by_seed.values()])  # (seeds, steps)
+    if len(by_seed) > SINGLE_SEEDS:
+        by_seed = {"lowest": (steps, values.min(axis=0)), "highest": (steps, values.max(axis=0))}
+    return {"mean": (steps, values.mean(axis=0))} | by_seed
+
+
+def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
+    """Return the axes of each row; all of a column share their scales."""
+    if canvas.narrow:  # each row has a legend below it, so a layout of its own
+        parts = canvas.figure.subfigures(rows, 1, squeeze=False)[:, 0]
+        panels = np.array([part.subplots(1, 2) for part in parts])
+        for row in panels[1:]:
+            for axes, first in zip(row, panels[0], strict=True):
+                axes.sharex(first)
+                axes.sharey(first)
+    else:
+        panels = canvas.figure.subplots(rows, 2, squeeze=False, sharex=True, sharey="col")
+    for axes, measure in zip(panels[0], _MEASURES, strict=True):
+        axes.set_title(measure)
+    for axes in panels[-1]:
+        axes.set_xlabel("step")
+    for axes in panels.flat:
+        quiet_grid(axes)
+    return [(left, right) for left, right in panels]
+
+
+def _draw_curve(axes: Axes, canvas: Canvas, name: str, index: int, measure: str, lines: _Lines, seeds: int) -> None:
+    look, has_mean = line_look(index), "mean" in lines
+    if "lowest" in lines:
+        (steps, low), (_, high) = lines["lowest"], lines["highest"]
+        canvas.add(name, axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0))
+
+    def line(of: str, who: str, **more: Any) -> None:
+        steps, values = lines[of]
+        says = [f"step {s}: {fixed(float(v), 3)}\n{measure} (nats), {who}" for s, v in zip(steps, values, strict=True)]
+        canvas.plot(name, axes, steps, values, says if who else [], **look, **more)
+
+    for of in [of for of in lines if of.startswith("seed")]:
+        line(of, "" if has_mean else of, lw=0.7, alpha=0.4)
+    if has_mean:
+        marker = "o" if measure == "validation NLL" else ""
+        line("mean", f"mean, {counted(seeds, 'seed')}", lw=1.6, marker=marker, ms=3.5, label=name)
+    else:
+        axes.plot([], [], **look, lw=1.6, label=name)
+
+
+class Line(NamedTuple):
+    """Bins of a reliability diagram under one name; `note` follows the number of a bin's predictions."""
+
+    name: str
+    bins: Sequence[Bin]
+    note: str = ""
+
+
+RELIABILITY_LINES = 8
+
+
+def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping[str, float]) -> tuple[Drawing, ...]:
+    """Return the diagram of every experiment that recorded predictions; none where no run did.
+
+    Args:
+        calibrations: of the study.
+        validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
+    """
+    recorded = [c for c in calibrations if any(b.count for b in c.bins)]
+    if not recorded:
+        return ()
+    lines = [Line(c.experiment.name, c.bins, f", {counted(len(c.seeds), 'seed')}") for c in recorded]
+    caption = (
+        f"Predictions on test in {len(lines[0].bins)} bins of equal width of their confidence, all seeds together; "
+        "empty bins are left out, and a bin with few predictions moves by chance. On the dashed line confidence and "
+        "accuracy agree; below it a model is too sure of itself."
+    )
+    return (draw_reliability(lines, caption, "experiment", validation),)
+
+
+def draw_reliability(
+    lines: Sequence[Line], caption: str, column: str, validation: Mapping[str, float] | None = None
+) -> Drawing:
+    """Draw how often predictions are right over how sure they are; at least one bin is not empty.
+
+    Args:
+        lines: all of them.
+        caption: how to read them.
+        column: of their names in the data.
+        validation: accuracy by name, which chooses what is drawn where there are many.
+    """
+    drawn, note = leading(lines, validation or {}, RELIABILITY_LINES, lambda line: line.name)
+
+    def paint(canvas: Canvas) -> None:
+        axes, handles = canvas.figure.add_subplot(), []
+        axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+        for index, line in enumerate(drawn):
+            look = line_look(index) | {"marker": MARKERS[index % len(MARKERS)]}
+            canvas.series(line.name, look["color"], look["marker"])
+            filled = [b for b in line.bins if b.count]
+            x = [100 * (b.confidence or 0.0) for b in filled]
+            y = [100 * (b.accuracy or 0.0) for b in filled]
+            texts = [
+                f"says {fixed(said, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
+                for said, right, b in zip(x, y, filled, strict=True)
+            ]
+            handles.append(canvas.plot(line.name, axes, x, y, texts, **look, lw=1.4, ms=4, label=line.name, zorder=2))
+        axes.set_xlabel("mean confidence of a bin (%)")
+        axes.set_ylabel("right in that bin (%)")
+        axes.set_ylim(0, 102)
+        low = min((b.confidence or 0.0) for line in drawn for b in line.bins if b.count)
+        axes.set_xlim(max(0.0, 100 * low - 4), 102)
+        quiet_grid(axes)
+        canvas.name_experiments(handles)
+
+    data: list[dict[str, Raw]] = [
+        {
+            column: line.name,
+            "low": b.low,
+            "high": b.high,
+            "predictions": b.count,
+            "confidence": b.confidence,
+            "accuracy": b.accuracy,
+        }
+        for line in lines
+        for b in line.bins
+    ]
+    title = "How sure, and how often right"
+    return draw("reliability", title, caption + note, 3.9, paint, data, 3.0 + 0.14 * len(drawn))
+
+
+PANELS = 12
+_COLUMNS, _PANEL_IN = 3, 1.75
+_DASHES = {"noninferiority": DASHED, "superiority": "-"}
+_SIDES = ("upper_bound", "lower_bound")
+
+
+def stopping_blocks(study: Study, courses: Sequence[Course], validation: Mapping[str, float]) -> Iterator[Block]:
+    """Yield figure and table of the comparisons that stop; nothing of a study that declared none.
+
+    Args:
+        study: the study.
+        courses: of its comparisons.
+        validation: experiment -> mean validation accuracy, by which panels are chosen if there are too many.
+    """
+    if study.stopping is None:
+        return
+    looked = [course for course in courses if course.looks]
+    if looked:
+        colors = {e.name: METHOD_COLORS[e.method] for e in study.experiments}
+        yield courses_figure(looked, study.stopping, colors, validation)
+    yield stopping_table(courses, study.stopping)
+
+
+def courses_figure(
+    courses: Sequence[Course], stopping: StoppingConfig, colors: Mapping[str, str], validation: Mapping[str, float]
+) -> Drawing:
+    """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it.
+
+    Args:
+        courses: that have been looked at, at least one.
+        stopping: what was declared.
+        colors: by experiment.
+        validation: see `stopping_blocks`.
+    """
+    drawn, note = leading(courses, validation, PANELS, lambda course: course.name)
+    asked = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
+    legend = [
+        Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),
+        *(
+            Line2D([], [], color=INK, lw=1, ls=_DASHES[field], label=f"bounds of “{words}”")
+            for field, words in asked.items()
+        ),
+    ]
+
+    def paint(canvas: Canvas) -> None:
+        columns = 1 if canvas.narrow else min(_COLUMNS, len(drawn))
+        panels = canvas.figure.subplots(math.ceil(len(drawn) / columns), columns, squeeze=False)
+        for axes, course in zip(panels.flat, drawn, strict=False):
+            _course_panel(axes, canvas, course, stopping, colors[course.name], list(asked))
+            axes.set_xlim(0, 1.05 * max(look.pairs for course in drawn for look in course.looks))
+        for axes in panels.flat[len(drawn) :]:
+            axes.set_axis_off()
+        for axes in panels.flat[max(0, len(drawn) - columns) : len(drawn)]:
+            axes.set_xlabel("pairs")
+        canvas.figure.supylabel(f"minus {stopping.control} (points)", fontsize="medium")
+        canvas.legend(legend, (1, len(legend)))
+
+    margin = "" if stopping.margin is None else f" Not worse is meant by {margin_in_points(stopping.margin / 100)}."
+    caption = (
+        f"Mean difference to {stopping.control} at each look, over the pairs that there were. Above the upper of two "
+        "bounds of a question its answer is yes, below the lower one the opposite is shown. Bounds beyond the picture "
+        "were hardly to be reached at that look; all come closer when other comparisons are decided."
+        f"{margin} The table has the verdicts.{note}"
+    )
+    title = f"Courses of the comparisons with {stopping.control}"
+    height, narrow = 0.9 + _PANEL_IN * math.ceil(len(drawn) / _COLUMNS), 1.2 + _PANEL_IN * len(drawn)
+    data = [_look_row(course, look, stopping) for course in courses for look in course.looks]
+    return draw("courses", title, caption, height, paint, data, narrow)
+
+
+def _course_panel(
+    axes: Axes, canvas: Canvas, course: Course, stopping: StoppingConfig, color: str, asked: Sequence[str]
+) -> None:
+    name, pairs = course.name, [look.pairs for look in course.looks]
+    differences = [100 * look.difference for look in course.looks]
+    axes.axhline(0, color=MUTED, lw=0.8, zorder=1)
+    heights = [0.5, *map(abs, differences)]
+    for field in asked:
+        for side in _SIDES:
+            bounds = [_finite(getattr(getattr(look, field), side)) for look in course.looks]
+            points = [math.nan if bound is None else 100 * bound for bound in bounds]
+            axes.plot(pairs, points, color=INK, lw=1, ls=_DASHES[field], marker="_", ms=7, zorder=2)
+            heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
+    canvas.series(name, color, "o")
+    for look in course.looks:
+        if math.isfinite(look.high - look.low):
+            ends_of = [100 * look.low, 100 * look.high]
+            canvas.plot(name, axes, [look.pairs] * 2, ends_of, color=color, lw=2.2, alpha=0.35, zorder=3)
+    says = [_says(look, stopping) for look in course.looks]
+    canvas.plot(name, axes, pairs, differences, says, color=color, marker="o", ms=4, lw=1.2, zorder=4)
+    axes.set_ylim(-1.4 * max(heights), 1.4 * max(heights))
+    axes.set_title(f"{name}: {ENDS[course.stopped]}", fontsize="small")
+    quiet_grid(axes, "y")
+
+
+def _finite(bound: float) -> float | None:
+    return bound if math.isfinite(bound) else None
+
+
+def _says(look: Look, stopping: StoppingConfig) -> str:
+    lines = [f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points"]
+    for field, words in QUESTIONS.items():
+        if (test := getattr(look, field)) is not None:
+            bounds = (_finite(getattr(test, side)) for side in _SIDES)
+            takes, opposite = ("more pairs" if bound is None else signed(100 * bound) for bound in bounds)
+            lines.append(f"{words}? takes {takes}, the opposite {opposite}; p = {fixed(test.p_value, 3)}")
+    return "\n".join(lines)
+
+
+def _look_row(course: Course, look: Look, stopping: StoppingConfig) -> dict[str, Raw]:
+    row: dict[str, Raw] = {"experiment": course.name, "control": stopping.control, "pairs": look.pairs}
+    row |= {key: value for key, value in ends("difference", repeated_interval(look, stopping)).items() if key != "n"}
+    for field in QUESTIONS:
+        if (test := getattr(look, field)) is not None:
+            row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
+            row |= {f"{field}_p": test.p_value, f"{field}_opposite_p": test.opposite_p_value}
+            row[field] = getattr(course, field)
+    return row | {"stopped": course.stopped}
