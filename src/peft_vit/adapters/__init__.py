@@ -18,6 +18,7 @@ from peft_vit.adapters.adapted_model import (
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
     by_layer,
+    check_tensors,
     load_trained,
     read_adapter_file,
     restore_trained,

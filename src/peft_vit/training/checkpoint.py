@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_vit.adapters import current_ranks, set_ranks, trained_tensors
+from peft_vit.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
 from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.records import checkpoint_folders, flush, make_folder
 from peft_vit.safe_io import read_bytes, sha256_of
@@ -70,19 +70,18 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Bring a model that was prepared anew to where it was; the state's tensors become its own.
 
     Raises:
-        ValueError: if the state is not this model's.
+        UserError: if the state is not this model's by names and shapes.
+        ValueError: if a tensor is of another type.
     """
     set_ranks(model, state["ranks"])
     tensors, places = state["tensors"], model_state(model)["tensors"]
-    if places.keys() != tensors.keys():
-        raise ValueError(f"{min(places.keys() ^ tensors.keys())} stands only on one side")
+    check_tensors(places, tensors)
     parameters = dict(model.named_parameters())
     for name, place in places.items():
-        tensor = tensors[name]
-        if tensor.shape != place.shape or tensor.dtype != place.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {place.dtype} {tuple(place.shape)}")
+        if tensors[name].dtype != place.dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}, not {place.dtype}")
         # Not copied into the old place: how it lies in memory decides how products round.
-        parameters.get(name, place).data = tensor.to(place.device)
+        parameters.get(name, place).data = tensors[name].to(place.device)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
