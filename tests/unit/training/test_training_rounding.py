@@ -7,7 +7,6 @@ from qa_lora_settings import config, scheduled
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, merge_by_requantizing
 from peft_vit.backbones import Backbone, ReplayedPass
-from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
 from peft_vit.training.quantized_layers import quantized_layers
 
@@ -98,13 +97,3 @@ def test_a_probe_on_rows_with_one_scale_keeps_its_codes_when_merged(tiny_vit, im
 
 def test_nearest_rounding_keeps_no_codes(tiny_vit) -> None:
     assert "codes" not in QALoRATrainer(tiny_vit(), config(rank=2), 8).state_dict()
-
-
-@pytest.mark.part("configuration")
-def test_what_has_no_effect_is_refused(tiny_vit, images) -> None:
-    with pytest.raises(UserError, match="images: rounding: gptq measures layers' inputs; give calibration images"):
-        QALoRATrainer(tiny_vit(), config(rounding="gptq", rank=2), 8)
-    with pytest.raises(UserError, match="images: have no effect with rounding: nearest"):
-        QALoRATrainer(tiny_vit(), config(rank=2), 8, images=images)
-    with pytest.raises(ValueError, match="has no effect with rounding: nearest; remove it"):
-        config(calibration_images=8)
