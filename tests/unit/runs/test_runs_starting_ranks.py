@@ -9,7 +9,6 @@ from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
 from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
 from peft_vit.methods import METHODS, Preparation
 from peft_vit.records import outcome_digest, run_folder
@@ -80,20 +79,6 @@ def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path
     assert outcome_digest(again.record) == outcome_digest(whole.record)
     assert again.adapter == whole.adapter
     assert again.record.rank_history == whole.record.rank_history
-
-
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
-        ({"rule": "gradient", "budget": 9, "calibration_images": 25}, "calibration_images"),
-        ({"rule": "random", "budget": 36}, "budget"),
-        ({"rule": "last_blocks", "budget": 9, "site_rank": 65}, "site_rank"),
-    ],
-)
-def test_a_plan_refuses_what_the_sites_and_the_images_do_not_allow(ruled, tmp_path, settings, field) -> None:
-    with pytest.raises(UserError) as refused:
-        specs(ruled(**settings), tmp_path)
-    assert refused.value.field == f"experiments[0].lora.ranks.{field}"
 
 
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
