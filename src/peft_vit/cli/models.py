@@ -65,7 +65,7 @@ def export(
 
         OnnxOptions(runtime, activations, accept_loss).check(format)
     if format == "history":
-        from peft_vit.analysis.history import export_history
+        from peft_vit.report.result_tables import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
     elif format == "tensorboard":
@@ -152,7 +152,7 @@ def bench(
     from rich.console import Console
     from rich.text import Text
 
-    from peft_vit.report.bench_table import bench_table
+    from peft_vit.report.printed_tables import bench_table
     from peft_vit.report.rows import check_rows_file, print_with_rows
     from peft_vit.runs.bench import bench as time_models
 
