@@ -128,11 +128,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return header and tensors of a file that may come from anybody.
-
-    Raises:
-        UserError: if it is no safetensors file.
-    """
+    """Return header and tensors of a file that may come from anybody."""
     try:
         if not os.path.isfile(file):  # opening a pipe could wait for ever
             raise ValueError("no regular file")
@@ -179,11 +175,7 @@ def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor], *, file: Pa
 
 
 def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *, file: Path | None = None) -> None:
-    """Refuse tensors that are not those of a model by name and shape.
-
-    Raises:
-        UserError: naming the file that they came from.
-    """
+    """Refuse tensors that are not those of a model by name and shape."""
     for name in sorted(expected.keys() ^ given.keys()):
         side = "model" if name in expected else "file"
         problem = f"stands only in the {side}; the adapter belongs to another configuration"

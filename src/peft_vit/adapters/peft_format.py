@@ -203,11 +203,7 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weight and bias of the head, or of each of several, by their names in the model.
-
-    Raises:
-        UserError: if the model has none.
-    """
+    """Return weight and bias of the head, or of each of several, by their names in the model."""
     heads = Backbone(model).heads
     if not heads:
         problem = "the model has no linear classification head; create it with num_classes"
@@ -242,9 +238,6 @@ def read_peft(
         sites: of the model, by module, from `backbones.fused_sites`.
         head: shapes of the parameters of the model's head by their names, `head.weight`.
         any_head: take a head of any size.
-
-    Raises:
-        UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, also False for an impossible name
         raise UserError("is no folder; give the one that PEFT's save_pretrained has written", file=folder)

@@ -74,9 +74,6 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
         settings: by PEFT's names; without `target_modules` all matrices of the blocks are adapted, by `ia3` the inputs
             of the last one of each MLP and the outputs of query, key and value.
         sites: of the model.
-
-    Raises:
-        UserError: naming the setting, below `peft`.
     """
     require_peft()
     types = tuner_types()

@@ -443,11 +443,7 @@ class Attempt:
         self.overhead = Overhead(self.known.overhead_s)
 
     def read(self) -> Overhead:
-        """Read the newest checkpoint that is whole, if there is one, and return the seconds that it has counted.
-
-        Raises:
-            UserError: if it is of another configuration.
-        """
+        """Read the newest checkpoint that is whole, if there is one, and return the seconds that it has counted."""
         state = None if self._keeper is None else self._keeper.newest()
         if state is not None:
             self._source = state.source
@@ -468,9 +464,6 @@ class Attempt:
 
         Returns:
             The provenance of the first attempt.
-
-        Raises:
-            UserError: if an earlier attempt started from something else.
         """
         first = self.known.provenance
         if not self.goes_on or first is None:

@@ -139,11 +139,7 @@ def prepare_as_saved(
 
 
 def done_record(run_dir: Path) -> RunRecord:
-    """Return the record of a run that came to an end and can be restored.
-
-    Raises:
-        UserError: if it failed or can't be read.
-    """
+    """Return the record of a run that came to an end and can be restored."""
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")

@@ -53,11 +53,7 @@ class _Options(NamedTuple):
 
 
 def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
-    """Return the budget of `adaptive_bits` in bytes, after checking it against the shapes of the whole model's sites.
-
-    Raises:
-        UserError: if no choice is within the budget, every choice is, or groups or ranks do not fit a site.
-    """
+    """Return the budget of `adaptive_bits` in bytes, checked against the shapes of the whole model's sites."""
     return _options(config, sites).budget
 
 
@@ -87,38 +83,32 @@ def allocate_bits(
     gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
     worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
     choice = choose(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
-    types = dict(zip(options.formats, choice.options, strict=False))  # layers come first
-    formats = {name: options.formats[name][place] for name, place in types.items()}
-    ranks = dict(zip(options.rank_bytes, choice.options[len(formats) :], strict=True))
-    texts = []
-    if len(chosen_types := {format.type for format in formats.values()}) == 1:
-        texts += [
-            f"adaptive_bits chose {min(chosen_types)} for every layer: no exchange of bits between layers is predicted "
-            "to be worth it, and quantization_type gives the same weights"
-        ]
-    if ranks and not any(ranks.values()):
-        texts += [
-            "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
-            "total_byte_budget"
-        ]
-    for text in texts:
+    places_of = dict(zip(options.formats, choice.options, strict=False))  # layers come first
+    types = {name: options.formats[name][place].type for name, place in places_of.items()}
+    ranks = dict(zip(options.rank_bytes, choice.options[len(types) :], strict=True))
+    if len(set(types.values())) == 1:
+        text = f"adaptive_bits chose {min(types.values())} for every layer: no exchange of bits between layers is "
+        text += "predicted to be worth it, and quantization_type gives the same weights"
         warnings.warn(text, SilentNoEffectWarning, stacklevel=2)
-    rise = sum(losses[name][place] for name, place in types.items())
+    if ranks and not any(ranks.values()):
+        text = "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
+        warnings.warn(f"{text}total_byte_budget", SilentNoEffectWarning, stacklevel=2)
+    rise = sum(losses[name][place] for name, place in places_of.items())
     record = BitAllocation(
         images=len(images),
         budget_bytes=options.budget,
         spent_bytes=choice.size,
-        types={name: format.type for name, format in formats.items()},
+        types=types,
         ranks=ranks or None,
         losses={
             name: {format.type: loss for format, loss in zip(options.formats[name], losses[name], strict=True)}
-            for name in formats
+            for name in types
         },
         predicted_rise=rise,
         predicted_gain=rise - choice.loss,
         gap=choice.loss - choice.lower_bound,
     )
-    return ChosenBits(formats, record.ranks, record)
+    return ChosenBits.of_record(record, config)
 
 
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:

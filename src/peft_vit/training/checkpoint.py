@@ -67,12 +67,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a model that was prepared anew to where it was; the state's tensors become its own.
-
-    Raises:
-        UserError: if the state is not this model's by names and shapes.
-        ValueError: if a tensor is of another type.
-    """
+    """Bring a model that was prepared anew to where it was; the state's tensors become its own."""
     set_ranks(model, state["ranks"])
     tensors, places = state["tensors"], model_state(model)["tensors"]
     check_tensors(places, tensors)

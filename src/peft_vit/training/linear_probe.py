@@ -141,9 +141,6 @@ def held_out_temperature(
         l2: strength of the penalty.
         class_weights: on the loss, (classes,); None: all 1.
         seed: of the folds.
-
-    Raises:
-        UserError: if a class has one image alone.
     """
     labels = train.labels[:images]
     counts = np.bincount(labels)

@@ -174,9 +174,6 @@ class TrainingState:
     """A training between two steps: all that the next one depends on, and what the record will say of those before.
 
     The arguments are those of `train`; to go on from a state, the model is brought to where it was.
-
-    Raises:
-        UserError: if the state to go on from is not one of this training's.
     """
 
     def __init__(

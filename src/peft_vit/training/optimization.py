@@ -154,9 +154,6 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     Layer l of L blocks has learning_rate * decay^(L + 1 - l): embeddings are layer 0, the blocks 1 to L, the head and
     the norm before it L + 1, as in BEiT (arXiv 2106.08254, `optim_factory.py`) and MAE (arXiv 2111.06377,
     `util/lr_decay.py`). What joins two stages, as in Swin, goes with the block that it feeds.
-
-    Raises:
-        UserError: if the model is of no family that is known.
     """
     backbone = Backbone.within(model)
     blocks = backbone.blocks

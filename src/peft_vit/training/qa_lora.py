@@ -399,11 +399,7 @@ class QALoRATrainer(Hook):
 
 
 def end_step(config: QaLoraConfig, total_steps: int) -> int:
-    """Return the step after which only quantized weights are left; 0 under a constant schedule.
-
-    Raises:
-        UserError: if the schedule can't finish within the run.
-    """
+    """Return the step after which only quantized weights are left; 0 under a constant schedule."""
     if config.quantization_schedule == "constant":
         return 0
     start, end = config.quantization_warmup_steps, config.quantization_end_step

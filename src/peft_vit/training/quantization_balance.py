@@ -68,9 +68,6 @@ def float_weights(
     """Return the weight of each layer before quantization, from a state dict of the plain model.
 
     It holds `<layer>.weight`, or `<layer>`, for each; the errors are those of when the layers were quantized.
-
-    Raises:
-        UserError: if a weight is missing, has another shape, or is not the one that was quantized.
     """
     weights = {}
     for name, (module, _) in layers.items():

@@ -57,9 +57,6 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     """Put adapters on a plain model, with ranks by site or the section's everywhere, or take those that it carries.
 
     Whether each has an effect is left to check: that takes a forward pass, and so all weights at once.
-
-    Raises:
-        UserError: if the model is of another class or quantized already, or its adapters don't fit the settings.
     """
     if any(module.quantized is not None for _, module in adapted_modules(model)):
         raise UserError("its weights are quantized already; hand over a model with float weights", field="model")
@@ -99,9 +96,6 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
         sites: that will carry adapters.
         ranks: of each by name, or one for all.
         pool: inputs of a group; 1 without groups.
-
-    Raises:
-        UserError: naming the site, the reason, and the groups that divide the inputs of all sites.
     """
     for site in sites:
         if site.in_features % pool:
@@ -120,11 +114,7 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
-    """Return the storage of the frozen weights, of the section's type or of another one.
-
-    Raises:
-        UserError: if the section leaves the type to `adaptive_bits`, and none is given.
-    """
+    """Return the storage of the frozen weights, of the section's type or of another one."""
     type = config.quantization_type if type is None else type
     if type is None:
         raise UserError(
@@ -143,11 +133,7 @@ def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> Qua
 def formats_of(
     layers: Mapping[str, QuantizedLayer], config: QaLoraConfig, given: Mapping[str, QuantizationFormat] | None
 ) -> dict[str, QuantizationFormat]:
-    """Return each layer's format: the given one, or the section's.
-
-    Raises:
-        UserError: if a given name is no layer, or a format has other groups than the adapters on its layer.
-    """
+    """Return each layer's format: the given one, or the section's."""
     given = given or {}
     if unknown := sorted(given.keys() - layers.keys()):
         raise UserError(
@@ -182,10 +168,6 @@ def packed_weights(
         config: says how to round.
         images: calibration images (N, C, S, S), normalised; with `rounding: gptq` alone.
         packed: weights that were saved, by layer; then nothing is rounded.
-
-    Raises:
-        UserError: if calibration images are missing or have no effect, a forward pass calls a layer not, or saved
-            weights are not these layers'.
     """
     if images is not None and (packed is not None or config.rounding == "nearest"):
         over = "on saved weights" if packed is not None else "with rounding: nearest, only with gptq"
@@ -216,11 +198,7 @@ def packed_weights(
 
 
 def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: Tensor) -> list[str]:
-    """Return the layers' names as a forward pass calls them first.
-
-    Raises:
-        UserError: if it leaves one out.
-    """
+    """Return the layers' names as a forward pass calls them first."""
     called: dict[str, None] = {}
     watched = {name: layer.module for name, layer in layers.items()}
     # Once called, a layer keeps its place.
@@ -237,11 +215,7 @@ def saved_weights(
     formats: Mapping[str, QuantizationFormat],
     packed: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's packed weight as it was saved, in place of rounding anew.
-
-    Raises:
-        UserError: if the saved weights are of other layers, or a tensor is not of the layer's shape and format.
-    """
+    """Yield each layer's packed weight as it was saved, in place of rounding anew."""
     if different := set(packed) ^ set(layers):
         raise UserError(f"saved weights and the model's layers differ at {min(different)}", field="packed")
     for name, (module, _) in layers.items():

@@ -43,11 +43,7 @@ class StartingRanks(Hook):
         self._scores: dict[str, float] = {}
 
     def begin(self, model: nn.Module, context: HookContext) -> None:
-        """Choose, and see to it that every adapter that has got a rank acts.
-
-        Raises:
-            UserError: as `choose_starting_ranks`, or if an adapter has no effect.
-        """
+        """Choose, and see to it that every adapter that has got a rank acts."""
         with context.overhead.of(self.name):
             batch = None
             if self._config.reads_images:
@@ -185,11 +181,7 @@ class AllocationHook(Hook):
 
 
 def last_update(config: PeftAdaLoraConfig, total_steps: int) -> int:
-    """Return the step after which PEFT masks for the last time and exactly once: T - tfinal.
-
-    Raises:
-        UserError: if PEFT would take no decision before it.
-    """
+    """Return the step after which PEFT masks for the last time and exactly once: T - tfinal."""
     last = total_steps - (total_steps // 4 if config.final_steps is None else config.final_steps)
     first = (config.warmup_steps // config.update_frequency + 1) * config.update_frequency
     if config.warmup_steps >= last:
