@@ -7,7 +7,6 @@ import pytest
 import torch
 from done_runs import with_settings
 from safetensors import safe_open
-from written_runs import read_without
 
 from peft_vit.adapters import adapted_modules, current_ranks
 from peft_vit.data import load_data
@@ -79,13 +78,6 @@ def test_it_is_measured_on_training_images_alone(study, tmp_path, monkeypatch) -
     order = train.order(0, 0)
     assert torch.equal(images, expected[order])
     assert torch.equal(labels, expected_labels[order])
-
-
-def test_older_records_have_no_choice(study, tmp_path) -> None:
-    record = do(study("qa_lora"), tmp_path)
-    assert record.bit_allocation is None
-    assert "bit_allocation" not in record.overhead_s
-    assert read_without("bit_allocation", record, tmp_path) == record
 
 
 def test_smoke_measures_on_few_images(study) -> None:

@@ -8,7 +8,9 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
+from done_runs import with_data, with_settings
 
+from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.records import checkpoint_folders, outcome_digest
@@ -16,7 +18,7 @@ from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
 from peft_vit.runs.execute import _ALIKE, _THE_SAME
 from peft_vit.studies.plan import plan_study
-from peft_vit.training import Checkpoints, CheckpointWarning, Interrupted
+from peft_vit.training import Checkpoints, CheckpointWarning, Interrupted, StartingRanks
 from peft_vit.training.checkpoint import write_checkpoint
 
 pytestmark = pytest.mark.part("runner")
@@ -26,8 +28,9 @@ pytestmark = pytest.mark.part("runner")
 def spec_of(study, tmp_path):
     """Make the specification of one run of six steps."""
 
-    def make(method: str, seed: int = 0, **training):
+    def make(method: str, seed: int = 0, change=None, **training):
         config = study(method, seeds=(seed,), **training)
+        config = config if change is None else change(config)
         return plan_study(config, tmp_path / "plan", file=tmp_path / "tiny.yaml").runs[0].spec
 
     return make
@@ -59,21 +62,42 @@ def resumed(spec, folder, first_step: int):
 
 
 PROBE_FIRST = {"head_start": "probe"}
+
+
+def by_rule(config):
+    rule = StartingRanksConfig(rule="gradient", budget=20, calibration_images=24)
+    return with_settings(config, "lora", rank=None, ranks=rule)
+
+
+def rounded(config):
+    return with_settings(config, "qa_lora", rounding="gptq")
+
+
+def unseen(config):
+    return with_data(config, validation_images=0)
+
+
 RUNS = [  # methods' own states: test_training_resume.py
-    ("qa_adalora", {}),
-    pytest.param("full", {}, marks=pytest.mark.slow),
-    pytest.param("adaptive_bits", {}, marks=pytest.mark.slow),
-    pytest.param("qa_lora", PROBE_FIRST, marks=pytest.mark.slow),
-    pytest.param("adalora", PROBE_FIRST | {"learning_rate": 1.0}, marks=pytest.mark.slow),
+    ("qa_adalora", {}, None),
+    ("lora", PROBE_FIRST, by_rule),
+    ("qa_lora", {}, rounded),
+    ("lora", {}, unseen),
+    pytest.param("qa_adalora", {}, unseen, marks=pytest.mark.slow),
+    pytest.param("full", {}, None, marks=pytest.mark.slow),
+    pytest.param("adaptive_bits", {}, None, marks=pytest.mark.slow),
+    pytest.param("qa_lora", PROBE_FIRST, None, marks=pytest.mark.slow),
+    pytest.param("adalora", PROBE_FIRST | {"learning_rate": 1.0}, None, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("method", "settings"), RUNS)
-def test_stopped_twice_it_comes_to_the_same_end(spec_of, tmp_path, method, settings) -> None:
-    spec = spec_of(method, **settings)
+@pytest.mark.parametrize(("method", "settings", "change"), RUNS)
+def test_stopped_twice_it_comes_to_the_same_end(spec_of, tmp_path, monkeypatch, method, settings, change) -> None:
+    spec = spec_of(method, change=change, **settings)
     whole = run_one(spec)
     assert (whole.record.head_fit is None) == (settings == {})
     interrupted(spec, tmp_path / "run", 2)
+    monkeypatch.setattr(StartingRanks, "begin", lambda *_: pytest.fail("ranks stand in the checkpoint"))
+    monkeypatch.setattr(run_module, "allocate_bits", lambda *_: pytest.fail("bits stand in the checkpoint"))
     interrupted(spec, tmp_path / "run", 4)
     again = resumed(spec, tmp_path / "run", 5)
     assert outcome_digest(again.record) == outcome_digest(whole.record)

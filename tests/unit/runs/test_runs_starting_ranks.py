@@ -11,10 +11,9 @@ from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
 from peft_vit.evaluation import predict
 from peft_vit.methods import METHODS, Preparation
-from peft_vit.records import outcome_digest, run_folder
-from peft_vit.runs import run_one
+from peft_vit.records import run_folder
 from peft_vit.runs.restore import restore_run
-from peft_vit.training import Checkpoints, Interrupted, StartingRanks
+from peft_vit.training import StartingRanks
 
 pytestmark = pytest.mark.part("controller")
 
@@ -61,24 +60,6 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
     logits, _ = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
     np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
-
-
-def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path, monkeypatch) -> None:
-    (spec,) = specs(ruled(rule="gradient", budget=20), tmp_path / "plan")
-    whole = run_one(spec)
-    told = []
-    with pytest.raises(Interrupted):
-        run_one(
-            spec,
-            checkpoints=Checkpoints(tmp_path / "run", 0),
-            should_stop=lambda: bool(told) and told[-1] >= 3,
-            on_progress=lambda progress: told.append(progress.step),
-        )
-    monkeypatch.setattr(StartingRanks, "begin", lambda *_: pytest.fail("ranks stand in the checkpoint"))
-    again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0))
-    assert outcome_digest(again.record) == outcome_digest(whole.record)
-    assert again.adapter == whole.adapter
-    assert again.record.rank_history == whole.record.rank_history
 
 
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
