@@ -133,13 +133,14 @@ def make(tiny_vit, data, runtime, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "training"), CASES)
-def test_interrupted_after_every_step_it_equals_one_that_was_not(make, method, training) -> None:
+def test_interrupted_it_equals_one_that_was_not(make, method, training) -> None:
+    """Each method after every step; each setting at the beginning, in the middle and at the end of an epoch."""
     if method.startswith("peft"):
         pytest.importorskip("peft")
     run = make(method, **training)
     whole = run.once()
     assert [row["step"] for row in whole["steps"]] == list(range(1, STEPS + 1))
-    again = run.interrupted(*range(1, STEPS + 1))
+    again = run.interrupted(*(range(1, STEPS + 1) if not training else (4, 8, 11)))
     for key, value in whole.items():
         assert again[key] == value, key
     if method == "growing":
