@@ -16,7 +16,6 @@ from peft_vit.evaluation.footprint import (
     trainable_parameters,
 )
 from peft_vit.evaluation.metrics import (
-    LogitsAndLabels,
     autocast,
     expected_calibration_error,
     forward_s,

@@ -156,8 +156,10 @@ def run_one(
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
             kind = _kind(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and not plain:  # a program's fault as a rule; a changed checkpoint can bring it out too
-                reason += attempt.gone_on_from
+            if kind == "error" and not plain and attempt.source is not None:
+                # A program's fault as a rule; a changed checkpoint can bring it out too.
+                reason += f" (the run had gone on from {attempt.source}; if that was changed, remove the checkpoint-* "
+                reason += "folders there, and it starts anew)"
             record = RunRecord(
                 spec=spec,
                 status="failed",
@@ -423,6 +425,7 @@ class Attempt:
     Attributes:
         known: of the attempts before, and what this one has found since; `update` brings its sums up to date.
         overhead: seconds by purpose, of all attempts.
+        source: the checkpoint that it goes on from, if there is one.
         memory: of this attempt, while it is watched.
     """
 
@@ -437,7 +440,7 @@ class Attempt:
         self._should_stop, self._caught = should_stop, caught
         self._since = time.perf_counter()
         self._training: State | None = None
-        self._source: Path | None = None
+        self.source: Path | None = None
         self.memory: MemoryWatch | None = None
         self.known = Known(spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds"))
         self.overhead = Overhead(self.known.overhead_s)
@@ -446,7 +449,7 @@ class Attempt:
         """Read the newest checkpoint that is whole, if there is one, and return the seconds that it has counted."""
         state = None if self._keeper is None else self._keeper.newest()
         if state is not None:
-            self._source = state.source
+            self.source = state.source
             try:
                 known, self._training = Known.model_validate(state["run"]), State(state["training"])
                 self._training.source = state.source
@@ -487,7 +490,7 @@ class Attempt:
         return UserError(
             f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
             "there, and the run starts anew",
-            file=None if self._source is None else self._source.parent,
+            file=None if self.source is None else self.source.parent,
             field=field,
         )
 
@@ -498,17 +501,7 @@ class Attempt:
     @property
     def goes_on(self) -> bool:
         """Return whether an earlier attempt has begun to train."""
-        return self._source is not None
-
-    @property
-    def gone_on_from(self) -> str:
-        """Return what to add to an error that nobody has foreseen: where the attempt has gone on from, if it has."""
-        if self._source is None:
-            return ""
-        return (
-            f" (the run had gone on from {self._source}; if that was changed, remove the checkpoint-* folders there, "
-            "and it starts anew)"
-        )
+        return self.source is not None
 
     def take_training(self) -> State | None:
         """Hand out the training's state, once: nothing of it is held here while the training goes on."""
