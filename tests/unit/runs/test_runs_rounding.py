@@ -9,7 +9,7 @@ from peft_vit.data import load_data
 from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, run_folder
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import smoke_study
 from peft_vit.training import Calibration
 
 pytestmark = pytest.mark.part("quantization")
