@@ -172,8 +172,7 @@ def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
         for seed, balance in enumerate(rows)
     ]
     (impact,) = quantization_impacts(planted.study_of(records))
-    assert [tuple(row[key] for key in ("step", "measure", "mean", "n")) for row in impact.balance()] == [
-        (4, "a", 1.0, 1),
-        (8, "a", 3.0, 2),
-        (8, "b", 5.0, 1),
-    ]
+    assert impact.balance() == {
+        "a": [{"step": 4, "mean": 1.0, "n": 1}, {"step": 8, "mean": 3.0, "n": 2}],
+        "b": [{"step": 8, "mean": 5.0, "n": 1}],
+    }
