@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Fault, Measure, Option
-from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Measure, Option
+from peft_vit.analysis.recommendation import Candidate, Fault, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError, os_fault
@@ -74,11 +73,11 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
 def _asked(found: Recommendation) -> Iterator[str]:
     best, study = found.best, found.study
     reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
-    cost = f"{megabytes(best.cost.stored_bytes)} to store, {count(best.cost.parameters)} trainable parameters"
-    if best.cost.seconds_per_step is not None:
-        cost += f", {fixed(best.cost.seconds_per_step)} s a step"
-    if best.cost.latency_s is not None:
-        cost += f", {fixed(1000 * best.cost.latency_s, 1)} ms latency"
+    cost = f"{megabytes(best.stored_bytes)} to store, {count(best.parameters)} trainable parameters"
+    if best.seconds_per_step is not None:
+        cost += f", {fixed(best.seconds_per_step)} s a step"
+    if best.latency_s is not None:
+        cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
         f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
         f"{percent(best.validation_accuracy)} ({counted(len(best.seeds), 'seed')}); {cost}."
@@ -86,7 +85,7 @@ def _asked(found: Recommendation) -> Iterator[str]:
     if uneven := [rated for rated in _others(found) if set(rated.seeds) != set(best.seeds)]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
-    limits = joined(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
+    limits = joined(_limit(fault) for fault in best.beside) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {margin_in_points(found.margin)} of test "
         f"accuracy against it. Limits: {limits}."
@@ -167,9 +166,9 @@ def _family(found: Recommendation) -> str:
 
 def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
     """Yield what the chosen one takes less or more of; times of several machines do not compare, and that is said."""
-    machines = {hardware(run) for run in (*found.best.runs, *chosen.runs)}
+    machines = {run.hardware for run in (*found.best.runs, *chosen.runs)}
     for option, (name, words) in _COSTS.items():
-        before, after = getattr(found.best.cost, name), getattr(chosen.cost, name)
+        before, after = getattr(found.best, name), getattr(chosen, name)
         exported = option == "--max-latency-ms" and found.exported is not None  # all timed on one machine
         if before is None or after is None:
             continue
@@ -188,13 +187,13 @@ def _fewer_ranks(found: Recommendation) -> str | None:
 
     Not with a limit of bytes as well, since its base is in float.
     """
-    limit = found.limits.parameters
-    if limit is None or found.limits.stored_bytes is not None or found.chosen is not None:
+    limit = found.limits.get("--max-params")
+    if limit is None or "--max-bytes" in found.limits or found.chosen is not None:
         return None
     adapted = [
         one for one in (found.best, *_others(found)) if METHOD_KINDS[one.runs[0].experiment.method].trains == "adapters"
     ]
-    if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
+    if not adapted or min(max(run.parameters.final for run in one.runs) for one in adapted) <= limit:
         return None
     run = adapted[0].runs[0]
     left = int(limit) - run.parameters.head
@@ -218,8 +217,8 @@ def _tested_table(found: Recommendation) -> Table:
         found.candidates,
         [
             Column("experiment", "rated.name"),
-            Column("to store", "rated.cost.stored_bytes", megabytes),
-            Column("parameters", "rated.cost.parameters", count),
+            Column("to store", "rated.stored_bytes", megabytes),
+            Column("parameters", "rated.parameters", count),
             Column("difference (points)", lambda one: points_interval(one.estimate.interval)),
             Column("n", lambda one: len(one.estimate.by_seed)),
             Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
