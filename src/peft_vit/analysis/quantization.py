@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.studies import Run, Study
@@ -70,7 +69,7 @@ class QuantizationImpact:
     @property
     def same_machine(self) -> bool:
         """Return whether both ran on one machine with as many threads, so that seconds and memory compare."""
-        return len({hardware(run) for run in (*self.runs, *self.twin)}) == 1
+        return len({run.hardware for run in (*self.runs, *self.twin)}) == 1
 
     @cached_property
     def model(self) -> ModelBytes | None:
@@ -101,17 +100,16 @@ class QuantizationImpact:
             return None
         return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
 
-    def balance(self) -> list[dict[str, Any]]:
-        """Return the measures of the balance check at every step: mean over the seeds that measured it then, and n."""
-        found: dict[tuple[int, str], list[float]] = {}
-        for summary in _summaries(self.runs):
-            for row in summary.balance:
-                for name in row.keys() - {"step"}:
-                    found.setdefault((int(row["step"]), name), []).append(row[name])
-        return [
-            {"measure": name, "step": step, "mean": fmean(values), "n": len(values)}
-            for (step, name), values in sorted(found.items())
-        ]
+    def balance(self) -> dict[str, list[dict[str, Any]]]:
+        """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
+        found: dict[str, dict[int, list[float]]] = {}
+        for row in (row for summary in _summaries(self.runs) for row in summary.balance):
+            for name in row.keys() - {"step"}:
+                found.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
+        return {
+            name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
+            for name, steps in sorted(found.items(), key=lambda of: (min(of[1]), of[0]))
+        }
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
