@@ -68,7 +68,7 @@ def test_what_fails_is_said_and_estimated(study, tmp_path, own_cache, monkeypatc
 def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, tmp_path, own_cache, monkeypatch) -> None:
     kinds = kinds_of(study("full", "lora"), tmp_path)
     told: list[str] = []
-    speeds = iter((STEADY, Speed(700.0, 1.0), Speed(700.0, 1.0)))
+    speeds = iter((STEADY, *[Speed(700.0, 1.0)] * 3))
     monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
     assert set(measure_costs(kinds, told.append)) == {"full", "lora"}
     busy = "the machine was busy (its speed before and after differs by 30%, more than 20%)"

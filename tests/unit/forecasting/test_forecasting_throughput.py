@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -110,16 +109,11 @@ def test_real_steps_are_measured_at_two_sizes(study, monkeypatch) -> None:
         assert [probe.step_products for probe in seen[experiment.name]] == pytest.approx(products)
 
 
-def test_no_time_to_measure_is_said(study, monkeypatch) -> None:
+def test_no_time_to_measure_is_said(study) -> None:
     told: list[str] = []
-    speeds = iter((STEADY, replace(STEADY, products_per_s=700.0)))
-    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
     throughput = measured(study("lora"), 32, 0.0, told)
     assert throughput.step == throughput.image
-    assert [line.split(" (")[0] for line in told[1:]] == [
-        "the machine was busy",
-        "no experiment could be measured in this time; how fast matrices are multiplied has to do",
-    ]
+    assert told[1:] == ["no experiment could be measured in this time; how fast matrices are multiplied has to do"]
 
 
 @pytest.mark.parametrize(
