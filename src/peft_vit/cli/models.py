@@ -59,7 +59,7 @@ def export(asked: ExportRequest) -> None:
     """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
     directory, output = asked.directory, asked.output
     if asked.format == "history":
-        from peft_vit.analysis.history import export_history
+        from peft_vit.report.result_tables import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
     elif asked.format == "tensorboard":
@@ -146,7 +146,7 @@ def bench(
     from rich.console import Console
     from rich.text import Text
 
-    from peft_vit.report.bench_table import bench_table
+    from peft_vit.report.printed_tables import bench_table
     from peft_vit.report.rows import check_rows_file, print_with_rows
     from peft_vit.runs.bench import bench as time_models
 

@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from peft_vit.backbones.families.transformers_vision import TowerClassifier, inputs, vision_config
-from peft_vit.backbones.transformers_models import quiet
+from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
 from peft_vit.deployment.merging import with_float_weights
 from peft_vit.deployment.model_card import ModelCard
 from peft_vit.errors import UserError, os_fault

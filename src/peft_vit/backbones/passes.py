@@ -1,4 +1,4 @@
-"""A forward pass that is taken up again at its blocks, whatever the class of the model.
+"""Forward passes that are watched, caught, and taken up again at a block, whatever the class of the model.
 
 A hook catches the arguments that reach a block, and the rest of the pass is the model's own: blocks before the caught
 one hand their input on, and it gets those arguments again. So no forward pass is written a second time here.
@@ -8,13 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from peft_vit.backbones.backbone import Backbone
+if TYPE_CHECKING:
+    from peft_vit.backbones.backbone import Backbone
 
 Rest = Callable[[], Tensor]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """For a while, tell of each call of some modules: the name, and the first input."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
+            stack.callback(handle.remove)
+        yield
 
 
 def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], None]) -> Tensor:
@@ -51,8 +74,8 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
             visit(place, rest)
 
     with ExitStack() as stack:
-        for place, name in enumerate(backbone.blocks):
-            handle = backbone.model.get_submodule(name).register_forward_pre_hook(
+        for place, block in enumerate(_blocks(backbone)):
+            handle = block.register_forward_pre_hook(
                 lambda _, args, kwargs, place=place: reach(place, args, kwargs), with_kwargs=True
             )
             stack.callback(handle.remove)
@@ -72,7 +95,7 @@ class ReplayedPass:
 
     def __init__(self, backbone: Backbone, run: Rest) -> None:
         self._backbone, self._run = backbone, run
-        self._blocks = [backbone.model.get_submodule(name) for name in backbone.blocks]
+        self._blocks = _blocks(backbone) if backbone.family.in_turn else []
         self._at: tuple[int, tuple[Any, ...], Mapping[str, Any]] | None = None  # a block's place, and its arguments
 
     def inputs(self, module: nn.Module) -> tuple[Any, ...]:
@@ -81,8 +104,8 @@ class ReplayedPass:
         Raises:
             LookupError: if the pass does not reach it from where it has come to.
         """
-        place = next((one for one, block in enumerate(self._blocks) if module in block.modules()), None)
-        if self._backbone.family.in_turn and place is not None and (self._at is None or place > self._at[0]):
+        place = next((place for place, block in enumerate(self._blocks) if module in block.modules()), None)
+        if place is not None and (self._at is None or place > self._at[0]):
             self._at = (place, *self._reach(self._blocks[place]))
         return self._reach(module)[0]
 
@@ -95,45 +118,38 @@ class ReplayedPass:
             with nullcontext() if self._at is None else _starting_at(self._backbone, *self._at):
                 self._run()
         except _Reached as reached:
-            return reached.args, reached.kwargs
+            return reached.args[0], reached.args[1]
         finally:
             handle.remove()
         raise LookupError("the forward pass does not call the module")
 
 
 class _Reached(Exception):  # noqa: N818 (no error)
-    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.args, self.kwargs = args, kwargs
+    """Ends a pass at a module, with its arguments."""
 
 
 class _HandsOn(nn.Module):
     """Stands in for a block that was passed before."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
         return x
 
 
-class _Again(nn.Module):
-    """Calls a block with arguments that were caught."""
-
-    def __init__(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.block, self.args, self.kwargs = block, args, kwargs
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.block(*self.args, **self.kwargs)
+def _blocks(backbone: Backbone) -> list[nn.Module]:
+    return [backbone.model.get_submodule(name) for name in backbone.blocks]
 
 
 @contextmanager
 def _starting_at(backbone: Backbone, place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
-    names = backbone.blocks[: place + 1]
-    blocks = [backbone.model.get_submodule(name) for name in names]
+    """For a while, let a block get arguments that were caught, whatever reaches it, and those before it do nothing."""
+    passed = dict(zip(backbone.blocks[:place], _blocks(backbone), strict=False))
+    block = backbone.model.get_submodule(backbone.blocks[place])
+    handle = block.register_forward_pre_hook(lambda *_: (args, dict(kwargs)), prepend=True, with_kwargs=True)
     try:
-        for name in names[:-1]:
+        for name in passed:
             backbone.model.set_submodule(name, _HandsOn())
-        backbone.model.set_submodule(names[-1], _Again(blocks[-1], args, kwargs))
         yield
     finally:
-        for name, block in zip(names, blocks, strict=True):
-            backbone.model.set_submodule(name, block)
+        handle.remove()
+        for name, module in passed.items():
+            backbone.model.set_submodule(name, module)
