@@ -1,4 +1,4 @@
-"""Commands on trained models, and lists of what can be trained."""
+"""Commands on trained models, lists of what can be trained, and what a stranger calls first."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from peft_vit.cli.app import app, command
 from peft_vit.config import BackboneConfig, Library, OnlyWith
 from peft_vit.errors import UserError, named, printable
 from peft_vit.options import Option, Request
+
+EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
 
 
 class ExportRequest(Request):
@@ -235,6 +237,32 @@ def check(
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
         print(f"PEFT's LoRA on the model as {library} builds it {effect}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, device, instruction sets, threads, cache, network and extras, to be pasted into an issue.
+
+    Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
+    """
+    from peft_vit.doctor import examine
+
+    is_well = True
+    for line in examine():
+        print(line, flush=True)
+        is_well &= not line.is_fault
+    if not is_well:
+        raise typer.Exit(1)
+
+
+@app.command()
+def example(
+    name: Annotated[
+        Literal["quickstart", "demo"], typer.Argument(help="quickstart: every method once; demo: ten minutes")
+    ] = "quickstart",
+) -> None:
+    """Print a study to start from, as in `peft-vit example > study.yaml`."""
+    sys.stdout.write((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

@@ -13,8 +13,7 @@ from peft_vit.config import BackboneConfig, StudyConfig, bytes_of, named_backbon
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.estimate import kept_values
-from peft_vit.forecasting.throughput import Throughput, product_rate
+from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit
 from peft_vit.methods import METHODS, Wishes
 from peft_vit.runs.device import choose_precision, resolve_device

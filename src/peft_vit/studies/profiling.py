@@ -18,9 +18,8 @@ from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.data import ImageIndex
 from peft_vit.errors import UserError
 from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs
-from peft_vit.forecasting.estimate import Estimate, Workload
+from peft_vit.forecasting.estimate import Estimate, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.memory_limit import StepCost
-from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.studies.events import RunEnded, RunProgress
 from peft_vit.studies.executors import decode_images

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
-from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.time_limit import fit
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.candidates import KINDS, Kind

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE
 from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_of

@@ -9,8 +9,7 @@ import torch
 from peft_vit.backbones import describe
 from peft_vit.data import open_index
 from peft_vit.forecasting.calibration import Costs
-from peft_vit.forecasting.estimate import Workload
-from peft_vit.forecasting.throughput import Line, Probe, Throughput, experiment_products
+from peft_vit.forecasting.estimate import Line, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.time_limit import fit, makespan
 from peft_vit.studies import profiling
 from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_throughput
