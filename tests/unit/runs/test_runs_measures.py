@@ -18,13 +18,12 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
 from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.forecasting.estimate import EstimateRequest, Workload, estimate_runs
-from peft_vit.records import outcome_digest, read_record, run_folder
-from peft_vit.records.study_file import STUDY_FILE, read_study_file
+from peft_vit.records import STUDY_FILE, outcome_digest, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
 from peft_vit.runs.measures import removal_images
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.study_file import go_on, study_file, write_study_file
+from peft_vit.studies.scheduler import go_on, study_file
 from peft_vit.training import Checkpoints, RuntimeConfig
 
 pytestmark = pytest.mark.part("runner")
