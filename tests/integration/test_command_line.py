@@ -235,9 +235,9 @@ OWN = ("--method", "lora", "--model", "test_vit", "--weights", "random")
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("run", "{file}", "--minutes", "0"), "error: --minutes: is 0; give more than 0"),
-        (("run", "{file}", "--minutes", "nan"), "error: --minutes: is nan; give more than 0"),
-        (("run", "{file}", "--dry-run", "--minutes", "0"), "error: --minutes: is 0; give more than 0"),
+        (("run", "{file}", "--minutes", "0"), "error: --minutes: input should be greater than 0, got 0"),
+        (("run", "{file}", "--minutes", "nan"), "error: --minutes: input should be a finite number, got nan"),
+        (("run", "{file}", "--dry-run", "--minutes", "0"), "error: --minutes: input should be greater than 0, got 0"),
         (("run", "{file}", "{file}", "--minutes", "9"), "error: --minutes: is of one study, and 2 are given"),
         (("report", "{missing}"), "{missing}: does not exist"),
         (("report", "{empty}", "--format", "md"), "{empty}: holds no record.json"),

@@ -13,9 +13,10 @@ from peft_vit.forecasting.memory_limit import StepCost, model_bytes
 from peft_vit.records import read_record, read_study_file, write_study_file
 from peft_vit.runs import run_one
 from peft_vit.studies import profiling
-from peft_vit.studies.commands import Execution, RunRequest, run_studies
+from peft_vit.studies.commands import run_studies
 from peft_vit.studies.plan import plan_study, spec_of
 from peft_vit.studies.profiling import measure_step
+from peft_vit.studies.request import RunRequest
 from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
@@ -156,8 +157,8 @@ def test_a_study_is_measured_once_and_its_runs_say_what_was_chosen(study, tmp_pa
     experiment = content["experiments"][0]
     del experiment["training"]["activation_checkpointing"]  # spelled out: none, which does not go with a limit
     file.write_text(yaml.safe_dump(content))
-    request = RunRequest([file], out)
-    assert run_studies(request, Execution()) == {}
+    request = RunRequest.of(configs=[file], output=out)
+    assert run_studies(request) == {}
     printed = capsys.readouterr().out
     assert printed.count("measuring ") == 1
     assert "lora, memory_limit 4GB: 8 images at a time, no block computed again. Measured: " in printed
@@ -166,7 +167,7 @@ def test_a_study_is_measured_once_and_its_runs_say_what_was_chosen(study, tmp_pa
     training = record.spec.experiment.training
     assert (training.memory_limit, training.micro_batch_size, training.recomputed_blocks) == ("4GB", None, 0)
     assert read_study_file(out / "tiny").configuration.experiments[0].training == training
-    assert run_studies(request, Execution()) == {}
+    assert run_studies(request) == {}
     printed = capsys.readouterr().out
     assert "measuring" not in printed
     assert "1 already done and skipped" in printed
