@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from peft_vit.config import (
     DEFAULT_MODEL,
@@ -21,6 +21,7 @@ from peft_vit.config import (
     MethodName,
     bytes_of,
     micro_batch_fault,
+    written_size,
 )
 from peft_vit.options import Option, Request
 from peft_vit.settings import OnlyWith, refuse
@@ -147,12 +148,6 @@ class Budget:
             raise ValueError(f"{written!r} {problem}") from None
 
 
-def size(written: str) -> str:
-    """Refuse what is no size with its unit (ValueError)."""
-    bytes_of(written)
-    return written
-
-
 class TrainRequest(Request):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
@@ -191,7 +186,7 @@ class TrainRequest(Request):
         default=None,
         description="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs",
     )
-    memory_limit: Annotated[str | None, AfterValidator(lambda text: text and size(text)), _WITH_STEPS] = Field(
+    memory_limit: Annotated[str | None, BeforeValidator(written_size), _WITH_STEPS] = Field(
         default=None,
         description="of the training process, as in 1GB; the fastest steps within it are measured and taken",
     )
