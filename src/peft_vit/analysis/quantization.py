@@ -100,17 +100,16 @@ class QuantizationImpact:
             return None
         return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
 
-    def balance(self) -> list[dict[str, Any]]:
-        """Return the measures of the balance check at every step: mean over the seeds that measured it then, and n."""
-        found: dict[tuple[int, str], list[float]] = {}
-        for summary in _summaries(self.runs):
-            for row in summary.balance:
-                for name in row.keys() - {"step"}:
-                    found.setdefault((int(row["step"]), name), []).append(row[name])
-        return [
-            {"measure": name, "step": step, "mean": fmean(values), "n": len(values)}
-            for (step, name), values in sorted(found.items())
-        ]
+    def balance(self) -> dict[str, list[dict[str, Any]]]:
+        """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
+        found: dict[str, dict[int, list[float]]] = {}
+        for row in (row for summary in _summaries(self.runs) for row in summary.balance):
+            for name in row.keys() - {"step"}:
+                found.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
+        return {
+            name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
+            for name, steps in sorted(found.items(), key=lambda of: (min(of[1]), of[0]))
+        }
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:

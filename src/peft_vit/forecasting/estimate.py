@@ -14,12 +14,11 @@ import torch
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import ExperimentConfig, Precision
-from peft_vit.evaluation.ablation import GROUPS
-from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration import Costs, known_costs
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
 
 # Read off finished runs of the quickstart on two cores; they only scale the estimates that nothing was measured for.

@@ -16,7 +16,7 @@ from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, Wishes
-from peft_vit.runs.device import choose_precision, resolve_device
+from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are

@@ -14,6 +14,7 @@ from sklearn.metrics import brier_score_loss
 from peft_vit.analysis.calibration import (
     MEASURES,
     OVERCONFIDENCE,
+    Bin,
     calibration,
     calibration_error,
     confidence_brier,
@@ -34,37 +35,28 @@ def drawn(n: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray
     return p, rng.random(n) < p**2
 
 
-def plain_error(groups: list[list[tuple[float, bool]]]) -> float:
-    """Word by word: the gap of each group, weighted with its share."""
-    n = sum(len(group) for group in groups)
-    error = 0.0
-    for group in groups:
-        if group:
-            confidence = sum(p for p, _ in group) / len(group)
-            accuracy = sum(hit for _, hit in group) / len(group)
-            error += len(group) / n * abs(accuracy - confidence)
-    return error
-
-
-def test_equal_width_bins_by_a_plain_loop() -> None:
-    p, hit = drawn(500, 1, ties=True)
-    groups: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for one, right in zip(p.tolist(), hit.tolist(), strict=True):
-        inside = [m for m in range(15) if m / 15 < one <= (m + 1) / 15]
-        groups[inside[0]].append((one, right))
-    bins = equal_width_bins(p, hit)
+def checked(bins: tuple[Bin, ...], groups: list[list[tuple[float, bool]]]) -> None:
+    """Hold bins and their error against a plain loop: the gap of each group, weighted with its share."""
+    n, error = sum(map(len, groups)), 0.0
     assert [one.count for one in bins] == [len(group) for group in groups]
-    assert calibration_error(bins) == pytest.approx(plain_error(groups), abs=1e-12)
     for one, group in zip(bins, groups, strict=True):
         if not group:
             assert (one.confidence, one.accuracy) == (None, None)
             continue
-        assert one.accuracy == pytest.approx(np.mean([right for _, right in group]), abs=1e-12)
-        assert one.confidence == pytest.approx(np.mean([value for value, _ in group]), abs=1e-12)
-        assert one.low < one.confidence <= one.high
+        confidence, accuracy = (sum(values) / len(group) for values in zip(*group, strict=True))
+        assert (one.confidence, one.accuracy) == pytest.approx((confidence, accuracy), abs=1e-12)
+        assert one.low - 1e-12 <= confidence <= one.high + 1e-12
+        error += len(group) / n * abs(accuracy - confidence)
+    assert calibration_error(bins) == pytest.approx(error, abs=1e-12)
 
 
-def test_equal_width_error_is_the_one_of_the_records() -> None:
+def test_equal_width_bins_by_a_plain_loop_and_their_error_is_the_one_of_the_records() -> None:
+    p, hit = drawn(500, 1, ties=True)
+    groups: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
+    for one, right in zip(p.tolist(), hit.tolist(), strict=True):
+        (inside,) = [m for m in range(15) if m / 15 < one <= (m + 1) / 15]
+        groups[inside].append((one, right))
+    checked(equal_width_bins(p, hit), groups)
     p, hit = drawn(1000, 2)
     assert calibration_error(equal_width_bins(p, hit)) == pytest.approx(expected_calibration_error(p, hit), abs=1e-12)
 
@@ -72,10 +64,8 @@ def test_equal_width_error_is_the_one_of_the_records() -> None:
 def test_equal_count_bins_by_sorting() -> None:
     p, hit = drawn(300, 3)
     pairs = sorted(zip(p.tolist(), hit.tolist(), strict=True))
-    groups = [pairs[20 * m : 20 * (m + 1)] for m in range(15)]
     bins = equal_count_bins(p, hit)
-    assert [one.count for one in bins] == [20] * 15
-    assert calibration_error(bins) == pytest.approx(plain_error(groups), abs=1e-12)
+    checked(bins, [pairs[20 * m : 20 * (m + 1)] for m in range(15)])
     assert (bins[0].low, bins[-1].high) == (p.min(), p.max())
 
 
@@ -85,7 +75,6 @@ def test_equal_confidences_stay_in_one_bin_whatever_the_order() -> None:
     order = np.random.default_rng(0).permutation(200)
     assert equal_count_bins(p[order], hit[order], 5) == bins
     assert all(left.high < right.low for left, right in pairwise(bins))
-    assert sum(one.count for one in bins) == 200
 
 
 def test_brier_equals_scikit_learn_for_two_classes() -> None:
