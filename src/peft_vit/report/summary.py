@@ -8,7 +8,7 @@ from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
-from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig
+from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
@@ -69,7 +69,7 @@ def _weights(run: Run) -> str:
 
 def licence(study: Study, dataset: str) -> str:
     """Return the terms of a data set's images."""
-    return "synthetic images, none needed" if study.smoke else DATASETS[dataset].licence
+    return licence_of(dataset, smoke=study.smoke)
 
 
 def _split(run: Run) -> str:

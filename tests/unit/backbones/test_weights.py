@@ -128,11 +128,7 @@ _TOO_LARGE = (1 << 20, 1 << 20)
 @pytest.mark.parametrize(
     ("write", "field", "message"),
     [
-        (
-            _saved("w.safetensors", lambda t: t.pop("blocks.1.attn.qkv.weight")),
-            "model",
-            "lacks .*: blocks.1.attn.qkv",
-        ),
+        (_saved("w.safetensors", lambda t: t.pop("blocks.1.attn.qkv.weight")), "model", "lacks .*: blocks.1.attn.qkv"),
         (
             _saved("w.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.5.")}),
             "model",
