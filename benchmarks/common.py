@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft_vit.studies.executors.worker import ALLOCATOR
+from peft_vit.studies.executors.local import ALLOCATOR
 
 RESULTS = Path(__file__).parent / "results"
 # glibc gives what is larger than 64 KiB back at once, and serves all threads from one arena.
@@ -75,7 +75,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     import timm
     import torch
 
-    from peft_vit.runs.provenance import cpu_count, processor_name
+    from peft_vit.runs.machine import cpu_count, processor_name
 
     return {
         "processor": processor_name(),

@@ -15,8 +15,7 @@ from peft_vit.data import images_file, look_at, make_splits, open_index
 from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.records import RunSpec
 from peft_vit.report.summary import facts
-from peft_vit.studies.plan import plan_study, workload_of
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import plan_study, smoke_study, workload_of
 
 pytestmark = pytest.mark.part("runner")
 

@@ -17,7 +17,7 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.forecasting.throughput import Throughput
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records.study_file import read_study_file
+from peft_vit.records import read_study_file
 from peft_vit.tuning import stages
 from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune

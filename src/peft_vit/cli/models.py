@@ -79,7 +79,7 @@ def export(
         print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
-        from peft_vit.studies.printing import print_export
+        from peft_vit.studies.display import print_export
 
         options = OnnxOptions(runtime, activations, accept_loss)
         print_export(export_run_to_file(directory, output, format, options), output)

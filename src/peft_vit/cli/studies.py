@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from peft_vit.cli.app import app, command
-from peft_vit.config import ExecutorName, MethodName
+from peft_vit.config import MethodName
+from peft_vit.studies.executors import ExecutorName
 from peft_vit.studies.request import DEFAULT_OUTPUT, TrainRequest
 from peft_vit.tuning.request import TuneRequest
 
@@ -107,7 +108,7 @@ def plan(
 @app.command()
 def status(results_dir: StudiesDir) -> None:
     """Say what has become of every planned run, with the reason of each failure; changes nothing."""
-    from peft_vit.studies.status import find_studies, status_lines, study_status
+    from peft_vit.records.progress import find_studies, status_lines, study_status
 
     for folder in find_studies(results_dir):
         for line in status_lines(study_status(folder)):
@@ -147,7 +148,7 @@ def tune(asked: TuneRequest) -> None:
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
     print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
-        from peft_vit.studies.printing import counted
+        from peft_vit.studies.display import counted
 
         print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
         for run_id, reason in failed.items():

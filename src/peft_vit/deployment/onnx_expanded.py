@@ -23,7 +23,6 @@ more than 4; MatMulNBits with accuracy_level 4, which needs no expanding, 0.95 i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.backbones import watching
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
-from peft_vit.quantization.codebooks import Codebook, code_values
 from peft_vit.quantization.packing import field_bits
 
 Range = tuple[float, float]  # the smallest and the largest of a layer's inputs
@@ -75,14 +73,10 @@ class ExpandedWeight(nn.Module):
 
 def byte_values(kind: QuantizationFormat) -> Tensor:
     """Return what the codes in each of the 256 bytes mean before scale and offset, (256, codes a byte), float32."""
-    if kind.has_codebook:
-        values = code_values(cast(Codebook, kind.type))
-    else:
-        values = torch.arange(2**kind.bits) - (0 if kind.offset else 2 ** (kind.bits - 1))
     bits = field_bits(kind.bits)
     shifts = bits * torch.arange(8 // bits)
     codes = (torch.arange(256).unsqueeze(1) >> shifts) & (2**kind.bits - 1)  # (256, codes a byte)
-    return values.float()[codes]
+    return kind.values()[codes]
 
 
 def _by_byte(numbers: Tensor, per_byte: int) -> Tensor:

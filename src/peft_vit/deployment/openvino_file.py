@@ -27,7 +27,7 @@ from peft_vit.quantization import QuantizedTensor
 from peft_vit.safe_io import read_bytes
 
 _UNSIGNED = "0" * 64  # in place of the hash while it is computed
-_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)", "nf3": ""}
+_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)"}
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -49,10 +49,10 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
-        if (why := _NO_TYPE.get(weight.format.type)) is not None:
+        if weight.format.has_codebook and (kind := weight.format.type) != "nf4":
             raise UserError(
-                f"{name} is in {weight.format.type}, which OpenVINO has no type for{why}; export onnx or safetensors, "
-                "or train with nf4 or an int type",
+                f"{name} is in {kind}, which OpenVINO has no type for{_NO_TYPE.get(kind, '')}; export onnx or "
+                "safetensors, or train with nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed)

@@ -29,7 +29,8 @@ from peft_vit.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.packing import field_bits
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
-_TYPES = {"int2": ov.Type.u2, "int3": ov.Type.i4, "int4": ov.Type.i4, "int8": ov.Type.i8, "nf4": ov.Type.nf4}
+_INTEGERS = {2: ov.Type.u2, 4: ov.Type.i4, 8: ov.Type.i8}  # by bits of the field
+_CODEBOOKS = {"nf4": ov.Type.nf4}
 _NF4_ZERO = 7  # the code whose value is 0
 _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 
@@ -59,7 +60,8 @@ def weight_node(weight: QuantizedTensor) -> ov.Node:
     groups = weight.groups
     shape = [rows, groups, columns // groups]
     packed = pack_codes(codes.reshape(1, -1), field_bits(weight.format.bits)).numpy()
-    tensor = ov.Tensor(packed, ov.Shape(shape), _TYPES[weight.format.type])
+    kind = _CODEBOOKS[weight.format.type] if weight.format.has_codebook else _INTEGERS[field_bits(weight.format.bits)]
+    tensor = ov.Tensor(packed, ov.Shape(shape), kind)
     node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
     if zeros is not None:
         node = ops.subtract(node, _float32(zeros))
@@ -77,12 +79,13 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the numbers that OpenVINO takes: the bits of c' (out, in) uint8, not packed, s and z (out, groups)."""
     kind, scales = weight.format, weight.scales
     codes = unpack_codes(weight.codes, kind.bits, weight.shape[1])
-    signed = kind.type in ("int3", "int4", "int8")
+    unsigned = not kind.has_codebook and field_bits(kind.bits) == 2
+    signed = not kind.has_codebook and not unsigned
     middle = 2 ** (kind.bits - 1)
     if signed:
         codes = (codes - middle) & (2 ** field_bits(kind.bits) - 1)  # two's complement of c - 2^(bits - 1)
     if weight.offsets is None:
-        zeros = torch.full_like(scales, middle) if kind.type == "int2" else None
+        zeros = torch.full_like(scales, middle) if unsigned else None
         return codes, scales, zeros
     offsets = weight.offsets.float()
     ratio = offsets / scales.float()  # infinite or NaN where the scale is 0

@@ -25,7 +25,7 @@ from peft_vit.errors import UserError, first_fault, printable
 from peft_vit.methods import shorten
 from peft_vit.packages import cache_dir
 from peft_vit.records import RunSpec, write_atomically
-from peft_vit.runs.provenance import cpu_count, package_versions, processor_name
+from peft_vit.runs.machine import cpu_count, package_versions, processor_name
 from peft_vit.training import steps_per_epoch
 
 _log = logging.getLogger(__name__)

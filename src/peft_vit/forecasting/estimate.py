@@ -12,13 +12,12 @@ import torch
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import Precision
-from peft_vit.evaluation.ablation import GROUPS
-from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration import Costs, known_costs
 from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products, product_rate
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
 
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run

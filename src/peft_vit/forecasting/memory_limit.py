@@ -21,8 +21,7 @@ from peft_vit.data import ImageIndex, Splits
 from peft_vit.errors import UserError
 from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.forecasting.estimate import PROCESS_BYTES, Workload
-from peft_vit.records import RunSpec
-from peft_vit.records.study_file import StudyFile
+from peft_vit.records import RunSpec, StudyFile
 
 _MOST_MEASURED = 10
 _AGAIN = 0.3  # of a step: all blocks computed again, where none were measured without

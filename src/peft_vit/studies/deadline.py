@@ -7,10 +7,9 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.config import ExecutorName
 from peft_vit.forecasting.time_limit import Limit, fit
 from peft_vit.records import checkpoint_folders, run_folder
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted
+from peft_vit.studies.executors import EXECUTORS, Event, ExecutorName, RunEnded, RunInterrupted
 
 if TYPE_CHECKING:  # a scheduler needs no torch
     from peft_vit.studies.plan import Plan, PlannedRun
@@ -34,7 +33,7 @@ class Deadline:
         self.limit = limit
         self.under_way: set[str] = set()
         self._runs = plan.pending
-        self._workers = max(1, len(plan.pending)) if executor == "ray" else plan.study.execution.workers
+        self._workers = max(1, len(plan.pending)) if EXECUTORS[executor].is_elastic else plan.study.execution.workers
         self._left = {}  # share of a run that is still to be done, by its newest checkpoint
         for run in plan.pending:
             reached = max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0)

@@ -17,7 +17,7 @@ from peft_vit.forecasting.estimate import kept_values
 from peft_vit.forecasting.throughput import Throughput, product_rate
 from peft_vit.forecasting.time_limit import fit
 from peft_vit.methods import METHODS, Wishes
-from peft_vit.runs.device import choose_precision, resolve_device
+from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are

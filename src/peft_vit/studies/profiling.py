@@ -22,8 +22,7 @@ from peft_vit.forecasting.estimate import Estimate, Workload
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.studies.events import RunEnded, RunProgress
-from peft_vit.studies.executors import decode_images
+from peft_vit.studies.executors import RunEnded, RunProgress, decode_images
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
 from peft_vit.training import Progress

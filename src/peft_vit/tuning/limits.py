@@ -13,8 +13,8 @@ from typing import Any
 from peft_vit.backbones import architecture_of
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.plan import plan_begun_study
+from peft_vit.runs.machine import cpu_count
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind
 from peft_vit.tuning.context import TuningContext
@@ -129,11 +129,10 @@ def within_memory(context: TuningContext, model: str, image_size: int, experimen
     study = context.study("memory", model, image_size, [0], [limited])
 
     def decide() -> dict[str, Any]:
-        plan = plan_begun_study(
+        plan = plan_study(
             study_from_mapping(study, file=context.request.images),
-            None,
             context.state.studies,
-            file=context.request.images,
+            file=None,
             measure_step=partial(measure_step, tell=lambda text: context.state.tell(f"  {text}")),
         )
         for line in plan.memory:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.extras import require_extra
-from peft_vit.studies.lock import study_lock
+from peft_vit.records.progress import study_lock
 from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
 from peft_vit.tuning.machine import MeasureThroughput, measure_throughput

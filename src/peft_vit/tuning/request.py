@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, ExecutorName, bytes_of
+from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of
 from peft_vit.options import Option, Request
+from peft_vit.studies.executors import ExecutorName
 
 
 def _bytes(size: Any) -> Any:

@@ -11,12 +11,10 @@ from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_c
 from peft_vit.cli.start import EXAMPLES
 from peft_vit.config import load_study
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records.progress import look_at
+from peft_vit.records.progress import look_at, study_lock, study_status
 from peft_vit.studies.deadline import Deadline
-from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunStarted
-from peft_vit.studies.lock import study_lock
+from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
 from peft_vit.studies.scheduler import drive as drive_study
-from peft_vit.studies.status import study_status
 
 pytestmark = pytest.mark.part("runner")
 

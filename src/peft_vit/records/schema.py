@@ -1,4 +1,4 @@
-"""RunRecord is what happened: plain values.
+"""What is kept of a run: RunSpec is what was asked, RunRecord what happened; and StudyFile, what a study planned.
 
 Units stand in the names: ``_s`` seconds, ``_bytes`` bytes, ``_steps`` optimiser steps. A step is counted from 1;
 the history entry of step 0 is the state before training.
@@ -6,6 +6,8 @@ the history entry of step 0 is the state before training.
 
 from __future__ import annotations
 
+import hashlib
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -13,15 +15,32 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    SerializerFunctionWrapHandler,
-    model_serializer,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
+from pydantic_core import to_json
 
-from peft_vit.config import BudgetUnit, Kind, QuantizationType
-from peft_vit.records.run_spec import RunSpec
+from peft_vit.config import (
+    AUGMENTATION_OF_FLIPS,
+    SEEDS,
+    BackboneConfig,
+    BudgetUnit,
+    DataConfig,
+    Device,
+    ExperimentConfig,
+    Kind,
+    MeasuresConfig,
+    Name,
+    Precision,
+    QuantizationType,
+    StudyConfig,
+)
+from peft_vit.records.migrations import with_digested
 
-SCHEMA_VERSION: Literal[1] = 1
+# Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
+RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 Role = Literal["attention", "mlp", "other"]  # of a matrix in its block
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
@@ -30,10 +49,114 @@ Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_fu
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Number = Annotated[int, Field(ge=1)]
+_RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
+
+# Settings that came later, by section: a digest leaves them out where they have their default.
+_LATER_SECTIONS = ("peft",)
+_LATER = {
+    "backbone": ("library",),
+    "measures": ("logits",),
+    "data": ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds"),
+}
+_LATER_OF_EXPERIMENT = {
+    "lora": ("ranks",),
+    "qa_lora": ("rounding", "calibration_images", "use_double_quant"),
+    "training": (
+        "steps",
+        "validate_every",
+        "patience",
+        "head_start",
+        "label_smoothing",
+        "warmup_share",
+        "layer_decay",
+        "micro_batch_size",
+        "activation_checkpointing",
+        "recomputed_blocks",
+        "memory_limit",
+        "probe_l2",
+    ),
+}
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+
+
+class RunSpec(_Value):
+    """One run, fixed before it starts: an experiment's configuration and a seed."""
+
+    study: Name  # these two and the experiment's name are the run's folder
+    seed: int = Field(ge=0, lt=SEEDS.stop)
+    experiment: ExperimentConfig
+    backbone: BackboneConfig
+    data: DataConfig
+    device: Device
+    precision: Precision
+    threads: int
+    smoke: bool = False
+    measures: MeasuresConfig = MeasuresConfig()
+
+    @property
+    def name(self) -> str:
+        """Return ``experiment/seed_k``, which is also the run's folder below its study's."""
+        return f"{self.experiment.name}/seed_{self.seed}"
+
+    @property
+    def run_id(self) -> str:
+        """Return ``study/experiment/seed_k``, which is also the run's folder below the results directory."""
+        return f"{self.study}/{self.name}"
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that the run depends on.
+
+        Settings that came later are left out where they have their default, so that it is the digest of before there
+        was anything else.
+        """
+        left_out: dict[str, Any] = _at_defaults(self, _LATER)
+        if self.measures == MeasuresConfig():
+            left_out["measures"] = True
+        experiment: dict[str, Any] = _at_defaults(self.experiment, _LATER_OF_EXPERIMENT)
+        experiment |= {name: True for name in _LATER_SECTIONS if getattr(self.experiment, name) is None}
+        augmentation = self.experiment.training.augmentation
+        flips = next((name for name, same in AUGMENTATION_OF_FLIPS.items() if same == augmentation), None)
+        if flips is not None:
+            experiment["training"].add("augmentation")
+        content = self.model_dump(mode="json", exclude=left_out | {"experiment": experiment})
+        content["experiment"] = with_digested(content["experiment"])
+        if flips is not None:
+            content["data"]["flips"] = flips  # where flips were said when there was nothing else
+        return hashlib.sha256(to_json(content)).hexdigest()
+
+
+def _at_defaults(of: BaseModel, later: dict[str, tuple[str, ...]]) -> dict[str, set[str]]:
+    """Return those of the later settings that have their defaults, by section."""
+    sections = {name: getattr(of, name, None) for name in later}
+    return {
+        name: {key for key in later[name] if getattr(section, key) == type(section).model_fields[key].default}
+        for name, section in sections.items()
+        if isinstance(section, BaseModel)
+    }
+
+
+class StudyFile(BaseModel):
+    """Content of study.json.
+
+    `runs` are all that were ever planned, `skipped` those among them that the last command left out. A smoke study's
+    configuration is the compressed one. `seeds_added`: seeds that a command added when results were there, so that
+    their number may follow from these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    schema_version: Literal[1] = 1
+    smoke: bool
+    data_sha256: str
+    runs: tuple[_RunName, ...]
+    skipped: tuple[_RunName, ...] = ()
+    configuration: StudyConfig
+    seeds_added: tuple[int, ...] = ()
 
 
 class Metrics(_Value):
@@ -228,13 +351,8 @@ class Predictions(_Value):
     labels: list[_Count]
     predicted: list[_Count]
     probability: list[_Share]  # of the predicted class
-    logits: list[list[FiniteFloat]] | None = None  # (images, classes); with measures.logits
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave logits out that were not asked for: outcomes have digests."""
-        said: dict[str, Any] = write(self)
-        return {key: value for key, value in said.items() if key != "logits" or value is not None}
+    # (images, classes); with measures.logits. Left out where they were not asked for: outcomes have digests.
+    logits: list[list[FiniteFloat]] | None = Field(default=None, exclude_if=lambda logits: logits is None)
 
     @model_validator(mode="after")
     def _one_of_each_an_image(self) -> Self:
@@ -290,7 +408,7 @@ class Provenance(_Value):
 class RunRecord(_Value):
     """What happened in one run. Outcomes never go back into the configuration."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     spec: RunSpec
     spec_digest: str
     status: Literal["done", "failed"]
@@ -336,3 +454,39 @@ class RunRecord(_Value):
     registration: Registration | None = None  # as of version 0.2.0; None in older and newer records
     adapter_sha256: str | None = None
     optimizer_sha256: str | None = None  # of its state after the last step; None in older records
+
+    @field_validator("steps", "evaluations", "rank_history", "importance_history", "bits_history")
+    @classmethod
+    def _in_order(cls, rows: list[Any], info: ValidationInfo) -> list[Any]:
+        for before, row in pairwise(rows):
+            if before.step >= row.step if info.field_name in ("steps", "evaluations") else before == row:
+                raise ValueError(f"step {row.step} stands twice or out of order")
+        if info.field_name == "rank_history" and len(units := sorted({entry.unit for entry in rows})) > 1:
+            raise ValueError(f"budgets in different units ({', '.join(units)})")
+        return rows
+
+
+class BenchRow(_Value):
+    """What `peft-vit bench` measured of one model at one batch size with so many threads.
+
+    Times are those of a call on the whole batch.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    file: str  # as it was named; a folder, perhaps
+    format: str  # onnx, openvino, safetensors or peft
+    bytes: _Number  # of all its files
+    run: str | None  # study/experiment/seed_k, as its card says; None of what was made for comparison
+    threads: _Number
+    batch: _Number
+    calls: _Number  # that were timed, in all processes
+    median_s: _Positive
+    low_s: _Positive  # first and third quartile of the calls
+    high_s: _Positive
+    processor_s: Annotated[float, Field(ge=0)]  # median of what all threads worked; 0 if the clock is too coarse
+    ratio: _Positive  # of medians, over the fastest float32 model at this batch size with these threads
+    over: str  # that model's file
+    images_per_s: _Positive
+    processor: str
+    runtime: str  # with its version

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_vit.records.values import ImportanceEntry, ProbeEntry, RankEntry, RunRecord, SiteInfo
+from peft_vit.records.schema import ImportanceEntry, ProbeEntry, RankEntry, RunRecord, SiteInfo
 
 _FIELDS = (
     "spec_digest",
@@ -80,24 +80,20 @@ def outcome_digest(record: RunRecord) -> str:
     Equal for a run and its repetition on the same machine, with the same torch and as many threads, however often it
     was killed in between.
     """
-    values: dict[str, Any] = record.model_dump(mode="json", include=set(_FIELDS))
-    values["sites"] = [{key: value for key, value in site.items() if key != "role"} for site in values["sites"]]
-    values["steps"] = [{key: value for key, value in row.items() if key != "seconds"} for row in values["steps"]]
+    values = record.model_dump(mode="json", include=set(_FIELDS))
+    for rows, later in ((values["sites"], "role"), (values["steps"], "seconds")):
+        for row in rows:
+            del row[later]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def run_row(record: RunRecord) -> dict[str, Any]:
     """Return a run's row in a table with RUN_COLUMNS; what it does not have is None."""
-    row: dict[str, Any] = {name: getattr(record, name, None) for name in RUN_COLUMNS} | {
-        "study": record.spec.study,
-        "smoke": record.spec.smoke,
-        "experiment": record.spec.experiment.name,
-        "method": record.spec.experiment.method,
-        "seed": record.spec.seed,
-        "state": record.status,
-        "steps": len(record.steps),
-        "outcome_digest": outcome_digest(record),
-    }
+    spec, experiment = record.spec, record.spec.experiment
+    row = {name: getattr(record, name, None) for name in RUN_COLUMNS}
+    row |= {"study": spec.study, "smoke": spec.smoke, "experiment": experiment.name, "method": experiment.method}
+    row |= {"seed": spec.seed, "state": record.status, "steps": len(record.steps)}
+    row["outcome_digest"] = outcome_digest(record)
     for split, metrics in (("validation", record.validation), ("test", record.test)):
         if metrics is not None:
             row |= {f"{split}_{measure}": getattr(metrics, measure) for measure in _MEASURES}
@@ -132,6 +128,7 @@ def history_rows(
     present: RankEntry | None = None
     for step in sorted({*entries, *scores}):
         present = entries.get(step, present)
+        budget = None if present is None else present.budget
         rows += [
             {
                 "step": step,
@@ -143,8 +140,8 @@ def history_rows(
                 "score": scores.get(step, {}).get(site.name),
                 "probed": (step, site.name) in probed,
                 "rank": None if present is None else present.ranks.get(site.name, 0),
-                "budget": None if present is None else present.budget,
-                "budget_unit": None if present is None or present.budget is None else present.unit,
+                "budget": budget,
+                "budget_unit": None if present is None or budget is None else present.unit,
             }
             for site in sites
             if site.name in named

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
 from peft_vit.errors import UserError
-from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, read_record
-from peft_vit.records.owner import Owner, owner_of
-from peft_vit.records.progress import PROGRESS_FILE, RunStatus, run_status
-from peft_vit.records.study_file import RUN_NAME, STUDY_FILE, StudyFile, read_study_file
-from peft_vit.records.values import RunRecord
+from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
+from peft_vit.records.progress import PROGRESS_FILE, StudyStatus, owner_of, study_status
+from peft_vit.records.schema import RUN_NAME, RunRecord
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "analysis_summary.md"
 
-_TABLES = {".json", ".jsonl", ".csv", ".parquet"}  # what results of others are kept in
-_EARLIER = {"ledger.jsonl", "runs.parquet"}  # of version 0.2.0, which records say as well
-_OWN = {RECORD_FILE, REGISTRATION_FILE, PROGRESS_FILE, STUDY_FILE} | _EARLIER
-_OUTPUTS = {HTML_FILE, MARKDOWN_FILE}  # in a folder beside them lies what was written from records, not a source
-_BELOW_OUTPUTS = {"tables", "figures"}
-_CHECKPOINT = re.compile(r"\.?checkpoint-.*")
-_RUN_FOLDER = re.compile(RUN_NAME)
+_FOREIGN = re.compile(r"[^.].*\.(json|jsonl|csv|parquet)", re.IGNORECASE | re.DOTALL)  # what results of others lie in
+# The last two are of version 0.2.0, and say nothing that records do not.
+_OWN = {RECORD_FILE, REGISTRATION_FILE, PROGRESS_FILE, STUDY_FILE, "ledger.jsonl", "runs.parquet"}
+_CHECKPOINT = re.compile(r"\.?checkpoint-.*", re.DOTALL)
 _NAMED = 20  # files of others that are named; a data set beside the results may have thousands
-
-_Content = TypeVar("_Content")
 
 
 @dataclass(frozen=True)
@@ -44,7 +35,7 @@ class Problem:
     def run(self) -> tuple[str, str] | None:
         """Return the study and the run that the file's place stands for, if it is a record's."""
         parts = PurePosixPath(self.file).parts
-        if len(parts) < 3 or parts[-1] != RECORD_FILE or not _RUN_FOLDER.fullmatch("/".join(parts[-3:-1])):
+        if len(parts) < 3 or parts[-1] != RECORD_FILE or not re.fullmatch(RUN_NAME, "/".join(parts[-3:-1])):
             return None
         return parts[-4] if len(parts) > 3 else "", "/".join(parts[-3:-1])
 
@@ -55,22 +46,12 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class StudyFolder:
-    """A study's folder, apart from its records."""
-
-    name: str
-    file: StudyFile | None  # what was planned; None if it can't be known
-    unfinished: tuple[RunStatus, ...]  # those of the planned runs that have no record
-    owner: Owner | None  # who works on the study at present
-
-
-@dataclass(frozen=True)
 class Contents:
     """A results directory: records with their files in the order of these, studies, and what is wrong or foreign."""
 
     directory: Path
     records: tuple[tuple[str, RunRecord], ...]
-    studies: tuple[StudyFolder, ...]
+    studies: tuple[StudyStatus, ...]
     problems: tuple[Problem, ...]
 
 
@@ -84,19 +65,16 @@ def read_contents(directory: Path) -> Contents:
     studies, records = [], []
     for folder in folders:
         place = directory / folder
-        owner = owner_of(place)  # first: who ends meanwhile has left nothing under way
-        study_file = PurePosixPath(folder, STUDY_FILE).as_posix()
-        content = _attempt(partial(read_study_file, place), directory, study_file, problems)
-        unfinished = []
-        if content is not None:
-            for run in content.runs:
-                if not (place / run / RECORD_FILE).exists():
-                    unfinished.append(run_status(place, run, owner, skipped=run in content.skipped))
-        studies.append(StudyFolder(Path(os.path.abspath(place)).name, content, tuple(unfinished), owner))
+        try:
+            studies.append(study_status(place))
+        except UserError as error:
+            problems.append(_problem(error, directory, PurePosixPath(folder, STUDY_FILE).as_posix()))
+            studies.append(StudyStatus(place, None, (), owner_of(place)))
     for file in files:
-        record = _attempt(partial(read_record, directory / file), directory, file, problems)
-        if record is not None:
-            records.append((file, record))
+        try:
+            records.append((file, read_record(directory / file)))
+        except UserError as error:
+            problems.append(_problem(error, directory, file))
     if not records and not any(study.file is not None for study in studies):
         raise _nothing(directory, problems)
     return Contents(directory, tuple(records), tuple(studies), tuple(problems))
@@ -115,6 +93,11 @@ def read_records(directory: Path) -> Iterator[RunRecord]:
         yield read_record(directory / file)
 
 
+def _problem(error: UserError, directory: Path, file: str) -> Problem:
+    line = (error.file or "").partition(str(directory / file))[2]  # behind the name, if one is known
+    return Problem(file + line, f"{error.field}: {error.message}" if error.field else error.message)
+
+
 def _nothing(directory: Path, problems: list[Problem]) -> UserError:
     left_out = [problem for problem in problems if problem.left_out]
     if not left_out:
@@ -123,16 +106,6 @@ def _nothing(directory: Path, problems: list[Problem]) -> UserError:
     more = f"; {len(others)} more, see below, and nothing in {directory} can be read" if others else ""
     details = "\n".join(problem.line(directory) for problem in others)
     return UserError(first.message + more, file=directory / first.file, details=details)
-
-
-def _attempt(read: Callable[[], _Content], directory: Path, file: str, problems: list[Problem]) -> _Content | None:
-    try:
-        return read()
-    except UserError as error:
-        named = error.file or ""
-        line = named.removeprefix(str(directory / file)) if named.startswith(str(directory / file)) else ""
-        problems.append(Problem(file + line, f"{error.field}: {error.message}" if error.field else error.message))
-        return None
 
 
 def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
@@ -153,29 +126,26 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
     foreign: list[str] = []
 
     def unreadable(error: OSError) -> None:
-        place = os.path.relpath(error.filename, directory)
-        problems.append(Problem(Path(place).as_posix(), f"can't be read ({error.strerror}); make it readable"))
+        place = Path(os.path.relpath(error.filename, directory)).as_posix()
+        problems.append(Problem(place, f"can't be read ({error.strerror}); make it readable"))
 
     for place, folders, files in os.walk(directory, onerror=unreadable):
-        here = Path(place).relative_to(directory)
-        records += [(here / name).as_posix() for name in (*folders, *files) if name == RECORD_FILE]
+        here = PurePosixPath(Path(place).relative_to(directory).as_posix())
+        folders.sort()
+        records += [str(here / name) for name in (*folders, *files) if name == RECORD_FILE]
         if STUDY_FILE in files:
-            studies.append(here.as_posix())
-        for name in sorted(folders):
+            studies.append(str(here))
+        for name in folders:
             if os.path.islink(os.path.join(place, name)):
                 problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
-                problems.append(Problem((here / name).as_posix(), problem, left_out=False))
-        outputs = _OUTPUTS & set(files)
-        if not outputs and _CHECKPOINT.fullmatch(here.name) is None:
-            foreign += [
-                (here / name).as_posix()
-                for name in files
-                if not name.startswith(".") and Path(name).suffix.lower() in _TABLES and name not in _OWN
-            ]
-        folders[:] = sorted(
-            name for name in folders if not (outputs and name in _BELOW_OUTPUTS) and not _CHECKPOINT.fullmatch(name)
-        )
-    records.sort(key=lambda file: Path(file).parts)
+                problems.append(Problem(str(here / name), problem, left_out=False))
+        # Beside a report lies what was written from records: no source.
+        outputs = not {HTML_FILE, MARKDOWN_FILE}.isdisjoint(files)
+        if not outputs and not _CHECKPOINT.fullmatch(here.name):
+            foreign += [str(here / name) for name in files if _FOREIGN.fullmatch(name) and name not in _OWN]
+        skipped = {"tables", "figures"} if outputs else set()
+        folders[:] = [name for name in folders if name not in skipped and not _CHECKPOINT.fullmatch(name)]
+    records.sort(key=lambda file: PurePosixPath(file).parts)
     foreign.sort()
     problem = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
     problems += [Problem(file, problem, left_out=False) for file in foreign[:_NAMED]]
