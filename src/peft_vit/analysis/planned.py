@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from peft_vit.config import ExperimentConfig, StudyConfig
 from peft_vit.records import StudyStatus
-from peft_vit.records.progress import RunStatus
+from peft_vit.records.progress import RunStatus, State, run_of
 
-# missing: no record, and no study.json that would tell whether it was ever planned.
-State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
-# Of a run without a record: in one of several folders it may have got further.
-_FURTHEST_FIRST: tuple[State, ...] = ("running", "pending", "skipped")
-
-
-@dataclass(frozen=True)
-class UnfinishedRun:
-    """A run without a record that counts; `note` says why, or how far it is."""
-
-    experiment: str
-    seed: int
-    state: State
-    note: str = ""
-
-    @property
-    def run(self) -> tuple[str, int]:
-        """Return experiment and seed."""
-        return self.experiment, self.seed
+# Of a run without a record that counts, as a report lists them; in one of several folders it may have got further.
+STATES: tuple[State, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
+_FURTHEST_FIRST: tuple[State, ...] = (
+    "running",
+    "pending",
+    "skipped",
+)  # in one of several folders it may have got further
 
 
 @dataclass(frozen=True)
@@ -68,35 +55,27 @@ class Plan:
 
 def unfinished_runs(
     plan: Plan, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]
-) -> tuple[UnfinishedRun, ...]:
+) -> tuple[RunStatus, ...]:
     """Return the runs that have no record that counts, by experiment and seed; `recorded` are those that have one.
 
     Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
     """
-    why = {(experiment, seed): reason for experiment, seed, reason in plan.left_out}
     planned = set(plan.runs)
-    known: dict[tuple[str, int], list[RunStatus]] = {}
-    for folder in plan.folders:
-        for status in folder.runs:
-            known.setdefault(run_of(status.run), []).append(status)
-
-    def unfinished(run: tuple[str, int]) -> UnfinishedRun:
-        if run in why:
-            return UnfinishedRun(*run, "left out", why[run])
-        for state in _FURTHEST_FIRST:
-            for status in known.get(run, ()):
+    found: dict[tuple[str, int], RunStatus] = {}
+    for experiment, seed, reason in plan.left_out:
+        found[experiment, seed] = RunStatus(f"{experiment}/seed_{seed}", "left out", note=reason)
+    left_out = set(found)
+    for state in _FURTHEST_FIRST:
+        for folder in plan.folders:
+            for status in folder.runs if folder.file is not None else ():
                 if status.state == state:
-                    return UnfinishedRun(*run, state, status.note)
+                    found.setdefault(status.key, status)
+    runs = {*(planned if plan.is_known else expected), *left_out} - set(recorded)
+    for experiment, seed in runs - found.keys():
         # Planned all the same: the record in its folder is of another run, or has come since records were read.
-        return UnfinishedRun(*run, "pending" if run in planned else "missing")
-
-    return tuple(map(unfinished, sorted({*(planned if plan.is_known else expected), *why} - set(recorded))))
-
-
-def run_of(run: str) -> tuple[str, int]:
-    """Return experiment and seed of ``lora_r8/seed_0``."""
-    experiment, _, seed = run.partition("/seed_")
-    return experiment, int(seed)
+        state = "pending" if (experiment, seed) in planned else "missing"
+        found[experiment, seed] = RunStatus(f"{experiment}/seed_{seed}", state)
+    return tuple(found[run] for run in sorted(runs))
 
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
@@ -117,6 +96,3 @@ def seeds_in_words(seeds: Sequence[int]) -> str:
             stretches.append([seed])
     parts = [f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(str(seed) for seed in one) for one in stretches]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(parts)}"
-
-
-STATES: tuple[State, ...] = get_args(State)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
+from peft_vit.analysis.planned import STATES, Plan, runs_in_words, seeds_in_words, unfinished_runs
 from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
+from peft_vit.records.progress import RunStatus
 
 METHOD_ORDER = tuple(METHOD_KINDS)
 
@@ -71,14 +72,14 @@ class Study:
     failed: tuple[RunRecord, ...]  # records of runs that failed or that lack outcomes
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
-    unfinished: tuple[UnfinishedRun, ...]
+    unfinished: tuple[RunStatus, ...]
     notices: tuple[str, ...]  # sentences: what to know before believing a number
     plan: Plan  # what is known beside the records
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
         """Return experiment and seed of the runs that have no record that counts."""
-        return tuple(run.run for run in self.unfinished)
+        return tuple(run.key for run in self.unfinished)
 
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
@@ -153,7 +154,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     seeds = sorted({seed for _, seed in group})
     unfinished = unfinished_runs(plan, group, [(e.name, seed) for e in experiments for seed in seeds])
     place = {e.name: index for index, e in enumerate(experiments)}
-    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), run.run)))
+    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), run.key)))
     runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
     notices = (
         *first,
@@ -247,11 +248,11 @@ def _of_seeds(name: str, plan: Plan) -> list[str]:
     return notices
 
 
-def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[UnfinishedRun]) -> list[str]:
+def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[RunStatus]) -> list[str]:
     """Say which planned runs there is nothing of, and who works on them."""
     notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
     runs_in = {
-        state: [run.run for run in unfinished if run.state == state]
+        state: [run.key for run in unfinished if run.state == state]
         for state in ("running", "pending", "skipped", "missing")
     }
     missing = runs_in.pop("missing")
