@@ -53,7 +53,7 @@ def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
 
 
 def attempt(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None) -> tuple[int, dict[str, Any]]:
-    """Carry a run out in a process of its own; return its code, and its first step and what it came to, or its error."""
+    """Carry a run out in a process of its own; return its code, its first step and what it came to, or an error."""
     said, log = folder / "said.json", folder / "log.txt"
     said.unlink(missing_ok=True)
     code = fork(lambda: _run(spec, folder / "run", kill_at, said), log).finish()
