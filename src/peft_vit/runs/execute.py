@@ -20,8 +20,8 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
-from peft_vit.config import BackboneConfig, QaLoraConfig
+from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.config import QaLoraConfig
 from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
@@ -88,7 +88,6 @@ def run_one(
     on_progress: OnProgress | None = None,
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
-    read: Callable[[BackboneConfig], Weights] = read_weights,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
@@ -97,7 +96,6 @@ def run_one(
         on_progress: told after each step.
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
-        read: gets the backbone's weights, see `load_backbone`.
 
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
@@ -120,7 +118,7 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, attempt, on_progress, read)
+            outcome, adapter = _execute(spec, attempt, on_progress)
             record = record_of(outcome)
         except Interrupted:
             raise
@@ -149,9 +147,7 @@ def _kind(error: Exception) -> Failure:
     return "error"
 
 
-def _execute(
-    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
-) -> tuple[dict[str, Any], bytes]:
+def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> tuple[dict[str, Any], bytes]:
     if METHODS[spec.experiment.method].uses_peft:
         load_peft()
     memory = attempt.watch_memory()
@@ -162,7 +158,7 @@ def _execute(
         warnings.warn(DataWarning(text), stacklevel=2)
     attempt.look_back(data.data_sha256)
     packed = packed_at_once(spec.experiment)
-    load = partial(load_run_backbone, spec, len(data.class_names), read, mapped=packed)
+    load = partial(load_run_backbone, spec, len(data.class_names), mapped=packed)
     backbone = load()
     model = backbone.model if packed is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)
