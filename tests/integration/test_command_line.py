@@ -153,7 +153,7 @@ def test_bad_weights_files(tmp_path, finished, refused) -> None:
     line = refused("run", file, "--output", tmp_path / "out")
     assert "backbone.sha256" in line
     assert SHA in line
-    assert "get the right file or correct the hash" in line
+    assert "or correct the hash" in line
     assert not (tmp_path / "out").exists()
     assert snapshot(finished) == before
 
