@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.backbones import find_sites
 from peft_vit.deployment import export_onnx, input_ranges, open_exported
-from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, step_and_zero
-from peft_vit.deployment.onnx_file import onnx_graph
+from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph, step_and_zero
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 

@@ -14,7 +14,7 @@ from torch import nn
 from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.deployment import export_onnx, open_exported
-from peft_vit.deployment.onnx_file import HEADER, Header, _digest
+from peft_vit.deployment.onnx_file import HEADER, Header, onnx_digest
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 
@@ -165,8 +165,7 @@ def test_a_model_that_points_at_other_files_is_refused(exported, tmp_path, place
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value="secret")
-    header = Header(card=CARD, sha256=_digest(CARD, proto))
-    proto.metadata_props.add(key=HEADER, value=header.model_dump_json())
+    proto.metadata_props.add(key=HEADER, value=Header(card=CARD).signed(onnx_digest(CARD, proto)))
     file = tmp_path / "model.onnx"
     file.write_bytes(proto.SerializeToString())
     with pytest.raises(UserError, match=r"model\.onnx: keeps numbers in other files"):

@@ -21,7 +21,7 @@ from peft_vit.adapters import AdaptedLinear, adapted_modules, attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.deployment import export_openvino, open_exported
 from peft_vit.deployment.check import random_weights
-from peft_vit.deployment.openvino_file import SETTINGS
+from peft_vit.deployment.openvino_file import SETTINGS, weight_node
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, unpack_codes
 
@@ -115,8 +115,6 @@ def test_the_low_bit_kernels_do_the_products_on_the_runs_own_codes(exported) -> 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_a_weight_is_its_definition(format) -> None:
-    from peft_vit.deployment.openvino_layers import weight_node
-
     weight = torch.randn(12, 192, generator=torch.Generator().manual_seed(0)) * 0.05
     weight[0, :64] = 0.05  # constant: scale 0
     weight[1] = 0.0

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig
+from peft_vit.config import StudyConfig, file_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.runs.export import Exported, file_bytes, said_loss
+from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.provenance import cpu_count
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.plan import Plan

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from peft_vit.adapters import adapted_modules
 from peft_vit.deployment import ModelCard, load_low_bit, merge, open_exported, save_low_bit
-from peft_vit.deployment.low_bit_file import HEADER, _digest, _Header
-from peft_vit.deployment.model_card import read_json
+from peft_vit.deployment.model_card import HEADER, read_json
+from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values
 
@@ -184,9 +184,8 @@ def test_other_files_are_named(tmp_path) -> None:
 
 def signed_again(file: Path, tensors: dict[str, torch.Tensor], card: ModelCard) -> None:
     """Write a float model's file anew with the hash that belongs to it, as anybody can who wants to be believed."""
-    header = _Header(card=card, layers={})
-    header = header.model_copy(update={"sha256": _digest(header, tensors)})
-    save_file(tensors, file, metadata={HEADER: header.model_dump_json()})
+    header = LowBitHeader(card=card, layers={})
+    save_file(tensors, file, metadata={HEADER: header.signed(low_bit_digest(header, tensors))})
 
 
 @pytest.mark.parametrize(
