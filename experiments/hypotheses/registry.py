@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,11 +20,11 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from experiments.hypotheses.selection import Reference, Selection
 from experiments.hypotheses.several_studies import gain_where_importance_varies, importance_between_data_sets
-from peft_vit.analysis.comparison import accuracy_on_test
+from peft_vit.analysis import measures
+from peft_vit.analysis.comparison import Estimate, accuracy_on_test
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Conclusion, Finding, judge
-from peft_vit.analysis.measures import accuracy, costs, ranks, scores
-from peft_vit.analysis.measures.evidence import Evidence, Group, Measured, NoDataError
+from peft_vit.analysis.measures import Evidence, Group, NoDataError
 from peft_vit.analysis.sentences import Sentence, Unit
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import Frozen, Name
@@ -85,7 +84,7 @@ class OverheadParameters(OfParameters):
     """Of `overhead_below`."""
 
     parts: tuple[Literal["scoring", "reallocation"], ...] = Field(min_length=1)
-    limit: float = Field(ge=costs.OVERHEAD_LIMIT, le=costs.OVERHEAD_LIMIT)
+    limit: float = Field(ge=measures.OVERHEAD_LIMIT, le=measures.OVERHEAD_LIMIT)
 
 
 class MemoryParameters(OfParameters):
@@ -115,8 +114,8 @@ _QUANTITIES: dict[Quantity, tuple[Unit, Callable[[Run], float | None]]] = {
     "ece": ("share", lambda run: run.test.ece),
     "late_loss_deviation": ("nats", late_loss_deviation),
     "roughness": ("nats", roughness),
-    "rank_gini": ("index", ranks.rank_gini),
-    "rank_entropy": ("index", ranks.rank_entropy),
+    "rank_gini": ("index", measures.rank_gini),
+    "rank_entropy": ("index", measures.rank_entropy),
     "seconds_per_step": ("s", lambda run: run.record.seconds_per_step),
     "own_memory_bytes": ("bytes", lambda run: run.record.own_memory_bytes),
 }
@@ -130,31 +129,31 @@ class DifferenceParameters(OfParameters):
     better: Literal["higher", "lower"]
 
 
-def _difference(evidence: Evidence, of: Group, asked: DifferenceParameters) -> tuple[Measured, ...]:
-    return accuracy.difference(
+def _difference(evidence: Evidence, of: Group, asked: DifferenceParameters) -> tuple[Estimate, ...]:
+    return measures.difference(
         evidence,
         of,
-        asked.against.group(evidence),
+        asked.against.group,
         same_but=asked.against.same_but,
         value=_QUANTITIES[asked.quantity][1],
         lower_is_better=asked.better == "lower",
     )
 
 
-def _rank_lead(evidence: Evidence, of: Group, asked: RankLeadParameters) -> tuple[Measured, ...]:
-    return (ranks.query_over_each if asked.over == "each" else ranks.query_over_mean)(evidence, of)
+def _rank_lead(evidence: Evidence, of: Group, asked: RankLeadParameters) -> tuple[Estimate, ...]:
+    return (measures.query_over_each if asked.over == "each" else measures.query_over_mean)(evidence, of)
 
 
-def _rank_spread(evidence: Evidence, of: Group, asked: RankSpreadParameters) -> tuple[Measured, ...]:
-    return ranks.rank_spread(evidence, of, ranks.rank_gini if asked.index == "gini" else ranks.rank_entropy)
+def _rank_spread(evidence: Evidence, of: Group, asked: RankSpreadParameters) -> tuple[Estimate, ...]:
+    return (measures.spread_gini if asked.index == "gini" else measures.spread_entropy)(evidence, of)
 
 
-def _overhead_below(evidence: Evidence, of: Group, asked: OverheadParameters) -> tuple[Measured, ...]:
-    return costs.overhead_below(evidence, of, set(asked.parts))
+def _overhead_below(evidence: Evidence, of: Group, asked: OverheadParameters) -> tuple[Estimate, ...]:
+    return measures.overhead_below(evidence, of, set(asked.parts))
 
 
-def _memory_factor(evidence: Evidence, of: Group, asked: MemoryParameters) -> tuple[Measured, ...]:
-    return costs.memory_factor(evidence, of, costs.layers_factor if asked.scope == "layers" else costs.model_factor)
+def _memory_factor(evidence: Evidence, of: Group, asked: MemoryParameters) -> tuple[Estimate, ...]:
+    return (measures.layers_factor if asked.scope == "layers" else measures.model_factor)(evidence, of)
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,8 @@ class Measure:
 
     parameters: type[OfParameters]  # model of what stands under `parameters`
     unit: Unit | None  # of the values, and so of the margin; None: that of the quantity
-    of_study: Callable[[Evidence, Group, Any], tuple[Measured, ...]] | None = None  # None where it is over several
-    of_studies: Callable[[Sequence[tuple[Evidence, Group]]], tuple[Measured, ...]] | None = None
+    of_study: Callable[[Evidence, Group, Any], tuple[Estimate, ...]] | None = None  # None where it is over several
+    of_studies: Callable[[Sequence[tuple[Evidence, Group]]], tuple[Estimate, ...]] | None = None
 
     def unit_of(self, asked: OfParameters) -> Unit:
         """Return the unit of the values."""
@@ -174,27 +173,27 @@ class Measure:
         return self.unit
 
 
-def _plain(unit: Unit, measure: Callable[[Evidence, Group], tuple[Measured, ...]]) -> Measure:
+def _plain(unit: Unit, measure: Callable[[Evidence, Group], tuple[Estimate, ...]]) -> Measure:
     return Measure(OfParameters, unit, lambda evidence, of, _: measure(evidence, of))
 
 
 MEASURES: dict[str, Measure] = {
-    "above_majority": _plain("share", accuracy.above_majority),
-    "accuracy_against_float": _plain("share", accuracy.against_float),
-    "accuracy_at_equal_parameters": _plain("share", accuracy.at_equal_parameters),
-    "attention_over_mlp": _plain("log2 ratio", scores.attention_over_mlp),
+    "above_majority": _plain("share", measures.above_majority),
+    "accuracy_against_float": _plain("share", measures.against_float),
+    "accuracy_at_equal_parameters": _plain("share", measures.at_equal_parameters),
+    "attention_over_mlp": _plain("log2 ratio", measures.attention_over_mlp),
     "difference": Measure(DifferenceParameters, None, _difference),
     "gain_where_importance_varies": Measure(OfParameters, "share", of_studies=gain_where_importance_varies),
-    "importance_against_harm": _plain("rho", scores.against_harm),
+    "importance_against_harm": _plain("rho", measures.against_harm),
     "importance_between_data_sets": Measure(OfParameters, "rho", of_studies=importance_between_data_sets),
-    "importance_between_seeds": _plain("rho", scores.between_seeds),
+    "importance_between_seeds": _plain("rho", measures.between_seeds),
     "memory_factor": Measure(MemoryParameters, "factor", _memory_factor),
     "overhead_below": Measure(OverheadParameters, "share", _overhead_below),
-    "parameters_at_equal_accuracy": _plain("log2 ratio", accuracy.parameters_at_equal_accuracy),
+    "parameters_at_equal_accuracy": _plain("log2 ratio", measures.parameters_at_equal_accuracy),
     "rank_lead": Measure(RankLeadParameters, "ranks", _rank_lead),
     "rank_spread": Measure(RankSpreadParameters, "index", _rank_spread),
     "removal_cost": Measure(
-        RemovalParameters, "share", lambda evidence, of, _: scores.cost_of_removing_mlp(evidence, of)
+        RemovalParameters, "share", lambda evidence, of, _: measures.cost_of_removing_mlp(evidence, of)
     ),
 }
 
@@ -259,7 +258,8 @@ class Hypothesis(Frozen):
             id=self.id,
             text=self.sentence,
             test="described" if self.test == "untestable" else self.test,
-            measure=partial(_measured, self),
+            of=Group(),
+            measure=lambda evidence, _: _measured(self, evidence),
             unit=self.unit,  # type: ignore[arg-type]  # it is the measure's; None if it is untestable
             source=self.source,
             refuted_by=self.refuted_by,
@@ -270,18 +270,18 @@ class Hypothesis(Frozen):
         )
 
 
-def _measured(hypothesis: Hypothesis, *studies: Evidence) -> tuple[Measured, ...]:
+def _measured(hypothesis: Hypothesis, *studies: Evidence) -> tuple[Estimate, ...]:
     """Return values of the first study, or over all of them; a reason in place of values if there are none."""
     try:
         if hypothesis.test == "untestable":
             raise NoDataError(f"no data can test it: {hypothesis.reason}")
         how, asked = hypothesis.how, hypothesis.arguments()
         if how.of_studies is not None:
-            return how.of_studies([(one, asked.of.group(one)) for one in studies])
+            return how.of_studies([(one, asked.of.group) for one in studies])
         assert how.of_study is not None
-        return how.of_study(studies[0], asked.of.group(studies[0]), asked)
+        return how.of_study(studies[0], asked.of.group, asked)
     except NoDataError as reason:
-        return (Measured(subject="", values=(), labels=(), n_of="seeds", note=str(reason)),)
+        return (Estimate(name="", note=str(reason)),)
 
 
 class _File(Frozen):
@@ -431,7 +431,7 @@ def _fault(problem: str, path: tuple[str | int, ...], lines: Lines, file: Path) 
 # --- findings ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MarkedFinding(Finding):
     """A finding, and whether its sentence stood there before the study's runs; None without data."""
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from peft_vit.analysis.measures.evidence import Evidence, Group, value_at
+from peft_vit.analysis.measures import Group
 from peft_vit.config import ExperimentConfig, Frozen, MethodName
 
 Value = bool | int | float | str | None
@@ -62,32 +61,10 @@ class Selection(Frozen):
         default=False, description="only the fixed-rank LoRA of largest rank up to 8; without one, the smallest"
     )
 
-    def group(self, evidence: Evidence) -> Group:
+    @property
+    def group(self) -> Group:
         """Return the experiments of a study that are meant."""
-        return Group(self.words(), lambda experiment: self.takes(experiment, evidence.reference_lora))
-
-    def takes(self, experiment: ExperimentConfig, reference_lora: str | None) -> bool:
-        """Return whether an experiment is meant; `reference_lora` is the name of that one in its study."""
-        return (
-            (not self.names or any(fnmatchcase(experiment.name, pattern) for pattern in self.names))
-            and (not self.methods or experiment.method in self.methods)
-            and all(_holds(experiment, path, values) for path, values in self.where.items())
-            and not any(_holds(experiment, path, values) for path, values in self.unless.items())
-            and (not self.reference_lora or experiment.name == reference_lora)
-        )
-
-    def words(self) -> str:
-        """Return what is selected, in words."""
-        parts = []
-        if self.reference_lora:
-            parts.append("the fixed-rank LoRA of largest rank up to 8")
-        if self.names:
-            parts.append(f"named {' or '.join(self.names)}")
-        if self.methods:
-            parts.append(f"of method {' or '.join(self.methods)}")
-        parts += [f"with {path} {_said(values)}" for path, values in self.where.items()]
-        parts += [f"without {path} {_said(values)}" for path, values in self.unless.items()]
-        return ", ".join(parts) or "of any kind"
+        return Group(self.methods, self.where, self.unless, self.names, self.reference_lora)
 
 
 class Reference(Selection):
@@ -104,13 +81,5 @@ class Reference(Selection):
         return self
 
 
-def _holds(experiment: ExperimentConfig, path: str, values: Value | tuple[Value, ...]) -> bool:
-    return value_at(experiment, path) in _listed(values)
-
-
 def _listed(values: Value | tuple[Value, ...]) -> tuple[Value, ...]:
     return values if isinstance(values, tuple) else (values,)
-
-
-def _said(values: Value | tuple[Value, ...]) -> str:
-    return " or ".join(json.dumps(value) if not isinstance(value, str) else value for value in _listed(values))

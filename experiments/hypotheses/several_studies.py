@@ -7,26 +7,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from peft_vit.analysis.measures.evidence import (
+from peft_vit.analysis.comparison import Estimate, together
+from peft_vit.analysis.measures import (
     Evidence,
     Group,
-    Measured,
     NoDataError,
     Subject,
+    estimated,
     joined,
+    rank_correlation,
     settings_without,
-    together,
 )
-from peft_vit.analysis.measures.scores import rank_correlation
 from peft_vit.statistics import gini
-from peft_vit.statistics.checked import ROUNDING
+from peft_vit.statistics.intervals import ROUNDING
 
 Studies = Sequence[tuple[Evidence, Group]]  # each with the experiments that a hypothesis is about
 Subjects = tuple[Subject, ...]
 _HOW_LONG = ("training", "adalora.update_frequency", "adalora.warmup_steps", "adalora.final_steps")
 
 
-def importance_between_data_sets(studies: Studies) -> tuple[Measured, ...]:
+def importance_between_data_sets(studies: Studies) -> tuple[Estimate, ...]:
     """Return Spearman's rho of the final scores on two data sets, by common seed.
 
     A pair are two studies of one backbone on different images, with an experiment of the same name and the same
@@ -64,21 +64,16 @@ def _comparable(a: Subject, b: Subject) -> bool:
     return a.name == b.name and same_settings and same_model and same_weights and other_images
 
 
-def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Measured:
+def _agreement(left: Evidence, a: Subject, right: Evidence, b: Subject) -> Estimate:
     partner = {run.seed: run for run in b.runs}
     pairs = [(run, partner[run.seed]) for run in a.runs if run.seed in partner]
     rhos = {x.seed: rank_correlation(x.last_scores(), y.last_scores()) for x, y in pairs}
     known = {seed: rho for seed, rho in rhos.items() if rho is not None}
-    return Measured(
-        subject=f"{a.name} on {left.study.label} and {right.study.label}",
-        values=tuple(known.values()),
-        labels=tuple(str(seed) for seed in known),
-        n_of="seeds",
-        note="" if known else "no seed has scores in both",
-    )
+    name = f"{a.name} on {left.study.label} and {right.study.label}"
+    return estimated(name, known, note="" if known else "no seed has scores in both")
 
 
-def gain_where_importance_varies(studies: Studies) -> tuple[Measured, ...]:
+def gain_where_importance_varies(studies: Studies) -> tuple[Estimate, ...]:
     """Return, by pair of experiments, how much more the one gains whose scores vary more between sites.
 
     How much scores vary is Gini's coefficient of the final scores over sites, the gain is that in test accuracy over
@@ -106,7 +101,7 @@ class _Gain:
     gain: float
 
 
-def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Measured:
+def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Estimate:
     found = sorted(
         (gain for evidence, subjects in studies for gain in _gains_of(evidence, subjects)),
         key=lambda one: (one.gini, one.name),
@@ -124,10 +119,9 @@ def _gains(studies: Sequence[tuple[Evidence, Subjects]]) -> Measured:
         note = f"needs scores and gains of at least 2 experiments, there are {len(found)}"
         if half:
             note = "the scores vary alike in all experiments"
-    return Measured(
-        subject=f"experiments of {joined(evidence.study.label for evidence, _ in studies)}",
-        values=tuple(upper.gain - lower.gain for lower, upper in pairs),
-        labels=tuple(f"{upper.name} - {lower.name}" for lower, upper in pairs),
+    return estimated(
+        f"experiments of {joined(evidence.study.label for evidence, _ in studies)}",
+        {f"{upper.name} - {lower.name}": upper.gain - lower.gain for lower, upper in pairs},
         n_of="pairs of experiments",
         note=note,
     )
@@ -138,7 +132,7 @@ def _gains_of(evidence: Evidence, subjects: Subjects) -> Iterator[_Gain]:
         allocated = evidence.allocation.get(subject.name)
         if allocated is None:
             continue
-        gains = dict(zip(allocated.against_fixed.seeds, allocated.against_fixed.by_seed, strict=True))
+        gains = allocated.against_fixed.by_seed
         known: dict[int, float] = {}
         for run in subject.runs:
             scores = list(run.last_scores().values())

@@ -84,7 +84,7 @@ def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed
     (found,) = load_studies(tmp_path / "folds")
     assert found.images_tested_by_seed
     compared = compare(found.of("plain"), found.of("unflipped"), "plain", "unflipped")
-    assert compared.seeds == (0, 1)
+    assert list(compared.by_seed) == [0, 1]
     assert any("each seed tests one of 2 folds" in said for _, said in facts(found))
 
     final = study_of(looked_at, weights, [0], validation_images=0)

@@ -38,16 +38,16 @@ def noncentral_t(t: float, degrees: int, noncentrality: float) -> float:
 def test_effect_size_equals_pingouin_and_its_interval_the_noncentral_t(n: int, shift: float) -> None:
     rng = np.random.default_rng(n)
     left, right = rng.normal(shift, 1, n), rng.normal(0, 0.5, n)
-    own = effect_size(left - right, 0.9)
+    own = effect_size(left - right)
     d = pingouin.compute_effsize(left, right, paired=True, eftype="cohen_dz")
     assert own.d == pytest.approx(d, **CLOSE)
     t = d * np.sqrt(n)
-    theirs = special.nctdtrinc(n - 1, [0.95, 0.05], t) / np.sqrt(n)
+    theirs = special.nctdtrinc(n - 1, [0.975, 0.025], t) / np.sqrt(n)
     assert (own.low, own.high) == pytest.approx(theirs, rel=1e-5, abs=1e-6)  # scipy stops its search there
     assert own.low is not None
     assert own.high is not None
-    assert noncentral_t(t, n - 1, own.low * np.sqrt(n)) == pytest.approx(0.95, **CLOSE)
-    assert noncentral_t(t, n - 1, own.high * np.sqrt(n)) == pytest.approx(0.05, **CLOSE)
+    assert noncentral_t(t, n - 1, own.low * np.sqrt(n)) == pytest.approx(0.975, **CLOSE)
+    assert noncentral_t(t, n - 1, own.high * np.sqrt(n)) == pytest.approx(0.025, **CLOSE)
     assert own.g == pytest.approx(hedges_factor(n - 1) * d, **CLOSE)
 
 

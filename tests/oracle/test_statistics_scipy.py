@@ -88,9 +88,9 @@ def test_proportion_interval_equals_scipys_wilson_interval(successes: int, n: in
 @pytest.mark.parametrize("differences", [[1, 2, 3, 4, 5], [1, -1, 2, 0, 0], [-1.0], [0, 0, 0]])
 def test_paired_improvement_equals_statsmodels_wilson_interval(differences: list[float]) -> None:
     wins = np.count_nonzero(np.array(differences) > 0) + 0.5 * differences.count(0)
-    own = paired_improvement(differences, 0.9)
+    own = paired_improvement(differences)
     assert own.estimate == pytest.approx(wins / len(differences), **CLOSE)
-    assert (own.low, own.high) == pytest.approx(proportion_confint(wins, len(differences), 0.1, "wilson"), **CLOSE)
+    assert (own.low, own.high) == pytest.approx(proportion_confint(wins, len(differences), 0.05, "wilson"), **CLOSE)
 
 
 @pytest.mark.parametrize("seed", range(5))

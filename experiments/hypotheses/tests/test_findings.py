@@ -14,7 +14,7 @@ import pytest
 from experiments.hypotheses import registry as registry_module
 from experiments.hypotheses.registry import TEXTS, Registry, all_findings, find, load_registry, mark_of
 from peft_vit.analysis.findings import conclude
-from peft_vit.analysis.measures.evidence import Evidence
+from peft_vit.analysis.measures import Evidence
 from peft_vit.records import Registration, RunRecord
 
 pytestmark = pytest.mark.part("analyzer")
@@ -164,8 +164,8 @@ def test_a_study_alone_is_asked_about_several_too() -> None:
     assert {f.sentence.id for f in found} == {h.id for h in load_registry().hypotheses}
     of_study = all_findings([study], load_registry())[study.label]
     several = {h.id for h in load_registry().hypotheses if h.is_about_several}
-    alone = [(f.sentence.id, f.subject, f.values, f.verdict) for f in found if f.sentence.id not in several]
-    assert alone == [(f.sentence.id, f.subject, f.values, f.verdict) for f in of_study]
+    alone = [(f.sentence.id, f.subject, f.by_seed, f.verdict) for f in found if f.sentence.id not in several]
+    assert alone == [(f.sentence.id, f.subject, f.by_seed, f.verdict) for f in of_study]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import yaml
 
 from experiments.hypotheses.registry import MEASURES, find, load_registry
 from peft_vit.analysis import findings
-from peft_vit.analysis.measures.evidence import Evidence
+from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.sentences import SENTENCES
 from peft_vit.errors import UserError
 
@@ -73,9 +73,9 @@ def test_reports_say_the_same_sentences_on_the_same_experiments() -> None:
     assert {one.verdict for one in said} == {"supported", "refuted", "not decided", "no data"}
     for one in said:
         again = by_registry[one.sentence.id, one.subject]
-        assert (again.values, again.labels, again.rivals) == (one.values, one.labels, one.rivals)
+        assert (again.by_seed, again.rivals) == (one.by_seed, one.rivals)
         assert (again.verdict, again.outcome, again.test, again.note) == (one.verdict, one.outcome, one.test, one.note)
-        assert (again.p_value, again.opposite_p, again.interval) == (one.p_value, one.opposite_p, one.interval)
+        assert (again.adjusted_p, again.opposite_p, again.interval) == (one.adjusted_p, one.opposite_p, one.interval)
 
 
 def test_an_entrys_digest_is_of_its_content_not_of_its_form(tmp_path) -> None:

@@ -47,8 +47,7 @@ def test_agreement_of_data_sets() -> None:
     records = [on("a", seed, (1, 2, 3, 4, 5)) for seed in range(3)]
     records += [on("b", seed, (2, 1, 3, 4, 5)) for seed in range(1, 4)]
     finding = only(records, "data-sets-agree")
-    assert finding.labels == ("1", "2")
-    assert finding.values == pytest.approx((0.9, 0.9))
+    assert finding.by_seed == pytest.approx({1: 0.9, 2: 0.9})
     assert finding.subject == f"{ADALORA.name} on on_a and on_b"
 
 
@@ -108,8 +107,8 @@ def varied(gains: list[int], seeds: int, scatter: float = 0.0) -> list[RunRecord
 
 def test_gain_where_importance_varies() -> None:
     finding = only(varied([3, 5, 4, 9, 7], 2), "gain-where-importance-varies")
-    assert finding.values == pytest.approx((6 / 600, 2 / 600)), "e03 against e00, e04 against e01"
-    assert finding.labels == ("e03 in quickstart - e00 in quickstart", "e04 in quickstart - e01 in quickstart")
+    expected = {"e03 in quickstart - e00 in quickstart": 6 / 600, "e04 in quickstart - e01 in quickstart": 2 / 600}
+    assert finding.by_seed == pytest.approx(expected)
     assert finding.note == "over 5 experiments; in no pair: e02 in quickstart"
     one = only(varied([3], 2), "gain-where-importance-varies")
     assert one.outcome == "needs scores and gains of at least 2 experiments, there are 1"
@@ -120,4 +119,4 @@ def test_gain_where_importance_varies() -> None:
 def test_many_seeds_of_few_experiments_do_not_show_where_adaptive_ranks_gain() -> None:
     finding = only(varied([1, 20, 40], 8, scatter=1.0), "gain-where-importance-varies")
     assert finding.verdict == "not decided", "three gains rise by chance in one of six worlds, in every seed of it"
-    assert finding.n == 1
+    assert len(finding.by_seed) == 1

@@ -11,7 +11,7 @@ import pandas as pd
 
 from experiments.hypotheses.registry import MarkedFinding, mark_of
 from experiments.scripts.evidence import table
-from peft_vit.analysis import Analysis, Comparison, Finding, MethodResult
+from peft_vit.analysis import Analysis, Estimate, Finding, MethodResult
 from peft_vit.analysis.findings import Conclusion, conclude
 from peft_vit.analysis.limits import Limits
 from peft_vit.analysis.recommendation import recommend
@@ -138,7 +138,7 @@ def main_table(analysis: Analysis) -> str:
     columns: dict[str, Callable[[MethodResult], str]] = {
         "method": _title,
         "test accuracy [95 %]": lambda method: percent_interval(method.test_accuracy),
-        "minus LoRA r=8, points [95 %]": _unless_reference(lambda name: points_interval(against[name].difference)),
+        "minus LoRA r=8, points [95 %]": _unless_reference(lambda name: points_interval(against[name].interval)),
         f"better or worse? (Holm over {len(against)})": _unless_reference(
             lambda name: _differs(against[name].verdict) + registered.get(name, "")
         ),
@@ -168,7 +168,7 @@ def _differs(verdict: str) -> str:
     return {"supported": "better", "refuted": "**worse**", "not decided": "not decided"}[verdict]
 
 
-def _registered_otherwise(analysis: Analysis, against: Mapping[str, Comparison]) -> dict[str, str]:
+def _registered_otherwise(analysis: Analysis, against: Mapping[str, Estimate]) -> dict[str, str]:
     """Return, by method, what a registered hypothesis about it decides in its family, where the column says otherwise.
 
     The test is the same, Wilcoxon's on the same pairs; Holm's correction is over the hypotheses of the family.
@@ -345,7 +345,7 @@ def finding_table(findings: Sequence[Finding]) -> str:
         "experiment or pair": lambda one: one.subject,
         "verdict": _verdict,
         "estimate [95 %]": estimate_of,
-        "n": lambda one: str(one.n),
+        "n": lambda one: str(len(one.by_seed)),
         "test": _tested,
     }
     escaping = {title: lambda one, cell=cell: escaped(cell(one)) for title, cell in columns.items()}

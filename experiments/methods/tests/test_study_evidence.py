@@ -75,7 +75,7 @@ def test_the_first_lines_of_the_readme_say_what_the_studies_came_to() -> None:
     assert f"{sum(len(analysis.study.runs) for analysis in analyses)} runs" in text
     assert f"is decided in {decided} of {len(against)} comparisons with LoRA" in text
     assert f"other {len(against) - decided} are" in text
-    told = [points_interval(one.difference) for one in against if one.name == "qa_lora_nf4"]
+    told = [points_interval(one.interval) for one in against if one.name == "qa_lora_nf4"]
     assert [difference for difference in told if difference not in text] == []
     nf4, lora = (next(m for m in analyses[0].methods if m.experiment.name == n) for n in ("qa_lora_nf4", "lora_r8"))
     assert f"is stored in {megabytes(nf4.stored_bytes)}" in text

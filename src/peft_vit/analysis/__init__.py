@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation, RunAllocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
-from peft_vit.analysis.comparison import Comparison, MethodResult, method_results
+from peft_vit.analysis.comparison import AllPairs, Estimate, MethodResult, Pair, all_pairs, method_results
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.importance import ImportancePattern, importance_patterns
-from peft_vit.analysis.measures.evidence import Evidence
-from peft_vit.analysis.pairs import AllPairs, Pair, all_pairs
+from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.results import Results, load_studies, read_results
@@ -34,7 +33,7 @@ class Analysis:
 
     study: Study
     methods: tuple[MethodResult, ...]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Estimate, ...]
     courses: tuple[Course, ...]
     pairs: AllPairs
     fronts: tuple[Front, ...]

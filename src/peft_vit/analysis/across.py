@@ -15,12 +15,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import scipy
-from numpy.typing import ArrayLike
-
 from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
-from peft_vit.analysis.comparison import ALPHA, Comparison, MethodResult, compare, method_results, references
+from peft_vit.analysis.comparison import DECIMALS, Estimate, MethodResult, compare, decide, method_results, references
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.results import load_studies
@@ -28,52 +24,10 @@ from peft_vit.analysis.stability import StudyAgreement, study_agreements
 from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
-from peft_vit.statistics import Interval, Verdict, holm
-from peft_vit.statistics.checked import has_spread
+from peft_vit.statistics import Interval, Verdict, stratified_mean
 
 _ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
 _TIME_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """A mean over studies."""
-
-    interval: Interval  # estimate and interval; n counts all pairs
-    p_value: float | None  # two-sided, of "the mean is 0"; None without an interval
-
-
-def stratified_mean(strata: Sequence[ArrayLike], confidence: float = 0.95) -> Pooled:
-    """Return the mean over S studies of each study's (n_s,) mean, with a t interval over seeds within studies.
-
-    ``m = sum_s m_s / S``, ``v = sum_s s_s^2 / n_s / S^2``, and Satterthwaite's degrees of freedom ``v^2 / sum_s (s_s^2
-    / n_s / S^2)^2 / (n_s - 1)``. Studies are strata, not draws: the interval describes what other seeds would change on
-    these very studies. It says nothing about another data set or backbone.
-
-    Assumption: values are independent between and within studies and roughly normal; variances may differ. Source:
-    Cochran, Sampling Techniques (1977), 5.4; Satterthwaite, Biometrics Bulletin 2 (1946).
-    """
-    values = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
-    number = len(values)
-    means = [math.fsum(one) / one.size for one in values]
-    estimate, n = math.fsum(means) / number, sum(one.size for one in values)
-    reason = ""
-    if any(one.size < 2 for one in values):
-        reason = "a study has a single pair, which has no spread"
-    elif not any(has_spread(one) for one in values):
-        reason = "the pairs of no study differ, so there is no spread"
-    if reason:
-        return Pooled(Interval(estimate, None, None, n, confidence, reason), None)
-    parts = [
-        math.fsum((one - mean) ** 2) / (one.size - 1) / one.size / number**2
-        for one, mean in zip(values, means, strict=True)
-    ]
-    variance = math.fsum(parts)
-    degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
-    error = math.sqrt(variance)
-    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, degrees)) * error
-    p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))
-    return Pooled(Interval(estimate, estimate - half, estimate + half, n, confidence), p_value)
 
 
 @dataclass(frozen=True)
@@ -91,7 +45,7 @@ class InStudy:
     study: str  # label of the study
     result: MethodResult  # over the study's seeds
     # with the reference, corrected over the study's table; None of the reference itself, or without one
-    comparison: Comparison | None
+    comparison: Estimate | None
 
     @property
     def name(self) -> str:
@@ -100,27 +54,21 @@ class InStudy:
 
 
 @dataclass(frozen=True)
-class PooledDifference:
+class PooledRow:
     """One experiment against the reference over several studies."""
 
-    name: str
     studies: tuple[str, ...]  # labels of the studies with pairs of both
-    pooled: Pooled  # test accuracy, experiment minus reference, mean over studies
+    # of test accuracy, experiment minus reference, mean over studies, corrected over the table, on "is more accurate
+    # than the reference, on average over these studies"; or of seconds a step, the geometric mean of their ratios
+    estimate: Estimate
     ahead: int  # in how many studies the experiment's mean is higher
-    adjusted_p: float | None  # the pooled p-value after Holm's correction over the table
-    verdict: Verdict  # on "is more accurate than the reference, on average over these studies"
     allowed: tuple[tuple[PoolKind, str], ...]  # kinds that differ and were pooled all the same, with what differs
-    untested: str = ""  # why no test decides, if none does
 
-
-@dataclass(frozen=True)
-class PooledTime:
-    """Seconds a step of an experiment over those of the reference: geometric mean over studies."""
-
-    name: str
-    studies: tuple[str, ...]
-    ratio: Interval
-    allowed: tuple[tuple[PoolKind, str], ...]
+    @property
+    def interval(self) -> Interval:
+        """Return the estimate with its interval; n counts all pairs."""
+        assert self.estimate.interval is not None
+        return self.estimate.interval
 
 
 @dataclass(frozen=True)
@@ -130,8 +78,8 @@ class Across:
     studies: tuple[LabelledStudy, ...]  # in the order given
     reference: str | None  # what the others are compared with; None if no experiment stands in every study
     rows: tuple[InStudy, ...]  # every experiment that occurs in two studies and more, by experiment, then study
-    pooled: tuple[PooledDifference, ...]  # one row an experiment that may be pooled
-    times: tuple[PooledTime, ...]  # likewise, of seconds a step
+    pooled: tuple[PooledRow, ...]  # one row an experiment that may be pooled
+    times: tuple[PooledRow, ...]  # likewise, of seconds a step
     refusals: tuple[Refusal, ...]  # what was not pooled, and why
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
     # of the importance of sites, between experiments of two studies with the same strategy and metric
@@ -253,7 +201,7 @@ def _reference(studies: Sequence[LabelledStudy], shared: Collection[str]) -> str
 def _in_study(one: LabelledStudy, shared: Collection[str], reference: str | None) -> Iterator[InStudy]:
     results = [result for result in method_results(one.study) if result.experiment.name in shared]
     reference_runs = one.study.of(reference) if reference is not None else ()
-    compared: dict[str, Comparison] = {}
+    compared: dict[str, Estimate] = {}
     if reference is not None and reference_runs:
         names = {result.experiment.name for result in results}
         compared = {c.name: c for c in compare_all(one.study, reference, names)}
@@ -263,9 +211,9 @@ def _in_study(one: LabelledStudy, shared: Collection[str], reference: str | None
 
 def _pooled(
     studies: Sequence[LabelledStudy], shared: Sequence[str], reference: str | None, pool: Collection[PoolKind]
-) -> tuple[tuple[PooledDifference, ...], tuple[PooledTime, ...], tuple[Refusal, ...]]:
-    rows: list[PooledDifference] = []
-    times: list[PooledTime] = []
+) -> tuple[tuple[PooledRow, ...], tuple[PooledRow, ...], tuple[Refusal, ...]]:
+    rows: list[PooledRow] = []
+    times: list[PooledRow] = []
     refused: dict[tuple[PoolKind, tuple[str, ...], str], list[str]] = {}
     for name in shared:
         pairs = {one.label: own for one in studies if (own := _pairs(one.study, name, reference))}
@@ -275,70 +223,65 @@ def _pooled(
         differing = {kind: why for kind in POOL_KINDS if (why := difference(kind, runs_of)) is not None}
         for kind in differing.keys() - pool:
             refused.setdefault((kind, tuple(pairs), differing[kind]), []).append(name)
-        accuracy, time = (
-            tuple((kind, differing[kind]) for kind in needs if kind in differing)
-            for needs in (_ACCURACY_NEEDS, _TIME_NEEDS)
-        )
-        if all(kind in pool for kind, _ in accuracy):
-            reasons = (one.study.untested for one in studies if one.label in pairs)
-            rows.append(replace(_difference(name, pairs, accuracy), untested=next(filter(None, reasons), "")))
-        if all(kind in pool for kind, _ in time):
-            times += _time(name, pairs, time)
-    refusals = tuple(Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items())
-    return _corrected(rows), tuple(times), tuple(sorted(refusals, key=lambda one: (one.kind, one.experiments)))
-
-
-Pairs = Mapping[str, Sequence[tuple[Run, Run]]]  # by study; the experiment's run and the reference's
+        untested = next((one.study.untested for one in studies if one.label in pairs and one.study.untested), "")
+        for table, value, needs, note in (
+            (rows, _difference, _ACCURACY_NEEDS, untested),
+            (times, _log_ratio, _TIME_NEEDS, ""),
+        ):
+            allowed = tuple((kind, differing[kind]) for kind in needs if kind in differing)
+            by_study = {
+                label: {a.seed: known for a, b in own if (known := value(a, b)) is not None}
+                for label, own in pairs.items()
+            }
+            by_study = {label: own for label, own in by_study.items() if own}
+            if all(kind in pool for kind, _ in allowed) and len(by_study) > 1:
+                table.append(_row(name, by_study, allowed, note))
+    decided = decide([row.estimate for row in rows])  # one that nothing may decide still counts in the family
+    for place, one in enumerate(decided):
+        open_ = replace(one, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
+        rows[place] = replace(rows[place], estimate=open_ if one.note else one)
+    refusals = [Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items()]
+    refusals.sort(key=lambda one: (one.kind, one.experiments))
+    return tuple(rows), tuple(map(_as_ratio, times)), tuple(refusals)
 
 
 def _pairs(study: Study, name: str, reference: str | None) -> list[tuple[Run, Run]]:
-    """Return the pairs of runs that `compare` forms."""
+    """Return the pairs of runs that `compare` forms: the experiment's and the reference's."""
     if reference is None:
         return []
     runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
-    seeds = compare(tuple(runs.values()), tuple(others.values()), name, reference).seeds
+    seeds = compare(study.of(name), study.of(reference), name, reference).by_seed
     return [(runs[seed], others[seed]) for seed in sorted(seeds)]
 
 
-def _difference(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> PooledDifference:
-    differences = [[round(a.test.accuracy - b.test.accuracy, 12) for a, b in own] for own in pairs.values()]
-    return PooledDifference(
+def _difference(a: Run, b: Run) -> float:
+    return round(a.test.accuracy - b.test.accuracy, DECIMALS)
+
+
+def _log_ratio(a: Run, b: Run) -> float | None:
+    first, second = a.record.seconds_per_step, b.record.seconds_per_step
+    return math.log(first / second) if is_time(first) and is_time(second) else None
+
+
+def _row(
+    name: str, by_study: Mapping[str, Mapping[int, float]], allowed: tuple[tuple[PoolKind, str], ...], note: str
+) -> PooledRow:
+    interval, significance = stratified_mean([list(own.values()) for own in by_study.values()])
+    estimate = Estimate(
         name=name,
-        studies=tuple(pairs),
-        pooled=stratified_mean(differences),
-        ahead=sum(math.fsum(values) > 0 for values in differences),
-        adjusted_p=None,
-        verdict="not decided",
-        allowed=allowed,
+        by_seed={f"{label} {seed}": value for label, own in by_study.items() for seed, value in own.items()},
+        n_of="pairs",
+        interval=interval,
+        significance=significance,
+        note=note,
     )
+    ahead = sum(math.fsum(own.values()) > 0 for own in by_study.values())
+    return PooledRow(tuple(by_study), estimate, ahead, allowed)
 
 
-def _time(name: str, pairs: Pairs, allowed: tuple[tuple[PoolKind, str], ...]) -> list[PooledTime]:
-    ratios = {
-        label: [
-            math.log(first / second)
-            for a, b in own
-            if is_time(first := a.record.seconds_per_step) and is_time(second := b.record.seconds_per_step)
-        ]
-        for label, own in pairs.items()
-    }
-    known = {label: values for label, values in ratios.items() if values}
-    if len(known) < 2:
-        return []
-    logs = stratified_mean(list(known.values())).interval
+def _as_ratio(row: PooledRow) -> PooledRow:
+    """Return a row of logarithms as one of ratios, which nothing decides."""
+    logs = row.interval
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    interval = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
-    return [PooledTime(name, tuple(known), interval, allowed)]
-
-
-def _corrected(rows: Sequence[PooledDifference]) -> tuple[PooledDifference, ...]:
-    """Apply Holm's correction over the pooled table, and give the verdicts; a row without a test counts as p = 1."""
-    adjusted = holm([1.0 if row.pooled.p_value is None else row.pooled.p_value for row in rows])
-    corrected = []
-    for row, counted in zip(rows, adjusted, strict=True):
-        p = None if row.pooled.p_value is None or row.untested else counted
-        verdict: Verdict = "not decided"
-        if p is not None and p <= ALPHA:
-            verdict = "supported" if row.pooled.interval.estimate > 0 else "refuted"
-        corrected.append(replace(row, adjusted_p=p, verdict=verdict))
-    return tuple(corrected)
+    ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
+    return replace(row, estimate=replace(row.estimate, interval=ratio, significance=None))

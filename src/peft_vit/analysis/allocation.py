@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from peft_vit.analysis.comparison import Comparison, compare_values, correct, same_problem
+from peft_vit.analysis.comparison import Estimate, compare_values, decide, same_problem
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
@@ -60,7 +60,7 @@ class Allocation:
     runs: tuple[RunAllocation, ...]
     maps: tuple[RankMap, ...]  # at the steps that all seeds share
     rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
-    against_fixed: Comparison  # test accuracy minus that of fixed LoRA at equal trainable parameters
+    against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
 
 
 def allocations(study: Study) -> tuple[Allocation, ...]:
@@ -70,13 +70,13 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
         runs = [run for run in study.of(experiment.name) if run.adapted_sites()]
         if runs:
             found.append((experiment, runs))
-    family = correct([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found], study.untested)
+    family = decide([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found], study.untested)
     return tuple(
         _allocation(experiment, runs, against) for (experiment, runs), against in zip(found, family, strict=True)
     )
 
 
-def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Comparison) -> Allocation:
+def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Estimate) -> Allocation:
     grid = Grid.of(runs[0].adapted_sites())
     finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
     return Allocation(
@@ -166,7 +166,7 @@ def _rank_maps(grid: Grid, runs: list[Run]) -> tuple[RankMap, ...]:
     )
 
 
-def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Comparison:
+def against_fixed_lora(study: Study, runs: list[Run], name: str) -> Estimate:
     """Compare an adaptive experiment with fixed-rank LoRA at equal trainable parameters, paired by seed.
 
     The reference accuracy is read off the line through the same seed's LoRA runs, linear in the logarithm of

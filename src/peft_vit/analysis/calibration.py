@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.analysis.comparison import Comparison, compare, correct, known_interval, references
+from peft_vit.analysis.comparison import Estimate, compare, decide, known_interval, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
 from peft_vit.statistics import Interval
@@ -56,7 +56,7 @@ class CalibrationDifferences:
 
     measure: Measure
     reference: str
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[Estimate, ...]
 
 
 def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
@@ -140,8 +140,8 @@ def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[Calibratio
         others = [name for name in runs_of if name != reference]
         for measure, value in _MEASURES.items():
             family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
-            if any(comparison.difference is not None for comparison in family):
-                families.append(CalibrationDifferences(measure, reference, correct(family, study.untested)))
+            if any(comparison.interval is not None for comparison in family):
+                families.append(CalibrationDifferences(measure, reference, decide(family, study.untested)))
     return tuple(map(_calibration, runs_of.values())), tuple(families)
 
 

@@ -1,34 +1,267 @@
-"""Methods against each other: means over seeds, and differences paired by seed.
+"""Is A better than B: values over runs, a question asked of them, and what the tests of a family say.
 
-The primary test, named here before any data: the exact two-sided Wilcoxon signed-rank test over seeds at 5 %,
-with Holm's correction over all comparisons against the same reference. The t interval beside it describes, it
-does not decide.
+The primary test, named here before any data: the exact two-sided Wilcoxon signed-rank test over seeds at 5 %, with
+Holm's correction over all comparisons against the same reference. The t interval beside it describes, it does not
+decide. "Not decided" means that these runs can't tell, never that there is no difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from statistics import fmean
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig, LoraConfig
 from peft_vit.statistics import (
+    EffectSize,
     Interval,
     Significance,
     Verdict,
+    beyond_margin,
+    effect_size,
+    equivalence,
+    equivalence_verdict,
     holm,
+    inferiority,
     mean_interval,
     minimum_n_wilcoxon,
+    noninferiority,
+    paired_improvement,
+    shifted,
     verdict,
     wilcoxon,
+    wilcoxon_against_each,
 )
 
 ALPHA = 0.05
 BY_LOOKS = "group-sequential paired t"  # what decides where the study declared looks
 DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
+MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
+
+Kind = Literal["superiority", "noninferiority", "equivalence", "counted", "described"]
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of values.
+
+    superiority: do they lie above the margin? noninferiority: does their mean lie above -margin? equivalence: does it
+    lie within ±margin of `expected`? counted: does every one of these values lie above the margin? described: nothing.
+    """
+
+    kind: Kind = "superiority"
+    margin: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def is_tested(self) -> bool:
+        """Return whether a test decides."""
+        return self.kind not in ("counted", "described")
+
+    def tests(self, estimate: Estimate) -> tuple[Significance, Significance]:
+        """Return the test that can show the claim, and the one that can show its opposite."""
+        values = list(estimate.by_seed.values())
+        if self.kind == "noninferiority":
+            return noninferiority(values, self.margin), inferiority(values, self.margin)
+        if self.kind == "equivalence":
+            off = shifted(values, self.expected)
+            return equivalence(off, self.margin), beyond_margin(off, self.margin)
+        if estimate.rivals:
+            return wilcoxon_against_each([shifted(rival, self.margin) for rival in estimate.rivals])
+        both = wilcoxon(shifted(values, self.margin))
+        return both, both
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The mean of values over runs, or over pairs of them, and what is known of a claim about it."""
+
+    name: str  # the experiment whose values these are
+    reference: str = ""  # what it is compared with; empty: with nothing
+    question: Question = Question()
+    by_seed: Mapping[Any, float] = field(default_factory=dict)  # or by what else `n_of` names
+    n_of: str = "seeds"  # what is counted, in the plural
+    interval: Interval | None = None  # of the mean; None without values
+    # of a claim about the most of several: the values against each rival; `by_seed` are those of the smallest mean
+    rivals: tuple[tuple[float, ...], ...] = ()
+    significance: Significance | None = None  # of the test that speaks; None: nothing was tested
+    adjusted_p: float | None = None  # its p-value after correction for the family; None if there is none
+    opposite_p: float | None = None  # likewise of the test that can show the opposite of the claim
+    family: int = 1  # tests that were corrected together
+    verdict: Verdict = Verdict.NOT_DECIDED
+    note: str = ""  # what restricts the values, or why there are none
+
+    @property
+    def subject(self) -> str:
+        """Return what is compared with what, in words."""
+        return f"{self.name} against {self.reference}" if self.reference else self.name
+
+
+Estimates = TypeVar("Estimates", bound=Estimate)
+
+
+def together(*notes: str) -> str:
+    """Return notes as one."""
+    return "; ".join(note for note in notes if note)
+
+
+def accuracy_on_test(run: Run) -> float:
+    """Return what methods are compared on unless something else is named."""
+    return run.test.accuracy
+
+
+def compare(
+    runs: Sequence[Run],
+    reference_runs: Sequence[Run],
+    name: str,
+    reference: str,
+    value: Callable[[Run], float | None] = accuracy_on_test,
+) -> Estimate:
+    """Return differences of two experiments, pairing runs by seed; nothing is tested yet.
+
+    A pair counts only if both runs used the same backbone weights and the same images in the same split. Pairs in which
+    a run's value is None are left out and counted in the note.
+    """
+    partner = {run.seed: run for run in reference_runs}
+    pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
+    paired = [(a, b) for a, b in pairs if same_problem(a) == same_problem(b)]
+    values = {a.seed: (value(a), value(b)) for a, b in paired}
+    by_seed = {seed: (left, right) for seed, (left, right) in values.items() if left is not None and right is not None}
+    notes = []
+    if refused := len(pairs) - len(paired):
+        notes.append(f"{refused} pair(s) refused: other weights, images or splits")
+    if unknown := len(paired) - len(by_seed):
+        notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
+    if any(_other_draws(a, b) for a, b in paired if a.seed in by_seed):
+        notes.append("pairs differ in the initial head or in the order of images")
+    return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
+
+
+def compare_values(
+    by_seed: Mapping[int, tuple[float, float]], *, name: str, reference: str, note: str = ""
+) -> Estimate:
+    """Return the differences of pairs, seed -> (value, value of the reference); nothing is tested yet."""
+    if not by_seed:
+        return Estimate(name=name, reference=reference, note=note or "no pair of runs with the same seed")
+    differences = np.subtract(*zip(*by_seed.values(), strict=True))
+    return Estimate(
+        name=name,
+        reference=reference,
+        by_seed=dict(zip(by_seed, np.round(differences, DECIMALS).tolist(), strict=True)),
+        n_of="pairs",
+        interval=mean_interval(differences),
+        note=note,
+    )
+
+
+def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tuple[Estimates, ...]:
+    """Test what is asked of a family of estimates, with Holm's correction over all of them, and give the verdicts.
+
+    What shows claims and what shows their opposites is corrected apart: the probability of any false "supported" is at
+    most ALPHA, and so is that of any false "refuted". A test without a p-value counts as 1, since results must not make
+    the family smaller; estimates without values are no tests.
+
+    Args:
+        family: one that has a test already keeps it.
+        untested: why no test may decide, since the number of values followed from results; empty: tests do.
+        size: number of tests in the family, if it is larger than those that have values; the others count as 1.
+    """
+    decided = list(family)
+    places = [place for place, one in enumerate(family) if one.by_seed and one.question.is_tested]
+    if untested:
+        for place in places:
+            note = together(family[place].note, untested)
+            decided[place] = replace(family[place], significance=None, note=note)
+        return tuple(decided)
+    tests = [
+        (one.significance, one.significance) if one.significance is not None else one.question.tests(one)
+        for one in (family[place] for place in places)
+    ]
+    shown, opposite = (_holm([pair[side] for pair in tests], size) for side in (0, 1))
+    for place, pair, *p_values in zip(places, tests, shown, opposite, strict=True):
+        decided[place] = _decided(family[place], pair, p_values, max(size, len(places)))
+    return tuple(decided)
+
+
+def _holm(tests: Sequence[Significance], size: int) -> list[float | None]:
+    p_values = [1.0 if test.p_value is None else test.p_value for test in tests]
+    adjusted = holm([*p_values, *[1.0] * (size - len(tests))])[: len(tests)]
+    return [None if test.p_value is None else p for test, p in zip(tests, adjusted, strict=True)]
+
+
+def _decided(
+    one: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
+) -> Estimates:
+    assert one.interval is not None
+    (test, opposite), (p_value, opposite_p) = tests, p_values
+    if one.question.kind == "superiority":
+        lead = one.interval.estimate - one.question.margin
+        rivals = 1
+        if lead <= 0:
+            test, p_value, rivals = opposite, opposite_p, max(len(one.rivals), 1)
+        if one.significance is None:
+            test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * rivals))
+        found = verdict(lead, test, p_value, ALPHA)
+    else:
+        found = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
+    return replace(one, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=found, family=family)
+
+
+def outcome(estimate: Estimate) -> str:
+    """Return what the test says after correction, or why it says nothing."""
+    significance = estimate.significance
+    if significance is None:
+        return "not tested" if estimate.by_seed else "no pairs"
+    if not significance.decidable or estimate.adjusted_p is None:
+        return significance.sentence()
+    looks = "over looks, " if significance.test == BY_LOOKS else ""
+    return f"p = {estimate.adjusted_p:.3g} ({looks}Holm)"
+
+
+# --- which runs make a pair, and what is compared with what -----------------------------------------------------------
+
+
+def same_problem(run: Run) -> tuple[object, ...]:
+    """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
+    return *same_source(run), run.provenance.split_sha256
+
+
+def same_source(run: Run) -> tuple[object, ...]:
+    """Return backbone, weights and data set: what is equal for runs that may have drawn other images of it."""
+    return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
+
+
+def _other_draws(a: Run, b: Run) -> bool:
+    """Return whether runs of a seed differ in initial head or order of images; of a probe, which has neither, False."""
+    if a.experiment.is_probe or b.experiment.is_probe:
+        return False
+    one, other = a.provenance, b.provenance
+    return (one.head_init_sha256, one.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)
+
+
+def references(study: Study) -> tuple[str, ...]:
+    """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
+
+    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none. Where comparisons
+    stop it is their control alone.
+    """
+    if study.stopping is not None:
+        return (study.stopping.control,) if study.of(study.stopping.control) else ()
+    linear = [e.name for e in study.with_method("linear")]
+    loras = study.fixed_rank_loras()
+    up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
+    return (*linear[:1], *(e.name for e in (up_to_8[-1:] or loras[:1])))
+
+
+# --- every experiment by itself, and with every other -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -53,21 +286,6 @@ class MethodResult:
     def stored_bytes(self) -> float:
         """Return what a trained model takes to keep: everything frozen, and the adapter file."""
         return self.frozen_bytes + self.adapter_file_bytes
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A claim "A is more accurate than B", over pairs of runs with the same seed."""
-
-    name: str
-    reference: str
-    difference: Interval | None
-    by_seed: tuple[float, ...]
-    seeds: tuple[int, ...]
-    significance: Significance | None
-    adjusted_p: float | None
-    verdict: Verdict
-    note: str
 
 
 def method_results(study: Study) -> tuple[MethodResult, ...]:
@@ -107,127 +325,41 @@ def known_interval(values: Iterable[float | None]) -> Interval | None:
     return mean_interval(known) if known else None
 
 
-def references(study: Study) -> tuple[str, ...]:
-    """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments. Effect and improvement describe; neither decides."""
 
-    Without any such LoRA the smallest one; without LoRA only the linear probe; without either none. Where comparisons
-    stop it is their control alone.
-    """
-    if study.stopping is not None:
-        return (study.stopping.control,) if study.of(study.stopping.control) else ()
-    linear = [e.name for e in study.with_method("linear")]
-    loras = study.fixed_rank_loras()
-    up_to_8 = [e for e in loras if (e.need(LoraConfig).rank or 0) <= 8]
-    lora = [up_to_8[-1].name] if up_to_8 else [e.name for e in loras[:1]]
-    return (*linear[:1], *lora)
+    comparison: Estimate  # of "the first, which is the earlier one in the study's order, is more accurate"
+    effect: EffectSize | None  # the difference in units of its standard deviation over pairs of runs; None without any
+    # share of pairs of runs in which the first is the more accurate one, ties as half; None likewise
+    improvement: Interval | None
 
 
-def accuracy_on_test(run: Run) -> float:
-    """Return what methods are compared on unless something else is named."""
-    return run.test.accuracy
+@dataclass(frozen=True)
+class AllPairs:
+    """Comparisons of all pairs of experiments that have a finished run: one family, corrected as one."""
+
+    experiments: tuple[str, ...]  # their names, in the study's order
+    pairs: tuple[Pair, ...]  # in the order (1, 2), (1, 3), ..., (2, 3), ...; empty if there are too many
+    not_formed: int  # pairs that were not formed because they are more than MOST_PAIRS; 0 otherwise
+
+    @property
+    def decided(self) -> tuple[Pair, ...]:
+        """Return the pairs that the test decided."""
+        return tuple(pair for pair in self.pairs if pair.comparison.verdict != Verdict.NOT_DECIDED)
 
 
-def compare(
-    runs: Sequence[Run],
-    reference_runs: Sequence[Run],
-    name: str,
-    reference: str,
-    value: Callable[[Run], float | None] = accuracy_on_test,
-) -> Comparison:
-    """Compare two experiments, pairing runs by seed; not yet corrected for a family.
-
-    A pair counts only if both runs used the same backbone weights and the same images in the same split. Pairs in which
-    a run's value is None are left out and counted in the note.
-    """
-    partner = {run.seed: run for run in reference_runs}
-    pairs = [(run, partner[run.seed]) for run in runs if run.seed in partner]
-    paired = [(a, b) for a, b in pairs if same_problem(a) == same_problem(b)]
-    values = {a.seed: (value(a), value(b)) for a, b in paired}
-    by_seed = {seed: (left, right) for seed, (left, right) in values.items() if left is not None and right is not None}
-    notes = []
-    if refused := len(pairs) - len(paired):
-        notes.append(f"{refused} pair(s) refused: other weights, images or splits")
-    if unknown := len(paired) - len(by_seed):
-        notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
-    if any(_other_draws(a, b) for a, b in paired if a.seed in by_seed):
-        notes.append("pairs differ in the initial head or in the order of images")
-    return compare_values(by_seed, name=name, reference=reference, note="; ".join(notes))
-
-
-def compare_values(
-    by_seed: Mapping[int, tuple[float, float]], *, name: str, reference: str, note: str = ""
-) -> Comparison:
-    """Return the claim that the first value of each pair exceeds the second; not yet corrected for a family.
-
-    Args:
-        by_seed: seed -> (value, value of the reference).
-        name: whose value comes first.
-        reference: what it is compared with.
-        note: what restricts the comparison, or why there is no pair.
-    """
-    if not by_seed:
-        reason = note or "no pair of runs with the same seed"
-        return Comparison(name, reference, None, (), (), None, None, "not decided", reason)
-    values, against = zip(*by_seed.values(), strict=True)
-    differences = np.round(np.subtract(values, against), DECIMALS)
-    return Comparison(
-        name=name,
-        reference=reference,
-        difference=mean_interval(np.subtract(values, against)),
-        by_seed=tuple(float(d) for d in differences),
-        seeds=tuple(by_seed),
-        significance=wilcoxon(differences),
-        adjusted_p=None,
-        verdict="not decided",
-        note=note,
-    )
-
-
-def correct(family: Sequence[Comparison], untested: str = "") -> tuple[Comparison, ...]:
-    """Apply Holm's correction over a family of comparisons, and give the verdicts; none if there is a reason why."""
-    if untested:
-        return tuple(
-            replace(one, significance=None, note="; ".join(filter(None, (one.note, untested)))) if one.by_seed else one
-            for one in family
-        )
-    p_values = [p for c in family if c.significance is not None and (p := c.significance.p_value) is not None]
-    adjusted = iter(holm(p_values))
-    corrected = []
-    for comparison in family:
-        if comparison.difference is None or comparison.significance is None:
-            corrected.append(comparison)
-            continue
-        p = next(adjusted)
-        significance = replace(comparison.significance, minimum_n=minimum_n_wilcoxon(ALPHA, len(p_values)))
-        decision = verdict(comparison.difference.estimate, significance, p, ALPHA)
-        corrected.append(replace(comparison, significance=significance, adjusted_p=p, verdict=decision))
-    return tuple(corrected)
-
-
-def outcome(comparison: Comparison) -> str:
-    """Return what the primary test says after correction, or why it says nothing."""
-    significance = comparison.significance
-    if significance is None:
-        return "not tested" if comparison.by_seed else "no pairs"
-    if not significance.decidable or comparison.adjusted_p is None:
-        return significance.sentence()
-    looks = "over looks, " if significance.test == BY_LOOKS else ""
-    return f"p = {comparison.adjusted_p:.3g} ({looks}Holm)"
-
-
-def same_problem(run: Run) -> tuple[object, ...]:
-    """Return what must be equal for two runs to be a pair: backbone, weights, images and split."""
-    return *same_source(run), run.provenance.split_sha256
-
-
-def same_source(run: Run) -> tuple[object, ...]:
-    """Return backbone, weights and data set: what is equal for runs that may have drawn other images of it."""
-    return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
-
-
-def _other_draws(a: Run, b: Run) -> bool:
-    """Return whether runs of a seed differ in initial head or order of images; of a probe, which has neither, False."""
-    if a.experiment.is_probe or b.experiment.is_probe:
-        return False
-    one, other = a.provenance, b.provenance
-    return (one.head_init_sha256, one.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)
+def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
+    """Compare every experiment with every other on test accuracy, Holm-corrected; above `most` pairs none is formed."""
+    names = tuple(e.name for e in study.experiments if study.of(e.name))
+    count = len(names) * (len(names) - 1) // 2
+    if count > most:
+        return AllPairs(names, (), count)
+    family = decide([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
+    pairs = [
+        Pair(one, effect_size(values), paired_improvement(values))
+        if (values := list(one.by_seed.values()))
+        else Pair(one, None, None)
+        for one in family
+    ]
+    return AllPairs(names, tuple(pairs), 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, get_args
 
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct
+from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, QaLoraConfig
 
@@ -39,8 +39,8 @@ class AgainstControl:
     control: Control  # which kind
     control_experiment: str | None  # the experiment that was found; None if the study has none
     same_strategy: bool  # whether both share the strategy
-    accuracy: Comparison  # difference in test accuracy, paired by seed
-    per_parameter: Comparison  # difference in `accuracy_per_parameter`, paired by seed
+    accuracy: Estimate  # difference in test accuracy, paired by seed
+    per_parameter: Estimate  # difference in `accuracy_per_parameter`, paired by seed
     # mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in ranks need not be
     # equal in parameters, since matrices differ in size
     parameters_ratio: float | None
@@ -61,9 +61,9 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     rows: list[AgainstControl] = []
     for control in CONTROLS:
         found = [(e, _control_of(e, control, adaptive)) for e in scored]
-        accuracy = correct([_compare(e, c, control, study) for e, c in found], study.untested)
+        accuracy = decide([_compare(e, c, control, study) for e, c in found], study.untested)
         ratios = [_compare(e, c, control, study, accuracy_per_parameter) for e, c in found]
-        per_parameter = correct(ratios, study.untested)
+        per_parameter = decide(ratios, study.untested)
         rows += [
             AgainstControl(
                 experiment=e.name,
@@ -109,9 +109,9 @@ def _compare(
     kind: Control,
     study: Study,
     value: Callable[[Run], float] = accuracy_on_test,
-) -> Comparison:
+) -> Estimate:
     name = experiment.name
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
-        return compare_values({}, name=name, reference=f"{kind} importance", note=note)
+        return Estimate(name=name, reference=f"{kind} importance", note=note)
     return compare(study.of(name), study.of(control.name), name, control.name, value)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Literal, get_args
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import Comparison, MethodResult, compare, correct
+from peft_vit.analysis.comparison import Estimate, MethodResult, compare, decide
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import Interval
 
@@ -33,7 +33,7 @@ class FrontPoint:
     on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
     on_test_front: bool  # the same of test accuracy; described, not used
     # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
-    lead: Comparison | None
+    lead: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, floa
     on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
     members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
     steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
-    lead_of = {lead.name: lead for lead in correct(steps, study.untested)}
+    lead_of = {lead.name: lead for lead in decide(steps, study.untested)}
     return tuple(
         FrontPoint(
             experiment=m.experiment.name,

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import Comparison, accuracy_on_test, compare, compare_values, correct, known_mean
+from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
@@ -56,13 +56,13 @@ class QuantizationImpact:
     frozen_bytes: float  # bytes of everything that is frozen
     float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
     balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
-    against_float: dict[str, Comparison]  # by measure: difference to the LoRA of equal rank, scale and targets on float
+    against_float: dict[str, Estimate]  # by measure: difference to the LoRA of equal rank, scale and targets on float
     costs: dict[str, float | None]  # what its runs took, see `_costs`
     float_costs: dict[str, float | None]  # what the runs of that LoRA took
     same_machine: bool  # whether both ran on one machine with as many threads, so that seconds and memory compare
 
     @property
-    def against_unquantized(self) -> Comparison:
+    def against_unquantized(self) -> Estimate:
         """Return the difference in test accuracy to that LoRA."""
         return self.against_float["accuracy"]
 
@@ -77,7 +77,7 @@ def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
 
     families = {
-        measure: correct([_compare(*q, twin, value) for q, twin in zip(found, twins, strict=True)], study.untested)
+        measure: decide([_compare(*q, twin, value) for q, twin in zip(found, twins, strict=True)], study.untested)
         for measure, value in _COMPARED.items()
     }
     return tuple(
@@ -101,14 +101,14 @@ def _compare(
     runs: Sequence[Run],
     twin: Sequence[Run],
     value: Callable[[Run], float | None],
-) -> Comparison:
+) -> Estimate:
     if twin:
         return compare(runs, twin, experiment.name, twin[0].experiment.name, value)
     ranks = f"LoRA of rank {settings.fixed_rank} with the same scale, targets"
     if experiment.section(AdaLoraConfig) is not None:
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
-    return compare_values({}, name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
+    return Estimate(name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
 
 
 def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
@@ -131,7 +131,7 @@ def _impact(
     settings: QaLoraConfig,
     runs: Sequence[Run],
     twin: Sequence[Run],
-    against_float: dict[str, Comparison],
+    against_float: dict[str, Estimate],
 ) -> QuantizationImpact:
     summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
     quantized = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))  # in all runs

@@ -40,7 +40,7 @@ import scipy
 from numpy.typing import ArrayLike
 
 from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.comparison import compare
+from peft_vit.analysis.comparison import ALPHA, Estimate, Question, compare, decide
 from peft_vit.analysis.limits import (
     SAME_SIZE,
     Cost,
@@ -51,40 +51,18 @@ from peft_vit.analysis.limits import (
     cost_of,
     smallest_latency_batch,
 )
-from peft_vit.analysis.stopping import ENDS, p_value_of, pairs_seen, repeated_interval, study_courses
+from peft_vit.analysis.stopping import ENDS, at_last_look, study_courses
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import StoppingConfig
 from peft_vit.errors import UserError
-from peft_vit.statistics import Interval, holm, mean_interval, noninferiority
+from peft_vit.statistics import Verdict, mean_interval
 from peft_vit.statistics.intervals import mean_and_error
-from peft_vit.statistics.sequential import Course
 
-ALPHA = 0.05  # one-sided, of the whole family
 _POWER = 0.8  # of the n that would be needed
 _TIMED = ("--max-seconds", "--max-latency-ms")
 _MOST_SEEDS = 1000  # beyond this nobody asks for how many
 _CostOf = Callable[[Sequence[Run]], Cost]
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the tests of m candidates say."""
-
-    # one a candidate, one-sided; None where the test is undefined (no pair, one pair, no spread)
-    p_values: tuple[float | None, ...]
-    adjusted: tuple[float | None, ...]  # Holm's over all m, an undefined one counted as 1; None likewise
-    shown: tuple[bool, ...]  # whether the candidate is shown not to lose the margin
-
-
-def decide(differences: Sequence[ArrayLike], margin: float) -> Decision:
-    """Return which of m candidates, (n,) differences to the best each, are shown to lose less than the margin."""
-    p_values = tuple(noninferiority(values, margin).p_value if np.size(values) else None for values in differences)
-    corrected = holm([1.0 if p is None else p for p in p_values])
-    adjusted = tuple(None if p is None else q for p, q in zip(p_values, corrected, strict=True))
-    shown = tuple(q is not None and q <= ALPHA for q in adjusted)
-    return Decision(p_values, adjusted, shown)
 
 
 def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | None:
@@ -131,17 +109,16 @@ class Candidate:
     """A smaller experiment within the limits, compared with the best on test."""
 
     rated: Rated
-    # candidate minus best, test accuracy, of pairs that share seed, weights, images and split
-    by_seed: tuple[float, ...]
-    seeds: tuple[int, ...]  # of the pairs
-    # their mean, with the interval that holds for all candidates at once; None without a pair
-    difference: Interval | None
-    p_value: float | None  # one-sided; None where the test is undefined
-    adjusted_p: float | None  # after Holm's correction
-    shown: bool  # whether it is shown to lose less than the margin
+    # test accuracy, candidate minus best: does it lose less than the margin? The interval holds for all candidates at
+    # once
+    estimate: Estimate
     # pairs at which it would be shown with 80 % power if mean and spread stayed; None: none is known
-    needed_n: int | None
-    note: str  # what restricts the pairs
+    needed_n: int | None = None
+
+    @property
+    def shown(self) -> bool:
+        """Return whether it is shown to lose less than the margin."""
+        return self.estimate.verdict == Verdict.SUPPORTED
 
 
 @dataclass(frozen=True)
@@ -338,44 +315,20 @@ def _compared_with(study: Study, rated: Sequence[Rated]) -> Rated:
 def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     if study.stopping is not None:
         course_of = {course.name: course for course in study_courses(study)}
-        return tuple(_by_looks(study, one, course_of[one.name], study.stopping) for one in smaller)
-    compared = [compare(one.runs, best.runs, one.name, best.name) for one in smaller]
-    if study.untested:
-        compared = [replace(one, note="; ".join(filter(None, (one.note, study.untested)))) for one in compared]
-    decision = decide([comparison.by_seed for comparison in compared], margin)
-    confidence = _confidence(len(smaller))
-    return tuple(
-        Candidate(
-            rated=one,
-            by_seed=comparison.by_seed,
-            seeds=comparison.seeds,
-            difference=mean_interval(comparison.by_seed, confidence) if comparison.by_seed else None,
-            p_value=None if study.untested else decision.p_values[i],
-            adjusted_p=None if study.untested else decision.adjusted[i],
-            shown=decision.shown[i] and not study.untested,
-            needed_n=None if study.untested else needed_pairs(comparison.by_seed, margin, ALPHA / len(smaller)),
-            note=comparison.note,
+        return tuple(
+            Candidate(one, replace(at_last_look(study, course, "noninferiority"), note=ENDS[course.stopped]))
+            for one in smaller
+            for course in [course_of[one.name]]
         )
-        for i, (one, comparison) in enumerate(zip(smaller, compared, strict=True))
-    )
-
-
-def _by_looks(study: Study, rated: Rated, course: Course, stopping: StoppingConfig) -> Candidate:
-    """Return a candidate as it stands after the last look of its comparison with the control."""
-    look = course.looks[-1] if course.looks else None
-    seen = pairs_seen(study, course)
-    p_value = None if look is None else p_value_of(look.noninferiority, course.noninferiority or "not decided")
-    return Candidate(
-        rated=rated,
-        by_seed=tuple(seen.values()),
-        seeds=tuple(seen),
-        difference=None if look is None else repeated_interval(look, stopping),
-        p_value=p_value,
-        adjusted_p=p_value,
-        shown=course.noninferiority == "supported",
-        needed_n=None,
-        note=ENDS[course.stopped],
-    )
+    asked, level = Question("noninferiority", margin), ALPHA / max(1, len(smaller))
+    compared = [replace(compare(one.runs, best.runs, one.name, best.name), question=asked) for one in smaller]
+    candidates = []
+    for rated, one in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
+        values = list(one.by_seed.values())
+        interval = mean_interval(values, 1 - 2 * level) if values else None
+        needed = None if study.untested else needed_pairs(values, margin, level)
+        candidates.append(Candidate(rated, replace(one, interval=interval), needed))
+    return tuple(candidates)
 
 
 def _confidence(family: int) -> float:

@@ -8,18 +8,26 @@ study that was interrupted, continued or run in another order has the same verdi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import islice, takewhile
+from typing import Literal
 
-from peft_vit.analysis.comparison import BY_LOOKS, Comparison, accuracy_on_test, compare, correct, references
+from peft_vit.analysis.comparison import BY_LOOKS, Estimate, accuracy_on_test, compare, decide, references, together
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import FEWEST_PAIRS, StoppingConfig, StudyConfig
-from peft_vit.statistics import Interval, Significance
-from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
+from peft_vit.statistics import Interval, Significance, Verdict
+from peft_vit.statistics.sequential import Course, Look, SequentialTest, Stopped, StoppingRule, follow
+
+ENDS = {
+    Stopped.DECIDED: "decided",
+    Stopped.FUTILE: "stopped as futile",
+    Stopped.MAXIMUM: "at the last look",
+    None: "open",
+}
 
 
-def compare_all(study: Study, reference: str, names: Collection[str] | None = None) -> tuple[Comparison, ...]:
+def compare_all(study: Study, reference: str, names: Collection[str] | None = None) -> tuple[Estimate, ...]:
     """Compare every other experiment with a reference, as one family: of tests, or where declared, of looks.
 
     Args:
@@ -32,33 +40,39 @@ def compare_all(study: Study, reference: str, names: Collection[str] | None = No
     found = [compare(study.of(name), study.of(reference), name, reference) for name in others]
     stopping = study.stopping
     if stopping is None or reference != stopping.control or stopping.metric != "accuracy":
-        return correct(found, study.untested)
+        return decide(found, study.untested)
     course_of = {course.name: course for course in study_courses(study)}
-    return tuple(_by_looks(one, course_of[one.name], stopping, pairs_seen(study, course_of[one.name])) for one in found)
+    looked = []
+    for one in found:
+        course = course_of[one.name]
+        said = answers(course, stopping) if course.looks else (f"{len(one.by_seed)} pair(s), not looked at yet",)
+        seen = at_last_look(study, course, "superiority")
+        looked.append(replace(seen, note=together(one.note if course.looks else "", *said)))
+    return tuple(looked)
 
 
-def compare_with_references(study: Study) -> tuple[Comparison, ...]:
+def compare_with_references(study: Study) -> tuple[Estimate, ...]:
     """Compare every experiment with each of the study's references: a family for each of them."""
     return tuple(found for reference in references(study) for found in compare_all(study, reference))
 
 
-def _by_looks(fixed: Comparison, course: Course, stopping: StoppingConfig, by_seed: Mapping[int, float]) -> Comparison:
-    """Return a comparison, of all pairs that there are, as it stands after its last look."""
+def at_last_look(study: Study, course: Course, asked: Literal["superiority", "noninferiority"]) -> Estimate:
+    """Return a comparison with the control as it stands after its last look; without values before the first."""
+    stopping = study.stopping
+    assert stopping is not None
+    verdict = getattr(course, asked) or Verdict.NOT_DECIDED
+    estimate = Estimate(name=course.name, reference=stopping.control, n_of="pairs", verdict=verdict)
     if not course.looks:
-        note = f"{len(fixed.by_seed)} pair(s), not looked at yet"
-        return replace(fixed, difference=None, by_seed=(), seeds=(), significance=None, note=note)
+        return estimate
     look = course.looks[-1]
-    verdict = course.superiority or "not decided"
-    p_value = p_value_of(look.superiority, verdict)
+    assert study.plan.declared is not None
+    p_value = p_value_of(getattr(look, asked), verdict)
     return replace(
-        fixed,
-        difference=repeated_interval(look, stopping),
-        by_seed=tuple(by_seed.values()),
-        seeds=tuple(by_seed),
+        estimate,
+        by_seed=dict(islice(paired(study.plan.declared, study, course.name).items(), look.pairs)),
+        interval=repeated_interval(look, stopping),
         significance=None if p_value is None else Significance(BY_LOOKS, look.pairs, p_value, FEWEST_PAIRS),
         adjusted_p=p_value,
-        verdict=verdict,
-        note="; ".join(filter(None, (fixed.note, *answers(course, stopping)))),
     )
 
 
@@ -69,32 +83,21 @@ def repeated_interval(look: Look, stopping: StoppingConfig) -> Interval:
     return Interval(look.difference, look.low, look.high, look.pairs, 1 - 2 * stopping.level)
 
 
-def p_value_of(test: SequentialTest | None, verdict: str) -> float | None:
+def p_value_of(test: SequentialTest | None, verdict: Verdict) -> float | None:
     """Return the p-value over all looks, of what was shown or, if nothing was, of the claim; None: it is not asked."""
     if test is None:
         return None
-    return test.opposite_p_value if verdict == "refuted" else test.p_value
+    return test.opposite_p_value if verdict == Verdict.REFUTED else test.p_value
 
 
 def answers(course: Course, stopping: StoppingConfig) -> tuple[str, ...]:
     """Return what became of non-inferiority, and why a comparison has stopped, in words."""
     said = []
-    look, verdict = course.looks[-1], course.noninferiority
+    verdict = course.noninferiority
     if verdict is not None:
-        p_value = p_value_of(look.noninferiority, verdict) or 0.0
+        p_value = p_value_of(course.looks[-1].noninferiority, verdict) or 0.0
         said.append(f"not worse by {stopping.margin:g}: {verdict}, p = {p_value:.3g}")
-    said.append(ENDS[course.stopped])
-    return tuple(said)
-
-
-ENDS = {"decided": "decided", "futile": "stopped as futile", "maximum": "at the last look", None: "open"}
-
-
-def pairs_seen(study: Study, course: Course) -> dict[int, float]:
-    """Return seed -> difference of the pairs that the last look of a comparison was at."""
-    assert study.plan.declared is not None
-    seen = course.looks[-1].pairs if course.looks else 0
-    return dict(islice(paired(study.plan.declared, study, course.name).items(), seen))
+    return (*said, ENDS[course.stopped])
 
 
 def study_courses(study: Study) -> tuple[Course, ...]:
@@ -154,6 +157,5 @@ def paired(configuration: StudyConfig, study: Study | None, name: str) -> dict[i
     def value(run: Run) -> float:
         return accuracy_on_test(run) if stopping.metric == "accuracy" else run.test.balanced_accuracy
 
-    found = compare(study.of(name), study.of(stopping.control), name, stopping.control, value)
-    by_seed = dict(zip(found.seeds, found.by_seed, strict=True))
+    by_seed = compare(study.of(name), study.of(stopping.control), name, stopping.control, value).by_seed
     return {seed: by_seed[seed] for seed in takewhile(by_seed.__contains__, configuration.seeds)}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from peft_vit.analysis.across import Across, InStudy, PooledDifference, PooledTime
+from peft_vit.analysis.across import Across, InStudy, PooledRow
 from peft_vit.analysis.comparability import PoolKind
-from peft_vit.analysis.comparison import Comparison
+from peft_vit.analysis.comparison import Estimate
 from peft_vit.report.document import Paragraph, Raw, Row, Table
 from peft_vit.report.formatting import (
     count,
@@ -72,10 +72,10 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
             f"--allow-mismatch {kind}."
         )
     told: dict[tuple[PoolKind, str], dict[str, None]] = {}
-    rows: tuple[PooledDifference | PooledTime, ...] = (*found.pooled, *found.times)
+    rows: tuple[PooledRow, ...] = (*found.pooled, *found.times)
     for row in rows:
         for kind, why in row.allowed:
-            told.setdefault((kind, why), {})[row.name] = None
+            told.setdefault((kind, why), {})[row.estimate.name] = None
     for (kind, why), names in told.items():
         yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {joined(names)}.")
 
@@ -94,7 +94,7 @@ def _study_row(row: InStudy, against: str) -> Row:
     result, comparison = row.result, row.comparison
     difference, pairs, verdict = "–", "–", "–"
     if comparison is not None:
-        difference, pairs = points_interval(comparison.difference), str(len(comparison.seeds))
+        difference, pairs = points_interval(comparison.interval), str(len(comparison.by_seed))
         verdict = _verdict(comparison) + (f" ({comparison.note})" if comparison.note else "")
     return {
         "experiment": row.name,
@@ -110,26 +110,26 @@ def _study_row(row: InStudy, against: str) -> Row:
     }
 
 
-def _verdict(comparison: Comparison) -> str:
+def _verdict(comparison: Estimate) -> str:
     significance = comparison.significance
     if significance is None or not significance.decidable or comparison.adjusted_p is None:
         return comparison.verdict if significance is None else significance.sentence()
     return f"{comparison.verdict} (p = {comparison.adjusted_p:.2g})"
 
 
-def _pooled(rows: Sequence[PooledDifference], reference: str) -> Table:
+def _pooled(rows: Sequence[PooledRow], reference: str) -> Table:
     return Table.of(
         "pooled",
         f"Over studies: test accuracy against {reference} (points)",
         (
             {
-                "experiment": row.name,
+                "experiment": row.estimate.name,
                 "studies": len(row.studies),
-                "pairs": row.pooled.interval.n,
-                "mean over studies": _with_reason(row.pooled.interval, points_interval(row.pooled.interval)),
+                "pairs": row.interval.n,
+                "mean over studies": _with_reason(row.interval, points_interval(row.interval)),
                 "ahead in": f"{row.ahead} of {len(row.studies)}",
-                "p (Holm)": known(row.adjusted_p, "{:.2g}".format),
-                "more accurate?": row.verdict + (f" ({row.untested})" if row.untested else ""),
+                "p (Holm)": known(row.estimate.adjusted_p, "{:.2g}".format),
+                "more accurate?": row.estimate.verdict + (f" ({row.estimate.note})" if row.estimate.note else ""),
             }
             for row in rows
         ),
@@ -143,16 +143,16 @@ def _with_reason(interval: Interval, written: str) -> str:
     return written + (f" ({interval.reason})" if interval.reason else "")
 
 
-def _times(rows: Sequence[PooledTime], reference: str) -> Table:
+def _times(rows: Sequence[PooledRow], reference: str) -> Table:
     return Table.of(
         "times",
         f"Over studies: seconds a step, as a multiple of {reference}'s",
         (
             {
-                "experiment": row.name,
+                "experiment": row.estimate.name,
                 "studies": len(row.studies),
-                "pairs": row.ratio.n,
-                "geometric mean over studies": _with_reason(row.ratio, number_interval(row.ratio)),
+                "pairs": row.interval.n,
+                "geometric mean over studies": _with_reason(row.interval, number_interval(row.interval)),
             }
             for row in rows
         ),
@@ -187,11 +187,12 @@ def _rows(found: Across) -> Iterator[dict[str, Raw]]:
         if c is not None:
             p = None if c.significance is None else c.significance.p_value
             tested = p, c.adjusted_p, c.verdict
-            yield _row(("difference", one.study, one.name, *difference), c.difference, c.note, tested)
+            yield _row(("difference", one.study, one.name, *difference), c.interval, c.note, tested)
     for row in found.pooled:
-        tested = row.pooled.p_value, row.adjusted_p, row.verdict
-        named = "pooled", "; ".join(row.studies), row.name, *difference
-        yield _row(named, row.pooled.interval, _although(row), tested)
+        estimate = row.estimate
+        p = None if estimate.significance is None else estimate.significance.p_value
+        named = "pooled", "; ".join(row.studies), estimate.name, *difference
+        yield _row(named, row.interval, _although(row), (p, estimate.adjusted_p, estimate.verdict))
     for agreement in found.agreements:
         rho = None if agreement.rho is None else Interval(agreement.rho, None, None, agreement.sites, 0.95)
         experiments = f"{agreement.experiment}; {agreement.other_experiment}"
@@ -199,15 +200,15 @@ def _rows(found: Across) -> Iterator[dict[str, Raw]]:
         note = "n counts sites" if agreement.same_backbone else "n counts sites; the backbones differ"
         yield _row(("importance agreement", studies, experiments, None, f"{agreement.metric}_spearman_rho"), rho, note)
     for time in found.times:
-        named = "pooled", "; ".join(time.studies), time.name, found.reference, "seconds_per_step_ratio"
-        yield _row(named, time.ratio, _although(time))
+        named = "pooled", "; ".join(time.studies), time.estimate.name, found.reference, "seconds_per_step_ratio"
+        yield _row(named, time.interval, _although(time))
     for refusal in found.refusals:
         for name in refusal.experiments:
             named = "not pooled", "; ".join(refusal.studies), name, found.reference, _what(refusal.kind)
             yield _row(named, None, f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}")
 
 
-def _although(row: PooledDifference | PooledTime) -> str:
+def _although(row: PooledRow) -> str:
     return "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in row.allowed)
 
 

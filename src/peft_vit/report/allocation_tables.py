@@ -133,7 +133,7 @@ def _control_table(rows: Sequence[AgainstControl]) -> Table:
                     {"control_experiment": r.control_experiment, "same_strategy": int(r.same_strategy)},
                 ),
                 "difference (points)": Cell(
-                    points_interval(r.accuracy.difference), measured("difference", r.accuracy.difference)
+                    points_interval(r.accuracy.interval), measured("difference", r.accuracy.interval)
                 ),
                 "n": len(r.accuracy.by_seed),
                 "more accurate?": cell("verdict", r.accuracy.verdict),
@@ -146,7 +146,7 @@ def _control_table(rows: Sequence[AgainstControl]) -> Table:
                 "parameters, ratio": cell("parameters_ratio", r.parameters_ratio, fixed),
             }
             for r in rows
-            for share in [r.per_parameter.difference]
+            for share in [r.per_parameter.interval]
         ),
         "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
         "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from peft_vit.analysis import Calibration, CalibrationDifferences, Comparison, MethodResult
+from peft_vit.analysis import Calibration, CalibrationDifferences, Estimate, MethodResult
 from peft_vit.analysis.calibration import BINS, Bin
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.report.document import Block, Cell, Paragraph, Table
@@ -82,7 +82,7 @@ def _differences_table(families: Sequence[CalibrationDifferences], reference: st
                 "experiment": c.name,
                 "reference": reference,
                 "measure": family.measure,
-                **ends("difference", c.difference),
+                **ends("difference", c.interval),
                 **comparison_values(c),
                 "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
             }
@@ -93,11 +93,11 @@ def _differences_table(families: Sequence[CalibrationDifferences], reference: st
     )
 
 
-def _difference(comparison: Comparison) -> str:
-    if comparison.difference is None:
+def _difference(comparison: Estimate) -> str:
+    if comparison.interval is None:
         return comparison.note
     word = {"supported": "worse", "refuted": "better", "not decided": "not decided"}[comparison.verdict]
-    return f"{to_thousandths(comparison.difference)}, {word}"
+    return f"{to_thousandths(comparison.interval)}, {word}"
 
 
 def _reliability_table(calibrations: Sequence[Calibration]) -> Table:

@@ -78,10 +78,10 @@ def reasons(conclusion: Conclusion) -> str:
 
 def numbers(finding: Finding) -> dict[str, str]:
     """Return what stands beside a finding in a table: estimate, n and test, in words."""
-    n_of = finding.n_of if finding.n != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
+    n_of = finding.n_of if len(finding.by_seed) != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
     said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
     note = f" ({finding.note})" if finding.note else ""
-    return {"estimate": estimate_of(finding), "n": f"{finding.n} {n_of}", "test": plain(said + note)}
+    return {"estimate": estimate_of(finding), "n": f"{len(finding.by_seed)} {n_of}", "test": plain(said + note)}
 
 
 def estimate_of(finding: Finding) -> str:
@@ -111,11 +111,11 @@ def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
             "low": None if f.interval is None else f.interval.low,
             "high": None if f.interval is None else f.interval.high,
             "unit": f.sentence.unit,
-            "n": f.n,
+            "n": len(f.by_seed),
             "n_of": f.n_of,
             "test": f.test,
             "margin": f.sentence.margin,
-            "p_holm": f.p_value,
+            "p_holm": f.adjusted_p,
             "p_holm_opposite": f.opposite_p,
             "outcome": f.outcome,
             "note": f.note,

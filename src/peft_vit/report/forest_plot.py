@@ -198,11 +198,11 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
     colors = {m.experiment.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
     rows: dict[str, list[_Row]] = {}
     for c in analysis.comparisons if analysis.study.stopping is None else ():
-        if c.difference is not None:
+        if c.interval is not None:
             n, decided = len(c.by_seed), c.verdict != "not decided"
-            mean = f"mean of {n} pair{'' if n == 1 else 's'}: {points_interval(c.difference)} points"
+            mean = f"mean of {n} pair{'' if n == 1 else 's'}: {points_interval(c.interval)} points"
             says = f"{mean}\nmore accurate? {c.verdict}"
-            row = _Row(c.name, colors[c.name], c.difference, c.seeds, c.by_seed, says, decided)
+            row = _Row(c.name, colors[c.name], c.interval, tuple(c.by_seed), tuple(c.by_seed.values()), says, decided)
             rows.setdefault(c.reference, []).append(row)
     data = {
         reference: [
@@ -211,15 +211,15 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
                 "reference": reference,
                 "seed": seed,
                 "difference": value,
-                "mean": c.difference.estimate,
-                "low": c.difference.low,
-                "high": c.difference.high,
+                "mean": c.interval.estimate,
+                "low": c.interval.low,
+                "high": c.interval.high,
                 "verdict": c.verdict,
                 "margin": margin,
             }
             for c in analysis.comparisons
-            if c.reference == reference and c.difference is not None
-            for seed, value in zip(c.seeds, c.by_seed, strict=True)
+            if c.reference == reference and c.interval is not None
+            for seed, value in c.by_seed.items()
         ]
         for reference in rows
     }

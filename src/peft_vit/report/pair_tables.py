@@ -54,10 +54,10 @@ def _matrix(pairs: AllPairs) -> Table:
         if row == column:
             return "–"
         comparison, sign = (found[row, column], 1) if (row, column) in found else (found[column, row], -1)
-        if comparison.difference is None:
+        if comparison.interval is None:
             return "no pair"
         marks = {"supported": ("", " ▲", " ▼"), "refuted": ("", " ▼", " ▲"), "not decided": ("", "", "")}
-        return points(sign * comparison.difference.estimate) + marks[comparison.verdict][sign]
+        return points(sign * comparison.interval.estimate) + marks[comparison.verdict][sign]
 
     return Table.of(
         "all_pairs",
@@ -70,15 +70,15 @@ def _matrix(pairs: AllPairs) -> Table:
 
 
 def _count_sentence(pairs: AllPairs) -> str:
-    without = sum(pair.comparison.difference is None for pair in pairs.pairs)
-    needed = {c.significance.minimum_n for c in pairs.comparisons if c.significance is not None}
+    without = sum(pair.comparison.interval is None for pair in pairs.pairs)
+    needed = {c.significance.minimum_n for c in (pair.comparison for pair in pairs.pairs) if c.significance is not None}
     seeds = f" A decision among so many needs at least {max(needed)} seeds." if needed else ""
     nothing = f" {count(without)} have no runs in common." if without else ""
     return f"{count(len(pairs.decided))} of {count(len(pairs.pairs))} pairs are decided.{nothing}{seeds}"
 
 
 def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
-    decided = [(pair, pair.comparison.difference) for pair in pairs.decided if pair.comparison.difference is not None]
+    decided = [(pair, pair.comparison.interval) for pair in pairs.decided if pair.comparison.interval is not None]
     # Largest difference first: the rows that are left out are those that say least.
     decided.sort(key=lambda one: (-abs(one[1].estimate), one[0].comparison.name, one[0].comparison.reference))
     left = len(decided) - DECIDED_UP_TO
@@ -117,7 +117,7 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     return {
         "experiment": comparison.name,
         "reference": comparison.reference,
-        **measured("difference", comparison.difference),
+        **measured("difference", comparison.interval),
         **comparison_values(comparison),
         "cohens_d": None if effect is None else effect.d,
         "cohens_d_low": None if effect is None else effect.low,
@@ -161,7 +161,7 @@ def _front_row(front: Front, point: FrontPoint) -> Row:
         "takes": cost.write(point.cost),
         "validation": percent(point.validation_accuracy),
         "test accuracy": percent_interval(point.test_accuracy),
-        "lead over the one before (points)": known(lead, lambda c: points_interval(c.difference)),
+        "lead over the one before (points)": known(lead, lambda c: points_interval(c.interval)),
         "more accurate?": "cheapest" if lead is None else lead.verdict,
         "test": known(lead, tested),
         "on the front of test accuracies": "yes" if point.on_test_front else "no",
@@ -179,7 +179,7 @@ def _front_data(front: Front, point: FrontPoint) -> dict[str, Raw]:
         "on_front": int(point.on_front),
         "on_test_front": int(point.on_test_front),
         "before": None if lead is None else lead.reference,
-        **measured("lead", None if lead is None else lead.difference),
+        **measured("lead", None if lead is None else lead.interval),
         "p_holm": None if lead is None else lead.adjusted_p,
         "verdict": None if lead is None else lead.verdict,
     }

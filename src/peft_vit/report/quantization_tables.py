@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import get_args
 
-from peft_vit.analysis import Comparison, QuantizationImpact
+from peft_vit.analysis import Estimate, QuantizationImpact
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import BalanceStep
 from peft_vit.analysis.size import FLOAT16_BITS, FLOAT32_BITS, ModelBytes
@@ -18,7 +18,7 @@ from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, comparison_val
 def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return accuracy and error by format."""
     compared = [q.against_unquantized for q in impacts]
-    twins = ", ".join(sorted({c.reference for c in compared if c.difference is not None}))
+    twins = ", ".join(sorted({c.reference for c in compared if c.interval is not None}))
     return Table.of(
         "quantization",
         "Accuracy and error by format",
@@ -28,9 +28,9 @@ def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **_settings(q),
                 "test accuracy": Cell(percent_interval(q.test_accuracy), ends("test_accuracy", q.test_accuracy)),
                 "against float (points)": Cell(
-                    points_interval(against.difference),
+                    points_interval(against.interval),
                     {
-                        "difference_to_float": None if against.difference is None else against.difference.estimate,
+                        "difference_to_float": None if against.interval is None else against.interval.estimate,
                         "float_reference": against.reference,
                     },
                 ),
@@ -110,7 +110,7 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **{name: value for one in _settings(q).values() for name, value in one.values.items()},
                 "measure": measure,
                 "float_reference": compared.reference,
-                **ends("difference", compared.difference),
+                **ends("difference", compared.interval),
                 **comparison_values(compared),
             }
             for q in impacts
@@ -119,8 +119,8 @@ def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
     )
 
 
-def _difference(measure: str, comparison: Comparison) -> str:
-    found = comparison.difference
+def _difference(measure: str, comparison: Estimate) -> str:
+    found = comparison.interval
     if found is None:
         return "not computed"
     text = points_interval(found) if measure == "accuracy" else to_thousandths(found)

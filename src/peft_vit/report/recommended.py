@@ -132,12 +132,12 @@ def _answer(found: Recommendation) -> Iterator[str]:
 def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
     tested = found.comparison_of(chosen)
     assert tested is not None
-    assert tested.difference is not None
-    assert tested.adjusted_p is not None
+    estimate = tested.estimate
+    assert estimate.adjusted_p is not None
     yield (
         f"Recommended: {chosen.name}. Test accuracy against {found.best.name}: "
-        f"{points_interval(tested.difference)} points, {counted(len(tested.seeds), 'pair')}; that it loses "
-        f"{_points(found)} or more is rejected with p = {tested.adjusted_p:.2g} ({_family(found)})."
+        f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
+        f"{_points(found)} or more is rejected with p = {estimate.adjusted_p:.2g} ({_family(found)})."
     )
     if found.as_small:
         names = joined(one.name for one in found.as_small)
@@ -193,10 +193,11 @@ def _tested_table(found: Recommendation) -> Table:
                 "experiment": one.rated.name,
                 "to store": megabytes(one.rated.cost.stored_bytes),
                 "parameters": count(one.rated.cost.parameters),
-                "difference (points)": points_interval(one.difference),
-                "n": len(one.seeds),
-                "p (Holm)": known(one.adjusted_p, "{:.2g}".format),
-                "loses less than asked?": _verdict(one, found) + (f" ({one.note})" if one.note else ""),
+                "difference (points)": points_interval(one.estimate.interval),
+                "n": len(one.estimate.by_seed),
+                "p (Holm)": known(one.estimate.adjusted_p, "{:.2g}".format),
+                "loses less than asked?": _verdict(one, found)
+                + (f" ({one.estimate.note})" if one.estimate.note else ""),
             }
             for one in found.candidates
         ),
@@ -222,11 +223,12 @@ def _verdict(one: Candidate, found: Recommendation) -> str:
         return "shown"
     if found.study.untested and found.study.stopping is None:
         return "not decided"
-    if len(one.seeds) < 2:
-        return f"not decided: {counted(len(one.seeds), 'pair')}, the test needs 2 and more"
-    if one.p_value is None:
+    pairs, interval, test = len(one.estimate.by_seed), one.estimate.interval, one.estimate.significance
+    if pairs < 2:
+        return f"not decided: {counted(pairs, 'pair')}, the test needs 2 and more"
+    if test is None or test.p_value is None:
         return "not decided: the differences have no spread, which the test needs"
-    if one.difference is not None and one.difference.high is not None and one.difference.high < -found.margin:
+    if interval is not None and interval.high is not None and interval.high < -found.margin:
         return "no, the whole interval lies below"
     if found.study.stopping is not None:
         return "not decided"

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.analysis import Comparison, Study, compare_with_references, method_results, read_results
+from peft_vit.analysis import Estimate, Study, compare_with_references, method_results, read_results
 from peft_vit.records import RUN_COLUMNS, history_rows, run_row
 from peft_vit.report.document import Table
 from peft_vit.report.tables import accuracy_table, comparison_table, comparison_values, ends
@@ -118,12 +118,12 @@ def _ranks(study: Study) -> Iterator[dict[str, Any]]:
         yield from (of | row for row in rows if row["step"] == rows[-1]["step"])
 
 
-def _comparison(study: Study, one: Comparison) -> dict[str, Any]:
+def _comparison(study: Study, one: Estimate) -> dict[str, Any]:
     who = _of(study) | {"experiment": one.name, "reference": one.reference}
-    return who | ends("difference", one.difference) | comparison_values(one)
+    return who | ends("difference", one.interval) | comparison_values(one)
 
 
-def _as_html(study: Study, comparisons: Sequence[Comparison]) -> Iterator[str]:
+def _as_html(study: Study, comparisons: Sequence[Estimate]) -> Iterator[str]:
     yield f"<h3>{escape(study.label)}</h3>"
     yield from (f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices)
     if study.runs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from peft_vit.analysis import Analysis, Comparison, MethodResult, Run, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
 from peft_vit.analysis.studies import why_unfinished
@@ -141,10 +141,10 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
             f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.seeds), 'seed')}; in brackets the 95 % "
             "interval over seeds).",
             *(
-                f"{name} minus {c.reference} on test: {points_interval(c.difference)} points "
-                f"({counted(c.difference.n, 'pair')}): {_decided(c)}."
+                f"{name} minus {c.reference} on test: {points_interval(c.interval)} points "
+                f"({counted(c.interval.n, 'pair')}): {_decided(c)}."
                 for c in analysis.comparisons
-                if c.name == name and c.difference is not None
+                if c.name == name and c.interval is not None
             ),
         ]
     above, total = sum(m.runs_above_majority for m in methods), sum(len(m.seeds) for m in methods)
@@ -154,7 +154,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     )
 
 
-def _decided(comparison: Comparison) -> str:
+def _decided(comparison: Estimate) -> str:
     significance = comparison.significance
     if comparison.verdict != "not decided":
         word = "more" if comparison.verdict == "supported" else "less"

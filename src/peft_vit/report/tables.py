@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import Any
 
-from peft_vit.analysis import Comparison, MethodResult, Run
+from peft_vit.analysis import Estimate, MethodResult, Run
 from peft_vit.analysis.comparison import BY_LOOKS, known_interval, known_mean, outcome
 from peft_vit.report.document import UNSEEN, Cell, Raw, Row, Table
 from peft_vit.report.formatting import (
@@ -55,7 +55,7 @@ def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
     return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
 
 
-def comparison_values(comparison: Comparison) -> dict[str, Raw]:
+def comparison_values(comparison: Estimate) -> dict[str, Raw]:
     """Return what decided a comparison."""
     significance = comparison.significance
     return {
@@ -67,7 +67,7 @@ def comparison_values(comparison: Comparison) -> dict[str, Raw]:
     }
 
 
-def tested(comparison: Comparison) -> str:
+def tested(comparison: Estimate) -> str:
     """Return what the test said, with its note."""
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
 
@@ -178,7 +178,7 @@ def quality_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
-def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table:
+def comparison_table(comparisons: Sequence[Estimate], reference: str) -> Table:
     """Return paired differences against one reference."""
     against = [c for c in comparisons if c.reference == reference]
     looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
@@ -187,7 +187,7 @@ def comparison_table(comparisons: Sequence[Comparison], reference: str) -> Table
     return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
 
 
-def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], note: str) -> Table:
+def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], note: str) -> Table:
     """Return one family of comparisons."""
     return Table.of(
         slug,
@@ -195,10 +195,10 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Comparison], 
         (
             {
                 "experiment": Cell(c.name, {"experiment": c.name, "reference": c.reference}),
-                "difference (points)": Cell(points_interval(c.difference), ends("difference", c.difference)),
+                "difference (points)": Cell(points_interval(c.interval), ends("difference", c.interval)),
                 "each seed": Cell(
-                    ", ".join(map(points, c.by_seed)),
-                    {f"seed_{seed}": difference for seed, difference in zip(c.seeds, c.by_seed, strict=True)},
+                    ", ".join(map(points, c.by_seed.values())),
+                    {f"seed_{seed}": difference for seed, difference in c.by_seed.items()},
                 ),
                 "n": len(c.by_seed),
                 "more accurate?": c.verdict,

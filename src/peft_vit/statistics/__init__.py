@@ -4,7 +4,6 @@ docs/explanation/statistics.md says which test is primary, what each interval de
 hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB of them, when it is first asked for.
 """
 
-from peft_vit.statistics.checked import shifted
 from peft_vit.statistics.conformal import (
     class_scores,
     conformal_quantile,
@@ -14,21 +13,29 @@ from peft_vit.statistics.conformal import (
     probabilities,
 )
 from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
-from peft_vit.statistics.effect_size import EffectSize, effect_size, hedges_factor
-from peft_vit.statistics.equivalence import beyond_margin, equivalence, equivalence_verdict, inferiority, noninferiority
 from peft_vit.statistics.intervals import (
+    EffectSize,
     Interval,
+    effect_size,
+    hedges_factor,
     mean_interval,
     paired_improvement,
     paired_proportions,
     proportion_interval,
+    shifted,
 )
-from peft_vit.statistics.sequential import Course, Look, SequentialTest, StoppingRule, follow
+from peft_vit.statistics.sequential import Course, Look, SequentialTest, Stopped, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,
     Verdict,
+    beyond_margin,
+    equivalence,
+    equivalence_verdict,
     holm,
+    inferiority,
     minimum_n_wilcoxon,
+    noninferiority,
+    stratified_mean,
     verdict,
     wilcoxon,
     wilcoxon_against_each,

@@ -11,8 +11,6 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.statistics.checked import check_level
-
 TEMPERATURES = (0.05, 20.0)  # where every image is right, or wrong, likelihood alone would go on without end
 
 
@@ -64,13 +62,12 @@ def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | N
         images: (m,) which image each score is of; none: each of another.
 
     Raises:
-        ValueError: for no scores, unequal lengths, or a coverage that is not between 0 and 1.
+        ValueError: for no scores, or unequal lengths.
     """
     s = np.asarray(scores, dtype=np.float64)
     which = np.arange(s.size) if images is None else np.asarray(images)
     if s.ndim != 1 or s.size == 0 or which.shape != s.shape:
         raise ValueError(f"expected as many images as scores and at least one, got {which.size} and {s.size}")
-    check_level(coverage, "coverage")
     weight, count = _weights(which)
     order = np.argsort(s, kind="stable")
     below = np.cumsum(weight[order])  # images with a score up to it

@@ -1,6 +1,7 @@
-"""Means and shares with intervals. Every docstring says which uncertainty the interval describes.
+"""Means, shares and standardized effects with intervals. Every docstring says which uncertainty an interval describes.
 
 Sums are exact (`math.fsum`) or of sorted values, so that the same values in another order give the same bits.
+Functions of values raise ValueError for another shape than (n,), no values, or values that are not finite.
 """
 
 from __future__ import annotations
@@ -12,7 +13,61 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.statistics.checked import check_level, finite, without_rounding
+ROUNDING = 1e-12  # differences of accuracies carry rounding errors of about 1e-14 of their size
+CONFIDENCE = 0.95  # nominal coverage
+
+
+# --- values, and the comparisons that rounding must not decide --------------------------------------------------------
+
+
+def finite(values: ArrayLike, name: str = "values") -> np.ndarray:
+    """Return values as a float array of shape (n,); an error names the first that is not finite by its position."""
+    data = np.asarray(values, dtype=np.float64)
+    expected = f"{name}: expected a non-empty one-dimensional array of finite values"
+    if data.ndim != 1 or data.size == 0:
+        raise ValueError(f"{expected}, got the shape {data.shape}")
+    bad = np.flatnonzero(~np.isfinite(data))
+    if bad.size:
+        raise ValueError(f"{expected}, got {data[bad[0]]} at position {bad[0]} ({bad.size} of {data.size} are not)")
+    return data
+
+
+def has_spread(data: np.ndarray) -> bool:
+    """Return whether values differ by more than rounding: (n,) to a bool.
+
+    0.82 - 0.81 and 0.81 - 0.80 are one difference that floats write in two ways; a t test would call that proof.
+    """
+    return data.size > 1 and float(np.ptp(data)) > ROUNDING * float(np.abs(data).max())
+
+
+def shifted(values: ArrayLike, center: float) -> np.ndarray:
+    """Return (n,) values minus a center: zero where both are one number but for rounding, equal where the values are.
+
+    0.82 - 0.81 misses a margin of 0.01 by 1e-17. Beside nothing but such remains, a test would take them for
+    differences that all point one way.
+    """
+    data = finite(values)
+    return data if center == 0 else without_rounding(data - center, max(float(np.abs(data).max()), abs(center)))
+
+
+def without_rounding(data: np.ndarray, unit: float | None = None) -> np.ndarray:
+    """Return (n,) values with those equal that differ by rounding only, and zero where they are zero but for rounding.
+
+    Sizes that lie closer together than a 1e-12th of the unit, or else of the largest, take the smallest one's size;
+    signs stay. The unit is the size of the numbers that these are differences of.
+    """
+    sizes = np.abs(data)
+    order = np.argsort(sizes, kind="stable")
+    ascending = sizes[order]
+    room = ROUNDING * (ascending[-1] if unit is None else unit)
+    new = np.diff(ascending, prepend=0.0) > room  # (n,) where a new size begins
+    starts = np.concatenate([[0.0], ascending[new]])  # before the first new one everything is zero
+    merged = np.empty_like(sizes)
+    merged[order] = starts[np.cumsum(new)]
+    return np.copysign(merged, data) + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+# --- means and shares -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,7 +93,7 @@ def mean_and_error(data: np.ndarray) -> tuple[float, float]:
     return mean, largest * math.sqrt(variance / data.size)
 
 
-def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
+def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval:
     """Return the mean of (n,) values with Student's t interval, ``m ± t_{n-1} s / sqrt(n)``.
 
     Over the seeds of one experiment, the interval describes what another draw of seeds (initial head and adapter, order
@@ -48,9 +103,6 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     interval is too narrow (Nadeau & Bengio, Machine Learning 52 (2003)).
 
     Assumption: values are independent and roughly normal. Source: Student, Biometrika 6 (1908).
-
-    Raises:
-        ValueError: for no values, or values that are not finite.
     """
     data = finite(values)
     n = int(data.size)
@@ -61,7 +113,7 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, n, confidence)
 
 
-def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Interval:
+def proportion_interval(successes: int, n: int) -> Interval:
     """Return a share with Wilson's score interval.
 
     For one run's accuracy, the interval describes what another draw of as many test images from the same
@@ -74,10 +126,10 @@ def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Int
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
-    return _wilson(successes / n, n, confidence)
+    return _wilson(successes / n, n)
 
 
-def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Interval:
+def paired_improvement(differences: ArrayLike) -> Interval:
     """Return the share of (n,) paired differences that are positive, ties counted as half, with Wilson's interval.
 
     Describes what another draw of seeds would change in who wins a pair. Not the bootstrap: where all pairs go one way,
@@ -85,16 +137,13 @@ def paired_improvement(differences: ArrayLike, confidence: float = 0.95) -> Inte
     interval is too wide rather than too short.
 
     Assumption: pairs are independent. Sources: Dixon & Mood, JASA 41 (1946), on signs of pairs; Wilson, JASA 22 (1927).
-
-    Raises:
-        ValueError: for no values, or values that are not finite.
     """
     data = without_rounding(finite(differences, "differences"))
     share = float(np.count_nonzero(data > 0) + 0.5 * np.count_nonzero(data == 0)) / data.size
-    return _wilson(share, int(data.size), confidence)
+    return _wilson(share, int(data.size))
 
 
-def paired_proportions(losses: int, gains: int, n: int, confidence: float = 0.95) -> Interval:
+def paired_proportions(losses: int, gains: int, n: int) -> Interval:
     """Return how much lower a share is after than before, both over the same n cases, with an adjusted Wald interval.
 
     For the accuracy of two models on the same images, the interval describes what another draw of as many images from
@@ -105,7 +154,6 @@ def paired_proportions(losses: int, gains: int, n: int, confidence: float = 0.95
         losses: cases that hold before alone (images that only the first model has right).
         gains: cases that hold after alone.
         n: all cases, those that hold in both or in neither among them.
-        confidence: nominal coverage.
 
     Assumption: cases are independent. Source: Bonett & Price, Journal of Educational and Behavioral Statistics 37
     (2012), adjusted Wald interval.
@@ -115,17 +163,78 @@ def paired_proportions(losses: int, gains: int, n: int, confidence: float = 0.95
     """
     if n < 1 or min(losses, gains) < 0 or losses + gains > n:
         raise ValueError(f"expected losses and gains of n > 0 cases, got {losses} and {gains} of {n}")
-    check_level(confidence, "confidence")
     lost, gained = (losses + 1) / (n + 2), (gains + 1) / (n + 2)
     center = lost - gained
-    z = float(scipy.special.ndtri(0.5 + confidence / 2))
+    z = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
     half = z * math.sqrt((lost + gained - center**2) / (n + 2))
-    return Interval((losses - gains) / n, max(-1.0, center - half), min(1.0, center + half), n, confidence)
+    return Interval((losses - gains) / n, max(-1.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
-def _wilson(share: float, n: int, confidence: float) -> Interval:
-    check_level(confidence, "confidence")
-    z = float(scipy.special.ndtri(0.5 + confidence / 2))
+def _wilson(share: float, n: int) -> Interval:
+    z = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Interval(share, max(0.0, center - half), min(1.0, center + half), n, confidence)
+    return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
+
+
+# --- standardized effects ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EffectSize:
+    """The mean of paired differences in units of their standard deviation."""
+
+    d: float | None  # Cohen's d_z, mean over standard deviation; None if there is no spread to divide by
+    # low, high: ends of its interval; None with d
+    low: float | None
+    high: float | None
+    g: float | None  # Hedges' g, d without its bias; None also for two pairs, where the correction is zero
+
+
+def effect_size(differences: ArrayLike) -> EffectSize:
+    """Return Cohen's d_z of (n,) paired differences and Hedges' g, with intervals by the noncentral t distribution.
+
+    ``d = mean / s``; ``sqrt(n) d`` follows a noncentral t with n - 1 degrees of freedom and noncentrality ``sqrt(n)
+    delta``. The interval holds the deltas under which the d observed is in neither tail. Hedges' factor ``J =
+    Gamma(f/2) / (sqrt(f/2) Gamma((f-1)/2))`` with f = n - 1 takes away the bias of d.
+
+    The unit is the scatter between pairs of runs that share a seed, so a d of 1 says nothing about accuracy points.
+    Describes what another draw of seeds would change. Assumption: differences are independent and normal; under skew
+    or heavy tails the interval covers less. Sources: Cohen, Statistical Power Analysis (1988), 2.3.5; Hedges, Journal
+    of Educational Statistics 6 (1981); Steiger & Fouladi (1997) on the interval.
+    """
+    data = finite(differences, "differences")
+    n = int(data.size)
+    if not has_spread(data):
+        return EffectSize(None, None, None, None)
+    mean, error = mean_and_error(data)
+    t, root = mean / error, math.sqrt(n)
+    d = t / root
+    low = _noncentrality(t, n - 1, 0.5 + CONFIDENCE / 2) / root
+    high = _noncentrality(t, n - 1, 0.5 - CONFIDENCE / 2) / root
+    return EffectSize(d, low, high, hedges_factor(n - 1) * d if n > 2 else None)
+
+
+def hedges_factor(degrees: int) -> float:
+    """Return what takes the bias out of Cohen's d, at 2 degrees or more: exact, not 1 - 3 / (4 f - 1)."""
+    return math.exp(math.lgamma(degrees / 2) - math.lgamma((degrees - 1) / 2)) / math.sqrt(degrees / 2)
+
+
+def _noncentrality(t: float, degrees: int, probability: float) -> float:
+    """Return the noncentrality under which a noncentral t lies below t with this probability."""
+    if t < 0:
+        return -_noncentrality(-t, degrees, 1 - probability)
+
+    def excess(noncentrality: float) -> float:
+        # scipy returns NaN for noncentralities far below zero, where nothing that a float can hold is missing to 1
+        below = float(scipy.special.nctdtr(degrees, noncentrality, t))
+        return (1.0 if math.isnan(below) else below) - probability
+
+    # With noncentrality c the statistic is (z + c) / w: the answer lies around t, farther out the fewer the degrees.
+    width = 4 + t
+    low, high = t - width, t + width
+    while excess(low) < 0:  # falls as the noncentrality rises
+        low -= width
+    while excess(high) > 0:
+        high += width
+    return float(scipy.optimize.brentq(excess, low, high, xtol=1e-14, rtol=1e-14))

@@ -1,10 +1,15 @@
-"""Paired tests that say when they can't decide, and what many tests at once cost."""
+"""Paired tests that say when they can't decide, and what many tests at once cost.
+
+Each claim has a test that can show it and a test that can show its opposite. If neither does, nothing is decided: a
+large p-value never says "no difference". Differences are of shape (n,), candidate minus reference.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import lru_cache
 from itertools import count
 from typing import Literal
@@ -13,9 +18,17 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.statistics.checked import finite, without_rounding
+from peft_vit.statistics.intervals import CONFIDENCE, Interval, finite, has_spread, mean_and_error, without_rounding
 
-Verdict = Literal["supported", "refuted", "not decided"]
+
+class Verdict(StrEnum):
+    """What is known of a claim."""
+
+    SUPPORTED = "supported"
+    REFUTED = "refuted"
+    NOT_DECIDED = "not decided"  # these values can't tell; never that there is no difference
+    NO_DATA = "no data"
+
 
 _EXACT_UP_TO = 50  # pairs; beyond, the normal approximation is accurate to four digits
 
@@ -57,8 +70,6 @@ def minimum_n_wilcoxon(alpha: float = 0.05, comparisons: int = 1) -> int:
 
     Assumption: no pair without a difference. Source: Wilcoxon, Biometrics Bulletin 1 (1945); Holm (1979).
     """
-    if not 0 < alpha < 1 or comparisons < 1:
-        raise ValueError(f"expected 0 < alpha < 1 and comparisons >= 1, got {alpha}, {comparisons}")
     return next(n for n in count(1) if comparisons * 2.0 ** (1 - n) <= alpha)
 
 
@@ -172,7 +183,132 @@ def verdict(estimate: float, significance: Significance, adjusted_p: float | Non
     `adjusted_p` is the test's p-value after correction for the family; None if there is none.
     """
     if not significance.decidable or adjusted_p is None or adjusted_p > alpha or estimate == 0:
-        return "not decided"
+        return Verdict.NOT_DECIDED
     if significance.direction is not None and significance.direction * estimate <= 0:
-        return "not decided"
-    return "supported" if estimate > 0 else "refuted"
+        return Verdict.NOT_DECIDED
+    return Verdict.SUPPORTED if estimate > 0 else Verdict.REFUTED
+
+
+# --- against a margin that was stated before the data -----------------------------------------------------------------
+#
+# All rest on Student's t. Assumption: differences are independent and normal; the margin is positive, in their unit.
+# What they say holds for another draw of seeds, not for other test images or data sets. Sources: Schuirmann, Journal of
+# Pharmacokinetics and Biopharmaceutics 15 (1987); Wellek, Testing Statistical Hypotheses of Equivalence and
+# Noninferiority (2010).
+
+MINIMUM_PAIRS = 2  # a t of two pairs can be as large as one likes, so no correction for many tests raises this number
+
+
+def equivalence(differences: ArrayLike, margin: float) -> Significance:
+    """Test whether the mean lies within ``±margin``: two one-sided t tests.
+
+    The p-value is the larger of the two; it is at most alpha exactly when the (1 - 2 alpha) t interval lies within
+    the margins. Its level holds at the margins and is far below alpha if the differences scatter widely.
+    Source: Schuirmann (1987).
+    """
+    above, below = _t_test(differences, margin, -margin, "greater"), _t_test(differences, margin, margin, "less")
+    p_value = None if above is None or below is None else max(above, below)
+    return _significance("two one-sided paired t (equivalence)", differences, p_value)
+
+
+def beyond_margin(differences: ArrayLike, margin: float) -> Significance:
+    """Test whether the mean lies outside ``±margin``, on either side: what refutes equivalence.
+
+    Twice the smaller of the two one-sided p-values, so it is at most alpha exactly when the (1 - alpha) t interval
+    lies beyond a margin. The test that is to hold for all |mean| <= margin: Wellek (2010), 11.
+    """
+    above, below = _t_test(differences, margin, margin, "greater"), _t_test(differences, margin, -margin, "less")
+    p_value = None if above is None or below is None else min(1.0, 2 * min(above, below))
+    return _significance("paired t beyond the margin, two-sided", differences, p_value)
+
+
+def noninferiority(differences: ArrayLike, margin: float) -> Significance:
+    """Test whether the mean lies above ``-margin``: one-sided t test of mean <= -margin.
+
+    "At least as good" is claimed when its p-value is small: then the lower end of the (1 - 2 alpha) t interval lies
+    above -margin. A large p-value does not say "worse". Source: one of the two tests of Schuirmann (1987).
+    """
+    p_value = _t_test(differences, margin, -margin, "greater")
+    return _significance("paired non-inferiority t, one-sided", differences, p_value)
+
+
+def inferiority(differences: ArrayLike, margin: float) -> Significance:
+    """Test whether the mean lies below ``-margin``: what refutes non-inferiority, one-sided t."""
+    p_value = _t_test(differences, margin, -margin, "less")
+    return _significance("paired inferiority t, one-sided", differences, p_value)
+
+
+def equivalence_verdict(
+    shown: Significance,
+    opposite: Significance,
+    adjusted_shown: float | None,
+    adjusted_opposite: float | None,
+    alpha: float = 0.05,
+) -> Verdict:
+    """Return whether a claim within a margin is supported, refuted or not decided.
+
+    `shown` and `opposite` are `equivalence` and `beyond_margin`, or `noninferiority` and `inferiority`, of the same
+    differences and margin. In a family of claims, adjust the p-values of all `shown` by `holm`, and those of all
+    `opposite` by another call of it: then the probability of any false "supported" is at most alpha, and so is that
+    of any false "refuted". A p-value that does not exist is None.
+    """
+    if shown.decidable and adjusted_shown is not None and adjusted_shown <= alpha:
+        return Verdict.SUPPORTED
+    if opposite.decidable and adjusted_opposite is not None and adjusted_opposite <= alpha:
+        return Verdict.REFUTED
+    return Verdict.NOT_DECIDED
+
+
+def _t_test(differences: ArrayLike, margin: float, center: float, tail: Literal["greater", "less"]) -> float | None:
+    """Return the p-value of "the mean is `center`" against a tail; None if the values have no spread."""
+    if not (margin > 0 and math.isfinite(margin)):
+        raise ValueError(f"expected a positive margin, got {margin}")
+    data = finite(differences, "differences")
+    if not has_spread(data):
+        return None
+    mean, error = mean_and_error(data)
+    t = (mean - center) / error
+    return float(scipy.special.stdtr(data.size - 1, -t if tail == "greater" else t))
+
+
+def _significance(test: str, differences: ArrayLike, p_value: float | None) -> Significance:
+    return Significance(test, len(finite(differences)), p_value, MINIMUM_PAIRS)
+
+
+# --- over strata ------------------------------------------------------------------------------------------------------
+
+
+def stratified_mean(strata: Sequence[ArrayLike]) -> tuple[Interval, Significance]:
+    """Return the mean over S strata of each one's (n_s,) mean, with a t interval, and the test of "the mean is 0".
+
+    ``m = sum_s m_s / S``, ``v = sum_s s_s^2 / n_s / S^2``, and Satterthwaite's degrees of freedom ``v^2 / sum_s (s_s^2
+    / n_s / S^2)^2 / (n_s - 1)``. Studies are strata, not draws: the interval describes what other seeds would change on
+    these very studies. It says nothing about another data set or backbone. n counts all values.
+
+    Assumption: values are independent between and within strata and roughly normal; variances may differ. Source:
+    Cochran, Sampling Techniques (1977), 5.4; Satterthwaite, Biometrics Bulletin 2 (1946).
+    """
+    values = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
+    number = len(values)
+    means = [math.fsum(one) / one.size for one in values]
+    estimate, n = math.fsum(means) / number, sum(one.size for one in values)
+    reason = ""
+    if any(one.size < 2 for one in values):
+        reason = "a study has a single pair, which has no spread"
+    elif not any(has_spread(one) for one in values):
+        reason = "the pairs of no study differ, so there is no spread"
+    if reason:
+        return Interval(estimate, None, None, n, CONFIDENCE, reason), Significance(
+            "stratified t", n, None, MINIMUM_PAIRS
+        )
+    parts = [
+        math.fsum((one - mean) ** 2) / (one.size - 1) / one.size / number**2
+        for one, mean in zip(values, means, strict=True)
+    ]
+    variance = math.fsum(parts)
+    degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
+    error = math.sqrt(variance)
+    half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, degrees)) * error
+    p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))
+    interval = Interval(estimate, estimate - half, estimate + half, n, CONFIDENCE)
+    return interval, Significance("stratified t", n, p_value, MINIMUM_PAIRS)

@@ -156,12 +156,12 @@ def test_differences_to_the_reference_are_paired_and_negative_where_better() -> 
     families = {family.measure: family for family in calibration(planted.study_of(records))[1]}
     assert {family.reference for family in families.values()} == {"lora_r8"}
     (nll,) = families["nll"].comparisons
-    assert nll.difference is not None
-    assert nll.difference.estimate == pytest.approx(-0.1 + 0.001 * 91 / 7)
+    assert nll.interval is not None
+    assert nll.interval.estimate == pytest.approx(-0.1 + 0.001 * 91 / 7)
     assert nll.verdict == "refuted", "it is not larger: 2 / 2^7 for seven of one sign"
     (adaptive,) = families["adaptive_ece"].comparisons
-    assert adaptive.difference is not None
-    assert adaptive.difference.estimate == pytest.approx(-0.1)
+    assert adaptive.interval is not None
+    assert adaptive.interval.estimate == pytest.approx(-0.1)
 
 
 def test_a_measure_that_no_pair_has_makes_no_family() -> None:

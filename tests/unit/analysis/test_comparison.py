@@ -27,11 +27,11 @@ def test_known_mean_and_interval() -> None:
 def test_paired_difference_by_hand() -> None:
     study = two_methods([0.70, 0.72, 0.71], [0.75, 0.78, 0.75])
     (comparison,) = compare_all(study, "linear_probe")
-    assert comparison.by_seed == pytest.approx((0.05, 0.06, 0.04))
-    assert comparison.difference is not None
-    assert comparison.difference.estimate == pytest.approx(0.05)
+    assert list(comparison.by_seed.values()) == pytest.approx([0.05, 0.06, 0.04])
+    assert comparison.interval is not None
+    assert comparison.interval.estimate == pytest.approx(0.05)
     # s = 0.01, t_2 = 4.302653, half = 4.302653 * 0.01 / sqrt(3)
-    assert comparison.difference.high == pytest.approx(0.05 + 0.0248414, abs=1e-6)
+    assert comparison.interval.high == pytest.approx(0.05 + 0.0248414, abs=1e-6)
 
 
 def test_two_seeds_decide_nothing_however_large_the_difference() -> None:
@@ -66,12 +66,12 @@ def test_nine_seeds_decide_within_the_whole_family() -> None:
 def test_ties_are_ties_despite_floating_point() -> None:
     study = two_methods([0.6, 0.7, 0.8], [0.6 + 0.1, 0.7 + 0.1, 0.8 + 0.1])
     (comparison,) = compare_all(study, "linear_probe")
-    assert len(set(comparison.by_seed)) == 1
+    assert len(set(comparison.by_seed.values())) == 1
 
 
 def test_only_common_seeds_are_paired() -> None:
     (comparison,) = compare_all(two_methods([0.70, 0.72, 0.74], [0.80]), "linear_probe")
-    assert comparison.seeds == (0,)
+    assert list(comparison.by_seed) == [0]
 
 
 @pytest.mark.parametrize("field", ["split_sha256", "data_sha256", "weights_sha256"])
@@ -79,14 +79,14 @@ def test_pairs_on_other_images_or_weights_are_refused(field: str) -> None:
     other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={field: "f" * 64})
     study = planted.study_of([planted.record(EXPERIMENTS["linear_probe"], 0, 0.7), other])
     (comparison,) = compare_all(study, "linear_probe")
-    assert comparison.difference is None
+    assert comparison.interval is None
     assert "1 pair(s) refused" in comparison.note
 
 
 def test_pairs_with_another_initial_head_are_marked() -> None:
     other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"head_init_sha256": "f" * 64})
     (comparison,) = compare_all(planted.study_of([planted.record(EXPERIMENTS["lora_r4"], 0, 0.7), other]), "lora_r4")
-    assert comparison.difference is not None
+    assert comparison.interval is not None
     assert "initial head" in comparison.note
 
 
@@ -97,7 +97,7 @@ def test_a_probe_is_paired_by_its_split_alone() -> None:
     for changes, note in ((drawn, ""), ({"split_sha256": "0" * 64}, "refused")):
         other = planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes=changes)
         (comparison,) = compare_all(planted.study_of([probe, other]), "linear_probe")
-        assert (comparison.difference is None) == bool(note)
+        assert (comparison.interval is None) == bool(note)
         assert note in comparison.note
         assert "initial head" not in comparison.note
 

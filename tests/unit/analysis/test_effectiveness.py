@@ -38,12 +38,12 @@ def test_scored_ranks_against_uniform_and_random_ones() -> None:
     assert set(rows) == {(ADALORA.name, "uniform"), (ADALORA.name, "random")}, "a control has no control"
     against = rows[ADALORA.name, "uniform"]
     assert (against.control_experiment, against.same_strategy, against.parameters_ratio) == ("uniform", True, 0.5)
-    assert against.accuracy.difference is not None
-    assert against.accuracy.difference.estimate == pytest.approx(0.01 + 0.015)
+    assert against.accuracy.interval is not None
+    assert against.accuracy.interval.estimate == pytest.approx(0.01 + 0.015)
     assert against.accuracy.verdict == "supported"
     # Per 1,000 parameters: 0.80 + 0.01 k over 1, minus half of 0.79 + 0.005 k; k is 3 on average.
-    assert against.per_parameter.difference is not None
-    assert against.per_parameter.difference.estimate == pytest.approx(0.83 - 0.805 / 2)
+    assert against.per_parameter.interval is not None
+    assert against.per_parameter.interval.estimate == pytest.approx(0.83 - 0.805 / 2)
     assert rows[ADALORA.name, "random"].accuracy.verdict == "not decided"
 
 
@@ -64,7 +64,7 @@ def test_another_budget_or_course_is_no_control_and_its_absence_is_said(change: 
         ADALORA.name, "uniform"
     ]
     assert row.control_experiment is None
-    assert row.accuracy.difference is None
+    assert row.accuracy.interval is None
     assert row.accuracy.verdict == "not decided"
     assert "importance_metric: uniform" in row.accuracy.note
 

@@ -9,7 +9,7 @@ import pytest
 
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.measures.evidence import Evidence
+from peft_vit.analysis.measures import Evidence
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
 from peft_vit.statistics import gini, normalized_entropy
@@ -27,6 +27,10 @@ def findings_of(records: list[RunRecord]) -> tuple[Finding, ...]:
 
 def found(records: list[RunRecord], sentence: str) -> list[Finding]:
     return [finding for finding in findings_of(records) if finding.sentence.id == sentence]
+
+
+def values(finding: Finding) -> tuple[float, ...]:
+    return tuple(finding.by_seed.values())
 
 
 def only(records: list[RunRecord], sentence: str) -> Finding:
@@ -67,7 +71,7 @@ def qa(name: str, **changes: Any) -> dict[str, Any]:
 
 def test_attention_over_mlp() -> None:
     finding = only([run(ADALORA, seed) for seed in range(6)], "attention-over-mlp")
-    assert finding.values == pytest.approx([2.0] * 6), "planted: four times as high at the last decision"
+    assert values(finding) == pytest.approx([2.0] * 6), "planted: four times as high at the last decision"
     assert (finding.verdict, finding.sentence.unit) == ("supported", "log2 ratio")
 
 
@@ -77,7 +81,7 @@ def test_ranks_by_chance_are_described_and_say_nothing_of_scores() -> None:
     records = [run(one, seed) for one in (ADALORA, by_chance, EXPERIMENTS["lora_r4"]) for seed in range(2)]
     subjects: dict[str, set[str]] = {}
     for finding in findings_of(records):
-        if finding.values:
+        if finding.by_seed:
             subjects.setdefault(finding.sentence.id, set()).add(finding.subject.partition(" against ")[0])
     for name in ("attention-over-mlp", "query-most-rank", "query-more-than-mean", "seeds-agree"):
         assert subjects[name] == {ADALORA.name}
@@ -89,8 +93,8 @@ def test_ranks_by_chance_are_described_and_say_nothing_of_scores() -> None:
 def test_query_lead() -> None:
     planted_ranks = ranks(query=5, key=3, value=2, out=2, fc1=1, fc2=1)
     records = [run(ADALORA, seed, rank_history=planted_ranks) for seed in range(2)]
-    assert only(records, "query-most-rank").values == (2.0, 2.0)
-    assert only(records, "query-more-than-mean").values == pytest.approx((5 - 9 / 5,) * 2)
+    assert values(only(records, "query-most-rank")) == (2.0, 2.0)
+    assert values(only(records, "query-more-than-mean")) == pytest.approx((5 - 9 / 5,) * 2)
     fewer = [run(ADALORA, seed, rank_history=ranks(query=3, key=4, value=2, out=0, fc1=0, fc2=0)) for seed in range(8)]
     assert only(fewer, "query-most-rank").verdict == "refuted"
     assert only(fewer, "query-more-than-mean").verdict == "supported"
@@ -115,8 +119,8 @@ def test_one_type_that_gets_more_than_query_refutes_it_whatever_the_others_do() 
     planted_ranks = ranks(query=4, key=5, value=0, out=0, fc1=0, fc2=0)
     few, many = ([run(ADALORA, seed, rank_history=planted_ranks) for seed in range(n)] for n in (7, 8))
     finding = only(many, "query-most-rank")
-    assert (finding.verdict, finding.values) == ("refuted", (-1.0,) * 8)
-    assert finding.p_value == pytest.approx(5 * 2 / 2**8), "any of five rivals would have refuted it"
+    assert (finding.verdict, values(finding)) == ("refuted", (-1.0,) * 8)
+    assert finding.adjusted_p == pytest.approx(5 * 2 / 2**8), "any of five rivals would have refuted it"
     assert finding.note == "estimate and interval against key, the most of fc1, fc2, key, out, value"
     assert only(few, "query-most-rank").outcome == "not decidable with n = 7, needs at least 8"
 
@@ -125,8 +129,8 @@ def test_spread_of_ranks() -> None:
     by_matrix = {"query": 5, "key": 3, "value": 2, "out": 2, "fc1": 1, "fc2": 0}
     records = [run(ADALORA, rank_history=ranks(**by_matrix))]
     amounts = np.repeat(list(by_matrix.values()), planted.BLOCKS)
-    assert only(records, "spread-gini").values == (gini(amounts),)
-    assert only(records, "spread-entropy").values == (normalized_entropy(amounts),)
+    assert values(only(records, "spread-gini")) == (gini(amounts),)
+    assert values(only(records, "spread-entropy")) == (normalized_entropy(amounts),)
     assert only(records, "spread-gini").verdict == "not decided"
 
 
@@ -155,8 +159,8 @@ def test_strategies_are_paired_where_nothing_else_differs() -> None:
     ]
     top_k = only(records, "top-k-concentrates")
     assert top_k.subject == "top_k_12 against proportional_12", "top_k_18 has no partner with as many steps"
-    assert top_k.values == pytest.approx((5 / 6,)), "one matrix of six has everything"
-    assert only(records, "threshold-concentrates").values == (0.0,)
+    assert values(top_k) == pytest.approx((5 / 6,)), "one matrix of six has everything"
+    assert values(only(records, "threshold-concentrates")) == (0.0,)
 
 
 def test_agreement_of_seeds_over_disjoint_pairs() -> None:
@@ -166,8 +170,8 @@ def test_agreement_of_seeds_over_disjoint_pairs() -> None:
         run(ADALORA, seed, importance_history=scores(dict(zip(names, o, strict=True)))) for seed, o in enumerate(orders)
     ]
     finding = only(records, "seeds-agree")
-    assert finding.labels == ("0-1", "2-3")
-    assert finding.values == pytest.approx((1 - 6 * 2 / (5 * 24),) * 2), "1 - 6 sum d^2 / (n (n^2 - 1))"
+    assert list(finding.by_seed) == ["0-1", "2-3"]
+    assert values(finding) == pytest.approx((1 - 6 * 2 / (5 * 24),) * 2), "1 - 6 sum d^2 / (n (n^2 - 1))"
     assert finding.note == "seed 4 has no partner"
 
 
@@ -176,14 +180,14 @@ def test_seeds_on_other_images_are_no_pair_and_two_sites_no_order() -> None:
     records = [run(ADALORA, seed, importance_history=history) for seed in range(4)]
     other = records[3].provenance.model_copy(update={"split_sha256": "f" * 64})
     finding = only([*records[:3], records[3].model_copy(update={"provenance": other})], "seeds-agree")
-    assert (finding.labels, finding.note) == (("0-1",), "1 pair(s) refused: other weights, images or splits")
+    assert (list(finding.by_seed), finding.note) == (["0-1"], "1 pair(s) refused: other weights, images or splits")
     drawn = [
         planted.asking(record, data=own)
         for record in (*records[:3], records[3].model_copy(update={"provenance": other}))
         for own in [record.spec.data.model_copy(update={"train_subset": "per_seed"})]
     ]
     finding = only(drawn, "seeds-agree")
-    assert (finding.labels, finding.note) == (("0-1", "2-3"), "each seed draws its own images")
+    assert (list(finding.by_seed), finding.note) == (["0-1", "2-3"], "each seed draws its own images")
     two = scores({site.name: float(place) for place, site in enumerate(SITES[:2])})
     assert only([run(ADALORA, seed, importance_history=two) for seed in range(2)], "seeds-agree").verdict == "no data"
 
@@ -209,14 +213,14 @@ def test_importance_against_harm() -> None:
     falling = {name: -value for name, value in partly.items()}
     records = [run(ADALORA, seed, importance_history=history, removal=removal(falling)) for seed in range(6)]
     finding = only(records, "importance-predicts-harm")
-    assert finding.values == pytest.approx([-1.0] * 6)
+    assert values(finding) == pytest.approx([-1.0] * 6)
     assert finding.verdict == "refuted"
 
 
 def test_cost_of_removing_the_mlp() -> None:
     records = [run(EXPERIMENTS["lora_r8"], seed, removal=removal({}, 0.75 - 0.01 * seed)) for seed in range(6)]
     finding = only(records, "removing-mlp-costs")
-    assert finding.values == pytest.approx([0.05 + 0.01 * seed for seed in range(6)])
+    assert values(finding) == pytest.approx([0.05 + 0.01 * seed for seed in range(6)])
     assert finding.verdict == "supported"
     cheap = [run(EXPERIMENTS["lora_r8"], seed, removal=removal({}, 0.799 - 0.001 * seed)) for seed in range(6)]
     assert only(cheap, "removing-mlp-costs").verdict == "refuted", "0.1 to 0.6 points are less than one"
@@ -236,7 +240,7 @@ def test_seeds_without_the_measurement_are_named() -> None:
 def test_scores_that_are_no_numbers_are_left_out() -> None:
     broken = scores({site.name: math.nan for site in SITES})
     finding = only([run(ADALORA, 0), run(ADALORA, 1, importance_history=broken)], "attention-over-mlp")
-    assert finding.labels == ("0",)
+    assert list(finding.by_seed) == [0]
     assert "left out" in finding.note
 
 
@@ -252,7 +256,7 @@ def test_bits_against_their_float_twin() -> None:
     records += [run(nf4, seed, (480 - images) / 600) for seed, images in enumerate(lost)]
     records += [run(int8, seed, (480 + (-1) ** seed) / 600) for seed in range(6)]
     four, eight = only(records, "four-bits-lose-one-to-two"), only(records, "eight-bits-lose-nothing")
-    assert four.values == pytest.approx([-images / 600 for images in lost])
+    assert values(four) == pytest.approx([-images / 600 for images in lost])
     assert four.interval.estimate == pytest.approx(-0.015)
     assert (four.verdict, eight.verdict) == ("supported", "supported")
     fewer = {finding.subject: finding.verdict for finding in found(records, "fewer-bits-more-accurate")}
@@ -313,10 +317,10 @@ def test_courses_of_the_loss() -> None:
     ]
     runs = {one.experiment.name: one for one in planted.study_of(records).runs}
     late, rough = ({name: of(one) for name, one in runs.items()} for of in (late_loss_deviation, roughness))
-    steadier = {f.subject: f.values for f in found(records, "schedule-steadies")}
+    steadier = {f.subject: values(f) for f in found(records, "schedule-steadies")}
     assert steadier["linear against base"] == pytest.approx((late["base"] - late["linear"],))
     assert steadier["cosine against base"] == pytest.approx((late["base"] - late["cosine"],))
-    assert only(records, "cosine-is-smoother").values == pytest.approx((rough["linear"] - rough["cosine"],))
+    assert values(only(records, "cosine-is-smoother")) == pytest.approx((rough["linear"] - rough["cosine"],))
 
 
 def lora_line(seed: int, accuracies: dict[int, float]) -> list[RunRecord]:
@@ -331,10 +335,10 @@ def test_adaptive_against_fixed_at_equal_parameters_and_at_equal_accuracy() -> N
     line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
     records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), round(2000 * math.sqrt(2)))]
     gain = only(records, "adaptive-beats-fixed")
-    assert gain.values == pytest.approx((3 / 600,), abs=1e-5), "half way between 2 and 4, the line is at 465"
-    assert only(records, "adaptive-at-least-fixed").values == gain.values
+    assert values(gain) == pytest.approx((3 / 600,), abs=1e-5), "half way between 2 and 4, the line is at 465"
+    assert values(only(records, "adaptive-at-least-fixed")) == values(gain)
     needed = only(records, "fixed-needs-fewer")  # 468 lies 0.8 of the way from 2000 to 4000, in logarithms
-    assert needed.values == pytest.approx((0.5 - 0.8,), abs=1e-3)
+    assert values(needed) == pytest.approx((0.5 - 0.8,), abs=1e-3)
     assert (needed.note, needed.test) == ("", "none")
 
 
@@ -343,7 +347,7 @@ def test_an_accuracy_outside_of_the_line_gives_a_bound(accuracy, expected) -> No
     line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
     records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, accuracy / 600), round(2000 * math.sqrt(2)))]
     finding = only(records, "fixed-needs-fewer")
-    assert finding.values == pytest.approx((expected,), abs=1e-3)
+    assert values(finding) == pytest.approx((expected,), abs=1e-3)
     assert finding.note == "bounds only, the accuracy lies outside of fixed LoRA's: seeds 0"
 
 
@@ -354,7 +358,7 @@ def test_a_bound_that_leaves_open_who_needs_fewer_speaks_for_neither(accuracy, p
     for seed in range(6):
         records += [*lora_line(seed, line), with_parameters(run(ADALORA, seed, accuracy / 600), parameters)]
     finding = only(records, "fixed-needs-fewer")
-    assert (finding.values, finding.verdict) == ((0.0,) * 6, "not decided")
+    assert (values(finding), finding.verdict) == ((0.0,) * 6, "not decided")
     assert finding.note.endswith("set to 0, which of both needs fewer is open: seeds 0, 1, 2, 3, 4, 5")
 
 
@@ -363,7 +367,7 @@ def test_the_line_of_fixed_lora_is_of_the_same_images() -> None:
     records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), 2500)]
     other = records[-1].provenance.model_copy(update={"data_sha256": "f" * 64})
     finding = only([*records[:-1], records[-1].model_copy(update={"provenance": other})], "adaptive-beats-fixed")
-    assert (finding.verdict, len(only(records, "adaptive-beats-fixed").values)) == ("no data", 1)
+    assert (finding.verdict, len(values(only(records, "adaptive-beats-fixed")))) == ("no data", 1)
 
 
 def test_one_fixed_rank_is_no_line() -> None:
@@ -376,7 +380,7 @@ def test_lora_against_linear_and_full_with_failed_and_missing_runs() -> None:
     records += [run(linear, seed, 450 / 600) for seed in range(7)]
     records += [run(full, seed, 500 / 600) for seed in range(1, 8)] + [planted.failed(full, 0, "out of memory")]
     linear_finding, full_finding = only(records, "lora-beats-linear"), only(records, "lora-beats-full")
-    assert linear_finding.values == pytest.approx([(30 + seed) / 600 for seed in range(7)])
+    assert values(linear_finding) == pytest.approx([(30 + seed) / 600 for seed in range(7)])
     assert (linear_finding.verdict, full_finding.verdict) == ("supported", "refuted")
     assert linear_finding.note == full_finding.note.replace(": 0", ": 7") == "seeds without a pair: 7"
 
@@ -406,12 +410,12 @@ def test_overhead() -> None:
     split = [
         run(ADALORA, seed, overhead_s={"scoring": 1.2, "reallocation": 0.6, "evaluation": 99}) for seed in range(9)
     ]
-    assert only(split, "scoring-under-10-percent").values == pytest.approx([0.1 - 1.2 / 22.2] * 9)
-    assert only(split, "reallocation-under-10-percent").values == pytest.approx([0.1 - 0.6 / 22.2] * 9)
-    assert only(split, "overhead-under-10-percent").values == pytest.approx([0.1 - 1.8 / 22.2] * 9)
+    assert values(only(split, "scoring-under-10-percent")) == pytest.approx([0.1 - 1.2 / 22.2] * 9)
+    assert values(only(split, "reallocation-under-10-percent")) == pytest.approx([0.1 - 0.6 / 22.2] * 9)
+    assert values(only(split, "overhead-under-10-percent")) == pytest.approx([0.1 - 1.8 / 22.2] * 9)
     assert only(split, "overhead-under-10-percent").verdict == "supported"
     older = [run(ADALORA, seed, overhead_s={"allocation": 4.8}) for seed in range(6)]
-    assert only(older, "overhead-under-10-percent").values == pytest.approx([0.1 - 4.8 / 19.2] * 6)
+    assert values(only(older, "overhead-under-10-percent")) == pytest.approx([0.1 - 4.8 / 19.2] * 6)
     assert only(older, "overhead-under-10-percent").verdict == "refuted"
     assert only(older, "scoring-under-10-percent").verdict == "no data"
 
@@ -420,10 +424,10 @@ def test_memory_factors() -> None:
     nf4 = EXPERIMENTS["qa_lora_4bit_nf4_constant"]  # a bit a weight for scales and offsets
     records = [run(nf4), run(EXPERIMENTS["qa_lora_8bit_int8_linear"])]
     layers = only(records, "four-bits-layers-eighth")
-    assert layers.values == pytest.approx((32 / 5,))
+    assert values(layers) == pytest.approx((32 / 5,))
     assert layers.verdict == "refuted"
-    assert only(records, "eight-bits-layers-quarter").values == pytest.approx((32 / 9,))
+    assert values(only(records, "eight-bits-layers-quarter")) == pytest.approx((32 / 9,))
     quantized = 12 * sum(planted.LAYERS.values())
     whole = 4 * (planted.BACKBONE_PARAMETERS + 770) / (quantized * 5 / 8 + planted.LEFT_IN_FLOAT + 3080)
-    assert only(records, "four-bits-model-eighth").values == pytest.approx((whole,), rel=1e-6)
+    assert values(only(records, "four-bits-model-eighth")) == pytest.approx((whole,), rel=1e-6)
     assert whole < 32 / 5

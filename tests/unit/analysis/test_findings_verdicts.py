@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from peft_vit.analysis.comparison import Estimate
 from peft_vit.analysis.findings import Finding, conclude, judge
-from peft_vit.analysis.measures.evidence import Measured
+from peft_vit.analysis.measures import Group, estimated
 from peft_vit.analysis.sentences import Sentence
 from peft_vit.statistics import wilcoxon
 
@@ -15,12 +16,13 @@ pytestmark = pytest.mark.part("analyzer")
 
 def sentence(test: str = "superiority", name: str = "h", **changes: Any) -> Sentence:
     values = {"family": "f", **changes}
-    return Sentence(id=name, text="s", test=test, measure=lambda _: (), unit="share", source="me", **values)
+    return Sentence(
+        id=name, text="s", test=test, of=Group(), measure=lambda *_: (), unit="share", source="me", **values
+    )
 
 
-def values_of(values: Any, subject: str = "a") -> Measured:
-    data = tuple(float(value) for value in values)
-    return Measured(subject, data, tuple(str(seed) for seed in range(len(data))), "seeds")
+def values_of(values: Any, subject: str = "a") -> Estimate:
+    return estimated(subject, dict(enumerate(map(float, values))))
 
 
 def found(values: Any, test: str = "superiority", **changes: Any) -> Finding:
@@ -45,7 +47,7 @@ def test_values_at_the_margin_but_for_rounding_decide_nothing(with_updates) -> N
     at_margin = np.full(8, with_updates) - (with_updates - 0.01)
     assert (at_margin != 0.01).any() or with_updates != 0.82, "0.82 - 0.81 is not 0.01 as floats are"
     finding = found(at_margin, margin=0.01)
-    assert (finding.verdict, finding.p_value) == ("not decided", 1.0)
+    assert (finding.verdict, finding.adjusted_p) == ("not decided", 1.0)
     about = found(-at_margin, "equivalence", margin=0.005, expected=-0.01)
     assert about.outcome == "not decidable: the differences have no spread"
 
@@ -76,7 +78,7 @@ def test_holm_over_a_family_by_hand() -> None:
     assert raw == sorted(raw)
     findings = judge([(sentence(name=f"h{i}"), values_of(row)) for i, row in enumerate(rows)])
     by_hand = [3 * raw[0], max(3 * raw[0], 2 * raw[1]), max(3 * raw[0], 2 * raw[1], raw[2])]
-    assert [f.p_value for f in findings] == pytest.approx(by_hand, abs=1e-12)
+    assert [f.adjusted_p for f in findings] == pytest.approx(by_hand, abs=1e-12)
 
 
 # --- within a margin --------------------------------------------------------------------------------------------------
@@ -111,8 +113,8 @@ def test_a_test_without_p_value_still_counts_in_its_family() -> None:
     alone = found(some, "noninferiority", margin=0.006)
     rows = [(sentence("noninferiority", name=n, margin=0.006), values_of(v)) for n, v in (("x", some), ("y", equal))]
     together, without = judge(rows)
-    assert without.p_value is None
-    assert together.p_value == pytest.approx(2 * alone.p_value), "a result must not make the family smaller"
+    assert without.adjusted_p is None
+    assert together.adjusted_p == pytest.approx(2 * alone.adjusted_p), "a result must not make the family smaller"
 
 
 # --- without a test, without values, over several ---------------------------------------------------------------------
@@ -128,7 +130,7 @@ def test_counted_and_described() -> None:
 
 
 def test_nothing_is_no_data_and_takes_no_part_in_a_family() -> None:
-    nothing = Measured("b", (), (), "seeds", "no run")
+    nothing = Estimate(name="b", note="no run")
     first, second = judge([(sentence(name="x"), values_of(range(1, 7))), (sentence(name="y"), nothing)])
     assert first.verdict == "supported", "with two tests it would need seven seeds"
     assert (second.verdict, second.outcome, second.interval) == ("no data", "no run", None)
@@ -159,4 +161,4 @@ def test_the_order_of_seeds_changes_no_bit() -> None:
     for test, margin in (("superiority", None), ("equivalence", 0.01), ("noninferiority", 0.01)):
         changes = {} if margin is None else {"margin": margin}
         once, again = found(values, test, **changes), found(rng.permutation(values), test, **changes)
-        assert (once.interval, once.p_value, once.opposite_p) == (again.interval, again.p_value, again.opposite_p)
+        assert (once.interval, once.adjusted_p, once.opposite_p) == (again.interval, again.adjusted_p, again.opposite_p)

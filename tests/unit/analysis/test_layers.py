@@ -127,8 +127,8 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000)),
     ]
     (one,) = allocations(planted.study_of(records))
-    assert one.against_fixed.difference is not None
-    assert one.against_fixed.difference.estimate == pytest.approx(0.03)
+    assert one.against_fixed.interval is not None
+    assert one.against_fixed.interval.estimate == pytest.approx(0.03)
 
 
 @pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
@@ -138,9 +138,9 @@ def test_sizes_within_one_percent_are_equal(final, paired) -> None:
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(final)),
     ]
     (one,) = allocations(planted.study_of(records))
-    assert (one.against_fixed.difference is not None) == paired
+    assert (one.against_fixed.interval is not None) == paired
     if paired:
-        assert one.against_fixed.by_seed == pytest.approx((-0.02,))
+        assert list(one.against_fixed.by_seed.values()) == pytest.approx([-0.02])
 
 
 def test_nothing_is_extrapolated_beyond_the_fixed_ranks() -> None:
@@ -149,7 +149,7 @@ def test_nothing_is_extrapolated_beyond_the_fixed_ranks() -> None:
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000)),
     ]
     (one,) = allocations(planted.study_of(records))
-    assert one.against_fixed.difference is None
+    assert one.against_fixed.interval is None
     assert "left out" in one.against_fixed.note
 
 
@@ -176,7 +176,7 @@ def test_quantization_against_the_float_lora_of_equal_rank(quickstart: Study) ->
 def test_without_an_equal_float_lora_nothing_is_compared() -> None:
     study = planted.study_of([r for r in planted.quickstart() if r.spec.experiment.name != "lora_r8"])
     for impact in quantization_impacts(study):
-        assert impact.against_unquantized.difference is None
+        assert impact.against_unquantized.interval is None
         assert "no float LoRA of rank 8" in impact.against_unquantized.note
 
 
@@ -187,7 +187,7 @@ def test_a_float_run_that_was_trained_otherwise_is_no_reference() -> None:
     )
     records = [planted.record(experiment, 0, 0.8) for experiment in (slower, nf4)]
     (impact,) = quantization_impacts(planted.study_of(records))
-    assert impact.against_unquantized.difference is None
+    assert impact.against_unquantized.interval is None
     (impact,) = quantization_impacts(planted.study_of([*records, planted.record(lora, 0, 0.7)]))
     assert impact.against_unquantized.reference == "lora_r8"
 

@@ -6,7 +6,7 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.pairs import all_pairs
+from peft_vit.analysis.comparison import all_pairs
 from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()
@@ -28,7 +28,7 @@ def test_planted_differences_are_decided_and_the_others_are_not() -> None:
         "full_finetuning": [0.80 + s + 0.002 * (7 - i) for i, s in enumerate(steps)],
     }
     found = all_pairs(planted.study_of(runs(accuracies)))
-    verdicts = {(c.name, c.reference): c.verdict for c in found.comparisons}
+    verdicts = {(c.name, c.reference): c.verdict for c in (pair.comparison for pair in found.pairs)}
     assert verdicts == {
         ("linear_probe", "full_finetuning"): "refuted",
         ("linear_probe", "lora_r8"): "refuted",
@@ -49,7 +49,7 @@ def test_effect_and_improvement_by_hand() -> None:
 
 def test_the_family_is_all_pairs() -> None:
     found = all_pairs(planted.study_of(planted.quickstart(seeds=tuple(range(11)), spread=0.002)))
-    needed = {c.significance.minimum_n for c in found.comparisons if c.significance is not None}
+    needed = {c.significance.minimum_n for c in (pair.comparison for pair in found.pairs) if c.significance is not None}
     assert needed == {12}, "66 pairs: 66 * 2 / 2^12 <= 0.05 < 66 * 2 / 2^11"
     assert found.decided == (), "eleven seeds are one too few"
 

@@ -66,8 +66,8 @@ def test_validation_decides_who_stands_on_the_front_and_test_is_told() -> None:
     lead = front.points[2].lead
     assert lead is not None
     assert (lead.name, lead.reference) == ("lora_r4", "lora_r1")
-    assert lead.difference is not None
-    assert lead.difference.estimate == pytest.approx(0.1)
+    assert lead.interval is not None
+    assert lead.interval.estimate == pytest.approx(0.1)
     assert lead.verdict == "not decided", "one seed"
     assert front.points[0].lead is front.points[1].lead is None
 

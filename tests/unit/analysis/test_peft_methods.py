@@ -87,7 +87,7 @@ def test_they_are_compared_under_their_own_names(study) -> None:
     for name in ("peft_r8", "peft_12_8", "imported"):
         assert rows[name].test_accuracy.estimate == pytest.approx(LOUD)
         (against,) = (c for c in analysis.comparisons if (c.name, c.reference) == (name, "lora_r8"))
-        assert against.difference.estimate > 0.05
+        assert against.interval.estimate > 0.05
     above_linear = {f.subject for f in analysis.findings if f.sentence.id == "lora-beats-linear"}
     assert above_linear == {"lora_r8 against linear_probe"}, "neither imported nor peft_r8 is the reference"
 

@@ -11,16 +11,10 @@ import pytest
 from scipy import stats
 from statsmodels.stats.power import TTestPower
 
+from peft_vit.analysis.comparison import ALPHA, Question, decide
 from peft_vit.analysis.limits import Limits, check_positive, milliseconds, parse_count
-from peft_vit.analysis.recommendation import (
-    ALPHA,
-    Recommendation,
-    check_margin,
-    decide,
-    needed_pairs,
-    recommend,
-    smallest_that_exists,
-)
+from peft_vit.analysis.measures import estimated
+from peft_vit.analysis.recommendation import Recommendation, check_margin, needed_pairs, recommend, smallest_that_exists
 from peft_vit.analysis.studies import choose_study
 from peft_vit.config import bytes_of, parse_bytes
 from peft_vit.errors import UserError
@@ -55,20 +49,20 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
     assert found.chosen.cost.stored_bytes < found.best.cost.stored_bytes / 3
     tested = found.comparison_of(found.chosen)
     assert tested is not None
-    differences = np.round(tested.by_seed, 9)
+    differences = np.round(list(tested.estimate.by_seed.values()), 9)
     expected = stats.ttest_1samp(differences, -0.01, alternative="greater")
-    assert tested.p_value == pytest.approx(expected.pvalue, rel=1e-6)
-    assert tested.difference is not None
+    assert tested.estimate.significance.p_value == pytest.approx(expected.pvalue, rel=1e-6)
     interval = stats.ttest_1samp(differences, 0).confidence_interval(0.9)
-    assert (tested.difference.low, tested.difference.high) == pytest.approx((interval.low, interval.high), rel=1e-6)
+    assert (tested.estimate.interval.low, tested.estimate.interval.high) == pytest.approx(
+        (interval.low, interval.high), rel=1e-6
+    )
 
 
 def test_three_seeds_of_the_same_do_not_decide() -> None:
     found = asked(records({BEST: 0.80, THIRD: 0.7999}, n=3, spread=0.012))
     assert (found.outcome, found.chosen) == ("not decided", None)
     (candidate,) = found.candidates
-    assert candidate.adjusted_p is not None
-    assert candidate.adjusted_p > 0.05
+    assert candidate.estimate.adjusted_p > 0.05
     assert candidate.needed_n is not None
     assert candidate.needed_n > 3
 
@@ -89,9 +83,9 @@ def test_the_smallest_that_passes_is_named_and_not_the_first_tested() -> None:
 
 def test_p_values_are_corrected_over_all_candidates() -> None:
     found = asked(records({BEST: 0.80, THIRD: 0.796, TINY: 0.796}))
-    p_values = [one.p_value for one in found.candidates]
+    p_values = [one.estimate.significance.p_value for one in found.candidates]
     assert all(p is not None and 0.025 > p > 0.001 for p in p_values)
-    first, second = found.candidates
+    first, second = (one.estimate for one in found.candidates)
     assert first.adjusted_p == pytest.approx(2 * p_values[0])  # equal differences: both are doubled
     assert first.adjusted_p == second.adjusted_p
 
@@ -144,22 +138,24 @@ def test_a_tie_on_validation_is_the_smaller_ones() -> None:
 def test_no_spread_is_no_evidence() -> None:
     found = asked(records({BEST: 0.80, THIRD: 0.7999}, spread=0.0))
     assert found.outcome == "not decided"
-    assert found.candidates[0].p_value is None
+    assert found.candidates[0].estimate.adjusted_p is None
 
 
 def test_a_candidate_that_cannot_be_tested_counts_in_the_family() -> None:
-    values = [0.001, -0.002, 0.003]
-    alone, beside = decide([values], 0.01), decide([[0.0, 0.0, 0.0], values], 0.01)
-    assert alone.p_values[0] is not None
-    assert beside.adjusted == (None, pytest.approx(2 * alone.p_values[0]))
+    alone, without_spread = records({BEST: 0.80, THIRD: 0.7999}), records({TINY: 0.7999}, spread=0.0)
+    unpaired = [one for one in records({TINY: 0.7999}, n=10) if one.spec.seed > 8]
+    (p_value,) = (one.estimate.adjusted_p for one in asked(alone).candidates)
+    for other in (without_spread, [planted.asking(one, seed=99) for one in unpaired]):
+        first, second = (one.estimate.adjusted_p for one in asked([*alone, *other]).candidates)
+        assert (first, second) == (None, pytest.approx(2 * p_value))
 
 
 def test_one_seed_gives_no_interval_and_no_decision() -> None:
     found = asked(records({BEST: 0.80, THIRD: 0.7999}, n=1))
     assert found.outcome == "not decided"
     (candidate,) = found.candidates
-    assert candidate.difference is not None
-    assert (candidate.difference.low, candidate.p_value, candidate.needed_n) == (None, None, None)
+    estimate = candidate.estimate
+    assert (estimate.interval.low, estimate.adjusted_p, candidate.needed_n) == (None, None, None)
 
 
 def test_pairs_are_those_of_common_seeds_on_the_same_images() -> None:
@@ -171,16 +167,16 @@ def test_pairs_are_those_of_common_seeds_on_the_same_images() -> None:
         if (one.spec.experiment.name, one.spec.seed) != (BEST, 4)
     ]
     (candidate,) = asked(made).candidates
-    assert candidate.seeds == (1, 2, 3, 5, 6, 7, 8, 9)
-    assert "1 pair(s) refused" in candidate.note
+    assert list(candidate.estimate.by_seed) == [1, 2, 3, 5, 6, 7, 8, 9]
+    assert "1 pair(s) refused" in candidate.estimate.note
 
 
 def test_without_a_common_seed_there_is_no_pair() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
     found = asked([one for one in made if (one.spec.experiment.name == BEST) == (one.spec.seed < 5)])
     (candidate,) = found.candidates
-    assert (found.outcome, candidate.seeds, candidate.difference) == ("not decided", (), None)
-    assert candidate.note == "no pair of runs with the same seed"
+    assert (found.outcome, candidate.estimate.by_seed, candidate.estimate.interval) == ("not decided", {}, None)
+    assert candidate.estimate.note == "no pair of runs with the same seed"
 
 
 def test_failed_runs_are_left_out_by_name() -> None:
@@ -271,7 +267,7 @@ def test_order_of_the_records_does_not_matter() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75})
     there, back = asked(made), asked(made[::-1])
     assert there.candidates
-    assert [one.difference for one in there.candidates] == [one.difference for one in back.candidates]
+    assert [one.estimate for one in there.candidates] == [one.estimate for one in back.candidates]
 
 
 def test_one_study_is_chosen_by_name_or_label() -> None:
@@ -350,13 +346,20 @@ def simulated(true: list[float], *, shared: float, seed: int) -> np.ndarray:
     return np.asarray(true)[:, None] + 0.012 * noise
 
 
+def shown(differences: np.ndarray) -> list[bool]:
+    """Return which candidates, (candidates, seeds), are shown to lose less than the margin."""
+    asked = Question("noninferiority", MARGIN)
+    family = [estimated("candidate", dict(enumerate(values)), question=asked) for values in differences]
+    return [one.verdict == "supported" for one in decide(family)]
+
+
 # Where the error rate is largest: all candidates lose exactly the margin. Then with one that is truly good among them.
 @pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("true", [[-0.01] * 4, [-0.01, -0.01, 0.02], [-0.01, 0.0, -0.013, 0.01]])
 def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true: list[float], shared: float) -> None:
     differences = simulated(true, shared=shared, seed=3)
     inferior = {i for i, value in enumerate(true) if value <= -MARGIN}
-    wrong = sum(any(decide(list(one), MARGIN).shown[i] for i in inferior) for one in differences)
+    wrong = sum(any(np.array(shown(one))[sorted(inferior)]) for one in differences)
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
@@ -369,7 +372,7 @@ def test_a_best_chosen_on_validation_does_not_raise_the_error_rate() -> None:
     wrong = 0
     for values, best in zip(test, validation.argmax(axis=1), strict=True):
         others = np.delete(values, best, axis=0) - values[best] - MARGIN
-        wrong += any(decide(list(others), MARGIN).shown)
+        wrong += any(shown(others))
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
@@ -383,5 +386,5 @@ def test_stopping_at_the_first_uncorrected_success_would_err_too_often() -> None
 
 def test_a_good_candidate_is_found() -> None:
     differences = simulated([-0.013, 0.01], shared=0.5, seed=4)
-    found = [decide(list(one), MARGIN).shown for one in differences[:100]]
+    found = [shown(one) for one in differences[:100]]
     assert sum(good and not inferior for inferior, good in found) > 80

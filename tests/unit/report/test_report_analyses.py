@@ -8,7 +8,7 @@ import planted
 import pytest
 
 from peft_vit.analysis import Analysis, analyze
-from peft_vit.analysis.pairs import AllPairs, all_pairs
+from peft_vit.analysis.comparison import AllPairs, all_pairs
 from peft_vit.records import FisherCheck, Predictions, RankEntry, RunRecord
 from peft_vit.report.allocation_tables import allocation_course_table, allocation_table, control_blocks
 from peft_vit.report.calibration_tables import calibration_blocks

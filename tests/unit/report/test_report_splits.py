@@ -95,7 +95,7 @@ def test_other_training_images_alone_are_told_apart() -> None:
 
 def test_runs_of_a_seed_are_pairs_whatever_their_seeds_draw(per_seed: Analysis) -> None:
     (comparison,) = [c for c in per_seed.comparisons if c.reference == "linear_probe"]
-    assert comparison.by_seed == pytest.approx([0.05] * 3, abs=1 / planted.N_TEST)
+    assert list(comparison.by_seed.values()) == pytest.approx([0.05] * 3, abs=1 / planted.N_TEST)
     assert comparison.note == ""
     assert {m.experiment.name: m.above_majority.estimate for m in per_seed.methods} == pytest.approx(
         {name: sum(accuracy - one for one in MAJORITY.values()) / 3 for name, accuracy in ACCURACY.items()},

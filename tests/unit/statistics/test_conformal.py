@@ -160,7 +160,6 @@ def test_coverage_on_folds_uses_no_score_of_the_own_images() -> None:
         (lambda: fit_temperature(np.zeros((2, 3)), [0, 3]), "labels from 0 to 2, got 0 to 3"),
         (lambda: fit_temperature([[np.nan, 0.0]], [0]), "finite"),
         (lambda: conformal_quantile([], 0.9), "at least one"),
-        (lambda: conformal_quantile([0.1], 1.0), "0 < coverage < 1"),
         (lambda: conformal_quantile([0.1], 0.5, [1, 2]), "as many images as scores"),
     ],
 )

@@ -120,9 +120,3 @@ def test_a_constant_loss_is_refuted_if_images_can() -> None:
     assert course.looks[-1].high < -0.01
     (course,) = follow({"worse": [-0.02] * 15}, replace(RULE, images=100))
     assert course.noninferiority == "not decided"
-
-
-@pytest.mark.parametrize("changes", [{"images": 0}, {"asked": "both"}])
-def test_images_that_have_no_meaning_are_refused(changes: dict) -> None:
-    with pytest.raises(ValueError, match="images: expected at least 1"):
-        replace(RULE, **changes)

@@ -219,25 +219,6 @@ def test_too_few_pairs_or_no_spread_decide_nothing(values: list[float]) -> None:
     assert all(math.isinf(look.low) and math.isinf(look.high) for look in course.looks)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"looks": ()}, "looks at rising numbers of pairs"),
-        ({"looks": (5, 5)}, "looks at rising numbers of pairs"),
-        ({"looks": (0, 5)}, "looks at rising numbers of pairs"),
-        ({"margin": 0.0}, "a positive margin"),
-        ({"level": 1.0}, "0 < level < 1"),
-        ({"correlation": -0.1}, "a correlation of at least 0"),
-        ({"futility": 1.0}, "0 <= futility < 1"),
-        ({"form": "anytime"}, "expected one of"),
-        ({"asked": "equivalence"}, "expected one of"),
-    ],
-)
-def test_a_rule_that_cannot_be_is_refused(change: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        StoppingRule(**{"asked": "both", "margin": 0.01, "looks": LOOKS, **change})  # type: ignore[arg-type]
-
-
 def test_data_that_do_not_fit_the_rule_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="lora: expected at most the 30 pairs that were declared, got 31"):
         follow({"lora": [0.01] * 31}, RULE)

@@ -73,9 +73,3 @@ def test_no_number_is_no_evidence() -> None:
         1.0,
         *[pytest.approx(0, abs=1e-14)] * 2,
     ]
-
-
-@pytest.mark.parametrize("fractions", [[], [0.0, 1.0], [0.5, 0.5, 1.0], [0.5, 0.9]])
-def test_fractions_that_do_not_rise_to_one_are_refused(fractions: list[float]) -> None:
-    with pytest.raises(ValueError, match="fractions of information that rise from above 0 to 1"):
-        boundaries(fractions, 0.05)

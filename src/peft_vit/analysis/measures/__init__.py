@@ -1,1 +1,0 @@
-"""What sentences about a study are decided on: functions from its evidence to values by experiment or pair."""
