@@ -23,19 +23,18 @@ constants, so the file stays small; onnxruntime computes it once, when it loads 
 **Expanded** (`ExpandedLinear`): onnxruntime expands the codes once, when it loads a file that holds the codes all the
 same. The weight is written as operators on constants: for codes of 2 and 4 bits, and of 3 in fields of 4, a byte is
 looked up in the table of the values that it holds (Gather), 8 bits are a Cast; then Mul by the scales and Add of the
-offsets, all in float32. onnxruntime's constant folding, which is on by default, computes that when the session is made. Seen with
-1.32: the optimized model has the nodes of the float32 model's, MatMul on float32 initializers, and a call takes as
-long. DequantizeLinear would be less to write, but constant folding leaves it alone. While folding goes on, onnxruntime
-keeps what every operator has computed, so codes are stored in the order of the folded matrix, (in, out), to need few of
-them: loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. How much of it the process gives
-back to the system is up to its allocator. torch's exporter folds too, where codes are few: up to 8,192 bytes of a
-matrix are in the file as floats.
+offsets, all in float32. onnxruntime's constant folding, which is on by default, computes that when the session is made.
+Seen with 1.32: the optimized model has the nodes of the float32 model's, MatMul on float32 initializers, and a call
+takes as long. DequantizeLinear would be less to write, but constant folding leaves it alone. While folding goes on,
+onnxruntime keeps what every operator has computed, so codes are stored in the order of the folded matrix, (in, out), to
+need few of them: loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. torch's exporter
+folds too, where codes are few: up to 8,192 bytes of a matrix are in the file as floats.
 
 **In 8 bits** (`Int8Linear`): from the expanded weight to whole numbers, also when the file is loaded, and a product in
-8 bits: y = (q_x - z) a  (q_W s) + b, by onnxruntime's MatMulIntegerToFloat. Inputs are rounded to a step a and a zero point z
-of the layer, from the smallest and largest input that training images give, so what comes out for an image does not
-depend on the others of its batch. Weights are rounded to [-64, 64] with a step s for each output: without VNNI the CPU
-adds pairs of products of 8 bits in 16, and 255 * 64 * 2 is the largest that fits (onnxruntime's `reduce_range`).
+8 bits: y = (q_x - z) a  (q_W s) + b, by onnxruntime's MatMulIntegerToFloat. Inputs are rounded to a step a and a zero
+point z of the layer, from the smallest and largest input that training images give, so what comes out for an image does
+not depend on the others of its batch. Weights are rounded to [-64, 64] with a step s for each output: without VNNI the
+CPU adds pairs of products of 8 bits in 16, and 255 * 64 * 2 is the largest that fits (onnxruntime's `reduce_range`).
 Against that, of ViT-S at 112 px and batch 1, one thread with AVX-512 VNNI, over float32's time: this 0.38; ranges of
 each call by DynamicQuantizeMatMul 0.38, but they depend on the batch; of each token 0.44; int8 inputs in place of uint8
 more than 4; MatMulNBits with accuracy_level 4, which needs no expanding, 0.95 in 4 and in 8 bits.
