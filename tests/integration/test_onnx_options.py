@@ -67,26 +67,26 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
     assert file.stat().st_size > 10_000
 
 
-def test_options_without_effect_are_refused(run_of, tmp_path, refused) -> None:
-    def refusal(run: str, format: str, *options: str) -> str:
-        ending = {"openvino": "xml", "history": "csv"}.get(format, format)
-        return refused("export", run_of(run), "--format", format, "--output", tmp_path / f"model.{ending}", *options)
+REFUSED = [  # run, format, options, and the field that is named
+    ("int4", "openvino", "--runtime fast", "--runtime: has an effect only with --format onnx"),
+    ("int4", "history", "--runtime small", "--runtime"),
+    ("int4", "safetensors", "--activations int8", "--activations"),
+    ("int4", "peft", "--accept-loss 0", "--accept-loss"),
+    ("int4", "onnx", "--runtime quick", "'quick' is not one of 'small', 'fast'"),
+    ("int4", "onnx", "--activations int4", "'int4' is not one of 'int8'"),
+    ("lora", "onnx", "--runtime fast", "--runtime: has no effect on this run, whose weights are floats"),
+    ("lora", "onnx", "--activations int8", "--activations"),
+    ("int4", "onnx", "--accept-loss 1", "--accept-loss: has an effect only with --activations int8"),
+    ("int4", "onnx", "--activations int8 --runtime small", "--activations"),
+    *(("int4", "onnx", f"--activations int8 --accept-loss {bad}", "--accept-loss") for bad in ("-1", "nan", "101")),
+]
 
-    only_onnx = "has an effect only with --format onnx"
-    assert f"--runtime: {only_onnx}" in refusal("int4", "openvino", "--runtime", "fast")
-    assert f"--runtime: {only_onnx}" in refusal("int4", "history", "--runtime", "small")
-    assert f"--activations: {only_onnx}" in refusal("int4", "safetensors", "--activations", "int8")
-    assert f"--accept-loss: {only_onnx}" in refusal("int4", "peft", "--accept-loss", "0")
-    assert "'quick' is not one of 'small', 'fast'" in refusal("int4", "onnx", "--runtime", "quick")
-    assert "'int4' is not one of 'int8'" in refusal("int4", "onnx", "--activations", "int4")
-    floats = "has no effect on this run, whose weights are floats"
-    assert f"--runtime: {floats}" in refusal("lora", "onnx", "--runtime", "fast")
-    assert f"--activations: {floats}" in refusal("lora", "onnx", "--activations", "int8")
-    assert "only with --activations int8" in refusal("int4", "onnx", "--accept-loss", "1")
-    assert "leave out --runtime small" in refusal("int4", "onnx", "--activations", "int8", "--runtime", "small")
-    for points in ("-1", "nan", "101"):
-        asked = ("--activations", "int8", "--accept-loss", points)
-        assert "expected 0 to 100 points" in refusal("int4", "onnx", *asked)
+
+@pytest.mark.parametrize(("run", "format", "options", "says"), REFUSED)
+def test_options_without_effect_are_refused(run_of, tmp_path, refused, run, format, options, says) -> None:
+    ending = {"openvino": "xml", "history": "csv"}.get(format, format)
+    output = tmp_path / f"model.{ending}"
+    assert says in refused("export", run_of(run), "--format", format, "--output", output, *options.split())
     assert not list(tmp_path.iterdir())
 
 

@@ -48,7 +48,7 @@ def test_the_figure_of_accuracies_and_pairs_have_each_seeds_majority() -> None:
     }
     assert rows == set(MAJORITY.items())
     (comparison,) = [c for c in per_seed.comparisons if c.reference == "linear_probe"]
-    assert comparison.by_seed == pytest.approx([0.05] * 3, abs=1 / planted.N_TEST)
+    assert list(comparison.by_seed.values()) == pytest.approx([0.05] * 3, abs=1 / planted.N_TEST)
     assert comparison.note == ""
     assert {m.experiment.name: m.above_majority.estimate for m in per_seed.methods} == pytest.approx(
         {name: sum(accuracy - one for one in MAJORITY.values()) / 3 for name, accuracy in ACCURACY.items()},
