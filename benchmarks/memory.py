@@ -14,7 +14,7 @@ import sys
 
 from common import RETURNING, machine, measured_alone, parser, with_allocator, with_one_side, write
 
-from peft_vit.studies.executors.worker import ALLOCATOR
+from peft_vit.studies.executors.local import ALLOCATOR
 
 LARGE = "ViT-B/16: "
 with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCATOR)

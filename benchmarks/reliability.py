@@ -33,12 +33,12 @@ from rich.console import Console  # noqa: E402
 from peft_vit.config import StudyConfig, study_from_mapping  # noqa: E402
 from peft_vit.records import Evaluation, Metrics, RunRecord, StepRow, checkpoint_folders, read_records, run_folder  # noqa: E402
 from peft_vit.records import write_record as write_run  # noqa: E402
+from peft_vit.records.progress import study_lock  # noqa: E402
 from peft_vit.runs import run_one  # noqa: E402
 from peft_vit.runs.execute import Finished  # noqa: E402
-from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted  # noqa: E402
-from peft_vit.studies.lock import study_lock  # noqa: E402
+from peft_vit.studies.display import Watch  # noqa: E402
+from peft_vit.studies.executors import Event, RunEnded, RunProgress, RunStarted  # noqa: E402
 from peft_vit.studies.plan import Plan, PlannedRun, plan_study  # noqa: E402
-from peft_vit.studies.progress_view import Watch  # noqa: E402
 from peft_vit.studies.scheduler import drive  # noqa: E402
 from peft_vit.training import Checkpoints, Progress  # noqa: E402
 

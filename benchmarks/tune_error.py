@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.studies.time_limit import Limit
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.probes import BackboneChoice
 from peft_vit.tuning.race import RaceResult
@@ -102,8 +102,8 @@ def one_tuning(
     images = sum(_COUNTS)
     runner = StandIns(truth, (images // 5) / images, rng, run_s=30.0)
     request = TuneRequest(
-        Path("images"),
-        Path("output"),
+        images=Path("images"),
+        output=Path("output"),
         margin=MARGIN,
         minutes=minutes,
         max_bytes=max_bytes,

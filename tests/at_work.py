@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from peft_vit.studies.events import Executor, RunProgress
+from peft_vit.studies.executors import Executor, RunProgress
 from peft_vit.studies.plan import PlannedRun
 
 PATIENCE_S = 600  # for what takes seconds on an idle machine
@@ -28,7 +28,7 @@ import sys
 from pathlib import Path
 from peft_vit.config import load_study
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.events import RunStarted
+from peft_vit.studies.executors import RunStarted
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])

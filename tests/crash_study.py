@@ -18,7 +18,7 @@ from fake_study import FakeExecutor, check_complete, fake_config, fake_drive, fa
 
 from peft_vit.errors import UserError
 from peft_vit.records import read_records
-from peft_vit.studies.status import study_status
+from peft_vit.records.progress import study_status
 
 CALLS = ("write", "fsync", "replace", "pwrite", "ftruncate", "open", "mkdir", "unlink", "rmdir")
 STUDY = fake_config(experiments=("a",), seeds=(0, 1))

@@ -12,10 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Failure, RunRecord, RunSpec, read_record, run_folder
-from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
-from peft_vit.studies.events import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
-from peft_vit.studies.lock import study_lock
+from peft_vit.records import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    STUDY_FILE,
+    Failure,
+    RunRecord,
+    RunSpec,
+    StudyFile,
+    read_record,
+    read_study_file,
+    run_folder,
+)
+from peft_vit.records.progress import study_lock
+from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"

@@ -12,7 +12,7 @@ import planted
 from peft_vit.config import DataConfig
 from peft_vit.data import open_index
 from peft_vit.records import RunRecord
-from peft_vit.studies.events import Event, RunEnded, RunStarted
+from peft_vit.studies.executors import Event, RunEnded, RunStarted
 from peft_vit.studies.plan import PlannedRun
 
 ADAPTER = b"adapter"

@@ -14,8 +14,9 @@ from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.data import images_file, look_at
+from peft_vit.records import write_study_file
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.scheduler import study_file
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
 
@@ -50,7 +51,7 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
     (course,) = study_courses(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(
-        request=TuneRequest(images, folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
+        request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
         seen=seen,
         images_file=sealed,
         metric="accuracy",

@@ -7,9 +7,9 @@ from pathlib import Path
 import planted
 
 from peft_vit.config import study_from_mapping
-from peft_vit.records import RunRecord
+from peft_vit.records import RunRecord, write_study_file
 from peft_vit.records.progress import PROGRESS_FILE, Attempt
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.scheduler import study_file
 
 EXPERIMENTS = planted.experiments()
 GOOD = [planted.record(EXPERIMENTS["linear_probe"], seed, 0.7) for seed in range(3)]

@@ -23,10 +23,11 @@ from experiments.hypotheses.registry import (
 from peft_vit import cli
 from peft_vit.analysis import read_results, study_courses
 from peft_vit.analysis.findings import Conclusion, conclude
-from peft_vit.report.document import Paragraph, Raw, Row, Table
+from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.findings_tables import HOW, finding_rows, numbers, reasons
+from peft_vit.report.method_tables import stopping_table
 from peft_vit.report.rows import print_with_rows
-from peft_vit.report.stopping_table import stopping_table
+from peft_vit.report.tables import table
 from peft_vit.report.terminal import print_blocks
 
 _MARKED = (
@@ -75,7 +76,7 @@ def _blocks(by_study: Mapping[str, Findings], unknown: Sequence[str]) -> Iterato
         told = [one for one in concluded if one.verdict != "no data"]
         if told:
             rows = (row for conclusion in told for row in _rows(conclusion))
-            yield Table.of("findings", f"Findings of {study}", rows, note="")
+            yield table("findings", f"Findings of {study}", rows, None, "")
         else:
             yield Paragraph(f"\nFindings of {study}: none")
         yield from (
@@ -86,7 +87,7 @@ def _blocks(by_study: Mapping[str, Findings], unknown: Sequence[str]) -> Iterato
     yield Paragraph(f"\n{HOW} {_MARKED}")
 
 
-def _rows(conclusion: Conclusion) -> Iterator[Row]:
+def _rows(conclusion: Conclusion) -> Iterator[dict[str, str]]:
     sentence = conclusion.sentence
     mark = mark_of(conclusion) or "–"
     first = {"hypothesis": sentence.id, "sentence": sentence.text, "verdict": conclusion.verdict, "marked": mark}

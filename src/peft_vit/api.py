@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_vit.errors import UserError
+from peft_vit.options import named_as_parameters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,12 +126,6 @@ def tune(
     images: str | Path,
     *,
     output: str | Path = "peft-vit-tune",
-    margin: float = 1.0,
-    max_bytes: int | str | None = None,
-    max_latency_s: float | str | None = None,
-    memory_limit: str | None = None,
-    minutes: float = 60.0,
-    models: str | Iterable[str] = (),
     tell: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Tuned:
@@ -141,14 +136,9 @@ def tune(
     Args:
         images: a folder of images per class.
         output: everything goes below it.
-        margin: points of accuracy that the model may lose against float LoRA.
-        max_bytes: of its file, also as in 20MB.
-        max_latency_s: of one image on this machine, also as in 50ms.
-        memory_limit: of a training process, as in 1GB.
-        minutes: that this call may take.
-        models: timm's names, or names on the hub; none: the default.
         tell: is told what is done, a line each; None: it is printed.
-        settings: others of `tuning.request.TuneRequest`.
+        settings: other options of `peft-vit tune`, with `_` for `-`: margin, max_bytes (also as in "20MB"),
+            max_latency_s (also as in "50ms"), memory_limit, minutes, models and image_sizes (one or several), ...
 
     Raises:
         UserError: for bad input, in one line, before anything is trained.
@@ -160,19 +150,9 @@ def tune(
     from peft_vit.tuning.output import output_files_in
     from peft_vit.tuning.request import TuneRequest
 
-    if models or isinstance(models, str):
-        settings["models"] = models
-    request = TuneRequest.of(
-        images=images,
-        output=output,
-        margin=margin,
-        max_bytes=max_bytes,
-        max_latency_s=max_latency_s,
-        memory_limit=memory_limit,
-        minutes=minutes,
-        **settings,
-    )
-    choice = pipeline.tune(request, tell or pipeline.say)
+    with named_as_parameters(TuneRequest):
+        request = TuneRequest.of(images=images, output=output, **settings)
+        choice = pipeline.tune(request, tell or pipeline.say)
     return Tuned(choice, output_files_in(request.output))
 
 
@@ -183,25 +163,23 @@ def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-run
         images: a folder of images per class.
         method: as `peft-vit train --method` takes it: linear, lora, adalora, ...
         output: where record and adapter go.
-        settings: others of `peft-vit train`, by the names that `studies.own_images.OwnImages` has for them: minutes,
-            model, rank, seed, ...
+        settings: other options of `peft-vit train`, with `_` for `-`: minutes, model, rank, seed, ...; `start` stands
+            for --init-adapter.
 
     Raises:
         UserError: for bad input, in one line, or if the run fails.
     """
-    from peft_vit.config import METHOD_KINDS
     from peft_vit.records import RECORD_FILE, read_record
     from peft_vit.studies.commands import run_on_own_images
-    from peft_vit.studies.own_images import STUDY_NAME, OwnImages
+    from peft_vit.studies.request import TrainRequest
 
-    if method not in METHOD_KINDS:
-        raise UserError(f"expected one of {', '.join(METHOD_KINDS)}, got {method!r}", field="method")
-    asked = OwnImages(Path(images), method, **settings)
-    if failed := run_on_own_images(asked, Path(output)):
+    with named_as_parameters(TrainRequest):
+        asked = TrainRequest.of(images=images, method=method, output=output, **settings)
+        failed = run_on_own_images(asked)
+    if failed:
         run, reason = next(iter(failed.items()))
-        raise UserError(reason, file=Path(output) / run)
-    folder = Path(output) / STUDY_NAME / asked.experiment / f"seed_{asked.seed}"
-    return Trained(folder, read_record(folder / RECORD_FILE))
+        raise UserError(reason, file=asked.output / run)
+    return Trained(asked.run_folder, read_record(asked.run_folder / RECORD_FILE))
 
 
 def load_results(directory: str | Path) -> ResultTables:

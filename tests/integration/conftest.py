@@ -18,7 +18,7 @@ from written_runs import run_and_write
 from peft_vit.cli import main
 from peft_vit.config import study_from_mapping
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.events import Event, RunEnded, RunProgress, RunStarted
+from peft_vit.studies.executors import Event, RunEnded, RunProgress, RunStarted
 from peft_vit.studies.plan import PlannedRun, plan_study
 
 Said = CaptureResult[str]

@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
-from peft_vit.records import read_records
-from peft_vit.records.study_file import read_study_file
+from peft_vit.forecasting.time_limit import Limit
+from peft_vit.records import read_records, read_study_file
+from peft_vit.records.progress import study_lock
 from peft_vit.studies import commands
-from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.time_limit import Limit
 
 pytestmark = [pytest.mark.part("configuration"), pytest.mark.usefixtures("cache")]
 

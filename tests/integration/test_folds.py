@@ -11,12 +11,11 @@ from written_runs import run_and_write
 from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.results import load_studies
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import images_file, look_at, make_splits, open_index
+from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.records import RunSpec
 from peft_vit.report.summary import facts
-from peft_vit.studies.plan import plan_study, workload_of
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import plan_study, smoke_study, workload_of
 
 pytestmark = pytest.mark.part("runner")
 
@@ -102,7 +101,7 @@ def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(
         index = open_index(study.data)
         splits = make_splits(index, study.data, 4)
         spec = specs(study, Path("nowhere"))[0]
-        small = miniature(spec, 1, workload_of(study, index, splits).shape, index, splits)
+        small = calibration_run(spec, 1, workload_of(study, index, splits).shape, index, splits)
         again = RunSpec.model_validate_json(small.model_dump_json())  # as a worker reads it
         drawn = make_splits(index, again.data, 0)
         assert index.official_test is not None

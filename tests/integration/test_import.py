@@ -18,8 +18,9 @@ from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_record
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.own_images import OwnImages, study_of
+from peft_vit.studies.own_images import study_of
 from peft_vit.studies.plan import PlannedRun, plan_study
+from peft_vit.studies.request import TrainRequest
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")
@@ -64,9 +65,9 @@ def logits(model) -> torch.Tensor:
 
 
 def planned(adapter: Path, images: Path, weights: Path, out: Path, *, seed: int = 0) -> PlannedRun:
-    asked = OwnImages(
-        images,
-        "lora",
+    asked = TrainRequest(
+        images=images,
+        method="lora",
         model="test_vit",
         weights=str(weights),
         image_size=32,
@@ -166,20 +167,6 @@ def test_doubts_about_the_base_are_said_once(adapter, images, weights, tmp_path)
     assert "other.safetensors" in trained
     assert "0" * 64 in trained
     assert "['class_1', 'class_0', 'class_2'] and this run has ['class_0', 'class_1', 'class_2']" in classes
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--method", "adalora"), "--init-adapter: goes on training LoRA, and the method is adalora"),
-        (("--method", "lora", "--rank", "4"), "--rank: is the adapter's own with --init-adapter"),
-        (("--method", "lora", "--head-start", "probe"), "--head-start: is the adapter's own with --init-adapter"),
-    ],
-)
-def test_what_an_adapter_has_decided_is_not_asked_for(options, said, adapter, images, tmp_path, refused) -> None:
-    start = ("--init-adapter", adapter, *MODEL, "--output", tmp_path / "out")
-    assert said in refused("train", images, *options, *start)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture

@@ -13,11 +13,10 @@ from ray_clusters import small_cluster
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest, read_records
+from peft_vit.records.progress import study_lock
 from peft_vit.runs import run_one
-from peft_vit.studies.events import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
-from peft_vit.studies.executors import open_executor
+from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, open_executor
 from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import drive
 

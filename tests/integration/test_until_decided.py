@@ -11,9 +11,9 @@ import pytest
 from planted_runs import PlantedRuns
 
 from peft_vit.config import study_from_mapping
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.studies.commands import Execution, run_until_decided
-from peft_vit.studies.time_limit import Limit
 
 pytestmark = pytest.mark.part("analyzer")
 

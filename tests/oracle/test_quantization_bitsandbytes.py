@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_vit.quantization import QuantizationFormat, code_values, quantize, unpack_codes
-from peft_vit.quantization.scales import dynamic_values
+from peft_vit.quantization.formats import dynamic_values
 
 functional = pytest.importorskip("bitsandbytes.functional")
 

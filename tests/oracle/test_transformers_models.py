@@ -16,7 +16,7 @@ from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
 from peft_vit.adapters.acting import effects
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.backbones import LoadedBackbone, architecture_of, describe, find_sites, load_backbone
-from peft_vit.backbones.transformers_models import TOWERS
+from peft_vit.backbones.families.transformers_models import TOWERS
 from peft_vit.config import BackboneConfig
 from peft_vit.deployment import (
     ModelCard,

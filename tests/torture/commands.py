@@ -32,7 +32,7 @@ _IMPORTED = (
     "peft_vit.cli",
     *(
         f"peft_vit.studies.{name}"
-        for name in ("commands", "executors.local", "plan", "profiling", "progress_view", "scheduler")
+        for name in ("commands", "display", "executors.local", "plan", "profiling", "scheduler")
     ),
 )
 _MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it anew where need be

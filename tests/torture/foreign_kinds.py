@@ -27,16 +27,16 @@ from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.adapters.peft_format import doubts_about
 from peft_vit.analysis import analyze, load_studies
-from peft_vit.analysis.history import history_table
 from peft_vit.backbones import load_backbone
 from peft_vit.config import BackboneConfig, DataConfig, load_study
-from peft_vit.costs.cache import Costs, keep_costs
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
 from peft_vit.errors import named
+from peft_vit.forecasting.calibration import Costs, keep_costs
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
+from peft_vit.report.result_tables import history_table
 from peft_vit.runs.restore import open_model
 from peft_vit.studies.plan import plan_study
 

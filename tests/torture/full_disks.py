@@ -26,9 +26,8 @@ from harness import Tally
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, checkpoint_folders
 from peft_vit.records.progress import PROGRESS_FILE
-from peft_vit.records.study_file import STUDY_FILE
 
 PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096

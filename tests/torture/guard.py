@@ -16,29 +16,19 @@ from pathlib import Path
 
 VARIABLE = "PEFT_VIT_GUARD"
 _STARTS = {
-    "os.exec",
     "os.fork",
     "os.forkpty",
     "os.posix_spawn",
-    "os.spawn",
     "os.system",
     "pty.spawn",
     "subprocess.Popen",
+    "os.exec",
+    "os.spawn",
 }
 _ASKS = {"socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request"}
+_CHANGED = ("os.chmod", "os.chown", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
 # Events and which of their arguments are files that change.
-_CHANGES: dict[str, tuple[int, ...]] = {
-    "os.chmod": (0,),
-    "os.chown": (0,),
-    "os.link": (1,),
-    "os.mkdir": (0,),
-    "os.remove": (0,),
-    "os.rename": (0, 1),
-    "os.rmdir": (0,),
-    "os.symlink": (1,),
-    "os.truncate": (0,),
-    "shutil.rmtree": (0,),
-}
+_CHANGES = dict.fromkeys(_CHANGED, (0,)) | {"os.link": (1,), "os.symlink": (1,), "os.rename": (0, 1)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # What Python and its libraries start and write by themselves, whatever file is read.
 _PROGRAMS = {"fc-list", "git", "ldconfig", "uname"}

@@ -13,27 +13,17 @@ from mutations import Mutation
 
 @dataclass(frozen=True)
 class Target:
-    """A sound file to spoil.
-
-    Attributes:
-        file: which.
-        spoil: ways to do it; one is drawn.
-        open: what the package does with it; may raise UserError and nothing else.
-        command: the same through the command line.
-        believed: what else changes with the content, so that hashes do not give it away at once.
-        names: what a refusal may name in place of the file, such as the folder that is opened.
-        places: whether a refusal has to name a field or a line, beside the file.
-        prepare: what the command needs, called when the file is spoiled.
-    """
+    """A sound file to spoil."""
 
     file: Path
-    spoil: tuple[Mutation, ...]
-    open: Callable[[], object]
-    command: tuple[object, ...]
+    spoil: tuple[Mutation, ...]  # ways to do it; one is drawn
+    open: Callable[[], object]  # what the package does with it; may raise UserError and nothing else
+    command: tuple[object, ...]  # the same through the command line
+    # What else changes with the content, so that hashes do not give it away at once.
     believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
-    names: tuple[Path, ...] = ()
-    places: bool = False
-    prepare: Callable[[], object] = lambda: None
+    names: tuple[Path, ...] = ()  # what a refusal may name in place of the file, such as the folder that is opened
+    places: bool = False  # whether a refusal has to name a field or a line, beside the file
+    prepare: Callable[[], object] = lambda: None  # what the command needs, called when the file is spoiled
 
 
 @dataclass(frozen=True)
@@ -45,13 +35,8 @@ class Nasty:
     @property
     def tokens(self) -> tuple[bytes, ...]:
         """Return the texts as bytes, and some that are no text."""
-        return (
-            *(text.encode(errors="surrogatepass") for text in self.texts),
-            b"\0",
-            b"\xff" * 8,
-            b"\x80\x04\x95",
-            b"PK\3\4",
-        )
+        others = (b"\0", b"\xff" * 8, b"\x80\x04\x95", b"PK\3\4")
+        return (*(text.encode(errors="surrogatepass") for text in self.texts), *others)
 
     def of_bytes(self, *others: Path) -> Mutation:
         """Return a mutation of bytes."""

@@ -16,6 +16,18 @@ from typing import Any
 Mutation = Callable[[Random, bytes], bytes]
 
 
+_LEADING_OUT = ("../../../../escaped", "/etc/passwd", "/dev/zero", "~root", "..", ".", "a/b", "a\\b", "\\\\server\\x")
+_ODD_NAMES = ("", " ", "-rf", "CON", "a\0b", "x" * 300, "x" * 70_000, "__class__", "__proto__")
+_CHARACTERS = ("\ud800", "\ufeff", "é", "日本語", "\x1b]0;x\x07", "\x1b[2J", "\x9b31m", "\u202egnp", "two\nlines")
+_OTHER_TYPES = ("null", "true", "NaN", "-Infinity", "1e999", "0x10", "1_000", "09", "9" * 5000)
+_OF_YAML = ("*a", "&a b", "<<", "? :", "---", "[")
+_TEMPLATES = ("${HOME}", "{{ 7 * 7 }}", "%s%n", "=1+1", "<script>x()</script>")
+_ADDRESSES = ("hf-hub:somebody/model", "local-dir:/tmp", "file:///etc/passwd", "http://127.0.0.1:9/x")
+_WHOLE = (0, -1, 1, 2, 10**9, 2**31, 2**63, -(2**63), 10**400)
+_NUMBERS = (*_WHOLE, 0.0, -0.0, 1e-300, 1e308, 0.5, float("nan"), float("inf"))
+NASTY_VALUES: tuple[Any, ...] = (None, True, False, *_NUMBERS, [], {}, [[]], [None], {"": None}, {"a": {"a": {}}})
+
+
 def nasty_texts(outside: str, marker: str) -> tuple[str, ...]:
     """Return texts that lead out, run something, or mean something to what may read them.
 
@@ -23,96 +35,14 @@ def nasty_texts(outside: str, marker: str) -> tuple[str, ...]:
         outside: a folder in which nothing may appear.
         marker: a folder that comes to be if one of them is run.
     """
-    return (
-        "../../../../escaped",
-        f"{outside}/escaped",
-        "/etc/passwd",
-        "/dev/zero",
-        "~root",
-        "..",
-        ".",
-        "",
-        " ",
-        "-rf",
-        "CON",
-        "a/b",
-        "a\\b",
-        "a\0b",
-        "x" * 300,
-        "x" * 70_000,
-        "\x1b]0;x\x07",
-        "\x1b[2J",
-        "\x9b31m",
-        "\u202egnp",
-        "two\nlines",
-        "\ud800",
-        "\ufeff",
-        "é",
-        "日本語",
-        "null",
-        "true",
-        "NaN",
-        "-Infinity",
-        "1e999",
-        "0x10",
-        "1_000",
-        "09",
-        "9" * 5000,
-        "${HOME}",
-        f"$(mkdir {marker})",
-        f"`mkdir {marker}`",
-        f"; mkdir {marker}",
-        "{{ 7 * 7 }}",
-        "%s%n",
-        "=1+1",
-        "*a",
-        "&a b",
-        f"!!python/object/apply:os.mkdir [{marker}]",
-        f"!!python/object/new:os.mkdir [{marker}]",
-        "<script>x()</script>",
+    code = (
+        *(f"!!python/object/{how}:os.mkdir [{marker}]" for how in ("apply", "new")),
+        *(form.replace("*", f"mkdir {marker}") for form in ("$(*)", "`*`", "; *")),
         f"__import__('os').mkdir('{marker}')",
         f"cos\nmkdir\n(V{marker}\ntR.",
-        "hf-hub:somebody/model",
-        "local-dir:/tmp",
-        "__class__",
-        "__proto__",
-        "file:///etc/passwd",
-        "http://127.0.0.1:9/x",
-        "\\\\server\\share",
-        "<<",
-        "? :",
-        "---",
-        "[",
     )
-
-
-NASTY_VALUES: tuple[Any, ...] = (
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1,
-    2,
-    10**9,
-    2**31,
-    2**63,
-    -(2**63),
-    10**400,
-    0.0,
-    -0.0,
-    1e-300,
-    1e308,
-    0.5,
-    float("nan"),
-    float("inf"),
-    [],
-    {},
-    [[]],
-    [None],
-    {"": None},
-    {"a": {"a": {}}},
-)
+    plain = (*_LEADING_OUT, *_ODD_NAMES, *_CHARACTERS, *_OTHER_TYPES, *_OF_YAML, *_TEMPLATES, *_ADDRESSES)
+    return (f"{outside}/escaped", *code, *plain)
 
 
 def of_bytes(tokens: Sequence[bytes], others: Sequence[bytes] = ()) -> Mutation:

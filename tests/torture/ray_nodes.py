@@ -32,9 +32,8 @@ from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 from written_runs import run_and_write
 
 from peft_vit.config import load_study
-from peft_vit.studies.events import RunEnded, RunRetried, RunStarted, StudyEvent
-from peft_vit.studies.executors import open_executor
-from peft_vit.studies.lock import study_lock
+from peft_vit.records.progress import study_lock
+from peft_vit.studies.executors import RunEnded, RunRetried, RunStarted, StudyEvent, open_executor
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import drive
 

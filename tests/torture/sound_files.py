@@ -17,45 +17,27 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_studies import METHODS, with_adalora
 
 from peft_vit.config import load_study
 from peft_vit.data import sample_path
-from peft_vit.records import run_folder
-from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records import run_folder, write_study_file
+from peft_vit.records.progress import LOCK_FILE, study_lock
 from peft_vit.runs.execute import run_one
 from peft_vit.runs.export import export_run_to_file, export_run_to_peft
-from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import Plan, plan_study
-from peft_vit.studies.store import StudyStore
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.scheduler import StudyStore, study_file
 from peft_vit.training import Checkpoints, Interrupted
 
 SIDE = 32
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+_TRAINING = {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2}
 _EXPERIMENTS: dict[str, dict[str, Any]] = {
     "plain": {"method": "lora", "lora": {"rank": 2}},
-    "adaptive": {
-        "method": "adalora",
-        "adalora": {
-            "total_rank_budget": 40,
-            "allocation_strategy": "top_k",
-            "importance_metric": "sensitivity",
-            "update_frequency": 1,
-            "warmup_steps": 1,
-            "final_steps": 1,
-        },
-    },
+    "adaptive": {"method": "adalora", **with_adalora(update_frequency=1, warmup_steps=1, final_steps=1)},
     "quantized": {
         "method": "qa_lora",
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "int4",
-            "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 16,
-            "rank": 2,
-        },
+        "qa_lora": {**METHODS["qa_lora"]["qa_lora"], "quantization_schedule": "constant"},
     },
 }
 
@@ -141,7 +123,7 @@ def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
         "precision": "fp32",
         "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
         "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
-        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-2},
+        "training": _TRAINING,
         "experiments": [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
     }
 

@@ -17,15 +17,11 @@ from sound_files import SoundFiles
 from peft_vit.analysis import read_results
 from peft_vit.config import load_study
 from peft_vit.errors import UserError
-from peft_vit.records import checkpoint_folders
-from peft_vit.records.owner import LOCK_FILE
-from peft_vit.records.progress import PROGRESS_FILE
-from peft_vit.records.study_file import STUDY_FILE
+from peft_vit.records import STUDY_FILE, checkpoint_folders
+from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE, find_studies, status_lines, study_lock, study_status
 from peft_vit.runs.execute import run_one
-from peft_vit.studies.lock import study_lock
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.status import find_studies, status_lines, study_status
-from peft_vit.studies.store import StudyStore
+from peft_vit.studies.scheduler import StudyStore
 from peft_vit.training import Checkpoints
 from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
 

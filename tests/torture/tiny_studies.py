@@ -31,15 +31,8 @@ _QA_LORA = {
     "group_size": 16,
 }
 _TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
-_AUGMENTATION = [  # everything that there is
-    "flip",
-    "rotate90",
-    "random_resized_crop",
-    {"color_jitter": {"saturation": 0}},
-    "rand_augment",
-    "mixup",
-    "cutmix",
-]
+_JITTER = {"color_jitter": {"saturation": 0}}
+_AUGMENTATION = ["flip", "rotate90", "random_resized_crop", _JITTER, "rand_augment", "mixup", "cutmix"]  # all there is
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"rank": 2}, "training": {**_TRAINING, "augmentation": _AUGMENTATION, "label_smoothing": 0.1}},
     "adalora": {"adalora": {**_ADALORA, "parametrization": "svd"}},

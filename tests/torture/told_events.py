@@ -12,8 +12,8 @@ from pathlib import Path
 
 def write_to(file: Path) -> None:
     """Have each start, step and end of a run appended to a file, one JSON object a line."""
-    from peft_vit.studies.events import RunEnded, RunProgress, RunStarted, StudyEvent
-    from peft_vit.studies.progress_view import Watch
+    from peft_vit.studies.display import Watch
+    from peft_vit.studies.executors import RunEnded, RunProgress, RunStarted, StudyEvent
 
     show = Watch.on_event
 

@@ -28,29 +28,17 @@ _FAULTS_KEPT = 20
 
 @dataclass(frozen=True)
 class Result:
-    """Trials of one promise on one machine.
+    """Trials of one promise on one machine."""
 
-    Attributes:
-        promise: what is tried, e.g. "mutated files"; all that belongs together is forgotten together.
-        kind: of trial within it, e.g. "record, in process".
-        machine: processor, cores and memory.
-        trials: how many.
-        passed: in how many the promise held.
-        first: date of the first trial, ISO 8601.
-        last: date of the last.
-        commit: of the package at the last call; with "+" if it had changes.
-        faults: the first of those that failed, each with what makes it again.
-    """
-
-    promise: str
-    kind: str
-    machine: str
+    promise: str  # e.g. "mutated files"; all that belongs together is forgotten together
+    kind: str  # of trial within it, e.g. "record, in process"
+    machine: str  # processor, cores and memory
     trials: int
-    passed: int
-    first: str
+    passed: int  # in how many the promise held
+    first: str  # date of the first trial, ISO 8601
     last: str
-    commit: str
-    faults: tuple[str, ...] = ()
+    commit: str  # of the package at the last call; with "+" if it had changes
+    faults: tuple[str, ...] = ()  # the first of those that failed, each with what makes it again
 
 
 def read() -> list[Result]:
@@ -61,9 +49,9 @@ def read() -> list[Result]:
 
 
 def write(results: Sequence[Result]) -> None:
-    """Replace what is known so far."""
-    content = json.dumps([asdict(result) for result in results], indent=1, ensure_ascii=False)
-    write_atomically(FILE, f"{content}\n".encode())
+    """Replace what is known so far, a line each."""
+    lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
+    write_atomically(FILE, f"[\n{lines}\n]\n".encode())
 
 
 def add(promise: str, kind: str, *, trials: int, passed: int, faults: Sequence[str] = ()) -> None:

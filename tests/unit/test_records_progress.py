@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.errors import UserError
-from peft_vit.records.owner import Owner
-from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, RunStatus, look_at, run_status
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, Owner, RunStatus, look_at, run_status
 
 pytestmark = pytest.mark.part("runner")
 
@@ -75,7 +74,10 @@ def test_a_record_decides_unless_a_later_attempt_was_begun(tmp_path, attempts, s
 def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(study) -> None:
     looked_at(study, ATTEMPT.model_copy(update={"state": "running", "total_steps": 9}).model_dump_json().encode())
     (study / RUN / "checkpoint-4").mkdir()
-    before, after = (Owner(7, "h", since, "c") for since in ("2029-12-31T23:59:59+00:00", "2030-01-01T00:00:01+00:00"))
+    before, after = (
+        Owner(pid=7, host="h", since=since, command="c")
+        for since in ("2029-12-31T23:59:59+00:00", "2030-01-01T00:00:01+00:00")
+    )
     running = RunStatus(RUN, "running", 2, "µ, since 2030-01-01T00:00:00+00:00, checkpoint at step 4 of 9")
     pending = RunStatus(RUN, "pending", 2, "goes on from step 4 of 9")
     for owner, skipped, status in (

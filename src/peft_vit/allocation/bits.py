@@ -62,11 +62,36 @@ def choose(
     if not all(math.isfinite(loss) for group in losses for loss in group):
         raise ValueError("expected finite losses")
     kept = [_undominated(*group) for group in zip(losses, sizes, strict=True)]
-    places, bound = _solve(losses, sizes, kept, budget - smallest, node_limit)
-    size = sum(group[place] for group, place in zip(sizes, places, strict=True))
+    # Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between
+    # choices is not lost beside what they share; sizes in their greatest common divisor.
+    options = [(group, place) for group, places in enumerate(kept) for place in places]
+    extra_loss = np.array([losses[group][place] - losses[group][kept[group][-1]] for group, place in options])
+    extra_size = np.array([sizes[group][place] - sizes[group][kept[group][0]] for group, place in options])
+    floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(kept))
+    most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(kept))
+    room, bound, chosen = budget - smallest, floor, [places[-1] for places in kept]  # the largest options, if they fit
+    if sum(sizes[group][places[-1]] - sizes[group][places[0]] for group, places in enumerate(kept)) > room:
+        unit = math.gcd(*extra_size.tolist())
+        rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
+        result = scipy.optimize.milp(
+            extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
+            integrality=np.ones(len(options)),
+            bounds=(0, 1),
+            constraints=[
+                scipy.optimize.LinearConstraint(rows, 1, 1),
+                scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),
+            ],
+            options={"mip_rel_gap": 0.0, "node_limit": node_limit},
+        )
+        if result.x is None:  # the smallest options always fit
+            chosen = [places[0] for places in kept]
+        else:
+            chosen = [place for (_, place), taken in zip(options, result.x > 0.5, strict=True) if taken]
+            bound += result.mip_dual_bound * (most / _LOSS_SCALE)
+    size = sum(group[place] for group, place in zip(sizes, chosen, strict=True))
     assert size <= budget, "the solver's rounding left the budget"
-    loss = math.fsum(group[place] for group, place in zip(losses, places, strict=True))
-    return Choice(tuple(places), loss, size, min(bound, loss))
+    loss = math.fsum(group[place] for group, place in zip(losses, chosen, strict=True))
+    return Choice(tuple(chosen), loss, size, min(bound, loss))
 
 
 def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:
@@ -76,41 +101,3 @@ def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:
         if not kept or losses[place] < losses[kept[-1]]:
             kept.append(place)
     return kept
-
-
-def _solve(
-    losses: Sequence[Sequence[float]],
-    sizes: Sequence[Sequence[int]],
-    kept: Sequence[Sequence[int]],
-    room: int,
-    node_limit: int,
-) -> tuple[list[int], float]:
-    """Return the chosen place of each group, and the lower bound of the total loss.
-
-    Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between
-    choices is not lost beside what they share; sizes in their greatest common divisor.
-    """
-    floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(kept))
-    options = [(group, place) for group, places in enumerate(kept) for place in places]
-    extra_loss = np.array([losses[group][place] - losses[group][kept[group][-1]] for group, place in options])
-    extra_size = np.array([sizes[group][place] - sizes[group][kept[group][0]] for group, place in options])
-    most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(kept))
-    unit = math.gcd(*extra_size.tolist())
-    if extra_size.max() == 0 or sum(sizes[g][p[-1]] - sizes[g][p[0]] for g, p in enumerate(kept)) <= room:
-        return [places[-1] for places in kept], floor
-    rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
-    result = scipy.optimize.milp(
-        extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
-        integrality=np.ones(len(options)),
-        bounds=(0, 1),
-        constraints=[
-            scipy.optimize.LinearConstraint(rows, 1, 1),
-            scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),
-        ],
-        options={"mip_rel_gap": 0.0, "node_limit": node_limit},
-    )
-    if result.x is None:  # the smallest options always fit
-        return [places[0] for places in kept], floor
-    taken = result.x > 0.5
-    places = [place for (_, place), chosen in zip(options, taken, strict=True) if chosen]
-    return places, floor + result.mip_dual_bound * (most / _LOSS_SCALE)

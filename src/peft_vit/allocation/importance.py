@@ -8,7 +8,7 @@ gradients g = dL/dw, the score after each backward pass is
     gradient_norm  smoothed ||g||_2 over the triplet's parameters; here and under fisher A counts at LoRA's own size and
                    B at the inverse, whatever the rank has made of them (`SiteAdapter.start_size`)
     fisher         smoothed ||g||_2^2: trace of the diagonal minibatch empirical Fisher, of the mean gradient of a
-                   batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `per_sample_fisher`
+                   batch (Kunstner et al. 2019, arXiv 1905.12558, on why it is not the Fisher; `check_fisher`
                    measures how far its ranking is from the empirical Fisher's)
     sensitivity    AdaLoRA (arXiv 2303.10512, eqs. 8 to 11): I = |w g|, smoothed to I_bar with beta1; uncertainty
                    U_bar smooths |I - I_bar| with beta2; s = I_bar U_bar; the triplet's score is
@@ -19,24 +19,44 @@ gradients g = dL/dw, the score after each backward pass is
 Metrics of the frozen weight (`SCORES_OF_WEIGHTS`) score a site once, and each of its triplets alike.
 
 Smoothing is v <- beta v + (1 - beta) new, from v = 0, with beta1. New triplets start from 0 as at the beginning.
+
+A site at rank 0 has no triplet that could be scored, and |w dL/dw| of a triplet that changes nothing is 0 whatever the
+site is worth. What can be measured is the gradient that its weight would receive: an `adapters.GradientProbe`,
+temporary triplets in one step, estimates g, the root mean square over the elements of dL/dW. It is turned into the
+metric's units by the sites that have both:
+
+    score_s = g_s^k * median over sites t with measured triplets of (score_t / g_t^k)
+
+with k the power of the gradient that the metric holds: 2 for `fisher` and `sensitivity` (a product of two smoothed
+|w dL/dw|), else 1. So a site without rank scores as a middling one with rank would whose gradient is as large. The
+median, since a mean would credit all others with what a few sites have learned whose weights have grown along the
+gradient. The ratio does not depend on the loss's scale. All sites are probed, for g_t must come from the same batch and
+be as noisy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.linalg import matrix_norm
+from torch.nn import functional as F
 
-from peft_vit.adapters import AdaptedLinear, Adapter, adapted_modules
+from peft_vit.adapters import AdaptedLinear, Adapter, GradientProbe, SiteAdapter, adapted_modules, site_adapters
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
+from peft_vit.backbones import evaluating
 from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
-from peft_vit.records import SiteInfo
+from peft_vit.records import FisherCheck, SiteInfo
+from peft_vit.seeding import torch_generator
+from peft_vit.statistics import spearman
+
+PROBE_TRIPLETS = 4  # the estimate of a squared norm from n random directions has a relative error of sqrt(2 / n)
 
 
 class _Part(NamedTuple):
@@ -100,22 +120,22 @@ class ImportanceTracker:
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
-        if self.metric == "uniform":
-            return {name: torch.ones(one.rank, device=one.lora_A.device) for name, one in adapters.items()}
-        if METRICS[self.metric].reads_weight:
-            return {name: one.lora_A.new_full((one.rank,), self.of_sites[name]) for name, one in adapters.items()}
+        sites = adapters.items()
+        if self.metric == "uniform" or METRICS[self.metric].reads_weight:
+            return {name: site.lora_A.new_full((site.rank,), self.of_sites.get(name, 1)) for name, site in sites}
         if self.metric == "random":
-            noise = {name: torch.rand(one.rank, generator=self.generator) for name, one in adapters.items()}
-            return {name: values.to(adapters[name].lora_A.device) for name, values in noise.items()}
+            return {
+                name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
+            }
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
             scores = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
-            for site, square in scores.items():
-                one = adapters[site]
-                gain = 1.0 if one.lora_lambda is None else one.lambda_gain
+            for name, square in scores.items():
+                site = adapters[name]
+                gain = 1.0 if site.lora_lambda is None else site.lambda_gain
                 # Each value of A stands for a pool of equal columns.
-                square.sqrt_().mul_(abs(one.scale * gain) * math.sqrt(one.pool))
+                square.sqrt_().mul_(abs(site.scale * gain) * math.sqrt(site.pool))
         elif parts:
             gradients, overflowed = _gradients(parts), False
             if loss_scale != 1:
@@ -125,7 +145,7 @@ class ImportanceTracker:
             scores = score(parts, None if overflowed else gradients)
         else:
             scores = {}
-        return {name: scores[name] if one.rank else one.lora_A.new_zeros(0) for name, one in adapters.items()}
+        return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}
 
     def _size(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         """Score by the gradient's norm, or its square."""
@@ -309,3 +329,111 @@ def _course(series: np.ndarray) -> dict[str, float]:
         "std": float(series.std(ddof=1)) if several else 0.0,
         "trend": float(np.polyfit(np.arange(len(series)), series, 1)[0]) if several else 0.0,
     }
+
+
+def attach_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
+    """Put temporary triplets on every site for the forward and backward pass of one step.
+
+    Their directions follow from seed and step alone, so that a resumed run draws the same. A model that PEFT has
+    wrapped gets none.
+    """
+    generator = torch_generator(seed, "probe", step)
+    for adapter in adapters.values():
+        if isinstance(adapter, SiteAdapter):
+            adapter.probe = GradientProbe(
+                adapter.in_features // adapter.pool,
+                adapter.out_features,
+                PROBE_TRIPLETS,
+                generator=generator,
+                device=adapter.lora_A.device,
+            )
+
+
+def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]:
+    """Remove the probes.
+
+    Returns:
+        The size of the gradient g by site, of those that a backward pass has reached, and the temporary values held.
+        Nothing if a gradient is not finite: a loss scale was too large then, or the training diverges.
+    """
+    gradients, values = {}, 0
+    for name, adapter in adapters.items():
+        if adapter.probe is None:
+            continue
+        gradient = adapter.probe.gradient()
+        if gradient is not None:
+            gradients[name] = gradient
+            values += adapter.probe.values
+        adapter.probe = None
+    sizes = torch.stack(list(gradients.values())).tolist() if gradients else []
+    if not all(math.isfinite(size) for size in sizes):
+        return {}, 0
+    return dict(zip(gradients, sizes, strict=True)), values
+
+
+def probed_scores(
+    metric: Metric, gradients: Mapping[str, float], measured: Mapping[str, float], sought: Iterable[str]
+) -> dict[str, float]:
+    """Return the scores of the sought sites by the formula above.
+
+    Args:
+        metric: what is scored.
+        gradients: g of every site, from `take_probes`.
+        measured: scores of sites from their own triplets in the same backward pass.
+        sought: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
+    """
+    power = METRICS[metric].probe_power
+    assert power is not None
+    sizes = {name: size**power for name, size in gradients.items()}
+    ratios = [score / sizes[name] for name, score in measured.items() if sizes.get(name)]
+    if not ratios:
+        return {}
+    ratio = statistics.median(ratios)
+    return {name: sizes[name] * ratio for name in sought if name in sizes}
+
+
+def check_fisher(
+    model: nn.Module, images: Tensor, labels: Tensor, *, class_weights: Tensor | None = None
+) -> FisherCheck:
+    """Compare the score `fisher` with the empirical Fisher that it stands in for; no gradient is left behind.
+
+    With g_n the gradient of sample n's loss with respect to a triplet's parameters, on the same N samples and weights,
+
+        per sample   1/N sum_n ||g_n||^2       trace of the diagonal empirical Fisher (arXiv 1905.12558, eq. 3)
+        minibatch    || 1/N sum_n g_n ||^2     what `fisher` smooths over steps: without the noise that averages out
+                                               over the batch, which is most of the first
+
+    and a site's value is the mean over its triplets. Neither is the Fisher: labels come from the data, not from the
+    model. It takes one backward pass a sample, in float32, so its memory is that of a batch of one.
+
+    Args:
+        model: carries the adapters.
+        images: calibration batch (N, 3, S, S) of training images, normalised, on the model's device.
+        labels: (N,) int64.
+        class_weights: (classes,) of the training loss, if it has any; g_n then carries its sample's weight, so that
+            the mean is still the gradient of the batch's loss, which divides by N.
+
+    Raises:
+        UserError: if no site has rank.
+    """
+    adapters = {name: adapter for name, adapter in site_adapters(model).items() if adapter.rank}
+    if not adapters:
+        raise UserError("no site has rank; there is nothing to compare", field="model")
+    parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
+    share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
+    per_sample = dict.fromkeys(adapters, 0.0)
+    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    with evaluating(model):
+        for image, label, factor in zip(images, labels, share, strict=True):
+            model.zero_grad(set_to_none=True)
+            (factor * F.cross_entropy(model(image[None]), label[None])).backward()
+            for name, value in mean_per_triplet(squared_gradients(adapters)).items():
+                per_sample[name] += value / len(labels)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            torch._foreach_add_(mean_gradients, gradients, alpha=1 / len(labels))
+    for parameter, gradient in zip(parameters, mean_gradients, strict=True):
+        parameter.grad = gradient
+    minibatch = mean_per_triplet(squared_gradients(adapters))
+    model.zero_grad(set_to_none=True)
+    rho = spearman(list(minibatch.values()), list(per_sample.values()))
+    return FisherCheck(images=len(labels), minibatch=minibatch, per_sample=per_sample, rho=rho)

@@ -34,10 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.allocation.budget import largest_ranks, rank_costs
+from peft_vit.allocation.calibration import squared_singular_values, weight_gradients
 from peft_vit.allocation.importance import weight_scores
-from peft_vit.allocation.layer_gradients import frozen, layer_gradients, squared_singular_values
-from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate
+from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate, largest_ranks, rank_costs
 from peft_vit.backbones import Site
 from peft_vit.config import ORDERED_RULES, StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -139,7 +138,13 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
             by_rank = {name: np.array([score]) for name, score in weight_scores(model, "stable_rank").items()}
         else:
             assert batch is not None
-            gradients = _weight_gradients(model, sites, batch)
+            images, labels, loss = batch
+
+            def share_of_mean(logits: Tensor, part: slice) -> Tensor:
+                return loss(logits.float(), labels[part]) * (len(logits) / len(images))
+
+            modules = list(dict.fromkeys(site.module for site in sites))
+            gradients = weight_gradients(model, modules, images, model, share_of_mean)
             by_rank = {site.name: squared_singular_values(gradients[site.module][site.span]).numpy() for site in sites}
         finite = all(np.isfinite(scores).all() for scores in by_rank.values())
     except torch.linalg.LinAlgError:  # of a matrix with NaN
@@ -148,24 +153,6 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
         problem = f"rule {rule} gave scores that are not finite; look for NaN in weights and images"
         raise UserError(problem, field="lora.ranks.rule")
     return by_rank
-
-
-def _weight_gradients(model: nn.Module, sites: Sequence[Site], batch: CalibrationBatch) -> dict[str, Tensor]:
-    """Return G (out, in) of each module."""
-    images, labels, loss = batch
-    sizes: list[int] = []
-
-    def mean_loss(logits: Tensor, part: slice) -> Tensor:
-        sizes.append(len(logits))
-        return loss(logits.float(), labels[part])
-
-    modules = list(dict.fromkeys(site.module for site in sites))
-    mean: dict[str, Tensor] = {}
-    with frozen(model):
-        for name, outputs, inputs in layer_gradients(model, modules, images, model, mean_loss):
-            gradient = outputs.flatten(0, -2).T @ inputs.flatten(0, -2)  # (out, in)
-            mean[name] = mean.get(name, 0) + gradient * (sizes[-1] / len(images))
-    return mean
 
 
 def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:

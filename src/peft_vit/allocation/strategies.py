@@ -1,4 +1,4 @@
-"""From scores to ranks: pure functions of scores, budget, bounds and costs.
+"""From scores to ranks: what a rank costs, how much is allowed at which step, and who gets it. Steps count from 1.
 
 A budget has a unit: ranks, in which each rank costs 1, or another, in which a rank of one site may cost more than a
 rank of another. A score per unit of cost then takes the place of the score:
@@ -14,8 +14,8 @@ In ranks the budget is met exactly: the lesser of the budget and the sum of maxi
 exceeded, and what is left is less than one more rank of any site with room costs: what the chosen sites can't take
 goes to the others. Ties go to the larger score, then to the first site.
 
-All arithmetic is in whole numbers: equal shares are equal, the order of the sites changes no sum, and a budget of many
-millions of bytes is not exceeded by a rounding error.
+All arithmetic is in whole numbers: equal shares are equal, the order of the sites changes no sum, and a budget of
+many millions of bytes is not exceeded by a rounding error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.config import Strategy
+from peft_vit.backbones import Site
+from peft_vit.config import AdaLoraConfig, BudgetUnit, Strategy
 from peft_vit.errors import UserError
 
 Floats = NDArray[np.float64]
@@ -44,22 +45,163 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class _Sites:
-    """What the strategies need to know of each site, in whole numbers.
+class BudgetSchedule:
+    """The budget's course over one run, in the unit of the budget.
 
     Attributes:
-        costs: of one rank.
-        worth: score per unit of cost, times a factor that all share.
-        place: 0 for the best site by worth, then by score, then by order.
+        initial: allowed during warm-up, b0.
+        total: allowed in the end, b_T.
+        warmup_steps: t_i, the step of the first decision.
+        update_frequency: steps between decisions.
+        final_steps: t_f, steps at the end with frozen ranks; the last decision falls just before them.
+        total_steps: T.
     """
 
-    costs: list[int]
-    worth: list[int]
-    place: list[int]
+    initial: int
+    total: int
+    warmup_steps: int
+    update_frequency: int
+    final_steps: int
+    total_steps: int
 
-    def cost(self, ranks: Sequence[int]) -> int:
-        """Return what ranks cost together."""
-        return sum(cost * rank for cost, rank in zip(self.costs, ranks, strict=True))
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.last_update:
+            raise UserError(
+                f"warmup_steps {self.warmup_steps} plus final_steps {self.final_steps} leave no step for a decision "
+                f"in {self.total_steps} steps; shorten them or train longer",
+                field="adalora.warmup_steps",
+            )
+
+    @property
+    def last_update(self) -> int:
+        """Return the step of the last decision, T - t_f."""
+        return self.total_steps - self.final_steps
+
+    def last_due(self, step: int) -> int:
+        """Return the last step, `step` included, after which ranks are decided; 0 if there was none yet."""
+        if step < self.warmup_steps:
+            return 0
+        if step >= self.last_update:
+            return self.last_update
+        return step - (step - self.warmup_steps) % self.update_frequency
+
+    def budget_at(self, step: int) -> int:
+        """Return what is allowed while no later decision was taken than the one at or before `step`.
+
+        Cubic between warm-up and the last decision (arXiv 2303.10512, sec. 3.3 and appendix A):
+        b_T + (b0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3, rounded down as in the official code. It moves only at
+        decisions.
+        """
+        decided = self.last_due(step)
+        if decided == 0:
+            return self.initial
+        if decided == self.last_update:
+            return self.total
+        span = self.last_update - self.warmup_steps
+        left = self.last_update - decided
+        # In integers: a float could land just below a whole number and be rounded down to the one before.
+        return self.total + (self.initial - self.total) * left**3 // span**3
+
+
+def costs_for(config: AdaLoraConfig, sites: Sequence[Site], pool: int = 1) -> Ints:
+    """Return what one rank of each site costs in the unit of the budget, (sites,).
+
+    A triplet of a site holds (in / pool) + out trained values, in the svd form one more. In ranks each triplet costs
+    1, in parameters its values, in bytes 4 a value (adapters train and are stored in float32), in macs one
+    multiply-accumulate a value and token: the two skinny products of the forward pass of one image.
+
+    Args:
+        config: the `adalora` section.
+        sites: that carry adapters.
+        pool: inputs per group on which an update is constant.
+    """
+    return rank_costs(config.budget.unit, sites, pool=pool, svd=config.parametrization == "svd")
+
+
+def rank_costs(unit: BudgetUnit, sites: Sequence[Site], *, pool: int = 1, svd: bool = False) -> Ints:
+    """Return what one rank of each site costs in a unit, (sites,), see `costs_for`."""
+    if unit == "ranks":
+        return np.ones(len(sites), dtype=np.int64)
+    values = np.array([site.in_features // pool + site.out_features + svd for site in sites], dtype=np.int64)
+    if unit == "macs":
+        return values * np.array([site.tokens for site in sites], dtype=np.int64)
+    return values * {"parameters": 1, "bytes": 4}[unit]
+
+
+def largest_ranks(sites: Sequence[Site], pool: int = 1) -> Ints:
+    """Return the rank of each site above which more can't change its update, min(in / pool, out), (sites,)."""
+    return np.array([min(site.in_features // pool, site.out_features) for site in sites], dtype=np.int64)
+
+
+def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
+    """Return the schedule of a configuration, in the unit of its budget.
+
+    Raises:
+        UserError: if the initial budget is more than the sites can hold, or the steps leave none for a decision.
+    """
+    unit, total, _ = config.budget
+    initial, most = total, int(costs @ bounds.maximum)
+    if config.initial_budget is not None:
+        initial = config.initial_budget
+        if initial > most:
+            raise UserError(
+                f"{initial} {unit} are more than the {most} that the sites can hold; lower it",
+                field="adalora.initial_budget",
+            )
+    elif config.budget_schedule == "cubic":
+        # AdaLoRA starts at 1.5 times its target; and below one rank a site, a site could never show what it is worth.
+        initial = max(min(max(round(1.5 * total), int(costs.sum())), most), total)
+    final_steps = total_steps // 4 if config.final_steps is None else config.final_steps
+    return BudgetSchedule(initial, total, config.warmup_steps, config.update_frequency, final_steps, total_steps)
+
+
+def bounds_for(config: AdaLoraConfig, largest: Ints, costs: Ints) -> Bounds:
+    """Return each site's bounds, and refuse a budget that they can't meet, or under which nothing is decided.
+
+    Args:
+        config: the `adalora` section.
+        largest: rank of each site, from `largest_ranks`.
+        costs: of one rank of each site, from `costs_for`.
+
+    Raises:
+        UserError: naming the setting and what the sites allow.
+    """
+    if config.maximum_rank is not None and config.maximum_rank > largest.max():
+        raise UserError(
+            f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
+            field="adalora.maximum_rank",
+        )
+    maximum = largest if config.maximum_rank is None else np.minimum(largest, config.maximum_rank)
+    minimum = np.full(len(largest), config.minimum_rank, dtype=np.int64)
+    if (minimum > maximum).any():
+        raise UserError(
+            f"{config.minimum_rank} lies above a site's largest rank {maximum.min()}; lower it",
+            field="adalora.minimum_rank",
+        )
+    least, most = max(int(costs @ minimum), int(costs.min())), int(costs @ maximum)
+    unit, total, field = config.budget
+    if not least <= total <= most:
+        reason = f"minimum ranks of {len(minimum)} sites" if config.minimum_rank else "one rank of the cheapest site"
+        raise UserError(
+            f"expected {least} ({reason}) to {most} {unit} (what the sites can hold), got {total}",
+            field=f"adalora.{field}",
+        )
+    if total - int(costs @ minimum) < costs.min():
+        raise UserError(
+            f"the minimum ranks of {len(minimum)} sites take the {total} {unit} of {field}, and nothing is left to "
+            "decide; lower it",
+            field="adalora.minimum_rank",
+        )
+    sites = len(minimum)
+    if config.top_k is not None and config.top_k >= sites:
+        reason = f"exceeds the {sites} sites" if config.top_k > sites else "is every site, and scores decide nothing"
+        raise UserError(f"{config.top_k} {reason}; lower it", field="adalora.top_k")
+    if config.threshold_tau > sites:
+        raise UserError(
+            f"no score can be {config.threshold_tau} times the mean of {sites} sites; lower it",
+            field="adalora.threshold_tau",
+        )
+    return Bounds(minimum, maximum)
 
 
 def even_ranks(budget: int, bounds: Bounds, costs: Ints) -> Ints:
@@ -94,10 +236,8 @@ def allocate(
     Raises:
         UserError: if the minima cost more than the budget, a score is negative or not finite, or a cost below 1.
     """
-    _check_scores(scores)
-    costs = np.ones(len(scores), np.int64) if costs is None else costs
-    sites = _sites(scores, costs)
-    low, high = [int(rank) for rank in bounds.minimum], [int(rank) for rank in bounds.maximum]
+    sites = _Sites.of(scores, np.ones(len(scores), np.int64) if costs is None else costs)
+    low, high = bounds.minimum.tolist(), bounds.maximum.tolist()
     if budget < sites.cost(low):
         raise UserError(
             f"{budget} lies below what the sites' minimum ranks cost, {sites.cost(low)} together; raise it",
@@ -106,43 +246,30 @@ def allocate(
     if strategy == "global":
         if triplet_scores is None:
             raise UserError("the global strategy ranks triplets; give their scores", field="triplet_scores")
-        ranks = _keep_best_triplets(sites, triplet_scores, budget, low, high)
+        ranks = sites.best_triplets(triplet_scores, budget, low, high)
     else:
-        chosen = set(range(len(scores)))
+        chosen, weights = set(range(len(scores))), sites.worth
         if strategy == "threshold":
-            chosen = reach_threshold(scores, costs, threshold_tau)
+            chosen = sites.above(threshold_tau)
         elif strategy == "top_k":
             wanted = max(1, len(scores) // 2) if top_k is None else top_k
             chosen = {site for site, place in enumerate(sites.place) if place < wanted}
-        reach = [most if site in chosen else least for site, (least, most) in enumerate(zip(low, high, strict=True))]
-        weights = _per_cost([1.0] * len(scores), sites.costs) if strategy == "top_k" else sites.worth
-        ranks = _share(sites, weights, budget, low, reach)
-    # What is left goes to whoever can take it.
-    return np.array(_share(sites, sites.worth, budget, ranks, high), dtype=np.int64)
+            weights = _per_cost([1.0] * len(scores), sites.costs)
+        reach = [high[site] if site in chosen else low[site] for site in range(len(scores))]
+        ranks = sites.share(weights, budget, low, reach)
+    return np.array(sites.share(sites.worth, budget, ranks, high), dtype=np.int64)  # what is left, to all
 
 
-def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> set[int]:
-    """Return the sites that `threshold` chooses; arguments as for `allocate`."""
-    worth = _sites(scores, costs).worth
-    bar = Fraction(threshold_tau) * sum(worth) / len(worth)
-    return {site for site, one in enumerate(worth) if one >= bar}
+def reach_threshold(scores: Floats, costs: Ints, threshold_tau: float) -> bool:
+    """Return whether any site reaches the bar of `threshold`; arguments as for `allocate`."""
+    return bool(_Sites.of(scores, costs).above(threshold_tau))
 
 
-def _check_scores(scores: Floats) -> None:
+def _checked(scores: Floats) -> list[float]:
     if not np.all(np.isfinite(scores)) or np.any(scores < 0):
         raise UserError("importance scores must be finite and not negative", field="importance_scores")
-
-
-def _sites(scores: Floats, costs: Ints) -> _Sites:
-    if np.any(costs < 1):
-        raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
-    whole_costs = [int(cost) for cost in costs]
-    worth = _per_cost([float(score) for score in scores], whole_costs)
-    best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
-    place = [0] * len(worth)
-    for position, site in enumerate(best_first):
-        place[site] = position
-    return _Sites(whole_costs, worth, place)
+    values: list[float] = scores.tolist()
+    return values
 
 
 def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
@@ -155,76 +282,91 @@ def _per_cost(values: Sequence[float], costs: Sequence[int]) -> list[int]:
     ]
 
 
-def _share(sites: _Sites, weights: list[int], budget: int, low: list[int], high: list[int]) -> list[int]:
-    """Return ranks within bounds in proportion to the weights, as many as the budget buys, by largest remainder."""
-    ranks, remainders = _quotas(sites, weights, budget, low, high)
-    left = budget - sites.cost(ranks)
-    order = sorted(range(len(ranks)), key=lambda site: (-remainders[site], sites.place[site]))
-    given = True
-    while given:  # once in ranks; in other units what does not buy a dear rank may buy several cheap ones
-        given = False
-        for site in order:
-            if ranks[site] < high[site] and sites.costs[site] <= left:
-                ranks[site] += 1
-                left -= sites.costs[site]
-                given = True
-    return ranks
+@dataclass(frozen=True)
+class _Sites:
+    """What the strategies need to know of each site.
 
-
-def _quotas(
-    sites: _Sites, weights: list[int], budget: int, low: list[int], high: list[int]
-) -> tuple[list[int], list[int]]:
-    """Return quotas, clip(level * weight, low, high) at the level at which they cost the budget (water-filling).
-
-    Sites without weight count only once the others are full; then equal amounts are spent on them.
-
-    Returns:
-        The whole part of each quota, and the remainders as numerators over a denominator that all share.
+    Attributes:
+        costs: of one rank.
+        worth: score per unit of cost, times a factor that all share.
+        place: 0 for the best site by worth, then by score, then by order.
     """
-    full = [most if weight else least for weight, least, most in zip(weights, low, high, strict=True)]
-    if sites.cost(full) <= budget:
-        equal = _per_cost([1.0] * len(weights), sites.costs)
-        weights = [0 if weight else share for weight, share in zip(weights, equal, strict=True)]
-        low = full
-    if sites.cost(high) <= budget:
-        return list(high), [0] * len(high)
-    ranks, remainders = list(low), [0] * len(low)
-    free = [site for site, weight in enumerate(weights) if weight]
-    left = budget - sum(sites.costs[site] * rank for site, rank in enumerate(low) if not weights[site])
-    while free:
-        total = sum(sites.costs[site] * weights[site] for site in free)  # the level is left / total
-        below = [site for site in free if left * weights[site] < low[site] * total]
-        above = [site for site in free if left * weights[site] > high[site] * total]
-        if not below and not above:
-            break
-        missing = sum(sites.costs[site] * (low[site] * total - left * weights[site]) for site in below)
-        surplus = sum(sites.costs[site] * (left * weights[site] - high[site] * total) for site in above)
-        # Raising those below takes more than cutting those above gives: the level can only fall, so they stay there.
-        held, bound = (below, low) if missing >= surplus else (above, high)
-        for site in held:
-            ranks[site] = bound[site]
-            left -= sites.costs[site] * bound[site]
-        free = [site for site in free if site not in set(held)]
-    for site in free:
-        ranks[site], remainders[site] = divmod(left * weights[site], total)
-    return ranks, remainders
 
+    costs: list[int]
+    worth: list[int]
+    place: list[int]
 
-def _keep_best_triplets(
-    sites: _Sites, triplets: Sequence[Floats], budget: int, low: list[int], high: list[int]
-) -> list[int]:
-    """Fill each site's minimum, then take present triplets, the best first, as far as they fit."""
-    ranks = list(low)
-    left = budget - sites.cost(low)
-    owners, scores = [], []  # of triplets beyond each site's minimum
-    for site, values in enumerate(triplets):
-        best_first = np.sort(values)[::-1][low[site] : high[site]]
-        _check_scores(best_first)
-        owners += [site] * len(best_first)
-        scores += [float(score) for score in best_first]
-    worth = _per_cost(scores, [sites.costs[site] for site in owners])
-    for _, _, site in sorted(zip((-one for one in worth), (sites.place[site] for site in owners), owners, strict=True)):
-        if sites.costs[site] <= left:
-            ranks[site] += 1
-            left -= sites.costs[site]
-    return ranks
+    @classmethod
+    def of(cls, scores: Floats, costs: Ints) -> _Sites:
+        if np.any(costs < 1):
+            raise UserError(f"a rank costs at least 1, got {costs.min()}", field="costs")
+        worth = _per_cost(_checked(scores), costs.tolist())
+        best_first = sorted(range(len(worth)), key=lambda site: (-worth[site], -scores[site], site))
+        return cls(costs.tolist(), worth, np.argsort(best_first).tolist())
+
+    def cost(self, ranks: Sequence[int]) -> int:
+        """Return what ranks cost together."""
+        return sum(cost * rank for cost, rank in zip(self.costs, ranks, strict=True))
+
+    def above(self, threshold_tau: float) -> set[int]:
+        """Return the sites whose worth reaches so many times the mean."""
+        bar = Fraction(threshold_tau) * sum(self.worth) / len(self.worth)
+        return {site for site, worth in enumerate(self.worth) if worth >= bar}
+
+    def share(self, weights: list[int], budget: int, low: list[int], high: list[int]) -> list[int]:
+        """Return ranks within bounds in proportion to the weights, as many as the budget buys, by largest remainder.
+
+        Quotas are clip(level * weight, low, high) at the level at which they cost the budget (water-filling). Sites
+        without weight count only once the others are full; then equal amounts are spent on them.
+        """
+        if self.cost(high) <= budget:
+            return list(high)
+        full = [most if weight else least for weight, least, most in zip(weights, low, high, strict=True)]
+        if self.cost(full) <= budget:
+            low, equal = full, _per_cost([1.0] * len(weights), self.costs)
+            weights = [0 if weight else share for weight, share in zip(weights, equal, strict=True)]
+        ranks, remainders = list(low), [0] * len(low)  # of the quotas, over a denominator that all share
+        free = [site for site, weight in enumerate(weights) if weight]
+        left = budget - sum(self.costs[site] * rank for site, rank in enumerate(low) if not weights[site])
+        while free:
+            total = sum(self.costs[site] * weights[site] for site in free)  # the level is left / total
+            below = [site for site in free if left * weights[site] < low[site] * total]
+            above = [site for site in free if left * weights[site] > high[site] * total]
+            if not below and not above:
+                for site in free:
+                    ranks[site], remainders[site] = divmod(left * weights[site], total)
+                break
+            missing = sum(self.costs[site] * (low[site] * total - left * weights[site]) for site in below)
+            surplus = sum(self.costs[site] * (left * weights[site] - high[site] * total) for site in above)
+            # Raising those below takes more than cutting those above gives: the level can only fall, so they stay.
+            held, bound = (below, low) if missing >= surplus else (above, high)
+            for site in held:
+                ranks[site] = bound[site]
+                left -= self.costs[site] * bound[site]
+            free = [site for site in free if site not in held]
+        left = budget - self.cost(ranks)
+        order = sorted(range(len(ranks)), key=lambda site: (-remainders[site], self.place[site]))
+        given = True
+        while given:  # once in ranks; in other units what does not buy a dear rank may buy several cheap ones
+            given = False
+            for site in order:
+                if ranks[site] < high[site] and self.costs[site] <= left:
+                    ranks[site] += 1
+                    left -= self.costs[site]
+                    given = True
+        return ranks
+
+    def best_triplets(self, triplets: Sequence[Floats], budget: int, low: list[int], high: list[int]) -> list[int]:
+        """Fill each site's minimum, then take present triplets, the best first, as far as they fit."""
+        ranks, left = list(low), budget - self.cost(low)
+        owners, scores = [], []  # of triplets beyond each site's minimum
+        for site, values in enumerate(triplets):
+            best_first = _checked(np.sort(values)[::-1][low[site] : high[site]])
+            owners += [site] * len(best_first)
+            scores += best_first
+        worth = _per_cost(scores, [self.costs[site] for site in owners])
+        for _, _, site in sorted((-value, self.place[site], site) for value, site in zip(worth, owners, strict=True)):
+            if self.costs[site] <= left:
+                ranks[site] += 1
+                left -= self.costs[site]
+        return ranks

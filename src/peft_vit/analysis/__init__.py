@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.analysis.allocation import Allocation, RunAllocation
+from peft_vit.analysis.allocation import Allocation
 from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
 from peft_vit.analysis.comparison import AllPairs, Estimate, MethodResult, Pair, all_pairs, method_results
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.importance import ImportancePattern, importance_patterns
+from peft_vit.analysis.importance import ImportancePattern, fisher_checks, importance_patterns, study_agreements
 from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.results import Results, load_studies, read_results
-from peft_vit.analysis.stability import (
-    FisherAgreement,
-    SeedAgreement,
-    StudyAgreement,
-    fisher_agreements,
-    seed_agreements,
-    study_agreements,
-)
 from peft_vit.analysis.stopping import compare_all, compare_with_references, study_courses
 from peft_vit.analysis.studies import Run, Study
+from peft_vit.records import FisherCheck
 from peft_vit.statistics.sequential import Course
 
 
@@ -40,8 +33,7 @@ class Analysis:
     calibration: tuple[Calibration, ...]
     calibration_differences: tuple[CalibrationDifferences, ...]
     importance: tuple[ImportancePattern, ...]
-    seed_agreements: tuple[SeedAgreement, ...]
-    fisher: tuple[FisherAgreement, ...]
+    fisher: dict[str, list[FisherCheck]]
     allocation: tuple[Allocation, ...]
     against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
@@ -64,8 +56,7 @@ def analyze(study: Study) -> Analysis:
         calibration=calibrated,
         calibration_differences=calibration_differences,
         importance=patterns,
-        seed_agreements=seed_agreements(patterns),
-        fisher=fisher_agreements(study),
+        fisher=fisher_checks(study),
         allocation=tuple(evidence.allocation.values()),
         against_controls=against_controls(study),
         quantization=tuple(evidence.quantization.values()),

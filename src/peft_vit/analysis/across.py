@@ -14,13 +14,13 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
 from peft_vit.analysis.comparison import DECIMALS, Estimate, MethodResult, compare, decide, method_results, references
-from peft_vit.analysis.importance import importance_patterns
+from peft_vit.analysis.importance import importance_patterns, study_agreements
 from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.results import load_studies
-from peft_vit.analysis.stability import StudyAgreement, study_agreements
 from peft_vit.analysis.stopping import compare_all
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.errors import UserError
@@ -83,7 +83,7 @@ class Across:
     refusals: tuple[Refusal, ...]  # what was not pooled, and why
     alone: dict[str, str]  # experiment -> the one study with finished runs of it
     # of the importance of sites, between experiments of two studies with the same strategy and metric
-    agreements: tuple[StudyAgreement, ...]
+    agreements: list[dict[str, Any]]  # rows of `study_agreements`
 
 
 def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -13,34 +14,10 @@ from peft_vit.analysis.comparison import Estimate, compare_values, decide, same_
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.limits import SAME_SIZE
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import BudgetUnit, ExperimentConfig
+from peft_vit.config import ExperimentConfig
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 SETTLED_AT = 0.9  # share of the final ranks
-
-
-@dataclass(frozen=True)
-class RunAllocation:
-    """One run's ranks."""
-
-    seed: int
-    used: int  # ranks at the end
-    spent: int  # what they cost, in the budget's unit
-    budget: int | None  # allowed at the end, in its unit
-    unit: BudgetUnit  # of the budget
-    gini: float | None  # concentration of the final ranks over sites, 0 for equal ranks
-    entropy: float | None  # evenness of the final ranks, 1 for equal ranks
-    sites: int
-    sites_without_rank: int  # sites with rank 0 at the end
-    updates: int  # number of rank entries after the first
-    steps: tuple[int, ...]  # at which entries begin, the first included
-    # ranks that went from one site to another at each update; what the budget took away does not count
-    moved: tuple[int, ...]
-    churn: tuple[float | None, ...]  # `moved` over the ranks that are held after the update; None where none are
-    agreement_with_final: tuple[float | None, ...]  # Spearman's rho of the ranks from each entry on with the final ones
-    # `overlap` of the ranks from each entry on with the final ones; None without ranks
-    overlap_with_final: tuple[float | None, ...]
-    settled_step: int | None  # first step from which on that overlap is at least SETTLED_AT; None without final ranks
 
 
 @dataclass(frozen=True)
@@ -57,7 +34,8 @@ class Allocation:
 
     experiment: ExperimentConfig
     grid: Grid
-    runs: tuple[RunAllocation, ...]
+    runs: tuple[dict[str, Any], ...]  # a row a run, see `_run_row`
+    course: tuple[dict[str, Any], ...]  # a row a run and entry of its ranks, see `_course_rows`
     maps: tuple[RankMap, ...]  # at the steps that all seeds share
     rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
     against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
@@ -65,30 +43,30 @@ class Allocation:
 
 def allocations(study: Study) -> tuple[Allocation, ...]:
     """Return one row for each experiment with adaptive ranks that has a finished run with recorded ranks."""
-    found = []
-    for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora"):
-        runs = [run for run in study.of(experiment.name) if run.adapted_sites()]
-        if runs:
-            found.append((experiment, runs))
+    found = [
+        (experiment, runs)
+        for experiment in study.with_method("adalora", "peft_adalora", "qa_adalora")
+        if (runs := [run for run in study.of(experiment.name) if run.adapted_sites()])
+    ]
     family = decide([against_fixed_lora(study, runs, experiment.name) for experiment, runs in found], study.untested)
-    return tuple(
-        _allocation(experiment, runs, against) for (experiment, runs), against in zip(found, family, strict=True)
-    )
-
-
-def _allocation(experiment: ExperimentConfig, runs: list[Run], against: Estimate) -> Allocation:
-    grid = Grid.of(runs[0].adapted_sites())
-    finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
-    return Allocation(
-        experiment=experiment,
-        grid=grid,
-        runs=tuple(_run_allocation(run) for run in runs),
-        maps=_rank_maps(grid, runs),
-        rank_by_matrix={
-            matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
-        },
-        against_fixed=against,
-    )
+    rows = []
+    for (experiment, runs), against in zip(found, family, strict=True):
+        grid = Grid.of(runs[0].adapted_sites())
+        finals = np.stack([_fill_ranks(grid, run.final_ranks()) for run in runs])  # (seeds, blocks, matrices)
+        rows.append(
+            Allocation(
+                experiment=experiment,
+                grid=grid,
+                runs=tuple(map(_run_row, runs)),
+                course=tuple(row for run in runs for row in _course_rows(run)),
+                maps=_rank_maps(grid, runs),
+                rank_by_matrix={
+                    matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
+                },
+                against_fixed=against,
+            )
+        )
+    return tuple(rows)
 
 
 def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
@@ -96,33 +74,52 @@ def _fill_ranks(grid: Grid, ranks: dict[str, int]) -> np.ndarray:
     return grid.fill({site.name: ranks.get(site.name, 0) for site in grid.sites})
 
 
-def _run_allocation(run: Run) -> RunAllocation:
-    history = run.record.rank_history
+def _ranks(run: Run) -> list[list[int]]:
+    """Return (entries, sites) ranks."""
     names = [site.name for site in run.adapted_sites()]
-    ranks = [[entry.ranks.get(name, 0) for name in names] for entry in history]
+    return [[entry.ranks.get(name, 0) for name in names] for entry in run.record.rank_history]
+
+
+def _run_row(run: Run) -> dict[str, Any]:
+    """Return where one run's budget went."""
+    ranks, last = _ranks(run), run.record.rank_history[-1]
     final = ranks[-1]
     spread = sum(final) > 0 and len(final) > 1
-    steps = tuple(entry.step for entry in history)
-    moved = tuple(moved_ranks(before, after) for before, after in pairwise(ranks))
-    overlaps = tuple(overlap(then, final) for then in ranks)
-    return RunAllocation(
-        seed=run.seed,
-        used=sum(final),
-        spent=history[-1].spent,
-        budget=history[-1].budget,
-        unit=history[-1].unit,
-        gini=gini(final) if spread else None,
-        entropy=normalized_entropy(final) if spread else None,
-        sites=len(names),
-        sites_without_rank=sum(rank == 0 for rank in final),
-        updates=len(history) - 1,
-        steps=steps,
-        moved=moved,
-        churn=tuple(m / sum(after) if sum(after) else None for m, after in zip(moved, ranks[1:], strict=True)),
-        agreement_with_final=tuple(spearman(then, final) for then in ranks),
-        overlap_with_final=overlaps,
-        settled_step=settled_step(steps, overlaps),
-    )
+    return {
+        "experiment": run.experiment.name,
+        "seed": run.seed,
+        "budget": last.budget,  # allowed at the end, in its unit
+        "unit": last.unit,
+        "spent": last.spent,  # what the ranks cost, in that unit
+        "used": sum(final),  # ranks at the end
+        "sites": len(final),
+        "sites_without_rank": sum(rank == 0 for rank in final),
+        "gini": gini(final) if spread else None,  # concentration of the final ranks over sites, 0 for equal ranks
+        "evenness": normalized_entropy(final) if spread else None,  # 1 for equal ranks
+        "updates": len(ranks) - 1,
+        "moved": [moved_ranks(before, after) for before, after in pairwise(ranks)],  # at each update
+    }
+
+
+def _course_rows(run: Run) -> list[dict[str, Any]]:
+    """Return how one run's ranks came to where they end: a row an entry, the first included."""
+    ranks = _ranks(run)
+    steps = [entry.step for entry in run.record.rank_history]
+    overlaps = [overlap(then, ranks[-1]) for then in ranks]
+    moved = [None, *(moved_ranks(before, after) for before, after in pairwise(ranks))]
+    return [
+        {
+            "experiment": run.experiment.name,
+            "seed": run.seed,
+            "step": step,
+            "moved": of,
+            "churn": None if of is None or not sum(then) else of / sum(then),  # over the ranks that are held afterwards
+            "rho_with_final": spearman(then, ranks[-1]),
+            "overlap_with_final": shared,
+            "settled_step": settled_step(steps, overlaps),
+        }
+        for step, then, of, shared in zip(steps, ranks, moved, overlaps, strict=True)
+    ]
 
 
 def moved_ranks(before: list[int], after: list[int]) -> int:

@@ -15,10 +15,9 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.analysis.comparison import Estimate, compare, decide, known_interval, references
+from peft_vit.analysis.comparison import Estimate, compare, decide, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import Interval
 
 BINS = 15  # as for the ECE of the records
 
@@ -41,8 +40,6 @@ class Calibration:
     """One experiment over its seeds."""
 
     experiment: ExperimentConfig
-    # mean and interval of each measure, and of `overconfidence`, mean confidence minus accuracy; None: no predictions
-    intervals: dict[str, Interval | None]
     # equal-width bins over the predictions of all seeds. Seeds share images, so they are no independent draws, and an
     # interval from their count would be too narrow
     bins: tuple[Bin, ...]
@@ -120,13 +117,14 @@ def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], flo
     return of
 
 
-_MEASURES: dict[Measure, Callable[[Run], float | None]] = {
+MEASURES: dict[Measure, Callable[[Run], float | None]] = {
     "nll": lambda run: run.test.nll,
     "ece": lambda run: run.test.ece,
     "adaptive_ece": _of_predictions(lambda p, hit: calibration_error(equal_count_bins(p, hit))),
     "brier": _of_predictions(confidence_brier),
 }
-_OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
+# mean confidence minus accuracy
+OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
 
 
 def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[CalibrationDifferences, ...]]:
@@ -138,7 +136,7 @@ def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[Calibratio
     families = []
     for reference in references(study):
         others = [name for name in runs_of if name != reference]
-        for measure, value in _MEASURES.items():
+        for measure, value in MEASURES.items():
             family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
             if any(comparison.interval is not None for comparison in family):
                 families.append(CalibrationDifferences(measure, reference, decide(family, study.untested)))
@@ -159,10 +157,6 @@ def _calibration(runs: tuple[Run, ...]) -> Calibration:
     confidence, right = [p for p, _ in known.values()], [hit for _, hit in known.values()]
     return Calibration(
         experiment=runs[0].experiment,
-        intervals={
-            name: known_interval(map(value, runs))
-            for name, value in (*_MEASURES.items(), ("overconfidence", _OVERCONFIDENCE))
-        },
         bins=equal_width_bins(np.concatenate(confidence), np.concatenate(right)) if known else (),
         seeds=tuple(known),
         without=tuple(run.seed for run in runs if run.seed not in known),

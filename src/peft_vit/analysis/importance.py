@@ -1,20 +1,27 @@
-"""Which layers matter, by the scores that AdaLoRA decided with.
+"""Which layers matter, by the scores that AdaLoRA decided with; and whether that repeats over seeds and studies.
 
 Scores of different metrics have different units and scales, so a run's scores are divided by their mean over
 its sites: a relative score of 1 is an average site of that run.
+
+Agreement describes. The sites of one network are no independent draws, so no p-value comes from their number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
+import scipy
+from numpy.typing import ArrayLike
 
-from peft_vit.analysis.comparison import known_mean
+from peft_vit.analysis.comparison import known_mean, same_source
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig
+from peft_vit.config import AdaLoraConfig, ExperimentConfig
+from peft_vit.records import FisherCheck
 from peft_vit.statistics import Interval, mean_interval, spearman
 
 
@@ -119,3 +126,107 @@ def _rho(left: dict[str, float], right: dict[str, float]) -> float | None:
     """Return Spearman's rho over the sites that both score."""
     common = sorted(left.keys() & right.keys())
     return spearman([left[name] for name in common], [right[name] for name in common])
+
+
+def kendalls_w(scores: ArrayLike) -> float | None:
+    """Return Kendall's W of (m, n) scores: 1 if all m judges order n things alike, near 0 if they do as chance would.
+
+    Judges are seeds here, and things are sites.
+
+    ``W = 12 S / (m^2 (n^3 - n) - m T)``, S the squared deviations of the n rank sums from their mean, T the sum of
+    t^3 - t over groups of t ties of each judge. Without ties the mean Spearman's rho over pairs of judges is ``(m W
+    - 1) / (m - 1)``. Source: Kendall & Babington Smith, Annals of Mathematical Statistics 10 (1939); computed from
+    Friedman's statistic of `scipy.stats.friedmanchisquare`, which is m (n - 1) W.
+
+    Returns:
+        None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
+
+    Raises:
+        ValueError: for scores that are no finite (m, n) array.
+    """
+    data = np.asarray(scores, dtype=np.float64)
+    if data.ndim != 2 or not np.isfinite(data).all():
+        raise ValueError("expected a two-dimensional array of finite scores")
+    judges, things = data.shape
+    if judges < 2 or things < 3 or (np.ptp(data, axis=1) == 0).any():
+        return None
+    return float(scipy.stats.friedmanchisquare(*data.T).statistic) / (judges * (things - 1))
+
+
+def seed_agreements(patterns: Sequence[ImportancePattern]) -> list[dict[str, Any]]:
+    """Return one row for each pattern: Kendall's W over its seeds of what all of them scored.
+
+    Of the last scores of sites, and of the mean relative scores of blocks and of matrix types.
+    """
+    rows = []
+    for pattern in patterns:
+        relative = pattern.relative_final.reshape(len(pattern.seeds), -1)  # (S, B * M)
+        by_matrix = np.stack([row_means(of.T) for of in pattern.relative_final])  # (S, M)
+        sites, blocks, matrices = (of[:, np.isfinite(of).all(axis=0)] for of in (relative, pattern.by_block, by_matrix))
+        rows.append(
+            {
+                "experiment": pattern.experiment.name,
+                "seeds": len(pattern.seeds),
+                "sites": sites.shape[1],
+                "kendalls_w": kendalls_w(sites),
+                "kendalls_w_blocks": kendalls_w(blocks),
+                "kendalls_w_matrices": kendalls_w(matrices),
+            }
+        )
+    return rows
+
+
+def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]) -> list[dict[str, Any]]:
+    """Return one row for each two experiments of two studies with the same method, metric and strategy.
+
+    `rho` is Spearman's of the mean final relative scores of the `sites` that both have; None if one of both is
+    constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
+    """
+    found = [
+        (study, pattern.experiment, section, _relative_by_site(pattern))
+        for study, patterns in scored
+        for pattern in patterns
+        if (section := pattern.experiment.section(AdaLoraConfig)) is not None  # PEFT's own has no metric of ours
+    ]
+    rows = []
+    for (study, a, own, scores), (other, b, its, other_scores) in combinations(found, 2):
+        same = (a.method, study.smoke) == (b.method, other.smoke) and (
+            own.importance_metric,
+            own.allocation_strategy,
+        ) == (its.importance_metric, its.allocation_strategy)
+        shared = sorted(scores.keys() & other_scores.keys())
+        if study.label == other.label or not same or not shared:
+            continue
+        rows.append(
+            {
+                "study": study.label,
+                "experiment": a.name,
+                "other_study": other.label,
+                "other_experiment": b.name,
+                "metric": own.importance_metric,
+                "images": _images(study),
+                "other_images": _images(other),
+                # otherwise sites share no more than a name
+                "same_backbone": len({same_source(run)[:2] for run in (*study.runs, *other.runs)}) == 1,
+                "sites": len(shared),
+                "rho": spearman([scores[s] for s in shared], [other_scores[s] for s in shared]),
+            }
+        )
+    return rows
+
+
+def _relative_by_site(pattern: ImportancePattern) -> dict[str, float]:
+    mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
+    by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
+    return {name: value for name, value in by_site.items() if np.isfinite(value)}
+
+
+def _images(study: Study) -> str:
+    return ", ".join(sorted({run.record.spec.data.title for run in study.runs}))
+
+
+def fisher_checks(study: Study) -> dict[str, list[FisherCheck]]:
+    """Return what runs recorded of how far the score `fisher` is from the empirical Fisher, by experiment."""
+    by_name = {e.name: [run.record.fisher_check for run in study.of(e.name)] for e in study.experiments}
+    known = {name: [check for check in checks if check is not None] for name, checks in by_name.items()}
+    return {name: checks for name, checks in known.items() if checks}

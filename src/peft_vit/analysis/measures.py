@@ -27,10 +27,15 @@ from peft_vit.analysis.comparison import (
     same_source,
     together,
 )
-from peft_vit.analysis.quantization import QuantizationImpact, quantization_impacts
-from peft_vit.analysis.size import FLOAT32_BITS, MeasuredSize, measured_size
+from peft_vit.analysis.quantization import (
+    FLOAT32_BITS,
+    QuantizationImpact,
+    layers_bits,
+    model_bytes,
+    quantization_impacts,
+)
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import ExperimentConfig, QaLoraConfig
+from peft_vit.config import ExperimentConfig
 from peft_vit.statistics import gini, mean_interval, normalized_entropy, spearman
 
 OVERHEAD_LIMIT = 0.10  # over the steps' seconds without scoring and reallocation
@@ -536,15 +541,11 @@ def overhead_below(evidence: Evidence, of: Group, parts: Set[str]) -> tuple[Esti
 @each_run("whose records lack the model's size", "quantization")
 def layers_factor(run: Run) -> float:
     """How many times smaller than float32 the quantized layers are, scales and offsets included."""
-    return FLOAT32_BITS / _size(run).layers_bits
+    return FLOAT32_BITS / layers_bits([run])
 
 
 @each_run("whose records lack the model's size", "quantization")
 def model_factor(run: Run) -> float | None:
     """How many times smaller than float32 the whole model is, everything counted."""
-    model = _size(run).model
+    model = model_bytes([run])
     return None if model is None else FLOAT32_BITS / model.bits_per_weight
-
-
-def _size(run: Run) -> MeasuredSize:
-    return measured_size(run.experiment.need(QaLoraConfig), [run])

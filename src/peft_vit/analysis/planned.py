@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from peft_vit.config import ExperimentConfig, StudyConfig
-from peft_vit.records import StudyFolder
+from peft_vit.records import StudyStatus
 from peft_vit.records.progress import RunStatus
 
 # missing: no record, and no study.json that would tell whether it was ever planned.
@@ -35,7 +35,7 @@ class UnfinishedRun:
 class Plan:
     """What is known of a study beside its records."""
 
-    folders: tuple[StudyFolder, ...] = ()  # those of this study; several if its results were brought together
+    folders: tuple[StudyStatus, ...] = ()  # those of this study; several if its results were brought together
     left_out: tuple[tuple[str, int, str], ...] = ()  # experiment and seed of runs whose records do not count, and why
 
     @property
@@ -77,7 +77,7 @@ def unfinished_runs(
     planned = set(plan.runs)
     known: dict[tuple[str, int], list[RunStatus]] = {}
     for folder in plan.folders:
-        for status in folder.unfinished:
+        for status in folder.runs:
             known.setdefault(run_of(status.run), []).append(status)
 
     def unfinished(run: tuple[str, int]) -> UnfinishedRun:

@@ -1,33 +1,23 @@
-"""What fewer bits cost in accuracy, and what they save in bytes."""
+"""What fewer bits cost in accuracy, and what they save in bytes: claimed of the format, and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
-from peft_vit.analysis.size import MeasuredSize, bits_by_layer, measured_size
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
-from peft_vit.statistics import Interval, mean_interval
+from peft_vit.records import QuantizationSummary
 
-_FLOAT32_BYTES = 4
-
-
-@dataclass(frozen=True)
-class BalanceStep:
-    """One measure of the balance of quantization and adaptation at one step, mean over the seeds that measured it."""
-
-    step: int
-    name: str
-    mean: float
-    n: int
-
+FLOAT32_BITS, FLOAT16_BITS = 32, 16
 
 # What is compared with the twin on float weights, paired by seed; each is a family over all experiments. Negative
 # log likelihood on test and both measures of the training loss are in nats: positive is worse, less steady, rougher.
@@ -40,57 +30,118 @@ _COMPARED: dict[str, Callable[[Run], float | None]] = {
 
 
 @dataclass(frozen=True)
+class ModelBytes:
+    """Where the bytes of a low-bit model are, mean over seeds."""
+
+    # codes, scales and offsets of the quantized layers, those that merging adds among them, and by part what is left in
+    # float: all that the model takes once adapters are merged
+    parts: dict[str, float]
+    weights: float  # values of the float model, head included
+    live: float  # distinct storages
+    file: float  # the same as a safetensors file
+
+    @property
+    def total(self) -> float:
+        """Return the sum of the parts."""
+        codes, scales, offsets, *in_float = self.parts.values()
+        return codes + scales + offsets + sum(in_float)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the bits that one value of the float model takes, everything counted."""
+        return 8 * self.total / self.weights
+
+
+@dataclass(frozen=True)
 class QuantizationImpact:
-    """One QA-LoRA experiment."""
+    """One experiment on quantized weights, and its twin: the one that differs only in that its weights are float."""
 
     experiment: ExperimentConfig
     settings: QaLoraConfig  # its quantization section
-    test_accuracy: Interval  # interval over seeds
-
-    mean_relative_error: float  # mean over modules (and seeds) of ||W - Wq|| / ||W||
-    worst_module: tuple[str, float]  # the module with the largest error, and that error
-    quantized_bytes: float  # bytes of the quantized layers
-    size: MeasuredSize  # what is claimed of the format and what was counted, layers and whole model
-    bits_by_layer: dict[str, float]  # stored bits a weight in the end, by module
-    error_by_layer: dict[str, float]  # relative error by module, mean over runs, of those that all runs quantized
-    frozen_bytes: float  # bytes of everything that is frozen
-    float_backbone_bytes: float  # bytes of the whole backbone in float32, head excluded
-    balance: tuple[BalanceStep, ...]  # measures of the balance check, at every step at which they were recorded
-    against_float: dict[str, Estimate]  # by measure: difference to the LoRA of equal rank, scale and targets on float
-    costs: dict[str, float | None]  # what its runs took, see `_costs`
-    float_costs: dict[str, float | None]  # what the runs of that LoRA took
-    same_machine: bool  # whether both ran on one machine with as many threads, so that seconds and memory compare
+    runs: tuple[Run, ...]  # that recorded what quantization did
+    twin: tuple[Run, ...]  # empty without one
+    against_float: dict[str, Estimate]  # by measure: difference to the twin
 
     @property
     def against_unquantized(self) -> Estimate:
-        """Return the difference in test accuracy to that LoRA."""
+        """Return the difference in test accuracy."""
         return self.against_float["accuracy"]
+
+    @property
+    def same_machine(self) -> bool:
+        """Return whether both ran on one machine with as many threads, so that seconds and memory compare."""
+        return len({hardware(run) for run in (*self.runs, *self.twin)}) == 1
+
+    @cached_property
+    def model(self) -> ModelBytes | None:
+        """Return the bytes of the whole model; None in older records."""
+        return model_bytes(self.runs)
+
+    @cached_property
+    def relative_errors(self) -> dict[str, float]:
+        """Return ``||W - Wq|| / ||W||`` by module, mean over runs, of those that all of them quantized."""
+        by_run = [summary.relative_error for summary in _summaries(self.runs)]
+        shared = sorted(set.intersection(*map(set, by_run)))
+        return {name: float(np.mean([of[name] for of in by_run])) for name in shared}
+
+    @property
+    def bits_by_layer(self) -> dict[str, float]:
+        """Return module -> stored bits a weight in the end, mean over seeds."""
+        last = [run.record.bits_history[-1].bits_per_weight for run in self.runs if run.record.bits_history]
+        shared = set.intersection(*map(set, last)) if last else set()
+        return {name: fmean(bits[name] for bits in last) for name in (last[0] if last else ()) if name in shared}
+
+    @property
+    def claimed(self) -> float | None:
+        """Return float32 over the bits of a code, as if that were all; None if neither settings nor records tell."""
+        if self.settings.quantization_bits is not None:
+            return FLOAT32_BITS / self.settings.quantization_bits
+        layers = [layer for of in _summaries(self.runs) if of.size for layer in of.size.layers.values()]
+        if not layers:
+            return None
+        return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
+
+    def balance(self) -> list[dict[str, Any]]:
+        """Return the measures of the balance check at every step: mean over the seeds that measured it then, and n."""
+        found: dict[tuple[int, str], list[float]] = {}
+        for summary in _summaries(self.runs):
+            for row in summary.balance:
+                for name in row.keys() - {"step"}:
+                    found.setdefault((int(row["step"]), name), []).append(row[name])
+        return [
+            {"measure": name, "step": step, "mean": fmean(values), "n": len(values)}
+            for (step, name), values in sorted(found.items())
+        ]
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     """Return one row for each QA-LoRA experiment whose runs recorded what quantization did."""
-    found = []
-    for experiment in study.with_method("qa_lora", "qa_adalora"):
-        runs = [run for run in study.of(experiment.name) if run.record.quantization is not None]
-        if runs:
-            found.append((experiment, experiment.need(QaLoraConfig), runs))
-    twins = [_float_twin(study, experiment, settings) for experiment, settings, _ in found]
-
+    found = [
+        (experiment, experiment.need(QaLoraConfig), runs, _float_twin(study, experiment))
+        for experiment in study.with_method("qa_lora", "qa_adalora")
+        if (runs := tuple(run for run in study.of(experiment.name) if run.record.quantization is not None))
+    ]
     families = {
-        measure: decide([_compare(*q, twin, value) for q, twin in zip(found, twins, strict=True)], study.untested)
+        measure: decide([_compare(*one, value) for one in found], study.untested)
         for measure, value in _COMPARED.items()
     }
     return tuple(
-        _impact(*q, twin, {measure: family[i] for measure, family in families.items()})
-        for i, (q, twin) in enumerate(zip(found, twins, strict=True))
+        QuantizationImpact(*one, {measure: family[i] for measure, family in families.items()})
+        for i, one in enumerate(found)
     )
 
 
-def _float_twin(study: Study, experiment: ExperimentConfig, settings: QaLoraConfig) -> tuple[Run, ...]:
-    """Return the runs of the study's experiment that differs only in that its weights are float; () without one."""
-    adaptive = experiment.section(AdaLoraConfig) is not None
-    for other in study.with_method("adalora") if adaptive else study.fixed_rank_loras():
-        if _equal_but_float(experiment, settings, other):
+def _float_twin(study: Study, experiment: ExperimentConfig) -> tuple[Run, ...]:
+    adaptive, settings = experiment.section(AdaLoraConfig), experiment.need(QaLoraConfig)
+    if adaptive is None and settings.adaptive_bits is not None and settings.adaptive_bits.ranks:
+        return ()
+    for other in study.fixed_rank_loras() if adaptive is None else study.with_method("adalora"):
+        if other.training != experiment.training:
+            continue
+        lora = other.section(LoraConfig)
+        fixed = lora and (lora.rank, lora.scale, set(lora.targets))
+        equal = (settings.fixed_rank, settings.scale, set(settings.targets))
+        if fixed == equal if adaptive is None else other.section(AdaLoraConfig) == adaptive:
             return study.of(other.name)
     return ()
 
@@ -111,53 +162,7 @@ def _compare(
     return Estimate(name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
 
 
-def _equal_but_float(experiment: ExperimentConfig, settings: QaLoraConfig, other: ExperimentConfig) -> bool:
-    if other.training != experiment.training:
-        return False
-    if experiment.section(AdaLoraConfig) is not None:
-        return other.section(AdaLoraConfig) == experiment.section(AdaLoraConfig)
-    if settings.adaptive_bits is not None and settings.adaptive_bits.ranks:
-        return False
-    section = other.section(LoraConfig)
-    return section is not None and (section.rank, section.scale, set(section.targets)) == (
-        settings.fixed_rank,
-        settings.scale,
-        set(settings.targets),
-    )
-
-
-def _impact(
-    experiment: ExperimentConfig,
-    settings: QaLoraConfig,
-    runs: Sequence[Run],
-    twin: Sequence[Run],
-    against_float: dict[str, Estimate],
-) -> QuantizationImpact:
-    summaries = [run.record.quantization for run in runs if run.record.quantization is not None]
-    quantized = sorted(set.intersection(*(set(summary.relative_error) for summary in summaries)))  # in all runs
-    errors = {name: float(np.mean([summary.relative_error[name] for summary in summaries])) for name in quantized}
-    worst = max(errors, key=lambda name: (errors[name], name)) if errors else ""
-    return QuantizationImpact(
-        experiment=experiment,
-        settings=settings,
-        test_accuracy=mean_interval([run.test.accuracy for run in runs]),
-        mean_relative_error=float(np.mean(list(errors.values()))) if errors else float("nan"),
-        worst_module=(worst, errors.get(worst, float("nan"))),
-        quantized_bytes=fmean(summary.quantized_bytes for summary in summaries),
-        size=measured_size(settings, runs),
-        bits_by_layer=bits_by_layer(runs),
-        error_by_layer=errors,
-        frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
-        float_backbone_bytes=fmean(_FLOAT32_BYTES * run.parameters.backbone_total for run in runs),
-        balance=_balance([summary.balance for summary in summaries]),
-        against_float=against_float,
-        costs=_costs(runs),
-        float_costs=_costs(twin),
-        same_machine=len({hardware(run) for run in (*runs, *twin)}) == 1,
-    )
-
-
-def _costs(runs: Sequence[Run]) -> dict[str, float | None]:
+def costs(runs: Sequence[Run]) -> dict[str, float | None]:
     """Return what runs took by name, means over seeds: None where no run recorded it.
 
     `stored_bytes` is everything frozen and the adapter file, `seconds_per_step` is of training, and
@@ -172,10 +177,32 @@ def _costs(runs: Sequence[Run]) -> dict[str, float | None]:
     }
 
 
-def _balance(rows_by_run: Sequence[list[dict[str, float]]]) -> tuple[BalanceStep, ...]:
-    found: dict[tuple[int, str], list[float]] = {}
-    for rows in rows_by_run:
-        for row in rows:
-            for name in row.keys() - {"step"}:
-                found.setdefault((int(row["step"]), name), []).append(row[name])
-    return tuple(BalanceStep(step, name, fmean(values), len(values)) for (step, name), values in sorted(found.items()))
+def layers_bits(runs: Sequence[Run]) -> float:
+    """Return stored bits a weight over the quantized layers, scales and offsets included."""
+    return fmean(summary.bits_per_weight for summary in _summaries(runs))
+
+
+def model_bytes(runs: Sequence[Run]) -> ModelBytes | None:
+    """Return where the bytes of quantized runs of one experiment are; None in older records."""
+    sizes = [summary.size for summary in _summaries(runs) if summary.size is not None]
+    if not sizes:
+        return None
+    parts = [
+        {
+            "codes": sum(layer.codes_bytes for layer in size.layers.values()),
+            "scales": sum(layer.scales_bytes for layer in size.layers.values()),
+            "offsets": size.merging_bytes + sum(layer.offsets_bytes for layer in size.layers.values()),
+            **size.float_bytes,
+        }
+        for size in sizes
+    ]
+    return ModelBytes(
+        parts={name: fmean(of.get(name, 0) for of in parts) for name in dict.fromkeys(n for of in parts for n in of)},
+        weights=fmean(size.weights for size in sizes),
+        live=fmean(size.live_bytes for size in sizes),
+        file=fmean(size.file_bytes for size in sizes),
+    )
+
+
+def _summaries(runs: Sequence[Run]) -> list[QuantizationSummary]:
+    return [run.record.quantization for run in runs if run.record.quantization is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from peft_vit.analysis.planned import Plan, run_of
 from peft_vit.analysis.studies import Study, make_study
 from peft_vit.errors import UserError
-from peft_vit.records import Contents, Problem, RunRecord, StudyFolder, read_contents
+from peft_vit.records import Contents, Problem, RunRecord, StudyStatus, read_contents
 
 _Key = tuple[str, bool]  # a study's name, and whether it is of smoke runs
 
@@ -47,7 +47,7 @@ def read_results(directory: Path) -> Results:
     groups: dict[_Key, list[RunRecord]] = {}
     for record in records:
         groups.setdefault((record.spec.study, record.spec.smoke), []).append(record)
-    folders: dict[_Key, list[StudyFolder]] = {}
+    folders: dict[_Key, list[StudyStatus]] = {}
     for folder in contents.studies:
         if folder.file is not None:
             folders.setdefault((folder.file.configuration.name, folder.file.smoke), []).append(folder)

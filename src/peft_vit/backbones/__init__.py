@@ -1,7 +1,14 @@
 """Pretrained Vision Transformers: which there are, their weights, the matrices that may carry an adapter."""
 
-from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.backbone import Backbone, choose_attention, find_sites, freeze_batch_norm
+from peft_vit.backbones.backbone import (
+    Backbone,
+    Head,
+    choose_attention,
+    fill_head,
+    find_sites,
+    freeze_batch_norm,
+    soften,
+)
 from peft_vit.backbones.catalog import (
     MODELS,
     BackboneShape,
@@ -11,9 +18,14 @@ from peft_vit.backbones.catalog import (
     native_size,
     size_step_of,
 )
-from peft_vit.backbones.head import Head, fill_head, soften
-from peft_vit.backbones.loading import LoadedBackbone, load_backbone, load_run_backbone
-from peft_vit.backbones.replay import ReplayedPass, visit_blocks
+from peft_vit.backbones.families import Architecture
+from peft_vit.backbones.loading import (
+    LoadedBackbone,
+    Weights,
+    check_weights,
+    load_backbone,
+    load_run_backbone,
+    read_weights,
+)
+from peft_vit.backbones.passes import ReplayedPass, evaluating, visit_blocks, watching
 from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules
-from peft_vit.backbones.watching import evaluating, watching
-from peft_vit.backbones.weights import Weights, check_weights, read_weights

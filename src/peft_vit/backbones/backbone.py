@@ -5,22 +5,73 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.backbones.families import FAMILIES, Family, family_of
-from peft_vit.backbones.head import AveragedHeads, Head, head_inputs
+from peft_vit.backbones.passes import evaluating, watching
 from peft_vit.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
-from peft_vit.backbones.watching import evaluating, watching
 from peft_vit.config import Precision
 from peft_vit.errors import UserError
 
 _SHORT = 200  # tokens, for `choose_attention`
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
+
+
+class AveragedHeads(nn.Module):
+    """Several linear layers, each with features of its own, as one layer on all these features side by side.
+
+    A distilled DeiT (arXiv 2012.12877, sec. 4) has one on its class token and one on its distillation token. With n
+    layers the logits are sum_i (W_i x_i + b_i) / n.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.in_features = sum(layer.in_features for layer in layers)
+        self.out_features = layers[0].out_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (..., sum of the layers' inputs) to (..., classes)."""
+        parts = features.split([layer.in_features for layer in linear_layers(self)], dim=-1)
+        logits = [layer(part) for layer, part in zip(self.layers, parts, strict=True)]
+        return torch.stack(logits).mean(0)
+
+
+Head: TypeAlias = nn.Linear | AveragedHeads
+
+
+def linear_layers(head: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a head, one or several."""
+    return [module for module in head.modules() if isinstance(module, nn.Linear)]
+
+
+@torch.no_grad()
+def fill_head(head: Head, weight: Tensor, bias: Tensor) -> None:
+    """Let a head compute weight @ features + bias.
+
+    Args:
+        head: changed in place.
+        weight: (classes, features).
+        bias: (classes,).
+    """
+    layers = linear_layers(head)
+    parts = weight.split([layer.in_features for layer in layers], dim=1)
+    for layer, part in zip(layers, parts, strict=True):
+        layer.weight.copy_(part * len(layers))
+        layer.bias.copy_(bias)
+
+
+@torch.no_grad()
+def soften(head: Head, factor: float) -> None:
+    """Divide the logits of a head by a factor, in place."""
+    for layer in linear_layers(head):
+        layer.weight.div_(factor)
+        layer.bias.div_(factor)
 
 
 class Backbone:
@@ -55,7 +106,7 @@ class Backbone:
         found = model.get_classifier()
         wanted = {id(layer) for layer in (found if isinstance(found, tuple | list | nn.ModuleList) else (found,))}
         named = self.model.named_modules()
-        return {name: one for name, one in named if id(one) in wanted and isinstance(one, nn.Linear)}
+        return {name: layer for name, layer in named if id(layer) in wanted and isinstance(layer, nn.Linear)}
 
     @property
     def head(self) -> Head:
@@ -85,8 +136,15 @@ class Backbone:
         return self.family.input_size(self.model)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what the head sees, (B, width), of normalised images (B, 3, S, S)."""
-        return head_inputs(self.head, lambda: self.model(images))
+        """Return what the head sees, (B, width), of normalised images (B, 3, S, S); of several layers side by side.
+
+        If the model makes other passes within its own, what counts is the head's last call.
+        """
+        layers = {str(place): layer for place, layer in enumerate(linear_layers(self.head))}
+        seen: dict[str, Tensor] = {}
+        with watching(layers, seen.__setitem__):
+            self.model(images)
+        return torch.cat([seen[place] for place in layers], dim=-1)
 
     def prepare(self) -> bool:
         """Make the model compute each matrix by its module, so that what stands there instead has an effect.
@@ -114,34 +172,33 @@ class Backbone:
         Raises:
             UserError: if a block lacks a wanted matrix.
         """
-        wanted = [one for one in self.layout() if kinds is None or not set(kinds).isdisjoint(one.kinds)]
+        wanted = [linear for linear in self.layout() if kinds is None or not set(kinds).isdisjoint(linear.kinds)]
         found = [site for linear in wanted for site in self._sites_of(linear, kinds)]
         tokens = self._count_tokens([linear.module for linear in wanted])
         return tuple(replace(site, tokens=tokens[site.module]) for site in found)
 
     def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
         """Yield the wanted sites of a module, whose tokens are still to be counted."""
-        for part, (name, kind) in enumerate(zip(linear.site_names(), linear.kinds, strict=True)):
-            if kinds is not None and kind not in kinds:
-                continue
-            in_features, out_features = self._features(linear.module, name)
-            rows = linear.rows or (out_features // len(linear.kinds),) * len(linear.kinds)
-            if sum(rows) != out_features:
-                *some, last = linear.kinds
-                parts = f"{', '.join(some)} and {last}"
-                raise _missing(name, f"{linear.module} has {out_features} rows, not {parts} of one size")
-            if linear.feeds is not None and self._features(linear.feeds, name)[0] != out_features:
-                hidden, leaf = self._features(linear.feeds, name)[0], linear.feeds.rpartition(".")[2]
-                raise _missing(
-                    name, f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
-                )
+        parts = list(enumerate(zip(linear.site_names(), linear.kinds, strict=True)))
+        wanted = [(part, name, kind) for part, (name, kind) in parts if kinds is None or kind in kinds]
+        first = wanted[0][1]
+        in_features, out_features = self._features(linear.module, first)
+        rows = linear.rows or (out_features // len(linear.kinds),) * len(linear.kinds)
+        if sum(rows) != out_features:
+            named = f"{', '.join(linear.kinds[:-1])} and {linear.kinds[-1]}"
+            raise _missing(first, f"{linear.module} has {out_features} rows, not {named} of one size")
+        if linear.feeds is not None and (hidden := self._features(linear.feeds, first)[0]) != out_features:
+            leaf = linear.feeds.rpartition(".")[2]
+            problem = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
+            raise _missing(first, problem)
+        for part, name, kind in wanted:
             span = (sum(rows[:part]), sum(rows[: part + 1]))
             yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, rows[part], tokens=0)
 
     def _features(self, module: str, site: str) -> tuple[int, int]:
         try:
-            found: Any = self.model.get_submodule(module)
-            return int(found.in_features), int(found.out_features)
+            layer: Any = self.model.get_submodule(module)
+            return int(layer.in_features), int(layer.out_features)
         except (AttributeError, TypeError):
             raise _missing(site, f"there is no linear module {module}") from None
 
@@ -183,7 +240,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None) -> tuple[
         return backbone.sites
     if any(is_pattern(target) for target in targets):
         return tuple(chosen(backbone.sites, targets))
-    return backbone.find_sites(wanted_kinds((kind for one in backbone.layout() for kind in one.kinds), targets))
+    return backbone.find_sites(wanted_kinds((kind for linear in backbone.layout() for kind in linear.kinds), targets))
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

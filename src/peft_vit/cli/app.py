@@ -1,18 +1,20 @@
-"""The application that commands are added to."""
+"""The application that commands are added to, some of them generated from what they are asked for."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from importlib import metadata
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
+from annotated_types import Ge, Le
+from pydantic.fields import FieldInfo
 
-from peft_vit.config import AskedPrecision, Device, ExecutorName
+from peft_vit.options import Option, Request
 
-# Options that several commands have.
-ExecutorOption = Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")]
-PrecisionOption = Annotated[AskedPrecision, typer.Option(help="auto: bf16 where the device computes in it, else fp32")]
-DeviceOption = Annotated[Device, typer.Option(help="auto: a GPU if there is one")]
+_Asked = TypeVar("_Asked", bound=Request)
 
 app = typer.Typer(
     name="peft-vit",
@@ -20,6 +22,41 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see how sure each comparison is.",
 )
+
+
+def command(request: type[_Asked]) -> Callable[[Callable[[_Asked], None]], Callable[[_Asked], None]]:
+    """Add a function of a request as a command of its name, whose arguments and options are the request's fields."""
+
+    def add(function: Callable[[_Asked], None]) -> Callable[[_Asked], None]:
+        parameters = [_parameter(name, field, request.option(name)) for name, field in request.model_fields.items()]
+
+        def call(**typed: Any) -> None:
+            function(request.of(**{one.name: typed[one.name] for one in parameters if typed[one.name] != one.default}))
+
+        call.__doc__, call.__name__ = function.__doc__, function.__name__
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which typer reads
+        call.__annotations__ = {one.name: one.annotation for one in parameters}
+        call.__wrapped__ = function  # type: ignore[attr-defined]  # whose source is the command's
+        app.command()(call)
+        return function
+
+    return add
+
+
+def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
+    """Return a field as a parameter that typer understands."""
+    kind: Any = field.annotation if option.typed is None else option.typed
+    plain = isinstance(field.default, str | int | float | Path)
+    default = inspect.Parameter.empty if field.is_required() else field.default if plain else None
+    if option.typed is not None and default is None:
+        kind = kind | None
+    if option.is_argument:
+        info: Any = typer.Argument(help=field.description, show_default=False)
+    else:
+        least: Any = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
+        most: Any = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
+        info = typer.Option(option.name, help=field.description, min=least, max=most)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
 def _print_version(asked: bool) -> None:

@@ -70,7 +70,7 @@ def export(
 
         OnnxOptions(runtime, activations, accept_loss).check(format)
     if format == "history":
-        from peft_vit.analysis.history import export_history
+        from peft_vit.report.result_tables import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
     elif format == "tensorboard":
@@ -84,7 +84,7 @@ def export(
         print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
-        from peft_vit.studies.printing import print_export
+        from peft_vit.studies.display import print_export
 
         options = OnnxOptions(runtime, activations, accept_loss)
         print_export(export_run_to_file(directory, output, format, options), output)
@@ -155,7 +155,7 @@ def bench(
     from rich.console import Console
     from rich.text import Text
 
-    from peft_vit.report.bench_table import bench_table
+    from peft_vit.report.printed_tables import bench_table
     from peft_vit.report.rows import check_rows_file, print_with_rows
     from peft_vit.runs.bench import bench as time_models
 

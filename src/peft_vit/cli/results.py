@@ -146,7 +146,7 @@ def compare(
     """
     from peft_vit.analysis.across import compare_studies, load_across
     from peft_vit.analysis.comparability import parse_pool
-    from peft_vit.report.across_text import print_comparison
+    from peft_vit.report.printed_tables import print_comparison
 
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")
     print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), output)

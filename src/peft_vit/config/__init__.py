@@ -39,7 +39,6 @@ from peft_vit.config.study import (
     DataConfig,
     DatasetName,
     Device,
-    ExecutorName,
     ExperimentConfig,
     Interpolation,
     Library,

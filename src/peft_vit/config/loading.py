@@ -83,7 +83,7 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
         taken |= training
         for key in taken if place in probes else ():
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
-                path = ("experiments", place, "training", key)
+                path: KeyPath = ("experiments", place, "training", key)
                 path = path if path in lines else path[2:]
                 problem = "has no effect on a linear probe, which is fitted to convergence; remove it"
                 raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))

@@ -24,7 +24,7 @@ class ImportanceMetric:
     Attributes:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
-            `allocation.gradient_probes`; None: it is not probed.
+            `allocation.importance`; None: it is not probed.
         reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
     """
 
@@ -72,7 +72,7 @@ _BUDGETS: dict[str, BudgetUnit] = {
 class AdaLoraConfig(AdapterConfig):
     """Adaptive ranks under a budget (arXiv 2303.10512 for the budget's course and the sensitivity).
 
-    The budget is given in exactly one unit, see `allocation.budget.costs_for` for what a rank costs in each.
+    The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
     total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
@@ -334,7 +334,7 @@ class QaLoraConfig(AdapterConfig):
     rounding: Literal["nearest", "gptq"] = Field(
         default="nearest",
         description="gptq: layer by layer, with codes that make up for each other's errors on training images "
-        "(arXiv 2210.17323); see quantization.gptq",
+        "(arXiv 2210.17323); see quantization.quantizer",
     )
     calibration_images: Annotated[int | None, OnlyWith(rounding="gptq")] = Field(
         default=None, ge=1, description="training images for rounding: gptq; default 128, or all where there are fewer"
@@ -442,7 +442,7 @@ _OF_ADAPTERS = ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", 
 METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show them
     kind.name: kind
     for kind in (
-        MethodKind("linear", "Linear probe", "#6b7780", "head"),
+        MethodKind("linear", "Linear probe", "#6b7780", "head", module="plain"),
         MethodKind(
             "qa_linear",
             "Linear probe on low-bit weights",
@@ -450,9 +450,9 @@ METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show th
             "head",
             {"qa_lora": QaLoraConfig},
             unread={f"qa_lora.{setting}": "there are no adapters, remove it" for setting in _OF_ADAPTERS},
-            module="linear",
+            module="qa_lora",
         ),
-        MethodKind("full", "Full fine-tuning", "#cc79a7", "everything"),
+        MethodKind("full", "Full fine-tuning", "#cc79a7", "everything", module="plain"),
         MethodKind("lora", "LoRA, fixed rank", "#0072b2", "adapters", {"lora": LoraConfig}),
         MethodKind("peft_lora", "LoRA by PEFT", "#56b4e9", "adapters", {"peft_lora": PeftLoraConfig}, module="peft"),
         MethodKind("adalora", "AdaLoRA", "#d55e00", "adapters", {"adalora": AdaLoraConfig}),
@@ -472,6 +472,7 @@ METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show th
                 "adalora.scale": "set qa_lora.scale",
                 "adalora.targets": "set qa_lora.targets",
             },
+            module="qa_lora",
         ),
         MethodKind("peft", "Tuner of PEFT", "#775533", "adapters", {"peft": PeftConfig}),
     )

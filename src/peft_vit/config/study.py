@@ -297,9 +297,6 @@ else:  # a field for each section that a method brings
     )
 
 
-ExecutorName = Literal["local", "ray"]  # modules of studies/executors
-
-
 class ExecutionConfig(Frozen):
     """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
 

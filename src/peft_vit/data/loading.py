@@ -10,7 +10,7 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
-from peft_vit.config import DATASETS, DataConfig, licence_of
+from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
 from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import new_in_cache
 from peft_vit.data.images import LabelledImages, SealedImages
@@ -83,7 +83,11 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
     """
     if smoke:
-        elsewhere = {field: None for info in DATASETS.values() for field in info.settings}
+        elsewhere = {
+            name: None
+            for name, field in DataConfig.model_fields.items()
+            if any(isinstance(one, OnlyWith) and one.other == "dataset" for one in field.metadata)
+        }
         config = config.model_copy(update={**elsewhere, "path": sample_path(config.dataset)})
     index = replace(
         _source(config.dataset).read(config),

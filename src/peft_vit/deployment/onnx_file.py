@@ -47,7 +47,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from timm.models.hiera import MaskUnitAttention
@@ -60,7 +60,6 @@ from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError, one_line
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
-from peft_vit.quantization.codebooks import Codebook, code_values
 from peft_vit.quantization.packing import field_bits
 from peft_vit.safe_io import read_bytes
 
@@ -180,14 +179,10 @@ class ExpandedWeight(nn.Module):
 
 def byte_values(kind: QuantizationFormat) -> Tensor:
     """Return what the codes in each of the 256 bytes mean before scale and offset, (256, codes a byte), float32."""
-    if kind.has_codebook:
-        values = code_values(cast(Codebook, kind.type))
-    else:
-        values = torch.arange(2**kind.bits) - (0 if kind.offset else 2 ** (kind.bits - 1))
     bits = field_bits(kind.bits)
     shifts = bits * torch.arange(8 // bits)
     codes = (torch.arange(256).unsqueeze(1) >> shifts) & (2**kind.bits - 1)  # (256, codes a byte)
-    return values.float()[codes]
+    return kind.values()[codes]
 
 
 def _by_byte(numbers: Tensor, per_byte: int) -> Tensor:

@@ -43,8 +43,9 @@ from peft_vit.quantization.packing import field_bits
 from peft_vit.safe_io import read_bytes
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
-_TYPES = {"int2": "u2", "int3": "i4", "int4": "i4", "int8": "i8", "nf4": "nf4"}  # OpenVINO's
-_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)", "nf3": ""}
+_INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
+_CODEBOOKS = {"nf4": "nf4"}
+_NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)"}
 _NF4_ZERO = 7  # the code whose value is 0
 _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
@@ -80,9 +81,10 @@ def weight_node(weight: QuantizedTensor) -> Any:
 
     codes, scales, zeros = _stored(weight)
     (rows, columns), groups = weight.shape, weight.groups
-    packed = pack_codes(codes.reshape(1, -1), field_bits(weight.format.bits)).numpy()
-    kind = getattr(ov.Type, _TYPES[weight.format.type])
-    tensor = ov.Tensor(packed, ov.Shape([rows, groups, columns // groups]), kind)
+    bits = field_bits(weight.format.bits)
+    packed = pack_codes(codes.reshape(1, -1), bits).numpy()
+    kind = _CODEBOOKS[weight.format.type] if weight.format.has_codebook else _INTEGERS[bits]
+    tensor = ov.Tensor(packed, ov.Shape([rows, groups, columns // groups]), getattr(ov.Type, kind))
     node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
     if zeros is not None:
         node = ops.subtract(node, float32(zeros))
@@ -94,12 +96,13 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the numbers that OpenVINO takes: the bits of c' (out, in) uint8, not packed, s and z (out, groups)."""
     kind, scales = weight.format, weight.scales
     codes = unpack_codes(weight.codes, kind.bits, weight.shape[1])
-    signed = kind.type in ("int3", "int4", "int8")
+    unsigned = not kind.has_codebook and field_bits(kind.bits) == 2
+    signed = not kind.has_codebook and not unsigned
     middle = 2 ** (kind.bits - 1)
     if signed:
         codes = (codes - middle) & (2 ** field_bits(kind.bits) - 1)  # two's complement of c - 2^(bits - 1)
     if weight.offsets is None:
-        zeros = torch.full_like(scales, middle) if kind.type == "int2" else None
+        zeros = torch.full_like(scales, middle) if unsigned else None
         return codes, scales, zeros
     offsets = weight.offsets.float()
     ratio = offsets / scales.float()  # infinite or NaN where the scale is 0
@@ -130,10 +133,11 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
-        if (why := _NO_TYPE.get(weight.format.type)) is not None:
+        kind = weight.format.type
+        if weight.format.has_codebook and kind not in _CODEBOOKS:
             raise UserError(
-                f"{name} is in {weight.format.type}, which OpenVINO has no type for{why}; export onnx or safetensors, "
-                "or train with nf4 or an int type",
+                f"{name} is in {kind}, which OpenVINO has no type for{_NO_TYPE.get(kind, '')}; export onnx or "
+                "safetensors, or train with nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed)

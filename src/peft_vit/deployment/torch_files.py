@@ -32,8 +32,7 @@ from peft_vit.adapters import (
 )
 from peft_vit.adapters.adapter_file import read_safetensors
 from peft_vit.backbones.catalog import create_skeleton
-from peft_vit.backbones.families.transformers_vision import TowerClassifier, inputs, vision_config
-from peft_vit.backbones.transformers_models import quiet
+from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
 from peft_vit.config import QuantizationType
 from peft_vit.deployment.model_card import HEADER, Classifier, Format, Header, ModelCard, Strict, write_exported
 from peft_vit.errors import UserError, one_line, os_fault

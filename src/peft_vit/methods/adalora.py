@@ -79,6 +79,4 @@ def defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
     return {"adalora": section}
 
 
-ADALORA = Method(
-    prepare=prepare, check=check, shorten=shorten, defaults=defaults, learning_rate=5e-4, size_options=("budget",)
-)
+ADALORA = Method(prepare=prepare, check=check, shorten=shorten, defaults=defaults, learning_rate=5e-4)

@@ -18,7 +18,6 @@ from peft_vit.training import Hook, StartingRanks
 
 
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-
     settings = experiment.need(LoraConfig)
     if settings.start is not None:
         import_peft(model, Path(settings.start), seed=preparation.seed, fresh_head=True)
@@ -30,7 +29,6 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
@@ -62,5 +60,4 @@ LORA = Method(
     defaults=_defaults,
     learning_rate=5e-4,
     few_ranks_learning_rate=1.5e-3,  # 3e-3 had the best mean in that screening, at 9 ranks and at 36
-    size_options=("rank", "budget"),
 )

@@ -85,7 +85,6 @@ class Method:
         learning_rate: that `peft-vit train` takes: at the plateau, from the probe's head on, about half of what pilots
             chose as the peak of one cycle.
         few_ranks_learning_rate: likewise where the budget is below one rank a matrix; None: the same.
-        size_options: of `peft-vit train`, by which ranks are asked for; one of them.
         forward_passes: that a step takes as long as: the weights, for its input, for their own gradients.
         bytes_per_weight: of the backbone's weights, gradients and moments; None: frozen, and as the precision has it.
         uses_peft: whether the PEFT library has to be there.
@@ -98,7 +97,6 @@ class Method:
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = lambda _: {}
     learning_rate: float = 1e-3
     few_ranks_learning_rate: float | None = None
-    size_options: tuple[Literal["rank", "budget"], ...] = ()
     forward_passes: float = 2.0
     bytes_per_weight: int | None = None
     uses_peft: bool = False

@@ -25,19 +25,16 @@ _FEWEST_STEPS = 12  # for which `train` takes AdaLoRA
 
 def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> list[Site]:
     """Return the modules that PEFT adapts, each as one site."""
-
     with below(f"{section}.targets"):
         return list(whole_modules(shape.sites, settings.targets).values())
 
 
 def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-
     attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
     return []
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-
     require_peft()
     settings = experiment.need(PeftLoraConfig)
     check_rank_at("peft_lora.rank", _modules("peft_lora", settings, shape), settings.rank)
@@ -48,20 +45,17 @@ PEFT_LORA = Method(
     check=_check_lora,
     defaults=lambda wishes: {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
-    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )
 
 
 def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-
     settings = experiment.need(PeftAdaLoraConfig)
     return [PeftAdaLoraHook(model, settings, preparation.total_steps, seed=preparation.seed)]
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-
     require_peft()
     settings = experiment.need(PeftAdaLoraConfig)
     sites = _modules("peft_adalora", settings, shape)
@@ -70,7 +64,6 @@ def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_ste
 
 
 def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-
     settings = experiment.need(PeftAdaLoraConfig)
     part = steps / total_steps
     final = min(round(part * (total_steps - last_update(settings, total_steps))), steps - 3)
@@ -96,7 +89,6 @@ PEFT_ADALORA = Method(
 
 
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-
     config = experiment.need(PeftConfig)
     images = None if preparation.calibration is None else preparation.calibration(_CALIBRATION_IMAGES)
     attach_peft(
@@ -106,7 +98,6 @@ def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Prepar
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
-
     config = experiment.need(PeftConfig)
     if config.type == "adalora":
         raise UserError("moves ranks after each step; use method: peft_adalora, which does it", field="peft.type")
@@ -118,7 +109,6 @@ PEFT = Method(
     check=_check,
     defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
-    size_options=("rank",),
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )

@@ -1,4 +1,4 @@
-"""LoRA on quantized weights (QA-LoRA, arXiv 2309.14717)."""
+"""On quantized weights: LoRA (QA-LoRA, arXiv 2309.14717), ranks that move between sites, and a linear probe."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
-from peft_vit.backbones import BackboneShape
+from peft_vit.adapters import freeze_backbone
+from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.errors import UserError
+from peft_vit.methods import adalora
 from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_rank_at, sites_of
 from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
-def packed_by_default(shape: BackboneShape) -> dict[str, Any]:
+def _packed_by_default(shape: BackboneShape) -> dict[str, Any]:
     """Return what `peft-vit train` takes: nf4, in groups of 32 inputs or of fewer, where that does not divide a site's.
 
     Where no group divides all of them, each row has one scale.
@@ -27,11 +29,10 @@ def packed_by_default(shape: BackboneShape) -> dict[str, Any]:
     return {"quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": False, **groups}
 
 
-def trainer(
+def _trainer(
     model: nn.Module, experiment: ExperimentConfig, preparation: Preparation, *, ranks: Mapping[str, int] | None = None
 ) -> Hook:
     """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
-
     settings = experiment.need(QaLoraConfig)
     images = None
     if settings.rounding == "gptq" and preparation.packed is None:
@@ -63,14 +64,13 @@ def keeps_codes(experiment: ExperimentConfig) -> bool:
     return settings is not None and settings.keeps_codes
 
 
-def check_packing(
+def _check_packing(
     experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int, *, rank: int
 ) -> None:
     """Refuse groups and ranks that do not fit the sites, a schedule the steps, or too many calibration images.
 
     The rank is every adapter's; 0 where something else decides ranks.
     """
-
     settings = experiment.need(QaLoraConfig)
     check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
     end_step(settings, total_steps)
@@ -88,9 +88,8 @@ def check_packing(
             )
 
 
-def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
     """Return the section with a schedule for fewer steps."""
-
     settings = experiment.need(QaLoraConfig)
     if settings.quantization_schedule == "constant":
         return {}
@@ -102,17 +101,17 @@ def shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: i
 
 
 def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    return [trainer(model, experiment, preparation)]
+    return [_trainer(model, experiment, preparation)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(QaLoraConfig)
     ranks_are_chosen = settings.adaptive_bits is not None and settings.adaptive_bits.ranks
-    check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
+    _check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
 
 
 def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    packing, sites = packed_by_default(wishes.shape), wishes.shape.sites
+    packing, sites = _packed_by_default(wishes.shape), wishes.shape.sites
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     group = packing.get("group_size", 1)
     most = min(min(site.in_features // group, site.out_features) for site in sites)
@@ -122,10 +121,57 @@ def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
 QA_LORA = Method(
     prepare=_prepare,
     check=_check,
-    shorten=shorten,
+    shorten=_shorten,
     defaults=_defaults,
-    size_options=("rank",),
     why_not_peft=(
         "a QA-LoRA adapter belongs to the quantized weights; PEFT would add it to the float ones, another model"
     ),
+)
+
+
+def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+    # Ranks first, since in `before_step` they are scored by what the trainer then scales.
+    return [*adalora.prepare(model, experiment, preparation), _trainer(model, experiment, preparation)]
+
+
+def _check_adaptive(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    _check_packing(experiment, shape, total_steps, train_images, rank=0)
+    adalora.check(experiment, shape, total_steps, train_images)
+
+
+def _shorten_adaptive(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
+    ranks = adalora.shorten(experiment, total_steps, steps, every)
+    return {**ranks, **_shorten(experiment, total_steps, steps, every)}
+
+
+QA_ADALORA = Method(
+    prepare=_prepare_adaptive,
+    check=_check_adaptive,
+    shorten=_shorten_adaptive,
+    defaults=lambda wishes: {**adalora.defaults(wishes), "qa_lora": _packed_by_default(wishes.shape)},
+    why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
+)
+
+
+def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+    names = [site.name for site in find_sites(model, experiment.need(QaLoraConfig).targets)]
+    hook = _trainer(model, experiment, preparation, ranks=dict.fromkeys(names, 0))
+    freeze_backbone(model)
+    return [hook]
+
+
+def _check_probe(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
+    if experiment.need(QaLoraConfig).quantization_schedule != "constant":
+        problem = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
+        raise UserError(problem, field="qa_lora.quantization_schedule")
+    _check_packing(experiment, shape, total_steps, train_images, rank=0)
+
+
+QA_LINEAR = Method(
+    prepare=_prepare_probe,
+    check=_check_probe,
+    shorten=_shorten,
+    # Nothing is merged into offsets, so none are needed.
+    defaults=lambda wishes: {"qa_lora": {**_packed_by_default(wishes.shape), "quantization_offset": False}},
+    forward_passes=1,
 )

@@ -3,9 +3,7 @@
 The package works on plain tensors. It knows nothing of models, adapters or training.
 """
 
-from peft_vit.quantization.codebooks import code_values
-from peft_vit.quantization.formats import QuantizationFormat
-from peft_vit.quantization.gptq import quantize_with_compensation
+from peft_vit.quantization.formats import QuantizationFormat, code_values
 from peft_vit.quantization.packing import pack_codes, unpack_codes
-from peft_vit.quantization.quantizer import quantize
+from peft_vit.quantization.quantizer import quantize, quantize_with_compensation
 from peft_vit.quantization.tensor import QuantizedTensor, relative_error

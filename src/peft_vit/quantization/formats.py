@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
-from peft_vit.config import BITS_OF_TYPE, QuantizationType
-from peft_vit.errors import UserError
+from peft_vit.config import NUMBER_FORMATS, QuantizationType
+from peft_vit.errors import UnderflowWarning, UserError
 from peft_vit.quantization.packing import row_bytes
-from peft_vit.quantization.scales import scales_bytes
 
 SCALE_DTYPES = (torch.float32, torch.float16)
+# bitsandbytes takes the reciprocal of at least this, so that a group of zeros does not divide by zero.
+_SMALLEST_SCALE = 1e-38
+BLOCK = 256  # scales in 8 bits that share a largest magnitude
+_EXPONENTS = 7  # powers of ten, from 1e-6 to 1
+LARGEST_LOSS = 0.01  # ten times what rounding a normal float16 number may lose
+SPACING = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps  # 2^-24
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -27,16 +35,16 @@ class QuantizationFormat:
 
     With c its stored code, 0 <= c < 2^bits, and the scale and offset of its row and group, a weight is:
 
-    ==========  ==============================  =============================================
-    type        ``offset=False``                ``offset=True``
-    ==========  ==============================  =============================================
-    nf3/4, fp4  scale * value[c]                scale * value[c] + offset, offset initially 0
-    int2/3/4/8  scale * (c - 2^(bits - 1)),     scale * c + offset, offset initially the
-                c = 0 is never used             group's minimum
-    ==========  ==============================  =============================================
+    ========  ==============================  =============================================
+    type      ``offset=False``                ``offset=True``
+    ========  ==============================  =============================================
+    codebook  scale * value[c]                scale * value[c] + offset, offset initially 0
+    integers  scale * (c - 2^(bits - 1)),     scale * c + offset, offset initially the
+              c = 0 is never used             group's minimum
+    ========  ==============================  =============================================
 
-    With `double_quant` the scales themselves are kept in 8 bits, see `scales`; the scale above is the one that they
-    stand for, rounded to scale_dtype.
+    With `double_quant` the scales themselves are kept in 8 bits, see `QuantizedScales`; the scale above is the one that
+    they stand for, rounded to scale_dtype.
 
     Attributes:
         type: the code's type.
@@ -56,8 +64,8 @@ class QuantizationFormat:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.type not in BITS_OF_TYPE:
-            raise UserError(f"expected one of {', '.join(BITS_OF_TYPE)}, got {self.type!r}", field="type")
+        if self.type not in NUMBER_FORMATS:
+            raise UserError(f"expected one of {', '.join(NUMBER_FORMATS)}, got {self.type!r}", field="type")
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
         for field in ("offset", "double_quant"):
@@ -84,12 +92,28 @@ class QuantizationFormat:
     @property
     def bits(self) -> int:
         """Bits of one code, without what scales and offsets add."""
-        return BITS_OF_TYPE[self.type]
+        return NUMBER_FORMATS[self.type].bits
 
     @property
     def has_codebook(self) -> bool:
-        """Whether codes index a table of values (nf4, nf3, fp4) rather than being integers themselves."""
-        return self.type in ("nf4", "nf3", "fp4")
+        """Whether codes index a table of values rather than being integers themselves."""
+        return NUMBER_FORMATS[self.type].values is not None
+
+    @property
+    def zero(self) -> int:
+        """The code of integers that stands for 0 before an offset; 0 with offset, and of a codebook."""
+        return 0 if self.offset or self.has_codebook else 2 ** (self.bits - 1)
+
+    @property
+    def steps(self) -> int:
+        """By how many scales the largest weight of a group may lie from 0, or from its offset."""
+        return 1 if self.has_codebook else 2**self.bits - 1 - self.zero
+
+    def values(self) -> Tensor:
+        """Return what each code stands for before scale and offset, float32 of shape (2^bits,), in the codes' order."""
+        return (
+            code_values(self.type) if self.has_codebook else torch.arange(2**self.bits, dtype=torch.float32) - self.zero
+        )
 
     def groups(self, columns: int) -> int:
         """Return the number of groups in a row of so many inputs.
@@ -114,6 +138,148 @@ class QuantizationFormat:
             UserError: if the group size does not divide the columns.
         """
         groups = rows * self.groups(columns)
-        scales = scales_bytes(groups) if self.double_quant else groups * self.scale_dtype.itemsize
+        scales = groups + 4 * -(-groups // BLOCK) + 4 if self.double_quant else groups * self.scale_dtype.itemsize
         offsets = groups * self.scale_dtype.itemsize if self.offset else 0
         return rows * row_bytes(columns, self.bits) + scales + offsets
+
+
+def code_values(type: QuantizationType) -> Tensor:
+    """Return the value of each code of a codebook, float32 of shape (2^bits,), in [-1, 1]; not sorted for fp4."""
+    return torch.tensor(NUMBER_FORMATS[type].values, dtype=torch.float32)
+
+
+@cache
+def pair_table(type: QuantizationType, device: torch.device) -> Tensor:
+    """Return the two float32 values of each pair of a codebook's codes, earlier + 2^bits later, of shape (4^bits,).
+
+    Both are in one int64, to be read and written at once: several times as fast as looking up single codes.
+    """
+    values = code_values(type)
+    pairs = torch.cartesian_prod(values, values).flip(1)  # (4^bits, 2): the earlier code changes fastest
+    return pairs.contiguous().view(torch.int64).flatten().to(device)
+
+
+def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    """Return the codes whose scaled values are nearest; on a tie, the lower value's.
+
+    Args:
+        weights: float32 on the CPU.
+        scales: likewise, of a shape that is broadcast to theirs; what lies beyond one is clipped to it.
+        values: of the codes, float32, (codes,), in [-1, 1].
+
+    Returns:
+        uint8 codes of the weights' shape.
+    """
+    values, codes = values.sort(stable=True)
+    scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
+    return codes.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedScales:
+    """The scales of a matrix, (out, groups), in 8 bits: double quantization of QLoRA, arXiv 2305.14314, section 3.
+
+    The mean of all scales of a matrix is taken off, and what is left is kept as codes of bitsandbytes' dynamic 8-bit
+    type (Dettmers, arXiv 1511.04561, as `bitsandbytes.functional.create_dynamic_map` makes it) times the largest
+    magnitude of each block of 256, row by row:
+
+        scale = mean + largest of the block * value[code]
+
+    With groups of 32 that is 8 / 32 + 32 / (32 * 256) = 0.254 bits a weight, where float16 takes 0.5. bitsandbytes
+    calls it `compress_statistics`, transformers `bnb_4bit_use_double_quant`.
+
+    Attributes:
+        codes: uint8, (out, groups).
+        blocks: float32, (ceil(out * groups / 256),), the largest magnitude of scale - mean in each block.
+        mean: float32, (1,).
+        dtype: float32 or float16, to which the scales are rounded that they stand for.
+    """
+
+    codes: Tensor
+    blocks: Tensor
+    mean: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """The numbers of outputs and groups."""
+        return self.codes.shape
+
+    def dequantize(self) -> Tensor:
+        """Return the scales that the codes stand for, (out, groups), none of them negative."""
+        values = dynamic_values().to(self.codes.device)[self.codes.flatten().int()]
+        scales = values * self.blocks.repeat_interleave(BLOCK)[: len(values)] + self.mean
+        return scales.clamp_(0, torch.finfo(self.dtype).max).to(self.dtype).view(self.shape)
+
+    def to(self, device: torch.device | str) -> QuantizedScales:
+        """Return the same scales on another device."""
+        return replace(self, codes=self.codes.to(device), blocks=self.blocks.to(device), mean=self.mean.to(device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what has to be stored."""
+        return {"scales": self.codes, "scale_blocks": self.blocks, "scale_mean": self.mean}
+
+
+def quantize_scales(scales: Tensor) -> QuantizedScales:
+    """Round scales to the nearest that 8 bits can store.
+
+    A scale comes out off by up to 0.7 % of its block's largest distance from the mean. One that is tiny beside the
+    others may be far off, or 0. (bitsandbytes' CPU kernel takes the second nearest now and then, once in a thousand.)
+
+    Args:
+        scales: float32 or float16 on the CPU, (out, groups), not negative.
+    """
+    flat = scales.float().flatten()
+    mean = flat.mean()
+    rest = torch.nn.functional.pad(flat - mean, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # (blocks, 256)
+    largest = rest.abs().amax(1)
+    codes = nearest_codes(rest, largest.unsqueeze(1), dynamic_values())  # (blocks, 256)
+    return QuantizedScales(codes.flatten()[: len(flat)].view(scales.shape).clone(), largest, mean.view(1), scales.dtype)
+
+
+@cache
+def dynamic_values() -> Tensor:
+    """Return the values of the 256 codes, float32, from the smallest to 1: zero, and seven powers of ten of both signs.
+
+    The power 10^-e is split into 2^(6 - e) equal parts of [0.1, 1], each stood for by its middle.
+    """
+    positive = []
+    for exponent in range(_EXPONENTS):
+        edges = torch.linspace(0.1, 1, 2 ** (_EXPONENTS - 1 - exponent) + 1, dtype=torch.float32)
+        positive.append(10.0**-exponent * ((edges[:-1] + edges[1:]) / 2))  # in float32, as bitsandbytes rounds them
+    magnitudes = torch.cat(positive)  # (127,)
+    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values
+
+
+def warn_of_scales(largest: Tensor, format: QuantizationFormat, name: str) -> None:
+    """Warn if float16 may widen the step between codes by more than LARGEST_LOSS in any group that is not zero.
+
+    Below 2^-14 the values of float16 lie 2^-24 = 6e-8 apart, and a scale that is rounded up widens the step between
+    codes by up to that: weights of 1e-8 all become zeros. What counts is the loss beside the group's own weights: a
+    scale of 4e-5, as some of int8 in ViT-S/14, loses next to nothing. With M a group's largest magnitude, in `largest`
+    (out, groups), and L the format's steps, the step is about M / L, and 2^-24 more than LARGEST_LOSS of that if
+    M < 2^-24 L / LARGEST_LOSS. A minimum rounded down to be the offset adds no more to it.
+    """
+    if format.scale_dtype is not torch.float16:
+        return
+    limit = SPACING * format.steps / LARGEST_LOSS
+    _warn(f"{name}: float16 is too coarse for the {format.type} scales of", (largest > 0) & (largest < limit), 5)
+
+
+def warn_of_offsets(exact: Tensor, stored: Tensor, scales: Tensor, format: QuantizationFormat, name: str) -> None:
+    """Warn if storing offsets moved the weights of a group by more than LARGEST_LOSS of the largest they may have.
+
+    All are (out, groups): the offsets in float32 and as they are stored, and the scales.
+    """
+    largest = scales.float() * format.steps + exact.abs()
+    lost = (stored.float() - exact).abs() > LARGEST_LOSS * largest
+    _warn(f"{name}: float16 is too coarse for the offsets of", lost, 4)
+
+
+def _warn(text: str, lost: Tensor, stacklevel: int) -> None:
+    if count := int(lost.sum()):
+        warnings.warn(
+            f"{text} {count} of {lost.numel()} groups, whose weights are too small for it; use scale_precision: fp32",
+            UnderflowWarning,
+            stacklevel=stacklevel,  # who called `quantize`, behind torch's decorator, or `with_offset_added`
+        )

@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-_BITS = (2, 3, 4, 8)
-
 
 def codes_at_once(bits: int) -> int:
     """Return the smallest number of codes that fill whole bytes: 4 of 2 bits, 8 of 3, 2 of 4, 1 of 8."""
@@ -28,7 +26,7 @@ def row_bytes(columns: int, bits: int) -> int:
 
 def field_bits(bits: int) -> int:
     """Return the bits of the smallest field of a power of two that holds a code: runtimes have no fields of 3 bits."""
-    return 4 if bits == 3 else bits
+    return 1 << (bits - 1).bit_length()
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -36,47 +34,46 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: uint8, (out, in), each below 2^bits.
-        bits: 2, 3, 4 or 8.
+        bits: 1 to 8.
 
     Returns:
         uint8, (out, `row_bytes(in, bits)`); for 8 bits the codes themselves, not a copy.
 
     Raises:
-        ValueError: if a code does not fit into its bits, or bits is none of the four.
+        ValueError: if a code does not fit into its bits.
     """
-    _check_bits(bits)
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"expected codes below {2**bits}, got {int(codes.max())}")
     if bits == 8:
         return codes.contiguous()
     at_once = codes_at_once(bits)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % at_once))
-    words = padded[:, ::at_once].to(torch.int32 if bits == 3 else torch.uint8, memory_format=torch.contiguous_format)
+    words = padded[:, ::at_once].to(torch.uint8 if at_once * bits == 8 else torch.int64)  # (out, words)
     for position in range(1, at_once):
         words = words | padded[:, position::at_once].to(words.dtype) << (bits * position)
-    if bits != 3:
-        return words  # (out, bytes)
-    return words.view(torch.uint8).unflatten(1, (-1, 4))[..., :3].flatten(1)  # (out, words, 4) -> (out, bytes)
+    size = at_once * bits // 8
+    return (
+        words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))[..., :size].flatten(1)
+    )  # (out, bytes)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Return the codes that `pack_codes` packed.
 
-    Each byte is widened to a word with a byte per code, and shifts of whole words move the codes into place
-    (on a little-endian machine): about twice as fast as writing every second byte.
+    Of 2, 3 and 4 bits, each byte is widened to a word with a byte per code, and shifts of whole words move the codes
+    into place (on a little-endian machine): about twice as fast as writing every second byte.
 
     Args:
         packed: uint8, (out, `row_bytes(columns, bits)`).
-        bits: 2, 3, 4 or 8.
+        bits: 1 to 8.
         columns: codes in a row.
 
     Returns:
         uint8 codes, (out, columns).
 
     Raises:
-        ValueError: if bits is none of the four or the packed rows have another length.
+        ValueError: if the packed rows have another length.
     """
-    _check_bits(bits)
     expected = row_bytes(columns, bits)
     if packed.shape[1] != expected:
         raise ValueError(f"expected {expected} bytes a row for {columns} codes, got {packed.shape[1]}")
@@ -88,11 +85,15 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     elif bits == 3:
         words = _pairs_of_3_bits(packed)
         words.bitwise_or_(words << 5).bitwise_and_(0x0707070707070707)
-    else:
+    elif bits == 2:
         words = packed.to(torch.int32, memory_format=torch.contiguous_format)
         words.bitwise_or_(words << 12).bitwise_and_(0x000F000F)
         words.bitwise_or_(words << 6).bitwise_and_(0x03030303)
-    return words.view(torch.uint8)[:, :columns]  # (out, bytes) -> (out, codes)
+    else:
+        positions = bits * torch.arange(codes_at_once(bits), device=packed.device)
+        words = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
+        return words.flatten(1)[:, :columns].to(torch.uint8)
+    return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
 
 
 def unpack_pairs(packed: Tensor, bits: int) -> Tensor:
@@ -110,12 +111,13 @@ def unpack_pairs(packed: Tensor, bits: int) -> Tensor:
 
 def _pairs_of_3_bits(packed: Tensor) -> Tensor:
     """Return eight codes a word, (out, words) int64: a pair in the lowest 6 of each 16 bits."""
-    threes = packed.unflatten(1, (-1, 3))  # (out, words, 3)
-    words = torch.nn.functional.pad(threes, (0, 5)).view(torch.int64).squeeze(-1)  # (out, words, 8) -> (out, words)
+    words = _words(packed, 3)
     words.bitwise_or_(words << 20).bitwise_and_(0x00000FFF00000FFF)
     return words.bitwise_or_(words << 10).bitwise_and_(0x003F003F003F003F)
 
 
-def _check_bits(bits: int) -> None:
-    if bits not in _BITS:
-        raise ValueError(f"expected 2, 3, 4 or 8 bits, got {bits}")
+def _words(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes that fill whole bytes together in an int64 each, (out, words)."""
+    size = codes_at_once(bits) * bits // 8
+    some = packed.unflatten(1, (packed.shape[1] // size, size))  # (out, words, bytes a word)
+    return torch.nn.functional.pad(some, (0, 8 - size)).view(torch.int64).squeeze(-1)

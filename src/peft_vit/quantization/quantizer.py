@@ -1,4 +1,4 @@
-"""From float weights to codes, scales and offsets: round to nearest on groups of inputs.
+"""From float weights to codes, scales and offsets: round to nearest on groups of inputs, or compensate errors (GPTQ).
 
 Scales and offsets are rounded outwards to their stored dtype first (scales up, offsets down), and codes are
 chosen against the stored numbers. So no weight lies outside its group's range of codes, and its error is at
@@ -12,21 +12,26 @@ weights may lie outside by a little and are clipped; codes are chosen against th
 from __future__ import annotations
 
 import math
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization.codebooks import Codebook, nearest_codes
-from peft_vit.quantization.formats import QuantizationFormat
+from peft_vit.quantization.formats import (
+    QuantizationFormat,
+    QuantizedScales,
+    nearest_codes,
+    quantize_scales,
+    warn_of_scales,
+)
 from peft_vit.quantization.packing import pack_codes
-from peft_vit.quantization.scales import QuantizedScales, quantize_scales
 from peft_vit.quantization.tensor import QuantizedTensor, rows_at_once
-from peft_vit.quantization.underflow import warn_of_scales
 
 # A group's range, its scale and every step of computing a weight from them stay finite in float32 below this.
 _LARGEST_MAGNITUDE = 2.0**125
+DAMPING = 0.01  # of the mean of the Hessian's diagonal
+_BLOCK = 128  # columns whose updates reach those behind them together, in one product
 
 
 @torch.no_grad()
@@ -35,19 +40,19 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
 
     With b bits, and minimum, maximum and largest magnitude taken over a group:
 
-    - nf4, fp4: scale = largest magnitude; the code of the value nearest to w / scale; offset, if any, = 0.
+    - codebooks: scale = largest magnitude; the code of the value nearest to w / scale; offset, if any, = 0.
     - integers with offset: offset = minimum; scale = (maximum - offset) / (2^b - 1);
       c = round((w - offset) / scale).
     - integers without: scale = largest magnitude / (2^(b-1) - 1); c = round(w / scale) + 2^(b-1).
 
-    Integers are computed in float64 and round halves to even, NF4 and FP4 in float32 as bitsandbytes computes
+    Integers are computed in float64 and round halves to even, codebooks in float32 as bitsandbytes computes
     them; all on the CPU, so that the codes do not depend on the device. A constant group of integers with a
     float32 offset has scale 0 and codes 0, and is exact.
 
     Args:
         weight: floating point, (out, in), not empty; taken as float32.
         format: the format to store it in; its group size divides `in`.
-        name: of the layer, in the `UnderflowWarning` that says where float16 scales are too coarse, see `underflow`.
+        name: of the layer, in the `UnderflowWarning` that says where float16 scales are too coarse, see `formats`.
 
     Returns:
         The quantized weights, on the weight's device.
@@ -93,28 +98,22 @@ def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor
     if not bool((largest <= _LARGEST_MAGNITUDE).all()):
         raise UserError("the weights hold infinities, NaN or magnitudes above 2^125; check their source")
     offsets = torch.zeros_like(largest, dtype=format.scale_dtype)
-    ranges, steps = largest.double(), 2 ** (format.bits - 1) - 1
-    if format.has_codebook:
-        steps = 1
-    elif format.offset:
+    ranges = largest.double()
+    if format.offset and not format.has_codebook:
         offsets = _round_outwards(weights.amin(-1).double(), format.scale_dtype, -math.inf)
-        ranges, steps = weights.amax(-1).double() - offsets.double(), 2**format.bits - 1
-    return largest, _round_outwards(ranges / steps, format.scale_dtype, math.inf), offsets
+        ranges = weights.amax(-1).double() - offsets.double()
+    return largest, _round_outwards(ranges / format.steps, format.scale_dtype, math.inf), offsets
 
 
 def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: QuantizationFormat) -> Tensor:
     """Return the packed codes of some rows, (out, groups, group size), for their scales and offsets, (out, groups)."""
     weights, scales, offsets = weights.cpu().float(), scales.unsqueeze(-1), offsets.unsqueeze(-1)
     if format.has_codebook:
-        codes = nearest_codes(weights, scales.float(), cast(Codebook, format.type))
+        codes = nearest_codes(weights, scales.float(), format.values())
     else:
         divisors = torch.where(scales > 0, scales.double(), 1.0)  # a group of scale 0 has nothing to divide
         places = ((weights.double() - offsets.double()) / divisors).round_()
-        middle = 2 ** (format.bits - 1)
-        if format.offset:
-            codes = places.clamp_(0, 2 * middle - 1).to(torch.uint8)
-        else:
-            codes = (places.clamp_(1 - middle, middle - 1) + middle).to(torch.uint8)
+        codes = (places.clamp_(-format.steps if format.zero else 0, format.steps) + format.zero).to(torch.uint8)
     return pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
 
 
@@ -134,3 +133,73 @@ def _round_outwards(numbers: Tensor, dtype: torch.dtype, direction: float) -> Te
     rounded = numbers.to(dtype)
     inside = rounded.double() < numbers if direction > 0 else rounded.double() > numbers
     return torch.where(inside, torch.nextafter(rounded, torch.full_like(rounded, direction)), rounded)
+
+
+@torch.no_grad()
+def quantize_with_compensation(
+    weight: Tensor, format: QuantizationFormat, hessian: Tensor, *, name: str = "the weight"
+) -> QuantizedTensor:
+    """Choose codes for a small error of the layer's outputs, ||X W^T - X Wq^T||_F^2, rather than of each weight.
+
+    Scales and offsets are those of `quantize`, taken from the float weights beforehand, and only codes are chosen anew:
+    so it works with every format. A weight that compensation moves out of its group's range gets the outermost code.
+    With H the damped Hessian and U upper triangular, U^T U = H^-1, columns j = 1..in are rounded in order:
+
+        Wq_j = nearest(W_j),   e_j = (W_j - Wq_j) / U_jj,   W_k <- W_k - e_j U_jk  for all k > j
+
+    It is computed in float64 on the CPU. Source: GPTQ, arXiv 2210.17323, algorithm 1, with its damping of 1 % and its
+    blocks of 128 columns.
+
+    Args:
+        weight: floating point, (out, in).
+        format: the format to store it in; its group size divides `in`.
+        hessian: H = 2 X^T X of the squared error, (in, in), with X (N, in) the layer's inputs; damping is added here.
+            Any factor on it cancels.
+        name: of the layer, in warnings and errors.
+
+    Returns:
+        The quantized weights, on the weight's device.
+
+    Raises:
+        UserError: as `quantize`; if the Hessian holds infinities or NaN, or is zero.
+    """
+    rounded = quantize(weight, format, name=name)
+    factor = _inverse_factor(hessian.cpu().double(), name)
+    levels, codes_of_levels = format.values().double().sort(stable=True)  # (levels,)
+    if format.zero:  # code 0 is never used
+        levels, codes_of_levels = levels[1:], codes_of_levels[1:]
+    middles = (levels[:-1] + levels[1:]) / 2
+    columns, groups = weight.shape[1], rounded.scales.shape[1]
+    group_of = torch.arange(columns) // (columns // groups)
+    scales = rounded.scales.cpu().double().T[group_of]  # (in, out)
+    offsets = torch.zeros_like(scales) if rounded.offsets is None else rounded.offsets.cpu().double().T[group_of]
+    rest = weight.detach().cpu().double().T.contiguous()  # (in, out): a column lies in one piece
+    codes = torch.empty(rest.shape, dtype=torch.uint8)
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = torch.empty_like(rest[start:stop])  # (block, out)
+        for j in range(start, stop):
+            scaled = (rest[j] - offsets[j]) / torch.where(scales[j] > 0, scales[j], 1.0)  # (out,)
+            places = torch.bucketize(scaled, middles)  # on a tie the lower value's
+            codes[j], values = codes_of_levels[places].to(torch.uint8), levels[places] * scales[j] + offsets[j]
+            errors[j - start] = (rest[j] - values) / factor[j, j]
+            rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)  # (rest, block) @ (block, out)
+    packed = pack_codes(codes.T.contiguous(), format.bits)
+    return replace(rounded, codes=packed.to(weight.device))
+
+
+def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
+    """Return U (in, in), upper triangular, with U^T U the inverse of the damped Hessian."""
+    mean = float(hessian.diagonal().mean())
+    if not bool(hessian.isfinite().all()):
+        raise UserError(f"the inputs of {name} hold infinities or NaN on the calibration images", field="rounding")
+    if mean <= 0:
+        raise UserError(
+            f"gptq has no effect on {name}: its inputs are all zero on the calibration images; leave it out of targets",
+            field="rounding",
+        )
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)

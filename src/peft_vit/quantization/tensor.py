@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
-from peft_vit.quantization.codebooks import Codebook, pair_table
-from peft_vit.quantization.formats import SCALE_DTYPES, QuantizationFormat
+from peft_vit.quantization.formats import (
+    BLOCK,
+    SCALE_DTYPES,
+    QuantizationFormat,
+    QuantizedScales,
+    pair_table,
+    warn_of_offsets,
+)
 from peft_vit.quantization.packing import codes_at_once, row_bytes, unpack_codes, unpack_pairs
-from peft_vit.quantization.scales import BLOCK, QuantizedScales
-from peft_vit.quantization.underflow import warn_of_offsets
 
 _AT_ONCE = 1 << 16  # weights
 
@@ -118,15 +122,18 @@ class QuantizedTensor:
 
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
-        if self.format.has_codebook:
-            table = pair_table(cast(Codebook, self.format.type), values.device)
+        bits = self.format.bits
+        if self.format.has_codebook and bits in (3, 4):
             words = values.view(-1).view(torch.int64)  # a pair of float32 each
-            torch.index_select(table, 0, unpack_pairs(self.codes, self.format.bits).flatten().int(), out=words)
+            pairs = unpack_pairs(self.codes, bits).flatten().int()
+            torch.index_select(pair_table(self.format.type, values.device), 0, pairs, out=words)
             return
-        codes = unpack_codes(self.codes, self.format.bits, values.shape[1])
-        if not self.format.offset:
+        codes = unpack_codes(self.codes, bits, values.shape[1])
+        if self.format.has_codebook:
+            codes = self.format.values().to(codes.device)[codes.int()]
+        elif self.format.zero:
             # Below zero uint8 wraps around, to the bits that int8 reads as the negative number.
-            codes = (codes - 2 ** (self.format.bits - 1)).view(torch.int8)
+            codes = (codes - self.format.zero).view(torch.int8)
         values.copy_(codes)
 
     def with_offset_added(
@@ -153,11 +160,8 @@ class QuantizedTensor:
             dtype = self.format.scale_dtype if self.offsets is None else self.offsets.dtype
         if dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {dtype}", field="offset_dtype")
-        if self.offsets is None:  # what each group adds to scale * value[c], or to scale * c
-            zero = 0 if self.format.has_codebook else 2 ** (self.format.bits - 1)
-            constant = self.scales.float() * -zero
-        else:
-            constant = self.offsets.float()
+        # What each group adds to scale * value[c], or to scale * c: (out, groups).
+        constant = self.scales.float() * -self.format.zero if self.offsets is None else self.offsets.float()
         exact = constant + delta.detach()
         offsets = exact.to(dtype)
         if not bool(offsets.isfinite().all()):

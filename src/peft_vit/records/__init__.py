@@ -2,40 +2,35 @@
 
 A results directory holds one study per folder::
 
-    DIR/<study>/study.json                                 `study_file.StudyFile`: what was planned
+    DIR/<study>/study.json                                 `schema.StudyFile`: what was planned
     DIR/<study>/<experiment>/seed_<k>/progress.json        `progress.Attempt`, until the run is done
-    DIR/<study>/<experiment>/seed_<k>/record.json          `values.RunRecord`
+    DIR/<study>/<experiment>/seed_<k>/record.json          `schema.RunRecord`
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
 """
 
-from peft_vit.records.bench_rows import BenchRow, read_bench
-from peft_vit.records.contents import (
-    HTML_FILE,
-    MARKDOWN_FILE,
-    Contents,
-    Problem,
-    StudyFolder,
-    read_contents,
-    read_records,
-)
-from peft_vit.records.derived import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
 from peft_vit.records.files import (
     ADAPTER_FILE,
     RECORD_FILE,
     REGISTRATION_FILE,
+    STUDY_FILE,
     checkpoint_folders,
     flush,
     make_folder,
+    read_bench,
     read_record,
+    read_study_file,
     run_folder,
     write_atomically,
     write_record,
     write_result,
+    write_study_file,
     write_whole,
 )
-from peft_vit.records.run_spec import RunSpec
-from peft_vit.records.values import (
+from peft_vit.records.progress import StudyStatus
+from peft_vit.records.scan import HTML_FILE, MARKDOWN_FILE, Contents, Problem, read_contents, read_records
+from peft_vit.records.schema import (
     AdapterRemoval,
+    BenchRow,
     BitAllocation,
     BitsEntry,
     ByteCounts,
@@ -57,6 +52,9 @@ from peft_vit.records.values import (
     Registration,
     Role,
     RunRecord,
+    RunSpec,
     SiteInfo,
     StepRow,
+    StudyFile,
 )
+from peft_vit.records.tables import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row

@@ -1,26 +1,28 @@
-"""Records on disk, written whole or not at all."""
+"""Files of a results directory: written whole or not at all, read as this version says them."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import tempfile
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
+
 from peft_vit.errors import UserError, checked, named
-from peft_vit.records.migrations import migrated
-from peft_vit.records.run_spec import RunSpec
-from peft_vit.records.values import SCHEMA_VERSION, RunRecord
+from peft_vit.records.migrations import migrated, migrated_study
+from peft_vit.records.schema import BenchRow, RunRecord, RunSpec, StudyFile
 from peft_vit.safe_io import folder_below, read_bytes
 
+STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
 REGISTRATION_FILE = "registration.json"  # of a run that version 0.2.0 has begun, until it is done
-_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of JSON; no page and no file could hold it alone
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
@@ -116,42 +118,50 @@ def read_record(file: Path) -> RunRecord:
     Raises:
         UserError: if the file is not a record of this schema; names the file and the field.
     """
+    with _reading(file, "record", "move it away and run the study again") as data:
+        if isinstance(data, dict) and "spec" in data:
+            data["spec"] = migrated(data["spec"])
+        return RunRecord.model_validate_json(to_json(data))
+
+
+def read_study_file(folder: Path) -> StudyFile | None:
+    """Return what a study's folder says that it holds; None in one that an earlier version made.
+
+    Raises:
+        UserError: with file and field, if the file can't be read or was changed by hand.
+    """
+    file = folder / STUDY_FILE
+    if not os.path.lexists(file):
+        return None
+    remedy = "move it away and give the command of the study again, which makes it anew"
+    with _reading(file, "study file", remedy) as data:
+        return StudyFile.model_validate_json(to_json(migrated_study(data)))
+
+
+def write_study_file(folder: Path, content: StudyFile) -> None:
+    """Replace study.json.
+
+    Raises:
+        UserError: if there is no room for it.
+    """
+    write_whole(folder / STUDY_FILE, (content.model_dump_json(indent=1) + "\n").encode())
+
+
+def read_bench(file: Path) -> tuple[BenchRow, ...]:
+    """Return the rows of a .json file that `peft-vit bench` has written.
+
+    Raises:
+        UserError: if it can't be read, or is no such file; names the file and the field.
+    """
+    with _reading(file, "table", "expected what `peft-vit bench MODEL... --output FILE.json` writes") as data:
+        return TypeAdapter(tuple[BenchRow, ...]).validate_json(to_json(data))
+
+
+@contextmanager
+def _reading(file: Path, what: str, remedy: str) -> Iterator[Any]:
+    """Give the plain values of a JSON file; what is wrong with it or with them is told in one line."""
     try:
-        text = read_bytes(file).decode("utf-8")
-        data: Any = json.loads(text)
-        if _HALF_CHARACTER.search(text):
-            json.dumps(data, ensure_ascii=False).encode()  # fails if the other half is not there
-        version = data.get("schema_version") if isinstance(data, dict) else None
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"expected {SCHEMA_VERSION}, got {version!r}; move it away and run the study again",
-                file=file,
-                field="schema_version",
-            )
-        if isinstance(data.get("spec"), dict):  # old words become today's; the configuration's models are strict
-            with named(file):
-                data["spec"] = migrated(_tuples(data["spec"]))
-        with checked(file, "move it away and run the study again"):
-            record = RunRecord.model_validate(data)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"is not a readable record ({error}); move it away and run the study again"
-        raise UserError(problem, file=file) from None
-    for name in ("steps", "evaluations", "rank_history", "importance_history", "bits_history"):
-        for before, row in pairwise(getattr(record, name)):
-            again = before.step >= row.step if name in ("steps", "evaluations") else before == row
-            if again:
-                problem = f"step {row.step} stands twice or out of order; move it away and run the study again"
-                raise UserError(problem, file=file, field=name)
-    units = sorted({entry.unit for entry in record.rank_history})
-    if len(units) > 1:
-        problem = f"budgets in different units ({', '.join(units)}); move it away and run the study again"
-        raise UserError(problem, file=file, field="rank_history")
-    return record
-
-
-def _tuples(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _tuples(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return tuple(_tuples(value) for value in data)
-    return data
+        with checked(file, remedy), named(file):
+            yield from_json(read_bytes(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"is not a readable {what} ({error}); {remedy}", file=file) from None

@@ -7,8 +7,6 @@ names the version.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,125 +63,76 @@ def migrated(content: Any) -> Any:
     if not isinstance(content, dict):
         return content
     content = _renamed({key: value for key, value in content.items() if key not in GONE_OF_STUDIES})
-    if "experiment" in content:
-        content["experiment"] = _experiment(content["experiment"])
-    if isinstance(listed := content.get("experiments"), list | tuple):
-        content["experiments"] = type(listed)(map(_experiment, listed))
-    if isinstance(stopping := content.get("stopping"), dict):
-        content["stopping"] = _stopping(stopping)
-    return _with_augmentation(content)
+    experiments = [content.get("experiment"), *_list(content.get("experiments"))]
+    for experiment in experiments:
+        for (*sections, setting), gone in GONE.items():
+            section = _section(experiment, *sections)
+            if setting in section and (value := section.pop(setting)) not in (gone.default, *gone.kept):
+                raise _refusal(value, "experiment", *sections, setting)
+        for (*sections, setting), choices in GONE_CHOICES.items():
+            if isinstance(value := _section(experiment, *sections).get(setting), str) and value in choices:
+                raise _refusal(value, "experiment", *sections, setting)
+    stopping = _section(content, "stopping")
+    if stopping.get("spending") == "anytime":
+        raise _refusal("anytime", "stopping", "spending")
+    if stopping.get("futility", "") is None:  # its default once, which is a number now
+        del stopping["futility"]
+    flips = _section(content, "data").get("flips")
+    if isinstance(flips, str) and flips in AUGMENTATION_OF_FLIPS:
+        del content["data"]["flips"]
+        for training in (_section(experiment, "training") for experiment in experiments):
+            training.setdefault("augmentation", [change.model_dump() for change in AUGMENTATION_OF_FLIPS[flips]])
+    return content
 
 
-def migrated_study(content: bytes) -> bytes:
-    """Return a study.json likewise."""
-    try:
-        study = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
+def migrated_study(study: Any) -> Any:
+    """Return the content of a study.json likewise."""
     if not isinstance(study, dict):
-        return content
+        return study
+    study = dict(study)
     if "configuration" in study:
         study["configuration"] = migrated(study["configuration"])
     if isinstance(limited := study.pop("limited", None), dict):
-        data, asked = (_images(one) for one in (study.get("configuration"), limited.get("asked")))
-        if data != asked:
+        data, asked = (_section(study, "configuration", "data"), _section(limited, "asked", "data"))
+        if any(data.get(size) != asked.get(size) for size in _SIZES):
             raise UserError(
                 "the study was made on smaller or fewer images than it asked for, which this version no longer does; "
                 f"peft-vit {LAST_VERSION_WITH_ALL} goes on with it",
                 field="limited",
             )
-    return json.dumps(study).encode()
+    return study
 
 
-def _images(configuration: Any) -> list[Any]:
-    """Return how large a study's images are, and how many: what a limit of time once made less of."""
-    data = configuration.get("data") if isinstance(configuration, dict) else None
-    return [data.get(name) if isinstance(data, dict) else None for name in _SIZES]
-
-
-def with_digested(experiment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an experiment as digests see it: with the settings that went, where they stood, at their defaults."""
-    whole = dict(experiment)
-    for (*path, field), gone in GONE.items():
-        if gone.digested_after is not None:
-            whole = _inserted(whole, path, field, gone)
-    return whole
-
-
-def _inserted(values: Mapping[str, Any], path: list[str], field: str, gone: Gone) -> dict[str, Any]:
-    if path:
-        below = values.get(path[0])
-        if not isinstance(below, Mapping):
-            return dict(values)
-        return {**values, path[0]: _inserted(below, path[1:], field, gone)}
-    whole: dict[str, Any] = {}
-    for key, value in values.items():
-        whole[key] = value
-        if key == gone.digested_after:
-            whole[field] = gone.default
-    return whole
-
-
-def _experiment(experiment: Any) -> Any:
-    for path, gone in GONE.items():
-        experiment = _without(experiment, path, (gone.default, *gone.kept), path)
-    for path, choices in GONE_CHOICES.items():
-        if (chosen := _at(experiment, path)) in choices:
-            raise _refusal(("experiment", *path), chosen)
+def with_digested(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Add to an experiment the settings that went and that digests contain, where they stood, at their defaults."""
+    for (*sections, setting), gone in GONE.items():
+        section = _section(experiment, *sections)
+        if gone.digested_after in section:
+            keys = list(section)
+            section[setting] = gone.default
+            for key in keys[keys.index(gone.digested_after) + 1 :]:
+                section[key] = section.pop(key)  # to the end, behind it
     return experiment
 
 
-def _stopping(stopping: dict[str, Any]) -> dict[str, Any]:
-    if stopping.get("spending") == "anytime":
-        raise _refusal(("stopping", "spending"), "anytime")
-    # futility: null was its default, which is a number now
-    return {key: value for key, value in stopping.items() if (key, value) != ("futility", None)}
+def _section(values: Any, *names: str) -> dict[str, Any]:
+    """Return the mapping that stands below these names; an empty one where none does."""
+    for name in names:
+        values = values.get(name) if isinstance(values, dict) else None
+    return values if isinstance(values, dict) else {}
 
 
-def _at(values: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        values = values.get(key) if isinstance(values, dict) else None
-    return values if isinstance(values, str) else None
+def _list(values: Any) -> list[Any]:
+    return list(values) if isinstance(values, list | tuple) else []
 
 
-def _without(values: Any, path: tuple[str, ...], read: tuple[Any, ...], whole: tuple[str, ...]) -> Any:
-    if not isinstance(values, dict) or path[0] not in values:
-        return values
-    if len(path) > 1:
-        return {**values, path[0]: _without(values[path[0]], path[1:], read, whole)}
-    if values[path[0]] not in read:
-        raise _refusal(("experiment", *whole), values[path[0]])
-    return {key: value for key, value in values.items() if key != path[0]}
-
-
-def _refusal(path: tuple[str, ...], value: Any) -> UserError:
+def _refusal(value: Any, *path: str) -> UserError:
     problem = f"{value} is something that this version no longer has"
     return UserError(f"{problem}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(path))
 
 
 def _renamed(values: Any) -> Any:
+    """Return a copy in which settings have the names that they have today."""
     if isinstance(values, dict):
         return {_RENAMED.get(key, key): _renamed(value) for key, value in values.items()}
     return type(values)(map(_renamed, values)) if isinstance(values, list | tuple) else values
-
-
-def _with_augmentation(content: dict[str, Any]) -> dict[str, Any]:
-    """Say `data.flips` as `training.augmentation`."""
-    data = content.get("data")
-    flips = data.get("flips") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(flips, str) or flips not in AUGMENTATION_OF_FLIPS:
-        return content
-    augmentation = tuple(one.model_dump() for one in AUGMENTATION_OF_FLIPS[flips])
-    moved = {**content, "data": {key: value for key, value in data.items() if key != "flips"}}
-    if "experiment" in content:
-        moved["experiment"] = _trained_with(content["experiment"], augmentation)
-    if isinstance(listed := content.get("experiments"), list | tuple):
-        moved["experiments"] = [_trained_with(one, augmentation) for one in listed]
-    return moved
-
-
-def _trained_with(experiment: Any, augmentation: tuple[Any, ...]) -> Any:
-    training = experiment.get("training") if isinstance(experiment, dict) else None
-    if not isinstance(training, dict):
-        return experiment
-    return {**experiment, "training": {"augmentation": augmentation, **training}}

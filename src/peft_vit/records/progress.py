@@ -1,24 +1,199 @@
-"""What has become of a run, as its folder says: its record decides, and progress.json tells of attempts after it.
+"""What has become of a study's runs, and who works on them: all that its folder says beside results.
 
-A progress.json that can't be read counts as not there: the run goes on from its checkpoints, or begins again.
+A run's record decides, and progress.json tells of attempts after it. A progress.json that can't be read counts as not
+there: the run goes on from its checkpoints, or begins again.
+
+The lock is the kernel's: a killed process holds none, and asking writes nothing, also where nothing can be written. So
+it is no `filelock`, which is asked by taking it, and makes the file.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from peft_vit.errors import UserError
-from peft_vit.records.files import ADAPTER_FILE, RECORD_FILE, checkpoint_folders
-from peft_vit.records.owner import Owner
+from peft_vit.errors import UserError, printable
+from peft_vit.records.files import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    STUDY_FILE,
+    checkpoint_folders,
+    make_folder,
+    read_study_file,
+)
+from peft_vit.records.schema import StudyFile
 from peft_vit.safe_io import folder_below, read_bytes
 
+try:
+    import fcntl
+except ImportError:  # studies run on POSIX systems; elsewhere are copies of them, on which nobody works
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
 State = Literal["done", "failed", "pending", "running", "skipped"]
+_OWNER_BYTES = 1 << 16  # of a lock file are read
+_PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
+_Text = Annotated[str, AfterValidator(lambda text: " ".join(text.split())[:500])]
+
+
+# --- who works on a study ---------------------------------------------------------------------------------------------
+
+
+class Owner(BaseModel):
+    """Who holds a lock, as it said itself; nothing is known of one that died while it wrote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    pid: int | None = None
+    host: _Text = "?"
+    since: _Text = "?"
+    command: _Text = "?"
+
+    def __str__(self) -> str:
+        if self.pid is None:
+            return "a process that has not said its name"
+        return f"process {self.pid} on {self.host} since {self.since}: {self.command}"
+
+    def began(self, at: str) -> bool:
+        """Tell whether what was begun at that time is this owner's, and not of one that died."""
+        try:
+            return datetime.fromisoformat(at) >= datetime.fromisoformat(self.since)
+        except (ValueError, TypeError):
+            return True
+
+
+@dataclass(frozen=True)
+class StudyLock:
+    """Proof that this process, and no other, may write to a study's folder."""
+
+    folder: Path
+
+
+def owner_of(folder: Path) -> Owner | None:
+    """Return who works on a study at present; None if nobody does. Writes nothing."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _said_by_owner(descriptor)
+    except OSError:  # a file system without locks, on which nobody can hold one
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _said_by_owner(descriptor: int) -> Owner:
+    try:
+        return Owner.model_validate_json(os.pread(descriptor, _OWNER_BYTES, 0))
+    except ValueError:
+        return Owner()
+
+
+@contextmanager
+def study_lock(folder: Path) -> Iterator[StudyLock]:
+    """Hold a study's lock; a folder that was made for it and holds nothing at the end goes away again.
+
+    Args:
+        folder: the study's; it and its parents are made if need be.
+
+    Raises:
+        UserError: if another process holds the lock, naming it, or if nothing can be written to the folder.
+    """
+    missing: list[Path] = []
+    try:
+        missing = [place for place in (folder, *folder.parents) if not place.exists()]
+        descriptor = _acquire(folder)
+    except OSError as error:
+        _remove_empty(missing)
+        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output"
+        raise UserError(problem, file=folder) from None
+    try:
+        with _folder_held(folder):
+            yield StudyLock(folder)
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
+        _remove_empty(missing)
+        os.close(descriptor)
+
+
+@contextmanager
+def _folder_held(folder: Path) -> Iterator[None]:
+    """Lock the folder as well: somebody may remove the lock's file, and with it what keeps a second process away."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # NFS locks no folders
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise _taken(folder, f"whose {LOCK_FILE} was removed") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(folder: Path) -> int:
+    """Return the descriptor of a study's lock file, locked and signed."""
+    file = folder / LOCK_FILE
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            make_folder(folder)
+            # Not inherited: a worker that outlives this process must not keep its lock.
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # the owner has just removed the folder that it made
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):  # it was just removed
+                if os.path.samestat(os.fstat(descriptor), os.stat(file, follow_symlinks=False)):
+                    command = printable(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+                    since = datetime.now(UTC).isoformat(timespec="seconds")
+                    owner = Owner(pid=os.getpid(), host=socket.gethostname(), since=since, command=command)
+                    os.ftruncate(descriptor, 0)  # the file that others will find is this one
+                    os.pwrite(descriptor, owner.model_dump_json().encode() + b"\n", 0)
+                    return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                owner = _said_by_owner(descriptor)
+                os.close(descriptor)
+                raise _taken(folder, str(owner)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(0.02)
+
+
+def _taken(folder: Path, by: str) -> UserError:
+    return UserError(f"another command works on this study, {by}; wait for its end, or stop it", file=folder)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # somebody else has put something there, or it was never made
+            folder.rmdir()
+
+
+# --- what has become of a run -----------------------------------------------------------------------------------------
 
 
 class Attempt(BaseModel):
@@ -106,30 +281,26 @@ def look_at(study: Path, run: str) -> Known:
     """
     folder = folder_below(study, run)
     faults = []
-    attempt = None
+    attempt = end = None
     try:  # before the record: of a run that ends meanwhile, both are there
         attempt = Attempt.model_validate_json(read_bytes(folder / PROGRESS_FILE))
     except FileNotFoundError:
         pass
     except (OSError, ValueError):
         faults.append(f"its {PROGRESS_FILE} can't be read and counts as not there")
-    end = _end(folder / RECORD_FILE)
+    try:
+        end = End.model_validate_json(read_bytes(folder / RECORD_FILE))
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError):
+        problem = "is not a readable record; move it away and run the study again"
+        raise UserError(problem, file=folder / RECORD_FILE) from None
     if attempt is not None and end is not None and attempt.number <= end.attempts:
         attempt = None
     has_adapter = (folder / ADAPTER_FILE).exists()
     if attempt is None and end is not None and end.status == "done" and not has_adapter:
         faults.append(f"its record is here, its {ADAPTER_FILE} is not")
     return Known(attempt, end, has_adapter, "; ".join(faults))
-
-
-def _end(record: Path) -> End | None:
-    try:
-        return End.model_validate_json(read_bytes(record))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        problem = "is not a readable record; move it away and run the study again"
-        raise UserError(problem, file=record) from None
 
 
 def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> RunStatus:
@@ -159,3 +330,81 @@ def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> 
         return RunStatus(run, "skipped", known.attempts, goes_on)
     again = f"to be tried again after: {attempt.error}" if attempt is not None and attempt.state == "failed" else ""
     return RunStatus(run, "pending", known.attempts, "; ".join(filter(None, (known.fault, again, goes_on))))
+
+
+# --- what has become of a study ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """A study's folder: each planned run is in exactly one state.
+
+    Attributes:
+        folder: where it lies.
+        file: what was planned; None if an earlier version made it, so that only those runs count that have records.
+        runs: in the order of the plan.
+        owner: who works on it at present.
+    """
+
+    folder: Path
+    file: StudyFile | None
+    runs: tuple[RunStatus, ...]
+    owner: Owner | None
+
+    @property
+    def name(self) -> str:
+        """Return the folder's name, which is the study's."""
+        return Path(os.path.abspath(self.folder)).name
+
+
+def find_studies(directory: Path) -> list[Path]:
+    """Return the folders of studies in a results directory, which may be a study's folder itself.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
+        problem = "is no directory" if os.path.lexists(directory) else "does not exist"
+        raise UserError(f"{problem}; give what --output was", file=directory)
+    for folders in ([directory], sorted(directory.iterdir())):
+        if found := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
+            return found
+    raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)
+
+
+def study_status(folder: Path) -> StudyStatus:
+    """Read what has become of a study's runs, without disturbing who works on it.
+
+    Raises:
+        UserError: if its study.json is damaged.
+    """
+    owner = owner_of(folder)  # first: who ends meanwhile has left nothing under way
+    file = read_study_file(folder)
+    planned = sorted(_recorded(folder)) if file is None else file.runs
+    skipped = set() if file is None else set(file.skipped)
+    runs = tuple(run_status(folder, run, owner, skipped=run in skipped) for run in planned)
+    return StudyStatus(folder, file, runs, owner)
+
+
+def status_lines(status: StudyStatus) -> Iterator[str]:
+    """Yield the sum of all states, and what there is to say of single runs, in lines that do nothing to a terminal."""
+    counts = Counter(run.state for run in status.runs)
+    total = " + ".join(f"{counts[state]} {state}" for state in get_args(State))
+    yield printable(f"{status.name}: {len(status.runs)} planned = {total}")
+    if status.owner is not None:
+        yield printable(f"  worked on by {status.owner}")
+    if status.file is None:
+        yield "  made by an earlier version: its records are all that is known; `peft-vit run` takes them over"
+    if foreign := sorted(set(_recorded(status.folder)) - {run.run for run in status.runs}):
+        yield f"  {len(foreign)} records are of runs that the study does not have, such as {printable(foreign[0])}"
+    for state in ("failed", "running", "pending", "skipped"):
+        for run in status.runs:
+            if run.state == state and run.note:
+                again = f", attempt {run.attempts}" if run.attempts > 1 else ""
+                yield printable(f"  {state:<8} {run.run}{again}: {run.note}")
+
+
+def _recorded(folder: Path) -> Iterator[str]:
+    """Yield the runs that have a record, planned or not."""
+    for file in folder.glob(f"*/seed_*/{RECORD_FILE}"):
+        yield file.parent.relative_to(folder).as_posix()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,19 +28,6 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of a table: the text that a reader sees, and the unrounded values behind it by their columns' names."""
-
-    text: str
-    values: Mapping[str, Raw] = field(default_factory=dict)
-
-
-Row = Mapping[str, Cell | str | int]
-"""Cells by their headings; a text or count alone stands for nothing more. `UNSEEN` heads values that are not shown."""
-UNSEEN = ""
-
-
-@dataclass(frozen=True)
 class Table:
     """A table: what a reader sees, and the unrounded values behind it."""
 
@@ -52,29 +39,6 @@ class Table:
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
     folded: bool = False  # the page shows only its title until a reader opens it; paper and Markdown show all of it
     kind: Literal["table"] = "table"
-
-    @classmethod
-    def of(
-        cls,
-        slug: str,
-        title: str,
-        rows: Iterable[Row],
-        note: str,
-        *,
-        data: Iterable[dict[str, Raw]] | None = None,
-        folded: bool = False,
-    ) -> Table:
-        """Return a table of cells.
-
-        Rows have the same headings in the same order; without any there are no headings, and the note is all. `data`
-        defaults to the values of the cells.
-        """
-        cells = [{name: c if isinstance(c, Cell) else Cell(str(c)) for name, c in row.items()} for row in rows]
-        if data is None:
-            data = [{key: value for cell in row.values() for key, value in cell.values.items()} for row in cells]
-        columns = tuple(name for name in (cells[0] if cells else {}) if name != UNSEEN)
-        texts = tuple(tuple(row[name].text for name in columns) for row in cells)
-        return cls(slug, title, columns, texts, note, tuple(data), folded)
 
 
 class Series(NamedTuple):

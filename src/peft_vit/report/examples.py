@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 
 from peft_vit.analysis import Analysis
 from peft_vit.analysis.examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.report.document import UNSEEN, Block, Cell, Gallery, Paragraph, Picture, Table
+from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
 from peft_vit.report.formatting import count, joined, percent, plain
 from peft_vit.report.summary import best_on_validation, licence
-from peft_vit.report.tables import cell
+from peft_vit.report.tables import Column, table
 
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
 Thumbnails = Callable[[RunRecord, Sequence[int]], list[bytes]]
@@ -39,18 +40,20 @@ def _counts_table(found: ImageExamples) -> Table:
     """Return how many test images each of both gets right, by seed."""
     best, baseline = plain(found.best), plain(found.baseline)
     left_out = f" Left out: {joined(found.left_out)}." if found.left_out else ""
-    return Table.of(
+    return table(
         "agreement",
         f"Test images that {best} and {baseline} get right",
-        (
-            {
-                UNSEEN: Cell("", {"best": found.best, "baseline": found.baseline}),
-                "Seed": cell("seed", seed),
-                **{title: cell(g.replace(" ", "_"), counts[g], count) for g, title in _titles(found).items()},
-                "Images": cell("images", sum(counts.values()), count),
-            }
+        [
+            {"best": found.best, "baseline": found.baseline, "seed": seed, **counts, "images": sum(counts.values())}
             for seed, counts in found.counts.items()
-        ),
+        ],
+        [
+            Column("", "best"),
+            Column("", "baseline"),
+            Column("Seed", "seed"),
+            *(Column(title, group, count, group.replace(" ", "_")) for group, title in _titles(found).items()),
+            Column("Images", "images", count),
+        ],
         f"{best} is the best on validation, {baseline} the baseline: the linear probe, or without one the "
         "LoRA of smallest rank. Both runs of a row share the seed and the images. The middle two columns are what "
         f"McNemar's test would take; no test is made here.{left_out}",
@@ -59,21 +62,21 @@ def _counts_table(found: ImageExamples) -> Table:
 
 def _images_table(found: ImageExamples) -> Table:
     """Return the images that are shown; the file has every test image of that seed."""
-    names = found.run.record.class_names
-    return Table.of(
+    class_of = partial(_class, found.run.record.class_names)
+    return table(
         "examples",
         f"Predictions of these images, seed {found.seeds[0]}",
-        (
-            {
-                "Group": image.group,
-                "Image": str(image.position),
-                "Truth": _class(names, image.label),
-                plain(found.best): f"{_class(names, image.best)}, {percent(image.best_probability)}",
-                plain(found.baseline): f"{_class(names, image.baseline)}, {percent(image.baseline_probability)}",
-            }
-            for group in GROUPS
-            for image in found.shown(group)
-        ),
+        [image for group in GROUPS for image in found.shown(group)],
+        [
+            Column("Group", "group"),
+            Column("Image", "position"),
+            Column("Truth", "label", class_of),
+            Column(plain(found.best), lambda image: f"{class_of(image.best)}, {percent(image.best_probability)}"),
+            Column(
+                plain(found.baseline),
+                lambda image: f"{class_of(image.baseline)}, {percent(image.baseline_probability)}",
+            ),
+        ],
         "Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
         data=({"position": image.position, "group": image.group} | asdict(image) for image in found.images),

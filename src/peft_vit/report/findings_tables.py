@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft_vit.analysis.findings import Conclusion, Finding, conclude
-from peft_vit.report.document import UNSEEN, Cell, Raw, Table
+from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import number_interval, plain, points_interval, scaled
-from peft_vit.report.tables import OVER_SEEDS, cell
+from peft_vit.report.tables import OVER_SEEDS, Column, table
 
 HOW = (
     "Each sentence is worded so that a positive estimate supports it. 'Not decided' means that these runs cannot tell, "
@@ -16,59 +16,51 @@ HOW = (
 )
 
 
+_SENTENCE = [
+    Column("", lambda conclusion: conclusion.sentence.id, data="id"),
+    Column("sentence", lambda conclusion: conclusion.sentence.text, plain, "sentence"),
+]
+
+
 def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
     """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table."""
     concluded = conclude(findings)
-    told = [one for one in concluded if one.verdict != "no data"]
-    silent = [one for one in concluded if one.verdict == "no data"]
-    return tuple(table for table in (_verdicts(told), _details(told), _without_data(silent)) if table.rows)
-
-
-def _sentence(conclusion: Conclusion) -> dict[str, Cell]:
-    sentence = conclusion.sentence
-    return {UNSEEN: Cell("", {"id": sentence.id}), "sentence": cell("sentence", sentence.text, plain)}
-
-
-def _verdicts(concluded: Sequence[Conclusion]) -> Table:
-    return Table.of(
+    told = [conclusion for conclusion in concluded if conclusion.verdict != "no data"]
+    detailed = [finding for conclusion in told for finding in conclusion.findings]
+    verdicts = table(
         "verdicts",
         "Verdicts",
-        (
-            {
-                **_sentence(c),
-                "verdict": cell("verdict", c.verdict),
-                "experiments or pairs": Cell(c.counts or "1", {"counts": c.counts, "n": len(c.findings)}),
-            }
-            for c in concluded
-        ),
+        told,
+        [
+            *_SENTENCE,
+            "verdict",
+            Column("experiments or pairs", "counts", lambda counts: counts or "1"),
+            Column("", lambda conclusion: len(conclusion.findings), data="n"),
+        ],
         "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
         "The table below has the estimates.",
     )
-
-
-def _details(concluded: Sequence[Conclusion]) -> Table:
-    findings = [finding for conclusion in concluded for finding in conclusion.findings]
-    return Table.of(
+    details = table(
         "findings",
         "Findings by experiment",
-        (
+        [
             {"sentence": plain(f.sentence.text), "experiment or pair": f.subject, "verdict": f.verdict, **numbers(f)}
-            for f in findings
-        ),
+            for f in detailed
+        ],
+        None,
         HOW,
-        data=finding_rows(findings),
+        data=finding_rows(detailed),
         folded=True,
     )
-
-
-def _without_data(concluded: Sequence[Conclusion]) -> Table:
-    return Table.of(
+    without_data = table(
         "without_data",
         "Sentences without data in these records",
-        ({**_sentence(c), "why": cell("reason", reasons(c))} for c in concluded),
+        [conclusion for conclusion in concluded if conclusion.verdict == "no data"],
+        [*_SENTENCE, Column("why", reasons, data="reason")],
         "Most are about experiments that this study does not have.",
         folded=True,
     )
+    return tuple(made for made in (verdicts, details, without_data) if made.rows)
 
 
 def reasons(conclusion: Conclusion) -> str:

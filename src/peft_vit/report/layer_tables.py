@@ -1,26 +1,41 @@
-"""Tables of layers and their scores: what a reader sees, and the unrounded values for the CSV file."""
+"""Tables of layers: which ones scores call important, where ranks went, how they moved, and whether that paid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis import ImportancePattern, SeedAgreement, StudyAgreement
-from peft_vit.report.document import Cell, Table
-from peft_vit.report.formatting import fixed, known, number_interval, plain
-from peft_vit.report.tables import OVER_SEEDS, cell, crossed, ends
+from peft_vit.analysis import AgainstControl, Allocation, ImportancePattern
+from peft_vit.analysis.allocation import SETTLED_AT
+from peft_vit.analysis.effectiveness import PARAMETERS
+from peft_vit.analysis.importance import seed_agreements
+from peft_vit.analysis.limits import SAME_SIZE
+from peft_vit.report.document import Block, Paragraph, Table
+from peft_vit.report.formatting import (
+    count,
+    fixed,
+    joined,
+    known,
+    number_interval,
+    percent,
+    plain,
+    points_interval,
+    scaled,
+)
+from peft_vit.report.method_tables import differences_table
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, ends, measured, table, tested
 
 
-def _by_experiment(
-    patterns: Sequence[ImportancePattern], found: Sequence[Mapping[Any, float | None]]
-) -> dict[str, dict[Any, str]]:
-    """Return the columns of a table with one an experiment: what was found for each, as text."""
-    return {
-        _heading(p): {key: _or_dash(value) for key, value in values.items()}
-        for p, values in zip(patterns, found, strict=True)
-    }
+def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
+    """Yield every table of the scores of experiments, one at least."""
+    yield _by_matrix(patterns)
+    yield _by_block(patterns)
+    yield _over_time(patterns)
+    yield _course(patterns)
+    yield _seed_agreement(patterns)
 
 
 def _heading(pattern: ImportancePattern) -> str:
@@ -31,8 +46,7 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else fixed(value)
 
 
-def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return relative scores by matrix type, attention over MLP, and agreement between seeds."""
+def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
     ratios = [float(np.mean(p.attention_over_mlp)) if p.attention_over_mlp else None for p in patterns]  # log2
     columns = {
         _heading(p): {
@@ -42,11 +56,11 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
         }
         for p, ratio in zip(patterns, ratios, strict=True)
     }
-    matrices = dict.fromkeys(name for p in patterns for name in p.by_matrix)
-    return Table.of(
+    return table(
         "importance_by_matrix",
         "Relative score by matrix type",
-        crossed("matrix", [*matrices, "attention / MLP", "agreement of seeds"], columns),
+        crossed("matrix", columns, [matrix for p in patterns for matrix in p.by_matrix]),
+        None,
         f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention "
         "over MLP is the geometric mean over seeds; agreement is Spearman's rho of the final "
         "scores, mean over pairs of seeds.",
@@ -64,14 +78,21 @@ def importance_table(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
-def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return the mean relative score of each block; the CSV file has every site."""
+def _in_order(
+    first: str, patterns: Sequence[ImportancePattern], values: Sequence[Mapping[int, float | None]]
+) -> list[dict[str, str]]:
+    """Return a row a block or step, with a column an experiment."""
+    texts = {_heading(p): {k: _or_dash(v) for k, v in of.items()} for p, of in zip(patterns, values, strict=True)}
+    return crossed(first, texts, sorted({key for of in values for key in of}))
+
+
+def _by_block(patterns: Sequence[ImportancePattern]) -> Table:
     means = [dict(zip(p.grid.blocks, np.mean(p.by_block, axis=0).tolist(), strict=True)) for p in patterns]
-    relative = [np.mean(p.relative_final, axis=0) for p in patterns]  # (blocks, matrices) each
-    return Table.of(
+    return table(
         "importance_by_block",
         "Relative score by block",
-        crossed("block", sorted({block for mean in means for block in mean}), _by_experiment(patterns, means)),
+        _in_order("block", patterns, means),
+        None,
         "Mean over the sites of a block and over seeds.",
         data=(
             {
@@ -80,22 +101,23 @@ def importance_by_block_table(patterns: Sequence[ImportancePattern]) -> Table:
                 "block": site.block,
                 "matrix": site.matrix,
                 "mean_score": p.grid.pick(p.raw_final, site),
-                "mean_relative_score": p.grid.pick(array, site),
+                "mean_relative_score": p.grid.pick(relative, site),
             }
-            for p, array in zip(patterns, relative, strict=True)
+            for p in patterns
+            for relative in [np.mean(p.relative_final, axis=0)]  # (blocks, matrices)
             for site in p.grid.sites
         ),
         folded=True,
     )
 
 
-def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return how early the final order of the sites was visible."""
+def _over_time(patterns: Sequence[ImportancePattern]) -> Table:
     courses = [dict(zip(p.steps, p.agreement_with_final, strict=True)) for p in patterns]
-    return Table.of(
+    return table(
         "importance_over_time",
         "How early the final scores were visible",
-        crossed("step", sorted({step for course in courses for step in course}), _by_experiment(patterns, courses)),
+        _in_order("step", patterns, courses),
+        None,
         "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
         "row is 1 by definition.",
         data=(
@@ -107,83 +129,240 @@ def importance_over_time_table(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
-def importance_course_table(patterns: Sequence[ImportancePattern]) -> Table:
+def _course(patterns: Sequence[ImportancePattern]) -> Table:
     """Return the relative score of each matrix type at the first, the middle and the last decision; CSV: at each."""
-    matrices = list(dict.fromkeys(name for p in patterns for name in p.grid.matrices))
-    courses = [
-        (p, [(step, dict(zip(p.grid.matrices, row, strict=True))) for step, row in zip(p.steps, rows, strict=True)])
-        for p, rows in ((p, p.matrix_course.tolist()) for p in patterns)
-    ]
-    return Table.of(
+    rows: list[dict[str, Any]] = []
+    shown: list[dict[str, Any]] = []
+    for p in patterns:
+        own = [
+            {"experiment": p.experiment.name, "step": step, "scores": dict(zip(p.grid.matrices, scores, strict=True))}
+            for step, scores in zip(p.steps, p.matrix_course.tolist(), strict=True)
+        ]
+        rows += own
+        shown += [own[i] for i in dict.fromkeys((0, len(own) // 2, len(own) - 1)) if own]
+
+    def score(matrix: str, row: Mapping[str, Any]) -> str:
+        return _or_dash(row["scores"].get(matrix))
+
+    matrices = dict.fromkeys(matrix for p in patterns for matrix in p.grid.matrices)
+    return table(
         "importance_course",
         "Relative score by matrix type, through training",
-        (
-            {"experiment": p.experiment.name, "step": str(step)} | {m: _or_dash(scores.get(m)) for m in matrices}
-            for p, course in courses
-            for step, scores in (course[i] for i in dict.fromkeys((0, len(course) // 2, len(course) - 1)) if course)
-        ),
+        shown,
+        ["experiment", "step", *(Column(matrix, partial(score, matrix)) for matrix in matrices)],
         "Scores of a step over their mean at that step: 1 is an average site. Mean over the sites of a type and "
         "over seeds, at the first, the middle and the last decision; the CSV file has every one.",
         data=(
             {
-                "experiment": p.experiment.name,
-                "step": step,
+                "experiment": row["experiment"],
+                "step": row["step"],
                 "matrix": matrix,
                 "mean_relative_score": None if np.isnan(value) else value,
             }
-            for p, course in courses
-            for step, scores in course
-            for matrix, value in scores.items()
+            for row in rows
+            for matrix, value in row["scores"].items()
         ),
         folded=True,
     )
 
 
-def seed_agreement_table(agreements: Sequence[SeedAgreement]) -> Table:
-    """Return whether seeds agree on which sites, blocks and matrix types matter."""
-    return Table.of(
+def _seed_agreement(patterns: Sequence[ImportancePattern]) -> Table:
+    return table(
         "importance_across_seeds",
         "Do seeds agree on what matters?",
-        (
-            {
-                "experiment": cell("experiment", a.experiment.name),
-                "seeds": cell("seeds", a.seeds),
-                "sites": cell("sites", a.sites),
-                "Kendall's W: sites": cell("kendalls_w", a.w, fixed),
-                "blocks": cell("kendalls_w_blocks", a.by_block, fixed),
-                "matrix types": cell("kendalls_w_matrices", a.by_matrix, fixed),
-            }
-            for a in agreements
-        ),
+        seed_agreements(patterns),
+        [
+            "experiment",
+            "seeds",
+            "sites",
+            Column("Kendall's W: sites", "kendalls_w", fixed),
+            Column("blocks", "kendalls_w_blocks", fixed),
+            Column("matrix types", "kendalls_w_matrices", fixed),
+        ],
         "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
         "chance give 1 / seeds on average. It describes these runs: the sites of one network are no independent "
         "draws, so there is no test. – : fewer than two seeds or three things to order.",
     )
 
 
-def study_agreement_table(agreements: Sequence[StudyAgreement]) -> Table:
-    """Return whether studies, with their own images, agree on which sites matter."""
-    return Table.of(
+def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
+    """Return whether studies, with their own images, agree on which sites matter; rows of `study_agreements`."""
+
+    def images(row: Mapping[str, Any]) -> str:
+        backbone = "" if row["same_backbone"] else "; other backbones or weights"
+        return " / ".join(dict.fromkeys((row["images"], row["other_images"]))) + backbone
+
+    return table(
         "importance_across_studies",
         "Do data sets agree on what matters?",
-        (
-            {
-                "study": cell("study", a.study, plain),
-                "experiment": cell("experiment", a.experiment),
-                "other study": cell("other_study", a.other, plain),
-                "its experiment": cell("other_experiment", a.other_experiment),
-                "metric": cell("metric", a.metric),
-                "images": Cell(
-                    " / ".join(dict.fromkeys((a.images, a.other_images)))
-                    + ("" if a.same_backbone else "; other backbones or weights"),
-                    {"images": a.images, "other_images": a.other_images, "same_backbone": int(a.same_backbone)},
-                ),
-                "sites": cell("sites", a.sites),
-                "Spearman's rho": cell("rho", a.rho, fixed),
-            }
-            for a in agreements
-        ),
+        agreements,
+        [
+            Column("study", "study", plain),
+            "experiment",
+            Column("other study", "other_study", plain),
+            Column("its experiment", "other_experiment"),
+            "metric",
+            Column("images", images, data=""),
+            Column("", "images"),
+            Column("", "other_images"),
+            Column("", lambda row: int(row["same_backbone"]), data="same_backbone"),
+            "sites",
+            Column("Spearman's rho", "rho", fixed),
+        ],
         "Rank correlation of the mean final relative scores of the sites that both have, for experiments of one "
         "method, metric and strategy. It describes these runs; there is no test. With other backbones, sites share "
         "no more than their place.",
+    )
+
+
+def allocation_tables(allocations: Sequence[Allocation], against_controls: Sequence[AgainstControl]) -> Iterator[Block]:
+    """Yield whether adaptive ranks paid, where they went and how they moved; of one experiment at least."""
+    yield differences_table(
+        "allocation_against_fixed",
+        "Adaptive against fixed ranks at equal trainable parameters",
+        [a.against_fixed for a in allocations],
+        "Test accuracy minus that of fixed-rank LoRA, read off the line through the same seed's LoRA "
+        "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
+        f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
+    )
+    yield from _against_controls(against_controls)
+    yield table(
+        "rank_by_matrix",
+        "Mean final rank by matrix type",
+        crossed(
+            "matrix",
+            {
+                f"{a.experiment.name} (n = {len(a.runs)})": {
+                    matrix: number_interval(interval, 1) for matrix, interval in a.rank_by_matrix.items()
+                }
+                for a in allocations
+            },
+        ),
+        None,
+        f"Mean over the sites of a type. {OVER_SEEDS}",
+        data=(
+            {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
+            for a in allocations
+            for matrix, interval in a.rank_by_matrix.items()
+        ),
+    )
+    yield _final_ranks(allocations)
+    yield _allocation_course(allocations)
+
+
+def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
+    """Yield the comparisons with controls that the study has, and in a sentence each which it lacks."""
+    if compared := [row for row in rows if row.control_experiment is not None]:
+        yield table(
+            "allocation_against_controls",
+            "Scored ranks against uniform and random ones at equal cost",
+            compared,
+            [
+                "experiment",
+                "control",
+                Column(
+                    "its experiment",
+                    lambda r: r.control_experiment + ("" if r.same_strategy else " (another strategy)"),
+                ),
+                Column("", "control_experiment"),
+                Column("", lambda r: int(r.same_strategy), data="same_strategy"),
+                Column(
+                    "difference (points)",
+                    lambda r: r.accuracy.interval,
+                    points_interval,
+                    partial(measured, "difference"),
+                    none=points_interval(None),
+                ),
+                Column("n", lambda r: len(r.accuracy.by_seed)),
+                Column("more accurate?", lambda r: r.accuracy.verdict, data="verdict"),
+                Column("test", "accuracy", tested, lambda c: {"p_holm": c.adjusted_p, "note": c.note}),
+                Column(
+                    f"points per {count(PARAMETERS)} parameters",
+                    lambda r: r.per_parameter.interval,
+                    # in points, with the decimals that a thousandth of an accuracy needs
+                    lambda share: number_interval(scaled(share, 100), 4),
+                    partial(measured, "per_1000_parameters"),
+                    none="not computed",
+                ),
+                Column("", lambda r: r.per_parameter.adjusted_p, data="per_1000_parameters_p_holm"),
+                Column("parameters, ratio", "parameters_ratio", fixed),
+            ],
+            "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
+            "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "
+            "means something only where the ratio of parameters is near 1. The exact Wilcoxon signed-rank test at 5 % "
+            f"decides, with Holm's correction over the rows of one control. {OVER_SEEDS}",
+        )
+    missing: dict[str, list[str]] = {}
+    for row in rows:
+        if row.control_experiment is None:
+            missing.setdefault(row.accuracy.note, []).append(plain(row.experiment))
+    yield from (Paragraph(f"Not compared, as {reason}: {joined(own)}.") for reason, own in missing.items())
+
+
+def _final_ranks(allocations: Sequence[Allocation]) -> Table:
+    def of_budget(row: Mapping[str, Any]) -> str:
+        if row["budget"] is None or row["unit"] == "ranks":
+            return f"{row['used']} / {known(row['budget'], str)}"
+        return f"{row['used']} ranks: {count(row['spent'])} / {count(row['budget'])} {row['unit']}"
+
+    return table(
+        "allocation",
+        "Final ranks and how they were reached",
+        [row for a in allocations for row in a.runs],
+        [
+            "experiment",
+            "seed",
+            Column("ranks / budget", of_budget),
+            *(Column("", name) for name in ("budget", "unit", "spent", "used", "sites", "sites_without_rank")),
+            Column("sites without", lambda row: f"{row['sites_without_rank']} of {row['sites']}"),
+            Column("Gini", "gini", fixed),
+            Column("evenness", "evenness", fixed),
+            Column("", "updates"),
+            Column(
+                "ranks moved at each update",
+                "moved",
+                lambda moved: joined(map(str, moved)) or "no update",
+                lambda moved: {"moved": " ".join(map(str, moved))},
+            ),
+        ],
+        "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
+        "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
+        "shrinking budget took does not count. Each row describes one run; there is no interval.",
+        folded=True,
+    )
+
+
+def _allocation_course(allocations: Sequence[Allocation]) -> Table:
+    """Return how much moved and how early the final allocation was visible; the CSV file has every update."""
+    entries = [row for a in allocations for row in a.course]
+    by_run: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in entries:
+        by_run.setdefault((row["experiment"], row["seed"]), []).append(row)
+
+    def mean_churn(run: Sequence[Mapping[str, Any]]) -> float | None:
+        churn = [row["churn"] for row in run if row["churn"] is not None]
+        return sum(churn) / len(churn) if churn else None
+
+    return table(
+        "allocation_course",
+        "How much moved, and how early the final ranks stood",
+        by_run.values(),
+        [
+            Column("experiment", lambda run: run[0]["experiment"]),
+            Column("seed", lambda run: run[0]["seed"]),
+            Column("moved at an update, mean", mean_churn, percent),
+            Column("in place at the start", lambda run: run[0]["overlap_with_final"], percent),
+            Column(
+                "after half of the updates",
+                lambda run: run[len(run) // 2]["overlap_with_final"] if len(run) > 1 else None,
+                percent,
+            ),
+            Column(f"at least {percent(SETTLED_AT)} in place from step", lambda run: run[0]["settled_step"]),
+            Column("last update", lambda run: run[-1]["step"] if len(run) > 1 else "no update"),
+        ],
+        "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
+        "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
+        "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
+        data=entries,
+        folded=True,
     )

@@ -30,7 +30,7 @@ from peft_vit.report.figure import (
     selection_note,
 )
 from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, signed
-from peft_vit.report.stopping_table import QUESTIONS, stopping_table
+from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import ends
 from peft_vit.statistics.sequential import Course, Look
 

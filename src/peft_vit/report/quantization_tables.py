@@ -2,76 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import get_args
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, get_args
 
-from peft_vit.analysis import Estimate, QuantizationImpact
+import numpy as np
+
+from peft_vit.analysis import Estimate, QuantizationImpact, Run
 from peft_vit.analysis.comparison import outcome
-from peft_vit.analysis.quantization import BalanceStep
-from peft_vit.analysis.size import FLOAT16_BITS, FLOAT32_BITS, ModelBytes
+from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, costs, layers_bits
 from peft_vit.records import FloatPart
-from peft_vit.report.document import Cell, Raw, Row, Table
-from peft_vit.report.formatting import COSTS, fixed, known, megabytes, percent, percent_interval, points_interval
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, cell, comparison_values, ends, to_thousandths
+from peft_vit.report.document import Table
+from peft_vit.report.formatting import COSTS, fixed, megabytes, percent, percent_interval, points_interval
+from peft_vit.report.tables import (
+    EXPERIMENT,
+    FAMILY_NOTE,
+    OVER_SEEDS,
+    Column,
+    comparison_values,
+    crossed,
+    csv_rows,
+    ends,
+    mean_of,
+    table,
+    to_thousandths,
+)
+from peft_vit.statistics import mean_interval
 
 
-def quantization_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return accuracy and error by format."""
+def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table]:
+    """Yield every table of experiments on quantized weights, one at least; of balance and bytes where recorded."""
+    yield _accuracy_table(impacts)
+    yield _against_float_table(impacts)
+    yield _cost_table(impacts)
+    yield _size_table(impacts)
+    yield from (made for made in (_bytes_table(impacts), _layers_table(impacts), _balance_table(impacts)) if made.rows)
+
+
+_SETTINGS = [
+    Column("format", lambda q: q.settings.quantization_type, data="quantization_type", none="by layer"),
+    Column(
+        "groups",
+        lambda q: q.settings.group_size if q.settings.use_group_quantization else None,
+        data="group_size",
+        none="rows",
+    ),
+    Column("schedule", lambda q: q.settings.quantization_schedule, data="schedule"),
+    Column("", lambda q: q.settings.gradient_scaling_factor, data="gradient_scaling_factor"),
+]
+
+
+def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
     compared = [q.against_unquantized for q in impacts]
     twins = ", ".join(sorted({c.reference for c in compared if c.interval is not None}))
-    return Table.of(
+    float_bytes = mean_of("", "float_backbone_bytes", lambda run: 4 * run.parameters.backbone_total, megabytes)
+
+    def quantized_bytes(run: Run) -> float | None:
+        return None if run.record.quantization is None else run.record.quantization.quantized_bytes
+
+    def errors(q: QuantizationImpact) -> dict[str, Any]:
+        worst = max(q.relative_errors, key=lambda name: (q.relative_errors[name], name), default="")
+        return {
+            "mean_relative_error": float(np.mean(list(q.relative_errors.values()) or [np.nan])),
+            "worst_module": worst,
+            "worst_relative_error": q.relative_errors.get(worst, np.nan),
+        }
+
+    return table(
         "quantization",
         "Accuracy and error by format",
-        (
-            {
-                "experiment": cell("experiment", q.experiment.name),
-                **_settings(q),
-                "test accuracy": Cell(percent_interval(q.test_accuracy), ends("test_accuracy", q.test_accuracy)),
-                "against float (points)": Cell(
-                    points_interval(against.interval),
-                    {
-                        "difference_to_float": None if against.interval is None else against.interval.estimate,
-                        "float_reference": against.reference,
-                    },
-                ),
-                "relative error": Cell(
-                    f"{fixed(100 * q.mean_relative_error, 2)} %",
-                    {
-                        "mean_relative_error": q.mean_relative_error,
-                        "worst_module": q.worst_module[0],
-                        "worst_relative_error": q.worst_module[1],
-                    },
-                ),
-                "frozen": Cell(
-                    megabytes(q.frozen_bytes),
-                    {
-                        "bits_per_weight": q.size.layers_bits,
-                        "quantized_bytes": q.quantized_bytes,
-                        "frozen_bytes": q.frozen_bytes,
-                        "float_backbone_bytes": q.float_backbone_bytes,
-                    },
-                ),
-            }
-            for q, against in zip(impacts, compared, strict=True)
-        ),
+        impacts,
+        [
+            EXPERIMENT,
+            *_SETTINGS,
+            Column(
+                "test accuracy",
+                lambda q: mean_interval([run.test.accuracy for run in q.runs]),
+                percent_interval,
+                partial(ends, "test_accuracy"),
+            ),
+            Column(
+                "against float (points)",
+                "against_unquantized",
+                lambda c: points_interval(c.interval),
+                lambda c: {
+                    "difference_to_float": None if c.interval is None else c.interval.estimate,
+                    "float_reference": c.reference,
+                },
+            ),
+            Column("relative error", errors, lambda of: f"{fixed(100 * of['mean_relative_error'], 2)} %", dict),
+            Column("", lambda q: layers_bits(q.runs), data="bits_per_weight"),
+            mean_of("", "quantized_bytes", quantized_bytes),
+            mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
+            float_bytes,
+        ],
         "Against float: the same LoRA rank, scale and targets on float weights, paired by seed"
         f"{f' ({twins})' if twins else ''}. Relative error: ‖W − Wq‖ / ‖W‖, mean over layers. "
         "Frozen: everything that is frozen, quantized or not; the float backbone takes "
-        f"{megabytes(impacts[0].float_backbone_bytes)}. {OVER_SEEDS}",
+        f"{float_bytes.text(impacts[0])}. {OVER_SEEDS}",
     )
-
-
-def _settings(q: QuantizationImpact) -> dict[str, Cell]:
-    settings = q.settings
-    group_size = settings.group_size if settings.use_group_quantization else None
-    return {
-        "format": Cell(settings.quantization_type or "by layer", {"quantization_type": settings.quantization_type}),
-        "groups": Cell(str(group_size or "rows"), {"group_size": group_size}),
-        "schedule": Cell(
-            settings.quantization_schedule,
-            {"schedule": settings.quantization_schedule, "gradient_scaling_factor": settings.gradient_scaling_factor},
-        ),
-    }
 
 
 _MEASURES = {
@@ -82,59 +111,83 @@ _MEASURES = {
 }
 
 
-def against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return every paired difference to the float twin, beside bits, format, groups and schedule."""
-    return Table.of(
+def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    def text(measure: str, q: QuantizationImpact) -> str:
+        comparison = q.against_float[measure]
+        if comparison.interval is None:
+            return "not computed"
+        difference = points_interval if measure == "accuracy" else to_thousandths
+        verdict = {"supported": "more, ", "refuted": "less, "}.get(comparison.verdict)
+        said = "not decided" if verdict is None else verdict + outcome(comparison)
+        return f"{difference(comparison.interval)}, {said}"
+
+    def twin(accuracy: Estimate) -> str:
+        return accuracy.reference if accuracy.by_seed else accuracy.note
+
+    settings = [EXPERIMENT, Column("bits", lambda q: q.settings.quantization_bits, data="bits", none="by layer")]
+    settings += _SETTINGS
+    return table(
         "quantization_against_float",
         "Low bits minus the same LoRA on float weights, paired by seed",
-        (
-            {
-                "experiment": q.experiment.name,
-                "bits": q.settings.quantization_bits or "by layer",
-                **_settings(q),
-                "n": len(accuracy.by_seed),
-                **{title: _difference(measure, q.against_float[measure]) for measure, title in _MEASURES.items()},
-                "float twin": accuracy.reference if accuracy.by_seed else accuracy.note,
-            }
-            for q in impacts
-            for accuracy in [q.against_unquantized]
-        ),
+        impacts,
+        [
+            *settings,
+            Column("n", lambda q: len(q.against_unquantized.by_seed)),
+            *(Column(title, partial(text, measure)) for measure, title in _MEASURES.items()),
+            Column("float twin", "against_unquantized", twin),
+        ],
         "Accuracy: negative is a loss. NLL on test, late deviation and roughness: positive is worse, less steady, "
         "rougher. Late deviation: standard deviation of the training loss about its own line over the last third "
         "of the steps; roughness: spread of a step's loss about its neighbours' mean. Both hold the noise of "
         f"minibatches, which pairs share. Each measure is one family of tests. {FAMILY_NOTE}",
         data=(
             {
-                "experiment": q.experiment.name,
-                "bits": q.settings.quantization_bits,
-                **{name: value for one in _settings(q).values() for name, value in one.values.items()},
+                **own,
                 "measure": measure,
                 "float_reference": compared.reference,
                 **ends("difference", compared.interval),
                 **comparison_values(compared),
             }
-            for q in impacts
+            for q, own in zip(impacts, csv_rows(impacts, settings), strict=True)
             for measure, compared in q.against_float.items()
         ),
     )
 
 
-def _difference(measure: str, comparison: Estimate) -> str:
-    found = comparison.interval
-    if found is None:
-        return "not computed"
-    text = points_interval(found) if measure == "accuracy" else to_thousandths(found)
-    if comparison.verdict == "not decided":
-        return f"{text}, not decided"
-    return f"{text}, {'more' if comparison.verdict == 'supported' else 'less'}, {outcome(comparison)}"
+def _cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    def values(q: QuantizationImpact) -> dict[str, Any]:
+        on_float = costs(q.twin)
+        reference = None if on_float["stored_bytes"] is None else q.against_unquantized.reference
+        return {
+            "float_reference": reference,
+            "same_machine": int(q.same_machine),
+            **costs(q.runs),
+            **{f"float_{name}": value for name, value in on_float.items()},
+        }
 
+    def with_factor(title: str, name: str, show: Callable[[float], str]) -> Column:
+        def text(q: QuantizationImpact) -> str | None:
+            of = values(q)
+            own, other = of.get(name), of.get(f"float_{name}")
+            if own is None or not other or not (q.same_machine or name == "stored_bytes"):
+                return None if own is None else show(own)
+            return f"{show(own)} (× {fixed(own / other)})"
 
-def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return bytes, memory, seconds and latency of low bits, with the factor to the float twin."""
-    return Table.of(
+        return Column(title, text)
+
+    return table(
         "quantization_cost",
         "What low bits take, against the same LoRA on float weights",
-        map(_cost_row, impacts),
+        impacts,
+        [
+            EXPERIMENT,
+            Column("bits a weight, layers", lambda q: layers_bits(q.runs), fixed, "bits_per_weight"),
+            with_factor("to store", "stored_bytes", megabytes),
+            with_factor("memory of a run", "own_memory_bytes", megabytes),
+            with_factor("a step", "seconds_per_step", COSTS["seconds_per_step"].write),
+            with_factor("latency, 1 image", "latency_s_batch_1", COSTS["latency_s"].write),
+            Column("float twin", values, lambda of: of["float_reference"] or "none in this study", dict),
+        ],
         "Means over seeds; in brackets the factor on the float twin's, below 1 is less. To store: everything "
         "frozen, and the adapter file. Weights are unpacked when they are used, so fewer bits need not be faster. "
         "No factor of memory and seconds where the two ran on different machines or numbers of threads. Latency "
@@ -142,82 +195,34 @@ def quantization_cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
     )
 
 
-def _cost_row(q: QuantizationImpact) -> Row:
-    def with_factor(name: str, write: Callable[[float], str]) -> str:
-        own, other = q.costs.get(name), q.float_costs.get(name)
-        if own is None:
-            return "–"
-        if other and (q.same_machine or name == "stored_bytes"):
-            return f"{write(own)} (× {fixed(own / other)})"
-        return write(own)
+def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    def times(ratio: float) -> str:
+        return f"{fixed(ratio, 1)} ×"
 
-    has_twin = q.float_costs["stored_bytes"] is not None
-    reference = q.against_unquantized.reference if has_twin else None
-    values: dict[str, Raw] = {"float_reference": reference, "same_machine": int(q.same_machine), **q.costs}
-    return {
-        "experiment": cell("experiment", q.experiment.name),
-        "bits a weight, layers": cell("bits_per_weight", q.size.layers_bits, fixed),
-        "to store": with_factor("stored_bytes", megabytes),
-        "memory of a run": with_factor("own_memory_bytes", megabytes),
-        "a step": with_factor("seconds_per_step", COSTS["seconds_per_step"].write),
-        "latency, 1 image": with_factor("latency_s_batch_1", COSTS["latency_s"].write),
-        "float twin": Cell(
-            reference or "none in this study",
-            values | {f"float_{name}": value for name, value in q.float_costs.items()},
-        ),
-    }
+    def bits_and_ratios(of: str, bits: Callable[[QuantizationImpact], float | None]) -> list[Column]:
+        def over(full: int, q: QuantizationImpact) -> float | None:
+            own = bits(q)
+            return own and full / own
 
+        return [
+            Column(f"{of}: bits a weight", bits, fixed, f"{of}_bits_per_weight"),
+            Column(f"fp32 / {of}", partial(over, FLOAT32_BITS), times, f"{of}_vs_fp32"),
+            Column(f"fp16 / {of}", partial(over, FLOAT16_BITS), times, f"{of}_vs_fp16"),
+        ]
 
-def balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
-    courses: dict[tuple[str, str], list[BalanceStep]] = {}
-    for q in impacts:
-        for at in q.balance:
-            courses.setdefault((q.experiment.name, at.name), []).append(at)
-
-    def check(at: BalanceStep) -> str:
-        return f"{at.mean:.4g} (step {at.step})"
-
-    return Table.of(
-        "quantization_balance",
-        "Balance of quantization and adaptation",
-        (
-            {
-                "experiment": experiment,
-                "measure": name,
-                "first check": check(course[0]),
-                "in between": check(course[len(course) // 2]) if len(course) > 2 else "–",
-                "last check": check(course[-1]) if len(course) > 1 else "–",
-            }
-            for (experiment, name), course in courses.items()
-        ),
-        "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
-        data=(
-            {"experiment": experiment, "measure": name, "step": at.step, "mean": at.mean, "n": at.n}
-            for (experiment, name), course in courses.items()
-            for at in course
-        ),
-        folded=True,
-    )
-
-
-def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return what is claimed of each format beside what was measured, for its layers and for the whole model."""
-    return Table.of(
+    return table(
         "size",
         "How much smaller: claimed and measured",
-        (
-            {
-                "experiment": cell("experiment", q.experiment.name),
-                "claimed": cell("claimed_vs_fp32", q.size.claimed, _times),
-                **_bits_and_ratios("layers", q.size.layers_bits),
-                **_bits_and_ratios("model", q.size.model.bits_per_weight if q.size.model else None),
-                "live": cell("live_bytes", q.size.model and q.size.model.live, megabytes),
-                "file": cell("file_bytes", q.size.model and q.size.model.file, megabytes),
-                "memory of a run": cell("own_memory_bytes", q.costs["own_memory_bytes"], megabytes),
-            }
-            for q in impacts
-        ),
+        impacts,
+        [
+            EXPERIMENT,
+            Column("claimed", "claimed", times, "claimed_vs_fp32"),
+            *bits_and_ratios("layers", lambda q: layers_bits(q.runs)),
+            *bits_and_ratios("model", lambda q: None if q.model is None else q.model.bits_per_weight),
+            Column("live", lambda q: q.model and q.model.live, megabytes, "live_bytes"),
+            Column("file", lambda q: q.model and q.model.file, megabytes, "file_bytes"),
+            mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
+        ],
         "Claimed: 32 over the bits of a code, 8 × for 4 bits and 4 × for 8, as is commonly said. Layers: codes, "
         "scales and offsets of the quantized layers. Model: with all that is left in float, once adapters are "
         "merged; against 4 bytes (fp32) and 2 bytes (fp16) for each value of the float model. Live: distinct "
@@ -227,70 +232,89 @@ def size_table(impacts: Sequence[QuantizationImpact]) -> Table:
     )
 
 
-def _times(ratio: float) -> str:
-    return f"{fixed(ratio, 1)} ×"
+def _bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    counted = [q for q in impacts if q.model is not None]
+    in_float = [part for part in get_args(FloatPart) if any(q.model and q.model.parts.get(part) for q in counted)]
 
+    def part(title: str, name: str) -> Column:
+        def text(q: QuantizationImpact) -> str | None:
+            assert q.model is not None
+            size = q.model.parts.get(name)
+            return f"{megabytes(size)} ({percent(size / q.model.total)})" if size else None
 
-def _bits_and_ratios(of: str, bits: float | None) -> dict[str, Cell]:
-    return {
-        f"{of}: bits a weight": cell(f"{of}_bits_per_weight", bits, fixed),
-        f"fp32 / {of}": cell(f"{of}_vs_fp32", bits and FLOAT32_BITS / bits, _times),
-        f"fp16 / {of}": cell(f"{of}_vs_fp16", bits and FLOAT16_BITS / bits, _times),
-    }
+        return Column(title, text)
 
+    def values(q: QuantizationImpact) -> dict[str, float]:
+        assert q.model is not None
+        of_parts = {name: q.model.parts.get(name, 0.0) for name in ("codes", "scales", "offsets", *in_float)}
+        return of_parts | {"total_bytes": q.model.total, "weights": q.model.weights}
 
-def bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return where the bytes of each low-bit model are."""
-    counted = [(q, q.size.model) for q in impacts if q.size.model is not None]
-    parts = [part for part in get_args(FloatPart) if any(part in model.in_float for _, model in counted)]
-
-    def share(part: str, size: float, model: ModelBytes) -> Cell:
-        return Cell(f"{megabytes(size)} ({percent(size / model.total)})" if size else "–", {part: size})
-
-    return Table.of(
+    return table(
         "size_parts",
         "Where the bytes are",
-        (
-            {
-                "experiment": cell("experiment", q.experiment.name),
-                **{part: share(part, getattr(model, part), model) for part in ("codes", "scales", "offsets")},
-                **{f"{part} (float)": share(part, model.in_float.get(part, 0.0), model) for part in parts},
-                "together": Cell(megabytes(model.total), {"total_bytes": model.total, "weights": model.weights}),
-            }
-            for q, model in counted
-        ),
+        counted,
+        [
+            EXPERIMENT,
+            *(part(name, name) for name in ("codes", "scales", "offsets")),
+            *(part(f"{name} (float)", name) for name in in_float),
+            Column("together", values, lambda of: megabytes(of["total_bytes"]), dict),
+        ],
         "Shares of the whole in brackets. Other: class and register tokens, layer scales. Means over seeds.",
         folded=True,
     )
 
 
-def layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return stored bits a weight by kind of layer; the CSV file has every layer, with its error."""
-    by_kind: dict[str, dict[str, list[float]]] = {}  # kind -> experiment -> bits of its layers
+def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    by_kind: dict[str, dict[str, list[float]]] = {}  # kind of layer -> experiment -> bits of its layers
     for q in impacts:
         for name, bits in q.bits_by_layer.items():
             by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
-
-    def text(bits: list[float]) -> str:
-        return " to ".join(dict.fromkeys((fixed(min(bits)), fixed(max(bits)))))
-
-    return Table.of(
+    texts = {
+        kind: {name: " to ".join(dict.fromkeys((fixed(min(b)), fixed(max(b))))) for name, b in of.items()}
+        for kind, of in by_kind.items()
+    }
+    return table(
         "bits_by_layer",
         "Bits a weight by layer",
-        (
-            {"experiment": name, **{kind: known(of.get(name), text) for kind, of in by_kind.items()}}
-            for name in (q.experiment.name for q in impacts)
-        ),
+        crossed("experiment", texts, [q.experiment.name for q in impacts]),
+        None,
         "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
         data=(
             {
                 "experiment": q.experiment.name,
                 "layer": name,
                 "bits_per_weight": bits,
-                "relative_error": q.error_by_layer.get(name),
+                "relative_error": q.relative_errors.get(name),
             }
             for q in impacts
             for name, bits in q.bits_by_layer.items()
         ),
+        folded=True,
+    )
+
+
+def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
+    courses: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for q in impacts:
+        for at in q.balance():
+            courses.setdefault((q.experiment.name, at["measure"]), []).append({"experiment": q.experiment.name, **at})
+
+    def check(at: dict[str, Any]) -> str:
+        return f"{at['mean']:.4g} (step {at['step']})"
+
+    return table(
+        "quantization_balance",
+        "Balance of quantization and adaptation",
+        courses.values(),
+        [
+            Column("experiment", lambda course: course[0]["experiment"]),
+            Column("measure", lambda course: course[0]["measure"]),
+            Column("first check", lambda course: course[0], check),
+            Column("in between", lambda course: course[len(course) // 2] if len(course) > 2 else None, check),
+            Column("last check", lambda course: course[-1] if len(course) > 1 else None, check),
+        ],
+        "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
+        data=(at for course in courses.values() for at in course),
         folded=True,
     )

@@ -10,7 +10,7 @@ from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Fault, Measure,
 from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, os_fault
 from peft_vit.records import write_atomically
 from peft_vit.report.document import Paragraph, Table
 from peft_vit.report.formatting import (
@@ -18,13 +18,12 @@ from peft_vit.report.formatting import (
     counted,
     fixed,
     joined,
-    known,
     margin_in_points,
     megabytes,
     percent,
     points_interval,
 )
-from peft_vit.report.rows import writing
+from peft_vit.report.tables import Column, table
 from peft_vit.report.terminal import print_blocks
 
 _SUFFIX = "-recommended"
@@ -48,7 +47,7 @@ def print_recommendation(found: Recommendation, output: Path | None) -> None:
         print(configuration, end="")
     else:
         content = configuration.encode()
-        with writing(output):
+        with os_fault("can't be written", output, remedy="choose another file", field="--output"):
             if output.exists() and output.read_bytes() != content:
                 raise UserError("is there and says something else; move it away or choose another file", file=output)
             write_atomically(output, content)
@@ -185,22 +184,22 @@ def _fewer_ranks(found: Recommendation) -> Iterator[str]:
 
 
 def _tested_table(found: Recommendation) -> Table:
-    return Table.of(
+    def verdict(one: Candidate) -> str:
+        return _verdict(one, found) + (f" ({one.estimate.note})" if one.estimate.note else "")
+
+    return table(
         "recommendation",
         "Candidates, smallest first",
-        (
-            {
-                "experiment": one.rated.name,
-                "to store": megabytes(one.rated.cost.stored_bytes),
-                "parameters": count(one.rated.cost.parameters),
-                "difference (points)": points_interval(one.estimate.interval),
-                "n": len(one.estimate.by_seed),
-                "p (Holm)": known(one.estimate.adjusted_p, "{:.2g}".format),
-                "loses less than asked?": _verdict(one, found)
-                + (f" ({one.estimate.note})" if one.estimate.note else ""),
-            }
-            for one in found.candidates
-        ),
+        found.candidates,
+        [
+            Column("experiment", lambda one: one.rated.name),
+            Column("to store", lambda one: one.rated.cost.stored_bytes, megabytes),
+            Column("parameters", lambda one: one.rated.cost.parameters, count),
+            Column("difference (points)", lambda one: points_interval(one.estimate.interval)),
+            Column("n", lambda one: len(one.estimate.by_seed)),
+            Column("p (Holm)", lambda one: one.estimate.adjusted_p, "{:.2g}".format),
+            Column("loses less than asked?", verdict),
+        ],
         f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. {_how_tested(found)}",
     )
 

@@ -1,49 +1,42 @@
-"""Results as tables of pandas, with the values that records hold and reports compute; as HTML for a notebook."""
+"""Results as tables of pandas, with the values that records hold and reports compute; as HTML, and as files."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.analysis import Estimate, Study, compare_with_references, method_results, read_results
+from peft_vit.analysis import Run, Study, compare_with_references, load_studies, method_results, read_results
+from peft_vit.errors import UserError
+from peft_vit.extras import require_extra
 from peft_vit.records import RUN_COLUMNS, history_rows, run_row
 from peft_vit.report.document import Table
-from peft_vit.report.tables import accuracy_table, comparison_table, comparison_values, ends
+from peft_vit.report.method_tables import accuracy_table, comparison_table
+from peft_vit.report.rows import check_rows_file, frame, write_rows
+from peft_vit.report.tables import comparison_values, ends
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 # Columns, with the types of those that may be empty, as RUN_COLUMNS are.
-_STUDY = {"study": None, "smoke": None}
+_STUDY = dict.fromkeys(("study", "smoke", "experiment"))
 _RANK_COLUMNS: Mapping[str, str | None] = {
     **_STUDY,
-    "experiment": None,
-    "seed": None,
-    "site": None,
-    "block": None,
-    "matrix": None,
-    "in_features": None,
-    "out_features": None,
+    **dict.fromkeys(("seed", "site", "block", "matrix", "in_features", "out_features")),
     "rank": "Int64",
     "score": "float64",
 }
 _COMPARISON_COLUMNS: Mapping[str, str | None] = {
     **_STUDY,
-    "experiment": None,
     "reference": None,
-    "difference": "float64",
-    "difference_low": "float64",
-    "difference_high": "float64",
+    **dict.fromkeys(("difference", "difference_low", "difference_high"), "float64"),
     "n": None,
-    "p_value": "float64",
-    "p_holm": "float64",
+    **dict.fromkeys(("p_value", "p_holm"), "float64"),
     "needed_n": "Int64",
-    "verdict": None,
-    "note": None,
+    **dict.fromkeys(("verdict", "note")),
 }
 
 
@@ -85,56 +78,70 @@ def read_tables(directory: Path) -> ResultTables:
     for problem in results.problems:
         if problem.left_out:
             warnings.warn(problem.line(directory), stacklevel=3)
-    compared = [(study, compare_with_references(study)) for study in results.studies]
+    runs, ranks, comparisons, html = [], [], [], []
+    for study in results.studies:
+        compared = compare_with_references(study)
+        runs += [run_row(record) for record in (*(run.record for run in study.runs), *study.failed)]
+        for run in study.runs:
+            rows = _history(study, run)
+            ranks += [row for row in rows if row["step"] == rows[-1]["step"]]
+        comparisons += [
+            {"study": study.name, "smoke": study.smoke, "experiment": c.name, "reference": c.reference}
+            | ends("difference", c.interval)
+            | comparison_values(c)
+            for c in compared
+        ]
+        html += [f"<h3>{escape(study.label)}</h3>"]
+        html += [f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices]
+        shown = [accuracy_table(method_results(study))] if study.runs else []
+        shown += [comparison_table(compared, reference) for reference in dict.fromkeys(c.reference for c in compared)]
+        html += map(_as_html, shown)
     return ResultTables(
-        runs=_frame((row for study in results.studies for row in _runs(study)), RUN_COLUMNS),
-        ranks=_frame((row for study in results.studies for row in _ranks(study)), _RANK_COLUMNS),
-        comparisons=_frame((_comparison(study, one) for study, own in compared for one in own), _COMPARISON_COLUMNS),
+        runs=frame(runs, RUN_COLUMNS),
+        ranks=frame(ranks, _RANK_COLUMNS),
+        comparisons=frame(comparisons, _COMPARISON_COLUMNS),
         notices=tuple(f"{study.label}: {notice}" for study in results.studies for notice in study.notices),
-        _html="".join(part for study, own in compared for part in _as_html(study, own)),
+        _html="".join(html),
     )
 
 
-def _frame(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str | None]) -> DataFrame:
+def _as_html(table: Table) -> str:
     from pandas import DataFrame
 
-    types = {name: kind for name, kind in columns.items() if kind is not None}
-    return DataFrame(list(rows), columns=list(columns)).astype(types)
+    caption = f"<caption>{escape(table.title)}</caption>"
+    html: str = DataFrame(table.rows, columns=list(table.columns)).to_html(index=False, border=0)
+    return html.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(table.note)}</small></p>"
 
 
-def _of(study: Study) -> dict[str, Any]:
-    return {"study": study.name, "smoke": study.smoke}
+def _history(study: Study, run: Run) -> list[dict[str, Any]]:
+    of = {"study": study.name, "smoke": study.smoke, "experiment": run.experiment.name, "seed": run.seed}
+    record = run.record
+    rows = history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
+    return [of | row for row in rows]
 
 
-def _runs(study: Study) -> Iterator[dict[str, Any]]:
-    yield from map(run_row, (*(run.record for run in study.runs), *study.failed))
+def history_table(results_dir: Path) -> list[dict[str, Any]]:
+    """Return one row a run, step and site, with the columns of `records.history_rows`, of a results or a run's folder.
+
+    Raises:
+        UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.
+    """
+    rows = [row for study in load_studies(results_dir) for run in study.runs for row in _history(study, run)]
+    if not rows:
+        raise UserError("no finished run with adapters, so there is no history to write", file=results_dir)
+    return rows
 
 
-def _ranks(study: Study) -> Iterator[dict[str, Any]]:
-    for run in study.runs:
-        record = run.record
-        rows = history_rows(record.sites, record.rank_history, record.importance_history, record.probe_history)
-        of = _of(study) | {"experiment": run.experiment.name, "seed": run.seed}
-        yield from (of | row for row in rows if row["step"] == rows[-1]["step"])
+def export_history(results_dir: Path, file: Path) -> int:
+    """Write that table as the file's ending says, and return its number of rows.
 
-
-def _comparison(study: Study, one: Estimate) -> dict[str, Any]:
-    who = _of(study) | {"experiment": one.name, "reference": one.reference}
-    return who | ends("difference", one.interval) | comparison_values(one)
-
-
-def _as_html(study: Study, comparisons: Sequence[Estimate]) -> Iterator[str]:
-    yield f"<h3>{escape(study.label)}</h3>"
-    yield from (f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices)
-    if study.runs:
-        yield _table(accuracy_table(method_results(study)))
-    yield from (_table(comparison_table(comparisons, name)) for name in dict.fromkeys(c.reference for c in comparisons))
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in table.rows)
-    return (
-        f"<table><caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        f"<p><small>{escape(table.note)}</small></p>"
-    )
+    Raises:
+        UserError: as in `history_table`; for another ending, if Parquet can't be written for want of pyarrow, or if
+            the file can't be written.
+    """
+    check_rows_file(file, (".parquet", ".json", ".csv"))
+    if file.suffix.lower() == ".parquet":
+        require_extra("parquet", file=file)
+    rows = history_table(results_dir)
+    write_rows(rows, file, dict.fromkeys(rows[0]) | {"rank": "Int64", "budget": "Int64", "score": "float64"})
+    return len(rows)

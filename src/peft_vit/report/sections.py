@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
-from peft_vit.analysis import Analysis, FisherAgreement, StudyAgreement
-from peft_vit.report import (
-    allocation_tables,
-    calibration_tables,
-    findings_tables,
-    layer_tables,
-    pair_tables,
-    quantization_tables,
-    summary,
-    tables,
-)
+from peft_vit.analysis import Analysis
+from peft_vit.records import FisherCheck
+from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
 from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.examples import Thumbnails, example_blocks
 from peft_vit.report.figure import leading, validation_means
@@ -31,7 +24,7 @@ _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 
 
 def study_documents(
-    analyses: Sequence[Analysis], agreements: Sequence[StudyAgreement] = (), thumbnails: Thumbnails | None = None
+    analyses: Sequence[Analysis], agreements: Sequence[Mapping[str, Any]] = (), thumbnails: Thumbnails | None = None
 ) -> tuple[StudyDocument, ...]:
     """Return one document a study, each with a slug of its own.
 
@@ -47,7 +40,7 @@ def study_documents(
         number = 2
         while slug in documents:
             slug, number = f"{base}_{number}", number + 1
-        own = [a for a in agreements if study.label in (a.study, a.other)]
+        own = [a for a in agreements if study.label in (a["study"], a["other_study"])]
         contents: tuple[tuple[Block, ...], ...] = ((),) * len(SECTION_TITLES)
         if study.runs:
             contents = (
@@ -79,34 +72,30 @@ def slug_of(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
 
 
-def _importance(analysis: Analysis, agreements: Sequence[StudyAgreement]) -> Iterator[Block]:
+def _importance(analysis: Analysis, agreements: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     patterns = analysis.importance
     if patterns:
         shown, note = leading(patterns, validation_means(analysis.methods), MAPS)
         yield importance_maps(shown, note and note + _EVERY_RUN)
     else:
         yield Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
-    yield from (Paragraph(_fisher_line(agreement)) for agreement in analysis.fisher)
+    yield from (Paragraph(_fisher_line(name, checks)) for name, checks in analysis.fisher.items())
     if patterns:
-        yield layer_tables.importance_table(patterns)
-        yield layer_tables.importance_by_block_table(patterns)
-        yield layer_tables.importance_over_time_table(patterns)
-        yield layer_tables.importance_course_table(patterns)
-        yield layer_tables.seed_agreement_table(analysis.seed_agreements)
+        yield from layer_tables.importance_tables(patterns)
         if agreements:
             yield layer_tables.study_agreement_table(agreements)
 
 
-def _fisher_line(agreement: FisherAgreement) -> str:
+def _fisher_line(experiment: str, checks: Sequence[FisherCheck]) -> str:
     """Return how far the score `fisher` is from what it stands in for."""
-    rhos = agreement.rhos
-    images = joined(str(count) for count in sorted({check.images for check in agreement.checks}))
-    sites = sorted({len(check.minibatch) for check in agreement.checks})
+    rhos = [check.rho for check in checks if check.rho is not None]
+    images = joined(str(count) for count in sorted({check.images for check in checks}))
+    sites = sorted({len(check.minibatch) for check in checks})
     value = "undefined, one of both is constant"
     if rhos:
         value = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
     return (
-        f"{plain(agreement.experiment.name)}: the score fisher (minibatch empirical Fisher) against the per-sample "
+        f"{plain(experiment)}: the score fisher (minibatch empirical Fisher) against the per-sample "
         f"empirical Fisher of the same {images} training images after training, Spearman's rho over the "
         f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {value}, "
         f"{counted(len(rhos), 'seed')}. At 1 both order the sites alike; at 0 the score does not tell the other's "
@@ -123,11 +112,7 @@ def _allocation(analysis: Analysis) -> Iterator[Block]:
     else:
         yield Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")
     if allocated:
-        yield allocation_tables.allocation_value_table(allocated)
-        yield from allocation_tables.control_blocks(analysis.against_controls)
-        yield allocation_tables.rank_by_matrix_table(allocated)
-        yield allocation_tables.allocation_table(allocated)
-        yield allocation_tables.allocation_course_table(allocated)
+        yield from layer_tables.allocation_tables(allocated, analysis.against_controls)
 
 
 def _quantization(analysis: Analysis) -> Iterator[Block]:
@@ -135,34 +120,29 @@ def _quantization(analysis: Analysis) -> Iterator[Block]:
     if not impacts:
         yield Paragraph("No finished run of this study quantized the backbone.")
         return
-    yield quantization_tables.quantization_table(impacts)
-    yield quantization_tables.against_float_table(impacts)
-    yield quantization_tables.quantization_cost_table(impacts)
-    yield quantization_tables.size_table(impacts)
-    measured = (quantization_tables.bytes_table, quantization_tables.layers_table, quantization_tables.balance_table)
-    yield from (table for table in (make(impacts) for make in measured) if table.rows)
+    yield from quantization_tables.quantization_tables(impacts)
 
 
 def _methods(analysis: Analysis) -> Iterator[Block]:
     methods, means = analysis.methods, validation_means(analysis.methods)
     yield accuracy_by_method(analysis.study, methods)
-    yield tables.accuracy_table(methods)
+    yield method_tables.accuracy_table(methods)
     yield from stopping_blocks(analysis.study, analysis.courses, means)
     forest = forests(analysis)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         if reference in forest:
             yield forest[reference]
-        yield tables.comparison_table(analysis.comparisons, reference)
+        yield method_tables.comparison_table(analysis.comparisons, reference)
     if not analysis.comparisons:
         yield Paragraph("No paired differences: no linear probe or LoRA run has finished beside another method.")
-    yield from pair_tables.pair_blocks(analysis.pairs)
+    yield from method_tables.pair_blocks(analysis.pairs)
     yield accuracy_against("final_parameters", methods)
     yield accuracy_against("stored_bytes", methods)
     yield loss_curves(analysis.study, means)
-    yield tables.cost_table(methods)
+    yield method_tables.cost_table(methods)
     yield from pareto_panels(analysis.fronts, methods)
-    yield from pair_tables.front_blocks(analysis.fronts)
-    yield tables.quality_table(methods)
+    yield from method_tables.front_blocks(analysis.fronts)
+    yield method_tables.quality_table(methods)
     yield from reliability_diagram(analysis.calibration, means)
-    yield from calibration_tables.calibration_blocks(analysis.calibration, analysis.calibration_differences)
-    yield calibration_tables.convergence_table(methods)
+    yield from method_tables.calibration_blocks(methods, analysis.calibration, analysis.calibration_differences)
+    yield method_tables.convergence_table(methods)

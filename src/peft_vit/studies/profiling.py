@@ -1,4 +1,4 @@
-"""Measures what runs cost before they start: miniatures of them do a few real steps in worker processes, as runs do."""
+"""Measures what runs cost before they start: calibration runs do a few real steps in worker processes, as runs do."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ import torch
 
 from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, StudyConfig
-from peft_vit.costs.cache import Costs, keep_costs
-from peft_vit.costs.estimate import TIME_OUTSIDE_PRODUCTS, Estimate, Workload, step_passes
-from peft_vit.costs.memory_limit import StepCost
-from peft_vit.costs.pace import MeasuredPace, Pace, Probe, ReckonedPace
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import ImageIndex
 from peft_vit.errors import UserError
+from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs
+from peft_vit.forecasting.estimate import Estimate, Workload
+from peft_vit.forecasting.memory_limit import StepCost
+from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products
 from peft_vit.records import RunRecord, RunSpec
-from peft_vit.studies.events import RunEnded, RunProgress
-from peft_vit.studies.executors import decode_images
+from peft_vit.studies.executors import RunEnded, RunProgress, decode_images
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import PlannedRun, spec_of, splits_of
 from peft_vit.training import Progress
@@ -32,7 +30,7 @@ from peft_vit.training import Progress
 _NEVER_S = 1e9
 _POLL_S = 0.5
 _UNKNOWN = Estimate(0.0, 0, "estimate")
-_STEPS = 3  # of a run that a pace is measured by; the first one counts as part of the start
+_STEPS = 3  # of a run that a throughput is measured by; the first one counts as part of the start
 _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
 _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
@@ -46,16 +44,13 @@ _NOT_OURS = 0.15  # of a core's time
 Seen = list[tuple[Progress, float]]  # what a run told, and when
 
 
-# --- what runs cost, for plans ----------------------------------------------------------------------------------------
-
-
 def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
 
     Args:
-        kinds: miniatures by the name of an experiment.
+        kinds: calibration runs by the name of an experiment.
         tell: told what is being done, a line each.
     """
     measured = {}
@@ -131,6 +126,77 @@ def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
     )
 
 
+def measure_throughput(
+    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None]
+) -> Throughput:
+    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
+
+    All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
+    Nothing is kept.
+
+    Args:
+        study: of experiments that take steps.
+        index: its images.
+        workload: of the study.
+        budget_s: seconds until the measurement ends, whatever it has found.
+        tell: told what is being done, a line each.
+    """
+    ends_at = time.monotonic() + budget_s
+    tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
+    before, rate = machine_speed(), workload.product_rate()
+    probes: dict[str, list[Probe]] = {}
+    process_s = 0.0
+    with _executor() as executor:
+        for name, spec, products, image_products in _few_steps(study, index, workload, Throughput.estimated(rate)):
+            started = time.monotonic()
+            try:
+                record, seen = _carried_out(spec, executor, ends_at)
+            except (TimeoutError, UserError):  # of a broken image, which the study itself will name
+                break
+            if record.status != "done":
+                tell(f"{name} could not be measured ({record.error})")
+                continue
+            if not probes:
+                process_s = max(0.0, time.monotonic() - started - record.seconds)
+            probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
+    if busy := disturbance(before, machine_speed()):
+        tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
+    if probes:
+        return Throughput.measured(probes, process_s)
+    tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
+    return Throughput.estimated(rate)
+
+
+def _few_steps(
+    study: StudyConfig, index: ImageIndex, workload: Workload, estimated: Throughput
+) -> Iterator[tuple[str, RunSpec, float, int]]:
+    """Yield each experiment's name and calibration run, at the study's size, then smaller, and what it multiplies."""
+    splits = splits_of(index, study)[study.seeds[0]]
+    size_step = workload.shape.size_step
+    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
+    for image_size in dict.fromkeys((study.data.image_size, min(study.data.image_size, smallest))):
+        shape = describe(study.backbone, image_size)
+        for place, experiment in enumerate(study.experiments):
+            batch_size = experiment.training.batch_size
+            an_image_s = estimated.step.at(experiment_products(experiment, shape, 1))
+            while batch_size > 1 and batch_size * an_image_s > _LONGEST_STEP_S:
+                batch_size //= 2
+            spec = spec_of(study, place, study.seeds[0])
+            training = experiment.training.with_batch_size(batch_size)
+            changes = {
+                "experiment": experiment.model_copy(update={"training": training}),
+                "data": spec.data.model_copy(update={"image_size": image_size}),
+                "measures": MeasuresConfig(),
+            }
+            total_steps = experiment.total_steps(len(splits.train))
+            small = calibration_run(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
+            few = max(2, min(batch_size, small.data.validation_images))
+            tested = None if small.data.folds is not None else few
+            data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
+            products = experiment_products(experiment, shape, batch_size)
+            yield experiment.name, small.model_copy(update={"data": data}), products, shape.multiply_adds
+
+
 @contextmanager
 def _executor() -> Iterator[LocalExecutor]:
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +206,7 @@ def _executor() -> Iterator[LocalExecutor]:
 
 
 def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
-    """Run a miniature and return what came of it.
+    """Do a calibration run and return what came of it.
 
     Raises:
         UserError: if an image is broken.
@@ -158,80 +224,6 @@ def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.i
         elif isinstance(event, RunEnded):
             return event.record, seen
     raise TimeoutError
-
-
-# --- the pace of methods, for times at any size -----------------------------------------------------------------------
-
-
-def measure_pace(
-    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None]
-) -> Pace:
-    """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
-
-    All experiments are measured at the study's size, then at the smallest that makes sense, as long as there is time.
-    Nothing is kept.
-
-    Args:
-        study: of experiments that take steps.
-        index: its images.
-        workload: of the study.
-        budget_s: seconds until the measurement ends, whatever it has found.
-        tell: told what is being done, a line each.
-    """
-    ends_at = time.monotonic() + budget_s
-    tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
-    before = machine_speed()
-    probes: dict[str, list[Probe]] = {}
-    process_s = 0.0
-    with _executor() as executor:
-        for name, spec, tokens in _few_steps(study, index, workload):
-            started = time.monotonic()
-            try:
-                record, seen = _carried_out(spec, executor, ends_at)
-            except (TimeoutError, UserError):  # of a broken image, which the study itself will name
-                break
-            if record.status != "done":
-                tell(f"{name} could not be measured ({record.error})")
-                continue
-            if not probes:
-                process_s = max(0.0, time.monotonic() - started - record.seconds)
-            experiment = spec.experiment
-            found = Probe(experiment.method, tokens, experiment.training.batch_size, costs_of(record, seen))
-            probes.setdefault(name, []).append(found)
-    if busy := disturbance(before, machine_speed()):
-        tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
-    if probes:
-        return MeasuredPace(probes, process_s)
-    tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
-    return ReckonedPace(workload.product_rate())
-
-
-def _few_steps(study: StudyConfig, index: ImageIndex, workload: Workload) -> Iterator[tuple[str, RunSpec, int]]:
-    """Yield an experiment's name, its miniature and the tokens of an image: all at the study's size, then smaller."""
-    splits = splits_of(index, study)[study.seeds[0]]
-    size_step = workload.shape.size_step
-    smallest = max(_FEWEST_PATCHES, -(-_SMALLEST_IMAGE // size_step)) * size_step
-    for image_size in dict.fromkeys((study.data.image_size, min(study.data.image_size, smallest))):
-        shape = describe(study.backbone, image_size)
-        rate = workload.product_rate()
-        for place, experiment in enumerate(study.experiments):
-            image_s = TIME_OUTSIDE_PRODUCTS * step_passes(experiment, shape) * shape.multiply_adds / rate
-            batch_size = experiment.training.batch_size
-            while batch_size > 1 and image_s * batch_size > _LONGEST_STEP_S:
-                batch_size //= 2
-            spec = spec_of(study, place, study.seeds[0])
-            training = experiment.training.with_batch_size(batch_size)
-            changes = {
-                "experiment": experiment.model_copy(update={"training": training}),
-                "data": spec.data.model_copy(update={"image_size": image_size}),
-                "measures": MeasuresConfig(),
-            }
-            total_steps = experiment.total_steps(len(splits.train))
-            small = miniature(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
-            few = max(2, min(batch_size, small.data.validation_images))
-            tested = None if small.data.folds is not None else few
-            data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
-            yield experiment.name, small.model_copy(update={"data": data}), shape.tokens
 
 
 # --- was the machine busy with something else? ------------------------------------------------------------------------
@@ -261,12 +253,7 @@ def machine_speed() -> Speed:
 
 
 def disturbance(before: Speed, after: Speed) -> str | None:
-    """Return why a time that was measured in between is not worth keeping, None if it is.
-
-    Args:
-        before: speed of the machine right before.
-        after: speed right after.
-    """
+    """Return why a time that was measured between two looks at the machine is not worth keeping, None if it is."""
     slower, faster = sorted((before.products_per_s, after.products_per_s))
     if slower < (1 - _DISAGREE) * faster:
         return f"its speed before and after differs by {1 - slower / faster:.0%}, more than {_DISAGREE:.0%}"

@@ -1,18 +1,44 @@
-"""The driver of a study: decides what is attempted, alone writes what came out, and can be killed at any moment."""
+"""The driver of a study, the one writer of its folder: decides what is attempted, and can be killed at any moment.
+
+study.json is written first. A result is written in the order adapter, record, removal of the rest. Whoever is killed in
+between has lost nothing: what is left over beside a result is removed when the study is opened again.
+"""
 
 from __future__ import annotations
 
+import difflib
+import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError
-from peft_vit.records import Failure
-from peft_vit.studies.events import (
+from peft_vit.records import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    REGISTRATION_FILE,
+    STUDY_FILE,
+    Failure,
+    RunRecord,
+    StudyFile,
+    checkpoint_folders,
+    read_record,
+    write_result,
+    write_study_file,
+    write_whole,
+)
+from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, StudyLock, look_at, now
+from peft_vit.safe_io import folder_below
+from peft_vit.studies.executors import (
     Event,
     Executor,
     Notice,
@@ -23,18 +49,22 @@ from peft_vit.studies.events import (
     StudyEvent,
     lost,
 )
-from peft_vit.studies.lock import StudyLock
-from peft_vit.studies.store import StudyStore
-from peft_vit.studies.study_file import go_on, study_file, write_study_file
 
 if TYPE_CHECKING:  # it runs without torch, which only executors need
+    from peft_vit.studies.deadline import Deadline
     from peft_vit.studies.plan import Plan, PlannedRun
-    from peft_vit.studies.time_limit import Deadline
 
 TRANSIENT: frozenset[Failure | None] = frozenset({"killed", "out_of_memory", "io"})  # another attempt may end otherwise
 _POLL_S = 0.2
-_TIME_IS_OVER = "the time is over: what still runs writes a checkpoint, with which a later call goes on"
-_STOPPING = "stopping: what runs writes a checkpoint first; Ctrl-C again ends at once"
+_FREE = {"description", "execution"}  # settings on which no result depends
+# What a run needs until it is done, and what files and checkpoints are called while they are written, see
+# `write_checkpoint` and `write_atomically`.
+_TEMPORARY = (
+    ".checkpoint-",
+    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, PROGRESS_FILE)),
+    REGISTRATION_FILE,
+    PROGRESS_FILE,
+)
 
 
 def drive(
@@ -72,7 +102,7 @@ def drive(
 
     names = {run.spec.name for run in plan.runs}
     asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
-    content = go_on(lock.folder, plan.before, asked, source=plan.file, part=plan.part)
+    content = go_on(lock.folder, plan.before, asked, source=str(plan.file or "asked for"), part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
         if content != plan.before:
@@ -82,7 +112,8 @@ def drive(
             tell(Notice(text))
         waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
         if executor is not None:
-            _carry_out(_Attempts(waiting, executor, store, tell, plan.study.execution.retries), deadline)
+            attempts = _Attempts(executor, store, tell, plan.study.execution.retries)
+            attempts.carry_out(waiting, deadline)
         failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
     finally:
@@ -90,60 +121,53 @@ def drive(
             executor.close()
 
 
-def _carry_out(attempts: _Attempts, deadline: Deadline | None) -> None:
-    executor = attempts.executor
-    with _signals() as signals:
-        if deadline is None:
-            for run in attempts.runs:
-                executor.submit(run)
-        while attempts.waiting:
-            if signals and not attempts.stopping:
-                attempts.stop(_STOPPING)
-            if deadline is not None:
-                if not attempts.stopping:
-                    if not deadline.over:
-                        for run in deadline.to_start(attempts.waiting):
-                            executor.submit(run)
-                    elif deadline.under_way:
-                        attempts.stop(_TIME_IS_OVER)
-                if deadline.past if attempts.stopping else not deadline.under_way:
-                    break
-            event = executor.next_event(_POLL_S)
-            if event is not None:
-                attempts.take(event)
-                if deadline is not None:
-                    deadline.hear(event, attempts.waiting)
-            elif attempts.stopping and not attempts.running:
-                break
-        if signals and attempts.waiting:
-            raise KeyboardInterrupt
-
-
+@dataclass
 class _Attempts:
     """What of a call is not over yet, and what each event means for it."""
 
-    def __init__(
-        self,
-        runs: list[PlannedRun],
-        executor: Executor,
-        store: StudyStore,
-        on_event: Callable[[StudyEvent], None],
-        retries: int,
-    ) -> None:
-        self.runs = runs
-        self.executor = executor
-        self.waiting = {run.spec.name for run in runs}
-        self.running: set[str] = set()
-        self.stopping = False
-        self._store = store
-        self._on_event = on_event
-        self._retries = retries
-        self._failures: Counter[str] = Counter()
-        self._reached: Counter[str] = Counter()  # step of the last interruption that nobody asked for
+    executor: Executor
+    store: StudyStore
+    tell: Callable[[StudyEvent], None]
+    retries: int
+    waiting: set[str] = field(default_factory=set)  # names of the runs that have not ended
+    running: set[str] = field(default_factory=set)
+    stopping: bool = False
+    failures: Counter[str] = field(default_factory=Counter)
+    reached: Counter[str] = field(default_factory=Counter)  # step of the last interruption that nobody asked for
 
-    def stop(self, why: str) -> None:
+    def carry_out(self, runs: list[PlannedRun], deadline: Deadline | None) -> None:
+        """Attempt runs until all have ended, or the time is over, or a signal came."""
+        self.waiting = {run.spec.name for run in runs}
+        with _signals() as signals:
+            if deadline is None:
+                for run in runs:
+                    self.executor.submit(run)
+            while self.waiting:
+                if signals and not self.stopping:
+                    self._stop("stopping: what runs writes a checkpoint first; Ctrl-C again ends at once")
+                if deadline is not None:
+                    if not self.stopping and not deadline.over:
+                        for run in deadline.to_start(self.waiting):
+                            self.executor.submit(run)
+                    elif not self.stopping and deadline.under_way:
+                        self._stop(
+                            "the time is over: what still runs writes a checkpoint, with which a later call goes on"
+                        )
+                    if deadline.past if self.stopping else not deadline.under_way:
+                        break
+                event = self.executor.next_event(_POLL_S)
+                if event is not None:
+                    self.take(event)
+                    if deadline is not None:
+                        deadline.hear(event, self.waiting)
+                elif self.stopping and not self.running:
+                    break
+            if signals and self.waiting:
+                raise KeyboardInterrupt
+
+    def _stop(self, why: str) -> None:
         """Have what runs stopped, and start nothing more."""
-        self._on_event(Notice(why))
+        self.tell(Notice(why))
         self.stopping = True
         self.executor.stop()
 
@@ -152,44 +176,43 @@ class _Attempts:
         run = event.run.spec.name
         if run not in self.waiting:  # a late word, say of a node that was thought dead
             return
-        if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self._reached[run]:
+        if isinstance(event, RunInterrupted) and not self.stopping and event.step <= self.reached[run]:
             # It must not repeat for ever.
             event = lost(event.run, f"it was interrupted at step {event.step} without a step since the last time")
-        if isinstance(event, RunEnded):
-            self._ended(event, run)
-            return
-        if isinstance(event, RunStarted):
-            self._store.started(run, event.worker, event.run.total_steps)
-            self.running.add(run)
-        elif isinstance(event, RunInterrupted):
-            self._store.interrupted(run)
-            self._reached[run] = event.step
-            self.running.discard(run)
-            if not self.stopping:
-                self.executor.submit(event.run)
-        self._on_event(event)
+        match event:
+            case RunEnded():
+                self.running.discard(run)
+                self._end(event)
+                return
+            case RunStarted():
+                self.store.started(run, event.worker, event.run.total_steps)
+                self.running.add(run)
+            case RunInterrupted():
+                self.store.interrupted(run)
+                self.reached[run] = event.step
+                self.running.discard(run)
+                if not self.stopping:
+                    self.executor.submit(event.run)
+        self.tell(event)
 
-    def _ended(self, event: RunEnded, run: str) -> None:
-        record = event.record
-        self.running.discard(run)
+    def _end(self, event: RunEnded) -> None:
+        record, run = event.record, event.run.spec.name
         if record.failure == "disk_full":
             problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
-            raise UserError(problem, file=self._store.folder / run)
+            raise UserError(problem, file=self.store.folder / run)
         again = record.status == "failed" and record.failure in TRANSIENT
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
-            self._failures[run] += 1
-            again = self._failures[run] <= self._retries
-        if again:
-            record = self._store.ended(record, retried=True)
-            if self.stopping:
-                self._on_event(Notice(f"{record.spec.run_id}: {record.error}"))
-            else:
-                self._on_event(RunRetried(event.run, record))
-                self.executor.submit(event.run)
-            return
-        record = self._store.ended(record, event.adapter)
-        self.waiting.discard(run)
-        self._on_event(RunEnded(event.run, record, event.adapter))
+            self.failures[run] += 1
+            again = self.failures[run] <= self.retries
+        record = self.store.ended(record, event.adapter, retried=again)
+        if not again:
+            self.waiting.discard(run)
+            self.tell(RunEnded(event.run, record, event.adapter))
+        elif self.stopping:
+            self.tell(Notice(f"{record.spec.run_id}: {record.error}"))
+        else:
+            self.tell(RunRetried(event.run, record))
+            self.executor.submit(event.run)
 
 
 @contextmanager
@@ -212,3 +235,193 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for stopped, previous in before.items():
             signal.signal(stopped, previous)
+
+
+# --- results and attempts ---
+
+
+class StudyStore:
+    """The one writer of a study's results.
+
+    Attributes:
+        folder: the study's.
+        notices: what a person should know about what was found in it.
+
+    Args:
+        lock: of its folder.
+        runs: that are planned.
+
+    Raises:
+        UserError: as of `look_at`.
+    """
+
+    def __init__(self, lock: StudyLock, runs: tuple[str, ...]) -> None:
+        self.folder = lock.folder
+        self.notices = []
+        for run in runs:
+            known = self.known(run)
+            if known.fault:
+                self.notices.append(f"{run}: {known.fault}")
+            if known.is_done:
+                self._clean_up(run)
+
+    def known(self, run: str) -> Known:
+        """Return what has become of a run."""
+        return look_at(self.folder, run)
+
+    def started(self, run: str, worker: str, total_steps: int) -> None:
+        """Write that an attempt begins."""
+        attempt = self._attempt(run, begins=True)
+        self._write(run, attempt.model_copy(update={"worker": worker, "total_steps": total_steps}))
+
+    def interrupted(self, run: str) -> None:
+        """Write that an attempt was stopped."""
+        self._write(run, self._attempt(run).model_copy(update={"state": "interrupted"}))
+
+    def ended(self, record: RunRecord, adapter: bytes | None = None, *, retried: bool = False) -> RunRecord:
+        """Write what came of an attempt: of the last one its result, whose checkpoints go if it is done.
+
+        Args:
+            record: what happened.
+            adapter: content of the adapter file; None if the run failed.
+            retried: it failed, and is attempted again.
+
+        Returns:
+            The record with the number of attempts.
+        """
+        run = record.spec.name
+        attempt = self._attempt(run)
+        update: dict[str, Any] = {"attempts": attempt.number}
+        for name in ("error", "traceback"):
+            text = getattr(record, name)
+            if text is not None:  # it may quote a file's name, which may be any bytes
+                update[name] = text.encode(errors="backslashreplace").decode()
+        record = record.model_copy(update=update)
+        if retried:
+            self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
+            return record
+        write_result(self.folder.parent, record, adapter)
+        if record.status == "done":
+            self._clean_up(run)
+        return record
+
+    def _attempt(self, run: str, *, begins: bool = False) -> Attempt:
+        """Return the attempt that is under way, or the next one where it begins, or its start was not told."""
+        known = self.known(run)
+        if not begins and known.attempt is not None and known.attempt.state == "running":
+            return known.attempt
+        return Attempt(number=known.attempts + 1, state="running", started_at=now())
+
+    def _write(self, run: str, attempt: Attempt) -> None:
+        write_whole(folder_below(self.folder, run) / PROGRESS_FILE, attempt.model_dump_json().encode())
+
+    def _clean_up(self, run: str) -> None:
+        """Remove what a finished run needs no more, and files that a killed process was about to put in place."""
+        folder = self.folder / run
+        left_over = [path for path in folder.iterdir() if path.name.startswith(_TEMPORARY)]
+        for path in (*checkpoint_folders(folder).values(), *left_over):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)  # at worst some disk stays in use
+            else:
+                path.unlink(missing_ok=True)
+
+
+# --- study.json ---
+
+
+def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
+    """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
+    runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
+    skipped = tuple(run for run in runs if run not in asked)
+    return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
+
+
+def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: str, part: bool = False) -> StudyFile:
+    """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
+
+    Args:
+        folder: the study's.
+        before: what study.json says; None: the study is new.
+        asked: by the command.
+        source: the name of the configuration file, for the difference.
+        part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
+
+    Raises:
+        UserError: with the difference, if the folder holds another study or one that was configured otherwise.
+    """
+    if before is None:
+        return asked
+    file, remedy = folder / STUDY_FILE, "choose another --output"
+    if before.smoke != asked.smoke:
+        kinds = {True: "a smoke study", False: "a real study"}
+        problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
+        raise UserError(problem, file=file, field="smoke")
+    old, new = _comparable(before.configuration, asked.configuration, part)
+    if old != new:
+        raise UserError(
+            f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
+            file=file,
+            field="configuration",
+            details=difference(old, new, str(file), source),
+        )
+    if before.data_sha256 != asked.data_sha256:
+        raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
+    runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
+    configuration = asked.configuration
+    if part:
+        earlier = before.configuration
+        experiments = {experiment.name: experiment for experiment in (*earlier.experiments, *configuration.experiments)}
+        seeds = tuple(dict.fromkeys((*earlier.seeds, *configuration.seeds)))
+        configuration = configuration.model_copy(update={"experiments": tuple(experiments.values()), "seeds": seeds})
+    return asked.model_copy(
+        update={
+            "runs": runs,
+            "skipped": tuple(run for run in runs if run not in asked.runs or run in asked.skipped),
+            "configuration": configuration,
+            "seeds_added": _seeds_added(folder, before, asked.configuration),
+        }
+    )
+
+
+def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[int, ...]:
+    """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
+
+    A smoke study has no results.
+    """
+    new = tuple(seed for seed in asked.seeds if seed not in before.configuration.seeds)
+    if new and not before.smoke:
+        recorded = (file for run in before.runs if (file := folder / run / RECORD_FILE).exists())
+        if any(read_record(file).status == "done" for file in recorded):
+            return tuple(dict.fromkeys((*before.seeds_added, *new)))
+    return before.seeds_added
+
+
+def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both as plain values, without what may change: experiments by name, and only what both could have."""
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, asked))
+    names = [{experiment.name for experiment in study.experiments} for study in (before, asked)]
+    both = names[0] & names[1]
+    looked = asked.stopping  # of what was declared: experiments share its level, looks are in the order of the seeds
+    for study, compared in ((old, both if part else names[0]), (new, both if looked is None else names[1])):
+        study["experiments"] = {one["name"]: one for one in study["experiments"] if one["name"] in compared}
+        if not study["experiments"]:
+            del study["experiments"]
+    if looked is None:
+        new["seeds"] = sorted({*new["seeds"]} & {*old["seeds"]})
+        old["seeds"] = new["seeds"] if part else sorted(old["seeds"])
+    return old, new
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
+    """Return a unified difference of two mappings as YAML: what changed, below the keys that it stands under."""
+    before, after = (yaml.safe_dump(one, sort_keys=False, allow_unicode=True).splitlines() for one in (old, new))
+    whole = max(len(before), len(after))
+    header, other, _, *lines = difflib.unified_diff(before, after, old_name, new_name, lineterm="", n=whole)
+    kept = []
+    depth = 0  # a line that is less deep has one of the kept lines below it
+    for line in reversed(lines):
+        indent = len(line) - len(line[1:].lstrip()) + line[1:].lstrip().startswith("- ")
+        if line[0] != " " or indent < depth:
+            kept.append(line)
+            depth = indent
+    return "\n".join([header, other, *reversed(kept)])

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
-from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
 from peft_vit.allocation.bits import choose
+from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import Site, chosen, find_sites, fused_sites
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from peft_vit.analysis import read_results
@@ -12,7 +13,7 @@ from peft_vit.analysis.stopping import study_courses
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.report.document import Block, Cell, Gallery, Paragraph, Picture, Table
+from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
 from peft_vit.report.formatting import (
     count,
     fixed,
@@ -25,8 +26,9 @@ from peft_vit.report.formatting import (
     points_interval,
 )
 from peft_vit.report.lines import stopping_blocks
-from peft_vit.report.tables import cell, interval_cell
+from peft_vit.report.tables import Column, measured, table
 from peft_vit.statistics import Interval
+from peft_vit.statistics.sequential import Look
 from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure
 from peft_vit.tuning.forms import Exports, Form
 from peft_vit.tuning.machine import said_ms
@@ -72,19 +74,17 @@ def metric(choice: Choice) -> str:
 def sealed_blocks(summary: TuningSummary, pictures: Pictures | None) -> Iterator[Block]:
     """Yield accuracy by class, what was taken for what, and the worst mistakes."""
     sealed, names = summary.sealed, summary.chosen.class_names
-    yield Table.of(
+    yield table(
         "classes",
         "Accuracy by class",
-        (
-            {
-                "Class": cell("class", plain(one.name)),
-                "Images": cell("images", one.images, count),
-                "Found": interval_cell("found", one.found, percent_interval),
-                "Called so": cell("predicted", one.predicted, count),
-                "Right of these": cell("precision", one.precision, percent),
-            }
-            for one in sealed.classes
-        ),
+        sealed.classes,
+        [
+            Column("Class", lambda one: plain(one.name), data="class"),
+            Column("Images", "images", count),
+            Column("Found", "found", percent_interval, partial(measured, "found")),
+            Column("Called so", "predicted", count),
+            Column("Right of these", "precision", percent),
+        ],
         "Found: share of the class's sealed images that the model calls so (recall), with Wilson's 95 % interval. "
         "Right of these: share of what it calls so that is of the class (precision).",
         folded=len(names) > MOST_CLASSES,
@@ -129,48 +129,45 @@ def _gallery(sealed: Sealed, names: Sequence[str], pictures: Pictures | None) ->
 def compared_blocks(choice: Choice) -> Iterator[Block]:
     """Yield the candidates, and what was tried before they raced."""
     margin = margin_in_points(choice.request.margin_share)
-    yield Table.of(
+    yield table(
         "candidates",
         f"Candidates, smallest first; the reference is {choice.reference}",
-        (_candidate_row(choice, one) for one in choice.candidates),
+        choice.candidates,
+        _candidate_columns(choice),
         "On images of repeated folds, each predicted by a model that was not trained on it. Difference to the "
         f"reference in points of {metric(choice)}, with the interval that accounts for the looks. Loses less than "
         f"{margin}: supported, refuted or not decided, at 5 % for all comparisons together.",
     )
     yield from _courses(choice)
     if choice.probes:
-        yield Table.of(
+        yield table(
             "probes",
             "Models and image sizes, by linear probes",
-            (
-                {
-                    "Model": cell("model", one.model),
-                    "Pixels": cell("image_size", one.image_size),
-                    f"{metric(choice).capitalize()} on folds": cell("score", one.score, percent),
-                    "Flips": one.flips,
-                    "An image": cell("image_s", one.image_s, said_ms),
-                    "Why": f"{'taken: ' if one.chosen else ''}{plain(one.why)}",
-                }
-                for one in choice.probes
-            ),
+            choice.probes,
+            [
+                Column("Model", "model"),
+                Column("Pixels", "image_size"),
+                Column(f"{metric(choice).capitalize()} on folds", "score", percent),
+                Column("Flips", "flips", data=""),
+                Column("An image", "image_s", said_ms),
+                Column("Why", lambda one: f"{'taken: ' if one.chosen else ''}{plain(one.why)}"),
+            ],
             "A linear probe on the frozen backbone, on the folds of one repetition. How training images are flipped "
             "was chosen likewise, at the first size.",
             folded=True,
         )
     if choice.rates:
-        yield Table.of(
+        yield table(
             "rates",
             "Learning rates, by successive halving",
-            (
-                {
-                    "Method": cell("kind", one.kind),
-                    "Rate": cell("learning_rate", one.learning_rate, lambda rate: f"{rate:.2g}"),
-                    "On validation": joined(percent(score) for score in one.scores),
-                    "Steps": cell("steps", one.steps, count),
-                    "Outcome": "taken" if one.chosen else "–",
-                }
-                for one in choice.rates
-            ),
+            choice.rates,
+            [
+                Column("Method", "kind"),
+                Column("Rate", "learning_rate", "{:.2g}".format),
+                Column("On validation", lambda one: joined(map(percent, one.scores))),
+                Column("Steps", "steps", count),
+                Column("Outcome", lambda one: "taken" if one.chosen else None),
+            ],
             "Every method gets the same effort; a rate that falls behind gets no more steps. Rates are ranked by the "
             "folds' validation and test images, half each, so what is taken need not be the best on validation.",
             folded=True,
@@ -185,31 +182,31 @@ def _courses(choice: Choice) -> Iterator[Block]:
         yield from (block for block in blocks if block.kind == "figure")
 
 
-def _candidate_row(choice: Choice, one: Candidate) -> dict[str, Cell | str]:
-    look = one.course.looks[-1] if one.course is not None and one.course.looks else None
-    is_reference = one.name == choice.reference
-    if look is not None:
-        interval = Interval(look.difference, look.low, look.high, look.pairs, 0.9)
-        difference = points_interval(interval if all(map(math.isfinite, (look.low, look.high))) else _bare(interval))
-    else:
-        difference = "is the reference" if is_reference else "–"
-    verdict = (one.course.noninferiority if one.course is not None else None) or "–"
-    return {
-        "Candidate": Cell(f"{one.name} (chosen)" if one.name == choice.chosen else one.name, {"candidate": one.name}),
-        "File, about": cell("bytes", one.bytes, megabytes),
-        "On folds": cell("score", one.score, percent),
-        "Difference": Cell(
-            difference,
-            {
-                "difference": None if look is None else look.difference,
-                "low": None if look is None else look.low,
-                "high": None if look is None else look.high,
-            },
-        ),
-        "Pairs": cell("pairs", one.pairs or None),
-        "Loses less": cell("verdict", verdict),
-        "Ended": one.left_out or _ended(one),
-    }
+def _candidate_columns(choice: Choice) -> list[Column]:
+    def look(one: Candidate) -> Look | None:
+        return one.course.looks[-1] if one.course is not None and one.course.looks else None
+
+    def ends(last: Look | None) -> dict[str, float | None]:
+        return {name: getattr(last, name, None) for name in ("difference", "low", "high")}
+
+    def difference(one: Candidate) -> str | None:
+        last = look(one)
+        if last is None:
+            return "is the reference" if one.name == choice.reference else None
+        interval = Interval(last.difference, last.low, last.high, last.pairs, 0.9)
+        return points_interval(interval if all(map(math.isfinite, (last.low, last.high))) else _bare(interval))
+
+    return [
+        Column("Candidate", lambda one: f"{one.name} (chosen)" if one.name == choice.chosen else one.name),
+        Column("", "name", data="candidate"),
+        Column("File, about", "bytes", megabytes),
+        Column("On folds", "score", percent),
+        Column("Difference", difference),
+        Column("", look, data=ends),
+        Column("Pairs", lambda one: one.pairs or None, data="pairs"),
+        Column("Loses less", lambda one: (one.course and one.course.noninferiority) or "–", data="verdict"),
+        Column("Ended", lambda one: one.left_out or _ended(one)),
+    ]
 
 
 def _bare(interval: Interval) -> Interval:
@@ -230,19 +227,17 @@ def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
     """Yield how sure and how often right the model is, and how often sets hold the class."""
     sealed, calibrated = summary.sealed, summary.calibrated
     yield calibration_figure(sealed.calibration, sealed.on_folds, calibrated.temperature)
-    yield Table.of(
+    yield table(
         "coverage",
         "Prediction sets",
-        (
-            {
-                "Coverage asked": cell("asked", one.asked, percent),
-                "On folds": cell("folds", one.folds, percent),
-                "Classes in a set": cell("folds_size", one.folds_size, fixed),
-                "On sealed images": interval_cell("sealed", one.sealed, percent_interval),
-                "Classes in a set there": cell("sealed_size", one.sealed_size, fixed),
-            }
-            for one in sealed.coverage_results
-        ),
+        sealed.coverage_results,
+        [
+            Column("Coverage asked", "asked", percent),
+            Column("On folds", "folds", percent),
+            Column("Classes in a set", "folds_size", fixed),
+            Column("On sealed images", "sealed", percent_interval, partial(measured, "sealed")),
+            Column("Classes in a set there", "sealed_size", fixed),
+        ],
         f"How often `predict --coverage` holds the true class. Thresholds come from {calibrated.images} images of "
         "folds, as in split-conformal prediction. On folds each image is asked by thresholds of other images. "
         "For one final model behind several fold models nothing is guaranteed (CV+ would guarantee 1 - 2 alpha), so "
@@ -253,30 +248,33 @@ def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
 def forms_table(summary: TuningSummary) -> Table:
     """Return every form that was tried."""
 
-    def row(form: Form) -> dict[str, Cell | str]:
-        compared = form.comparison
-        same = None if compared is None else compared.same_predictions
-        return {
-            "Form": f"{form.name}",
-            "File": cell("bytes", form.bytes, megabytes),
-            "ms an image": cell("median_s", form.median_s, lambda s: fixed(1e3 * s, 1)),
-            "Quartiles": Cell(
-                "–"
-                if form.low_s is None or form.high_s is None
-                else f"{fixed(1e3 * form.low_s, 1)} to {fixed(1e3 * form.high_s, 1)}",
-                {"low_s": form.low_s, "high_s": form.high_s},
-            ),
-            "Predicts as trained": cell("same_predictions", same, percent),
-            "Outcome": plain(form.left_out) or "taken",
-        }
+    def quartiles(form: Form) -> str | None:
+        if form.low_s is None or form.high_s is None:
+            return None
+        return f"{fixed(1e3 * form.low_s, 1)} to {fixed(1e3 * form.high_s, 1)}"
 
     float32 = summary.exports.float32_s
     beside = "" if float32 is None else f" The same model in float32 takes {fixed(1e3 * float32, 1)} ms."
     split = next((form.comparison.split for form in summary.exports.forms if form.comparison is not None), "")
-    return Table.of(
+    return table(
         "forms",
         "Forms of the model",
-        map(row, summary.exports.forms),
+        summary.exports.forms,
+        [
+            Column("Form", "name", data=""),
+            Column("File", "bytes", megabytes),
+            Column("ms an image", "median_s", lambda s: fixed(1e3 * s, 1)),
+            Column("Quartiles", quartiles),
+            Column("", "low_s"),
+            Column("", "high_s"),
+            Column(
+                "Predicts as trained",
+                lambda form: form.comparison and form.comparison.same_predictions,
+                percent,
+                "same_predictions",
+            ),
+            Column("Outcome", lambda form: plain(form.left_out) or "taken"),
+        ],
         f"A call on one image on {summary.exports.processor}, with all its processors, each form in processes of its "
         f"own, in turn.{beside} Predicts as trained: share of {split} images on which the file and the "
         "run's model agree.",

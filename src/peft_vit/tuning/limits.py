@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import architecture_of
-from peft_vit.config import IMAGE_SIZES, SEEDS, parse_bytes, study_from_mapping
+from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.plan import plan_begun_study
+from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind
 from peft_vit.tuning.context import TuningContext
@@ -23,25 +23,6 @@ from peft_vit.tuning.request import TuneRequest
 MEMORY_LIMIT = "--memory-limit"
 _ROUNDS = 10  # calls that are timed
 TimeExport = Callable[[TuningContext, str, int], float]  # seconds of an image, of a model at a size
-
-
-def check_request(request: TuneRequest) -> None:
-    """Refuse numbers that make no sense."""
-    if not 0 < request.margin < 100:
-        raise UserError(f"is {request.margin:g} points; give more than 0 and less than 100", field="--margin")
-    if not 0 < request.minutes < math.inf:
-        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
-    if request.max_latency_s is not None and not 0 < request.max_latency_s < math.inf:
-        raise UserError("give more than 0 ms", field="--max-latency")
-    if not all(request.models or ("",)):
-        raise UserError("names none; give one, or leave it out", field="--model")
-    if request.seed not in SEEDS:
-        raise UserError(f"is {request.seed}; give {SEEDS[0]} to {SEEDS[-1]}", field="--seed")
-    for size in request.image_sizes:
-        if size not in IMAGE_SIZES:
-            raise UserError(f"is {size}; give {IMAGE_SIZES[0]} to {IMAGE_SIZES[-1]}", field="--image-size")
-    if request.memory_limit is not None:
-        parse_bytes(request.memory_limit, MEMORY_LIMIT)
 
 
 def within_bytes(request: TuneRequest, designs: Mapping[str, list[Design]]) -> dict[str, tuple[Kind, ...]]:
@@ -148,11 +129,10 @@ def within_memory(context: TuningContext, model: str, image_size: int, experimen
     study = context.study("memory", model, image_size, [0], [limited])
 
     def decide() -> dict[str, Any]:
-        plan = plan_begun_study(
+        plan = plan_study(
             study_from_mapping(study, file=context.request.images),
-            None,
             context.state.studies,
-            file=context.request.images,
+            file=None,
             measure_step=partial(measure_step, tell=lambda text: context.state.tell(f"  {text}")),
         )
         for line in plan.memory:

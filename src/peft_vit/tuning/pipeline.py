@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.extras import require_extra
-from peft_vit.studies.lock import study_lock
-from peft_vit.tuning.limits import TimeExport, check_request, time_exported
+from peft_vit.records.progress import study_lock
+from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
-from peft_vit.tuning.machine import MeasurePace, measure_pace
+from peft_vit.tuning.machine import MeasureThroughput, measure_throughput
 from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice, Metric
@@ -41,14 +41,14 @@ class Environment:
 
     Attributes:
         make_runner: does runs.
-        measure: see `measure_pace`.
+        measure: see `measure_throughput`.
         time_export: see `time_exported`.
         write_output: writes model, card and report.
         clock: in seconds.
     """
 
     make_runner: MakeRunner = study_runner
-    measure: MeasurePace = measure_pace
+    measure: MeasureThroughput = measure_throughput
     time_export: TimeExport = time_exported
     write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output
     clock: Callable[[], float] = time.monotonic
@@ -72,7 +72,6 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: E
             `State.opened`. Also if another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request goes on.
     """
-    check_request(request)
     require_extra("tune", "tune")
     check_output(request)
     with study_lock(request.output):

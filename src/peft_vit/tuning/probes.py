@@ -17,10 +17,10 @@ from typing import Any
 from peft_vit.backbones import architecture_of, native_size, size_step_of
 from peft_vit.config import Flips
 from peft_vit.errors import UserError
-from peft_vit.studies.time_limit import Limit
+from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.candidates import training_of
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.result import ProbeResult
 from peft_vit.tuning.schedule import Schedule, features_s
 
@@ -64,7 +64,7 @@ def _side_of(context: TuningContext) -> int:
 
 
 def worth_trying(
-    context: TuningContext, machine: Machine, fitting: Mapping[str, Mapping[int, Schedule]]
+    context: TuningContext, machine: Throughput, fitting: Mapping[str, Mapping[int, Schedule]]
 ) -> dict[str, dict[int, Schedule]]:
     """Return the sizes of each model that are probed: the smallest of those that fit the time, the middle, the largest.
 
@@ -92,7 +92,7 @@ def worth_trying(
 
 
 def probe_all(
-    context: TuningContext, machine: Machine, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
+    context: TuningContext, machine: Throughput, tried: Mapping[str, Mapping[int, Schedule]], limit: Limit
 ) -> tuple[BackboneChoice, tuple[ProbeResult, ...], Flips]:
     """Fit the probes, and return the model and the size that are gone on with, the table, and how images are flipped.
 
@@ -111,7 +111,7 @@ def probe_all(
             done = context.runner(study, limit if choices else context.state.limit)  # without one nothing goes on
             scores = {way: [one.test for (name, _), one in done.items() if name == f"linear_{way}"] for way in ways}
             means = {way: statistics.fmean(some) for way, some in scores.items() if len(some) == FOLDS}
-            image_s = machine.image(context.shape(model, size))
+            image_s = machine.image_s(context.shape(model, size))
             if not means:
                 rows.append(ProbeResult(model, size, None, image_s, chosen=False, why="no time for it"))
                 continue

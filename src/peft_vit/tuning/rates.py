@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.studies.time_limit import Limit
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.candidates import Design, Kind, of_kind, training_of
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.result import RateResult

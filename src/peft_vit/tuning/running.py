@@ -8,18 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft_vit.config import ExecutorName, study_from_mapping
+from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
-from peft_vit.records.study_file import read_study_file
+from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
-from peft_vit.studies.events import Notice, RunEnded, RunRetried, StudyEvent
-from peft_vit.studies.executors import open_executor
-from peft_vit.studies.lock import study_lock
-from peft_vit.studies.plan import Plan, plan_begun_study
+from peft_vit.studies.deadline import Deadline
+from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
+from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import drive
-from peft_vit.studies.time_limit import Deadline, Limit
 from peft_vit.tuning.result import Metric
 
 
@@ -89,14 +88,8 @@ class StudyRunner:
         file = self.results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with study_lock(folder_below(self.results_dir, study.name)) as lock:
-            whole = plan_begun_study(
-                study,
-                read_study_file(lock.folder),
-                self.results_dir,
-                file=file,
-                part=True,
-                measure_step=partial(measure_step, tell=self.tell),
-            )
+            measure = partial(measure_step, tell=self.tell)
+            whole = plan_study(study, self.results_dir, file=None, part=True, measure_step=measure)
             names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
             seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]
             plan, failed = whole.only(names, seeds, by_seed=True), {}

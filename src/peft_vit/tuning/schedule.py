@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
+from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.time_limit import fit
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.candidates import KINDS, Kind
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.machine import Machine
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
 LEAST_STEPS, _MOST_STEPS = 24, 200
@@ -53,27 +54,32 @@ def validate_every(context: TuningContext) -> int:
     return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * context.validation_images / (2 * context.batch_size)))
 
 
-def run_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps: int) -> float:
+def step_s(context: TuningContext, machine: Throughput, shape: BackboneShape) -> float:
+    """Return the seconds of a step with adapters."""
+    return machine.step_s(shape, "lora", context.batch_size)
+
+
+def run_s(context: TuningContext, machine: Throughput, shape: BackboneShape, steps: int) -> float:
     """Return the seconds of a run on a fold."""
     validations = 1 + -(-steps // validate_every(context))
     passed = validations * context.validation_images + context.test_images
-    return machine.start_s + steps * machine.step(shape) + passed * machine.image(shape)
+    return machine.start_s + steps * step_s(context, machine, shape) + passed * machine.image_s(shape)
 
 
-def features_s(context: TuningContext, machine: Machine, shape: BackboneShape) -> float:
+def features_s(context: TuningContext, machine: Throughput, shape: BackboneShape) -> float:
     """Return the seconds of the features of all images as training shows them, which runs of one backbone share."""
-    return len(FLIP_AXES[context.flips]) * context.images * machine.image(shape)
+    return len(FLIP_AXES[context.flips]) * context.images * machine.image_s(shape)
 
 
-def ending_s(context: TuningContext, machine: Machine, shape: BackboneShape, steps: int) -> float:
+def ending_s(context: TuningContext, machine: Throughput, shape: BackboneShape, steps: int) -> float:
     """Return the seconds of the last training, of two models, and of the output, as far as they can be foreseen.
 
     The output writes the model in some forms, compares each with the run's model, and times them beside float32; where
     none is as fast as was asked for, activations in 8 bits are measured on folds.
     """
-    step_s, image_s = machine.step(shape), machine.image(shape)
+    image_s = machine.image_s(shape)
     grown = steps * context.images / context.train_images
-    trained = machine.start_s + grown * step_s + context.sealed_images * image_s
+    trained = machine.start_s + grown * step_s(context, machine, shape) + context.sealed_images * image_s
     forms, folds = (_FORMS, 0) if context.request.max_latency_s is None else (_FORMS + 1, FOLDS)
     written = 2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s
     measured = 2 * machine.start_s + 2 * context.test_images * image_s
@@ -93,7 +99,7 @@ def _beyond_s(context: TuningContext, ending: float) -> float:
 
 
 def schedule(
-    context: TuningContext, machine: Machine, shape: BackboneShape, allowed: tuple[Kind, ...]
+    context: TuningContext, machine: Throughput, shape: BackboneShape, allowed: tuple[Kind, ...]
 ) -> Schedule | None:
     """Return what fits the time at an image size; None: not even the least does.
 
@@ -114,7 +120,7 @@ def schedule(
 
 
 def _seconds(
-    context: TuningContext, machine: Machine, shape: BackboneShape, steps: int, kinds: int, races: int
+    context: TuningContext, machine: Throughput, shape: BackboneShape, steps: int, kinds: int, races: int
 ) -> float:
     """Return the seconds of learning rates and race together."""
     whole = (kinds * WHOLE_RUNS + races) * run_s(context, machine, shape, steps)
@@ -123,20 +129,18 @@ def _seconds(
 
 
 def _steps(
-    context: TuningContext, machine: Machine, shape: BackboneShape, there_s: float, kinds: int, races: int
+    context: TuningContext, machine: Throughput, shape: BackboneShape, there_s: float, kinds: int, races: int
 ) -> int:
     """Return the most steps that fit; 0: the least do not."""
-    wished = range(LEAST_STEPS, _MOST_STEPS + 1, 8)
-    fitting = (
-        one
-        for one in wished
-        if _seconds(context, machine, shape, one, kinds, races)
-        <= there_s - _beyond_s(context, ending_s(context, machine, shape, one))
-    )
-    return max(fitting, default=0)
+
+    def seconds(steps: int) -> float:
+        beyond_s = _beyond_s(context, ending_s(context, machine, shape, steps))
+        return _seconds(context, machine, shape, steps, kinds, races) + beyond_s
+
+    return fit(range(_MOST_STEPS, LEAST_STEPS - 1, -8), seconds, there_s) or 0
 
 
-def refuse_little_time(context: TuningContext, machine: Machine, shapes: Sequence[BackboneShape]) -> UserError:
+def refuse_little_time(context: TuningContext, machine: Throughput, shapes: Sequence[BackboneShape]) -> UserError:
     """Return what to say if there is no time for a single comparison, with the least that would do."""
     race, end = (context.state.share_s(*names) for names in (("rates", "race"), ("final", "output")))
     whole = 60 * context.request.minutes

@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
+from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE
-from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_of
 from peft_vit.tuning.contest import contestants
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
-from peft_vit.tuning.machine import NOT_MEASURED, Machine, MeasurePace, measured, said_ms
+from peft_vit.tuning.machine import NOT_MEASURED, MeasureThroughput, measured, said_ms, throughput_of
 from peft_vit.tuning.probes import BackboneChoice, probe_all, sizes_of, worth_trying
 from peft_vit.tuning.race import LOOKS, RaceResult, Scores, images_that_count, race, rule_of
 from peft_vit.tuning.rates import BestRate, find_rates
 from peft_vit.tuning.result import Candidate, ProbeResult, RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
-from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, validate_every
+from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, step_s, validate_every
 
 _LEAST_MEASURED_S = 20.0
 _RACE_SEEDS = tuple(range(FOLDS, FOLDS + LOOKS[-1]))  # repetition 0 has chosen sizes and rates
@@ -40,7 +41,9 @@ def until(context: TuningContext, *reserved: str, ending_s: float = 0.0) -> Limi
 # --- before anything is trained ---------------------------------------------------------------------------------------
 
 
-def look_at_machine(context: TuningContext, measure: MeasurePace, time_export: TimeExport) -> tuple[Machine, Tried]:
+def look_at_machine(
+    context: TuningContext, measure: MeasureThroughput, time_export: TimeExport
+) -> tuple[Throughput, Tried]:
     """Refuse limits that nothing meets, measure what runs take, and return what is worth a probe.
 
     Raises:
@@ -67,22 +70,20 @@ def look_at_machine(context: TuningContext, measure: MeasurePace, time_export: T
 
 
 def _measured(
-    context: TuningContext, model: str, sizes: Sequence[int], some: list[Design], measure: MeasurePace
-) -> Machine:
+    context: TuningContext, model: str, sizes: Sequence[int], some: list[Design], measure: MeasureThroughput
+) -> Throughput:
     experiments = [_experiment(context, of_kind(some, kind), 1e-3, LEAST_STEPS) for kind in ("lora", "lora_nf4")]
     middle = sizes[len(sizes) // 2]  # steps at the largest would take the time of measuring alone
     study = context.study("machine", model, middle, [0], experiments)
     budget_s = max(_LEAST_MEASURED_S, context.state.share_s("machine"))
-    shapes = [context.shape(model, size) for size in sizes]
     tell = context.state.tell
-    kept = context.state.once(
-        "machine", lambda: measured(study, shapes, budget_s, lambda text: tell(f"  {text}"), measure)
-    )
-    machine = Machine.of(kept)
+    kept = context.state.once("throughput", lambda: measured(study, budget_s, lambda text: tell(f"  {text}"), measure))
+    machine = throughput_of(kept)
     shape = context.shape(model, middle)
-    image_ms = said_ms(machine.image(shape))
+    image_ms = said_ms(machine.image_s(shape))
     passed = "was not measured, the machine is too busy" if image_ms == NOT_MEASURED else f"takes {image_ms} an image"
-    tell(f"  at {middle} px a forward pass {passed}, a step of {context.batch_size} images {machine.step(shape):.2f} s")
+    seconds = step_s(context, machine, shape)
+    tell(f"  at {middle} px a forward pass {passed}, a step of {context.batch_size} images {seconds:.2f} s")
     return machine
 
 
@@ -156,7 +157,7 @@ def designed(context: TuningContext, backbone: BackboneChoice, steps: int) -> li
 
 
 def choose_backbone(
-    context: TuningContext, machine: Machine, tried: Tried
+    context: TuningContext, machine: Throughput, tried: Tried
 ) -> tuple[BackboneChoice, tuple[ProbeResult, ...]]:
     """Fit the probes, and return the model and the image size that are gone on with; how images are flipped is kept."""
     limit = until(context, "rates", "race")
@@ -316,7 +317,7 @@ def _kind_of(some: Sequence[Design], name: str) -> Kind:
     return kind
 
 
-def more_time(contest: Contest, machine: Machine, raced: RaceResult) -> str | None:
+def more_time(contest: Contest, machine: Throughput, raced: RaceResult) -> str | None:
     """Return what more time would buy, in words; None: nothing."""
     failed = contest.failed()
     open_ = [] if contest.reference in failed else [name for name in raced.open if name not in failed]

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from peft_vit.errors import UserError, checked
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
-from peft_vit.studies.time_limit import Limit
 from peft_vit.tuning.request import TuneRequest
 
 TUNE_FILE = "tune.json"

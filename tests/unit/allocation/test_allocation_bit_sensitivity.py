@@ -8,8 +8,8 @@ import torch
 from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
-from peft_vit.allocation import bit_sensitivity, layer_gradients
-from peft_vit.allocation.bit_sensitivity import LinearHead, fit_head, layer_losses, rank_gains
+from peft_vit.allocation import calibration
+from peft_vit.allocation.calibration import LinearHead, fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
@@ -113,7 +113,7 @@ def test_fisher_is_the_second_order_term_of_the_loss(tiny_vit, batch, monkeypatc
             moved[3, 5] += 0.02
             return moved
 
-    monkeypatch.setattr(bit_sensitivity, "quantize", lambda *_, **__: Moved())
+    monkeypatch.setattr(calibration, "quantize", lambda *_, **__: Moved())
     head, _ = fit_head(model, *batch)
     formats = {name: FORMATS[:1]}
     ((loss,),) = layer_losses(model, formats, batch[0], head, by="loss", seed=0).values()
@@ -157,8 +157,8 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
     model.head.weight.requires_grad_(False)
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     head, whole = measured(model, batch, by)
-    monkeypatch.setattr(layer_gradients, "BACKWARD_IMAGES", 3)
-    monkeypatch.setattr(bit_sensitivity, "_FORWARD_IMAGES", 4)
+    monkeypatch.setattr(calibration, "BACKWARD_IMAGES", 3)
+    monkeypatch.setattr(calibration, "_FORWARD_IMAGES", 4)
     parts = layer_losses(model, dict.fromkeys(layers(model), FORMATS), batch[0], head, by=by, seed=3)
     for name, losses in whole.items():
         assert parts[name] == pytest.approx(losses, rel=1e-3, abs=1e-8)

@@ -17,7 +17,7 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.allocation import AdaLoRAController
-from peft_vit.allocation.gradient_probes import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
+from peft_vit.allocation.importance import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
 from peft_vit.backbones import find_sites
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import StepRow

@@ -199,7 +199,7 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path: Path) -> 
     assert [row.estimate.name for row in against.pooled] == ["adalora_top_k_fisher"]
     with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
         compare_studies(studies, reference="lora_r8")
-    assert [(one.metric, one.rho) for one in found.agreements] == [("fisher", pytest.approx(1.0))]
+    assert [(one["metric"], one["rho"]) for one in found.agreements] == [("fisher", pytest.approx(1.0))]
 
 
 def test_pooled_p_values_are_corrected_over_the_table(tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from scipy import stats
 from peft_vit.analysis import Run
 from peft_vit.analysis.comparison import method_results
 from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
-from peft_vit.analysis.quantization import quantization_impacts
+from peft_vit.analysis.quantization import costs, quantization_impacts
 from peft_vit.records import Evaluation, RunRecord, StepRow
-from peft_vit.report.calibration_tables import convergence_table
+from peft_vit.report.method_tables import convergence_table
 
 LORA = planted.experiments()["lora_r8"]
 
@@ -151,7 +151,7 @@ def test_costs_stand_beside_those_of_the_float_twin() -> None:
         quantized(1, [1.0] * 9, latency_s={1: 0.05, 8: 0.4}, seconds_per_step=1.1, own_memory_bytes=None),
     ]
     (impact,) = quantization_impacts(planted.study_of(records))
-    own, twin = impact.costs, impact.float_costs
+    own, twin = costs(impact.runs), costs(impact.twin)
     latencies = {name: seconds for name, seconds in own.items() if name.startswith("latency")}
     assert latencies == {"latency_s_batch_1": pytest.approx(0.04)}, "only what both runs measured"
     assert own["seconds_per_step"] == pytest.approx(1.0)
@@ -172,7 +172,7 @@ def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
         for seed, balance in enumerate(rows)
     ]
     (impact,) = quantization_impacts(planted.study_of(records))
-    assert [(b.step, b.name, b.mean, b.n) for b in impact.balance] == [
+    assert [tuple(row[key] for key in ("step", "measure", "mean", "n")) for row in impact.balance()] == [
         (4, "a", 1.0, 1),
         (8, "a", 3.0, 2),
         (8, "b", 5.0, 1),

@@ -102,18 +102,17 @@ def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
     entries = history([4, 4, 4], [2, 4, 2], [6, 1, 1], [6, 1, 1])
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": entries})
     (allocation,) = allocations(planted.study_of([record]))
-    found = allocation.runs[0]
-    assert found.steps == (0, 10, 20, 30)
-    assert found.moved == (0, 4, 0)
-    # Held afterwards: 8, 8, 8.
-    assert found.churn == (0.0, 0.5, 0.0)
-    # Final shares 6/8 1/8 1/8 against thirds, and against 2/8 4/8 2/8.
-    assert found.overlap_with_final == (pytest.approx(1 / 3 + 2 / 8), 0.5, 1.0, 1.0)
-    assert found.settled_step == 20
+    keys = ("step", "moved", "churn", "overlap_with_final", "settled_step")
+    assert [tuple(row[key] for key in keys) for row in allocation.course] == [
+        # Final shares 6/8 1/8 1/8 against thirds, and against 2/8 4/8 2/8; held afterwards: 8, 8, 8.
+        (0, None, None, pytest.approx(1 / 3 + 2 / 8), 20),
+        (10, 0, 0.0, 0.5, 20),
+        (20, 4, 0.5, 1.0, 20),
+        (30, 0, 0.0, 1.0, 20),
+    ]
 
 
 def test_no_rank_left_at_an_update_has_no_churn() -> None:
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": history([1, 1, 1], [0, 0, 0])})
     (allocation,) = allocations(planted.study_of([record]))
-    assert allocation.runs[0].churn == (None,)
-    assert allocation.runs[0].settled_step is None
+    assert [(row["churn"], row["settled_step"]) for row in allocation.course] == [(None, None)] * 2

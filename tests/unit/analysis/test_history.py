@@ -10,12 +10,12 @@ import planted
 import pytest
 
 from peft_vit.analysis.allocation import allocations
-from peft_vit.analysis.history import export_history, history_table
 from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.results import load_studies
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows, run_folder
+from peft_vit.report.result_tables import export_history, history_table
 
 pytestmark = pytest.mark.part("importance analysis")
 KEPT = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher")
@@ -130,10 +130,10 @@ def test_parquet_without_pyarrow_names_the_extra(results: Path, tmp_path: Path, 
 
 
 def test_what_can_not_be_written_is_one_line(results: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"history\.xlsx: expected a name that ends in \.parquet, \.json, \.csv"):
+    with pytest.raises(UserError, match=r"history\.xlsx: --output: .* \.parquet, \.json or \.csv"):
         export_history(results, tmp_path / "history.xlsx")
     (tmp_path / "taken.csv").mkdir()
-    with pytest.raises(UserError, match=r"taken\.csv: can't be written"):
+    with pytest.raises(UserError, match=r"taken\.csv: --output: can't be written"):
         export_history(results, tmp_path / "taken.csv")
     linear = next(one for one in planted.quickstart((0,)) if one.spec.experiment.name == "linear_probe")
     planted.write(tmp_path / "linear", [linear])

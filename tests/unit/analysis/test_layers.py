@@ -7,7 +7,7 @@ import pytest
 from peft_vit.analysis import Study
 from peft_vit.analysis.allocation import allocations, moved_ranks
 from peft_vit.analysis.importance import importance_patterns
-from peft_vit.analysis.quantization import quantization_impacts
+from peft_vit.analysis.quantization import layers_bits, quantization_impacts
 from peft_vit.records import ImportanceEntry, RankEntry, SiteInfo
 from peft_vit.report.figure import Canvas
 from peft_vit.report.heatmaps import importance_maps
@@ -104,9 +104,9 @@ def test_allocation_counts(quickstart: Study) -> None:
     first = allocations(quickstart)[0]
     run = first.runs[0]
     record = quickstart.of(ADALORA.name)[0].record
-    assert (run.used, run.spent, run.budget, run.unit) == (288, 288, 288, "ranks")
-    assert (run.sites, run.updates) == (72, len(planted.UPDATES))
-    assert run.sites_without_rank == sum(rank == 0 for rank in record.rank_history[-1].ranks.values())
+    assert [run[key] for key in ("used", "spent", "budget", "unit")] == [288, 288, 288, "ranks"]
+    assert (run["sites"], run["updates"]) == (72, len(planted.UPDATES))
+    assert run["sites_without_rank"] == sum(rank == 0 for rank in record.rank_history[-1].ranks.values())
     assert [m.step for m in first.maps] == [0, *planted.UPDATES]
     assert np.nansum(first.maps[0].ranks) == 432
     assert (first.maps[0].ranks == 6).all()
@@ -115,8 +115,8 @@ def test_allocation_counts(quickstart: Study) -> None:
 def test_equal_ranks_have_no_concentration() -> None:
     equal = [RankEntry(step=0, budget=72, ranks=dict.fromkeys(planted.scores_at(36, 0), 1))]
     (one,) = allocations(planted.study_of([planted.record(ADALORA, 0, 0.8, changes={"rank_history": equal})]))
-    assert one.runs[0].gini == pytest.approx(0)
-    assert one.runs[0].entropy == pytest.approx(1)
+    assert one.runs[0]["gini"] == pytest.approx(0)
+    assert one.runs[0]["evenness"] == pytest.approx(1)
 
 
 def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
@@ -157,19 +157,19 @@ def test_quantization_against_the_float_lora_of_equal_rank(quickstart: Study) ->
     by_name = {q.experiment.name: q for q in quantization_impacts(quickstart)}
     nf4 = by_name["qa_lora_4bit_nf4_constant"]
     assert nf4.against_unquantized.reference == "lora_r8"
-    assert nf4.size.claimed == 8.0
-    assert nf4.size.layers_bits == 5.0, "scales and offsets count: 6.4 times smaller than fp32, not 8"
-    assert nf4.size.model is not None
+    assert nf4.claimed == 8.0
+    assert layers_bits(nf4.runs) == 5.0, "scales and offsets count: 6.4 times smaller than fp32, not 8"
+    assert nf4.model is not None
     left, weights = planted.LEFT_IN_FLOAT + 3080, planted.BACKBONE_PARAMETERS + 770
-    assert nf4.size.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
-    assert nf4.size.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
-    assert nf4.size.model.file == nf4.size.model.live + 9000
-    assert nf4.bits_by_layer == dict.fromkeys(nf4.error_by_layer, 5.0)
+    assert nf4.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
+    assert nf4.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
+    assert nf4.model.file == nf4.model.live + 9000
+    assert nf4.bits_by_layer == dict.fromkeys(nf4.relative_errors, 5.0)
     assert len(nf4.bits_by_layer) == 48
-    assert nf4.worst_module[0] == "blocks.11.mlp.fc2"
-    assert nf4.float_backbone_bytes == 4 * planted.BACKBONE_PARAMETERS
-    assert [(b.step, b.name, b.mean, b.n) for b in nf4.balance] == [
-        (step, "adapter_to_error_norm", pytest.approx(0.02 * step), 2) for step in (16, 32, 48)
+    assert max(nf4.relative_errors, key=nf4.relative_errors.__getitem__) == "blocks.11.mlp.fc2"
+    assert nf4.balance() == [
+        {"measure": "adapter_to_error_norm", "step": step, "mean": pytest.approx(0.02 * step), "n": 2}
+        for step in (16, 32, 48)
     ]
 
 
@@ -199,15 +199,13 @@ def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() 
     assert now.quantization.size is not None
     merging = now.quantization.size.model_copy(update={"merging_bytes": 1_000_000})
     changed = now.quantization.model_copy(update={"size": merging})
-    sizes = [
-        quantization_impacts(planted.study_of([planted.record(nf4, 0, 0.8, changes={"quantization": quantization})]))[
-            0
-        ].size
+    impacts = [
+        quantization_impacts(planted.study_of([planted.record(nf4, 0, 0.8, changes={"quantization": quantization})]))[0]
         for quantization in (now.quantization, changed, now.quantization.model_copy(update={"size": None}))
     ]
-    plain, more, older = (size.model for size in sizes)
+    plain, more, older = (impact.model for impact in impacts)
     assert plain is not None
     assert more is not None
-    assert more.offsets - plain.offsets == more.total - plain.total == 1_000_000
+    assert more.parts["offsets"] - plain.parts["offsets"] == more.total - plain.total == 1_000_000
     assert older is None
-    assert sizes[2].layers_bits == 5.0
+    assert layers_bits(impacts[2].runs) == 5.0

@@ -102,7 +102,8 @@ def test_ranks_of_fused_matrices(study) -> None:
         "fc1": 8,
         "fc2": 8,
     }
-    assert [(run.used, run.sites, run.sites_without_rank) for run in allocation.runs] == [(384, 48, 12)] * 2
+    for run in allocation.runs:
+        assert (run["used"], run["sites"], run["sites_without_rank"]) == (384, 48, 12)
     assert Grid.of([*SITES, *planted.sites()]).matrices == ("qkv", "query", "key", "value", "out", "fc1", "fc2")
 
 

@@ -195,7 +195,7 @@ def test_an_impossible_name_does_not_exist(name: str) -> None:
 def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
     (tmp_path / "w.pth").mkdir()
     for folder in (tmp_path, tmp_path / "w.pth"):
-        with pytest.raises(UserError, match=r"is a folder; expected a \.safetensors"):
+        with pytest.raises(UserError, match=r"expected a \.safetensors"):
             check_weights(_file(folder))
 
 
@@ -204,7 +204,7 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied", str(file))
 
     (tmp_path / "w.pth").write_bytes(b"")
-    monkeypatch.setattr("peft_vit.backbones.weights.sha256_of", denied)
+    monkeypatch.setattr("peft_vit.backbones.loading.sha256_of", denied)
     with pytest.raises(UserError, match=r"w\.pth: backbone\.file: can't be read \(Permission denied\)"):
         check_weights(_file(tmp_path / "w.pth"))
 

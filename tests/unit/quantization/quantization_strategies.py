@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
+from peft_vit.config import NUMBER_FORMATS
 from peft_vit.quantization import QuantizationFormat
 
-TYPES = ("nf4", "fp4", "nf3", "int2", "int3", "int4", "int8")
-INTEGERS = ("int2", "int3", "int4", "int8")
+TYPES = tuple(NUMBER_FORMATS)
+INTEGERS = tuple(name for name, format in NUMBER_FORMATS.items() if format.values is None)
 MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 
 

@@ -26,7 +26,7 @@ def test_a_group_size_that_does_not_divide_the_inputs_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "arguments"),
     [
-        ("type", ("int5", 32, False, torch.float32)),
+        ("type", ("int9", 32, False, torch.float32)),
         ("group_size", ("int4", 0, False, torch.float32)),
         ("scale_dtype", ("int4", 32, False, torch.bfloat16)),
         ("double_quant", ("int4", 32, False, torch.float16, 1)),

@@ -14,7 +14,7 @@ from peft_vit.quantization import (
     relative_error,
     unpack_codes,
 )
-from peft_vit.quantization.scales import QuantizedScales, quantize_scales
+from peft_vit.quantization.formats import QuantizedScales, quantize_scales
 
 
 def dynamic_type() -> np.ndarray:

@@ -66,7 +66,7 @@ def test_comparisons_are_what_pandas_and_scipy_find(results: ResultTables) -> No
 
 
 def test_a_notebook_shows_accuracies_and_comparisons(results: ResultTables) -> None:
-    accuracy, *comparisons = re.findall("<table>.*?</table>", results._repr_html_())
+    accuracy, *comparisons = re.findall("<table.*?</table>", re.sub(r"\n *", "", results._repr_html_()))
     assert re.findall("<tr><td>([^<]*)</td>", accuracy) == list(KEPT)
     mean = results.runs.query("experiment == 'lora_r8'").test_accuracy.mean()
     assert f"<td>lora_r8</td><td>{100 * mean:.1f} " in accuracy

@@ -16,8 +16,7 @@ from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
 from peft_vit.runs import execute
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import plan_study, smoke_study
 
 pytestmark = pytest.mark.part("quantization")
 

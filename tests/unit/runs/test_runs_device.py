@@ -7,15 +7,14 @@ import torch
 from rich.console import Console
 from written_runs import run_and_write
 
-from peft_vit.costs import estimate
 from peft_vit.errors import UserError
-from peft_vit.records.study_file import read_study_file
+from peft_vit.forecasting import estimate
+from peft_vit.records import read_study_file, write_study_file
 from peft_vit.runs import device as precision
 from peft_vit.runs.device import Bf16Support, bf16_support, choose_precision, resolve_device
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.printing import print_plan
-from peft_vit.studies.smoke import smoke_study
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.display import print_plan
+from peft_vit.studies.plan import plan_study, smoke_study
+from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
 CPU = torch.device("cpu")
@@ -219,7 +218,7 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
 def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
     asked = []
 
-    def rate(shape, device, precision, threads, *, budget_s):
+    def rate(shape, device, precision, threads, *, budget_s=0.2):
         asked.append((precision, budget_s))
         return {"bf16": 2e9, "fp32": 13.2e9}[precision]
 

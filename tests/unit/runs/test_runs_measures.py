@@ -13,18 +13,17 @@ from written_runs import read_without
 from peft_vit.adapters import adapted_modules, current_ranks
 from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, StudyConfig, study_from_mapping
-from peft_vit.costs.estimate import EstimateRequest, Workload, estimate_runs
-from peft_vit.costs.proxy_run import miniature
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
-from peft_vit.records import outcome_digest, read_record, run_folder
-from peft_vit.records.study_file import STUDY_FILE, read_study_file
+from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.estimate import EstimateRequest, Workload, estimate_runs
+from peft_vit.records import STUDY_FILE, outcome_digest, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
 from peft_vit.runs.measures import removal_images
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.study_file import go_on, study_file, write_study_file
+from peft_vit.studies.scheduler import go_on, study_file
 from peft_vit.training import Checkpoints, RuntimeConfig
 
 pytestmark = pytest.mark.part("runner")
@@ -248,7 +247,7 @@ def test_faults_in_the_section_are_named(study, tmp_path, measures, method, fiel
 @pytest.mark.usefixtures("cache")
 def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("peft_vit.costs.estimate.product_rate", lambda *_, **__: 1e6)
+    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_, **__: 1e6)
     config = study("linear", "lora")
     shape, index = describe(config.backbone, 32), open_index(config.data)
     workload = Workload(shape, 32, 1, torch.device("cpu"), "fp32", 1, 24, 20, 30)
@@ -271,6 +270,6 @@ def test_plans_count_what_is_measured(study, monkeypatch, tmp_path) -> None:
     assert removal == 25 * 8
     assert passes(MeasuresConfig(removal_images=500))[1] == pytest.approx(25 * 20)  # there are no more
     (spec,) = specs(asking(study("lora", batch_size=1), MeasuresConfig(removal_images=20)), tmp_path)
-    kind = miniature(spec, 48, shape, index, splits)
+    kind = calibration_run(spec, 48, shape, index, splits)
     assert kind.data.validation_images == 20  # without, twice the ten classes; and the measure is a part of it
     assert kind.measures == spec.measures

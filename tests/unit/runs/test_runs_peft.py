@@ -14,8 +14,7 @@ from peft_vit.methods import METHODS, Preparation
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.report import build_report
 from peft_vit.runs.provenance import package_versions
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import plan_study, smoke_study
 from peft_vit.training import PeftAdaLoraHook
 
 pytest.importorskip("peft")

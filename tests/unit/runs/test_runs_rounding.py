@@ -11,8 +11,7 @@ from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, checkpoint_folders, outcome_digest, run_folder
 from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.plan import plan_study
-from peft_vit.studies.smoke import smoke_study
+from peft_vit.studies.plan import plan_study, smoke_study
 from peft_vit.training import Calibration, Checkpoints, Interrupted
 
 pytestmark = pytest.mark.part("quantization")

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +18,8 @@ from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.studies.executors import local, open_executor
-from peft_vit.studies.executors.local import LocalExecutor
+from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
+from peft_vit.studies.executors.local import LocalExecutor, environment
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -228,3 +228,27 @@ def test_the_script_that_starts_workers_is_not_run_by_them(tmp_path, monkeypatch
     worker.process.join(timeout=60)
     assert sys.modules["__main__"] is main
     assert not (tmp_path / "ran").exists()
+
+
+def test_variables_are_handed_down_and_taken_back(monkeypatch) -> None:
+    monkeypatch.setenv("PEFT_VIT_TEST_SET", "mine")
+    with environment({"PEFT_VIT_TEST_SET": "theirs", "PEFT_VIT_TEST_NEW": "new"}):
+        assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
+        assert os.environ["PEFT_VIT_TEST_NEW"] == "new"
+    assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
+    assert "PEFT_VIT_TEST_NEW" not in os.environ
+
+
+def test_collections_of_a_run_look_at_what_it_made_alone() -> None:
+    code = (
+        "import gc, weakref\n"
+        "from peft_vit.studies.executors.local import prepare_process\n"
+        "prepare_process()\n"
+        "class Cycle: pass\n"
+        "cycle = Cycle()\n"
+        "cycle.itself, gone = cycle, weakref.ref(cycle)\n"
+        "del cycle\n"
+        "print(gc.get_freeze_count() > 100 * len(gc.get_objects()), gc.collect() > 0, gone() is None)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "True True True\n"

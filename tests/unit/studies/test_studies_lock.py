@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.records.owner import LOCK_FILE, Owner, owner_of
-from peft_vit.studies.lock import study_lock
+from peft_vit.records.progress import LOCK_FILE, Owner, owner_of, study_lock
 
 pytestmark = pytest.mark.part("runner")
 
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.part("runner")
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from peft_vit.studies.lock import study_lock
+from peft_vit.records.progress import study_lock
 with study_lock(Path(sys.argv[1])):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.pid, flush=True)

@@ -8,7 +8,7 @@ from at_work import at_work, events_of, of
 
 from peft_vit.config import study_from_mapping
 from peft_vit.runs import run_one
-from peft_vit.studies.events import RunEnded
+from peft_vit.studies.executors import RunEnded
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import plan_study
 

@@ -8,17 +8,15 @@ import torch
 import yaml
 
 from peft_vit.backbones import describe
-from peft_vit.costs.memory_limit import StepCost
 from peft_vit.errors import UserError
-from peft_vit.records import read_record
-from peft_vit.records.study_file import read_study_file
+from peft_vit.forecasting.memory_limit import StepCost, model_bytes
+from peft_vit.records import read_record, read_study_file, write_study_file
 from peft_vit.runs import run_one
 from peft_vit.studies import profiling
 from peft_vit.studies.commands import Execution, RunRequest, run_studies
-from peft_vit.studies.memory_limit import model_bytes
 from peft_vit.studies.plan import plan_study, spec_of
 from peft_vit.studies.profiling import Speed, measure_step
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
 

@@ -11,11 +11,9 @@ from written_runs import run_and_write
 from peft_vit.config import PROBE_L2
 from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
-from peft_vit.records import read_record, run_folder, write_record
-from peft_vit.records.study_file import read_study_file
-from peft_vit.studies.plan import plan_begun_study, plan_study
-from peft_vit.studies.smoke import smoke_study
-from peft_vit.studies.study_file import study_file, write_study_file
+from peft_vit.records import read_record, run_folder, write_record, write_study_file
+from peft_vit.studies.plan import plan_study, smoke_study
+from peft_vit.studies.scheduler import study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -24,14 +22,13 @@ def planned(config, folder):
     return plan_study(config, folder, file=folder / "tiny.yaml")
 
 
-def with_section(config, method: str, **settings):
-    """Return the study with other settings in the section of one method."""
-    changed = []
-    for experiment in config.experiments:
-        section = getattr(experiment, experiment.method, None)
-        update = {experiment.method: section.model_copy(update=settings)} if experiment.method == method else {}
-        changed.append(experiment.model_copy(update=update))
-    return config.model_copy(update={"experiments": tuple(changed)})
+def with_settings(config, place, sections):
+    """Return the study with other settings in some sections of one experiment."""
+    experiment = config.experiments[place]
+    update = {name: getattr(experiment, name).model_copy(update=settings) for name, settings in sections.items()}
+    experiments = list(config.experiments)
+    experiments[place] = experiment.model_copy(update=update)
+    return config.model_copy(update={"experiments": tuple(experiments)})
 
 
 def toy(monkeypatch, few: int, many: int) -> ImageIndex:
@@ -140,20 +137,15 @@ def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
 
 
 def test_a_plan_of_some_experiments_and_seeds(study, tmp_path) -> None:
-    plan = planned(study("linear", "lora", seeds=(3, 4)), tmp_path)
-    assert plan.only(("linear", "lora"), (3, 4), by_seed=False) == plan
-    found = plan.only(("lora",), (4, 9), by_seed=False)
-    assert [run.spec.run_id for run in found.runs] == ["tiny/lora/seed_4"]
-    assert found.study == plan.study
-
-
-def test_a_plan_seed_by_seed(study, tmp_path) -> None:
     plan = planned(study("linear", "lora", "full", seeds=(3, 1, 4)), tmp_path)
-    found = plan.only(("lora", "linear"), (4, 3, 9), by_seed=True)
-    assert [run.spec.run_id for run in found.runs] == [
-        f"tiny/{name}/seed_{seed}" for seed in (4, 3) for name in ("lora", "linear")
-    ]
-    assert found.study == plan.study
+    assert plan.only(("linear", "lora", "full"), (3, 1, 4), by_seed=False) == plan
+    for by_seed, expected in (
+        (True, "lora 4, linear 4, lora 3, linear 3"),
+        (False, "lora 4, lora 3, linear 4, linear 3"),
+    ):
+        found = plan.only(("lora", "linear"), (4, 3, 9), by_seed=by_seed)
+        assert ", ".join(f"{run.spec.experiment.name} {run.spec.seed}" for run in found.runs) == expected
+        assert found.study == plan.study
 
 
 def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
@@ -166,8 +158,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora"), tmp_path)
-    begun = read_study_file(tmp_path / "tiny")
-    added = plan_begun_study(study("lora"), begun, tmp_path, file=tmp_path / "tiny.yaml", part=True)
+    added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
     assert (added.part, len(added.runs)) == (True, 1)
 
 
@@ -186,7 +177,7 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
     file = run_folder(tmp_path, record.spec) / "record.json"
     before = file.read_bytes()
     with pytest.raises(UserError) as caught:
-        planned(with_section(config, "lora", rank=3), tmp_path)
+        planned(with_settings(config, 0, {"lora": {"rank": 3}}), tmp_path)
     message = str(caught.value)
     assert message.startswith(str(file))
     assert "another name, or choose another --output" in message
@@ -203,91 +194,76 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
     assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]
 
 
-def test_a_damaged_record_is_refused_by_its_file(study, tmp_path) -> None:
-    config = study("linear")
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    file = run_folder(tmp_path, record.spec) / "record.json"
-    file.write_text(file.read_text()[:100])
-    with pytest.raises(UserError, match=r"record\.json: is not a readable record .* move it away"):
-        planned(config, tmp_path)
-    with pytest.raises(UserError, match="not a readable record"):
-        read_record(file)
+QA = {"adalora": {"total_rank_budget": 49}}  # six sites of 64 inputs and six of 192, in groups of 16: 4 and 12 ranks
 
 
 @pytest.mark.part("configuration")
 @pytest.mark.parametrize(
-    ("method", "settings", "field"),
+    ("method", "settings", "field", "words"),
     [
-        ("lora", {"rank": 65}, r"lora\.rank: rank 65 is wasted on blocks\.0\.attn\.query: .* at most 64"),
+        ("lora", {"lora": {"rank": 65}}, "lora.rank", "at most 64"),
+        ("lora", {"lora": {"targets": ["qkv"]}}, "lora.targets", "'qkv'; expected some of query"),
+        ("lora", {"training": {"warmup_share": 0.1}}, "training.warmup_share", "0.1 of 6 steps"),
         (
             "lora",
-            {"targets": ["qkv"]},
-            r"lora\.targets: unknown matrix 'qkv'; expected some of query, key, value, out, fc1",
+            {"training": {"activation_checkpointing": "adaptive", "recomputed_blocks": 6}},
+            "training.recomputed_blocks",
+            "6 of 6 blocks",
         ),
-        ("adalora", {"targets": ["gate"]}, r"adalora\.targets: unknown matrix 'gate'; expected some of query, key"),
-        ("qa_lora", {"targets": ["out", "up"]}, r"qa_lora\.targets: unknown matrix 'up'; expected some of query, key"),
-        ("adalora", {"total_rank_budget": 35, "minimum_rank": 1}, r"adalora\.total_rank_budget: expected 36"),
+        ("full", {"training": {"epochs": 1, "batch_size": 24}}, "training.epochs", "1 steps are too few"),
+        ("adalora", {"adalora": {"targets": ["gate"]}}, "adalora.targets", "'gate'"),
+        ("adalora", {"adalora": {"total_rank_budget": 35, "minimum_rank": 1}}, "adalora.total_rank_budget", "36"),
         (
             "adalora",
-            {"total_rank_budget": None, "total_parameter_budget": 127},
-            r"adalora\.total_parameter_budget: expected 129 \(one rank of the cheapest site\) to \d+ parameters",
+            {"adalora": {"total_rank_budget": None, "total_parameter_budget": 127}},
+            "adalora.total_parameter_budget",
+            "expected 129",
         ),
-        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
-        ("adalora", {"allocation_strategy": "top_k", "top_k": 37}, r"adalora\.top_k: 37 exceeds the 36 sites"),
-        ("qa_lora", {"group_size": 48}, r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0"),
-        ("qa_lora", {"rank": 5}, r"qa_lora\.rank: rank 5 is wasted on blocks\.0\.attn\.query"),
+        ("adalora", {"adalora": {"warmup_steps": 6}}, "adalora.warmup_steps", "leave no step"),
+        ("adalora", {"adalora": {"allocation_strategy": "top_k", "top_k": 37}}, "adalora.top_k", "36 sites"),
+        ("qa_lora", {"qa_lora": {"targets": ["out", "up"]}}, "qa_lora.targets", "'up'"),
+        ("qa_lora", {"qa_lora": {"group_size": 48}}, "qa_lora.group_size", "64 inputs"),
+        ("qa_lora", {"qa_lora": {"rank": 5}}, "qa_lora.rank", "wasted on"),
         (
             "qa_lora",
-            {"quantization_schedule": "linear", "quantization_end_step": 7},
-            r"qa_lora\.quantization_end_step: .* can't finish within 6 steps",
+            {"qa_lora": {"quantization_schedule": "linear", "quantization_end_step": 7}},
+            "qa_lora.quantization_end_step",
+            "within 6 steps",
         ),
+        ("qa_adalora", {"adalora": {"total_rank_budget": 97}}, "adalora.total_rank_budget", "to 96 ranks"),
+        ("qa_adalora", {"adalora": {**QA["adalora"], "minimum_rank": 5}}, "adalora.minimum_rank", "largest rank 4"),
+        ("qa_adalora", {"adalora": {**QA["adalora"], "maximum_rank": 13}}, "adalora.maximum_rank", "widest site's 12"),
+        ("qa_adalora", {"adalora": {**QA["adalora"], "warmup_steps": 6}}, "adalora.warmup_steps", "leave no step"),
+        ("qa_adalora", {**QA, "qa_lora": {"group_size": 48}}, "qa_lora.group_size", "64 inputs"),
+        ("qa_adalora", {**QA, "qa_lora": {"group_size": 32}}, "adalora.total_rank_budget", "to 48 ranks"),
+        ("qa_adalora", {**QA, "qa_lora": {"quantization_end_step": 7}}, "qa_lora.quantization_end_step", "6 steps"),
+        ("peft_lora", {"peft_lora": {"targets": ["query", "fc1"]}}, "peft_lora.targets", "names query alone"),
+        ("peft_adalora", {"peft_adalora": {"targets": ["value", "query"]}}, "peft_adalora.targets", "query and value"),
     ],
 )
-def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field) -> None:
-    config = with_section(study("linear", method), method, **settings)
-    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[1\]\.{field}"):
-        planned(config, tmp_path)
-
-
-@pytest.mark.parametrize("method", ["peft_lora", "peft_adalora"])
-@pytest.mark.parametrize(("targets", "named"), [(["query", "fc1"], "query"), (["value", "query"], "query and value")])
-def test_parts_of_a_fused_matrix_alone_are_refused_for_peft(study, tmp_path, method, targets, named) -> None:
-    pytest.importorskip("peft")
-    config = with_section(study("linear", method), method, targets=targets)
-    said = rf"experiments\[1\]\.{method}\.targets: names {named} alone, but query, key and value are one module"
-    with pytest.raises(UserError, match=said):
-        planned(config, tmp_path)
+def test_what_a_run_would_refuse_is_refused_by_the_plan(study, tmp_path, method, settings, field, words) -> None:
+    if method.startswith("peft"):
+        pytest.importorskip("peft")
+    with pytest.raises(UserError, match=words) as caught:
+        planned(with_settings(study("linear", method), 1, settings), tmp_path)
+    assert (caught.value.file, caught.value.field) == (str(tmp_path / "tiny.yaml"), f"experiments[1].{field}")
 
 
 @pytest.mark.part("configuration")
-@pytest.mark.parametrize(
-    ("section", "settings", "message"),
-    [
-        ("adalora", {"total_rank_budget": 97}, r"adalora\.total_rank_budget: expected 1 .* to 96 ranks"),
-        ("adalora", {"minimum_rank": 5}, r"adalora\.minimum_rank: 5 lies above a site's largest rank 4"),
-        ("adalora", {"maximum_rank": 13}, r"adalora\.maximum_rank: 13 lies above the widest site's 12"),
-        ("adalora", {"warmup_steps": 6}, r"adalora\.warmup_steps: .* leave no step for a decision in 6 steps"),
-        (
-            "qa_lora",
-            {"group_size": 48},
-            r"qa_lora\.group_size: 48 does not divide the 64 inputs of blocks\.0\.attn\.out",
-        ),
-        ("qa_lora", {"group_size": 32}, r"adalora\.total_rank_budget: expected 1 .* to 48 ranks"),
-        ("qa_lora", {"quantization_end_step": 7}, r"qa_lora\.quantization_end_step: .* can't finish within 6 steps"),
-    ],
-)
-def test_what_adaptive_ranks_on_quantized_sites_cannot_do_is_refused_by_the_plan(
-    study, tmp_path, section, settings, message
-) -> None:
-    """Six sites of 64 inputs and six of 192: at most 4 and 12 ranks in groups of 16, 2 and 6 in groups of 32."""
-    config = study("qa_adalora")
-    (experiment,) = config.experiments
-    budget = experiment.adalora.model_copy(update={"total_rank_budget": 49})
-    experiment = experiment.model_copy(update={"adalora": budget})
-    changed = getattr(experiment, section).model_copy(update=settings)
-    config = config.model_copy(update={"experiments": (experiment.model_copy(update={section: changed}),)})
-    with pytest.raises(UserError, match=rf"tiny\.yaml: experiments\[0\]\.{message}"):
-        planned(config, tmp_path)
+def test_a_recipe_has_to_fit_images_and_steps(study, tmp_path) -> None:
+    with pytest.raises(UserError, match="saturation and hue have no effect on grey") as caught:
+        planned(study("lora", augmentation=["flip", "color_jitter"]), tmp_path)
+    assert caught.value.field == "experiments[0].training.augmentation[1].color_jitter"
+    fitting = {
+        "augmentation": [{"color_jitter": {"saturation": 0}}],
+        "warmup_share": 0.4,
+        "activation_checkpointing": "adaptive",
+        "recomputed_blocks": 5,
+    }
+    assert len(planned(study("lora", **fitting), tmp_path).runs) == 1
+    assert planned(study("full", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
+    fits = planned(study("linear", batch_size=24), tmp_path).runs[0].total_steps
+    assert fits == len(PROBE_L2)  # they need no course
 
 
 def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
@@ -314,41 +290,29 @@ def test_failed_runs_are_done_again_also_with_another_configuration(study, tmp_p
     assert planned(config, tmp_path).pending == ()
 
 
-def test_a_result_of_a_setting_that_went_is_no_result_of_what_is_left(study, tmp_path) -> None:
+def test_a_result_counts_with_its_adapter_of_this_version_and_of_the_same_images(study, tmp_path) -> None:
     config = study("linear")
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    write_record(tmp_path, record.model_copy(update={"spec_digest": "0" * 64}))
-    words = "spec_digest: was made with a setting that this version no longer has; .* go on with peft-vit 0.2.0$"
-    with pytest.raises(UserError, match=words):
-        planned(config, tmp_path)
-
-
-def test_a_done_run_needs_its_adapter_and_the_same_images(study, tmp_path) -> None:
-    config = study("linear")
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
+    file = run_folder(tmp_path, record.spec) / "record.json"
     assert record.provenance is not None
-    other = record.provenance.model_copy(update={"data_sha256": "0" * 64})
-    write_record(tmp_path, record.model_copy(update={"provenance": other}))
-    with pytest.raises(UserError, match="other images under the same path"):
+    other_images = record.provenance.model_copy(update={"data_sha256": "0" * 64})
+    for changed, words in (
+        ({"spec_digest": "0" * 64}, "spec_digest: was made with a setting that this version no longer has"),
+        ({"provenance": other_images}, "other images under the same path"),
+    ):
+        write_record(tmp_path, record.model_copy(update=changed))
+        with pytest.raises(UserError, match=words):
+            planned(config, tmp_path)
+    file.write_text(file.read_text()[:100])
+    with pytest.raises(UserError, match=r"record\.json: is not a readable record .* move it away"):
         planned(config, tmp_path)
     write_record(tmp_path, record)
-    (run_folder(tmp_path, record.spec) / "adapter.safetensors").unlink()
+    (file.parent / "adapter.safetensors").unlink()
     assert len(planned(config, tmp_path).pending) == 1
 
 
-def test_one_cycle_needs_some_steps(study, tmp_path) -> None:
-    with pytest.raises(UserError, match=r"experiments\[0\]\.training\.epochs: 1 steps are too few"):
-        planned(study("full", epochs=1, batch_size=24), tmp_path)
-    assert planned(study("full", epochs=1, batch_size=24, schedule="constant"), tmp_path).runs[0].total_steps == 1
-    fits = planned(study("linear", batch_size=24), tmp_path).runs[0].total_steps
-    assert fits == len(PROBE_L2)  # they need no course
-
-
 def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(study, tmp_path) -> None:
-    config = study("qa_adalora")
-    (experiment,) = config.experiments
-    adalora = experiment.adalora.model_copy(update={"parametrization": "svd"})
-    config = config.model_copy(update={"experiments": (experiment.model_copy(update={"adalora": adalora}),)})
+    config = with_settings(study("qa_adalora"), 0, {"adalora": {"parametrization": "svd"}})
     (run,) = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml", smoke=True).runs
     small = run.spec.experiment
     assert (small.adalora.warmup_steps, small.qa_lora.quantization_end_step) == (1, 5)
@@ -356,33 +320,6 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
     assert record.error is None
     assert record.rank_history[-1].spent == 40
     assert record.quantization.balance[-1]["quantized_share"] == 1.0
-
-
-@pytest.mark.part("configuration")
-@pytest.mark.parametrize(
-    ("training", "problem"),
-    [
-        (
-            {"augmentation": ["flip", "color_jitter"]},
-            r"experiments\[0\]\.training\.augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey",
-        ),
-        ({"warmup_share": 0.1}, r"experiments\[0\]\.training\.warmup_share: 0.1 of 6 steps is no more than one"),
-        (
-            {"activation_checkpointing": "adaptive", "recomputed_blocks": 6},
-            r"experiments\[0\]\.training\.recomputed_blocks: 6 of 6 blocks: computing the last one again saves nothing",
-        ),
-    ],
-)
-def test_a_recipe_that_does_not_fit_images_or_steps_is_refused(study, tmp_path, training, problem) -> None:
-    with pytest.raises(UserError, match=problem):
-        planned(study("lora", **training), tmp_path)
-    fitting = {
-        "augmentation": [{"color_jitter": {"saturation": 0}}],
-        "warmup_share": 0.4,
-        "activation_checkpointing": "adaptive",
-        "recomputed_blocks": 5,
-    }
-    assert len(planned(study("lora", **fitting), tmp_path).runs) == 1
 
 
 def test_a_plan_says_which_experiments_see_less_than_others(study, tmp_path) -> None:

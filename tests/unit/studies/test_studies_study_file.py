@@ -3,13 +3,12 @@
 import json
 
 import pytest
-import yaml
 from fake_study import done_record, failed_record, fake_config, fake_plan
+from golden import check_golden
 
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE
-from peft_vit.records.study_file import STUDY_FILE, StudyFile, read_study_file
-from peft_vit.studies.study_file import difference, go_on, study_file, write_study_file
+from peft_vit.records import RECORD_FILE, STUDY_FILE, StudyFile, read_study_file, write_study_file
+from peft_vit.studies.scheduler import go_on, study_file
 
 pytestmark = pytest.mark.part("runner")
 
@@ -43,85 +42,71 @@ def test_it_is_read_as_it_was_written(tmp_path) -> None:
     assert read_study_file(tmp_path) == content
 
 
-def test_seeds_and_experiments_may_be_added_in_any_order(begun) -> None:
+def goes_on(folder, config, runs=None, *, part=False, **other) -> StudyFile:
+    """Return what study.json would say once a command has asked for more."""
+    return go_on(folder, read_study_file(folder), asked(config, runs, **other), source="s.yaml", part=part)
+
+
+def test_what_may_be_added_and_what_may_change(begun) -> None:
     more = fake_config(("c", "b", "a"), (2, 1, 0))
-    content = go_on(begun, read_study_file(begun), asked(more), source="s.yaml")
+    content = goes_on(begun, more)
     assert content.configuration == more
     assert set(content.runs) == {f"{name}/seed_{seed}" for name in "abc" for seed in range(3)}
     assert content.skipped == ()
-
-
-def test_what_no_result_depends_on_may_change(begun) -> None:
     other = fake_config(("a", "b"), (0, 1), execution={"workers": 7, "retries": 0}, description="other words")
-    assert go_on(begun, read_study_file(begun), asked(other), source="s.yaml").configuration == other
+    assert goes_on(begun, other).configuration == other
 
 
 def test_runs_that_a_command_leaves_out_are_skipped_until_one_asks_for_them(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
-    content = go_on(begun, read_study_file(begun), asked(config, {"a/seed_0"}), source="s.yaml")
+    content = goes_on(begun, config, {"a/seed_0"})
     assert content.skipped == ("a/seed_1", "b/seed_0", "b/seed_1")
     write_study_file(begun, content)
-    content = go_on(begun, read_study_file(begun), asked(config, {"b/seed_0", "b/seed_1"}), source="s.yaml")
+    content = goes_on(begun, config, {"b/seed_0", "b/seed_1"})
     assert content.skipped == ("a/seed_0", "a/seed_1")
 
 
-CHANGES = {
-    "rank": (lambda config: with_rank(config, "b", 3), ["experiments:", "b:", "lora:", "-rank: 2", "+rank: 3"]),
-    "threads": (lambda config: config.model_copy(update={"threads": 1}), ["-threads: 2", "+threads: 1"]),
-    "a seed less": (lambda config: config.model_copy(update={"seeds": (1, 5)}), ["seeds:", "-- 0"]),
-    "an experiment less": (
-        lambda config: config.model_copy(update={"experiments": config.experiments[:1]}),
-        ["experiments:", "-b:", "-name: b"],
-    ),
-    "a setting more": (
-        lambda config: config.model_copy(update={"data": config.data.model_copy(update={"train_images": 9})}),
-        ["data:", "+train_images: 9"],
-    ),
-    "another study of the same name": (lambda _: fake_config(("x",), (0, 1)), ["-experiments:", "-a:", "-b:"]),
-}
+def in_data(config, **settings):
+    return config.model_copy(update={"data": config.data.model_copy(update=settings)})
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_is_refused_with_the_difference(begun, change) -> None:
-    make, expected = CHANGES[change]
+def test_a_change_is_refused_with_the_difference(begun) -> None:
+    config = fake_config(("a", "b"), (0, 1))
     before = (begun / STUDY_FILE).read_bytes()
-    with pytest.raises(UserError) as caught:
-        go_on(begun, read_study_file(begun), asked(make(fake_config(("a", "b"), (0, 1)))), source="s.yaml")
-    said = str(caught.value)
-    assert said.startswith(f"{begun / STUDY_FILE}: configuration: was begun with another configuration, see below")
-    assert "choose another --output" in said
-    header, other, *lines = caught.value.details.splitlines()
-    assert (header, other) == (f"--- {begun / STUDY_FILE}", "+++ s.yaml")
-    place = 0
-    squeezed = [line[0].strip() + line[1:].strip() for line in lines]
-    for line in expected:
-        place = squeezed.index(line, place)
+    document = []
+    for what, changed in (
+        ("another rank", with_rank(config, "b", 3)),
+        ("other threads", config.model_copy(update={"threads": 1})),
+        ("a seed less", config.model_copy(update={"seeds": (1, 5)})),
+        ("an experiment less", config.model_copy(update={"experiments": config.experiments[:1]})),
+        ("a setting more", in_data(config, train_images=9)),
+        ("another study of the same name", fake_config(("x",), (0, 1))),
+    ):
+        with pytest.raises(UserError) as caught:
+            goes_on(begun, changed)
+        document += [f"# {what}", str(caught.value), caught.value.details]
     assert (begun / STUDY_FILE).read_bytes() == before
+    check_golden("study_differences.txt", "\n".join(document).replace(str(begun), "DIR") + "\n")
 
 
 def test_other_images_and_smoke_are_other_studies(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
     with pytest.raises(UserError, match="begun with other images"):
-        go_on(begun, read_study_file(begun), asked(config, data="e"), source="s.yaml")
+        goes_on(begun, config, data="e")
     with pytest.raises(UserError, match="smoke: belongs to a real study, not to a smoke study"):
-        go_on(begun, read_study_file(begun), asked(config, smoke=True), source="s.yaml")
+        goes_on(begun, config, smoke=True)
 
 
 def test_a_part_adds_its_runs_and_leaves_the_others(begun) -> None:
     part = fake_config(("b", "c"), (1, 4))
-    content = go_on(begun, read_study_file(begun), asked(part), source="images", part=True)
+    content = goes_on(begun, part, part=True)
     assert [one.name for one in content.configuration.experiments] == ["a", "b", "c"]
     assert content.configuration.seeds == (0, 1, 4)
     assert set(content.runs) - set(content.skipped) == {"b/seed_1", "b/seed_4", "c/seed_1", "c/seed_4"}
     assert content.skipped == ("a/seed_0", "a/seed_1", "b/seed_0")
     with pytest.raises(UserError, match="another configuration"):
-        go_on(begun, read_study_file(begun), asked(with_rank(part, "b", 3)), source="images", part=True)
-    assert (
-        go_on(begun, read_study_file(begun), asked(with_rank(part, "c", 3)), source="images", part=True)
-        .configuration.experiments[2]
-        .lora.rank
-        == 3
-    )
+        goes_on(begun, with_rank(part, "b", 3), part=True)
+    assert goes_on(begun, with_rank(part, "c", 3), part=True).configuration.experiments[2].lora.rank == 3
 
 
 def test_a_file_that_was_changed_names_itself_and_its_field(begun) -> None:
@@ -143,24 +128,6 @@ def test_a_file_that_was_changed_names_itself_and_its_field(begun) -> None:
             read_study_file(begun)
 
 
-def test_the_difference_shows_what_changed_and_where_it_stands() -> None:
-    old = {"a": 1, "b": {"c": [1, 2, 3], "d": {"e": 1, "f": 2}}, "g": {"h": 1}}
-    new = {"a": 1, "b": {"c": [1, 3], "d": {"e": 1, "f": 5}}, "g": {"h": 1, "i": 2}}
-    assert difference(old, new, "x", "y").splitlines() == [
-        "--- x",
-        "+++ y",
-        " b:",
-        "   c:",
-        "-  - 2",
-        "   d:",
-        "-    f: 2",
-        "+    f: 5",
-        " g:",
-        "+  i: 2",
-    ]
-    assert yaml.safe_load("b:\n  c:\n  - 2")  # the indentation that is expected above is PyYAML's
-
-
 def recorded(folder, record) -> None:
     """Put a record of a/seed_0 into a study's folder."""
     file = folder / "a" / "seed_0" / RECORD_FILE
@@ -170,7 +137,7 @@ def recorded(folder, record) -> None:
 
 def after(folder, config, part) -> StudyFile:
     """Return what study.json says once a command has asked for more."""
-    write_study_file(folder, go_on(folder, read_study_file(folder), asked(config), source="s.yaml", part=part))
+    write_study_file(folder, goes_on(folder, config, part=part))
     return read_study_file(folder)
 
 
@@ -187,26 +154,25 @@ def test_seeds_that_are_added_after_results_are_remembered(begun, part) -> None:
     assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 5, 7, 9)), part).seeds_added == (7, 5, 9)
 
 
-LOOKS = {"control": "a", "asked": "superiority", "every": 2}
+LOOKS = {"stopping": {"control": "a", "asked": "superiority", "every": 2}}
+OTHER_LEVEL = {"stopping": {**LOOKS["stopping"], "level": 0.1}}
 
 
 @pytest.mark.parametrize(
     ("before", "now"),
     [
-        ((("a", "b"), (0, 1), None), (("a", "b"), (0, 1), LOOKS)),
-        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1), None)),
-        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1), {**LOOKS, "level": 0.1})),
-        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (1, 0), LOOKS)),
-        ((("a", "b"), (0, 1), LOOKS), (("a", "b", "c"), (0, 1), LOOKS)),
-        ((("a", "b", "c"), (0, 1), LOOKS), (("a", "b"), (0, 1), LOOKS)),
-        ((("a", "b"), (0, 1), LOOKS), (("a", "b"), (0, 1, 2, 3), LOOKS)),
+        (("ab", (0, 1), {}), ("ab", (0, 1), LOOKS)),
+        (("ab", (0, 1), LOOKS), ("ab", (0, 1), {})),
+        (("ab", (0, 1), LOOKS), ("ab", (0, 1), OTHER_LEVEL)),
+        (("ab", (0, 1), LOOKS), ("ab", (1, 0), LOOKS)),
+        (("ab", (0, 1), LOOKS), ("abc", (0, 1), LOOKS)),
+        (("abc", (0, 1), LOOKS), ("ab", (0, 1), LOOKS)),
+        (("ab", (0, 1), LOOKS), ("ab", (0, 1, 2, 3), LOOKS)),
     ],
 )
 def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:
-    first, second = (
-        fake_config(names, seeds, **({"stopping": said} if said else {})) for names, seeds, said in (before, now)
-    )
+    first, second = (fake_config(names, seeds, **settings) for names, seeds, settings in (before, now))
     write_study_file(tmp_path, asked(first))
-    assert go_on(tmp_path, read_study_file(tmp_path), asked(first), source="s.yaml").seeds_added == ()
+    assert goes_on(tmp_path, first).seeds_added == ()
     with pytest.raises(UserError, match="was begun with another configuration"):
-        go_on(tmp_path, read_study_file(tmp_path), asked(second), source="s.yaml")
+        goes_on(tmp_path, second)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
 from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
-from peft_vit.allocation.bit_sensitivity import fit_head, layer_losses, rank_gains
+from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.training import check_bits

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from peft_vit.backbones import describe
-from peft_vit.backbones.architecture import Architecture
+from peft_vit.backbones import Architecture, describe
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig, ExperimentConfig, LoraConfig
 from peft_vit.evaluation import model_size

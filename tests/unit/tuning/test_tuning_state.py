@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_vit.studies.time_limit import Limit
+from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.state import State, TuneFile
 
@@ -26,5 +26,7 @@ from peft_vit.tuning.state import State, TuneFile
 def test_what_more_minutes_do_not_change_is_said(decided: tuple[str, ...], expected: list[str]) -> None:
     told: list[str] = []
     file = TuneFile(asked={}, decided={name: {} for name in decided})
-    State(TuneRequest(Path("images"), Path("output")), told.append, Limit(10.0, 0.0), file).tell_what_stays()
+    State(
+        TuneRequest(images=Path("images"), output=Path("output")), told.append, Limit(10.0, 0.0), file
+    ).tell_what_stays()
     assert told == expected

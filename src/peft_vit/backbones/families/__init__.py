@@ -2,26 +2,12 @@
 
 from torch import nn
 
-from peft_vit.backbones.families.family import Family
-from peft_vit.backbones.families.timm_hiera import TIMM_HIERA
-from peft_vit.backbones.families.timm_naflexvit import TIMM_NAFLEXVIT
-from peft_vit.backbones.families.timm_other import TIMM_OTHER, is_of_timm
-from peft_vit.backbones.families.timm_swin import TIMM_SWIN, TIMM_SWIN_V2
-from peft_vit.backbones.families.timm_vit import TIMM_BEIT, TIMM_DEIT, TIMM_EVA, TIMM_VIT
-from peft_vit.backbones.families.transformers_vision import TRANSFORMERS_VISION
+from peft_vit.backbones.families.by_tokens import TIMM_OTHER, is_of_timm
+from peft_vit.backbones.families.family import Architecture, Family
+from peft_vit.backbones.families.timm_families import TIMM_FAMILIES
+from peft_vit.backbones.families.transformers_models import TRANSFORMERS_VISION
 
-# A class stands before the one that it derives from.
-FAMILIES: tuple[Family, ...] = (
-    TIMM_DEIT,
-    TIMM_VIT,
-    TIMM_EVA,
-    TIMM_BEIT,
-    TIMM_SWIN,
-    TIMM_SWIN_V2,
-    TIMM_HIERA,
-    TIMM_NAFLEXVIT,
-    TRANSFORMERS_VISION,
-)
+FAMILIES: tuple[Family, ...] = (*TIMM_FAMILIES, TRANSFORMERS_VISION)
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -30,4 +16,4 @@ def family_of(model: nn.Module) -> Family | None:
     return TIMM_OTHER if named is None and is_of_timm(model) else named
 
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Architecture", "Family", "family_of"]

@@ -1,5 +1,9 @@
 """Linear layers found where tokens pass, for models whose class no family describes by hand.
 
+Those are models of transformers, and any other model of timm that has linear layers on tokens: MaxViT, XCiT, DaViT,
+CaiT, PVT v2, ConvNeXt and more. Layers are named as their library does. Fused matrices stay whole: nothing says what
+their slices are.
+
 Two forward passes, of one image and of two, tell which layers see tokens: inputs (N, T, in) whose tokens double with
 the images. A layer on pooled features sees one token an image. Networks that make position biases see the same for any
 number of images, or have it in their name. What lies outside of a list of blocks is left out: embeddings, pooling,
@@ -9,17 +13,20 @@ heads.
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 from timm.layers import AttentionPool2d, AttentionPoolLatent, RotAttentionPool2d
-from torch import nn
+from torch import Tensor, nn
 
+from peft_vit.backbones.families.family import Family, noted_input_size
+from peft_vit.backbones.passes import evaluating, watching
 from peft_vit.backbones.site import LinearLayout
-from peft_vit.backbones.watching import evaluating, watching
 from peft_vit.errors import UserError, first_line
 from peft_vit.records import Role
 
@@ -78,12 +85,6 @@ def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exc
     return UserError(problem, field="data.image_size")
 
 
-def noted_input_size(model: Any) -> tuple[int, int, int]:
-    """Return channels, height and width of the images that a model was built for, as its `pretrained_cfg` says."""
-    channels, height, width = model.pretrained_cfg["input_size"]
-    return int(channels), int(height), int(width)
-
-
 def _prepare(model: nn.Module) -> bool:
     """Look for a model's layers while they are plain; each is called, or it would not be found."""
     on_tokens(model)
@@ -102,7 +103,8 @@ BY_TOKENS: dict[str, Any] = {
 
 def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
     one, two = (_shapes(model, (images, *input_size)) for images in (1, 2))
-    pools = [name for name, module in model.named_modules() if isinstance(module, _POOLS)]
+    modules = dict(model.named_modules())
+    pools = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _POOLS))
     names = [
         name
         for name, shape in one.items()
@@ -110,17 +112,23 @@ def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
         and shape[:-1].numel() > 1
         and two[name][:-1].numel() == 2 * shape[:-1].numel()
         and not _POSITIONS.search(name)
-        and not any(name.startswith(f"{pool}.") for pool in pools)
+        and not name.startswith(pools)
     ]
-    lists = {name for name, module in model.named_modules() if isinstance(module, _LISTS)}
-    members = Counter(part for name in names for part in _members(name, lists))
+
+    def members(name: str) -> list[str]:
+        """Return the members of lists that a module lies in, from the outermost."""
+        parts = name.split(".")
+        paths = [".".join(parts[:count]) for count in range(1, len(parts))]
+        return [path for path in paths if isinstance(modules[path.rpartition(".")[0]], _LISTS)]
+
+    counts = Counter(path for name in names for path in members(name))
     own: dict[str, str] = {}  # of each layer the innermost member of a list that holds several layers
     for name in names:
-        holding_several = [part for part in _members(name, lists) if members[part] > 1]
+        holding_several = [path for path in members(name) if counts[path] > 1]
         if holding_several:
             own[name] = holding_several[-1]
-    holding = set(own.values())
-    blocks = [one for one in dict.fromkeys(own.values()) if not any(other.startswith(f"{one}.") for other in holding)]
+    holding = tuple(dict.fromkeys(own.values()))
+    blocks = [path for path in holding if not any(other.startswith(f"{path}.") for other in holding)]
     linears: list[LinearLayout] = []
     seen: Counter[tuple[int, str]] = Counter()
     layer = 0
@@ -138,7 +146,7 @@ def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
     """Return the shape of what each linear layer sees in a forward pass, in the order of first calls."""
     seen: dict[str, torch.Size] = {}
 
-    def note(name: str, x: torch.Tensor) -> None:
+    def note(name: str, x: Tensor) -> None:
         seen.setdefault(name, x.shape)
 
     like = next(model.parameters())
@@ -146,13 +154,6 @@ def _shapes(model: nn.Module, shape: tuple[int, ...]) -> dict[str, torch.Size]:
     with watching(layers, note), evaluating(model), torch.no_grad():
         model(torch.zeros(shape, device=like.device, dtype=like.dtype))
     return seen
-
-
-def _members(name: str, lists: set[str]) -> list[str]:
-    """Return the members of lists that a module lies in, from the outermost."""
-    parts = name.split(".")
-    paths = [".".join(parts[:count]) for count in range(1, len(parts))]
-    return [path for path in paths if path.rpartition(".")[0] in lists]
 
 
 def _kind(name: str, names: dict[str, str]) -> str:
@@ -182,3 +183,42 @@ def _role(name: str, kind: str) -> Role:
 
 def _is_attention(parents: Sequence[str]) -> bool:
     return any(re.search("attn|attention", part) for part in parents)
+
+
+# --- other models of timm ---
+
+
+def is_of_timm(model: nn.Module) -> bool:
+    """Tell whether timm has built a model, and not whether it is wrapped by something that hands its attributes out."""
+    return "pretrained_cfg" in vars(model) and hasattr(model, "get_classifier")
+
+
+def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:
+    """Build a model, and note for which images; some classes ask for their size, to others it is all the same."""
+    try:
+        model: Any = timm.create_model(name, num_classes=num_classes, img_size=image_size, **settings)
+    except TypeError:
+        model = timm.create_model(name, num_classes=num_classes, **settings)
+    except Exception as error:
+        native = timm.get_pretrained_cfg(name)
+        assert native is not None
+        raise wrong_size(name, image_size, native.to_dict(), error) from None
+    channels = model.pretrained_cfg["input_size"][0]
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, image_size, image_size)}
+    return model
+
+
+def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Let the module of timm that a model's class comes from rename other projects' tensors, if it does."""
+    fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return tensors if fit is None else fit(tensors, model)
+
+
+TIMM_OTHER = Family(
+    nn.Module,
+    fit_weights=_fit_weights,
+    build=_build,
+    size_step=lambda model: 1,  # a forward pass tells which sizes a model takes
+    shallow={},
+    **BY_TOKENS,
+)

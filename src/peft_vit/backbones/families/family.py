@@ -1,4 +1,4 @@
-"""What the package has to know of a class of models to adapt it."""
+"""Which model is meant, and what the package has to know of its class to adapt it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,37 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from peft_vit.backbones.families.timm_blocks import add_bias_apart
 from peft_vit.backbones.site import LinearLayout
+from peft_vit.config import Library
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Which model, in whose library: what one without weights is built from.
+
+    Attributes:
+        library: timm or transformers.
+        name: timm's, or of transformers the hub's name, a folder, or a type of models; for people then.
+        config: of transformers, as JSON, see `transformers_models`; timm's models follow from their name.
+        config_sha256: of the files that config was read from; None: of none.
+    """
+
+    library: Library
+    name: str
+    config: str | None = None
+    config_sha256: str | None = None
 
 
 def input_of_patches(model: Any) -> tuple[int, int, int]:
     """Return channels, height and width of the images that a model's patch embedding takes."""
     height, width = model.patch_embed.img_size
     return image_channels(model.patch_embed), int(height), int(width)
+
+
+def noted_input_size(model: Any) -> tuple[int, int, int]:
+    """Return channels, height and width of the images that a model was built for, as its `pretrained_cfg` says."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    return int(channels), int(height), int(width)
 
 
 def image_channels(stem: nn.Module) -> int:
@@ -32,6 +55,19 @@ def build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.M
 def patch_size(model: Any) -> int:
     """Return the side of a model's patches, in pixels; with a convolutional stem, of what becomes a token."""
     return int(model.patch_embed.feat_ratio())
+
+
+def add_bias_apart(model: nn.Module) -> bool:
+    """Let attention call a fused query, key and value, and add its bias after that; say whether timm does otherwise.
+
+    Where the bias is no part of the module, timm adds it in one product with the module's weight, past whatever stands
+    in the module's place: an adapter there had no effect and no gradient. The two ways round differently.
+    """
+    layers: list[Any] = [one for one in model.modules() if getattr(one, "q_bias", None) is not None]
+    layers = [one for one in layers if getattr(one, "qkv", None) is not None]
+    for attention in layers:
+        attention.qkv_bias_separate = True
+    return bool(layers)
 
 
 @dataclass(frozen=True)

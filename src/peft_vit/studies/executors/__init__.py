@@ -1,20 +1,148 @@
-"""What carries out the runs of a study: worker processes on this machine, or tasks on a Ray cluster."""
+"""What carries out the runs of a study, and what it reports back: one process a run here, or tasks on a Ray cluster.
+
+An executor carries out attempts at runs and knows no retries and no files of a study. The driver alone decides what is
+attempted, and alone writes what came out. To add one: a module here with an `open_executor`, and its line in EXECUTORS.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from peft_vit.config import ExecutorName
-from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
-from peft_vit.studies.events import Executor
+from peft_vit.records import Failure, RunRecord
+from peft_vit.records.progress import now
 
-if TYPE_CHECKING:  # parts of this package need no torch
+if TYPE_CHECKING:  # a driver needs no torch
     from peft_vit.studies.plan import Plan, PlannedRun
+    from peft_vit.training import Progress
 
-__all__ = ["decode_images", "open_executor"]
+ExecutorName = Literal["local", "ray"]
+
+
+@dataclass(frozen=True)
+class ExecutorKind:
+    """An executor.
+
+    Attributes:
+        module: of this package.
+        extra: packages that it needs.
+        is_elastic: as many runs go at a time as there is room for, whatever a study's `workers` are.
+    """
+
+    module: str
+    extra: str | None = None
+    is_elastic: bool = False
+
+
+EXECUTORS: Mapping[ExecutorName, ExecutorKind] = {
+    "local": ExecutorKind("local"),
+    "ray": ExecutorKind("ray_cluster", extra="ray", is_elastic=True),
+}
+
+
+# --- what happens to a run --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """An attempt begins; `worker` names the process and where it lives, for a person to read."""
+
+    run: PlannedRun
+    worker: str
+
+
+@dataclass(frozen=True)
+class RunProgress:
+    """A run made a step."""
+
+    run: PlannedRun
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """An attempt came to an end, in success or failure; nothing of it is written yet."""
+
+    run: PlannedRun
+    record: RunRecord  # also where the worker died
+    adapter: bytes | None  # content of the adapter file; None if the run failed
+
+
+@dataclass(frozen=True)
+class RunInterrupted:
+    """An attempt was stopped on request; its checkpoint holds what it had reached."""
+
+    run: PlannedRun
+    step: int
+
+
+@dataclass(frozen=True)
+class RunRetried:
+    """An attempt failed for a reason that may pass, and the run is attempted again; said by the driver."""
+
+    run: PlannedRun
+    record: RunRecord
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line for the person who watches; said by the driver."""
+
+    text: str
+
+
+Event = RunStarted | RunProgress | RunEnded | RunInterrupted
+# What watchers are told; a RunEnded only once a run, when no further attempt follows.
+StudyEvent = Event | RunRetried | Notice
+
+
+class Executor(Protocol):
+    """Carries out attempts, several at a time if it can."""
+
+    def submit(self, run: PlannedRun) -> None:
+        """Take an attempt on, to be started when there is room for it."""
+        ...
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """Return what happened next; None if nothing did within the time."""
+        ...
+
+    def stop(self) -> None:
+        """Forget what has not started; let what runs write a checkpoint and report `RunInterrupted`."""
+        ...
+
+    def close(self) -> None:
+        """End at once, whatever runs; leave no process behind."""
+        ...
+
+
+def lost(
+    run: PlannedRun, reason: str, seconds: float = 0.0, failure: Failure = "killed", traceback: str | None = None
+) -> RunEnded:
+    """Return the end of an attempt that can't tell it itself, since its process is gone.
+
+    Args:
+        run: what was attempted.
+        reason: one line.
+        seconds: that it took.
+        failure: its kind.
+        traceback: of what ended it, if it is known.
+    """
+    record = RunRecord(
+        spec=run.spec,
+        spec_digest=run.spec.digest(),
+        status="failed",
+        error=reason,
+        failure=failure,
+        traceback=traceback,
+        started_at=now(),
+        seconds=seconds,
+    )
+    return RunEnded(run, record, None)
 
 
 def open_executor(
@@ -30,34 +158,13 @@ def open_executor(
         ray_address: see `RayExecutor`.
 
     Raises:
-        UserError: if an image is broken, or what runs need is not there.
+        UserError: if an image is broken, what runs need is not there, or an option has no effect.
     """
-    study, execution = plan.study, plan.study.execution
-    executor: Executor
-    if name == "ray":
-        if oversubscribe:
-            problem = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
-            raise UserError(problem, field="--oversubscribe")
-        if study.device == "cuda" and execution.gpus == 0:
-            problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for "
-            raise UserError(f"{problem}example", field="execution.gpus")
-        require_extra("ray", field="--executor ray")
-        from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
-
-        need = Need(study.threads, execution.gpus, execution.memory_gb)
-        executor = RayExecutor(ray_address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
-    else:
-        if ray_address is not None:
-            raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
-        from peft_vit.studies.executors.local import LocalExecutor
-
-        executor = LocalExecutor(
-            execution.workers,
-            study.threads,
-            results_dir,
-            checkpoint_every_s=execution.checkpoint_every_s,
-            oversubscribe=oversubscribe,
-        )
+    kind = EXECUTORS[name]
+    if kind.extra is not None:
+        require_extra(kind.extra, field=f"--executor {name}")
+    module: Any = import_module(f"{__name__}.{kind.module}")
+    executor: Executor = module.open_executor(plan, results_dir, oversubscribe=oversubscribe, ray_address=ray_address)
     try:
         decode_images(plan.pending)
     except BaseException:

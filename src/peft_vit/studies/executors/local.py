@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import gc
 import multiprocessing
 import os
 import platform
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
@@ -20,19 +22,24 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
-from peft_vit.studies.executors.worker import ALLOCATOR, WeightsOnce, environment, prepare_process
-from peft_vit.studies.plan import PlannedRun
+from peft_vit.runs.provenance import cpu_count, loaded_git_state
+from peft_vit.studies.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
+from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
 
+# glibc returns freed memory to the system by default and pays for it with page faults in every step.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
 _Order = tuple[RunSpec, Checkpoints]  # what a worker is asked to do; None in its place asks it to stop what it does
 
 
@@ -137,27 +144,27 @@ class LocalExecutor:
         for idle in [worker for worker in self._workers if worker.run is None]:
             if idle.pipe.poll():  # without a run it has nothing to say: it is dead, and would cost the next run
                 self._hear(idle)
-        while self._waiting:
-            worker = next((worker for worker in self._workers if worker.run is None), None)
-            if worker is None and len(self._workers) < self._count:
-                try:
-                    worker = _start_worker()
-                except OSError as error:  # no further process now; others may yet take the run
-                    if not self._workers:
-                        problem = f"no worker process can be started ({error.strerror or error})"
-                        remedy = (
-                            "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
-                        )
-                        raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
-                else:
-                    self._workers.append(worker)
-            if worker is None:
-                return
+        while self._waiting and (worker := self._free_worker()) is not None:
             run = self._waiting.popleft()
             worker.run, worker.since, worker.stepped = run, time.monotonic(), False
             self._events.append(RunStarted(run, f"process {worker.process.pid} on {platform.node()}"))
             checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), self._checkpoint_every_s)
             _send(worker, (run.spec, checkpoints))
+
+    def _free_worker(self) -> _Worker | None:
+        """Return a worker without a run, started if there may be one more; None: others may yet take what waits."""
+        free = next((worker for worker in self._workers if worker.run is None), None)
+        if free is None and len(self._workers) < self._count:
+            try:
+                free = _start_worker()
+            except OSError as error:  # no further process now
+                if not self._workers:
+                    problem = f"no worker process can be started ({error.strerror or error})"
+                    remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
+                    raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
+            else:
+                self._workers.append(free)
+        return free
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -169,21 +176,34 @@ class LocalExecutor:
                 self._events.append(lost(worker.run, reason, time.monotonic() - worker.since))
             return
         assert worker.run is not None
-        match message:
-            case Progress():
-                worker.stepped = True
-                self._events.append(RunProgress(worker.run, message))
-                return
-            case Finished():
-                self._events.append(RunEnded(worker.run, message.record, message.adapter))
-            case Interrupted():
-                self._events.append(RunInterrupted(worker.run, message.step))
-        worker.run = None
+        self._events.append(event_of(worker.run, message))
+        if isinstance(message, Progress):
+            worker.stepped = True
+        else:
+            worker.run = None
 
     def _remove(self, worker: _Worker) -> None:
         worker.process.join()
         worker.pipe.close()
         self._workers.remove(worker)
+
+
+def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_address: str | None) -> Executor:
+    """Return an executor for a plan's runs.
+
+    Raises:
+        UserError: as `LocalExecutor`, and if an address is given.
+    """
+    if ray_address is not None:
+        raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
+    execution = plan.study.execution
+    return LocalExecutor(
+        execution.workers,
+        plan.study.threads,
+        results_dir,
+        checkpoint_every_s=execution.checkpoint_every_s,
+        oversubscribe=oversubscribe,
+    )
 
 
 def _how_it_ended(exitcode: int | None) -> str:
@@ -235,61 +255,75 @@ def _surroundings_of_workers() -> Iterator[None]:
 
 
 def _serve(pipe: Connection, parent: int) -> None:
-    """Do what comes through the pipe, until its other end is closed."""
+    """Do what comes through the pipe, until its other end is closed: without a parent there is nothing left to do."""
     if sys.platform == "linux":  # it is not to outlive its parent: at once, elsewhere within a second
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     prepare_process()
-    inbox = _Inbox(pipe)
-    weights = WeightsOnce()
-    while True:
-        spec, checkpoints = inbox.next_order()
+    stopping = False
+
+    def receive() -> _Order | None:
         try:
-            finished: Finished | Interrupted = run_one(
-                spec, on_progress=inbox.reply, checkpoints=checkpoints, should_stop=inbox.asked_to_stop, read=weights
-            )
-        except Interrupted as interrupted:
-            finished = interrupted
-        inbox.reply(finished)
-        del finished  # or record and adapter would lie in memory beside the next run's
+            return pipe.recv()
+        except (EOFError, OSError):
+            os._exit(1)
 
+    def asked_to_stop() -> bool:
+        nonlocal stopping
+        stopping = stopping or (pipe.poll() and receive() is None)
+        return stopping
 
-class _Inbox:
-    """The worker's end of its pipe. Without a parent at the other end there is nothing left to do."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._stop = False
-
-    def next_order(self) -> _Order:
-        """Wait for a run; a request to stop that came after the end of the one before is void."""
-        self._stop = False
-        while True:
-            order = self._receive()
-            if order is not None:
-                return order
-
-    def asked_to_stop(self) -> bool:
-        """Tell whether the parent wants the run to be interrupted."""
-        if not self._stop and self._pipe.poll():
-            self._stop = self._receive() is None
-        return self._stop
-
-    def reply(self, message: Progress | Finished | Interrupted) -> None:
-        """Tell the parent what happened."""
+    def reply(message: Progress | Finished | Interrupted) -> None:
         try:
-            self._pipe.send(message)
+            pipe.send(message)
         except OSError:
             os._exit(1)
 
-    def _receive(self) -> _Order | None:
+    while True:
+        while (order := receive()) is None:  # a request to stop that came after the end of the run before is void
+            pass
+        (spec, checkpoints), stopping = order, False
         try:
-            return self._pipe.recv()
-        except (EOFError, OSError):
-            os._exit(1)
+            reply(run_one(spec, on_progress=reply, checkpoints=checkpoints, should_stop=asked_to_stop))
+        except Interrupted as interrupted:
+            reply(interrupted)
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+# --- for any executor -------------------------------------------------------------------------------------------------
+
+
+def event_of(run: PlannedRun, told: Progress | Finished | Interrupted) -> Event:
+    """Return what a worker has told of its run as an event."""
+    match told:
+        case Progress():
+            return RunProgress(run, told)
+        case Interrupted():
+            return RunInterrupted(run, told.step)
+    return RunEnded(run, told.record, told.adapter)
+
+
+@contextmanager
+def environment(added: Mapping[str, str]) -> Iterator[None]:
+    """Hand variables down to the processes that are started meanwhile, unless the user has set them."""
+    new = {name: value for name, value in added.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
+
+
+@functools.cache
+def prepare_process() -> None:
+    """Make a fresh process ready for runs; a second call does nothing."""
+    torch.set_num_interop_threads(1)
+    loaded_git_state()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    gc.freeze()  # what libraries hold, or each of a run's garbage collections would look at all of it

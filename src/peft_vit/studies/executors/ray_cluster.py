@@ -27,14 +27,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from peft_vit.errors import UserError
 from peft_vit.records import Failure, run_folder
-from peft_vit.records.owner import LOCK_FILE
+from peft_vit.records.progress import LOCK_FILE
 from peft_vit.runs.provenance import cpu_count
-from peft_vit.studies.events import Event, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
-from peft_vit.studies.executors.ray_channel import Channel
-from peft_vit.studies.executors.ray_task import Place, carry_out
-from peft_vit.studies.executors.worker import ALLOCATOR, environment
-from peft_vit.studies.plan import PlannedRun
-from peft_vit.training import Checkpoints, Interrupted, Progress
+from peft_vit.studies.executors import Event, Executor, RunStarted, lost
+from peft_vit.studies.executors.local import ALLOCATOR, environment, event_of
+from peft_vit.studies.executors.ray_task import Channel, Place, carry_out
+from peft_vit.studies.plan import Plan, PlannedRun
+from peft_vit.training import Checkpoints, Progress
 
 _REASON_CHARACTERS = 400
 _ANSWER_S = 5.0
@@ -54,14 +53,9 @@ class Need:
     memory_gb: float | None = None
 
     @property
-    def memory_bytes(self) -> int:
-        """Return the memory that is asked for, 0 if none is."""
-        return int(1e9 * (self.memory_gb or 0))
-
-    def fits(self, node: dict[str, float]) -> list[bool]:
-        """Tell for each resource whether a node has as much."""
-        asked = {"CPU": self.cpus, "GPU": self.gpus, "memory": self.memory_bytes}
-        return [node.get(name, 0.0) >= amount for name, amount in asked.items()]
+    def resources(self) -> dict[str, float]:
+        """Return what is asked for, by the names that Ray has for it."""
+        return {"CPU": self.cpus, "GPU": self.gpus, "memory": int(1e9 * (self.memory_gb or 0))}
 
     def refusal(self, nodes: list[dict[str, float]]) -> str | None:
         """Return why no node can ever hold a run; None if one can.
@@ -69,22 +63,26 @@ class Need:
         Args:
             nodes: each node's resources, as Ray names them.
         """
-        if any(all(self.fits(node)) for node in nodes):
-            return None
-        asked = _in_words(self.cpus, self.gpus or None, self.memory_bytes or None)
+        wanted = self.resources
+        asked = _in_words({name: amount for name, amount in wanted.items() if amount})
         if not nodes:
             return f"a run asks for {asked}, and the cluster has no node"
-        biggest = max(nodes, key=lambda node: (sum(self.fits(node)), node.get("CPU", 0), node.get("memory", 0)))
-        there = _in_words(biggest.get("CPU", 0), biggest.get("GPU", 0), biggest.get("memory", 0))
+
+        def lacks(node: dict[str, float]) -> int:
+            return sum(node.get(name, 0.0) < amount for name, amount in wanted.items())
+
+        biggest = min(nodes, key=lambda node: (lacks(node), -node.get("CPU", 0), -node.get("memory", 0)))
+        if not lacks(biggest):
+            return None
+        there = _in_words({name: biggest.get(name, 0) for name in wanted})
         return f"a run asks for {asked}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
 
 
-def _in_words(cpus: float, gpus: float | None, memory_bytes: float | None) -> str:
-    """Return amounts as a person says them; what is None is not said."""
-    known = [(name, number) for name, number in (("CPU", cpus), ("GPU", gpus)) if number is not None]
-    counted = [f"{number:g} {name}{'' if number == 1 else 's'}" for name, number in known]
-    memory = [] if memory_bytes is None else [f"{memory_bytes / 1e9:.1f} GB"]
-    return ", ".join(counted + memory)
+def _in_words(resources: dict[str, float]) -> str:
+    return ", ".join(
+        f"{amount / 1e9:.1f} GB" if name == "memory" else f"{amount:g} {name}{'' if amount == 1 else 's'}"
+        for name, amount in resources.items()
+    )
 
 
 @dataclass
@@ -139,7 +137,7 @@ class RayExecutor:
         self._task = ray.remote(carry_out).options(
             num_cpus=need.cpus,
             num_gpus=need.gpus,
-            memory=need.memory_bytes,
+            memory=need.resources["memory"],
             max_retries=0,
             runtime_env={"env_vars": variables},
         )
@@ -212,7 +210,7 @@ class RayExecutor:
                 continue
             for message in json.loads(bundle):
                 if isinstance(message, dict):
-                    self._events.append(RunProgress(attempt.run, Progress(**message)))
+                    self._events.append(event_of(attempt.run, Progress(**message)))
                 else:  # by whom it is done
                     attempt.started, attempt.since = True, time.monotonic()
                     self._events.append(RunStarted(attempt.run, message))
@@ -227,10 +225,7 @@ class RayExecutor:
         except RayError as error:  # a dead worker, node or object
             self._lose(attempt, f"the worker process was lost, or its node: {error}", "killed")
         else:
-            if isinstance(result, Interrupted):
-                self._events.append(RunInterrupted(attempt.run, result.step))
-            else:
-                self._events.append(RunEnded(attempt.run, result.record, result.adapter))
+            self._events.append(event_of(attempt.run, result))
 
     def _lose(self, attempt: _Attempt, reason: str, failure: Failure, traceback: str | None = None) -> None:
         reason = textwrap.shorten(reason, _REASON_CHARACTERS)
@@ -247,6 +242,23 @@ class RayExecutor:
             attempt = self._attempts.pop(number)
             ray.cancel(attempt.task)
             self._lose(attempt, f"{refusal}; the same command goes on when the cluster has one", "killed")
+
+
+def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_address: str | None) -> Executor:
+    """Return an executor for a plan's runs.
+
+    Raises:
+        UserError: as `RayExecutor`, and for what has no effect on Ray.
+    """
+    study, execution = plan.study, plan.study.execution
+    if oversubscribe:
+        problem = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
+        raise UserError(problem, field="--oversubscribe")
+    if study.device == "cuda" and execution.gpus == 0:
+        problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
+        raise UserError(problem, field="execution.gpus")
+    need = Need(study.threads, execution.gpus, execution.memory_gb)
+    return RayExecutor(ray_address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
 
 
 def _nodes() -> list[dict[str, float]]:

@@ -1,26 +1,55 @@
-"""What runs in the processes of a Ray cluster: an attempt at a run, and its line to the driver."""
+"""What runs in the processes of a Ray cluster: an attempt at a run, and the channel between attempts and their driver.
+
+torch is imported by attempts alone, so that the channel's process starts at once.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import functools
 import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
 
 from peft_vit.records import RunSpec
-from peft_vit.runs.execute import Finished, run_one
-from peft_vit.studies.executors.worker import WeightsOnce, prepare_process
-from peft_vit.training import Checkpoints, Interrupted, Progress
+
+if TYPE_CHECKING:
+    from peft_vit.runs.execute import Finished
+    from peft_vit.training import Checkpoints, Interrupted, Progress
 
 _TELL_S = 0.5  # how often a task talks to the driver
+
+
+class Channel:
+    """Carries what tasks tell to the driver, beside whom it lives, and to them whether to stop."""
+
+    def __init__(self) -> None:
+        self._bundles: list[tuple[int, str]] = []
+        self._arrived = asyncio.Event()
+        self._stopping = False
+
+    async def tell(self, number: int, bundle: str) -> bool:
+        """Take what an attempt tells, which is not opened here; return whether it should stop."""
+        self._bundles.append((number, bundle))
+        self._arrived.set()
+        return self._stopping
+
+    async def take(self, wait_s: float, stopping: bool) -> list[tuple[int, str]]:
+        """Return what was told since the last call, once there is something or the time is over."""
+        self._stopping = stopping
+        if not self._bundles:
+            self._arrived.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), wait_s)
+        bundles, self._bundles = self._bundles, []
+        return bundles
 
 
 @dataclass(frozen=True)
@@ -39,53 +68,45 @@ class Place:
             return False
 
 
+@dataclass
 class _Line:
     """A task's line to the driver: told in bundles, since a step may be shorter than a message."""
 
-    def __init__(self, channel: Any, number: int) -> None:
-        self._channel = channel
-        self._number = number
-        self._bundle: list[str | dict[str, Any]] = []
-        self._answer: ray.ObjectRef | None = None
-        self._asked = 0.0
-        self._stop = False
+    channel: Any
+    number: int
+    asked_to_stop: bool = False  # as far as it is known here
+    _bundle: list[str | dict[str, Any]] = field(default_factory=list)
+    _answer: ray.ObjectRef | None = None
+    _exchanged: float = 0.0
 
     def tell(self, message: str | Progress) -> None:
         """Tell something, at the next occasion."""
         self._bundle.append(message if isinstance(message, str) else asdict(message))
-        if time.monotonic() - self._asked > _TELL_S:
-            self._exchange(wait=False)
+        if time.monotonic() - self._exchanged > _TELL_S:
+            self.exchange(wait=False)
 
-    def asked_to_stop(self) -> bool:
-        """Tell whether the driver wants the run to be interrupted, as far as it is known here."""
-        return self._stop
-
-    def hang_up(self) -> None:
-        """Return when everything has been told."""
-        self._exchange(wait=True)
-        self._exchange(wait=True)
-
-    def _exchange(self, *, wait: bool) -> None:
+    def exchange(self, *, wait: bool) -> None:
         """Hear the answer to the last bundle, if it is there, and send the next one."""
-        self._asked = time.monotonic()
+        self._exchanged = time.monotonic()
         if self._answer is not None:
             if not wait and not ray.wait([self._answer], timeout=0)[0]:
                 return
             answer, self._answer = self._answer, None
             with contextlib.suppress(RayError):  # the channel has died; what it knew was only for watching
-                self._stop = ray.get(answer)
+                self.asked_to_stop = ray.get(answer)
         if self._bundle:
-            self._answer = self._channel.tell.remote(self._number, json.dumps(self._bundle))
+            self._answer = self.channel.tell.remote(self.number, json.dumps(self._bundle))
             self._bundle = []
-
-
-_weights_once = functools.cache(WeightsOnce)  # of this process
 
 
 def carry_out(
     channel: Any, number: int, spec: RunSpec, checkpoints: Checkpoints, place: Place
 ) -> Finished | Interrupted:
     """Do a run in one of Ray's worker processes, which may have done others of the study before."""
+    from peft_vit.runs.execute import run_one
+    from peft_vit.studies.executors.local import prepare_process
+    from peft_vit.training import Interrupted
+
     prepare_process()
     if os.path.isdir(place.folder):
         os.chdir(place.folder)
@@ -97,10 +118,10 @@ def carry_out(
             spec,
             on_progress=line.tell,
             checkpoints=checkpoints if place.is_seen() else None,
-            should_stop=line.asked_to_stop,
-            read=_weights_once(),
+            should_stop=lambda: line.asked_to_stop,
         )
     except Interrupted as interrupted:
         return interrupted
     finally:
-        line.hang_up()
+        for _ in range(2):  # the answer to the last bundle, and to what has gathered meanwhile
+            line.exchange(wait=True)

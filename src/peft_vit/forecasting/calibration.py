@@ -1,0 +1,165 @@
+"""Calibration runs: a run cut down to a few steps that take what the whole run's steps take, and what they took.
+
+The method, its ranks and formats, the model, the images, the batch and the threads stay. Schedules shrink with the
+number of steps, so that each of their phases has its share of the few. Rates and decay have no influence on time and
+memory, so they are the same in all calibration runs, and so are names and seeds: runs that differ in nothing else share
+one. What it took is kept in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import DataConfig, QaLoraConfig
+from peft_vit.data import ImageIndex, Splits, make_splits
+from peft_vit.errors import UserError, first_fault, printable
+from peft_vit.methods import shorten
+from peft_vit.packages import cache_dir
+from peft_vit.records import RunSpec, write_atomically
+from peft_vit.runs.provenance import cpu_count, package_versions, processor_name
+from peft_vit.training import steps_per_epoch
+
+_log = logging.getLogger(__name__)
+
+_STEPS = 8
+_STEPS_IF_LONG = 4
+_LONG_STEP = 2e12  # multiply-adds of a step: some 20 s on two cores
+_LEAST_BETWEEN_DECISIONS = 3  # steps; with fewer, scores and probes would weigh more than in the whole run
+_VALIDATION_BATCHES = 4  # as large as a training batch each, as the loop has it
+_NEUTRAL: dict[str, Any] = {
+    "learning_rate": 1e-4,
+    "weight_decay": 0.01,
+    "schedule": "constant",
+    "steps": None,
+    "validate_every": None,
+    "patience": None,
+    "head_start": "random",
+    "label_smoothing": 0.0,
+    "warmup_share": None,
+    "layer_decay": None,
+}
+
+
+def calibration_run(
+    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *, at_most: int = _STEPS
+) -> RunSpec:
+    """Return a run of a few steps and a few validation batches that stands for another one.
+
+    Args:
+        spec: of the whole run.
+        total_steps: of the whole run.
+        shape: of its backbone.
+        index: its images.
+        splits: of the images.
+        at_most: steps that it has.
+    """
+    batch_size = spec.experiment.training.batch_size
+    work = 3 * shape.multiply_adds * batch_size
+    steps = min(total_steps, at_most, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
+    data = _fewer_images(spec, steps * batch_size, index, splits)
+    assert data.train_images is not None
+    an_epoch = steps_per_epoch(data.train_images, batch_size)
+    epochs = -(-steps // an_epoch)
+    experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
+    training = experiment.training
+    if not experiment.is_probe:
+        training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
+    experiment = experiment.model_copy(update={"name": "miniature", "training": training})
+    return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
+
+
+def _fewer_images(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> DataConfig:
+    """Return the same images, but fewer: at least as many as asked for, and at least one of each class."""
+    qa_lora = spec.experiment.section(QaLoraConfig)
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        images = max(images, qa_lora.adaptive_bits.calibration_images)
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
+    evaluated = max(
+        _VALIDATION_BATCHES * spec.experiment.training.batch_size,
+        2 * len(index.class_names),
+        spec.measures.removal_images or 0,
+    )
+    whole = len(splits.train)
+    if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
+        whole -= (evaluated := min(evaluated, max(2, whole // 4)))
+    train = min(whole, max(images, 2))
+    while True:
+        data = spec.data.model_copy(
+            update={
+                "train_images": train,
+                "shots_per_class": None,
+                "train_subset": "fixed",
+                "test_split": "fixed",  # a split that holds each class may not do so with another seed
+                "validation_images": min(len(splits.validation) or evaluated, evaluated),
+                "test_images": None if spec.data.folds is not None else min(len(splits.test), evaluated),
+            }
+        )
+        try:
+            make_splits(index, data, spec.seed)
+        except UserError:  # a class would get no image
+            if train == whole:
+                return data
+            train = min(whole, 2 * train)
+        else:
+            return data
+
+
+class Costs(BaseModel):
+    """What a calibration run took; a whole run's time is put together from these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    start_s: float = Field(ge=0)  # everything that is done once, whatever the number of steps
+    step_s: float = Field(gt=0)
+    image_s: float = Field(ge=0)  # of evaluation
+    peak_memory_bytes: int = Field(gt=0)
+    images: int = Field(gt=0)  # in memory then
+
+
+def known_costs(kind: RunSpec) -> Costs | None:
+    """Return what a calibration run took, if it was done on this machine with these versions."""
+    file, _ = _place(kind)
+    try:
+        content: Any = json.loads(file.read_bytes())
+        return Costs.model_validate(content["costs"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = "{}: {}".format(*first_fault(error)) if isinstance(error, ValidationError) else printable(str(error))
+        _log.warning("%s is of no use (%s); measured again when it is wanted", file, reason)
+        return None
+
+
+def keep_costs(kind: RunSpec, costs: Costs) -> None:
+    """Keep what was measured, for later plans; a cache that can't be written to only makes them slower."""
+    file, depends_on = _place(kind)
+    content = json.dumps({"costs": costs.model_dump(), "depends_on": depends_on}, indent=1)
+    try:
+        write_atomically(file, content.encode() + b"\n")
+    except OSError as error:
+        _log.warning("%s can't be written (%s); the next plan measures again", file, error.strerror)
+
+
+def _place(kind: RunSpec) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds what a calibration run took, and all that it depends on."""
+    depends_on = {
+        "run": kind.model_dump(mode="json"),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "machine": platform.node(),
+        "processor": processor_name(),
+        "cpu_count": cpu_count(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+    }
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "costs" / f"{digest[:32]}.json", depends_on

@@ -1,0 +1,202 @@
+"""What the runs of a study will take: as finished runs of their kind did, as measured, or by arithmetic."""
+
+from __future__ import annotations
+
+import statistics
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.config import Precision
+from peft_vit.evaluation.ablation import GROUPS
+from peft_vit.evaluation.predict import TIMED_PASSES, WARMUP_PASSES
+from peft_vit.forecasting.calibration import Costs, known_costs
+from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products, product_rate
+from peft_vit.methods import METHODS
+from peft_vit.records import RunRecord, RunSpec
+from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.training import FLIP_AXES
+
+PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
+# Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
+VALUES_KEPT = 34 / 16
+
+Basis = Literal["records", "calibration", "estimate"]  # estimate: arithmetic, nothing was measured
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take, and what that is known from."""
+
+    seconds: float
+    peak_memory_bytes: int
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all runs of a study share."""
+
+    shape: BackboneShape
+    image_size: int
+    channels: int
+    device: torch.device
+    precision: Precision
+    threads: int
+    train: int
+    validation: int
+    test: int
+
+    def product_rate(self) -> float:
+        """Return multiply-adds per second, see `product_rate`."""
+        return product_rate(self.shape, self.device, self.precision, self.threads)
+
+    def bf16_factor(self) -> float:
+        """Return the time of a matrix product in bf16 over that in fp32, measured in about 0.2 s."""
+        fp32, bf16 = (product_rate(self.shape, self.device, kind, self.threads, budget_s=0.1) for kind in _PRECISIONS)
+        return fp32 / bf16
+
+
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class MeasuredCost:
+    """What a finished run took; `here`: on this machine. Its record has every step, too much to hold for all runs."""
+
+    seconds: float
+    peak_memory_bytes: int
+    here: bool
+
+    @classmethod
+    def of(cls, record: RunRecord) -> MeasuredCost:
+        """Read it off a record."""
+        made = record.provenance
+        here = made is None or (made.processor, made.cpu_count) == (processor_name(), cpu_count())
+        return cls(record.seconds, record.peak_memory_bytes or 0, here)
+
+
+@dataclass(frozen=True)
+class EstimateRequest:
+    """A run that is to be estimated.
+
+    Attributes:
+        spec: of the run.
+        steps: optimiser steps.
+        kind: its calibration run; runs of one kind cost the same a step.
+        kind_sha256: of it, computed once for all seeds.
+        taken: what it took, if it is done.
+    """
+
+    spec: RunSpec
+    steps: int
+    kind: RunSpec
+    kind_sha256: str
+    taken: MeasuredCost | None
+
+
+Measure = Callable[[Mapping[str, RunSpec]], Mapping[str, Costs]]  # calibration runs by a name to show; some may fail
+
+
+def estimate_runs(
+    runs: Sequence[EstimateRequest], workload: Workload, measure: Measure | None = None
+) -> list[Estimate]:
+    """Estimate each run.
+
+    Args:
+        runs: of a study.
+        workload: what they share.
+        measure: measures what runs cost that are not done and of which nothing is known; None: arithmetic does.
+
+    Returns:
+        An estimate each.
+    """
+    records: dict[tuple[str, int], list[MeasuredCost]] = {}
+    for run in runs:
+        if run.taken is not None and run.taken.here:
+            records.setdefault((run.kind_sha256, run.steps), []).append(run.taken)
+    costs = {kind: known_costs(run.kind) for kind, run in {run.kind_sha256: run for run in reversed(runs)}.items()}
+    if measure is not None:
+        unknown = {
+            run.kind_sha256: run
+            for run in runs
+            if run.taken is None
+            and not run.spec.experiment.is_probe  # it takes no steps, and its features may be there already
+            and (run.kind_sha256, run.steps) not in records
+            and costs[run.kind_sha256] is None
+        }
+        measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
+        costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
+    estimated = Throughput.estimated(workload.product_rate() if None in costs.values() else 1.0)
+    estimates = []
+    for run in runs:
+        cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
+        if alike is None:
+            estimates.append(_estimate(run, workload, estimated, cost))
+        else:
+            seconds = statistics.median(taken.seconds for taken in alike)
+            estimates.append(Estimate(seconds, max(taken.peak_memory_bytes for taken in alike), "records"))
+    return estimates
+
+
+def _estimate(run: EstimateRequest, workload: Workload, estimated: Throughput, costs: Costs | None) -> Estimate:
+    """Put a run's steps and the images that it evaluates together, at what its kind costs or is estimated to."""
+    experiment, shape = run.spec.experiment, workload.shape
+    products = experiment_products(experiment, shape, workload.train)
+    images: float
+    steps, images = run.steps, experiment.validations(workload.train) * workload.validation + workload.test
+    if costs is not None:
+        throughput = Throughput.measured({experiment.name: [Probe(products, shape.multiply_adds, costs)]})
+        more_images = workload.train + workload.validation + workload.test - costs.images
+        pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
+        peak_bytes = costs.peak_memory_bytes + max(0, pixels)
+    else:
+        throughput, peak_bytes = estimated, estimated_bytes(run.spec, workload)
+        if experiment.is_probe:  # each image once, in every way in which training shows it
+            ways = len(FLIP_AXES[experiment.training.flips])
+            steps, images = 0, ways * workload.train + workload.validation + workload.test
+        images += measured_images(run.spec, workload)
+    seconds = throughput.start_s + steps * throughput.step.at(products) + images * throughput.image_s(shape)
+    return Estimate(seconds, peak_bytes, "estimate" if costs is None else "calibration")
+
+
+def kept_values(shape: BackboneShape, recomputed: int = 0) -> float:
+    """Return the values that a step keeps of one image for its backward pass.
+
+    Of the first blocks, which are computed again: what goes into each, 1 a token and width. Of the others all, or as
+    much as the largest of those that are computed again, whose turn comes when nothing is left of the others.
+    """
+    first, others = shape.values_by_block[:recomputed], shape.values_by_block[recomputed:]
+    return sum(first) / 16 + VALUES_KEPT * max(sum(others), *first, 0)
+
+
+def estimated_bytes(spec: RunSpec, workload: Workload) -> int:
+    """Return the resident memory of a run: of the process, of what a step keeps, and of the weights."""
+    experiment, shape = spec.experiment, workload.shape
+    value_bytes = 2 if workload.precision == "bf16" else 4
+    recomputed = experiment.training.recomputed_of(len(shape.values_by_block))
+    kept = 0.0 if experiment.is_probe else kept_values(shape, recomputed)
+    activations = experiment.training.images_at_once * kept * value_bytes
+    weights = shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
+    return int(PROCESS_BYTES + activations + weights)
+
+
+def measured_images(spec: RunSpec, workload: Workload) -> float:
+    """Return the images that pass through the whole model for what the study's `measures` ask for.
+
+    Leaving the update of a site out takes what comes from its block on; there is a pass with all updates, and one
+    without those of each group. See `evaluation.measure_ablation`.
+    """
+    measures = spec.measures
+    images: float = (WARMUP_PASSES + TIMED_PASSES) * sum(measures.latency_batches)
+    if measures.removal_images is not None and spec.experiment.has_adapters:
+        sites = workload.shape.sites
+        layers = sorted(site.layer for site in sites)
+        repeated = sum(site.multiply_adds * bisect_right(layers, site.layer) for site in sites)
+        passes = repeated / sum(site.multiply_adds for site in sites) + 1 + len(GROUPS)
+        images += passes * min(measures.removal_images, workload.validation)
+    return images

@@ -1,0 +1,57 @@
+"""What fits the time that a call has; it needs no torch."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+_STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
+_Option = TypeVar("_Option")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The time that a call has, in seconds on `clock`, from when it was given."""
+
+    minutes: float
+    started: float
+    clock: Callable[[], float] = time.monotonic
+
+    @property
+    def over_at(self) -> float:
+        """Return when what still runs is stopped, so that it can write its checkpoint."""
+        return self.past_at - min(_STOPPING_S, self.minutes * 60 / 20)
+
+    @property
+    def past_at(self) -> float:
+        """Return when it is no longer waited for."""
+        return self.started + 60 * self.minutes
+
+    @property
+    def left_s(self) -> float:
+        """Return the seconds until what still runs is stopped."""
+        return self.over_at - self.clock()
+
+
+def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:
+    """Return the first of some options, the best one first, that takes no longer than a limit; None: none does."""
+    return next((option for option in options if seconds(option) <= limit_s), None)
+
+
+def makespan(seconds: Iterable[float], workers: int, *, busy: Iterable[float] = ()) -> float:
+    """Return when the last run ends, if each in its turn goes to the worker that is free first.
+
+    Args:
+        seconds: of each run, in the order in which they start.
+        workers: that work at a time.
+        busy: for how long some of them still are.
+    """
+    free_at = sorted(busy)[-workers:]
+    free_at += [0.0] * (workers - len(free_at))
+    heapq.heapify(free_at)
+    for run_s in seconds:
+        heapq.heapreplace(free_at, free_at[0] + run_s)
+    return max(free_at)

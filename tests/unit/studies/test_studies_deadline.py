@@ -1,0 +1,220 @@
+"""A deadline is held by what is started, learns from what has ended, and stops what still runs; the clock is a fake."""
+
+from collections import deque
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan
+
+from peft_vit.cli.start import EXAMPLES
+from peft_vit.config import load_study
+from peft_vit.forecasting.time_limit import Limit
+from peft_vit.records.progress import look_at, study_lock, study_status
+from peft_vit.studies.deadline import Deadline
+from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
+from peft_vit.studies.scheduler import drive as drive_study
+
+pytestmark = pytest.mark.part("runner")
+
+
+@dataclass
+class Timed:
+    """Carries runs out on its own clock: each takes the seconds that `seconds` says of its experiment."""
+
+    seconds: dict[str, float]
+    workers: int = 1
+    now: float = 0.0
+    deaf: bool = False  # to a request to stop
+    started: list[str] = field(default_factory=list)
+    closed: bool = False
+    _waiting: deque[Any] = field(default_factory=deque)
+    _running: dict[str, tuple[Any, float]] = field(default_factory=dict)
+    _stopped: bool = False
+
+    def clock(self) -> float:
+        return self.now
+
+    def submit(self, run: Any) -> None:
+        self._waiting.append(run)
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        if self._stopped and self._running and not self.deaf:
+            _, (run, _) = self._running.popitem()
+            return RunInterrupted(run, 5)
+        if self._waiting and len(self._running) < self.workers:
+            run = self._waiting.popleft()
+            self._running[run.spec.name] = run, self.now + self.seconds[run.spec.experiment.name]
+            self.started.append(run.spec.name)
+            return RunStarted(run, "worker")
+        name, (run, ends) = min(self._running.items(), key=lambda one: one[1][1], default=("", (None, 0.0)))
+        if run is None or ends > self.now + timeout_s:
+            self.now += timeout_s
+            return None
+        self.now = max(self.now, ends)
+        del self._running[name]
+        record = done_record(run.spec).model_copy(update={"seconds": self.seconds[run.spec.experiment.name]})
+        return RunEnded(run, record, fake_adapter(run.spec))
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._waiting.clear()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@dataclass(frozen=True)
+class Estimated(FakeRun):
+    """A run whose plan says how long it takes."""
+
+    estimate: Any = None
+
+
+def drive(out, config, planned_s, executor, over_at, kind="local") -> list[str]:
+    """Drive a study, seed by seed, within a time; return what a person was told."""
+    told: list[Any] = []
+    plan = fake_plan(config, out)
+    runs = [
+        Estimated(run.spec, run.done, run.total_steps, SimpleNamespace(seconds=planned_s[run.spec.experiment.name]))
+        for run in sorted(plan.runs, key=lambda run: run.spec.seed)
+    ]
+    plan = replace(plan, runs=tuple(runs))
+    minutes = min(over_at / 57, (over_at + 10) / 60)
+    deadline = Deadline(plan, out, Limit(minutes, 0.0, executor.clock), kind)
+    with study_lock(out / config.name) as lock:
+        drive_study(plan, lock, lambda: executor, told.append, deadline=deadline)
+    return [one.text for one in told if isinstance(one, Notice)]
+
+
+def states(out) -> dict[str, str]:
+    return {run.run: run.state for run in study_status(out / "fake").runs}
+
+
+def of(*experiments: str, workers: int = 1):
+    return fake_config(experiments, range(8), execution={"workers": workers})
+
+
+TWO = of("a", "b")
+AS_PLANNED = {"a": 10.0, "b": 20.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "over_at", "started"),
+    [
+        # 30 s a seed: two seeds, then a third run of a, and no run of 20 s in the last 5
+        (AS_PLANNED, 75, "a0 b0 a1 b1 a2"),
+        # a shorter run fills what is left
+        (AS_PLANNED, 45, "a0 b0 a1"),
+        # twice as slow as planned: 35 s are enough for b by the plan, not by the pace
+        ({"a": 20.0, "b": 40.0}, 55, "a0 a1"),
+    ],
+)
+def test_runs_start_seed_by_seed_and_none_that_would_not_end_in_time(tmp_path, seconds, over_at, started) -> None:
+    executor = Timed(seconds)
+    assert drive(tmp_path, TWO, AS_PLANNED, executor, over_at) == []
+    assert " ".join(run.replace("/seed_", "") for run in executor.started) == started
+    assert executor.closed
+    assert {run for run, state in states(tmp_path).items() if state == "done"} == set(executor.started)
+    assert set(states(tmp_path).values()) == {"done", "pending"}
+
+
+def test_what_a_checkpoint_holds_is_not_counted_again(tmp_path) -> None:
+    executor = Timed(AS_PLANNED)
+    for run, step in (("b/seed_0", 6), ("b/seed_0", 2), ("a/seed_1", 0)):  # of 10
+        (tmp_path / "fake" / run / f"checkpoint-{step}").mkdir(parents=True)
+    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=9)
+    assert executor.started == ["b/seed_0"]  # 8 of 20 s; 10 s for a are too many
+
+
+def test_a_later_call_goes_on_with_the_rest(tmp_path) -> None:
+    drive(tmp_path, TWO, AS_PLANNED, Timed(AS_PLANNED), over_at=75)
+    later = Timed(AS_PLANNED)
+    drive(tmp_path, TWO, AS_PLANNED, later, over_at=1000)
+    assert later.started[:3] == ["b/seed_2", "a/seed_3", "b/seed_3"]
+    assert set(states(tmp_path).values()) == {"done"}
+
+
+def test_as_many_go_at_a_time_as_there_are_workers(tmp_path) -> None:
+    executor = Timed(AS_PLANNED, workers=2)
+    drive(tmp_path, of("a", "b", workers=2), AS_PLANNED, executor, over_at=35)
+    # a0 until 10, b0 until 20, a1 until 20, then two at a time again
+    assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "a/seed_2", "a/seed_3"]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_what_still_runs_at_the_deadline_is_stopped_but_not_waited_for(tmp_path, deaf) -> None:
+    executor = Timed({"a": 10.0, "b": 1000.0}, deaf=deaf)
+    told = drive(tmp_path, TWO, AS_PLANNED, executor, over_at=57)
+    assert told == ["the time is over: what still runs writes a checkpoint, with which a later call goes on"]
+    assert executor.closed
+    assert executor.now == pytest.approx(60 if deaf else 57, abs=0.5)
+    attempt = look_at(tmp_path / "fake", "b/seed_0").attempt
+    assert attempt is not None
+    assert attempt.state == ("running" if deaf else "interrupted")
+    assert states(tmp_path)["b/seed_0"] == "pending"
+
+
+def test_if_no_run_can_end_in_time_the_first_is_begun_all_the_same(tmp_path) -> None:
+    """Or calls without end would come no step further."""
+    executor = Timed(AS_PLANNED)
+    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=5)
+    assert executor.started == ["a/seed_0"]
+    attempt = look_at(tmp_path / "fake", "a/seed_0").attempt
+    assert attempt is not None
+    assert attempt.state == "interrupted"
+
+
+def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
+    class Failing(Timed):
+        def next_event(self, timeout_s):
+            event = super().next_event(timeout_s)
+            if isinstance(event, RunEnded) and event.run.spec.experiment.name == "a":
+                return RunEnded(event.run, failed_record(event.run.spec, "error"), None)
+            return event
+
+    executor = Failing(AS_PLANNED)
+    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
+    assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "b/seed_1", "a/seed_2"]
+    assert states(tmp_path)["a/seed_0"] == "failed"
+
+
+def test_on_a_cluster_all_that_fits_is_handed_over_at_once(tmp_path) -> None:
+    executor = Timed(AS_PLANNED, workers=100)
+    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=15, kind="ray")
+    assert executor.started == [f"a/seed_{seed}" for seed in range(8)]
+    assert executor.now == pytest.approx(10, abs=0.5)
+
+
+def test_the_pace_of_finished_runs_corrects_what_others_were_planned_to_take(tmp_path) -> None:
+    """Three times as slow: after the first run 60 s are expected of b, and 45 are left."""
+    executor = Timed({"a": 30.0, "b": 60.0})
+    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
+    assert executor.started == ["a/seed_0", "a/seed_1"]
+
+
+def test_a_probe_s_first_run_says_nothing_of_those_that_take_steps(tmp_path) -> None:
+    """It computes the features of all seeds: four times as slow as planned, it leaves b's expectation alone."""
+    probe = TWO.experiments[0].model_copy(update={"method": "linear", "lora": None})
+    two = TWO.model_copy(update={"experiments": (probe, TWO.experiments[1])})
+    executor = Timed({"a": 40.0, "b": 20.0})
+    drive(tmp_path, two, AS_PLANNED, executor, over_at=65)
+    assert executor.started == ["a/seed_0", "b/seed_0"]
+
+
+@pytest.mark.parametrize("planned", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(("trained_s", "calls"), [(17.0, [10]), (45.0, [7, 10])], ids=["fast", "slow"])
+def test_the_demo_completes_seed_after_seed_within_nine_minutes(tmp_path, trained_s, calls, planned) -> None:
+    """With times that are made up, and plans that are wrong: all seeds in one call, or seven and then the others."""
+    demo = load_study(EXAMPLES / "demo.yaml")
+    names = [one.name for one in demo.experiments]
+    config = fake_config(names, demo.seeds, execution={"workers": demo.execution.workers})
+    seconds = {one.name: 3.0 if one.is_probe else trained_s for one in demo.experiments}
+    for complete in calls:
+        executor = Timed(seconds, workers=demo.execution.workers)
+        drive(tmp_path, config, {name: planned * one for name, one in seconds.items()}, executor, over_at=530)
+        assert executor.now <= 540
+        done = {run for run, state in states(tmp_path).items() if state == "done"}
+        whole = [seed for seed in demo.seeds if done >= {f"{name}/seed_{seed}" for name in names}]
+        assert whole == list(demo.seeds[:complete])

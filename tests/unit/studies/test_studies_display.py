@@ -1,0 +1,145 @@
+"""What a person reads of a plan and of runs that go on, in lines and in a terminal."""
+
+import io
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake_study import done_record, failed_record, fake_config, fake_plan
+from golden import check_golden
+from rich.console import Console
+
+from peft_vit.forecasting.estimate import Estimate
+from peft_vit.records import HeadFit, Metrics, StepRow
+from peft_vit.studies import display
+from peft_vit.studies.display import Watch, counted, duration, print_plan
+from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
+from peft_vit.studies.plan import PlannedRun, plan_study
+from peft_vit.training import Progress
+
+pytestmark = pytest.mark.part("runner")
+
+METRICS = Metrics(n=20, accuracy=0.75, balanced_accuracy=0.75, auroc=None, nll=0.5, ece=0.1)
+
+
+def console(*, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
+
+
+def printed(plan) -> list[str]:
+    plain = console()
+    print_plan(plan, plain)
+    return plain.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.4, "0 s"), (59.4, "59 s"), (90, "1.5 min"), (3599, "60.0 min"), (3600, "1.0 h"), (100_000, "27.8 h")],
+)
+def test_a_time_is_said_as_a_person_says_it(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+    assert (counted(0, "run"), counted(1, "run"), counted(2, "run")) == ("0 runs", "1 run", "2 runs")
+
+
+def test_a_plan_sums_up_what_its_workers_take_and_quotes_no_markup(study, tmp_path) -> None:
+    plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
+    runs = tuple(
+        replace(run, estimate=replace(run.estimate, seconds=seconds, peak_memory_bytes=memory))
+        for run, seconds, memory in zip(plan.runs, (20.0, 70.0), (10**9, 3 * 10**9), strict=True)
+    )
+    notices = ("Images: [red]a.png and \x1b[31mb.png " + "x" * 150, "Images: no test image is of class 'a'")
+    alone = printed(replace(plan, runs=runs, notices=notices))
+    assert alone[0].endswith("digits at 32 px, fp32, 1 thread")
+    place = alone.index("Images: [red]a.png and \\x1b[31mb.png " + "x" * 150)
+    assert alone[place + 1] == notices[1]
+    assert "linear/seed_0" not in "".join(alone[: place + 2])
+    assert "2 runs: 2 to do in about 1.5 min one after the other, 0 already done and skipped." in alone
+    assert alone[-1].startswith("At most 3.0 GB of memory a run (")
+    two = plan.study.execution.model_copy(update={"workers": 2})
+    together = printed(replace(plan, runs=runs, study=plan.study.model_copy(update={"execution": two})))
+    assert "2 runs: 2 to do in about 1.2 min with 2 workers, 0 already done and skipped." in together
+    assert together[-1].startswith("At most 4.0 GB of memory at a time (")
+    last = replace(plan, runs=(runs[0], replace(runs[1], done=True)))
+    assert "2 runs: 1 to do in about 20 s, 1 already done and skipped." in printed(last)
+    done = replace(plan, runs=(replace(runs[0], done=True),))
+    assert printed(done)[-1] == "1 run: 0 to do, 1 already done and skipped."
+
+
+def planned_runs():
+    """Return a plan of three runs of 60 s on two workers."""
+    config = fake_config(("adaptive", "quantized", "diverging"), (0,), execution={"workers": 2})
+    runs = [
+        PlannedRun(run.spec, 200, Estimate(60.0, 10**8, "estimate"), False) for run in fake_plan(config, Path("x")).runs
+    ]
+    return SimpleNamespace(study=config, pending=tuple(runs))
+
+
+def ended(run, **update):
+    steps = [StepRow(step=200, loss=0.25, learning_rate=1e-3, gradient_norm=1.0, seconds=0.1)]
+    record = done_record(run.spec).model_copy(
+        update={"steps": steps, "validation": METRICS, "seconds": 90.0, "peak_memory_bytes": 3 * 10**8, **update}
+    )
+    return RunEnded(run, record, b"")
+
+
+def events_of(runs):
+    """Yield a study's events with the seconds that pass before each."""
+    first, second, third = runs
+    probe = HeadFit(l2=(1.0,), validation=(METRICS,), chosen_l2=1.0, gradient_norm=0.0, images=9)
+    yield 0, Notice("[a notice] that is no markup")
+    yield 0, RunStarted(first, "process 7 on here")
+    yield 0, RunStarted(second, "process 8 on here")
+    yield (
+        90,
+        RunProgress(first, Progress(100, 200, 0.5, None, None, None)),
+    )  # goes on; its process took so long to start
+    yield 20, RunProgress(first, Progress(110, 200, 0.4, 0.75, 3.5, None))
+    yield 1, RunProgress(second, Progress(1, 200, 0.625, None, 2.0, 6.0))
+    yield 31, RunProgress(second, Progress(20, 200, 0.5, 0.5, 2.0, 6.0))
+    yield 9, ended(first, warnings=["nothing was pruned"], head_fit=probe)
+    yield 0, RunStarted(third, "process 7 on here")
+    yield 0, RunRetried(third, failed_record(third.spec, "killed"))
+    yield 0, RunProgress(third, Progress(7, 200, 0.5, None, None, None))  # a late word
+    yield 0, RunStarted(third, "process 9 on here")
+    yield 0, RunInterrupted(third, 4)
+    yield 0, RunStarted(third, "process 9 on here")
+    yield 0, RunInterrupted(third, 0)
+    yield 5, RunEnded(third, failed_record(third.spec, "diverged"), None)
+    yield 5, ended(second)
+
+
+def test_what_is_said_of_runs_that_go_on(monkeypatch) -> None:
+    """A run that goes on at step 100 and makes 10 steps in 20 s has 90 steps and 180 s left; before, half of it all."""
+    monkeypatch.setattr(display, "_PLAIN_EVERY_S", 15.0)
+    plan, clock = planned_runs(), [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    plain = console()
+    with Watch(plan, console=plain) as watch:
+        for wait_s, event in events_of(plan.pending):
+            clock[0] += wait_s
+            watch.on_event(event)
+    document, clock[0] = ["# lines", plain.file.getvalue(), "# a terminal, after each event"], 1000.0
+    terminal = console(terminal=True)
+    with Watch(plan, console=terminal, until=1200.0) as watch:
+        for wait_s, event in events_of(plan.pending):
+            clock[0] += wait_s
+            watch.on_event(event)
+            if isinstance(event, RunProgress | RunEnded):
+                view = console()
+                view.print(watch._view())
+                document += [f"## {type(event).__name__} of {event.run.spec.name}", view.file.getvalue()]
+    text = "\n".join(line.rstrip() for line in "\n".join(document).splitlines())
+    check_golden("watch.txt", text + "\n")
+
+
+def test_a_terminal_draws_a_table_and_one_that_can_do_nothing_gets_lines() -> None:
+    plan = planned_runs()
+    for environment, has_lines in (({}, False), ({"TERM": "dumb"}, True)):
+        shown = Console(file=io.StringIO(), force_terminal=True, width=120, _environ=environment)
+        with Watch(plan, console=shown) as watch:
+            watch.on_event(RunStarted(plan.pending[0], "process 7"))
+            time.sleep(0 if has_lines else 0.5)
+        assert ("started on process 7" in shown.file.getvalue()) == has_lines
+        assert ("of 3 runs ended" in shown.file.getvalue()) != has_lines
