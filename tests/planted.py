@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis.planned import Plan
-from peft_vit.analysis.studies import Study, make_study
+from peft_vit.analysis.studies import Plan, Study, make_study
 from peft_vit.config import (
     MATRICES,
     AdaLoraConfig,

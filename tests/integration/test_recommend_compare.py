@@ -15,7 +15,7 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.comparability import POOL_KINDS
+from peft_vit.analysis.across import POOL_KINDS
 from peft_vit.config import load_study
 from peft_vit.records import RECORD_FILE, RunRecord
 

@@ -11,10 +11,12 @@ from tiny_models import CARD
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_onnx, input_ranges, open_exported
 from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph, step_and_zero
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
+from peft_vit.quantization.packing import field_bits
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -66,12 +68,12 @@ def test_every_format_expanded_is_what_the_model_computes(fast, batch) -> None:
     assert same >= 0.995
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NUMBER_FORMATS)
 def test_the_file_holds_codes_and_the_session_floats(kind, tmp_path) -> None:
     layer = packed(nn.Linear(768, 256), QuantizationFormat(kind, 32, True, torch.float16))
     network = nn.Sequential(nn.Flatten(), layer)
     content = onnx_graph(network, 16, lambda one, _: ExpandedLinear(one)).SerializeToString()
-    in_fields = 4 / 3 if kind in ("int3", "nf3") else 1  # codes of 3 bits lie in fields of 4
+    in_fields = field_bits(layer.quantized.format.bits) / layer.quantized.format.bits  # codes of 3 bits take 4
     # not 786,432 as in floats; so few scales torch itself casts
     assert len(content) <= 1.5 * in_fields * layer.quantized.nbytes
     _, graph = optimized(content, tmp_path / "optimized.onnx")

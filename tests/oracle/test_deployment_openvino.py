@@ -15,11 +15,13 @@ from tiny_models import CARD
 from torch import nn
 
 from peft_vit.adapters import adapted_modules
+from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_openvino, open_exported
 from peft_vit.deployment.check import random_weights
 from peft_vit.deployment.openvino_file import SETTINGS, weight_node
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, unpack_codes
+from peft_vit.quantization.packing import field_bits
 
 ov = pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
@@ -78,10 +80,10 @@ def test_the_low_bit_kernels_do_the_products_on_the_runs_own_codes(exported) -> 
         for node in compiled.get_runtime_model().get_ordered_ops()
         if node.get_rt_info()["layerType"].value == "FullyConnected"
     ]
-    names = {"int2": "u2", "int3": "i4", "int4": "i4", "int8": "i8", "nf4": "nf4"}
-    used = [module.quantized.format.type for _, module in adapted_modules(model)]
+    used = [module.quantized.format for _, module in adapted_modules(model)]
+    names = [one.type if one.has_codebook else {2: "u2", 4: "i4", 8: "i8"}[field_bits(one.bits)] for one in used]
     assert len(used) == 24
-    assert types == [*(names[kind] for kind in used), "f32"]  # the head
+    assert types == [*names, "f32"]  # the head
     # No float matrix of a packed layer lies in the file beside its codes.
     float_bytes = sum(parameter.nbytes for parameter in model.parameters())
     packed_bytes = sum(module.quantized.nbytes for _, module in adapted_modules(model))
@@ -127,7 +129,7 @@ def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-2
 
 
-@pytest.mark.parametrize("type", ["fp4", "nf3"])
+@pytest.mark.parametrize("type", [name for name, kind in NUMBER_FORMATS.items() if kind.values and name != "nf4"])
 def test_types_that_openvino_lacks_are_refused(tmp_path, type) -> None:
     model = packed_model([QuantizationFormat(type, 32, offset=True)])
     with pytest.raises(UserError, match=rf"blocks\.0\.attn\.qkv is in {type}.*export onnx or safetensors"):

@@ -13,7 +13,6 @@ from experiments.hypotheses.registry import MarkedFinding, mark_of
 from experiments.scripts.evidence import table
 from peft_vit.analysis import Analysis, Estimate, Finding, MethodResult
 from peft_vit.analysis.findings import Conclusion, conclude
-from peft_vit.analysis.limits import Limits
 from peft_vit.analysis.recommendation import recommend
 from peft_vit.report.document import Paragraph
 from peft_vit.report.findings_tables import estimate_of
@@ -478,7 +477,7 @@ def notices(analysis: Analysis) -> str:
 
 def recommended(analysis: Analysis) -> str:
     """Return what `peft-vit recommend` says without limits: the smallest that is shown to lose less than a point."""
-    found = recommend(analysis.study, Limits(), margin=MARGIN)
+    found = recommend(analysis.study, {}, margin=MARGIN)
     told = [block for block in recommendation_blocks(found) if isinstance(block, Paragraph)]
     return "\n\n".join(escaped(block.text) for block in told if block.text not in analysis.study.notices)
 

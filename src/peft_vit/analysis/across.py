@@ -3,39 +3,48 @@
 An experiment is the same if its name and its configuration are; data and backbone may differ. Within a study, methods
 are compared as in `analysis.comparison`: pairs share seed, weights, images and split, the exact Wilcoxon test decides,
 with Holm's correction over the study's table. Over studies a difference is pooled only if nothing differs that
-`comparability` names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
+POOL_KINDS names, or the caller allows it by name; what is refused is told with its reason. The pooled claim "is
 more accurate than the reference, on average over these studies" is decided by the stratified t test of
 `stratified_mean`, with Holm's correction over the pooled table.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from peft_vit.analysis.comparability import POOL_KINDS, PoolKind, Refusal, difference
 from peft_vit.analysis.comparison import DECIMALS, Estimate, MethodResult, compare, decide, method_results, references
 from peft_vit.analysis.importance import importance_patterns, study_agreements
 from peft_vit.analysis.limits import is_time
 from peft_vit.analysis.results import load_studies
 from peft_vit.analysis.stopping import compare_all
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.studies import Run, Study, grouped
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, Verdict, stratified_mean
 
-_ACCURACY_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
-_TIME_NEEDS: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
+PoolKind = Literal["configurations", "precision", "versions", "splits", "weights", "timings"]
+POOL_KINDS: tuple[PoolKind, ...] = get_args(PoolKind)
+_NEEDS_OF_ACCURACY: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "splits", "weights")
+_NEEDS_OF_TIMES: tuple[PoolKind, ...] = ("configurations", "precision", "versions", "timings")
+_MOST_NAMED = 4  # differences in one line
+
+Studies = Mapping[str, Study]  # by label, with its directory where two have the same
+RunsOf = Mapping[str, Sequence[Run]]  # likewise
 
 
 @dataclass(frozen=True)
-class LabelledStudy:
-    """A study and what it is called here: its label, with its directory where two have the same."""
+class Refusal:
+    """Something that was not pooled."""
 
-    label: str
-    study: Study
+    kind: PoolKind  # what differs, as `--allow-mismatch` names it
+    experiments: tuple[str, ...]  # of which nothing was pooled for that reason
+    studies: tuple[str, ...]  # in which they would have been
+    reason: str  # what differs, in words
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class PooledRow:
 class Across:
     """Several studies, side by side and pooled."""
 
-    studies: tuple[LabelledStudy, ...]  # in the order given
+    studies: Studies  # in the order given
     reference: str | None  # what the others are compared with; None if no experiment stands in every study
     rows: tuple[InStudy, ...]  # every experiment that occurs in two studies and more, by experiment, then study
     pooled: tuple[PooledRow, ...]  # one row an experiment that may be pooled
@@ -86,7 +95,10 @@ class Across:
     agreements: list[dict[str, Any]]  # rows of `study_agreements`
 
 
-def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_across(directories: Sequence[Path]) -> dict[str, Study]:
     """Read the studies below several directories.
 
     Raises:
@@ -106,15 +118,14 @@ def load_across(directories: Sequence[Path]) -> tuple[LabelledStudy, ...]:
     if smoke and len(smoke) < len(found):
         problem = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
         raise UserError(f"{problem}; leave them out", file="compare")
-    if len(found) < 2:
-        names = ", ".join(study.label for _, study in found)
-        problem = f"holds one study ({names}), and it takes two; give another directory, or use `peft-vit report`"
-        raise UserError(problem, file=directories[0])
     labels = [study.label for _, study in found]
-    return tuple(
-        LabelledStudy(study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})", study)
+    if len(found) < 2:
+        problem = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
+        raise UserError(problem, file=directories[0])
+    return {
+        study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
         for directory, study in found
-    )
+    }
 
 
 def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
@@ -122,29 +133,26 @@ def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
     seen: dict[str, tuple[Path, str]] = {}
     for directory, study in found:
         for run in study.runs:
-            key, name = _what_was_run(run), run.record.spec.run_id
+            spec, made = run.record.spec, run.provenance
+            # the same images elsewhere are the same images
+            anywhere = {"study": "any", "device": "auto", "threads": 1}
+            asked = spec.model_copy(update={**anywhere, "data": spec.data.model_copy(update={"path": None})})
+            key = f"{asked.model_dump_json()} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
             if key in seen:
-                other, other_name = seen[key]
-                same = "holds it" if name == other_name else f"holds it as {other_name!r}"
+                other, name = seen[key]
+                same = "holds it" if name == spec.run_id else f"holds it as {name!r}"
                 raise UserError(
-                    f"holds the run {name!r}, and {other} {same} too, which would count it twice as evidence; give one "
-                    "of them",
+                    f"holds the run {spec.run_id!r}, and {other} {same} too, which would count it twice as evidence; "
+                    "give one of them",
                     file=directory,
                 )
-            seen[key] = directory, name
+            seen[key] = directory, spec.run_id
 
 
-def _what_was_run(run: Run) -> str:
-    """Return configuration, seed and images; the same images elsewhere are the same images."""
-    spec, made = run.record.spec, run.provenance
-    anywhere = {"study": "any", "device": "auto", "threads": 1, "data": spec.data.model_copy(update={"path": None})}
-    images = made.data_sha256, made.split_sha256, made.weights_sha256
-    return f"{spec.model_copy(update=anywhere).model_dump_json()} {images}"
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare_studies(
-    studies: Sequence[LabelledStudy], *, reference: str | None = None, pool: Collection[PoolKind] = ()
-) -> Across:
+def compare_studies(studies: Studies, *, reference: str | None = None, pool: Collection[PoolKind] = ()) -> Across:
     """Compare what occurs in several studies.
 
     Args:
@@ -156,27 +164,33 @@ def compare_studies(
     Raises:
         UserError: if the reference has a finished run in fewer than two studies, or nothing occurs in two.
     """
-    found_in: dict[str, list[str]] = {}
-    for one in studies:
-        for name in dict.fromkeys(run.experiment.name for run in one.study.runs):
-            found_in.setdefault(name, []).append(one.label)
+    found_in = grouped(
+        (name, label)
+        for label, study in studies.items()
+        for name in dict.fromkeys(run.experiment.name for run in study.runs)
+    )
     shared = [name for name, labels in found_in.items() if len(labels) > 1]
     if not shared:
-        names = ", ".join(one.label for one in studies)
         problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
-        raise UserError(problem, file=names)
+        raise UserError(problem, file=", ".join(studies))
     chosen = _reference(studies, shared) if reference is None else reference
     if chosen is not None and chosen not in shared:
         problem = f"{chosen!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
         raise UserError(problem, field="--reference")
-    rows = tuple(row for one in studies for row in _in_study(one, shared, chosen))
-    order = {name: place for place, name in enumerate(shared)}
-    pooled, times, refusals = _pooled(studies, shared, chosen, frozenset(pool))
-    apart = [replace(one.study, name=one.label.removesuffix(" (smoke)")) for one in studies]  # two may share a name
+    rows = []
+    for label, study in studies.items():
+        results = [result for result in method_results(study) if result.experiment.name in shared]
+        compared: dict[str, Estimate] = {}
+        if chosen is not None and study.of(chosen):
+            compared = {one.name: one for one in compare_all(study, chosen, shared)}
+        rows += [InStudy(label, result, compared.get(result.experiment.name)) for result in results]
+    pooled, times, refusals = _pooled(studies, [] if chosen is None else shared, chosen or "", pool)
+    # two may share a name
+    apart = [replace(study, name=label.removesuffix(" (smoke)")) for label, study in studies.items()]
     return Across(
-        studies=tuple(studies),
+        studies=studies,
         reference=chosen,
-        rows=tuple(sorted(rows, key=lambda row: order[row.name])),
+        rows=tuple(sorted(rows, key=lambda row: shared.index(row.name))),
         pooled=pooled,
         times=times,
         refusals=refusals,
@@ -185,70 +199,51 @@ def compare_studies(
     )
 
 
-def _reference(studies: Sequence[LabelledStudy], shared: Collection[str]) -> str | None:
+def _reference(studies: Studies, shared: Collection[str]) -> str | None:
     for kind in ("lora", "linear"):
         own = [
-            {name for name in references(one.study) if any(e.name == name for e in one.study.with_method(kind))}
-            for one in studies
-            if one.study.runs
+            {e.name for e in study.with_method(kind)} & {*references(study)} for study in studies.values() if study.runs
         ]
-        common = sorted(set.intersection(*own) & set(shared))
-        if common:
-            return common[0]
+        if common := set.intersection(*own) & {*shared}:
+            return min(common)
     return None
 
 
-def _in_study(one: LabelledStudy, shared: Collection[str], reference: str | None) -> Iterator[InStudy]:
-    results = [result for result in method_results(one.study) if result.experiment.name in shared]
-    reference_runs = one.study.of(reference) if reference is not None else ()
-    compared: dict[str, Estimate] = {}
-    if reference is not None and reference_runs:
-        names = {result.experiment.name for result in results}
-        compared = {c.name: c for c in compare_all(one.study, reference, names)}
-    for result in results:
-        yield InStudy(one.label, result, compared.get(result.experiment.name))
-
-
 def _pooled(
-    studies: Sequence[LabelledStudy], shared: Sequence[str], reference: str | None, pool: Collection[PoolKind]
+    studies: Studies, shared: Sequence[str], reference: str, pool: Collection[PoolKind]
 ) -> tuple[tuple[PooledRow, ...], tuple[PooledRow, ...], tuple[Refusal, ...]]:
+    """Return rows of accuracy and of seconds, and what was refused; in the order of the experiments."""
     rows: list[PooledRow] = []
     times: list[PooledRow] = []
-    refused: dict[tuple[PoolKind, tuple[str, ...], str], list[str]] = {}
+    refused: list[tuple[tuple[PoolKind, tuple[str, ...], str], str]] = []
     for name in shared:
-        pairs = {one.label: own for one in studies if (own := _pairs(one.study, name, reference))}
+        pairs = {label: own for label, study in studies.items() if (own := _pairs(study, name, reference))}
         if name == reference or len(pairs) < 2:
             continue
-        runs_of = {label: [run for pair in own for run in pair] for label, own in pairs.items()}
-        differing = {kind: why for kind in POOL_KINDS if (why := difference(kind, runs_of)) is not None}
-        for kind in differing.keys() - pool:
-            refused.setdefault((kind, tuple(pairs), differing[kind]), []).append(name)
-        untested = next((one.study.untested for one in studies if one.label in pairs and one.study.untested), "")
+        differing = differences({label: [run for pair in own for run in pair] for label, own in pairs.items()})
+        refused += [((kind, tuple(pairs), why), name) for kind, why in differing.items() if kind not in pool]
+        untested = next((studies[label].untested for label in pairs if studies[label].untested), "")
         for table, value, needs, note in (
-            (rows, _difference, _ACCURACY_NEEDS, untested),
-            (times, _log_ratio, _TIME_NEEDS, ""),
+            (rows, _difference, _NEEDS_OF_ACCURACY, untested),
+            (times, _log_ratio, _NEEDS_OF_TIMES, ""),
         ):
             allowed = tuple((kind, differing[kind]) for kind in needs if kind in differing)
-            by_study = {
-                label: {a.seed: known for a, b in own if (known := value(a, b)) is not None}
-                for label, own in pairs.items()
-            }
-            by_study = {label: own for label, own in by_study.items() if own}
-            if all(kind in pool for kind, _ in allowed) and len(by_study) > 1:
-                table.append(_row(name, by_study, allowed, note))
+            known = grouped(
+                (label, number) for label, own in pairs.items() for a, b in own if (number := value(a, b)) is not None
+            )
+            if all(kind in pool for kind, _ in allowed) and len(known) > 1:
+                table.append(_row(name, known, allowed, note))
     decided = decide([row.estimate for row in rows])  # one that nothing may decide still counts in the family
     for place, one in enumerate(decided):
         open_ = replace(one, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
         rows[place] = replace(rows[place], estimate=open_ if one.note else one)
-    refusals = [Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in refused.items()]
+    refusals = [Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in grouped(refused).items()]
     refusals.sort(key=lambda one: (one.kind, one.experiments))
     return tuple(rows), tuple(map(_as_ratio, times)), tuple(refusals)
 
 
-def _pairs(study: Study, name: str, reference: str | None) -> list[tuple[Run, Run]]:
+def _pairs(study: Study, name: str, reference: str) -> list[tuple[Run, Run]]:
     """Return the pairs of runs that `compare` forms: the experiment's and the reference's."""
-    if reference is None:
-        return []
     runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
     seeds = compare(study.of(name), study.of(reference), name, reference).by_seed
     return [(runs[seed], others[seed]) for seed in sorted(seeds)]
@@ -264,19 +259,18 @@ def _log_ratio(a: Run, b: Run) -> float | None:
 
 
 def _row(
-    name: str, by_study: Mapping[str, Mapping[int, float]], allowed: tuple[tuple[PoolKind, str], ...], note: str
+    name: str, by_study: Mapping[str, Sequence[float]], allowed: tuple[tuple[PoolKind, str], ...], note: str
 ) -> PooledRow:
-    interval, significance = stratified_mean([list(own.values()) for own in by_study.values()])
+    interval, significance = stratified_mean(list(by_study.values()))
     estimate = Estimate(
         name=name,
-        by_seed={f"{label} {seed}": value for label, own in by_study.items() for seed, value in own.items()},
+        by_seed={f"{label}, pair {i}": value for label, own in by_study.items() for i, value in enumerate(own)},
         n_of="pairs",
         interval=interval,
         significance=significance,
         note=note,
     )
-    ahead = sum(math.fsum(own.values()) > 0 for own in by_study.values())
-    return PooledRow(tuple(by_study), estimate, ahead, allowed)
+    return PooledRow(tuple(by_study), estimate, sum(math.fsum(own) > 0 for own in by_study.values()), allowed)
 
 
 def _as_ratio(row: PooledRow) -> PooledRow:
@@ -285,3 +279,107 @@ def _as_ratio(row: PooledRow) -> PooledRow:
     low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
     ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
     return replace(row, estimate=replace(row.estimate, interval=ratio, significance=None))
+
+
+# --- what must be equal before numbers are pooled ---------------------------------------------------------------------
+
+
+def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
+    """Return what may be pooled although it differs, from ``versions,timings``.
+
+    Raises:
+        UserError: for a name that is none of POOL_KINDS; names the option.
+    """
+    asked = [part.strip() for part in text.split(",")] if text else []
+    unknown = [name for name in asked if name not in POOL_KINDS]
+    if unknown:
+        problem = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
+        raise UserError(problem, field=option)
+    return frozenset(kind for kind in POOL_KINDS if kind in asked)
+
+
+def differences(runs_of: RunsOf) -> dict[PoolKind, str]:
+    """Return what differs between the runs of several studies, in words, by its kind.
+
+    Data sets and backbones may differ, since that is what studies are compared over. Splits differ if two studies
+    take the same images and divide them otherwise: then test images of one may have trained the other. Seeds of one
+    study may divide them otherwise (`train_subset` or `test_split: per_seed`), so what is compared are the seeds that
+    both have.
+    """
+    return {kind: _few(texts) for kind in POOL_KINDS if (texts := list(_DIFFERENCES[kind](runs_of)))}
+
+
+def _few(texts: Sequence[str]) -> str:
+    more = f"; {len(texts) - _MOST_NAMED} more" if len(texts) > _MOST_NAMED else ""
+    return "; ".join(texts[:_MOST_NAMED]) + more
+
+
+def _among(runs_of: RunsOf, value: Callable[[Run], str], name: str = "") -> Iterator[str]:
+    """Yield in one text the values and the studies that have them, below a name, if they are not all the same."""
+    having = grouped((text, label) for label, runs in runs_of.items() for text in sorted({value(run) for run in runs}))
+    if len(having) > 1:
+        yield name + _few([f"{text} in {' and '.join(labels)}" for text, labels in sorted(having.items())])
+
+
+def _versions(runs_of: RunsOf) -> Iterator[str]:
+    for name in sorted({name for runs in runs_of.values() for run in runs for name in run.provenance.packages}):
+        yield from _among(runs_of, lambda run, of=name: run.provenance.packages.get(of, "not there"), f"{name} ")
+
+
+def _weights(runs_of: RunsOf) -> Iterator[str]:
+    kinds = [*_among(runs_of, lambda run: f"{'random' if run.provenance.random_weights else 'pretrained'} weights")]
+    if kinds:
+        yield from kinds
+        return
+    for model in sorted({run.record.spec.backbone.model for runs in runs_of.values() for run in runs}):
+        same = {label: [r for r in runs if r.record.spec.backbone.model == model] for label, runs in runs_of.items()}
+        yield from _among(same, lambda run: (run.provenance.weights_sha256 or "random")[:12], f"{model} ")
+
+
+def _splits(runs_of: RunsOf) -> Iterator[str]:
+    for images in sorted({run.provenance.data_sha256 for runs in runs_of.values() for run in runs}):
+        splits = {
+            label: {r.seed: r.provenance.split_sha256 for r in runs if r.provenance.data_sha256 == images}
+            for label, runs in runs_of.items()
+        }
+        for (label, first), (other, second) in combinations(((label, own) for label, own in splits.items() if own), 2):
+            shared = first.keys() & second.keys()
+            same = all(first[seed] == second[seed] for seed in shared)
+            if not (same if shared else {*first.values()} == {*second.values()}):
+                yield f"{label} and {other} divide the same images otherwise"
+
+
+def _configurations(runs_of: RunsOf) -> Iterator[str]:
+    asked = dict.fromkeys(
+        (run.experiment.name, label, run.experiment.model_dump_json())
+        for label, runs in runs_of.items()
+        for run in runs
+    )
+    by_name = grouped((name, (label, dict(_flat(json.loads(text))))) for name, label, text in asked)
+    for name, own in sorted(by_name.items()):
+        for field in sorted({field for _, settings in own for field in settings}):
+            values = grouped((label, str(settings.get(field))) for label, settings in own)
+            if len({value for each in values.values() for value in each}) > 1:
+                each = ", ".join(f"{' and '.join(sorted({*of}))} in {label}" for label, of in values.items())
+                yield f"{name}.{field}: {each}"
+
+
+def _flat(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield settings by their dotted names; not the flips, since the images say which ones leave a label right."""
+    if isinstance(plain, dict):
+        for key, value in plain.items():
+            yield from _flat(value, f"{path}.{key}" if path else key)
+    elif path == "training.augmentation":
+        yield path, [one for one in plain if "flip" not in one]
+    else:
+        yield path, plain
+
+
+_DIFFERENCES: dict[PoolKind, Callable[[RunsOf], Iterator[str]]] = {
+    "configurations": _configurations,
+    "precision": lambda runs_of: _among(runs_of, lambda run: run.record.spec.precision),
+    "versions": _versions,
+    "splits": _splits,
+    "weights": _weights,
+    "timings": lambda runs_of: _among(runs_of, lambda run: run.hardware),
+}

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.analysis.planned import seeds_in_words
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.studies import Run, Study, seeds_in_words
 from peft_vit.records import Predictions
 
 Group = Literal["both right", "only the best right", "only the baseline right", "both wrong"]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
-from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Estimate, MethodResult, compare, decide
 from peft_vit.analysis.studies import Study
 from peft_vit.statistics import Interval
@@ -84,7 +83,7 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
     if any(m.validation_accuracy is None for m in methods):
         return ()
     found = []
-    machines = {hardware(run) for run in study.runs}
+    machines = {run.hardware for run in study.runs}
     for cost in get_args(CostName):
         known = {m.experiment.name: value for m in methods if (value := getattr(m, cost)) is not None}
         left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.studies import Run, Study
@@ -70,7 +69,7 @@ class QuantizationImpact:
     @property
     def same_machine(self) -> bool:
         """Return whether both ran on one machine with as many threads, so that seconds and memory compare."""
-        return len({hardware(run) for run in (*self.runs, *self.twin)}) == 1
+        return len({run.hardware for run in (*self.runs, *self.twin)}) == 1
 
     @cached_property
     def model(self) -> ModelBytes | None:

@@ -29,9 +29,8 @@ simultaneous (Bonferroni), so that theirs cover all candidates at once and any c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from statistics import fmean
 from typing import Literal
 
@@ -39,16 +38,14 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.analysis.comparability import hardware
 from peft_vit.analysis.comparison import ALPHA, Estimate, Question, compare, decide
 from peft_vit.analysis.limits import (
     SAME_SIZE,
-    Cost,
     ExportedLatency,
-    Fault,
     Limits,
     Measure,
-    cost_of,
+    Option,
+    is_time,
     smallest_latency_batch,
 )
 from peft_vit.analysis.stopping import ENDS, at_last_look, study_courses
@@ -57,51 +54,46 @@ from peft_vit.errors import UserError
 from peft_vit.statistics import Verdict, mean_interval
 from peft_vit.statistics.intervals import mean_and_error
 
-_POWER = 0.8  # of the n that would be needed
-_TIMED = ("--max-seconds", "--max-latency-ms")
-_MOST_SEEDS = 1000  # beyond this nobody asks for how many
-_CostOf = Callable[[Sequence[Run]], Cost]
+_TIMED: tuple[Option, ...] = ("--max-seconds", "--max-latency-ms")
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 
-def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | None:
-    """Return the smallest n at which the one-sided test succeeds with 80 % power, if mean and spread stay as they are.
+@dataclass(frozen=True)
+class Fault:
+    """A limit beside what an experiment costs in its unit (bytes, parameters, seconds); None: not recorded."""
 
-    The power of the one-sided t test, by the noncentral t distribution: ``P(T > t_{n-1, 1-level})`` with noncentrality
-    ``(mean + margin) sqrt(n) / s``. It is as uncertain as the mean and s of a few seeds are. Source: Johnson & Welch,
-    Biometrika 31 (1940); Julious, Statistics in Medicine 23 (2004), 6.
-
-    Returns:
-        n; None where no n would do (the mean lies at the margin or below), none up to 1000 does, or nothing is known
-        of the spread.
-    """
-    data = np.asarray(differences, dtype=np.float64)
-    if data.size < 2 or np.ptp(data) == 0:
-        return None
-    mean, error = mean_and_error(data)
-    effect = (mean + margin) / (error * math.sqrt(data.size))
-    if effect <= 0:
-        return None
-    n = np.arange(2, _MOST_SEEDS + 1)
-    reached = scipy.stats.nct.sf(scipy.stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= _POWER
-    return int(n[np.argmax(reached)]) if reached.any() else None
+    option: Option
+    limit: float
+    value: float | None
 
 
 @dataclass(frozen=True)
 class Rated:
-    """An experiment with what it costs and what validation says of it."""
+    """An experiment, what its finished runs cost, and what validation says of it; means over seeds."""
 
     name: str
     runs: tuple[Run, ...]
-    cost: Cost
     validation_accuracy: float
-    faults: tuple[Fault, ...]
+    stored_bytes: float  # frozen weights as they are kept, and the adapter file
+    parameters: float  # trainable at the end, head included
+    seconds_per_step: float | None  # of the runs' medians; None if a run lacks it
+    latency_s: float | None  # of the runs' median forward pass, or of their exported models; None: not known
+    beside: tuple[Fault, ...]  # every limit that was given
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """Return the limits that it does not keep, or of which nothing was recorded."""
+        return tuple(one for one in self.beside if one.value is None or one.value > one.limit)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """Return its finished seeds."""
         return tuple(run.seed for run in self.runs)
+
+    def size(self, measure: Measure) -> float | None:
+        """Return what experiments are ordered by."""
+        return {"bytes": self.stored_bytes, "params": self.parameters, "latency": self.latency_s}[measure]
 
 
 @dataclass(frozen=True)
@@ -150,7 +142,7 @@ class Recommendation:
         """Return the nominal coverage of a candidate's interval."""
         if self.study.stopping is not None:
             return 1 - 2 * self.study.stopping.level
-        return _confidence(len(self.candidates))
+        return 1 - 2 * _level(len(self.candidates))
 
     def comparison_of(self, rated: Rated) -> Candidate | None:
         """Return what was tested of an experiment; None of the best, which is what others are tested against."""
@@ -192,14 +184,26 @@ def recommend(
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
     _require_margin(study, margin)
-    cost = partial(cost_of, latency_batch=smallest_latency_batch(study.runs), exported=exported)
-    untimed = "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
-    left_out = _left_out(study, measure, cost, untimed)
-    rated = [_rate(e.name, study.of(e.name), limits, cost) for e in study.experiments if e.name not in left_out]
+    left_out: dict[str, str] = {}
+    rated = []
+    for experiment in study.experiments:
+        runs = study.of(experiment.name)
+        one = _rate(runs, limits, smallest_latency_batch(study.runs), exported) if runs else None
+        if one is None:
+            left_out[experiment.name] = "has no finished run"
+        elif len({run.configuration() for run in runs}) > 1:
+            left_out[experiment.name] = "was configured differently from seed to seed"
+        elif one.size(measure) is None:
+            untimed = (
+                "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
+            )
+            left_out[experiment.name] = untimed
+        else:
+            rated.append(one)
     if not rated:
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
-    rated.sort(key=lambda one: _size(one, measure))
+    rated.sort(key=lambda one: (one.size(measure), one.parameters, one.name))
     best = _compared_with(study, rated)
     within = [one for one in rated if not one.faults]
     smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
@@ -207,12 +211,14 @@ def recommend(
     shown = [one.rated for one in candidates if one.shown]
     smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
     smallest.sort(key=lambda one: -one.validation_accuracy)
-    outcome, chosen = _outcome(candidates, smallest, best, bool(within))
+    outcome: Outcome = "smaller"
+    if not smallest:
+        outcome = "nothing within" if not within else "not decided" if candidates else "best"
     return Recommendation(
         study=study,
         outcome=outcome,
         best=best,
-        chosen=chosen,
+        chosen=smallest[0] if smallest else best if outcome == "best" else None,
         candidates=candidates,
         as_small=tuple(smallest[1:]),
         outside=tuple(one for one in rated if one.faults),
@@ -225,63 +231,56 @@ def recommend(
     )
 
 
-def _outcome(
-    candidates: Sequence[Candidate], smallest: Sequence[Rated], best: Rated, any_within: bool
-) -> tuple[Outcome, Rated | None]:
-    if smallest:
-        return "smaller", smallest[0]
-    if not any_within:
-        return "nothing within", None
-    return ("not decided", None) if candidates else ("best", best)
-
-
 def _no_larger(one: Rated, than: Rated, measure: Measure) -> bool:
-    return _size(one, measure)[0] <= (1 + SAME_SIZE) * _size(than, measure)[0]
+    return (one.size(measure) or 0.0) <= (1 + SAME_SIZE) * (than.size(measure) or 0.0)
 
 
-def _size(rated: Rated, measure: Measure) -> tuple[float, float, str]:
-    size = rated.cost.by(measure)
-    assert size is not None  # left out otherwise
-    return size, rated.cost.parameters, rated.name
+def _rate(runs: tuple[Run, ...], limits: Limits, latency_batch: int | None, exported: ExportedLatency | None) -> Rated:
+    stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
+    parameters = [run.parameters.final for run in runs]
+    seconds = _mean_time([run.record.seconds_per_step for run in runs])
+    latency = _mean_time([run.record.latency_s.get(latency_batch or 0) for run in runs])
+    if exported is not None:
+        latency = exported.of(runs)
+    bound = {
+        "--max-bytes": max(stored),
+        "--max-params": max(parameters),
+        "--max-seconds": seconds,
+        "--max-latency-ms": latency,
+    }
+    return Rated(
+        name=runs[0].experiment.name,
+        runs=runs,
+        validation_accuracy=fmean(run.validation.accuracy for run in runs if run.validation is not None),
+        stored_bytes=fmean(stored),
+        parameters=fmean(parameters),
+        seconds_per_step=seconds,
+        latency_s=latency,
+        beside=tuple(Fault(option, limit, bound[option]) for option, limit in limits.items()),
+    )
 
 
-def _rate(name: str, runs: tuple[Run, ...], limits: Limits, cost_of: _CostOf) -> Rated:
-    cost = cost_of(runs)
-    accuracy = fmean(run.validation.accuracy for run in runs if run.validation is not None)
-    return Rated(name, runs, cost, accuracy, limits.faults(cost))
-
-
-def _left_out(study: Study, measure: Measure, cost_of: _CostOf, untimed: str) -> dict[str, str]:
-    reasons = {}
-    for experiment in study.experiments:
-        runs = study.of(experiment.name)
-        if not runs:
-            reasons[experiment.name] = "has no finished run"
-        elif len({run.configuration() for run in runs}) > 1:
-            reasons[experiment.name] = "was configured differently from seed to seed"
-        elif measure == "latency" and cost_of(runs).latency_s is None:
-            reasons[experiment.name] = untimed
-    return reasons
+def _mean_time(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if is_time(value)]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _require_times(study: Study, limits: Limits, measure: Measure, exported: ExportedLatency | None) -> None:
-    options = [fault.option for fault in limits.given(cost_of(study.runs, None)) if fault.option in _TIMED]
-    asked = [*options, *(["--smallest latency"] if measure == "latency" else [])]
+    asked: list[str] = [option for option in _TIMED if option in limits]
+    asked += ["--smallest latency"] if measure == "latency" else []
+    of_latency = [option for option in asked if option != "--max-seconds"]
     if exported is not None:  # timed on one machine
-        if asked in ([], ["--max-seconds"]):
+        if not of_latency:
             problem = "has no effect without --max-latency-ms or --smallest latency"
             raise UserError(problem, field="--bench")
         asked = [option for option in asked if option == "--max-seconds"]
-    if not asked:
-        return
-    machines = {hardware(run) for run in study.runs}
-    if len(machines) > 1:
+    machines = {run.hardware for run in study.runs}
+    if asked and len(machines) > 1:
         problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
         raise UserError(f"{problem}compare; ask without {' and '.join(asked)}", file=study.label)
-    needs_latency = exported is None and (measure == "latency" or limits.latency_s is not None)
-    if needs_latency and smallest_latency_batch(study.runs) is None:
-        what = " and ".join(option for option in asked if option != "--max-seconds")
-        raise UserError(f"its records hold no latency; ask without {what}, or measure it", file=study.label)
+    if of_latency and exported is None and smallest_latency_batch(study.runs) is None:
+        problem = f"its records hold no latency; ask without {' and '.join(of_latency)}, or measure it"
+        raise UserError(problem, file=study.label)
 
 
 def _require_margin(study: Study, margin: float) -> None:
@@ -320,7 +319,7 @@ def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) 
             for one in smaller
             for course in [course_of[one.name]]
         )
-    asked, level = Question("noninferiority", margin), ALPHA / max(1, len(smaller))
+    asked, level = Question("noninferiority", margin), _level(len(smaller))
     compared = [replace(compare(one.runs, best.runs, one.name, best.name), question=asked) for one in smaller]
     candidates = []
     for rated, one in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
@@ -331,17 +330,39 @@ def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) 
     return tuple(candidates)
 
 
-def _confidence(family: int) -> float:
-    return 1 - 2 * ALPHA / max(1, family)
+def _level(candidates: int) -> float:
+    return ALPHA / max(1, candidates)
+
+
+def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | None:
+    """Return the smallest n at which the one-sided test succeeds with 80 % power, if mean and spread stay as they are.
+
+    The power of the one-sided t test, by the noncentral t distribution: ``P(T > t_{n-1, 1-level})`` with noncentrality
+    ``(mean + margin) sqrt(n) / s``. It is as uncertain as the mean and s of a few seeds are. Source: Johnson & Welch,
+    Biometrika 31 (1940); Julious, Statistics in Medicine 23 (2004), 6.
+
+    Returns:
+        n; None where no n would do (the mean lies at the margin or below), none up to 1000 does, or nothing is known
+        of the spread.
+    """
+    data = np.asarray(differences, dtype=np.float64)
+    if data.size < 2 or np.ptp(data) == 0:
+        return None
+    mean, error = mean_and_error(data)
+    effect = (mean + margin) / (error * math.sqrt(data.size))
+    if effect <= 0:
+        return None
+    n = np.arange(2, 1000 + 1)
+    reached = scipy.stats.nct.sf(scipy.stats.t.isf(level, n - 1), n - 1, effect * np.sqrt(n)) >= 0.8
+    return int(n[np.argmax(reached)]) if reached.any() else None
 
 
 def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
-    limits, nearest = recommendation.limits, []
-    for place in range(len(limits.given(recommendation.best.cost))):
-        beside = [(limits.given(rated.cost)[place], rated) for rated in recommendation.outside]
+    nearest = []
+    for place in range(len(recommendation.limits)):
+        beside = [(rated.beside[place], rated) for rated in recommendation.outside]
         known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
         if known:
-            _, _, fault, rated = min(known, key=lambda one: one[:2])
-            nearest.append((fault, rated))
+            nearest.append(min(known, key=lambda one: one[:2])[2:])
     return nearest

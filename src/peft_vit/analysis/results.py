@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis.planned import Plan, run_of
-from peft_vit.analysis.studies import Study, make_study
+from peft_vit.analysis.studies import Plan, Study, grouped, make_study, run_of
 from peft_vit.errors import UserError
-from peft_vit.records import Contents, Problem, RunRecord, StudyStatus, read_contents
+from peft_vit.records import Contents, Problem, RunRecord, read_contents
 
 _Key = tuple[str, bool]  # a study's name, and whether it is of smoke runs
 
@@ -44,31 +43,28 @@ def read_results(directory: Path) -> Results:
     contents = read_contents(directory)
     records, of_copies = _once(contents)
     problems = (*contents.problems, *of_copies)
-    groups: dict[_Key, list[RunRecord]] = {}
-    for record in records:
-        groups.setdefault((record.spec.study, record.spec.smoke), []).append(record)
-    folders: dict[_Key, list[StudyStatus]] = {}
-    for folder in contents.studies:
-        if folder.file is not None:
-            folders.setdefault((folder.file.configuration.name, folder.file.smoke), []).append(folder)
+    groups = grouped((_key(record), record) for record in records)
+    known = [(folder, folder.file) for folder in contents.studies]
+    folders = grouped(((file.configuration.name, file.smoke), folder) for folder, file in known if file is not None)
     keys = sorted({*groups, *folders})
-    for folder in contents.studies:  # of one that an earlier version made, or whose study.json is damaged
-        if folder.file is None:
-            for key in keys:
-                if key[0] == folder.name:
-                    folders.setdefault(key, []).append(folder)
+    for folder, file in known:
+        for key in keys:
+            if file is None and key[0] == folder.name:  # an earlier version made it, or its study.json is damaged
+                folders.setdefault(key, []).append(folder)
     root = Path(directory).absolute().name
-    own = {problem: _concerned(problem, keys, contents, root) for problem in problems}
-    studies = tuple(
-        make_study(
-            *key,
-            groups.get(key, ()),
-            Plan(tuple(folders.get(key, ())), _left_out(key[0], problems, root)),
-            _in_words([problem for problem in problems if key in own[problem]]),
+    of_file = {file: _key(record) for file, record in contents.records}
+    concerned = [(problem, _concerned(problem, keys, of_file, root)) for problem in problems]
+    studies = []
+    for key in keys:
+        left_out = tuple(
+            (*run_of(problem.run[1]), problem.message)
+            for problem in problems
+            if problem.left_out and problem.run is not None and (problem.run[0] or root) == key[0]
         )
-        for key in keys
-    )
-    return Results(directory, studies, problems)
+        of_files = _in_words([problem for problem, own in concerned if key in own])
+        plan = Plan(tuple(folders.get(key, ())), left_out)
+        studies.append(make_study(*key, groups.get(key, ()), plan, of_files))
+    return Results(directory, tuple(studies), problems)
 
 
 def load_studies(directory: Path) -> tuple[Study, ...]:
@@ -84,20 +80,20 @@ def load_studies(directory: Path) -> tuple[Study, ...]:
     return results.studies
 
 
+def _key(record: RunRecord) -> _Key:
+    return record.spec.study, record.spec.smoke
+
+
 def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
     """Return the records that count, and what is to be said of runs that stand twice."""
-    copies: dict[tuple[str, bool], list[tuple[str, RunRecord]]] = {}
-    for file, record in contents.records:
-        copies.setdefault((record.spec.run_id, record.spec.smoke), []).append((file, record))
+    copies = grouped(((r.spec.run_id, r.spec.smoke), (file, r)) for file, r in contents.records)
     records, problems = [], []
     for (run, _), own in copies.items():
         files = [file for file, _ in own]
-        if len({record.model_dump_json() for _, record in own} if len(own) > 1 else own) == 1:
+        if len(own) == 1 or len({record.model_dump_json() for _, record in own}) == 1:
             records.append(own[0][1])
-            problems += [
-                Problem(file, f"is the same record of {run!r} as {files[0]}; it counts once", left_out=False)
-                for file in files[1:]
-            ]
+            same = f"is the same record of {run!r} as {files[0]}; it counts once"
+            problems += [Problem(file, same, left_out=False) for file in files[1:]]
             continue
         for file in files:
             others = ", ".join(other for other in files if other != file)
@@ -106,28 +102,17 @@ def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
     return records, problems
 
 
-def _concerned(problem: Problem, keys: Sequence[_Key], contents: Contents, root: str) -> set[_Key]:
+def _concerned(problem: Problem, keys: Sequence[_Key], of_file: dict[str, _Key], root: str) -> set[_Key]:
     """Return the studies that a problem is told in: its own by its place, or where that says nothing, all."""
-    of_file = {file: (record.spec.study, record.spec.smoke) for file, record in contents.records}
-    if problem.file in of_file and of_file[problem.file] in keys:
+    if of_file.get(problem.file) in keys:
         return {of_file[problem.file]}
     parts = {root, *Path(problem.file).parts}
     return {key for key in keys if key[0] in parts} or set(keys)
 
 
-def _left_out(study: str, problems: Iterable[Problem], root: str) -> tuple[tuple[str, int, str], ...]:
-    found = []
-    for problem in problems:
-        if problem.left_out and problem.run is not None and (problem.run[0] or root) == study:
-            found.append((*run_of(problem.run[1]), problem.message))
-    return tuple(found)
-
-
 def _in_words(problems: Sequence[Problem]) -> list[str]:
     """Return each distinct problem once, with its files."""
-    files: dict[tuple[bool, str], list[str]] = {}
-    for problem in problems:
-        files.setdefault((not problem.left_out, problem.message), []).append(problem.file)
+    files = grouped(((not problem.left_out, problem.message), problem.file) for problem in problems)
     return [
         f"{'Note' if is_note else 'Left out'}: {', '.join(names)}: {message}."
         for (is_note, message), names in sorted(files.items(), key=lambda item: item[0][0])

@@ -1,4 +1,4 @@
-"""Records grouped by study, and everything that a reader must know before believing a number.
+"""Records grouped by study, what was planned of it, and everything that a reader must know before believing a number.
 
 Smoke runs and real runs are never pooled: they form two studies, even under one name. Nothing is dropped in
 silence: failed, incomplete and missing runs are named in `Study.notices`.
@@ -7,17 +7,35 @@ silence: failed, incomplete and missing runs are named in `Study.notices`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, TypeVar, get_args
 
-from peft_vit.analysis.planned import STATES, Plan, UnfinishedRun, runs_in_words, seeds_in_words, unfinished_runs
-from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig
+from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo
+from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo, StudyStatus
 
-METHOD_ORDER = tuple(METHOD_KINDS)
+# missing: no record, and no study.json that would tell whether it was ever planned.
+State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
+STATES: tuple[State, ...] = get_args(State)
+# Of a run without a record: in one of several folders it may have got further.
+_FURTHEST_FIRST: tuple[State, ...] = ("running", "pending", "skipped")
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def grouped(pairs: Iterable[tuple[_Key, _Value]]) -> dict[_Key, list[_Value]]:
+    """Return key -> all its values, by the first one of each."""
+    groups: dict[_Key, list[_Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+# --- runs and what was planned ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,12 @@ class Run:
         """Return what was asked."""
         return self.record.spec.experiment
 
+    @property
+    def hardware(self) -> str:
+        """Return what its times depend on, in words."""
+        made = self.provenance
+        return f"{made.device} on {made.processor}, {made.cpu_count} processors, {made.threads} threads"
+
     def configuration(self) -> str:
         """Return everything that was asked but for the seed, as text that is equal where it is."""
         return self.record.spec.model_copy(update={"seed": 0}).model_dump_json()
@@ -59,6 +83,107 @@ class Run:
         return self.record.importance_history[-1].scores if self.record.importance_history else {}
 
 
+def _finished(record: RunRecord) -> Run | None:
+    test, parameters, bytes_, provenance = record.test, record.parameters, record.bytes, record.provenance
+    if record.status != "done" or not (test and parameters and bytes_ and provenance):
+        return None
+    if record.validation is None and record.spec.data.validation_images:
+        return None
+    return Run(record, record.validation, test, parameters, bytes_, provenance)
+
+
+def why_unfinished(record: RunRecord) -> str:
+    """Return in one line why a record can't be used."""
+    if record.status == "done":
+        return "the record says done, but outcomes are missing in it"
+    return record.error or "no error was recorded"
+
+
+@dataclass(frozen=True)
+class UnfinishedRun:
+    """A run without a record that counts; `note` says why, or how far it is."""
+
+    experiment: str
+    seed: int
+    state: State
+    note: str = ""
+
+    @property
+    def run(self) -> tuple[str, int]:
+        """Return experiment and seed."""
+        return self.experiment, self.seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a study beside its records."""
+
+    folders: tuple[StudyStatus, ...] = ()  # those of this study; several if its results were brought together
+    left_out: tuple[tuple[str, int, str], ...] = ()  # experiment and seed of runs whose records do not count, and why
+
+    @cached_property
+    def configurations(self) -> tuple[StudyConfig, ...]:
+        """Return what was planned; empty if no study.json says it."""
+        return tuple(folder.file.configuration for folder in self.folders if folder.file is not None)
+
+    @property
+    def declared(self) -> StudyConfig | None:
+        """Return the configuration whose `stopping` says when comparisons stop; None without one."""
+        return next((one for one in self.configurations if one.stopping is not None), None)
+
+    @property
+    def seeds_added(self) -> tuple[int, ...]:
+        """Return the seeds that were added when results were there, and that nothing had declared."""
+        return tuple(sorted({seed for folder in self.folders if folder.file for seed in folder.file.seeds_added}))
+
+    @cached_property
+    def runs(self) -> frozenset[tuple[str, int]]:
+        """Return experiment and seed of each planned run."""
+        return frozenset(run_of(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
+
+    def unfinished(
+        self, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]
+    ) -> list[UnfinishedRun]:
+        """Return the runs that have no record that counts, by experiment and seed; `recorded` are those that have one.
+
+        Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
+        """
+        why = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
+        known = grouped((run_of(status.run), status) for folder in self.folders for status in folder.runs)
+        found: list[UnfinishedRun] = []
+        for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
+            told: list[tuple[State, str]] = [
+                (state, one.note) for state in _FURTHEST_FIRST for one in known.get(run, ()) if one.state == state
+            ]
+            if run in why:
+                told = [("left out", why[run])]
+            # Planned without a state: the record in its folder is of another run, or has come since records were read.
+            state, note = told[0] if told else ("pending" if run in self.runs else "missing", "")
+            found.append(UnfinishedRun(*run, state, note))
+        return found
+
+
+def run_of(run: str) -> tuple[str, int]:
+    """Return experiment and seed of ``lora_r8/seed_0``."""
+    experiment, _, seed = run.partition("/seed_")
+    return experiment, int(seed)
+
+
+def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
+    """Return experiments with their seeds, e.g. ``lora_r8 seeds 0–2, 5; lora_r4 seed 1``."""
+    return "; ".join(f"{name}{between}{seeds_in_words(own)}" for name, own in grouped(runs).items())
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """Return seeds, three and more in a row as a range, e.g. ``seeds 0–2, 5``."""
+    stretches = grouped((seed - place, seed) for place, seed in enumerate(sorted(seeds))).values()
+    parts = [f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(map(str, one)) for one in stretches]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(parts)}"
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Study:
     """All runs of one study, either real ones or smoke runs."""
@@ -72,8 +197,13 @@ class Study:
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
     unfinished: tuple[UnfinishedRun, ...]
-    notices: tuple[str, ...]  # sentences: what to know before believing a number
+    of_files: tuple[str, ...]  # what is to be known of the files that it was read from
     plan: Plan  # what is known beside the records
+
+    @cached_property
+    def notices(self) -> tuple[str, ...]:
+        """Return sentences: what to know before believing a number."""
+        return *self.of_files, *_notices(self)
 
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
@@ -93,7 +223,18 @@ class Study:
     @property
     def disclaimer(self) -> str:
         """Return why no number here says anything about a method; empty if they do. It is one of the notices."""
-        return _disclaimer(self.smoke, self.runs)
+        if self.smoke:
+            return (
+                "Smoke runs: random weights, synthetic images and a compressed schedule. They show that the code "
+                "runs. No number here says anything about a method."
+            )
+        names = sorted({run.experiment.name for run in self.runs if run.provenance.random_weights})
+        if not names:
+            return ""
+        return (
+            f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
+            "Nothing here carries over to fine-tuning a pretrained model."
+        )
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -122,11 +263,8 @@ class Study:
         return self._by_experiment.get(experiment, ())
 
     @cached_property
-    def _by_experiment(self) -> dict[str, tuple[Run, ...]]:
-        found: dict[str, list[Run]] = {}  # with a thousand runs nobody should look through all each time
-        for run in self.runs:
-            found.setdefault(run.experiment.name, []).append(run)
-        return {name: tuple(runs) for name, runs in found.items()}
+    def _by_experiment(self) -> dict[str, tuple[Run, ...]]:  # with a thousand runs nobody should look through all
+        return {name: tuple(runs) for name, runs in grouped((run.experiment.name, run) for run in self.runs).items()}
 
     def with_method(self, *methods: str) -> tuple[ExperimentConfig, ...]:
         """Return the experiments of some methods that have a finished run."""
@@ -141,30 +279,35 @@ class Study:
         return tuple(e for e in self.with_method("lora") if e.need(LoraConfig).rank is not None)
 
 
-def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, first: Sequence[str]) -> Study:
-    """Return the study of some records, each run's once; the notices in `first` stand above those that follow."""
-    group = {(record.spec.experiment.name, record.spec.seed): record for record in records}
-    records = [group[key] for key in sorted(group)]
-    candidates = [_finished(record) for record in records]
-    runs = tuple(run for run in candidates if run is not None)
-    failed = tuple(record for record, run in zip(records, candidates, strict=True) if run is None)
-    by_name = {e.name: e for e in plan.experiments} | {r.spec.experiment.name: r.spec.experiment for r in records}
-    experiments = tuple(sorted(by_name.values(), key=_order))
-    seeds = sorted({seed for _, seed in group})
-    unfinished = unfinished_runs(plan, group, [(e.name, seed) for e in experiments for seed in seeds])
-    place = {e.name: index for index, e in enumerate(experiments)}
-    unfinished = tuple(sorted(unfinished, key=lambda run: (place.get(run.experiment, len(place)), run.run)))
-    runs = tuple(sorted(runs, key=lambda run: (_order(run.experiment), run.seed)))
-    notices = (
-        *first,
-        *_notices(smoke, runs, failed),
-        *_of_seeds(name, plan),
-        *_progress(plan, len(runs), len(failed), unfinished),
-        *_unplanned(plan, group),
-        *_warnings(records),
-        *_differences(runs),
+def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, of_files: Sequence[str]) -> Study:
+    """Return the study of some records, each run's once."""
+    group = {_run_of(record): record for record in records}
+    by_name = {e.name: e for one in plan.configurations for e in one.experiments}
+    by_name |= {name: group[name, seed].spec.experiment for name, seed in sorted(group)}
+    place = {experiment.name: place for place, experiment in enumerate(sorted(by_name.values(), key=_order))}
+    finished = {run: _finished(group[run]) for run in sorted(group, key=lambda run: (place[run[0]], run))}
+    unfinished = plan.unfinished(group, [(name, seed) for name in place for _, seed in group])
+    unfinished.sort(key=lambda run: (place.get(run.experiment, len(place)), run.run))
+    return Study(
+        name=name,
+        smoke=smoke,
+        experiments=tuple(by_name[name] for name in place),
+        runs=tuple(run for run in finished.values() if run is not None),
+        failed=tuple(group[run] for run in sorted(group) if finished[run] is None),
+        unfinished=tuple(unfinished),
+        of_files=tuple(of_files),
+        plan=plan,
     )
-    return Study(name, smoke, experiments, runs, failed, unfinished, notices, plan)
+
+
+def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
+    section = experiment.section(LoraConfig) or experiment.section(PeftLoraConfig)
+    rank = section.rank if section is not None and section.rank is not None else 0
+    return [*METHOD_KINDS].index(experiment.method), rank, experiment.name
+
+
+def _run_of(record: RunRecord) -> tuple[str, int]:
+    return record.spec.experiment.name, record.spec.seed
 
 
 def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> Study:
@@ -183,136 +326,74 @@ def choose_study(studies: Sequence[Study], name: str | None, source: Path) -> St
     raise UserError(f"holds {len(studies)} studies ({labels}); choose one with --study NAME", file=source)
 
 
-def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
-    section = experiment.section(LoraConfig) or experiment.section(PeftLoraConfig)
-    rank = section.rank if section is not None and section.rank is not None else 0
-    return METHOD_ORDER.index(experiment.method), rank, experiment.name
+# --- what to know before believing a number ---------------------------------------------------------------------------
 
 
-def _finished(record: RunRecord) -> Run | None:
-    test, parameters, bytes_, provenance = record.test, record.parameters, record.bytes, record.provenance
-    if record.status != "done" or not (test and parameters and bytes_ and provenance):
-        return None
-    if record.validation is None and record.spec.data.validation_images:
-        return None
-    return Run(record, record.validation, test, parameters, bytes_, provenance)
-
-
-def why_unfinished(record: RunRecord) -> str:
-    """Return in one line why a record can't be used."""
-    if record.status == "done":
-        return "the record says done, but outcomes are missing in it"
-    return record.error or "no error was recorded"
-
-
-def _disclaimer(smoke: bool, runs: tuple[Run, ...]) -> str:
-    if smoke:
-        return (
-            "Smoke runs: random weights, synthetic images and a compressed schedule. They show that the code "
-            "runs. No number here says anything about a method."
-        )
-    names = sorted({run.experiment.name for run in runs if run.provenance.random_weights})
-    if not names:
-        return ""
-    return (
-        f"Random weights: the backbone of {', '.join(names)} was not pretrained. "
-        "Nothing here carries over to fine-tuning a pretrained model."
-    )
-
-
-def _notices(smoke: bool, runs: tuple[Run, ...], failed: tuple[RunRecord, ...]) -> list[str]:
-    disclaimer = _disclaimer(smoke, runs)
-    reasons: dict[str, list[RunRecord]] = {}
-    for record in failed:
-        reasons.setdefault(why_unfinished(record), []).append(record)
-    own = [f"Failed: {_runs(records)}: {reason}" for reason, records in reasons.items()]
-    return [disclaimer, *own] if disclaimer else own
-
-
-def _of_seeds(name: str, plan: Plan) -> list[str]:
-    """Say what results had to do with the number of seeds."""
-    notices = []
+def _notices(study: Study) -> Iterator[str]:
+    plan = study.plan
+    if study.disclaimer:
+        yield study.disclaimer
+    for reason, failed in grouped((why_unfinished(record), _run_of(record)) for record in study.failed).items():
+        yield f"Failed: {runs_in_words(failed, ', ')}: {reason}"
     if plan.seeds_added:
-        notices.append(
-            f"Continued: {seeds_in_words(plan.seeds_added)} of {name} were added when results were there, and that "
-            "was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates and "
-            "intervals describe."
+        yield (
+            f"Continued: {seeds_in_words(plan.seeds_added)} of {study.name} were added when results were there, and "
+            "that was not declared. Tests take the number of seeds as given, so nothing here gets a verdict: estimates "
+            "and intervals describe."
         )
-    if plan.declared is not None and plan.declared.stopping is not None:
-        notices.append(
-            f"Comparisons with {plan.declared.stopping.control} stop when they are decided (`stopping`). Their "
+    if study.stopping is not None:
+        yield (
+            f"Comparisons with {study.stopping.control} stop when they are decided (`stopping`). Their "
             "intervals and p-values account for the looks. All other intervals are as if the number of seeds had been "
             "fixed, and nothing else gets a verdict."
         )
-    return notices
+    yield from (f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None)
+    yield from _of_unfinished(study)
+    records = sorted((*(run.record for run in study.runs), *study.failed), key=_run_of)
+    foreign = [run for run in map(_run_of, records) if run not in plan.runs]
+    if foreign and plan.configurations:
+        yield f"Not planned: study.json does not name {runs_in_words(foreign)}, of which there are records. They count."
+    warned = grouped((text, _run_of(record)) for record in records for text in dict.fromkeys(record.warnings))
+    for text, runs in warned.items():
+        said = text if text.startswith(DataWarning.PREFIX) else f"Warning: {text}"
+        yield f"{said}. Runs: {runs_in_words(runs, ', ')}."
+    yield from _differences(study.runs)
 
 
-def _progress(plan: Plan, done: int, failed: int, unfinished: Sequence[UnfinishedRun]) -> list[str]:
-    """Say which planned runs there is nothing of, and who works on them."""
-    notices = [f"In progress: {folder.owner}." for folder in plan.folders if folder.owner is not None]
-    runs_in = {
-        state: [run.run for run in unfinished if run.state == state]
-        for state in ("running", "pending", "skipped", "missing")
-    }
-    missing = runs_in.pop("missing")
-    if plan.declared is not None:  # then what is left out is left to the looks
-        runs_in.pop("skipped")
-    open_ = sum(map(len, runs_in.values()))
-    if open_:
-        which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs)}" for state, runs in runs_in.items() if runs)
-        notices.append(
-            f"Incomplete: {open_} of {done + failed + len(unfinished)} planned runs are not done yet, and no "
-            f"number here has anything of them. {which}."
+def _of_unfinished(study: Study) -> Iterator[str]:
+    """Say which planned runs there is nothing of."""
+    runs_in = grouped((run.state, run.run) for run in study.unfinished)
+    # Where comparisons stop, what is skipped is left to the looks.
+    states: tuple[State, ...] = _FURTHEST_FIRST if study.plan.declared is None else _FURTHEST_FIRST[:2]
+    named = [state for state in states if state in runs_in]
+    if named:
+        which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
+        planned = len(study.runs) + len(study.failed) + len(study.unfinished)
+        yield (
+            f"Incomplete: {sum(len(runs_in[state]) for state in named)} of {planned} planned runs are not done yet, "
+            f"and no number here has anything of them. {which}."
         )
-    if missing:
-        notices.append(f"Missing: no record of {runs_in_words(missing)}. The study is incomplete or still running.")
-    return notices
+    if missing := runs_in.get("missing"):
+        yield f"Missing: no record of {runs_in_words(missing)}. The study is incomplete or still running."
 
 
-def _unplanned(plan: Plan, recorded: Iterable[tuple[str, int]]) -> list[str]:
-    foreign = sorted(set(recorded) - set(plan.runs)) if plan.is_known else []
-    if not foreign:
-        return []
-    return [f"Not planned: study.json does not name {runs_in_words(foreign)}, of which there are records. They count."]
-
-
-def _warnings(records: Sequence[RunRecord]) -> list[str]:
-    """Return each distinct warning of the records once, with the runs that gave it."""
-    runs_of: dict[str, list[RunRecord]] = {}
-    for record in records:
-        for text in dict.fromkeys(record.warnings):
-            runs_of.setdefault(text, []).append(record)
-    return [
-        f"{text if text.startswith(DataWarning.PREFIX) else f'Warning: {text}'}. Runs: {_runs(own)}."
-        for text, own in runs_of.items()
-    ]
-
-
-def _runs(records: Sequence[RunRecord]) -> str:
-    return runs_in_words(((record.spec.experiment.name, record.spec.seed) for record in records), ", ")
-
-
-def _differences(runs: tuple[Run, ...]) -> list[str]:
+def _differences(runs: tuple[Run, ...]) -> Iterator[str]:
     """Name what differs among runs that are about to be compared."""
-    notices = []
-    configurations: dict[str, set[str]] = {}
-    for run in runs:
-        configurations.setdefault(run.experiment.name, set()).add(run.configuration())
-    for name, own in configurations.items():
-        if len(own) > 1:
-            notices.append(f"Configurations differ between the seeds of {name}: its mean mixes them.")
-    units: dict[str, list[str]] = {}
-    for run in runs:
-        if any(entry.budget is not None for entry in run.record.rank_history):
-            units.setdefault(run.record.rank_history[0].unit, []).append(run.experiment.name)
+    for name, configurations in grouped((run.experiment.name, run.configuration()) for run in runs).items():
+        if len(set(configurations)) > 1:
+            yield f"Configurations differ between the seeds of {name}: its mean mixes them."
+    units = grouped(
+        (run.record.rank_history[0].unit, run.experiment.name)
+        for run in runs
+        if any(entry.budget is not None for entry in run.record.rank_history)
+    )
     if len(units) > 1:
         named = "; ".join(f"{unit}: {', '.join(dict.fromkeys(names))}" for unit, names in sorted(units.items()))
-        notices.append(f"Budgets are in different units ({named}): they are not comparable, parameters and bytes are.")
+        yield f"Budgets are in different units ({named}): they are not comparable, parameters and bytes are."
     for what, key, consequence in _SHOULD_AGREE:
         count = len({key(run) for run in runs})
         if count > 1:
-            notices.append(f"The runs used {count} different {what}: {consequence}.")
-    return notices
+            yield f"The runs used {count} different {what}: {consequence}."
 
 
 _SHOULD_AGREE: tuple[tuple[str, Callable[[Run], object], str], ...] = (

@@ -104,25 +104,19 @@ def recommend(
     Where the data does not decide, nothing is recommended, and it says how many seeds would. Exit codes: 0 done,
     2 bad input.
     """
-    from peft_vit.analysis import limits, load_studies
-    from peft_vit.analysis.limits import exported_latency
+    from peft_vit.analysis import load_studies
+    from peft_vit.analysis.limits import exported_latency, parse_limits
     from peft_vit.analysis.recommendation import check_margin
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
-    from peft_vit.config import parse_bytes
     from peft_vit.records import read_bench
     from peft_vit.report.recommended import print_recommendation
 
-    asked = limits.Limits(
-        stored_bytes=None if max_bytes is None else parse_bytes(max_bytes, "--max-bytes"),
-        parameters=None if max_params is None else limits.parse_count(max_params, "--max-params"),
-        seconds_per_step=limits.check_positive(max_seconds, "--max-seconds", "seconds"),
-        latency_s=limits.milliseconds(max_latency_ms, "--max-latency-ms"),
-    )
+    limits = parse_limits(max_bytes, max_params, max_seconds, max_latency_ms)
     share = check_margin(margin, "--margin")
     chosen = choose_study(load_studies(results_dir), study, results_dir)
     exported = None if bench is None else exported_latency(chosen, read_bench(bench), bench)
-    print_recommendation(find(chosen, asked, margin=share, measure=smallest, exported=exported), output)
+    print_recommendation(find(chosen, limits, margin=share, measure=smallest, exported=exported), output)
 
 
 @app.command()
@@ -144,8 +138,7 @@ def compare(
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
     Exit codes: 0 done, 2 bad input.
     """
-    from peft_vit.analysis.across import compare_studies, load_across
-    from peft_vit.analysis.comparability import parse_pool
+    from peft_vit.analysis.across import compare_studies, load_across, parse_pool
     from peft_vit.report.printed_tables import print_comparison
 
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")

@@ -7,8 +7,7 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
-from peft_vit.analysis.across import Across, PooledRow
-from peft_vit.analysis.comparability import PoolKind
+from peft_vit.analysis.across import Across, PooledRow, PoolKind
 from peft_vit.analysis.comparison import Estimate
 from peft_vit.records import BenchRow
 from peft_vit.report.document import Paragraph, Raw, Table
@@ -41,15 +40,15 @@ def print_comparison(found: Across, output: Path | None) -> None:
 
 def _blocks(found: Across) -> Iterator[Paragraph | Table]:
     """Yield what was found, by study and pooled, and what was not pooled and why."""
-    for one in found.studies:
-        runs = len(one.study.runs)
-        backbones = sorted({run.record.spec.backbone.model for run in one.study.runs})
-        data = sorted({run.record.spec.data.title for run in one.study.runs})
+    for label, study in found.studies.items():
+        runs = len(study.runs)
+        backbones = sorted({run.record.spec.backbone.model for run in study.runs})
+        data = sorted({run.record.spec.data.title for run in study.runs})
         yield Paragraph(
-            f"Study {one.label}: {joined(data) or 'no data'}, {joined(backbones) or 'no backbone'}, "
+            f"Study {label}: {joined(data) or 'no data'}, {joined(backbones) or 'no backbone'}, "
             f"{runs} finished run{'' if runs == 1 else 's'}."
         )
-        yield from (Paragraph(f"  {notice}") for notice in one.study.notices)
+        yield from (Paragraph(f"  {notice}") for notice in study.notices)
     if found.alone:
         alone = joined(f"{name} (in {study})" for name, study in found.alone.items())
         yield Paragraph(f"In one study only, so not compared: {alone}.")

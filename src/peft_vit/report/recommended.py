@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from peft_vit.analysis.comparability import hardware
-from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Fault, Measure, Option
-from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Measure, Option
+from peft_vit.analysis.recommendation import Candidate, Fault, Rated, Recommendation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError, os_fault
@@ -81,7 +80,7 @@ def _asked(found: Recommendation) -> Iterator[str]:
     if uneven := [one for one in _others(found) if set(one.seeds) != set(best.seeds)]:
         listed = joined(f"{one.name} {_seeds(one)}" for one in uneven)
         yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
-    limits = joined(_limit(fault) for fault in found.limits.given(best.cost)) or "none"
+    limits = joined(_limit(fault) for fault in best.beside) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
         f"against it. Limits: {limits}."
@@ -163,13 +162,13 @@ def _fewer_ranks(found: Recommendation) -> Iterator[str]:
 
     Not with a limit of bytes as well, since its base is in float.
     """
-    limit = found.limits.parameters
-    if limit is None or found.limits.stored_bytes is not None or found.chosen is not None:
+    limit = found.limits.get("--max-params")
+    if limit is None or "--max-bytes" in found.limits or found.chosen is not None:
         return
     adapted = [
         one for one in (found.best, *_others(found)) if METHOD_KINDS[one.runs[0].experiment.method].trains == "adapters"
     ]
-    if not adapted or min(one.cost.largest_parameters for one in adapted) <= limit:
+    if not adapted or min(max(run.parameters.final for run in one.runs) for one in adapted) <= limit:
         return
     run = adapted[0].runs[0]
     left = int(limit) - run.parameters.head
@@ -193,8 +192,8 @@ def _tested_table(found: Recommendation) -> Table:
         found.candidates,
         [
             Column("experiment", lambda one: one.rated.name),
-            Column("to store", lambda one: one.rated.cost.stored_bytes, megabytes),
-            Column("parameters", lambda one: one.rated.cost.parameters, count),
+            Column("to store", lambda one: one.rated.stored_bytes, megabytes),
+            Column("parameters", lambda one: one.rated.parameters, count),
             Column("difference (points)", lambda one: points_interval(one.estimate.interval)),
             Column("n", lambda one: len(one.estimate.by_seed)),
             Column("p (Holm)", lambda one: one.estimate.adjusted_p, "{:.2g}".format),
@@ -276,11 +275,11 @@ def _points(found: Recommendation) -> str:
 
 
 def _cost(rated: Rated) -> str:
-    parts = [f"{megabytes(rated.cost.stored_bytes)} to store", f"{count(rated.cost.parameters)} trainable parameters"]
-    if rated.cost.seconds_per_step is not None:
-        parts.append(f"{fixed(rated.cost.seconds_per_step)} s a step")
-    if rated.cost.latency_s is not None:
-        parts.append(f"{fixed(1000 * rated.cost.latency_s, 1)} ms latency")
+    parts = [f"{megabytes(rated.stored_bytes)} to store", f"{count(rated.parameters)} trainable parameters"]
+    if rated.seconds_per_step is not None:
+        parts.append(f"{fixed(rated.seconds_per_step)} s a step")
+    if rated.latency_s is not None:
+        parts.append(f"{fixed(1000 * rated.latency_s, 1)} ms latency")
     return ", ".join(parts)
 
 
@@ -310,7 +309,7 @@ def _broken(fault: Fault) -> str:
 
 def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
     best = found.best
-    before, after = best.cost, chosen.cost
+    before, after = best, chosen
     yield _saved(before.stored_bytes, after.stored_bytes, _UNITS["--max-bytes"])
     yield _saved(before.parameters, after.parameters, _UNITS["--max-params"])
     times = [(before.seconds_per_step, after.seconds_per_step, _UNITS["--max-seconds"])]
@@ -318,7 +317,7 @@ def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
     if found.exported is None:
         times.append(latency)
     known = [(one, other, words) for one, other, words in times if one is not None and other is not None]
-    if known and len({hardware(run) for run in (*best.runs, *chosen.runs)}) > 1:
+    if known and len({run.hardware for run in (*best.runs, *chosen.runs)}) > 1:
         yield "was timed on other machines, so times do not compare"
     else:
         yield from (_saved(one, other, words) for one, other, words in known)

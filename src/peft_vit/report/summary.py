@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.analysis.planned import STATES, UnfinishedRun, seeds_in_words
-from peft_vit.analysis.studies import why_unfinished
+from peft_vit.analysis.studies import STATES, UnfinishedRun, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
@@ -32,12 +31,12 @@ _SHOWN_SETTINGS = 4
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return what was asked, key and value."""
     records = (*[run.record for run in study.runs], *study.failed)
-    planned = [f.file.configuration for f in study.plan.folders if f.file is not None]
+    planned = study.plan.configurations
     asked: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
     seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
     counts = study.counts()
     states = " + ".join(f"{n} {state}" for state, n in counts.items() if n or state in ("done", "failed"))
-    what = "planned" if study.plan.is_known else "expected, every experiment with every seed that occurs,"
+    what = "planned" if study.plan.configurations else "expected, every experiment with every seed that occurs,"
 
     def images(spec: RunSpec | StudyConfig) -> str:
         name = f"synthetic images in the format of {spec.data.dataset}" if study.smoke else spec.data.title

@@ -20,13 +20,13 @@ from peft_vit.adapters import (
     site_adapters,
 )
 from peft_vit.backbones import find_sites
+from peft_vit.config import NUMBER_FORMATS
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, code_values, quantize
 
 pytestmark = pytest.mark.part("quantization")
 SCALE = 1.7
-TYPES = ("int2", "int3", "int4", "int8", "nf3", "nf4", "fp4")
-BITS = {type: int(type[-1]) for type in TYPES}
+TYPES = tuple(NUMBER_FORMATS)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def trained(
 def codes_in_numpy(module: AdaptedLinear) -> NDArray[np.int64]:
     """Unpack bit by bit, earlier inputs from lower bits."""
     assert module.quantized is not None
-    bits = BITS[module.quantized.format.type]
+    bits = module.quantized.format.bits
     ones = np.unpackbits(module.quantized.codes.numpy(), axis=1, bitorder="little")
     return ones.reshape(len(ones), -1, bits).astype(np.int64) @ 2 ** np.arange(bits)
 
@@ -78,10 +78,10 @@ def merged_in_numpy(module: AdaptedLinear, pool: int) -> NDArray[np.float64]:
     assert quantized is not None
     codes, type = codes_in_numpy(module), quantized.format.type
     size = codes.shape[1] // quantized.scales.shape[1]
-    if type in ("nf3", "nf4", "fp4"):
+    if quantized.format.has_codebook:
         values = code_values(type).double().numpy()[codes]  # type: ignore[arg-type]
     else:
-        values = codes - (0.0 if quantized.offsets is not None else 2.0 ** (BITS[type] - 1))
+        values = codes - (0.0 if quantized.offsets is not None else 2.0 ** (quantized.format.bits - 1))
     weight = values * quantized.scales.double().numpy().repeat(size, 1)
     if quantized.offsets is not None:
         weight += quantized.offsets.double().numpy().repeat(size, 1)

@@ -11,9 +11,8 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.across import Across, LabelledStudy, compare_studies, load_across
-from peft_vit.analysis.comparability import POOL_KINDS, difference, parse_pool
-from peft_vit.analysis.studies import Run
+from peft_vit.analysis.across import POOL_KINDS, Across, compare_studies, differences, load_across, parse_pool
+from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -45,7 +44,7 @@ def runs_of(made: list[RunRecord]) -> tuple[Run, ...]:
     return planted.study_of(made).runs
 
 
-def loaded(tmp_path: Path, *studies: list[RunRecord]) -> tuple[LabelledStudy, ...]:
+def loaded(tmp_path: Path, *studies: list[RunRecord]) -> dict[str, Study]:
     return load_across([planted.write(tmp_path / made[0].spec.study, made) for made in studies])
 
 
@@ -158,7 +157,7 @@ def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
 
 def test_the_same_split_by_seed_is_no_difference() -> None:
     a, b, c, d = (planted.record(EXPERIMENTS["lora_r4"], seed, 0.7) for seed in (0, 1, 1, 2))
-    assert difference("splits", {"a": runs_of([a, b]), "b": runs_of([c, d])}) is None
+    assert "splits" not in differences({"a": runs_of([a, b]), "b": runs_of([c, d])})
     per_seed = {
         label: runs_of(
             [
@@ -169,9 +168,9 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
         )
         for label, own in {"a": [a, b], "b": [c, d]}.items()
     }
-    assert difference("splits", per_seed) is None, "seed 1, which both have, is divided alike"
+    assert "splits" not in differences(per_seed), "seed 1, which both have, is divided alike"
     apart = {"a": per_seed["a"], "b": per_seed["b"][1:]}
-    assert difference("splits", apart) == "a and b divide the same images otherwise", "no seed tells that they agree"
+    assert differences(apart)["splits"] == "a and b divide the same images otherwise", "no seed tells that they agree"
 
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -> None:
@@ -226,7 +225,7 @@ def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path: Path) -
     studies = loaded(tmp_path, made[0], [*made[1], failed])
     (row,) = compare_studies(studies).pooled
     assert (row.interval.low, row.estimate.verdict) == (None, "not decided")
-    assert any("Failed" in notice and "out of memory" in notice for notice in studies[1].study.notices)
+    assert any("Failed" in notice and "out of memory" in notice for notice in studies["b"].notices)
 
 
 def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
@@ -241,7 +240,7 @@ def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
         load_across([first, planted.write(tmp_path / "three", copied)])
     with pytest.raises(UserError, match=r"holds one study \(a\), and it takes two"):
         load_across([first])
-    assert [one.label for one in load_across([first, second])] == ["a", "b"]
+    assert list(load_across([first, second])) == ["a", "b"]
 
 
 def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -> None:
@@ -259,7 +258,7 @@ def test_studies_of_one_name_are_told_apart_by_directory(tmp_path: Path) -> None
     one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
     two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
     studies = load_across([one, two])
-    assert [study.label for study in studies] == [f"a ({one})", f"a ({two})"]
+    assert list(studies) == [f"a ({one})", f"a ({two})"]
     assert len(compare_studies(studies).agreements) == 1
 
 

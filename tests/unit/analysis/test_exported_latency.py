@@ -82,7 +82,7 @@ def test_of_each_run_its_fastest_model_counts_at_the_smallest_batch_that_all_hav
 
 def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> None:
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
-    found = asked(study, rows, Limits(latency_s=0.02))
+    found = asked(study, rows, {"--max-latency-ms": 0.02})
     assert (found.outcome, found.chosen and found.chosen.name) == ("smaller", SMALL)
     assert [(one.name, one.faults[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
     text = "\n".join(block.text for block in recommendation_blocks(found) if block.kind == "paragraph")
@@ -98,15 +98,15 @@ def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) 
     made[-1] = made[-1].model_copy(update={"provenance": planted.provenance(9, processor="another")})
     mixed = planted.study_of(made)
     rows = [row(of(name), seconds) for name, seconds in ((BEST, 0.03), (SMALL, 0.02), (WORSE, 0.01))]
-    found = asked(mixed, rows, Limits(latency_s=0.025), measure="latency")
+    found = asked(mixed, rows, {"--max-latency-ms": 0.025}, measure="latency")
     assert found.chosen is not None
     assert found.chosen.name == SMALL
     with pytest.raises(UserError, match=r"timed on 2 machines .*ask without --max-seconds$"):
-        asked(mixed, rows, Limits(latency_s=0.025, seconds_per_step=1.0))
+        asked(mixed, rows, {"--max-latency-ms": 0.025, "--max-seconds": 1.0})
 
 
 def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
-    found = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], Limits(), measure="latency")
+    found = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], {}, measure="latency")
     assert found.left_out == {WORSE: "has no exported model that was timed"}
     assert [one.rated.name for one in found.candidates] == [SMALL]
 
@@ -128,6 +128,6 @@ def test_what_says_nothing_of_the_study_is_refused(study, rows, fault) -> None:
 
 
 def test_a_file_of_times_has_an_effect_or_is_refused(study) -> None:
-    for limits in (Limits(), Limits(seconds_per_step=1.0), Limits(stored_bytes=1e9)):
+    for limits in ({}, {"--max-seconds": 1.0}, {"--max-bytes": 1e9}):
         with pytest.raises(UserError, match="--bench: has no effect without --max-latency-ms or --smallest latency"):
             asked(study, [row(of(BEST), 1.0)], limits)

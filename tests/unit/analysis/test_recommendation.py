@@ -12,7 +12,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from peft_vit.analysis.comparison import ALPHA, Question, decide
-from peft_vit.analysis.limits import Limits, check_positive, milliseconds, parse_count
+from peft_vit.analysis.limits import Limits, parse_limits
 from peft_vit.analysis.measures import estimated
 from peft_vit.analysis.recommendation import Recommendation, check_margin, needed_pairs, recommend, smallest_that_exists
 from peft_vit.analysis.studies import choose_study
@@ -38,7 +38,7 @@ def records(accuracy: dict[str, float], n: int = 10, *, spread: float = 0.006, *
 
 
 def asked(made: list[RunRecord], limits: Limits | None = None, margin: float = 0.01, **options: Any) -> Recommendation:
-    return recommend(planted.study_of(made), limits or Limits(), margin=margin, **options)
+    return recommend(planted.study_of(made), limits or {}, margin=margin, **options)
 
 
 def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() -> None:
@@ -46,7 +46,7 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
     assert (found.outcome, found.best.name) == ("smaller", BEST)
     assert found.chosen is not None
     assert found.chosen.name == THIRD
-    assert found.chosen.cost.stored_bytes < found.best.cost.stored_bytes / 3
+    assert found.chosen.stored_bytes < found.best.stored_bytes / 3
     tested = found.comparison_of(found.chosen)
     assert tested is not None
     differences = np.round(list(tested.estimate.by_seed.values()), 9)
@@ -198,11 +198,11 @@ def test_an_experiment_of_two_configurations_is_left_out() -> None:
 
 def test_limits_leave_out_and_say_what_is_nearest() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75, "linear_probe": 0.7})
-    found = asked(made, Limits(stored_bytes=20e6))
+    found = asked(made, {"--max-bytes": 20e6})
     assert [one.rated.name for one in found.candidates] == [TINY]
     assert found.outcome == "not decided"
     assert {one.name for one in found.outside} == {BEST, THIRD, "linear_probe"}
-    nothing = asked(made, Limits(stored_bytes=1e6, parameters=100))
+    nothing = asked(made, {"--max-bytes": 1e6, "--max-params": 100})
     assert (nothing.outcome, nothing.chosen) == ("nothing within", None)
     nearest = smallest_that_exists(nothing)
     assert [(fault.option, rated.name) for fault, rated in nearest] == [
@@ -219,11 +219,11 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     larger = sizes.model_copy(update={"adapter_file_bytes": sizes.adapter_file_bytes + 10**6})
     made[-1] = made[-1].model_copy(update={"bytes": larger})
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
-    found = asked(made, Limits(stored_bytes=limit))
+    found = asked(made, {"--max-bytes": limit})
     assert found.outcome == "nothing within"
     (third,) = [one for one in found.outside if one.name == THIRD]
-    assert third.cost.stored_bytes == limit + 1e5
-    assert asked(made, Limits(stored_bytes=limit + 10**6)).outcome == "smaller"
+    assert third.stored_bytes == limit + 1e5
+    assert asked(made, {"--max-bytes": limit + 10**6}).outcome == "smaller"
 
 
 def test_smallest_by_parameters() -> None:
@@ -237,27 +237,27 @@ def test_smallest_by_parameters() -> None:
 
 def test_times_are_compared_on_one_machine_only() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
-    assert asked(made, Limits(seconds_per_step=0.75)).outcome == "smaller"
-    assert asked(made, Limits(seconds_per_step=0.65)).outcome == "nothing within"
+    assert asked(made, {"--max-seconds": 0.75}).outcome == "smaller"
+    assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
-    found = asked([unknown, *made[1:]], Limits(seconds_per_step=0.75))
+    found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
     assert [(one.name, one.faults[0].value) for one in found.outside] == [(BEST, None)], "what is not known is no pass"
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):
-        asked(made, Limits(seconds_per_step=0.75))
-    assert asked(made, Limits(stored_bytes=30e6)).outcome == "smaller"
+        asked(made, {"--max-seconds": 0.75})
+    assert asked(made, {"--max-bytes": 30e6}).outcome == "smaller"
 
 
 def test_latency_where_it_was_measured() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
     with pytest.raises(UserError, match="hold no latency; ask without --max-latency-ms"):
-        asked(made, Limits(latency_s=0.02))
+        asked(made, {"--max-latency-ms": 0.02})
     with pytest.raises(UserError, match="hold no latency; ask without --smallest latency"):
         asked(made, measure="latency")
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [one.model_copy(update={"latency_s": slow[one.spec.experiment.name]}) for one in made]
-    found = asked(timed, Limits(latency_s=0.015))
+    found = asked(timed, {"--max-latency-ms": 0.015})
     assert (found.outcome, [one.name for one in found.outside]) == ("best", [THIRD])
     half = [one.model_copy(update={"latency_s": {}}) if one.spec.experiment.name == THIRD else one for one in timed]
     assert asked(half, measure="latency").left_out == {THIRD: "has runs without a recorded latency"}
@@ -303,17 +303,28 @@ def test_other_bytes_are_refused_in_one_line(text: str) -> None:
 
 
 def test_other_limits() -> None:
-    assert [parse_count(text, "--max-params") for text in ("300k", "3e5", "0.3M")] == [3e5, 3e5, 3e5]
-    with pytest.raises(UserError, match="--max-params"):
-        parse_count("300MB", "--max-params")
-    assert milliseconds(20.0, "--max-latency-ms") == 0.02
-    assert check_positive(None, "--max-seconds", "seconds") is None
-    for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--max-seconds"):
-            check_positive(value, "--max-seconds", "seconds")
-        with pytest.raises(UserError, match="--margin"):
-            check_margin(value, "--margin")
+    assert parse_limits() == {}
+    for text in ("300k", "3e5", "0.3M"):
+        assert parse_limits("5MB", text, 0.5, 20.0) == {
+            "--max-bytes": 5e6,
+            "--max-params": 3e5,
+            "--max-seconds": 0.5,
+            "--max-latency-ms": 0.02,
+        }
     assert check_margin(1.5, "--margin") == 0.015
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_limits_that_are_no_numbers_above_0_are_refused(value: float) -> None:
+    for option, refuse in (
+        ("--max-params", lambda: parse_limits(max_params="300MB" if value else "0")),
+        ("--max-seconds", lambda: parse_limits(max_seconds=value)),
+        ("--max-latency-ms", lambda: parse_limits(max_latency_ms=value)),
+        ("--margin", lambda: check_margin(value, "--margin")),
+    ):
+        with pytest.raises(UserError) as raised:
+            refuse()
+        assert raised.value.field == option
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.01), (-0.005, 0.004), (0.004, 0.03)])

@@ -11,7 +11,7 @@ import pytest
 from unfinished import BAD, EXPERIMENTS, GOOD, attempt, planned, results_with
 
 from peft_vit.analysis import load_studies, read_results
-from peft_vit.analysis.planned import seeds_in_words
+from peft_vit.analysis.studies import seeds_in_words
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_records
 from peft_vit.records.progress import PROGRESS_FILE, study_lock

@@ -224,7 +224,7 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ],
     ("qa_lora", "qa_lora"): [
         ("use_group_quantization: yes", ".use_group_quantization", "valid boolean, got 'yes'"),
-        ("quantization_bits: 5", ".quantization_bits", "should be 2, 3, 4 or 8, got 5"),
+        ("quantization_bits: 9", ".quantization_bits", "got 9"),
         ("quantization_bits: 8", "", "nf4 stores 4 bits, quantization_bits says 8"),
         ("use_group_quantization: false, group_size: 64", ".group_size", "use_group_quantization: false"),
         ("use_group_quantization: false, use_double_quant: true", ".use_double_quant", "use_group_quantization: true"),

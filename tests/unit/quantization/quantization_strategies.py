@@ -13,6 +13,7 @@ from peft_vit.quantization import QuantizationFormat
 
 TYPES = tuple(NUMBER_FORMATS)
 INTEGERS = tuple(name for name, format in NUMBER_FORMATS.items() if format.values is None)
+CODEBOOKS = tuple(name for name in TYPES if name not in INTEGERS)
 MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from quantization_strategies import CODEBOOKS
 from scipy.stats import norm
 
 from peft_vit.quantization import code_values
@@ -40,7 +41,7 @@ def test_fp4_values_are_sign_exponent_and_fraction() -> None:
     np.testing.assert_allclose(code_values("fp4").numpy(), expected, rtol=1e-7)
 
 
-@pytest.mark.parametrize("type", ["nf4", "fp4", "nf3"])
+@pytest.mark.parametrize("type", CODEBOOKS)
 def test_callers_cannot_alter_the_codebook(type: str) -> None:
     code_values(type).zero_()  # type: ignore[arg-type]
     assert code_values(type).abs().max() == 1  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from quantization_strategies import INTEGERS, formats_and_weights
+from quantization_strategies import CODEBOOKS, INTEGERS, formats_and_weights
 from torch import Tensor
 
 from peft_vit.errors import UnderflowWarning, UserError
@@ -83,7 +83,7 @@ def test_symmetric_integers_follow_the_formula(case: FormatAndWeights) -> None:
     assert np.abs(expected).max() <= largest_code, "no weight is clipped"
 
 
-@pytest.mark.parametrize("type", ["nf4", "fp4", "nf3"])
+@pytest.mark.parametrize("type", CODEBOOKS)
 def test_an_offset_starts_at_zero_and_leaves_codebook_codes_alone(type: str) -> None:
     weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     plain = quantize(weight, QuantizationFormat(type, 16, offset=False))  # type: ignore[arg-type]

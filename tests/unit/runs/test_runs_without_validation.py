@@ -10,7 +10,6 @@ from done_runs import do
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
-from peft_vit.analysis.limits import Limits
 from peft_vit.analysis.recommendation import recommend
 from peft_vit.analysis.results import load_studies
 from peft_vit.config import StudyConfig
@@ -182,7 +181,7 @@ def test_the_report_goes_without_and_a_recommendation_is_refused(unseen, tmp_pat
     assert len(study.runs) == 2
     assert not study.failed
     with pytest.raises(UserError, match=r"tiny: has runs without validation images.* data\.validation_images"):
-        recommend(study, Limits(), margin=0.01)
+        recommend(study, {}, margin=0.01)
     build_report(tmp_path, tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()
     assert "No best: without validation images nothing chooses among experiments" in page
