@@ -75,7 +75,7 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     import timm
     import torch
 
-    from peft_vit.runs.provenance import cpu_count, processor_name
+    from peft_vit.runs.machine import cpu_count, processor_name
 
     return {
         "processor": processor_name(),

@@ -29,7 +29,7 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 
 from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
-from peft_vit.training.activation_checkpointing import blocks_of, recomputed  # noqa: E402
+from peft_vit.training.optimization import blocks_of, recomputed  # noqa: E402
 
 STEPS = 6
 SMALL_SIDES = {

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from peft_vit.adapters import adapted_modules  # noqa: E402
-from peft_vit.adapters.frozen_weight import FrozenWeight  # noqa: E402
+from peft_vit.adapters.adapted_product import FrozenWeight  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
 STEPS = 6

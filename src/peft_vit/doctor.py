@@ -70,8 +70,7 @@ def _machine() -> Iterator[Line]:
         import psutil
         import torch
 
-        from peft_vit.runs.device import bf16_support, instruction_sets, resolve_device
-        from peft_vit.runs.provenance import cpu_count, processor_name
+        from peft_vit.runs.machine import bf16_support, cpu_count, instruction_sets, processor_name, resolve_device
 
         device = resolve_device("auto")
         of_gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""

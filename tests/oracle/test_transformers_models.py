@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters
-from peft_vit.adapters.acting import effects
+from peft_vit.adapters.attach import effects
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.backbones import LoadedBackbone, architecture_of, describe, find_sites, load_backbone
 from peft_vit.backbones.families.transformers_models import TOWERS

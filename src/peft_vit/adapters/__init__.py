@@ -1,13 +1,15 @@
 """Low-rank adapters on sites: update, attaching, whether they act, resizing, merging, files."""
 
-from peft_vit.adapters.acting import Effect, check_acting, effects
-from peft_vit.adapters.adapted_linear import AdaptedLinear
 from peft_vit.adapters.adapted_model import (
+    AdaptedLinear,
     Adapter,
     adapted_kinds,
     adapted_modules,
     adapted_sites,
     current_ranks,
+    merge_by_requantizing,
+    merge_into_offsets,
+    merged_state_dict,
     packed_weights,
     site_adapters,
     update_ranks,
@@ -16,14 +18,22 @@ from peft_vit.adapters.adapted_model import (
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
     by_layer,
+    check_tensors,
     load_trained,
     read_adapter_file,
     restore_trained,
     set_ranks,
     trained_tensors,
 )
-from peft_vit.adapters.attach import attach_adapters, check_stays, freeze_backbone
+from peft_vit.adapters.attach import (
+    Effect,
+    attach_adapters,
+    check_acting,
+    check_stays,
+    effects,
+    effects_of,
+    freeze_backbone,
+)
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.adapters.merging import merge_by_requantizing, merge_into_offsets, merged_state_dict
 from peft_vit.adapters.peft_layers import peft_sites
 from peft_vit.adapters.resizing import check_resizable, resize_adapters

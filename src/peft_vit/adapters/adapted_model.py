@@ -1,21 +1,119 @@
-"""The adapters that a model carries, their sites, and what the model computes without some of their updates."""
+"""The module in a Linear's place, the adapters that a model carries so, and the way back to weights without."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.low_rank import SiteAdapter
-from peft_vit.adapters.peft_layers import PeftSite, peft_layers, peft_ranks, peft_site_adapters, sites_of_layers
+from peft_vit.adapters.adapted_product import FrozenWeight, adapted_product
+from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.adapters.peft_layers import (
+    PeftSite,
+    check_plain,
+    is_plain,
+    merged_base,
+    peft_factors,
+    peft_layers,
+    peft_ranks,
+    peft_site_adapters,
+    sites_of_layers,
+    tuner_layers,
+)
 from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizedTensor
+from peft_vit.quantization import QuantizedTensor, quantize, relative_error
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer whose rows carry one adapter, or several on slices (query, key, value).
+
+    The weight in use is ``(1 - share) * float + share * quantized``. At share 1 for good (`drop_float`) only the
+    packed weight is left.
+    """
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = base.in_features
+        self.out_features = base.out_features
+        self.weight: Tensor | None
+        self.weight = nn.Parameter(base.weight.detach(), requires_grad=False)  # (out, in)
+        self.bias = None if base.bias is None else nn.Parameter(base.bias.detach(), requires_grad=False)
+        self.quantized: QuantizedTensor | None = None
+        self.quantized_share = 0.0
+        self.sites = nn.ModuleDict()  # adapters, by the kind of their site
+        self._sites: dict[str, Site] = {}  # likewise
+        self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
+
+    def add_site(self, site: Site, adapter: SiteAdapter) -> None:
+        """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
+        if self.sites and adapter.pool != self.pool:
+            raise ValueError(f"the layer's adapters pool {self.pool} inputs, this one {adapter.pool}")
+        self.sites[site.kind] = adapter
+        self._sites[site.kind] = site
+
+    def remove_sites(self) -> None:
+        """Leave a frozen linear layer without adapters."""
+        self.sites, self._sites = nn.ModuleDict(), {}
+
+    def set_quantized(self, quantized: QuantizedTensor) -> float:
+        """Hold a packed copy of the weight beside the float one; return its relative error."""
+        if self.weight is None:
+            raise RuntimeError("the float weight is gone; quantize before it is dropped")
+        self.quantized = quantized
+        return relative_error(self.weight, quantized)
+
+    def drop_float(self) -> None:
+        """Free the float weight; only the packed weight is left from here on."""
+        if self.quantized is None:
+            raise RuntimeError("there is no quantized weight to fall back on")
+        self.quantized_share = 1.0
+        self.weight = None
+
+    def frozen_weight(self) -> Tensor:
+        """Return a copy of the weight in use without the adapters, (out, in) float32."""
+        return FrozenWeight(self.weight, self.quantized, self.quantized_share).unpack()
+
+    def merged_weight(self) -> Tensor:
+        """Return the weight with every update added, (out, in) float32."""
+        total = self.frozen_weight()
+        for site, adapter in self.adapters():
+            total[site.span] += adapter.delta()  # (out_s, in)
+        return total
+
+    @property
+    def pool(self) -> int:
+        """Return how many adjacent inputs share an update; 1 without adapters."""
+        return next((adapter.pool for _, adapter in self.adapters()), 1)
+
+    def adapters(self) -> list[tuple[Site, SiteAdapter]]:
+        """Return each site and its adapter, in the order of the rows."""
+        return [(self._sites[kind], one) for kind, one in self.sites.items() if isinstance(one, SiteAdapter)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        adapters = [(site.span, adapter) for site, adapter in self.adapters() if site.name not in self.ablated]
+        updates: list[tuple[slice, SiteAdapter | GradientProbe]]
+        updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
+        if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
+            updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
+        frozen = FrozenWeight(self.weight, self.quantized, self.quantized_share)
+        return adapted_product(x, frozen, self.bias, updates, pool=self.pool)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.quantized is not None:
+            # Moves follow; changes of type do not: they would alter scales and so the weights.
+            self.quantized = self.quantized.to(fn(self.quantized.scales).device)
+        return self
+
+
+# --- what a model carries ---------------------------------------------------------------------------------------------
 
 
 def adapted_modules(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -110,3 +208,119 @@ def _disabled(layer: Any) -> Iterator[None]:
         layer.enable_adapters(True)
         for parameter, is_trained in trained:
             parameter.requires_grad_(is_trained)
+
+
+# --- back to weights without adapters ---------------------------------------------------------------------------------
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
+    adapted = dict(adapted_modules(model))
+    by_peft = tuner_layers(model)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner = next((module for module in (*adapted, *by_peft) if name.startswith(f"{module}.")), None)
+        if owner is None:
+            state[name] = tensor
+    for name, module in adapted.items():
+        state[f"{name}.weight"] = module.merged_weight().detach()
+        if module.bias is not None:
+            state[f"{name}.bias"] = module.bias.detach()
+    for name, layer in by_peft.items():
+        if is_plain(layer):
+            check_plain(name, layer)
+            base = layer.get_base_layer()
+            right, left, scale = peft_factors(layer)
+            state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
+        else:
+            base = merged_base(layer)
+            state[f"{name}.weight"] = base.weight.detach()
+        if base.bias is not None:
+            state[f"{name}.bias"] = base.bias.detach()
+    return state
+
+
+def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = None) -> dict[str, float]:
+    """Move each update into its layer's offsets: offset <- offset + scale * B A; no code and no scale changes.
+
+    The adapters are removed. `offset_dtype` is float32 or float16; None: as the layer's format stores offsets.
+
+    This is QA-LoRA's merge, arXiv 2309.14717, sec. 3.3. It is exact but for the rounding of the offsets. It takes
+    adapters whose input is summed over the quantizer's groups.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters act on other groups, or an offset overflows; then
+            the model is as it was.
+    """
+
+    def merged(name: str, module: AdaptedLinear, quantized: QuantizedTensor) -> QuantizedTensor:
+        groups = quantized.groups
+        delta = torch.zeros(quantized.shape[0], groups, device=quantized.codes.device)  # (out, groups)
+        for site, adapter in module.adapters():
+            left, right = adapter.factors()  # (out_s, r), (r, in / pool)
+            if right.shape[1] != groups:
+                raise UserError(
+                    f"the adapters of {name} do not act on its {groups} groups of inputs, so no offset can take them; "
+                    "use merge_by_requantizing, which reports its error",
+                    field="model",
+                )
+            delta[site.span] += left @ right
+        return quantized.with_offset_added(delta, offset_dtype, name=name)
+
+    return _merge(model, merged)
+
+
+def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
+    """Replace adapters by their sum with the layer's weight, quantized anew to the layer's own format.
+
+    For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
+    codes with the weight, each to the nearest, and what is smaller than half a code's step may be lost: look at the
+    error, and at the accuracy before and after. A layer without update keeps its codes.
+
+    Returns:
+        By module, ||W_merged - W_trained||_F / ||W_trained||_F.
+
+    Raises:
+        UserError: if a layer is not quantized for good, its adapters could be merged into offsets, or the sum does not
+            fit the format; then the model is as it was.
+    """
+
+    def merged(name: str, module: AdaptedLinear, quantized: QuantizedTensor) -> QuantizedTensor:
+        if module.pool > 1:
+            problem = f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code"
+            raise UserError(problem, field="model")
+        if not any(adapter.rank for _, adapter in module.adapters()):
+            return quantized
+        return quantize(module.merged_weight(), quantized.format, name=name)
+
+    return _merge(model, merged)
+
+
+@torch.no_grad()
+def _merge(
+    model: nn.Module, merged: Callable[[str, AdaptedLinear, QuantizedTensor], QuantizedTensor]
+) -> dict[str, float]:
+    """Put the merged weight in the place of each layer's and remove the adapters; return the relative errors."""
+    weights = []
+    for name, module in adapted_modules(model):
+        if not module.sites:
+            continue
+        if module.quantized is None or module.weight is not None:
+            raise UserError(
+                f"{name} still has its float weight; finish the quantization schedule, or use merged_state_dict for "
+                "float weights",
+                field="model",
+            )
+        weights.append((name, module, merged(name, module, module.quantized)))
+    if not weights:
+        problem = "the model carries no adapters of this package on quantized weights; nothing to merge"
+        raise UserError(problem, field="model")
+    errors = {}
+    for name, module, quantized in weights:
+        errors[name] = relative_error(module.merged_weight(), quantized)
+        module.quantized = quantized
+        module.remove_sites()
+    return errors

@@ -63,19 +63,15 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is no adapter file or does not fit the model.
     """
-    saved = read_adapter_file(file)
-    if saved.form != _form(model):
-        raise UserError(
-            f"holds adapters of the form {saved.form}, the model's are {_form(model)}; attach them alike", file=file
-        )
+    saved, form = read_adapter_file(file), _form(model)
+    if saved.form != form:
+        problem = f"holds adapters of the form {saved.form}, the model's are {form}; attach them alike"
+        raise UserError(problem, file=file)
     present = {name: weight.format for name, weight in packed_weights(model).items()}
-    different = next((name for name in saved.formats if saved.formats[name] != present.get(name)), None)
-    if different is not None:
-        raise UserError(
-            f"was trained on {different} as {saved.formats[different]}, the model has "
-            f"{present.get(different, 'floats')}; quantize alike",
-            file=file,
-        )
+    for name, format in saved.formats.items():
+        if format != present.get(name):
+            problem = f"was trained on {name} as {format}, the model has {present.get(name, 'floats')}; quantize alike"
+            raise UserError(problem, file=file)
     set_ranks(model, saved.ranks, file=file)
     restore_trained(model, saved.tensors, file=file)
     return saved.metadata
@@ -132,11 +128,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Return header and tensors of a file that may come from anybody.
-
-    Raises:
-        UserError: if it is no safetensors file.
-    """
+    """Return header and tensors of a file that may come from anybody."""
     try:
         if not os.path.isfile(file):  # opening a pipe could wait for ever
             raise ValueError("no regular file")
@@ -174,16 +166,21 @@ def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = No
 
 
 @torch.no_grad()
-def restore_trained(model: nn.Module, tensors: dict[str, Tensor], *, file: Path | None = None) -> None:
+def restore_trained(model: nn.Module, tensors: Mapping[str, Tensor], *, file: Path | None = None) -> None:
     """Copy trained tensors back; every trainable parameter must be there with its shape."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
-    for name in sorted(set(parameters) ^ {name for name, tensor in tensors.items() if tensor.numel()}):
-        side = "model" if name in parameters else "file"
-        raise UserError(
-            f"stands only in the {side}; the adapter belongs to another configuration", file=file, field=name
-        )
+    check_tensors(parameters, {name: tensor for name, tensor in tensors.items() if tensor.numel()}, file=file)
     for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            shapes = f"expected shape {tuple(parameter.shape)}, got {tuple(tensors[name].shape)}"
-            raise UserError(f"{shapes}; the adapter belongs to another configuration", file=file, field=name)
         parameter.copy_(tensors[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *, file: Path | None = None) -> None:
+    """Refuse tensors that are not those of a model by name and shape."""
+    for name in sorted(expected.keys() ^ given.keys()):
+        side = "model" if name in expected else "file"
+        problem = f"stands only in the {side}; the adapter belongs to another configuration"
+        raise UserError(problem, file=file, field=name)
+    for name, tensor in expected.items():
+        if tensor.shape != given[name].shape:
+            shapes = f"expected shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}"
+            raise UserError(f"{shapes}; the adapter belongs to another configuration", file=file, field=name)

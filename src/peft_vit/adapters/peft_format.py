@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -33,14 +33,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_linear import AdaptedLinear
-from peft_vit.adapters.adapted_model import adapted_modules, site_adapters
+from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_modules, site_adapters
 from peft_vit.adapters.adapter_file import read_safetensors, trained_tensors
 from peft_vit.adapters.attach import attach_adapters
 from peft_vit.adapters.peft_layers import PREFIX, check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.adapters.peft_tuner import tuner_export
 from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
-from peft_vit.errors import SilentNoEffectWarning, UserError
+from peft_vit.errors import SilentNoEffectWarning, UserError, os_fault
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
@@ -74,34 +73,38 @@ def export_peft(model: nn.Module, folder: Path, base: Mapping[str, Any]) -> None
             "timm adds this model's bias of query, key and value past PEFT's layers: set qkv_bias_separate = True on "
             "each block's attn before PEFT loads the adapter, or it has no effect there"
         )
-    if any(not is_plain(layer) for layer in tuner_layers(model).values()):
-        config, tensors = tuner_export(model)
-    else:
-        _check_exportable(model)
-        config, tensors = _as_lora(model)
+    plain = all(is_plain(layer) for layer in tuner_layers(model).values())
+    config, tensors = _as_lora(model) if plain else tuner_export(model)
     config["modules_to_save"] = list(Backbone(model).heads)
     tensors |= {f"{PREFIX}{name}": parameter for name, parameter in head.items()}
-    _write(folder, base, config, tensors)
-
-
-def _write(folder: Path, base: Mapping[str, Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    plain = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    with os_fault("can't be written to", folder, remedy="choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError("holds files already; choose another folder", file=folder)
         write_atomically(folder / BASE_FILE, (json.dumps(base, indent=2) + "\n").encode())
-        write_atomically(folder / TENSORS_FILE, save(plain, metadata={"format": "pt"}))
+        write_atomically(folder / TENSORS_FILE, save(tensors, metadata={"format": "pt"}))
         # Last: without it PEFT sees no adapter.
         write_atomically(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"can't be written to ({error.strerror}); choose another folder", file=folder) from None
 
 
 def _as_lora(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the content of adapter_config.json, and the tensors of the adapters by PEFT's names."""
-    updates = {name: _fused_factors(module) for name, module in adapted_modules(model)}
-    updates |= {name: peft_factors(layer) for name, layer in peft_layers(model).items()}
+    adapted, by_peft = dict(adapted_modules(model)), peft_layers(model)
+    for name, module in adapted.items():
+        if module.quantized is not None or module.pool != 1:
+            raise UserError(
+                f"the adapter of {name} belongs to a quantized weight and PEFT would add it to the float one, "
+                "which is another model; merged_state_dict(model) gives its weights"
+            )
+    for name, layer in by_peft.items():
+        check_plain(name, layer)
+    saved = tuple(f"{module}." for module in (*Backbone(model).heads, *adapted, *by_peft))
+    if others := [name for name in trained_tensors(model) if not name.startswith(saved)]:
+        problem = f"{others[0]} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
+        raise UserError(problem)
+    updates = {name: _fused_factors(module) for name, module in adapted.items()}
+    updates |= {name: peft_factors(layer) for name, layer in by_peft.items()}
     updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
     tensors: dict[str, Tensor] = {}
     for name, (lora_A, lora_B, _) in updates.items():
@@ -124,23 +127,6 @@ def _as_lora(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _check_exportable(model: nn.Module) -> None:
-    adapted, heads = dict(adapted_modules(model)), Backbone(model).heads
-    for name, module in adapted.items():
-        if module.quantized is not None or any(adapter.pool != 1 for _, adapter in module.adapters()):
-            raise UserError(
-                f"the adapter of {name} belongs to a quantized weight and PEFT would add it to the float one, "
-                "which is another model; merged_state_dict(model) gives its weights"
-            )
-    for name, layer in peft_layers(model).items():
-        check_plain(name, layer)
-    for name in trained_tensors(model):
-        if not name.startswith(tuple(f"{module}." for module in (*heads, *adapted, *peft_layers(model)))):
-            raise UserError(
-                f"{name} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
-            )
-
-
 @torch.no_grad()
 def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     """Return A (r, in), block-diagonal B (out, r) and the scale of one module."""
@@ -150,7 +136,7 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     lora_B = lora_A.new_zeros(module.out_features, len(lora_A))  # (out, r)
     start = 0
     for site, adapter in adapters:
-        lora_B[site.span, start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)
+        lora_B[site.span, start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)  # (out_s, r_s)
         start += adapter.rank
     return lora_A, lora_B, scale
 
@@ -217,11 +203,7 @@ def attach_fused(model: nn.Module, scales: Mapping[str, float], *, seed: int = 0
 
 
 def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return weight and bias of the head, or of each of several, by their names in the model.
-
-    Raises:
-        UserError: if the model has none.
-    """
+    """Return weight and bias of the head, or of each of several, by their names in the model."""
     heads = Backbone(model).heads
     if not heads:
         problem = "the model has no linear classification head; create it with num_classes"
@@ -256,59 +238,70 @@ def read_peft(
         sites: of the model, by module, from `backbones.fused_sites`.
         head: shapes of the parameters of the model's head by their names, `head.weight`.
         any_head: take a head of any size.
-
-    Raises:
-        UserError: if a file can't be read or does not fit the model, or asks for anything but plain LoRA.
     """
     if not os.path.isdir(folder):  # unlike Path.is_dir, also False for an impossible name
         raise UserError("is no folder; give the one that PEFT's save_pretrained has written", file=folder)
-    config = _read_config(folder / CONFIG_FILE)
+    config_file, file = folder / CONFIG_FILE, folder / TENSORS_FILE
+    config = _read_config(config_file)
     _read_base(folder / BASE_FILE)
-    if not os.path.isfile(folder / TENSORS_FILE):
-        raise UserError(
-            "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True",
-            file=folder / TENSORS_FILE,
-        )
-    _, tensors = read_safetensors(folder / TENSORS_FILE)
-    modules = [name for name in sites if any(f"{PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
+    if not os.path.isfile(file):
+        problem = "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True"
+        raise UserError(problem, file=file)
+    _, tensors = read_safetensors(file)
     expected: dict[str, tuple[int, ...]] = {}
-    saved = {f"{PREFIX}{name}": shape for name, shape in head.items()}
     if config.modules_to_save:
-        known = {parameter.rpartition(".")[0] for parameter in head}
+        heads = sorted({parameter.rpartition(".")[0] for parameter in head})
         for name in config.modules_to_save:
-            if name not in known:
-                problem = f"{short(name)} is no head of this model, which has {' and '.join(sorted(known))}"
-                raise UserError(
-                    f"{problem}; only plain LoRA can be imported", file=folder / CONFIG_FILE, field="modules_to_save"
-                )
-        own = {name: tuple(tensors[name].shape) for name in saved if name in tensors} if any_head else {}
-        expected = {**saved, **own}
+            if name not in heads:
+                problem = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
+                problem = f"{problem}; only plain LoRA can be imported"
+                raise UserError(problem, file=config_file, field="modules_to_save")
+        for name, shape in head.items():
+            saved = tensors.get(f"{PREFIX}{name}")
+            expected[f"{PREFIX}{name}"] = tuple(saved.shape) if any_head and saved is not None else shape
+    of_head = list(expected)
+    modules = [name for name in sites if any(f"{PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
     for name in modules:
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), sites[name].in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (sites[name].out_features, config.rank(name))
-    _check_tensors(tensors, expected, saved.keys(), folder / TENSORS_FILE)
+    if unknown := sorted(tensors.keys() - expected.keys()):
+        raise UserError(
+            f"this tensor has no place here by {CONFIG_FILE}; only LoRA on a block's qkv, proj, fc1, fc2 and a head "
+            "that modules_to_save names can be imported",
+            file=file,
+            field=repr(unknown[0][:200]),
+        )
+    for name, shape in expected.items():
+        if name not in tensors:
+            problem = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"
+            raise UserError(problem, file=file, field=name)
+        tensor = tensors[name] = tensors[name].float() if tensors[name].is_floating_point() else tensors[name]
+        if tuple(tensor.shape) != shape:
+            hint = (
+                "call model.reset_classifier" if name in of_head else f"is it of this model, and of this {CONFIG_FILE}?"
+            )
+            raise UserError(f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}", file=file, field=name)
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise UserError("holds values that are no finite numbers; save the adapter again", file=file, field=name)
     targets = config.target_modules
     for name in modules if isinstance(targets, list) else ():  # of a pattern PEFT has saved what it hit
         if not any(name == target or name.endswith(f".{target}") for target in targets):
             # PEFT would drop them without a word.
             problem = f"does not name {name}, which has tensors; add it"
-            raise UserError(problem, file=folder / CONFIG_FILE, field="target_modules")
+            raise UserError(problem, file=config_file, field="target_modules")
     updates = {
         name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"], config.scale(name))
         for name in modules
     }
-    brought = {name.removeprefix(PREFIX): tensors[name] for name in saved if name in expected}
-    return PeftAdapter(updates, brought, config.lora_dropout)
+    return PeftAdapter(updates, {name.removeprefix(PREFIX): tensors[name] for name in of_head}, config.lora_dropout)
 
 
 def peft_sha256(folder: Path) -> str:
     """Return the SHA-256 over adapter_config.json and adapter_model.safetensors, one after the other."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, TENSORS_FILE):
-        try:
+        with os_fault("can't be read", folder / name):
             digest.update(read_bytes(folder / name, None))
-        except OSError as error:
-            raise UserError(f"can't be read ({error.strerror})", file=folder / name) from None
     return digest.hexdigest()
 
 
@@ -390,19 +383,17 @@ class _LoraFile(BaseModel):
 
 # Fields without influence on the outputs of a trained adapter: where it comes from, how its modules were found (the
 # tensors say which they are), and settings of switches that are off.
-_HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "exclude_modules",
-        "inference_mode",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
+_HARMLESS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "exclude_modules",
+    "inference_mode",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
 )
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 
@@ -437,28 +428,3 @@ def _of_module(pattern: Mapping[str, float], module: str, default: float) -> flo
         if module == name.removeprefix("^") or module.endswith(f".{name}"):
             return value
     return default
-
-
-def _check_tensors(
-    tensors: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]], head: Container[str], file: Path
-) -> None:
-    """Refuse tensors that are missing, left over, of another shape or no finite numbers; make the others float32."""
-    for name in sorted(tensors.keys() - expected.keys()):
-        raise UserError(
-            f"this tensor has no place here by {CONFIG_FILE}; only LoRA on a block's qkv, proj, fc1, fc2 and a head "
-            "that modules_to_save names can be imported",
-            file=file,
-            field=repr(name[:200]),
-        )
-    for name, shape in expected.items():
-        if name not in tensors:
-            problem = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"
-            raise UserError(problem, file=file, field=name)
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            hint = "call model.reset_classifier" if name in head else f"is it of this model, and of this {CONFIG_FILE}?"
-            problem = f"expected shape {shape}, got {tuple(tensor.shape)}; {hint}"
-            raise UserError(problem, file=file, field=name)
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
-            raise UserError("holds values that are no finite numbers; save the adapter again", file=file, field=name)
-        tensors[name] = tensor.float()

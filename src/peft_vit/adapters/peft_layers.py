@@ -94,11 +94,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def check_plain(name: str, layer: Any, adapter: str = ADAPTER) -> None:
-    """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it.
-
-    Raises:
-        UserError: naming the module.
-    """
+    """Refuse a layer that computes more than W x + scale * B A x, or whose factors are not all of it."""
     if type(layer).__name__ not in ("Linear", "SVDLinear") or list(layer.lora_A) != [adapter]:
         raise UserError(
             f"PEFT's {type(layer).__name__} is more there than one plain LoRA or AdaLoRA named '{adapter}'; use PEFT's "
@@ -255,11 +251,7 @@ def peft_site_adapters(model: nn.Module) -> dict[str, PeftSite]:
 
 
 def peft_sites(model: nn.Module) -> tuple[Site, ...]:
-    """List the sites on which PEFT has put LoRA, block by block; none without PEFT.
-
-    Raises:
-        UserError: if PEFT computes more than plain LoRA, or elsewhere than on a block's matrices.
-    """
+    """List the sites on which PEFT has put LoRA, block by block; none without PEFT."""
     holder = _holder_of(model)
     if holder is None:
         return ()

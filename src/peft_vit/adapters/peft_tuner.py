@@ -22,15 +22,12 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from peft_vit.adapters.acting import check_acting
-from peft_vit.adapters.attach import freeze_backbone
+from peft_vit.adapters.attach import check_acting, freeze_backbone
 from peft_vit.adapters.peft_layers import ADAPTER, PREFIX
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
@@ -44,9 +41,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "eva": ("lora", {"init_lora_weights": "eva"}),  # arXiv 2410.07170
 }
 # Set here: the head is trained by our loop, and there is one adapter that is trained.
-_OURS = frozenset(
-    {"peft_type", "task_type", "inference_mode", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
-)
+_OURS = {"peft_type", "task_type", "inference_mode", "modules_to_save", "auto_mapping", "base_model_name_or_path"}
 _RANK_OF_FILE = ".lora_A.default.weight"
 
 
@@ -79,9 +74,6 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
         settings: by PEFT's names; without `target_modules` all matrices of the blocks are adapted, by `ia3` the inputs
             of the last one of each MLP and the outputs of query, key and value.
         sites: of the model.
-
-    Raises:
-        UserError: naming the setting, below `peft`.
     """
     require_peft()
     types = tuner_types()
@@ -179,7 +171,9 @@ def attach_peft(
 def attach_peft_lora(model: nn.Module, config: PeftLoraConfig, *, seed: int) -> None:
     """Attach LoRA with ``alpha = scale * r``; outputs do not change."""
     settings = {"r": config.rank, "lora_alpha": config.scale * config.rank}  # PEFT says int and takes any number
-    attach_peft(model, "lora", {**settings, "target_modules": _modules(model, config.targets)}, seed=seed)
+    attach_peft(
+        model, "lora", {**settings, "target_modules": list(whole_modules(find_sites(model), config.targets))}, seed=seed
+    )
 
 
 def attach_peft_adalora(
@@ -201,14 +195,9 @@ def attach_peft_adalora(
         "beta1": config.beta1,
         "beta2": config.beta2,
         "orth_reg_weight": config.orthogonality_weight,
-        "target_modules": _modules(model, config.targets),
+        "target_modules": list(whole_modules(find_sites(model), config.targets)),
     }
     return attach_peft(model, "adalora", settings, seed=seed)
-
-
-def _modules(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return full names: the suffix `proj` would hit patch_embed.proj too."""
-    return list(whole_modules(find_sites(model), targets))
 
 
 def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
@@ -249,8 +238,10 @@ def tuner_export(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return content, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
 
-def saved_module_ranks(file: Path) -> dict[str, int]:
-    """Return the rank of each module that PEFT's LoRA adapts in an adapter file."""
-    with safe_open(file, framework="pt") as handle:
-        names = [name for name in handle.keys() if name.endswith(_RANK_OF_FILE)]  # noqa: SIM118
-        return {name.removesuffix(_RANK_OF_FILE): handle.get_slice(name).get_shape()[0] for name in names}
+def saved_module_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the rank of each module that PEFT's LoRA adapts, out of the tensors of an adapter file."""
+    return {
+        name.removesuffix(_RANK_OF_FILE): len(lora_A)  # (r, in)
+        for name, lora_A in tensors.items()
+        if name.endswith(_RANK_OF_FILE)
+    }

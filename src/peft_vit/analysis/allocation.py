@@ -35,7 +35,7 @@ class Allocation:
     experiment: ExperimentConfig
     grid: Grid
     runs: tuple[dict[str, Any], ...]  # a row a run, see `_run_row`
-    course: tuple[dict[str, Any], ...]  # a row a run and entry of its ranks, see `_course_rows`
+    courses: tuple[list[dict[str, Any]], ...]  # by run, a row an entry of its ranks, see `_course`
     maps: tuple[RankMap, ...]  # at the steps that all seeds share
     rank_by_matrix: dict[str, Interval]  # mean final rank of a matrix type, interval over seeds
     against_fixed: Estimate  # test accuracy minus that of fixed LoRA at equal trainable parameters
@@ -58,7 +58,7 @@ def allocations(study: Study) -> tuple[Allocation, ...]:
                 experiment=experiment,
                 grid=grid,
                 runs=tuple(map(_run_row, runs)),
-                course=tuple(row for run in runs for row in _course_rows(run)),
+                courses=tuple(map(_course, runs)),
                 maps=_rank_maps(grid, runs),
                 rank_by_matrix={
                     matrix: mean_interval(np.nanmean(finals[:, :, i], axis=1)) for i, matrix in enumerate(grid.matrices)
@@ -97,11 +97,11 @@ def _run_row(run: Run) -> dict[str, Any]:
         "gini": gini(final) if spread else None,  # concentration of the final ranks over sites, 0 for equal ranks
         "evenness": normalized_entropy(final) if spread else None,  # 1 for equal ranks
         "updates": len(ranks) - 1,
-        "moved": [moved_ranks(before, after) for before, after in pairwise(ranks)],  # at each update
+        "moved": " ".join(str(moved_ranks(before, after)) for before, after in pairwise(ranks)),  # at each update
     }
 
 
-def _course_rows(run: Run) -> list[dict[str, Any]]:
+def _course(run: Run) -> list[dict[str, Any]]:
     """Return how one run's ranks came to where they end: a row an entry, the first included."""
     ranks = _ranks(run)
     steps = [entry.step for entry in run.record.rank_history]

@@ -206,8 +206,8 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
                 "metric": own.importance_metric,
                 "images": _images(study),
                 "other_images": _images(other),
-                # otherwise sites share no more than a name
-                "same_backbone": len({same_source(run)[:2] for run in (*study.runs, *other.runs)}) == 1,
+                # 1 or 0; with another one sites share no more than a name
+                "same_backbone": int(len({same_source(run)[:2] for run in (*study.runs, *other.runs)}) == 1),
                 "sites": len(shared),
                 "rho": spearman([scores[s] for s in shared], [other_scores[s] for s in shared]),
             }

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, Effect, adapted_modules, attach_adapters, effects, merged_state_dict
-from peft_vit.adapters.acting import effects_of
+from peft_vit.adapters.attach import effects_of
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size

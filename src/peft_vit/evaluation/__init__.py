@@ -1,12 +1,12 @@
 """Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
 
-from peft_vit.evaluation.ablation import measure_ablation
 from peft_vit.evaluation.footprint import (
     MemoryWatch,
     available_memory_bytes,
     frozen_bytes,
     give_memory_back,
     head_parameters,
+    model_size,
     optimizer_bytes,
     peak_memory_bytes,
     peak_memory_of,
@@ -15,6 +15,12 @@ from peft_vit.evaluation.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.evaluation.metrics import expected_calibration_error, measure
-from peft_vit.evaluation.predict import LogitsAndLabels, forward_s, predict, predictions
-from peft_vit.evaluation.size import model_size
+from peft_vit.evaluation.metrics import (
+    autocast,
+    expected_calibration_error,
+    forward_s,
+    measure,
+    measure_ablation,
+    predict,
+    predictions,
+)

@@ -1,4 +1,4 @@
-"""What a model weighs: parameters, bytes of live storages, and the memory of a run and of its process."""
+"""What a model weighs, in float and in packed layers, and the memory of a run and of its process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.adapters import packed_weights
+from peft_vit.adapters import adapted_modules, packed_weights, site_adapters
 from peft_vit.backbones import Backbone
+from peft_vit.records import FloatPart, LayerSize, ModelSize
 
 
 def trainable_parameters(model: nn.Module) -> int:
@@ -53,6 +55,60 @@ def trainable_bytes(model: nn.Module) -> int:
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the bytes of the optimiser's state."""
     return storage_bytes(v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+
+
+def model_size(model: nn.Module) -> ModelSize:
+    """Count a low-bit model live and as a file, without adapters, with float copies that layers have beside codes."""
+    packed = packed_weights(model)
+    adapters = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
+    buffers = dict(model.named_buffers())
+    named = dict(model.named_parameters()) | buffers
+    left = {name: tensor for name, tensor in named.items() if id(tensor) not in adapters}
+    by_part: dict[FloatPart, list[Tensor]] = {}
+    for name, tensor in left.items():
+        by_part.setdefault(_part(model, name, tensor), []).append(tensor)
+    layers, merging_bytes, stored = {}, 0, dict(left)
+    for name, module in adapted_modules(model):
+        if (weight := packed.get(name)) is None:
+            continue
+        tensors = weight.tensors()
+        stored |= {f"{name}.{kind}": tensor for kind, tensor in tensors.items()}
+        codes, offsets = tensors["codes"].nbytes, tensors["offsets"].nbytes if "offsets" in tensors else 0
+        layers[name] = LayerSize(
+            weights=weight.shape[0] * weight.shape[1],
+            codes_bytes=codes,
+            scales_bytes=weight.nbytes - codes - offsets,
+            offsets_bytes=offsets,
+        )
+        if weight.offsets is None and any(adapter.pool > 1 and adapter.rank for _, adapter in module.adapters()):
+            merging_bytes += weight.scales.nbytes
+    computed = buffers.keys() - model.state_dict().keys()  # rotary embeddings, say
+    in_file = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items() if name not in computed}
+    floats = sum(tensor.numel() for name, tensor in left.items() if name.removesuffix(".weight") not in packed)
+    return ModelSize(
+        weights=floats + sum(size.weights for size in layers.values()),
+        layers=layers,
+        float_bytes={part: storage_bytes(tensors) for part, tensors in by_part.items()},
+        merging_bytes=merging_bytes,
+        live_bytes=storage_bytes(stored.values()),
+        file_bytes=len(save(in_file)),
+    )
+
+
+def _part(model: nn.Module, name: str, tensor: Tensor) -> FloatPart:
+    """Return which part of the model a float tensor belongs to."""
+    words = name.split(".")
+    if any(tensor is parameter for parameter in Backbone(model).head.parameters()):
+        return "head"
+    if "patch_embed" in words:
+        return "patch embedding"
+    if "pos_embed" in words:
+        return "position embedding"
+    if isinstance(model.get_submodule(".".join(words[:-1])), nn.LayerNorm):
+        return "norms"
+    if words[-1].endswith("bias"):
+        return "biases"
+    return "matrices" if words[-1] == "weight" and tensor.ndim == 2 else "other"
 
 
 def give_memory_back() -> None:

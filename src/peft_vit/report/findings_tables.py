@@ -16,10 +16,7 @@ HOW = (
 )
 
 
-_SENTENCE = [
-    Column("", lambda conclusion: conclusion.sentence.id, data="id"),
-    Column("sentence", lambda conclusion: conclusion.sentence.text, plain, "sentence"),
-]
+_SENTENCE = [Column("", "sentence.id", data="id"), Column("sentence", "sentence.text", plain, "sentence")]
 
 
 def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from peft_vit.analysis import AgainstControl, Allocation, ImportancePattern
 from peft_vit.analysis.allocation import SETTLED_AT
+from peft_vit.analysis.comparison import known_mean
 from peft_vit.analysis.effectiveness import PARAMETERS
 from peft_vit.analysis.importance import seed_agreements
 from peft_vit.analysis.limits import SAME_SIZE
@@ -48,6 +49,17 @@ def _or_dash(value: float | None) -> str:
 
 def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
     ratios = [float(np.mean(p.attention_over_mlp)) if p.attention_over_mlp else None for p in patterns]  # log2
+    rows = [
+        {
+            "experiment": p.experiment.name,
+            "matrix": matrix,
+            **ends("relative_score", interval),
+            "log2_attention_over_mlp": ratio,
+            "agreement_between_seeds": p.agreement_between_seeds,
+        }
+        for p, ratio in zip(patterns, ratios, strict=True)
+        for matrix, interval in p.by_matrix.items()
+    ]
     columns = {
         _heading(p): {
             **{matrix: number_interval(interval) for matrix, interval in p.by_matrix.items()},
@@ -56,44 +68,30 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         }
         for p, ratio in zip(patterns, ratios, strict=True)
     }
-    return table(
+    return crossed(
         "importance_by_matrix",
         "Relative score by matrix type",
-        crossed("matrix", columns, [matrix for p in patterns for matrix in p.by_matrix]),
-        None,
+        "matrix",
+        columns,
         f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention "
         "over MLP is the geometric mean over seeds; agreement is Spearman's rho of the final "
         "scores, mean over pairs of seeds.",
-        data=(
-            {
-                "experiment": p.experiment.name,
-                "matrix": matrix,
-                **ends("relative_score", interval),
-                "log2_attention_over_mlp": ratio,
-                "agreement_between_seeds": p.agreement_between_seeds,
-            }
-            for p, ratio in zip(patterns, ratios, strict=True)
-            for matrix, interval in p.by_matrix.items()
-        ),
+        keys=[str(row["matrix"]) for row in rows],
+        data=rows,
     )
 
 
-def _in_order(
-    first: str, patterns: Sequence[ImportancePattern], values: Sequence[Mapping[int, float | None]]
-) -> list[dict[str, str]]:
-    """Return a row a block or step, with a column an experiment."""
-    texts = {_heading(p): {k: _or_dash(v) for k, v in of.items()} for p, of in zip(patterns, values, strict=True)}
-    return crossed(first, texts, sorted({key for of in values for key in of}))
-
-
 def _by_block(patterns: Sequence[ImportancePattern]) -> Table:
-    means = [dict(zip(p.grid.blocks, np.mean(p.by_block, axis=0).tolist(), strict=True)) for p in patterns]
-    return table(
+    return crossed(
         "importance_by_block",
         "Relative score by block",
-        _in_order("block", patterns, means),
-        None,
+        "block",
+        {
+            _heading(p): dict(zip(p.grid.blocks, map(_or_dash, np.mean(p.by_block, axis=0)), strict=True))
+            for p in patterns
+        },
         "Mean over the sites of a block and over seeds.",
+        keys=sorted({block for p in patterns for block in p.grid.blocks}),
         data=(
             {
                 "experiment": p.experiment.name,
@@ -112,18 +110,18 @@ def _by_block(patterns: Sequence[ImportancePattern]) -> Table:
 
 
 def _over_time(patterns: Sequence[ImportancePattern]) -> Table:
-    courses = [dict(zip(p.steps, p.agreement_with_final, strict=True)) for p in patterns]
-    return table(
+    return crossed(
         "importance_over_time",
         "How early the final scores were visible",
-        _in_order("step", patterns, courses),
-        None,
+        "step",
+        {_heading(p): dict(zip(p.steps, map(_or_dash, p.agreement_with_final), strict=True)) for p in patterns},
         "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
         "row is 1 by definition.",
+        keys=sorted({step for p in patterns for step in p.steps}),
         data=(
             {"experiment": p.experiment.name, "step": step, "rho_with_final": rho}
-            for p, course in zip(patterns, courses, strict=True)
-            for step, rho in course.items()
+            for p in patterns
+            for step, rho in zip(p.steps, p.agreement_with_final, strict=True)
         ),
         folded=True,
     )
@@ -131,36 +129,31 @@ def _over_time(patterns: Sequence[ImportancePattern]) -> Table:
 
 def _course(patterns: Sequence[ImportancePattern]) -> Table:
     """Return the relative score of each matrix type at the first, the middle and the last decision; CSV: at each."""
-    rows: list[dict[str, Any]] = []
-    shown: list[dict[str, Any]] = []
-    for p in patterns:
-        own = [
-            {"experiment": p.experiment.name, "step": step, "scores": dict(zip(p.grid.matrices, scores, strict=True))}
-            for step, scores in zip(p.steps, p.matrix_course.tolist(), strict=True)
-        ]
-        rows += own
-        shown += [own[i] for i in dict.fromkeys((0, len(own) // 2, len(own) - 1)) if own]
-
-    def score(matrix: str, row: Mapping[str, Any]) -> str:
-        return _or_dash(row["scores"].get(matrix))
-
     matrices = dict.fromkeys(matrix for p in patterns for matrix in p.grid.matrices)
     return table(
         "importance_course",
         "Relative score by matrix type, through training",
-        shown,
-        ["experiment", "step", *(Column(matrix, partial(score, matrix)) for matrix in matrices)],
+        [
+            {"experiment": p.experiment.name, "step": str(p.steps[i])}
+            | dict.fromkeys(matrices, "–")
+            | dict(zip(p.grid.matrices, map(_or_dash, p.matrix_course[i]), strict=True))
+            for p in patterns
+            if p.steps
+            for i in dict.fromkeys((0, len(p.steps) // 2, len(p.steps) - 1))
+        ],
+        None,
         "Scores of a step over their mean at that step: 1 is an average site. Mean over the sites of a type and "
         "over seeds, at the first, the middle and the last decision; the CSV file has every one.",
         data=(
             {
-                "experiment": row["experiment"],
-                "step": row["step"],
+                "experiment": p.experiment.name,
+                "step": step,
                 "matrix": matrix,
                 "mean_relative_score": None if np.isnan(value) else value,
             }
-            for row in rows
-            for matrix, value in row["scores"].items()
+            for p in patterns
+            for step, scores in zip(p.steps, p.matrix_course.tolist(), strict=True)
+            for matrix, value in zip(p.grid.matrices, scores, strict=True)
         ),
         folded=True,
     )
@@ -202,16 +195,14 @@ def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
             Column("other study", "other_study", plain),
             Column("its experiment", "other_experiment"),
             "metric",
-            Column("images", images, data=""),
-            Column("", "images"),
-            Column("", "other_images"),
-            Column("", lambda row: int(row["same_backbone"]), data="same_backbone"),
+            Column("images", images),
             "sites",
             Column("Spearman's rho", "rho", fixed),
         ],
         "Rank correlation of the mean final relative scores of the sites that both have, for experiments of one "
         "method, metric and strategy. It describes these runs; there is no test. With other backbones, sites share "
         "no more than their place.",
+        data=agreements,
     )
 
 
@@ -226,19 +217,16 @@ def allocation_tables(allocations: Sequence[Allocation], against_controls: Seque
         f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
     )
     yield from _against_controls(against_controls)
-    yield table(
+    yield crossed(
         "rank_by_matrix",
         "Mean final rank by matrix type",
-        crossed(
-            "matrix",
-            {
-                f"{a.experiment.name} (n = {len(a.runs)})": {
-                    matrix: number_interval(interval, 1) for matrix, interval in a.rank_by_matrix.items()
-                }
-                for a in allocations
-            },
-        ),
-        None,
+        "matrix",
+        {
+            f"{a.experiment.name} (n = {len(a.runs)})": {
+                matrix: number_interval(interval, 1) for matrix, interval in a.rank_by_matrix.items()
+            }
+            for a in allocations
+        },
         f"Mean over the sites of a type. {OVER_SEEDS}",
         data=(
             {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
@@ -268,23 +256,23 @@ def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
                 Column("", lambda r: int(r.same_strategy), data="same_strategy"),
                 Column(
                     "difference (points)",
-                    lambda r: r.accuracy.interval,
+                    "accuracy.interval",
                     points_interval,
                     partial(measured, "difference"),
                     none=points_interval(None),
                 ),
                 Column("n", lambda r: len(r.accuracy.by_seed)),
-                Column("more accurate?", lambda r: r.accuracy.verdict, data="verdict"),
+                Column("more accurate?", "accuracy.verdict", data="verdict"),
                 Column("test", "accuracy", tested, lambda c: {"p_holm": c.adjusted_p, "note": c.note}),
                 Column(
                     f"points per {count(PARAMETERS)} parameters",
-                    lambda r: r.per_parameter.interval,
+                    "per_parameter.interval",
                     # in points, with the decimals that a thousandth of an accuracy needs
                     lambda share: number_interval(scaled(share, 100), 4),
                     partial(measured, "per_1000_parameters"),
                     none="not computed",
                 ),
-                Column("", lambda r: r.per_parameter.adjusted_p, data="per_1000_parameters_p_holm"),
+                Column("", "per_parameter.adjusted_p", data="per_1000_parameters_p_holm"),
                 Column("parameters, ratio", "parameters_ratio", fixed),
             ],
             "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
@@ -305,64 +293,53 @@ def _final_ranks(allocations: Sequence[Allocation]) -> Table:
             return f"{row['used']} / {known(row['budget'], str)}"
         return f"{row['used']} ranks: {count(row['spent'])} / {count(row['budget'])} {row['unit']}"
 
+    rows = [row for a in allocations for row in a.runs]
     return table(
         "allocation",
         "Final ranks and how they were reached",
-        [row for a in allocations for row in a.runs],
+        rows,
         [
             "experiment",
             "seed",
             Column("ranks / budget", of_budget),
-            *(Column("", name) for name in ("budget", "unit", "spent", "used", "sites", "sites_without_rank")),
             Column("sites without", lambda row: f"{row['sites_without_rank']} of {row['sites']}"),
             Column("Gini", "gini", fixed),
             Column("evenness", "evenness", fixed),
-            Column("", "updates"),
-            Column(
-                "ranks moved at each update",
-                "moved",
-                lambda moved: joined(map(str, moved)) or "no update",
-                lambda moved: {"moved": " ".join(map(str, moved))},
-            ),
+            Column("ranks moved at each update", "moved", lambda moved: moved.replace(" ", ", ") or "no update"),
         ],
         "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
         "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
         "shrinking budget took does not count. Each row describes one run; there is no interval.",
+        data=rows,
         folded=True,
     )
 
 
 def _allocation_course(allocations: Sequence[Allocation]) -> Table:
     """Return how much moved and how early the final allocation was visible; the CSV file has every update."""
-    entries = [row for a in allocations for row in a.course]
-    by_run: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for row in entries:
-        by_run.setdefault((row["experiment"], row["seed"]), []).append(row)
-
-    def mean_churn(run: Sequence[Mapping[str, Any]]) -> float | None:
-        churn = [row["churn"] for row in run if row["churn"] is not None]
-        return sum(churn) / len(churn) if churn else None
-
+    courses = [course for a in allocations for course in a.courses]
     return table(
         "allocation_course",
         "How much moved, and how early the final ranks stood",
-        by_run.values(),
         [
-            Column("experiment", lambda run: run[0]["experiment"]),
-            Column("seed", lambda run: run[0]["seed"]),
-            Column("moved at an update, mean", mean_churn, percent),
-            Column("in place at the start", lambda run: run[0]["overlap_with_final"], percent),
-            Column(
-                "after half of the updates",
-                lambda run: run[len(run) // 2]["overlap_with_final"] if len(run) > 1 else None,
-                percent,
-            ),
-            Column(f"at least {percent(SETTLED_AT)} in place from step", lambda run: run[0]["settled_step"]),
-            Column("last update", lambda run: run[-1]["step"] if len(run) > 1 else "no update"),
+            {
+                "experiment": first["experiment"],
+                "seed": str(first["seed"]),
+                "moved at an update, mean": known(known_mean(row["churn"] for row in course), percent),
+                "in place at the start": known(first["overlap_with_final"], percent),
+                "after half of the updates": known(
+                    course[len(course) // 2]["overlap_with_final"] if updates else None, percent
+                ),
+                f"at least {percent(SETTLED_AT)} in place from step": known(first["settled_step"], str),
+                "last update": str(updates[-1]["step"]) if updates else "no update",
+            }
+            for course in courses
+            for first, *updates in [course]
         ],
+        None,
         "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
         "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
         "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
-        data=entries,
+        data=(row for course in courses for row in course),
         folded=True,
     )

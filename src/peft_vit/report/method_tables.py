@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from peft_vit.analysis import AllPairs, Calibration, CalibrationDifferences, Estimate, Front, MethodResult, Pair
-from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin
+from peft_vit.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
+from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin, Measure
 from peft_vit.analysis.comparison import BY_LOOKS
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
@@ -67,7 +67,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
         methods,
         [
             EXPERIMENT,
-            Column("", lambda m: m.experiment.method, data="method"),
+            Column("", "experiment.method", data="method"),
             Column("test accuracy", "test_accuracy", percent_interval, partial(ends, "test_accuracy")),
             _RUNS,
             Column(
@@ -76,13 +76,8 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
                 lambda of: joined(f"{seed}: {fixed(100 * accuracy, 1)}" for seed, accuracy in of.items()),
                 lambda of: {f"seed_{seed}": accuracy for seed, accuracy in of.items()},
             ),
-            Column(
-                "validation",
-                lambda m: m.validation_accuracy and m.validation_accuracy.estimate,
-                percent,
-                "validation_accuracy",
-            ),
-            Column("above majority (points)", lambda m: m.above_majority.estimate, points, "above_majority"),
+            Column("validation", "validation_accuracy.estimate", percent, "validation_accuracy"),
+            Column("above majority (points)", "above_majority.estimate", points, "above_majority"),
         ],
         f"n counts seeds. {OVER_SEEDS} With two seeds they are wide and may pass 100 %. {chose}; test was read once.",
     )
@@ -154,11 +149,18 @@ def convergence_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
-_CALIBRATION = {"nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score"}
+_CALIBRATION: dict[Measure, str] = {
+    "nll": "NLL (nats)",
+    "ece": "ECE",
+    "adaptive_ece": "adaptive ECE",
+    "brier": "Brier score",
+}
 
 
 def calibration_blocks(
-    methods: Sequence[MethodResult], calibrations: Sequence[Calibration], differences: Sequence[CalibrationDifferences]
+    methods: Sequence[MethodResult],
+    calibrations: Sequence[Calibration],
+    differences: Mapping[str, Mapping[Measure, Sequence[Estimate]]],
 ) -> Iterator[Block]:
     """Yield calibration by experiment, its differences to the references, reliability bins, and what is not known."""
     if not calibrations:
@@ -181,8 +183,8 @@ def calibration_blocks(
         f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
         folded=True,
     )
-    for reference in dict.fromkeys(family.reference for family in differences):
-        yield _calibration_differences([family for family in differences if family.reference == reference], reference)
+    for reference, families in differences.items():
+        yield _calibration_differences(reference, families)
     if any(c.bins for c in calibrations):
         yield _reliability_table([c for c in calibrations if c.bins])
     lacking = [c.experiment.name for c in calibrations if not c.seeds] + [
@@ -194,31 +196,30 @@ def calibration_blocks(
         yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(lacking)}.")
 
 
-def _calibration_differences(families: Sequence[CalibrationDifferences], reference: str) -> Table:
+def _calibration_differences(reference: str, families: Mapping[Measure, Sequence[Estimate]]) -> Table:
     words = {"supported": "worse", "refuted": "better", "not decided": "not decided"}
 
     def text(c: Estimate) -> str:
         return c.note if c.interval is None else f"{to_thousandths(c.interval)}, {words[c.verdict]}"
 
-    rows = zip(*(family.comparisons for family in families), strict=True)  # one an experiment, one a measure
-    return table(
+    return crossed(
         f"calibration_against_{reference}",
         f"Calibration minus that of {reference}, paired by seed",
-        crossed("experiment", {_CALIBRATION[f.measure]: {c.name: text(c) for c in f.comparisons} for f in families}),
-        None,
+        "experiment",
+        {_CALIBRATION[measure]: {c.name: text(c) for c in family} for measure, family in families.items()},
         "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
         f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
         data=(
             {
                 "experiment": c.name,
                 "reference": reference,
-                "measure": family.measure,
+                "measure": measure,
                 **ends("difference", c.interval),
                 **comparison_values(c),
                 "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
             }
-            for row in rows
-            for family, c in zip(families, row, strict=True)
+            for row in zip(*families.values(), strict=True)  # an experiment
+            for measure, c in zip(families, row, strict=True)
         ),
         folded=True,
     )
@@ -230,20 +231,17 @@ def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
             return "–"
         return f"{percent(of.confidence)} / {percent(of.accuracy)} ({of.count:,})"
 
-    return table(
+    return crossed(
         "reliability",
         "Reliability: mean confidence / accuracy (predictions) by confidence",
-        crossed(
-            "experiment",
-            {
-                f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}": {
-                    c.experiment.name: text(c.bins[m]) for c in calibrations
-                }
-                for m in range(BINS)
-                if any(c.bins[m].count for c in calibrations)
-            },
-        ),
-        None,
+        "experiment",
+        {
+            f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}": {
+                c.experiment.name: text(c.bins[m]) for c in calibrations
+            }
+            for m in range(BINS)
+            if any(c.bins[m].count for c in calibrations)
+        },
         "Predictions of all seeds together: they share test images, so their number is no sample size and no "
         "interval is given. Accuracy below confidence is overconfidence.",
         data=(
@@ -403,13 +401,6 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     }
 
 
-def _lead_values(lead: Estimate | None) -> dict[str, Raw]:
-    if lead is None:
-        return {"before": None, **measured("lead", None), "p_holm": None, "verdict": None}
-    decided = {"p_holm": lead.adjusted_p, "verdict": lead.verdict}
-    return {"before": lead.reference, **measured("lead", lead.interval), **decided}
-
-
 _FRONT = [
     Column("front of", "front", lambda name: COSTS[name].what, "cost"),
     Column("experiment", "experiment"),
@@ -419,8 +410,11 @@ _FRONT = [
     Column("test accuracy", "test_accuracy", percent_interval, partial(measured, "test_accuracy")),
     Column("", lambda row: int(row["on_front"]), data="on_front"),
     Column("", lambda row: int(row["on_test_front"]), data="on_test_front"),
-    Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), _lead_values),
-    Column("more accurate?", "lead", lambda c: c.verdict, "", "cheapest"),
+    Column("", "lead.reference", data="before"),
+    Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), ""),
+    Column("", "lead.interval", data=partial(measured, "lead")),
+    Column("", "lead.adjusted_p", data="p_holm"),
+    Column("more accurate?", "lead.verdict", data="verdict", none="cheapest"),
     Column("test", "lead", tested, ""),
     Column("on the front of test accuracies", "on_test_front", lambda is_on: "yes" if is_on else "no", ""),
 ]

@@ -96,14 +96,14 @@ def _by_study(found: Across) -> Table:
         [
             Column("experiment", "name"),
             "study",
-            Column("test accuracy", lambda row: row.result.test_accuracy, percent_interval),
-            Column("n", lambda row: row.result.test_accuracy.n),
+            Column("test accuracy", "result.test_accuracy", percent_interval),
+            Column("n", "result.test_accuracy.n"),
             Column(f"against {found.reference} (points)", "comparison", lambda c: points_interval(c.interval), ""),
             Column("pairs", "comparison", lambda c: str(len(c.by_seed)), ""),
             Column("more accurate?", "comparison", tested, ""),
-            Column("to store", lambda row: row.result.stored_bytes, megabytes),
-            Column("parameters", lambda row: row.result.final_parameters, count),
-            Column("s a step", lambda row: row.result.seconds_per_step, fixed),
+            Column("to store", "result.stored_bytes", megabytes),
+            Column("parameters", "result.final_parameters", count),
+            Column("s a step", "result.seconds_per_step", fixed),
         ],
         f"95 % t intervals: {OTHER_SEEDS}. Pairs share seed, weights, images "
         "and split; the exact Wilcoxon signed-rank test decides at 5 %, Holm-corrected over a study's experiments.",
@@ -115,9 +115,9 @@ def _with_reason(write: Callable[[Interval], str], interval: Interval) -> str:
 
 
 _POOLED = [
-    Column("experiment", lambda row: row.estimate.name),
+    Column("experiment", "estimate.name"),
     Column("studies", lambda row: len(row.studies)),
-    Column("pairs", lambda row: row.interval.n),
+    Column("pairs", "interval.n"),
 ]
 
 
@@ -130,7 +130,7 @@ def _pooled(rows: Sequence[PooledRow], reference: str) -> Table:
             *_POOLED,
             Column("mean over studies", "interval", partial(_with_reason, points_interval)),
             Column("ahead in", lambda row: f"{row.ahead} of {len(row.studies)}"),
-            Column("p (Holm)", lambda row: row.estimate.adjusted_p, "{:.2g}".format),
+            Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
             Column("more accurate?", "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
         ],
         "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "

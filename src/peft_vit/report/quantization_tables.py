@@ -40,15 +40,15 @@ def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table
 
 
 _SETTINGS = [
-    Column("format", lambda q: q.settings.quantization_type, data="quantization_type", none="by layer"),
+    Column("format", "settings.quantization_type", data="quantization_type", none="by layer"),
     Column(
         "groups",
         lambda q: q.settings.group_size if q.settings.use_group_quantization else None,
         data="group_size",
         none="rows",
     ),
-    Column("schedule", lambda q: q.settings.quantization_schedule, data="schedule"),
-    Column("", lambda q: q.settings.gradient_scaling_factor, data="gradient_scaling_factor"),
+    Column("schedule", "settings.quantization_schedule", data="schedule"),
+    Column("", "settings.gradient_scaling_factor", data="gradient_scaling_factor"),
 ]
 
 
@@ -124,7 +124,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
     def twin(accuracy: Estimate) -> str:
         return accuracy.reference if accuracy.by_seed else accuracy.note
 
-    settings = [EXPERIMENT, Column("bits", lambda q: q.settings.quantization_bits, data="bits", none="by layer")]
+    settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer")]
     settings += _SETTINGS
     return table(
         "quantization_against_float",
@@ -155,21 +155,22 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 
 def _cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    def values(q: QuantizationImpact) -> dict[str, Any]:
-        on_float = costs(q.twin)
-        reference = None if on_float["stored_bytes"] is None else q.against_unquantized.reference
-        return {
-            "float_reference": reference,
+    rows = [
+        {
+            "experiment": q.experiment.name,
+            "bits_per_weight": layers_bits(q.runs),
+            "float_reference": q.against_unquantized.reference if q.twin else None,
             "same_machine": int(q.same_machine),
             **costs(q.runs),
-            **{f"float_{name}": value for name, value in on_float.items()},
+            **{f"float_{name}": value for name, value in costs(q.twin).items()},
         }
+        for q in impacts
+    ]
 
     def with_factor(title: str, name: str, show: Callable[[float], str]) -> Column:
-        def text(q: QuantizationImpact) -> str | None:
-            of = values(q)
-            own, other = of.get(name), of.get(f"float_{name}")
-            if own is None or not other or not (q.same_machine or name == "stored_bytes"):
+        def text(row: dict[str, Any]) -> str | None:
+            own, other = row.get(name), row.get(f"float_{name}")
+            if own is None or not other or not (row["same_machine"] or name == "stored_bytes"):
                 return None if own is None else show(own)
             return f"{show(own)} (× {fixed(own / other)})"
 
@@ -178,20 +179,21 @@ def _cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
     return table(
         "quantization_cost",
         "What low bits take, against the same LoRA on float weights",
-        impacts,
+        rows,
         [
-            EXPERIMENT,
-            Column("bits a weight, layers", lambda q: layers_bits(q.runs), fixed, "bits_per_weight"),
+            "experiment",
+            Column("bits a weight, layers", "bits_per_weight", fixed),
             with_factor("to store", "stored_bytes", megabytes),
             with_factor("memory of a run", "own_memory_bytes", megabytes),
             with_factor("a step", "seconds_per_step", COSTS["seconds_per_step"].write),
             with_factor("latency, 1 image", "latency_s_batch_1", COSTS["latency_s"].write),
-            Column("float twin", values, lambda of: of["float_reference"] or "none in this study", dict),
+            Column("float twin", "float_reference", none="none in this study"),
         ],
         "Means over seeds; in brackets the factor on the float twin's, below 1 is less. To store: everything "
         "frozen, and the adapter file. Weights are unpacked when they are used, so fewer bits need not be faster. "
         "No factor of memory and seconds where the two ran on different machines or numbers of threads. Latency "
         "of other batch sizes: CSV. – : not recorded.",
+        data=rows,
     )
 
 
@@ -199,13 +201,15 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
     def times(ratio: float) -> str:
         return f"{fixed(ratio, 1)} ×"
 
-    def bits_and_ratios(of: str, bits: Callable[[QuantizationImpact], float | None]) -> list[Column]:
+    def bits_and_ratios(of: str, path: str | Callable[[Any], float]) -> list[Column]:
+        bits = Column(f"{of}: bits a weight", path, fixed, f"{of}_bits_per_weight")
+
         def over(full: int, q: QuantizationImpact) -> float | None:
-            own = bits(q)
-            return own and full / own
+            own = bits.value(q)
+            return None if own is None else full / own
 
         return [
-            Column(f"{of}: bits a weight", bits, fixed, f"{of}_bits_per_weight"),
+            bits,
             Column(f"fp32 / {of}", partial(over, FLOAT32_BITS), times, f"{of}_vs_fp32"),
             Column(f"fp16 / {of}", partial(over, FLOAT16_BITS), times, f"{of}_vs_fp16"),
         ]
@@ -218,9 +222,9 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
             EXPERIMENT,
             Column("claimed", "claimed", times, "claimed_vs_fp32"),
             *bits_and_ratios("layers", lambda q: layers_bits(q.runs)),
-            *bits_and_ratios("model", lambda q: None if q.model is None else q.model.bits_per_weight),
-            Column("live", lambda q: q.model and q.model.live, megabytes, "live_bytes"),
-            Column("file", lambda q: q.model and q.model.file, megabytes, "file_bytes"),
+            *bits_and_ratios("model", "model.bits_per_weight"),
+            Column("live", "model.live", megabytes, "live_bytes"),
+            Column("file", "model.file", megabytes, "file_bytes"),
             mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
         ],
         "Claimed: 32 over the bits of a code, 8 × for 4 bits and 4 × for 8, as is commonly said. Layers: codes, "
@@ -233,33 +237,31 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 
 def _bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    counted = [q for q in impacts if q.model is not None]
-    in_float = [part for part in get_args(FloatPart) if any(q.model and q.model.parts.get(part) for q in counted)]
+    counted = [(q.experiment.name, q.model) for q in impacts if q.model is not None]
+    in_float = [part for part in get_args(FloatPart) if any(model.parts.get(part) for _, model in counted)]
+    parts = {part: part for part in ("codes", "scales", "offsets")} | {part: f"{part} (float)" for part in in_float}
 
-    def part(title: str, name: str) -> Column:
-        def text(q: QuantizationImpact) -> str | None:
-            assert q.model is not None
-            size = q.model.parts.get(name)
-            return f"{megabytes(size)} ({percent(size / q.model.total)})" if size else None
+    def share(part: str, row: dict[str, Any]) -> str | None:
+        size = row[part]
+        return f"{megabytes(size)} ({percent(size / row['total_bytes'])})" if size else None
 
-        return Column(title, text)
-
-    def values(q: QuantizationImpact) -> dict[str, float]:
-        assert q.model is not None
-        of_parts = {name: q.model.parts.get(name, 0.0) for name in ("codes", "scales", "offsets", *in_float)}
-        return of_parts | {"total_bytes": q.model.total, "weights": q.model.weights}
-
+    rows = [
+        {"experiment": name}
+        | {part: model.parts.get(part, 0.0) for part in parts}
+        | {"total_bytes": model.total, "weights": model.weights}
+        for name, model in counted
+    ]
     return table(
         "size_parts",
         "Where the bytes are",
-        counted,
+        rows,
         [
-            EXPERIMENT,
-            *(part(name, name) for name in ("codes", "scales", "offsets")),
-            *(part(f"{name} (float)", name) for name in in_float),
-            Column("together", values, lambda of: megabytes(of["total_bytes"]), dict),
+            "experiment",
+            *(Column(title, partial(share, part)) for part, title in parts.items()),
+            Column("together", "total_bytes", megabytes),
         ],
         "Shares of the whole in brackets. Other: class and register tokens, layer scales. Means over seeds.",
+        data=rows,
         folded=True,
     )
 
@@ -273,12 +275,13 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
         kind: {name: " to ".join(dict.fromkeys((fixed(min(b)), fixed(max(b))))) for name, b in of.items()}
         for kind, of in by_kind.items()
     }
-    return table(
+    return crossed(
         "bits_by_layer",
         "Bits a weight by layer",
-        crossed("experiment", texts, [q.experiment.name for q in impacts]),
-        None,
+        "experiment",
+        texts,
         "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
+        keys=[q.experiment.name for q in impacts],
         data=(
             {
                 "experiment": q.experiment.name,
@@ -295,26 +298,30 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
 
 def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
-    courses: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for q in impacts:
-        for at in q.balance():
-            courses.setdefault((q.experiment.name, at["measure"]), []).append({"experiment": q.experiment.name, **at})
 
     def check(at: dict[str, Any]) -> str:
         return f"{at['mean']:.4g} (step {at['step']})"
 
+    courses = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
     return table(
         "quantization_balance",
         "Balance of quantization and adaptation",
-        courses.values(),
         [
-            Column("experiment", lambda course: course[0]["experiment"]),
-            Column("measure", lambda course: course[0]["measure"]),
-            Column("first check", lambda course: course[0], check),
-            Column("in between", lambda course: course[len(course) // 2] if len(course) > 2 else None, check),
-            Column("last check", lambda course: course[-1] if len(course) > 1 else None, check),
+            {
+                "experiment": experiment,
+                "measure": measure,
+                "first check": check(course[0]),
+                "in between": check(course[len(course) // 2]) if len(course) > 2 else "–",
+                "last check": check(course[-1]) if len(course) > 1 else "–",
+            }
+            for experiment, measure, course in courses
         ],
+        None,
         "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
-        data=(at for course in courses.values() for at in course),
+        data=[
+            {"experiment": experiment, "measure": measure, **at}
+            for experiment, measure, course in courses
+            for at in course
+        ],
         folded=True,
     )

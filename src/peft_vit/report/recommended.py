@@ -55,41 +55,52 @@ def print_recommendation(found: Recommendation, output: Path | None) -> None:
 
 def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
     """Yield what is recommended and why, or what the data does not decide."""
-    for notice in found.study.notices:
-        yield Paragraph(notice)
-    for name, reason in found.left_out.items():
-        yield Paragraph(f"Left out: {name} {reason}.")
+    yield from map(Paragraph, found.study.notices)
+    yield from (Paragraph(f"Left out: {name} {reason}.") for name, reason in found.left_out.items())
     yield from map(Paragraph, _asked(found))
-    if found.exported is not None:
-        yield Paragraph(_latency_source(found, found.exported))
     yield from map(Paragraph, _answer(found))
-    yield from map(Paragraph, _fewer_ranks(found))
+    if (fewer := _fewer_ranks(found)) is not None:
+        yield Paragraph(fewer)
     if found.candidates:
         yield _tested_table(found)
-    yield from map(Paragraph, _not_tested(found))
+    for rated in found.outside:
+        yield Paragraph(f"Outside the limits: {rated.name}: {_broken(rated)}.")
+    if found.larger and found.outcome != "nothing within":
+        names = joined(rated.name for rated in found.larger)
+        yield Paragraph(f"Not smaller than {_whom(found)} {_CLEARLY}, so not tested: {names}.")
 
 
 def _asked(found: Recommendation) -> Iterator[str]:
     best, study = found.best, found.study
-    seeds = counted(len(best.seeds), "seed")
     reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
+    cost = f"{megabytes(best.stored_bytes)} to store, {count(best.parameters)} trainable parameters"
+    if best.seconds_per_step is not None:
+        cost += f", {fixed(best.seconds_per_step)} s a step"
+    if best.latency_s is not None:
+        cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
         f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
-        f"{percent(best.validation_accuracy)} ({seeds}); {_cost(best)}."
+        f"{percent(best.validation_accuracy)} ({counted(len(best.seeds), 'seed')}); {cost}."
     )
-    if uneven := [one for one in _others(found) if set(one.seeds) != set(best.seeds)]:
-        listed = joined(f"{one.name} {_seeds(one)}" for one in uneven)
+    if uneven := [rated for rated in _others(found) if set(rated.seeds) != set(best.seeds)]:
+        listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
     limits = joined(_limit(fault) for fault in best.beside) or "none"
     yield (
-        f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {_points(found)} of test accuracy "
-        f"against it. Limits: {limits}."
+        f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {margin_in_points(found.margin)} of test "
+        f"accuracy against it. Limits: {limits}."
     )
+    if found.exported is not None:
+        yield _latency_source(found, found.exported)
+
+
+def _seeds(rated: Rated) -> str:
+    return f"seed{'' if len(rated.seeds) == 1 else 's'} {joined(map(str, rated.seeds))}"
 
 
 def _others(found: Recommendation) -> tuple[Rated, ...]:
     """Return everything that was rated, but what the others are compared with."""
-    return (*(one.rated for one in found.candidates), *found.outside, *found.larger)
+    return (*(candidate.rated for candidate in found.candidates), *found.outside, *found.larger)
 
 
 def _whom(found: Recommendation) -> str:
@@ -111,7 +122,7 @@ def _latency_source(found: Recommendation, exported: ExportedLatency) -> str:
 
 
 def _answer(found: Recommendation) -> Iterator[str]:
-    best = found.best
+    best, margin, family = found.best, margin_in_points(found.margin), len(found.candidates)
     if found.outcome == "nothing within":
         yield "Nothing is within the limits, so nothing is recommended."
         for fault, rated in smallest_that_exists(found):
@@ -121,61 +132,75 @@ def _answer(found: Recommendation) -> Iterator[str]:
             f"Recommended: {best.name}, {_whom(found)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
             "test was needed."
         )
-    elif found.chosen is not None:
-        yield from _recommended(found, found.chosen)
+    elif found.chosen is None:
+        names = "the one candidate is not" if family == 1 else f"none of {family} candidates is"
+        yield (
+            f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. That does "
+            "not say that it is lost."
+        )
+        if best.faults:
+            yield f"The safe choice would be {best.name}, which is outside the limits: {_broken(best)}."
+        else:
+            yield f"The safe choice is {best.name} itself, which keeps the limits."
     else:
-        yield from _not_decided(found)
+        tested = found.comparison_of(found.chosen)
+        assert tested is not None
+        estimate = tested.estimate
+        yield (
+            f"Recommended: {found.chosen.name}. Test accuracy against {best.name}: "
+            f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
+            f"{margin} or more is rejected with p = {estimate.adjusted_p:.2g} ({_family(found)})."
+        )
+        if found.as_small:
+            names = joined(rated.name for rated in found.as_small)
+            yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
+        yield f"Against {best.name} it {'; '.join(dict.fromkeys(_savings(found, found.chosen)))}."
 
 
-def _recommended(found: Recommendation, chosen: Rated) -> Iterator[str]:
-    tested = found.comparison_of(chosen)
-    assert tested is not None
-    estimate = tested.estimate
-    assert estimate.adjusted_p is not None
-    yield (
-        f"Recommended: {chosen.name}. Test accuracy against {found.best.name}: "
-        f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
-        f"{_points(found)} or more is rejected with p = {estimate.adjusted_p:.2g} ({_family(found)})."
-    )
-    if found.as_small:
-        names = joined(one.name for one in found.as_small)
-        yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
-    yield f"Against {found.best.name} it {'; '.join(_savings(found, chosen))}."
-
-
-def _not_decided(found: Recommendation) -> Iterator[str]:
+def _family(found: Recommendation) -> str:
+    if found.study.stopping is not None:
+        return "over all looks and comparisons"
     family = len(found.candidates)
-    names = "the one candidate is not" if family == 1 else f"none of {family} candidates is"
-    yield (
-        f"Not decided: {names} shown to lose less than {_points(found)}, so nothing smaller is recommended. That does "
-        "not say that it is lost."
-    )
-    if found.best.faults:
-        broken = "; ".join(_broken(fault) for fault in found.best.faults)
-        yield f"The safe choice would be {found.best.name}, which is outside the limits: {broken}."
-    else:
-        yield f"The safe choice is {found.best.name} itself, which keeps the limits."
+    return f"Holm over {family} candidate{'' if family == 1 else 's'}"
 
 
-def _fewer_ranks(found: Recommendation) -> Iterator[str]:
-    """Name LoRA with fewer ranks than matrices, where nothing is recommended and only that fits the parameters.
+def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
+    """Yield what the chosen one takes less or more of; times of several machines do not compare, and that is said."""
+    machines = {run.hardware for run in (*found.best.runs, *chosen.runs)}
+    for option, (name, words) in _COSTS.items():
+        before, after = getattr(found.best, name), getattr(chosen, name)
+        exported = option == "--max-latency-ms" and found.exported is not None  # all timed on one machine
+        if before is None or after is None:
+            continue
+        if option in ("--max-seconds", "--max-latency-ms") and len(machines) > 1 and not exported:
+            yield "was timed on other machines, so times do not compare"
+        elif before == after:
+            yield f"takes the same {words(before)}"
+        else:
+            share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
+            saved = f"saves {words(before - after)} of {words(before)}"
+            yield (saved if after < before else f"takes {words(after - before)} more than {words(before)}") + share
+
+
+def _fewer_ranks(found: Recommendation) -> str | None:
+    """Return LoRA with fewer ranks than matrices, where nothing is recommended and only that fits the parameters.
 
     Not with a limit of bytes as well, since its base is in float.
     """
     limit = found.limits.get("--max-params")
     if limit is None or "--max-bytes" in found.limits or found.chosen is not None:
-        return
+        return None
     adapted = [
         one for one in (found.best, *_others(found)) if METHOD_KINDS[one.runs[0].experiment.method].trains == "adapters"
     ]
     if not adapted or min(max(run.parameters.final for run in one.runs) for one in adapted) <= limit:
-        return
+        return None
     run = adapted[0].runs[0]
     left = int(limit) - run.parameters.head
     of_a_rank = [site.in_features + site.out_features for site in run.record.sites]
     if not of_a_rank or not max(of_a_rank) <= left < sum(of_a_rank):  # a rank of any matrix, but not one of each
-        return
-    yield (
+        return None
+    return (
         "No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration "
         f"`lora: {{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
         f"--method lora --budget {4 * left // 100 / 10:g}kB`."
@@ -191,12 +216,12 @@ def _tested_table(found: Recommendation) -> Table:
         "Candidates, smallest first",
         found.candidates,
         [
-            Column("experiment", lambda one: one.rated.name),
-            Column("to store", lambda one: one.rated.stored_bytes, megabytes),
-            Column("parameters", lambda one: one.rated.parameters, count),
+            Column("experiment", "rated.name"),
+            Column("to store", "rated.stored_bytes", megabytes),
+            Column("parameters", "rated.parameters", count),
             Column("difference (points)", lambda one: points_interval(one.estimate.interval)),
             Column("n", lambda one: len(one.estimate.by_seed)),
-            Column("p (Holm)", lambda one: one.estimate.adjusted_p, "{:.2g}".format),
+            Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
             Column("loses less than asked?", verdict),
         ],
         f"Test accuracy, candidate minus {found.best.name}, n pairs by seed; negative is a loss. {_how_tested(found)}",
@@ -204,14 +229,15 @@ def _tested_table(found: Recommendation) -> Table:
 
 
 def _how_tested(found: Recommendation) -> str:
-    interval, stopping = f"{100 * found.confidence:.4g} %", found.study.stopping
-    if stopping is not None:
+    margin, interval = margin_in_points(found.margin), f"{100 * found.confidence:.4g} %"
+    if found.study.stopping is not None:
         return (
-            f"Looks at declared numbers of seeds asked for a loss below {_points(found)}, at {100 * stopping.level:g} "
-            f"% one-sided over all looks and comparisons; the repeated {interval} intervals hold over all looks."
+            f"Looks at declared numbers of seeds asked for a loss below {margin}, at "
+            f"{100 * found.study.stopping.level:g} % one-sided over all looks and comparisons; the repeated {interval} "
+            "intervals hold over all looks."
         )
     return (
-        f"One-sided non-inferiority t test against {_points(found)} at 5 %, {_family(found)}. The {interval} t "
+        f"One-sided non-inferiority t test against {margin} at 5 %, {_family(found)}. The {interval} t "
         "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
     )
 
@@ -235,15 +261,6 @@ def _verdict(one: Candidate, found: Recommendation) -> str:
     return f"not decided; n = {one.needed_n} would do"
 
 
-def _not_tested(found: Recommendation) -> Iterator[str]:
-    for one in found.outside:
-        broken = "; ".join(_broken(fault) for fault in one.faults)
-        yield f"Outside the limits: {one.name}: {broken}."
-    if found.larger and found.outcome != "nothing within":
-        names = ", ".join(one.name for one in found.larger)
-        yield f"Not smaller than {_whom(found)} {_CLEARLY}, so not tested: {names}."
-
-
 def recommended_yaml(found: Recommendation) -> str | None:
     """Return the configuration of a study of what is recommended, on the seeds of its runs; None if nothing is."""
     chosen = found.chosen
@@ -252,83 +269,33 @@ def recommended_yaml(found: Recommendation) -> str | None:
     best = "the best by validation" if found.study.stopping is None else "the control"
     why = f"{best}; nothing within the limits is smaller {_CLEARLY}"
     if found.outcome == "smaller":
-        why = f"shown to lose less than {_points(found)} of test accuracy against {found.best.name}"
+        why = f"shown to lose less than {margin_in_points(found.margin)} of test accuracy against {found.best.name}"
     comments = [f"{chosen.name} of study {found.study.label}, made again from its records: {why}."]
     if found.study.smoke:
         comments.append("Smoke runs: random weights, synthetic images. They say nothing about a method.")
     return study_yaml(chosen.runs[0].record.spec, chosen.seeds, suffix=_SUFFIX, comments=comments)
 
 
-def _seeds(rated: Rated) -> str:
-    return f"seed{'' if len(rated.seeds) == 1 else 's'} {', '.join(map(str, rated.seeds))}"
-
-
-def _family(found: Recommendation) -> str:
-    if found.study.stopping is not None:
-        return "over all looks and comparisons"
-    family = len(found.candidates)
-    return f"Holm over {family} candidate{'' if family == 1 else 's'}"
-
-
-def _points(found: Recommendation) -> str:
-    return margin_in_points(found.margin)
-
-
-def _cost(rated: Rated) -> str:
-    parts = [f"{megabytes(rated.stored_bytes)} to store", f"{count(rated.parameters)} trainable parameters"]
-    if rated.seconds_per_step is not None:
-        parts.append(f"{fixed(rated.seconds_per_step)} s a step")
-    if rated.latency_s is not None:
-        parts.append(f"{fixed(1000 * rated.latency_s, 1)} ms latency")
-    return ", ".join(parts)
-
-
 def _bytes(value: float) -> str:
     return megabytes(value) if value >= 1e4 else f"{count(value)} bytes"
 
 
-_UNITS: dict[Option, Callable[[float], str]] = {
-    "--max-bytes": _bytes,
-    "--max-params": lambda value: f"{count(value)} parameters",
-    "--max-seconds": lambda value: f"{value:.3g} s a step",
-    "--max-latency-ms": lambda value: f"{1000 * value:.3g} ms latency",
+# What a limit is of: the field of a cost, and how it is written.
+_COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
+    "--max-bytes": ("stored_bytes", _bytes),
+    "--max-params": ("parameters", lambda value: f"{count(value)} parameters"),
+    "--max-seconds": ("seconds_per_step", lambda value: f"{value:.3g} s a step"),
+    "--max-latency-ms": ("latency_s", lambda value: f"{1000 * value:.3g} ms latency"),
 }
 
 
 def _limit(fault: Fault) -> str:
-    return f"at most {_UNITS[fault.option](fault.limit)}"
+    return f"at most {_COSTS[fault.option][1](fault.limit)}"
 
 
 def _value(fault: Fault) -> str:
-    return "not recorded" if fault.value is None else _UNITS[fault.option](fault.value)
+    return "not recorded" if fault.value is None else _COSTS[fault.option][1](fault.value)
 
 
-def _broken(fault: Fault) -> str:
-    return f"{_value(fault)}, asked {_limit(fault)}"
-
-
-def _savings(found: Recommendation, chosen: Rated) -> Iterator[str]:
-    best = found.best
-    before, after = best, chosen
-    yield _saved(before.stored_bytes, after.stored_bytes, _UNITS["--max-bytes"])
-    yield _saved(before.parameters, after.parameters, _UNITS["--max-params"])
-    times = [(before.seconds_per_step, after.seconds_per_step, _UNITS["--max-seconds"])]
-    latency = (before.latency_s, after.latency_s, _UNITS["--max-latency-ms"])
-    if found.exported is None:
-        times.append(latency)
-    known = [(one, other, words) for one, other, words in times if one is not None and other is not None]
-    if known and len({run.hardware for run in (*best.runs, *chosen.runs)}) > 1:
-        yield "was timed on other machines, so times do not compare"
-    else:
-        yield from (_saved(one, other, words) for one, other, words in known)
-    if found.exported is not None and latency[0] is not None and latency[1] is not None:
-        yield _saved(latency[0], latency[1], latency[2])
-
-
-def _saved(before: float, after: float, words: Callable[[float], str]) -> str:
-    if before == after:
-        return f"takes the same {words(before)}"
-    share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
-    if after < before:
-        return f"saves {words(before - after)} of {words(before)}{share}"
-    return f"takes {words(after - before)} more than {words(before)}{share}"
+def _broken(rated: Rated) -> str:
+    return "; ".join(f"{_value(fault)}, asked {_limit(fault)}" for fault in rated.faults)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from peft_vit.analysis import Estimate, Run
@@ -27,7 +28,8 @@ class Column:
 
     Attributes:
         title: its heading; empty where a reader does not see it.
-        of: its value in a row: the name of a key or field, or what to make of the row.
+        of: its value in a row: the name of a key or field, or a path of them ("experiment.name"), which is None beyond
+            a None; or what to make of the row.
         show: the text of a value.
         data: what the CSV file has of it: the name of the value there, or what to make of the value. By default a key
             or field stands under its own name, and anything else is left out, as with "".
@@ -44,7 +46,10 @@ class Column:
         """Return the value in a row."""
         if callable(self.of):
             return self.of(row)
-        return row[self.of] if isinstance(row, Mapping) else getattr(row, self.of)
+        for name in self.of.split("."):
+            if row is not None:
+                row = row[name] if isinstance(row, Mapping) else getattr(row, name)
+        return row
 
     def text(self, row: Any) -> str:
         """Return what a reader sees."""
@@ -53,10 +58,12 @@ class Column:
 
     def values(self, row: Any) -> Mapping[str, Raw]:
         """Return what the CSV file has."""
-        data = self.of if self.data is None and isinstance(self.of, str) else self.data
-        if not data:
-            return {}
-        return {data: self.value(row)} if isinstance(data, str) else data(self.value(row))
+        data = self.data
+        if data is None:
+            data = self.of if isinstance(self.of, str) and "." not in self.of else ""
+        if callable(data):
+            return data(self.value(row))
+        return {data: self.value(row)} if data else {}
 
 
 def table(
@@ -81,7 +88,9 @@ def table(
         folded: see `Table`.
     """
     rows = list(rows)
-    every = [c if isinstance(c, Column) else Column(c, c) for c in columns or (rows[0] if rows else ())]
+    if columns is None:
+        columns = [Column(name, itemgetter(name)) for name in (rows[0] if rows else ())]
+    every = [c if isinstance(c, Column) else Column(c, c) for c in columns]
     shown = [c for c in every if c.title]
     return Table(
         slug=slug,
@@ -100,17 +109,26 @@ def csv_rows(rows: Iterable[Any], columns: Sequence[Column]) -> list[dict[str, R
 
 
 def crossed(
-    first: str, columns: Mapping[str, Mapping[Any, str]], keys: Iterable[Hashable] = ()
-) -> list[dict[str, str]]:
-    """Return a row a key, under `first`, with texts by heading and key; – where a heading lacks it.
+    slug: str,
+    title: str,
+    first: str,
+    columns: Mapping[str, Mapping[Any, str]],
+    note: str,
+    *,
+    keys: Iterable[Hashable] = (),
+    data: Iterable[Mapping[str, Raw]],
+    folded: bool = False,
+) -> Table:
+    """Return a table with a row a key, under `first`, of texts by heading and key; – where a heading lacks it.
 
     `keys` are those to begin with; the others follow as they occur.
     """
     every = dict.fromkeys([*keys, *(key for texts in columns.values() for key in texts)])
-    return [{first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()} for key in every]
+    rows = [{first: str(key)} | {heading: texts.get(key, "–") for heading, texts in columns.items()} for key in every]
+    return table(slug, title, rows, None, note, data=data, folded=folded)
 
 
-EXPERIMENT = Column("experiment", lambda row: row.experiment.name, data="experiment")
+EXPERIMENT = Column("experiment", "experiment.name", data="experiment")
 
 
 def mean_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str] = str) -> Column:

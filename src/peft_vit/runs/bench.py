@@ -6,9 +6,9 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, BenchRow
-from peft_vit.runs.provenance import cpu_count, processor_name
+from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.runs.restore import open_model, restore_run
 
 MADE = "float32 made here"
@@ -28,8 +28,7 @@ _FLOAT32_BYTES = 4
 _MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(NamedTuple):
     """A model to be timed."""
 
     name: str  # what the user called it
@@ -83,11 +82,9 @@ def bench(
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
     with tempfile.TemporaryDirectory() as folder:
         opened = [_opened(path, weights, Path(folder)) for path in models]
-        base = [one for one in opened if one.is_float32]
-        if not base:
-            base = [_float32_like(opened[0], Path(folder))]
-            opened = [*base, *opened]
-        calls: dict[tuple[int, int, int], list[Calls]] = {}
+        if not any(model.is_float32 for model in opened):
+            opened = [_float32_like(opened[0], Path(folder)), *opened]
+        calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
         for _ in range(repeats):
             for count in threads:
                 for place, model in enumerate(opened):
@@ -96,7 +93,7 @@ def bench(
                     timed = time_alone(model.file, batches, threads=count, rounds=rounds, weights=own)
                     for batch, found in timed.items():
                         calls.setdefault((count, batch, place), []).append(found)
-        return _rows(opened, {place for place, one in enumerate(opened) if one in base}, calls)
+        return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
 
 
 def _is_peft(path: Path) -> bool:
@@ -130,14 +127,14 @@ def _rows(
     models: Sequence[_Model], base: set[int], calls: Mapping[tuple[int, int, int], Sequence[Calls]]
 ) -> list[BenchRow]:
     """Return a row for each model, batch size and number of threads, the latter two in the outer order."""
-    pooled = {key: [s for one in found for s in one.seconds] for key, found in calls.items()}
-    worked = {key: [s for one in found for s in one.processor_s] for key, found in calls.items()}
-    medians = {key: statistics.median(values) for key, values in pooled.items()}
+    seconds = {key: [s for timed in rounds for s in timed.seconds] for key, rounds in calls.items()}
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
     rows = []
-    for count, batch, place in sorted(calls):
-        model, median = models[place], medians[count, batch, place]
+    for key in sorted(calls):
+        count, batch, place = key
+        model, median = models[place], medians[key]
         fastest = min(base, key=lambda other: medians[count, batch, other])
-        low, high = np.quantile(pooled[count, batch, place], (0.25, 0.75))
+        low, high = np.quantile(seconds[key], (0.25, 0.75))
         runtime = EXPORTS[model.format].runtime if model.format in EXPORTS else "torch"
         rows.append(
             BenchRow(
@@ -147,11 +144,11 @@ def _rows(
                 run=model.run,
                 threads=count,
                 batch=batch,
-                calls=len(pooled[count, batch, place]),
+                calls=len(seconds[key]),
                 median_s=median,
                 low_s=float(low),
                 high_s=float(high),
-                processor_s=statistics.median(worked[count, batch, place]),
+                processor_s=statistics.median(s for timed in calls[key] for s in timed.processor_s),
                 ratio=median / medians[count, batch, fastest],
                 over=models[fastest].name,
                 images_per_s=batch / median,

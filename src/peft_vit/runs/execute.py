@@ -1,38 +1,43 @@
-"""One run, from its specification to its record and the content of its adapter file."""
+"""One run, from its specification to its record and the content of its adapter file, whatever interrupts it."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import platform
+import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
+from peft_vit.backbones import Backbone, LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
 from peft_vit.config import BackboneConfig, QaLoraConfig
-from peft_vit.data import Data, LabelledImages, load_data
+from peft_vit.data import Data, load_data
 from peft_vit.errors import (
     DataWarning,
     DivergedError,
     SilentNoEffectWarning,
     UnderflowWarning,
     UserError,
+    first_fault,
     is_out_of_memory,
+    printable,
 )
 from peft_vit.evaluation import (
-    LogitsAndLabels,
+    MemoryWatch,
     frozen_bytes,
     give_memory_back,
     head_parameters,
@@ -44,29 +49,65 @@ from peft_vit.evaluation import (
 )
 from peft_vit.methods import METHODS, Preparation
 from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
-from peft_vit.records import ByteCounts, Failure, ParameterCounts, Provenance, RankEntry, RunRecord, RunSpec
-from peft_vit.runs.device import resolve_device
-from peft_vit.runs.head_start import start_head
+from peft_vit.records import (
+    BitAllocation,
+    ByteCounts,
+    Failure,
+    HeadFit,
+    ParameterCounts,
+    Provenance,
+    RankEntry,
+    RunRecord,
+    RunSpec,
+)
+from peft_vit.runs.head_start import SharedFeatures, fit_start
+from peft_vit.runs.machine import (
+    cpu_count,
+    hash_arrays,
+    loaded_git_state,
+    package_versions,
+    processor_name,
+    resolve_device,
+)
 from peft_vit.runs.measures import take_measures
-from peft_vit.runs.provenance import cpu_count, hash_arrays, loaded_git_state, package_versions, processor_name
-from peft_vit.runs.resume import RECORDED, Attempt
 from peft_vit.training import (
-    AfterTraining,
     Calibration,
+    CheckpointKeeper,
     Checkpoints,
+    CheckpointWarning,
     ChosenBits,
     Hook,
+    HookContext,
     Interrupted,
+    Overhead,
     Progress,
     RuntimeConfig,
+    State,
     TrainingResult,
     allocate_bits,
+    head_logits,
     loss_weights,
     steps_per_epoch,
     train,
 )
 
 OnProgress = Callable[[Progress], None]
+# What a record keeps of the warnings.
+_RECORDED = (SilentNoEffectWarning, UnderflowWarning, DataWarning, CheckpointWarning)
+# Of what a run is made of: with another one it would be another run.
+_THE_SAME = (
+    "data_sha256",
+    "split_sha256",
+    "weights_name",
+    "weights_sha256",
+    "config_sha256",
+    "random_weights",
+    "head_init_sha256",
+    "data_order_sha256",
+    "start_sha256",
+)
+# What carried it out: with another one the numbers may round otherwise.
+_ALIKE = ("python", "processor", "device", "git_hash")  # and the packages' versions
 
 
 @dataclass(frozen=True)
@@ -102,40 +143,36 @@ def run_one(
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
     """
-
-    def record_of(outcome: dict[str, Any]) -> RunRecord:
-        known = attempt.so_far()
-        return RunRecord(
-            spec=spec,
-            spec_digest=known.spec_digest,
-            started_at=known.started_at,
-            seconds=known.seconds,
-            warnings=known.warnings,
-            **outcome,
-        )
-
-    adapter = None
     with warnings.catch_warnings(record=True) as caught:
-        for category in RECORDED:
+        for category in _RECORDED:
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
             outcome, adapter = _execute(spec, attempt, on_progress, read)
-            record = record_of(outcome)
+            finished = Finished(RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome), adapter)
         except Interrupted:
             raise
         except Exception as error:
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
             kind = _kind(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and not plain:  # a program's fault as a rule; a changed checkpoint can bring it out too
-                reason += attempt.gone_on_from
-            failed = {"status": "failed", "error": reason, "failure": kind, "traceback": traceback.format_exc()}
-            adapter, record = None, record_of(failed)
+            if kind == "error" and not plain and attempt.source is not None:
+                # A program's fault as a rule; a changed checkpoint can bring it out too.
+                reason += f" (the run had gone on from {attempt.source}; if that was changed, remove the checkpoint-* "
+                reason += "folders there, and it starts anew)"
+            record = RunRecord(
+                spec=spec,
+                status="failed",
+                error=reason,
+                failure=kind,
+                traceback=traceback.format_exc(),
+                **attempt.update().model_dump(include={"spec_digest", "started_at", "seconds", "warnings"}),
+            )
+            finished = Finished(record, None)
     for entry in caught:
         if entry.category not in (SilentNoEffectWarning, UnderflowWarning, DataWarning):  # of those the record speaks
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
-    return Finished(record, adapter)
+    return finished
 
 
 def _kind(error: Exception) -> Failure:
@@ -149,73 +186,99 @@ def _kind(error: Exception) -> Failure:
     return "error"
 
 
+# --- one walk from the specification to what the record holds ---------------------------------------------------------
+
+
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
 ) -> tuple[dict[str, Any], bytes]:
-    if METHODS[spec.experiment.method].uses_peft:
+    """Return what the record holds beside what the attempt knows, and the content of the adapter file."""
+    experiment = spec.experiment
+    if METHODS[experiment.method].uses_peft:
         load_peft()
-    memory = attempt.watch_memory()
+    attempt.memory = memory = MemoryWatch()  # before anything of the run is read, after the libraries that it needs
     torch.set_num_threads(spec.threads)
     device = resolve_device(spec.device)
     data = load_data(spec.data, spec.seed, smoke=spec.smoke)
     for text in data.warnings:
         warnings.warn(DataWarning(text), stacklevel=2)
-    attempt.look_back(data.data_sha256)
-    packed = packed_at_once(spec.experiment)
-    load = partial(load_run_backbone, spec, len(data.class_names), read, mapped=packed)
+    overhead = attempt.read()
+
+    packed_targets = packed_at_once(experiment)
+    load = partial(load_run_backbone, spec, len(data.class_names), read, mapped=packed_targets)
     backbone = load()
-    model = backbone.model if packed is not None else backbone.model.to(device)
+    model = backbone.model if packed_targets is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
     runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
     calibration = Calibration(data, runtime, spec.seed)
-    hooks = _prepare(model, spec, attempt, calibration, spec.experiment.total_steps(len(data.train)))
+
+    hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
     model.to(device)  # those that are packed come packed
     # Now that the head is the one that training starts from.
     provenance = attempt.begin(_provenance(spec, data, backbone, device))
-    if (start := spec.experiment.start) is not None:
+    if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
             warnings.warn(SilentNoEffectWarning(doubt), stacklevel=2)
     sites = [site.info() for site in adapted_sites(model).values()]
     ranks = update_ranks(model)
     memory.prepared()
+
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
-    keeps = keeps_codes(spec.experiment)
     said = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
         "weights_name": provenance.weights_name,
         "weights_sha256": provenance.weights_sha256,
     }
-    content = adapter_bytes(model, said, packed=keeps)
-    until_here = attempt.so_far()  # its memory, too: the float weights may come back for a comparison
+    packed_bytes = 0
+    if keeps_codes(experiment):  # in the file, where they count as frozen
+        packed_bytes = sum(weight.nbytes for weight in packed_weights(model).values())
+    content = adapter_bytes(model, said, packed=keeps_codes(experiment))
+    attempt.update()
+    attempt.memory = None  # the float weights may come back for a comparison
     give_memory_back()  # or what the steps took would lie beside them
-    after = AfterTraining(
-        steps=result.steps,
-        class_weights=loss_weights(spec.experiment.training, data, device),
+    context = HookContext(
         calibration_batch=calibration.batch,
+        class_weights=loss_weights(experiment.training, data, device),
+        steps=result.steps,
         float_weights=lambda: dict(load().model.state_dict()),
-        overhead=attempt.overhead,
+        overhead=overhead,
     )
     for hook in hooks:
-        hook.finish(model, after)
+        hook.finish(model, context)
     outcome = {
-        "status": "done",
-        "provenance": provenance,
-        "bit_allocation": attempt.known.bit_allocation,
-        "head_fit": attempt.known.head_fit,
-        "overhead_s": attempt.overhead,
-        "peak_memory_bytes": until_here.peak_memory_bytes,
-        "own_memory_bytes": until_here.own_memory_bytes,
+        "class_names": list(data.class_names),
+        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "majority_accuracy": _majority(data),
         "sites": sites,
         "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],
-        **_images(data),
         **{field: value for hook in hooks for field, value in hook.record(model).items()},
-        **_trained(model, result, backbone_total, content, holds_packed=keeps),
+        "steps": result.steps,
+        "evaluations": result.evaluations,
+        "chosen_step": result.chosen_step,
+        "validation": None if result.chosen is None else result.chosen.metrics,
         **tested,
-        **take_measures(model, backbone, data, spec, runtime, attempt.overhead),
+        "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
+        "optimizer_sha256": result.optimizer_sha256 or None,
+        "adapter_sha256": hashlib.sha256(content).hexdigest(),
+        "parameters": ParameterCounts(
+            initial=result.initial_parameters,
+            final=trainable_parameters(model),
+            peak=result.peak_parameters,
+            head=head_parameters(model),
+            backbone_total=backbone_total,
+        ),
+        "bytes": ByteCounts(
+            frozen_bytes=frozen_bytes(model),
+            trainable_bytes=trainable_bytes(model),
+            optimizer_bytes=result.optimizer_bytes,
+            adapter_file_bytes=len(content) - packed_bytes,
+        ),
+        **take_measures(model, backbone, data, spec, runtime, overhead),
     }
+    attempt.update()
     return outcome, content
 
 
@@ -223,17 +286,15 @@ def _prepare(
     model: nn.Module, spec: RunSpec, attempt: Attempt, calibration: Calibration, total_steps: int
 ) -> list[Hook]:
     """Let the method change the model, with the bits and ranks that calibration images choose if that was asked for."""
-    config, known = spec.experiment.section(QaLoraConfig), attempt.known
+    config, overhead = spec.experiment.section(QaLoraConfig), attempt.overhead
     bits: ChosenBits | None = None
     if config is not None and config.adaptive_bits is not None:
-        if known.bit_allocation is not None:  # an earlier attempt has chosen
-            bits = ChosenBits.of_record(known.bit_allocation, config)
-        else:
-            with attempt.overhead.of("bit_allocation"):
-                batch = config.adaptive_bits.calibration_images
-                bits = allocate_bits(model, config, *calibration.batch(batch), seed=spec.seed)
-            known.bit_allocation = bits.record
-    with attempt.overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
+        if attempt.known.bit_allocation is None:  # or an earlier attempt has chosen
+            with overhead.of("bit_allocation"):
+                batch = calibration.batch(config.adaptive_bits.calibration_images)
+                attempt.known.bit_allocation = allocate_bits(model, config, *batch, seed=spec.seed).record
+        bits = ChosenBits.of_record(attempt.known.bit_allocation, config)
+    with overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
         preparation = Preparation(
             total_steps=total_steps,
             seed=spec.seed,
@@ -253,45 +314,52 @@ def _train_and_test(
     attempt: Attempt,
     on_progress: OnProgress | None,
 ) -> tuple[TrainingResult, dict[str, Any]]:
-    head = start_head(model, spec, attempt, data, hooks, runtime)
-    if spec.experiment.is_probe:
-        return head.result(model), _test(data, spec, head.predict)
-    result = train(
-        model,
-        data,
-        spec.experiment.training,
-        runtime,
-        seed=spec.seed,
-        hooks=hooks,
-        on_progress=on_progress,
-        between_steps=attempt.between_steps,
-        resume=attempt.take_training(),
-        overhead=attempt.overhead,
-        softening=head.softening,
-    )
-
-    def predict_images(images: LabelledImages) -> LogitsAndLabels:
-        batches = images.ordered_batches(spec.experiment.training.images_at_once, runtime.mean, runtime.std)
-        return predict(model, batches, device=runtime.device, precision=runtime.precision)
-
-    return result, _test(data, spec, predict_images)
-
-
-def _test(data: Data, spec: RunSpec, predict_images: Callable[[LabelledImages], LogitsAndLabels]) -> dict[str, Any]:
-    """Read the test split, the only time, and return what was measured and what was predicted there."""
-    images = data.test.open()
-    logits, labels = predict_images(images)
-    kept = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
-    return {"test": measure(logits, labels), "predictions": kept}
+    """Return what training saw, and what the record holds of the test split, which is read this once."""
+    training, is_probe = spec.experiment.training, spec.experiment.is_probe
+    head, softening = Backbone(model).head, 1.0
+    assert attempt.known.provenance is not None
+    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
+    if (is_probe or training.head_start == "probe") and not attempt.goes_on:
+        probe, softening = fit_start(head, features, data, spec, runtime, attempt.overhead)
+        attempt.known.head_fit = probe.fit
+    if is_probe:
+        fitted = trainable_parameters(model)
+        result = TrainingResult(
+            steps=list(probe.steps),
+            evaluations=list(probe.evaluations),
+            chosen=probe.chosen,
+            chosen_step=probe.chosen_step,
+            initial_parameters=fitted,
+            peak_parameters=fitted,
+        )
+        images = data.test.open()
+        logits, labels = head_logits(head, features.of(images).values, runtime), images.labels
+    else:
+        result = train(
+            model,
+            data,
+            training,
+            runtime,
+            seed=spec.seed,
+            hooks=hooks,
+            on_progress=on_progress,
+            between_steps=attempt.between_steps,
+            resume=attempt.take_training(),
+            overhead=attempt.overhead,
+            softening=softening,
+        )
+        images = data.test.open()
+        batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
+        logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
+    predicted = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
+    return result, {"test": measure(logits, labels), "predictions": predicted}
 
 
 def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
-    training = spec.experiment.training
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
-    epochs = -(-steps // steps_per_epoch(len(data.train), training.batch_size))
-    orders = (data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1))
+    epochs = -(-steps // steps_per_epoch(len(data.train), spec.experiment.training.batch_size))
     return Provenance(
         packages=package_versions(spec.backbone.library),
         python=platform.python_version(),
@@ -309,50 +377,166 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,
         head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),
-        data_order_sha256=hash_arrays(orders),
+        data_order_sha256=hash_arrays(data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1)),
         start_sha256=None if start is None else peft_sha256(Path(start)),
     )
 
 
-def _images(data: Data) -> dict[str, Any]:
-    """Return what a record says of the images; majority: the accuracy of a constant guess at its best."""
+def _majority(data: Data) -> dict[str, float]:
+    """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
     if len(data.validation):
         most = torch.bincount(torch.from_numpy(data.validation.labels)).max().item()
         majority = {"validation": most / len(data.validation), **majority}
-    return {
-        "class_names": list(data.class_names),
-        "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
-        "majority_accuracy": majority,
-    }
+    return majority
 
 
-def _trained(
-    model: nn.Module, result: TrainingResult, backbone_total: int, content: bytes, *, holds_packed: bool
-) -> dict[str, Any]:
-    """Return the course of training, the state that it chose, and what is counted on that."""
-    file_bytes = len(content)
-    if holds_packed:  # they count as frozen
-        file_bytes -= sum(weight.nbytes for weight in packed_weights(model).values())
-    return {
-        "steps": result.steps,
-        "evaluations": result.evaluations,
-        "chosen_step": result.chosen_step,
-        "validation": None if result.chosen is None else result.chosen.metrics,
-        "seconds_per_step": result.seconds_per_step if result.optimizer_sha256 else None,  # a probe takes no step
-        "optimizer_sha256": result.optimizer_sha256 or None,
-        "adapter_sha256": hashlib.sha256(content).hexdigest(),
-        "parameters": ParameterCounts(
-            initial=result.initial_parameters,
-            final=trainable_parameters(model),
-            peak=result.peak_parameters,
-            head=head_parameters(model),
-            backbone_total=backbone_total,
-        ),
-        "bytes": ByteCounts(
-            frozen_bytes=frozen_bytes(model),
-            trainable_bytes=trainable_bytes(model),
-            optimizer_bytes=result.optimizer_bytes,
-            adapter_file_bytes=file_bytes,
-        ),
-    }
+# --- the attempts before and after ------------------------------------------------------------------------------------
+
+
+class Known(BaseModel):
+    """What of a run's record is known before its end: of all its attempts, as far as checkpoints tell."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    spec_digest: str
+    started_at: str  # ISO 8601, UTC
+    provenance: Provenance | None = None  # what training began with
+    bit_allocation: BitAllocation | None = None
+    head_fit: HeadFit | None = None
+    seconds: float = 0.0  # what came after an attempt's last checkpoint is lost
+    overhead_s: dict[str, float] = {"checkpoints": 0.0}
+    warnings: list[str] = []
+    peak_memory_bytes: int = 0
+    own_memory_bytes: int | None = 0  # None: the system does not tell
+
+
+class Attempt:
+    """What `run_one` knows of the run's past, and keeps for its future.
+
+    A checkpoint's state is {"training": see `TrainingState.state_dict`, "run": see `Known`}.
+
+    Args:
+        spec: what is attempted.
+        checkpoints: where they lie; None: there are none and none are written.
+        should_stop: asked between two steps.
+        caught: the warnings so far, as `warnings.catch_warnings` collects them.
+
+    Attributes:
+        known: of the attempts before, and what this one has found since; `update` brings its sums up to date.
+        overhead: seconds by purpose, of all attempts.
+        source: the checkpoint that it goes on from, if there is one.
+        memory: of this attempt, while it is watched.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        checkpoints: Checkpoints | None,
+        should_stop: Callable[[], bool] | None,
+        caught: Sequence[warnings.WarningMessage],
+    ) -> None:
+        self._keeper = None if checkpoints is None else CheckpointKeeper(checkpoints)
+        self._should_stop, self._caught = should_stop, caught
+        self._since = time.perf_counter()
+        self._training: State | None = None
+        self.source: Path | None = None
+        self.memory: MemoryWatch | None = None
+        self.known = Known(spec_digest=spec.digest(), started_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        self.overhead = Overhead(self.known.overhead_s)
+
+    def read(self) -> Overhead:
+        """Read the newest checkpoint that is whole, if there is one, and return the seconds that it has counted."""
+        state = None if self._keeper is None else self._keeper.newest()
+        if state is not None:
+            self.source = state.source
+            try:
+                known, self._training = Known.model_validate(state["run"]), State(state["training"])
+                self._training.source = state.source
+            except ValidationError as error:
+                raise self._foreign(*first_fault(error)) from None
+            except (LookupError, TypeError, ValueError) as error:
+                raise self._foreign("state", f"{type(error).__name__}: {error}") from None
+            if known.spec_digest != self.known.spec_digest:
+                raise self._foreign("spec_digest", "it was made with another configuration")
+            self.known, self.overhead = known, Overhead(known.overhead_s)
+        return self.overhead
+
+    def begin(self, provenance: Provenance) -> Provenance:
+        """Take note of what the training is about to start from.
+
+        Returns:
+            The provenance of the first attempt.
+        """
+        first = self.known.provenance
+        if not self.goes_on or first is None:
+            self.known.provenance = provenance
+            return provenance
+        for field in _THE_SAME:
+            if (was := getattr(first, field)) != (now := getattr(provenance, field)):
+                raise self._foreign(field, f"{was} when the run began, {now} now")
+        before, after = ({**one.packages, **one.model_dump(include=set(_ALIKE))} for one in (first, provenance))
+        changes = [
+            f"{name} {after.get(name)} in place of {before.get(name)}"
+            for name in {**before, **after}
+            if before.get(name) != after.get(name)
+        ]
+        if changes:
+            text = f"the run went on from step {self._step} with {', '.join(changes)}; uninterrupted, its numbers may "
+            warnings.warn(f"{text}have rounded otherwise", CheckpointWarning, stacklevel=2)
+        return first
+
+    def _foreign(self, field: str | None, reason: str) -> UserError:
+        return UserError(
+            f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
+            "there, and the run starts anew",
+            file=None if self.source is None else self.source.parent,
+            field=field,
+        )
+
+    @property
+    def _step(self) -> int:
+        return 0 if self._keeper is None else self._keeper.step
+
+    @property
+    def goes_on(self) -> bool:
+        """Return whether an earlier attempt has begun to train."""
+        return self.source is not None
+
+    def take_training(self) -> State | None:
+        """Hand out the training's state, once: nothing of it is held here while the training goes on."""
+        state, self._training = self._training, None
+        return state
+
+    def between_steps(self, step: int, training: Callable[[], State]) -> None:
+        """Keep a checkpoint if one is due, or if the run is to stop.
+
+        Raises:
+            Interrupted: if it is to stop.
+            OSError: if the checkpoint can't be written.
+        """
+        stops = self._should_stop is not None and self._should_stop()
+        if self._keeper is not None and step > 0 and (stops or self._keeper.is_due()):
+            with self.overhead.of("checkpoints"):
+                run = self.update().model_dump(mode="json")
+                self._keeper.keep(step, lambda: State(training=training(), run=run))
+        if stops:
+            raise Interrupted(self._step)
+
+    def update(self) -> Known:
+        """Bring the sums up to date. Warnings stand there once: an attempt repeats those of the start.
+
+        They may quote names of files, which may be any bytes, and a record is UTF-8.
+        """
+        known, now = self.known, time.perf_counter()
+        known.seconds, self._since = known.seconds + now - self._since, now
+        known.overhead_s = dict(self.overhead)
+        texts = [printable(str(entry.message)) for entry in self._caught if entry.category in _RECORDED]
+        known.warnings = list(dict.fromkeys([*known.warnings, *texts]))
+        if self.memory is not None:
+            known.peak_memory_bytes = max(known.peak_memory_bytes, self.memory.peak_bytes)
+            own = self.memory.own_bytes
+            known.own_memory_bytes = (
+                None if own is None or known.own_memory_bytes is None else max(known.own_memory_bytes, own)
+            )
+        return known

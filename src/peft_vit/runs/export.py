@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.config import EXPORTS
-from peft_vit.data import Data, LabelledImages
+from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
     Calibrated,
     Classifier,
@@ -81,25 +81,6 @@ class OnnxOptions:
     activations: Literal["int8"] | None = None
     accept_loss: float | None = None
 
-    def check(self, format: str) -> None:
-        """Refuse options that would have no effect.
-
-        Raises:
-            UserError: names the option.
-        """
-        given = {"--runtime": self.runtime, "--activations": self.activations, "--accept-loss": self.accept_loss}
-        asked = [option for option, value in given.items() if value is not None]
-        if format != "onnx" and asked:
-            raise UserError("has an effect only with --format onnx", field=asked[0])
-        if self.activations is None and self.accept_loss is not None:
-            raise UserError("has an effect only with --activations int8", field="--accept-loss")
-        if self.activations is not None and self.runtime == "small":
-            raise UserError(
-                "expands the codes as --runtime fast does; leave out --runtime small", field="--activations"
-            )
-        if self.accept_loss is not None and not 0 <= self.accept_loss <= 100:  # also NaN
-            raise UserError(f"expected 0 to 100 points, got {self.accept_loss}", field="--accept-loss")
-
 
 def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them.
@@ -139,30 +120,52 @@ def export_run_to_file(
         UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
             its images are not there to tell, or the file can't be written.
     """
-    options.check(format)
     kind = EXPORTS[format]
     if kind.ending and file.suffix != kind.ending:
         raise UserError(f"expected a name that ends in {kind.ending}", file=file, field="--output")
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
     run = restore_run(run_dir)
-    if options.runtime or options.activations:
+    int8 = options.activations is not None
+    if options.runtime or int8:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
     card = run.card.model_copy(update={"calibrated": calibrated})
-    if options.activations is not None:
-        return Exported(merged, _export_int8(run, merged.model, file, card, options), activations="int8")
     ways = format_named(format)
-    if options.runtime is None:
-        ways.write(merged.model, file, card)
-    else:
+    if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime)
+    elif not int8:
+        ways.write(merged.model, file, card)
     try:
         data = run.load_data()
     except UserError as error:
-        return Exported(merged, None, str(error))
-    images, split = _to_compare_on(data)
-    return Exported(merged, compare(torch_classifier(run.model, card), ways.open(file, card), images, split))
+        if not int8:
+            return Exported(merged, None, str(error))
+        problem = f"is calibrated on the run's training images, and they are not there: {error}"
+        raise UserError(problem, field="--activations") from None
+    split: _Split = "validation" if len(data.validation) else "training"
+    images = data.validation if split == "validation" else _spread(data.train, _CALIBRATED_ON)
+    if not int8:
+        comparison = compare(torch_classifier(run.model, card), ways.open(file, card), images, split)
+        return Exported(merged, comparison)
+    # Written only if it is as accurate on these images as it has to be.
+    if split == "training" and options.accept_loss is None:
+        raise UserError(
+            "this run validated on no images, which could tell what int8 loses; export without it, or say what is "
+            "accepted on training images with --accept-loss",
+            field="--activations",
+        )
+    comparison, content = _try_int8(run, merged.model, card, data.train, images, split)
+    accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
+    lost = 100 * comparison.accuracy_loss.estimate
+    if lost > accepted:
+        raise UserError(
+            f"int8 loses {said_loss(comparison)}, more than the {accepted:g} that are accepted; export without it, or "
+            f"take it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            field="--activations",
+        )
+    write_exported(file, content)
+    return Exported(merged, comparison, activations="int8")
 
 
 def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None:
@@ -177,42 +180,11 @@ def compare_int8(run_dir: Path) -> Comparison:
     """Return what activations in 8 bits do to a run's model on its test images; nothing is kept.
 
     Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
-
-    Raises:
-        UserError: as `export_run_to_file`.
     """
     run = restore_run(run_dir)
     _check_packed(run, run_dir, OnnxOptions(activations="int8"))
     data = run.load_data()
     return _try_int8(run, merge(run.model, run.card).model, run.card, data.train, data.test.open(), "test")[0]
-
-
-def _export_int8(run: RestoredRun, merged: nn.Module, file: Path, card: ModelCard, options: OnnxOptions) -> Comparison:
-    """Write a file that multiplies in 8 bits if it is as accurate on the run's validation images as it has to be."""
-    try:
-        data = run.load_data()
-    except UserError as error:
-        raise UserError(
-            f"is calibrated on the run's training images, and they are not there: {error}", field="--activations"
-        ) from None
-    images, split = _to_compare_on(data)
-    if split == "training" and options.accept_loss is None:
-        raise UserError(
-            "this run validated on no images, which could tell what int8 loses; export without it, or say what is "
-            "accepted on training images with --accept-loss",
-            field="--activations",
-        )
-    found, content = _try_int8(run, merged, card, data.train, images, split)
-    accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
-    lost = 100 * found.accuracy_loss.estimate
-    if lost > accepted:
-        raise UserError(
-            f"int8 loses {said_loss(found)}, more than the {accepted:g} that are accepted; export without it, or take "
-            f"it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
-            field="--activations",
-        )
-    write_exported(file, content)
-    return found
 
 
 def _try_int8(
@@ -225,12 +197,6 @@ def _try_int8(
         trial = Path(folder) / "model.onnx"
         export_onnx(merged, trial, card, input_ranges=ranges)
         return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
-
-
-def _to_compare_on(data: Data) -> tuple[LabelledImages, _Split]:
-    if len(data.validation):
-        return data.validation, "validation"
-    return _spread(data.train, _CALIBRATED_ON), "training"
 
 
 def _spread(images: LabelledImages, count: int) -> LabelledImages:

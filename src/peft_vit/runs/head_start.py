@@ -1,102 +1,155 @@
-"""The head that a run starts from: fitted to the frozen backbone's features, where method or `head_start` say so."""
+"""The head that a run starts from, fitted to the frozen backbone's features, which all runs of that backbone share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL
 import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 from torch import nn
 
-from peft_vit.backbones import Backbone, Head
+from peft_vit.backbones import Head
 from peft_vit.data import Data, LabelledImages
-from peft_vit.evaluation import LogitsAndLabels, trainable_parameters
-from peft_vit.records import RunSpec
-from peft_vit.runs.features import SharedFeatures
-from peft_vit.runs.resume import Attempt
+from peft_vit.data.pixels import FORMAT_VERSION
+from peft_vit.packages import cache_dir
+from peft_vit.records import Provenance, RunSpec, write_atomically
+from peft_vit.safe_io import read_bytes
 from peft_vit.training import (
+    FLIP_AXES,
+    Features,
     Hook,
     LinearProbe,
+    Overhead,
     RuntimeConfig,
-    TrainingResult,
     fit_probe,
-    head_logits,
+    head_inputs,
     held_out_temperature,
     loss_weights,
 )
 
+_log = logging.getLogger(__name__)
+_LARGEST_BYTES = 1 << 28  # of one file of the cache; more features are computed, but not kept
+_WAYS = 4  # in which an image can be flipped; a place in the cache is 4 * image + way
+_BATCH = 32
 
-@dataclass(frozen=True)
-class HeadStart:
-    """What became of the head before the first step.
 
-    Attributes:
-        head: of the model.
-        features: of the model as it is before training.
-        runtime: where the model runs.
-        probe: None if none was asked for, or if a checkpoint holds what became of it.
-        softening: see `LinearProbe`.
+def fit_start(
+    head: Head, features: SharedFeatures, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
+) -> tuple[LinearProbe, float]:
+    """Fit the head of a prepared model, with updates as they start, and put it in its place.
+
+    Returns:
+        The probe, and what its logits are divided by in training, see `LinearProbe.softening`.
     """
-
-    head: Head
-    features: SharedFeatures
-    runtime: RuntimeConfig
-    probe: LinearProbe | None
-    softening: float = 1.0
-
-    def predict(self, images: LabelledImages) -> LogitsAndLabels:
-        """Return logits (N, classes) and labels (N,) of a model of which nothing but the head was fitted."""
-        return head_logits(self.head, self.features.of(images).values, self.runtime), images.labels
-
-    def result(self, model: nn.Module) -> TrainingResult:
-        """Return what a run says that ends here."""
-        assert self.probe is not None
-        fitted = trainable_parameters(model)
-        return TrainingResult(
-            steps=list(self.probe.steps),
-            evaluations=list(self.probe.evaluations),
-            chosen=self.probe.chosen,
-            chosen_step=self.probe.chosen_step,
-            initial_parameters=fitted,
-            peak_parameters=fitted,
-        )
-
-
-def start_head(
-    model: nn.Module, spec: RunSpec, attempt: Attempt, data: Data, hooks: list[Hook], runtime: RuntimeConfig
-) -> HeadStart:
-    """Fit the head, and put it in its place, if the run asks for it and no earlier attempt has begun to train.
-
-    The model is prepared, with updates as they start. The attempt takes note of the fit and of its seconds.
-    """
-    training = spec.experiment.training
-    head = Backbone(model).head
-    assert attempt.known.provenance is not None
-    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
-    if attempt.goes_on or not (spec.experiment.is_probe or training.head_start == "probe"):
-        return HeadStart(head, features, runtime, None)
-    with attempt.overhead.of("features"):
+    with overhead.of("features"):
         of_training = features.of_training(data.train)
         of_validation = features.of(data.validation) if len(data.validation) else None
-
-    def temperature() -> float:
-        if of_validation is not None:
-            return probe.temperature(of_validation)
-        return held_out_temperature(
-            of_training, len(data.train), probe.fit.chosen_l2, class_weights=class_weights, seed=spec.seed
-        )
-
-    with attempt.overhead.of("probe"):
-        weights = loss_weights(training, data, torch.device("cpu"))
+    with overhead.of("probe"):
+        weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
         class_weights = None if weights is None else weights.double().numpy()
-        probe = fit_probe(
-            of_training, of_validation, head, runtime, class_weights=class_weights, l2=spec.experiment.probe_l2
-        )
-        softening = 1.0
+        strengths = spec.experiment.probe_l2
+        probe = fit_probe(of_training, of_validation, head, runtime, class_weights=class_weights, l2=strengths)
         if spec.experiment.is_probe:
             probe.set_head(head)
+            return probe, 1.0
+        if of_validation is not None:
+            temperature = probe.temperature(of_validation)
         else:
-            calibrated = temperature()
-            probe.set_head(head, calibrated)
-            softening = probe.softening(of_training, calibrated)
-    attempt.known.head_fit = probe.fit
-    return HeadStart(head, features, runtime, probe, softening)
+            images, l2 = len(data.train), probe.fit.chosen_l2
+            temperature = held_out_temperature(of_training, images, l2, class_weights=class_weights, seed=spec.seed)
+        probe.set_head(head, temperature)
+        return probe, probe.softening(of_training, temperature)
+
+
+class SharedFeatures:
+    """Features of the model as it is before training, looked up in the user's cache or computed.
+
+    They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
+    those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed anew.
+    The model is prepared, with updates of zero, and a hook that packs weights says how.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[Hook], runtime: RuntimeConfig
+    ) -> None:
+        self._model, self._runtime = model, runtime
+        self._ways = FLIP_AXES[spec.experiment.training.flips]
+        self._file = _place(spec, provenance, hooks)
+
+    def of_training(self, images: LabelledImages) -> Features:
+        """Return the features of images in every way in which training shows them, one after the other."""
+        values = [self._values(images, way, axes) for way, axes in enumerate(self._ways)]
+        return Features(np.concatenate(values), np.tile(images.labels, len(self._ways)))  # (ways N, D), (ways N,)
+
+    def of(self, images: LabelledImages) -> Features:
+        """Return the features of images as they are."""
+        return Features(self._values(images, 0, ()), images.labels)
+
+    def _values(self, images: LabelledImages, way: int, axes: tuple[int, ...]) -> NDArray[np.float32]:
+        wanted = _WAYS * images.positions + way
+        places, values = self._cached()  # (M,), (M, D)
+        missing = ~np.isin(wanted, places)
+        if missing.any():
+            computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
+            places = np.concatenate([places, wanted[missing]])
+            values = np.concatenate([values, computed]) if len(values) else computed
+            self._keep(places, values)
+        order = np.argsort(places)
+        return values[order[np.searchsorted(places, wanted, sorter=order)]]  # (N, D)
+
+    def _cached(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        if self._file is not None:
+            try:
+                content = load(read_bytes(self._file, None))
+                places, values = content["places"], content["values"]
+                if len(places) != len(values) or values.dtype != np.float32 or not np.isfinite(values).all():
+                    raise ValueError("places and values do not fit")
+                return places, values
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, LookupError, SafetensorError) as error:
+                _log.warning("%s is of no use (%s); features are computed anew", self._file, error)
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+
+    def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        if self._file is None or values.nbytes > _LARGEST_BYTES:
+            return
+        try:
+            write_atomically(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
+        except OSError as error:
+            _log.warning("%s can't be written (%s); other runs compute features anew", self._file, error.strerror)
+
+
+def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:
+    if provenance.random_weights or spec.experiment.start is not None:
+        return None
+    depends_on: dict[str, Any] = {
+        "model": spec.backbone.model,
+        "weights": provenance.weights_sha256,
+        "config": provenance.config_sha256,
+        "transformers": provenance.packages.get("transformers"),
+        "data": provenance.data_sha256,
+        "image_size": spec.data.image_size,
+        "pixels": FORMAT_VERSION,
+        "pillow": PIL.__version__,
+        "precision": spec.precision,
+        "device": provenance.device,
+        "threads": spec.threads,
+        "torch": torch.__version__,
+        "timm": provenance.packages.get("timm"),
+        "processor": provenance.processor,
+    }
+    if spec.data.interpolation is not None:
+        depends_on["interpolation"] = spec.data.interpolation
+    for hook in hooks:
+        depends_on |= hook.features_depend_on()
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache_dir() / "features" / f"{digest[:32]}.safetensors"

@@ -87,26 +87,25 @@ def restore_run(run_dir: Path) -> RestoredRun:
     assert provenance is not None
     file = run_dir / ADAPTER_FILE
     with os_fault("can't be read", file, remedy="move or rerun the whole run"):
-        found = sha256_of(file)
-    if found != record.adapter_sha256:
-        problem = f"has SHA-256 {found}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
+        digest = sha256_of(file)
+    if digest != record.adapter_sha256:
+        problem = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
         raise UserError(problem, file=file, field="adapter_sha256")
     with agreeing_with(run_dir / RECORD_FILE):
         backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
+    changed = ""
     if backbone.weights_sha256 != provenance.weights_sha256:
-        raise UserError(
+        changed = (
             f"{backbone.weights_name} has SHA-256 {backbone.weights_sha256}, the run was trained on "
-            f"{provenance.weights_sha256}; get those weights again",
-            file=run_dir / RECORD_FILE,
-            field="provenance",
+            f"{provenance.weights_sha256}; get those weights again"
         )
-    if provenance.config_sha256 not in (None, backbone.architecture.config_sha256):
-        raise UserError(
+    elif provenance.config_sha256 not in (None, backbone.architecture.config_sha256):
+        changed = (
             f"config.json or preprocessor_config.json of {backbone.architecture.name} is not what the run was trained "
-            "with; get those files again",
-            file=run_dir / RECORD_FILE,
-            field="provenance",
+            "with; get those files again"
         )
+    if changed:
+        raise UserError(changed, file=run_dir / RECORD_FILE, field="provenance")
     with agreeing_with(run_dir / RECORD_FILE):
         if spec.experiment.start is None:
             total_steps = spec.experiment.total_steps(record.split_sizes["train"])
@@ -125,26 +124,22 @@ def prepare_as_saved(
     model: nn.Module, experiment: ExperimentConfig, file: Path, *, total_steps: int, seed: int
 ) -> None:
     """Prepare a model as an adapter file says of its run: with chosen formats and ranks, weights rounded on images."""
-    qa_lora = experiment.section(QaLoraConfig)
+    qa_lora, saved = experiment.section(QaLoraConfig), read_adapter_file(file)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
     method = METHODS[experiment.method]
     preparation = Preparation(
         total_steps=total_steps,
         seed=seed,
-        formats=read_adapter_file(file).formats if adaptive is not None else None,
-        ranks=read_adapter_file(file).ranks if adaptive is not None and adaptive.ranks else None,
-        packed=read_adapter_file(file).packed if keeps_codes(experiment) else None,
-        module_ranks=saved_module_ranks(file) if method.uses_peft else None,
+        formats=None if adaptive is None else saved.formats,
+        ranks=saved.ranks if adaptive is not None and adaptive.ranks else None,
+        packed=saved.packed if keeps_codes(experiment) else None,
+        module_ranks=saved_module_ranks(saved.tensors) if method.uses_peft else None,
     )
     method.prepare(model, experiment, preparation)
 
 
 def done_record(run_dir: Path) -> RunRecord:
-    """Return the record of a run that came to an end and can be restored.
-
-    Raises:
-        UserError: if it failed or can't be read.
-    """
+    """Return the record of a run that came to an end and can be restored."""
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")

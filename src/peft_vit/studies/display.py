@@ -20,7 +20,7 @@ from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.export import Exported, said_loss
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun

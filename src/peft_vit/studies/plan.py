@@ -38,7 +38,7 @@ from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, dec
 from peft_vit.methods import check, shorten
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
-from peft_vit.runs.device import ChosenPrecision, choose_precision, resolve_device
+from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.scheduler import difference, go_on, study_file
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch

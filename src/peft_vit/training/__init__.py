@@ -1,9 +1,8 @@
 """The loop, one optimiser step, and what methods hook into it."""
 
 from peft_vit.training.adaptive_bits import ChosenBits, allocate_bits, check_bits
-from peft_vit.training.allocation_hook import AllocationHook
 from peft_vit.training.checkpoint import CheckpointKeeper, Checkpoints, CheckpointWarning, Interrupted, State
-from peft_vit.training.hooks import AfterTraining, Hook, Overhead
+from peft_vit.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig
 from peft_vit.training.linear_probe import (
     FLIP_AXES,
     Features,
@@ -15,8 +14,6 @@ from peft_vit.training.linear_probe import (
 )
 from peft_vit.training.loop import Progress, TrainingResult, steps_per_epoch, train
 from peft_vit.training.optimization import loss_weights, optimization_step
-from peft_vit.training.peft_adalora_hook import PeftAdaLoraHook, last_update
 from peft_vit.training.qa_lora import QALoRATrainer, end_step
 from peft_vit.training.quantized_layers import check_ranks
-from peft_vit.training.runtime import Calibration, RuntimeConfig
-from peft_vit.training.starting_ranks import StartingRanks
+from peft_vit.training.rank_hooks import AllocationHook, PeftAdaLoraHook, StartingRanks, last_update

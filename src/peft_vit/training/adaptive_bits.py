@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -42,8 +43,7 @@ class ChosenBits:
         return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What may be chosen, its bytes, and how many may be spent."""
 
     formats: dict[str, list[QuantizationFormat]]  # by module
@@ -53,11 +53,7 @@ class _Options:
 
 
 def check_bits(config: QaLoraConfig, sites: Sequence[Site]) -> int:
-    """Return the budget of `adaptive_bits` in bytes, after checking it against the shapes of the whole model's sites.
-
-    Raises:
-        UserError: if no choice is within the budget, every choice is, or groups or ranks do not fit a site.
-    """
+    """Return the budget of `adaptive_bits` in bytes, checked against the shapes of the whole model's sites."""
     return _options(config, sites).budget
 
 
@@ -87,40 +83,32 @@ def allocate_bits(
     gains = rank_gains(model, chosen_sites, images, places, head, pool=config.pool) if chosen_sites else {}
     worths = [*losses.values(), *((-gains[name]).tolist() for name in options.rank_bytes)]
     choice = choose(worths, [*options.format_bytes.values(), *options.rank_bytes.values()], options.budget)
-    types = dict(zip(options.formats, choice.options, strict=False))  # layers come first
-    formats = {name: options.formats[name][place] for name, place in types.items()}
-    ranks = dict(zip(options.rank_bytes, choice.options[len(formats) :], strict=True))
-    chosen_types = {format.type for format in formats.values()}
-    if len(chosen_types) == 1:
-        warnings.warn(
-            f"adaptive_bits chose {min(chosen_types)} for every layer: no exchange of bits between layers is predicted "
-            "to be worth it, and quantization_type gives the same weights",
-            SilentNoEffectWarning,
-            stacklevel=2,
-        )
+    places_of = dict(zip(options.formats, choice.options, strict=False))  # layers come first
+    types = {name: options.formats[name][place].type for name, place in places_of.items()}
+    ranks = dict(zip(options.rank_bytes, choice.options[len(types) :], strict=True))
+    if len(set(types.values())) == 1:
+        text = f"adaptive_bits chose {min(types.values())} for every layer: no exchange of bits between layers is "
+        text += "predicted to be worth it, and quantization_type gives the same weights"
+        warnings.warn(text, SilentNoEffectWarning, stacklevel=2)
     if ranks and not any(ranks.values()):
-        warnings.warn(
-            "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
-            "total_byte_budget",
-            SilentNoEffectWarning,
-            stacklevel=2,
-        )
-    rise = sum(losses[name][place] for name, place in types.items())
+        text = "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
+        warnings.warn(f"{text}total_byte_budget", SilentNoEffectWarning, stacklevel=2)
+    rise = sum(losses[name][place] for name, place in places_of.items())
     record = BitAllocation(
         images=len(images),
         budget_bytes=options.budget,
         spent_bytes=choice.size,
-        types={name: format.type for name, format in formats.items()},
+        types=types,
         ranks=ranks or None,
         losses={
-            name: {one.type: loss for one, loss in zip(options.formats[name], losses[name], strict=True)}
-            for name in formats
+            name: {format.type: loss for format, loss in zip(options.formats[name], losses[name], strict=True)}
+            for name in types
         },
         predicted_rise=rise,
         predicted_gain=rise - choice.loss,
         gap=choice.loss - choice.lower_bound,
     )
-    return ChosenBits(formats, record.ranks, record)
+    return ChosenBits.of_record(record, config)
 
 
 def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
@@ -129,10 +117,10 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     wanted = chosen(sites, config.targets)
     check_ranks(wanted, 0, config.pool)
     candidates = [format_of(config, type) for type in settings.types]
-    modules = {name: one for name, one in fused_sites(sites).items() if name in {site.module for site in wanted}}
+    modules = {name: site for name, site in fused_sites(sites).items() if name in {site.module for site in wanted}}
     format_bytes = {
-        name: [format.stored_bytes(one.out_features, one.in_features) for format in candidates]
-        for name, one in modules.items()
+        name: [format.stored_bytes(site.out_features, site.in_features) for format in candidates]
+        for name, site in modules.items()
     }
     rank_bytes = {}
     for site in wanted if settings.ranks else []:
@@ -140,26 +128,27 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
         ranks = range(min(columns, site.out_features) + 1)
         rank_bytes[site.name] = [_VALUE_BYTES * rank * (columns + site.out_features) for rank in ranks]
     least, most = (sum(pick(group) for group in [*format_bytes.values(), *rank_bytes.values()]) for pick in (min, max))
+    one_rank = min((group[1] for group in rank_bytes.values()), default=0)
     if settings.average_bits is not None:
-        to_bits = 8 / sum(one.out_features * one.in_features for one in modules.values())
-        if not least * to_bits <= settings.average_bits < most * to_bits:
-            raise UserError(
-                f"expected at least {math.ceil(least * to_bits * 1000) / 1000:.3f} (every layer at the smallest type) "
-                f"and less than {most * to_bits:.3f} bits (at the largest), got {settings.average_bits}",
-                field="qa_lora.adaptive_bits.average_bits",
-            )
+        to_bits = 8 / sum(site.out_features * site.in_features for site in modules.values())
         budget = math.floor(settings.average_bits / to_bits)
+        fits = least * to_bits <= settings.average_bits < most * to_bits
+        field, given, lower = (
+            "average_bits",
+            f"{settings.average_bits}",
+            f"{math.ceil(least * to_bits * 1000) / 1000:.3f}",
+        )
+        upper = f"{most * to_bits:.3f} bits"
     else:
         assert settings.total_byte_budget is not None
         budget = settings.total_byte_budget
-        smallest, largest = ("", "")
-        if rank_bytes:
-            least += min(group[1] for group in rank_bytes.values())
-            smallest, largest = (", one rank", " and rank")
-        if not least <= budget < most:
-            raise UserError(
-                f"expected at least {least} (every layer at the smallest type{smallest}) and less than {most} bytes "
-                f"(at the largest{largest}), got {budget}",
-                field="qa_lora.adaptive_bits.total_byte_budget",
-            )
+        fits = least + one_rank <= budget < most
+        field, given, lower, upper = "total_byte_budget", f"{budget}", f"{least + one_rank}", f"{most} bytes"
+    if not fits:
+        smallest, largest = (", one rank", " and rank") if rank_bytes else ("", "")
+        raise UserError(
+            f"expected at least {lower} (every layer at the smallest type{smallest}) and less than {upper} (at the "
+            f"largest{largest}), got {given}",
+            field=f"qa_lora.adaptive_bits.{field}",
+        )
     return _Options(dict.fromkeys(modules, candidates), format_bytes, rank_bytes, budget)

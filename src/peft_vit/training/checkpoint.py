@@ -1,13 +1,15 @@
 """Checkpoints: what a training depends on beside its settings, and the files that hold it.
 
-Files are written whole or not at all, checked before they are used, never unpickled. A checkpoint is a folder
-`checkpoint-<step>` in the run's folder::
+A state is nested as torch's own `state_dict`s are: mappings, lists, tuples, plain values and tensors. A checkpoint is a
+folder `checkpoint-<step>` in the run's folder::
 
-    tensors.safetensors   tensors
-    state.json            plain values, the tensors' order and layout in memory, and the SHA-256 of all that
+    tensors.safetensors   the state's tensors, numbered
+    state.json            the manifest: the state, each tensor as its number and its layout in memory, and the SHA-256
+                          of both files
 
-It is written under another name, flushed to disk and renamed, so that a kill at any instant leaves the one before. The
-last two are kept. The layout is kept too: a product may round otherwise if a factor lies otherwise in memory.
+It is written under another name, flushed to disk and renamed, so that a kill at any instant leaves the one before; it
+is checked before it is used and never unpickled. The last two are kept. The layout is kept too: a product may round
+otherwise if a factor lies otherwise in memory.
 """
 
 from __future__ import annotations
@@ -21,26 +23,26 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_vit.adapters import current_ranks, set_ranks, trained_tensors
-from peft_vit.errors import UserError, first_fault, is_out_of_memory
+from peft_vit.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
+from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.records import checkpoint_folders, flush, make_folder
 from peft_vit.safe_io import read_bytes, sha256_of
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = 2
 _UNFINISHED = ".checkpoint-"  # begins the names of folders that are being written
 _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
@@ -49,143 +51,102 @@ _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class State:
-    """What a part of a run needs to go on from between two steps.
+class State(dict[str, Any]):
+    """What a run needs to go on from between two steps. Its tensors may be the living ones: good until the next step.
 
     Attributes:
-        tensors: by name. They may be the living ones, so they are good until the next step.
-        values: plain values, ready for JSON.
         source: the checkpoint that it was read from, for errors.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
     source: Path | None = None
 
-    @classmethod
-    def of_parts(cls, **parts: State) -> State:
-        """Return one state that holds several, each under its name."""
-        tensors = {f"{name}/{key}": tensor for name, part in parts.items() for key, tensor in part.tensors.items()}
-        return cls(tensors, {name: part.values for name, part in parts.items()})
 
-    def part(self, name: str) -> State:
-        """Return one of the states that `of_parts` was given."""
-        prefix = f"{name}/"
-        tensors = {key.removeprefix(prefix): one for key, one in self.tensors.items() if key.startswith(prefix)}
-        return State(tensors, self.values[name], self.source)
-
-    def sha256(self) -> str:
-        """Return the SHA-256 of all names, types, shapes and values, whatever their order and the tensors' layout."""
-        digest = hashlib.sha256(json.dumps(self.values, sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors.items()):
-            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            dense = tensor.detach().cpu().contiguous()
-            flat = dense.as_strided((dense.numel(),), (1,))  # where a size is 1, any stride counts as contiguous
-            digest.update(flat.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
-        return digest.hexdigest()
-
-
-def model_state(model: nn.Module) -> State:
+def model_state(model: nn.Module) -> dict[str, Any]:
     """Return what training changes in a model, and the ranks that give its adapters their shapes."""
-    return State(_changing(model), {"ranks": current_ranks(model)})
+    return {"ranks": current_ranks(model), "tensors": trained_tensors(model) | dict(model.named_buffers())}
 
 
-def load_model_state(model: nn.Module, state: State) -> None:
-    """Bring a model that was prepared anew to where it was; the state's tensors become its own.
-
-    Raises:
-        ValueError: if the state is not this model's.
-    """
-    set_ranks(model, state.values["ranks"])
-    places = _changing(model)
-    if places.keys() != state.tensors.keys():
-        raise ValueError(f"{min(places.keys() ^ state.tensors.keys())} stands only on one side")
+def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Bring a model that was prepared anew to where it was; the state's tensors become its own."""
+    set_ranks(model, state["ranks"])
+    tensors, places = state["tensors"], model_state(model)["tensors"]
+    check_tensors(places, tensors)
     parameters = dict(model.named_parameters())
     for name, place in places.items():
-        tensor = state.tensors[name]
-        if tensor.shape != place.shape or tensor.dtype != place.dtype:
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {place.dtype} {tuple(place.shape)}")
+        if tensors[name].dtype != place.dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}, not {place.dtype}")
         # Not copied into the old place: how it lies in memory decides how products round.
-        parameters.get(name, place).data = tensor.to(place.device)
+        parameters.get(name, place).data = tensors[name].to(place.device)
 
 
-def _changing(model: nn.Module) -> dict[str, Tensor]:
-    return trained_tensors(model) | dict(model.named_buffers())
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
-    """Return moments, step counts and rates of an optimiser."""
-    packed = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    others: dict[str, dict[str, Any]] = {}
-    for index, entries in packed["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}/{key}"] = value
-            else:
-                others.setdefault(str(index), {})[key] = value
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in packed["param_groups"]]
-    return State(tensors, {"others": others, "groups": groups})
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: State) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Bring an optimiser that was built anew over the loaded model to where it was.
 
     Raises:
         ValueError: if the state is not this optimiser's: torch's fused kernels trust shapes and would leave memory.
     """
-    entries: dict[int, dict[str, Any]] = {int(index): _tuples(one) for index, one in state.values["others"].items()}
-    for name, tensor in state.tensors.items():
-        place, _, moment = name.partition("/")
-        entries.setdefault(int(place), {})[moment] = tensor
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, kept in entries.items():
-        for key, value in kept.items():
+    for index, moments in state["state"].items():
+        for key, value in moments.items():
             expected = torch.Size() if key == "step" else parameters[index].shape
             if isinstance(value, Tensor) and value.shape != expected:
                 raise ValueError(f"{key} of parameter {index} has the shape {tuple(value.shape)}")
-    built = optimizer.state_dict()["param_groups"]
-    groups = [
-        {**_tuples(kept), "params": group["params"]} for kept, group in zip(state.values["groups"], built, strict=True)
-    ]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    optimizer.load_state_dict(dict(state))
 
 
-def _tuples(value: Any) -> Any:
-    """Return a value out of JSON as torch and this package have it in optimisers: with tuples, not lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(one) for key, one in value.items()}
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+def optimizer_sha256(optimizer: torch.optim.Optimizer) -> str:
+    """Return the SHA-256 of moments, step counts and rates."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for index, moments in state["state"].items():
+        for key, value in moments.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}/{key}"] = value
+            else:
+                others.setdefault(str(index), {})[key] = value
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in state["param_groups"]]
+    return tensors_sha256(tensors, {"others": others, "groups": groups})
 
 
-def generators_state() -> State:
+def tensors_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> str:
+    """Return the SHA-256 of names, types, shapes and values, whatever the tensors' order and their layout."""
+    digest = hashlib.sha256(json.dumps(values or {}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        dense = tensor.detach().cpu().contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,))  # where a size is 1, any stride counts as contiguous
+        digest.update(flat.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
+    return digest.hexdigest()
+
+
+def generators_state() -> dict[str, Any]:
     """Return where every global random generator stands: torch's on each device, numpy's and Python's."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"cuda{index}": one for index, one in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available():
-        tensors["mps"] = torch.mps.get_rng_state()
     kind, key, *rest = np.random.get_state(legacy=True)
     assert isinstance(key, np.ndarray)
-    return State(tensors, {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest]})
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "python": random.getstate(),
+        "numpy": [kind, key.tolist(), *rest],
+    }
 
 
-def load_generators_state(state: State) -> None:
+def load_generators_state(state: Mapping[str, Any]) -> None:
     """Set every global random generator that is there; a device that is gone keeps nothing."""
-    torch.set_rng_state(state.tensors["cpu"])
+    torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            if f"cuda{index}" in state.tensors:
-                torch.cuda.set_rng_state(state.tensors[f"cuda{index}"], index)
-    if torch.backends.mps.is_available() and "mps" in state.tensors:
-        torch.mps.set_rng_state(state.tensors["mps"])
-    random.setstate(_tuples(state.values["python"]))
-    kind, key, *rest = state.values["numpy"]
+        for index, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(generator, index)
+    if torch.backends.mps.is_available() and state["mps"] is not None:
+        torch.mps.set_rng_state(state["mps"])
+    random.setstate(state["python"])
+    kind, key, *rest = state["numpy"]
     np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- which checkpoints there are --------------------------------------------------------------------------------------
 
 
 class CheckpointWarning(UserWarning):
@@ -226,9 +187,7 @@ class CheckpointKeeper:
     """
 
     def __init__(self, checkpoints: Checkpoints, clock: Callable[[], float] = time.monotonic) -> None:
-        self._folder = checkpoints.folder
-        self._every_s = checkpoints.every_s
-        self._clock = clock
+        self._folder, self._every_s, self._clock = checkpoints.folder, checkpoints.every_s, clock
         self._whole: list[int] = []  # steps of the checkpoints that are known to be whole, the newest last
         self._since = clock()
         self._costs_s: list[float] = []  # of the last two: one disk that stalls once puts nothing off
@@ -247,17 +206,15 @@ class CheckpointKeeper:
             try:
                 state = read_checkpoint(folders[step])
             except UserError as error:
-                warnings.warn(f"a damaged checkpoint is left aside: {error}", CheckpointWarning, stacklevel=2)
+                text = f"a damaged checkpoint is left aside: {error}"
+                warnings.warn(text, CheckpointWarning, stacklevel=2)
                 continue
             self._whole = [step]
             self._since = self._clock()
             return state
         if folders:
-            warnings.warn(
-                f"{self._folder}: no checkpoint is whole; the run starts from its beginning",
-                CheckpointWarning,
-                stacklevel=2,
-            )
+            text = f"{self._folder}: no checkpoint is whole; the run starts from its beginning"
+            warnings.warn(text, CheckpointWarning, stacklevel=2)
         return None
 
     def is_due(self) -> bool:
@@ -283,10 +240,10 @@ class CheckpointKeeper:
         self._costs_s = [*self._costs_s, self._since - started][-2:]
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(folder: Path, step: int, state: State) -> None:
+def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
     """Write one checkpoint into a run's folder.
 
     Raises:
@@ -296,18 +253,17 @@ def write_checkpoint(folder: Path, step: int, state: State) -> None:
     unfinished = Path(tempfile.mkdtemp(dir=folder, prefix=_UNFINISHED))
     try:
         os.chmod(unfinished, 0o755)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        tensors: list[Tensor] = []
+        packed = _packed(state, tensors)
+        dense = {str(number): tensor.detach().cpu().contiguous() for number, tensor in enumerate(tensors)}
         try:
-            save_file(tensors, unfinished / TENSORS_FILE)
-        except SafetensorError as error:
-            raise _as_os_error(error, unfinished / TENSORS_FILE) from None
-        saved = {
-            "format": _FORMAT,
-            "step": step,
-            "tensors_sha256": sha256_of(unfinished / TENSORS_FILE),
-            "strides": {name: _strides(tensor) for name, tensor in state.tensors.items()},
-            "values": state.values,
-        }
+            save_file(dense, unfinished / TENSORS_FILE)
+        except SafetensorError as error:  # it wraps what the system has said into a text, "... (os error 28)"
+            number = re.search(r"os error (\d+)", str(error))
+            code = None if number is None else int(number[1])
+            raise OSError(code, str(error) if code is None else os.strerror(code), str(unfinished)) from None
+        digest = sha256_of(unfinished / TENSORS_FILE)
+        saved = {"format": _FORMAT, "step": step, "tensors_sha256": digest, "state": packed}
         # Not sorted: what is added up in the order of a mapping must come back in that order.
         (unfinished / STATE_FILE).write_text(json.dumps({"sha256": _digest(saved), **saved}), encoding="utf-8")
         for written in (unfinished / TENSORS_FILE, unfinished / STATE_FILE, unfinished):
@@ -321,97 +277,75 @@ def write_checkpoint(folder: Path, step: int, state: State) -> None:
         raise
 
 
-def _digest(saved: dict[str, Any]) -> str:
-    """Return the SHA-256 of plain values; what JSON has carried has the same one."""
-    return hashlib.sha256(json.dumps(saved).encode()).hexdigest()
-
-
-def _strides(tensor: Tensor) -> list[int] | None:
-    """Return how a copy of a tensor lies in memory; None: row by row, as nearly all do."""
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return None if strides == torch.empty(tensor.shape, device="meta").stride() else list(strides)
-
-
-def _as_os_error(error: SafetensorError, file: Path) -> OSError:
-    """Return what the system has said: safetensors wraps it into a text, "... (os error 28)"."""
-    number = re.search(r"os error (\d+)", str(error))
-    if number is None:
-        return OSError(None, str(error), str(file))
-    return OSError(int(number[1]), os.strerror(int(number[1])), str(file))
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder, or whatever stands in its place: of a link only the link, and a pipe is not waited for."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
-class _Saved(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Literal[2]
-    step: Annotated[int, Field(ge=1)]
-    tensors_sha256: str
-    strides: dict[str, list[int] | None]  # by tensor, in the state's order; None: row by row
-    values: dict[str, Any]
-
-
 def read_checkpoint(path: Path) -> State:
     """Read one checkpoint from its folder, `checkpoint-<step>`.
 
     Raises:
         UserError: if it is damaged: something is missing, cut short or altered, or lies where a link leads.
     """
-    for place in (path, path / STATE_FILE, path / TENSORS_FILE):
+    file, tensors_file = path / STATE_FILE, path / TENSORS_FILE
+    for place in (path, file, tensors_file):
         if place.is_symlink():
             raise UserError("is a link; a checkpoint is never made of links", file=place)
-    saved = _read_state(path / STATE_FILE)
-    if path.name != f"checkpoint-{saved.step}":
-        raise UserError(f"is of step {saved.step}", file=path / STATE_FILE, field="step")
-    tensors = _read_tensors(path / TENSORS_FILE, saved.tensors_sha256)
-    if tensors.keys() != saved.strides.keys():
-        name = min(tensors.keys() ^ saved.strides.keys())
-        raise UserError(f"names other tensors than {STATE_FILE}", file=path / TENSORS_FILE, field=name)
-    try:
-        laid_out = {name: _laid_out(tensors[name], strides) for name, strides in saved.strides.items()}
-    except (ValueError, RuntimeError) as error:
-        if is_out_of_memory(error):  # says nothing of the file
-            raise
-        raise UserError(f"holds an impossible layout ({error})", file=path / STATE_FILE, field="strides") from None
-    return State(laid_out, saved.values, path)
-
-
-def _read_state(file: Path) -> _Saved:
-    try:
+    with _readable(file, "state"):
         saved = json.loads(read_bytes(file))
         if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
             raise UserError(f"is of another version of this program, expected format {_FORMAT}", file=file)
         if saved.pop("sha256", None) != _digest(saved):
             raise UserError("is not what was written: SHA-256 differs", file=file)
-        return _Saved.model_validate(saved)
-    except ValidationError as error:
-        field, fault = first_fault(error)
-        raise UserError(fault, file=file, field=field) from None
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"is no readable JSON ({reason})", file=file) from None
+        if path.name != f"checkpoint-{saved['step']}":
+            raise UserError(f"is of step {saved['step']}", file=file, field="step")
+    with _readable(tensors_file, "safetensors file"):
+        if sha256_of(tensors_file) != saved["tensors_sha256"]:
+            raise UserError(f"is not what its {STATE_FILE} says: SHA-256 differs", file=tensors_file)
+        tensors = load_file(tensors_file)
+    with _readable(file, "state"):
+        state = State(_unpacked(saved["state"], tensors))
+    state.source = path
+    return state
 
 
-def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+@contextmanager
+def _readable(file: Path, kind: str) -> Iterator[None]:
+    """Tell in one line what keeps a file from being read; want of memory is no fault of it."""
     try:
-        if sha256_of(file) != sha256:
-            raise UserError(f"is not what its {STATE_FILE} says: SHA-256 differs", file=file)
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        yield
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"is not a readable safetensors file ({reason})", file=file) from None
+        raise UserError(f"is no readable {kind} ({reason})", file=file) from None
+
+
+def _packed(value: Any, tensors: list[Tensor]) -> Any:
+    """Return a state as JSON holds it; what JSON has no form for is a mapping of one key with a $."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        strides = torch.empty_like(value, device="meta").stride()  # of a copy
+        plain = strides == torch.empty(value.shape, device="meta").stride()
+        return {"$tensor": [len(tensors) - 1, None if plain else list(strides)]}
+    if isinstance(value, dict):
+        items = [(key, _packed(part, tensors)) for key, part in value.items()]
+        plain = all(isinstance(key, str) and key[:1] != "$" for key in value)
+        return dict(items) if plain else {"$dict": items}
+    if isinstance(value, list | tuple):
+        parts = [_packed(part, tensors) for part in value]
+        return parts if isinstance(value, list) else {"$tuple": parts}
+    return value
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        number, strides = value["$tensor"]
+        return _laid_out(tensors[str(number)], strides)
+    if "$tuple" in value:
+        return tuple(_unpacked(value["$tuple"], tensors))
+    items = value["$dict"] if "$dict" in value else value.items()
+    return {key: _unpacked(part, tensors) for key, part in items}
 
 
 def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
@@ -425,3 +359,16 @@ def _laid_out(tensor: Tensor, strides: list[int] | None) -> Tensor:
     if layout.untyped_storage().nbytes() != tensor.nbytes:
         raise ValueError(f"strides {strides} leave gaps or overlap for the shape {tuple(tensor.shape)}")
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+
+
+def _digest(saved: dict[str, Any]) -> str:
+    """Return the SHA-256 of plain values; what JSON has carried has the same one."""
+    return hashlib.sha256(json.dumps(saved).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or whatever stands in its place: of a link only the link, and a pipe is not waited for."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

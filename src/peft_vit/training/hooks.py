@@ -1,4 +1,4 @@
-"""What methods hook into a run, and where its seconds beside the steps are counted."""
+"""What methods hook into a run, what it lets them use, and where its seconds beside the steps are counted."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from peft_vit.config import Precision
+from peft_vit.data import Data
 from peft_vit.records import StepRow
-from peft_vit.training.checkpoint import State
 
 
 class Overhead(dict[str, float]):
@@ -27,38 +28,55 @@ class Overhead(dict[str, float]):
 
 
 @dataclass(frozen=True)
-class BeforeTraining:
-    """What a run lets its hooks use before the first step; nothing of it comes from validation or test images.
+class RuntimeConfig:
+    """Where a model runs, and what images go through before it."""
 
-    Attributes:
-        calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
-            labels (count,).
-        loss: the mean loss of training, of logits (B, classes) and labels (B,).
-        overhead: takes the seconds of what hooks measure.
-    """
-
-    calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    overhead: Overhead = field(default_factory=Overhead)
+    device: torch.device
+    precision: Precision
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class AfterTraining:
-    """What a run lets its hooks use once training is over; nothing of it comes from validation or test images.
+class Calibration:
+    """The training images of a run, in an order of their own and without flips."""
+
+    data: Data
+    runtime: RuntimeConfig
+    seed: int
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the first ones (count, C, H, W), at most all, and their labels (count,), on the device."""
+        rows = self.data.train.order(self.seed, 0)[:count]  # epochs count from 1
+        images, labels = next(
+            self.data.train.chosen(rows).ordered_batches(len(rows), self.runtime.mean, self.runtime.std)
+        )
+        return images.to(self.runtime.device), labels.to(self.runtime.device)
+
+    def images(self, count: int) -> Tensor:
+        """Return the first ones without their labels."""
+        return self.batch(count)[0]
+
+
+@dataclass(frozen=True)
+class HookContext:
+    """What a run lets its hooks use before and after training; nothing of it comes from validation or test images.
 
     Attributes:
-        steps: the rows of the steps that were taken.
-        class_weights: of the loss, (classes,); None if all are 1.
         calibration_batch: returns the first training images (count, C, H, W) in an order of their own, and their
             labels (count,).
+        class_weights: of the loss, (classes,); None if all are 1.
+        loss: the mean loss of training, of logits (B, classes) and labels (B,).
+        steps: the rows of the steps that were taken; none before training.
         float_weights: returns the backbone's weights by name, as they were before anything was quantized.
         overhead: takes the seconds of what hooks measure.
     """
 
-    steps: Sequence[StepRow]
-    class_weights: Tensor | None
     calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
-    float_weights: Callable[[], Mapping[str, Tensor]]
+    class_weights: Tensor | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
+    steps: Sequence[StepRow] = ()
+    float_weights: Callable[[], Mapping[str, Tensor]] = dict
     overhead: Overhead = field(default_factory=Overhead)
 
 
@@ -72,7 +90,7 @@ class Hook:
     name: str
     purposes: ClassVar[Mapping[str, str]] = {}
 
-    def begin(self, model: nn.Module, before: BeforeTraining) -> None:
+    def begin(self, model: nn.Module, context: HookContext) -> None:
         """Change ranks or weights of a model whose head is the one that training starts from.
 
         Called once before the optimiser is built; not by a training that goes on from a state.
@@ -106,18 +124,18 @@ class Hook:
         """Say whether the model without any update, as it is before the first step, may be chosen in the end."""
         return True
 
-    def state(self) -> State:
-        """Return what the hook needs to go on, between two steps, beside model and optimiser."""
-        return State()
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the hook needs to go on, between two steps, beside model and optimiser; see `State`."""
+        return {}
 
-    def load_state(self, model: nn.Module, state: State) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Go on from such a state. The model and its adapters are as they were then; `attach` is called after this."""
 
     def features_depend_on(self) -> dict[str, Any]:
         """Return what has changed the frozen backbone before training, as plain values."""
         return {}
 
-    def finish(self, model: nn.Module, after: AfterTraining) -> None:
+    def finish(self, model: nn.Module, context: HookContext) -> None:
         """Check and measure what can be once training is over.
 
         Called once; the model stands in the state that was chosen, and its adapter file is made.

@@ -29,10 +29,10 @@ from peft_vit.backbones import Backbone, Head, evaluating, fill_head
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
-from peft_vit.evaluation import measure
+from peft_vit.evaluation import autocast, measure
 from peft_vit.records import Evaluation, HeadFit, StepRow
 from peft_vit.seeding import numpy_generator
-from peft_vit.training.runtime import RuntimeConfig
+from peft_vit.training.hooks import RuntimeConfig
 
 Floats = NDArray[np.float64]
 _LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
@@ -99,9 +99,7 @@ class LinearProbe:
         With this temperature a head that separates few training images is as sure as it deserves, and predicts the
         same classes.
         """
-        values = torch.from_numpy(validation.values).double()
-        logits = values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
-        return _temperature(logits, torch.from_numpy(validation.labels))
+        return _temperature(self._logits(validation), torch.from_numpy(validation.labels))
 
     def softening(self, train: Features, temperature: float) -> float:
         """Return what logits are divided by in training, beyond a temperature: a power of two, to be undone to the bit.
@@ -110,12 +108,14 @@ class LinearProbe:
         products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far). So it is the least with which
         the loss on them is at least half of what guessing costs, log(classes) / 2. The predicted classes stay the same.
         """
-        weight, bias = self.weight.double().cpu(), self.bias.double().cpu()
-        logits = (torch.from_numpy(train.values).double() @ weight.T + bias) / temperature  # (N, classes)
-        labels, factor = torch.from_numpy(train.labels), 1.0
-        while nn.functional.cross_entropy(logits / factor, labels) < math.log(len(bias)) / 2:
+        logits, labels, factor = self._logits(train) / temperature, torch.from_numpy(train.labels), 1.0
+        while nn.functional.cross_entropy(logits / factor, labels) < math.log(len(self.bias)) / 2:
             factor *= 2
         return factor
+
+    def _logits(self, features: Features) -> Tensor:
+        values = torch.from_numpy(features.values).double()
+        return values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
@@ -124,8 +124,7 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
     def nll(log_temperature: float) -> float:
         return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))
 
-    found = minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded")
-    return math.exp(float(found.x))
+    return math.exp(float(minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded").x))
 
 
 def held_out_temperature(
@@ -142,9 +141,6 @@ def held_out_temperature(
         l2: strength of the penalty.
         class_weights: on the loss, (classes,); None: all 1.
         seed: of the folds.
-
-    Raises:
-        UserError: if a class has one image alone.
     """
     labels = train.labels[:images]
     counts = np.bincount(labels)
@@ -172,22 +168,22 @@ def head_inputs(
     Batches are all of one size, the last one filled up with its last image, so that an image's features do not
     depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
     """
-    found = []
+    parts = []
     backbone = Backbone(model)
     with evaluating(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
-            with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+            with autocast(runtime.device, runtime.precision):
                 features = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) to (batch_size, D)
-            found.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
-    return np.concatenate(found)  # (N, D)
+            parts.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
+    return np.concatenate(parts)  # (N, D)
 
 
 @torch.inference_mode()
 def head_logits(head: Head, features: NDArray[np.float32], runtime: RuntimeConfig) -> NDArray[np.float32]:
     """Return the logits of a head (N, classes) in the runtime's precision, as the model has them."""
-    with torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16"):
+    with autocast(runtime.device, runtime.precision):
         logits: Tensor = head(torch.from_numpy(features).to(runtime.device))
     return logits.float().cpu().numpy()
 
@@ -211,33 +207,32 @@ def fit_probe(
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
     """
+    if validation is None and len(l2) > 1:
+        raise ValueError(f"of {len(l2)} strengths validation chooses, and there are no images for it")
     ordered = sorted(l2, reverse=True)  # each fit goes on from the one before, strong to weak
     sample_weights = None if class_weights is None else class_weights[train.labels]
     trial = deepcopy(head)
     fits, steps, evaluations = [], [], []
-    for place, (weight, bias, loss, gradient, seconds) in enumerate(
+    for place, (W, b, loss, gradient, seconds) in enumerate(
         _fits(train, head.out_features, ordered, sample_weights), start=1
     ):
-        fitted = torch.from_numpy(weight).float(), torch.from_numpy(bias).float()  # (classes, D), (classes,)
-        fill_head(trial, *fitted)
-        fits.append((*fitted, gradient))
+        weight, bias = torch.from_numpy(W).float(), torch.from_numpy(b).float()  # (classes, D), (classes,)
+        fits.append((weight, bias))
         steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
         if validation is not None:
+            fill_head(trial, weight, bias)
             metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
             evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
-    if validation is None and len(fits) > 1:
-        raise ValueError(f"of {len(fits)} strengths validation chooses, and there are no images for it")
-    quality = [(one.metrics.accuracy, -one.metrics.nll) for one in evaluations]
+    quality = [(evaluation.metrics.accuracy, -evaluation.metrics.nll) for evaluation in evaluations]
     best = max(range(len(quality)), key=quality.__getitem__, default=0)  # of equal ones the first, the strongest
-    weight_, bias_, gradient_norm = fits[best]
     fit = HeadFit(
         l2=tuple(ordered),
-        validation=tuple(one.metrics for one in evaluations),
+        validation=tuple(evaluation.metrics for evaluation in evaluations),
         chosen_l2=ordered[best],
-        gradient_norm=gradient_norm,
+        gradient_norm=steps[best].gradient_norm,
         images=len(train.labels),
     )
-    return LinearProbe(weight_, bias_, fit, tuple(steps), tuple(evaluations))
+    return LinearProbe(*fits[best], fit, tuple(steps), tuple(evaluations))
 
 
 def _fits(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
@@ -21,9 +21,8 @@ from peft_vit.backbones import Backbone, freeze_batch_norm, soften
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
-from peft_vit.evaluation import measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.evaluation import autocast, measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
-from peft_vit.training.activation_checkpointing import blocks_of, recomputed
 from peft_vit.training.checkpoint import (
     State,
     generators_state,
@@ -31,12 +30,18 @@ from peft_vit.training.checkpoint import (
     load_model_state,
     load_optimizer_state,
     model_state,
-    optimizer_state,
+    optimizer_sha256,
 )
-from peft_vit.training.hooks import BeforeTraining, Hook, Overhead, call_each
-from peft_vit.training.learning_rate import build_scheduler
-from peft_vit.training.optimization import build_optimizer, loss_weights, optimization_step, weighted_cross_entropy
-from peft_vit.training.runtime import Calibration, RuntimeConfig
+from peft_vit.training.hooks import Calibration, Hook, HookContext, Overhead, RuntimeConfig, call_each
+from peft_vit.training.optimization import (
+    blocks_of,
+    build_optimizer,
+    build_scheduler,
+    loss_weights,
+    optimization_step,
+    recomputed,
+    weighted_cross_entropy,
+)
 
 
 @dataclass
@@ -57,11 +62,6 @@ class TrainingResult:
     def seconds_per_step(self) -> float:
         """Return the median time of a step."""
         return statistics.median(row.seconds for row in self.steps)
-
-
-def steps_per_epoch(train_images: int, batch_size: int) -> int:
-    """Return the number of batches that hold every image once; the last one may be smaller."""
-    return -(-train_images // batch_size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,11 @@ class Progress:
     mean_bits: float | None = None
 
 
+def steps_per_epoch(train_images: int, batch_size: int) -> int:
+    """Return the number of batches that hold every image once; the last one may be smaller."""
+    return -(-train_images // batch_size)
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -103,9 +108,9 @@ def train(
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
     Validation accuracy chooses; of equal ones the lower NLL. Without validation images the last step's model is taken,
-    whatever it is worth. The test split is not touched. With `head_start: probe`
-    the model as it is before the first step, with its updates left out, is the first that may be chosen: training
-    never returns less, on validation, than the head it started from.
+    whatever it is worth. The test split is not touched. With `head_start: probe` the model as it is before the first
+    step, with its updates left out, is the first that may be chosen: training never returns less, on validation, than
+    the head it started from.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -130,22 +135,22 @@ def train(
     head = Backbone(model).head
     if fresh:
         soften(head, softening)
-        weights, smoothing = loss_weights(config, data, runtime.device), config.label_smoothing
-        loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=smoothing)
-        before = BeforeTraining(Calibration(data, runtime, seed).batch, loss, overhead)
+        weights = loss_weights(config, data, runtime.device)
+        loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=config.label_smoothing)
+        context = HookContext(Calibration(data, runtime, seed).batch, weights, loss, overhead=overhead)
         for hook in hooks:
-            hook.begin(model, before)
+            hook.begin(model, context)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
-    gauges = Gauges(model)
+    progress = _progress_of(model)
 
     def tell() -> None:
         if on_progress is not None:
-            on_progress(gauges.progress(training.result, training.end))
+            on_progress(progress(training))
 
     def pause() -> None:
         if between_steps is not None:
-            between_steps(training.steps, training.state)
+            between_steps(training.steps, training.state_dict)
 
     if fresh and config.head_start == "probe" and training.validates:
         soften(head, 1 / softening)
@@ -157,7 +162,7 @@ def train(
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
         training.step(images, labels)
         tell()
-        if training.validation_is_due:
+        if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
             training.end_if_nothing_is_gained()
             tell()
@@ -169,9 +174,6 @@ class TrainingState:
     """A training between two steps: all that the next one depends on, and what the record will say of those before.
 
     The arguments are those of `train`; to go on from a state, the model is brought to where it was.
-
-    Raises:
-        UserError: if the state to go on from is not one of this training's.
     """
 
     def __init__(
@@ -184,33 +186,32 @@ class TrainingState:
         overhead: Overhead,
         resume: State | None,
     ) -> None:
-        self.model = model
-        self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
-        self.end = config.total_steps(len(data.train))
-        self._data, self._config, self._runtime = data, config, runtime
-        self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
-        self.validates = len(data.validation) > 0
-        self._validated_at = frozenset(config.validation_steps(len(data.train)) if self.validates else ())
-        self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
         if config.is_undecided:
             problem = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
             raise UserError(problem, field="training.memory_limit")
+        self.model = model
+        self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
+        self.end = config.total_steps(len(data.train))
+        self.validates = len(data.validation) > 0
+        self.validated_at = frozenset(config.validation_steps(len(data.train)))
+        self._data, self._config, self._runtime, self._hooks = data, config, runtime, hooks
+        self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
+        self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
         blocks = blocks_of(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
-        self._hooks = hooks
         self._best = BestState()
         if resume is not None:
             with _of_this_run(resume):
-                load_model_state(model, resume.part("model"))
+                load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
         self._scheduler, self._decay = build_scheduler(self._optimizer, config, self.end)
         if resume is not None:
             with _of_this_run(resume):
-                self._load(resume)
+                self._load_state_dict(resume)
         call_each(hooks, "attach", overhead, model, self._optimizer)
         if resume is not None:  # last: whatever was built anew may have drawn from them
             with _of_this_run(resume):
-                load_generators_state(resume.part("generators"))
+                load_generators_state(resume["generators"])
 
     @property
     def steps(self) -> int:
@@ -218,9 +219,9 @@ class TrainingState:
         return len(self.result.steps)
 
     @property
-    def epoch(self) -> int:
-        """Return the epoch of the last step, from 1; 0 before the first."""
-        return -(-self.steps // self._epoch_steps)
+    def ended(self) -> bool:
+        """Return whether no step is left."""
+        return self.steps >= self.end
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a batch for each step that is left, in the order of the seed.
@@ -276,65 +277,40 @@ class TrainingState:
 
         The last batch of an epoch may be smaller, and its last micro-batch too.
         """
-        runtime, at_once = self._runtime, self._config.images_at_once
+        device, at_once, smoothing = self._runtime.device, self._config.images_at_once, self._config.label_smoothing
         for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            bf16 = torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.precision == "bf16")
-            with bf16, recomputed(self._recomputed):
-                logits = self.model(some.to(runtime.device))  # (M, classes)
-            mean = weighted_cross_entropy(
-                logits.float(), theirs.to(runtime.device), self._class_weights, self._config.label_smoothing
-            )
+            with autocast(device, self._runtime.precision), recomputed(self._recomputed):
+                logits = self.model(some.to(device))  # (M, classes)
+            mean = weighted_cross_entropy(logits.float(), theirs.to(device), self._class_weights, smoothing)
             yield mean * (len(some) / len(images))
-
-    @property
-    def ended(self) -> bool:
-        """Return whether no step is left."""
-        return self.steps >= self.end
-
-    @property
-    def validation_is_due(self) -> bool:
-        """Return whether validation comes after the last step."""
-        return self.validates and (self.ended or self.steps in self._validated_at)
-
-    def end_if_nothing_is_gained(self) -> None:
-        """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
-        if self._config.patience is None or self._best.stale < self._config.patience:
-            return
-        if self._decay is None:
-            self.end = self.steps
-        else:
-            self.end = self._decay.bring_down(self.steps)
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far."""
+        runtime, steps = self._runtime, self.steps
         with self.result.overhead_s.of("evaluation"):
-            evaluation = self._evaluation()
+            # No larger than in training, or a method that keeps few activations would have its largest memory here.
+            batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
+            logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
+            if not np.isfinite(logits).all():
+                raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
+            within_budget = all(hook.deployable(steps) for hook in self._hooks)
+            deployable = within_budget if steps else all(hook.start_deployable() for hook in self._hooks)
+            epoch = -(-steps // self._epoch_steps)  # of the last step, from 1; 0 before the first
+            evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=measure(logits, labels))
             self.result.evaluations.append(evaluation)
-            final = all(hook.deployable(evaluation.step) for hook in self._hooks)
-            self._best.offer(evaluation, self.model, without_updates=not final)
+            self._best.offer(evaluation, self.model, without_updates=not within_budget)
 
-    def _evaluation(self) -> Evaluation:
-        runtime = self._runtime
-        # No larger than in training, or a method that keeps few activations would have its largest memory here.
-        batches = self._data.validation.ordered_batches(self._config.images_at_once, runtime.mean, runtime.std)
-        logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
-        if not np.isfinite(logits).all():
-            raise DivergedError(f"predictions after step {self.steps} are not finite; lower the learning rate")
-        return Evaluation(
-            step=self.steps,
-            epoch=self.epoch,
-            deployable=all(
-                hook.deployable(self.steps) if self.steps else hook.start_deployable() for hook in self._hooks
-            ),
-            metrics=measure(logits, labels),
-        )
+    def end_if_nothing_is_gained(self) -> None:
+        """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
+        if self._config.patience is not None and self._best.stale >= self._config.patience:
+            self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
 
     def finish(self) -> TrainingResult:
         """Take the chosen weights, those of the last step if nothing was validated, and return what happened."""
         result = self.result
         result.peak_parameters = max(result.peak_parameters, result.initial_parameters)
         result.optimizer_bytes = optimizer_bytes(self._optimizer)
-        result.optimizer_sha256 = optimizer_state(self._optimizer).sha256()
+        result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
             result.chosen = self._best.restore(self.model)
         elif not all(hook.deployable(self.steps) for hook in self._hooks):
@@ -344,41 +320,34 @@ class TrainingState:
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
 
-    def state(self) -> State:
+    def state_dict(self) -> State:
         """Return what a training that is built anew needs to go on from here, to the bit."""
         result = self.result
-        counted = {
-            "steps": [row.model_dump(mode="json") for row in result.steps],
-            "evaluations": [one.model_dump(mode="json") for one in result.evaluations],
-            "initial_parameters": result.initial_parameters,
-            "peak_parameters": result.peak_parameters,
-            "end": self.end,
-        }
-        return State.of_parts(
+        return State(
             model=model_state(self.model),
-            optimizer=optimizer_state(self._optimizer),
-            scheduler=State({}, self._scheduler.state_dict()),
-            best=self._best.state(),
-            counted=State({}, counted),
+            optimizer=self._optimizer.state_dict(),
+            scheduler=self._scheduler.state_dict(),
+            best=self._best.state_dict(),
+            hooks=[hook.state_dict() for hook in self._hooks],
+            steps=[row.model_dump(mode="json") for row in result.steps],
+            evaluations=[evaluation.model_dump(mode="json") for evaluation in result.evaluations],
+            initial_parameters=result.initial_parameters,
+            peak_parameters=result.peak_parameters,
+            end=self.end,
             generators=generators_state(),
-            hooks=State.of_parts(**{str(place): hook.state() for place, hook in enumerate(self._hooks)}),
         )
 
-    def _load(self, state: State) -> None:
-        load_optimizer_state(self._optimizer, state.part("optimizer"))
-        self._scheduler.load_state_dict(state.part("scheduler").values)
-        self._best.load_state(state.part("best"))
-        counted, result = state.part("counted").values, self.result
-        result.steps = [StepRow.model_validate(row) for row in counted["steps"]]
-        result.evaluations = [Evaluation.model_validate(one) for one in counted["evaluations"]]
-        self.end = counted["end"]
-        result.initial_parameters = counted["initial_parameters"]
-        result.peak_parameters = counted["peak_parameters"]
-        of_hooks = state.part("hooks")
-        if len(of_hooks.values) != len(self._hooks):
-            raise ValueError(f"it is of {len(of_hooks.values)} hooks, not {len(self._hooks)}")
-        for place, hook in enumerate(self._hooks):
-            hook.load_state(self.model, of_hooks.part(str(place)))
+    def _load_state_dict(self, state: State) -> None:
+        load_optimizer_state(self._optimizer, state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        self._best.load_state_dict(state["best"], state.source)
+        self.result.steps = [StepRow.model_validate(row) for row in state["steps"]]
+        self.result.evaluations = [Evaluation.model_validate(evaluation) for evaluation in state["evaluations"]]
+        self.result.initial_parameters = index(state["initial_parameters"])
+        self.result.peak_parameters = index(state["peak_parameters"])
+        self.end = index(state["end"])
+        for hook, of_hook in zip(self._hooks, state["hooks"], strict=True):
+            hook.load_state_dict(of_hook, self.model)
 
 
 @contextmanager
@@ -393,9 +362,6 @@ def _of_this_run(state: State) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}"
         problem = f"is not of this run ({reason}); remove it and the run starts anew"
         raise UserError(problem, file=state.source, field="state") from None
-
-
-_RANKS = TypeAdapter(dict[str, int])
 
 
 class BestState:
@@ -413,30 +379,16 @@ class BestState:
         if not evaluation.deployable:
             return
         self.stale += 1
-        if self.evaluation is None or _quality(evaluation) > _quality(self.evaluation):
-            self.evaluation, self.stale, self._source = evaluation, 0, None
-            tensors = trained_tensors(model)
-            self._ranks = current_ranks(model)
-            if without_updates:
-                self._ranks = dict.fromkeys(self._ranks, 0)
-                updates = {id(one) for adapter in site_adapters(model).values() for one in adapter.parameters()}
-                tensors = {
-                    name: one for name, one in model.named_parameters() if name in tensors and id(one) not in updates
-                }
-            self._tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def state(self) -> State:
-        """Return what it keeps."""
-        evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
-        return State(self._tensors, {"evaluation": evaluation, "ranks": self._ranks, "stale": self.stale})
-
-    def load_state(self, state: State) -> None:
-        """Go on from such a state."""
-        evaluation = state.values["evaluation"]
-        self.evaluation = None if evaluation is None else Evaluation.model_validate(evaluation)
-        self._ranks = _RANKS.validate_python(state.values["ranks"], strict=True)
-        self.stale = int(state.values["stale"])
-        self._tensors, self._source = state.tensors, state.source
+        if self.evaluation is not None and _quality(evaluation) <= _quality(self.evaluation):
+            return
+        self.evaluation, self.stale, self._source = evaluation, 0, None
+        tensors, self._ranks = trained_tensors(model), current_ranks(model)
+        if without_updates:
+            self._ranks = dict.fromkeys(self._ranks, 0)
+            updates = {id(one) for adapter in site_adapters(model).values() for one in adapter.parameters()}
+            names = [name for name, one in model.named_parameters() if name in tensors and id(one) not in updates]
+            tensors = {name: tensors[name] for name in names}
+        self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def restore(self, model: nn.Module) -> Evaluation:
         """Bring a model to the best state, and return its evaluation."""
@@ -446,33 +398,42 @@ class BestState:
         restore_trained(model, self._tensors, file=self._source)
         return self.evaluation
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what it keeps."""
+        evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
+        return {"evaluation": evaluation, "stale": self.stale, "ranks": self._ranks, "tensors": self._tensors}
+
+    def load_state_dict(self, state: Mapping[str, Any], source: Path | None) -> None:
+        """Go on from such a state."""
+        if state["evaluation"] is not None:
+            self.evaluation = Evaluation.model_validate(state["evaluation"])
+        self.stale, self._tensors, self._source = index(state["stale"]), dict(state["tensors"]), source
+        self._ranks = {name: index(rank) for name, rank in state["ranks"].items()}
+
 
 def _quality(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.metrics.accuracy, -evaluation.metrics.nll
 
 
-class Gauges:
-    """Ranks and bits of a model that is ready to be trained; what does not move is looked up once."""
+def _progress_of(model: nn.Module) -> Callable[[TrainingState], Progress]:
+    """Return what tells a watcher of a training's last step; what does not move in a model is looked up once."""
+    adapters = list(site_adapters(model).values())
+    masked_by_peft = bool(peft_layers(model)) and not adapters  # PEFT's AdaLoRA only masks triplets
+    layers = [layer for _, layer in adapted_modules(model) if layer.quantized is not None]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    packed_bytes = sum(layer.quantized.nbytes for layer in layers if layer.quantized is not None)
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._adapters = list(site_adapters(model).values())
-        self._masked_by_peft = bool(peft_layers(model)) and not self._adapters
-        self._quantized = [layer for _, layer in adapted_modules(model) if layer.quantized is not None]
-        self._weights = sum(layer.in_features * layer.out_features for layer in self._quantized)
-        self._packed_bytes = sum(layer.quantized.nbytes for layer in self._quantized if layer.quantized is not None)
-
-    def progress(self, result: TrainingResult, total_steps: int) -> Progress:
-        """Return what a watcher is told after the last step of a training."""
-        ranks = [adapter.rank for adapter in self._adapters]
-        if self._masked_by_peft:  # PEFT's AdaLoRA only masks triplets
-            ranks = list(peft_ranks(self._model).values())
-        floats = sum(layer.weight.nbytes for layer in self._quantized if layer.weight is not None)
+    def progress(training: TrainingState) -> Progress:
+        result = training.result
+        ranks = list(peft_ranks(model).values()) if masked_by_peft else [adapter.rank for adapter in adapters]
+        float_bytes = sum(layer.weight.nbytes for layer in layers if layer.weight is not None)
         return Progress(
-            step=len(result.steps),
-            total_steps=total_steps,
+            step=training.steps,
+            total_steps=training.end,
             loss=result.steps[-1].loss,
             validation_accuracy=result.evaluations[-1].metrics.accuracy if result.evaluations else None,
             mean_rank=sum(ranks) / len(ranks) if ranks else None,
-            mean_bits=8 * (self._packed_bytes + floats) / self._weights if self._quantized else None,
+            mean_bits=8 * (packed_bytes + float_bytes) / weights if layers else None,
         )
+
+    return progress

@@ -1,22 +1,38 @@
-"""The task loss, the optimiser and one step of it, the same for every method; what a method adds comes in by hooks."""
+"""The task loss, the optimiser and its rates, one step of it, and activation checkpointing: the same for every method.
+
+What a method adds comes in by hooks. Activation checkpointing (Chen et al., arXiv 1604.06174) computes blocks again for
+their gradients. Where not all blocks are, it is the first ones. A step needs the most memory when its backward pass
+begins, and then that of one block after the other falls away. What the first blocks take when they are computed again
+comes once the later ones are gone; the last block's would come on top of all that the others have kept, so that
+computing it again saves nothing. Where stages differ, as in Swin and Hiera, the first blocks also keep the most.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR
+from torch.utils.checkpoint import checkpoint
 
+from peft_vit.adapters.adapted_product import saving_first
 from peft_vit.backbones import Backbone
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.training.hooks import Hook, Overhead, call_each
+
+_WARMUP_STEPS = 20  # of warmup_stable_decay, or a tenth of the run
+_ONE_CYCLE_SHARE = 0.3  # of the steps, for the way up
+_DECAY_SHARE = 0.25  # of the steps before the decay
 
 
 def class_weights(labels: np.ndarray, classes: int) -> Tensor:
@@ -138,9 +154,6 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
     Layer l of L blocks has learning_rate * decay^(L + 1 - l): embeddings are layer 0, the blocks 1 to L, the head and
     the norm before it L + 1, as in BEiT (arXiv 2106.08254, `optim_factory.py`) and MAE (arXiv 2111.06377,
     `util/lr_decay.py`). What joins two stages, as in Swin, goes with the block that it feeds.
-
-    Raises:
-        UserError: if the model is of no family that is known.
     """
     backbone = Backbone.within(model)
     blocks = backbone.blocks
@@ -160,3 +173,80 @@ def layer_groups(model: nn.Module, learning_rate: float, decay: float) -> list[d
         {"params": layers[layer], "lr": learning_rate * decay ** (len(blocks) + 1 - layer)}
         for layer in sorted(layers, reverse=True)
     ]
+
+
+class WarmupStableDecay:
+    """Factor on the learning rate: up to 1 in a line, 1 for as long as it takes, down to 0 in a line.
+
+    For trainings whose length is not known before (arXiv 2404.06395): the way down may begin at any step. It takes a
+    quarter of the steps before it, so a fifth of the run, and begins in time for the last step that there may be.
+
+    Args:
+        total_steps: that there may be.
+        warmup_share: of them for the way up; None: 20 steps, or a tenth if that is less.
+    """
+
+    def __init__(self, total_steps: int, warmup_share: float | None = None) -> None:
+        usual = min(_WARMUP_STEPS, total_steps // 10)
+        self.warmup_steps = max(1, usual if warmup_share is None else round(warmup_share * total_steps))
+        self.end = total_steps
+        self.decay_from = total_steps - max(1, round(total_steps * _DECAY_SHARE / (1 + _DECAY_SHARE)))
+
+    def bring_down(self, step: int) -> int:
+        """Begin the way down after a step, unless it has begun; return the step that the training ends with."""
+        if step < self.decay_from:
+            self.decay_from = step
+            self.end = min(self.end, step + max(1, round(step * _DECAY_SHARE)))
+        return self.end
+
+    def __call__(self, step: int) -> float:
+        """Return the factor of the step that follows `step` steps."""
+        up = (step + 1) / self.warmup_steps
+        down = (self.end - step) / (self.end - self.decay_from + 1)
+        return max(0.0, min(1.0, up, down))
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int
+) -> tuple[LRScheduler, WarmupStableDecay | None]:
+    """Return the learning rate's course, and what can bring it down early, if anything can.
+
+    one_cycle (arXiv 1708.07120, as torch's OneCycleLR) warms up over `warmup_share`, 30 % of the steps by default, and
+    decays by cosine.
+    """
+    assert config.learning_rate is not None
+    if config.schedule == "one_cycle":
+        share = _ONE_CYCLE_SHARE if config.warmup_share is None else config.warmup_share
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, peaks, total_steps=total_steps, pct_start=share, cycle_momentum=False), None
+    if config.schedule == "constant":
+        return ConstantLR(optimizer, factor=1.0), None
+    decay = WarmupStableDecay(total_steps, config.warmup_share)
+    return LambdaLR(optimizer, decay), decay
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of the backbone that a model is, or wraps, whatever its family."""
+    backbone = Backbone.within(model)
+    return [backbone.model.get_submodule(name) for name in backbone.blocks]
+
+
+@contextmanager
+def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Let a forward pass within keep each block's inputs alone; its backward pass, wherever it is, computes the rest.
+
+    The gradients are those without, bit for bit: the same operations on the same values, with torch's generators as
+    they were, so that a dropout drops the same. Modules, their names and their hooks stay: for a while a block has a
+    `forward` of its own. Calls under `no_grad` compute as always.
+    """
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        vars(block)["forward"] = partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del vars(block)["forward"]
+            else:  # another library had put one there
+                vars(block)["forward"] = own

@@ -35,18 +35,16 @@ from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BitsEntry, QuantizationSummary
 from peft_vit.records.migrations import migrated
-from peft_vit.training.activation_checkpointing import blocks_of, recomputed
-from peft_vit.training.checkpoint import State
-from peft_vit.training.hooks import AfterTraining, Hook
-from peft_vit.training.optimization import optimization_step
+from peft_vit.training.checkpoint import tensors_sha256
+from peft_vit.training.hooks import Hook, HookContext
+from peft_vit.training.optimization import blocks_of, optimization_step, recomputed
 from peft_vit.training.quantization_balance import (
     MEASURE_EVERY_STEPS,
     adapter_to_error_ratio,
+    error_removed,
     float_weights,
     managed_pace,
     managed_scale,
-    removed_in_outputs,
-    removed_in_weights,
 )
 from peft_vit.training.quantized_layers import (
     attach_layers,
@@ -109,8 +107,8 @@ class QALoRATrainer(Hook):
         self.formats = formats_of(layers, config, formats)
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
+        self._codes: dict[str, Tensor] = {}  # packed weights that a checkpoint has to hold
         share = quantized_share(config, total_steps, 0)
-        self._kept: dict[str, Tensor] = {}  # of packed weights, what a checkpoint has to hold
         for name, quantized in packed_weights(model, layers, self.formats, config, images, packed):
             module = layers[name].module
             assert module.weight is not None
@@ -118,14 +116,14 @@ class QALoRATrainer(Hook):
             self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
             if config.keeps_codes:
-                self._kept |= {f"{name}/{key}": one for key, one in quantized.tensors().items()}
+                self._codes |= {f"{name}/{key}": tensor for key, tensor in quantized.tensors().items()}
             module.quantized_share = 1.0  # for the inputs of the layers behind it
             if share == 1.0:
                 module.drop_float()  # at once: the next layer's may only now be read
         self.share_history: list[dict[str, float]] = []
         self.bits_history: list[dict[str, Any]] = []
         self.balance_history: list[dict[str, float]] = []
-        self._part, self._pace, self._managed_scale = 0.0, 1.0, 1.0  # part: of the schedule's way, under a managed pace
+        self._part, self._pace, self._scale = 0.0, 1.0, 1.0  # part: of the schedule's way, under a managed pace
         self._warned = False
         self._use_share(model, 0, share)
         with recomputed(blocks_of(model)):  # or it would take several times the packed model's memory
@@ -138,13 +136,6 @@ class QALoRATrainer(Hook):
         """Return the quantized share in use now."""
         return self.share_history[-1]["share"]
 
-    def _next_share(self, step: int) -> float:
-        if not self._manages("schedule_pace"):
-            return quantized_share(self.config, self.total_steps, step)
-        if step > self.config.quantization_warmup_steps:
-            self._part = next_part(self._part, self.last_step - step + 1, self._pace)
-        return share_at(self.config, self._part)
-
     def _use_share(self, model: nn.Module, steps_done: int, share: float) -> None:
         """Mix the weights anew; at share 1 the float ones are freed."""
         before = self.share_history[-1]["share"] if self.share_history else None
@@ -155,12 +146,25 @@ class QALoRATrainer(Hook):
         for name, (module, _) in quantized_layers(model).items():
             assert module.quantized is not None
             module.quantized_share = share
-            packed = module.quantized.bits_per_weight
-            bits[name] = packed if share == 1.0 else _FLOAT_BITS + packed
+            bits[name] = module.quantized.bits_per_weight
             if share == 1.0:
                 module.drop_float()
+            else:
+                bits[name] += _FLOAT_BITS
         if not self.bits_history or share == 1.0:
             self.bits_history.append({"step": steps_done, "bits_per_weight": bits})
+
+    def notes(self) -> dict[str, float]:
+        """Return the quantized share in use."""
+        return {"quantized_share": self.share}
+
+    def deployable(self, step: int) -> bool:
+        """Say whether only quantized weights are left."""
+        return step >= self.last_step
+
+    def start_deployable(self) -> bool:
+        """Say whether only quantized weights are used from the start."""
+        return self.share == 1.0
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +193,7 @@ class QALoRATrainer(Hook):
         over the mean of all; times what holds the balance, if that is managed so. Under SGD each is a factor on the
         layer's learning rate; under Adam it cancels, except through clipping, weight decay and epsilon.
         """
-        factor = self.config.gradient_scaling_factor * self._managed_scale
+        factor = self.config.gradient_scaling_factor * self._scale
         mean = float(np.mean(list(self.relative_error.values())))
         if self.config.gradient_scaling == "constant" or mean == 0:
             return dict.fromkeys(self.relative_error, factor)
@@ -209,35 +213,30 @@ class QALoRATrainer(Hook):
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Move the schedule on; at its end the float weights are freed."""
         self._warn_of_adam(optimizer)
-        self._use_share(model, step, self._next_share(step))
+        if self._manages("schedule_pace"):
+            if step > self.config.quantization_warmup_steps:
+                self._part = next_part(self._part, self.last_step - step + 1, self._pace)
+            share = share_at(self.config, self._part)
+        else:
+            share = quantized_share(self.config, self.total_steps, step)
+        self._use_share(model, step, share)
         self._manage_balance(model, step)
 
     def _warn_of_adam(self, optimizer: torch.optim.Optimizer) -> None:
         """Say once which settings Adam cancels."""
-        if self._warned or not isinstance(unwrapped(optimizer), torch.optim.Adam | torch.optim.AdamW):
+        optimizer = unwrapped(optimizer)
+        if self._warned or not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
             return
         self._warned = True
-        config = self.config
-        cancelled = [
-            *([f"gradient_scaling_factor {config.gradient_scaling_factor}"] * (config.gradient_scaling_factor != 1.0)),
-            *(["gradient_scaling: adaptive"] * (config.gradient_scaling == "adaptive")),
-            *(["balance_by: gradient_scale"] * self._manages("gradient_scale")),
-        ]
-        if cancelled:
-            warnings.warn(
-                f"{' and '.join(cancelled)} nearly cancel{'s' * (len(cancelled) == 1)} under "
-                f"{type(unwrapped(optimizer)).__name__}; only clipping, weight decay and epsilon see it",
-                SilentNoEffectWarning,
-                stacklevel=3,
-            )
-
-    def notes(self) -> dict[str, float]:
-        """Return the quantized share in use."""
-        return {"quantized_share": self.share}
-
-    def deployable(self, step: int) -> bool:
-        """Say whether only quantized weights are left."""
-        return step >= self.last_step
+        settings = {
+            f"gradient_scaling_factor {self.config.gradient_scaling_factor}": self.config.gradient_scaling_factor != 1,
+            "gradient_scaling: adaptive": self.config.gradient_scaling == "adaptive",
+            "balance_by: gradient_scale": self._manages("gradient_scale"),
+        }
+        if cancelled := [setting for setting, acts in settings.items() if acts]:
+            text = f"{' and '.join(cancelled)} nearly cancel{'s' * (len(cancelled) == 1)}"
+            text += f" under {type(optimizer).__name__}; only clipping, weight decay and epsilon see it"
+            warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
     # --- the balance --------------------------------------------------------------------------------------------------
 
@@ -252,18 +251,10 @@ class QALoRATrainer(Hook):
         ratio = adapter_to_error_ratio(quantized_layers(model), self._error_norm)
         row = {"step": step, "adapter_to_error_ratio": ratio, "quantized_share": self.share}
         if self.config.balance_by == "gradient_scale":
-            row["gradient_scale"] = self._managed_scale = managed_scale(ratio, target)
+            row["gradient_scale"] = self._scale = managed_scale(ratio, target)
         else:
             row["schedule_pace"] = self._pace = managed_pace(ratio, target, self.share)
         self.balance_history.append(row)
-
-    def _warn_if_unused(self) -> None:
-        if self.config.quantization_schedule != "constant" and len(self.share_history) == 1:
-            warnings.warn(
-                "no training_step was taken, so the schedule has not moved and the weights are still float",
-                SilentNoEffectWarning,
-                stacklevel=3,
-            )
 
     def validate_quantization_adaptation_balance(
         self, model: nn.Module, *, reference: Mapping[str, Tensor] | None = None, images: Tensor | None = None
@@ -301,16 +292,19 @@ class QALoRATrainer(Hook):
             "quantized_share": self.share,
         }
         if reference is None:
-            reference = {name: one.module.weight for name, one in layers.items() if one.module.weight is not None}
-        if images is not None and not reference:
-            raise UserError("the float weights are gone; give them to compare outputs with", field="reference")
+            held = {name: layer.module.weight for name, layer in layers.items()}
+            reference = {name: weight for name, weight in held.items() if weight is not None}
         if reference:
-            weights = float_weights(layers, reference, self.relative_error)
-            row["error_removed_in_weights"] = removed_in_weights(layers, weights)
-            if images is not None:
-                row["error_removed_in_outputs"] = removed_in_outputs(model, layers, weights, images)
+            row |= error_removed(model, layers, float_weights(layers, reference, self.relative_error), images)
+        elif images is not None:
+            raise UserError("the float weights are gone; give them to compare outputs with", field="reference")
         self.balance_history.append({"step": self.share_history[-1]["step"], **row})
         return row
+
+    def _warn_if_unused(self) -> None:
+        if self.config.quantization_schedule != "constant" and len(self.share_history) == 1:
+            text = "no training_step was taken, so the schedule has not moved and the weights are still float"
+            warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
     # --- what is kept -------------------------------------------------------------------------------------------------
 
@@ -326,17 +320,20 @@ class QALoRATrainer(Hook):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside model and optimiser, between two steps: plain values."""
+        """Return what a resumed run needs beside model and optimiser, between two steps.
+
+        Plain values, and with `rounding: gptq` the packed weights' tensors, wherever they were made.
+        """
         state = {
             "made_with": self._made_with(),
             "part": self._part,
             "pace": self._pace,
-            "scale": self._managed_scale,
+            "scale": self._scale,
             "share_history": self.share_history,
             "bits_history": self.bits_history,
             "balance_history": self.balance_history,
         }
-        return copy.deepcopy(state)
+        return copy.deepcopy(state) | ({"codes": dict(self._codes)} if self.config.keeps_codes else {})
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
@@ -345,33 +342,45 @@ class QALoRATrainer(Hook):
             UserError: if the state belongs to another configuration, length of run, or other weights, or was made with
                 a setting that went.
         """
-        here, made_with = self._made_with(), state["made_with"]
+        layers, made_with = quantized_layers(model), state["made_with"]
+        if self.config.keeps_codes:
+            self._codes = dict(state["codes"])
+            for name, quantized in saved_weights(layers, self.formats, by_layer(self._codes)):
+                layers[name].module.quantized = quantized
+                error = made_with["relative_error"][name]
+                self._error_norm[name] *= error / self.relative_error[name] if error else 0.0
+                self.relative_error[name] = error
         # A state of an earlier version spells out settings that went.
         experiment = migrated({"experiment": {"qa_lora": made_with.get("config")}})["experiment"]
         made_with = {**made_with, "config": experiment["qa_lora"]}
-        other = next((key for key in here if made_with.get(key) != here[key]), None)
-        if other is not None:
-            raise UserError("the state was made with another one; build the trainer as it was built then", field=other)
-        state = copy.deepcopy(dict(state))
-        self._part, self._pace, self._managed_scale = state["part"], state["pace"], state["scale"]
+        for key, value in self._made_with().items():
+            if made_with.get(key) != value:
+                problem = "the state was made with another one; build the trainer as it was built then"
+                raise UserError(problem, field=key)
+        state = copy.deepcopy({key: value for key, value in state.items() if key != "codes"})
+        self._part, self._pace, self._scale = state["part"], state["pace"], state["scale"]
         self.share_history, self.bits_history = state["share_history"], state["bits_history"]
         self.balance_history = state["balance_history"]
-        for module, _ in quantized_layers(model).values():
+        for module, _ in layers.values():
             module.quantized_share = self.share
             if self.share == 1.0:
                 module.drop_float()
 
+    def _made_with(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json")
+        return {"config": config, "total_steps": self.total_steps, "relative_error": dict(self.relative_error)}
+
     def features_depend_on(self) -> dict[str, Any]:
         """Return how the weights are packed, and those that calibration images have chosen."""
-        formats = {name: one.as_json() for name, one in self.formats.items()}
-        kept = {"codes": State(self._kept).sha256()} if self.config.keeps_codes else {}
-        return {"formats": formats, "quantized_share": self.share, **kept}
+        formats = {name: format.as_json() for name, format in self.formats.items()}
+        codes = {"codes": tensors_sha256(self._codes)} if self.config.keeps_codes else {}
+        return {"formats": formats, "quantized_share": self.share, **codes}
 
-    def finish(self, model: nn.Module, after: AfterTraining) -> None:
+    def finish(self, model: nn.Module, context: HookContext) -> None:
         """Measure the balance of quantization and adaptation against the float weights, which are read again."""
-        with after.overhead.of("balance"):
-            images, _ = after.calibration_batch(_BALANCE_IMAGES)
-            self.validate_quantization_adaptation_balance(model, reference=after.float_weights(), images=images)
+        with context.overhead.of("balance"):
+            images, _ = context.calibration_batch(_BALANCE_IMAGES)
+            self.validate_quantization_adaptation_balance(model, reference=context.float_weights(), images=images)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return bits by step, and what the packed weights hold and have lost."""
@@ -388,56 +397,25 @@ class QALoRATrainer(Hook):
             ),
         }
 
-    def start_deployable(self) -> bool:
-        """Say whether only quantized weights are used from the start."""
-        return self.share == 1.0
-
-    def state(self) -> State:
-        """Return `state_dict` as a training's checkpoint holds it."""
-        return State(dict(self._kept), self.state_dict())
-
-    def load_state(self, model: nn.Module, state: State) -> None:
-        """Do as `load_state_dict`; codes that depend on images are those of the checkpoint, wherever it was made."""
-        if self.config.keeps_codes:
-            layers, errors = quantized_layers(model), state.values["made_with"]["relative_error"]
-            self._kept = dict(state.tensors)
-            for name, quantized in saved_weights(layers, self.formats, by_layer(self._kept)):
-                layers[name].module.quantized = quantized
-                self._error_norm[name] *= errors[name] / self.relative_error[name] if errors[name] else 0.0
-                self.relative_error[name] = errors[name]
-        self.load_state_dict(state.values, model)
-
-    def _made_with(self) -> dict[str, Any]:
-        config = self.config.model_dump(mode="json")
-        return {"config": config, "total_steps": self.total_steps, "relative_error": dict(self.relative_error)}
-
 
 def end_step(config: QaLoraConfig, total_steps: int) -> int:
-    """Return the step after which only quantized weights are left; 0 under a constant schedule.
-
-    Raises:
-        UserError: if the schedule can't finish within the run.
-    """
+    """Return the step after which only quantized weights are left; 0 under a constant schedule."""
     if config.quantization_schedule == "constant":
         return 0
-    end = config.quantization_end_step
+    start, end = config.quantization_warmup_steps, config.quantization_end_step
     if end is None:
-        end = config.quantization_warmup_steps + max(1, 2 * (total_steps - config.quantization_warmup_steps) // 3)
-    if end > total_steps or end <= config.quantization_warmup_steps:
-        raise UserError(
-            f"the schedule runs from step {config.quantization_warmup_steps} to {end} and can't finish within "
-            f"{total_steps} steps; shorten it or train longer",
-            field="qa_lora.quantization_end_step",
-        )
+        end = start + max(1, 2 * (total_steps - start) // 3)
+    if end > total_steps or end <= start:
+        problem = f"the schedule runs from step {start} to {end} and can't finish within {total_steps} steps"
+        raise UserError(f"{problem}; shorten it or train longer", field="qa_lora.quantization_end_step")
     return end
 
 
 def quantized_share(config: QaLoraConfig, total_steps: int, steps_done: int) -> float:
     """Return how much of the quantized weight is in use after `steps_done` steps at an even pace, 0 to exactly 1."""
-    end = end_step(config, total_steps)
+    start, end = config.quantization_warmup_steps, end_step(config, total_steps)
     if steps_done >= end:
         return 1.0
-    start = config.quantization_warmup_steps
     return share_at(config, max(steps_done - start, 0) / (end - start))
 
 

@@ -45,22 +45,20 @@ def managed_pace(ratio: float, target: float, share: float) -> float:
 
 
 @torch.no_grad()
-def adapter_norm(layer: QuantizedLayer) -> float:
-    """Return ||dW||_F of all adapters on a layer.
-
-    ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts
-    `pool` times.
-    """
-    energy = 0.0
-    for _, adapter in layer.updates:
-        left, right = adapter.factors()  # (out, r), (r, in / pool)
-        energy += adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())
-    return math.sqrt(max(energy, 0.0))
-
-
 def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
-    """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has."""
-    ratios = [adapter_norm(layer) / error_norms[name] for name, layer in layers.items() if error_norms[name]]
+    """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has.
+
+    ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts `pool`
+    times.
+    """
+    ratios = []
+    for name, layer in layers.items():
+        if error_norms[name]:
+            energy = 0.0
+            for _, adapter in layer.updates:
+                left, right = adapter.factors()  # (out, r), (r, in / pool)
+                energy += adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())  # of (r, r)
+            ratios.append(math.sqrt(max(energy, 0.0)) / error_norms[name])
     return float(np.mean(ratios)) if ratios else math.inf
 
 
@@ -70,73 +68,62 @@ def float_weights(
     """Return the weight of each layer before quantization, from a state dict of the plain model.
 
     It holds `<layer>.weight`, or `<layer>`, for each; the errors are those of when the layers were quantized.
-
-    Raises:
-        UserError: if a weight is missing, has another shape, or is not the one that was quantized.
     """
     weights = {}
     for name, (module, _) in layers.items():
         weight = reference.get(f"{name}.weight", reference.get(name))
         assert module.quantized is not None
         if weight is None or weight.shape != module.quantized.shape:
-            found = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
-            raise UserError(
-                f"expected its float weight of shape {module.quantized.shape}, got {found}", field=f"reference[{name}]"
-            )
-        weights[name] = weight.detach().to(module.quantized.scales.device, torch.float32)
-        norm = float(weights[name].norm())
-        error = float((weights[name] - module.quantized.dequantize()).norm()) / norm if norm else 0.0
+            given = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
+            problem = f"expected its float weight of shape {module.quantized.shape}, got {given}"
+            raise UserError(problem, field=f"reference[{name}]")
+        weights[name] = weight = weight.detach().to(module.quantized.scales.device, torch.float32)
+        norm = float(weight.norm())
+        error = float((weight - module.quantized.dequantize()).norm()) / norm if norm else 0.0
         if not math.isclose(error, relative_errors[name], rel_tol=_SAME_WEIGHT, abs_tol=1e-6):
-            raise UserError(
-                f"is not the weight that was quantized: its relative error would be {error:.6g}, not "
-                f"{relative_errors[name]:.6g}",
-                field=f"reference[{name}]",
-            )
+            problem = f"its relative error would be {error:.6g}, not {relative_errors[name]:.6g}"
+            raise UserError(f"is not the weight that was quantized: {problem}", field=f"reference[{name}]")
     return weights
 
 
 @torch.no_grad()
-def removed_in_weights(layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor]) -> float:
-    """Return the mean over layers of 1 - ||E - dW||_F^2 / ||E||_F^2."""
-    shares = []
-    for name, layer in layers.items():
-        error, rest = _error_and_rest(layer, weights[name])
-        shares.append(_removed(rest, error))
-    return float(np.mean(shares))
+def error_removed(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor | None = None
+) -> dict[str, float]:
+    """Return which share of the error the updates have removed, each a mean over layers.
 
+    Args:
+        model: carries the layers.
+        layers: by name.
+        weights: their float weights, from `float_weights`.
+        images: (B, 3, H, W), for the outputs.
 
-@torch.no_grad()
-def removed_in_outputs(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor
-) -> float:
-    """Return the mean over layers of 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2.
-
-    X (N, in) are the inputs of a layer in a forward pass of the images (B, 3, H, W), of all tokens; the float weights
-    come from `float_weights`.
+    Returns:
+        error_removed_in_weights: 1 - ||E - dW||_F^2 / ||E||_F^2.
+        error_removed_in_outputs: 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2, given images; X (N, in) are the inputs of a
+            layer in a forward pass of them, of all tokens.
     """
-    shares: list[float] = []
 
-    def see(name: str, inputs: Tensor) -> None:
-        x = inputs.float().flatten(0, -2)  # (B, ..., in) -> (N, in)
-        error, rest = _error_and_rest(layers[name], weights[name])
-        shares.append(_removed(x @ rest.T, x @ error.T))  # (N, in) -> (N, out)
+    def removed(name: str, x: Tensor | None = None) -> float:
+        layer = layers[name]
+        assert layer.module.quantized is not None
+        error = weights[name] - layer.module.quantized.dequantize()  # (out, in)
+        rest = error.clone()
+        for rows, adapter in layer.updates:
+            rest[rows] -= adapter.delta()
+        if x is not None:
+            error, rest = x @ error.T, x @ rest.T  # (N, in) -> (N, out)
+        energy = float(error.square().sum())
+        return 1 - float(rest.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
 
-    with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
-        model(images)
-    return float(np.mean(shares))
+    shares = {"error_removed_in_weights": float(np.mean([removed(name) for name in layers]))}
+    if images is not None:
+        of_outputs: list[float] = []
 
+        def see(name: str, inputs: Tensor) -> None:
+            of_outputs.append(removed(name, inputs.float().flatten(0, -2)))  # (B, ..., in) -> (N, in)
 
-def _error_and_rest(layer: QuantizedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return E and E - dW, (out, in)."""
-    assert layer.module.quantized is not None
-    error = weight - layer.module.quantized.dequantize()
-    rest = error.clone()
-    for rows, adapter in layer.updates:
-        rest[rows] -= adapter.delta()
-    return error, rest
-
-
-def _removed(rest: Tensor, error: Tensor) -> float:
-    """Return which share of the error's energy is gone; 0 where there is none to remove."""
-    energy = float(error.square().sum())
-    return 1 - float(rest.square().sum()) / energy if energy else 0.0
+        with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
+            model(images)
+        shares["error_removed_in_outputs"] = float(np.mean(of_outputs))
+    return shares

@@ -57,9 +57,6 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     """Put adapters on a plain model, with ranks by site or the section's everywhere, or take those that it carries.
 
     Whether each has an effect is left to check: that takes a forward pass, and so all weights at once.
-
-    Raises:
-        UserError: if the model is of another class or quantized already, or its adapters don't fit the settings.
     """
     if any(module.quantized is not None for _, module in adapted_modules(model)):
         raise UserError("its weights are quantized already; hand over a model with float weights", field="model")
@@ -71,30 +68,25 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         sites = find_sites(model, config.targets)
         if ranks is None:
             ranks = dict.fromkeys((site.name for site in sites), config.fixed_rank)
-        different = set(ranks) ^ {site.name for site in sites}
-        if different:
+        if different := set(ranks) ^ {site.name for site in sites}:
             raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
         check_ranks(sites, ranks, config.pool)
         attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
         return
     if not pools <= {1, config.pool}:
-        raise UserError(
-            f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}; make "
-            "them equal",
-            field="qa_lora.group_size",
-        )
+        problem = f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}"
+        raise UserError(f"{problem}; make them equal", field="qa_lora.group_size")
     if ranks is not None:
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
         raise UserError("the model's adapters have ranks of their own; leave it out", field="qa_lora.rank")
     check_stays(model, config, "qa_lora")
     if config.pool > 1 and config.offset and pools == {1}:
-        warnings.warn(
+        text = (
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
-            "quantizes anew; quantization_offset: false does without the offsets",
-            SilentNoEffectWarning,
-            stacklevel=3,
+            "quantizes anew; quantization_offset: false does without the offsets"
         )
+        warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
 
 def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int) -> None:
@@ -104,9 +96,6 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
         sites: that will carry adapters.
         ranks: of each by name, or one for all.
         pool: inputs of a group; 1 without groups.
-
-    Raises:
-        UserError: naming the site, the reason, and the groups that divide the inputs of all sites.
     """
     for site in sites:
         if site.in_features % pool:
@@ -115,10 +104,8 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
             remedy = f"use one of {', '.join(sizes)}"
             if not sizes:
                 remedy = "no size divides those of all sites: use_group_quantization: false, or other targets"
-            raise UserError(
-                f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}",
-                field="qa_lora.group_size",
-            )
+            problem = f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}"
+            raise UserError(problem, field="qa_lora.group_size")
         rank = ranks if isinstance(ranks, int) else ranks[site.name]
         largest = min(site.out_features, site.in_features // pool)
         if rank > largest:
@@ -127,11 +114,7 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
 
 
 def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> QuantizationFormat:
-    """Return the storage of the frozen weights, of the section's type or of another one.
-
-    Raises:
-        UserError: if the section leaves the type to `adaptive_bits`, and none is given.
-    """
+    """Return the storage of the frozen weights, of the section's type or of another one."""
     type = config.quantization_type if type is None else type
     if type is None:
         raise UserError(
@@ -150,23 +133,18 @@ def format_of(config: QaLoraConfig, type: QuantizationType | None = None) -> Qua
 def formats_of(
     layers: Mapping[str, QuantizedLayer], config: QaLoraConfig, given: Mapping[str, QuantizationFormat] | None
 ) -> dict[str, QuantizationFormat]:
-    """Return each layer's format: the given one, or the section's.
-
-    Raises:
-        UserError: if a given name is no layer, or a format has other groups than the adapters on its layer.
-    """
+    """Return each layer's format: the given one, or the section's."""
     given = given or {}
-    unknown = next((name for name in given if name not in layers), None)
-    if unknown is not None:
-        raise UserError(f"there is no adapted layer {unknown}; expected names as {next(iter(layers))}", field="formats")
+    if unknown := sorted(given.keys() - layers.keys()):
+        raise UserError(
+            f"there is no adapted layer {unknown[0]}; expected names as {next(iter(layers))}", field="formats"
+        )
     formats = {name: given[name] if name in given else format_of(config) for name in layers}
     for name, layer in layers.items():
-        pool = max((adapter.pool for _, adapter in layer.updates), default=1)
-        if pool not in (1, formats[name].group_size):
-            raise UserError(
-                f"groups of {formats[name].group_size}, but its adapters pool {pool} inputs; make them equal",
-                field=f"formats[{name}]",
-            )
+        pool, group = max((adapter.pool for _, adapter in layer.updates), default=1), formats[name].group_size
+        if pool not in (1, group):
+            problem = f"groups of {group}, but its adapters pool {pool} inputs; make them equal"
+            raise UserError(problem, field=f"formats[{name}]")
     return formats
 
 
@@ -190,45 +168,39 @@ def packed_weights(
         config: says how to round.
         images: calibration images (N, C, S, S), normalised; with `rounding: gptq` alone.
         packed: weights that were saved, by layer; then nothing is rounded.
-
-    Raises:
-        UserError: if calibration images are missing or have no effect, a forward pass calls a layer not, or saved
-            weights are not these layers'.
     """
+    if images is not None and (packed is not None or config.rounding == "nearest"):
+        over = "on saved weights" if packed is not None else "with rounding: nearest, only with gptq"
+        raise UserError(f"have no effect {over}; leave them out", field="images")
     if packed is not None:
-        if images is not None:
-            raise UserError("have no effect on saved weights; leave one of both out", field="images")
         yield from saved_weights(layers, formats, packed)
-        return
-    if config.rounding == "gptq" and (images is None or not len(images)):
-        problem = "rounding: gptq measures layers' inputs; give calibration images (N, C, S, S), normalised"
-        raise UserError(problem, field="images")
-    if images is None:
+    elif config.rounding == "nearest":
         for name, (module, _) in layers.items():
             assert module.weight is not None
             yield name, quantize(module.weight, formats[name], name=name)
-        return
-    if config.rounding == "nearest":
-        raise UserError("have no effect with rounding: nearest; leave them out, or set rounding: gptq", field="images")
-    backbone = Backbone.within(model)
-    images = images.to(next(backbone.model.parameters()).device)
-    passes = [ReplayedPass(backbone, partial(backbone.model, part)) for part in images.split(_AT_ONCE)]
-    for name in _in_order(backbone, layers, images[:1]):
-        module = layers[name].module
-        with torch.no_grad(), evaluating(model):
-            hessian = _hessian(one.inputs(module)[0] for one in passes)
-        assert module.weight is not None
-        yield name, quantize_with_compensation(module.weight, formats[name], hessian, name=name)
+    elif images is None or not len(images):
+        problem = "rounding: gptq measures layers' inputs; give calibration images (N, C, S, S), normalised"
+        raise UserError(problem, field="images")
+    else:
+        backbone = Backbone.within(model)
+        images = images.to(next(backbone.model.parameters()).device)
+        passes = [ReplayedPass(backbone, partial(backbone.model, part)) for part in images.split(_AT_ONCE)]
+        for name in _in_order(backbone, layers, images[:1]):
+            module = layers[name].module
+            total: Tensor | float = 0.0  # 2 X^T X, (in, in) float64 on the CPU, each part multiplied in float32
+            with torch.no_grad(), evaluating(model):
+                for replayed in passes:
+                    x = replayed.inputs(module)[0].float().flatten(0, -2)  # (B, ..., in) -> (N, in)
+                    total = total + 2 * (x.T @ x).double().cpu()
+            assert module.weight is not None
+            assert isinstance(total, Tensor)
+            yield name, quantize_with_compensation(module.weight, formats[name], total, name=name)
 
 
 def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: Tensor) -> list[str]:
-    """Return the layers' names as a forward pass calls them first.
-
-    Raises:
-        UserError: if it leaves one out.
-    """
+    """Return the layers' names as a forward pass calls them first."""
     called: dict[str, None] = {}
-    watched = {name: one.module for name, one in layers.items()}
+    watched = {name: layer.module for name, layer in layers.items()}
     # Once called, a layer keeps its place.
     with watching(watched, lambda name, _: called.setdefault(name)), torch.no_grad(), evaluating(backbone.model):
         backbone.model(image)
@@ -238,30 +210,16 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
     return list(called)
 
 
-def _hessian(inputs: Iterator[Tensor]) -> Tensor:
-    """Return 2 X^T X, (in, in) float64 on the CPU, of inputs (..., in) in parts, each multiplied in float32."""
-    total: Tensor | float = 0.0
-    for part in inputs:
-        x = part.float().flatten(0, -2)  # (..., in) -> (N, in)
-        total = total + 2 * (x.T @ x).double().cpu()
-    assert isinstance(total, Tensor)
-    return total
-
-
 def saved_weights(
     layers: Mapping[str, QuantizedLayer],
     formats: Mapping[str, QuantizationFormat],
     packed: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's packed weight as it was saved, in place of rounding anew.
-
-    Raises:
-        UserError: if the saved weights are of other layers, or a tensor is not of the layer's shape and format.
-    """
+    """Yield each layer's packed weight as it was saved, in place of rounding anew."""
     if different := set(packed) ^ set(layers):
         raise UserError(f"saved weights and the model's layers differ at {min(different)}", field="packed")
     for name, (module, _) in layers.items():
         shape = (module.out_features, module.in_features)
-        there = module.weight if module.quantized is None else module.quantized.scales
-        assert there is not None
-        yield name, QuantizedTensor.from_tensors(packed[name], shape, formats[name]).to(there.device)
+        present = module.weight if module.quantized is None else module.quantized.scales
+        assert present is not None
+        yield name, QuantizedTensor.from_tensors(packed[name], shape, formats[name]).to(present.device)

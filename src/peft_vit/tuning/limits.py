@@ -13,7 +13,7 @@ from typing import Any
 from peft_vit.backbones import architecture_of
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind

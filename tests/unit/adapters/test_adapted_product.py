@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
-from peft_vit.adapters.frozen_weight import FrozenWeight
+from peft_vit.adapters.adapted_product import FrozenWeight
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize

@@ -12,7 +12,6 @@ from peft_vit.adapters import (
     adapter_bytes,
     attach_adapters,
     current_ranks,
-    freeze_backbone,
     load_trained,
     read_adapter_file,
     set_ranks,
@@ -22,6 +21,8 @@ from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.quantization import QuantizationFormat, quantize
+
+FORM = {"scale": 2.0, "parametrization": "product", "pool": 1}
 
 
 def adapted(model, rank=2, parametrization="product", targets=("query", "fc1")):
@@ -98,7 +99,7 @@ def test_older_files_without_formats_are_read_and_damaged_ones_refused(tiny_vit,
     model = quantized(tiny_vit())
 
     def write(formats) -> None:
-        header = {"ranks": current_ranks(model), "form": {"scale": 2.0, "parametrization": "product", "pool": 1}}
+        header = {"ranks": current_ranks(model), "form": FORM}
         header |= {} if formats is None else {"formats": formats}
         file.write_bytes(adapter_bytes(model, {}))
         save_file(load_file(file), file, metadata={"peft_vit": json.dumps(header)})
@@ -115,61 +116,65 @@ def test_older_files_without_formats_are_read_and_damaged_ones_refused(tiny_vit,
             read_adapter_file(file)
 
 
-def test_what_is_no_adapter_file_is_refused(tiny_vit, tmp_path) -> None:
-    model = tiny_vit()
-    freeze_backbone(model)
-    for name, content in {"empty": b"", "text": b"no tensors here", "cut": adapter_bytes(model, {})[:-3]}.items():
-        file = tmp_path / name
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: is not a readable safetensors file"):
-            load_trained(model, file)
-    with pytest.raises(UserError, match="missing: is not a readable"):
-        load_trained(model, tmp_path / "missing")
-    save_file({"head.weight": torch.zeros(2)}, tmp_path / "foreign")
-    with pytest.raises(UserError, match="no peft_vit header"):
-        load_trained(model, tmp_path / "foreign")
+def with_header(header, tensors=None):
+    """Return what writes a file whose header says something else."""
 
-
-def test_a_header_that_lies_is_refused_before_memory_is_asked_for(tiny_vit, tmp_path) -> None:
-    model = adapted(tiny_vit())
-    file = tmp_path / "adapter.safetensors"
-    site = "blocks.0.attn.query"
-    form = {"scale": 2.0, "parametrization": "product", "pool": 1}
-
-    def refusal(ranks, form=form) -> str:
+    def write(file, model) -> None:
         file.write_bytes(adapter_bytes(model, {}))
-        header = json.dumps({"ranks": ranks, "form": form})
-        save_file(load_file(file), file, metadata={"peft_vit": header})
-        with pytest.raises(UserError) as caught:
-            load_trained(adapted(tiny_vit()), file)
-        assert caught.value.file == str(file)
-        return str(caught.value)
+        kept = load_file(file) if tensors is None else tensors
+        text = header if isinstance(header, str) else json.dumps(header(model))
+        save_file(kept, file, metadata={"peft_vit": text})
 
-    for rank in (10**9, -1, 65):
-        assert f"ranks[{site}]: expected 0 to 64, got {rank}" in refusal({**current_ranks(model), site: rank})
-    for rank in (2.0, "2", None, True, [2], float("inf")):
-        assert "a rank is a whole number" in refusal({**current_ranks(model), site: rank})
-    assert "names other sites" in refusal({})
-    for other in (None, 7, [], "scale"):
-        assert "form and formats are mappings" in refusal(current_ranks(model), other)
-    assert "damaged peft_vit header" in refusal([1, 2])
+    return write
 
 
-def test_a_form_without_scales_and_a_deep_header_are_refused(tiny_vit, tmp_path) -> None:
+def with_ranks(change, form=FORM):
+    return with_header(lambda model: {"ranks": change(current_ranks(model)), "form": form})
+
+
+SITE = "blocks.0.attn.query"
+BAD = {
+    "empty": (lambda file, _: file.write_bytes(b""), "is not a readable safetensors file"),
+    "text": (lambda file, _: file.write_bytes(b"no tensors here"), "is not a readable safetensors file"),
+    "cut": (lambda file, model: file.write_bytes(adapter_bytes(model, {})[:-3]), "is not a readable safetensors file"),
+    "missing": (lambda *_: None, "is not a readable safetensors file"),
+    "pipe": (lambda file, _: os.mkfifo(file), "no regular file"),  # which is not waited for
+    "foreign": (lambda file, _: save_file({"head.weight": torch.zeros(2)}, file), "no peft_vit header"),
+    # Refused before memory is asked for.
+    **{
+        f"rank {rank}": (with_ranks(lambda ranks, rank=rank: {**ranks, SITE: rank}), f"ranks[{SITE}]: expected 0 to 64")
+        for rank in (10**9, -1, 65)
+    },
+    **{
+        f"rank {rank!r}": (with_ranks(lambda ranks, rank=rank: {**ranks, SITE: rank}), "a rank is a whole number")
+        for rank in (2.0, "2", None, True, [2], float("inf"))
+    },
+    "no ranks": (with_ranks(lambda ranks: {}), "names other sites"),
+    "ranks in a list": (with_ranks(lambda ranks: [1, 2]), "damaged peft_vit header"),
+    **{
+        f"form {form!r}": (with_ranks(lambda ranks: ranks, form), "form and formats are mappings")
+        for form in (None, 7, [], "scale")
+    },
+    **{
+        header[:40]: (with_header(header), "damaged peft_vit header")
+        for header in (
+            '{"ranks": {"a": 1}, "form": {"a": {"scale": [1]}}}',
+            '{"ranks": {"a": 1}, "form": {}}',
+            '{"ranks": {"a": 1}, "form": ' + "[" * 50_000,
+            "{}",
+            "null",
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_adapter_file_is_refused_in_one_line_with_its_name(tiny_vit, tmp_path, case) -> None:
+    write, said = BAD[case]
     file = tmp_path / "adapter.safetensors"
-    for header in (
-        '{"ranks": {"a": 1}, "form": {"a": {"scale": [1]}}}',
-        '{"ranks": {"a": 1}, "form": {}}',
-        '{"ranks": {"a": 1}, "form": ' + "[" * 50_000,
-        "{}",
-        "null",
-    ):
-        save_file({"x": torch.zeros(1)}, file, metadata={"peft_vit": header})
-        with pytest.raises(UserError, match="damaged peft_vit header"):
-            read_adapter_file(file)
-
-
-def test_a_pipe_is_not_waited_for(tiny_vit, tmp_path) -> None:
-    os.mkfifo(tmp_path / "adapter.safetensors")
-    with pytest.raises(UserError, match="no regular file"):
-        load_trained(adapted(tiny_vit()), tmp_path / "adapter.safetensors")
+    write(file, adapted(tiny_vit()))
+    with pytest.raises(UserError) as caught:
+        load_trained(adapted(tiny_vit()), file)
+    assert caught.value.file == str(file)
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -103,7 +103,7 @@ def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": entries})
     (allocation,) = allocations(planted.study_of([record]))
     keys = ("step", "moved", "churn", "overlap_with_final", "settled_step")
-    assert [tuple(row[key] for key in keys) for row in allocation.course] == [
+    assert [tuple(row[key] for key in keys) for row in allocation.courses[0]] == [
         # Final shares 6/8 1/8 1/8 against thirds, and against 2/8 4/8 2/8; held afterwards: 8, 8, 8.
         (0, None, None, pytest.approx(1 / 3 + 2 / 8), 20),
         (10, 0, 0.0, 0.5, 20),
@@ -115,4 +115,4 @@ def test_churn_and_the_first_step_at_which_the_end_was_visible() -> None:
 def test_no_rank_left_at_an_update_has_no_churn() -> None:
     record = planted.record(ADALORA, 0, 0.8, changes={"rank_history": history([1, 1, 1], [0, 0, 0])})
     (allocation,) = allocations(planted.study_of([record]))
-    assert [(row["churn"], row["settled_step"]) for row in allocation.course] == [(None, None)] * 2
+    assert [(row["churn"], row["settled_step"]) for row in allocation.courses[0]] == [(None, None)] * 2

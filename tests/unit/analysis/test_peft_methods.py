@@ -76,14 +76,8 @@ def test_references_are_ours_as_without_them(study) -> None:
 def test_they_are_compared_under_their_own_names(study) -> None:
     analysis = analyze(study)
     rows = {method.experiment.name: method for method in analysis.methods}
-    assert [n for n in rows if n.startswith(("peft", "lora", "imported", "adalora"))][:6] == [
-        "imported",
-        "lora_r1",
-        "lora_r2",
-        "lora_r4",
-        "lora_r8",
-        "peft_r8",
-    ]
+    loras = [name for name in rows if name.startswith(("peft", "lora", "imported"))]
+    assert loras[:6] == ["imported", "lora_r1", "lora_r2", "lora_r4", "lora_r8", "peft_r8"]
     for name in ("peft_r8", "peft_12_8", "imported"):
         assert rows[name].test_accuracy.estimate == pytest.approx(LOUD)
         (against,) = (c for c in analysis.comparisons if (c.name, c.reference) == (name, "lora_r8"))
@@ -115,3 +109,24 @@ def test_a_report_draws_them(study) -> None:
     details = [value for run in document.runs for key, value in run.rows if key == "configuration"]
     assert sum("peft_adalora {" in value for value in details) == 2
     assert any(drawing.slug == "rank_maps" for drawing in document.drawings())
+
+
+def test_adaptive_ranks_on_low_bits_are_analyzed_by_rank_and_by_bits() -> None:
+    known = planted.experiments()
+    adaptive, quantized = known["adalora_top_k_fisher"], known["qa_lora_4bit_nf4_constant"]
+    assert quantized.qa_lora is not None
+    bits = quantized.qa_lora.model_copy(update={"rank": None})
+    both = adaptive.model_copy(update={"name": "both", "method": "qa_adalora", "qa_lora": bits})
+    records = []
+    for seed in (0, 1):
+        ranks, low = planted.record(adaptive, seed, 0.8), planted.record(quantized, seed, 0.8)
+        taken = {"quantization": low.quantization, "bits_history": low.bits_history}
+        spec = ranks.spec.model_copy(update={"experiment": both})
+        records.append(ranks.model_copy(update={"spec": spec, **taken}))
+    study = planted.study_of([*planted.quickstart(), *records])
+    assert study.experiments[-1].name == "both"
+    found = analyze(study)
+    assert "both" in [one.experiment.name for one in found.allocation]
+    assert "both" in [one.experiment.name for one in found.quantization]
+    (document,) = study_documents([found])
+    assert {card.method: card.experiment for card in document.cards}["AdaLoRA + QA-LoRA"] == "both"

@@ -49,54 +49,60 @@ RECORDS = [
 COUNTS = {0: [28, 9, 1, 2], 1: [39, 1, 0, 0]}
 
 
-def examples(records: list[RunRecord], best: str = "lora_r8") -> ImageExamples | str:
-    study = planted.study_of(records)
-    return image_examples(study, best)
-
-
-def test_the_four_groups_are_counted_for_every_seed() -> None:
-    found = examples(RECORDS)
+def examples(records: list[RunRecord], best: str = "lora_r8") -> ImageExamples:
+    found = image_examples(planted.study_of(records), best)
     assert isinstance(found, ImageExamples)
+    return found
+
+
+def test_the_four_groups_are_counted_for_every_seed_and_what_is_shown_follows_from_the_rule() -> None:
+    found = examples(RECORDS)
     assert (found.best, found.baseline, found.seeds) == ("lora_r8", "linear_probe", (0, 1))
     assert {seed: list(counts.values()) for seed, counts in found.counts.items()} == COUNTS
-    assert {image.position for image in found.images if image.group == GROUPS[2]} == {POSITIONS[2]}
-
-
-def test_what_is_shown_follows_from_the_rule() -> None:
-    found = examples(RECORDS)
-    assert isinstance(found, ImageExamples)
     best, baseline = RECORDS[1].predictions, RECORDS[0].predictions
     assert best is not None
     assert baseline is not None
     gap = np.abs(np.array(best.probability) - np.array(baseline.probability))
-    only_best = range(3, 12)
-    expected = [POSITIONS[i] for i in sorted(only_best, key=lambda i: (-gap[i], POSITIONS[i]))][:6]
-    assert [image.position for image in found.shown(GROUPS[1])] == expected
-    assert len(found.shown(GROUPS[0])) == MOST_SHOWN
-    assert {image.position for image in found.shown(GROUPS[3])} == {POSITIONS[0], POSITIONS[1]}
+    only_best = sorted(range(3, 12), key=lambda i: (-gap[i], POSITIONS[i]))[:6]
+    shown = [[image.position for image in found.shown(group)] for group in GROUPS]
+    assert shown[1:3] == [[POSITIONS[i] for i in only_best], [POSITIONS[2]]]
+    assert (len(shown[0]), set(shown[3])) == (MOST_SHOWN, {POSITIONS[0], POSITIONS[1]})
 
 
 def test_without_a_linear_probe_the_smallest_lora_is_the_baseline() -> None:
     records = [
         with_predictions(name, 0, a, set()) for name, a in (("lora_r4", 0.7), ("lora_r1", 0.6), ("lora_r8", 0.8))
     ]
-    found = examples(records)
-    assert isinstance(found, ImageExamples)
-    assert found.baseline == "lora_r1"
-    assert isinstance(examples(records[1:2], "lora_r1"), str)
+    assert examples(records).baseline == "lora_r1"
+    assert isinstance(image_examples(planted.study_of(records[1:2]), "lora_r1"), str)
 
 
-def test_runs_on_different_images_are_left_out_by_name() -> None:
-    assert RECORDS[2].predictions is not None
-    other = RECORDS[2].predictions.model_copy(update={"images": [p + 1 for p in POSITIONS]})
-    records = [*RECORDS[:2], RECORDS[2].model_copy(update={"predictions": other}), RECORDS[3]]
-    found = examples(records)
-    assert isinstance(found, ImageExamples)
+def changed(record: RunRecord, **changes: object) -> RunRecord:
+    assert record.predictions is not None
+    return record.model_copy(update={"predictions": record.predictions.model_copy(update=changes)})
+
+
+def test_runs_on_different_images_or_without_whole_predictions_are_left_out_by_name() -> None:
+    other = changed(RECORDS[2], images=[p + 1 for p in POSITIONS])
+    found = examples([*RECORDS[:2], other, RECORDS[3]])
     assert (found.seeds, found.left_out) == ((0,), ("seed 1: the two runs were tested on different images",))
-    none = [record.model_copy(update={"predictions": None}) for record in RECORDS[:2]]
-    assert examples(none) == "seed 0: the records do not hold predictions"
-    of_all = [record.model_copy(update={"predictions": None}) for record in RECORDS]
-    assert examples(of_all) == "seeds 0, 1: the records do not hold predictions", "one reason, said once"
+    none = [record.model_copy(update={"predictions": None}) for record in RECORDS]
+    predicted = RECORDS[1].predictions
+    assert predicted is not None
+    for records, why in (
+        (none[:2], "seed 0: the records do not hold predictions"),
+        (none, "seeds 0, 1: the records do not hold predictions"),  # one reason, said once
+        *(
+            (
+                [RECORDS[0], changed(RECORDS[1], **{field: getattr(predicted, field)[:-1]})],
+                "seed 0: the predictions are not",
+            )
+            for field in ("predicted", "probability")
+        ),
+    ):
+        said = image_examples(planted.study_of(records), "lora_r8")
+        assert isinstance(said, str)
+        assert said.startswith(why)
 
 
 def grey(position: int) -> bytes:
@@ -133,14 +139,12 @@ def test_without_pictures_the_page_says_why_and_keeps_the_table(tmp_path: Path) 
     def absent(record: RunRecord, positions: list[int]) -> list[bytes]:
         raise UserError("is not on this machine, and is not downloaded for this", file="elpv-dataset==1.0.0.post1")
 
-    results = planted.write(tmp_path / "results", RECORDS)
-    for thumbnails, why in ((absent, "elpv-dataset==1.0.0.post1: is not on this machine"), (None, "none were asked")):
-        files = build_report(results, tmp_path / "report", thumbnails=thumbnails)
-        assert files.html is not None
-        page = files.html.read_text().replace("<wbr>", "")
-        assert f"No pictures: {why}" in page
-        assert "<img" not in page
-        assert f"| both wrong | {POSITIONS[0]} | functional | defective, " in files.markdown.read_text()
+    files = build_report(planted.write(tmp_path / "results", RECORDS), tmp_path / "report", thumbnails=absent)
+    assert files.html is not None
+    page = files.html.read_text().replace("<wbr>", "")
+    assert "No pictures: elpv-dataset==1.0.0.post1: is not on this machine" in page
+    assert "<img" not in page
+    assert f"| both wrong | {POSITIONS[0]} | functional | defective, " in files.markdown.read_text()
 
 
 def test_hostile_class_names_are_escaped(tmp_path: Path) -> None:
@@ -149,14 +153,6 @@ def test_hostile_class_names_are_escaped(tmp_path: Path) -> None:
     files = build_report(results, tmp_path / "report", thumbnails=lambda _, positions: [grey(p) for p in positions])
     assert files.html is not None
     assert '"><script>x' not in files.html.read_text()
-
-
-@pytest.mark.parametrize("field", ["predicted", "probability"])
-def test_predictions_that_are_cut_short_are_named(field: str) -> None:
-    assert RECORDS[1].predictions is not None
-    cut = RECORDS[1].predictions.model_copy(update={field: getattr(RECORDS[1].predictions, field)[:-1]})
-    records = [RECORDS[0], RECORDS[1].model_copy(update={"predictions": cut})]
-    assert examples(records) == "seed 0: the predictions are not one for each image"
 
 
 def test_the_command_asks_for_pictures_where_there_are_predictions(tmp_path: Path, monkeypatch, capsys) -> None:

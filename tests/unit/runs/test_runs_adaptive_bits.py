@@ -7,16 +7,14 @@ import pytest
 import torch
 from done_runs import with_settings
 from safetensors import safe_open
-from written_runs import read_without
 
 from peft_vit.adapters import adapted_modules, current_ranks
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
 from peft_vit.evaluation import measure, predict
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
 from peft_vit.runs import execute
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.plan import plan_study, smoke_study
+from peft_vit.studies.plan import smoke_study
 
 pytestmark = pytest.mark.part("quantization")
 
@@ -80,28 +78,6 @@ def test_it_is_measured_on_training_images_alone(study, tmp_path, monkeypatch) -
     order = train.order(0, 0)
     assert torch.equal(images, expected[order])
     assert torch.equal(labels, expected_labels[order])
-
-
-def test_older_records_have_no_choice(study, tmp_path) -> None:
-    record = do(study("qa_lora"), tmp_path)
-    assert record.bit_allocation is None
-    assert "bit_allocation" not in record.overhead_s
-    assert read_without("bit_allocation", record, tmp_path) == record
-
-
-@pytest.mark.part("configuration")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"total_byte_budget": 1000}, r"total_byte_budget: expected at least \d+ .* got 1000"),
-        ({"total_byte_budget": None, "average_bits": 3.0, "ranks": False}, r"average_bits: expected at least 4\.000"),
-        ({"calibration_images": 25}, r"calibration_images: 25 are more than the 24 training images; lower it"),
-    ],
-)
-def test_the_plan_refuses_what_cannot_be_chosen(study, tmp_path, settings, message) -> None:
-    config = with_adaptive_bits(study("adaptive_bits"), **settings)
-    with pytest.raises(UserError, match=r"tiny\.yaml: experiments\[0\]\.qa_lora\.adaptive_bits\." + message):
-        plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
 
 
 def test_smoke_measures_on_few_images(study) -> None:

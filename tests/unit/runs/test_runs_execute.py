@@ -17,9 +17,9 @@ from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs import execute as run
-from peft_vit.runs import provenance
+from peft_vit.runs import machine
 from peft_vit.runs.execute import run_one
-from peft_vit.runs.provenance import git_state, hash_arrays, package_versions
+from peft_vit.runs.machine import git_state, hash_arrays, package_versions
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -245,10 +245,10 @@ def test_the_commit_of_another_repository_is_not_recorded(tmp_path) -> None:
 
 def test_a_commit_made_during_a_study_is_not_the_code_that_runs(monkeypatch) -> None:
     states = iter([("first", False), ("second", True)])
-    monkeypatch.setattr(provenance, "git_state", lambda: next(states))
-    provenance.loaded_git_state.cache_clear()
-    assert provenance.loaded_git_state() == provenance.loaded_git_state() == ("first", False)
-    provenance.loaded_git_state.cache_clear()
+    monkeypatch.setattr(machine, "git_state", lambda: next(states))
+    machine.loaded_git_state.cache_clear()
+    assert machine.loaded_git_state() == machine.loaded_git_state() == ("first", False)
+    machine.loaded_git_state.cache_clear()
 
 
 def test_provenance() -> None:

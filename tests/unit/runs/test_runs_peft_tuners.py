@@ -89,25 +89,6 @@ def test_the_record_holds_the_ranks_that_eva_moved(done) -> None:
     assert sum(first.ranks.values()) == pytest.approx(4 * len(first.ranks), abs=len(first.ranks))
 
 
-@pytest.mark.parametrize(
-    ("type", "settings", "field", "said"),
-    [
-        ("dorra", {}, "peft.type", "PEFT has no tuner 'dorra'; did you mean 'dora'?"),
-        ("prefix_tuning", {}, "peft.type", "PEFT has no tuner 'prefix_tuning'"),
-        ("lora", {"lora_alhpa": 4}, "peft.lora_alhpa", "no setting of PEFT's LoraConfig; did you mean 'lora_alpha'?"),
-        ("dora", {"use_dora": True}, "peft.use_dora", "is set by type and loop here; remove it"),
-        ("lora", {"modules_to_save": ["head"]}, "peft.modules_to_save", "is set by type and loop here"),
-        ("oft", {"r": 8, "oft_block_size": 4}, "peft", "PEFT refuses it"),
-        ("adalora", {}, "peft.type", "use method: peft_adalora"),
-    ],
-)
-def test_what_peft_does_not_know_is_one_line_of_the_plan(study, tmp_path, type, settings, field, said) -> None:
-    with pytest.raises(UserError) as caught:
-        plan_study(with_tuner(study("lora"), type, **settings), tmp_path, file=tmp_path / "tiny.yaml")
-    assert caught.value.field == f"experiments[0].{field}"
-    assert said in caught.value.message
-
-
 def test_a_tuner_that_cannot_compute_with_a_models_layers_is_refused() -> None:
     with pytest.raises(
         UserError, match=r"PEFT's oft can't compute with a layer of this model .* fewer target_modules"

@@ -9,13 +9,11 @@ from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
 from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
-from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
 from peft_vit.methods import METHODS, Preparation
-from peft_vit.records import outcome_digest, run_folder
-from peft_vit.runs import run_one
+from peft_vit.records import run_folder
 from peft_vit.runs.restore import restore_run
-from peft_vit.training import Checkpoints, Interrupted, StartingRanks
+from peft_vit.training import StartingRanks
 
 pytestmark = pytest.mark.part("controller")
 
@@ -62,38 +60,6 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
     logits, _ = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
     np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
-
-
-def test_stopped_it_comes_to_the_same_end_without_choosing_again(ruled, tmp_path, monkeypatch) -> None:
-    (spec,) = specs(ruled(rule="gradient", budget=20), tmp_path / "plan")
-    whole = run_one(spec)
-    told = []
-    with pytest.raises(Interrupted):
-        run_one(
-            spec,
-            checkpoints=Checkpoints(tmp_path / "run", 0),
-            should_stop=lambda: bool(told) and told[-1] >= 3,
-            on_progress=lambda progress: told.append(progress.step),
-        )
-    monkeypatch.setattr(StartingRanks, "begin", lambda *_: pytest.fail("ranks stand in the checkpoint"))
-    again = run_one(spec, checkpoints=Checkpoints(tmp_path / "run", 0))
-    assert outcome_digest(again.record) == outcome_digest(whole.record)
-    assert again.adapter == whole.adapter
-    assert again.record.rank_history == whole.record.rank_history
-
-
-@pytest.mark.parametrize(
-    ("settings", "field"),
-    [
-        ({"rule": "gradient", "budget": 9, "calibration_images": 25}, "calibration_images"),
-        ({"rule": "random", "budget": 36}, "budget"),
-        ({"rule": "last_blocks", "budget": 9, "site_rank": 65}, "site_rank"),
-    ],
-)
-def test_a_plan_refuses_what_the_sites_and_the_images_do_not_allow(ruled, tmp_path, settings, field) -> None:
-    with pytest.raises(UserError) as refused:
-        specs(ruled(**settings), tmp_path)
-    assert refused.value.field == f"experiments[0].lora.ranks.{field}"
 
 
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
 from peft_vit.studies.executors.local import LocalExecutor, environment
 from peft_vit.studies.plan import plan_study

@@ -37,7 +37,6 @@ def toy(monkeypatch, few: int, many: int) -> ImageIndex:
     index = ImageIndex(
         name="toy",
         labels=labels,
-        strata=labels,
         class_names=("few", "many"),
         official_test=None,
         licence="none",

@@ -10,8 +10,7 @@ from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
 from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
 from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
-from peft_vit.errors import SilentNoEffectWarning, UserError
-from peft_vit.training import check_bits
+from peft_vit.errors import SilentNoEffectWarning
 
 pytestmark = [
     pytest.mark.part("quantization"),
@@ -157,37 +156,3 @@ def test_the_same_type_everywhere_is_said(tiny_vit, batch) -> None:
     with pytest.warns(SilentNoEffectWarning, match="adaptive_bits chose int4 for every layer"):
         chosen = allocate_bits(tiny_vit(depth=1), config(("out", "fc2"), total_byte_budget=budget), *batch)
     assert chosen.record.predicted_rise == sum(losses["int4"] for losses in chosen.record.losses.values())
-
-
-@pytest.mark.part("configuration")
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"total_byte_budget": 32767},
-            r"total_byte_budget: expected at least 32768 .*smallest type\) and less than 81920",
-        ),
-        ({"total_byte_budget": 81920}, r"total_byte_budget: expected at least 32768 .* got 81920"),
-        ({"average_bits": 3.9}, r"average_bits: expected at least 4\.000 .* less than 10\.000 bits .* got 3\.9"),
-        ({"average_bits": 10.0}, r"average_bits: expected .* got 10\.0"),
-        ({"total_byte_budget": 33_000, "ranks": True}, r"expected at least 33040 .*smallest type, one rank\)"),
-    ],
-)
-def test_budgets_that_leave_nothing_to_choose_are_refused(tiny_vit, batch, settings, message) -> None:
-    model = tiny_vit()
-    for refuse in (
-        lambda: check_bits(config(**settings), find_sites(model)),
-        lambda: allocate_bits(model, config(**settings), *batch),
-    ):
-        with pytest.raises(UserError, match=message):
-            refuse()
-
-
-def test_a_model_with_adapters_and_a_trainer_without_formats_are_refused(tiny_vit, batch) -> None:
-    settings = config(average_bits=6.0)
-    with pytest.raises(UserError, match="adaptive_bits chooses the types before training"):
-        QALoRATrainer(tiny_vit(), settings, 4)
-    model = tiny_vit()
-    QALoRATrainer(model, settings, 4, formats=allocate_bits(model, settings, *batch).formats)
-    with pytest.raises(UserError, match="carries adapters already; choose bits before"):
-        allocate_bits(model, settings, *batch)

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 from peft_vit.adapters import adapted_product, attach_adapters, current_ranks, site_adapters, trained_tensors
 from peft_vit.backbones import Backbone, describe, find_sites, load_backbone
 from peft_vit.config import BackboneConfig, TrainingConfig
-from peft_vit.errors import UserError
 from peft_vit.training import train
-from peft_vit.training.activation_checkpointing import blocks_of, recomputed
+from peft_vit.training.optimization import blocks_of, recomputed
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -171,12 +170,6 @@ def test_the_first_blocks_save_the_most_and_the_last_one_nothing() -> None:
     assert everything == pytest.approx(all_but_one, rel=0.01)
     assert peak(blocks[-1:]) >= none
     assert peak(blocks[-half:]) > 1.05 * few
-
-
-def test_a_limit_that_nobody_has_met_yet_is_no_training(tiny_vit, data, runtime) -> None:
-    config = TrainingConfig(epochs=1, batch_size=8, learning_rate=3e-3, memory_limit="1GB")
-    with pytest.raises(UserError, match=r"^training\.memory_limit: is kept where a study is planned; here, give micro"):
-        train(tiny_vit(), data(), config, runtime, seed=4)
 
 
 @pytest.mark.parametrize("name", ["test_vit", *TINY_FAMILIES])

@@ -7,8 +7,7 @@ from tiny_models import TINY_FAMILIES, random_model
 
 from peft_vit.backbones import Backbone
 from peft_vit.config import TrainingConfig
-from peft_vit.training.learning_rate import build_scheduler
-from peft_vit.training.optimization import build_optimizer, layer_groups
+from peft_vit.training.optimization import build_optimizer, build_scheduler, layer_groups
 
 pytestmark = pytest.mark.part("trainer")
 DECAY = 0.6

@@ -7,10 +7,10 @@ import torch
 from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import TrainingConfig
-from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import Hook, train
-from peft_vit.training.learning_rate import WarmupStableDecay, build_scheduler
+from peft_vit.records import Metrics
+from peft_vit.training import Hook, loop, train
 from peft_vit.training.loop import TrainingState
+from peft_vit.training.optimization import WarmupStableDecay, build_scheduler
 
 pytestmark = pytest.mark.part("runner")
 
@@ -86,15 +86,18 @@ def trained(tiny_vit, data, runtime, monkeypatch):
     """Train with planted validation accuracies: rising up to a step, then one less."""
 
     def make(best: int, *hooks, **settings):
-        def planted(state: TrainingState) -> Evaluation:
-            step = state.steps
-            accuracy = min(step, best - 1 if step > best else best) / 100
-            metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
-            return Evaluation(
-                step=step, epoch=state.epoch, deployable=all(hook.deployable(step) for hook in hooks), metrics=metrics
-            )
+        validate, now = TrainingState.validate, [0]
 
-        monkeypatch.setattr(TrainingState, "_evaluation", planted)
+        def watched(state: TrainingState) -> None:
+            now[0] = state.steps
+            validate(state)
+
+        def planted(*_) -> Metrics:
+            accuracy = min(now[0], best - 1 if now[0] > best else best) / 100
+            return Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
+
+        monkeypatch.setattr(TrainingState, "validate", watched)
+        monkeypatch.setattr(loop, "measure", planted)
         model = tiny_vit()
         attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
         return train(model, data(), config(**settings), runtime, seed=0, hooks=hooks)

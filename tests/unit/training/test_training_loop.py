@@ -13,7 +13,7 @@ from peft_vit.config import AUGMENTATION_OF_FLIPS, TrainingConfig
 from peft_vit.errors import DivergedError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import AllocationHook, Hook, steps_per_epoch, train
+from peft_vit.training import AllocationHook, Hook, train
 from peft_vit.training.loop import BestState
 from peft_vit.training.optimization import class_weights
 
@@ -258,10 +258,6 @@ def test_it_diverges_loudly(tiny_vit, data, runtime) -> None:
         model.head.bias[0] = torch.nan
     with pytest.raises(DivergedError, match="the loss is nan at step 1"):
         train(model, data(), config(), runtime, seed=0)
-
-
-def test_steps_per_epoch() -> None:
-    assert [steps_per_epoch(n, 8) for n in (1, 8, 9, 16)] == [1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, adapter_bytes, load_trained, site_adapters, trained_tensors
-from peft_vit.errors import UserError
 from peft_vit.training.quantized_layers import quantized_layers
 
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
@@ -98,32 +97,6 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tiny_vit, batch, tmp_
     assert after.export_quantization_data() == trainer.export_quantization_data()
     for name, tensor in trained_tensors(model).items():
         assert torch.equal(trained_tensors(resumed)[name], tensor), name
-
-
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"settings": {"rank": 2, "quantization_end_step": 5}}, "config"),
-        ({"steps": 9}, "total_steps"),
-        ({"seed": 1}, "relative_error"),
-    ],
-)
-def test_a_state_of_another_run_is_refused(tiny_vit, change, field) -> None:
-    state = QALoRATrainer(tiny_vit(), scheduled(rank=2), 8).state_dict()
-    settings = scheduled(**change.get("settings", {"rank": 2}))
-    trainer = QALoRATrainer(model := tiny_vit(change.get("seed", 0)), settings, change.get("steps", 8))
-    with pytest.raises(UserError, match=f"^{field}: the state was made with another one"):
-        trainer.load_state_dict(state, model)
-
-
-def test_a_state_of_0_2_0_goes_on_where_what_went_did_nothing(tiny_vit) -> None:
-    trainer = QALoRATrainer(model := tiny_vit(), scheduled(rank=2), 8)
-    state = trainer.state_dict()
-    state["made_with"]["config"] |= {"start": "zero", "loftq_iterations": 1}
-    trainer.load_state_dict(state, model)
-    state["made_with"]["config"]["start"] = "loftq"
-    with pytest.raises(UserError, match=r"^experiment\.qa_lora\.start: loftq is .* peft-vit 0\.2\.0 reads it"):
-        trainer.load_state_dict(state, model)
 
 
 def test_a_state_is_a_copy(tiny_vit, batch) -> None:

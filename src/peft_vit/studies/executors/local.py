@@ -28,7 +28,7 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.provenance import cpu_count, loaded_git_state
+from peft_vit.runs.machine import cpu_count, loaded_git_state
 from peft_vit.studies.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from peft_vit.errors import UserError
 from peft_vit.records import Failure, run_folder
 from peft_vit.records.progress import LOCK_FILE
-from peft_vit.runs.provenance import cpu_count
+from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import Event, Executor, RunStarted, lost
 from peft_vit.studies.executors.local import ALLOCATOR, environment, event_of
 from peft_vit.studies.executors.ray_task import Channel, Place, carry_out

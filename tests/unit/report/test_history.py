@@ -14,7 +14,7 @@ from peft_vit.analysis.importance import importance_patterns
 from peft_vit.analysis.results import load_studies
 from peft_vit.cli import main
 from peft_vit.errors import UserError
-from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows, run_folder
+from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows
 from peft_vit.report.result_tables import export_history, history_table
 
 pytestmark = pytest.mark.part("importance analysis")
@@ -74,11 +74,8 @@ def test_every_run_step_and_site_has_one_row(results: Path) -> None:
     adalora = table[table.experiment.isin(KEPT[2:])]
     assert adalora.score.isna().equals(adalora.step == 0)
     assert (adalora.groupby(["study", "experiment", "seed", "step"])["rank"].sum() <= 432).all()
-
-
-def test_one_run_is_a_part_of_the_whole(results: Path) -> None:
-    whole = [row for row in history_table(results) if row["experiment"] == KEPT[3] and row["seed"] == 3]
-    assert history_table(results / "quickstart" / KEPT[3] / "seed_3") == whole
+    one_run = [row for row in history_table(results) if row["experiment"] == KEPT[3] and row["seed"] == 3]
+    assert history_table(results / "quickstart" / KEPT[3] / "seed_3") == one_run
 
 
 @pytest.mark.parametrize("ending", ["json", "csv", "parquet", "JSON"])
@@ -118,38 +115,35 @@ def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
         np.testing.assert_allclose(drawn.to_numpy(), pattern.raw_final, rtol=1e-12)
 
 
-def test_parquet_without_pyarrow_names_the_extra(results: Path, tmp_path: Path, without) -> None:
+@pytest.mark.parametrize(
+    ("asked", "file", "named"),
+    [
+        (
+            ".",
+            "history.parquet",
+            r"history\.parquet: needs the package pyarrow; run: pip install 'peft-vit\[parquet\]'",
+        ),
+        (".", "history.xlsx", r"history\.xlsx: --output: .* \.parquet, \.json or \.csv"),
+        (".", "taken.csv", r"taken\.csv: --output: can't be written"),
+        ("quickstart/linear_probe/seed_0", "history.csv", "seed_0: no finished run with adapters"),
+        ("missing", "history.csv", "missing: does not exist; run a study first"),
+    ],
+)
+def test_what_keeps_a_file_from_being_written_is_one_line(
+    results: Path, tmp_path: Path, without, asked: str, file: str, named: str
+) -> None:
     without("pyarrow")
-    with pytest.raises(
-        UserError, match=r"history\.parquet: needs the package pyarrow; run: pip install 'peft-vit\[parquet\]'"
-    ):
-        export_history(results, tmp_path / "history.parquet")
-    assert export_history(results, tmp_path / "history.csv") > 0
-    assert export_history(results, tmp_path / "history.json") > 0
-    assert not (tmp_path / "history.parquet").exists()
-
-
-def test_what_can_not_be_written_is_one_line(results: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"history\.xlsx: --output: .* \.parquet, \.json or \.csv"):
-        export_history(results, tmp_path / "history.xlsx")
     (tmp_path / "taken.csv").mkdir()
-    with pytest.raises(UserError, match=r"taken\.csv: --output: can't be written"):
-        export_history(results, tmp_path / "taken.csv")
-    linear = next(one for one in planted.quickstart((0,)) if one.spec.experiment.name == "linear_probe")
-    planted.write(tmp_path / "linear", [linear])
-    with pytest.raises(UserError, match="no finished run with adapters"):
-        export_history(run_folder(tmp_path / "linear", linear.spec), tmp_path / "history.csv")
-    with pytest.raises(UserError, match=r"does not exist; run a study first"):
-        export_history(tmp_path / "missing", tmp_path / "history.csv")
+    with pytest.raises(UserError, match=named):
+        export_history(results / asked, tmp_path / file)
+    assert not (tmp_path / file).is_file()
 
 
 def test_the_command(results: Path, tmp_path: Path, capsys) -> None:
-    file = tmp_path / "history.csv"
-    with pytest.raises(SystemExit) as stop:
-        main(["export", str(results), "--format", "history", "--output", str(file)])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"{len(history_table(results))} rows: {file}\n"
-    with pytest.raises(SystemExit) as stop:
-        main(["export", str(results), "--format", "history", "--output", str(tmp_path / "history")])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for name, code in (("history.csv", 0), ("history", 2)):
+        with pytest.raises(SystemExit) as stop:
+            main(["export", str(results), "--format", "history", "--output", str(tmp_path / name)])
+        assert stop.value.code == code
+    said = capsys.readouterr()
+    assert said.out == f"{len(history_table(results))} rows: {tmp_path / 'history.csv'}\n"
+    assert said.err.count("\n") == 1

@@ -10,8 +10,8 @@ from written_runs import run_and_write
 from peft_vit.errors import UserError
 from peft_vit.forecasting import estimate
 from peft_vit.records import read_study_file, write_study_file
-from peft_vit.runs import device as precision
-from peft_vit.runs.device import Bf16Support, bf16_support, choose_precision, resolve_device
+from peft_vit.runs import machine as precision
+from peft_vit.runs.machine import Bf16Support, bf16_support, choose_precision, resolve_device
 from peft_vit.studies.display import print_plan
 from peft_vit.studies.plan import plan_study, smoke_study
 from peft_vit.studies.scheduler import study_file

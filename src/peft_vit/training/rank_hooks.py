@@ -1,0 +1,292 @@
+"""The hooks that give adapters their ranks: by a rule once, by our controller, or by the PEFT library's AdaLoRA."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_vit.adapters import SiteAdapter, check_acting, set_ranks, site_adapters
+from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
+from peft_vit.adapters.peft_tuner import attach_peft_adalora
+from peft_vit.allocation import AdaLoRAController, CalibrationBatch, check_fisher, choose_starting_ranks, rank_costs
+from peft_vit.backbones import Site
+from peft_vit.config import PeftAdaLoraConfig, StartingRanksConfig
+from peft_vit.errors import UserError
+from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry, StepRow
+from peft_vit.training.hooks import Hook, HookContext
+
+_FISHER_IMAGES = 32  # of the calibration batch
+_PEFT_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator, by parameter
+
+
+class StartingRanks(Hook):
+    """The choice of a LoRA's ranks, once, between the fit of the head and the first step.
+
+    Args:
+        config: the rule and its budget.
+        sites: that carry adapters, which have no rank yet.
+        seed: of the run.
+    """
+
+    name = "starting_ranks"
+
+    def __init__(self, config: StartingRanksConfig, sites: Sequence[Site], *, seed: int) -> None:
+        self._config, self._sites, self._seed = config, sites, seed
+        self._ranks: dict[str, int] = {}
+        self._scores: dict[str, float] = {}
+
+    def begin(self, model: nn.Module, context: HookContext) -> None:
+        """Choose, and see to it that every adapter that has got a rank acts."""
+        with context.overhead.of(self.name):
+            batch = None
+            if self._config.reads_images:
+                images, labels = context.calibration_batch(self._config.calibration_images)
+                batch = CalibrationBatch(images, labels, context.loss)
+            chosen = choose_starting_ranks(model, self._sites, self._config, seed=self._seed, batch=batch)
+            self._ranks, self._scores = chosen
+        set_ranks(model, self._ranks)
+        check_acting(model)
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a training that has not called `begin`: no site would have a rank."""
+        if not self._ranks:
+            raise RuntimeError("ranks were not chosen; call begin before the optimizer is built")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was chosen."""
+        return {"ranks": self._ranks, "scores": self._scores}
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on with what was chosen."""
+        self._ranks, self._scores = dict(state["ranks"]), dict(state["scores"])
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return the ranks, and the score of each site's first rank if the rule scores."""
+        costs = rank_costs(self._config.unit, self._sites)
+        cost = int(costs @ [self._ranks[site.name] for site in self._sites])
+        entry = RankEntry(step=0, budget=self._config.budget, ranks=self._ranks, unit=self._config.unit, cost=cost)
+        scores = [ImportanceEntry(step=0, scores=self._scores)] if self._scores else []
+        return {"rank_history": [entry], "importance_history": scores}
+
+
+class AllocationHook(Hook):
+    """An AdaLoRAController's part of a step: it scores and decides, this applies."""
+
+    name = "allocation"
+    purposes: ClassVar[Mapping[str, str]] = {
+        "after_backward": "scoring",
+        "before_step": "scoring",
+        "after_step": "reallocation",
+        "attach": "reallocation",
+        "penalties": "penalty",
+    }
+
+    def __init__(self, controller: AdaLoRAController) -> None:
+        self.controller = controller
+        self._scores: dict[str, float] = {}
+        self._own_s: dict[int, float] = defaultdict(float)  # by step
+        self._fisher_check: FisherCheck | None = None
+        self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
+        weight = controller.config.orthogonality_weight
+        if weight is None:
+            weight = 0.1 if controller.config.parametrization == "svd" else 0.0  # 0.1: the official AdaLoRA code
+        self.orthogonality_weight = weight
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Let the controller refuse a model or an optimiser that can't follow a change of rank."""
+        self.controller.attach(model, optimizer)
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
+        if self.orthogonality_weight == 0:
+            return {}
+        present = [one for one in site_adapters(model).values() if isinstance(one, SiteAdapter) and one.rank]
+        total = torch.stack([adapter.orthogonality() for adapter in present]).sum()  # (sites,) -> ()
+        return {"orthogonality": self.orthogonality_weight * total / (2 * len(present))}
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Score the sites from the task's gradients, unless the penalty's belong to them."""
+        if not self._with_penalty:
+            self._score(model, step)
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Score the sites from the gradients of task and penalty together, as the official AdaLoRA code does."""
+        if self._with_penalty:
+            self._score(model, step)
+
+    def _score(self, model: nn.Module, step: int) -> None:
+        started = time.perf_counter()
+        self._scores = self.controller.update_importance_scores(model, step)
+        self._own_s[step] += time.perf_counter() - started
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Decide the ranks and apply them."""
+        started = time.perf_counter()
+        self.controller.apply_ranks(model, optimizer, self.controller.reallocate_ranks(self._scores, step))
+        self._own_s[step] += time.perf_counter() - started
+
+    def deployable(self, step: int) -> bool:
+        """Say whether the last decision has been taken, so that the final budget is met."""
+        return step >= self.controller.schedule.last_update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the controller's state, and what its own part of each step has cost so far."""
+        return {"controller": self.controller.state_dict(), "own_s": dict(self._own_s)}
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from such a state."""
+        self.controller.load_state_dict(state["controller"])
+        self._own_s = defaultdict(float, state["own_s"])
+
+    def probing_s(self, steps: Sequence[StepRow]) -> float | None:
+        """Return an estimate of the seconds by which forward and backward pass took longer in steps with probes.
+
+        That is, over the median of the steps without, and at least 0. Scoring, deciding and resizing are left out of
+        all steps: they are counted as this hook's own time. None if no step was probed, or every step was, so that
+        there is nothing to compare with.
+        """
+        probed = {entry["step"] for entry in self.controller.probe_history}
+        seconds = {row.step: row.seconds - self._own_s.get(row.step, 0.0) for row in steps}
+        plain = [value for step, value in seconds.items() if step not in probed]
+        if not probed or not plain:
+            return None
+        usual = statistics.median(plain)
+        return max(0.0, sum(value - usual for step, value in seconds.items() if step in probed))
+
+    def finish(self, model: nn.Module, context: HookContext) -> None:
+        """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
+        probing_s = self.probing_s(context.steps)
+        if probing_s is not None:
+            context.overhead["probes"] = probing_s
+        if self.controller.config.importance_metric == "fisher":
+            with context.overhead.of("fisher_check"):
+                images, labels = context.calibration_batch(_FISHER_IMAGES)
+                self._fisher_check = check_fisher(model, images, labels, class_weights=context.class_weights)
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return ranks, scores and probes by step, and how the score `fisher` compares with the Fisher."""
+        return {
+            "rank_history": [RankEntry(**entry) for entry in self.controller.rank_history],
+            "importance_history": [ImportanceEntry(**entry) for entry in self.controller.score_history],
+            "probe_history": [ProbeEntry(**entry) for entry in self.controller.probe_history],
+            "fisher_check": self._fisher_check,
+        }
+
+
+def last_update(config: PeftAdaLoraConfig, total_steps: int) -> int:
+    """Return the step after which PEFT masks for the last time and exactly once: T - tfinal."""
+    last = total_steps - (total_steps // 4 if config.final_steps is None else config.final_steps)
+    first = (config.warmup_steps // config.update_frequency + 1) * config.update_frequency
+    if config.warmup_steps >= last:
+        raise UserError(
+            f"warmup_steps {config.warmup_steps} plus final_steps {total_steps - last} leave no step for a decision "
+            f"in {total_steps} steps; shorten them or train longer",
+            field="peft_adalora.warmup_steps",
+        )
+    if first >= last:
+        raise UserError(
+            f"no multiple of {config.update_frequency} lies between warmup_steps {config.warmup_steps} and the last "
+            f"decision at step {last}, and PEFT decides at multiples only; lower it",
+            field="peft_adalora.update_frequency",
+        )
+    return last
+
+
+class PeftAdaLoraHook(Hook):
+    """PEFT's part of a step, in the order that PEFT documents: its scores see the penalty and the clipping.
+
+    PEFT's adapters are attached to the model, which is to have none; the penalty, which PEFT leaves out on plain
+    models, is added here.
+    """
+
+    name = "allocation"  # PEFT scores and masks in one call
+    purposes: ClassVar[Mapping[str, str]] = {"penalties": "penalty"}
+
+    def __init__(self, model: nn.Module, config: PeftAdaLoraConfig, total_steps: int, *, seed: int) -> None:
+        self.last_update = last_update(config, total_steps)
+        self.weight = config.orthogonality_weight
+        self.tuner = attach_peft_adalora(
+            model, config, final_steps=total_steps - self.last_update, total_steps=total_steps, seed=seed
+        )
+        budget = config.initial_rank * len(peft_layers(model))
+        self.rank_history: list[dict[str, Any]] = [{"step": 0, "budget": budget, "ranks": peft_ranks(model)}]
+
+    @property
+    def _finalized(self) -> bool:
+        return self.rank_history[-1]["step"] == self.last_update
+
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F.
+
+        The term of PEFT's AdaLoraModel.forward (tuners/adalora/model.py), which adds it only where the model returns
+        an object with `.loss`.
+        """
+        if self.weight == 0:
+            return {}
+        grams = []
+        for layer in peft_layers(model).values():
+            right, left = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]  # (r0, in), (out, r0)
+            grams += [right @ right.T, left.T @ left]  # (r0, r0) each
+        eye = torch.eye(len(grams[0]), device=grams[0].device)
+        norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
+        return {"orthogonality": self.weight * norms.mean()}
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
+        budget, due = self.tuner.rankallocator.budget_schedule(step)
+        self.tuner.update_and_allocate(step)
+        if step == self.last_update or (due and step < self.last_update):
+            self.rank_history.append({"step": step, "budget": budget, "ranks": peft_ranks(model)})
+        if step == self.last_update:
+            self._check_mask(model)
+
+    def _check_mask(self, model: nn.Module) -> None:
+        """Refuse a final mask that is not there, or that took everything: PEFT masks ties with the weakest."""
+        budget, kept = self.rank_history[-1]["budget"], sum(peft_ranks(model).values())
+        used = sum(int((layer.lora_E[ADAPTER] != 0).sum()) for layer in peft_layers(model).values())
+        if not 0 < kept <= budget or used > budget:
+            raise RuntimeError(
+                f"PEFT's final mask left {kept} triplets, {used} of them in use, of {budget} at step {self.last_update}"
+            )
+
+    def deployable(self, step: int) -> bool:
+        """Say whether the final mask has been applied; from then on PEFT applies it after every step."""
+        return self._finalized and step >= self.last_update
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return PEFT's smoothed scores and its latest mask."""
+        return {
+            "mask": self.tuner.peft_config[ADAPTER].rank_pattern,
+            "rank_history": copy.deepcopy(self.rank_history),
+            "scores": {name: dict(getattr(self.tuner.rankallocator, name)) for name in _PEFT_SCORES},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from such a state."""
+        device = next(model.parameters()).device
+        for name in _PEFT_SCORES:
+            scores = {key: tensor.to(device) for key, tensor in state["scores"][name].items()}
+            setattr(self.tuner.rankallocator, name, scores)
+        self.tuner.peft_config[ADAPTER].rank_pattern = copy.deepcopy(state["mask"])
+        self.rank_history = copy.deepcopy(state["rank_history"])
+
+    def finish(self, model: nn.Module, context: HookContext) -> None:
+        """Make sure that the model stands under the final mask.
+
+        Raises:
+            RuntimeError: if PEFT never finalized, or a masked triplet is in use again.
+        """
+        if not self._finalized:
+            raise RuntimeError(f"PEFT's AdaLoRA was not finalized: step {self.last_update} did not come")
+        self._check_mask(model)
+
+    def record(self, model: nn.Module) -> dict[str, Any]:
+        """Return the ranks by step."""
+        return {"rank_history": [RankEntry(**entry) for entry in self.rank_history]}

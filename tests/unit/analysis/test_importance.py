@@ -1,0 +1,174 @@
+"""Importance of layers, and its agreement over seeds and studies: planted scores, and the textbook's formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+from scipy import stats
+
+from peft_vit.analysis.importance import (
+    ImportancePattern,
+    importance_patterns,
+    kendalls_w,
+    seed_agreements,
+    study_agreements,
+)
+from peft_vit.records import ImportanceEntry, RunRecord, SiteInfo
+from peft_vit.report.figure import Canvas
+from peft_vit.report.heatmaps import importance_maps
+
+EXPERIMENTS = planted.experiments()
+ADALORA = EXPERIMENTS["adalora_proportional_magnitude"]
+NAMES = [site.name for site in planted.sites()]
+SITE_ORDER = np.arange(1.0, 73.0)
+
+
+def scored(seed: int, *values: Any, study: str = "one", **options: Any) -> RunRecord:
+    """Return a run with these scores of its sites, at step 12, 24, ..."""
+    entries = [
+        ImportanceEntry(step=12 * i, scores=dict(zip(NAMES, map(float, scores), strict=True)))
+        for i, scores in enumerate(values, start=1)
+    ]
+    return planted.record(ADALORA, seed, 0.8, study=study, changes={"importance_history": entries}, **options)
+
+
+def pattern_of(*records: RunRecord) -> ImportancePattern:
+    (pattern,) = importance_patterns(planted.study_of(list(records)))
+    return pattern
+
+
+def test_planted_importance_is_found() -> None:
+    pattern = importance_patterns(planted.study_of(planted.quickstart()))[0]
+    assert pattern.attention_over_mlp == pytest.approx((2.0, 2.0)), "attention is four times the MLP"
+    # Four types of weight 4 and two of weight 1: mean 3.
+    assert pattern.by_matrix["query"].estimate == pytest.approx(4 / 3)
+    assert pattern.by_matrix["fc1"].estimate == pytest.approx(1 / 3)
+    assert np.diff(np.mean(pattern.by_block, axis=0)) == pytest.approx(np.full(11, 1 / 6.5)), "block i weighs i + 1"
+    assert pattern.agreement_between_seeds == pattern.agreement_with_final[-1] == pytest.approx(1.0)
+    assert pattern.steps == planted.UPDATES
+
+
+def test_neither_the_unit_of_the_scores_matters_nor_does_one_seed_agree_with_another() -> None:
+    small = [ImportanceEntry(step=12, scores=planted.scores_at(36, 0, factor=1e-9))]
+    one = pattern_of(planted.record(ADALORA, 0, 0.8, changes={"importance_history": small}))
+    other = pattern_of(planted.record(ADALORA, 0, 0.8))
+    np.testing.assert_allclose(one.relative_final, other.relative_final, rtol=1e-12)
+    assert (one.agreement_between_seeds, one.by_matrix["query"].low) == (None, None)
+    (row,) = seed_agreements([one])
+    assert [row[key] for key in ("kendalls_w", "kendalls_w_blocks", "kendalls_w_matrices")] == [None] * 3
+
+
+def test_scores_of_some_matrices_only_or_of_none() -> None:
+    attention = {name: 1.0 for name in NAMES if "attn" in name}
+    found = planted.record(
+        ADALORA, 0, 0.8, changes={"importance_history": [ImportanceEntry(step=36, scores=attention)]}
+    )
+    pattern = pattern_of(found)
+    assert pattern.grid.matrices == ("query", "key", "value", "out")
+    assert pattern.attention_over_mlp == ()
+    assert pattern.agreement_with_final == (None,), "constant scores have no order"
+    assert importance_patterns(planted.study_of([scored(0, np.zeros(72))])) == ()
+
+
+def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -> None:
+    """As Swin's, which merges patches between stages."""
+    merge = SiteInfo(name="merge", block=1, matrix="reduction", role="other", in_features=4, out_features=2)
+    plain = planted.record(ADALORA, 0, 0.8)
+    entries = [
+        entry.model_copy(update={"scores": {**entry.scores, "merge": 1e3}}) for entry in plain.importance_history
+    ]
+    pattern = pattern_of(plain.model_copy(update={"importance_history": entries, "sites": [*plain.sites, merge]}))
+    assert pattern.grid.matrices[-1] == "reduction"
+    assert np.isfinite(pattern.relative_final[0, :, -1]).tolist() == [block == 1 for block in range(12)]
+    assert pattern.attention_over_mlp == pytest.approx((2.0,))
+    assert np.isfinite(pattern.by_block).all()
+    drawing = importance_maps([pattern])
+    assert drawing.caption.endswith("Grey: the block has no such matrix.")
+    assert "Grey" not in importance_maps([pattern_of(plain)]).caption
+    canvas = Canvas(8, 3)
+    drawing.paint(canvas)
+    lines = {line.get_label(): line.get_ydata() for line in canvas.figure.subfigs[0].axes[1].lines}
+    courses = [lines[label] for label in ("attention", "MLP")]
+    assert all(len(course) == 12 and np.isfinite(course).all() for course in courses)
+    np.testing.assert_allclose(courses[0], 4 * courses[1])
+
+
+def test_scores_of_a_matrix_type_over_time() -> None:
+    """Query is twice, then four times an average site of the other five types."""
+    rows = [np.tile([weight, 1, 1, 1, 1, 1], 12) for weight in (2.0, 4.0)]
+    pattern = pattern_of(*(scored(seed, *rows) for seed in (0, 1)))
+    assert pattern.steps == (12, 24)
+    np.testing.assert_allclose(pattern.matrix_course[:, 0], [2 / (7 / 6), 4 / (9 / 6)], rtol=1e-12)
+    np.testing.assert_allclose(pattern.matrix_course[:, 5], [1 / (7 / 6), 1 / (9 / 6)], rtol=1e-12)
+
+
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+
+def by_formula(scores: np.ndarray) -> float:
+    """Kendall and Babington Smith, word by word, ties corrected."""
+    m, n = scores.shape
+    ranks = np.array([stats.rankdata(row) for row in scores])
+    sums = ranks.sum(axis=0)
+    s = ((sums - sums.mean()) ** 2).sum()
+    t = sum((np.unique(row, return_counts=True)[1] ** 3 - np.unique(row, return_counts=True)[1]).sum() for row in ranks)
+    return float(12 * s / (m**2 * (n**3 - n) - m * t))
+
+
+@pytest.mark.parametrize("decimals", [0, 9])
+def test_w_by_the_formula_with_ties_and_without(decimals: int) -> None:
+    scores = np.random.default_rng(1).normal(size=(5, 12)).round(decimals)
+    assert kendalls_w(scores) == pytest.approx(by_formula(scores), abs=1e-12)
+
+
+@pytest.mark.parametrize("scores", [[[1, 2, 3]], [[1, 2], [2, 1]], [[1, 2, 3], [1, 1, 1]]])
+def test_too_few_or_constant_scores_have_no_w(scores: list[list[float]]) -> None:
+    assert kendalls_w(scores) is None
+    with pytest.raises(ValueError, match="finite"):
+        kendalls_w([*scores, [math.nan] * len(scores[0])])
+
+
+def test_seeds_that_agree_by_block_but_not_within() -> None:
+    rng = np.random.default_rng(3)
+    blocks = np.repeat(np.arange(1.0, 13.0), 6)  # the order of sites
+    rows = np.array([blocks * 100 + np.tile(rng.permutation(6), 12) for _ in range(3)])
+    (one,) = seed_agreements([pattern_of(*(scored(seed, row) for seed, row in enumerate(rows)))])
+    by_matrix = by_formula(rows.reshape(3, 12, 6).mean(axis=1))
+    assert one == {
+        "experiment": ADALORA.name,
+        "seeds": 3,
+        "sites": 72,
+        "kendalls_w": pytest.approx(by_formula(rows), abs=1e-12),
+        "kendalls_w_blocks": pytest.approx(1),
+        "kendalls_w_matrices": pytest.approx(by_matrix, abs=1e-9),
+    }
+
+
+def agreements(*records: RunRecord) -> list[dict[str, Any]]:
+    return study_agreements([(study, importance_patterns(study)) for study in planted.studies_of(list(records))])
+
+
+def test_two_studies_are_set_side_by_side() -> None:
+    rng = np.random.default_rng(4)
+    first, second = rng.random((2, 72)) + 0.1, rng.random((3, 72)) + 0.1
+    (one,) = agreements(
+        *(scored(seed, row) for seed, row in enumerate(first)),
+        *(scored(seed, row, study="two") for seed, row in enumerate(second)),
+    )
+    means = [np.mean([row / row.mean() for row in rows], axis=0) for rows in (first, second)]
+    assert one["rho"] == pytest.approx(stats.spearmanr(*means).statistic, abs=1e-12)
+    keys = ("study", "other_study", "sites", "metric", "same_backbone")
+    assert [one[key] for key in keys] == ["one", "two", 72, "magnitude", 1]
+
+
+def test_another_backbone_is_said_and_other_metrics_and_smoke_runs_make_no_row() -> None:
+    here = scored(0, SITE_ORDER)
+    (other,) = agreements(here, scored(0, SITE_ORDER, study="two", provenance_changes={"weights_sha256": "f" * 64}))
+    assert (other["same_backbone"], other["rho"]) == (0, pytest.approx(1))
+    assert agreements(here, scored(0, SITE_ORDER, study="two", smoke=True)) == []
+    for study in ("one", "two"):
+        assert agreements(here, planted.record(EXPERIMENTS["adalora_top_k_fisher"], 0, 0.8, study=study)) == []

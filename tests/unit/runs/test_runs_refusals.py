@@ -1,0 +1,101 @@
+"""What a run would fail on is refused by the plan in one line, at the setting that is to be changed."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+from done_runs import with_settings
+
+from peft_vit.config import ExperimentConfig, StartingRanksConfig, StudyConfig
+from peft_vit.errors import UserError
+from peft_vit.studies.plan import plan_study
+
+pytestmark = pytest.mark.part("configuration")
+BITS = "qa_lora.adaptive_bits"
+PEFT_ADALORA = {"initial_rank": 4, "target_rank": 2, "warmup_steps": 1, "update_frequency": 2, "final_steps": 2}
+
+
+def with_method(config: StudyConfig, method: str, **settings: Any) -> StudyConfig:
+    """Return the study with one experiment of another method."""
+    (experiment,) = config.experiments
+    content = {"name": "one", "method": method, "training": experiment.training, method: settings}
+    return config.model_copy(update={"experiments": (ExperimentConfig.model_validate(content),)})
+
+
+def adaptive_bits(config: StudyConfig, **settings: Any) -> StudyConfig:
+    adaptive = config.experiments[0].qa_lora.adaptive_bits.model_copy(update=settings)
+    return with_settings(config, "qa_lora", adaptive_bits=adaptive, rank=None if adaptive.ranks else 2)
+
+
+def rule(config: StudyConfig, **settings: Any) -> StudyConfig:
+    return with_settings(config, "lora", rank=None, ranks=StartingRanksConfig(**settings))
+
+
+def peft_adalora(config: StudyConfig, **settings: Any) -> StudyConfig:
+    return with_method(config, "peft_adalora", **PEFT_ADALORA | settings)
+
+
+REFUSED = [  # the study's method, what makes it one to be refused, its settings, the field, what is said
+    (
+        "qa_lora",
+        with_settings,
+        ("qa_lora",),
+        {"rounding": "gptq", "calibration_images": 25},
+        "qa_lora.calibration_images",
+        "24",
+    ),
+    ("adaptive_bits", adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
+    (
+        "adaptive_bits",
+        adaptive_bits,
+        (),
+        {"total_byte_budget": None, "average_bits": 3.0, "ranks": False},
+        f"{BITS}.average_bits",
+        "4.000",
+    ),
+    ("adaptive_bits", adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
+    (
+        "lora",
+        rule,
+        (),
+        {"rule": "gradient", "budget": 9, "calibration_images": 25},
+        "lora.ranks.calibration_images",
+        "24",
+    ),
+    ("lora", rule, (), {"rule": "random", "budget": 36}, "lora.ranks.budget", ""),
+    ("lora", rule, (), {"rule": "last_blocks", "budget": 9, "site_rank": 65}, "lora.ranks.site_rank", "64"),
+]
+OF_PEFT = [
+    ("lora", with_method, ("peft_lora",), {"rank": 65}, "peft_lora.rank", "blocks.0.attn.qkv"),
+    ("lora", peft_adalora, (), {"initial_rank": 65}, "peft_adalora.initial_rank", "at most 64"),
+    ("lora", peft_adalora, (), {"final_steps": 5}, "peft_adalora.warmup_steps", "6 steps"),
+    ("lora", peft_adalora, (), {"update_frequency": 4}, "peft_adalora.update_frequency", "multiple of 4"),
+    ("lora", with_method, ("peft",), {"type": "dorra"}, "peft.type", "did you mean 'dora'?"),
+    ("lora", with_method, ("peft",), {"type": "prefix_tuning"}, "peft.type", "PEFT has no tuner"),
+    ("lora", with_method, ("peft",), {"type": "lora", "lora_alhpa": 4}, "peft.lora_alhpa", "'lora_alpha'?"),
+    ("lora", with_method, ("peft",), {"type": "dora", "use_dora": True}, "peft.use_dora", "remove it"),
+    (
+        "lora",
+        with_method,
+        ("peft",),
+        {"type": "lora", "modules_to_save": ["head"]},
+        "peft.modules_to_save",
+        "remove it",
+    ),
+    ("lora", with_method, ("peft",), {"type": "oft", "r": 8, "oft_block_size": 4}, "peft", "PEFT refuses it"),
+    ("lora", with_method, ("peft",), {"type": "adalora"}, "peft.type", "peft_adalora"),
+]
+without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the PEFT library")
+
+
+@pytest.mark.parametrize(
+    ("method", "make", "arguments", "settings", "field", "said"),
+    [*REFUSED, *(pytest.param(*case, marks=without_peft) for case in OF_PEFT)],
+)
+def test_the_plan_refuses_it_at_its_field(study, tmp_path, method, make, arguments, settings, field, said) -> None:
+    config = make(study(method), *arguments, **settings)
+    with pytest.raises(UserError) as caught:
+        plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
+    assert caught.value.field == f"experiments[0].{field}"
+    assert said in caught.value.message
+    assert len(str(caught.value).splitlines()) == 1
