@@ -360,7 +360,7 @@ NOT_COVERED = {
     "bits_by_layer": "planted truth in tests/unit/analysis/test_py",
     "importance_by_block": "planted truth in tests/unit/analysis/test_py",
     "importance_by_matrix": "planted truth in tests/unit/analysis/test_py",
-    "importance_course": "planted truth in tests/unit/analysis/test_stability.py",
+    "importance_course": "planted truth in tests/unit/analysis/test_importance.py",
     "importance_over_time": "planted truth in tests/unit/analysis/test_py",
     "quantization_balance": "planted truth in tests/unit/analysis/test_py",
     "size": "planted truth in tests/unit/analysis/test_py",

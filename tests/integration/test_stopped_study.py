@@ -14,7 +14,8 @@ from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import compare_all, study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.statistics import Course
-from peft_vit.studies.commands import Execution, run_until_decided
+from peft_vit.studies.commands import run_until_decided
+from peft_vit.studies.request import Execution
 
 pytestmark = pytest.mark.part("analyzer")
 

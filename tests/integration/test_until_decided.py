@@ -13,7 +13,8 @@ from planted_runs import PlantedRuns
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.studies.commands import Execution, run_until_decided
+from peft_vit.studies.commands import run_until_decided
+from peft_vit.studies.request import Execution
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -171,10 +172,10 @@ REFUSED = {
     "a section is missing": (("--until-decided",), {"stopping": None}, "stopping: is missing"),
     "a section has no effect": ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
     "as within minutes": (("--minutes", 5), {}, "which takes --until-decided"),
-    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: can't be combined with --smoke"),
-    "method": (("--until-decided", "--method", "lora"), {}, "can't be combined with --method"),
-    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "can't be combined with --seeds"),
-    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: is 0; give more than 0"),
+    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: has no effect with --smoke"),
+    "method": (("--until-decided", "--method", "lora"), {}, "--until-decided: has no effect with --method"),
+    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
+    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: input should be greater than 0, got 0"),
     "no such control": (("--until-decided",), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft_vit.analysis.allocation import Allocation
-from peft_vit.analysis.calibration import Calibration, CalibrationDifferences, calibration
+from peft_vit.analysis.calibration import Calibration, Measure, calibration, calibration_differences
 from peft_vit.analysis.comparison import AllPairs, Estimate, MethodResult, Pair, all_pairs, method_results
 from peft_vit.analysis.effectiveness import AgainstControl, against_controls
 from peft_vit.analysis.findings import Finding, find
@@ -31,7 +31,7 @@ class Analysis:
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
-    calibration_differences: tuple[CalibrationDifferences, ...]
+    calibration_differences: dict[str, dict[Measure, tuple[Estimate, ...]]]  # by reference and measure
     importance: tuple[ImportancePattern, ...]
     fisher: dict[str, list[FisherCheck]]
     allocation: tuple[Allocation, ...]
@@ -45,7 +45,6 @@ def analyze(study: Study) -> Analysis:
     methods = method_results(study)
     patterns = importance_patterns(study)
     evidence = Evidence(study)
-    calibrated, calibration_differences = calibration(study)
     return Analysis(
         study=study,
         methods=methods,
@@ -53,8 +52,8 @@ def analyze(study: Study) -> Analysis:
         courses=study_courses(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
-        calibration=calibrated,
-        calibration_differences=calibration_differences,
+        calibration=calibration(study),
+        calibration_differences=calibration_differences(study),
         importance=patterns,
         fisher=fisher_checks(study),
         allocation=tuple(evidence.allocation.values()),

@@ -47,15 +47,6 @@ class Calibration:
     without: tuple[int, ...]  # seeds whose record holds no predictions
 
 
-@dataclass(frozen=True)
-class CalibrationDifferences:
-    """Paired differences of one measure to one reference, corrected as one family: negative is better calibrated."""
-
-    measure: Measure
-    reference: str
-    comparisons: tuple[Estimate, ...]
-
-
 def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) -> tuple[Bin, ...]:
     """Return (n,) predictions by confidence: bin m of M holds those in ((m - 1) / M, m / M], the first one 0 too.
 
@@ -127,20 +118,25 @@ MEASURES: dict[Measure, Callable[[Run], float | None]] = {
 OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
 
 
-def calibration(study: Study) -> tuple[tuple[Calibration, ...], tuple[CalibrationDifferences, ...]]:
-    """Return one row for each experiment with a finished run, and paired differences to the study's references.
+def calibration(study: Study) -> tuple[Calibration, ...]:
+    """Return one row for each experiment with a finished run."""
+    return tuple(_calibration(runs) for e in study.experiments if (runs := study.of(e.name)))
 
-    Differences are one family of tests for each measure and reference; a measure that no pair has makes none.
+
+def calibration_differences(study: Study) -> dict[str, dict[Measure, tuple[Estimate, ...]]]:
+    """Return by reference and measure the paired differences of all other experiments: negative is better calibrated.
+
+    They are one family of tests for each measure and reference; a measure that no pair has makes none.
     """
-    runs_of = {e.name: runs for e in study.experiments if (runs := study.of(e.name))}
-    families = []
+    names = [e.name for e in study.experiments if study.of(e.name)]
+    families: dict[str, dict[Measure, tuple[Estimate, ...]]] = {}
     for reference in references(study):
-        others = [name for name in runs_of if name != reference]
         for measure, value in MEASURES.items():
-            family = [compare(runs_of[name], runs_of[reference], name, reference, value) for name in others]
-            if any(comparison.interval is not None for comparison in family):
-                families.append(CalibrationDifferences(measure, reference, decide(family, study.untested)))
-    return tuple(map(_calibration, runs_of.values())), tuple(families)
+            pairs = [(name, reference) for name in names if name != reference]
+            family = [compare(study.of(a), study.of(b), a, b, value) for a, b in pairs]
+            if any(estimate.interval is not None for estimate in family):
+                families.setdefault(reference, {})[measure] = decide(family, study.untested)
+    return families
 
 
 def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -79,16 +79,12 @@ class QuantizationImpact:
     @cached_property
     def relative_errors(self) -> dict[str, float]:
         """Return ``||W - Wq|| / ||W||`` by module, mean over runs, of those that all of them quantized."""
-        by_run = [summary.relative_error for summary in _summaries(self.runs)]
-        shared = sorted(set.intersection(*map(set, by_run)))
-        return {name: float(np.mean([of[name] for of in by_run])) for name in shared}
+        return dict(sorted(_means([summary.relative_error for summary in _summaries(self.runs)]).items()))
 
     @property
     def bits_by_layer(self) -> dict[str, float]:
         """Return module -> stored bits a weight in the end, mean over seeds."""
-        last = [run.record.bits_history[-1].bits_per_weight for run in self.runs if run.record.bits_history]
-        shared = set.intersection(*map(set, last)) if last else set()
-        return {name: fmean(bits[name] for bits in last) for name in (last[0] if last else ()) if name in shared}
+        return _means([run.record.bits_history[-1].bits_per_weight for run in self.runs if run.record.bits_history])
 
     @property
     def claimed(self) -> float | None:
@@ -204,3 +200,9 @@ def model_bytes(runs: Sequence[Run]) -> ModelBytes | None:
 
 def _summaries(runs: Sequence[Run]) -> list[QuantizationSummary]:
     return [run.record.quantization for run in runs if run.record.quantization is not None]
+
+
+def _means(by_run: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of each value that all runs have, in the order of the first."""
+    names = [name for name in (by_run[0] if by_run else ()) if all(name in of for of in by_run)]
+    return {name: float(np.mean([of[name] for of in by_run])) for name in names}

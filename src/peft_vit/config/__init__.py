@@ -66,5 +66,6 @@ from peft_vit.config.training import (
     bytes_of,
     micro_batch_fault,
     parse_bytes,
+    written_size,
 )
 from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
-from peft_vit.analysis import AllPairs, Calibration, CalibrationDifferences, Estimate, Front, MethodResult, Pair
-from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin
+from peft_vit.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
+from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin, Measure
 from peft_vit.analysis.comparison import BY_LOOKS
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
 from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
@@ -149,11 +149,18 @@ def convergence_table(methods: Sequence[MethodResult]) -> Table:
     )
 
 
-_CALIBRATION = {"nll": "NLL (nats)", "ece": "ECE", "adaptive_ece": "adaptive ECE", "brier": "Brier score"}
+_CALIBRATION: dict[Measure, str] = {
+    "nll": "NLL (nats)",
+    "ece": "ECE",
+    "adaptive_ece": "adaptive ECE",
+    "brier": "Brier score",
+}
 
 
 def calibration_blocks(
-    methods: Sequence[MethodResult], calibrations: Sequence[Calibration], differences: Sequence[CalibrationDifferences]
+    methods: Sequence[MethodResult],
+    calibrations: Sequence[Calibration],
+    differences: Mapping[str, Mapping[Measure, Sequence[Estimate]]],
 ) -> Iterator[Block]:
     """Yield calibration by experiment, its differences to the references, reliability bins, and what is not known."""
     if not calibrations:
@@ -176,8 +183,8 @@ def calibration_blocks(
         f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
         folded=True,
     )
-    for reference in dict.fromkeys(family.reference for family in differences):
-        yield _calibration_differences([family for family in differences if family.reference == reference], reference)
+    for reference, families in differences.items():
+        yield _calibration_differences(reference, families)
     if any(c.bins for c in calibrations):
         yield _reliability_table([c for c in calibrations if c.bins])
     lacking = [c.experiment.name for c in calibrations if not c.seeds] + [
@@ -189,31 +196,30 @@ def calibration_blocks(
         yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(lacking)}.")
 
 
-def _calibration_differences(families: Sequence[CalibrationDifferences], reference: str) -> Table:
+def _calibration_differences(reference: str, families: Mapping[Measure, Sequence[Estimate]]) -> Table:
     words = {"supported": "worse", "refuted": "better", "not decided": "not decided"}
 
     def text(c: Estimate) -> str:
         return c.note if c.interval is None else f"{to_thousandths(c.interval)}, {words[c.verdict]}"
 
-    rows = zip(*(family.comparisons for family in families), strict=True)  # one an experiment, one a measure
     return crossed(
         f"calibration_against_{reference}",
         f"Calibration minus that of {reference}, paired by seed",
         "experiment",
-        {_CALIBRATION[f.measure]: {c.name: text(c) for c in f.comparisons} for f in families},
+        {_CALIBRATION[measure]: {c.name: text(c) for c in family} for measure, family in families.items()},
         "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
         f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
         data=(
             {
                 "experiment": c.name,
                 "reference": reference,
-                "measure": family.measure,
+                "measure": measure,
                 **ends("difference", c.interval),
                 **comparison_values(c),
                 "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
             }
-            for row in rows
-            for family, c in zip(families, row, strict=True)
+            for row in zip(*families.values(), strict=True)  # an experiment
+            for measure, c in zip(families, row, strict=True)
         ),
         folded=True,
     )

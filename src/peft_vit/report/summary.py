@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import STATES, UnfinishedRun, seeds_in_words, why_unfinished
-from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig
+from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
@@ -68,7 +68,7 @@ def _weights(run: Run) -> str:
 
 def licence(study: Study, dataset: str) -> str:
     """Return the terms of a data set's images."""
-    return "synthetic images, none needed" if study.smoke else DATASETS[dataset].licence
+    return licence_of(dataset, smoke=study.smoke)
 
 
 def _split(run: Run) -> str:

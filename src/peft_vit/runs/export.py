@@ -96,25 +96,6 @@ class OnnxOptions:
     activations: Literal["int8"] | None = None
     accept_loss: float | None = None
 
-    def check(self, format: FileFormat | Literal["peft", "history", "tensorboard"]) -> None:
-        """Refuse options that would have no effect.
-
-        Raises:
-            UserError: names the option.
-        """
-        given = {"--runtime": self.runtime, "--activations": self.activations, "--accept-loss": self.accept_loss}
-        asked = [option for option, value in given.items() if value is not None]
-        if format != "onnx" and asked:
-            raise UserError("has an effect only with --format onnx", field=asked[0])
-        if self.activations is None and self.accept_loss is not None:
-            raise UserError("has an effect only with --activations int8", field="--accept-loss")
-        if self.activations is not None and self.runtime == "small":
-            raise UserError(
-                "expands the codes as --runtime fast does; leave out --runtime small", field="--activations"
-            )
-        if self.accept_loss is not None and not 0 <= self.accept_loss <= 100:  # also NaN
-            raise UserError(f"expected 0 to 100 points, got {self.accept_loss}", field="--accept-loss")
-
 
 def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
     """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them.
@@ -160,7 +141,6 @@ def export_run_to_file(
         UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
             its images are not there to tell, or the file can't be written.
     """
-    options.check(format)
     ending = _ENDINGS.get(format)
     if ending is not None and file.suffix != ending:
         raise UserError(f"expected a name that ends in {ending}", file=file, field="--output")

@@ -16,6 +16,7 @@ from peft_vit.analysis.calibration import (
     OVERCONFIDENCE,
     Bin,
     calibration,
+    calibration_differences,
     calibration_error,
     confidence_brier,
     equal_count_bins,
@@ -112,7 +113,7 @@ def recorded(name: str, seed: int, predicted: Predictions | None, **test: float)
 def test_planted_overconfidence_is_found() -> None:
     # 7 of 10 right at confidence 0.9, then 8 of 10: accuracy 0.75 over both.
     records = [recorded("lora_r8", 0, predictions(7, 3, 0.9)), recorded("lora_r8", 1, predictions(8, 2, 0.9))]
-    (one,) = calibration(planted.study_of(records))[0]
+    (one,) = calibration(planted.study_of(records))
     measured = (OVERCONFIDENCE, MEASURES["adaptive_ece"], MEASURES["brier"])
     means = [np.mean([of(run) for run in planted.study_of(records).runs]) for of in measured]
     # (7 * 0.01 + 3 * 0.81) / 10 = 0.25; (8 * 0.01 + 2 * 0.81) / 10 = 0.17
@@ -130,10 +131,10 @@ def test_records_without_predictions_are_named() -> None:
         recorded("lora_r8", 1, empty),
         recorded("lora_r8", 2, predictions(1, 1, 0.5)),
     ]
-    (one,) = calibration(planted.study_of(records))[0]
+    (one,) = calibration(planted.study_of(records))
     assert (one.seeds, one.without) == ((2,), (0, 1))
     study = planted.study_of(records[:1])
-    (none,) = calibration(study)[0]
+    (none,) = calibration(study)
     assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0,))
 
 
@@ -142,17 +143,17 @@ def test_differences_to_the_reference_are_paired_and_negative_where_better() -> 
     for seed in range(7):
         records.append(recorded("lora_r8", seed, predictions(8, 2, 0.9), nll=0.5 + 0.1 * seed))
         records.append(recorded("lora_r2", seed, predictions(8, 2, 0.8), nll=0.4 + 0.1 * seed + 0.001 * seed**2))
-    families = {family.measure: family for family in calibration(planted.study_of(records))[1]}
-    assert {family.reference for family in families.values()} == {"lora_r8"}
-    (nll,) = families["nll"].comparisons
+    ((reference, families),) = calibration_differences(planted.study_of(records)).items()
+    assert reference == "lora_r8"
+    (nll,) = families["nll"]
     assert nll.interval is not None
     assert nll.interval.estimate == pytest.approx(-0.1 + 0.001 * 91 / 7)
     assert nll.verdict == "refuted", "it is not larger: 2 / 2^7 for seven of one sign"
-    (adaptive,) = families["adaptive_ece"].comparisons
+    (adaptive,) = families["adaptive_ece"]
     assert adaptive.interval is not None
     assert adaptive.interval.estimate == pytest.approx(-0.1)
 
 
 def test_a_measure_that_no_pair_has_makes_no_family() -> None:
     records = [recorded(name, seed, None) for name in ("lora_r8", "lora_r2") for seed in range(2)]
-    assert {family.measure for family in calibration(planted.study_of(records))[1]} == {"nll", "ece"}
+    assert calibration_differences(planted.study_of(records))["lora_r8"].keys() == {"nll", "ece"}
