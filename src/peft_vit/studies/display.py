@@ -14,12 +14,12 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig
+from peft_vit.config import StudyConfig, file_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import makespan
 from peft_vit.records import RunRecord
-from peft_vit.runs.export import Exported, file_bytes, said_loss
+from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
