@@ -47,7 +47,7 @@ class Request(Settings):
     @classmethod
     def spelled(cls, field: str, *values: Any) -> str:
         """Return an option, and its value or several, as they are typed."""
-        return f"{cls.option(field).name} {' or '.join(map(str, values))}".rstrip()
+        return f"{cls.option(field).name} {' or '.join(str(value) for value in values if value is not True)}".rstrip()
 
     @classmethod
     def of(cls, **asked: Any) -> Self:

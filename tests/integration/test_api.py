@@ -48,7 +48,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("tune", {"models": 3}, "models", "string, got 3"),
     ("tune", {"models": ""}, "models", "is empty"),
     ("tune", {"executor": "spark"}, "executor", "should be 'local' or 'ray', got 'spark'"),
-    ("tune", {"memory_limit": 10**9}, "memory_limit", "string, got 1000000000"),
+    ("tune", {"memory_limit": 10**9}, "memory_limit", "1000000000 has no unit"),
     ("tune", {"minutes": "many"}, "minutes", "got 'many'"),
     ("tune", {"threads": 0}, "threads", "got 0"),
     ("tune", {"ranks": 3}, "ranks", "unknown key"),

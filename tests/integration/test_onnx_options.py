@@ -67,26 +67,30 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
     assert file.stat().st_size > 10_000
 
 
-def test_options_without_effect_are_refused(run_of, tmp_path, refused) -> None:
-    def refusal(run: str, format: str, *options: str) -> str:
-        ending = {"openvino": "xml", "history": "csv"}.get(format, format)
-        return refused("export", run_of(run), "--format", format, "--output", tmp_path / f"model.{ending}", *options)
+INT8 = ("--activations", "int8")
 
-    only_onnx = "has an effect only with --format onnx"
-    assert f"--runtime: {only_onnx}" in refusal("int4", "openvino", "--runtime", "fast")
-    assert f"--runtime: {only_onnx}" in refusal("int4", "history", "--runtime", "small")
-    assert f"--activations: {only_onnx}" in refusal("int4", "safetensors", "--activations", "int8")
-    assert f"--accept-loss: {only_onnx}" in refusal("int4", "peft", "--accept-loss", "0")
-    assert "'quick' is not one of 'small', 'fast'" in refusal("int4", "onnx", "--runtime", "quick")
-    assert "'int4' is not one of 'int8'" in refusal("int4", "onnx", "--activations", "int4")
-    floats = "has no effect on this run, whose weights are floats"
-    assert f"--runtime: {floats}" in refusal("lora", "onnx", "--runtime", "fast")
-    assert f"--activations: {floats}" in refusal("lora", "onnx", "--activations", "int8")
-    assert "only with --activations int8" in refusal("int4", "onnx", "--accept-loss", "1")
-    assert "leave out --runtime small" in refusal("int4", "onnx", "--activations", "int8", "--runtime", "small")
-    for points in ("-1", "nan", "101"):
-        asked = ("--activations", "int8", "--accept-loss", points)
-        assert "expected 0 to 100 points" in refusal("int4", "onnx", *asked)
+
+@pytest.mark.parametrize(
+    ("run", "format", "options", "said"),
+    [
+        ("int4", "openvino", ("--runtime", "fast"), "--runtime: has no effect with --format openvino"),
+        ("int4", "history", ("--runtime", "small"), "--runtime: has no effect with --format history"),
+        ("int4", "safetensors", INT8, "--activations: has no effect with --format safetensors"),
+        ("int4", "peft", ("--accept-loss", "1"), "--accept-loss: has no effect with --format peft"),
+        ("int4", "onnx", ("--runtime", "quick"), "'quick' is not one of 'small', 'fast'"),
+        ("int4", "onnx", ("--activations", "int4"), "'int4' is not one of 'int8'"),
+        ("lora", "onnx", ("--runtime", "fast"), "--runtime: has no effect on this run, whose weights are floats"),
+        ("lora", "onnx", INT8, "--activations: has no effect on this run, whose weights are floats"),
+        ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
+        ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
+        *(("int4", "onnx", (*INT8, "--accept-loss", points), "--accept-loss") for points in ("-1", "nan", "101")),
+    ],
+)
+def test_options_without_effect_are_refused(run, format, options, said, run_of, tmp_path, refused) -> None:
+    ending = {"openvino": "xml", "history": "csv"}.get(format, format)
+    assert said in refused(
+        "export", run_of(run), "--format", format, "--output", tmp_path / f"model.{ending}", *options
+    )
     assert not list(tmp_path.iterdir())
 
 

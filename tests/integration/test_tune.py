@@ -14,8 +14,8 @@ import tune_error
 from PIL import Image
 
 from peft_vit.errors import UserError
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.memory_limit import StepCost
-from peft_vit.forecasting.throughput import Throughput
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import read_study_file
 from peft_vit.tuning import stages

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_runs import PlantedRuns
+from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.studies.commands import Execution, run_until_decided
+from peft_vit.studies.commands import run_until_decided
+from peft_vit.studies.request import Execution
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -24,23 +25,7 @@ STOPPING: dict[str, Any] = {"control": "base", "margin": 1.0, "looks": [4, 8, SE
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
-    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
-    names = ("base", *LEAD)
-    return {
-        "name": "colours",
-        "seeds": list(range(SEEDS)),
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": rank + 1}, "training": training}
-            for rank, name in enumerate(names)
-        ],
-        "stopping": STOPPING,
-        **changes,
-    }
+    return study_of_loras("colours", ("base", *LEAD), SEEDS) | {"stopping": STOPPING, **changes}
 
 
 @pytest.fixture
@@ -171,10 +156,10 @@ REFUSED = {
     "a section is missing": (("--until-decided",), {"stopping": None}, "stopping: is missing"),
     "a section has no effect": ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
     "as within minutes": (("--minutes", 5), {}, "which takes --until-decided"),
-    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: can't be combined with --smoke"),
-    "method": (("--until-decided", "--method", "lora"), {}, "can't be combined with --method"),
-    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "can't be combined with --seeds"),
-    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: is 0; give more than 0"),
+    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: has no effect with --smoke"),
+    "method": (("--until-decided", "--method", "lora"), {}, "--until-decided: has no effect with --method"),
+    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
+    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: input should be greater than 0, got 0"),
     "no such control": (("--until-decided",), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
 }
 

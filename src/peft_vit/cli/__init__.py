@@ -9,18 +9,7 @@ from typing import Any
 
 import typer
 
-from peft_vit.cli import studies
-
-# isort: split
-from peft_vit.cli import results
-
-# isort: split
-from peft_vit.cli import models
-
-# isort: split
-from peft_vit.cli import start
-
-# isort: split
+from peft_vit.cli import studies, results, models  # isort: skip  # in the order of --help
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -30,13 +30,12 @@ def command(request: type[_Asked]) -> Callable[[Callable[[_Asked], None]], Calla
     def add(function: Callable[[_Asked], None]) -> Callable[[_Asked], None]:
         parameters = [_parameter(name, field, request.option(name)) for name, field in request.model_fields.items()]
 
+        @functools.wraps(function)
         def call(**typed: Any) -> None:
             function(request.of(**{one.name: typed[one.name] for one in parameters if typed[one.name] != one.default}))
 
-        call.__doc__, call.__name__ = function.__doc__, function.__name__
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which typer reads
         call.__annotations__ = {one.name: one.annotation for one in parameters}
-        call.__wrapped__ = function  # type: ignore[attr-defined]  # whose source is the command's
         app.command()(call)
         return function
 
@@ -45,16 +44,14 @@ def command(request: type[_Asked]) -> Callable[[Callable[[_Asked], None]], Calla
 
 def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter:
     """Return a field as a parameter that typer understands."""
-    kind: Any = field.annotation if option.typed is None else option.typed
-    plain = isinstance(field.default, str | int | float | Path)
-    default = inspect.Parameter.empty if field.is_required() else field.default if plain else None
-    if option.typed is not None and default is None:
+    kind: Any = option.typed or field.annotation
+    default = inspect.Parameter.empty if field.is_required() else None if option.typed else field.default
+    if option.typed and default is None:
         kind = kind | None
-    if option.is_argument:
-        info: Any = typer.Argument(help=field.description, show_default=False)
-    else:
-        least: Any = next((limit.ge for limit in field.metadata if isinstance(limit, Ge)), None)
-        most: Any = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
+    info: Any = typer.Argument(help=field.description, show_default=False)
+    if not option.is_argument:
+        bounds = {type(limit): limit for limit in field.metadata}
+        least, most = getattr(bounds.get(Ge), "ge", None), getattr(bounds.get(Le), "le", None)
         info = typer.Option(option.name, help=field.description, min=least, max=most)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 

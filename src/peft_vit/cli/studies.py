@@ -9,104 +9,42 @@ from typing import Annotated
 import typer
 
 from peft_vit.cli.app import app, command
-from peft_vit.config import MethodName
-from peft_vit.studies.executors import ExecutorName
-from peft_vit.studies.request import DEFAULT_OUTPUT, TrainRequest
+from peft_vit.studies.request import PlanRequest, RunRequest, TrainRequest
 from peft_vit.tuning.request import TuneRequest
 
-SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
-Configs = Annotated[list[Path], typer.Argument(help="YAML files of studies", show_default=False)]
-Output = Annotated[
-    Path | None,
-    typer.Option(help=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}"),
-]
-Smoke = Annotated[bool, typer.Option("--smoke", help="random weights, synthetic files, a few steps; marked so")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="runs at a time, in place of the studies' own; results do not depend on it")
-]
-StudiesDir = Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)]
-
-
-@app.command()
-def run(
-    configs: Configs,
-    output: Output = None,
-    smoke: Smoke = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
-    method: Annotated[MethodName | None, typer.Option(help="only the studies' experiments of this method")] = None,
-    seeds: Annotated[str | None, typer.Option(help="only these of the studies' seeds, as in 0,1,2")] = None,
-    workers: Workers = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            help="end within so many: all runs of a seed, then of the next, while one fits; the next call goes on"
-        ),
-    ] = None,
-    until_decided: Annotated[
-        bool,
-        typer.Option("--until-decided", help="only as many seeds as the comparisons of the section `stopping` need"),
-    ] = False,
-    oversubscribe: Annotated[
-        bool, typer.Option("--oversubscribe", help="allow more threads, workers x threads, than there are cores")
-    ] = False,
-    skip_failed: Annotated[
-        bool, typer.Option("--skip-failed", help="leave runs alone that failed in an earlier call")
-    ] = False,
-    executor: Annotated[ExecutorName, typer.Option(help="processes on this machine, or a Ray cluster")] = "local",
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            help="host:port, or local for a cluster of this call alone; default: one that runs here, or local"
-        ),
-    ] = None,
-) -> None:
+@command(RunRequest)
+def run(asked: RunRequest) -> None:
     """Do every run of the studies that is not done yet, then say where to look.
 
     The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
     from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
     0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.studies.commands import Execution, RunRequest, plan_studies, run_studies
+    from peft_vit.studies.commands import plan_studies, run_studies
 
-    results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    asked = RunRequest(
-        configs, results_dir, smoke, method, seeds, workers, minutes=minutes, until_decided=until_decided
-    )
-    if dry_run:
+    if asked.dry_run:
         plan_studies(asked)
     else:
-        execution = Execution(executor, ray_address, oversubscribe, skip_failed)
-        _sum_up(run_studies(asked, execution), results_dir)
+        _sum_up(run_studies(asked), asked.results_dir)
 
 
-@app.command()
-def plan(
-    configs: Configs,
-    output: Output = None,
-    smoke: Smoke = False,
-    workers: Workers = None,
-    profile: Annotated[
-        bool,
-        typer.Option(
-            "--profile/--no-profile",
-            help="measure a few steps of what is not known yet, and not only of a memory_limit",
-        ),
-    ] = True,
-) -> None:
+@command(PlanRequest)
+def plan(asked: PlanRequest) -> None:
     """Check the studies and print what every run will take: seconds and peak memory.
 
     Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
     what they took is kept for later plans. Smoke studies are never measured.
     """
-    from peft_vit.studies.commands import RunRequest, plan_studies
+    from peft_vit.studies.commands import plan_studies
 
-    results_dir = output or (SMOKE_OUTPUT if smoke else DEFAULT_OUTPUT)
-    plan_studies(RunRequest(configs, results_dir, smoke, workers=workers, calibrate=profile))
+    plan_studies(RunRequest.of(**asked.model_dump(exclude={"profile"})), profile=asked.profile)
 
 
 @app.command()
-def status(results_dir: StudiesDir) -> None:
+def status(
+    results_dir: Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)],
+) -> None:
     """Say what has become of every planned run, with the reason of each failure; changes nothing."""
     from peft_vit.records.progress import find_studies, status_lines, study_status
 

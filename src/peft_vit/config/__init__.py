@@ -6,6 +6,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 """
 
 from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
+from peft_vit.config.export_formats import EXPORTS, ExportFormat, file_bytes, format_of
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.methods import (
     METHOD_KINDS,
@@ -66,5 +67,6 @@ from peft_vit.config.training import (
     bytes_of,
     micro_batch_fault,
     parse_bytes,
+    written_size,
 )
 from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix

@@ -188,7 +188,8 @@ def parse_bytes(text: str, option: str) -> int:
         raise UserError(str(error), field=option) from None
 
 
-def _size(value: Any) -> Any:
+def written_size(value: Any) -> Any:
+    """Refuse what is no size with its unit (ValueError)."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         raise ValueError(f"{value} has no unit; write it with one of {', '.join(_UNITS)}, as in 1GB")
     if isinstance(value, str):
@@ -225,7 +226,7 @@ class TrainingConfig(Settings):
         ge=0,
         description="for adaptive: how many blocks, from the first on; default: chosen when the study is planned",
     )
-    memory_limit: Annotated[str, BeforeValidator(_size)] | None = Field(
+    memory_limit: Annotated[str, BeforeValidator(written_size)] | None = Field(
         default=None,
         description="on the resident memory of a training process, as in 1GB; micro_batch_size and recomputed_blocks, "
         "unless given, are the fastest that keep within",

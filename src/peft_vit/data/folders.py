@@ -27,6 +27,7 @@ from peft_vit.data.index import (
     ImagesFile,
     Source,
     check_class_names,
+    numbered,
     refuse_several_labels,
     sample_images,
     save_sample,
@@ -52,19 +53,15 @@ def _index(
     """Index files by their classes; what stands `beside` them is hashed too, and then copies are not looked for."""
     files = list(classes)
     hashed = tree.hashed([*beside, *files])
-    names = sorted(set(classes.values()))
-    number = {name: k for k, name in enumerate(names)}
-    labels = np.array([number[name] for name in classes.values()], dtype=np.int64)
-    contents = None if beside else np.unique([hashed.each[name] for name in files], return_inverse=True)[1]
+    names, labels = numbered(list(classes.values()))
     return ImageIndex(
         labels=labels,
-        strata=labels,
         class_names=tuple(titles[name] if titles else name for name in names),
         official_test=np.array(is_test, dtype=bool) if is_test and any(is_test) else None,
         sha256=hashed.sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
         names=files,
-        contents=None if contents is None else contents.astype(np.int64),
+        contents=None if beside else numbered([hashed.each[name] for name in files])[1],
         own=not beside,
     )
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
-from peft_vit.data.index import ImageIndex, Source, refuse_several_labels, sample_images
+from peft_vit.data.index import ImageIndex, Source, numbered, refuse_several_labels, sample_images
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
@@ -91,13 +91,12 @@ def read_hf(config: DataConfig) -> ImageIndex:
 
     return ImageIndex(
         labels=labels,
-        strata=labels,
         class_names=names,
         official_test=is_test,
         sha256=hashlib.sha256("".join([*(f"{p.name}\0{len(p.images)}\n" for p in parts), *lines]).encode()).hexdigest(),
         read=lambda i: decode_image(lambda: read(i), f"{path}: {titles[i]}"),
         names=titles,
-        contents=np.unique(digests, return_inverse=True)[1].astype(np.int64),
+        contents=numbered(digests)[1],
         notes=tuple(notes),
     )
 
@@ -366,10 +365,7 @@ def _classes(
     """Return the names of classes that have images, in the order of the set or sorted, and labels (N,) int64."""
     import datasets
 
-    values = [value for part in parts for value in part.classes]
-    present = sorted(set(values))
-    number = {value: k for k, value in enumerate(present)}
-    labels = np.array([number[value] for value in values], dtype=np.int64)
+    present, labels = numbered([value for part in parts for value in part.classes])
     if not isinstance(feature, datasets.ClassLabel):
         names = tuple(str(value) for value in present)
         refuse_several_labels(names, path, f"column '{label}'")
@@ -377,7 +373,7 @@ def _classes(
     if present[-1] >= feature.num_classes:
         problem = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
         raise UserError(problem, file=path, field="data.label_column")
-    absent = [name for k, name in enumerate(feature.names) if k not in number]
+    absent = [name for k, name in enumerate(feature.names) if k not in present]
     if absent:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
     return tuple(feature.names[k] for k in present), labels

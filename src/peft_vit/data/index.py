@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from PIL import Image
@@ -29,11 +29,11 @@ class ImageIndex:
 
     Attributes:
         labels: class of each image, (N,) int64 in [0, len(class_names)).
-        strata: what splits are stratified by, (N,) int64: label x module type for elpv, else the label.
         class_names: name of each class.
         official_test: the data set's own test split, (N,) bool; None if it has none.
         sha256: of the source's content: the wheel or archive, or names and contents of all files used.
         read: decodes image i; raises UserError naming the file if it is broken.
+        own_strata: what splits are stratified by, (N,) int64, label x module type for elpv; None: labels.
         name: the data set's name in the configuration.
         licence: of the images.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
@@ -46,11 +46,11 @@ class ImageIndex:
     """
 
     labels: np.ndarray
-    strata: np.ndarray
     class_names: tuple[str, ...]
     official_test: np.ndarray | None
     sha256: str
     read: Callable[[int], Image.Image]
+    own_strata: np.ndarray | None = None
     name: str = ""
     licence: str = ""
     channels: Literal[1, 3] = 3
@@ -60,6 +60,11 @@ class ImageIndex:
     own: bool = False
     interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()
+
+    @property
+    def strata(self) -> np.ndarray:
+        """Return what splits are stratified by, (N,) int64."""
+        return self.labels if self.own_strata is None else self.own_strata
 
     @property
     def groups(self) -> np.ndarray:
@@ -87,6 +92,13 @@ class Source:
     sample_classes: int
     write_sample: Callable[[Path], None] | None = None
     sample_file: str = ""
+
+
+def numbered(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
+    """Return the different values, sorted, and the place of each of N values among them, (N,) int64."""
+    different = sorted(set(values))
+    number = {value: k for k, value in enumerate(different)}
+    return different, np.array([number[value] for value in values], dtype=np.int64)
 
 
 def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:

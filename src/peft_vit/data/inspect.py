@@ -21,7 +21,7 @@ import numpy as np
 from peft_vit.data.duplicates import near_groups, thumbnails_of
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, existing, open_tree
 from peft_vit.data.folders import class_files, files_in_use, is_image
-from peft_vit.data.index import ImagesFile, check_class_names
+from peft_vit.data.index import ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image, on_white, sides_of, to_pixels
 from peft_vit.data.splits import crossing, stratified_draw
 from peft_vit.errors import UserError
@@ -152,14 +152,13 @@ def look_at(
     tree = open_tree(path)
     left_out = {name: f"is none of {' '.join(IMAGE_SUFFIXES)}" for name in files_in_use(tree) if not is_image(name)}
     files = class_files(tree, path, left_out)
-    class_names = tuple(sorted(set(files.classes.values())))
+    classes, labels = numbered(list(files.classes.values()))
+    class_names = tuple(classes)
     if len(class_names) < 2:
         problem = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
         raise UserError(problem, file=path)
     check_class_names(class_names, path)
-    number = {name: k for k, name in enumerate(class_names)}
     names = np.array(list(files.classes), dtype=object)
-    labels = np.array([number[name] for name in files.classes.values()], dtype=np.int64)
     sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
     # Different images of a class that are needed: one in each fold, or what is trained on would be few.
     trained_share = 1.0 if sealed is not None else 1 - sealed_share

@@ -55,7 +55,7 @@ def read_elpv(config: DataConfig) -> ImageIndex:
     label = np.array(labels, dtype=np.int64)
     return ImageIndex(
         labels=label,
-        strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
+        own_strata=label * len(_MODULE_TYPES) + np.array(modules, dtype=np.int64),
         class_names=("functional", "defective"),
         official_test=None,
         sha256=tree.hashed([table, *names]).sha256,
@@ -91,7 +91,6 @@ def read_digits(config: DataConfig) -> ImageIndex:
     labels = table[:, -1].astype(np.int64)
     return ImageIndex(
         labels=labels,
-        strata=labels,
         class_names=tuple("0123456789"),
         official_test=None,
         sha256=hashlib.sha256(pixels.tobytes() + labels.astype("<i8").tobytes()).hexdigest(),
@@ -129,7 +128,6 @@ def read_fashion_mnist(config: DataConfig) -> ImageIndex:
     train, test = pixels
     return ImageIndex(
         labels=label,
-        strata=label,
         class_names=_FASHION_CLASSES,
         official_test=np.arange(len(label)) >= len(train),
         sha256=hashes(files).sha256,
@@ -262,7 +260,6 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
 
     return ImageIndex(
         labels=labels,
-        strata=labels,
         class_names=class_names,
         official_test=np.arange(len(labels)) >= starts[-2],
         sha256=sha256,

@@ -68,35 +68,32 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     else:
         divided = everything if index.official_test is None else everything[~index.official_test]
         groups = index.groups[divided]
-        different = len(np.unique(groups))
-        if config.folds > different:
-            raise UserError(f"is {config.folds}, but there are only {different} different images", field="data.folds")
+        _need("folds", config.folds, len(np.unique(groups)), "different images are there")
         repetition, fold = divmod(seed, config.folds)
         shuffle = numpy_generator(config.split_seed, "folds", repetition)
         fold_of = deal_folds(index.strata[divided], groups, config.folds, shuffle)
         test, rest = divided[fold_of == fold], divided[fold_of != fold]
     validated, trained = config.validation_images, 2 if config.train_images is None else config.train_images
-    if validated + trained > len(rest):
-        raise UserError(
-            f"{validated} validation and {trained} training images are needed, the test split leaves {len(rest)} of "
-            f"{len(everything)}; ask for fewer",
-            field="data.validation_images" if validated > len(rest) - 2 else "data.train_images",
-        )
+    beside = f"of {len(everything)} remain beside the test split"
+    _need("validation_images", validated, len(rest) - 2, f"{beside} and 2 to train on")
+    _need("train_images", trained, len(rest) - validated, f"{beside} and {validated} validation images")
     source = _one_of_each(index, rest)
-    if validated > len(source):
-        problem = f"is {validated}, but the {len(rest)} files beside the test split hold {len(source)} different images"
-        raise UserError(f"{problem}; ask for fewer", field="data.validation_images")
+    _need("validation_images", validated, len(source), "different images lie beside the test split")
     validation = stratified_draw(source, index.strata, validated, rng)
     pool = _without(index, rest, validation)
-    if trained > len(pool):
-        problem = f"{trained} training images are needed, {len(pool)} remain without copies of validation images"
-        raise UserError(f"{problem}; ask for fewer", field="data.train_images")
+    _need("train_images", trained, len(pool), "remain without copies of validation images")
     train = _draw_train(index, config, seed, pool)
     digest = hashlib.sha256()
     for part in (train, validation, test):
         digest.update(len(part).to_bytes(8, "little") + part.astype("<i8").tobytes())
     divided_by_seeds = None if config.folds is None else np.sort(np.concatenate([test, rest]))
     return Splits(train, validation, test, digest.hexdigest(), divided_by_seeds)
+
+
+def _need(field: str, wanted: int, available: int, of_what: str) -> None:
+    """Raise UserError if more images are wanted than there are."""
+    if wanted > available:
+        raise UserError(f"asks for {wanted}, but {max(available, 0)} {of_what}; ask for fewer", field=f"data.{field}")
 
 
 def _generator(purpose: Purpose, split_seed: int, seed: int | None) -> np.random.Generator:
@@ -113,9 +110,7 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
         raise UserError(problem, field="data.test_images")
     source = _one_of_each(index, everything) if official is None else everything[official]
     count = len(source) if config.test_images is None else config.test_images
-    if count > len(source):
-        what = "images" if official is not None or len(source) == len(everything) else "different images"
-        raise UserError(f"is {count}, but only {len(source)} {what} are available for test", field="data.test_images")
+    _need("test_images", count, len(source), "different images are available for test")
     if config.test_split == "per_seed" and official is not None and count == len(source):
         raise UserError(
             f"per_seed would test the same images with each seed, all {count} of the test split that comes with "
@@ -142,12 +137,9 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
     rng = _generator("train_subset", config.split_seed, seed if per_seed else None)
     remaining = np.bincount(index.labels[pool], minlength=len(index.class_names))  # (K,)
     if (shots := config.shots_per_class) is not None:
-        if remaining.min() < shots:
-            scarce = int(np.argmax(remaining < shots))
-            problem = f"{shots} images of class '{index.class_names[scarce]}' are asked for"
-            raise UserError(
-                f"{problem}, {remaining[scarce]} remain beside test and validation", field="data.shots_per_class"
-            )
+        scarce = int(np.argmin(remaining))
+        of_class = f"images of class '{index.class_names[scarce]}' remain beside test and validation"
+        _need("shots_per_class", shots, remaining[scarce], of_class)
         by_class = (pool[index.labels[pool] == label] for label in range(len(remaining)))
         return np.sort(np.concatenate([stratified_draw(rows, index.strata, shots, rng) for rows in by_class]))
     count = len(pool) if config.train_images is None else config.train_images

@@ -50,7 +50,14 @@ _NEUTRAL: dict[str, Any] = {
 
 
 def calibration_run(
-    spec: RunSpec, total_steps: int, shape: BackboneShape, index: ImageIndex, splits: Splits, *, at_most: int = _STEPS
+    spec: RunSpec,
+    total_steps: int,
+    shape: BackboneShape,
+    index: ImageIndex,
+    splits: Splits,
+    *,
+    at_most: int = _STEPS,
+    evaluated: int | None = None,
 ) -> RunSpec:
     """Return a run of a few steps and a few validation batches that stands for another one.
 
@@ -61,13 +68,35 @@ def calibration_run(
         index: its images.
         splits: of the images.
         at_most: steps that it has.
+        evaluated: images that validate and that test, at most; None: as many as give a time of one.
     """
-    batch_size = spec.experiment.training.batch_size
-    work = 3 * shape.multiply_adds * batch_size
-    steps = min(total_steps, at_most, _STEPS if work < _LONG_STEP else _STEPS_IF_LONG)
-    data = _fewer_images(spec, steps * batch_size, index, splits)
-    assert data.train_images is not None
-    an_epoch = steps_per_epoch(data.train_images, batch_size)
+    batch_size, qa_lora = spec.experiment.training.batch_size, spec.experiment.section(QaLoraConfig)
+    is_long = 3 * shape.multiply_adds * batch_size >= _LONG_STEP
+    steps = min(total_steps, at_most, _STEPS_IF_LONG if is_long else _STEPS)
+    images = steps * batch_size
+    if qa_lora is not None and qa_lora.adaptive_bits is not None:
+        images = max(images, qa_lora.adaptive_bits.calibration_images)
+    if qa_lora is not None and qa_lora.rounding == "gptq":
+        images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
+    classes, whole = len(index.class_names), len(splits.train)
+    some = max(_VALIDATION_BATCHES * batch_size, 2 * classes, spec.measures.removal_images or 0)
+    if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
+        whole -= (some := min(some, max(2, whole // 4)))
+    validation, test = min(len(splits.validation) or some, some), min(len(splits.test), some)
+    data = spec.data.model_copy(
+        update={
+            "shots_per_class": None,
+            "train_subset": "fixed",
+            "test_split": "fixed",  # a split that holds each class may not do so with another seed
+            "validation_images": validation if evaluated is None else min(validation, evaluated),
+            "test_images": None if spec.data.folds is not None else test if evaluated is None else min(test, evaluated),
+        }
+    )
+    train = min(whole, max(images, 2))
+    while train < whole and not _has_each_class(index, data.model_copy(update={"train_images": train}), spec.seed):
+        train = min(whole, 2 * train)
+    data = data.model_copy(update={"train_images": train})
+    an_epoch = steps_per_epoch(train, batch_size)
     epochs = -(-steps // an_epoch)
     experiment = shorten(spec.experiment, total_steps, epochs * an_epoch, every=_LEAST_BETWEEN_DECISIONS)
     training = experiment.training
@@ -77,41 +106,12 @@ def calibration_run(
     return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
 
 
-def _fewer_images(spec: RunSpec, images: int, index: ImageIndex, splits: Splits) -> DataConfig:
-    """Return the same images, but fewer: at least as many as asked for, and at least one of each class."""
-    qa_lora = spec.experiment.section(QaLoraConfig)
-    if qa_lora is not None and qa_lora.adaptive_bits is not None:
-        images = max(images, qa_lora.adaptive_bits.calibration_images)
-    if qa_lora is not None and qa_lora.rounding == "gptq":
-        images = max(images, qa_lora.images_to_round_by)  # fewer if the whole run has fewer
-    evaluated = max(
-        _VALIDATION_BATCHES * spec.experiment.training.batch_size,
-        2 * len(index.class_names),
-        spec.measures.removal_images or 0,
-    )
-    whole = len(splits.train)
-    if len(splits.validation) == 0:  # some all the same: an evaluated image takes time in test, too
-        whole -= (evaluated := min(evaluated, max(2, whole // 4)))
-    train = min(whole, max(images, 2))
-    while True:
-        data = spec.data.model_copy(
-            update={
-                "train_images": train,
-                "shots_per_class": None,
-                "train_subset": "fixed",
-                "test_split": "fixed",  # a split that holds each class may not do so with another seed
-                "validation_images": min(len(splits.validation) or evaluated, evaluated),
-                "test_images": None if spec.data.folds is not None else min(len(splits.test), evaluated),
-            }
-        )
-        try:
-            make_splits(index, data, spec.seed)
-        except UserError:  # a class would get no image
-            if train == whole:
-                return data
-            train = min(whole, 2 * train)
-        else:
-            return data
+def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:
+    try:
+        make_splits(index, data, seed)
+    except UserError:
+        return False
+    return True
 
 
 class Costs(BaseModel):

@@ -327,19 +327,11 @@ def decide(
         """
         decided = training.decided(setting.images, setting.recomputed)
         whole = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"training": decided})})
-        small = calibration_run(whole, total_steps, shape, index, splits, at_most=_STEPS)
-        few_steps = small.experiment.training.model_copy(update={"head_start": training.head_start})
         few = max(2 * len(index.class_names), setting.images, spec.measures.removal_images or 0)
-        images = {
-            name: min(few, there)
-            for name in ("validation_images", "test_images")
-            if (there := getattr(small.data, name)) is not None
-        }
-        changes = {
-            "experiment": small.experiment.model_copy(update={"training": few_steps}),
-            "data": small.data.model_copy(update=images),
-        }
-        return measure_step(small.model_copy(update=changes))
+        small = calibration_run(whole, total_steps, shape, index, splits, at_most=_STEPS, evaluated=few)
+        few_steps = small.experiment.training.model_copy(update={"head_start": training.head_start})
+        experiment = small.experiment.model_copy(update={"training": few_steps})
+        return measure_step(small.model_copy(update={"experiment": experiment}))
 
     choice = choose(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
     if choice is None:

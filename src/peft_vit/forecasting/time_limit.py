@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 _STOPPING_S = 10.0  # for checkpoints in the end; at most a twentieth of the time that there is
+_LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _Option = TypeVar("_Option")
 
 
@@ -39,6 +40,11 @@ class Limit:
 def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:
     """Return the first of some options, the best one first, that takes no longer than a limit; None: none does."""
     return next((option for option in options if seconds(option) <= limit_s), None)
+
+
+def validate_every(validation_images: int, batch_size: int) -> int:
+    """Return the steps between validations, which then take about a third of what the steps take."""
+    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * validation_images / (2 * batch_size)))
 
 
 def makespan(seconds: Iterable[float], workers: int, *, busy: Iterable[float] = ()) -> float:

@@ -2,67 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import STUDY_FILE, read_study_file
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.deadline import Deadline
-from peft_vit.studies.executors import EXECUTORS, ExecutorName
+from peft_vit.studies.executors import EXECUTORS
+from peft_vit.studies.request import Execution, RunRequest, TrainRequest
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.statistics.sequential import Course
     from peft_vit.studies.plan import Plan
-    from peft_vit.studies.request import TrainRequest
 
 _say = partial(print, flush=True)
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What a command was asked for.
-
-    Attributes:
-        configs: files of studies.
-        results_dir: a study's folder lies below it.
-        smoke: compress the studies.
-        method: only runs of this method; the others are skipped, not removed.
-        seeds: only runs of these, as in 0,1,2.
-        workers: in place of those that the studies set.
-        calibrate: measure what runs cost of which nothing is known, instead of estimating it.
-        minutes: that the command may take; runs come seed by seed, and what does not fit is left for a later one.
-        until_decided: go from look to look of the study's `stopping`, and do what is still open.
-    """
-
-    configs: list[Path]
-    results_dir: Path
-    smoke: bool = False
-    method: str | None = None
-    seeds: str | None = None
-    workers: int | None = None
-    calibrate: bool = False
-    minutes: float | None = None
-    until_decided: bool = False
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How runs are carried out, beyond what the studies say; see `open_executor` and `drive`."""
-
-    executor: ExecutorName = "local"
-    ray_address: str | None = None
-    oversubscribe: bool = False
-    skip_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,16 +36,20 @@ class _Asked:
     seeds: list[int]
 
 
-def plan_studies(request: RunRequest) -> None:
+def plan_studies(request: RunRequest, *, profile: bool = False) -> None:
     """Check every study and print its plan; nothing is written.
+
+    Args:
+        request: studies, and which of their runs.
+        profile: measure what runs cost of which nothing is known, instead of estimating it.
 
     Raises:
         UserError: for anything that would fail later.
     """
-    _plan(request, _load(request))
+    _plan(request, _load(request), profile=profile)
 
 
-def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
+def run_studies(request: RunRequest) -> dict[str, str]:
     """Print the plans, do every run that is asked for and not done, and return why runs have failed, by run id.
 
     Raises:
@@ -91,13 +57,9 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
+    execution = request.execution
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
     more = "" if limit is None else f", for another {limit.minutes:g} minutes"
-    if EXECUTORS[execution.executor].is_elastic:
-        if request.workers is not None:
-            problem = "where as many runs go at a time as nodes have room for; leave it out"
-            raise UserError(f"has no effect with --executor {execution.executor}, {problem}", field="--workers")
-        request = replace(request, workers=1)  # for the plan
     studies = _load(request)
     if request.until_decided:
         (asked,) = studies
@@ -115,11 +77,9 @@ def run_studies(request: RunRequest, execution: Execution) -> dict[str, str]:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= _drive(plan, lock, execution, limit)
-        if limit is not None:
-            left = sum(run.state in ("pending", "running") for run in study_status(locks[0].folder).runs)
-            if left:
-                runs, them = ("1 run of the study is", "it") if left == 1 else (f"{left} runs of the study are", "them")
-                print(f"{runs} left; the same command goes on with {them}{more}.")
+        states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
+        if left := states.count("pending") + states.count("running"):
+            print(f"Left: {left} of the study's runs; the same command goes on{more}.")
         return failed
 
 
@@ -234,50 +194,35 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
 
 
 def _load(request: RunRequest) -> list[_Asked]:
-    """Return all studies, and refuse what can't be asked for together or of one of them."""
-    of_one = {"--until-decided": request.until_decided, "--minutes": request.minutes is not None}
-    beside_looks = {
-        "--smoke": (request.smoke, "a smoke study has one seed"),
-        "--method": (request.method is not None, "all comparisons share one level"),
-        "--seeds": (request.seeds is not None, "the looks decide which seeds are taken"),
-    }
-    for option, (is_given, why) in beside_looks.items():
-        if request.until_decided and is_given:
-            problem = f"can't be combined with {option}: {why}; leave one of the two out"
-            raise UserError(problem, field="--until-decided")
-    for option, is_given in of_one.items():
-        if is_given and len(request.configs) > 1:
-            problem = f"is of one study, and {len(request.configs)} are given; give one, or leave {option} out"
-            raise UserError(problem, field=option)
-    if request.minutes is not None and not 0 < request.minutes < math.inf:
-        raise UserError(f"is {request.minutes:g}; give more than 0", field="--minutes")
-    loaded = [(load_study(file), file) for file in request.configs]
-    names = [study.name for study, _ in loaded]
-    return [_asked(request, study, file, is_alone=names.count(study.name) == 1) for study, file in loaded]
+    """Return all studies, and refuse what can't be asked of one of them."""
+    studies: dict[str, _Asked] = {}
+    for file in request.configs:
+        study = load_study(file)
+        with named(file):
+            if study.name in studies:
+                raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
+            studies[study.name] = _asked(request, study, file)
+    return list(studies.values())
 
 
-def _asked(request: RunRequest, study: StudyConfig, file: Path, *, is_alone: bool) -> _Asked:
+def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     there = {str(seed): seed for seed in study.seeds}
     wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
-    problem = None
-    if not is_alone:
-        field, problem = "name", f"'{study.name}' names two of the given studies; rename one"
-    elif missing := wanted - there.keys():
-        field, problem = "seeds", f"--seeds asks for {min(missing)!r}, the study has {study.seeds}"
-    elif request.method not in (None, *(experiment.method for experiment in study.experiments)):
-        field, problem = "experiments", f"no experiment is of method {request.method}"
-    elif request.until_decided and study.stopping is None:
+    if missing := wanted - there.keys():
+        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
+    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+        raise UserError(f"no experiment is of method {request.method}", field="experiments")
+    if request.until_decided and study.stopping is None:
         problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        field = "stopping"
-    if problem is not None:
-        raise UserError(problem, file=file, field=field)
-    if request.workers is not None:
-        execution = study.execution.model_copy(update={"workers": request.workers})
+        raise UserError(problem, field="stopping")
+    workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
+    if workers is not None:
+        execution = study.execution.model_copy(update={"workers": workers})
         study = study.model_copy(update={"execution": execution})
     return _Asked(study, file, [seed for text, seed in there.items() if text in wanted])
 
 
-def _plan(request: RunRequest, studies: list[_Asked]) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     from peft_vit.studies.display import print_plan
     from peft_vit.studies.plan import plan_study
@@ -292,7 +237,7 @@ def _plan(request: RunRequest, studies: list[_Asked]) -> list[Plan]:
             request.results_dir,
             file=asked.file,
             smoke=request.smoke,
-            measure=partial(measure_costs, tell=_say) if request.calibrate else None,
+            measure=partial(measure_costs, tell=_say) if profile else None,
             measure_step=partial(measure_step, tell=_say),
         )
         experiments = [one.name for one in plan.study.experiments if request.method in (None, one.method)]

@@ -13,9 +13,8 @@ from peft_vit.config import BackboneConfig, StudyConfig, bytes_of, named_backbon
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.estimate import kept_values
-from peft_vit.forecasting.throughput import Throughput, product_rate
-from peft_vit.forecasting.time_limit import fit
+from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
+from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, Wishes
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
@@ -25,7 +24,6 @@ _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
-_LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps from validation to validation, and their time over its time
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
@@ -115,7 +113,7 @@ class _Forecast:
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
         step_s = self.throughput.step_s(shape, self.asked.method, self.asked.batch_size, self._recomputed(shape))
-        validations = 2 + steps // _validate_every(self.asked, self.counts)
+        validations = 2 + steps // validate_every(self.counts.validation, self.asked.batch_size)
         images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
         return self.throughput.start_s + steps * step_s + images * self.throughput.image_s(shape)
 
@@ -186,11 +184,6 @@ def _asked_steps(asked: TrainRequest, counts: Counts) -> int | None:
     return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
 
 
-def _validate_every(asked: TrainRequest, counts: Counts) -> int:
-    """Return the steps between validations, which then take about a third of what the steps take."""
-    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * counts.validation / (2 * asked.batch_size)))
-
-
 def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     training: dict[str, Any] = {"batch_size": asked.batch_size}
@@ -211,7 +204,7 @@ def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, st
         if asked.epochs is not None:
             training["epochs"] = asked.epochs
         else:
-            every = min(_validate_every(asked, counts), steps)
+            every = min(validate_every(counts.validation, asked.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
     sections = method.defaults(wishes) if asked.start is None else {"lora": {"start": str(asked.start)}}

@@ -18,9 +18,8 @@ from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.data import ImageIndex
 from peft_vit.errors import UserError
 from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs
-from peft_vit.forecasting.estimate import Estimate, Workload
+from peft_vit.forecasting.estimate import Estimate, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.memory_limit import StepCost
-from peft_vit.forecasting.throughput import Probe, Throughput, experiment_products
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.studies.executors import RunEnded, RunProgress, decode_images
 from peft_vit.studies.executors.local import LocalExecutor
@@ -54,21 +53,18 @@ def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> 
         tell: told what is being done, a line each.
     """
     measured = {}
-    before = machine_speed()
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             tell(f"measuring {place} of {len(kinds)}: {name}")
-            record, seen = _carried_out(kind, executor)
-            after = machine_speed()
+            record, seen, busy = _carried_out(kind, executor)
             if record.status == "failed":
                 tell(f"{name} could not be measured ({record.error}); its time and memory are estimated")
+                continue
+            measured[name] = costs_of(record, seen)
+            if busy:
+                tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
             else:
-                measured[name] = costs_of(record, seen)
-                if busy := disturbance(before, after):
-                    tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
-                else:
-                    keep_costs(kind, measured[name])
-            before = after
+                keep_costs(kind, measured[name])
     return measured
 
 
@@ -107,11 +103,10 @@ def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
     training = spec.experiment.training
     again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
     tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
-    before = machine_speed()
     with _executor() as executor:
-        record, _ = _carried_out(spec, executor)
+        record, _, busy = _carried_out(spec, executor)
         peak = executor.peak_memory_bytes()
-    if busy := disturbance(before, machine_speed()):
+    if busy:
         tell(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
     if record.failure in ("killed", "out_of_memory"):
         return None
@@ -143,28 +138,29 @@ def measure_throughput(
     """
     ends_at = time.monotonic() + budget_s
     tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
-    before, rate = machine_speed(), workload.product_rate()
+    estimated = Throughput.estimated(workload.product_rate())
     probes: dict[str, list[Probe]] = {}
-    process_s = 0.0
+    process_s, reason = 0.0, None
     with _executor() as executor:
-        for name, spec, products, image_products in _few_steps(study, index, workload, Throughput.estimated(rate)):
+        for name, spec, products, image_products in _few_steps(study, index, workload, estimated):
             started = time.monotonic()
             try:
-                record, seen = _carried_out(spec, executor, ends_at)
+                record, seen, busy = _carried_out(spec, executor, ends_at)
             except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
+            reason = reason or busy
             if record.status != "done":
                 tell(f"{name} could not be measured ({record.error})")
                 continue
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
-    if busy := disturbance(before, machine_speed()):
-        tell(f"the machine was busy ({busy}), so these times may be long; what finished runs take corrects them")
+    if reason:
+        tell(f"the machine was busy ({reason}), so these times may be long; what finished runs take corrects them")
     if probes:
         return Throughput.measured(probes, process_s)
     tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
-    return Throughput.estimated(rate)
+    return estimated
 
 
 def _few_steps(
@@ -178,23 +174,26 @@ def _few_steps(
         shape = describe(study.backbone, image_size)
         for place, experiment in enumerate(study.experiments):
             batch_size = experiment.training.batch_size
-            an_image_s = estimated.step.at(experiment_products(experiment, shape, 1))
-            while batch_size > 1 and batch_size * an_image_s > _LONGEST_STEP_S:
+            image_products = experiment_products(experiment, shape, 1)
+            while batch_size > 1 and estimated.step.at(batch_size * image_products) > _LONGEST_STEP_S:
                 batch_size //= 2
-            spec = spec_of(study, place, study.seeds[0])
             training = experiment.training.with_batch_size(batch_size)
+            spec = spec_of(study, place, study.seeds[0])
             changes = {
                 "experiment": experiment.model_copy(update={"training": training}),
                 "data": spec.data.model_copy(update={"image_size": image_size}),
                 "measures": MeasuresConfig(),
             }
-            total_steps = experiment.total_steps(len(splits.train))
-            small = calibration_run(spec.model_copy(update=changes), total_steps, shape, index, splits, at_most=_STEPS)
-            few = max(2, min(batch_size, small.data.validation_images))
-            tested = None if small.data.folds is not None else few
-            data = small.data.model_copy(update={"validation_images": few, "test_images": tested})
-            products = experiment_products(experiment, shape, batch_size)
-            yield experiment.name, small.model_copy(update={"data": data}), products, shape.multiply_adds
+            small = calibration_run(
+                spec.model_copy(update=changes),
+                experiment.total_steps(len(splits.train)),
+                shape,
+                index,
+                splits,
+                at_most=_STEPS,
+                evaluated=max(2, batch_size),
+            )
+            yield experiment.name, small, batch_size * image_products, shape.multiply_adds
 
 
 @contextmanager
@@ -205,8 +204,10 @@ def _executor() -> Iterator[LocalExecutor]:
             yield executor
 
 
-def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
-    """Do a calibration run and return what came of it.
+def _carried_out(
+    kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf
+) -> tuple[RunRecord, Seen, str | None]:
+    """Do a calibration run and return what came of it, and why its times are not worth keeping, if they are not.
 
     Raises:
         UserError: if an image is broken.
@@ -215,14 +216,14 @@ def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.i
     assert kind.data.train_images is not None
     run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
+    before, seen = machine_speed(), Seen()
     executor.submit(run)
-    seen: Seen = []
     while (left_s := ends_at - time.monotonic()) > 0:
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
             seen.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            return event.record, seen
+            return event.record, seen, disturbance(before, machine_speed())
     raise TimeoutError
 
 

@@ -1,4 +1,4 @@
-"""What `peft-vit train` and `peft_vit.train` are asked for."""
+"""What the commands that run something are asked for: `run`, `plan`, and `train`, which Python has, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from peft_vit.config import (
     DEFAULT_MODEL,
@@ -21,12 +21,105 @@ from peft_vit.config import (
     MethodName,
     bytes_of,
     micro_batch_fault,
+    written_size,
 )
 from peft_vit.options import Option, Request
 from peft_vit.settings import OnlyWith, refuse
+from peft_vit.studies.executors import EXECUTORS, ExecutorName
 
 STUDY_NAME = "own-images"
 DEFAULT_OUTPUT = Path("peft-vit-runs")
+SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+class StudiesRequest(Request):
+    """Studies, and where their records lie."""
+
+    configs: Annotated[tuple[Path, ...], Option(typed=list[Path], is_argument=True)] = Field(
+        description="YAML files of studies"
+    )
+    output: Path | None = Field(
+        default=None,
+        description=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}",
+    )
+    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+    workers: int | None = Field(
+        default=None, ge=1, description="runs at a time, in place of the studies' own; results do not depend on it"
+    )
+
+    @property
+    def results_dir(self) -> Path:
+        """Return the directory below which the studies' folders lie."""
+        return self.output or (SMOKE_OUTPUT if self.smoke else DEFAULT_OUTPUT)
+
+
+class PlanRequest(StudiesRequest):
+    """Studies that are to be planned alone."""
+
+    profile: Annotated[bool, Option("--profile/--no-profile")] = Field(
+        default=True, description="measure a few steps of what is not known yet, and not only of a memory_limit"
+    )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are carried out, beyond what the studies say; see `open_executor` and `drive`."""
+
+    executor: ExecutorName = "local"
+    ray_address: str | None = None
+    oversubscribe: bool = False
+    skip_failed: bool = False
+
+
+class RunRequest(StudiesRequest):
+    """Which runs of studies are to be done, and how; the others are skipped, not removed."""
+
+    dry_run: bool = Field(default=False, description="print the plan and stop")
+    method: MethodName | None = Field(default=None, description="only the studies' experiments of this method")
+    seeds: str | None = Field(default=None, description="only these of the studies' seeds, as in 0,1,2")
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="end within so many: all runs of a seed, then of the next, while one fits; the next call goes on",
+    )
+    until_decided: Annotated[
+        bool,
+        OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
+        OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
+        OnlyWith(seeds=None, remedy="the looks decide which seeds are taken: leave one of the two out"),
+    ] = Field(default=False, description="only as many seeds as the comparisons of the section `stopping` need")
+    oversubscribe: bool = Field(
+        default=False, description="allow more threads, workers x threads, than there are cores"
+    )
+    skip_failed: bool = Field(default=False, description="leave runs alone that failed in an earlier call")
+    executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
+    ray_address: str | None = Field(
+        default=None,
+        description="host:port, or local for a cluster of this call alone; default: one that runs here, or local",
+    )
+
+    @model_validator(mode="after")
+    def _fit_each_other(self) -> Self:
+        if self.workers is not None and EXECUTORS[self.executor].is_elastic:
+            problem = "where as many runs go at a time as nodes have room for; leave it out"
+            refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {problem}"})
+        for field in ("until_decided", "minutes"):
+            if getattr(self, field) and len(self.configs) > 1:
+                remedy = f"give one, or leave {self.spelled(field)} out"
+                refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
+        return self
+
+    @property
+    def execution(self) -> Execution:
+        """Return how runs are carried out."""
+        return Execution(self.executor, self.ray_address, self.oversubscribe, self.skip_failed)
+
+
+# --- somebody's own images --------------------------------------------------------------------------------------------
+
 _WITH_STEPS = OnlyWith(
     method=tuple(name for name, kind in METHOD_KINDS.items() if kind.trains != "head"),
     remedy="leave it out: a probe takes no steps",
@@ -53,12 +146,6 @@ class Budget:
         except ValueError:
             problem = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
             raise ValueError(f"{written!r} {problem}") from None
-
-
-def size(written: str) -> str:
-    """Refuse what is no size with its unit (ValueError)."""
-    bytes_of(written)
-    return written
 
 
 class TrainRequest(Request):
@@ -99,7 +186,7 @@ class TrainRequest(Request):
         default=None,
         description="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs",
     )
-    memory_limit: Annotated[str | None, AfterValidator(lambda text: text and size(text)), _WITH_STEPS] = Field(
+    memory_limit: Annotated[str | None, BeforeValidator(written_size), _WITH_STEPS] = Field(
         default=None,
         description="of the training process, as in 1GB; the fastest steps within it are measured and taken",
     )

@@ -8,8 +8,7 @@ from typing import Any
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
-from peft_vit.forecasting.estimate import Workload
-from peft_vit.forecasting.throughput import Line, Throughput
+from peft_vit.forecasting.estimate import Line, Throughput, Workload
 from peft_vit.studies.plan import decide_precision, splits_of, workload_of
 from peft_vit.studies.profiling import measure_throughput
 

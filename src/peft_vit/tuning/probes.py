@@ -17,7 +17,7 @@ from typing import Any
 from peft_vit.backbones import architecture_of, native_size, size_step_of
 from peft_vit.config import Flips
 from peft_vit.errors import UserError
-from peft_vit.forecasting.throughput import Throughput
+from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.candidates import training_of
 from peft_vit.tuning.context import FOLDS, TuningContext

@@ -8,18 +8,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of
+from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of, written_size
 from peft_vit.options import Option, Request
 from peft_vit.studies.executors import ExecutorName
 
 
 def _bytes(size: Any) -> Any:
     return bytes_of(size) if isinstance(size, str) else size
-
-
-def _size(size: str | None) -> str | None:
-    _bytes(size)
-    return size
 
 
 def _seconds(time: Any) -> Any:
@@ -59,7 +54,7 @@ class TuneRequest(Request):
     max_latency_s: Annotated[float | None, BeforeValidator(_seconds), Option("--max-latency", str)] = Field(
         default=None, gt=0, description="of one image on this machine, as in 50ms"
     )
-    memory_limit: Annotated[str | None, AfterValidator(_size)] = Field(
+    memory_limit: Annotated[str | None, BeforeValidator(written_size)] = Field(
         default=None, description="of a training process, as in 1GB"
     )
     minutes: float = Field(default=60.0, gt=0, description="that this call may take; another call buys more")

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
-from peft_vit.forecasting.throughput import Throughput
-from peft_vit.forecasting.time_limit import fit
+from peft_vit.forecasting.estimate import Throughput
+from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.training import FLIP_AXES
 from peft_vit.tuning.candidates import KINDS, Kind
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.rates import RATES, WHOLE_RUNS
 
 LEAST_STEPS, _MOST_STEPS = 24, 200
-_LEAST_BETWEEN, _STEPS_TO_VALIDATION = 10, 3  # steps between validations, and their time over that of one
 _FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
 _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 # Kinds, runs that race, and the steps that each run has at least, from ample time to the least: more steps gain more
@@ -49,11 +48,6 @@ class Schedule:
     ending_s: float = 0.0
 
 
-def validate_every(context: TuningContext) -> int:
-    """Return the steps between validations, which then take about a third of what the steps take."""
-    return max(_LEAST_BETWEEN, round(_STEPS_TO_VALIDATION * context.validation_images / (2 * context.batch_size)))
-
-
 def step_s(context: TuningContext, machine: Throughput, shape: BackboneShape) -> float:
     """Return the seconds of a step with adapters."""
     return machine.step_s(shape, "lora", context.batch_size)
@@ -61,7 +55,7 @@ def step_s(context: TuningContext, machine: Throughput, shape: BackboneShape) ->
 
 def run_s(context: TuningContext, machine: Throughput, shape: BackboneShape, steps: int) -> float:
     """Return the seconds of a run on a fold."""
-    validations = 1 + -(-steps // validate_every(context))
+    validations = 1 + -(-steps // validate_every(context.validation_images, context.batch_size))
     passed = validations * context.validation_images + context.test_images
     return machine.start_s + steps * step_s(context, machine, shape) + passed * machine.image_s(shape)
 
@@ -115,7 +109,9 @@ def schedule(
         if steps >= least:
             taken = tuple(kind for kind in KINDS if kind in allowed)[:kinds]
             own_s, end_s = (of(context, machine, shape, steps) for of in (run_s, ending_s))
-            return Schedule(taken, races, steps, validate_every(context), own_s, end_s)
+            return Schedule(
+                taken, races, steps, validate_every(context.validation_images, context.batch_size), own_s, end_s
+            )
     return None
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.errors import UserError
-from peft_vit.forecasting.throughput import Throughput
-from peft_vit.forecasting.time_limit import Limit
+from peft_vit.forecasting.estimate import Throughput
+from peft_vit.forecasting.time_limit import Limit, validate_every
 from peft_vit.records import RECORD_FILE
 from peft_vit.tuning.candidates import Design, Kind, designs, of_kind, training_of
 from peft_vit.tuning.contest import contestants
@@ -24,7 +24,7 @@ from peft_vit.tuning.race import LOOKS, RaceResult, Scores, images_that_count, r
 from peft_vit.tuning.rates import BestRate, find_rates
 from peft_vit.tuning.result import Candidate, ProbeResult, RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
-from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, step_s, validate_every
+from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, step_s
 
 _LEAST_MEASURED_S = 20.0
 _RACE_SEEDS = tuple(range(FOLDS, FOLDS + LOOKS[-1]))  # repetition 0 has chosen sizes and rates
@@ -94,7 +94,7 @@ def _experiment(
         design.kind,
         learning_rate=rate,
         steps=steps,
-        validate_every=validate_every(context),
+        validate_every=validate_every(context.validation_images, context.batch_size),
         batch_size=context.batch_size,
         class_weights=context.class_weights,
         flips=context.flips,

@@ -72,39 +72,6 @@ def test_headless_file(tmp_path: Path, tensors: Tensors) -> None:
     _assert_backbone(_load(_file(tmp_path / "w.safetensors")), tensors)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda t: t.pop("blocks.1.attn.qkv.weight"), "lacks tensors .*: blocks.1.attn.qkv.weight;"),
-        (lambda t: t.update({"blocks.9.extra": torch.zeros(1)}), "does not have: blocks.9.extra;"),
-        (lambda t: t.update({"norm.weight": torch.ones(32)}), "another shape: norm.weight;"),
-        (
-            lambda t: t.update({"patch_embed.proj.weight": torch.ones(64, 3, 14, 14)}),
-            "another shape: patch_embed.proj.weight;",
-        ),
-        (lambda t: t["cls_token"][..., 0].fill_(float("nan")), "not finite: cls_token;"),
-        (lambda t: t.update({"pos_embed": torch.ones(1, 24, 64)}), "does not fit the model"),
-    ],
-)
-def test_damaged_weights_are_refused_by_tensor(
-    tmp_path: Path, tensors: Tensors, damage: Callable[[Tensors], object], message: str
-) -> None:
-    damage(tensors)
-    save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match=message) as caught:
-        _load(_file(tmp_path / "w.safetensors"))
-    assert "w.safetensors" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_many_missing_tensors_are_counted(tmp_path: Path, tensors: Tensors) -> None:
-    shallow = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.5.")}
-    save_file(shallow, tmp_path / "w.safetensors")
-    lost = len(tensors) - len(shallow)
-    with pytest.raises(UserError, match=rf"lacks tensors .*: blocks.5\S+, \S+, \S+ and {lost - 3} more;"):
-        _load(_file(tmp_path / "w.safetensors"))
-
-
 class _Payload:
     """Unpickling this would create a file."""
 
@@ -115,11 +82,103 @@ class _Payload:
         return Path.touch, (self.target,)
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
-    torch.save({"state_dict": _Payload(tmp_path / "ran")}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="can't be read as weights"):
-        _load(_file(tmp_path / "w.pth"))
+def _saved(name: str, change: Callable[[Tensors], object]) -> Callable[[Path, Tensors], Path]:
+    """Return what writes weights of which some are changed, or what the change returns in their place."""
+
+    def write(folder: Path, tensors: Tensors) -> Path:
+        content = change(tensors)
+        held = content if isinstance(content, dict | list) else tensors
+        (save_file if name.endswith("safetensors") else torch.save)(held, folder / name)
+        return folder / name
+
+    return write
+
+
+def _damaged(**changes: torch.Tensor) -> Callable[[Path, Tensors], Path]:
+    return _saved("w.safetensors", lambda tensors: tensors | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def _seeming(tensor: torch.Tensor) -> Callable[[Path, Tensors], Path]:
+    return _saved("w.pth", lambda tensors: {**tensors, "pos_embed": tensor})
+
+
+def _compressed(folder: Path, tensors: Tensors) -> Path:
+    torch.save(tensors, folder / "plain.pth")
+    with zipfile.ZipFile(folder / "plain.pth") as plain, zipfile.ZipFile(folder / "w.pth", "w") as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member), compress_type=zipfile.ZIP_DEFLATED)
+    return folder / "w.pth"
+
+
+def _cut(folder: Path, tensors: Tensors) -> Path:
+    save_file(tensors, folder / "w.safetensors")
+    (folder / "w.safetensors").write_bytes((folder / "w.safetensors").read_bytes()[:-100])
+    return folder / "w.safetensors"
+
+
+def _folder(folder: Path, _: Tensors) -> Path:
+    (folder / "w.pth").mkdir()
+    return folder / "w.pth"
+
+
+_NUMBERS = "entry 'pos_embed' is no tensor of real numbers that are all in the file"
+_TOO_LARGE = (1 << 20, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("write", "field", "message"),
+    [
+        (_saved("w.safetensors", lambda t: t.pop("blocks.1.attn.qkv.weight")), "model", "lacks .*: blocks.1.attn.qkv"),
+        (
+            _saved("w.safetensors", lambda t: {n: v for n, v in t.items() if not n.startswith("blocks.5.")}),
+            "model",
+            r"lacks tensors .*: blocks.5\S+, \S+, \S+ and 9 more;",
+        ),
+        (_damaged(blocks__9__extra=torch.zeros(1)), "model", "does not have: blocks.9.extra;"),
+        (_damaged(norm__weight=torch.ones(32)), "model", "another shape: norm.weight;"),
+        (_damaged(patch_embed__proj__weight=torch.ones(64, 3, 14, 14)), "model", "another shape: patch_embed.proj.w"),
+        (_damaged(cls_token=torch.full((1, 1, 64), torch.nan)), "model", "not finite: cls_token;"),
+        (_damaged(pos_embed=torch.ones(1, 24, 64)), "model", "does not fit the model"),
+        (_saved("w.pth", lambda _: {"state_dict": _Payload(Path("ran"))}), "weights", "can't be read as weights"),
+        (_compressed, "weights", r"w\.pth: .*it is compressed"),  # may be a bomb
+        (_cut, "weights", r"w\.safetensors: .*can't be read as weights"),
+        (_saved("w.pt", lambda _: [1, 2]), "weights", "holds no state_dict"),
+        (_saved("w.pt", lambda _: {"lr": 0.1}), "weights", "'lr' is no named tensor"),
+        (_seeming(torch.zeros(1).expand(_TOO_LARGE)), "weights", _NUMBERS),  # four bytes that claim four terabytes
+        (_seeming(torch.empty(_TOO_LARGE, device="meta")), "weights", _NUMBERS),
+        (
+            _seeming(torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), _TOO_LARGE, check_invariants=False)),
+            "weights",
+            _NUMBERS,
+        ),
+        (_seeming(torch.zeros(2, dtype=torch.complex64)), "weights", _NUMBERS),
+        (_folder, "file", r"expected a \.safetensors"),
+        (lambda folder, _: folder, "file", r"expected a \.safetensors"),
+        (lambda folder, _: folder / "w.npz", "file", r"expected a \.safetensors"),
+        (lambda folder, _: folder / "none.pth", "file", "does not exist"),
+        (lambda *_: "x" * 5000 + ".pth", "file", "does not exist"),
+        (lambda *_: "a\0b.pth", "file", "does not exist"),
+        (lambda *_: "~nobody-of-this-name/w.pth", "file", "does not exist"),
+    ],
+)
+def test_refused_in_one_line(
+    write: Callable[[Path, Tensors], Path],
+    field: str,
+    message: str,
+    tmp_path: Path,
+    tensors: Tensors,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = _file(write(tmp_path, tensors))
+    with pytest.raises(UserError, match=message) as caught:
+        _load(config)
+    assert caught.value.field == f"backbone.{field}"
+    assert str(caught.value).isprintable()
     assert not (tmp_path / "ran").exists()
+    if field == "file":
+        with pytest.raises(UserError, match=message):
+            check_weights(config)
 
 
 def test_a_torch_that_can_not_read_pickles_safely_is_told_so(
@@ -134,79 +193,20 @@ def test_a_torch_that_can_not_read_pickles_safely_is_told_so(
     _load(_file(tmp_path / "w.safetensors"))
 
 
-def test_a_compressed_pickle_which_may_be_a_bomb_is_refused(tmp_path: Path, tensors: Tensors) -> None:
-    torch.save(tensors, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "w.pth", "w") as packed:
-        for member in plain.infolist():
-            packed.writestr(member.filename, plain.read(member), compress_type=zipfile.ZIP_DEFLATED)
-    with pytest.raises(UserError, match=r"w\.pth: .*it is compressed"):
-        _load(_file(tmp_path / "w.pth"))
+def test_another_hash_or_a_file_that_cannot_be_read(
+    tmp_path: Path, tensors: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
 
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.zeros(1).expand(1 << 20, 1 << 20),  # four bytes that claim four terabytes
-        torch.empty(1 << 20, 1 << 20, device="meta"),
-        torch.sparse_coo_tensor(torch.zeros(2, 1), torch.ones(1), (1 << 20, 1 << 20), check_invariants=False),
-        torch.zeros(2, dtype=torch.complex64),
-    ],
-    ids=["expanded", "meta", "sparse", "complex"],
-)
-def test_tensors_that_are_not_what_they_seem(tmp_path: Path, tensors: Tensors, tensor: torch.Tensor) -> None:
-    torch.save({**tensors, "pos_embed": tensor}, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="entry 'pos_embed' is no tensor of real numbers that are all in the file"):
-        _load(_file(tmp_path / "w.pth"))
-
-
-def test_unreadable_files(tmp_path: Path, tensors: Tensors) -> None:
-    save_file(tensors, tmp_path / "whole.safetensors")
-    short = tmp_path / "short.safetensors"
-    short.write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"short.safetensors: backbone.weights: can't be read as weights"):
-        _load(_file(short))
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UserError, match="holds no state_dict"):
-        _load(_file(tmp_path / "list.pt"))
-    torch.save({"lr": 0.1}, tmp_path / "numbers.pt")
-    with pytest.raises(UserError, match="'lr' is no named tensor"):
-        _load(_file(tmp_path / "numbers.pt"))
-
-
-def test_check_weights_of_files(tmp_path: Path, tensors: Tensors) -> None:
-    with pytest.raises(UserError, match="does not exist") as caught:
-        check_weights(_file(tmp_path / "none.pth"))
-    assert (caught.value.file, caught.value.field) == (str(tmp_path / "none.pth"), "backbone.file")
-    with pytest.raises(UserError, match=r"expected a \.safetensors"):
-        check_weights(_file(tmp_path / "w.npz"))
     save_file(tensors, tmp_path / "w.safetensors")
     for refuse in (check_weights, _load):
         with pytest.raises(UserError, match=r"the configuration expects 0000") as caught:
             refuse(_file(tmp_path / "w.safetensors", "0" * 64))
         assert caught.value.field == "backbone.sha256"
-
-
-@pytest.mark.parametrize("name", ["x" * 5000 + ".pth", "a\0b.pth", "~nobody-of-this-name/w.pth"])
-def test_an_impossible_name_does_not_exist(name: str) -> None:
-    with pytest.raises(UserError, match="does not exist; correct the path of the weights"):
-        check_weights(BackboneConfig(model="test_vit", weights="file", file=name))
-
-
-def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
-    (tmp_path / "w.pth").mkdir()
-    for folder in (tmp_path, tmp_path / "w.pth"):
-        with pytest.raises(UserError, match=r"expected a \.safetensors"):
-            check_weights(_file(folder))
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(file: Path) -> str:
-        raise PermissionError(13, "Permission denied", str(file))
-
-    (tmp_path / "w.pth").write_bytes(b"")
     monkeypatch.setattr("peft_vit.backbones.loading.sha256_of", denied)
-    with pytest.raises(UserError, match=r"w\.pth: backbone\.file: can't be read \(Permission denied\)"):
-        check_weights(_file(tmp_path / "w.pth"))
+    with pytest.raises(UserError, match=r"w\.safetensors: backbone\.file: can't be read \(Permission denied\)"):
+        check_weights(_file(tmp_path / "w.safetensors"))
 
 
 def test_check_weights_of_other_sources() -> None:

@@ -23,7 +23,6 @@ def index_of(labels, groups=None, official_test=None):
     return ImageIndex(
         name="toy",
         labels=labels,
-        strata=labels,
         class_names=tuple(f"class{k}" for k in range(labels.max() + 1)),
         official_test=official_test,
         licence="none",
@@ -135,7 +134,7 @@ def test_fewer_training_images_move_neither_test_nor_validation():
 
 
 def test_more_folds_than_different_images_are_refused():
-    with pytest.raises(UserError, match=r"data\.folds: is 9, but there are only 8 different images"):
+    with pytest.raises(UserError, match=r"data\.folds: asks for 9, but 8 different images"):
         make_splits(index_of(np.arange(16) % 2, np.arange(16) // 2), asked(folds=9, validation_images=2), 0)
 
 

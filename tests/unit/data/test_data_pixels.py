@@ -25,7 +25,7 @@ class Reader:
 
 def index_of(read, channels=1, sha256="a" * 64):
     labels = np.arange(10) % 2
-    return ImageIndex(labels, labels, ("a", "b"), None, sha256, read, name="toy", channels=channels)
+    return ImageIndex(labels, ("a", "b"), None, sha256, read, name="toy", channels=channels)
 
 
 ROWS = np.array([1, 4, 7])

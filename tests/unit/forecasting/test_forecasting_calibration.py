@@ -1,38 +1,39 @@
-"""A miniature is the same run with fewer steps: its phases keep their shares, and it can be carried out."""
+"""A calibration run is the same run with fewer steps, of which each phase has its share; what it took is kept."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from peft_vit.backbones import describe
 from peft_vit.config import Augmentation, PeftAdaLoraConfig, Rotate90
 from peft_vit.data import make_splits, open_index
-from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting import calibration
+from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs, known_costs
 from peft_vit.methods import check
 from peft_vit.records import RunSpec
-from peft_vit.training import steps_per_epoch
+from peft_vit.runs.execute import run_one
+from peft_vit.studies import profiling
+from peft_vit.studies.plan import plan_study, spec_of
+from peft_vit.studies.profiling import Speed, costs_of, measure_costs
+from peft_vit.training import Progress, steps_per_epoch
 
 pytestmark = pytest.mark.part("runner")
 
-
-def spec_of(config, place: int = 0, **training) -> RunSpec:
-    experiment = config.experiments[place]
-    experiment = experiment.model_copy(update={"training": experiment.training.model_copy(update=training)})
-    return RunSpec(
-        study=config.name,
-        seed=3,
-        experiment=experiment,
-        backbone=config.backbone,
-        data=config.data,
-        device=config.device,
-        precision=config.precision,
-        threads=config.threads,
-    )
+STEADY = Speed(1000.0, 1.0)
+COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
 
 
-def small(spec: RunSpec, total_steps: int) -> RunSpec:
+def run_of(config, place: int = 0, **training) -> RunSpec:
+    spec = spec_of(config, place, 0)
+    changed = spec.experiment.model_copy(update={"training": spec.experiment.training.model_copy(update=training)})
+    return spec.model_copy(update={"experiment": changed})
+
+
+def small(spec: RunSpec, total_steps: int, **limits: int) -> RunSpec:
     index = open_index(spec.data)
-    return calibration_run(
-        spec, total_steps, describe(spec.backbone, 32), index, make_splits(index, spec.data, spec.seed)
-    )
+    splits = make_splits(index, spec.data, spec.seed)
+    return calibration_run(spec, total_steps, describe(spec.backbone, 32), index, splits, **limits)
 
 
 def steps_of(spec: RunSpec) -> int:
@@ -52,8 +53,8 @@ def large(study):
     return make
 
 
-def test_it_has_a_few_steps_and_one_validation_batch(large) -> None:
-    spec = spec_of(large("lora"), epochs=30)
+def test_it_has_a_few_steps_and_a_few_validation_batches(large, study) -> None:
+    spec = run_of(large("lora"), epochs=30)
     found = small(spec, 3000)
     assert steps_of(found) == 8
     assert (found.data.train_images, found.data.validation_images, found.data.test_images) == (64, 32, 32)
@@ -61,51 +62,49 @@ def test_it_has_a_few_steps_and_one_validation_batch(large) -> None:
     assert found.experiment.model_dump(include=kept) == spec.experiment.model_dump(include=kept)
     assert found.experiment.training.batch_size == spec.experiment.training.batch_size
     assert (found.backbone, found.threads, found.precision) == (spec.backbone, spec.threads, spec.precision)
+    fewer = small(spec, 3000, at_most=3, evaluated=5)
+    assert (steps_of(fewer), fewer.data.validation_images, fewer.data.test_images) == (3, 5, 5)
+    assert steps_of(small(run_of(study("lora"), epochs=1), 3)) == 3  # a short run is its own
 
 
 def test_runs_share_it_if_they_differ_in_nothing_that_costs(large) -> None:
     config = large("lora")
-    reference = small(spec_of(config, epochs=30), 3000)
-    for training in (
-        {"learning_rate": 0.1},
-        {"epochs": 100},
-        {"weight_decay": 0.3},
-        {"schedule": "constant"},
-        {"label_smoothing": 0.1},
-        {"warmup_share": 0.2},
-    ):
-        spec = spec_of(config, **{"epochs": 30, **training})
+    reference = small(run_of(config, epochs=30), 3000)
+    alike = {
+        "learning_rate": 0.1, "epochs": 100, "weight_decay": 0.3, "schedule": "constant", "label_smoothing": 0.1,
+        "warmup_share": 0.2,
+    }  # fmt: skip
+    for name, value in alike.items():
+        spec = run_of(config, **{"epochs": 30, name: value})
         assert small(spec, 100 * spec.experiment.training.epochs) == reference
-    renamed = spec_of(config, epochs=30).model_copy(update={"study": "other", "seed": 9})
-    assert small(renamed, 3000) == reference
-    drawn = spec_of(config, epochs=30)
-    drawn = drawn.model_copy(update={"data": drawn.data.model_copy(update={"test_split": "per_seed"})})
-    assert small(drawn, 3000) == reference
-    rotated = (Augmentation(rotate90=Rotate90()),)
-    for training in ({"batch_size": 16}, {"optimizer": "sgd"}, {"augmentation": rotated}):
-        assert small(spec_of(config, epochs=30, **training), 3000) != reference
-    assert small(spec_of(config, epochs=30).model_copy(update={"threads": 2}), 3000) != reference
+    named = run_of(config, epochs=30).model_copy(update={"study": "other", "seed": 9})
+    drawn = named.model_copy(update={"data": named.data.model_copy(update={"test_split": "per_seed"})})
+    assert small(named, 3000) == small(drawn, 3000) == reference
+    for name, value in {
+        "batch_size": 16,
+        "optimizer": "sgd",
+        "augmentation": (Augmentation(rotate90=Rotate90()),),
+    }.items():
+        assert small(run_of(config, **{"epochs": 30, name: value}), 3000) != reference
+    assert small(run_of(config, epochs=30).model_copy(update={"threads": 2}), 3000) != reference
 
 
 def test_phases_keep_their_shares(large) -> None:
     config = large("adalora", "qa_adalora")
-    adalora = config.experiments[0].adalora.model_copy(
-        update={"warmup_steps": 250, "update_frequency": 50, "final_steps": 500}
-    )
-    spec = spec_of(config, epochs=20)
+    phases = {"warmup_steps": 250, "update_frequency": 50, "final_steps": 500}
+    spec = run_of(config, epochs=20)
+    adalora = spec.experiment.adalora.model_copy(update=phases)
     spec = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"adalora": adalora})})
     found = small(spec, 2000).experiment.adalora
     assert (found.warmup_steps, found.final_steps) == (1, 2)  # an eighth and a quarter of 8
-    quantized = small(spec_of(config, 1, epochs=20), 2000).experiment.qa_lora
-    assert quantized.quantization_end_step == 5  # two thirds
+    assert small(run_of(config, 1, epochs=20), 2000).experiment.qa_lora.quantization_end_step == 5  # two thirds
 
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("total_steps", [8, 100, 12_345])
 @pytest.mark.parametrize("method", ["adalora", "qa_adalora", "adaptive_bits", "peft_adalora"])
 def test_it_passes_the_checks_of_a_plan(large, method, total_steps) -> None:
-    config = large("linear" if method == "peft_adalora" else method)
-    spec = spec_of(config)
+    spec = run_of(large("linear" if method == "peft_adalora" else method))
     if method == "peft_adalora":
         pytest.importorskip("peft")
         section = PeftAdaLoraConfig(update_frequency=2, warmup_steps=max(1, total_steps // 2), final_steps=1)
@@ -118,13 +117,113 @@ def test_it_passes_the_checks_of_a_plan(large, method, total_steps) -> None:
 
 
 def test_every_class_keeps_an_image(large) -> None:
-    spec = spec_of(large("linear"), batch_size=1)
-    found = small(spec, 800)
+    found = small(run_of(large("linear"), batch_size=1), 800)
     assert found.data.train_images == 16  # 8 would leave two digits without one
     index = open_index(found.data)
     assert set(index.labels[make_splits(index, found.data, 0).train]) == set(range(10))
 
 
-def test_a_short_run_is_its_own_calibration_run(study) -> None:
-    spec = spec_of(study("lora"), epochs=1)
-    assert steps_of(small(spec, 3)) == 3
+# --- what it took -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def kinds_of(tmp_path):
+    """Return the calibration runs that a plan asks for."""
+
+    def make(config) -> dict[str, RunSpec]:
+        found = {}
+        plan_study(config, tmp_path, file=tmp_path / "a.yaml", measure=lambda kinds: found.update(kinds) or {})
+        return found
+
+    return make
+
+
+def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
+    config, told, out = study("lora", "qa_adalora", epochs=20), [], tmp_path / "out"
+    plan = plan_study(config, out, file=tmp_path / "a.yaml", measure=lambda kinds: measure_costs(kinds, told.append))
+    assert told == ["measuring 1 of 2: lora", "measuring 2 of 2: qa_adalora"]
+    for run in plan.runs:
+        assert run.estimate.basis == "calibration"
+        assert run.estimate.seconds > 0
+    assert 2e8 < plan.runs[0].estimate.peak_memory_bytes < 4e9
+    assert not out.exists()  # it is kept in the cache, and only there
+    assert len(list((own_cache / "costs").iterdir())) == 2
+    again = plan_study(config, out, file=tmp_path / "a.yaml", measure=lambda kinds: pytest.fail(str(kinds)))
+    assert [run.estimate for run in again.runs] == [run.estimate for run in plan.runs]
+
+
+def test_what_fails_is_said_and_estimated(study, kinds_of, own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
+    kinds, told = kinds_of(study("lora", "full")), []
+    gone = kinds["full"].data.model_copy(update={"image_size": 33})
+    kinds["full"] = kinds["full"].model_copy(update={"data": gone})
+    assert set(measure_costs(kinds, told.append)) == {"lora"}
+    assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of 16")
+    assert told[-1].endswith("; its time and memory are estimated")
+    assert known_costs(kinds["full"]) is None
+
+
+@pytest.mark.slow
+def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, kinds_of, own_cache, monkeypatch) -> None:
+    kinds, told = kinds_of(study("full", "lora")), []
+    speeds = iter((STEADY, *[Speed(700.0, 1.0)] * 3))
+    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
+    assert set(measure_costs(kinds, told.append)) == {"full", "lora"}
+    busy = "the machine was busy (its speed before and after differs by 30%, more than 20%)"
+    assert told[1] == f"full: {busy}; its time serves this plan and is not kept"
+    assert known_costs(kinds["full"]) is None
+    assert known_costs(kinds["lora"]) is not None
+
+
+def test_costs_are_of_one_kind_machine_and_version(study, kinds_of, own_cache, monkeypatch) -> None:
+    (kind,) = kinds_of(study("lora")).values()
+    keep_costs(kind, COSTS)
+    assert known_costs(kind) == COSTS
+    assert known_costs(kind.model_copy(update={"threads": 2})) is None
+    for name, other in (("processor_name", "another one"), ("package_versions", {"torch": "9"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(calibration, name, lambda other=other: other)
+            assert known_costs(kind) is None
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"costs": {"start_s": NaN}}', "[" * 100_000, '{"costs": 7}'])
+def test_a_damaged_file_is_measured_anew(study, kinds_of, own_cache, caplog, content) -> None:
+    (kind,) = kinds_of(study("lora")).values()
+    keep_costs(kind, COSTS)
+    (file,) = (own_cache / "costs").iterdir()
+    assert json.loads(file.read_text())["depends_on"]["run"]["threads"] == 1
+    file.write_text(content)
+    assert known_costs(kind) is None
+    (message,) = caplog.messages
+    assert message.startswith(f"{file} is of no use (")
+    assert message.isprintable()
+    keep_costs(kind, COSTS)
+    assert known_costs(kind) == COSTS
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(study, kinds_of, own_cache) -> None:
+    (kind,) = kinds_of(study("lora")).values()
+    own_cache.mkdir(exist_ok=True)
+    (own_cache / "costs").write_text("in the way")
+    keep_costs(kind, COSTS)
+    assert known_costs(kind) is None
+
+
+def test_steps_validations_and_the_rest_are_told_apart(study, cache) -> None:
+    """Steps of 2 s, the first of 5 s, two validations of 1 s with 20 images each, 30 test images, and the rest."""
+    record = run_one(spec_of(study("lora"), 0, 0)).record.model_copy(update={"seconds": 28.5})
+    ends = [5.0, 7.0, 9.0, 10.0, 12.0, 14.0, 16.0, 17.0]
+    steps = [1, 2, 3, 3, 4, 5, 6, 6]
+    found = costs_of(record, [(Progress(step, 6, 0.5, None), end) for step, end in zip(steps, ends, strict=True)])
+    assert (found.step_s, found.image_s, found.images) == (2.0, 1 / 20, 24 + 20 + 30)
+    assert found.start_s == pytest.approx(28.5 - 6 * 2 - 2 * 1 - 30 / 20)
+    single = record.model_copy(update={"steps": record.steps[:1]})
+    found = costs_of(single, [(Progress(1, 1, 0.5, None), 5.0), (Progress(1, 1, 0.5, 0.5), 7.0)])
+    assert (found.step_s, found.image_s) == (record.steps[0].seconds, 2.0 / 20)

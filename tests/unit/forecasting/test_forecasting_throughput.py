@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +9,7 @@ import torch
 from peft_vit.backbones import describe
 from peft_vit.data import open_index
 from peft_vit.forecasting.calibration import Costs
-from peft_vit.forecasting.estimate import Workload
-from peft_vit.forecasting.throughput import Line, Probe, Throughput, experiment_products
+from peft_vit.forecasting.estimate import Line, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.time_limit import fit, makespan
 from peft_vit.studies import profiling
 from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_throughput
@@ -110,16 +108,11 @@ def test_real_steps_are_measured_at_two_sizes(study, monkeypatch) -> None:
         assert [probe.step_products for probe in seen[experiment.name]] == pytest.approx(products)
 
 
-def test_no_time_to_measure_is_said(study, monkeypatch) -> None:
+def test_no_time_to_measure_is_said(study) -> None:
     told: list[str] = []
-    speeds = iter((STEADY, replace(STEADY, products_per_s=700.0)))
-    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
     throughput = measured(study("lora"), 32, 0.0, told)
     assert throughput.step == throughput.image
-    assert [line.split(" (")[0] for line in told[1:]] == [
-        "the machine was busy",
-        "no experiment could be measured in this time; how fast matrices are multiplied has to do",
-    ]
+    assert told[1:] == ["no experiment could be measured in this time; how fast matrices are multiplied has to do"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan
 
-from peft_vit.cli.start import EXAMPLES
+from peft_vit.cli.models import EXAMPLES
 from peft_vit.config import load_study
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records.progress import look_at, study_lock, study_status
@@ -97,25 +97,39 @@ def of(*experiments: str, workers: int = 1):
 
 
 TWO = of("a", "b")
+PROBED = TWO.model_copy(
+    update={
+        "experiments": (TWO.experiments[0].model_copy(update={"method": "linear", "lora": None}), TWO.experiments[1])
+    }
+)
 AS_PLANNED = {"a": 10.0, "b": 20.0}
 
 
 @pytest.mark.parametrize(
-    ("seconds", "over_at", "started"),
+    ("study", "seconds", "over_at", "started", "options"),
     [
         # 30 s a seed: two seeds, then a third run of a, and no run of 20 s in the last 5
-        (AS_PLANNED, 75, "a0 b0 a1 b1 a2"),
+        (TWO, AS_PLANNED, 75, "a0 b0 a1 b1 a2", {}),
         # a shorter run fills what is left
-        (AS_PLANNED, 45, "a0 b0 a1"),
+        (TWO, AS_PLANNED, 45, "a0 b0 a1", {}),
         # twice as slow as planned: 35 s are enough for b by the plan, not by the pace
-        ({"a": 20.0, "b": 40.0}, 55, "a0 a1"),
+        (TWO, {"a": 20.0, "b": 40.0}, 55, "a0 a1", {}),
+        # a probe's first run computes the features of all seeds: it says nothing of those that take steps
+        (PROBED, {"a": 40.0, "b": 20.0}, 65, "a0 b0", {}),
+        # a0 until 10, b0 until 20, a1 until 20, then two at a time again
+        (of("a", "b", workers=2), AS_PLANNED, 35, "a0 b0 a1 a2 a3", {"workers": 2}),
+        # on a cluster all that fits is handed over at once
+        (TWO, AS_PLANNED, 15, "a0 a1 a2 a3 a4 a5 a6 a7", {"workers": 100, "kind": "ray"}),
     ],
 )
-def test_runs_start_seed_by_seed_and_none_that_would_not_end_in_time(tmp_path, seconds, over_at, started) -> None:
-    executor = Timed(seconds)
-    assert drive(tmp_path, TWO, AS_PLANNED, executor, over_at) == []
+def test_runs_start_seed_by_seed_and_none_that_would_not_end_in_time(
+    tmp_path, study, seconds, over_at, started, options
+) -> None:
+    executor = Timed(seconds, workers=options.get("workers", 1))
+    assert drive(tmp_path, study, AS_PLANNED, executor, over_at, options.get("kind", "local")) == []
     assert " ".join(run.replace("/seed_", "") for run in executor.started) == started
     assert executor.closed
+    assert executor.now <= over_at
     assert {run for run, state in states(tmp_path).items() if state == "done"} == set(executor.started)
     assert set(states(tmp_path).values()) == {"done", "pending"}
 
@@ -134,13 +148,6 @@ def test_a_later_call_goes_on_with_the_rest(tmp_path) -> None:
     drive(tmp_path, TWO, AS_PLANNED, later, over_at=1000)
     assert later.started[:3] == ["b/seed_2", "a/seed_3", "b/seed_3"]
     assert set(states(tmp_path).values()) == {"done"}
-
-
-def test_as_many_go_at_a_time_as_there_are_workers(tmp_path) -> None:
-    executor = Timed(AS_PLANNED, workers=2)
-    drive(tmp_path, of("a", "b", workers=2), AS_PLANNED, executor, over_at=35)
-    # a0 until 10, b0 until 20, a1 until 20, then two at a time again
-    assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "a/seed_2", "a/seed_3"]
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -178,29 +185,6 @@ def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
     drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
     assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "b/seed_1", "a/seed_2"]
     assert states(tmp_path)["a/seed_0"] == "failed"
-
-
-def test_on_a_cluster_all_that_fits_is_handed_over_at_once(tmp_path) -> None:
-    executor = Timed(AS_PLANNED, workers=100)
-    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=15, kind="ray")
-    assert executor.started == [f"a/seed_{seed}" for seed in range(8)]
-    assert executor.now == pytest.approx(10, abs=0.5)
-
-
-def test_the_pace_of_finished_runs_corrects_what_others_were_planned_to_take(tmp_path) -> None:
-    """Three times as slow: after the first run 60 s are expected of b, and 45 are left."""
-    executor = Timed({"a": 30.0, "b": 60.0})
-    drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
-    assert executor.started == ["a/seed_0", "a/seed_1"]
-
-
-def test_a_probe_s_first_run_says_nothing_of_those_that_take_steps(tmp_path) -> None:
-    """It computes the features of all seeds: four times as slow as planned, it leaves b's expectation alone."""
-    probe = TWO.experiments[0].model_copy(update={"method": "linear", "lora": None})
-    two = TWO.model_copy(update={"experiments": (probe, TWO.experiments[1])})
-    executor = Timed({"a": 40.0, "b": 20.0})
-    drive(tmp_path, two, AS_PLANNED, executor, over_at=65)
-    assert executor.started == ["a/seed_0", "b/seed_0"]
 
 
 @pytest.mark.parametrize("planned", [0.5, 1.0, 2.0])

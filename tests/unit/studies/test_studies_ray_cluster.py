@@ -7,11 +7,12 @@ import pytest
 import ray
 
 from peft_vit.errors import UserError
-from peft_vit.studies.commands import Execution, RunRequest, run_studies
+from peft_vit.studies.commands import run_studies
 from peft_vit.studies.executors import open_executor
 from peft_vit.studies.executors.ray_cluster import Need, RayExecutor
 from peft_vit.studies.executors.ray_task import Place
 from peft_vit.studies.plan import plan_study
+from peft_vit.studies.request import RunRequest
 
 pytestmark = pytest.mark.part("runner")
 
@@ -84,7 +85,7 @@ def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
     with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
         open_executor("ray", plan, tmp_path, oversubscribe=True)
     with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
-        run_studies(RunRequest([], tmp_path, workers=2), Execution("ray"))
+        run_studies(RunRequest.of(configs=[], output=tmp_path, workers=2, executor="ray"))
 
 
 def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:

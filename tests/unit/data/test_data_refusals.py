@@ -1,0 +1,237 @@
+"""What is refused of foreign folders, tables and archives: one line that names the file, and the field if it is one."""
+
+import gzip
+import os
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from written_images import member, tar_gz
+
+from peft_vit.data import open_index, sample_path
+from peft_vit.data.packaged import CIFAR10, write_idx
+from peft_vit.errors import UserError
+
+IMAGE = "train/class_0/000.png"
+
+
+def text(name, content):
+    """Return what writes a text, or bytes, below a set's folder."""
+    data = content.encode() if isinstance(content, str) else content
+    return lambda root: (root / name).write_bytes(data) and None
+
+
+def plain(spoil):
+    """Return what spoils a folder without splits, and names it."""
+    return lambda root: (spoil(root / "train") and None) or root / "train"
+
+
+def row(line, columns="path,label", first=f"{IMAGE},cat"):
+    return text("images.csv", f"{columns}\n{first}\n{line}\n")
+
+
+def zipped(*names):
+    """Return what packs images of these names."""
+
+    def pack(root):
+        with zipfile.ZipFile(root / "images.zip", "w") as archive:
+            for name in ("cat/a.png", "dog/a.png", *names):
+                archive.writestr(zipfile.ZipInfo(name), (root / IMAGE).read_bytes())
+        return root / "images.zip"
+
+    return pack
+
+
+def cifar(**changes):
+    """Return what packs CIFAR-10 anew with other files; None: without."""
+
+    def pack(root):
+        files = {file.name: file.read_bytes() for file in root.iterdir()} | changes
+        for file in list(root.iterdir()):
+            file.unlink()
+        members = [(member(f"some/{name}"), content) for name, content in files.items() if content is not None]
+        tar_gz(root / CIFAR10.archive, members)
+
+    return pack
+
+
+def idx(content):
+    return text("train-images-idx3-ubyte.gz", content)
+
+
+def shape(*sizes, magic=b"\0\0\x08\x03"):
+    return magic + struct.pack(f">{len(sizes)}I", *sizes)
+
+
+def called(name):
+    """Return what gives a class a name."""
+    return lambda root: os.rename(root / "train/class_0", root / "train" / name) or root / "train"
+
+
+def named(name):
+    return lambda root: root / name
+
+
+CLASS = r"data\.path: class '.*\\.*' holds a control character"
+ELPV_LINE = "images/cell0002.png  {}\n"
+CASES = {
+    "image-folder": [
+        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is none of \.png"),
+        (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: does not lie at"),
+        (lambda f: f.parent, r": does not lie at <class>/<image>"),
+        (lambda f: shutil.copytree(f / "train", f / "x") and None, r"/x: lies beside train/"),
+        (plain(lambda f: (f / "bird").mkdir()), r"bird: is an empty folder"),
+        (plain(lambda f: (f / "class_0/x.png").symlink_to("/etc/hostname")), r"x\.png: leads out"),
+        (plain(lambda f: (f / "bird").symlink_to("/usr")), r"bird: leads out of"),
+        (plain(lambda f: (f / "b").symlink_to(f / "class_0")), r"b: is a link to a folder"),
+        (
+            plain(lambda f: (f / "class_0/l.png").symlink_to(f / "class_0/l.png")),
+            r"l\.png: cannot be read \(Too many levels",
+        ),
+        (plain(lambda f: os.mkfifo(f / "class_0/p.png")), r"p\.png: cannot be read \(a pipe"),
+        (lambda f: shutil.rmtree(f / "test/class_1"), r"class 'class_1' is in only one of"),
+        (lambda f: (f / "x").mkdir() or text("x/a.txt", "x")(f) or f / "x", r"data\.path: holds no image"),
+        (named("nowhere"), r": data\.path: does not exist"),
+        (lambda f: Path("x" * 5000), r": data\.path: does not exist"),
+        (lambda f: Path("a\0b"), r": data\.path: does not exist"),
+        (lambda f: Path("~nobody-of-this-name/x"), r": data\.path: does not exist"),
+        (called("\x1b[31mred"), CLASS),
+        (called("two\nlines"), CLASS),
+        (called("\u202egnp"), CLASS),
+        (zipped("../cat/x.png"), r"holds a file of the name '\.\./cat/x\.png', which leads out"),
+        (zipped("cat/../../x.png"), "which leads out of it"),
+        (zipped("/cat/x.png"), "which leads out of it"),
+        (zipped(r"cat\..\x.png"), "which leads out of it"),
+        (zipped("cat/a.png"), r"images\.zip: holds 'cat/a\.png' twice"),
+        (zipped(""), "holds a file of the name ''"),
+    ],
+    "tiny-imagenet": [
+        (named("val/images/.."), r"data\.path: holds 0 files called words\.txt"),
+        (text("val/val_annotations.txt", "val_7.JPEG\tn00000001\n"), r"txt:1: .*not there"),
+        (text("val/val_annotations.txt", "val_32.JPEG\tn9\n"), r"txt:1: class 'n9' has no"),
+        (text("val/val_annotations.txt", "val_32.JPEG\n"), r"txt:1: class '' has no"),
+        (text("words.txt", "n00000001\tgold\x1b[2Jfish\n"), r"words\.txt: class .*\\x1b\[2J"),
+    ],
+    "csv": [
+        (row("../secret.png,x"), r"images\.csv:3: path: \.\./secret\.png leaves the CSV's folder"),
+        (row("train/../../secret.png,x"), r"images\.csv:3: path: .* leaves"),
+        (row("/etc/hostname,x"), r"images\.csv:3: path: /etc/hostname leaves"),
+        (row("train/none.png,x"), r"images\.csv:3: path: .*none\.png does not exist"),
+        (row("x" * 300 + ".png,x"), r"images\.csv:3: path: .* does not exist"),
+        (lambda f: os.mkfifo(f / "p.png") or row("p.png,x")(f), r"images\.csv:3: path: .* does not exist"),
+        (row(f"./{IMAGE},cat"), r"images\.csv:3: path: .* stands twice"),
+        (row(f"./{IMAGE},x"), r"images\.csv:3: label: .* is 'x' here and 'cat' before"),
+        (row("train/class_0/003.png"), r"images\.csv:3: expected a path and a label"),
+        (row("train/class_0/003.png,"), r"images\.csv:3: expected a path and a label"),
+        (row("train/class_0/003.png,x,y"), r"images\.csv:3: expected a path and a label"),
+        (row('train/class_0/003.png,"x'), r"images\.csv:3: is no valid CSV"),
+        (
+            row("train/class_0/003.png,cat|dog\ntrain/class_0/006.png,dog"),
+            r"images\.csv: label: 'cat\|dog' stands for several labels",
+        ),
+        (lambda f: (f / "l.png").symlink_to("/etc/hostname") or row("l.png,x")(f), r"l\.png: leads out of"),
+        (row("", "file,label"), r"images\.csv:1: has the columns file, label; expected path, label"),
+        (row("", "path,label,weight"), r"images\.csv:1: has the columns path, label, weight"),
+        (text("images.csv", "path,label\n"), r"images\.csv: names no image"),
+        (text("images.csv", "\n"), r"images\.csv:1: has the columns"),
+        (
+            row("train/class_0/003.png,x,validation", "path,label,split", f"{IMAGE},cat,train"),
+            r"images\.csv:3: split: expected train or test",
+        ),
+        (row("train/class_0/003.png,cat"), r"data\.path: holds 1 classes \(cat\)"),
+        (lambda f: f, r"data\.path: is not a file"),
+        (named(IMAGE), r"000\.png: is not UTF-8 text"),
+        (row("train/class_0/003.png,\x9b31m"), CLASS),
+        (row(f"train/class_0/003.png,{'x' * 1000}"), "or more than 255 letters"),
+    ],
+    "elpv": [
+        (text("labels.csv", ELPV_LINE.format("often  mono")), r"labels\.csv:1: expected 'path prob"),
+        (text("labels.csv", ELPV_LINE.format("1.5  mono")), r"labels\.csv:1: expected"),
+        (text("labels.csv", ELPV_LINE.format("0.0  glass")), r"labels\.csv:1: expected"),
+        (text("labels.csv", ELPV_LINE.format("0.0")), r"labels\.csv:1: expected"),
+        (text("labels.csv", "images/c.png  0.0  mono\n"), r"labels\.csv:1: images/c\.png is not"),
+        (named("labels.csv"), r"labels\.csv: data\.path: is neither a folder nor a zip"),
+    ],
+    "fashion-mnist": [
+        (idx(b"no gzip"), r"ubyte\.gz: is not a readable \.gz"),
+        (idx(gzip.compress(shape(80, 28, 28) + bytes(80 * 784))[:-20]), r"is not a readable \.gz"),
+        (idx(gzip.compress(shape(2, 28, 28) + bytes(784))), "holds 784 values"),
+        (idx(gzip.compress(shape(1, 2, 3) + bytes(7))), "holds more than 6 values"),
+        (idx(gzip.compress(shape(2**31, 2**31, 9) + bytes(9))), "its header asks for"),
+        (idx(gzip.compress(shape(1, 1, 1, magic=b"\0\0\x0d\x03"))), "is no idx file of bytes"),
+        (idx(gzip.compress(shape(1, 28, 28) + bytes(784))), "holds 80 labels for 1 images"),
+        (lambda f: write_idx(f / "t10k-labels-idx1-ubyte.gz", np.full(20, 10)), "holds label 10, expected 0 to 9"),
+        (lambda f: (f / "t10k-labels-idx1-ubyte.gz").unlink(), r"t10k-labels-idx1-ubyte\.gz: data\.path: is missing"),
+    ],
+    "cifar10": [
+        (cifar(**{"test_batch.bin": b"\1" * 100}), r"test_batch\.bin: is 100 bytes.*/cifar-10-bin"),
+        (cifar(**{"test_batch.bin": None}), r"cifar-10-binary\.tar\.gz: holds no test_batch\.bin"),
+        (cifar(**{"batches.meta.txt": b"only\n"}), r"a label is 9, but batches\.meta\.txt names 1"),
+        (cifar(**{"batches.meta.txt": b"\xff\n"}), r"batches\.meta\.txt: is not UTF-8"),
+        (cifar(**{"batches.meta.txt": b"a\nb\x1b[2J\n"}), r"batches\.meta\.txt: class 'b"),
+        (lambda f: cifar()(f) or os.truncate(f / CIFAR10.archive, 99), r"is not a readable tar\.gz"),
+        (lambda f: (f / "data_batch_2.bin").unlink(), r"batch_2\.bin: data\.path: is missing"),
+    ],
+    "cifar100": [(lambda f: (f / "test.bin").unlink(), r"data\.path: holds no cifar-100-binary\.tar\.gz")],
+    "digits": [(lambda _: Path("x"), r"data\.path: has no effect with dataset: digits")],
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    ("dataset", "spoil", "message"), [(name, *case) for name, cases in CASES.items() for case in cases]
+)
+def test_refused_in_one_line(dataset, spoil, message, config):
+    sound = sample_path(dataset)
+    folder = None if sound is None else Path(sound) if Path(sound).is_dir() else Path(sound).parent
+    path = spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        open_index(config(dataset, path or sound))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("dataset", ["image-folder", "tiny-imagenet", "elpv", "cifar10", "fashion-mnist", "csv", "hf"])
+@pytest.mark.parametrize("name", ["pipe", "pipe/x", "x" * 300])
+def test_a_path_that_is_a_pipe_or_impossible(tmp_path, config, dataset, name):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError):
+        open_index(config(dataset, tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda sound: sound[: len(sound) // 2], r"class_0/000\.png: is not a readable image \(.*truncated"),
+        (lambda _: b"<html>", r"class_0/000\.png: is not an image of a known format"),
+        (lambda _: b"", r"class_0/000\.png: is not an image of a known format"),
+    ],
+)
+def test_a_broken_image_is_named_when_it_is_read(config, content, message):
+    file = Path(sample_path("image-folder"), IMAGE)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file)
+    file.write_bytes(content(file.read_bytes()))
+    index = open_index(config("image-folder", file.parents[2]))
+    with pytest.raises(UserError, match=message):
+        [index.read(i) for i in range(len(index.labels))]
+
+
+def test_a_class_that_cannot_be_listed_is_not_left_out(config, unreadable):
+    folder = Path(sample_path("image-folder"), "train")
+    unreadable(folder / "class_1")
+    with pytest.raises(UserError, match=r"class_1: can't be read \(Permission denied\)"):
+        open_index(config("image-folder", folder))
+
+
+@pytest.mark.parametrize("name", [b"chat\xe9", b"class_0/caf\xe9.png"])
+def test_a_name_that_is_not_utf_8_is_refused(config, name):
+    folder = Path(sample_path("image-folder"), "train")
+    old = folder / "class_0" if name.startswith(b"chat") else folder / "class_0/000.png"
+    os.rename(old, os.path.join(os.fsencode(folder), name))
+    with pytest.raises(UserError, match=r"\\udce9.*: has a name that is not UTF-8; rename it") as caught:
+        open_index(config("image-folder", folder))
+    str(caught.value).encode()  # it can be printed and stored
