@@ -161,6 +161,7 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
     with frozen(model), torch.no_grad():
         features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])  # (N, width)
     centre = features.mean(0)  # (width,)
+    # (N, width) -> (N,) -> a number
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
         ((features - centre) / spread).double().cpu().numpy(), places.cpu().numpy()

@@ -188,7 +188,7 @@ class ImportanceTracker:
                 chosen = value.index_select(dim, kept[site].to(value.device))
                 shape = list(value.shape)
                 shape[dim] = ranks[site] - len(kept[site])
-                self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)
+                self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)  # the new rank
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the generator's state and the smoothed quantities, by names that safetensors can store."""
@@ -365,7 +365,7 @@ def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]
             gradients[name] = gradient
             values += adapter.probe.values
         adapter.probe = None
-    sizes = torch.stack(list(gradients.values())).tolist() if gradients else []
+    sizes = torch.stack(list(gradients.values())).tolist() if gradients else []  # () each -> (sites,)
     if not all(math.isfinite(size) for size in sizes):
         return {}, 0
     return dict(zip(gradients, sizes, strict=True)), values

@@ -13,7 +13,7 @@ from peft_vit.allocation import check_starting_ranks
 from peft_vit.backbones import BackboneShape, find_sites, fused_sites
 from peft_vit.config import RULE_OF_A_BUDGET, ExperimentConfig, LoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_rank_at, sites_of
+from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_images, check_rank_at, sites_of
 from peft_vit.training import Hook, StartingRanks
 
 
@@ -36,11 +36,8 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
         sites, rule = sites_of("lora", settings, shape), settings.ranks
         check_rank_at("lora.ranks.site_rank", sites, rule.site_rank)
         check_starting_ranks(rule, sites)
-        if rule.reads_images and rule.calibration_images > train_images:
-            raise UserError(
-                f"{rule.calibration_images} are more than the {train_images} training images; lower it",
-                field="lora.ranks.calibration_images",
-            )
+        if rule.reads_images:
+            check_images("lora.ranks.calibration_images", rule.calibration_images, train_images)
     if settings.start is not None:
         try:
             read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)

@@ -141,3 +141,13 @@ def check_rank_at(field_name: str, sites: Sequence[Site], rank: int, pool: int =
         check_ranks(sites, rank, pool)
     except UserError as error:
         raise UserError(error.message, field=error.field if error.field != "rank" else field_name) from None
+
+
+def check_images(field_name: str, images: int | None, train_images: int) -> None:
+    """Refuse more calibration images than there are to train on.
+
+    Raises:
+        UserError: with the field, below the experiment.
+    """
+    if images is not None and images > train_images:
+        raise UserError(f"{images} are more than the {train_images} training images; lower it", field=field_name)

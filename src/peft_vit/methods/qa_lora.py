@@ -13,7 +13,7 @@ from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.methods import adalora
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_rank_at, sites_of
+from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_images, check_rank_at, sites_of
 from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
@@ -74,18 +74,11 @@ def _check_packing(
     settings = experiment.need(QaLoraConfig)
     check_rank_at("qa_lora.rank", sites_of("qa_lora", settings, shape), rank, settings.pool)
     end_step(settings, total_steps)
-    if settings.calibration_images is not None and settings.calibration_images > train_images:
-        raise UserError(
-            f"{settings.calibration_images} are more than the {train_images} training images; lower it",
-            field="qa_lora.calibration_images",
-        )
+    check_images("qa_lora.calibration_images", settings.calibration_images, train_images)
     if settings.adaptive_bits is not None:
         check_bits(settings, shape.sites)
-        if (images := settings.adaptive_bits.calibration_images) > train_images:
-            raise UserError(
-                f"{images} are more than the {train_images} training images; lower it",
-                field="qa_lora.adaptive_bits.calibration_images",
-            )
+        images = settings.adaptive_bits.calibration_images
+        check_images("qa_lora.adaptive_bits.calibration_images", images, train_images)
 
 
 def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:

@@ -156,7 +156,7 @@ def pair_table(type: QuantizationType, device: torch.device) -> Tensor:
     """
     values = code_values(type)
     pairs = torch.cartesian_prod(values, values).flip(1)  # (4^bits, 2): the earlier code changes fastest
-    return pairs.contiguous().view(torch.int64).flatten().to(device)
+    return pairs.contiguous().view(torch.int64).flatten().to(device)  # (4^bits, 1) -> (4^bits,)
 
 
 def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class QuantizedScales:
 
     def dequantize(self) -> Tensor:
         """Return the scales that the codes stand for, (out, groups), none of them negative."""
-        values = dynamic_values().to(self.codes.device)[self.codes.flatten().int()]
+        values = dynamic_values().to(self.codes.device)[self.codes.flatten().int()]  # (out * groups,)
         scales = values * self.blocks.repeat_interleave(BLOCK)[: len(values)] + self.mean
         return scales.clamp_(0, torch.finfo(self.dtype).max).to(self.dtype).view(self.shape)
 
@@ -229,10 +229,10 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
     Args:
         scales: float32 or float16 on the CPU, (out, groups), not negative.
     """
-    flat = scales.float().flatten()
+    flat = scales.float().flatten()  # (out * groups,)
     mean = flat.mean()
     rest = torch.nn.functional.pad(flat - mean, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # (blocks, 256)
-    largest = rest.abs().amax(1)
+    largest = rest.abs().amax(1)  # (blocks,)
     codes = nearest_codes(rest, largest.unsqueeze(1), dynamic_values())  # (blocks, 256)
     return QuantizedScales(codes.flatten()[: len(flat)].view(scales.shape).clone(), largest, mean.view(1), scales.dtype)
 
@@ -248,7 +248,7 @@ def dynamic_values() -> Tensor:
         edges = torch.linspace(0.1, 1, 2 ** (_EXPONENTS - 1 - exponent) + 1, dtype=torch.float32)
         positive.append(10.0**-exponent * ((edges[:-1] + edges[1:]) / 2))  # in float32, as bitsandbytes rounds them
     magnitudes = torch.cat(positive)  # (127,)
-    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values
+    return torch.cat([-magnitudes, torch.tensor([0.0, 1.0]), magnitudes]).sort().values  # (256,)
 
 
 def warn_of_scales(largest: Tensor, format: QuantizationFormat, name: str) -> None:

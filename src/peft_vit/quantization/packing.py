@@ -51,10 +51,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     words = padded[:, ::at_once].to(torch.uint8 if at_once * bits == 8 else torch.int64)  # (out, words)
     for position in range(1, at_once):
         words = words | padded[:, position::at_once].to(words.dtype) << (bits * position)
-    size = at_once * bits // 8
-    return (
-        words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))[..., :size].flatten(1)
-    )  # (out, bytes)
+    as_bytes = words.contiguous().view(torch.uint8).unflatten(1, (words.shape[1], -1))  # (out, words, bytes of a word)
+    return as_bytes[..., : at_once * bits // 8].flatten(1)  # (out, bytes)
 
 
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -92,7 +90,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     else:
         positions = bits * torch.arange(codes_at_once(bits), device=packed.device)
         words = _words(packed, bits).unsqueeze(-1) >> positions & 2**bits - 1  # (out, words, codes a word)
-        return words.flatten(1)[:, :columns].to(torch.uint8)
+        return words.flatten(1)[:, :columns].to(torch.uint8)  # (out, codes)
     return words.view(torch.uint8)[:, :columns]  # (out, words) -> (out, codes)
 
 
@@ -120,4 +118,5 @@ def _words(packed: Tensor, bits: int) -> Tensor:
     """Return the codes that fill whole bytes together in an int64 each, (out, words)."""
     size = codes_at_once(bits) * bits // 8
     some = packed.unflatten(1, (packed.shape[1] // size, size))  # (out, words, bytes a word)
+    # (out, words, 8) -> (out, words, 1) -> (out, words)
     return torch.nn.functional.pad(some, (0, 8 - size)).view(torch.int64).squeeze(-1)

@@ -66,9 +66,10 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
         raise ValueError(f"expected a matrix of floats, got {weight.dtype} of shape {tuple(weight.shape)}")
     rows, columns = weight.shape
     groups = format.groups(columns)
+    # (some of out, in) -> (some, groups, group size)
     some_rows = [part.unflatten(1, (groups, -1)) for part in weight.detach().split(rows_at_once(weight))]
     parts = (_ranges(part, format) for part in some_rows)
-    largest, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    largest, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))  # (out, groups) each
     warn_of_scales(largest, format, name)
     stored = quantize_scales(scales) if format.double_quant else scales
     if isinstance(stored, QuantizedScales):
@@ -107,7 +108,7 @@ def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor
 
 def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: QuantizationFormat) -> Tensor:
     """Return the packed codes of some rows, (out, groups, group size), for their scales and offsets, (out, groups)."""
-    weights, scales, offsets = weights.cpu().float(), scales.unsqueeze(-1), offsets.unsqueeze(-1)
+    weights, scales, offsets = weights.cpu().float(), scales.unsqueeze(-1), offsets.unsqueeze(-1)  # (out, groups, 1)
     if format.has_codebook:
         codes = nearest_codes(weights, scales.float(), format.values())
     else:
@@ -185,7 +186,7 @@ def quantize_with_compensation(
             errors[j - start] = (rest[j] - values) / factor[j, j]
             rest[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)  # (rest, block) @ (block, out)
-    packed = pack_codes(codes.T.contiguous(), format.bits)
+    packed = pack_codes(codes.T.contiguous(), format.bits)  # (in, out) -> (out, bytes)
     return replace(rounded, codes=packed.to(weight.device))
 
 

@@ -125,7 +125,7 @@ class QuantizedTensor:
         bits = self.format.bits
         if self.format.has_codebook and bits in (3, 4):
             words = values.view(-1).view(torch.int64)  # a pair of float32 each
-            pairs = unpack_pairs(self.codes, bits).flatten().int()
+            pairs = unpack_pairs(self.codes, bits).flatten().int()  # (out * stored / 2,)
             torch.index_select(pair_table(self.format.type, values.device), 0, pairs, out=words)
             return
         codes = unpack_codes(self.codes, bits, values.shape[1])

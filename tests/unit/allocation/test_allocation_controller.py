@@ -11,7 +11,7 @@ from covering_pairs import covering_pairs
 from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional as F
 
-from peft_vit import AdaLoraConfig, AdaLoRAController
+from peft_vit import AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -285,21 +285,3 @@ def test_what_grew_is_scored_and_ranked_like_the_others(tiny_vit, batch) -> None
     controller.apply_ranks(model, optimizer, {name: 3})
     larger = grown / 3  # A takes the size that belongs to the rank
     torch.testing.assert_close(site_adapters(model)[name].lora_A.detach(), before * larger)
-
-
-@pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ({}, "needs a penalty: parametrization: svd"),
-        ({"parametrization": "svd", "orthogonality_weight": 0.0}, "needs a penalty"),
-        ({"parametrization": "svd", "importance_metric": "magnitude"}, "no effect with importance_metric: magnitude"),
-        ({"parametrization": "svd", "importance_metric": "random"}, "no effect with importance_metric: random"),
-        ({"parametrization": "svd", "importance_metric": "uniform"}, "no effect with importance_metric: uniform"),
-    ],
-)
-def test_the_penaltys_gradient_is_scored_only_where_there_is_one(settings, reason) -> None:
-    with pytest.raises(ValueError, match=reason):
-        config(importance_gradient="task_and_penalty", **settings)
-    good = config(importance_gradient="task_and_penalty", parametrization="svd")
-    assert good.importance_gradient == "task_and_penalty"
-    assert AdaLoraConfig(**config().model_dump()).importance_gradient == "task"
