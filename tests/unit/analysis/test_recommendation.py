@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft_vit.analysis.limits import Limits, parse_limits
 from peft_vit.analysis.measures import estimated
 from peft_vit.analysis.recommendation import Recommendation, check_margin, needed_pairs, recommend, smallest_that_exists
 from peft_vit.analysis.studies import choose_study
-from peft_vit.config import bytes_of, parse_bytes
+from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 
@@ -273,47 +274,48 @@ def test_one_study_is_chosen_by_name_or_label() -> None:
         choose_study(both, "third", Path("results"))
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("5MB", 5_000_000), (" 5 mb ", 5_000_000), ("1.5GiB", 3 * 2**29), ("0.5kB", 500), ("12B", 12), ("2KiB", 2048)],
-)
-def test_bytes_are_read_as_everywhere(text: str, expected: int) -> None:
-    assert parse_bytes(text, "--max-bytes") == expected == bytes_of(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", " ", "MB", "5 M", "-5MB", "0", "5000000", "5e6", "0MB", "0.5B", f"{'9' * 400}GB", "5,000MB", "5MB5", "٥MB"],
-)
-def test_other_bytes_are_refused_in_one_line(text: str) -> None:
-    with pytest.raises(UserError, match=r"^--max-bytes: .* is not a size above 0 with its unit") as raised:
-        parse_bytes(text, "--max-bytes")
-    assert "\n" not in str(raised.value)
-
-
-def test_other_limits() -> None:
+def test_limits_as_a_person_writes_them() -> None:
+    sizes = {"5MB": 5_000_000, " 5 mb ": 5_000_000, "1.5GiB": 3 * 2**29, "0.5kB": 500, "12B": 12, "2KiB": 2048}
+    assert {text: parse_limits(text)["--max-bytes"] for text in sizes} == sizes == {t: bytes_of(t) for t in sizes}
+    assert [parse_limits(max_params=text)["--max-params"] for text in ("300k", "3e5", "0.3M")] == [3e5] * 3
+    assert parse_limits(max_seconds=0.5, max_latency_ms=20.0) == {"--max-seconds": 0.5, "--max-latency-ms": 0.02}
     assert parse_limits() == {}
-    for text in ("300k", "3e5", "0.3M"):
-        assert parse_limits("5MB", text, 0.5, 20.0) == {
-            "--max-bytes": 5e6,
-            "--max-params": 3e5,
-            "--max-seconds": 0.5,
-            "--max-latency-ms": 0.02,
-        }
     assert check_margin(1.5, "--margin") == 0.015
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-def test_limits_that_are_no_numbers_above_0_are_refused(value: float) -> None:
-    for option, refuse in (
-        ("--max-params", lambda: parse_limits(max_params="300MB" if value else "0")),
-        ("--max-seconds", lambda: parse_limits(max_seconds=value)),
-        ("--max-latency-ms", lambda: parse_limits(max_latency_ms=value)),
-        ("--margin", lambda: check_margin(value, "--margin")),
-    ):
+NO_SIZES = (
+    "",
+    " ",
+    "MB",
+    "5 M",
+    "-5MB",
+    "0",
+    "5000000",
+    "5e6",
+    "0MB",
+    "0.5B",
+    f"{'9' * 400}GB",
+    "5,000MB",
+    "5MB5",
+    "٥MB",
+)
+NO_NUMBERS = (0.0, -1.0, float("nan"), float("inf"))
+REFUSED: dict[str, tuple[Callable[[Any], object], tuple[Any, ...]]] = {
+    "--max-bytes": (parse_limits, NO_SIZES),
+    "--max-params": (lambda value: parse_limits(max_params=value), ("300MB", "0", "-3", "1e999")),
+    "--max-seconds": (lambda value: parse_limits(max_seconds=value), NO_NUMBERS),
+    "--max-latency-ms": (lambda value: parse_limits(max_latency_ms=value), NO_NUMBERS),
+    "--margin": (lambda value: check_margin(value, "--margin"), (*NO_NUMBERS, 100.0)),
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_other_limits_are_refused_by_option_in_one_line(option: str) -> None:
+    read, wrong = REFUSED[option]
+    for value in wrong:
         with pytest.raises(UserError) as raised:
-            refuse()
-        assert raised.value.field == option
+            read(value)
+        assert (raised.value.field, "\n" in str(raised.value)) == (option, False)
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.01), (-0.005, 0.004), (0.004, 0.03)])
