@@ -3,7 +3,6 @@
 from peft_vit.adapters.adapted_model import (
     AdaptedLinear,
     Adapter,
-    adapted_kinds,
     adapted_modules,
     adapted_sites,
     current_ranks,
@@ -17,7 +16,6 @@ from peft_vit.adapters.adapted_model import (
 )
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
-    by_layer,
     check_tensors,
     load_trained,
     read_adapter_file,

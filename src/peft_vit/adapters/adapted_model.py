@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self, TypeAlias
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from peft_vit.adapters.adapted_product import FrozenWeight, adapted_product
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.peft_layers import (
+    ADAPTER,
     PeftSite,
     check_plain,
     is_plain,
-    merged_base,
     peft_factors,
     peft_layers,
     peft_ranks,
@@ -23,7 +24,7 @@ from peft_vit.adapters.peft_layers import (
     sites_of_layers,
     tuner_layers,
 )
-from peft_vit.backbones import Backbone, Site
+from peft_vit.backbones import Site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error
 
@@ -149,15 +150,6 @@ def adapted_sites(model: nn.Module) -> dict[str, Site]:
     return found
 
 
-def adapted_kinds(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the kinds of the matrices that each adapted site covers: several where they are fused and share it."""
-    kinds = {linear.module: linear.kinds for linear in Backbone.within(model).layout()}
-    sites = adapted_sites(model)
-    return {
-        name: (site.kind,) if site.kind in kinds[site.module] else kinds[site.module] for name, site in sites.items()
-    }
-
-
 def current_ranks(model: nn.Module) -> dict[str, int]:
     """Return the rank of each site as its tensors have it now."""
     return {name: adapter.rank for name, adapter in site_adapters(model).items()}
@@ -233,7 +225,10 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             right, left, scale = peft_factors(layer)
             state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
         else:
-            base = merged_base(layer)
+            merged = copy.deepcopy(layer)
+            with torch.no_grad():
+                merged.merge(adapter_names=[ADAPTER])  # as PEFT does it
+            base = merged.get_base_layer()
             state[f"{name}.weight"] = base.weight.detach()
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias.detach()

@@ -104,27 +104,21 @@ def read_adapter_file(file: Path) -> AdapterFile:
         if not isinstance(form, dict) or not isinstance(formats, dict):
             raise TypeError("form and formats are mappings")
         ranks = {name: _rank(rank) for name, rank in metadata["ranks"].items()}
-        packed = {name.removeprefix(_PACKED): tensors.pop(name) for name in list(tensors) if name.startswith(_PACKED)}
+        packed: dict[str, dict[str, Tensor]] = {}
+        for name in [name for name in tensors if name.startswith(_PACKED)]:
+            layer, _, key = name.removeprefix(_PACKED).rpartition("/")
+            packed.setdefault(layer, {})[key] = tensors.pop(name)
         return AdapterFile(
             metadata,
             tensors,
             form,
             ranks,
-            packed=by_layer(packed),
+            packed=packed,
             scales={name: float((form if "scale" in form else form[name])["scale"]) for name in ranks},
             formats={name: QuantizationFormat.from_json(fields) for name, fields in formats.items()},
         )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"has a damaged peft_vit header ({type(error).__name__}: {error})", file=file) from None
-
-
-def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Return tensors named `blocks.3.attn.qkv/codes` by layer and name."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        layer, _, key = name.rpartition("/")
-        found.setdefault(layer, {})[key] = tensor
-    return found
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

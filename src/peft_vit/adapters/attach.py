@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_kinds, adapted_sites, site_adapters
+from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
 from peft_vit.adapters.layer_input import remember_sources
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.adapters.peft_layers import sites_of_layers, tuner_layers
@@ -107,12 +107,15 @@ def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
         raise UserError(f"the model's adapters have {stated}; leave it out", field=f"{section}.scale")
     if "targets" not in config.model_fields_set:
         return
-    sites = adapted_sites(model)
-    adapted = {(sites[name].module, kind) for name, kinds in adapted_kinds(model).items() for kind in kinds}
-    wanted = {(site.module, site.kind) for site in chosen(Backbone.within(model).sites, config.targets)}
-    if wanted != adapted:
-        kinds = ", ".join(sorted({kind for _, kind in adapted}))
-        raise UserError(f"adapters are on {kinds}; leave it out", field=f"{section}.targets")
+    backbone = Backbone.within(model)
+    kinds_of = {linear.module: linear.kinds for linear in backbone.layout()}
+    adapted = set()  # kinds of matrices by module: several where they are fused and share an adapter
+    for site in adapted_sites(model).values():
+        kinds = kinds_of[site.module]
+        adapted |= {(site.module, kind) for kind in ((site.kind,) if site.kind in kinds else kinds)}
+    if adapted != {(site.module, site.kind) for site in chosen(backbone.sites, config.targets)}:
+        stated = ", ".join(sorted({kind for _, kind in adapted}))
+        raise UserError(f"adapters are on {stated}; leave it out", field=f"{section}.targets")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ can change, named as a block's matrices are here: `blocks.3.attn.qkv` (the fused
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from collections.abc import Iterator
@@ -77,15 +76,6 @@ def peft_ranks(model: nn.Module) -> dict[str, int]:
         for name, site in sites_of_layers(model).items()
         if name in layers
     }
-
-
-@torch.no_grad()
-def merged_base(layer: Any) -> Any:
-    """Return a copy of the layer that a tuner wraps, with the update in its weight, as PEFT merges it."""
-    merged = copy.deepcopy(layer)
-    merged.merge(adapter_names=[ADAPTER])
-    base: nn.Module = merged.get_base_layer()
-    return base
 
 
 def is_plain(layer: Any) -> bool:

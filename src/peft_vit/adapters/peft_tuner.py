@@ -56,16 +56,6 @@ def load_peft() -> None:
     import peft  # noqa: F401
 
 
-def tuner_types() -> dict[str, type[Any]]:
-    """Return PEFT's configuration class of each type that puts layers into a model: prompts are for language."""
-    from peft.config import PromptLearningConfig
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-
-    configs = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PEFT_TYPE_TO_TUNER_MAPPING}
-    named = {name: config for name, config in configs.items() if not issubclass(config, PromptLearningConfig)}
-    return named | {name: named[base] for name, (base, _) in PRESETS.items()}
-
-
 def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) -> Any:
     """Return PEFT's configuration of a tuner.
 
@@ -76,7 +66,13 @@ def tuner_config(type: str, settings: Mapping[str, Any], sites: Sequence[Site]) 
         sites: of the model.
     """
     require_peft()
-    types = tuner_types()
+    from peft.config import PromptLearningConfig
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    # Those that put layers into a model: prompts are for language.
+    types = {kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind] for kind in PEFT_TYPE_TO_TUNER_MAPPING}
+    types = {name: config for name, config in types.items() if not issubclass(config, PromptLearningConfig)}
+    types |= {name: types[base] for name, (base, _) in PRESETS.items()}
     if type not in types:
         raise UserError(f"PEFT has no tuner {type!r}{_nearest(type, types)}", field="peft.type")
     base, preset = PRESETS.get(type, (type, {}))

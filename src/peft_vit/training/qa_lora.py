@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import by_layer, check_acting
+from peft_vit.adapters import check_acting
 from peft_vit.adapters.resizing import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -107,7 +107,7 @@ class QALoRATrainer(Hook):
         self.formats = formats_of(layers, config, formats)
         self.relative_error: dict[str, float] = {}
         self._error_norm: dict[str, float] = {}
-        self._codes: dict[str, Tensor] = {}  # packed weights that a checkpoint has to hold
+        self._codes: dict[str, dict[str, Tensor]] = {}  # packed weights that a checkpoint has to hold, by module
         share = quantized_share(config, total_steps, 0)
         for name, quantized in packed_weights(model, layers, self.formats, config, images, packed):
             module = layers[name].module
@@ -116,7 +116,7 @@ class QALoRATrainer(Hook):
             self.relative_error[name] = module.set_quantized(quantized)
             self._error_norm[name] = self.relative_error[name] * norm if norm else 0.0
             if config.keeps_codes:
-                self._codes |= {f"{name}/{key}": tensor for key, tensor in quantized.tensors().items()}
+                self._codes[name] = quantized.tensors()
             module.quantized_share = 1.0  # for the inputs of the layers behind it
             if share == 1.0:
                 module.drop_float()  # at once: the next layer's may only now be read
@@ -345,7 +345,7 @@ class QALoRATrainer(Hook):
         layers, made_with = quantized_layers(model), state["made_with"]
         if self.config.keeps_codes:
             self._codes = dict(state["codes"])
-            for name, quantized in saved_weights(layers, self.formats, by_layer(self._codes)):
+            for name, quantized in saved_weights(layers, self.formats, self._codes):
                 layers[name].module.quantized = quantized
                 error = made_with["relative_error"][name]
                 self._error_norm[name] *= error / self.relative_error[name] if error else 0.0
@@ -373,8 +373,9 @@ class QALoRATrainer(Hook):
     def features_depend_on(self) -> dict[str, Any]:
         """Return how the weights are packed, and those that calibration images have chosen."""
         formats = {name: format.as_json() for name, format in self.formats.items()}
-        codes = {"codes": tensors_sha256(self._codes)} if self.config.keeps_codes else {}
-        return {"formats": formats, "quantized_share": self.share, **codes}
+        codes = {f"{name}/{key}": tensor for name, tensors in self._codes.items() for key, tensor in tensors.items()}
+        digest = {"codes": tensors_sha256(codes)} if codes else {}
+        return {"formats": formats, "quantized_share": self.share, **digest}
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
         """Measure the balance of quantization and adaptation against the float weights, which are read again."""

@@ -14,7 +14,7 @@ from scipy.signal import convolve2d
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import ImageIndex, duplicates, image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import duplicates, image_warnings, load_data, make_splits, open_index, sample_path
 from peft_vit.data.packaged import read_idx, write_idx
 from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError
@@ -77,13 +77,6 @@ def test_a_file_in_train_and_test_is_refused_with_both_names(official, packed):
         make_splits(open_index(config), config, 0)  # before anything is decoded
     with pytest.raises(UserError, match=SAME):
         load_data(config, 0)
-
-
-def test_how_many_are_in_train_and_test_is_said(official):
-    for name in ("cat/00.png", "dog/01.png", "cat/02.png"):
-        shutil.copyfile(official / "train" / name, official / "test" / name.replace("/", "/copy"))
-    with pytest.raises(UserError, match=r"new ones; 3 images are on several sides like this one; remove one of them$"):
-        load_data(asked("image-folder", official), 0)
 
 
 @pytest.mark.parametrize("made_by", [os.symlink, os.link, shutil.copyfile])
@@ -318,9 +311,3 @@ def test_crossing_by_hand():
     assert crossing(np.array([5, 1, 5, 1, 2]), np.array([0, 1, 2, 1, 0])) == (1, (0, 2))
     assert crossing(np.array([1, 2, 3]), np.array([0, 1, 2])) == (0, (0, 0))
     assert crossing(np.array([7, 7, 7, 3, 3]), np.array([0, 1, 2, 0, 1]))[0] == 2
-
-
-def test_images_that_are_no_files_are_numbered():
-    labels = np.zeros(2, np.int64)
-    index = ImageIndex(labels, ("a", "b"), None, "0" * 64, lambda i: None)
-    assert index.title(1) == "image 1"

@@ -144,10 +144,6 @@ def test_seal_tells_size_and_class_counts_before_and_after():
     assert test.class_counts().tolist() == [1, 0, 2, 0]
 
 
-def test_seal_has_no_other_door():
-    assert [name for name in dir(sealed()) if not name.startswith("_")] == ["class_counts", "open"]
-
-
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_seal_cannot_be_copied(duplicate):
     with pytest.raises(TypeError, match="cannot be copied"):

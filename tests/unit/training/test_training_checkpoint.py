@@ -294,7 +294,7 @@ def two(tmp_path_factory) -> Path:
     return folder
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(changes=st.lists(edits(), min_size=1, max_size=3), hidden=st.booleans())
 def test_any_edit_leads_to_the_same_state_or_the_one_before(two, changes, hidden) -> None:
     """Hidden edits come with hashes that fit them, as an attacker would write them; they must only not be run."""

@@ -180,10 +180,22 @@ def test_the_first_blocks_keep_the_most(name) -> None:
     assert len(shape.values_by_block) == len(blocks_of(random_model(name)))
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4])
+ALL = (
+    "full",
+    "growing",
+    "global",
+    "with_penalty",
+    "qa_lora",
+    "managed_pace",
+    "qa_adalora",
+    "peft_lora",
+    "peft_adalora",
+)
+IN_PARTS = ("growing", "qa_adalora", "peft_adalora")
+
+
 @pytest.mark.parametrize(
-    "method",
-    ["full", "growing", "global", "with_penalty", "qa_lora", "managed_pace", "qa_adalora", "peft_lora", "peft_adalora"],
+    ("method", "micro_batch_size"), [*((name, None) for name in ALL), *((name, 4) for name in IN_PARTS)]
 )
 def test_trainings_are_the_same_to_the_bit(tiny_vit, data, runtime, method, micro_batch_size) -> None:
     """With ranks that move, probes, packed weights and PEFT's layers."""
