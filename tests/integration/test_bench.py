@@ -143,7 +143,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
 
 def test_a_file_of_times_is_checked(tmp_path) -> None:
     file = tmp_path / "bench.json"
-    for content, fault in (("[{}]", "0.file: is missing"), ("{", "invalid JSON"), ("[1]", "0: input")):
+    for content, fault in (("[{}]", "0.file: is missing"), ("{", "is not a readable table"), ("[1]", "0: input")):
         file.write_text(content)
         with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as found:
             read_bench(file)

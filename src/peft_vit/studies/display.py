@@ -17,7 +17,7 @@ from rich.text import Text
 from peft_vit.config import StudyConfig, file_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.time_limit import makespan
+from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
@@ -151,7 +151,7 @@ class Watch:
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._taken_s = self._planned_s = 0.0  # of the runs that are done
+        self._pace = Pace()
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -210,14 +210,13 @@ class Watch:
             step, *values = _cells(progress)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
-            left = duration(running.left_s(now, self._pace()))
+            left = duration(running.left_s(now, self._pace.factor))
             self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        self._taken_s += record.seconds
-        self._planned_s += run.estimate.seconds
+        self._pace.hear(record.seconds, run.estimate.seconds)
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
@@ -230,12 +229,8 @@ class Watch:
     def _ended(self) -> int:
         return self._count - len(self._waiting) - len(self._running)
 
-    def _pace(self) -> float:
-        """Return how much longer runs took than they were planned to."""
-        return self._taken_s / self._planned_s if self._planned_s else 1.0
-
     def _left_s(self) -> float:
-        now, pace = time.monotonic(), self._pace()
+        now, pace = time.monotonic(), self._pace.factor
         left_s = makespan(
             [pace * run.estimate.seconds for run in list(self._waiting.values())],
             max(self._workers, len(self._running)),  # on a cluster it shows how many there are
@@ -245,7 +240,7 @@ class Watch:
 
     def _view(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""
-        now, pace = time.monotonic(), self._pace()
+        now, pace = time.monotonic(), self._pace.factor
         names = ("step", "left", "loss", "validation", "rank", "bits")
         numbers = (Column(name, justify="right", no_wrap=True) for name in names)
         run = Column("run", no_wrap=True, overflow="ellipsis")
