@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -262,25 +263,17 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     )
 
 
-def _bits_history(experiment: ExperimentConfig) -> list[BitsEntry]:
-    quantization = _quantization(experiment)
-    if quantization is None:
-        return []
-    return [BitsEntry(step=0, bits_per_weight=dict.fromkeys(quantization.relative_error, _bits(experiment)))]
-
-
-def _steps(accuracy: float, seed: int) -> list[StepRow]:
-    rng = np.random.default_rng(seed)
+def steps(losses: Iterable[float]) -> list[StepRow]:
+    """Return the rows of steps with these losses."""
     return [
-        StepRow(
-            step=s,
-            loss=float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()),
-            learning_rate=1e-3,
-            gradient_norm=1.0,
-            seconds=0.5,
-        )
-        for s in range(1, STEPS + 1)
+        StepRow(step=step, loss=float(loss), learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        for step, loss in enumerate(losses, start=1)
     ]
+
+
+def _losses(accuracy: float, seed: int) -> list[float]:
+    rng = np.random.default_rng(seed)
+    return [0.62 - 0.4 * accuracy * step / STEPS + 0.05 * rng.normal() for step in range(1, STEPS + 1)]
 
 
 def record(
@@ -326,14 +319,16 @@ def record(
         "class_names": ["functional", "defective"],
         "split_sizes": {"train": 512, "validation": 400, "test": N_TEST},
         "sites": sites(),
-        "steps": _steps(accuracy, seed),
+        "steps": steps(_losses(accuracy, seed)),
         "evaluations": [
             Evaluation(step=16 * e, epoch=e, deployable=True, metrics=metrics(accuracy - 0.02 * (EPOCHS - e), 400))
             for e in range(1, EPOCHS + 1)
         ],
         "rank_history": ranks,
         "importance_history": importance,
-        "bits_history": _bits_history(experiment),
+        "bits_history": []
+        if quantization is None
+        else [BitsEntry(step=0, bits_per_weight=dict.fromkeys(quantization.relative_error, _bits(experiment)))],
         "quantization": quantization,
         "parameters": ParameterCounts(
             initial=initial, final=final, peak=max(initial, final), head=head, backbone_total=BACKBONE_PARAMETERS
@@ -400,16 +395,16 @@ def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **optio
 
 def write(results_dir: Path, records: list[RunRecord]) -> Path:
     """Write records where a study would, and return the directory."""
-    for one in records:
-        write_record(results_dir, one)
+    for record in records:
+        write_record(results_dir, record)
     return results_dir
 
 
 def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
     """Return the studies of some records by name, smoke studies after real ones."""
     groups: dict[tuple[str, bool], list[RunRecord]] = {}
-    for one in records:
-        groups.setdefault((one.spec.study, one.spec.smoke), []).append(one)
+    for record in records:
+        groups.setdefault((record.spec.study, record.spec.smoke), []).append(record)
     return tuple(make_study(*key, groups[key], Plan(), ()) for key in sorted(groups))
 
 

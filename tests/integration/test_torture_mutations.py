@@ -63,7 +63,7 @@ def test_misdeeds_are_seen(tmp_path: Path) -> None:
 
 def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TORTURE))
-    from kinds_of_files import Target
+    from mutations import Target
     from spoiled_cases import fault_of, judged
 
     from peft_vit.errors import UserError

@@ -11,7 +11,7 @@ from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.measures import Evidence
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
+from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
 from peft_vit.statistics import gini, normalized_entropy
 
 pytestmark = pytest.mark.part("analyzer")
@@ -298,13 +298,6 @@ def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -
     assert set(pairs("schedule-steadies")) == {"linear against base", "warm against base"}
 
 
-def steps(losses: np.ndarray) -> list[StepRow]:
-    return [
-        StepRow(step=i + 1, loss=float(loss), learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
-        for i, loss in enumerate(losses)
-    ]
-
-
 def test_courses_of_the_loss() -> None:
     made = planted.experiments_of(
         qa("base"), qa("linear", quantization_schedule="linear"), qa("cosine", quantization_schedule="cosine")
@@ -312,7 +305,7 @@ def test_courses_of_the_loss() -> None:
     rng = np.random.default_rng(0)
     noise = {"base": 0.1, "linear": 0.05, "cosine": 0.01}
     records = [
-        run(made[name], 0, steps=steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
+        run(made[name], 0, steps=planted.steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
         for name, size in noise.items()
     ]
     runs = {one.experiment.name: one for one in planted.study_of(records).runs}

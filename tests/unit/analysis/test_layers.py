@@ -10,7 +10,7 @@ import pytest
 from peft_vit.analysis.allocation import Allocation, allocations, moved_ranks
 from peft_vit.analysis.quantization import QuantizationImpact, costs, layers_bits, quantization_impacts
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import RankEntry, RunRecord, StepRow
+from peft_vit.records import RankEntry, RunRecord
 
 EXPERIMENTS = planted.experiments()
 ADALORA, LORA = EXPERIMENTS["adalora_proportional_magnitude"], EXPERIMENTS["lora_r8"]
@@ -115,11 +115,7 @@ def test_the_twin_on_float_weights_differs_in_nothing_else() -> None:
 
 
 def with_losses(experiment: ExperimentConfig, seed: int, losses: list[float], **changes: object) -> RunRecord:
-    rows = [
-        StepRow(step=step, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
-        for step, loss in enumerate(losses, start=1)
-    ]
-    return planted.record(experiment, seed, 0.79, changes={"steps": rows, **changes})
+    return planted.record(experiment, seed, 0.79, changes={"steps": planted.steps(losses), **changes})
 
 
 def test_a_rougher_quantized_run_is_told_against_its_float_twin() -> None:
