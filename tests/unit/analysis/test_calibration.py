@@ -53,10 +53,7 @@ def checked(bins: tuple[Bin, ...], groups: list[list[tuple[float, bool]]]) -> No
 
 def test_equal_width_bins_by_a_plain_loop_and_their_error_is_the_one_of_the_records() -> None:
     p, hit = drawn(500, 1, ties=True)
-    groups: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for one, right in zip(p.tolist(), hit.tolist(), strict=True):
-        (inside,) = [m for m in range(15) if m / 15 < one <= (m + 1) / 15]
-        groups[inside].append((one, right))
+    groups = [[pair for pair in zip(p, hit, strict=True) if m / 15 < pair[0] <= (m + 1) / 15] for m in range(15)]
     checked(equal_width_bins(p, hit), groups)
     p, hit = drawn(1000, 2)
     assert calibration_error(equal_width_bins(p, hit)) == pytest.approx(expected_calibration_error(p, hit), abs=1e-12)
@@ -124,18 +121,15 @@ def test_planted_overconfidence_is_found() -> None:
     assert (one.seeds, one.without) == ((0, 1), ())
 
 
-def test_records_without_predictions_are_named() -> None:
+def test_records_without_predictions_are_named_and_a_measure_that_no_pair_has_makes_no_family() -> None:
     empty = Predictions(images=[], labels=[], predicted=[], probability=[])
-    records = [
-        recorded("lora_r8", 0, None),
-        recorded("lora_r8", 1, empty),
-        recorded("lora_r8", 2, predictions(1, 1, 0.5)),
-    ]
-    (one,) = calibration(planted.study_of(records))
+    some = [recorded("lora_r8", seed, of) for seed, of in enumerate((None, empty, predictions(1, 1, 0.5)))]
+    (one,) = calibration(planted.study_of(some))
     assert (one.seeds, one.without) == ((2,), (0, 1))
-    study = planted.study_of(records[:1])
-    (none,) = calibration(study)
-    assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0,))
+    study = planted.study_of([*some[:2], *(recorded("lora_r2", seed, None) for seed in range(2))])
+    none = calibration(study)[-1]
+    assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0, 1))
+    assert calibration_differences(study)["lora_r8"].keys() == {"nll", "ece"}
 
 
 def test_differences_to_the_reference_are_paired_and_negative_where_better() -> None:
@@ -152,8 +146,3 @@ def test_differences_to_the_reference_are_paired_and_negative_where_better() -> 
     (adaptive,) = families["adaptive_ece"]
     assert adaptive.interval is not None
     assert adaptive.interval.estimate == pytest.approx(-0.1)
-
-
-def test_a_measure_that_no_pair_has_makes_no_family() -> None:
-    records = [recorded(name, seed, None) for name in ("lora_r8", "lora_r2") for seed in range(2)]
-    assert calibration_differences(planted.study_of(records))["lora_r8"].keys() == {"nll", "ece"}

@@ -103,8 +103,9 @@ def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() 
 
 
 def test_the_twin_on_float_weights_differs_in_nothing_else() -> None:
-    without = planted.study_of([r for r in planted.quickstart() if r.spec.experiment != LORA])
-    for impact in quantization_impacts(without):
+    for impact in quantization_impacts(
+        planted.study_of([r for r in planted.quickstart() if r.spec.experiment != LORA])
+    ):
         assert impact.against_unquantized.interval is None
         assert "no float LoRA of rank 8" in impact.against_unquantized.note
     training = LORA.training.model_copy(update={"learning_rate": 1e-4})
@@ -118,24 +119,17 @@ def with_losses(experiment: ExperimentConfig, seed: int, losses: list[float], **
     return planted.record(experiment, seed, 0.79, changes={"steps": planted.steps(losses), **changes})
 
 
-def test_a_rougher_quantized_run_is_told_against_its_float_twin() -> None:
+def test_a_rougher_quantized_run_is_told_against_its_float_twin_and_one_that_is_not_finite_left_out() -> None:
     smooth, rough = [0.0, 3, 0, 3, 0, 3, 0, 3, 0], [0.0, 6, 0, 6, 0, 6, 0, 6, 0]
-    against = impact_of(
-        *(with_losses(LORA, seed, smooth) for seed in range(2)), *(with_losses(NF4, seed, rough) for seed in range(2))
-    ).against_float
+    fixed = [with_losses(LORA, seed, smooth) for seed in range(3)]
+    records = [*fixed, *(with_losses(NF4, seed, rough) for seed in range(2)), with_losses(NF4, 2, [math.nan] * 9)]
+    against = impact_of(*records).against_float
     assert (against["roughness"].name, against["roughness"].reference) == (NF4.name, "lora_r8")
+    assert "1 pair(s) left out" in against["roughness"].note
     # The last three of nine: 0, 3, 0 (6, 0, 6 ...) about their mean: sqrt(6), and twice that.
     for measure in ("roughness", "late_deviation"):
-        assert list(against[measure].by_seed.values()) == pytest.approx([math.sqrt(6), math.sqrt(6)])
-    assert against["nll"].by_seed == {0: 0, 1: 0}
-
-
-def test_a_loss_that_is_not_finite_leaves_its_pair_out_and_says_so() -> None:
-    losses = ([math.nan] * 12, [1.0, 2.0, 1.0] * 4)
-    records = [planted.record(LORA, seed, 0.8) for seed in range(2)]
-    rougher = impact_of(*records, *(with_losses(NF4, s, of) for s, of in enumerate(losses))).against_float["roughness"]
-    assert rougher.by_seed.keys() == {1}
-    assert "1 pair(s) left out" in rougher.note
+        assert against[measure].by_seed == pytest.approx({0: math.sqrt(6), 1: math.sqrt(6)})
+    assert against["nll"].by_seed == {0: 0, 1: 0, 2: 0}
 
 
 def test_costs_stand_beside_those_of_the_float_twin() -> None:
