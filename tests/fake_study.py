@@ -25,7 +25,7 @@ from peft_vit.records import (
     run_folder,
 )
 from peft_vit.records.progress import study_lock
-from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
+from peft_vit.studies.executors import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
 from peft_vit.studies.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
@@ -57,6 +57,7 @@ class FakeRun:
     spec: RunSpec
     done: bool
     total_steps: int = 10
+    estimate: Any = None
 
 
 @dataclass(frozen=True)
@@ -78,19 +79,10 @@ class FakePlan:
 def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePlan:
     """Plan all runs of a study; those with a record of success and an adapter are done."""
     runs = []
-    assert study.precision != "auto"
+    own = study.model_dump(include={"backbone", "data", "device", "precision", "threads"})
     for experiment in study.experiments:
         for seed in study.seeds:
-            spec = RunSpec(
-                study=study.name,
-                seed=seed,
-                experiment=experiment,
-                backbone=study.backbone,
-                data=study.data,
-                device=study.device,
-                precision=study.precision,
-                threads=study.threads,
-            )
+            spec = RunSpec(study=study.name, seed=seed, experiment=experiment, **own)
             folder = run_folder(results_dir, spec)
             written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
             runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
@@ -113,16 +105,8 @@ def done_record(spec: RunSpec) -> RunRecord:
 
 
 def failed_record(spec: RunSpec, failure: Failure) -> RunRecord:
-    return RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        status="failed",
-        started_at=STARTED_AT,
-        seconds=1.0,
-        failure=failure,
-        error=f"it was {failure}",
-        traceback="Traceback ...",
-    )
+    ended = {"status": "failed", "failure": failure, "error": f"it was {failure}", "traceback": "Traceback ..."}
+    return done_record(spec).model_copy(update={**ended, "adapter_sha256": None})
 
 
 @dataclass
@@ -194,13 +178,6 @@ def fake_drive(
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
         return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, skip_failed=skip_failed)
-
-
-def happened(told: Iterable[StudyEvent], run: str | None = None) -> list[str]:
-    """Return what was told of all runs or of one, a word each."""
-    words = {RunStarted: "started", RunInterrupted: "interrupted", RunRetried: "failed"}
-    events = [event for event in told if not isinstance(event, Notice) and run in (None, event.run.spec.name)]
-    return [event.record.status if isinstance(event, RunEnded) else words[type(event)] for event in events]
 
 
 def check_complete(study: StudyConfig, results_dir: Path) -> None:

@@ -5,12 +5,6 @@ import pytest
 from peft_vit.statistics import beyond_margin, equivalence, holm, minimum_n_wilcoxon, noninferiority, verdict, wilcoxon
 
 
-def test_minimum_n_of_one_and_of_three_comparisons() -> None:
-    assert minimum_n_wilcoxon(0.05) == 6
-    assert minimum_n_wilcoxon(0.05, comparisons=3) == 7
-    assert minimum_n_wilcoxon(0.05, comparisons=11) == 9
-
-
 def test_too_few_seeds_say_so() -> None:
     assert wilcoxon([1.0, 2.0]).sentence() == "not decidable with n = 2, needs at least 6"
     assert verdict(1.5, wilcoxon([1.0, 2.0]), 0.0) == "not decided"
@@ -28,11 +22,6 @@ def test_verdicts_follow_the_sign() -> None:
     below = wilcoxon([-float(i + 1) for i in range(8)])
     assert verdict(-4.5, below, below.p_value) == "refuted"
     assert verdict(4.5, clear, 0.06) == "not decided"
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx((0.03, 0.06, 0.06))
-    assert holm([]) == ()
 
 
 def test_one_seed_far_out_does_not_turn_the_verdict() -> None:

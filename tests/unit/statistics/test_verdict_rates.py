@@ -42,22 +42,16 @@ def is_at_most(share: float, rate: float) -> bool:
 
 def superiority(differences: np.ndarray, test: Test) -> Counter[str]:
     """Count verdicts over studies of one comparison: (studies, n)."""
-    found: Counter[str] = Counter()
-    for row in differences:
-        significance = test(row)
-        found[verdict(row.mean(), significance, significance.p_value, ALPHA)] += 1
-    return found
+    tests = [(row.mean(), test(row)) for row in differences]
+    return Counter(verdict(mean, significance, significance.p_value, ALPHA) for mean, significance in tests)
 
 
 def within_margin(
     differences: np.ndarray, margin: float, shown: Callable[..., Significance], opposite: Callable[..., Significance]
 ) -> Counter[str]:
     """Count verdicts over studies of one claim: (studies, n)."""
-    found: Counter[str] = Counter()
-    for row in differences:
-        a, b = shown(row, margin), opposite(row, margin)
-        found[equivalence_verdict(a, b, a.p_value, b.p_value, ALPHA)] += 1
-    return found
+    tests = [(shown(row, margin), opposite(row, margin)) for row in differences]
+    return Counter(equivalence_verdict(a, b, a.p_value, b.p_value, ALPHA) for a, b in tests)
 
 
 def planted(kind: str, n: int, seed: int = 0) -> np.ndarray:
@@ -95,27 +89,11 @@ def test_exact_wilcoxon_errs_as_often_as_its_distribution_says() -> None:
     assert is_rate(found["refuted"] / STUDIES, level / 2)
 
 
-def test_a_large_effect_is_found_and_never_in_the_wrong_direction() -> None:
-    found = superiority(planted("normal", 10) + 2.0, wilcoxon)
-    assert found["supported"] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
-    assert found["refuted"] == 0
-    found = superiority(planted("normal", 10) - 2.0, wilcoxon)
-    assert found["refuted"] / STUDIES > 0.98
-    assert found["supported"] == 0
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_too_few_seeds_never_decide(n: int) -> None:
-    differences = planted("normal", n)[:200] + 100.0
-    assert superiority(differences, wilcoxon) == {"not decided": 200}
-    assert wilcoxon(differences[0]).sentence() == f"not decidable with n = {n}, needs at least 6"
-
-
-def test_one_seed_never_decides_a_claim_within_a_margin() -> None:
-    differences = planted("normal", 1)[:200]
-    assert within_margin(differences, 1e9, equivalence, beyond_margin) == {"not decided": 200}
-    assert within_margin(differences + 1e12, 1.0, noninferiority, inferiority) == {"not decided": 200}
-    assert equivalence(differences[0], 1.0).sentence() == "not decidable with n = 1, needs at least 2"
+@pytest.mark.parametrize(("shift", "right", "wrong"), [(2.0, "supported", "refuted"), (-2.0, "refuted", "supported")])
+def test_a_large_effect_is_found_and_never_in_the_wrong_direction(shift: float, right: str, wrong: str) -> None:
+    found = superiority(planted("normal", 10) + shift, wilcoxon)
+    assert found[right] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
+    assert found[wrong] == 0
 
 
 @pytest.mark.parametrize("equal", [0, 2])
