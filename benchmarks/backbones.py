@@ -100,11 +100,10 @@ def checked(name: str, module: str) -> dict[str, object]:
         found = check_architecture(architecture, side, peft=True, shallow=True)
     except UserError as error:
         return row | {"fault": str(error)}
-    assert found.onnx is not None
     assert found.peft is not None
     idle = sorted({module.rpartition(".")[2] for module in found.peft_idle})
     row |= {"sites": len(found.sites), "act": found.acting, "fault": None}
-    for column, outcome in (("merged", found.merged), ("onnx", found.onnx), ("peft", found.peft)):
+    for column, outcome in (("merged", found.merged), ("onnx", found.files["onnx"]), ("peft", found.peft)):
         row |= _columns(column, outcome)
     return row | {"peft_idle": " ".join(idle)}
 

@@ -34,12 +34,11 @@ from torch import Tensor, nn  # noqa: E402
 
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters  # noqa: E402
 from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
-from peft_vit.config import BackboneConfig  # noqa: E402
+from peft_vit.config import BackboneConfig, file_bytes  # noqa: E402
 from peft_vit.deployment import ModelCard, export_onnx, export_openvino, input_ranges, merge, open_exported  # noqa: E402
 from peft_vit.deployment.timing import time_alone  # noqa: E402
 from peft_vit.extras import load_openvino  # noqa: E402
 from peft_vit.quantization import QuantizationFormat, quantize  # noqa: E402
-from peft_vit.runs.export import file_bytes  # noqa: E402
 
 GROUP, CLASSES = 32, 10
 WAYS = {"int8": "small fast activations openvino", "int4": "small fast activations openvino"}

@@ -17,10 +17,11 @@ from typing import Any
 
 from common import machine, write
 
+from peft_vit.config import file_bytes
 from peft_vit.data import load_data
 from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported, torch_classifier
-from peft_vit.deployment.merging import with_float_weights
-from peft_vit.runs.export import compare, file_bytes
+from peft_vit.deployment.torch_files import with_float_weights
+from peft_vit.runs.export import compare
 from peft_vit.runs.restore import RestoredRun, restore_run
 
 WRITERS = {"onnx": (export_onnx, ".onnx"), "openvino": (export_openvino, ".xml")}

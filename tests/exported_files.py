@@ -1,11 +1,42 @@
-"""How far an exported file of the tiny model is from the model that it was made of."""
+"""The tiny model with packed layers, and how far an exported file of it is from the model that it was made of."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from tiny_models import random_model
+from torch import Tensor, nn
 
+from peft_vit.adapters import AdaptedLinear
+from peft_vit.backbones import find_sites
 from peft_vit.deployment import open_exported
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize
+
+
+def quantized(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
+    """Quantize, and move the offsets, if there are any, as a merge would."""
+    packed_weight = quantize(weight.detach(), format)
+    if packed_weight.offsets is None:
+        return packed_weight
+    generator = torch.Generator().manual_seed(1)
+    return packed_weight.with_offset_added(0.02 * torch.randn(packed_weight.scales.shape, generator=generator))
+
+
+def packed(linear: nn.Linear, format: QuantizationFormat) -> AdaptedLinear:
+    """Quantize a layer with a constant row."""
+    layer = AdaptedLinear(linear)
+    layer.weight.detach()[0] = 0.03
+    layer.set_quantized(quantized(layer.weight, format))
+    layer.drop_float()
+    return layer
+
+
+def packed_model(formats: Sequence[QuantizationFormat], model: nn.Module | None = None) -> nn.Module:
+    """Quantize the k-th linear layer to the k-th format, the last for all that remain."""
+    model = random_model("test_vit") if model is None else model
+    for index, name in enumerate(dict.fromkeys(site.module for site in find_sites(model))):
+        model.set_submodule(name, packed(model.get_submodule(name), formats[min(index, len(formats) - 1)]))
+    return model.eval()
 
 
 def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
@@ -16,3 +47,15 @@ def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
     found = open_exported(file).logits(images)
     same = (found.argmax(1) == expected.argmax(1)).float().mean()
     return float((found - expected).abs().max() / expected.abs().max()), float(same)
+
+
+def damaged(content: bytes, data) -> bytes:
+    """Cut a file, or alter one of its bytes, as hypothesis draws."""
+    from hypothesis import strategies as st
+
+    spoiled, place = bytearray(content), data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        del spoiled[place:]
+    else:
+        spoiled[place] ^= data.draw(st.integers(1, 255))
+    return bytes(spoiled)

@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import planted
 
@@ -70,3 +71,21 @@ class PlantedRuns:
     def close(self) -> None:
         self._waiting.clear()
         self._events.clear()
+
+
+def study_of_loras(name: str, experiments: tuple[str, ...], seeds: int) -> dict[str, Any]:
+    """Return the configuration of a study whose experiments differ in their rank."""
+    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
+    return {
+        "name": name,
+        "seeds": list(range(seeds)),
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
+        "experiments": [
+            {"name": experiment, "method": "lora", "lora": {"rank": place + 1}, "training": training}
+            for place, experiment in enumerate(experiments)
+        ],
+    }

@@ -357,14 +357,14 @@ NOT_COVERED = {
     "allocation_against_controls": "planted controls in tests/unit/analysis",
     "importance_across_seeds": "Kendall's W against SciPy in tests/unit/analysis",
     "importance_across_studies": "two studies in tests/unit/analysis",
-    "bits_by_layer": "planted truth in tests/unit/analysis/test_py",
-    "importance_by_block": "planted truth in tests/unit/analysis/test_py",
-    "importance_by_matrix": "planted truth in tests/unit/analysis/test_py",
+    "bits_by_layer": "planted truth in tests/unit/analysis",
+    "importance_by_block": "planted truth in tests/unit/analysis",
+    "importance_by_matrix": "planted truth in tests/unit/analysis",
     "importance_course": "planted truth in tests/unit/analysis/test_importance.py",
-    "importance_over_time": "planted truth in tests/unit/analysis/test_py",
-    "quantization_balance": "planted truth in tests/unit/analysis/test_py",
-    "size": "planted truth in tests/unit/analysis/test_py",
-    "size_parts": "planted truth in tests/unit/analysis/test_py",
+    "importance_over_time": "planted truth in tests/unit/analysis",
+    "quantization_balance": "planted truth in tests/unit/analysis",
+    "size": "planted truth in tests/unit/analysis",
+    "size_parts": "planted truth in tests/unit/analysis",
     **{
         f"all_pairs: {column}": "by hand in tests/unit/analysis/test_pairs.py, against pingouin in tests/oracle"
         for of in ("cohens_d", "improvement")

@@ -124,6 +124,9 @@ def test_every_figure_draws(page, built: ReportFiles) -> None:
         assert box["height"] > 100
         shapes = svg.evaluate("s => [...s.querySelectorAll('path, use')].filter(e => e.getBBox().width > 0).length")
         assert shapes > 10
+    names = page.locator("figure svg[role=img]").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+    assert names == page.locator("figure h3").all_text_contents()
+    assert page.locator("figure:has(svg) figcaption").count() == len(names) > 5
 
 
 def test_pointing_at_a_value_names_experiment_seed_and_value(page, records: list[RunRecord]) -> None:
@@ -190,14 +193,10 @@ def test_a_button_switches_its_series_and_only_that(page) -> None:
     assert all(tip[:1] != ["lora_r8"] for tip in tips_over(page, others))
     button.click()
     assert all(part.is_visible() for part in parts.all())
-
-
-def test_all_can_be_switched_at_once(page) -> None:
-    figure = page.locator("#quickstart-accuracy_by_bytes")
-    figure.locator("button.all").click()
-    assert {b.get_attribute("aria-pressed") for b in figure.locator("button[data-series]").all()} == {"false"}
-    figure.locator("button.all").click()
-    assert {b.get_attribute("aria-pressed") for b in figure.locator("button[data-series]").all()} == {"true"}
+    pressed = page.locator(f"{figure} button[data-series]")
+    for state in ("false", "true"):
+        page.locator(f"{figure} button.all").click()
+        assert {b.get_attribute("aria-pressed") for b in pressed.all()} == {state}
 
 
 def test_arrow_keys_go_from_value_to_value(page, records: list[RunRecord]) -> None:
@@ -236,14 +235,6 @@ def test_the_data_of_every_figure_is_saved_as_the_file_beside_the_report(page, b
     assert on_disk == {}
 
 
-def test_saved_accuracies_are_those_of_the_records(built: ReportFiles, records: list[RunRecord]) -> None:
-    file = next(f for f in built.figure_data if f.name == "quickstart_accuracy_by_method.csv")
-    rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    assert len(rows) == len(records)
-    for row in rows:
-        assert float(row["test_accuracy"]) == values(records, row["experiment"])[int(row["seed"])]
-
-
 @pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_never_scrolls_sideways(open_page, built: ReportFiles, width: int, scheme: str) -> None:
@@ -258,22 +249,6 @@ def test_axe_finds_nothing(open_page, built: ReportFiles, scheme: str) -> None:
     assert axe_violations(open_page(built.html, color_scheme=scheme)) == []
 
 
-def test_figures_have_texts_in_their_place(page) -> None:
-    names = page.locator("figure svg[role=img]").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
-    titles = page.locator("figure h3").all_text_contents()
-    assert names == titles
-    assert page.locator("figure:has(svg) figcaption").count() == len(names) > 5
-
-
-def test_it_prints_with_figures_and_without_controls(page) -> None:
-    content = page.pdf(format="A4")
-    assert content.startswith(b"%PDF")
-    assert len(content) > 50_000
-    page.emulate_media(media="print")
-    assert page.locator("figure svg").first.is_visible()
-    assert not page.locator(".controls").first.is_visible()
-
-
 def test_what_is_looked_up_is_folded_and_stands_open_on_paper(open_page, built: ReportFiles) -> None:
     page = open_page(built.html)
     folds, main = page.locator(".fold"), page.locator("#quickstart > .wide, #quickstart section > .wide").first
@@ -282,8 +257,11 @@ def test_what_is_looked_up_is_folded_and_stands_open_on_paper(open_page, built: 
     assert not any(table.is_visible() for table in page.locator(".fold .wide").all())
     page.get_by_text("Findings by experiment").click()
     assert page.locator(".fold[open] .wide").count() == 1
-    page.pdf()
+    assert len(page.pdf(format="A4")) > 50_000
     assert page.locator(".fold[open]").count() == folds.count()
+    page.emulate_media(media="print")
+    assert page.locator("figure svg").first.is_visible()
+    assert not page.locator(".controls").first.is_visible()
     still = open_page(built.html, java_script_enabled=False)
     still.emulate_media(media="print")
     assert all(table.bounding_box()["height"] > 10 for table in still.locator(".fold table").all())

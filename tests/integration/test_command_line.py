@@ -289,11 +289,11 @@ def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, c
     assert not out.exists()
     said = command(*run).out
     assert runs_of_a_minute.done == ["probe/seed_1", "low_rank/seed_1", "probe/seed_0"]
-    assert "3 runs of the study are left; the same command goes on with them, for another 3.5 minutes." in said
+    assert "Left: 3 of the study's runs; the same command goes on, for another 3.5 minutes." in said
     assert "tiny: 6 planned = 3 done + 0 failed + 3 pending" in command("status", out).out
     command("run", file, "--output", out, "--minutes", "1.5", "--method", "lora", "--seeds", "2")
     assert runs_of_a_minute.done[3:] == ["low_rank/seed_2"]
-    assert " left; the same command" not in command(*run).out
+    assert "Left: " not in command(*run).out
     assert runs_of_a_minute.done[4:] == ["low_rank/seed_0", "probe/seed_2"]
     before = snapshot(out)
     assert "6 runs: 0 to do, 6 already done and skipped." in command(*run).out

@@ -20,22 +20,14 @@ def shares(interval: str, n: int) -> dict[str, float]:
     found = {
         population: row["coverage"] for (name, population, size), row in ROWS.items() if (name, size) == (interval, n)
     }
-    assert len(found) == 4
+    assert found.keys() == benchmark.populations().keys()
     return found
 
 
-def test_the_document_holds_the_result() -> None:
+def test_the_document_holds_the_result_which_has_every_interval_at_every_size_often_enough() -> None:
     assert filled(DOCUMENT, {benchmark.MARK: benchmark.table(RESULT)}) == DOCUMENT
-    other = json.loads(json.dumps(RESULT))
-    other["rows"][0]["coverage"] = 0.5
-    assert filled(DOCUMENT, {benchmark.MARK: benchmark.table(other)}) != DOCUMENT
-
-
-def test_every_interval_was_simulated_at_every_size_often_enough() -> None:
     assert RESULT["setting"]["simulations"] >= 4000
-    for interval in benchmark.INTERVALS:
-        for n in (3, 5, 10):
-            assert shares(interval, n).keys() == benchmark.populations().keys()
+    assert all(shares(interval, n) for interval in benchmark.INTERVALS for n in (3, 5, 10))
 
 
 @pytest.mark.parametrize("interval", ["mean (or paired difference), t", "probability of improvement of pairs, Wilson"])

@@ -149,7 +149,7 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     def refusal(model: Path, *options: object) -> str:
         return refused("predict", model, images / "class_0" / "00.png", *options)
 
-    assert "expected a .safetensors, .onnx or .xml file" in refusal(tmp_path)
+    assert "expected a .onnx, .xml or .safetensors file" in refusal(tmp_path)
     (tmp_path / "cut.onnx").write_bytes(b"")
     assert "cut.onnx" in refusal(tmp_path / "cut.onnx")
     assert "--weights" in refusal(tmp_path / "cut.onnx", "--weights", "hub")

@@ -15,15 +15,7 @@ from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import Architecture, load_backbone
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
-from peft_vit.deployment import (
-    export_onnx,
-    export_openvino,
-    load_low_bit,
-    merge,
-    open_onnx,
-    open_openvino,
-    save_low_bit,
-)
+from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, open_exported, save_low_bit
 from peft_vit.records import outcome_digest, read_record
 from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
@@ -79,7 +71,7 @@ def test_onnxruntime_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_onnx(merged.model, tmp_path / "model.onnx", run.card)
-    predict, _ = open_onnx(tmp_path / "model.onnx")
+    predict = open_exported(tmp_path / "model.onnx").logits
     torch.testing.assert_close(predict(IMAGES), logits(merged.model), rtol=0, atol=1e-4)
 
 
@@ -90,7 +82,7 @@ def test_openvino_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_openvino(merged.model, tmp_path / "model.xml", run.card)
-    predict, _ = open_openvino(tmp_path / "model.xml")
+    predict = open_exported(tmp_path / "model.xml").logits
     expected = logits(merged.model)
     # Offsets are rounded once more, as zero points in float16.
     torch.testing.assert_close(predict(IMAGES), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import planted
 import pytest
+from golden import check_golden
 
 from peft_vit.analysis.across import POOL_KINDS
 from peft_vit.config import load_study
@@ -88,56 +89,52 @@ def test_neither_command_loads_torch(ten: Path, other: Path) -> None:
     assert "Over studies" in done.stdout
 
 
-def test_latency_of_exported_models(ten: Path, tmp_path: Path, told) -> None:
-    times = good_times(tmp_path / "bench.json")
-    text = told("recommend", ten, "--max-latency-ms", "25", "--bench", times)
-    assert f"Recommended: {THIRD}." in text
-    assert (
-        f"Latency is that of exported models in {times}, batch 1, on some processor; of each run its fastest: " in text
+def test_what_is_recommended_and_compared_is_told(
+    ten: Path, other: Path, tmp_path: Path, told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One document of all outcomes: shown, nothing within, not decided, below every adapter, gaps, and two studies."""
+    monkeypatch.setenv("COLUMNS", "140")
+    monkeypatch.chdir(tmp_path)
+    made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
+    made.append(planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps"))
+    planted.write(Path("gaps"), made)
+    planted.write(Path("three"), records("three", 3))
+    good_times(Path("bench.json"))
+    for name, folder in (("ten", ten), ("other", other)):
+        Path(name).symlink_to(folder)
+    asked = (
+        "recommend ten --max-bytes 30MB --output chosen.yaml",
+        "recommend ten",
+        "recommend ten --max-latency-ms 25 --bench bench.json --output timed.yaml",
+        "recommend ten --max-bytes 5MB",
+        "recommend three --margin 0.5 --output none.yaml",
+        "recommend gaps --output gaps.yaml",
+        "compare ten other --output rows.csv",
+        "compare ten other --allow-mismatch timings --output rows.json",
     )
-    assert f"ten/{THIRD}/seed_0 by {THIRD}.onnx (10.0 ms, onnxruntime 1, threads: 1)" in text
-    assert f"Outside the limits: {BEST}: 30 ms latency, asked at most 25 ms latency." in text
-
-
-def test_equal_accuracy_at_a_third_of_the_bytes(ten: Path, tmp_path: Path, told, command) -> None:
-    file = tmp_path / "chosen.yaml"
-    text = told("recommend", ten, "--max-bytes", "30MB", "--output", file)
-    assert f"Recommended: {THIRD}." in text
-    assert "n = 10 pairs" in text
-    assert "(Holm over 2 candidates)" in text
-    assert f"Against {BEST} it saves 61.0 MB of 88.7 MB (69 %)" in text
-    assert f"Next: peft-vit plan {file}" in text
-    study = load_study(file)
+    said = "\n".join(f"$ peft-vit {line}\n{told(*line.split())}" for line in asked)
+    check_golden("recommend_and_compare.txt", "\n".join(map(str.rstrip, said.splitlines())) + "\n")
+    assert not Path("none.yaml").exists()
+    assert "Its configuration: chosen.yaml" in told(*asked[0].split()), "the same file is no conflict"
+    study = load_study(Path("chosen.yaml"))
     assert study.experiments == (EXPERIMENTS[THIRD],)
     assert (study.name, study.seeds) == ("ten-recommended", tuple(range(10)))
-    assert told("recommend", ten, "--max-bytes", "30MB", "--output", file) == text, "the same file is no conflict"
-    otherwise = command("recommend", ten, "--margin", "2", "--output", file, code=2)  # its tables come before
-    assert "says something else" in otherwise.err
-
-
-def test_the_configuration_is_printed_where_no_file_is_named(ten: Path, tmp_path: Path, told) -> None:
-    text = told("recommend", ten)
-    file = tmp_path / "printed.yaml"
-    file.write_text(text[text.index(f"\n# {THIRD} of study ten") :], encoding="utf-8")
-    assert load_study(file).experiments == (EXPERIMENTS[THIRD],)
-
-
-def test_three_seeds_decide_nothing(tmp_path: Path, told) -> None:
-    results = planted.write(tmp_path / "results", records("three", 3))
-    file = tmp_path / "chosen.yaml"
-    text = told("recommend", results, "--margin", "0.5", "--output", file)
-    assert "Not decided: none of 2 candidates is shown to lose less than 0.5 points" in text
-    assert f"The safe choice is {BEST} itself" in text
-    assert "would do" in text
-    assert f"{file} is not written" in text
-    assert not file.exists()
-
-
-def test_nothing_within_the_limits_names_what_is_nearest(ten: Path, told) -> None:
-    text = told("recommend", ten, "--max-bytes", "5MB")
-    assert "Nothing is within the limits, so nothing is recommended." in text
-    assert f"Nearest to at most 5.0 MB: {WORSE} with 14.6 MB." in text
-    assert "# " not in text
+    text = told("recommend", "ten")
+    Path("printed.yaml").write_text(text[text.index(f"\n# {THIRD} of study ten") :], encoding="utf-8")
+    assert load_study(Path("printed.yaml")).experiments == (EXPERIMENTS[THIRD],)
+    with Path("rows.csv").open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    pooled = {row["experiment"]: row for row in rows if row["row"] == "pooled"}
+    assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
+    by_hand = []
+    for made in (records("ten", 10), records("other", 10)):
+        reached = {(one.spec.experiment.name, one.spec.seed): one.test.accuracy for one in made}
+        by_hand.append(np.mean([reached[WORSE, seed] - reached[BEST, seed] for seed in range(10)]))
+    assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
+    in_json = json.loads(Path("rows.json").read_text(encoding="utf-8"))
+    assert [row["row"] for row in in_json if "seconds" not in str(row["measure"])] == [
+        row["row"] for row in rows if "seconds" not in row["measure"]
+    ]
 
 
 def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_path: Path, told) -> None:
@@ -146,31 +143,46 @@ def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_
     text = told("recommend", results, "--max-params", "6k")
     assert "`lora: {ranks: {rule: stable_rank, budget: 5230, unit: parameters}}`" in text  # the head has 770
     assert "`peft-vit train IMAGES --method lora --budget 20.9kB`" in text
-    named = "fewer ranks than matrices"
-    assert named in told("recommend", results, "--max-params", str(770 + 1920))  # one rank of the widest
-    assert named not in told("recommend", results, "--max-params", str(770 + 1919))
-    assert named in told("recommend", results, "--max-params", str(770 + 82_943))
-    assert named not in told("recommend", results, "--max-params", str(770 + 82_944))  # rank 1 everywhere fits
-    assert named not in told("recommend", results)
-    assert named not in told("recommend", results, "--max-params", "6k", "--max-bytes", "20MB")
-    assert named not in told("recommend", ten, "--max-params", "6k")  # whose records name no sites
+    # One rank of the widest matrix has 1,920 values, and rank 1 everywhere 82,944.
+    for values, is_named in ((1920, True), (1919, False), (82_943, True), (82_944, False)):
+        said = told("recommend", results, "--max-params", str(770 + values))
+        assert ("fewer ranks than matrices" in said) == is_named
+    for arguments in ((results,), (results, "--max-params", "6k", "--max-bytes", "20MB"), (ten, "--max-params", "6k")):
+        assert "fewer ranks than matrices" not in told("recommend", *arguments)  # the records of ten name no sites
 
 
-def test_bad_input_of_recommend_is_one_line(ten: Path, tmp_path: Path, refused) -> None:
-    assert "--max-bytes: '5e6' is not a size above 0 with its unit" in refused("recommend", ten, "--max-bytes", "5e6")
-    assert "--max-params: expected a number" in refused("recommend", ten, "--max-params", "-3")
-    assert "--margin: expected points above 0" in refused("recommend", ten, "--margin", "0")
-    assert "--max-seconds: expected seconds above 0" in refused("recommend", ten, "--max-seconds", "nan")
-    assert "hold no latency" in refused("recommend", ten, "--max-latency-ms", "20")
-    times = ten.parent / "bench.json"
-    times.write_text(json.dumps([timed("other/lora_r8/seed_0", 1.0)]))
-    line = refused("recommend", ten, "--max-latency-ms", "20", "--bench", times)
-    assert "bench.json: --bench: holds no model of a finished run of ten: its models are of other/lora" in line
-    assert "has no effect without --max-latency-ms" in refused("recommend", ten, "--bench", good_times(times))
-    assert "none.json: can't be read" in refused("recommend", ten, "--max-latency-ms", "20", "--bench", "none.json")
-    assert "'none' is none of its studies, which are ten" in refused("recommend", ten, "--study", "none")
-    assert "does not exist" in refused("recommend", tmp_path / "nowhere")
-    assert "Try --help" in refused("recommend", ten, "--smallest", "size")
+REFUSED: dict[str, str] = {  # what is asked -> what is named
+    "recommend ten --max-bytes 5e6": "--max-bytes: ",
+    "recommend ten --max-params -3": "--max-params: ",
+    "recommend ten --margin 0": "--margin: ",
+    "recommend ten --max-seconds nan": "--max-seconds: ",
+    "recommend ten --max-latency-ms 20": "hold no latency",
+    "recommend ten --max-latency-ms 20 --bench foreign.json": "foreign.json: --bench: ",
+    "recommend ten --bench good.json": "--bench: has no effect",
+    "recommend ten --max-latency-ms 20 --bench none.json": "none.json: is not a readable table",
+    "recommend ten --study none": "--study: 'none'",
+    "recommend nowhere": "does not exist",
+    "recommend ten --smallest size": "--smallest",
+    "recommend ten --margin 2 --output other.yaml": "other.yaml: is there and says something else",
+    "compare ten ten": "is given twice",
+    "compare ten": "holds one study (ten)",
+    "compare ten ten/ten": "holds the run 'ten/",
+    "compare ten other --allow-mismatch everything": "--allow-mismatch: ",
+    "compare ten other --reference lora_r1": "--reference: ",
+    "compare ten other --output rows.txt": ".csv or .json",
+    "compare": "Missing argument",
+}
+
+
+@pytest.mark.parametrize("asked", REFUSED)
+def test_bad_input_is_named(asked: str, ten: Path, other: Path, tmp_path: Path, command, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (("ten", ten), ("other", other)):
+        Path(name).symlink_to(folder)
+    good_times(Path("good.json"))
+    Path("foreign.json").write_text(json.dumps([timed("other/lora_r8/seed_0", 1.0)]))
+    Path("other.yaml").touch()
+    assert REFUSED[asked] in command(*asked.split(), code=2).err
 
 
 def test_several_studies_are_chosen_from_by_name(tmp_path: Path, told, refused) -> None:
@@ -179,69 +191,11 @@ def test_several_studies_are_chosen_from_by_name(tmp_path: Path, told, refused) 
     assert "Recommended" in told("recommend", both, "--study", "two")
 
 
-def test_failed_and_missing_runs_are_named(tmp_path: Path, told) -> None:
-    made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
-    failed = planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps")
-    text = told("recommend", planted.write(tmp_path, [*made, failed]))
-    assert "Failed: lora_r1, seed 0: out of memory" in text
-    assert f"{THIRD} seed 9" in text
-    assert "Left out: lora_r1 has no finished run." in text
-    assert "n = 9 pairs" in text
-
-
 def test_a_damaged_record_stops_a_decision(tmp_path: Path, refused) -> None:
     results = planted.write(tmp_path, records("torn", 3))
     next(iter(sorted(results.rglob(RECORD_FILE)))).write_text("{")
     for command in (("recommend", results), ("compare", results, results.parent)):
         assert RECORD_FILE in refused(*command)
-
-
-def test_studies_are_compared_and_their_hardware_is_refused_by_name(
-    ten: Path, other: Path, tmp_path: Path, told
-) -> None:
-    files = [tmp_path / "rows.csv", tmp_path / "rows.json"]
-    for file in files:
-        text = told("compare", ten, other, "--output", file)
-    assert "Over studies: test accuracy against lora_r8 (points)" in text
-    assert "Not pooled, seconds: timings differ: cpu on another, 2 processors, 2 threads in other" in text
-    assert "Over studies: seconds" not in text
-    with files[0].open(encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    assert [row["row"] for row in json.loads(files[1].read_text(encoding="utf-8"))] == [row["row"] for row in rows]
-    pooled = {row["experiment"]: row for row in rows if row["row"] == "pooled"}
-    means = [
-        np.mean(
-            [
-                one.test.accuracy
-                - next(
-                    two.test.accuracy
-                    for two in made
-                    if two.spec.experiment.name == BEST and two.spec.seed == one.spec.seed and two.test is not None
-                )
-                for one in made
-                if one.spec.experiment.name == WORSE and one.test is not None
-            ]
-        )
-        for made in (records("ten", 10), records("other", 10))
-    ]
-    assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(means), abs=1e-12)
-    assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
-    told_again = told("compare", ten, other, "--allow-mismatch", "timings")
-    assert "Over studies: seconds a step" in told_again
-    assert "Pooled although timings differ, as asked" in told_again
-
-
-def test_bad_input_of_compare_is_one_line(ten: Path, other: Path, tmp_path: Path, refused) -> None:
-    assert "is given twice" in refused("compare", ten, ten)
-    assert "holds one study (ten), and it takes two" in refused("compare", ten)
-    assert "holds the run 'ten/" in refused("compare", ten, ten / "ten")
-    for option, value, said in (
-        ("--allow-mismatch", "everything", "--allow-mismatch: 'everything' is none of"),
-        ("--reference", "lora_r1", "--reference: 'lora_r1' has finished runs"),
-        ("--output", tmp_path / "rows.txt", "expected a name that ends in .csv or .json"),
-    ):
-        assert said in refused("compare", ten, other, option, value)
-    assert "Missing argument" in refused("compare")
 
 
 def test_the_page_names_everything_that_pooling_checks() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_runs import PlantedRuns
+from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import compare_all, study_courses
@@ -24,22 +24,9 @@ LEAD = {"ahead": 6.0, "level": 0.2, "behind": -6.0}  # of the control, points
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
-    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
-    return {
-        "name": "stopped",
-        "seeds": list(range(10)),
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": 4 - place}, "training": training}
-            for place, name in enumerate(("base", "ahead", "level"))
-        ]
-        + [{"name": "behind", "method": "linear", "training": {}}],
-        **changes,
-    }
+    whole = study_of_loras("stopped", ("level", "ahead", "base"), 10)  # the control has the largest rank
+    whole["experiments"] = [*whole["experiments"][::-1], {"name": "behind", "method": "linear", "training": {}}]
+    return whole | changes
 
 
 def accuracy(name: str, seed: int) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planted_runs import PlantedRuns
+from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
@@ -25,23 +25,7 @@ STOPPING: dict[str, Any] = {"control": "base", "margin": 1.0, "looks": [4, 8, SE
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
-    training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
-    names = ("base", *LEAD)
-    return {
-        "name": "colours",
-        "seeds": list(range(SEEDS)),
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": rank + 1}, "training": training}
-            for rank, name in enumerate(names)
-        ],
-        "stopping": STOPPING,
-        **changes,
-    }
+    return study_of_loras("colours", ("base", *LEAD), SEEDS) | {"stopping": STOPPING, **changes}
 
 
 @pytest.fixture

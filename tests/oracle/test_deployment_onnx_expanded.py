@@ -6,18 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported_files import compared
-from tiny_models import CARD, random_model
+from exported_files import compared, packed, packed_model
+from tiny_models import CARD
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
-from peft_vit.backbones import find_sites
 from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_onnx, input_ranges, open_exported
-from peft_vit.deployment.onnx_expanded import ExpandedLinear, Int8Linear, step_and_zero
-from peft_vit.deployment.onnx_file import onnx_graph
+from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph, step_and_zero
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.quantization import QuantizationFormat
 from peft_vit.quantization.packing import field_bits
 
 onnx = pytest.importorskip("onnx")
@@ -36,27 +34,6 @@ NOT_INT2 = [format for format in FORMATS if format.bits > 2]
 Session = Callable[[np.ndarray], np.ndarray]
 
 
-def packed(linear: nn.Linear, format: QuantizationFormat) -> AdaptedLinear:
-    """Quantize a layer with a constant row, and move its offsets as a merge would."""
-    layer = AdaptedLinear(linear)
-    layer.weight.detach()[0] = 0.03
-    quantized = quantize(layer.weight.detach(), format)
-    if quantized.offsets is not None:
-        generator = torch.Generator().manual_seed(1)
-        quantized = quantized.with_offset_added(0.02 * torch.randn(quantized.scales.shape, generator=generator))
-    layer.set_quantized(quantized)
-    layer.drop_float()
-    return layer
-
-
-def packed_vit(formats: list[QuantizationFormat]) -> nn.Module:
-    """Quantize the k-th linear layer to the k-th format, the last for all that remain."""
-    model = random_model("test_vit")
-    for index, name in enumerate(dict.fromkeys(site.module for site in find_sites(model))):
-        model.set_submodule(name, packed(model.get_submodule(name), formats[min(index, len(formats) - 1)]))
-    return model.eval()
-
-
 def images_like(batch: int, seed: int = 2) -> Tensor:
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
@@ -72,14 +49,14 @@ def optimized(content: bytes, file: Path) -> tuple[Session, onnx.ModelProto]:
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory) -> tuple[nn.Module, Path]:
-    model, file = packed_vit(FORMATS), tmp_path_factory.mktemp("fast") / "model.onnx"
+    model, file = packed_model(FORMATS), tmp_path_factory.mktemp("fast") / "model.onnx"
     export_onnx(model, file, CARD, runtime="fast")
     return model, file
 
 
 @pytest.fixture(scope="module")
 def in_8_bits(tmp_path_factory) -> tuple[nn.Module, Path]:
-    model, file = packed_vit(NOT_INT2), tmp_path_factory.mktemp("int8") / "model.onnx"
+    model, file = packed_model(NOT_INT2), tmp_path_factory.mktemp("int8") / "model.onnx"
     export_onnx(model, file, CARD, input_ranges=input_ranges(model, [images_like(64, seed=5)]))
     return model, file
 
@@ -187,7 +164,7 @@ def test_the_step_covers_the_range_and_zero_is_exact(inputs, zero) -> None:
 
 
 def test_int2_is_refused_in_8_bits(tmp_path) -> None:
-    model = packed_vit([QuantizationFormat("int4", 16, True), QuantizationFormat("int2", 16, True)])
+    model = packed_model([QuantizationFormat("int4", 16, True), QuantizationFormat("int2", 16, True)])
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.proj is in int2.*--runtime fast"):
         export_onnx(model, tmp_path / "model.onnx", CARD, input_ranges={})
     assert not list(tmp_path.iterdir())

@@ -44,8 +44,6 @@ def test_effect_size_equals_pingouin_and_its_interval_the_noncentral_t(n: int, s
     t = d * np.sqrt(n)
     theirs = special.nctdtrinc(n - 1, [0.975, 0.025], t) / np.sqrt(n)
     assert (own.low, own.high) == pytest.approx(theirs, rel=1e-5, abs=1e-6)  # scipy stops its search there
-    assert own.low is not None
-    assert own.high is not None
     assert noncentral_t(t, n - 1, own.low * np.sqrt(n)) == pytest.approx(0.975, **CLOSE)
     assert noncentral_t(t, n - 1, own.high * np.sqrt(n)) == pytest.approx(0.025, **CLOSE)
     assert own.g == pytest.approx(hedges_factor(n - 1) * d, **CLOSE)
@@ -66,7 +64,6 @@ def test_equivalence_equals_pingouin_and_statsmodels(n: int, margin: float) -> N
     own = equivalence(left - right, margin).p_value
     assert own == pytest.approx(float(pingouin.tost(left, right, margin, paired=True)["pval"].iloc[0]), **CLOSE)
     assert own == pytest.approx(ttost_paired(left, right, -margin, margin)[0], **CLOSE)
-    assert own is not None
     if 1e-6 < own < 0.5:  # the (1 - 2 p) interval touches a margin
         interval = mean_interval(left - right, 1 - 2 * own)
         assert max(abs(interval.low), abs(interval.high)) == pytest.approx(margin, rel=1e-9)

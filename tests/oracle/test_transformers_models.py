@@ -24,7 +24,7 @@ from peft_vit.deployment import (
     load_low_bit,
     load_pretrained,
     merge,
-    open_onnx,
+    open_exported,
     save_low_bit,
     save_pretrained,
 )
@@ -179,9 +179,9 @@ def test_onnxruntime_computes_the_same(kind: str, tmp_path: Path) -> None:
     backbone, logits = trained(tmp_path / "base", kind)
     card = card_of(backbone)
     export_onnx(merge(backbone.model, card).model, tmp_path / "model.onnx", card)
-    run, read = open_onnx(tmp_path / "model.onnx")
-    assert read == card
-    torch.testing.assert_close(run(images()), logits, rtol=1e-4, atol=1e-4)
+    opened = open_exported(tmp_path / "model.onnx")
+    assert opened.card == card
+    torch.testing.assert_close(opened.logits(images()), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_weights_come_back_without_the_folder_that_they_came_from(tmp_path: Path) -> None:

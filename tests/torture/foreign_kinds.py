@@ -32,7 +32,7 @@ from peft_vit.config import BackboneConfig, DataConfig, load_study
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.deployment import low_bit_file, onnx_file, open_exported, openvino_file, predict_files
+from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
 from peft_vit.errors import named
 from peft_vit.forecasting.calibration import Costs, keep_costs
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
@@ -171,28 +171,28 @@ def _signed(mutation: Mutation, sign: Callable[[bytes], bytes]) -> Mutation:
 def _sign_low_bit(content: bytes) -> bytes:
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
-    header = low_bit_file._Header.model_validate_json(metadata[low_bit_file.HEADER])
+    header = torch_files.LowBitHeader.model_validate_json(metadata[torch_files.HEADER])
     import safetensors.torch
 
     tensors = safetensors.torch.load(content)
-    header = header.model_copy(update={"sha256": low_bit_file._digest(header, tensors)})
-    return bytes(save(tensors, metadata={**metadata, low_bit_file.HEADER: header.model_dump_json()}))
+    signed = header.signed(torch_files.low_bit_digest(header, tensors))
+    return bytes(save(tensors, metadata={**metadata, torch_files.HEADER: signed}))
 
 
 def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
     header = onnx_file.Header.model_validate_json(metadata[onnx_file.HEADER])
-    header = header.model_copy(update={"sha256": onnx_file._digest(header.card, proto)})
-    proto.metadata_props.add(key=onnx_file.HEADER, value=header.model_dump_json())
+    signed = header.signed(onnx_file.onnx_digest(header.card, proto))
+    proto.metadata_props.add(key=onnx_file.HEADER, value=signed)
     return bytes(proto.SerializeToString())
 
 
 def _sign_openvino(description: bytes, weights: bytes) -> bytes:
     found = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
     assert found is not None
-    unsigned = description.replace(found[1], openvino_file._UNSIGNED.encode(), 1)
-    return description.replace(found[1], openvino_file._digest(unsigned, weights).encode(), 1)
+    unsigned = description.replace(found[1], openvino_file.UNSIGNED.encode(), 1)
+    return description.replace(found[1], openvino_file.openvino_digest(unsigned, weights).encode(), 1)
 
 
 def _in_onnx_card(nasty: Nasty) -> Mutation:

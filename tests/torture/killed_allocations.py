@@ -52,24 +52,12 @@ def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
     return plan_study(load_study(file), folder / "out", file=file).runs[0].spec
 
 
-class Attempt:
-    """A process that carries a run out, as far as it comes."""
-
-    def __init__(self, spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None) -> None:
-        self._said = folder / "said.json"
-        self._said.unlink(missing_ok=True)
-        self._log = folder / "log.txt"
-        self.code = fork(lambda: _run(spec, folder / "run", kill_at, self._said), self._log).finish()
-
-    def said(self) -> dict[str, Any]:
-        """Return the first step that it told, and what it came to.
-
-        Raises:
-            RuntimeError: if it came to nothing.
-        """
-        if self.code != 0:
-            raise RuntimeError(f"the run ended with {self.code}: {self._log.read_text()[-3000:]}")
-        return json.loads(self._said.read_text())
+def attempt(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None) -> tuple[int, dict[str, Any]]:
+    """Carry a run out in a process of its own; return its code, its first step and what it came to, or an error."""
+    said, log = folder / "said.json", folder / "log.txt"
+    said.unlink(missing_ok=True)
+    code = fork(lambda: _run(spec, folder / "run", kill_at, said), log).finish()
+    return code, json.loads(said.read_text()) if code == 0 else {"error": log.read_text()[-3000:]}
 
 
 def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Path) -> None:
@@ -91,19 +79,13 @@ def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Pat
     if record.status != "done":
         raise RuntimeError(f"{record.error}\n{record.traceback}")
     assert finished.adapter is not None
-    said.write_text(
-        json.dumps(
-            {
-                "first": told[0] if told else None,
-                "end": {
-                    "ranks": [entry.model_dump(mode="json") for entry in record.rank_history],
-                    "optimizer": record.optimizer_sha256,
-                    "adapter": hashlib.sha256(finished.adapter).hexdigest(),
-                    "digest": outcome_digest(record),
-                },
-            }
-        )
-    )
+    end = {
+        "ranks": [entry.model_dump(mode="json") for entry in record.rank_history],
+        "optimizer": record.optimizer_sha256,
+        "adapter": hashlib.sha256(finished.adapter).hexdigest(),
+        "digest": outcome_digest(record),
+    }
+    said.write_text(json.dumps({"first": told[0] if told else None, "end": end}))
 
 
 def _die_after(owner: type, method: str, condition: Callable[..., bool]) -> None:
@@ -136,7 +118,9 @@ def steps_of(ranks: list[RankEntry], kind: str) -> list[int]:
 def torture(folder: Path, kind: str, seed: int, only: list[int] | None, tally: Tally) -> None:
     """Kill and resume at each step and moment."""
     spec = spec_of(folder / "study", kind, seed)
-    undisturbed = Attempt(spec, folder / "undisturbed").said()
+    code, undisturbed = attempt(spec, folder / "undisturbed")
+    if code:
+        raise RuntimeError(f"the undisturbed run ended with {code}: {undisturbed['error']}")
     ranks = [RankEntry.model_validate(entry) for entry in undisturbed["end"]["ranks"]]
     for step in only or steps_of(ranks, kind):
         for moment in MOMENTS:
@@ -150,16 +134,15 @@ def torture(folder: Path, kind: str, seed: int, only: list[int] | None, tally: T
 
 def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict[str, Any]) -> str | None:
     step, moment = kill_at
-    code = Attempt(spec, folder, kill_at).code
+    code, _ = attempt(spec, folder, kill_at)
     if code != -signal.SIGKILL:
         return f"it was not killed, but ended with {code}"
     left = newest_step(folder / "run")
     if left != (step - 1 if moment == MOMENTS[0] else step):
         return f"its newest checkpoint is of step {left}"
-    try:
-        said = Attempt(spec, folder).said()
-    except RuntimeError as error:
-        return str(error)
+    code, said = attempt(spec, folder)
+    if code:
+        return f"the run ended with {code}: {said['error']}"
     if said["first"] != (left + 1 if left < STEPS else None):
         return f"it went on with step {said['first']} from a checkpoint of step {left}"
     different = [field for field in expected if said["end"][field] != expected[field]]

@@ -172,8 +172,8 @@ def _begun(mapping: dict[str, Any], file: Path, results: Path) -> Iterator[tuple
 def _make_data_sets(inputs: Path) -> None:
     """Put a small set of each format below `data`, with the configuration of a study on it beside."""
     folder = inputs / "data"
-    paths = {}
-    for name in ("elpv", "fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv", "hf"):
+    paths = {"image-folder": folder / "images.zip", "elpv": folder / "elpv" / "elpv.zip"}
+    for name in ("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv", "hf"):
         path = Path(sample_path(name) or "")
         source = path if path.is_dir() else path.parent
         if name == "cifar10":
@@ -183,10 +183,11 @@ def _make_data_sets(inputs: Path) -> None:
         else:
             shutil.copytree(source, folder / name)
         paths[name] = folder / name if path.is_dir() else folder / name / path.name
-    paths["image-folder"] = folder / "images.zip"
-    with zipfile.ZipFile(paths["image-folder"], "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted((inputs / "images").rglob("*.*")):
-            archive.write(file, file.relative_to(inputs / "images"))
+    (folder / "elpv").mkdir()
+    for name, source in (("image-folder", inputs / "images"), ("elpv", Path(sample_path("elpv") or ""))):
+        with zipfile.ZipFile(paths[name], "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(source.rglob("*.*")):
+                archive.write(file, file.relative_to(source))
     for name, path in paths.items():
         data = {"dataset": name, "path": str(path)}
         configuration = json.dumps(study_mapping(inputs, data), indent=1)  # JSON is YAML

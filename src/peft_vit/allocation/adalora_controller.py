@@ -231,9 +231,9 @@ class AdaLoRAController:
         gradients, values = take_probes(adapters)
         if gradients:
             sought = [name for name, rank in self.ranks.items() if rank == 0]
-            found = probed_scores(self.config.importance_metric, gradients, measured, sought)
-            self._last_scores |= found
-            self.probe_history.append({"step": step, "sites": list(found), "values": values})
+            probed = probed_scores(self.config.importance_metric, gradients, measured, sought)
+            self._last_scores |= probed
+            self.probe_history.append({"step": step, "sites": list(probed), "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
             worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
             raise DivergedError(f"its importance at step {step} is not finite; lower the learning rate", field=worst)
@@ -397,8 +397,8 @@ def _attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool
         UserError: if the model is of another class, carries adapters of ours, or such of PEFT that don't fit the
             settings.
     """
-    found = peft_sites(model)
-    if found:
+    sites = peft_sites(model)
+    if sites:
         # LoRA of PEFT can't follow every setting, and has decided others.
         if pool != 1:
             raise UserError("PEFT's LoRA does not pool its inputs; leave it out", field="pool")
@@ -407,7 +407,7 @@ def _attach_or_check(model: nn.Module, config: AdaLoraConfig, *, seed: int, pool
         if config.parametrization != "product":
             raise UserError("PEFT's LoRA is the plain product; set product", field="adalora.parametrization")
         check_stays(model, config, "adalora")
-        return found
+        return sites
     sites = find_sites(model, config.targets)
     attach_adapters(
         model,

@@ -225,7 +225,7 @@ def _divergences(
     model: nn.Module, formats: Mapping[str, Sequence[QuantizationFormat]], images: Tensor, head: LinearHead
 ) -> dict[str, list[float]]:
     """Return mean KL(p || q); what lies before a layer's block is computed once."""
-    low = {name: [quantize(_weight(model, name), one, name=name) for one in formats[name]] for name in formats}
+    low = {name: [quantize(_weight(model, name), format, name=name) for format in formats[name]] for name in formats}
     backbone = Backbone(model)
     layer_of = {site.module: site.layer for site in backbone.sites}
     totals = {name: [0.0] * len(candidates) for name, candidates in low.items()}
@@ -245,9 +245,10 @@ def _divergences(
 
         features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
         target = head(features).double().log_softmax(1)  # (B, classes)
-        for name, found in logits.items():
-            for candidate, one in enumerate(found):
-                divergence = F.kl_div(one.double().log_softmax(1), target, reduction="sum", log_target=True)
+        for name, by_format in logits.items():
+            for candidate, quantized_logits in enumerate(by_format):
+                log_q = quantized_logits.double().log_softmax(1)  # (B, classes)
+                divergence = F.kl_div(log_q, target, reduction="sum", log_target=True)
                 totals[name][candidate] += float(divergence) / len(images)
     return totals
 

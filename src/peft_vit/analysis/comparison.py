@@ -106,6 +106,7 @@ class Estimate:
 
 
 Estimates = TypeVar("Estimates", bound=Estimate)
+Value = Callable[[Run], float | None]  # what is compared
 
 
 def together(*notes: str) -> str:
@@ -119,11 +120,7 @@ def accuracy_on_test(run: Run) -> float:
 
 
 def compare(
-    runs: Sequence[Run],
-    reference_runs: Sequence[Run],
-    name: str,
-    reference: str,
-    value: Callable[[Run], float | None] = accuracy_on_test,
+    runs: Sequence[Run], reference_runs: Sequence[Run], name: str, reference: str, value: Value = accuracy_on_test
 ) -> Estimate:
     """Return differences of two experiments, pairing runs by seed; nothing is tested yet.
 

@@ -7,12 +7,12 @@ one of another strategy at equal cost is taken and named.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal, get_args
 
-from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide
+from peft_vit.analysis.comparison import Estimate, Value, accuracy_on_test, compare, decide
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, QaLoraConfig
 
@@ -59,37 +59,29 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
     adaptive = study.with_method("adalora", "qa_adalora")
     scored = [e for e in adaptive if e.need(AdaLoraConfig).importance_metric not in CONTROLS]
     rows: list[AgainstControl] = []
-    for control in CONTROLS:
-        found = [(e, _control_of(e, control, adaptive)) for e in scored]
-        accuracy = decide([_compare(e, c, control, study) for e, c in found], study.untested)
-        ratios = [_compare(e, c, control, study, accuracy_per_parameter) for e, c in found]
-        per_parameter = decide(ratios, study.untested)
-        rows += [
-            AgainstControl(
-                experiment=e.name,
-                control=control,
-                control_experiment=None if c is None else c.name,
-                same_strategy=c is not None and _strategy(c) == _strategy(e),
-                accuracy=by_accuracy,
-                per_parameter=by_parameter,
-                parameters_ratio=None
-                if c is None
-                else fmean(run.parameters.final for run in study.of(e.name))
-                / fmean(run.parameters.final for run in study.of(c.name)),
-            )
-            for (e, c), by_accuracy, by_parameter in zip(found, accuracy, per_parameter, strict=True)
+    for kind in CONTROLS:
+        controls = [
+            _control_of(e, [c for c in adaptive if c.need(AdaLoraConfig).importance_metric == kind]) for e in scored
         ]
+        pairs = list(zip(scored, controls, strict=True))
+        by_accuracy, by_parameter = (
+            decide([_compare(study, e, control, kind, value) for e, control in pairs], study.untested)
+            for value in (accuracy_on_test, accuracy_per_parameter)
+        )
+        for (e, control), accuracy, per_parameter in zip(pairs, by_accuracy, by_parameter, strict=True):
+            row = AgainstControl(e.name, kind, None, False, accuracy, per_parameter, None)
+            if control is not None:
+                own, other = (fmean(r.parameters.final for r in study.of(one.name)) for one in (e, control))
+                same = _strategy(control) == _strategy(e)
+                row = replace(row, control_experiment=control.name, same_strategy=same, parameters_ratio=own / other)
+            rows.append(row)
     return tuple(rows)
 
 
-def _control_of(
-    experiment: ExperimentConfig, control: Control, adaptive: Sequence[ExperimentConfig]
-) -> ExperimentConfig | None:
-    at_equal_cost = [
-        e for e in adaptive if e.need(AdaLoraConfig).importance_metric == control and _cost(e) == _cost(experiment)
-    ]
-    same = [e for e in at_equal_cost if _strategy(e) == _strategy(experiment)]
-    return next(iter((*same, *at_equal_cost)), None)
+def _control_of(experiment: ExperimentConfig, controls: Sequence[ExperimentConfig]) -> ExperimentConfig | None:
+    at_equal_cost = [control for control in controls if _cost(control) == _cost(experiment)]
+    at_equal_cost.sort(key=lambda control: _strategy(control) != _strategy(experiment))
+    return next(iter(at_equal_cost), None)
 
 
 def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
@@ -104,14 +96,9 @@ def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
 
 
 def _compare(
-    experiment: ExperimentConfig,
-    control: ExperimentConfig | None,
-    kind: Control,
-    study: Study,
-    value: Callable[[Run], float] = accuracy_on_test,
+    study: Study, experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control, value: Value
 ) -> Estimate:
-    name = experiment.name
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
-        return Estimate(name=name, reference=f"{kind} importance", note=note)
-    return compare(study.of(name), study.of(control.name), name, control.name, value)
+        return Estimate(name=experiment.name, reference=f"{kind} importance", note=note)
+    return compare(study.of(experiment.name), study.of(control.name), experiment.name, control.name, value)

@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peft_vit.analysis.studies import Run, Study, seeds_in_words
-from peft_vit.records import Predictions
+from peft_vit.analysis.studies import Run, Study, grouped, seeds_in_words
 
 Group = Literal["both right", "only the best right", "only the baseline right", "both wrong"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -67,38 +66,28 @@ def image_examples(study: Study, best: str) -> ImageExamples | str:
     if baseline is None:
         return "no linear probe and no LoRA has finished beside it that it could be set against"
     by_seed = {run.seed: run for run in study.of(baseline)}
-    pairs = [(run, by_seed[run.seed]) for run in study.of(best) if run.seed in by_seed]
-    problems: dict[str, list[int]] = {}
-    usable = []
-    for run, other in pairs:
-        problem = _why_not(run.record.predictions, other.record.predictions)
-        if problem:
-            problems.setdefault(problem, []).append(run.seed)
-        else:
-            usable.append((run, other))
+    beside = [(run, _beside(run, by_seed[run.seed])) for run in study.of(best) if run.seed in by_seed]
+    problems = grouped((found, run.seed) for run, found in beside if isinstance(found, str))
     left_out = [f"{seeds_in_words(seeds)}: {problem}" for problem, seeds in problems.items()]
+    usable = [(run, images) for run, images in beside if not isinstance(images, str)]
     if not usable:
         return "; ".join(left_out) or f"no seed has finished both for it and for {baseline}"
-    images = {run.seed: _images(run, other) for run, other in usable}
     counts = {
-        seed: {group: sum(image.group == group for image in own) for group in GROUPS} for seed, own in images.items()
+        run.seed: {group: sum(image.group == group for image in images) for group in GROUPS} for run, images in usable
     }
-    first = usable[0][0]
-    return ImageExamples(best, baseline, tuple(images), tuple(left_out), images[first.seed], counts, first)
+    first, images = usable[0]
+    return ImageExamples(best, baseline, tuple(counts), tuple(left_out), images, counts, first)
 
 
-def _why_not(one: Predictions | None, other: Predictions | None) -> str:
-    if one is None or other is None:
-        return "the records do not hold predictions"
-    if (one.images, one.labels) != (other.images, other.labels):
-        return "the two runs were tested on different images"
-    lengths = {len(column) for p in (one, other) for column in (p.images, p.labels, p.predicted, p.probability)}
-    return "" if len(lengths) == 1 and 0 not in lengths else "the predictions are not one for each image"
-
-
-def _images(run: Run, other: Run) -> tuple[PredictedImage, ...]:
+def _beside(run: Run, other: Run) -> tuple[PredictedImage, ...] | str:
+    """Return what two runs predict of each image, or why it can't be told."""
     one, two = run.record.predictions, other.record.predictions
-    assert one is not None
-    assert two is not None
-    columns = zip(one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability, strict=True)
-    return tuple(PredictedImage(*row) for row in columns)
+    if one is None or two is None:
+        return "the records do not hold predictions"
+    if (one.images, one.labels) != (two.images, two.labels):
+        return "the two runs were tested on different images"
+    columns = (one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability)
+    lengths = {len(column) for column in columns}
+    if len(lengths) > 1 or 0 in lengths:
+        return "the predictions are not one for each image"
+    return tuple(PredictedImage(*row) for row in zip(*columns, strict=True))

@@ -20,6 +20,7 @@ import numpy as np
 from peft_vit.analysis.allocation import Allocation, allocations, fixed_lora_line
 from peft_vit.analysis.comparison import (
     Estimate,
+    Value,
     accuracy_on_test,
     compare,
     references,
@@ -232,10 +233,10 @@ def of_runs(subject: Subject, by_seed: Mapping[int, float | None], without: str)
     return estimated(subject.name, known, note=note)
 
 
-def each_run(without: str, *needs: str) -> Callable[[Callable[[Run], float | None]], Measure]:
+def each_run(without: str, *needs: str) -> Callable[[Value], Measure]:
     """Turn a function of a run whose record has some fields into a measure, see `of_runs`."""
 
-    def to_measure(value: Callable[[Run], float | None]) -> Measure:
+    def to_measure(value: Value) -> Measure:
         def measure(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
             return tuple(
                 of_runs(subject, {run.seed: value(run) for run in subject.runs}, without)
@@ -264,7 +265,7 @@ def difference(
     against: Group,
     *,
     same_but: tuple[str, ...] = (),
-    value: Callable[[Run], float | None] = accuracy_on_test,
+    value: Value = accuracy_on_test,
     lower_is_better: bool = False,
 ) -> tuple[Estimate, ...]:
     """Return, by pair of experiments, a value of the first minus that of the second, paired by seed.

@@ -85,39 +85,26 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
     found = []
     machines = {run.hardware for run in study.runs}
     for cost in get_args(CostName):
-        known = {m.experiment.name: value for m in methods if (value := getattr(m, cost)) is not None}
-        left_out = tuple(m.experiment.name for m in methods if m.experiment.name not in known)
-        if not known:
-            continue
-        if cost in _TIMED and len(machines) > 1:
+        known = [(value, m.experiment.name, m) for m in methods if (value := getattr(m, cost)) is not None]
+        left_out = tuple(m.experiment.name for m in methods if getattr(m, cost) is None)
+        if cost in _TIMED and len(machines) > 1 and known:
             refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
             found.append(Front(cost, (), left_out, refused))
-        else:
-            found.append(Front(cost, _points(study, methods, known), left_out, ""))
+        elif known:
+            found.append(Front(cost, _points(study, sorted(known, key=lambda one: one[:2])), left_out, ""))
     return tuple(found)
 
 
-def _points(study: Study, methods: Sequence[MethodResult], costs: dict[str, float]) -> tuple[FrontPoint, ...]:
-    ordered = sorted(
-        (m for m in methods if m.experiment.name in costs), key=lambda m: (costs[m.experiment.name], m.experiment.name)
-    )
-    names = [m.experiment.name for m in ordered]
-    at = [costs[name] for name in names]
-    validated = [m.validation_accuracy.estimate for m in ordered if m.validation_accuracy is not None]
-    on_front = pareto_front(at, validated)
-    on_test_front = pareto_front(at, [m.test_accuracy.estimate for m in ordered])
-    members = [name for name, is_on in zip(names, on_front, strict=True) if is_on]
+def _points(study: Study, ordered: Sequence[tuple[float, str, MethodResult]]) -> tuple[FrontPoint, ...]:
+    """Return points of experiments with their costs, cheapest first."""
+    costs = [cost for cost, _, _ in ordered]
+    validated = [m.validation_accuracy.estimate for _, _, m in ordered if m.validation_accuracy is not None]
+    on_front = pareto_front(costs, validated)
+    on_test_front = pareto_front(costs, [m.test_accuracy.estimate for _, _, m in ordered])
+    members = [name for (_, name, _), is_on in zip(ordered, on_front, strict=True) if is_on]
     steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
     lead_of = {lead.name: lead for lead in decide(steps, study.untested)}
     return tuple(
-        FrontPoint(
-            experiment=m.experiment.name,
-            cost=cost,
-            validation_accuracy=validation,
-            test_accuracy=m.test_accuracy,
-            on_front=is_on,
-            on_test_front=on_test,
-            lead=lead_of.get(m.experiment.name),
-        )
-        for m, cost, validation, is_on, on_test in zip(ordered, at, validated, on_front, on_test_front, strict=True)
+        FrontPoint(name, cost, validation, m.test_accuracy, is_on, on_test, lead_of.get(name))
+        for (cost, name, m), validation, is_on, on_test in zip(ordered, validated, on_front, on_test_front, strict=True)
     )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_vit.analysis.studies import Plan, Study, grouped, make_study, run_of
+from peft_vit.analysis.studies import Plan, Study, grouped, make_study
 from peft_vit.errors import UserError
 from peft_vit.records import Contents, Problem, RunRecord, read_contents
+from peft_vit.records.progress import run_of
 
 _Key = tuple[str, bool]  # a study's name, and whether it is of smoke runs
 

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar
 
 from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo, StudyStatus
+from peft_vit.records.progress import RunStatus, State, run_of
 
-# missing: no record, and no study.json that would tell whether it was ever planned.
-State = Literal["failed", "left out", "running", "pending", "skipped", "missing"]
-STATES: tuple[State, ...] = get_args(State)
-# Of a run without a record: in one of several folders it may have got further.
+# Of a run without a record that counts; in one of several folders it may have got further.
+STATES: tuple[State, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
 _FURTHEST_FIRST: tuple[State, ...] = ("running", "pending", "skipped")
 
 _Key = TypeVar("_Key")
@@ -100,21 +99,6 @@ def why_unfinished(record: RunRecord) -> str:
 
 
 @dataclass(frozen=True)
-class UnfinishedRun:
-    """A run without a record that counts; `note` says why, or how far it is."""
-
-    experiment: str
-    seed: int
-    state: State
-    note: str = ""
-
-    @property
-    def run(self) -> tuple[str, int]:
-        """Return experiment and seed."""
-        return self.experiment, self.seed
-
-
-@dataclass(frozen=True)
 class Plan:
     """What is known of a study beside its records."""
 
@@ -141,32 +125,23 @@ class Plan:
         """Return experiment and seed of each planned run."""
         return frozenset(run_of(run) for folder in self.folders if folder.file is not None for run in folder.file.runs)
 
-    def unfinished(
-        self, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]
-    ) -> list[UnfinishedRun]:
+    def unfinished(self, recorded: Iterable[tuple[str, int]], expected: Iterable[tuple[str, int]]) -> list[RunStatus]:
         """Return the runs that have no record that counts, by experiment and seed; `recorded` are those that have one.
 
         Without a plan `expected` counts: what the records make one expect, every experiment with every seed.
         """
         why = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
-        known = grouped((run_of(status.run), status) for folder in self.folders for status in folder.runs)
-        found: list[UnfinishedRun] = []
+        planned = (status for folder in self.folders if folder.file is not None for status in folder.runs)
+        known = grouped((status.key, status) for status in planned)
+        found: list[RunStatus] = []
         for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
-            told: list[tuple[State, str]] = [
-                (state, one.note) for state in _FURTHEST_FIRST for one in known.get(run, ()) if one.state == state
-            ]
+            name = "{}/seed_{}".format(*run)
+            told = [status for state in _FURTHEST_FIRST for status in known.get(run, ()) if status.state == state]
             if run in why:
-                told = [("left out", why[run])]
+                told = [RunStatus(name, "left out", note=why[run])]
             # Planned without a state: the record in its folder is of another run, or has come since records were read.
-            state, note = told[0] if told else ("pending" if run in self.runs else "missing", "")
-            found.append(UnfinishedRun(*run, state, note))
+            found.append(told[0] if told else RunStatus(name, "pending" if run in self.runs else "missing"))
         return found
-
-
-def run_of(run: str) -> tuple[str, int]:
-    """Return experiment and seed of ``lora_r8/seed_0``."""
-    experiment, _, seed = run.partition("/seed_")
-    return experiment, int(seed)
 
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
@@ -196,7 +171,7 @@ class Study:
     failed: tuple[RunRecord, ...]  # records of runs that failed or that lack outcomes
     # runs that have no record that counts: planned ones, or where no study.json tells what was planned, pairs of an
     # experiment and a seed that occurs elsewhere
-    unfinished: tuple[UnfinishedRun, ...]
+    unfinished: tuple[RunStatus, ...]
     of_files: tuple[str, ...]  # what is to be known of the files that it was read from
     plan: Plan  # what is known beside the records
 
@@ -208,7 +183,7 @@ class Study:
     @property
     def missing(self) -> tuple[tuple[str, int], ...]:
         """Return experiment and seed of the runs that have no record that counts."""
-        return tuple(run.run for run in self.unfinished)
+        return tuple(run.key for run in self.unfinished)
 
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
@@ -287,7 +262,7 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
     place = {experiment.name: place for place, experiment in enumerate(sorted(by_name.values(), key=_order))}
     finished = {run: _finished(group[run]) for run in sorted(group, key=lambda run: (place[run[0]], run))}
     unfinished = plan.unfinished(group, [(name, seed) for name in place for _, seed in group])
-    unfinished.sort(key=lambda run: (place.get(run.experiment, len(place)), run.run))
+    unfinished.sort(key=lambda run: (place.get(run.experiment, len(place)), run.key))
     return Study(
         name=name,
         smoke=smoke,
@@ -362,7 +337,7 @@ def _notices(study: Study) -> Iterator[str]:
 
 def _of_unfinished(study: Study) -> Iterator[str]:
     """Say which planned runs there is nothing of."""
-    runs_in = grouped((run.state, run.run) for run in study.unfinished)
+    runs_in = grouped((run.state, run.key) for run in study.unfinished)
     # Where comparisons stop, what is skipped is left to the looks.
     states: tuple[State, ...] = _FURTHEST_FIRST if study.plan.declared is None else _FURTHEST_FIRST[:2]
     named = [state for state in states if state in runs_in]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
@@ -202,7 +202,6 @@ def load_backbone(
     num_classes: int,
     seed: int,
     smoke: bool = False,
-    read: Callable[[BackboneConfig], Weights] = read_weights,
     architecture: Architecture | None = None,
     mapped: Sequence[str] | None = None,
 ) -> LoadedBackbone:
@@ -225,7 +224,6 @@ def load_backbone(
         num_classes: outputs of the head.
         seed: the run's seed; decides the head only.
         smoke: take random weights whatever the configuration says; nothing is downloaded or read.
-        read: gets the weights of a configuration that names a source, say from where they were kept.
         architecture: what the model is built from, if that is known; by default what the configuration names.
         mapped: targets as `find_sites` takes them, whose weights are quantized next. Float32 ones out of a safetensors
             file stay there, mapped into memory: each takes memory from when it is first read until it is freed, as
@@ -237,7 +235,7 @@ def load_backbone(
     """
     architecture = architecture or architecture_of(config)
     random_weights = smoke or config.weights == "random"
-    weights = None if random_weights else read(config)
+    weights = None if random_weights else read_weights(config)
     if weights is None:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             # Not torch.manual_seed: it would set the GPUs' generators as well.
@@ -263,13 +261,7 @@ def load_backbone(
     )
 
 
-def load_run_backbone(
-    spec: RunSpec,
-    num_classes: int,
-    read: Callable[[BackboneConfig], Weights] = read_weights,
-    *,
-    mapped: Sequence[str] | None = None,
-) -> LoadedBackbone:
+def load_run_backbone(spec: RunSpec, num_classes: int, *, mapped: Sequence[str] | None = None) -> LoadedBackbone:
     """Do as `load_backbone`, with what the model is and its seed out of a run's specification."""
     return load_backbone(
         spec.backbone,
@@ -277,7 +269,6 @@ def load_run_backbone(
         num_classes=num_classes,
         seed=spec.seed,
         smoke=spec.smoke,
-        read=read,
         mapped=mapped,
     )
 

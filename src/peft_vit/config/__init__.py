@@ -6,6 +6,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 """
 
 from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
+from peft_vit.config.export_formats import EXPORTS, ExportFormat, file_bytes, format_of
 from peft_vit.config.loading import load_study, study_from_mapping
 from peft_vit.config.methods import (
     METHOD_KINDS,

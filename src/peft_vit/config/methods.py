@@ -292,7 +292,7 @@ class AdaptiveBitsConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         exactly_one(self, "average_bits", "total_byte_budget")
-        if len({BITS_OF_TYPE[one] for one in self.types}) == 1:
+        if len({BITS_OF_TYPE[type] for type in self.types}) == 1:
             raise ValueError("types are all of the same bits, so a budget decides nothing; name others")
         return self
 

@@ -213,13 +213,14 @@ class _Experiment(Frozen):
 
     def section(self, settings: type[S]) -> S | None:
         """Return the section with settings of a kind, None if the experiment has none."""
-        return next((found for name in self.kind.settings if isinstance(found := getattr(self, name), settings)), None)
+        sections = (getattr(self, name) for name in self.kind.settings)
+        return next((section for section in sections if isinstance(section, settings)), None)
 
     def need(self, settings: type[S]) -> S:
         """Return the section with settings of a kind, for a method that always has it."""
-        found = self.section(settings)
-        assert found is not None
-        return found
+        section = self.section(settings)
+        assert section is not None
+        return section
 
     @property
     def start(self) -> str | None:
@@ -421,14 +422,14 @@ class StudyConfig(Frozen):
         if stopping is None or not {"seeds", "data", "experiments"} <= info.data.keys():  # of these a fault is told
             return stopping
         experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
-        fault = stopping.fault(tuple(one.name for one in experiments), len(info.data["seeds"]))
+        fault = stopping.fault(tuple(experiment.name for experiment in experiments), len(info.data["seeds"]))
         if fault is not None:
             raise ValueError(fault)
         data: DataConfig = info.data["data"]
         if data.folds is None and stopping.images is not None:
             raise ValueError("'images' has an effect with data.folds alone; remove it")
         if not data.tests_by_seed and data.train_subset == "fixed":
-            probes = [one.name for one in experiments if one.is_probe]
+            probes = [experiment.name for experiment in experiments if experiment.is_probe]
             if stopping.control in probes and len(probes) > 1:
                 other = next(name for name in probes if name != stopping.control)
                 raise ValueError(
@@ -439,7 +440,9 @@ class StudyConfig(Frozen):
 
     @model_validator(mode="after")
     def _something_to_leave_out(self) -> Self:
-        if self.measures.removal_images is not None and not any(one.has_adapters for one in self.experiments):
+        if self.measures.removal_images is not None and not any(
+            experiment.has_adapters for experiment in self.experiments
+        ):
             raise ValueError(
                 "measures.removal_images has no effect: no experiment of the study trains adapters; remove it"
             )
@@ -452,15 +455,16 @@ class StudyConfig(Frozen):
         none = "data.validation_images is 0"
         if self.measures.removal_images is not None:
             raise ValueError(f"measures.removal_images is of validation images, and {none}; remove one of them")
-        for one in self.experiments:
+        for experiment in self.experiments:
+            name, training = experiment.name, experiment.training
             for setting in ("patience", "validate_every"):
-                if getattr(one.training, setting) is not None:
+                if getattr(training, setting) is not None:
                     raise ValueError(
-                        f"training.{setting} of '{one.name}' counts validations, and {none}; remove one of them"
+                        f"training.{setting} of '{name}' counts validations, and {none}; remove one of them"
                     )
-            if one.fits_probe and one.training.probe_l2 is None:
+            if experiment.fits_probe and training.probe_l2 is None:
                 raise ValueError(
-                    f"'{one.name}' fits a probe, whose penalty validation chooses, and {none}; add training.probe_l2, "
+                    f"'{name}' fits a probe, whose penalty validation chooses, and {none}; add training.probe_l2, "
                     "such as 0.01"
                 )
         return self

@@ -131,8 +131,8 @@ class Augmentation(Frozen):
     @property
     def settings(self) -> Frozen:
         """Return its own settings."""
-        found: Frozen = getattr(self, self.name)
-        return found
+        settings: Frozen = getattr(self, self.name)
+        return settings
 
     @property
     def mixes(self) -> bool:
@@ -168,9 +168,9 @@ def bytes_of(size: str) -> int:
     Raises:
         ValueError: if it is none.
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", size.strip(), re.IGNORECASE | re.ASCII)
-    unit = found and next((known for known in _UNITS if known.lower() == found[2].lower()), None)
-    count = float(found[1]) * _UNITS[unit] if found and unit else math.nan
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", size.strip(), re.IGNORECASE | re.ASCII)
+    unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
+    count = float(match[1]) * _UNITS[unit] if match and unit else math.nan
     if not 1 <= count < math.inf:
         raise ValueError(f"{size!r} is not a size above 0 with its unit, {', '.join(_UNITS)}; write it as in 1GB")
     return int(count)
@@ -285,7 +285,7 @@ class TrainingConfig(Settings):
                 "memory_limit decides what is computed again, and activation_checkpointing: "
                 f"{self.activation_checkpointing} does so, too; remove one of them"
             )
-        mixing = [one.name for one in self.augmentation if one.mixes]
+        mixing = [change.name for change in self.augmentation if change.mixes]
         if mixing and self.batch_size == 1:
             raise ValueError(
                 f"augmentation: {mixing[0]} has no effect with batch_size: 1; remove it, or raise batch_size"
@@ -324,7 +324,7 @@ class TrainingConfig(Settings):
     @property
     def flips(self) -> Flips:
         """Return how images are flipped, which is all of `augmentation` that probes read."""
-        return next((one.flip.direction for one in self.augmentation if one.flip is not None), "none")
+        return next((change.flip.direction for change in self.augmentation if change.flip is not None), "none")
 
     def total_steps(self, train_images: int) -> int:
         """Return the optimiser steps of a run, at most; the last batch of an epoch may be smaller."""

@@ -1,4 +1,4 @@
-"""What works on a model: sites that act, merging, ONNX, OpenVINO, PEFT's own LoRA, and PEFT's reading of our adapters.
+"""What works on a model: sites that act, merging, exported files, PEFT's own LoRA, and PEFT's reading of our adapters.
 
 Updates are random and large enough to be seen: half of a site's weight in norm.
 """
@@ -20,10 +20,9 @@ from peft_vit.adapters.peft_format import export_peft
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_sites, native_size
 from peft_vit.backbones.catalog import build_model
+from peft_vit.config import EXPORTS
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.deployment.onnx_file import export_onnx
-from peft_vit.deployment.openvino_file import export_openvino
-from peft_vit.deployment.predicting import open_exported
+from peft_vit.deployment.predicting import format_named, open_exported
 from peft_vit.errors import first_line
 from peft_vit.extras import require_extra
 
@@ -43,10 +42,6 @@ class Outcome:
 
     error: float | None
     fault: str | None = None
-
-    def within(self, limit: float) -> bool:
-        """Tell whether it was made, and its error is at most this."""
-        return self.error is not None and self.error <= limit
 
     def __str__(self) -> str:
         return f"FAILED, {self.fault}" if self.error is None else f"differs by {self.error:.0e} of the largest logit"
@@ -68,30 +63,28 @@ class ModelCheck:
     Attributes:
         sites: all of it.
         merged: a plain model with the merged weights.
-        onnx: its ONNX file in onnxruntime.
-        openvino: its .xml file in OpenVINO; None if that was not asked for.
-        peft: PEFT, reading the adapter that is exported; None likewise.
+        files: exported files, opened again, by the format's name.
+        peft: PEFT, reading the adapter that is exported; None if that was not asked for.
         peft_idle: the reason why PEFT's LoRA has no effect on the model as it is built, by the names of modules.
     """
 
     sites: tuple[SiteCheck, ...]
     merged: Outcome
-    onnx: Outcome
-    openvino: Outcome | None
+    files: dict[str, Outcome]
     peft: Outcome | None
     peft_idle: dict[str, str]
 
     @property
     def acting(self) -> int:
         """Return how many sites' adapters have an effect."""
-        return sum(one.effect.fault is None for one in self.sites)
+        return sum(check.effect.fault is None for check in self.sites)
 
 
 def check_architecture(
     architecture: Architecture,
     image_size: int | None = None,
     *,
-    openvino: bool = False,
+    formats: Sequence[str] = ("onnx",),
     peft: bool = False,
     shallow: bool = False,
 ) -> ModelCheck:
@@ -100,16 +93,17 @@ def check_architecture(
     Args:
         architecture: of the model.
         image_size: side in pixels; None: that of pretraining.
-        openvino: export to OpenVINO, too.
+        formats: of EXPORTS, that are files: what to export to.
         peft: let the PEFT library do likewise; it takes 90 MB.
         shallow: build two blocks a stage.
 
     Raises:
-        UserError: if the model is unknown, can't be adapted, or does not take images of this size, or OpenVINO is asked
-            for and not installed.
+        UserError: if the model is unknown, can't be adapted, or does not take images of this size, or a format but ONNX
+            is asked for and its packages are not installed.
     """
-    if openvino:
-        require_extra("openvino", "OpenVINO export")
+    for name in formats:
+        if name != "onnx" and (extra := EXPORTS[name].extra):
+            require_extra(extra, f"{EXPORTS[name].title} export")
     side = native_size(architecture) if image_size is None else image_size
     card = card_of_random(architecture, side, tuple(map(str, range(_CLASSES))), "check")
 
@@ -127,25 +121,45 @@ def check_architecture(
                 adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator))
                 adapter.lora_B.mul_(size / float(adapter.delta().norm()))
     effect = effects(model)
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=generator)
+    images = torch.randn(_IMAGES, *Backbone(model).input_size, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         logits = model(images)
         merge_errors = {name: _merge_error(module) for name, module in adapted_modules(model)}
     state = merged_state_dict(model)
 
     def plain() -> nn.Module:
-        merged = build()
-        Backbone(merged).prepare()
+        merged = _prepared(build())
         merged.load_state_dict(state)
         return merged
 
+    def by_file(name: str) -> Tensor:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"model{EXPORTS[name].ending}"
+            format_named(name).write(plain(), file, card)
+            return open_exported(file).logits(images)
+
+    def by_peft() -> Tensor:
+        load_peft()
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            export_peft(model, Path(folder), {})
+            return PeftModel.from_pretrained(_prepared(build()), folder).eval()(images)
+
+    def compared(run: Callable[[], Tensor]) -> Outcome:
+        try:
+            with torch.inference_mode(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                others = run()
+        except Exception as error:  # whatever it is that a library can't do with this model
+            return Outcome(None, first_line(error))
+        return Outcome(float((others - logits).abs().max() / logits.abs().max()))
+
     return ModelCheck(
         tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
-        _compared(logits, lambda: plain()(images)),
-        _compared(logits, lambda: _by_file(export_onnx, "model.onnx", plain(), card, images)),
-        _compared(logits, lambda: _by_file(export_openvino, "model.xml", plain(), card, images)) if openvino else None,
-        _compared(logits, lambda: _by_peft(model, build, images)) if peft else None,
+        compared(lambda: plain()(images)),
+        {name: compared(lambda name=name: by_file(name)) for name in formats},  # type: ignore[misc]
+        compared(by_peft) if peft else None,
         _idle_of_peft(build) if peft else {},
     )
 
@@ -180,43 +194,17 @@ def card_of_random(architecture: Architecture, image_size: int, class_names: Seq
     )
 
 
+def _prepared(model: nn.Module) -> nn.Module:
+    Backbone(model).prepare()
+    return model
+
+
 def _merge_error(module: AdaptedLinear) -> float:
     """Return the largest difference of a module's outputs from those of its merged weight, over the largest output."""
-    generator = torch.Generator().manual_seed(4)
-    x = torch.randn(8, module.in_features, generator=generator)  # (tokens, in)
+    x = torch.randn(8, module.in_features, generator=torch.Generator().manual_seed(4))  # (tokens, in)
     outputs = module(x)  # (tokens, out)
     merged = nn.functional.linear(x, module.merged_weight(), module.bias)
     return float((outputs - merged).abs().max() / outputs.abs().max())
-
-
-def _compared(logits: Tensor, run: Callable[[], Tensor]) -> Outcome:
-    try:
-        with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            others = run()
-    except Exception as error:  # whatever it is that a library can't do with this model
-        return Outcome(None, first_line(error))
-    return Outcome(float((others - logits).abs().max() / logits.abs().max()))
-
-
-def _by_file(
-    export: Callable[[nn.Module, Path, ModelCard], None], name: str, model: nn.Module, card: ModelCard, images: Tensor
-) -> Tensor:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
-        export(model, file, card)
-        return open_exported(file).logits(images)
-
-
-def _by_peft(model: nn.Module, build: Callable[[], nn.Module], images: Tensor) -> Tensor:
-    load_peft()
-    from peft import PeftModel
-
-    base = build()
-    Backbone(base).prepare()
-    with tempfile.TemporaryDirectory() as folder:
-        export_peft(model, Path(folder), {})
-        return PeftModel.from_pretrained(base, folder).eval()(images)
 
 
 def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
@@ -228,7 +216,7 @@ def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
     model = build()  # of which nothing prepares the modules' calls
     get_peft_model(model, LoraConfig(r=_RANK, target_modules=names))
     parameters = {
-        name: [one for key, one in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names
+        name: [part for key, part in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names
     }
-    found = effects_of(Backbone(model), {name: name for name in names}, parameters)
-    return {name: effect.fault for name, effect in found.items() if effect.fault}
+    effect = effects_of(Backbone(model), {name: name for name in names}, parameters)
+    return {name: found.fault for name, found in effect.items() if found.fault}

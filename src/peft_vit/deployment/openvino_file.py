@@ -1,7 +1,22 @@
 """A model without adapters as OpenVINO's model.xml and model.bin, low-bit layers by its own kernels.
 
 The float part takes the way over an ONNX graph (`onnx_file`), which OpenVINO reads; packed layers become operators on
-the run's own codes, see `openvino_layers`.
+the run's own codes, in OpenVINO's decompression form, which its CPU plugin fuses into one product on packed weights.
+
+With c the stored code, s the scale and o the offset of its group, a weight is (c' - z) s, as the operators
+Constant -> Convert -> Subtract -> Multiply -> Reshape of (out, groups, group size) to (out, in):
+
+    int3/4, int8  i4, i8: c' = c - 2^(bits - 1),    z = -(o / s + 2^(bits - 1))
+    int2          u2: c' = c,                       z = -o / s
+    nf4           nf4: c' = value[c],               z = -o / s
+
+Without offset z is 0, and there is no Subtract; int2's is 2. Codes are signed, since z is then small, and loses little
+where it is stored in float16 (relative error 2^-11), as offsets of float16 are. int3 takes fields of 4 bits, since the
+CPU plugin has no product on 3. OpenVINO's nf4 has QLoRA's values; no type has those of nf3. Its 4-bit float, f4e2m1, is
+not bitsandbytes' fp4: scaled to the same range, code 1 is 1/12 there and 1/192 here.
+
+Sources: OpenVINO's src/common/transformations, op_conversions/convert_fc_to_compressed.cpp, for what is fused; its type
+nf4, core/type/nf4.cpp, for the table.
 """
 
 from __future__ import annotations
@@ -10,26 +25,95 @@ import hashlib
 import html
 import re
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import packed_weights
-from peft_vit.deployment.merging import check_merged
-from peft_vit.deployment.model_card import HEADER, Header, ModelCard, read_json, write_exported
+from peft_vit.adapters import AdaptedLinear, packed_weights
+from peft_vit.deployment.model_card import HEADER, UNSIGNED, Classifier, Format, Header, ModelCard, write_exported
 from peft_vit.deployment.onnx_file import INPUT, onnx_graph
+from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.extras import load_openvino, require_extra
-from peft_vit.quantization import QuantizedTensor
+from peft_vit.quantization import QuantizedTensor, pack_codes, unpack_codes
+from peft_vit.quantization.packing import field_bits
 from peft_vit.safe_io import read_bytes
 
-_UNSIGNED = "0" * 64  # in place of the hash while it is computed
+DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
+_INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
+_CODEBOOKS = {"nf4": "nf4"}
 _NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)"}
+_NF4_ZERO = 7  # the code whose value is 0
+_FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+class PackedPlace(nn.Module):
+    """What stands in a packed layer's place while the model's graph is made: an operator that names the layer."""
+
+    def __init__(self, layer: AdaptedLinear, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        shape = (*x.shape[:-1], self.out_features)
+        y = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OPERATOR}", (x,), {"layer": self.name}, dtype=torch.float32, shape=shape, version=1
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def weight_node(weight: QuantizedTensor) -> Any:
+    """Return a weight matrix (out, in), float32, as OpenVINO's operators on its codes, scales and offsets."""
+    ov = load_openvino()
+    from openvino import opset13 as ops
+
+    def float32(values: Tensor) -> Any:  # (out, groups) to (out, groups, 1)
+        node = ops.constant(values.unsqueeze(-1).numpy())
+        return node if values.dtype == torch.float32 else ops.convert(node, ov.Type.f32)
+
+    codes, scales, zeros = _stored(weight)
+    (rows, columns), groups = weight.shape, weight.groups
+    bits = field_bits(weight.format.bits)
+    packed = pack_codes(codes.reshape(1, -1), bits).numpy()
+    kind = _CODEBOOKS[weight.format.type] if weight.format.has_codebook else _INTEGERS[bits]
+    tensor = ov.Tensor(packed, ov.Shape([rows, groups, columns // groups]), getattr(ov.Type, kind))
+    node = ops.convert(ov.op.Constant(tensor, shared_memory=False), ov.Type.f32)
+    if zeros is not None:
+        node = ops.subtract(node, float32(zeros))
+    node = ops.multiply(node, float32(scales))
+    return ops.reshape(node, ops.constant(np.array(weight.shape, np.int64)), False)
+
+
+def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the numbers that OpenVINO takes: the bits of c' (out, in) uint8, not packed, s and z (out, groups)."""
+    kind, scales = weight.format, weight.scales
+    codes = unpack_codes(weight.codes, kind.bits, weight.shape[1])
+    unsigned = not kind.has_codebook and field_bits(kind.bits) == 2
+    signed = not kind.has_codebook and not unsigned
+    middle = 2 ** (kind.bits - 1)
+    if signed:
+        codes = (codes - middle) & (2 ** field_bits(kind.bits) - 1)  # two's complement of c - 2^(bits - 1)
+    if weight.offsets is None:
+        zeros = torch.full_like(scales, middle) if unsigned else None
+        return codes, scales, zeros
+    offsets = weight.offsets.float()
+    ratio = offsets / scales.float()  # infinite or NaN where the scale is 0
+    # Groups whose codes change less than the rounding of their offset are constant: (0 - -o) 1.
+    constant = ~(ratio.abs() < 2.0 ** (_FRACTION_BITS[weight.offsets.dtype] + kind.bits))
+    zeros = torch.where(constant, -offsets, -(ratio + middle) if signed else -ratio)
+    scales = torch.where(constant, 1, scales)
+    whole = constant.repeat_interleave(weight.shape[1] // scales.shape[1], dim=1)  # (out, in)
+    codes = codes.masked_fill(whole, _NF4_ZERO if kind.type == "nf4" else 0)
+    narrow = zeros.to(weight.offsets.dtype)
+    return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 
 
 def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
@@ -49,19 +133,20 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     check_merged(model)
     packed = packed_weights(model)
     for name, weight in packed.items():
-        if weight.format.has_codebook and (kind := weight.format.type) != "nf4":
+        kind = weight.format.type
+        if weight.format.has_codebook and kind not in _CODEBOOKS:
             raise UserError(
                 f"{name} is in {kind}, which OpenVINO has no type for{_NO_TYPE.get(kind, '')}; export onnx or "
                 "safetensors, or train with nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed)
-    network.set_rt_info(Header(card=card, sha256=_UNSIGNED).model_dump_json(), [HEADER])
+    network.set_rt_info(Header(card=card).model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.xml"
         openvino.save_model(network, written, compress_to_fp16=False)
         description, weights = written.read_bytes(), written.with_suffix(".bin").read_bytes()
-    signed = description.replace(_UNSIGNED.encode(), _digest(description, weights).encode(), 1)
+    signed = description.replace(UNSIGNED.encode(), openvino_digest(description, weights).encode(), 1)
     write_exported(file.with_suffix(".bin"), weights)
     write_exported(file, signed)
 
@@ -72,8 +157,6 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
     from onnxscript.optimizer import fold_constants
     from openvino import opset13
     from openvino.frontend.onnx import ConversionExtension
-
-    from peft_vit.deployment.openvino_layers import DOMAIN, OPERATOR, PackedPlace, weight_node
 
     def product(node: Any) -> Any:
         weight = weight_node(packed[node.get_attribute("layer")])
@@ -87,14 +170,13 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
     return core.read_model(proto.SerializeToString(), b"")
 
 
-def _digest(description: bytes, weights: bytes) -> str:
+def openvino_digest(description: bytes, weights: bytes) -> str:
     """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
     return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
 
 
-def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
-    """Return a function from normalised images (B, 3, S, S) to logits (B, classes) by OpenVINO on the CPU, and the
-    card.
+def open_openvino(file: Path) -> Classifier:
+    """Return the classifier in a .xml and .bin file, by OpenVINO on the CPU.
 
     Nothing of the file is given to OpenVINO before the hash is found right.
 
@@ -103,24 +185,23 @@ def open_openvino(file: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
             OpenVINO is missing or can't run it.
     """
     require_extra("openvino", packages=("openvino",), file=file)
+    beside = file.with_suffix(".bin")
     parts = []
-    for part in (file, file.with_suffix(".bin")):
+    for part in (file, beside):
         with os_fault("can't be read", part, remedy="export the run again"):
             parts.append(read_bytes(part, None))
     description, weights = parts
-    found = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
-    if found is None:
-        raise UserError("was not written by `peft-vit export --format openvino`, or was cut off", file=file)
-    header = read_json(Header, html.unescape(found[1].decode(errors="replace")), file)
-    unsigned = description.replace(header.sha256.encode(), _UNSIGNED.encode(), 1)
-    if _digest(unsigned, weights) != header.sha256:
-        raise UserError(
-            f"it or {file.with_suffix('.bin').name} was changed after it was written; export the run again", file=file
-        )
+    text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
+    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
+    header.check(openvino_digest(unsigned, weights), file, beside)
     openvino = load_openvino()
     try:
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
     except Exception as error:  # OpenVINO's errors share no public class
         raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
-    return lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card
+    return Classifier(lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card)
+
+
+FORMATS = {"openvino": Format(export_openvino, lambda file, _: open_openvino(file))}

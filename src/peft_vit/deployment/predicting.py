@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -13,30 +14,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
 
 from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import named_backbone
+from peft_vit.config import EXPORTS, format_of, named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
-from peft_vit.deployment.low_bit_file import load_low_bit
-from peft_vit.deployment.model_card import ModelCard, read_json
-from peft_vit.deployment.onnx_file import open_onnx
-from peft_vit.deployment.openvino_file import open_openvino
+from peft_vit.deployment.model_card import Classifier, Format, ModelCard, read_json
+from peft_vit.deployment.torch_files import torch_classifier
 from peft_vit.errors import UserError, agreeing_with, named, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import probabilities
 
 _BATCH = 32
 _Image: TypeAlias = Path | NDArray[np.uint8]
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """A trained model from whatever file, ready to be asked."""
-
-    logits: Callable[[Tensor], Tensor]  # normalised images (B, 3, S, S) float32 -> (B, classes)
-    card: ModelCard
 
 
 @dataclass(frozen=True)
@@ -49,19 +39,14 @@ class Prediction:
     classes: tuple[tuple[str, float], ...] = ()  # its set, with a coverage: names and probabilities, from the largest
 
 
-def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
-    """Return a classifier that computes with torch, in float32."""
-    model.eval()
-
-    @torch.inference_mode()
-    def logits(images: Tensor) -> Tensor:
-        return model(images)
-
-    return Classifier(logits, card)
+def format_named(name: str) -> Format:
+    """Return how a format of `config.EXPORTS` is written and opened."""
+    formats: dict[str, Format] = import_module(f"peft_vit.deployment.{EXPORTS[name].module}").FORMATS
+    return formats[name]
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:
-    """Return the classifier in what `peft-vit export` has written: a .safetensors, .onnx or .xml file or a PEFT folder.
+    """Return the classifier in what `peft-vit export` has written: a file of a format, or a PEFT folder.
 
     Args:
         path: of the file or folder.
@@ -74,14 +59,12 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         return open_peft(path, weights)
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
+    name = format_of(path)
+    if name is None:
+        *endings, last = (kind.ending for kind in EXPORTS.values() if kind.ending)
+        raise UserError(f"expected a {', '.join(endings)} or {last} file, a PEFT folder or a run's folder", file=path)
     with named(path):
-        if path.suffix == ".onnx":
-            return Classifier(*open_onnx(path))
-        if path.suffix == ".xml":
-            return Classifier(*open_openvino(path))
-        if path.suffix == ".safetensors":
-            return torch_classifier(*load_low_bit(path))
-    raise UserError("expected a .safetensors, .onnx or .xml file, a PEFT folder or a run's folder", file=path)
+        return format_named(name).open(path, None)
 
 
 def open_peft(folder: Path, weights: str | None = None) -> Classifier:
@@ -121,53 +104,45 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
 
 
 def predict_files(
-    classifier: Classifier, paths: Iterable[Path], coverage: float | None = None
+    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None
 ) -> Iterator[Prediction | UserError]:
-    """Yield one prediction an image, in the order of the paths, or what is wrong with a file or folder.
+    """Yield one prediction an image, in the order given, or what is wrong with a file, folder or array.
 
     Args:
         classifier: what is asked.
-        paths: of images, and of folders, of which all images, those below too, are taken in the order of their paths.
+        images: paths of images, and of folders, of which all images, those below too, are taken in the order of their
+            paths; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
         coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
     """
-    return _predictions(classifier, _files(paths), coverage)
-
-
-def predict_images(
-    classifier: Classifier, images: Iterable[Path | NDArray[np.uint8]], coverage: float | None = None
-) -> list[Prediction]:
-    """Return one prediction an image, in their order.
-
-    Args:
-        classifier: what is asked.
-        images: paths as of `predict_files`, and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
-        coverage: see `predict_files`.
-
-    Raises:
-        UserError: for the first image that can't be read, or an array that is none.
-    """
-    found = []
-    for outcome in _predictions(classifier, _files(images), coverage):
-        if isinstance(outcome, UserError):
-            raise outcome
-        found.append(outcome)
-    return found
-
-
-def _predictions(
-    classifier: Classifier, images: Iterable[_Image | UserError], coverage: float | None
-) -> Iterator[Prediction | UserError]:
-    remaining = iter(images)
+    card = classifier.card
+    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
+    remaining = _files(images)
     while chunk := list(islice(remaining, _BATCH)):
-        read = [one if isinstance(one, UserError) else _pixels(one, classifier.card) for one in chunk]
-        pixels = [array for array in read if isinstance(array, np.ndarray)]
-        rows = iter(_class_probabilities(classifier, np.stack(pixels)) if pixels else ())
+        read = [image if isinstance(image, UserError) else _pixels(image, card) for image in chunk]
+        rows: Iterator[NDArray[np.float64]] = iter(())
+        if pixels := [array for array in read if isinstance(array, np.ndarray)]:
+            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (B, C, S, S), C of 1 or 3
+            logits = classifier.logits(normalised(stacked, card.mean, card.std))  # (B, classes)
+            rows = iter(probabilities(logits.numpy(), temperature))
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             else:
-                file = image if isinstance(image, Path) else None
-                yield _prediction(file, next(rows), classifier.card, coverage)
+                yield _prediction(image if isinstance(image, Path) else None, next(rows), card, coverage)
+
+
+def predict_images(classifier: Classifier, images: Iterable[_Image], coverage: float | None = None) -> list[Prediction]:
+    """Return one prediction an image, in their order; arguments as `predict_files`'.
+
+    Raises:
+        UserError: for the first image that can't be read, or an array that is none.
+    """
+    predictions = []
+    for outcome in predict_files(classifier, images, coverage):
+        if isinstance(outcome, UserError):
+            raise outcome
+        predictions.append(outcome)
+    return predictions
 
 
 def check_coverage(card: ModelCard, coverage: float) -> None:
@@ -197,25 +172,22 @@ def _prediction(file: Path | None, row: NDArray[np.float64], card: ModelCard, co
 
 
 def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
+    """Yield images, those of folders and their subfolders too; hidden ones are left out, as in training."""
     for path in images:
         if isinstance(path, np.ndarray) or not os.path.isdir(path):
             yield path
             continue
         closed: list[OSError] = []
-        found = sorted(_images_below(path, closed))
+        below: list[Path] = []
+        for place, folders, names in os.walk(path, onerror=closed.append):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            below += [Path(place, name) for name in names if not name.startswith(".")]
+        found = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
         yield from found
         for error in closed:
             yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
         if not found and not closed:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
-
-
-def _images_below(path: Path, closed: list[OSError]) -> Iterator[Path]:
-    """Yield the images of a folder and its subfolders; hidden ones are left out, as in training."""
-    for place, folders, names in os.walk(path, onerror=closed.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(place, name) for name in names if not name.startswith("."))
-        yield from (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
@@ -233,11 +205,3 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
-
-
-def _class_probabilities(classifier: Classifier, pixels: np.ndarray) -> NDArray[np.float64]:
-    """Return (B, classes) of images (B, S, S, C) uint8, calibrated if the model's file says how."""
-    card = classifier.card
-    images = normalised(torch.from_numpy(pixels).permute(0, 3, 1, 2), card.mean, card.std)  # (B, 3, S, S)
-    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
-    return probabilities(classifier.logits(images).numpy(), temperature)

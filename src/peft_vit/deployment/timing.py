@@ -11,18 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 _WARM_UP = 3  # calls that are not counted
-_Opened = tuple[Callable[[np.ndarray], Any], int]  # images (B, 3, S, S) -> logits; S
 
 
-@dataclass(frozen=True)
-class Calls:
+class Calls(NamedTuple):
     """What each call of a model took."""
 
     seconds: tuple[float, ...]
@@ -50,16 +47,9 @@ def time_alone(
     from peft_vit.deployment.openvino_file import SETTINGS
     from peft_vit.errors import UserError
 
-    job = {
-        "file": str(file),
-        "batches": list(batches),
-        "threads": threads,
-        "rounds": rounds,
-        "weights": weights,
-        "openvino": SETTINGS,
-    }
+    job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds, "weights": weights}
     # -P: what lies beside this file is not found as modules of its own
-    command = [sys.executable, "-P", __file__, json.dumps(job)]
+    command = [sys.executable, "-P", __file__, json.dumps(job | {"openvino": SETTINGS})]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
@@ -69,24 +59,22 @@ def time_alone(
 
 
 def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
-    call, side = _open(job)
+    openers = {".onnx": _open_onnx, ".xml": _open_openvino}
+    call, side = openers.get(Path(job["file"]).suffix, _open_torch)(job)
     measured = []
     for batch in job["batches"]:
         images = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
         wall, processor = [], []
-        for turn in range(_WARM_UP + job["rounds"]):
+        for _ in range(_WARM_UP + job["rounds"]):
             started, worked = time.perf_counter(), time.process_time()
             call(images)
-            if turn >= _WARM_UP:
-                wall.append(time.perf_counter() - started)
-                processor.append(time.process_time() - worked)
-        measured.append((batch, wall, processor))
+            wall.append(time.perf_counter() - started)
+            processor.append(time.process_time() - worked)
+        measured.append((batch, wall[_WARM_UP:], processor[_WARM_UP:]))
     return measured
 
 
-def _open(job: dict[str, Any]) -> _Opened:
-    by_suffix = {".onnx": _open_onnx, ".xml": _open_openvino}
-    return by_suffix.get(Path(job["file"]).suffix, _open_torch)(job)
+_Opened = tuple[Callable[[np.ndarray], Any], int]  # images (B, 3, S, S) -> logits; S
 
 
 def _open_onnx(job: dict[str, Any]) -> _Opened:

@@ -37,6 +37,24 @@ class Limit:
         return self.over_at - self.clock()
 
 
+@dataclass
+class Pace:
+    """What a call's finished runs took, over what they were planned to: it corrects what others are planned to take."""
+
+    taken_s: float = 0.0
+    planned_s: float = 0.0
+
+    def hear(self, taken_s: float, planned_s: float) -> None:
+        """Take in a finished run."""
+        self.taken_s += taken_s
+        self.planned_s += planned_s
+
+    @property
+    def factor(self) -> float:
+        """Return how many times longer runs take than they were planned to."""
+        return self.taken_s / self.planned_s if self.planned_s else 1.0
+
+
 def fit(options: Iterable[_Option], seconds: Callable[[_Option], float], limit_s: float) -> _Option | None:
     """Return the first of some options, the best one first, that takes no longer than a limit; None: none does."""
     return next((option for option in options if seconds(option) <= limit_s), None)

@@ -25,7 +25,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from peft_vit.errors import UserError, printable
-from peft_vit.records.files import (
+from peft_vit.records.schema import StudyFile
+from peft_vit.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
@@ -33,7 +34,6 @@ from peft_vit.records.files import (
     make_folder,
     read_study_file,
 )
-from peft_vit.records.schema import StudyFile
 from peft_vit.safe_io import folder_below, read_bytes
 
 try:
@@ -43,7 +43,8 @@ except ImportError:  # studies run on POSIX systems; elsewhere are copies of the
 
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
-State = Literal["done", "failed", "pending", "running", "skipped"]
+# The last two are of reports, which count records: one that does not count, and a run that no study.json tells of.
+State = Literal["done", "failed", "pending", "running", "skipped", "left out", "missing"]
 _OWNER_BYTES = 1 << 16  # of a lock file are read
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
 _Text = Annotated[str, AfterValidator(lambda text: " ".join(text.split())[:500])]
@@ -260,8 +261,29 @@ class RunStatus:
 
     run: str
     state: State
-    attempts: int
+    attempts: int = 0
     note: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return experiment and seed."""
+        return run_of(self.run)
+
+    @property
+    def experiment(self) -> str:
+        """Return the experiment's name."""
+        return self.key[0]
+
+    @property
+    def seed(self) -> int:
+        """Return the seed."""
+        return self.key[1]
+
+
+def run_of(run: str) -> tuple[str, int]:
+    """Return experiment and seed of ``lora_r8/seed_0``."""
+    experiment, _, seed = run.partition("/seed_")
+    return experiment, int(seed)
 
 
 def now() -> str:
@@ -315,7 +337,7 @@ def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> 
     try:
         known = look_at(study, run)
     except UserError as error:
-        return RunStatus(run, "pending", 0, str(error))
+        return RunStatus(run, "pending", note=str(error))
     if known.is_done:
         return RunStatus(run, "done", known.attempts)
     if known.failure is not None:
@@ -357,15 +379,22 @@ class StudyStatus:
         return Path(os.path.abspath(self.folder)).name
 
 
+def require_directory(directory: Path) -> None:
+    """Refuse what is no directory of results."""
+    if os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
+        return
+    if os.path.lexists(directory):
+        raise UserError("is no directory; give what --output was", file=directory)
+    raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+
+
 def find_studies(directory: Path) -> list[Path]:
     """Return the folders of studies in a results directory, which may be a study's folder itself.
 
     Raises:
         UserError: if there is none.
     """
-    if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
-        problem = "is no directory" if os.path.lexists(directory) else "does not exist"
-        raise UserError(f"{problem}; give what --output was", file=directory)
+    require_directory(directory)
     for folders in ([directory], sorted(directory.iterdir())):
         if found := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
             return found
@@ -389,7 +418,7 @@ def study_status(folder: Path) -> StudyStatus:
 def status_lines(status: StudyStatus) -> Iterator[str]:
     """Yield the sum of all states, and what there is to say of single runs, in lines that do nothing to a terminal."""
     counts = Counter(run.state for run in status.runs)
-    total = " + ".join(f"{counts[state]} {state}" for state in get_args(State))
+    total = " + ".join(f"{counts[state]} {state}" for state in get_args(State)[:-2])
     yield printable(f"{status.name}: {len(status.runs)} planned = {total}")
     if status.owner is not None:
         yield printable(f"  worked on by {status.owner}")

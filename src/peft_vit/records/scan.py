@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
-from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
-from peft_vit.records.progress import PROGRESS_FILE, StudyStatus, owner_of, study_status
+from peft_vit.records.progress import PROGRESS_FILE, StudyStatus, owner_of, require_directory, study_status
 from peft_vit.records.schema import RUN_NAME, RunRecord
+from peft_vit.records.storage import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "analysis_summary.md"
@@ -116,10 +116,7 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
     Raises:
         UserError: if the directory does not exist.
     """
-    if not os.path.isdir(directory):  # unlike Path.is_dir, also False for an impossible name
-        if os.path.lexists(directory):
-            raise UserError("is no directory; give the one that holds the records", file=directory)
-        raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+    require_directory(directory)
     records: list[str] = []
     studies: list[str] = []
     problems: list[Problem] = []

@@ -13,7 +13,7 @@ from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.examples import Thumbnails
 from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, publication_files
 from peft_vit.report.html import write_html
-from peft_vit.report.markdown import write_captions, write_markdown
+from peft_vit.report.markdown import escaped, notice_parts, write_markdown
 from peft_vit.report.sections import study_documents
 
 
@@ -85,15 +85,18 @@ def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
 
 
 def captions(documents: Sequence[StudyDocument]) -> str:
-    """Return captions.md of the figures for a paper."""
-
-    def size(drawing: Drawing) -> str:
-        high = f"{drawing.narrow_height_in:.1f} inches high in one column, {drawing.height_in:.1f} in two"
-        fits = max(drawing.narrow_height_in, drawing.height_in) <= PAGE_HEIGHT_IN
-        return high if fits else f"{high}; a page holds {PAGE_HEIGHT_IN} inches"
-
-    how = (
+    """Return captions.md of the figures for a paper, with sizes, below what stands above a study's numbers."""
+    parts = [
+        "# Captions",
         f"Each figure stands here as PDF, SVG and PNG ({DPI} dots an inch), {WIDTHS_IN['one']} and "
-        f"{WIDTHS_IN['two']} inches wide. Text is at least 6.5 points."
-    )
-    return write_captions(documents, how, size)
+        f"{WIDTHS_IN['two']} inches wide. Text is at least 6.5 points.",
+    ]
+    for document in documents:
+        parts += [f"## {escaped(document.label)}", *notice_parts(document)]
+        for drawing in document.drawings():
+            narrow, wide = drawing.narrow_height_in, drawing.height_in
+            size = f"{narrow:.1f} inches high in one column, {wide:.1f} in two"
+            size += f"; a page holds {PAGE_HEIGHT_IN} inches" if max(narrow, wide) > PAGE_HEIGHT_IN else ""
+            caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
+            parts += [f"### {document.slug}_{drawing.slug}", caption, f"({size})"]
+    return "\n\n".join(parts) + "\n"

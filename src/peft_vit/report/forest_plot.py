@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -13,8 +13,9 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
 
-from peft_vit.analysis import Analysis, MethodResult, Study
-from peft_vit.report.document import Drawing
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
+from peft_vit.analysis.comparison import Verdict
+from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.figure import (
     DASHED,
     GRID,
@@ -40,34 +41,44 @@ _MARGIN: _Look = {"color": GRID, "alpha": 0.6, "lw": 0}
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One experiment; values as shares."""
-
-    name: str
-    color: str
-    interval: Interval
-    seeds: Sequence[int]
-    by_seed: Sequence[float]
-    says: str  # of its mean
-    filled: bool = True
-
-
-@dataclass(frozen=True)
 class _Kind:
-    """What rows show: looks, and how a value in percent or points is written."""
+    """What rows of estimates, shares, show: looks, and how a value in percent or points is written."""
 
     mean: _Look
     seed: _Look
     write: Callable[[float], str]
     unit: str
+    says: Callable[[Estimate], str]  # of a mean
+    filled: Callable[[Estimate], bool]
 
-    def row(self, canvas: Canvas, axes: Axes, row: _Row, at: int, limits: tuple[float, float]) -> None:
+    def rows(
+        self,
+        canvas: Canvas,
+        axes: Axes,
+        estimates: Sequence[Estimate],
+        colors: Mapping[str, str],
+        limits: tuple[float, float],
+        legend: Sequence[Line2D | Patch],
+    ) -> None:
+        for at, estimate in enumerate(estimates):
+            self._row(canvas, axes, estimate, colors[estimate.name], at, limits)
+        axes.set_xlim(*limits)
+        axes.set_ylim(len(estimates) - 0.4, -0.6)
+        axes.set_yticks(range(len(estimates)), [estimate.name for estimate in estimates])
+        quiet_grid(axes, "x")
+        axes.spines["left"].set_visible(False)
+        canvas.legend(legend, (2, 4), handletextpad=0.4)
+
+    def _row(
+        self, canvas: Canvas, axes: Axes, estimate: Estimate, color: str, at: int, limits: tuple[float, float]
+    ) -> None:
         """Draw each seed, the interval, and the mean with its number beside it."""
-        name, color, mean = row.name, row.color, 100 * row.interval.estimate
-        seeds = [100 * value for value in row.by_seed]
+        name, interval, seeds = estimate.name, estimate.interval, [100 * v for v in estimate.by_seed.values()]
+        assert interval is not None
+        mean = 100 * interval.estimate
         canvas.series(name, color, self.mean["marker"])
-        if row.interval.low is not None and row.interval.high is not None:
-            ends = np.clip([100 * row.interval.low, 100 * row.interval.high], *limits)
+        if interval.low is not None and interval.high is not None:
+            ends = np.clip([100 * interval.low, 100 * interval.high], *limits)
             canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
             for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
                 if end == limit:
@@ -75,32 +86,14 @@ class _Kind:
         if len(seeds) > SEED_DOTS:
             canvas.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
         else:
-            says = [
-                f"seed {seed}: {self.write(value)}{self.unit}" for seed, value in zip(row.seeds, seeds, strict=True)
-            ]
+            says = [f"seed {seed}: {self.write(100 * v)}{self.unit}" for seed, v in estimate.by_seed.items()]
             canvas.plot(name, axes, seeds, [at] * len(seeds), says, ls="", mfc=PAPER, mec=color, **self.seed, zorder=3)
-        look = {"color": color, "mec": color, "mfc": color if row.filled else PAPER, "ls": "", "zorder": 4} | self.mean
-        canvas.plot(name, axes, [mean], [at], [row.says], **look)
+        face = color if self.filled(estimate) else PAPER
+        look = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | self.mean
+        canvas.plot(name, axes, [mean], [at], [self.says(estimate)], **look)
         right: _Look = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         number = axes.annotate(self.write(mean), (1.0, at), xycoords=("axes fraction", "data"), **right)
         canvas.add(name, number)
-
-    def rows(
-        self,
-        canvas: Canvas,
-        axes: Axes,
-        rows: Sequence[_Row],
-        limits: tuple[float, float],
-        legend: Sequence[Line2D | Patch],
-    ) -> None:
-        for at, row in enumerate(rows):
-            self.row(canvas, axes, row, at, limits)
-        axes.set_xlim(*limits)
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_yticks(range(len(rows)), [row.name for row in rows])
-        quiet_grid(axes, "x")
-        axes.spines["left"].set_visible(False)
-        canvas.legend(legend, (2, 4), handletextpad=0.4)
 
 
 _ACCURACY = _Kind(
@@ -108,12 +101,23 @@ _ACCURACY = _Kind(
     seed={"marker": "o", "ms": 4.5, "mew": 1.1},
     write=lambda value: fixed(value, 1),
     unit=" %",
+    says=lambda e: f"mean, {counted(len(e.by_seed), 'seed')}: {percent_interval(e.interval)}" if e.interval else "",
+    filled=lambda _: True,
 )
+
+
+def _says_difference(estimate: Estimate) -> str:
+    of = f"mean of {len(estimate.by_seed)} pair{'' if len(estimate.by_seed) == 1 else 's'}"
+    return f"{of}: {points_interval(estimate.interval)} points\nmore accurate? {estimate.verdict}"
+
+
 _DIFFERENCE = _Kind(
     mean={"marker": "s", "ms": 5.5, "mew": 1.2},
     seed={"marker": "o", "ms": 3.5, "mew": 0.9},
     write=signed,
     unit=" points",
+    says=_says_difference,
+    filled=lambda estimate: estimate.verdict != Verdict.NOT_DECIDED,
 )
 
 
@@ -121,14 +125,24 @@ def _entry(label: str, **look: Any) -> Line2D:
     return Line2D([], [], **{"color": MUTED, "mec": MUTED, "ls": ""} | look, label=label)
 
 
+def _ends(interval: Interval | None) -> dict[str, Raw]:
+    assert interval is not None
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+
+
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
     drawn, note = leading(methods, validation_means(methods), ROWS)
-    by_seed = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
-    shares = sorted({share for share in by_seed.values() if share is not None})
-    line = 100 * fmean(share for share in by_seed.values() if share is not None) if shares else 0.0
-    if len(shares) == 1:
-        line = 100 * shares[0]  # a mean of equal ones may round
+    estimates = {
+        m.experiment.name: Estimate(
+            name=m.experiment.name, by_seed=dict(zip(m.seeds, m.by_seed, strict=True)), interval=m.test_accuracy
+        )
+        for m in methods
+    }
+    majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
+    shares = [share for share in majority.values() if share is not None]
+    differs = len(set(shares)) > 1
+    line = 100 * (fmean(shares) if differs else shares[0]) if shares else 0.0  # a mean of equal ones may round
     legend = [
         _entry("one seed", marker="o", ms=4.5, mfc=PAPER),
         _entry("mean", marker="D", ms=5),
@@ -136,8 +150,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     ]
     dashes: _Look = {"color": INK, "lw": 1, "ls": DASHED}
     if line:
-        average = "on average " if len(shares) > 1 else ""
-        legend.append(_entry(f"majority class, {average}{fixed(line, 1)} %", **dashes))
+        legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
     values = [100 * value for m in drawn for value in m.by_seed] + ([line] if line else [])
     low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
     pad = max(1.0, 0.18 * (high - low))
@@ -146,18 +159,9 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         axes = canvas.figure.add_subplot()
         if line:
             axes.axvline(line, **dashes, zorder=1)
-        rows = [
-            _Row(
-                m.experiment.name,
-                METHOD_COLORS[m.experiment.method],
-                m.test_accuracy,
-                m.seeds,
-                m.by_seed,
-                f"mean, {counted(len(m.seeds), 'seed')}: {percent_interval(m.test_accuracy)}",
-            )
-            for m in drawn
-        ]
-        _ACCURACY.rows(canvas, axes, rows, (max(0.0, low - pad), min(100.5, high + pad)), legend)
+        shown = [estimates[m.experiment.name] for m in drawn]
+        colors = {m.experiment.name: METHOD_COLORS[m.experiment.method] for m in drawn}
+        _ACCURACY.rows(canvas, axes, shown, colors, (max(0.0, low - pad), min(100.5, high + pad)), legend)
         axes.set_xlabel("test accuracy (%)")
 
     crowded = any(len(m.by_seed) > SEED_DOTS for m in drawn)
@@ -176,11 +180,9 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
             "method": m.experiment.method,
             "seed": seed,
             "test_accuracy": value,
-            "mean": m.test_accuracy.estimate,
-            "low": m.test_accuracy.low,
-            "high": m.test_accuracy.high,
+            **_ends(m.test_accuracy),
             "seeds": len(m.seeds),
-            "majority_accuracy": by_seed.get(seed),
+            "majority_accuracy": majority.get(seed),
         }
         for m in methods
         for seed, value in zip(m.seeds, m.by_seed, strict=True)
@@ -195,42 +197,16 @@ def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawin
         analysis: of the study.
         margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
     """
+    paired: dict[str, list[Estimate]] = {}
+    for estimate in analysis.comparisons if analysis.study.stopping is None else ():
+        if estimate.interval is not None:
+            paired.setdefault(estimate.reference, []).append(estimate)
+    return {reference: _forest(analysis, reference, estimates, margin) for reference, estimates in paired.items()}
+
+
+def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], margin: float | None) -> Drawing:
+    rows, note = leading(estimates, validation_means(analysis.methods), ROWS, lambda estimate: estimate.name)
     colors = {m.experiment.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
-    rows: dict[str, list[_Row]] = {}
-    for c in analysis.comparisons if analysis.study.stopping is None else ():
-        if c.interval is not None:
-            n, decided = len(c.by_seed), c.verdict != "not decided"
-            mean = f"mean of {n} pair{'' if n == 1 else 's'}: {points_interval(c.interval)} points"
-            says = f"{mean}\nmore accurate? {c.verdict}"
-            row = _Row(c.name, colors[c.name], c.interval, tuple(c.by_seed), tuple(c.by_seed.values()), says, decided)
-            rows.setdefault(c.reference, []).append(row)
-    data = {
-        reference: [
-            {
-                "experiment": c.name,
-                "reference": reference,
-                "seed": seed,
-                "difference": value,
-                "mean": c.interval.estimate,
-                "low": c.interval.low,
-                "high": c.interval.high,
-                "verdict": c.verdict,
-                "margin": margin,
-            }
-            for c in analysis.comparisons
-            if c.reference == reference and c.interval is not None
-            for seed, value in c.by_seed.items()
-        ]
-        for reference in rows
-    }
-    means = validation_means(analysis.methods)
-    return {
-        reference: _forest(*leading(own, means, ROWS, lambda row: row.name), reference, margin, data[reference])
-        for reference, own in rows.items()
-    }
-
-
-def _forest(rows: Sequence[_Row], note: str, reference: str, margin: float | None, data: Sequence[Any]) -> Drawing:
     legend: list[Line2D | Patch] = [
         _entry("one pair", marker="o", ms=3.5, mfc=PAPER),
         _entry("mean, decided", marker="s", ms=5.5),
@@ -241,10 +217,11 @@ def _forest(rows: Sequence[_Row], note: str, reference: str, margin: float | Non
     if margin is not None:
         legend.append(Patch(**_MARGIN, label=f"margin, {margin_in_points(margin)}"))
     # Around zero, the margin and the pairs, and intervals up to that width beside them.
-    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed)]
+    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed.values())]
     low, high = min(inner), max(inner)
     room = max(0.5, high - low)
-    ends = [100 * end for row in rows for end in (row.interval.low, row.interval.high) if end is not None]
+    intervals = [row.interval for row in rows if row.interval is not None]
+    ends = [100 * end for interval in intervals for end in (interval.low, interval.high) if end is not None]
     low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
 
     def paint(canvas: Canvas) -> None:
@@ -252,7 +229,7 @@ def _forest(rows: Sequence[_Row], note: str, reference: str, margin: float | Non
         if margin is not None:
             axes.axvspan(-band, band, **_MARGIN, zorder=0)
         axes.axvline(0, color=INK, lw=1, zorder=1)
-        _DIFFERENCE.rows(canvas, axes, rows, (low - 0.05 * room, high + 0.05 * room), legend)
+        _DIFFERENCE.rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend)
         end = "\n" if canvas.narrow else " "
         axes.set_xlabel(f"test accuracy minus that of {reference}{end}(percentage points)")
 
@@ -263,5 +240,18 @@ def _forest(rows: Sequence[_Row], note: str, reference: str, margin: float | Non
         "describe and are not corrected for their number; the table's test decides. Filled squares: decided; open "
         f"squares: not decided.{shown}{note}"
     )
+    data = [
+        {
+            "experiment": estimate.name,
+            "reference": reference,
+            "seed": seed,
+            "difference": value,
+            **_ends(estimate.interval),
+            "verdict": estimate.verdict,
+            "margin": margin,
+        }
+        for estimate in estimates
+        for seed, value in estimate.by_seed.items()
+    ]
     title = f"How far from {reference}: paired differences"
     return draw(f"differences_to_{reference}", title, caption, 1.25 + _ROW_IN * len(rows), paint, data)

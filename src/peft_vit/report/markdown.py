@@ -1,4 +1,4 @@
-"""The report as Markdown: one file with five sections, figures as files beside it; and captions for a paper."""
+"""The report as Markdown: one file with five sections, figures as files beside it."""
 
 from __future__ import annotations
 
@@ -69,23 +69,6 @@ def block_text(block: Block, document: StudyDocument, figure_path: FigurePath) -
     if isinstance(block, Gallery):
         return f"{title}: the pictures stand in report.html. {caption}"
     return f"![{title}]({figure_path(document, block)})\n\n{title}. {caption}"
-
-
-def write_captions(documents: Sequence[StudyDocument], how: str, size: Callable[[Drawing], str]) -> str:
-    """Return the captions of all figures, below what stands above a study's numbers.
-
-    Args:
-        documents: one a study.
-        how: in which files and sizes figures are.
-        size: of one, behind its caption.
-    """
-    parts = ["# Captions", how]
-    for document in documents:
-        parts += [f"## {escaped(document.label)}", *notice_parts(document)]
-        for drawing in document.drawings():
-            caption = f"**{escaped(drawing.title)}.** {escaped(drawing.caption)}"
-            parts += [f"### {document.slug}_{drawing.slug}", caption, f"({size(drawing)})"]
-    return "\n\n".join(parts) + "\n"
 
 
 def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -474,7 +474,11 @@ def stopping_table(courses: Sequence[Course], stopping: StoppingConfig) -> Table
                 partial(ends, "difference"),
                 none=points_interval(None),
             ),
-            *(question(field, words) for field, words in QUESTIONS.items() if stopping.asked in (field, "both")),
+            *(
+                question(field, words)
+                for field, words in QUESTIONS.items()
+                if stopping.asked.replace("-", "") in (field, "both")
+            ),
             Column("state", "stopped", lambda why: ENDS[why], none=ENDS[None]),
         ],
         f"Differences in test {stopping.metric.replace('_', ' ')} between runs that share seed, weights and images, "

@@ -169,44 +169,35 @@ _COLUMNS = (
 
 
 def _rows(found: Across) -> Iterator[dict[str, Raw]]:
-    def row(
-        kind: str,
-        studies: Iterable[str],
-        experiment: str,
-        measure: str,
-        interval: Interval | None,
-        note: str,
-        decided: Sequence[Raw] = (None, None, None),
-    ) -> dict[str, Raw]:
+    def row(kind: str, studies: Iterable[str], measure: str, of: Estimate, note: str) -> dict[str, Raw]:
         reference = None if kind in ("accuracy", "importance agreement") else found.reference
-        values = (None, None, None, 0) if interval is None else astuple(interval)[:4]
-        notes = "; ".join(text for text in (None if interval is None else interval.reason, note) if text)
-        cells = (kind, "; ".join(studies), experiment, reference, measure, *values, *decided, notes)
+        values = (None, None, None, 0) if of.interval is None else astuple(of.interval)[:4]
+        p_value = None if of.significance is None else of.significance.p_value
+        decided = (p_value, of.adjusted_p, of.verdict) if measure == difference else (None, None, None)
+        notes = "; ".join(text for text in (None if of.interval is None else of.interval.reason, note) if text)
+        cells = (kind, "; ".join(studies), of.name, reference, measure, *values, *decided, notes)
         return dict(zip(_COLUMNS, cells, strict=True))
-
-    def decided(estimate: Estimate) -> tuple[Raw, ...]:
-        p_value = None if estimate.significance is None else estimate.significance.p_value
-        return p_value, estimate.adjusted_p, estimate.verdict
 
     difference = "test_accuracy_difference"
     for own in found.rows:
-        yield row("accuracy", [own.study], own.name, "test_accuracy", own.result.test_accuracy, "")
-        if (c := own.comparison) is not None:
-            yield row("difference", [own.study], own.name, difference, c.interval, c.note, decided(c))
+        accuracy = Estimate(name=own.name, interval=own.result.test_accuracy)
+        yield row("accuracy", [own.study], "test_accuracy", accuracy, "")
+        if own.comparison is not None:
+            yield row("difference", [own.study], difference, own.comparison, own.comparison.note)
     for pooled in found.pooled:
-        named = "pooled", pooled.studies, pooled.estimate.name, difference
-        yield row(*named, pooled.interval, _although(pooled), decided(pooled.estimate))
+        yield row("pooled", pooled.studies, difference, pooled.estimate, _although(pooled))
     for of in found.agreements:
         rho = None if of["rho"] is None else Interval(of["rho"], None, None, of["sites"], 0.95)
-        studies, experiments = [of["study"], of["other_study"]], f"{of['experiment']}; {of['other_experiment']}"
+        agreement = Estimate(name=f"{of['experiment']}; {of['other_experiment']}", interval=rho)
         note = "n counts sites" if of["same_backbone"] else "n counts sites; the backbones differ"
-        yield row("importance agreement", studies, experiments, f"{of['metric']}_spearman_rho", rho, note)
+        studies = of["study"], of["other_study"]
+        yield row("importance agreement", studies, f"{of['metric']}_spearman_rho", agreement, note)
     for time in found.times:
-        yield row("pooled", time.studies, time.estimate.name, "seconds_per_step_ratio", time.interval, _although(time))
+        yield row("pooled", time.studies, "seconds_per_step_ratio", time.estimate, _although(time))
     for refusal in found.refusals:
         note = f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}"
         for name in refusal.experiments:
-            yield row("not pooled", refusal.studies, name, _what(refusal.kind), None, note)
+            yield row("not pooled", refusal.studies, _what(refusal.kind), Estimate(name=name), note)
 
 
 def _although(row: PooledRow) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.analysis.studies import STATES, UnfinishedRun, seeds_in_words, why_unfinished
+from peft_vit.analysis.studies import STATES, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunRecord, RunSpec
+from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
     count,
@@ -237,7 +238,7 @@ def progress(study: Study) -> tuple[Block, ...]:
     """Return what was planned and is not done: which runs, why, and how to go on; nothing if all are."""
     place = {experiment.name: index for index, experiment in enumerate(study.experiments)}
     runs = [
-        *(UnfinishedRun(r.spec.experiment.name, r.spec.seed, "failed", why_unfinished(r)) for r in study.failed),
+        *(RunStatus(r.spec.name, "failed", note=why_unfinished(r)) for r in study.failed),
         # Where comparisons stop, what is skipped is not needed, or not yet.
         *(run for run in study.unfinished if run.state != "skipped" or study.stopping is None),
     ]
@@ -261,7 +262,7 @@ def progress(study: Study) -> tuple[Block, ...]:
     return (*planned, _not_done_table(study, runs), how)
 
 
-def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
+def _planned_table(study: Study, runs: list[RunStatus]) -> Table:
     """Return one row an experiment: its settings and what has become of its runs."""
 
     def settings(experiment: ExperimentConfig) -> str:
@@ -271,7 +272,7 @@ def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
         left_out = f", and {len(texts) - _SHOWN_SETTINGS} more" if len(texts) > _SHOWN_SETTINGS else ""
         return plain(joined(texts[:_SHOWN_SETTINGS]) + left_out or "defaults")
 
-    def own(experiment: ExperimentConfig) -> list[UnfinishedRun]:
+    def own(experiment: ExperimentConfig) -> list[RunStatus]:
         return [run for run in runs if run.experiment == experiment.name]
 
     def counts(experiment: ExperimentConfig) -> dict[str, int]:
@@ -298,7 +299,7 @@ def _planned_table(study: Study, runs: list[UnfinishedRun]) -> Table:
     )
 
 
-def _not_done_table(study: Study, runs: list[UnfinishedRun]) -> Table:
+def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
     """Return one row for runs of an experiment that are in one state for one reason."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for run in runs:

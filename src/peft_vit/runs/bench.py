@@ -14,20 +14,18 @@ import numpy as np
 
 from peft_vit.adapters.peft_format import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
+from peft_vit.config import EXPORTS, file_bytes, format_of
 from peft_vit.deployment import ModelCard, export_onnx, merge, save_low_bit
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, BenchRow
-from peft_vit.runs.export import file_bytes
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.runs.restore import open_model, restore_run
 
 MADE = "float32 made here"
 _FLOAT32_BYTES = 4
 _MOST_OF = 0.95  # of the bytes of all parameters in float32, which any file of float32 weights holds
-_RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "safetensors": "torch", "peft": "torch"}
-_ENDINGS = {".onnx": "onnx", ".xml": "openvino", ".safetensors": "safetensors"}
 
 
 class _Model(NamedTuple):
@@ -40,7 +38,7 @@ class _Model(NamedTuple):
 
     @property
     def format(self) -> str:
-        return _ENDINGS.get(self.file.suffix, "peft")
+        return format_of(self.file) or "peft"
 
     @property
     def is_float32(self) -> bool:
@@ -137,7 +135,7 @@ def _rows(
         model, median = models[place], medians[key]
         fastest = min(base, key=lambda other: medians[count, batch, other])
         low, high = np.quantile(seconds[key], (0.25, 0.75))
-        runtime = _RUNTIMES[model.format]
+        runtime = EXPORTS[model.format].runtime if model.format in EXPORTS else "torch"
         rows.append(
             BenchRow(
                 file=model.name,

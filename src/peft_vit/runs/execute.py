@@ -23,8 +23,8 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, LoadedBackbone, Weights, choose_attention, load_run_backbone, read_weights
-from peft_vit.config import BackboneConfig, QaLoraConfig
+from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.config import QaLoraConfig
 from peft_vit.data import Data, load_data
 from peft_vit.errors import (
     DataWarning,
@@ -129,7 +129,6 @@ def run_one(
     on_progress: OnProgress | None = None,
     checkpoints: Checkpoints | None = None,
     should_stop: Callable[[], bool] | None = None,
-    read: Callable[[BackboneConfig], Weights] = read_weights,
 ) -> Finished:
     """Do one run, from where its newest checkpoint has left it; a failure is recorded with its reason, not raised.
 
@@ -138,7 +137,6 @@ def run_one(
         on_progress: told after each step.
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
-        read: gets the backbone's weights, see `load_backbone`.
 
     Raises:
         Interrupted: if it should stop; a checkpoint was written then.
@@ -148,7 +146,7 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, attempt, on_progress, read)
+            outcome, adapter = _execute(spec, attempt, on_progress)
             finished = Finished(RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome), adapter)
         except Interrupted:
             raise
@@ -189,9 +187,7 @@ def _kind(error: Exception) -> Failure:
 # --- one walk from the specification to what the record holds ---------------------------------------------------------
 
 
-def _execute(
-    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None, read: Callable[[BackboneConfig], Weights]
-) -> tuple[dict[str, Any], bytes]:
+def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> tuple[dict[str, Any], bytes]:
     """Return what the record holds beside what the attempt knows, and the content of the adapter file."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
@@ -205,7 +201,7 @@ def _execute(
     overhead = attempt.read()
 
     packed_targets = packed_at_once(experiment)
-    load = partial(load_run_backbone, spec, len(data.class_names), read, mapped=packed_targets)
+    load = partial(load_run_backbone, spec, len(data.class_names), mapped=packed_targets)
     backbone = load()
     model = backbone.model if packed_targets is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)

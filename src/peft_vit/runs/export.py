@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
+from peft_vit.config import EXPORTS
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
     Calibrated,
@@ -25,18 +24,15 @@ from peft_vit.deployment import (
     OnnxRuntime,
     check_int8,
     export_onnx,
-    export_openvino,
+    format_named,
     input_ranges,
-    load_pretrained,
     merge,
     open_exported,
-    save_low_bit,
-    save_pretrained,
     torch_classifier,
 )
 from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError
-from peft_vit.extras import EXTRAS, require_extra
+from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
@@ -45,18 +41,7 @@ _COMPARED_AT_ONCE = 32
 _CALIBRATED_ON = 128  # training images, for the ranges of activations
 LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
-FileFormat = Literal["onnx", "openvino", "safetensors", "pretrained"]
 _Split: TypeAlias = Literal["validation", "training", "test"]
-
-# How each is written, and opened again to be compared.
-_Write: TypeAlias = Callable[[nn.Module, Path, ModelCard], None]
-_WAYS: dict[FileFormat, tuple[_Write, Callable[[Path, ModelCard], Classifier]]] = {
-    "onnx": (export_onnx, lambda file, _: open_exported(file)),
-    "openvino": (export_openvino, lambda file, _: open_exported(file)),
-    "safetensors": (save_low_bit, lambda file, _: open_exported(file)),
-    "pretrained": (save_pretrained, lambda folder, card: torch_classifier(load_pretrained(folder, card), card)),
-}
-_ENDINGS: dict[FileFormat, str] = {"onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
 
 
 @dataclass(frozen=True)
@@ -118,11 +103,7 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
 
 
 def export_run_to_file(
-    run_dir: Path,
-    file: Path,
-    format: FileFormat,
-    options: OnnxOptions = OnnxOptions(),
-    calibrated: Calibrated | None = None,
+    run_dir: Path, file: Path, format: str, options: OnnxOptions = OnnxOptions(), calibrated: Calibrated | None = None
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
@@ -130,10 +111,8 @@ def export_run_to_file(
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        file: ends in .onnx, .safetensors or, of openvino, .xml, with a .bin beside it; replaced if it exists. Of
-            pretrained a folder, new or empty.
-        format: onnx: for onnxruntime; openvino: for OpenVINO; safetensors: packed weights, for this package;
-            pretrained: float weights, for timm or transformers.
+        file: ends as the format says, and is replaced if it exists; of pretrained a folder, new or empty.
+        format: of EXPORTS.
         options: of onnx.
         calibrated: what the file says of how far it can be believed.
 
@@ -141,22 +120,22 @@ def export_run_to_file(
         UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
             its images are not there to tell, or the file can't be written.
     """
-    ending = _ENDINGS.get(format)
-    if ending is not None and file.suffix != ending:
-        raise UserError(f"expected a name that ends in {ending}", file=file, field="--output")
-    if format in EXTRAS:
-        require_extra(format, f"--format {format}")
+    kind = EXPORTS[format]
+    if kind.ending and file.suffix != kind.ending:
+        raise UserError(f"expected a name that ends in {kind.ending}", file=file, field="--output")
+    if kind.extra is not None:
+        require_extra(kind.extra, f"--format {format}")
     run = restore_run(run_dir)
     int8 = options.activations is not None
     if options.runtime or int8:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
     card = run.card.model_copy(update={"calibrated": calibrated})
-    if not int8:
-        write, open_again = _WAYS[format]
-        if options.runtime is not None:
-            write = partial(export_onnx, runtime=options.runtime)
-        write(merged.model, file, card)
+    ways = format_named(format)
+    if options.runtime is not None:
+        export_onnx(merged.model, file, card, runtime=options.runtime)
+    elif not int8:
+        ways.write(merged.model, file, card)
     try:
         data = run.load_data()
     except UserError as error:
@@ -167,7 +146,7 @@ def export_run_to_file(
     split: _Split = "validation" if len(data.validation) else "training"
     images = data.validation if split == "validation" else _spread(data.train, _CALIBRATED_ON)
     if not int8:
-        comparison = compare(torch_classifier(run.model, card), open_again(file, card), images, split)
+        comparison = compare(torch_classifier(run.model, card), ways.open(file, card), images, split)
         return Exported(merged, comparison)
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
@@ -234,14 +213,6 @@ def said_loss(found: Comparison) -> str:
         f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} {found.split} images "
         f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
     )
-
-
-def file_bytes(model: Path) -> int:
-    """Return the bytes of an exported model: of a folder all files, of an .xml the .bin beside it, too."""
-    if model.is_dir():
-        return sum(one.stat().st_size for one in model.iterdir() if one.is_file())
-    parts = [model, *([model.with_suffix(".bin")] if model.suffix == ".xml" else [])]
-    return sum(part.stat().st_size for part in parts)
 
 
 def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: _Split) -> Comparison:

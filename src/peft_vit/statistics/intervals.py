@@ -113,7 +113,7 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> Interval
     return Interval(mean, mean - half, mean + half, n, confidence)
 
 
-def proportion_interval(successes: int, n: int) -> Interval:
+def proportion_interval(successes: float, n: int) -> Interval:
     """Return a share with Wilson's score interval.
 
     For one run's accuracy, the interval describes what another draw of as many test images from the same
@@ -126,7 +126,10 @@ def proportion_interval(successes: int, n: int) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
-    return _wilson(successes / n, n)
+    share, z = successes / n, float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
 def paired_improvement(differences: ArrayLike) -> Interval:
@@ -139,8 +142,7 @@ def paired_improvement(differences: ArrayLike) -> Interval:
     Assumption: pairs are independent. Sources: Dixon & Mood, JASA 41 (1946), on signs of pairs; Wilson, JASA 22 (1927).
     """
     data = without_rounding(finite(differences, "differences"))
-    share = float(np.count_nonzero(data > 0) + 0.5 * np.count_nonzero(data == 0)) / data.size
-    return _wilson(share, int(data.size))
+    return proportion_interval(np.count_nonzero(data > 0) + 0.5 * np.count_nonzero(data == 0), int(data.size))
 
 
 def paired_proportions(losses: int, gains: int, n: int) -> Interval:
@@ -168,13 +170,6 @@ def paired_proportions(losses: int, gains: int, n: int) -> Interval:
     z = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
     half = z * math.sqrt((lost + gained - center**2) / (n + 2))
     return Interval((losses - gains) / n, max(-1.0, center - half), min(1.0, center + half), n, CONFIDENCE)
-
-
-def _wilson(share: float, n: int) -> Interval:
-    z = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
-    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
 # --- standardized effects ---------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from itertools import count
-from typing import Literal
 
 import numpy as np
 import scipy
@@ -206,9 +205,8 @@ def equivalence(differences: ArrayLike, margin: float) -> Significance:
     the margins. Its level holds at the margins and is far below alpha if the differences scatter widely.
     Source: Schuirmann (1987).
     """
-    above, below = _t_test(differences, margin, -margin, "greater"), _t_test(differences, margin, margin, "less")
-    p_value = None if above is None or below is None else max(above, below)
-    return _significance("two one-sided paired t (equivalence)", differences, p_value)
+    p_values = _t_tests(differences, margin, greater=-margin, less=margin)
+    return _significance("two one-sided paired t (equivalence)", differences, p_values and max(p_values))
 
 
 def beyond_margin(differences: ArrayLike, margin: float) -> Significance:
@@ -217,9 +215,8 @@ def beyond_margin(differences: ArrayLike, margin: float) -> Significance:
     Twice the smaller of the two one-sided p-values, so it is at most alpha exactly when the (1 - alpha) t interval
     lies beyond a margin. The test that is to hold for all |mean| <= margin: Wellek (2010), 11.
     """
-    above, below = _t_test(differences, margin, margin, "greater"), _t_test(differences, margin, -margin, "less")
-    p_value = None if above is None or below is None else min(1.0, 2 * min(above, below))
-    return _significance("paired t beyond the margin, two-sided", differences, p_value)
+    p_values = _t_tests(differences, margin, greater=margin, less=-margin)
+    return _significance("paired t beyond the margin, two-sided", differences, p_values and min(1.0, 2 * min(p_values)))
 
 
 def noninferiority(differences: ArrayLike, margin: float) -> Significance:
@@ -228,14 +225,14 @@ def noninferiority(differences: ArrayLike, margin: float) -> Significance:
     "At least as good" is claimed when its p-value is small: then the lower end of the (1 - 2 alpha) t interval lies
     above -margin. A large p-value does not say "worse". Source: one of the two tests of Schuirmann (1987).
     """
-    p_value = _t_test(differences, margin, -margin, "greater")
-    return _significance("paired non-inferiority t, one-sided", differences, p_value)
+    p_values = _t_tests(differences, margin, greater=-margin, less=-margin)
+    return _significance("paired non-inferiority t, one-sided", differences, p_values and p_values[0])
 
 
 def inferiority(differences: ArrayLike, margin: float) -> Significance:
     """Test whether the mean lies below ``-margin``: what refutes non-inferiority, one-sided t."""
-    p_value = _t_test(differences, margin, -margin, "less")
-    return _significance("paired inferiority t, one-sided", differences, p_value)
+    p_values = _t_tests(differences, margin, greater=-margin, less=-margin)
+    return _significance("paired inferiority t, one-sided", differences, p_values and p_values[1])
 
 
 def equivalence_verdict(
@@ -259,16 +256,16 @@ def equivalence_verdict(
     return Verdict.NOT_DECIDED
 
 
-def _t_test(differences: ArrayLike, margin: float, center: float, tail: Literal["greater", "less"]) -> float | None:
-    """Return the p-value of "the mean is `center`" against a tail; None if the values have no spread."""
+def _t_tests(differences: ArrayLike, margin: float, *, greater: float, less: float) -> tuple[float, float] | None:
+    """Return p-values of "the mean is greater than" and "it is less than"; None if the values have no spread."""
     if not (margin > 0 and math.isfinite(margin)):
         raise ValueError(f"expected a positive margin, got {margin}")
     data = finite(differences, "differences")
     if not has_spread(data):
         return None
     mean, error = mean_and_error(data)
-    t = (mean - center) / error
-    return float(scipy.special.stdtr(data.size - 1, -t if tail == "greater" else t))
+    above, below = scipy.special.stdtr(data.size - 1, [(greater - mean) / error, (mean - less) / error])
+    return float(above), float(below)
 
 
 def _significance(test: str, differences: ArrayLike, p_value: float | None) -> Significance:

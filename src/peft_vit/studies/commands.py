@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import STUDY_FILE, read_study_file
 from peft_vit.records.progress import StudyLock, study_lock, study_status
@@ -77,11 +77,9 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= _drive(plan, lock, execution, limit)
-        if limit is not None:
-            left = sum(run.state in ("pending", "running") for run in study_status(locks[0].folder).runs)
-            if left:
-                runs, them = ("1 run of the study is", "it") if left == 1 else (f"{left} runs of the study are", "them")
-                print(f"{runs} left; the same command goes on with {them}{more}.")
+        states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
+        if left := states.count("pending") + states.count("running"):
+            print(f"Left: {left} of the study's runs; the same command goes on{more}.")
         return failed
 
 
@@ -197,26 +195,26 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
 
 def _load(request: RunRequest) -> list[_Asked]:
     """Return all studies, and refuse what can't be asked of one of them."""
-    loaded = [(load_study(file), file) for file in request.configs]
-    names = [study.name for study, _ in loaded]
-    return [_asked(request, study, file, is_alone=names.count(study.name) == 1) for study, file in loaded]
+    studies: dict[str, _Asked] = {}
+    for file in request.configs:
+        study = load_study(file)
+        with named(file):
+            if study.name in studies:
+                raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
+            studies[study.name] = _asked(request, study, file)
+    return list(studies.values())
 
 
-def _asked(request: RunRequest, study: StudyConfig, file: Path, *, is_alone: bool) -> _Asked:
+def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     there = {str(seed): seed for seed in study.seeds}
     wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
-    problem = None
-    if not is_alone:
-        field, problem = "name", f"'{study.name}' names two of the given studies; rename one"
-    elif missing := wanted - there.keys():
-        field, problem = "seeds", f"--seeds asks for {min(missing)!r}, the study has {study.seeds}"
-    elif request.method not in (None, *(experiment.method for experiment in study.experiments)):
-        field, problem = "experiments", f"no experiment is of method {request.method}"
-    elif request.until_decided and study.stopping is None:
+    if missing := wanted - there.keys():
+        raise UserError(f"--seeds asks for {min(missing)!r}, the study has {study.seeds}", field="seeds")
+    if request.method not in (None, *(experiment.method for experiment in study.experiments)):
+        raise UserError(f"no experiment is of method {request.method}", field="experiments")
+    if request.until_decided and study.stopping is None:
         problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        field = "stopping"
-    if problem is not None:
-        raise UserError(problem, file=file, field=field)
+        raise UserError(problem, field="stopping")
     workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.forecasting.time_limit import Limit, fit
+from peft_vit.forecasting.time_limit import Limit, Pace, fit
 from peft_vit.records import checkpoint_folders, run_folder
 from peft_vit.studies.executors import EXECUTORS, Event, ExecutorName, RunEnded, RunInterrupted
 
@@ -39,7 +39,7 @@ class Deadline:
             reached = max(checkpoint_folders(run_folder(results_dir, run.spec)), default=0)
             self._left[run.spec.name] = 1 - reached / run.total_steps
         self._taken: dict[str, list[float]] = {}  # seconds of this call's finished runs, by experiment
-        self._stepped_s = self._planned_s = 0.0  # of those that take steps: seconds, and what was planned
+        self._pace = Pace()  # of those that take steps
         self._whatever: bool | None = None  # nothing is expected to end in time: begin it all the same
 
     @property
@@ -79,8 +79,7 @@ class Deadline:
             experiment = event.run.spec.experiment
             self._taken.setdefault(experiment.name, []).append(event.record.seconds)
             if not experiment.is_probe:  # its first run computes features for all others: it says nothing of steps
-                self._stepped_s += event.record.seconds
-                self._planned_s += event.run.estimate.seconds
+                self._pace.hear(event.record.seconds, event.run.estimate.seconds)
 
     def _expected_s(self, run: PlannedRun) -> float:
         """Return the seconds that a run will still take once it is started.
@@ -89,6 +88,5 @@ class Deadline:
         have taken over what they were planned to.
         """
         alike = self._taken.get(run.spec.experiment.name)
-        pace = self._stepped_s / self._planned_s if self._planned_s else 1.0
-        whole = statistics.median(alike) if alike else pace * run.estimate.seconds
+        whole = statistics.median(alike) if alike else self._pace.factor * run.estimate.seconds
         return self._left[run.spec.name] * whole

@@ -11,15 +11,15 @@ from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig
+from peft_vit.config import StudyConfig, file_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.time_limit import makespan
+from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
-from peft_vit.runs.export import Exported, file_bytes, said_loss
+from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import Course
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
@@ -87,12 +87,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         say(line)
     for notice in plan.notices:
         say(printable(notice), _WARNING)
-    table = Table()
-    table.add_column("run", no_wrap=True)
-    for name in ("steps", "seconds", "peak MB"):
-        table.add_column(name, justify="right")
-    table.add_column("known from")
-    table.add_column("state")
+    numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
+    table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
         estimate, state = run.estimate, "done" if run.done else "to do"
         memory = f"{estimate.peak_memory_bytes / 1e6:.0f}"
@@ -155,7 +151,7 @@ class Watch:
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
-        self._taken_s = self._planned_s = 0.0  # of the runs that are done
+        self._pace = Pace()
         self._live: Live | None = None
 
     def __enter__(self) -> Self:
@@ -196,9 +192,10 @@ class Watch:
                 self._running.pop(name, None)
                 self._waiting[name] = run
                 if isinstance(event, RunRetried):
-                    self._say(f"{event.record.error}; it is tried again", run)
+                    what = f"{event.record.error}; it is tried again"
                 else:
-                    self._say(f"stopped {f'after step {event.step}' if event.step else 'before its first step'}", run)
+                    what = f"stopped after step {event.step}" if event.step else "stopped before its first step"
+                self._say(what, run)
 
     def _say(self, line: str, run: PlannedRun | None = None) -> None:
         if run is not None:
@@ -213,14 +210,13 @@ class Watch:
             step, *values = _cells(progress)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
-            left = duration(running.left_s(now, self._pace()))
+            left = duration(running.left_s(now, self._pace.factor))
             self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        self._taken_s += record.seconds
-        self._planned_s += run.estimate.seconds
+        self._pace.hear(record.seconds, run.estimate.seconds)
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
@@ -233,12 +229,8 @@ class Watch:
     def _ended(self) -> int:
         return self._count - len(self._waiting) - len(self._running)
 
-    def _pace(self) -> float:
-        """Return how much longer runs took than they were planned to."""
-        return self._taken_s / self._planned_s if self._planned_s else 1.0
-
     def _left_s(self) -> float:
-        now, pace = time.monotonic(), self._pace()
+        now, pace = time.monotonic(), self._pace.factor
         left_s = makespan(
             [pace * run.estimate.seconds for run in list(self._waiting.values())],
             max(self._workers, len(self._running)),  # on a cluster it shows how many there are
@@ -248,11 +240,11 @@ class Watch:
 
     def _view(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""
-        now, pace = time.monotonic(), self._pace()
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("run", no_wrap=True, overflow="ellipsis")
-        for name in ("step", "left", "loss", "validation", "rank", "bits"):
-            table.add_column(name, justify="right", no_wrap=True)
+        now, pace = time.monotonic(), self._pace.factor
+        names = ("step", "left", "loss", "validation", "rank", "bits")
+        numbers = (Column(name, justify="right", no_wrap=True) for name in names)
+        run = Column("run", no_wrap=True, overflow="ellipsis")
+        table = Table(run, *numbers, box=None, pad_edge=False, header_style="dim")
         for name, running in list(self._running.items()):
             latest = running.latest
             cells = [_UNKNOWN] * 5 if latest is None else _cells(latest)

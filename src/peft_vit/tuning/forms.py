@@ -11,20 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from peft_vit.config import file_bytes
 from peft_vit.deployment import Calibrated, OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
 from peft_vit.records import RECORD_FILE, BenchRow, read_record
 from peft_vit.runs.bench import MADE, bench
-from peft_vit.runs.export import (
-    LARGEST_LOSS,
-    Comparison,
-    FileFormat,
-    OnnxOptions,
-    compare_int8,
-    export_run_to_file,
-    file_bytes,
-)
+from peft_vit.runs.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, export_run_to_file
 
 _INT8_FOLDS = 5  # runs on folds that tell what 8 bits lose, at most: each takes a calibration and an export
 _AS_FAST = 1.1  # times the seconds of the fastest: less is within the scatter of medians
@@ -89,7 +82,7 @@ class Exports:
 @dataclass(frozen=True)
 class _Way:
     form: Form
-    format: FileFormat
+    format: str
     options: OnnxOptions = _NONE
 
     @property

@@ -79,7 +79,7 @@ def test_rows_in_another_order_give_the_same_bits() -> None:
     losses = np.random.default_rng(4).random(30).tolist()
     rows = steps(losses)
     random.Random(1).shuffle(rows)
-    shuffled = planted.study_of([planted.record(LORA, 0, 0.8, changes={"steps": rows})]).runs[0]
+    shuffled = planted.study_of([planted.record(LORA, 0, 0.8).model_copy(update={"steps": rows})]).runs[0]
     assert late_loss_deviation(shuffled) == late_loss_deviation(run_with(losses))
     assert roughness(shuffled) == roughness(run_with(losses))
 

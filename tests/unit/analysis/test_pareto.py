@@ -64,9 +64,7 @@ def test_validation_decides_who_stands_on_the_front_and_test_is_told() -> None:
     ]
     assert [p.experiment for p in front.on_front] == ["lora_r1", "lora_r4"]
     lead = front.points[2].lead
-    assert lead is not None
     assert (lead.name, lead.reference) == ("lora_r4", "lora_r1")
-    assert lead.interval is not None
     assert lead.interval.estimate == pytest.approx(0.1)
     assert lead.verdict == "not decided", "one seed"
     assert front.points[0].lead is front.points[1].lead is None
@@ -83,7 +81,6 @@ def test_leads_are_one_family_of_paired_tests() -> None:
     leads = [p.lead for p in fronts_of(records)["final_parameters"].on_front]
     assert [lead.verdict for lead in leads if lead is not None] == ["supported", "not decided"]
     # All seven differences have one sign: p = 2 / 2^7, times 2 comparisons.
-    assert leads[1] is not None
     assert leads[1].adjusted_p == pytest.approx(2 * 2 / 2**7)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis import analyze
+from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.comparison import references
 from peft_vit.analysis.grid import Grid
 from peft_vit.analysis.studies import Study
@@ -13,17 +13,14 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.records import RankEntry, RunRecord, SiteInfo
 from peft_vit.report.sections import study_documents
 
-SIZES = {"qkv": (384, 1152), "out": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}
+SIZES = {
+    name: {"in_features": inward, "out_features": outward}
+    for name, inward, outward in (("qkv", 384, 1152), ("out", 384, 384), ("fc1", 384, 1536), ("fc2", 1536, 384))
+}
 SITES = [
-    SiteInfo(
-        name=f"blocks.{block}.{'mlp' if m[0] == 'f' else 'attn'}.{m}",
-        block=block,
-        matrix=m,
-        in_features=SIZES[m][0],
-        out_features=SIZES[m][1],
-    )
-    for block in range(planted.BLOCKS)
-    for m in SIZES
+    SiteInfo(name=f"blocks.{b}.{'mlp' if m in ('fc1', 'fc2') else 'attn'}.{m}", block=b, matrix=m, **sizes)
+    for b in range(planted.BLOCKS)
+    for m, sizes in SIZES.items()
 ]
 LOUD = 0.9  # so accurate that it would show wherever it was mixed in
 
@@ -57,24 +54,28 @@ def theirs() -> list[RunRecord]:
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    found = planted.study_of([*planted.quickstart(), *theirs()])
-    return found
+    return planted.study_of([*planted.quickstart(), *theirs()])
 
 
-def test_references_are_ours_as_without_them(study) -> None:
+@pytest.fixture(scope="module")
+def analysis(study: Study) -> Analysis:
+    return analyze(study)
+
+
+def test_references_are_ours_as_without_them(study, analysis) -> None:
     without = planted.study_of(planted.quickstart())
     assert references(study) == references(without) == ("linear_probe", "lora_r8")
     only_theirs = planted.study_of(theirs())
     assert references(only_theirs) == ()
-    ours = {a.experiment.name: a.against_fixed.by_seed for a in analyze(study).allocation}
-    for one in analyze(without).allocation:
+    ours = {a.experiment.name: a.against_fixed.by_seed for a in analysis.allocation}
+    alone = analyze(without)
+    for one in alone.allocation:
         assert ours[one.experiment.name] == one.against_fixed.by_seed
-    quantized = [q.against_unquantized.by_seed for q in analyze(study).quantization]
-    assert quantized == [q.against_unquantized.by_seed for q in analyze(without).quantization]
+    quantized = [q.against_unquantized.by_seed for q in analysis.quantization]
+    assert quantized == [q.against_unquantized.by_seed for q in alone.quantization]
 
 
-def test_they_are_compared_under_their_own_names(study) -> None:
-    analysis = analyze(study)
+def test_they_are_compared_under_their_own_names(analysis) -> None:
     rows = {method.experiment.name: method for method in analysis.methods}
     loras = [name for name in rows if name.startswith(("peft", "lora", "imported"))]
     assert loras[:6] == ["imported", "lora_r1", "lora_r2", "lora_r4", "lora_r8", "peft_r8"]
@@ -86,23 +87,19 @@ def test_they_are_compared_under_their_own_names(study) -> None:
     assert above_linear == {"lora_r8 against linear_probe"}, "neither imported nor peft_r8 is the reference"
 
 
-def test_ranks_of_fused_matrices(study) -> None:
-    (allocation,) = (a for a in analyze(study).allocation if a.experiment.method == "peft_adalora")
+def test_ranks_of_fused_matrices(analysis) -> None:
+    (allocation,) = (a for a in analysis.allocation if a.experiment.method == "peft_adalora")
     assert allocation.grid.matrices == ("qkv", "out", "fc1", "fc2")
     assert list(allocation.grid.columns_of("attention")) == [True, True, False, False]
-    assert {matrix: i.estimate for matrix, i in allocation.rank_by_matrix.items()} == {
-        "qkv": 16,
-        "out": 0,
-        "fc1": 8,
-        "fc2": 8,
-    }
+    ranks = {matrix: interval.estimate for matrix, interval in allocation.rank_by_matrix.items()}
+    assert ranks == {"qkv": 16, "out": 0, "fc1": 8, "fc2": 8}
     for run in allocation.runs:
         assert (run["used"], run["sites"], run["sites_without_rank"]) == (384, 48, 12)
     assert Grid.of([*SITES, *planted.sites()]).matrices == ("qkv", "query", "key", "value", "out", "fc1", "fc2")
 
 
-def test_a_report_draws_them(study) -> None:
-    (document,) = study_documents([analyze(study)])
+def test_a_report_draws_them(analysis) -> None:
+    (document,) = study_documents([analysis])
     cards = {card.method: card for card in document.cards}
     assert cards["LoRA by PEFT"].experiment == "peft_r8"
     assert cards["AdaLoRA by PEFT"].experiment == "peft_12_8"

@@ -133,7 +133,6 @@ def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
 def test_what_differs_inside_a_section_is_not_lost() -> None:
     place = [one["name"] for one in EXPERIMENTS].index("adaptive_bits")
     bits = planted_study().experiments[place].qa_lora
-    assert bits is not None
     assert isinstance(bits.adaptive_bits, AdaptiveBitsConfig)
     assert "ranks: true" in study_yaml(spec_of(planted_study(), place), [0], suffix="")
 

@@ -10,8 +10,7 @@ from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data import normalised, open_index, to_pixels
-from peft_vit.deployment import ModelCard, predict_files
-from peft_vit.deployment.predicting import Classifier
+from peft_vit.deployment import Classifier, ModelCard, predict_files
 from peft_vit.errors import UserError
 
 

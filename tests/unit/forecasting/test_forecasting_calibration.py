@@ -144,30 +144,28 @@ def kinds_of(tmp_path):
     return make
 
 
-def test_it_measures_real_runs_and_keeps_what_it_found(study, tmp_path, own_cache, monkeypatch) -> None:
+def test_it_measures_real_runs_and_keeps_what_it_found_and_says_what_fails(
+    study, tmp_path, own_cache, monkeypatch
+) -> None:
     monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
-    config, told, out = study("lora", "qa_adalora", epochs=20), [], tmp_path / "out"
-    plan = plan_study(config, out, file=tmp_path / "a.yaml", measure=lambda kinds: measure_costs(kinds, told.append))
-    assert told == ["measuring 1 of 2: lora", "measuring 2 of 2: qa_adalora"]
-    for run in plan.runs:
-        assert run.estimate.basis == "calibration"
-        assert run.estimate.seconds > 0
+    config, told, out = study("lora", "qa_adalora", "full", epochs=20), [], tmp_path / "out"
+
+    def measure(kinds):
+        gone = kinds["full"].data.model_copy(update={"image_size": 33})
+        return measure_costs(kinds | {"full": kinds["full"].model_copy(update={"data": gone})}, told.append)
+
+    plan = plan_study(config, out, file=tmp_path / "a.yaml", measure=measure)
+    assert told[:3] == ["measuring 1 of 3: lora", "measuring 2 of 3: qa_adalora", "measuring 3 of 3: full"]
+    assert told[3].startswith("full could not be measured (data.image_size: 33 is not a multiple of 16")
+    assert [run.estimate.basis for run in plan.runs] == ["calibration", "calibration", "estimate"]
+    assert all(run.estimate.seconds > 0 for run in plan.runs)
     assert 2e8 < plan.runs[0].estimate.peak_memory_bytes < 4e9
     assert not out.exists()  # it is kept in the cache, and only there
     assert len(list((own_cache / "costs").iterdir())) == 2
-    again = plan_study(config, out, file=tmp_path / "a.yaml", measure=lambda kinds: pytest.fail(str(kinds)))
-    assert [run.estimate for run in again.runs] == [run.estimate for run in plan.runs]
-
-
-def test_what_fails_is_said_and_estimated(study, kinds_of, own_cache, monkeypatch) -> None:
-    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
-    kinds, told = kinds_of(study("lora", "full")), []
-    gone = kinds["full"].data.model_copy(update={"image_size": 33})
-    kinds["full"] = kinds["full"].model_copy(update={"data": gone})
-    assert set(measure_costs(kinds, told.append)) == {"lora"}
-    assert told[-1].startswith("full could not be measured (data.image_size: 33 is not a multiple of 16")
-    assert told[-1].endswith("; its time and memory are estimated")
-    assert known_costs(kinds["full"]) is None
+    asked: list[str] = []
+    again = plan_study(config, out, file=tmp_path / "a.yaml", measure=lambda kinds: asked.extend(kinds) or {})
+    assert asked == ["full"]
+    assert [run.estimate for run in again.runs[:2]] == [run.estimate for run in plan.runs[:2]]
 
 
 @pytest.mark.slow

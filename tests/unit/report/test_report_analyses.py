@@ -10,11 +10,14 @@ from golden import check_golden
 
 from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.comparison import all_pairs
+from peft_vit.analysis.stopping import stopping_rule
+from peft_vit.config import StoppingConfig
 from peft_vit.records import FisherCheck, Predictions, RankEntry, RunRecord
 from peft_vit.report.document import Block, Paragraph, Table
-from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks
+from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
 from peft_vit.report.quantization_tables import quantization_tables
 from peft_vit.report.sections import study_documents
+from peft_vit.statistics.sequential import follow
 
 EXPERIMENTS = planted.experiments()
 NF4, INT8 = (EXPERIMENTS[name] for name in ("qa_lora_4bit_nf4_constant", "qa_lora_8bit_int8_linear"))
@@ -190,3 +193,18 @@ def test_one_line_says_how_far_the_score_fisher_is_from_the_empirical_one(
     assert [line[line.index("over the") : line.index(".") + 1] for line in lines if "32 training images" in line] == [
         text[: text.index(".") + 1] for text in expected
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "questions"),
+    [("superiority", ["better?"]), ("non-inferiority", ["not worse by 1?"]), ("both", ["not worse by 1?", "better?"])],
+)
+def test_comparisons_that_stop_stand_with_what_was_asked_of_them(asked: str, questions: list[str]) -> None:
+    margin = {} if asked == "superiority" else {"margin": 1.0}
+    stopping = StoppingConfig.model_validate({"control": "base", "asked": asked, "looks": (2, 4), **margin})
+    rule = stopping_rule(stopping, 4)
+    found = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping)
+    assert found.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
+    assert [(row[1], row[-1]) for row in found.rows] == [("4", "decided"), ("0", "open")]
+    assert set(found.rows[1][3:-1]) == {"not decided"}
+    assert found.data[0]["control"] == "base"

@@ -1,17 +1,22 @@
 """The report as files: complete, the same bytes again, closed against hostile names, without torch."""
 
 import csv
+import json
+import math
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import planted
 import pytest
+import unfinished
+from golden import check_golden
 
 from peft_vit.analysis import analyze
+from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
@@ -31,12 +36,30 @@ FIGURES = {
 }
 EXPERIMENTS = planted.experiments()
 LINEAR_ONLY = [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7)]
+TORN = planted.record(EXPERIMENTS["lora_r8"], 1, 0.8).model_dump_json().encode()[:5000]
+HOSTILE = '"><script>alert(1)</script>|`x`\x07 $y$ ../../../etc'
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     folder = tmp_path_factory.mktemp("quickstart")
     return build_report(planted.write(folder / "results", planted.quickstart()), folder / "report")
+
+
+@pytest.fixture(scope="module")
+def linear_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the results of one run, on which most can't be said."""
+    return planted.write(tmp_path_factory.mktemp("linear") / "results", LINEAR_ONLY)
+
+
+def texts(results: Path, output: Path) -> tuple[str, str]:
+    """Return the Markdown and the page of a report, which has no title without text below it."""
+    files = build_report(results, output)
+    assert files.html is not None
+    markdown, page = files.markdown.read_text(), files.html.read_text()
+    assert not re.search(r"^(#+ [^\n]*|\*\*[^\n]*\*\*)\n+(?=##? |\Z)", markdown, re.MULTILINE)
+    assert not re.search(r"<h[23][^>]*>[^<]*</h[23]>\s*(</section>|<h2|<ul></ul>|<dl></dl>)", page)
+    return markdown, re.sub("<wbr>", "", page)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -84,19 +107,15 @@ def test_every_figure_comes_as_png_and_svg(built: ReportFiles) -> None:
 
 
 def test_the_page_needs_no_network_and_runs_one_script_of_its_own(built: ReportFiles) -> None:
-    page = Page(built.html.read_text(encoding="utf-8"))
+    text = built.html.read_text(encoding="utf-8")
+    page = Page(text)
     assert page.tags.count("svg") == len(FIGURES)
     assert not {"link", "iframe", "img"} & set(page.tags)
     assert [kind for kind in page.scripts if kind != "application/json"] == [None]
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
-
-
-def test_ids_on_the_page_are_unique_and_links_arrive(built: ReportFiles) -> None:
-    text = built.html.read_text(encoding="utf-8")
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
-    targets = re.findall(r'href="#([^"]+)"', text) + re.findall(r"url\(#([^)]+)\)", text)
-    assert set(targets) <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', text) + re.findall(r"url\(#([^)]+)\)", text)) <= set(ids)
 
 
 def test_markdown_has_exactly_the_five_sections(built: ReportFiles) -> None:
@@ -106,25 +125,15 @@ def test_markdown_has_exactly_the_five_sections(built: ReportFiles) -> None:
         assert (built.markdown.parent / path).is_file()
 
 
-def test_page_and_markdown_state_accuracy_with_n_and_each_seed(built: ReportFiles) -> None:
-    lora = [r.test.accuracy for r in planted.quickstart() if r.spec.experiment.name == "lora_r8" and r.test]
-    line = next(x for x in built.markdown.read_text().splitlines() if x.startswith("| lora_r8 | ") and " % [" in x)
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[1].startswith(f"{100 * np.mean(lora):.1f} % [")
-    assert cells[2:4] == ["2", f"0: {100 * lora[0]:.1f}, 1: {100 * lora[1]:.1f}"]
-
-
 def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRecord]) -> None:
-    study = planted.study_of(few)
-    (document,) = study_documents([analyze(study)])
-    folded = {table.slug: table.folded for table in document.tables()}
-    assert {"quality", "calibration_against_lora_r8", "allocation", "findings"} <= {
-        s for s, is_so in folded.items() if is_so
-    }
-    assert {"accuracy", "all_pairs", "cost", "verdicts"} <= {slug for slug, is_so in folded.items() if not is_so}
+    (document,) = study_documents([analyze(planted.study_of(few))])
+    folded = {table.slug for table in document.tables() if table.folded}
+    open_ones = {table.slug for table in document.tables()} - folded
+    assert {"quality", "calibration_against_lora_r8", "allocation", "findings"} <= folded
+    assert {"accuracy", "all_pairs", "cost", "verdicts"} <= open_ones
 
 
-def test_verdicts_findings_and_what_it_can_say_nothing_about(tmp_path: Path) -> None:
+def test_findings_have_estimates_in_full_precision(tmp_path: Path) -> None:
     accuracy = {"linear_probe": 450, "full_finetuning": 470, "lora_r4": 465, "lora_r8": 480}
     records = [
         planted.record(EXPERIMENTS[name], seed, (images + seed + name.startswith("lora") * seed) / 600)
@@ -132,13 +141,6 @@ def test_verdicts_findings_and_what_it_can_say_nothing_about(tmp_path: Path) -> 
         for seed in range(3)
     ]
     files = build_report(planted.write(tmp_path / "results", records), tmp_path / "report")
-    assert files.html is not None
-    page, summary = files.html.read_text(), files.markdown.read_text()
-    for text in (page, summary[summary.index("## Insights") :]):
-        assert "Every run is more accurate than always naming the most frequent class" in text
-        assert "Attention sites score higher than MLP sites, in the mean per triplet" in text
-        assert "no experiment of method linear" not in text, "it is there"
-        assert "no experiment of method " in text
     (table,) = (file for file in files.tables if file.name.endswith("_findings.csv"))
     rows = {(row["id"], row["subject"]): row for row in csv.DictReader(table.read_text().splitlines())}
     row = rows["lora-beats-full", "lora_r8 against full_finetuning"]
@@ -146,11 +148,11 @@ def test_verdicts_findings_and_what_it_can_say_nothing_about(tmp_path: Path) -> 
     assert (row["verdict"], int(row["n"]), row["n_of"]) == ("not decided", 3, "pairs")
 
 
-def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:
-    results = planted.write(tmp_path / "results", LINEAR_ONLY)
-    build_report(results, tmp_path / "report")
-    markdown = build_report(results, tmp_path / "analysis", page=False).markdown
-    assert markdown == tmp_path / "analysis" / "analysis_summary.md"
+def test_one_run_says_why_most_is_missing_and_needs_no_page(linear_only: Path, tmp_path: Path) -> None:
+    markdown, page = texts(linear_only, tmp_path / "report")
+    check_golden("report/one_run.md", markdown)
+    assert "Warnings</h3>" not in page
+    assert build_report(linear_only, tmp_path / "analysis", page=False).html is None
     report, analysis = contents(tmp_path / "report"), contents(tmp_path / "analysis")
     assert report.pop("report.html")
     assert report == analysis
@@ -158,100 +160,153 @@ def test_the_rest_is_the_same_without_the_page(tmp_path: Path) -> None:
 
 def test_warnings_are_counted_above_the_answer_and_told_below_it(tmp_path: Path) -> None:
     warned = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, changes={"warnings": ["top_k takes every site"]})
-    files = build_report(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
-    text, page = files.markdown.read_text(), files.html.read_text()
+    text, page = texts(planted.write(tmp_path / "results", [warned]), tmp_path / "report")
     assert text.index("Warning: top") < text.index("70.0")
     counted, answer = '<a href="#quickstart-warnings">1 warning</a>', "What came out"
     assert page.index(counted) < page.index(answer) < page.index("Warning: top") < page.index("Method comparison</h2>")
 
 
-def test_a_page_without_warnings_counts_none(tmp_path: Path) -> None:
-    files = build_report(planted.write(tmp_path / "results", LINEAR_ONLY), tmp_path / "report")
-    assert files.html is not None
-    assert "Warnings</h3>" not in files.html.read_text()
-
-
-def test_missing_data_leaves_a_sentence_that_says_why(tmp_path: Path) -> None:
-    files = build_report(planted.write(tmp_path / "results", LINEAR_ONLY), tmp_path / "report")
-    for text in (files.markdown.read_text(), files.html.read_text()):
-        assert "No rank maps: the study has no finished AdaLoRA run" in text
-        assert "No figure of importance" in text
-        assert "No finished run of this study quantized the backbone." in text
-        assert "No paired differences" in text
-        assert "[no interval]" in text
-
-
 def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tmp_path: Path) -> None:
-    smoke = planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, smoke=True)
     planted.write(tmp_path / "results" / "real", LINEAR_ONLY)
+    smoke = planted.record(EXPERIMENTS["linear_probe"], 0, 0.5, smoke=True)
     planted.write(tmp_path / "results" / "smoke", [smoke])
-    files = build_report(tmp_path / "results", tmp_path / "report")
-    assert {file.name for file in files.tables} >= {"quickstart_accuracy.csv", "quickstart_smoke_accuracy.csv"}
-    markdown, page = files.markdown.read_text(), files.html.read_text()
+    markdown, page = texts(tmp_path / "results", tmp_path / "report")
+    tables = {file.name for file in (tmp_path / "report" / "tables").iterdir()}
+    assert tables >= {"quickstart_accuracy.csv", "quickstart_smoke_accuracy.csv"}
     assert markdown.count("### quickstart (smoke)") == len(SECTION_TITLES)
     article = page[page.index('id="quickstart_smoke"') :]
     assert article.index("Smoke runs: random weights") < article.index("50.0")
     assert article.count("Smoke runs: random weights") == 1, "it is no warning beside"
 
 
-HOSTILE = '"><script>alert(1)</script>|`x`\x07 $y$ ../../../etc'
-
-
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
     base = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, provenance_changes={"weights_name": HOSTILE})
     record = base.model_copy(update={"class_names": [HOSTILE, "b"]})
-    crash = planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE)
-    folder = tmp_path / "results"
-    for i, one in enumerate((record, crash)):
-        file = folder / str(i) / "record.json"
+    for place, one in enumerate((record, planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE))):
+        file = tmp_path / "results" / str(place) / "record.json"
         file.parent.mkdir(parents=True)
         file.write_text(one.model_dump_json())
-    files = build_report(folder, tmp_path / "report")
-    page, markdown = files.html.read_text(), files.markdown.read_text()
+    markdown, page = texts(tmp_path / "results", tmp_path / "report")
     assert Page(page).scripts.count(None) == 1, "ours, and no other"
     assert "<script" not in markdown
     assert "\x07" not in page + markdown
     assert re.search(r"&lt;script&gt;alert\(1\)", page)
     assert r"\|\`x\`" in markdown, "neither the table nor the code span is broken"
-    written = [*files.figures, *files.tables, files.html, files.markdown]
-    assert all(tmp_path / "report" in file.resolve().parents for file in written)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "results"]
 
 
-def test_an_empty_or_missing_directory_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no record\.json"):
-        build_report(tmp_path, tmp_path / "out")
-    with pytest.raises(UserError, match="does not exist"):
-        build_report(tmp_path / "nowhere", tmp_path / "out")
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_still_gives_a_page_and_stands_in_its_data(
+    few: list[RunRecord], tmp_path: Path, loss: float
+) -> None:
+    steps = [few[0].steps[0].model_copy(update={"loss": loss}), *few[0].steps[1:]]
+    records = [few[0].model_copy(update={"steps": steps}), *few[1:2]]
+    _, page = texts(planted.write(tmp_path, records), tmp_path / "report")
+    blocks = [
+        json.loads(block, parse_constant=lambda name: pytest.fail(f"{name} is no JSON, no browser reads it"))
+        for block in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)
+    ]
+    (course,) = (block for block in blocks if block["file"] == "quickstart_loss_curves.csv")
+    assert any(repr(loss) in column["values"] for column in course["columns"])
+
+
+@pytest.mark.parametrize("format", ["html", "md"])
+def test_what_is_left_out_is_told_above_every_number_and_by_the_command(format: str, tmp_path: Path, capsys) -> None:
+    results, out = unfinished.results_with(tmp_path / "out", TORN), tmp_path / "report"
+
+    def code() -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(results), "--format", format, "--output", str(out)])
+        return int(ended.value.code or 0)
+
+    assert code() == 1
+    said = capsys.readouterr()
+    markdown, left_out = (out / "analysis_summary.md").read_text(), f"Left out: {unfinished.BAD}: "
+    assert "analysis_summary.md" in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
+    assert markdown.index(left_out) < markdown.index("70.0")
+    if format == "html":
+        page = (out / "report.html").read_text()
+        counted = re.search(r">\d+ warnings?</a>", page)
+        assert counted is not None
+        assert counted.start() < page.index("70.0")  # it leads to them
+        assert left_out in re.sub("<wbr>", "", page)
+    (results / unfinished.BAD).unlink()
+    (results / "metrics.csv").write_text("1")
+    assert code() == 0
+    assert capsys.readouterr().err.startswith(f"note: {results / 'metrics.csv'}: is no file of a study")
+    for file in results.rglob("record.json"):
+        file.write_text("[]")
+    assert code() == 2
+    assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["error", *["left out"] * 2]
+
+
+def hopeless() -> list[RunRecord]:
+    """Return two failed runs whose tracebacks would like to be markup."""
+    return [
+        planted.failed(EXPERIMENTS["linear_probe"], seed, "out of memory").model_copy(
+            update={"traceback": 'File "a.py", line 1\n    x = <b>1</b>\x1b[2J\nMemoryError'}
+        )
+        for seed in (0, 1)
+    ]
+
+
+UNFINISHED = {
+    "goes_on": (
+        [*unfinished.GOOD[:2], planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")],
+        {"lora_r8/seed_1": unfinished.attempt("failed", error="killed")},
+    ),
+    "nothing_finished": (hopeless(), {"lora_r8/seed_1": unfinished.attempt("interrupted", total_steps=90)}),
+    "only_its_file": ([], {}),
+}
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_a_study_that_is_not_done_says_what_was_planned_and_how_to_go_on(name: str, tmp_path: Path) -> None:
+    results = unfinished.planned(tmp_path / "out", *UNFINISHED[name])
+    if name == "nothing_finished":
+        (results / "quickstart/lora_r8/seed_1/checkpoint-7").mkdir()
+    markdown, page = texts(results, tmp_path / "report")
+    check_golden(f"report/{name}.md", markdown)
+    planned = re.search(r"6 planned = [^|]+", markdown)
+    assert planned is not None
+    assert planned[0].strip() in page
+    assert (tmp_path / "report" / "figures").exists() == (name == "goes_on")
+    folded = re.findall(r"<details><summary>[^<]*failed</summary>.*?</details>", page, re.DOTALL)
+    assert len(folded) == {"goes_on": 1, "nothing_finished": 2, "only_its_file": 0}[name]
+    if name == "nothing_finished":
+        assert all("    x = &lt;b&gt;1&lt;/b&gt; [2J\nMemoryError</pre>" in one for one in folded)
+
+
+@pytest.mark.parametrize(
+    ("results", "output", "names"),
+    [("empty", "out", "empty"), ("nowhere", "out", "nowhere")]
+    + [("good", output, output) for output in ("a_file", "a_file/below", "x" * 300)],
+)
+def test_no_results_or_no_place_is_one_line_that_names_it(
+    results: str, output: str, names: str, linear_only: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a_file").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    source = linear_only if results == "good" else tmp_path / results
+    for page in (True, False):
+        with pytest.raises(UserError) as caught:
+            build_report(source, tmp_path / output, page=page)
+        assert caught.value.file == str(tmp_path / names)
+        assert results != "good" or "--output" in caught.value.message
+    assert (tmp_path / "a_file").read_text() == "kept"
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("page", [True, False])
-@pytest.mark.parametrize("output", ["a_file", "a_file/below", "x" * 300])
-def test_an_output_directory_that_cannot_be_is_one_line(page: bool, output: str, tmp_path: Path) -> None:
-    (tmp_path / "a_file").write_text("kept")
-    results = planted.write(tmp_path / "results", LINEAR_ONLY)
-    with pytest.raises(UserError, match=r"can't be written to \(.+\); choose another --output$") as caught:
-        build_report(results, tmp_path / output, page=page)
-    assert caught.value.file == str(tmp_path / output)
-    assert (tmp_path / "a_file").read_text() == "kept"
-
-
-def test_a_report_needs_no_torch(tmp_path: Path) -> None:
-    planted.write(tmp_path / "results", LINEAR_ONLY)
-    code = (
-        "import sys; from pathlib import Path; from peft_vit.report import build_report\n"
-        "assert 'torch' not in sys.modules, 'imported with the package'\n"
-        f"build_report(Path({str(tmp_path / 'results')!r}), Path({str(tmp_path / 'out')!r}))\n"
-        "assert not {'torch', 'timm', 'matplotlib.pyplot'} & set(sys.modules), 'imported while building'\n"
-    )
+def _ends_well(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_report_needs_nothing_of_posix(tmp_path: Path) -> None:
+def test_a_report_needs_neither_torch_nor_anything_of_posix(linear_only: Path, tmp_path: Path) -> None:
     """As on Windows: no `fcntl` and the like, and `os` without what is of POSIX."""
-    planted.write(tmp_path / "results", LINEAR_ONLY)
-    code = f"""
+    _ends_well(f"""
 import os, sys
 import matplotlib.font_manager, multiprocessing, pandas, subprocess, tempfile  # what these do on POSIX is theirs
 for name in ("fcntl", "grp", "pwd", "resource", "syslog", "termios"):
@@ -260,8 +315,40 @@ for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "fork", "getuid", "pread",
     delattr(os, name)
 import peft_vit.analysis, peft_vit.config, peft_vit.records, peft_vit.report, peft_vit.statistics
 from peft_vit.cli import main
-main(["report", {str(tmp_path / "results")!r}])
+try:
+    main(["report", {str(linear_only)!r}, "--output", {str(tmp_path / "report")!r}])
+except SystemExit as ended:
+    assert not ended.code, ended.code
+assert not {{"torch", "timm", "matplotlib.pyplot"}} & set(sys.modules), "imported while building"
+""")
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from peft_vit.report import build_report
+build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "results" / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
+    kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
+    broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")
+    results = unfinished.planned(tmp_path / "out", [*kept, broken], {})
+    (results / "metrics.csv").write_text("1")
+    (results / "quickstart" / "lora_r2" / "seed_0").mkdir(parents=True)
+    (results / "quickstart" / "lora_r2" / "seed_0" / "record.json").write_bytes(TORN)
+    outputs = {seed: tmp_path / f"report-{seed}" for seed in ("1", "2")}
+    builds = [
+        subprocess.Popen(
+            [sys.executable, "-c", BUILD, str(results), str(output)],
+            env={**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": seed},
+        )
+        for seed, output in outputs.items()
+    ]
+    assert [build.wait() for build in builds] == [0, 0]
+    first, second = map(contents, outputs.values())
+    assert {"report.html", "figures/publication/captions.md"} <= first.keys()
+    assert first == second

@@ -1,4 +1,4 @@
-"""Figures for a paper: fonts inside, sizes as stated, the same bytes in every process, hostile names as text."""
+"""Figures for a paper: fonts inside, sizes as stated, hostile names as text; and what every figure says of itself."""
 
 import io
 import re
@@ -14,7 +14,7 @@ import pytest
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from peft_vit.analysis import Analysis, analyze, load_studies
+from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
 from peft_vit.report.build import captions
@@ -44,24 +44,29 @@ def files(hostile: Drawing) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def analysis(few: list[RunRecord], tmp_path_factory: pytest.TempPathFactory) -> Analysis:
-    (study,) = load_studies(planted.write(tmp_path_factory.mktemp("results"), few))
-    return analyze(study)
+def analysis(few: list[RunRecord]) -> Analysis:
+    return analyze(planted.study_of(few))
 
 
-def _fonts(pdf: bytes) -> list[pypdf.generic.DictionaryObject]:
-    reader = pypdf.PdfReader(io.BytesIO(pdf))
-    assert len(reader.pages) == 1
-    return [font.get_object() for font in reader.pages[0]["/Resources"]["/Font"].values()]
+@pytest.fixture(scope="module")
+def drawings(analysis: Analysis) -> tuple[Drawing, ...]:
+    return study_documents([analysis])[0].drawings()
 
 
-def test_there_are_two_widths_in_three_formats(files: dict[str, bytes]) -> None:
-    assert set(files) == {f"_{n}_column.{e}" for n in ("one", "two") for e in ("pdf", "svg", "png")}
-
-
-@pytest.mark.parametrize("columns", ["one", "two"])
-def test_a_pdf_embeds_every_font_as_truetype(files: dict[str, bytes], columns: str) -> None:
-    fonts = _fonts(files[f"_{columns}_column.pdf"])
+@pytest.mark.parametrize(("columns", "width_in"), [("one", 3.5), ("two", 7.2)])
+def test_files_have_the_stated_size_and_bring_their_fonts(
+    files: dict[str, bytes], columns: str, width_in: float
+) -> None:
+    pdf, svg, png = (files[f"_{columns}_column.{ending}"] for ending in ("pdf", "svg", "png"))
+    (page,) = pypdf.PdfReader(io.BytesIO(pdf)).pages
+    assert [float(page.mediabox.width), float(page.mediabox.height)] == pytest.approx([72 * width_in, 72 * 2.5])
+    tree = ElementTree.fromstring(svg)
+    assert tree.get("width") == f"{72 * width_in:g}pt"
+    assert struct.unpack(">II", png[16:24])[0] == round(300 * width_in)
+    tags = {element.tag.split("}")[1] for element in tree.iter()}
+    assert "path" in tags
+    assert not {"text", "script", "image"} & tags  # outlines need no font
+    fonts = [font.get_object() for font in page["/Resources"]["/Font"].values()]
     assert fonts
     for font in fonts:
         assert font["/Subtype"] != "/Type3"
@@ -70,32 +75,18 @@ def test_a_pdf_embeds_every_font_as_truetype(files: dict[str, bytes], columns: s
         assert program[:4] in {b"\x00\x01\x00\x00", b"true"}, "a TrueType font program"
 
 
-@pytest.mark.parametrize(("columns", "width_in"), [("one", 3.5), ("two", 7.2)])
-def test_files_are_as_wide_as_stated(files: dict[str, bytes], columns: str, width_in: float) -> None:
-    page = pypdf.PdfReader(io.BytesIO(files[f"_{columns}_column.pdf"])).pages[0].mediabox
-    assert float(page.width) == pytest.approx(72 * width_in)
-    assert float(page.height) == pytest.approx(72 * 2.5)
-    svg = ElementTree.fromstring(files[f"_{columns}_column.svg"])
-    assert svg.get("width") == f"{72 * width_in:g}pt"
-    width, _ = struct.unpack(">II", files[f"_{columns}_column.png"][16:24])
-    assert width == round(300 * width_in)
-
-
-def test_a_publication_svg_needs_no_font(files: dict[str, bytes]) -> None:
-    tags = {element.tag.split("}")[1] for element in ElementTree.fromstring(files["_one_column.svg"]).iter()}
-    assert "path" in tags
-    assert not {"text", "script", "image"} & tags
-
-
-def test_hostile_names_are_text_in_the_svg_of_the_page(hostile: Drawing) -> None:
+def test_hostile_names_are_text_in_the_svg_of_the_page_and_in_captions(
+    hostile: Drawing, drawings: tuple[Drawing, ...]
+) -> None:
     tree = ElementTree.fromstring(hostile.svg)
     assert any(HOSTILE in "".join(element.itertext()) for element in tree.iter("{http://www.w3.org/2000/svg}text"))
     assert not list(tree.iter("{http://www.w3.org/2000/svg}script"))
-
-
-@pytest.fixture(scope="module")
-def drawings(analysis: Analysis) -> tuple[Drawing, ...]:
-    return study_documents([analysis])[0].drawings()
+    document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
+    document.drawings = lambda: (hostile, *drawings)
+    text = captions([document])
+    assert text.count("\n### s_") == len(drawings) + 1
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
 
 
 def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
@@ -110,9 +101,8 @@ def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple
             assert min(text.get_fontsize() for text in texts) >= 6.5, drawing.slug
 
 
-def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawings: tuple[Drawing, ...]) -> None:
+def test_every_point_lies_inside_its_figure_and_where_its_marker_is(drawings: tuple[Drawing, ...]) -> None:
     for drawing in drawings:
-        assert drawing.points
         assert drawing.data
         size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', drawing.svg)
         assert size is not None
@@ -120,33 +110,19 @@ def test_every_point_lies_inside_its_figure_and_says_what_the_data_holds(drawing
             assert -1 <= point.x_pt <= float(size[1]) + 1, drawing.slug
             assert -1 <= point.y_pt <= float(size[2]) + 1, drawing.slug
         assert {point.series for point in drawing.points} == set(range(len(drawing.series)))
-
-
-def test_points_stand_where_matplotlib_drew_their_markers(drawings: tuple[Drawing, ...]) -> None:
-    """The SVG's own coordinates are the second opinion: one `use` element a marker."""
+    # The SVG's own coordinates are the second opinion: one `use` element a marker.
     drawing = next(d for d in drawings if d.slug == "accuracy_by_bytes")
     used = {(float(x), float(y)) for x, y in re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', drawing.svg)}
     for point in drawing.points:
-        nearest = min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used)
-        assert nearest < 0.1, point
+        assert min(np.hypot(x - point.x_pt, y - point.y_pt) for x, y in used) < 0.1, point
 
 
 def test_a_reliability_diagram_needs_predictions_and_names_their_number(analysis: Analysis) -> None:
     assert reliability_diagram(analysis.calibration, {}) == ()
     bins = (Bin(0.0, 0.5, 0, None, None), Bin(0.5, 1.0, 40, 0.8, 0.65))
-    recorded = replace(analysis.calibration[0], bins=bins, seeds=(0, 1))
-    (drawing,) = reliability_diagram([recorded], {})
+    (drawing,) = reliability_diagram([replace(analysis.calibration[0], bins=bins, seeds=(0, 1))], {})
     assert [p.text for p in drawing.points] == ["says 80.0 %, is right in 65.0 %\nn = 40 predictions, n = 2 seeds"]
     assert [row["predictions"] for row in drawing.data] == [0, 40]
-
-
-def test_captions_name_every_figure_and_escape_names(hostile: Drawing, drawings: tuple[Drawing, ...]) -> None:
-    document = type("Document", (), {"slug": "s", "label": HOSTILE, "notices": (HOSTILE,)})()
-    document.drawings = lambda: (hostile, *drawings)
-    text = captions([document])
-    assert text.count("\n### s_") == len(drawings) + 1
-    assert "<script" not in text
-    assert "&lt;script&gt;alert(1)" in text
 
 
 def test_a_legend_entry_goes_with_its_series() -> None:

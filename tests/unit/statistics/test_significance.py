@@ -39,7 +39,6 @@ def test_one_seed_far_out_does_not_turn_the_verdict() -> None:
     """Eleven of twelve seeds lose, and the twelfth gains more than all of them: the ranks say no, the mean says yes."""
     differences = [*(-0.01 * (i + 1) for i in range(11)), 5.0]
     ranks = wilcoxon(differences)
-    assert ranks.p_value is not None
     assert ranks.p_value < 0.05
     assert ranks.direction == -1
     assert verdict(sum(differences) / 12, ranks, ranks.p_value) == "not decided"

@@ -1,0 +1,97 @@
+"""What holds for a file of every format: it is the model, says what it is, and is refused when anything was changed."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from exported_files import compared, damaged, packed_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_models import CARD, random_model
+from torch import nn
+
+from peft_vit.adapters import attach_adapters
+from peft_vit.backbones import find_sites
+from peft_vit.config import EXPORTS
+from peft_vit.deployment import format_named, open_exported
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+pytest.importorskip("openvino")
+NAMES = [name for name, kind in EXPORTS.items() if kind.ending]
+Written = tuple[nn.Module, dict[str, Path]]
+
+
+def write(model: nn.Module, name: str, folder: Path) -> Path:
+    file = folder / f"model{EXPORTS[name].ending}"
+    format_named(name).write(model, file, CARD)
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    model, folder = (
+        packed_model([QuantizationFormat("int4", 32, True, torch.float16)]),
+        tmp_path_factory.mktemp("files"),
+    )
+    return model, {name: write(model, name, folder) for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_says_what_the_model_says_and_what_it_is(written: Written, tmp_path: Path, name: str) -> None:
+    model, files = written
+    assert compared(model, files[name], 3)[0] <= (1e-3 if name == "openvino" else 1e-5)
+    assert open_exported(files[name]).card == CARD
+    plain = random_model("test_vit").eval()
+    assert compared(plain, write(plain, name, tmp_path), 3)[0] <= 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model, ("out",)), 2, scale=1.0, seed=0)
+    with pytest.raises(UserError, match="merge the model first"):
+        write(model, name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if EXPORTS[name].extra])
+def test_a_library_is_an_extra(written: Written, tmp_path: Path, without, name: str) -> None:
+    without(EXPORTS[name].runtime)
+    for call in (lambda: write(written[0], name, tmp_path), lambda: open_exported(written[1][name])):
+        with pytest.raises(UserError, match=re.escape(f"pip install 'peft-vit[{EXPORTS[name].extra}]'")):
+            call()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_cut_or_altered_file_is_refused(written: Written, tmp_path: Path, name: str, data) -> None:
+    source = written[1][name]
+    parts = [source.with_suffix(ending) for ending in (EXPORTS[name].ending, *EXPORTS[name].beside)]
+    spoiled = data.draw(st.sampled_from(parts))
+    for part in parts:
+        content = part.read_bytes()
+        (tmp_path / part.name).write_bytes(damaged(content, data) if part == spoiled else content)
+    with pytest.raises(UserError, match=rf"{re.escape(source.name)}") as refused:
+        open_exported(tmp_path / source.name)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_missing_half_is_named(written: Written, tmp_path: Path) -> None:
+    (tmp_path / "model.xml").write_bytes(written[1]["openvino"].read_bytes())
+    with pytest.raises(UserError, match=r"model\.bin: can't be read"):
+        open_exported(tmp_path / "model.xml")
+
+
+@pytest.mark.parametrize("suffix", ["", *(EXPORTS[name].ending for name in NAMES)])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "nowhere", "pipe"])
+def test_names_and_pipes_that_could_not_be_opened(tmp_path: Path, name: str, suffix: str) -> None:
+    if name == "pipe":
+        os.mkfifo(tmp_path / f"pipe{suffix}")
+    with pytest.raises(UserError):
+        open_exported(tmp_path / f"{name}{suffix}")
