@@ -6,10 +6,12 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from small_methods import study_mapping
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.records import (
@@ -32,21 +34,12 @@ STARTED_AT = "2030-01-01T00:00:00+00:00"
 
 
 def fake_config(
-    experiments: Iterable[str] = ("a", "b"), seeds: Iterable[int] = (0, 1, 2), **settings: Any
+    experiments: Iterable[str] = ("a", "b"), seeds: Sequence[int] = (0, 1, 2), **settings: Any
 ) -> StudyConfig:
     """Make a study; keyword arguments are further settings of it."""
-    mapping = {
-        "name": "fake",
-        "seeds": list(seeds),
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": 2}, "training": {"epochs": 2, "learning_rate": 1e-3}}
-            for name in experiments
-        ],
-        **settings,
-    }
+    training = {"epochs": 2, "learning_rate": 1e-3}
+    sections = [{"name": name, "method": "lora", "lora": {"rank": 2}, "training": training} for name in experiments]
+    mapping = study_mapping(sections, seeds, **{"name": "fake", "threads": 2, "device": "auto", **settings})
     return study_from_mapping(mapping, file=Path("fake.yaml"))
 
 

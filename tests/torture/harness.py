@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what other tests share
+
 
 class Tally:
     """Trials by promise and kind, and what failed."""

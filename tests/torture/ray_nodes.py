@@ -15,7 +15,6 @@ import argparse
 import itertools
 import os
 import random
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,8 +23,6 @@ from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import harness
 from at_work import PATIENCE_S
 from ray.cluster_utils import Cluster

@@ -10,10 +10,7 @@ with exit code 2 and one line that names the owner, and the winner with all runs
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness
 from commands import POLL_S, run_fresh, undisturbed
