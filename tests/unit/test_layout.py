@@ -73,7 +73,7 @@ def test_the_product_is_tested_without_the_research() -> None:
         ("docs/a.md", "as many experiments as fit; experiments / seeds is a fraction\n", False),
     ],
 )
-def test_a_file_that_names_it_is_found(place: str, text: str, names_it: bool, tmp_path: Path) -> None:
+def test_a_file_that_names_it_is_found(place, text, names_it, tmp_path) -> None:
     (tmp_path / place).parent.mkdir()
     (tmp_path / place).write_text(text)
     assert names_research(tmp_path) == [place] * names_it

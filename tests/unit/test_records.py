@@ -1,7 +1,5 @@
 """A record is read as it was written, or refused in one line; a spec's digest covers everything in it."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import hashlib
@@ -87,7 +85,7 @@ def record(of: RunSpec) -> RunRecord:
 
 
 @pytest.mark.parametrize("experiment", [experiment.name for experiment in study().experiments])
-def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> None:
+def test_a_record_is_read_as_it_was_written(experiment, tmp_path) -> None:
     written = record(spec(experiment))
     file = write_record(tmp_path, written)
     assert file == tmp_path / "quickstart" / experiment / "seed_1" / RECORD_FILE
@@ -97,7 +95,7 @@ def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> 
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(tmp_path: Path) -> None:
+def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(tmp_path) -> None:
     written = record(spec("adalora_top_k_fisher"))
     file = write_record(tmp_path, written)
     data = json.loads(file.read_text())
@@ -116,7 +114,7 @@ def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(t
     assert (read.quantization.size, read.quantization.bits_per_weight) == (None, 5.0)
 
 
-def test_records_come_in_the_order_of_their_paths_failed_ones_too(tmp_path: Path) -> None:
+def test_records_come_in_the_order_of_their_paths_failed_ones_too(tmp_path) -> None:
     for experiment, seed in (("lora_r2", 1), ("lora_r1", 1)):
         write_record(tmp_path, record(spec(experiment, seed)))
     of = spec("lora_r1", 0)
@@ -144,7 +142,7 @@ CORRUPTIONS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Path) -> None:
+def test_what_is_no_record_is_refused_in_one_line(corruption, tmp_path) -> None:
     content, words = CORRUPTIONS[corruption]
     file = tmp_path / RECORD_FILE
     file.write_bytes(content)
@@ -157,7 +155,7 @@ def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Pat
     assert len(message.splitlines()) == 1
 
 
-def test_half_a_record_is_refused(tmp_path: Path) -> None:
+def test_half_a_record_is_refused(tmp_path) -> None:
     file = write_record(tmp_path, record(spec()))
     content = file.read_bytes()
     for size in range(0, len(content) - 1, 197):  # the last byte is the line's end
@@ -198,7 +196,7 @@ WRONG: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG, ids=range(len(WRONG)))
-def test_a_wrong_value_is_named_by_its_field(field: str, value: object, tmp_path: Path) -> None:
+def test_a_wrong_value_is_named_by_its_field(field, value, tmp_path) -> None:
     file = write_record(tmp_path, record(spec()))
     data = json.loads(file.read_text())
     *sections, last = (int(part) if part == "0" else part for part in field.split("."))
@@ -213,7 +211,7 @@ def test_a_wrong_value_is_named_by_its_field(field: str, value: object, tmp_path
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(failing: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(failing, tmp_path, monkeypatch) -> None:
     file = tmp_path / "record.json"
 
     def fail(*_: object) -> None:
@@ -229,7 +227,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(failing: str, tmp_path:
         assert list(tmp_path.iterdir()) == [file]
 
 
-def test_new_folders_outlast_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folders_outlast_a_power_failure(tmp_path, monkeypatch) -> None:
     """Each name is flushed to disk with the folder that holds it."""
     flushed: list[int] = []
     fsync = os.fsync
@@ -296,7 +294,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         ("study_digits", "lora", "none"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, flips: str, tmp_path: Path) -> None:
+def test_the_digest_of_a_kept_run_is_what_it_was(study, experiment, flips, tmp_path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
     with tarfile.open(KEPT) as kept:
         for member in kept:
@@ -311,7 +309,7 @@ def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, fl
 
 
 @pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
-def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
+def test_flips_of_an_older_study_are_said_by_its_training(flips) -> None:
     """What is of another form is left to who reads it."""
     content = json.loads(study().model_dump_json())
     for experiment in content["experiments"]:
@@ -359,7 +357,7 @@ LOOKS = {"control": "lora_r1", "asked": "superiority", "every": 2, "futility": N
         ({"stopping": LOOKS}, {}),
     ],
 )
-def test_what_0_2_0_wrote_of_a_study_is_read(tmp_path: Path, change: dict[str, Any], beside: dict[str, Any]) -> None:
+def test_what_0_2_0_wrote_of_a_study_is_read(tmp_path, change, beside) -> None:
     study_file(tmp_path, change, **beside)
     read = read_study_file(tmp_path)
     assert read is not None
@@ -382,9 +380,7 @@ def smaller() -> dict[str, Any]:
         ({"experiments": [{"training": {"schedule": "zigzag"}}]}, {}, "experiment.training.schedule"),
     ],
 )
-def test_what_went_of_a_study_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], beside: dict[str, Any], field: str
-) -> None:
+def test_what_went_of_a_study_is_refused(tmp_path, monkeypatch, change, beside, field) -> None:
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     file = study_file(tmp_path, change, **beside)
     with pytest.raises(UserError, match=r"no longer .*peft-vit 0\.2\.0") as caught:
@@ -402,9 +398,7 @@ def test_what_went_of_a_study_is_refused(
         ("training", {"schedule": "zigzag"}, "training.schedule"),
     ],
 )
-def test_what_went_of_a_record_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, settings: dict[str, Any], field: str
-) -> None:
+def test_what_went_of_a_record_is_refused(tmp_path, monkeypatch, section, settings, field) -> None:
     monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     file = older(tmp_path, section, **settings)
@@ -422,14 +416,14 @@ def test_what_went_is_left_out_where_it_did_nothing_and_is_no_result_of_this_ver
     assert read_record(older(tmp_path, "adalora", prune="physical")).spec.digest() == data["spec_digest"]
 
 
-def test_a_record_keeps_what_its_study_registered(tmp_path: Path) -> None:
+def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
     file = write_record(tmp_path, record(spec("lora_r1")))
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
 
 
-def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch) -> None:
     monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none", digested_after="targets"))
     experiment = {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "top_k": 2}}
     assert json.dumps(with_digested(experiment)) == json.dumps(
@@ -440,7 +434,7 @@ def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch: pytest.Mon
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("experiment", ["linear_probe", "lora_r1", "adalora_top_k_fisher", "qa_lora_int8_linear"])
-def test_digest_changes_with_each_field(experiment: str) -> None:
+def test_digest_changes_with_each_field(experiment) -> None:
     base = spec(experiment)
     paths = leaves(base)
     section: dict[str, type[BaseModel]] = {
@@ -462,7 +456,7 @@ def test_digest_changes_with_each_field(experiment: str) -> None:
 @pytest.mark.parametrize(
     "linked", ["quickstart", "quickstart/qa_lora_fp4_cosine", "quickstart/qa_lora_fp4_cosine/seed_1"]
 )
-def test_nothing_is_written_through_a_planted_link(linked: str, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_planted_link(linked, tmp_path) -> None:
     results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (results / linked).parent.mkdir(parents=True)
@@ -472,7 +466,7 @@ def test_nothing_is_written_through_a_planted_link(linked: str, tmp_path: Path) 
     assert not list(elsewhere.iterdir())
 
 
-def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path) -> None:
     folder = tmp_path / "results" / spec().run_id
     folder.mkdir(parents=True)
     for name in (RECORD_FILE, ADAPTER_FILE):
@@ -484,7 +478,7 @@ def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path
     assert (folder / ADAPTER_FILE).read_bytes() == b"adapter"
 
 
-def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path) -> None:
     os.mkfifo(tmp_path / RECORD_FILE)
     with pytest.raises(UserError, match="no regular file"):
         list(read_records(tmp_path))
@@ -502,7 +496,7 @@ def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path
         read_record(tmp_path / "sparse.json")
 
 
-def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path, monkeypatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 

@@ -1,7 +1,5 @@
 """Studies compared and pooled, on planted values whose answer comes from elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -59,7 +57,7 @@ def three(tmp_path: Path) -> Callable[..., Across]:
     return compare
 
 
-def test_pooled_where_only_the_images_differ(three: Callable[..., Across]) -> None:
+def test_pooled_where_only_the_images_differ(three) -> None:
     found = three()
     assert found.reference == "lora_r8"
     assert found.refusals == ()
@@ -91,7 +89,7 @@ DIFFERING: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", DIFFERING)
-def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three: Callable[..., Across], case: str) -> None:
+def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, case) -> None:
     kind, changes, reason = DIFFERING[case]
     refused = three(changes)
     assert refused.pooled == ()
@@ -103,7 +101,7 @@ def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three: Ca
     assert row.allowed == ((kind, refusal.reason),)
 
 
-def test_seconds_of_other_hardware_are_not_pooled_but_accuracy_is(three: Callable[..., Across]) -> None:
+def test_seconds_of_other_hardware_are_not_pooled_but_accuracy_is(three) -> None:
     found = three({"processor": "other"})
     assert (len(found.pooled), found.times) == (1, ())
     (refusal,) = found.refusals
@@ -127,14 +125,14 @@ def slower(factor: float) -> Callable[[RunRecord], RunRecord]:
     )
 
 
-def test_time_is_a_ratio_to_the_reference(tmp_path: Path) -> None:
+def test_time_is_a_ratio_to_the_reference(tmp_path) -> None:
     (row,) = compare_studies(pair(tmp_path, slower(2.0), slower(0.5))).times
     assert row.interval.estimate == pytest.approx(1.0)
     assert (row.interval.low, row.interval.n) == (None, 6)
 
 
 @pytest.mark.parametrize("broken", [0.0, None])  # a record with any other is refused when it is read
-def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) -> None:
+def test_a_time_that_is_none_is_no_time(tmp_path, broken) -> None:
     def changed(run: RunRecord) -> RunRecord:
         first = (run.spec.experiment.name, run.spec.seed) == ("lora_r8", 0)
         return run.model_copy(update={"seconds_per_step": broken}) if first else run
@@ -143,7 +141,7 @@ def test_a_time_that_is_none_is_no_time(tmp_path: Path, broken: float | None) ->
     assert (row.interval.n, row.interval.estimate) == (5, 1.0)
 
 
-def test_precision_and_configuration_are_told_by_field(tmp_path: Path) -> None:
+def test_precision_and_configuration_are_told_by_field(tmp_path) -> None:
     experiment = EXPERIMENTS["lora_r4"]
     longer = experiment.model_copy(update={"training": experiment.training.model_copy(update={"epochs": 9})})
 
@@ -177,14 +175,14 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     assert differences(apart)["splits"] == "a and b divide the same images otherwise", "no seed tells that they agree"
 
 
-def test_only_common_experiments_are_compared_and_others_named(tmp_path: Path) -> None:
+def test_only_common_experiments_are_compared_and_others_named(tmp_path) -> None:
     first, second = records("a", {"lora_r4": A, "lora_r1": A}), records("b", {"lora_r4": B, "lora_r2": B}, images="c")
     found = compare_studies(loaded(tmp_path, first, second))
     assert found.alone == {"lora_r1": "a", "lora_r2": "b"}
     assert {row.name for row in found.rows} == {"lora_r8", "lora_r4"}
 
 
-def test_without_a_common_reference_there_are_no_differences(tmp_path: Path) -> None:
+def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
     def without(run: RunRecord) -> RunRecord | None:
         return None if run.spec.experiment.name == "lora_r8" else run
 
@@ -199,7 +197,7 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path: Path) -> 
     assert [(one["metric"], one["rho"]) for one in found.agreements] == [("fisher", pytest.approx(1.0))]
 
 
-def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_test_counts(tmp_path: Path) -> None:
+def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_test_counts(tmp_path) -> None:
     studies = pair(tmp_path, lora_r4=A, lora_r2=[0.01] * 3, lora_r1=C)
     rows = {row.estimate.name: row.estimate for row in compare_studies(studies).pooled}
     assert rows["lora_r4"].adjusted_p == pytest.approx(3 * rows["lora_r4"].significance.p_value)
@@ -207,7 +205,7 @@ def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_t
     assert rows["lora_r2"].adjusted_p is None, "no spread, no test"
 
 
-def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path: Path) -> None:
+def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path) -> None:
     made = [records("a", {"lora_r4": A}), records("b", {"lora_r4": [0.01]}, images="c")]
     failed = planted.failed(EXPERIMENTS["lora_r4"], 1, "out of memory", study="b")
     studies = loaded(tmp_path, made[0], [*made[1], failed])
@@ -216,7 +214,7 @@ def test_seeds_that_are_missing_leave_a_study_without_interval(tmp_path: Path) -
     assert any("Failed" in notice and "out of memory" in notice for notice in studies["b"].notices)
 
 
-def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_stands_twice_is_refused_by_name(tmp_path) -> None:
     first, second = planted.write(tmp_path / "one", records("a", {"lora_r4": A})), tmp_path / "two"
     planted.write(second, records("b", {"lora_r4": B}, images="c"))
     with pytest.raises(UserError, match=r"one/\.\./one: is given twice"):
@@ -231,7 +229,7 @@ def test_what_stands_twice_is_refused_by_name(tmp_path: Path) -> None:
     assert list(load_across([first, second])) == ["a", "b"]
 
 
-def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -> None:
+def test_the_same_images_in_another_folder_are_the_same_images(tmp_path) -> None:
     places = []
     for study, folder in (("a", "here"), ("b", "there")):
         made = records(study, {"lora_r4": A})
@@ -242,7 +240,7 @@ def test_the_same_images_in_another_folder_are_the_same_images(tmp_path: Path) -
         load_across(places)
 
 
-def test_studies_of_one_name_are_told_apart_by_directory(tmp_path: Path) -> None:
+def test_studies_of_one_name_are_told_apart_by_directory(tmp_path) -> None:
     one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
     two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
     studies = load_across([one, two])
@@ -250,21 +248,21 @@ def test_studies_of_one_name_are_told_apart_by_directory(tmp_path: Path) -> None
     assert len(compare_studies(studies).agreements) == 1
 
 
-def test_smoke_studies_stand_beside_no_real_ones(tmp_path: Path) -> None:
+def test_smoke_studies_stand_beside_no_real_ones(tmp_path) -> None:
     real = planted.write(tmp_path / "real", records("a", {"lora_r4": A}))
     smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
     with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
         load_across([real, smoke])
 
 
-def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path: Path) -> None:
+def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path) -> None:
     failed = planted.write(tmp_path / "c", [planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory", study="c")])
     pair(tmp_path)
     found = compare_studies(load_across([tmp_path / "a", tmp_path / "b", failed]))
     assert (found.reference, [row.studies for row in found.pooled]) == ("lora_r8", [("a", "b")])
 
 
-def test_nothing_in_common_is_bad_input(tmp_path: Path) -> None:
+def test_nothing_in_common_is_bad_input(tmp_path) -> None:
     def only(name: str) -> Callable[[RunRecord], RunRecord | None]:
         return lambda run: run if run.spec.experiment.name == name else None
 
@@ -281,7 +279,7 @@ def test_what_may_be_pooled_is_named_strictly() -> None:
     assert set(POOL_KINDS) == {"configurations", "precision", "versions", "splits", "weights", "timings"}
 
 
-def test_a_setting_of_one_side_only_is_a_difference(tmp_path: Path) -> None:
+def test_a_setting_of_one_side_only_is_a_difference(tmp_path) -> None:
     name = "adalora_top_k_fisher"
     section = EXPERIMENTS[name].adalora.model_copy(update={"top_k": 12})
     other = EXPERIMENTS[name].model_copy(update={"adalora": section})

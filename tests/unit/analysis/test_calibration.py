@@ -1,7 +1,5 @@
 """Calibration against plain loops, scikit-learn and planted confidences."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any
@@ -87,7 +85,7 @@ def test_brier_equals_scikit_learn_for_two_classes() -> None:
 
 
 @pytest.mark.parametrize(("p", "hit"), [([], []), ([0.5], [True, False]), ([1.2], [True]), ([math.nan], [True])])
-def test_what_is_no_confidence_is_refused(p: list[float], hit: list[bool]) -> None:
+def test_what_is_no_confidence_is_refused(p, hit) -> None:
     for of in (equal_width_bins, equal_count_bins, confidence_brier):
         with pytest.raises(ValueError, match="expected"):
             of(p, hit)

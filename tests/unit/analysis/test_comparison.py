@@ -27,7 +27,7 @@ def test_known_mean_and_interval() -> None:
 
 
 @pytest.mark.parametrize(("shift", "expected"), [(0.05, "supported"), (-0.05, "refuted"), (0.0, "not decided")])
-def test_six_seeds_decide_a_clear_difference(shift: float, expected: str) -> None:
+def test_six_seeds_decide_a_clear_difference(shift, expected) -> None:
     linear = [0.70, 0.71, 0.72, 0.73, 0.74, 0.75]
     lora = [value + shift + 0.005 * (-1) ** i * (i + 1) / 3 for i, value in enumerate(linear)]
     (comparison,) = compare_all(two_methods(linear, lora), "linear_probe")
@@ -35,7 +35,7 @@ def test_six_seeds_decide_a_clear_difference(shift: float, expected: str) -> Non
 
 
 @pytest.mark.parametrize(("seeds", "verdict"), [(8, "not decided"), (9, "supported")])
-def test_a_larger_family_needs_more_seeds(seeds: int, verdict: str) -> None:
+def test_a_larger_family_needs_more_seeds(seeds, verdict) -> None:
     study = planted.study_of(planted.quickstart(seeds=tuple(range(seeds)), spread=0.004))
     found = {comparison.name: comparison for comparison in compare_all(study, "linear_probe")}
     assert found["lora_r8"].verdict == verdict

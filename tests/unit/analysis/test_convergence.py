@@ -1,7 +1,5 @@
 """Measures of the loss's course against hand computations, second implementations and planted noise."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -46,7 +44,7 @@ def test_late_deviation_equals_the_standard_error_of_linregress() -> None:
     "losses",
     [[], [1.0, 2.0], *([1.0, 2.0, 1.0] * 4 + [loss] for loss in (math.nan, math.inf, -math.inf, 1e308, -1e155))],
 )
-def test_too_few_losses_or_one_without_a_finite_square_are_not_measured(losses: list[float]) -> None:
+def test_too_few_losses_or_one_without_a_finite_square_are_not_measured(losses) -> None:
     run = run_with(losses)
     assert (late_loss_deviation(run), roughness(run)) == (None, None)
 
@@ -68,7 +66,7 @@ def test_roughness_finds_the_noise_and_not_the_slope() -> None:
         ({}, None),
     ],
 )
-def test_settled_step(validation: dict[int, float], expected: int | None) -> None:
+def test_settled_step(validation, expected) -> None:
     assert settled_step(run_with([1.0], validation=validation)) == expected
 
 

@@ -1,7 +1,5 @@
 """Allocation against its controls, churn, and how early the end was visible; planted."""
 
-from __future__ import annotations
-
 import numpy as np
 import planted
 import pytest
@@ -56,7 +54,7 @@ def test_a_control_of_the_same_strategy_goes_before_another() -> None:
 
 
 @pytest.mark.parametrize("change", [{"total_rank_budget": 144}, {"warmup_steps": 6}, {"scale": 1.0}])
-def test_another_budget_or_course_is_no_control_and_its_absence_is_said(change: dict[str, object]) -> None:
+def test_another_budget_or_course_is_no_control_and_its_absence_is_said(change) -> None:
     row = rows_of([run(ADALORA, 0, 0.8), run(variant("u", importance_metric="uniform", **change), 0, 0.8)])[
         ADALORA.name, "uniform"
     ]
@@ -79,7 +77,7 @@ def test_overlap_by_hand_and_one_minus_the_total_variation_distance() -> None:
     ("overlaps", "expected"),
     [([0.5, 0.95, 0.8, 0.9, 1.0], 30), ([1.0] * 5, 0), ([0.5, 0.6, 0.7, 0.8, 1.0], 40), ([None] * 5, None)],
 )
-def test_settled_from_then_on(overlaps: list[float | None], expected: int | None) -> None:
+def test_settled_from_then_on(overlaps, expected) -> None:
     assert settled_step((0, 10, 20, 30, 40), overlaps) == expected
 
 

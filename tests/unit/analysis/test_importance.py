@@ -1,7 +1,5 @@
 """Importance of layers, and its agreement over seeds and studies: planted scores, and the textbook's formula."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -110,7 +108,7 @@ def test_a_matrix_of_some_blocks_only_counts_neither_as_attention_nor_as_mlp() -
         ([[1, 2, 2, 9], [2, 4, 3, 5]], 12 * 18.5 / 228),
     ],
 )
-def test_w_by_hand_and_where_there_is_none(scores: list[list[float]], w: float | None) -> None:
+def test_w_by_hand_and_where_there_is_none(scores, w) -> None:
     assert kendalls_w(scores) == (None if w is None else pytest.approx(w, abs=1e-12))
     with pytest.raises(ValueError, match="finite"):
         kendalls_w([*scores, [math.nan] * len(scores[0])])

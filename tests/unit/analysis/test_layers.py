@@ -1,7 +1,5 @@
 """Where adaptive ranks went, and what low bits cost and save, on planted truth."""
 
-from __future__ import annotations
-
 import math
 
 import planted
@@ -30,7 +28,7 @@ def impact_of(*records: RunRecord) -> QuantizationImpact:
 @pytest.mark.parametrize(
     ("before", "after", "moved"), [([6, 6, 6], [4, 4, 4], 0), ([4, 4, 4], [6, 4, 2], 2), ([6, 6, 6], [8, 4, 3], 2)]
 )
-def test_moved_ranks_do_not_count_the_budget(before: list[int], after: list[int], moved: int) -> None:
+def test_moved_ranks_do_not_count_the_budget(before, after, moved) -> None:
     assert moved_ranks(before, after) == moved
 
 
@@ -60,7 +58,7 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
 
 
 @pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
-def test_sizes_within_one_percent_are_equal(final: int, paired: bool) -> None:
+def test_sizes_within_one_percent_are_equal(final, paired) -> None:
     one = allocation_of(
         planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)),
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(final)),

@@ -1,7 +1,5 @@
 """Pareto fronts against brute force, and on planted studies."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import planted
@@ -23,7 +21,7 @@ def fronts_of(records: list[RunRecord]) -> dict[str, Front]:
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=14))
-def test_the_front_is_what_nothing_dominates(pairs: list[tuple[int, int]]) -> None:
+def test_the_front_is_what_nothing_dominates(pairs) -> None:
     """Word by word: no other is at least as good in both, and better in one."""
     expected = [
         not any(c <= cost and v >= value and (c, v) != (cost, value) for c, v in pairs) for cost, value in pairs
@@ -32,7 +30,7 @@ def test_the_front_is_what_nothing_dominates(pairs: list[tuple[int, int]]) -> No
 
 
 @pytest.mark.parametrize(("values", "words"), [([1], "2 and 1"), ([1, float("nan")], "NaN")])
-def test_unequal_lengths_and_nan_are_refused(values: list[float], words: str) -> None:
+def test_unequal_lengths_and_nan_are_refused(values, words) -> None:
     with pytest.raises(ValueError, match=words):
         pareto_front([1, 2], values)
 
@@ -98,7 +96,7 @@ def test_an_unrecorded_cost_is_named_and_one_that_nobody_has_makes_no_front() ->
 
 
 @pytest.mark.parametrize("change", [{"processor": "aarch64"}, {"threads": 8}, {"device": "cuda"}])
-def test_seconds_of_several_machines_are_not_compared(change: dict[str, object]) -> None:
+def test_seconds_of_several_machines_are_not_compared(change) -> None:
     found = fronts_of(
         [
             planted.record(EXPERIMENTS["lora_r1"], 0, 0.8),

@@ -1,7 +1,5 @@
 """Recommendations on planted records and planted arrays, whose truth is known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +61,7 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
         ({"n": 1}, False, False),
     ],
 )
-def test_what_does_not_decide(made: dict[str, Any], adjusted: bool, needed: bool) -> None:
+def test_what_does_not_decide(made, adjusted, needed) -> None:
     third = made.pop("third", 0.7999)
     found = asked(records({BEST: 0.80, THIRD: third}, **made))
     assert (found.outcome, found.chosen) == ("not decided", None)
@@ -267,7 +265,7 @@ REFUSED: dict[str, tuple[Callable[[Any], object], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("option", REFUSED)
-def test_other_limits_are_refused_by_option_in_one_line(option: str) -> None:
+def test_other_limits_are_refused_by_option_in_one_line(option) -> None:
     read, wrong = REFUSED[option]
     for value in wrong:
         with pytest.raises(UserError) as raised:
@@ -276,7 +274,7 @@ def test_other_limits_are_refused_by_option_in_one_line(option: str) -> None:
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.01), (-0.005, 0.004), (0.004, 0.03)])
-def test_needed_n_is_that_of_statsmodels(mean: float, spread: float) -> None:
+def test_needed_n_is_that_of_statsmodels(mean, spread) -> None:
     values = mean + spread * np.array([-1.0, 0.0, 1.0])  # standard deviation: the spread
     n = needed_pairs(values, 0.01, ALPHA / 3)
     power = TTestPower()
@@ -286,7 +284,7 @@ def test_needed_n_is_that_of_statsmodels(mean: float, spread: float) -> None:
 
 
 @pytest.mark.parametrize("values", [[-0.011, -0.012, -0.010], [0.0, 0.0], [0.0], [-1.0, 0.9799]])
-def test_no_n_shows_what_is_not_so_or_takes_more_than_1000(values: list[float]) -> None:
+def test_no_n_shows_what_is_not_so_or_takes_more_than_1000(values) -> None:
     assert needed_pairs(values, 0.01, ALPHA) is None
 
 
@@ -312,7 +310,7 @@ def shown(differences: np.ndarray) -> list[bool]:
 # Where the error rate is largest: all candidates lose exactly the margin. Then with one that is truly good among them.
 @pytest.mark.parametrize("shared", [0.0, 0.5, 0.95])
 @pytest.mark.parametrize("true", [[-0.01] * 4, [-0.01, -0.01, 0.02], [-0.01, 0.0, -0.013, 0.01]])
-def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true: list[float], shared: float) -> None:
+def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true, shared) -> None:
     differences = simulated(true, shared=shared, seed=3)
     inferior = {i for i, value in enumerate(true) if value <= -MARGIN}
     wrong = sum(any(np.array(shown(one))[sorted(inferior)]) for one in differences)

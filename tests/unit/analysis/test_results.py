@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import planted
 import pytest
@@ -34,7 +33,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("content", "words"), SPOILED.values(), ids=SPOILED)
-def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_bad_record_is_named_and_the_good_ones_count(content, words, tmp_path) -> None:
     results = read_results(results_with(tmp_path, content))
     (study,) = results.studies
     assert [run.seed for run in study.runs] == [0, 1, 2]
@@ -49,7 +48,7 @@ def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: st
             strict(tmp_path)
 
 
-def test_where_nothing_can_be_read_every_file_is_named_and_those_of_two_schemas_in_one_notice(tmp_path: Path) -> None:
+def test_where_nothing_can_be_read_every_file_is_named_and_those_of_two_schemas_in_one_notice(tmp_path) -> None:
     results_with(tmp_path, b'{"schema_version": 2}')
     stranger = tmp_path / "quickstart/lora_r8/seed_6/record.json"
     stranger.parent.mkdir()
@@ -67,9 +66,7 @@ def test_where_nothing_can_be_read_every_file_is_named_and_those_of_two_schemas_
 
 
 @pytest.mark.parametrize(("accuracy", "seeds"), [(0.7, [0, 1, 2]), (0.9, [1, 2])])
-def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_all(
-    tmp_path: Path, accuracy: float, seeds: list[int]
-) -> None:
+def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_all(tmp_path, accuracy, seeds) -> None:
     planted.write(tmp_path / "b", GOOD)
     planted.write(tmp_path / "a", [planted.record(EXPERIMENTS["linear_probe"], 0, accuracy)])
     results = read_results(tmp_path)
@@ -85,7 +82,7 @@ def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_a
             load_studies(tmp_path)
 
 
-def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Path) -> None:
+def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path) -> None:
     planted.write(tmp_path / "out", GOOD)
     another = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, study="another")
     planted.write(tmp_path / "out", [another])
@@ -105,7 +102,7 @@ def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Pa
 # --- what was planned -------------------------------------------------------------------------------------------------
 
 
-def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
+def test_every_planned_run_is_in_one_state(tmp_path) -> None:
     broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
     begun = {
         "lora_r8/seed_0": attempt("running", worker="worker 1"),
@@ -131,7 +128,7 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     assert "In progress" not in "\n".join(alone.notices)
 
 
-def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
+def test_a_study_of_which_only_its_file_is_there(tmp_path) -> None:
     (study,) = read_results(planned(tmp_path, [], {})).studies
     assert (study.name, study.runs, study.failed) == ("quickstart", (), ())
     assert [e.name for e in study.experiments] == ["linear_probe", "lora_r8"]
@@ -140,7 +137,7 @@ def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
     assert (alone.unfinished, alone.notices) == (study.unfinished, study.notices)
 
 
-def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp_path: Path) -> None:
+def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {"lora_r8/seed_0": attempt("interrupted")})
     (folder / "quickstart/lora_r8/seed_0" / PROGRESS_FILE).write_bytes(b"{torn")
     results = read_results(folder)
@@ -149,7 +146,7 @@ def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp
     assert (run.state, run.note) == ("pending", "its progress.json can't be read and counts as not there")
 
 
-def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_path: Path) -> None:
+def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {})
     before = read_results(folder)
     rows = b'{"at":"2999-01-01T00:00:00+00:00","attempt":1,"event":"failed","run":"lora_r8/seed_0"}\n{torn'
@@ -158,7 +155,7 @@ def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_p
     assert read_results(folder) == before
 
 
-def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
+def test_a_damaged_study_file_does_not_hide_its_records(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {})
     (folder / "quickstart" / "study.json").write_text('{"schema_version": 2}')
     results = read_results(folder)
@@ -166,21 +163,21 @@ def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
     assert results.lines()[0].startswith(f"left out: {folder}/quickstart/study.json: schema_version: ")
 
 
-def test_results_of_two_machines_are_one_plan(tmp_path: Path) -> None:
+def test_results_of_two_machines_are_one_plan(tmp_path) -> None:
     planned(tmp_path / "one", GOOD[:1], {})
     planned(tmp_path / "two", GOOD[1:2], {})
     (study,) = read_results(tmp_path).studies
     assert (study.counts()["done"], study.counts()["pending"]) == (2, 4)
 
 
-def test_records_that_were_not_planned_count_and_are_named(tmp_path: Path) -> None:
+def test_records_that_were_not_planned_count_and_are_named(tmp_path) -> None:
     strangers = [planted.record(EXPERIMENTS["lora_r4"], seed, 0.8) for seed in (0, 1, 2, 5)]
     (study,) = read_results(planned(tmp_path, strangers, {})).studies
     assert len(study.runs) == 4
     assert any(n.startswith("Not planned: study.json does not name lora_r4 seeds 0–2, 5") for n in study.notices)
 
 
-def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path: Path) -> None:
+def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     results_with(one, b"[]")
     for file in sorted(one.rglob(RECORD_FILE), reverse=True):

@@ -1,7 +1,5 @@
 """From records to the courses of comparisons: which pairs count, in which order, and by which rule."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import planted

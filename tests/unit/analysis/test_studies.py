@@ -1,4 +1,3 @@
-from pathlib import Path
 
 import planted
 import pytest
@@ -9,7 +8,7 @@ from peft_vit.errors import UserError
 EXPERIMENTS = planted.experiments()
 
 
-def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path: Path) -> None:
+def test_all_runs_of_the_quickstart_are_found_in_order(tmp_path) -> None:
     (study,) = load_studies(planted.write(tmp_path, planted.quickstart()))
     names = ["linear_probe", "full_finetuning", "lora_r1", "lora_r2", "lora_r4", "lora_r8"]
     assert [experiment.name for experiment in study.experiments][:6] == names
@@ -54,7 +53,7 @@ def test_smoke_runs_and_real_runs_are_never_pooled() -> None:
         ({}, "Configurations differ between the seeds of lora_r8"),
     ],
 )
-def test_what_differs_between_runs_is_named(changes: dict, words: str) -> None:
+def test_what_differs_between_runs_is_named(changes, words) -> None:
     lora = EXPERIMENTS["lora_r8"]
     other = lora if changes else EXPERIMENTS["lora_r4"].model_copy(update={"name": "lora_r8"})
     records = [planted.record(lora, 0, 0.7), planted.record(other, 1, 0.7, provenance_changes=changes)]
@@ -78,7 +77,7 @@ def test_warnings_are_named_once_a_text() -> None:
     ("place", "words"),
     [(".", "holds no record.json"), ("x" * 5000, "does not exist"), ("file", "file: is no directory")],
 )
-def test_an_empty_or_missing_directory_is_one_line(place: str, words: str, tmp_path: Path) -> None:
+def test_an_empty_or_missing_directory_is_one_line(place, words, tmp_path) -> None:
     if place == "file":
         (tmp_path / place).touch()
     with pytest.raises(UserError, match=words):

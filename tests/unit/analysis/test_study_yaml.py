@@ -94,7 +94,7 @@ def test_every_method_is_among_the_experiments() -> None:
 
 
 @pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[one["name"] for one in EXPERIMENTS])
-def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
+def test_the_file_says_what_the_record_says(place, tmp_path) -> None:
     study = planted_study()
     record = planted.record(planted.experiments()["linear_probe"], 3, 0.8)
     spec = spec_of(study, place)
@@ -108,7 +108,7 @@ def test_the_file_says_what_the_record_says(place: int, tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8").startswith("# why: because\n# second\nname: ")
 
 
-def test_a_path_in_any_script_comes_back_and_measures_that_nobody_asked_for_are_not_written(tmp_path: Path) -> None:
+def test_a_path_in_any_script_comes_back_and_measures_that_nobody_asked_for_are_not_written(tmp_path) -> None:
     data = {"dataset": "csv", "path": "bilder/ö: 数据 'x' \"y\" \\n.csv", "image_size": 32, "validation_images": 20}
     study = planted_study(data=data, measures={})
     file = tmp_path / "again.yaml"

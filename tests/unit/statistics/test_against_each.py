@@ -30,7 +30,7 @@ def rates(lead: np.ndarray, spread: np.ndarray) -> tuple[float, float]:
         ([0.0, 0.5, 0.5, 0.5, 0.5], [3.0, 0.1, 0.1, 0.1, 0.1]),  # an equal one of large spread among weak ones
     ],
 )
-def test_equal_rivals_show_neither(lead: list[float], spread: list[float]) -> None:
+def test_equal_rivals_show_neither(lead, spread) -> None:
     assert max(rates(np.array(lead), np.array(spread))) <= 0.05 + ROOM
 
 

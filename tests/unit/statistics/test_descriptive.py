@@ -25,7 +25,7 @@ def test_gini_equals_the_mean_absolute_difference() -> None:
         (lambda x: spearman(x, [1]), [1, 2], "equal lengths"),
     ],
 )
-def test_meaningless_amounts_are_refused(measure, amounts: list, words: str) -> None:
+def test_meaningless_amounts_are_refused(measure, amounts, words) -> None:
     with pytest.raises(ValueError, match=words):
         measure(amounts)
 

@@ -21,7 +21,7 @@ def test_one_seed_has_no_interval() -> None:
         ),
     ],
 )
-def test_what_has_no_interval_is_refused(interval, words: str) -> None:
+def test_what_has_no_interval_is_refused(interval, words) -> None:
     with pytest.raises(ValueError, match=words):
         interval()
 

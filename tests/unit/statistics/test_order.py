@@ -42,9 +42,7 @@ FUNCTIONS = {
 @settings(max_examples=25)
 @example(values=[0.0, 1e-210, 3e-210], data=None)  # squares of these are zero
 @given(values=VALUES, data=st.data())
-def test_order_does_not_change_a_bit_and_nothing_is_nan(
-    name: str, values: list[float], data: st.DataObject | None
-) -> None:
+def test_order_does_not_change_a_bit_and_nothing_is_nan(name, values, data) -> None:
     function = FUNCTIONS[name]
     other = values[::-1] if data is None else data.draw(st.permutations(values))
     first, second = function(np.array(values)), function(np.array(other))

@@ -25,7 +25,7 @@ def drawn(mean: float, n: int = 30, seed: int = 0, sd: float = 0.01) -> list[flo
 
 
 @pytest.mark.parametrize(("mean", "verdict"), [(0.02, "supported"), (-0.03, "refuted")])
-def test_a_clear_gain_or_loss_is_decided_before_the_maximum(mean: float, verdict: str) -> None:
+def test_a_clear_gain_or_loss_is_decided_before_the_maximum(mean, verdict) -> None:
     (course,) = follow({"clear": drawn(mean)}, RULE)
     assert (course.superiority, course.noninferiority, course.stopped) == (verdict, verdict, "decided")
     look = course.looks[-1]
@@ -106,7 +106,7 @@ def naive_graph(p_values: np.ndarray, level: float) -> np.ndarray:
 
 @given(data=st.data(), m=st.integers(1, 4), q=st.integers(1, 2))
 @settings(max_examples=200)
-def test_the_level_passes_on_as_on_the_graph(data: st.DataObject, m: int, q: int) -> None:
+def test_the_level_passes_on_as_on_the_graph(data, m, q) -> None:
     values = st.sampled_from([0.001, 0.008, 0.012, 0.013, 0.016, 0.02, 0.024, 0.026, 0.04, 0.06, 0.5])
     p_values = np.array([[data.draw(values) for _ in range(q)] for _ in range(m)])
     nested = np.sort(p_values, axis=1)
@@ -126,7 +126,7 @@ def test_adjusted_p_values_of_one_question_are_those_of_holm() -> None:
     form=st.sampled_from(get_args(Spending)),
 )
 @settings(max_examples=40)
-def test_more_data_only_adds_looks(mean: float, seed: int, cut: int, asked: str, form: str) -> None:
+def test_more_data_only_adds_looks(mean, seed, cut, asked, form) -> None:
     """A killed study goes on where it was: what was seen stays, and what has stopped stays stopped."""
     rule = StoppingRule(asked, 0.01, LOOKS, form=form)  # type: ignore[arg-type]
     rng = np.random.default_rng(seed)
@@ -142,7 +142,7 @@ def test_more_data_only_adds_looks(mean: float, seed: int, cut: int, asked: str,
 
 @given(mean=st.floats(-0.02, 0.02), seed=st.integers(0, 50), form=st.sampled_from(get_args(Spending)))
 @settings(max_examples=60)
-def test_a_verdict_is_a_bound_that_was_met(mean: float, seed: int, form: str) -> None:
+def test_a_verdict_is_a_bound_that_was_met(mean, seed, form) -> None:
     """Of a comparison alone, whose bounds never move; among several, those of looks before can still fall."""
     values = list(np.random.default_rng(seed).normal(mean, 0.01, 30))
     (course,) = follow({"a": values}, StoppingRule("both", 0.01, LOOKS, form=form))  # type: ignore[arg-type]
@@ -193,7 +193,7 @@ def test_correlation_of_folds_widens_bounds_as_nadeau_and_bengio_do() -> None:
 
 
 @pytest.mark.parametrize("values", [[], [0.02], [0.02] * 10, [0.82 - 0.81, 0.81 - 0.80] * 5])
-def test_too_few_pairs_or_no_spread_decide_nothing(values: list[float]) -> None:
+def test_too_few_pairs_or_no_spread_decide_nothing(values) -> None:
     (course,) = follow({"a": values}, StoppingRule("both", 0.01, (1, 5, 30)))
     assert (course.superiority, course.noninferiority, course.stopped) == ("not decided", "not decided", None)
     assert all(math.isinf(look.low) and math.isinf(look.high) for look in course.looks)
@@ -207,6 +207,6 @@ def test_too_few_pairs_or_no_spread_decide_nothing(values: list[float]) -> None:
         ({}, "at least one comparison"),
     ],
 )
-def test_data_that_do_not_fit_the_rule_are_refused_by_name(data: dict[str, list[float]], words: str) -> None:
+def test_data_that_do_not_fit_the_rule_are_refused_by_name(data, words) -> None:
     with pytest.raises(ValueError, match=words):
         follow(data, RULE)

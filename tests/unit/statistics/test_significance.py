@@ -35,7 +35,7 @@ def test_one_seed_far_out_does_not_turn_the_verdict() -> None:
 
 @pytest.mark.parametrize("comparisons", [1, 3, 11])
 @pytest.mark.parametrize("n", [1, 5, 6, 7, 8, 9, 10])
-def test_minimum_n_of_a_family_is_where_holm_lets_the_extreme_outcome_pass(comparisons: int, n: int) -> None:
+def test_minimum_n_of_a_family_is_where_holm_lets_the_extreme_outcome_pass(comparisons, n) -> None:
     needed = minimum_n_wilcoxon(0.05, comparisons)
     extreme = replace(wilcoxon([float(i + 1) for i in range(n)]), minimum_n=needed)
     adjusted = holm([extreme.p_value, *[1.0] * (comparisons - 1)])[0]

@@ -29,7 +29,7 @@ def test_one_stratum_is_students_interval_and_no_order_matters() -> None:
 
 
 @pytest.mark.parametrize(("strata", "reason"), [([A, [0.1]], "single pair"), ([[0.1, 0.1], [0.3 - 0.1] * 3], "spread")])
-def test_no_interval_without_spread(strata: list[list[float]], reason: str) -> None:
+def test_no_interval_without_spread(strata, reason) -> None:
     interval, test = stratified_mean(strata)
     assert (interval.low, test.p_value) == (None, None)
     assert reason in (interval.reason or "")

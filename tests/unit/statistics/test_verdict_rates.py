@@ -5,7 +5,7 @@ within three Monte-Carlo standard errors. Where a test only promises a bound, wi
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -71,7 +71,7 @@ def planted(kind: str, n: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     "kind", ["normal", "unequal variance of the two methods", "unequal variance of the seeds", "ties"]
 )
-def test_equal_methods_are_told_apart_no_more_often_than_alpha(kind: str) -> None:
+def test_equal_methods_are_told_apart_no_more_often_than_alpha(kind) -> None:
     """Signs are random given the sizes, so the test holds its level whatever the variances are."""
     found = superiority(planted(kind, 8), wilcoxon)
     assert is_at_most((found["supported"] + found["refuted"]) / STUDIES, ALPHA)
@@ -90,14 +90,14 @@ def test_exact_wilcoxon_errs_as_often_as_its_distribution_says() -> None:
 
 
 @pytest.mark.parametrize(("shift", "right", "wrong"), [(2.0, "supported", "refuted"), (-2.0, "refuted", "supported")])
-def test_a_large_effect_is_found_and_never_in_the_wrong_direction(shift: float, right: str, wrong: str) -> None:
+def test_a_large_effect_is_found_and_never_in_the_wrong_direction(shift, right, wrong) -> None:
     found = superiority(planted("normal", 10) + shift, wilcoxon)
     assert found[right] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
     assert found[wrong] == 0
 
 
 @pytest.mark.parametrize("equal", [0, 2])
-def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal: int) -> None:
+def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal) -> None:
     """Three comparisons at n = 8 under Holm, of which the first have an effect: false verdicts on the others."""
     rng = np.random.default_rng(1)
     wrong = 0
@@ -134,7 +134,7 @@ def inside(mean: float, margin: float, n: int) -> float:
 
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 2.0, 4.0, -2.0])
-def test_equivalence_within_two_standard_deviations(n: int, mean: float) -> None:
+def test_equivalence_within_two_standard_deviations(n, mean) -> None:
     found = within_margin(planted("normal", n) + mean, 2.0, equivalence, beyond_margin)
     assert is_rate(found["supported"] / STUDIES, inside(mean, 2.0, n))
     refuted = above(mean, 2.0, n, ALPHA / 2) + above(-mean, 2.0, n, ALPHA / 2)
@@ -147,7 +147,7 @@ def test_equivalence_within_two_standard_deviations(n: int, mean: float) -> None
 
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.5, 0.0, -1.0, -2.5])
-def test_noninferiority_by_one_standard_deviation(n: int, mean: float) -> None:
+def test_noninferiority_by_one_standard_deviation(n, mean) -> None:
     found = within_margin(planted("normal", n) + mean, 1.0, noninferiority, inferiority)
     assert is_rate(found["supported"] / STUDIES, above(mean, -1.0, n))
     assert is_rate(found["refuted"] / STUDIES, above(-mean, 1.0, n))
@@ -172,7 +172,7 @@ def test_ties_at_the_margin_are_no_proof() -> None:
     ("shown", "opposite", "means"),
     [(equivalence, beyond_margin, [3.0, -3.0, 3.0]), (noninferiority, inferiority, [-3.0, -3.0, -3.0])],
 )
-def test_a_family_of_claims_holds_its_level(shown: Callable, opposite: Callable, means: Sequence[float]) -> None:
+def test_a_family_of_claims_holds_its_level(shown, opposite, means) -> None:
     """All three means stand at the margin, where both errors are at their largest."""
     rng = np.random.default_rng(2)
     false: Counter[str] = Counter()
@@ -197,6 +197,6 @@ NAMED: list[Test] = [
 
 @pytest.mark.parametrize("test", NAMED)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused_by_name(test: Test, bad: float) -> None:
+def test_what_is_not_finite_is_refused_by_name(test, bad) -> None:
     with pytest.raises(ValueError, match=rf"differences: .* got {bad} at position 2 \(1 of 6 are not\)"):
         test(np.array([0.1, 0.2, bad, 0.4, 0.5, 0.6]))

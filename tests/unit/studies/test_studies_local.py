@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import psutil
@@ -153,7 +152,7 @@ def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> None:
+def test_a_killed_driver_leaves_no_worker_behind(tmp_path, cache) -> None:
     make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, 1, folder)"
     started, left = left_by_killed_driver(tmp_path, make)
     assert started >= 1
