@@ -1,6 +1,5 @@
 """What `make sizes` counts, on a tree whose tokens are counted by hand."""
 
-
 from code_size import counted, tokens
 
 CODE = '''"""A docstring."""

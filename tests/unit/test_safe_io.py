@@ -19,11 +19,9 @@ def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:
         read_bytes(file, 4)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    (tmp_path / "endless").symlink_to("/dev/zero")
-    for name, words in (
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("pipe", "no regular file"),
         ("endless", "no regular file"),
         (".", "Is a directory"),
@@ -31,11 +29,16 @@ def test_what_is_no_file_is_refused_at_once(tmp_path) -> None:
         ("loop", "Too many levels"),
         ("a\0b", "impossible name"),
         ("x" * 300, "File name too long"),
-    ):
-        with pytest.raises(OSError, match=words) as caught:
-            read_bytes(tmp_path / name)
-        assert caught.value.strerror
-        assert caught.value.filename == str(tmp_path / name)
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, name, words) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=words) as caught:
+        read_bytes(tmp_path / name)
+    assert caught.value.strerror
+    assert caught.value.filename == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("relative", ["..", "a/../../b", "/etc", "", "a\0b"])

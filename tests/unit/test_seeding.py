@@ -51,13 +51,6 @@ class TestStreams:
         assert torch.equal(torch.get_rng_state(), before_torch)
 
 
-def test_draws_for_one_purpose_move_no_other() -> None:
-    order, noise = torch_generator(0, "data_order"), torch_generator(0, "augmentation")
-    alone = torch.randperm(100, generator=torch_generator(0, "data_order"))
-    torch.rand(1_000, generator=noise)
-    assert torch.equal(torch.randperm(100, generator=order), alone)
-
-
 def test_numbers_are_those_of_this_version() -> None:
     """Recorded runs can be repeated only while these stay; a change is a new schema of records."""
     assert torch_generator(0, "head_init").initial_seed() == 8761181466370791119

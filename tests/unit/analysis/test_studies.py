@@ -1,4 +1,3 @@
-
 import planted
 import pytest
 
