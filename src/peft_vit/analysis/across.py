@@ -106,39 +106,39 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         UserError: if a directory can't be read, if a study or a run stands twice, if there are fewer than two studies,
             or if real and smoke studies are mixed; names them.
     """
-    found: list[tuple[Path, Study]] = []
+    studies: list[tuple[Path, Study]] = []
     places: dict[Path, Path] = {}
     for directory in directories:
         place = Path(directory).resolve()
         if place in places:
             raise UserError(f"is given twice (as {places[place]}); give each directory once", file=directory)
         places[place] = directory
-        found += [(directory, study) for study in load_studies(directory)]
-    _refuse_copies(found)
-    smoke = [f"{study.label} in {directory}" for directory, study in found if study.smoke]
-    if smoke and len(smoke) < len(found):
-        problem = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
-        raise UserError(f"{problem}; leave them out", file="compare")
-    labels = [study.label for _, study in found]
-    if len(found) < 2:
-        problem = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
-        raise UserError(problem, file=directories[0])
+        studies += [(directory, study) for study in load_studies(directory)]
+    _refuse_copies(studies)
+    smoke = [f"{study.label} in {directory}" for directory, study in studies if study.smoke]
+    if smoke and len(smoke) < len(studies):
+        reason = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
+        raise UserError(f"{reason}; leave them out", file="compare")
+    labels = [study.label for _, study in studies]
+    if len(studies) < 2:
+        reason = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
+        raise UserError(reason, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
-        for directory, study in found
+        for directory, study in studies
     }
 
 
-def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
+def _refuse_copies(studies: Sequence[tuple[Path, Study]]) -> None:
     """Refuse a run that stands in two studies: the same seed of the same configuration on the same images."""
     seen: dict[str, tuple[Path, str]] = {}
-    for directory, study in found:
+    for directory, study in studies:
         for run in study.runs:
             spec, made = run.record.spec, run.provenance
             # the same images elsewhere are the same images
             anywhere = {"study": "any", "device": "auto", "threads": 1}
-            asked = spec.model_copy(update={**anywhere, "data": spec.data.model_copy(update={"path": None})})
-            key = f"{asked.model_dump_json()} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
+            settings = spec.model_copy(update={**anywhere, "data": spec.data.model_copy(update={"path": None})})
+            key = f"{settings.model_dump_json()} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
             if key in seen:
                 other, name = seen[key]
                 same = "holds it" if name == spec.run_id else f"holds it as {name!r}"
@@ -172,18 +172,18 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
     )
     shared = [name for name, labels in found_in.items() if len(labels) > 1]
     if not shared:
-        problem = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
-        raise UserError(problem, file=", ".join(studies))
+        reason = "no experiment has finished runs in two of them under the same name, so there is nothing to compare"
+        raise UserError(reason, file=", ".join(studies))
     chosen = _reference(studies, shared) if reference is None else reference
     if chosen is not None and chosen not in shared:
-        problem = f"{chosen!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
-        raise UserError(problem, field="--reference")
+        reason = f"{chosen!r} has finished runs in fewer than two studies; choose one of {', '.join(shared)}"
+        raise UserError(reason, field="--reference")
     rows = []
     for label, study in studies.items():
         results = [result for result in method_results(study) if result.experiment.name in shared]
         compared: dict[str, Estimate] = {}
         if chosen is not None and study.of(chosen):
-            compared = {one.name: one for one in compare_all(study, chosen, shared)}
+            compared = {estimate.name: estimate for estimate in compare_all(study, chosen, shared)}
         rows += [InStudy(label, result, compared.get(result.experiment.name)) for result in results]
     pooled, times, refusals = _pooled(studies, [] if chosen is None else shared, chosen or "", pool)
     # two may share a name
@@ -235,17 +235,17 @@ def _pooled(
             if all(kind in pool for kind, _ in allowed) and len(known) > 1:
                 table.append(_row(name, known, allowed, note))
     decided = decide([row.estimate for row in rows])  # one that nothing may decide still counts in the family
-    for place, one in enumerate(decided):
-        open_ = replace(one, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
-        rows[place] = replace(rows[place], estimate=open_ if one.note else one)
+    for place, decision in enumerate(decided):
+        open_ = replace(decision, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
+        rows[place] = replace(rows[place], estimate=open_ if decision.note else decision)
     refusals = [Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in grouped(refused).items()]
-    refusals.sort(key=lambda one: (one.kind, one.experiments))
+    refusals.sort(key=lambda refusal: (refusal.kind, refusal.experiments))
     return tuple(rows), tuple(map(_as_ratio, times)), tuple(refusals)
 
 
 def _pairs(study: Study, name: str, reference: str) -> list[tuple[Run, Run]]:
     """Return the pairs of runs that `compare` forms: the experiment's and the reference's."""
-    runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
+    runs, others = ({run.seed: run for run in study.of(experiment)} for experiment in (name, reference))
     seeds = compare(study.of(name), study.of(reference), name, reference).by_seed
     return [(runs[seed], others[seed]) for seed in sorted(seeds)]
 
@@ -291,12 +291,12 @@ def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
     Raises:
         UserError: for a name that is none of POOL_KINDS; names the option.
     """
-    asked = [part.strip() for part in text.split(",")] if text else []
-    unknown = [name for name in asked if name not in POOL_KINDS]
+    kinds = [part.strip() for part in text.split(",")] if text else []
+    unknown = [name for name in kinds if name not in POOL_KINDS]
     if unknown:
-        problem = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
-        raise UserError(problem, field=option)
-    return frozenset(kind for kind in POOL_KINDS if kind in asked)
+        reason = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
+        raise UserError(reason, field=option)
+    return frozenset(kind for kind in POOL_KINDS if kind in kinds)
 
 
 def differences(runs_of: RunsOf) -> dict[PoolKind, str]:
@@ -355,12 +355,12 @@ def _splits(runs_of: RunsOf) -> Iterator[str]:
 
 
 def _configurations(runs_of: RunsOf) -> Iterator[str]:
-    asked = dict.fromkeys(
+    configured = dict.fromkeys(
         (run.experiment.name, label, run.experiment.model_dump_json())
         for label, runs in runs_of.items()
         for run in runs
     )
-    by_name = grouped((name, (label, dict(_flat(json.loads(text))))) for name, label, text in asked)
+    by_name = grouped((name, (label, dict(_flat(json.loads(text))))) for name, label, text in configured)
     for name, own in sorted(by_name.items()):
         for field in sorted({field for _, settings in own for field in settings}):
             values = grouped((label, str(settings.get(field))) for label, settings in own)
@@ -375,7 +375,7 @@ def _flat(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in plain.items():
             yield from _flat(value, f"{path}.{key}" if path else key)
     elif path == "training.augmentation":
-        yield path, [one for one in plain if "flip" not in one]
+        yield path, [change for change in plain if "flip" not in change]
     else:
         yield path, plain
 

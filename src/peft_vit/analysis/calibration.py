@@ -80,11 +80,11 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     Cooper & Hauskrecht, AAAI 2015; Guo et al. 2017, arXiv 1706.04599.
     """
     gaps = (
-        one.count * abs(one.accuracy - one.confidence)
-        for one in bins
-        if one.accuracy is not None and one.confidence is not None
+        each.count * abs(each.accuracy - each.confidence)
+        for each in bins
+        if each.accuracy is not None and each.confidence is not None
     )
-    return math.fsum(gaps) / sum(one.count for one in bins)
+    return math.fsum(gaps) / sum(each.count for each in bins)
 
 
 def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
@@ -102,8 +102,8 @@ def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], flo
     """Return the measure of a run's confidences on test and of what is right; of a record without predictions None."""
 
     def of(run: Run) -> float | None:
-        found = _predictions(run)
-        return None if found is None else measure(*found)
+        predictions = _predictions(run)
+        return None if predictions is None else measure(*predictions)
 
     return of
 
@@ -149,7 +149,7 @@ def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | No
 
 
 def _calibration(runs: tuple[Run, ...]) -> Calibration:
-    known = {run.seed: found for run in runs if (found := _predictions(run)) is not None}
+    known = {run.seed: predictions for run in runs if (predictions := _predictions(run)) is not None}
     confidence, right = [p for p, _ in known.values()], [hit for _, hit in known.values()]
     return Calibration(
         experiment=runs[0].experiment,

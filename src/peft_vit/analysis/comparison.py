@@ -172,15 +172,17 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
         size: number of tests in the family, if it is larger than those that have values; the others count as 1.
     """
     decided = list(family)
-    places = [place for place, one in enumerate(family) if one.by_seed and one.question.is_tested]
+    places = [place for place, estimate in enumerate(family) if estimate.by_seed and estimate.question.is_tested]
     if untested:
         for place in places:
             note = together(family[place].note, untested)
             decided[place] = replace(family[place], significance=None, note=note)
         return tuple(decided)
     tests = [
-        (one.significance, one.significance) if one.significance is not None else one.question.tests(one)
-        for one in (family[place] for place in places)
+        (estimate.significance, estimate.significance)
+        if estimate.significance is not None
+        else estimate.question.tests(estimate)
+        for estimate in (family[place] for place in places)
     ]
     shown, opposite = (_holm([pair[side] for pair in tests], size) for side in (0, 1))
     for place, pair, *p_values in zip(places, tests, shown, opposite, strict=True):
@@ -195,21 +197,23 @@ def _holm(tests: Sequence[Significance], size: int) -> list[float | None]:
 
 
 def _decided(
-    one: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
+    compared: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
 ) -> Estimates:
-    assert one.interval is not None
+    assert compared.interval is not None
     (test, opposite), (p_value, opposite_p) = tests, p_values
-    if one.question.kind == "superiority":
-        lead = one.interval.estimate - one.question.margin
+    if compared.question.kind == "superiority":
+        lead = compared.interval.estimate - compared.question.margin
         rivals = 1
         if lead <= 0:
-            test, p_value, rivals = opposite, opposite_p, max(len(one.rivals), 1)
-        if one.significance is None:
+            test, p_value, rivals = opposite, opposite_p, max(len(compared.rivals), 1)
+        if compared.significance is None:
             test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * rivals))
-        found = verdict(lead, test, p_value, ALPHA)
+        decision = verdict(lead, test, p_value, ALPHA)
     else:
-        found = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
-    return replace(one, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=found, family=family)
+        decision = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
+    return replace(
+        compared, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=decision, family=family
+    )
 
 
 def outcome(estimate: Estimate) -> str:
@@ -240,8 +244,8 @@ def _other_draws(a: Run, b: Run) -> bool:
     """Return whether runs of a seed differ in initial head or order of images; of a probe, which has neither, False."""
     if a.experiment.is_probe or b.experiment.is_probe:
         return False
-    one, other = a.provenance, b.provenance
-    return (one.head_init_sha256, one.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)
+    own, other = a.provenance, b.provenance
+    return (own.head_init_sha256, own.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)
 
 
 def references(study: Study) -> tuple[str, ...]:
@@ -354,9 +358,9 @@ def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
         return AllPairs(names, (), count)
     family = decide([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
     pairs = [
-        Pair(one, effect_size(values), paired_improvement(values))
-        if (values := list(one.by_seed.values()))
-        else Pair(one, None, None)
-        for one in family
+        Pair(estimate, effect_size(values), paired_improvement(values))
+        if (values := list(estimate.by_seed.values()))
+        else Pair(estimate, None, None)
+        for estimate in family
     ]
     return AllPairs(names, tuple(pairs), 0)

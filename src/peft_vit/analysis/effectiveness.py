@@ -71,7 +71,9 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
         for (e, control), accuracy, per_parameter in zip(pairs, by_accuracy, by_parameter, strict=True):
             row = AgainstControl(e.name, kind, None, False, accuracy, per_parameter, None)
             if control is not None:
-                own, other = (fmean(r.parameters.final for r in study.of(one.name)) for one in (e, control))
+                own, other = (
+                    fmean(r.parameters.final for r in study.of(experiment.name)) for experiment in (e, control)
+                )
                 same = _strategy(control) == _strategy(e)
                 row = replace(row, control_experiment=control.name, same_strategy=same, parameters_ratio=own / other)
             rows.append(row)

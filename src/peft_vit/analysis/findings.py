@@ -49,7 +49,7 @@ def find(evidence: Evidence) -> tuple[Finding, ...]:
     estimates: list[tuple[Sentence, Estimate]] = []
     for sentence in SENTENCES:
         try:
-            estimates += [(sentence, one) for one in sentence.measure(evidence, sentence.of)]
+            estimates += [(sentence, estimate) for estimate in sentence.measure(evidence, sentence.of)]
         except NoDataError as reason:
             estimates.append((sentence, Estimate(name="", note=str(reason))))
     return judge(estimates, evidence.study.label, evidence.study.untested)
@@ -62,8 +62,8 @@ def judge(estimates: Sequence[tuple[Sentence, Estimate]], study: str = "", untes
     empty: tests do.
     """
     findings = [
-        _untested(Finding(**vars(one) | {"question": sentence.question}, sentence=sentence, study=study), untested)
-        for sentence, one in estimates
+        _untested(Finding(**vars(estimate) | {"question": sentence.question}, sentence=sentence, study=study), untested)
+        for sentence, estimate in estimates
     ]
     families: dict[str, list[int]] = {}
     for place, finding in enumerate(findings):
@@ -107,22 +107,22 @@ def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
     by_id: dict[str, list[Finding]] = {}
     for finding in findings:
         by_id.setdefault(finding.sentence.id, []).append(finding)
-    return tuple(_conclusion(found) for found in by_id.values())
+    return tuple(_conclusion(own) for own in by_id.values())
 
 
 def _conclusion(findings: Sequence[Finding]) -> Conclusion:
     sentence = findings[0].sentence
-    told = tuple(finding for finding in findings if finding.verdict != Verdict.NO_DATA)
-    if not told:
+    judged = tuple(finding for finding in findings if finding.verdict != Verdict.NO_DATA)
+    if not judged:
         return Conclusion(sentence, Verdict.NO_DATA, "", tuple(findings))
-    verdicts = [finding.verdict for finding in told]
+    verdicts = [finding.verdict for finding in judged]
     overall = Verdict.NOT_DECIDED
     if all(verdict == Verdict.SUPPORTED for verdict in verdicts):
         overall = Verdict.SUPPORTED
     elif Verdict.REFUTED in verdicts and Verdict.SUPPORTED not in verdicts:
         overall = Verdict.REFUTED
     counted = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in Verdict if verdict in verdicts)
-    counts = f"{counted} of {len(told)}"
+    counts = f"{counted} of {len(judged)}"
     if sentence.test == "described":
-        counts = f"described in {len(told)}, not tested"
-    return Conclusion(sentence, overall, counts if len(told) > 1 else "", told)
+        counts = f"described in {len(judged)}, not tested"
+    return Conclusion(sentence, overall, counts if len(judged) > 1 else "", judged)

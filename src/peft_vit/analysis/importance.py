@@ -75,7 +75,7 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         grid=grid,
         raw_final=np.mean(raw, axis=0),
         relative_final=relative,
-        by_block=np.stack([row_means(one) for one in relative]),
+        by_block=np.stack([row_means(of_run) for of_run in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=_attention_over_mlp(relative, grid),
         steps=steps,
@@ -182,14 +182,14 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     `rho` is Spearman's of the mean final relative scores of the `sites` that both have; None if one of both is
     constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
     """
-    found = [
+    pairs = [
         (study, pattern.experiment, section, _relative_by_site(pattern))
         for study, patterns in scored
         for pattern in patterns
         if (section := pattern.experiment.section(AdaLoraConfig)) is not None  # PEFT's own has no metric of ours
     ]
     rows = []
-    for (study, a, own, scores), (other, b, its, other_scores) in combinations(found, 2):
+    for (study, a, own, scores), (other, b, its, other_scores) in combinations(pairs, 2):
         same = (a.method, study.smoke) == (b.method, other.smoke) and (
             own.importance_metric,
             own.allocation_strategy,

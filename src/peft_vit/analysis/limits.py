@@ -103,8 +103,10 @@ def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> Expo
     of_run = grouped((row.run, row) for row in rows if row.run in finished)
     if not of_run:
         names = sorted({row.run for row in rows if row.run is not None})
-        said = f"its models are of {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else "it names no run"
-        raise UserError(f"holds no model of a finished run of {study.label}: {said}", file=file, field="--bench")
+        reason = (
+            f"its models are of {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else "it names no run"
+        )
+        raise UserError(f"holds no model of a finished run of {study.label}: {reason}", file=file, field="--bench")
     if len(processors := sorted({row.processor for own in of_run.values() for row in own})) > 1:
         raise UserError(f"was timed on several processors ({', '.join(processors)})", file=file, field="--bench")
     batches = set.intersection(*({row.batch for row in own} for own in of_run.values()))

@@ -87,8 +87,8 @@ class Group:
         parts += [f"of method {' or '.join(self.methods)}"] if self.methods else []
         for word, settings in (("with", self.where), ("without", self.unless)):
             for path, values in settings.items():
-                said = (value if isinstance(value, str) else json.dumps(value) for value in _listed(values))
-                parts.append(f"{word} {path} {' or '.join(said)}")
+                texts = (value if isinstance(value, str) else json.dumps(value) for value in _listed(values))
+                parts.append(f"{word} {path} {' or '.join(texts)}")
         return ", ".join(parts) or "of any kind"
 
 
@@ -141,12 +141,12 @@ class Evidence:
     @cached_property
     def allocation(self) -> dict[str, Allocation]:
         """Return experiment -> what became of its ranks."""
-        return {one.experiment.name: one for one in allocations(self.study)}
+        return {own.experiment.name: own for own in allocations(self.study)}
 
     @cached_property
     def quantization(self) -> dict[str, QuantizationImpact]:
         """Return experiment -> what quantization did."""
-        return {one.experiment.name: one for one in quantization_impacts(self.study)}
+        return {impact.experiment.name: impact for impact in quantization_impacts(self.study)}
 
     @cached_property
     def reference_lora(self) -> str | None:
@@ -163,7 +163,7 @@ class Evidence:
         meant = [e for e in self.study.experiments if of.takes(e, self.reference_lora)]
         if not any(self.study.of(e.name) for e in meant):
             raise NoDataError(f"no experiment {of.words}{' has finished' if meant else ''}")
-        found: list[Subject] = []
+        matching: list[Subject] = []
         lacking: set[str] = set()
         for experiment in meant:
             missing = {run.seed: _missing(run, needs) for run in self.study.of(experiment.name)}
@@ -172,23 +172,29 @@ class Evidence:
             if whole:
                 seeds = joined(seed for seed, fields in missing.items() if fields)
                 note = f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else ""
-                found.append(Subject(experiment, whole, together(note, self._unfinished(experiment.name))))
-        if not found:
+                matching.append(Subject(experiment, whole, together(note, self._unfinished(experiment.name))))
+        if not matching:
             how = [
                 f"no record has {name}: {_HOW_TO_RECORD.get(name, 'it was not recorded')}" for name in sorted(lacking)
             ]
             raise NoDataError("; ".join(how))
-        return tuple(found)
+        return tuple(matching)
 
-    def partners(self, one: ExperimentConfig, against: Group, same_but: tuple[str, ...]) -> Iterator[ExperimentConfig]:
+    def partners(
+        self, experiment: ExperimentConfig, against: Group, same_but: tuple[str, ...]
+    ) -> Iterator[ExperimentConfig]:
         """Yield the experiments of a group that have a finished run and that an experiment is to be compared with.
 
         With `same_but` only those whose settings differ in some of these and in nothing else.
         """
         for other in self.study.experiments:
-            if other.name != one.name and self.study.of(other.name) and against.takes(other, self.reference_lora):
-                differ = any(value_at(one, path) != value_at(other, path) for path in same_but)
-                if not same_but or (differ and self._rest(one, same_but) == self._rest(other, same_but)):
+            if (
+                other.name != experiment.name
+                and self.study.of(other.name)
+                and against.takes(other, self.reference_lora)
+            ):
+                differ = any(value_at(experiment, path) != value_at(other, path) for path in same_but)
+                if not same_but or (differ and self._rest(experiment, same_but) == self._rest(other, same_but)):
                     yield other
 
     def _rest(self, experiment: ExperimentConfig, same_but: tuple[str, ...]) -> str:
@@ -280,16 +286,16 @@ def difference(
         value: what is compared.
         lower_is_better: the other way round, so that positive is better.
     """
-    found = [
+    estimates = [
         _beside(subject, compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value), sign)
         for sign in [-1.0 if lower_is_better else 1.0]
         for subject in evidence.subjects(of)
         for other in evidence.partners(subject.experiment, against, same_but)
     ]
-    if not found:
+    if not estimates:
         partner = f"{against.words}, equal but for {', '.join(same_but)}" if same_but else against.words
         raise NoDataError(f"no experiment {of.words} has a partner {partner}")
-    return tuple(found)
+    return tuple(estimates)
 
 
 def _beside(subject: Subject, compared: Estimate, sign: float = 1.0) -> Estimate:
@@ -307,27 +313,27 @@ def _beside(subject: Subject, compared: Estimate, sign: float = 1.0) -> Estimate
 
 def against_float(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     """Return test accuracy minus that of the experiment that differs only in that its weights are float."""
-    found = []
+    estimates = []
     for subject in evidence.subjects(of, ("quantization",)):
         impact = evidence.quantization[subject.name]
         compared = impact.against_unquantized
         if impact.settings.gradient_scaling_factor != 1 or impact.settings.gradient_scaling != "constant":
             scaled = "it also scales its adapters' gradients, which the float twin does not"
             compared = replace(compared, note=together(compared.note, scaled))
-        found.append(_beside(subject, compared))
-    return tuple(found)
+        estimates.append(_beside(subject, compared))
+    return tuple(estimates)
 
 
 def at_equal_parameters(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     """Return test accuracy minus that of fixed LoRA at as many trainable parameters, see `against_fixed_lora`."""
-    found = [
+    estimates = [
         _beside(subject, evidence.allocation[subject.name].against_fixed)
         for subject in evidence.subjects(of, ("rank_history",))
         if subject.name in evidence.allocation
     ]
-    if not found:
+    if not estimates:
         raise NoDataError(f"no record has the ranks of an experiment {of.words}")
-    return tuple(found)
+    return tuple(estimates)
 
 
 def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
@@ -343,7 +349,7 @@ def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimat
     subjects = evidence.subjects(of, ("rank_history",))
     if len(evidence.study.fixed_rank_loras()) < 2:
         raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
-    found = []
+    estimates = []
     for subject in subjects:
         ratios = {
             run.seed: _over_needed(run, line)
@@ -357,8 +363,8 @@ def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimat
         either = joined(seed for seed in bounds if values[seed] == 0)
         note = together(note, f"set to 0, which of both needs fewer is open: seeds {either}" if either else "")
         reference = "fixed LoRA at equal accuracy"
-        found.append(replace(estimate, reference=reference, note=together(estimate.note, note)))
-    return tuple(found)
+        estimates.append(replace(estimate, reference=reference, note=together(estimate.note, note)))
+    return tuple(estimates)
 
 
 def _over_needed(run: Run, line: Sequence[tuple[float, float]]) -> tuple[float, bool]:
@@ -494,9 +500,9 @@ def _between_seeds(subject: Subject) -> Estimate:
 
 def _drawn_by_seed(a: Run, b: Run) -> bool:
     """Return whether two runs of one study differ in nothing but which images of one data set their seeds drew."""
-    asked = a.record.spec.data
-    by_seed = asked.tests_by_seed or asked.train_subset == "per_seed"
-    return by_seed and asked == b.record.spec.data and same_source(a) == same_source(b)
+    settings = a.record.spec.data
+    by_seed = settings.tests_by_seed or settings.train_subset == "per_seed"
+    return by_seed and settings == b.record.spec.data and same_source(a) == same_source(b)
 
 
 @each_run("whose scores or losses are all equal, not finite, or of too few sites", "importance_history", "removal")
@@ -528,13 +534,13 @@ def overhead_below(evidence: Evidence, of: Group, parts: Set[str]) -> tuple[Esti
 
     @each_run("whose records do not tell scoring from reallocation (older version)", "overhead_s", "steps")
     def measure(run: Run) -> float | None:
-        known, asked, taken_off = run.record.overhead_s, parts, both
+        known, counted, taken_off = run.record.overhead_s, parts, both
         if not both <= known.keys():
-            if asked != both or "allocation" not in known:
+            if counted != both or "allocation" not in known:
                 return None
-            asked = taken_off = {"allocation"}
+            counted = taken_off = {"allocation"}
         plain = math.fsum(row.seconds for row in run.record.steps) - math.fsum(known[name] for name in taken_off)
-        return None if plain <= 0 else OVERHEAD_LIMIT - math.fsum(known[name] for name in asked) / plain
+        return None if plain <= 0 else OVERHEAD_LIMIT - math.fsum(known[name] for name in counted) / plain
 
     return measure(evidence, of)
 

@@ -82,17 +82,17 @@ def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
     """
     if any(m.validation_accuracy is None for m in methods):
         return ()
-    found = []
+    made = []
     machines = {run.hardware for run in study.runs}
     for cost in get_args(CostName):
         known = [(value, m.experiment.name, m) for m in methods if (value := getattr(m, cost)) is not None]
         left_out = tuple(m.experiment.name for m in methods if getattr(m, cost) is None)
         if cost in _TIMED and len(machines) > 1 and known:
             refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
-            found.append(Front(cost, (), left_out, refused))
+            made.append(Front(cost, (), left_out, refused))
         elif known:
-            found.append(Front(cost, _points(study, sorted(known, key=lambda one: one[:2])), left_out, ""))
-    return tuple(found)
+            made.append(Front(cost, _points(study, sorted(known, key=lambda point: point[:2])), left_out, ""))
+    return tuple(made)
 
 
 def _points(study: Study, ordered: Sequence[tuple[float, str, MethodResult]]) -> tuple[FrontPoint, ...]:

@@ -84,7 +84,7 @@ class Rated:
     @property
     def faults(self) -> tuple[Fault, ...]:
         """Return the limits that it does not keep, or of which nothing was recorded."""
-        return tuple(one for one in self.beside if one.value is None or one.value > one.limit)
+        return tuple(fault for fault in self.beside if fault.value is None or fault.value > fault.limit)
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -146,7 +146,7 @@ class Recommendation:
 
     def comparison_of(self, rated: Rated) -> Candidate | None:
         """Return what was tested of an experiment; None of the best, which is what others are tested against."""
-        return next((one for one in self.candidates if one.rated is rated), None)
+        return next((candidate for candidate in self.candidates if candidate.rated is rated), None)
 
 
 def check_margin(points: float, option: str) -> float:
@@ -156,8 +156,8 @@ def check_margin(points: float, option: str) -> float:
         UserError: unless it lies above 0 and below 100; names the option.
     """
     if not 0 < points < 100:
-        problem = f"expected points above 0 and below 100, got {points}; no data can show that nothing at all is lost"
-        raise UserError(problem, field=option)
+        reason = f"expected points above 0 and below 100, got {points}; no data can show that nothing at all is lost"
+        raise UserError(reason, field=option)
     return points / 100
 
 
@@ -180,37 +180,37 @@ def recommend(
     if not study.runs:
         raise UserError("has no finished run, so there is nothing to recommend", file=study.label)
     if any(run.validation is None for run in study.runs):
-        problem = "has runs without validation images, which say what the others are compared with"
-        raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
+        lack = "has runs without validation images, which say what the others are compared with"
+        raise UserError(f"{lack}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
     _require_margin(study, margin)
     left_out: dict[str, str] = {}
     rated = []
     for experiment in study.experiments:
         runs = study.of(experiment.name)
-        one = _rate(runs, limits, smallest_latency_batch(study.runs), exported) if runs else None
-        if one is None:
+        rating = _rate(runs, limits, smallest_latency_batch(study.runs), exported) if runs else None
+        if rating is None:
             left_out[experiment.name] = "has no finished run"
         elif len({run.configuration() for run in runs}) > 1:
             left_out[experiment.name] = "was configured differently from seed to seed"
-        elif one.size(measure) is None:
+        elif rating.size(measure) is None:
             untimed = (
                 "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
             )
             left_out[experiment.name] = untimed
         else:
-            rated.append(one)
+            rated.append(rating)
     if not rated:
-        problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
-        raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
-    rated.sort(key=lambda one: (one.size(measure), one.parameters, one.name))
+        reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
+        raise UserError(f"leaves no experiment to recommend: {reasons}", file=study.label)
+    rated.sort(key=lambda rating: (rating.size(measure), rating.parameters, rating.name))
     best = _compared_with(study, rated)
-    within = [one for one in rated if not one.faults]
-    smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
+    within = [rating for rating in rated if not rating.faults]
+    smaller = [rating for rating in within if best.faults or not _no_larger(best, rating, measure)]
     candidates = _tested(study, smaller, best, margin)
-    shown = [one.rated for one in candidates if one.shown]
-    smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
-    smallest.sort(key=lambda one: -one.validation_accuracy)
+    shown = [candidate.rated for candidate in candidates if candidate.shown]
+    smallest = [rating for rating in shown if _no_larger(rating, shown[0], measure)]
+    smallest.sort(key=lambda rating: -rating.validation_accuracy)
     outcome: Outcome = "smaller"
     if not smallest:
         outcome = "nothing within" if not within else "not decided" if candidates else "best"
@@ -221,8 +221,8 @@ def recommend(
         chosen=smallest[0] if smallest else best if outcome == "best" else None,
         candidates=candidates,
         as_small=tuple(smallest[1:]),
-        outside=tuple(one for one in rated if one.faults),
-        larger=tuple(one for one in within if one not in smaller and one is not best),
+        outside=tuple(rating for rating in rated if rating.faults),
+        larger=tuple(rating for rating in within if rating not in smaller and rating is not best),
         left_out=left_out,
         limits=limits,
         measure=measure,
@@ -231,8 +231,8 @@ def recommend(
     )
 
 
-def _no_larger(one: Rated, than: Rated, measure: Measure) -> bool:
-    return (one.size(measure) or 0.0) <= (1 + SAME_SIZE) * (than.size(measure) or 0.0)
+def _no_larger(rating: Rated, than: Rated, measure: Measure) -> bool:
+    return (rating.size(measure) or 0.0) <= (1 + SAME_SIZE) * (than.size(measure) or 0.0)
 
 
 def _rate(runs: tuple[Run, ...], limits: Limits, latency_batch: int | None, exported: ExportedLatency | None) -> Rated:
@@ -266,21 +266,21 @@ def _mean_time(values: Sequence[float | None]) -> float | None:
 
 
 def _require_times(study: Study, limits: Limits, measure: Measure, exported: ExportedLatency | None) -> None:
-    asked: list[str] = [option for option in _TIMED if option in limits]
-    asked += ["--smallest latency"] if measure == "latency" else []
-    of_latency = [option for option in asked if option != "--max-seconds"]
+    options: list[str] = [option for option in _TIMED if option in limits]
+    options += ["--smallest latency"] if measure == "latency" else []
+    of_latency = [option for option in options if option != "--max-seconds"]
     if exported is not None:  # timed on one machine
         if not of_latency:
-            problem = "has no effect without --max-latency-ms or --smallest latency"
-            raise UserError(problem, field="--bench")
-        asked = [option for option in asked if option == "--max-seconds"]
+            reason = "has no effect without --max-latency-ms or --smallest latency"
+            raise UserError(reason, field="--bench")
+        options = [option for option in options if option == "--max-seconds"]
     machines = {run.hardware for run in study.runs}
-    if asked and len(machines) > 1:
-        problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
-        raise UserError(f"{problem}compare; ask without {' and '.join(asked)}", file=study.label)
+    if options and len(machines) > 1:
+        reason = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
+        raise UserError(f"{reason}compare; ask without {' and '.join(options)}", file=study.label)
     if of_latency and exported is None and smallest_latency_batch(study.runs) is None:
-        problem = f"its records hold no latency; ask without {' and '.join(of_latency)}, or measure it"
-        raise UserError(problem, file=study.label)
+        reason = f"its records hold no latency; ask without {' and '.join(of_latency)}, or measure it"
+        raise UserError(reason, file=study.label)
 
 
 def _require_margin(study: Study, margin: float) -> None:
@@ -289,11 +289,11 @@ def _require_margin(study: Study, margin: float) -> None:
     if stopping is None:
         return
     if stopping.margin is None:
-        problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
-        raise UserError(problem, file=study.label)
+        reason = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
+        raise UserError(reason, file=study.label)
     if not math.isclose(stopping.margin / 100, margin):
-        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
-        raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
+        reason = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
+        raise UserError(f"{reason}; give --margin {stopping.margin:g}", file=study.label)
 
 
 def _compared_with(study: Study, rated: Sequence[Rated]) -> Rated:
@@ -303,11 +303,12 @@ def _compared_with(study: Study, rated: Sequence[Rated]) -> Rated:
         UserError: if the control can't be compared with.
     """
     if study.stopping is None:
-        return min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
-    control = next((one for one in rated if one.name == study.stopping.control), None)
+        # of equal ones the smallest, which comes first
+        return min(rated, key=lambda rating: -rating.validation_accuracy)
+    control = next((rating for rating in rated if rating.name == study.stopping.control), None)
     if control is None:
-        problem = f"compares with {study.stopping.control}, of which nothing can be said, so nothing can be recommended"
-        raise UserError(problem, file=study.label)
+        reason = f"compares with {study.stopping.control}, of which nothing can be said, so nothing can be recommended"
+        raise UserError(reason, file=study.label)
     return control
 
 
@@ -315,18 +316,18 @@ def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) 
     if study.stopping is not None:
         course_of = {course.name: course for course in study_courses(study)}
         return tuple(
-            Candidate(one, replace(at_last_look(study, course, "noninferiority"), note=ENDS[course.stopped]))
-            for one in smaller
-            for course in [course_of[one.name]]
+            Candidate(rating, replace(at_last_look(study, course, "noninferiority"), note=ENDS[course.stopped]))
+            for rating in smaller
+            for course in [course_of[rating.name]]
         )
-    asked, level = Question("noninferiority", margin), _level(len(smaller))
-    compared = [replace(compare(one.runs, best.runs, one.name, best.name), question=asked) for one in smaller]
+    tested, level = Question("noninferiority", margin), _level(len(smaller))
+    compared = [replace(compare(rating.runs, best.runs, rating.name, best.name), question=tested) for rating in smaller]
     candidates = []
-    for rated, one in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
-        values = list(one.by_seed.values())
+    for rated, estimate in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
+        values = list(estimate.by_seed.values())
         interval = mean_interval(values, 1 - 2 * level) if values else None
         needed = None if study.untested else needed_pairs(values, margin, level)
-        candidates.append(Candidate(rated, replace(one, interval=interval), needed))
+        candidates.append(Candidate(rated, replace(estimate, interval=interval), needed))
     return tuple(candidates)
 
 
@@ -364,5 +365,5 @@ def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Ra
         beside = [(rated.beside[place], rated) for rated in recommendation.outside]
         known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
         if known:
-            nearest.append(min(known, key=lambda one: one[:2])[2:])
+            nearest.append(min(known, key=lambda case: case[:2])[2:])
     return nearest

@@ -98,8 +98,8 @@ def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
             continue
         for file in files:
             others = ", ".join(other for other in files if other != file)
-            problem = f"holds the run {run!r} twice, and otherwise than {others}; move away what is not the result"
-            problems.append(Problem(file, problem))
+            reason = f"holds the run {run!r} twice, and otherwise than {others}; move away what is not the result"
+            problems.append(Problem(file, reason))
     return records, problems
 
 

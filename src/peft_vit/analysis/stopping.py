@@ -37,36 +37,36 @@ def compare_all(study: Study, reference: str, names: Collection[str] | None = No
     """
     others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
     others = [name for name in others if names is None or name in names]
-    found = [compare(study.of(name), study.of(reference), name, reference) for name in others]
+    estimates = [compare(study.of(name), study.of(reference), name, reference) for name in others]
     stopping = study.stopping
     if stopping is None or reference != stopping.control or stopping.metric != "accuracy":
-        return decide(found, study.untested)
+        return decide(estimates, study.untested)
     course_of = {course.name: course for course in study_courses(study)}
     looked = []
-    for one in found:
-        course = course_of[one.name]
-        said = answers(course, stopping) if course.looks else (f"{len(one.by_seed)} pair(s), not looked at yet",)
+    for estimate in estimates:
+        course = course_of[estimate.name]
+        notes = answers(course, stopping) if course.looks else (f"{len(estimate.by_seed)} pair(s), not looked at yet",)
         seen = at_last_look(study, course, "superiority")
-        looked.append(replace(seen, note=together(one.note if course.looks else "", *said)))
+        looked.append(replace(seen, note=together(estimate.note if course.looks else "", *notes)))
     return tuple(looked)
 
 
 def compare_with_references(study: Study) -> tuple[Estimate, ...]:
     """Compare every experiment with each of the study's references: a family for each of them."""
-    return tuple(found for reference in references(study) for found in compare_all(study, reference))
+    return tuple(estimate for reference in references(study) for estimate in compare_all(study, reference))
 
 
-def at_last_look(study: Study, course: Course, asked: Literal["superiority", "noninferiority"]) -> Estimate:
+def at_last_look(study: Study, course: Course, question: Literal["superiority", "noninferiority"]) -> Estimate:
     """Return a comparison with the control as it stands after its last look; without values before the first."""
     stopping = study.stopping
     assert stopping is not None
-    verdict = getattr(course, asked) or Verdict.NOT_DECIDED
+    verdict = getattr(course, question) or Verdict.NOT_DECIDED
     estimate = Estimate(name=course.name, reference=stopping.control, n_of="pairs", verdict=verdict)
     if not course.looks:
         return estimate
     look = course.looks[-1]
     assert study.plan.declared is not None
-    p_value = p_value_of(getattr(look, asked), verdict)
+    p_value = p_value_of(getattr(look, question), verdict)
     return replace(
         estimate,
         by_seed=dict(islice(paired(study.plan.declared, study, course.name).items(), look.pairs)),
@@ -92,12 +92,12 @@ def p_value_of(test: SequentialTest | None, verdict: Verdict) -> float | None:
 
 def answers(course: Course, stopping: StoppingConfig) -> tuple[str, ...]:
     """Return what became of non-inferiority, and why a comparison has stopped, in words."""
-    said = []
+    texts = []
     verdict = course.noninferiority
     if verdict is not None:
         p_value = p_value_of(course.looks[-1].noninferiority, verdict) or 0.0
-        said.append(f"not worse by {stopping.margin:g}: {verdict}, p = {p_value:.3g}")
-    return (*said, ENDS[course.stopped])
+        texts.append(f"not worse by {stopping.margin:g}: {verdict}, p = {p_value:.3g}")
+    return (*texts, ENDS[course.stopped])
 
 
 def study_courses(study: Study) -> tuple[Course, ...]:
@@ -117,7 +117,7 @@ def courses(configuration: StudyConfig, study: Study | None) -> tuple[Course, ..
     assert stopping is not None
     runs = () if study is None else study.runs
     rule = stopping_rule(stopping, len(configuration.seeds), _correlation(configuration, runs))
-    names = [one.name for one in configuration.experiments if one.name != stopping.control]
+    names = [experiment.name for experiment in configuration.experiments if experiment.name != stopping.control]
     return follow({name: [*paired(configuration, study, name).values()] for name in names}, rule)
 
 

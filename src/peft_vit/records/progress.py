@@ -125,8 +125,8 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         descriptor = _acquire(folder)
     except OSError as error:
         _remove_empty(missing)
-        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output"
-        raise UserError(problem, file=folder) from None
+        reason = f"can't be written to ({error.strerror}); make it writable or choose another --output"
+        raise UserError(reason, file=folder) from None
     try:
         with _folder_held(folder):
             yield StudyLock(folder)
@@ -315,8 +315,8 @@ def look_at(study: Path, run: str) -> Known:
     except FileNotFoundError:
         pass
     except (OSError, ValueError):
-        problem = "is not a readable record; move it away and run the study again"
-        raise UserError(problem, file=folder / RECORD_FILE) from None
+        reason = "is not a readable record; move it away and run the study again"
+        raise UserError(reason, file=folder / RECORD_FILE) from None
     if attempt is not None and end is not None and attempt.number <= end.attempts:
         attempt = None
     has_adapter = (folder / ADAPTER_FILE).exists()
@@ -396,8 +396,8 @@ def find_studies(directory: Path) -> list[Path]:
     """
     require_directory(directory)
     for folders in ([directory], sorted(directory.iterdir())):
-        if found := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
-            return found
+        if studies := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
+            return studies
     raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)
 
 

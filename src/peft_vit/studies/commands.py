@@ -62,18 +62,18 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     more = "" if limit is None else f", for another {limit.minutes:g} minutes"
     studies = _load(request)
     if request.until_decided:
-        (asked,) = studies
+        (chosen,) = studies
         failed, still_open = run_until_decided(
-            asked.study, request.results_dir, file=asked.file, execution=execution, limit=limit, tell=_say
+            chosen.study, request.results_dir, file=chosen.file, execution=execution, limit=limit, log=_say
         )
         if still_open:
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
         return failed
-    for asked in studies if not request.smoke else ():
-        if asked.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
-            raise UserError(f"{problem} to run every seed", file=asked.file, field="stopping")
-    with _locked(request.results_dir, [asked.study.name for asked in studies]) as locks:
+    for chosen in studies if not request.smoke else ():
+        if chosen.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
+            reason = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+            raise UserError(f"{reason} to run every seed", file=chosen.file, field="stopping")
+    with _locked(request.results_dir, [chosen.study.name for chosen in studies]) as locks:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= _drive(plan, lock, execution, limit)
@@ -95,7 +95,7 @@ def run_on_own_images(request: TrainRequest) -> dict[str, str]:
         earlier = read_study_file(lock.folder)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        measure = partial(measure_step, tell=_say)
+        measure = partial(measure_step, log=_say)
         plan = plan_study(
             study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
         )
@@ -110,7 +110,7 @@ def run_until_decided(
     file: Path,
     execution: Execution,
     limit: Limit | None = None,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[dict[str, str], list[str]]:
     """Go from look to look until every comparison with the control has stopped, or the time is over.
 
@@ -123,7 +123,7 @@ def run_until_decided(
         file: the configuration file, named in errors.
         execution: how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        tell: told how a comparison stands, a line each, at the beginning and after each look.
+        log: told how a comparison stands, a line each, at the beginning and after each look.
 
     Returns:
         Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
@@ -143,29 +143,29 @@ def run_until_decided(
     assert study.stopping is not None
     control = study.stopping.control
     failed: dict[str, str] = {}
-    told: dict[str, Course] = {}
+    printed: dict[str, Course] = {}
     look: tuple[list[str], int] | None = None
     with _locked(results_dir, [study.name]) as (lock,):
         while True:
             recorded = None
             if (lock.folder / STUDY_FILE).exists():
                 (recorded,) = read_results(lock.folder).studies
-            found = courses(study, recorded)
-            for course in found:
-                if course.looks and told.get(course.name) != course:
-                    tell(course_line(course, study))
-                told[course.name] = course
+            comparisons = courses(study, recorded)
+            for course in comparisons:
+                if course.looks and printed.get(course.name) != course:
+                    log(course_line(course, study))
+                printed[course.name] = course
             out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
-            able = set() if control in out else {course.name for course in found} - out
-            before, look = look, next_look(found, able)
+            able = set() if control in out else {course.name for course in comparisons} - out
+            before, look = look, next_look(comparisons, able)
             names, seeds = look
             if not names or look == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
-            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
+            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
             print_plan(plan)
             failed |= _drive(plan, lock, execution, limit)
-    return failed, [course.name for course in found if course.stopped is None]
+    return failed, [course.name for course in comparisons if course.stopped is None]
 
 
 @contextmanager
@@ -213,8 +213,8 @@ def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     if request.method not in (None, *(experiment.method for experiment in study.experiments)):
         raise UserError(f"no experiment is of method {request.method}", field="experiments")
     if request.until_decided and study.stopping is None:
-        problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        raise UserError(problem, field="stopping")
+        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
+        raise UserError(reason, field="stopping")
     workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})
@@ -229,19 +229,21 @@ def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) 
     from peft_vit.studies.profiling import measure_costs, measure_step
 
     plans = []
-    for asked in studies:
+    for chosen in studies:
         # A smoke study has one seed, the first asked for.
-        study = asked.study.model_copy(update={"seeds": tuple(asked.seeds)}) if request.smoke else asked.study
+        study = chosen.study.model_copy(update={"seeds": tuple(chosen.seeds)}) if request.smoke else chosen.study
         plan = plan_study(
             study,
             request.results_dir,
-            file=asked.file,
+            file=chosen.file,
             smoke=request.smoke,
-            measure=partial(measure_costs, tell=_say) if profile else None,
-            measure_step=partial(measure_step, tell=_say),
+            measure=partial(measure_costs, log=_say) if profile else None,
+            measure_step=partial(measure_step, log=_say),
         )
-        experiments = [one.name for one in plan.study.experiments if request.method in (None, one.method)]
-        plans.append(plan.only(experiments, asked.seeds, by_seed=request.minutes is not None))
+        experiments = [
+            experiment.name for experiment in plan.study.experiments if request.method in (None, experiment.method)
+        ]
+        plans.append(plan.only(experiments, chosen.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)
     return plans

@@ -63,7 +63,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
 
-    def say(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
+    def write(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
         console.print(Text(text, style=style), soft_wrap=True)
 
     study, precision = plan.study, plan.precision
@@ -72,21 +72,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
     if plan.runs[0].spec.smoke:
-        say("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
+        write("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
     elif study.backbone.weights == "random":
-        say("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
+        write("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
     if precision.note is not None:
-        say(precision.note)
+        write(precision.note)
     if plan.bf16_factor is not None:
         factor = f"a matrix product takes {plan.bf16_factor:.1f} times as long as in fp32."
-        say(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
+        write(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
     if study.threads > cpu_count():
-        say(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
+        write(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
     console.print(f"Images: {plan.licence}")
     for line in plan.memory:
-        say(line)
+        write(line)
     for notice in plan.notices:
-        say(printable(notice), _WARNING)
+        write(printable(notice), _WARNING)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
@@ -106,7 +106,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if pending:
         peak = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:]) / 1e9
         of = "at a time" if workers > 1 else "a run"
-        say(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
+        write(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
 
 
 # --- meanwhile --------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class _Running:
     """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
 
     run: PlannedRun
-    told: float  # when the latest plain line was printed; all times are time.monotonic()
+    printed_at: float  # when the latest plain line was printed; all times are time.monotonic()
     first: tuple[int, float] | None = None  # step, time
     latest: Progress | None = None
 
@@ -176,7 +176,7 @@ class Watch:
         match event:
             case RunStarted():
                 self._waiting.pop(name, None)
-                self._running[name] = _Running(run, told=now)
+                self._running[name] = _Running(run, printed_at=now)
                 if self._live is None:
                     self._say(f"started on {event.worker}", run)
             case RunProgress():
@@ -205,8 +205,8 @@ class Watch:
     def _progress(self, running: _Running, progress: Progress, now: float) -> None:
         running.first = running.first or (progress.step, now)
         running.latest = progress
-        if self._live is None and now - running.told >= _PLAIN_EVERY_S:
-            running.told = now
+        if self._live is None and now - running.printed_at >= _PLAIN_EVERY_S:
+            running.printed_at = now
             step, *values = _cells(progress)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
@@ -216,7 +216,7 @@ class Watch:
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        self._pace.hear(record.seconds, run.estimate.seconds)
+        self._pace.add(record.seconds, run.estimate.seconds)
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
@@ -275,7 +275,7 @@ def course_line(course: Course, study: StudyConfig) -> str:
         (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
         ("better", look.superiority, course.superiority),
     )
-    said = [
+    answers = [
         f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
         for what, test, verdict in questions
         if test is not None
@@ -283,7 +283,7 @@ def course_line(course: Course, study: StudyConfig) -> str:
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. "
+        f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
         f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
@@ -301,16 +301,16 @@ def print_export(done: Exported, file: Path) -> None:
         print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
     if done.merged.offset_dtype is not None:
         print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
-    found = done.comparison
-    if found is None:
+    measured = done.comparison
+    if measured is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
     else:
-        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
+        before, after = 100 * measured.trained_accuracy, 100 * measured.exported_accuracy
         print(
-            f"The file against the run's model, {found.images} {found.split} images, {done.activations}: "
-            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
+            f"The file against the run's model, {measured.images} {measured.split} images, {done.activations}: "
+            f"{100 * measured.same_predictions:.2f} % of predictions equal, logits within {measured.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
-        if done.activations == "int8" or found.same_predictions < 1:
-            print(f"Lost: {said_loss(found)}")
+        if done.activations == "int8" or measured.same_predictions < 1:
+            print(f"Lost: {said_loss(measured)}")
     print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")

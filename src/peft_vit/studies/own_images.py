@@ -38,7 +38,7 @@ class Counts:
     test: int
 
 
-def study_of(asked: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen and what half the image size would save.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
@@ -53,23 +53,23 @@ def study_of(asked: TrainRequest, earlier: StudyConfig | None = None) -> tuple[S
     """
     data: dict[str, Any] = {
         "dataset": "image-folder",
-        "path": str(asked.images),
+        "path": str(request.images),
         "image_size": 224,
         "validation_images": 2,
         "test_images": 2,
     }
-    index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
-    counts = count_images(asked, index)
+    index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
+    counts = count_images(request, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None
-    if asked.shots is not None:
-        data |= {"shots_per_class": asked.shots, "train_subset": "per_seed"}
-    forecast = _Forecast(asked, counts)
+    if request.shots is not None:
+        data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
+    forecast = _Forecast(request, counts)
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
-    data["image_size"] = asked.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
+    data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(forecast.backbone, data["image_size"])
-    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or forecast.most_steps(shape)
-    study = _study(asked, data, experiment_for(asked, counts, shape, steps))
+    steps = _asked_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
+    study = _study(request, data, experiment_for(request, counts, shape, steps))
     return study, forecast.line(shape, data["image_size"], steps)
 
 
@@ -81,34 +81,34 @@ def refuse_among_images(folder: Path, output: Path) -> None:
     """
     place, images = (Path(os.path.realpath(os.path.expanduser(path))) for path in (output, folder))
     if place == images or images in place.parents:
-        problem = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
-        raise UserError(problem, file=output, field="--output")
+        reason = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
+        raise UserError(reason, file=output, field="--output")
 
 
-def count_images(asked: TrainRequest, index: ImageIndex) -> Counts:
+def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
     images, classes = len(index.labels), len(index.class_names)
     own = None if index.official_test is None else int(index.official_test.sum())
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = fifth if own is None else own
-    train = images - validation - test if asked.shots is None else asked.shots * classes
+    train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
 
 
 class _Forecast:
     """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
 
-    def __init__(self, asked: TrainRequest, counts: Counts) -> None:
-        self.asked = asked
+    def __init__(self, request: TrainRequest, counts: Counts) -> None:
+        self.asked = request
         self.counts = counts
-        self.limit_s = 60 * asked.minutes
-        self.backbone = _backbone(asked)
+        self.limit_s = 60 * request.minutes
+        self.backbone = _backbone(request)
         patch = size_step_of(architecture_of(self.backbone))
-        shape = describe(self.backbone, (asked.image_size or 8 * patch) // patch * patch)
-        device = resolve_device(asked.device)
-        precision = choose_precision(asked.precision, None, device).chosen
-        self.throughput = Throughput.estimated(product_rate(shape, device, precision, asked.threads))
+        shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
+        device = resolve_device(request.device)
+        precision = choose_precision(request.precision, None, device).chosen
+        self.throughput = Throughput.estimated(product_rate(shape, device, precision, request.threads))
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
@@ -130,8 +130,8 @@ class _Forecast:
 
         def seconds(size: int) -> float:
             shape = describe(self.backbone, size)
-            kept = 4 * at_once * kept_values(shape, self._recomputed(shape))
-            return self.seconds(shape, steps) if kept <= _MEMORY_SHARE * room else math.inf
+            activations = 4 * at_once * kept_values(shape, self._recomputed(shape))
+            return self.seconds(shape, steps) if activations <= _MEMORY_SHARE * room else math.inf
 
         sizes = sorted({native, *(side * patch for side in _SIDES if side * patch < native)}, reverse=True)
         return fit(sizes, seconds, self.limit_s) or sizes[-1]
@@ -179,51 +179,53 @@ class _Forecast:
         return line
 
 
-def _asked_steps(asked: TrainRequest, counts: Counts) -> int | None:
+def _asked_steps(request: TrainRequest, counts: Counts) -> int | None:
     """Return the steps that were asked for, outright or in epochs."""
-    return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
+    return request.steps if request.epochs is None else request.epochs * -(-counts.train // request.batch_size)
 
 
-def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    training: dict[str, Any] = {"batch_size": asked.batch_size}
-    method, budget = METHODS[asked.method], asked.budget
+    training: dict[str, Any] = {"batch_size": request.batch_size}
+    method, budget = METHODS[request.method], request.budget
     wishes = Wishes(
-        rank=asked.rank,
+        rank=request.rank,
         budget=None if budget is None else budget.number,
         budget_unit="ranks" if budget is None else budget.unit,
         steps=steps,
         shape=shape,
     )
-    if not asked.is_probe:
-        rate = method.learning_rate_for(wishes) if asked.learning_rate is None else asked.learning_rate
-        head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
-        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
-        limits = {"activation_checkpointing": asked.activation_checkpointing, "memory_limit": asked.memory_limit}
+    if not request.is_probe:
+        rate = method.learning_rate_for(wishes) if request.learning_rate is None else request.learning_rate
+        head_start = request.head_start or (
+            "probe" if request.start is None else "random"
+        )  # an adapter brings its head
+        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
+        limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
-        if asked.epochs is not None:
-            training["epochs"] = asked.epochs
+        if request.epochs is not None:
+            training["epochs"] = request.epochs
         else:
-            every = min(validate_every(counts.validation, asked.batch_size), steps)
+            every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    sections = method.defaults(wishes) if asked.start is None else {"lora": {"start": str(asked.start)}}
-    return {"name": asked.experiment, "method": asked.method, "training": training, **sections}
+    sections = method.defaults(wishes) if request.start is None else {"lora": {"start": str(request.start)}}
+    return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
-def _study(asked: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
         "name": STUDY_NAME,
-        "seeds": [asked.seed],
-        "threads": asked.threads,
-        "precision": asked.precision,
-        "device": asked.device,
-        "backbone": _backbone(asked).model_dump(exclude_unset=True),
+        "seeds": [request.seed],
+        "threads": request.threads,
+        "precision": request.precision,
+        "device": request.device,
+        "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
     }
-    return study_from_mapping(mapping, file=asked.images)
+    return study_from_mapping(mapping, file=request.images)
 
 
-def _backbone(asked: TrainRequest) -> BackboneConfig:
-    return named_backbone(asked.model, asked.weights, asked.library)
+def _backbone(request: TrainRequest) -> BackboneConfig:
+    return named_backbone(request.model, request.weights, request.library)

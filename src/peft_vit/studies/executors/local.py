@@ -81,9 +81,9 @@ class LocalExecutor:
         oversubscribe: bool = False,
     ) -> None:
         if workers * threads > cpu_count() and not oversubscribe:
-            problem = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
+            reason = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
             remedy = "lower workers, or pass --oversubscribe"
-            raise UserError(f"{problem}; {remedy}", field="execution.workers")
+            raise UserError(f"{reason}; {remedy}", field="execution.workers")
         self._count = workers
         self._results_dir = results_dir
         self._checkpoint_every_s = checkpoint_every_s
@@ -159,9 +159,9 @@ class LocalExecutor:
                 free = _start_worker()
             except OSError as error:  # no further process now
                 if not self._workers:
-                    problem = f"no worker process can be started ({error.strerror or error})"
+                    reason = f"no worker process can be started ({error.strerror or error})"
                     remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
-                    raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
+                    raise UserError(f"{reason}; {remedy}", field="execution.workers") from None
             else:
                 self._workers.append(free)
         return free
@@ -298,14 +298,14 @@ def _end_with(parent: int) -> None:
 # --- for any executor -------------------------------------------------------------------------------------------------
 
 
-def event_of(run: PlannedRun, told: Progress | Finished | Interrupted) -> Event:
+def event_of(run: PlannedRun, message: Progress | Finished | Interrupted) -> Event:
     """Return what a worker has told of its run as an event."""
-    match told:
+    match message:
         case Progress():
-            return RunProgress(run, told)
+            return RunProgress(run, message)
         case Interrupted():
-            return RunInterrupted(run, told.step)
-    return RunEnded(run, told.record, told.adapter)
+            return RunInterrupted(run, message.step)
+    return RunEnded(run, message.record, message.adapter)
 
 
 @contextmanager
