@@ -55,7 +55,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plant(patch)
         study = study_from_mapping(mapping(stopping=LOOKS), file=Path("stopped.yaml"))
-        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), tell=print)
+        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), log=print)
     return out
 
 

@@ -138,7 +138,7 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     def call(minutes: float) -> list[str]:
         limit = Limit(minutes, now[0], clock=lambda: now[0])
         failed, still_open = run_until_decided(
-            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, tell=told.append
+            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, log=told.append
         )
         assert failed == {}
         return still_open
