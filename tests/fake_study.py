@@ -39,7 +39,10 @@ def fake_config(
     """Make a study; keyword arguments are further settings of it."""
     training = {"epochs": 2, "learning_rate": 1e-3}
     sections = [{"name": name, "method": "lora", "lora": {"rank": 2}, "training": training} for name in experiments]
-    mapping = study_mapping(sections, seeds, **{"name": "fake", "threads": 2, "device": "auto", **settings})
+    data = {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20}
+    mapping = study_mapping(
+        sections, seeds, **{"name": "fake", "threads": 2, "device": "auto", "data": data, **settings}
+    )
     return study_from_mapping(mapping, file=Path("fake.yaml"))
 
 

@@ -81,4 +81,5 @@ def study_of_loras(name: str, experiments: tuple[str, ...], seeds: int) -> dict[
         {"name": experiment, "method": "lora", "lora": {"rank": place}, "training": training}
         for place, experiment in enumerate(experiments, start=1)
     ]
-    return study_mapping(loras, range(seeds), name=name)
+    data = {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20}
+    return study_mapping(loras, range(seeds), name=name, data=data)

@@ -95,14 +95,14 @@ def owner_of(folder: Path) -> Owner | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return _said_by_owner(descriptor)
+        return _owner_in(descriptor)
     except OSError:  # a file system without locks, on which nobody can hold one
         return None
     finally:
         os.close(descriptor)
 
 
-def _said_by_owner(descriptor: int) -> Owner:
+def _owner_in(descriptor: int) -> Owner:
     try:
         return Owner.model_validate_json(os.pread(descriptor, _OWNER_BYTES, 0))
     except ValueError:
@@ -174,7 +174,7 @@ def _acquire(folder: Path) -> int:
                     return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
-                owner = _said_by_owner(descriptor)
+                owner = _owner_in(descriptor)
                 os.close(descriptor)
                 raise _taken(folder, str(owner)) from None
         except BaseException:

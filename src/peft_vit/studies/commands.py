@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoeve
     from peft_vit.statistics.sequential import Course
     from peft_vit.studies.plan import Plan
 
-_say = partial(print, flush=True)
+_log = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Requested:
     """A study of a command, and which of its runs are asked for."""
 
     study: StudyConfig
@@ -64,7 +64,7 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     if request.until_decided:
         (chosen,) = studies
         failed, still_open = run_until_decided(
-            chosen.study, request.results_dir, file=chosen.file, execution=execution, limit=limit, log=_say
+            chosen.study, request.results_dir, file=chosen.file, execution=execution, limit=limit, log=_log
         )
         if still_open:
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
@@ -95,7 +95,7 @@ def run_on_own_images(request: TrainRequest) -> dict[str, str]:
         earlier = read_study_file(lock.folder)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        measure = partial(measure_step, log=_say)
+        measure = partial(measure_step, log=_log)
         plan = plan_study(
             study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
         )
@@ -193,19 +193,19 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
         return drive(plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline)
 
 
-def _load(request: RunRequest) -> list[_Asked]:
+def _load(request: RunRequest) -> list[_Requested]:
     """Return all studies, and refuse what can't be asked of one of them."""
-    studies: dict[str, _Asked] = {}
+    studies: dict[str, _Requested] = {}
     for file in request.configs:
         study = load_study(file)
         with named(file):
             if study.name in studies:
                 raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
-            studies[study.name] = _asked(request, study, file)
+            studies[study.name] = _requested(request, study, file)
     return list(studies.values())
 
 
-def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
+def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
     there = {str(seed): seed for seed in study.seeds}
     wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
     if missing := wanted - there.keys():
@@ -219,10 +219,10 @@ def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})
         study = study.model_copy(update={"execution": execution})
-    return _Asked(study, file, [seed for text, seed in there.items() if text in wanted])
+    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
 
 
-def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     from peft_vit.studies.display import print_plan
     from peft_vit.studies.plan import plan_study
@@ -237,8 +237,8 @@ def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) 
             request.results_dir,
             file=chosen.file,
             smoke=request.smoke,
-            measure=partial(measure_costs, log=_say) if profile else None,
-            measure_step=partial(measure_step, log=_say),
+            measure=partial(measure_costs, log=_log) if profile else None,
+            measure_step=partial(measure_step, log=_log),
         )
         experiments = [
             experiment.name for experiment in plan.study.experiments if request.method in (None, experiment.method)

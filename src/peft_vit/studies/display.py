@@ -169,7 +169,7 @@ class Watch:
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
         if isinstance(event, Notice):
-            self._say(event.text)
+            self._log(event.text)
             return
         run, now = event.run, time.monotonic()
         name = run.spec.name
@@ -178,7 +178,7 @@ class Watch:
                 self._waiting.pop(name, None)
                 self._running[name] = _Running(run, printed_at=now)
                 if self._live is None:
-                    self._say(f"started on {event.worker}", run)
+                    self._log(f"started on {event.worker}", run)
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
                     self._progress(running, event.progress, now)
@@ -186,8 +186,8 @@ class Watch:
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
-                    self._say(f"warning: {warning}", run)
-                self._say(self._outcome(run, event.record), run)
+                    self._log(f"warning: {warning}", run)
+                self._log(self._outcome(run, event.record), run)
             case RunRetried() | RunInterrupted():
                 self._running.pop(name, None)
                 self._waiting[name] = run
@@ -195,9 +195,9 @@ class Watch:
                     what = f"{event.record.error}; it is tried again"
                 else:
                     what = f"stopped after step {event.step}" if event.step else "stopped before its first step"
-                self._say(what, run)
+                self._log(what, run)
 
-    def _say(self, line: str, run: PlannedRun | None = None) -> None:
+    def _log(self, line: str, run: PlannedRun | None = None) -> None:
         if run is not None:
             line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
         self._console.print(Text(line), soft_wrap=True)
@@ -211,7 +211,7 @@ class Watch:
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
             left = duration(running.left_s(now, self._pace.factor))
-            self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
+            self._log(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":

@@ -330,7 +330,7 @@ class StudyStore:
 
 
 def study_file(study: StudyConfig, wanted: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
-    """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
+    """Return what study.json will say; `wanted` are the names of the runs that the command does not leave out."""
     runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
     skipped = tuple(run for run in runs if run not in wanted)
     return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
@@ -339,14 +339,14 @@ def study_file(study: StudyConfig, wanted: Collection[str], *, smoke: bool, data
 def go_on(
     folder: Path, before: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
 ) -> StudyFile:
-    """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
+    """Return what study.json will say after a command asked for `requested`; seeds and experiments may be added.
 
     Args:
         folder: the study's.
         before: what study.json says; None: the study is new.
-        asked: by the command.
+        requested: by the command.
         source: the name of the configuration file, for the difference.
-        part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
+        part: experiments and seeds that `requested` does not name stay, instead of counting as removed.
 
     Raises:
         UserError: with the difference, if the folder holds another study or one that was configured otherwise.

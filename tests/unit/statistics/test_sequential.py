@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from peft_vit.statistics import holm
 from peft_vit.statistics.sequential import StoppingRule, adjusted, follow
 from peft_vit.statistics.spending import Spending, boundaries
 
@@ -113,11 +112,6 @@ def test_the_level_passes_on_as_on_the_graph(data, m, q) -> None:
     assert ((adjusted(nested) <= 0.05) == naive_graph(nested, 0.05)).all()
 
 
-def test_adjusted_p_values_of_one_question_are_those_of_holm() -> None:
-    p_values = np.array([0.03, 0.01, 0.5, 0.011, 0.9])
-    assert adjusted(p_values[:, None])[:, 0] == pytest.approx(holm(p_values.tolist()))
-
-
 @given(
     mean=st.sampled_from([-0.02, -0.01, 0.0, 0.004, 0.01]),
     seed=st.integers(0, 50),
@@ -156,26 +150,12 @@ def test_a_verdict_is_a_bound_that_was_met(mean, seed, form) -> None:
         assert getattr(course, asked) == expected
 
 
-def test_signs_turn_verdicts_around() -> None:
-    """Superiority of the differences is inferiority of their negatives, at the same look."""
-    for mean in (0.01, 0.005, 0.0):
-        rule = StoppingRule("superiority", 0.01, LOOKS)
-        values = drawn(mean, seed=4)
-        (one,) = follow({"a": values}, rule)
-        (other,) = follow({"a": [-value for value in values]}, rule)
-        turned = {"supported": "refuted", "refuted": "supported", "not decided": "not decided", None: None}
-        assert turned[one.superiority] == other.superiority
-        assert (one.stopped, len(one.looks)) == (other.stopped, len(other.looks))
-
-
 def test_no_difference_stops_for_futility_unless_that_is_off() -> None:
     values = [0.01, -0.01] * 15
     (stopped,) = follow({"a": values}, StoppingRule("superiority", 0.01, LOOKS))
     (goes_on,) = follow({"a": values}, StoppingRule("superiority", 0.01, LOOKS, futility=0))
-    assert stopped.stopped == "futile"
-    assert stopped.superiority == "not decided"
+    assert (stopped.stopped, stopped.superiority, goes_on.stopped) == ("futile", "not decided", "maximum")
     assert stopped.looks[-1].pairs < 30
-    assert goes_on.stopped == "maximum"
     assert goes_on.looks[-1].predictive_power is None
 
 

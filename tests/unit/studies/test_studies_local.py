@@ -18,7 +18,7 @@ from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
 from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
-from peft_vit.studies.executors.local import LocalExecutor, environment
+from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -202,15 +202,6 @@ def test_workers_take_no_module_from_the_working_directory_and_do_not_run_the_sc
     assert sys.modules["__main__"] is main
     assert not (tmp_path / "ran").exists()
     assert "PYTHONSAFEPATH" not in os.environ
-
-
-def test_variables_are_handed_down_and_taken_back(monkeypatch) -> None:
-    monkeypatch.setenv("PEFT_VIT_TEST_SET", "mine")
-    with environment({"PEFT_VIT_TEST_SET": "theirs", "PEFT_VIT_TEST_NEW": "new"}):
-        assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
-        assert os.environ["PEFT_VIT_TEST_NEW"] == "new"
-    assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
-    assert "PEFT_VIT_TEST_NEW" not in os.environ
 
 
 def test_collections_of_a_run_look_at_what_it_made_alone() -> None:
