@@ -482,6 +482,9 @@ def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path) -> N
     os.mkfifo(tmp_path / RECORD_FILE)
     with pytest.raises(UserError, match="no regular file"):
         list(read_records(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no record\.json; run a study first"):
+        list(read_records(tmp_path / "empty"))
     for content in (
         "[" * 100_000,
         '{"schema_version": 1, "spec": ' + '{"a":' * 100_000,

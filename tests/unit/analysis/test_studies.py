@@ -26,7 +26,7 @@ def test_failed_hollow_and_missing_runs_are_named() -> None:
     for words in (
         "Failed: lora_r4, seed 0: the loss is not",
         "lora_r8 seed 1",
-        "lora_r2, seed 0: its outcomes are missing",
+        "lora_r2, seed 0: the record says done, but outcomes are missing",
     ):
         assert words in text
     assert study.of("lora_r4") == study.of("lora_r2") == ()
