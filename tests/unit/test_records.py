@@ -43,7 +43,7 @@ from peft_vit.records import (
     write_record,
     write_result,
 )
-from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
+from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
@@ -421,15 +421,6 @@ def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
-
-
-def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch) -> None:
-    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none", digested_after="targets"))
-    experiment = {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "top_k": 2}}
-    assert json.dumps(with_digested(experiment)) == json.dumps(
-        {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "polish": "none", "top_k": 2}}
-    )
-    assert with_digested({"adalora": None}) == {"adalora": None}
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")

