@@ -229,30 +229,12 @@ def test_what_stands_twice_is_refused_by_name(tmp_path) -> None:
     assert list(load_across([first, second])) == ["a", "b"]
 
 
-def test_the_same_images_in_another_folder_are_the_same_images(tmp_path) -> None:
-    places = []
-    for study, folder in (("a", "here"), ("b", "there")):
-        made = records(study, {"lora_r4": A})
-        data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
-        moved = [planted.asking(one, data=data) for one in made]
-        places.append(planted.write(tmp_path / folder, moved))
-    with pytest.raises(UserError, match=r"holds the run 'b/.* holds it as 'a/"):
-        load_across(places)
-
-
 def test_studies_of_one_name_are_told_apart_by_directory(tmp_path) -> None:
     one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
     two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
     studies = load_across([one, two])
     assert list(studies) == [f"a ({one})", f"a ({two})"]
     assert len(compare_studies(studies).agreements) == 1
-
-
-def test_smoke_studies_stand_beside_no_real_ones(tmp_path) -> None:
-    real = planted.write(tmp_path / "real", records("a", {"lora_r4": A}))
-    smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
-    with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
-        load_across([real, smoke])
 
 
 def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path) -> None:
@@ -262,12 +244,22 @@ def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path) -> Non
     assert (found.reference, [row.studies for row in found.pooled]) == ("lora_r8", [("a", "b")])
 
 
-def test_nothing_in_common_is_bad_input(tmp_path) -> None:
+def test_what_can_not_be_compared_is_refused(tmp_path) -> None:
     def only(name: str) -> Callable[[RunRecord], RunRecord | None]:
         return lambda run: run if run.spec.experiment.name == name else None
 
     with pytest.raises(UserError, match="a, b: no experiment has finished runs in two of them"):
         compare_studies(pair(tmp_path, only("lora_r8"), only("lora_r4")))
+    smoke = planted.write(tmp_path / "smoke", [planted.record(EXPERIMENTS["lora_r4"], 0, 0.7, smoke=True)])
+    with pytest.raises(UserError, match=r"quickstart \(smoke\) in .*smoke runs say nothing"):
+        load_across([tmp_path / "a", smoke])
+    places = []  # the same images in another folder are the same images
+    for study, folder in (("c", "here"), ("d", "there")):
+        made = records(study, {"lora_r4": A})
+        data = made[0].spec.data.model_copy(update={"dataset": "image-folder", "path": folder})
+        places.append(planted.write(tmp_path / folder, [planted.asking(run, data=data) for run in made]))
+    with pytest.raises(UserError, match=r"holds the run 'd/.* holds it as 'c/"):
+        load_across(places)
 
 
 def test_what_may_be_pooled_is_named_strictly() -> None:

@@ -362,12 +362,6 @@ def test_above_majority() -> None:
     assert findings["linear_probe"].note == "failed: seed 1"
 
 
-def test_nothing_finished_is_no_data_everywhere() -> None:
-    findings = findings_of([planted.failed(ADALORA, 0, "out of memory")])
-    assert {f.verdict for f in findings} == {"no data"}
-    assert all(f.outcome for f in findings)
-
-
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 
