@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def main(
     promise: str,
     doc: str | None,
     torture: Callable[[Path, argparse.Namespace, Tally], None],
-    options: dict[str, dict[str, Any]],
+    options: Mapping[str, Any],
     *,
     seed: int | None = None,
 ) -> None:

@@ -52,10 +52,11 @@ def in_process(folder: Path, options: argparse.Namespace, tally: harness.Tally) 
     while case < options.trials:
         command = [sys.executable, __file__, "--child", str(case), str(options.trials), *settings]
         kind, complaints = "?", list[str]()
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, **pipes, text=True, env={**os.environ, "TMPDIR": str(folder)}) as child:
+        pipe, below = subprocess.PIPE, {**os.environ, "TMPDIR": str(folder)}
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=below) as child:
             assert child.stdout is not None
-            drain = threading.Thread(target=lambda child=child, to=complaints: to.extend(child.stderr))
+            assert child.stderr is not None
+            drain = threading.Thread(target=complaints.extend, args=(child.stderr,))
             drain.start()
             deadline = threading.Timer(3 * CASE_S, child.kill)  # it makes its files first
             deadline.start()
