@@ -79,8 +79,8 @@ def _machine() -> Iterator[Line]:
         yield Line("processor", f"{processor_name()}, {cpu_count()} usable of {os.cpu_count()}")
         kernels = torch.backends.cpu.get_cpu_capability()
         yield Line("instructions", f"{', '.join(instruction_sets()) or 'unknown'}; PyTorch's kernels: {kernels}")
-        asked = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
-        yield Line("threads", f"{torch.get_num_threads()} in PyTorch; {asked or 'no limit is set'}")
+        limits = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
+        yield Line("threads", f"{torch.get_num_threads()} in PyTorch; {limits or 'no limit is set'}")
         yield Line("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
     except Exception as error:  # a broken library can fail in any way, and this is where one looks then
         yield Line("machine", f"can't be told: {type(error).__name__}: {error}", is_fault=True)
@@ -98,17 +98,17 @@ def _cache() -> Line:
 
 def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Line]]:
     """Ask all at once; the answers wait no longer than `_LONGEST_WAIT_S` from now on."""
-    found: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
 
     def ask(name: str, question: Callable[[], str]) -> None:
         start = time.monotonic()
         try:
             where = question()
-            found[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
+            outcomes[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
         except subprocess.TimeoutExpired:
             return
         except Exception as error:  # whatever a proxy, a resolver or a certificate does
-            found[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            outcomes[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
 
     threads = {name: Thread(target=ask, args=(name, question), daemon=True) for name, question in questions.items()}
     for thread in threads.values():
@@ -118,7 +118,7 @@ def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Line]
     def answers() -> Iterator[Line]:
         for name, thread in threads.items():
             thread.join(max(0.0, end - time.monotonic()))
-            yield Line(name, found.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
+            yield Line(name, outcomes.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
 
     return answers
 

@@ -20,7 +20,7 @@ _LONGEST_PART, _LONGEST_MESSAGE = 500, 2000
 
 def printable(text: str) -> str:
     """Return text on one line that does nothing to a terminal; what would is written as an escape, ``\\x1b``."""
-    return CONTROL_CHARACTER.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL_CHARACTER.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -78,8 +78,8 @@ def os_fault(problem: str, file: Path, *, remedy: str = "", field: str | None = 
     try:
         yield
     except OSError as error:
-        told = f"{problem} ({error.strerror})"
-        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+        message = f"{problem} ({error.strerror})"
+        raise UserError(f"{message}; {remedy}" if remedy else message, file=file, field=field) from None
 
 
 def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
@@ -113,8 +113,8 @@ def foreign_fault(
     except UserError:
         raise
     except Exception as error:
-        told = f"{problem} ({first_line(error)})"
-        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+        message = f"{problem} ({first_line(error)})"
+        raise UserError(f"{message}; {remedy}" if remedy else message, file=file, field=field) from None
 
 
 def first_fault(error: ValidationError) -> tuple[str | None, str]:

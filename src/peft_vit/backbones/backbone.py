@@ -103,8 +103,11 @@ class Backbone:
     def heads(self) -> dict[str, nn.Linear]:
         """Return the linear layers that make logits, by name; none if the model has no head."""
         model: Any = self.model
-        found = model.get_classifier()
-        wanted = {id(layer) for layer in (found if isinstance(found, tuple | list | nn.ModuleList) else (found,))}
+        classifier = model.get_classifier()
+        wanted = {
+            id(layer)
+            for layer in (classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,))
+        }
         named = self.model.named_modules()
         return {name: layer for name, layer in named if id(layer) in wanted and isinstance(layer, nn.Linear)}
 
@@ -173,9 +176,9 @@ class Backbone:
             UserError: if a block lacks a wanted matrix.
         """
         wanted = [linear for linear in self.layout() if kinds is None or not set(kinds).isdisjoint(linear.kinds)]
-        found = [site for linear in wanted for site in self._sites_of(linear, kinds)]
+        sites = [site for linear in wanted for site in self._sites_of(linear, kinds)]
         tokens = self._count_tokens([linear.module for linear in wanted])
-        return tuple(replace(site, tokens=tokens[site.module]) for site in found)
+        return tuple(replace(site, tokens=tokens[site.module]) for site in sites)
 
     def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
         """Yield the wanted sites of a module, whose tokens are still to be counted."""

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from peft_vit.config.datasets import DATASETS
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
+from peft_vit.config.registries import DATASETS
 from peft_vit.config.training import TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats

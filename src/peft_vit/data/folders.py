@@ -131,9 +131,9 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     path = existing(str(config.path))
     tree = open_tree(path)
     file = None if config.images_file is None else Path(config.images_file).expanduser()
-    seen = None if file is None else ImagesFile.read(file)
-    index = _index(tree, *class_files(tree, path, () if seen is None else seen.left_out))
-    return index if seen is None or file is None else seen.applied(index, path, file)
+    inspected = None if file is None else ImagesFile.read(file)
+    index = _index(tree, *class_files(tree, path, () if inspected is None else inspected.left_out))
+    return index if inspected is None or file is None else inspected.applied(index, path, file)
 
 
 class ClassFiles(NamedTuple):

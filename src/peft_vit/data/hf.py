@@ -239,7 +239,7 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _image_column(features: Features, asked: str | None, path: str) -> str:
+def _image_column(features: Features, column: str | None, path: str) -> str:
     import datasets
 
     def holds_bytes(feature: Any) -> bool:  # as Parquet files have them that do not say that they are images
@@ -248,10 +248,10 @@ def _image_column(features: Features, asked: str | None, path: str) -> str:
 
     images = _named(features, lambda feature: isinstance(feature, datasets.Image))
     possible = _named(features, lambda feature: isinstance(feature, datasets.Image) or holds_bytes(feature))
-    return _column("image", "hold images", features, asked, images or possible, possible, path)
+    return _column("image", "hold images", features, column, images or possible, possible, path)
 
 
-def _label_column(features: Features, image: str, asked: str | None, path: str) -> str:
+def _label_column(features: Features, image: str, column: str | None, path: str) -> str:
     """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
     import datasets
 
@@ -264,13 +264,13 @@ def _label_column(features: Features, image: str, asked: str | None, path: str) 
     lists = (datasets.List, datasets.LargeList)
     several = _named(features, lambda feature: isinstance(feature, lists) and holds_labels(feature.feature))
     plain = [name for name in _named(features, holds_labels) if name != image]
-    only = several[0] if asked is None and not plain and len(several) == 1 else asked
+    only = several[0] if column is None and not plain and len(several) == 1 else column
     if only in several:
         problem = f"column '{only}' holds several labels an image; a model here tells one class of each image"
         raise UserError(f"{problem}{_such_as(plain)}", file=path, field="data.label_column")
-    found = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
-    found = ["label"] if "label" in found else found
-    return _column("label", "could be the label", features, asked, found, plain, path)
+    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
+    likely = ["label"] if "label" in likely else likely
+    return _column("label", "could be the label", features, column, likely, plain, path)
 
 
 def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
@@ -278,21 +278,21 @@ def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
 
 
 def _column(
-    what: str, why: str, features: Features, asked: str | None, found: list[str], possible: list[str], path: str
+    what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str], path: str
 ) -> str:
-    """Return the column asked for, which has to be a possible one, or else the one that is found."""
-    if asked is None and len(found) == 1:
-        return found[0]
-    if asked is None:
-        problem = f"{len(found)} of the columns {', '.join(features)} {why}; name the one to read"
-    elif asked not in features:
-        problem = f"there is no column '{asked}'; expected one of {', '.join(features)}"
-    elif asked in possible:
-        return asked
+    """Return the column asked for, which has to be a possible one, or else the only likely one."""
+    if column is None and len(likely) == 1:
+        return likely[0]
+    if column is None:
+        problem = f"{len(likely)} of the columns {', '.join(features)} {why}; name the one to read"
+    elif column not in features:
+        problem = f"there is no column '{column}'; expected one of {', '.join(features)}"
+    elif column in possible:
+        return column
     else:
-        dtype = getattr(features[asked], "dtype", None)
-        kind = dtype if isinstance(dtype, str) else type(features[asked]).__name__
-        problem = f"column '{asked}' holds no {what}s, but {kind}{_such_as(possible)}"
+        dtype = getattr(features[column], "dtype", None)
+        kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
+        problem = f"column '{column}' holds no {what}s, but {kind}{_such_as(possible)}"
     raise UserError(problem, file=path, field=f"data.{what}_column")
 
 
@@ -326,7 +326,7 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
 
 def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
     """Return the splits that have labels."""
-    kept = []
+    labelled = []
     for part in parts:
         missing = [row for row, value in enumerate(part.classes) if value is None]
         if missing and len(missing) == len(part.classes):
@@ -336,10 +336,10 @@ def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
             problem = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
             raise UserError(problem, file=path, field="data.label_column")
         elif part.classes:
-            kept.append(part)
-    if not kept:
+            labelled.append(part)
+    if not labelled:
         raise UserError("holds no image with a label", file=path, field="data.path")
-    return kept
+    return labelled
 
 
 def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarray | None:
@@ -393,8 +393,7 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {k}": file for k, file in enumerate(part.files)}
-        found = remembered(files, len(part.images), partial(_digests, part, path))
-        for row, digest in enumerate(found):
+        for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])

@@ -180,8 +180,8 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
                 raise OSError(f"its header asks for {expected} bytes")
             values = unzipped.read(expected + 1)  # and no more of what may be a bomb
     if len(values) != expected:
-        found = f"more than {expected}" if len(values) > expected else len(values)
-        raise UserError(f"holds {found} values, its header says {shape}; {FETCH_AGAIN}", file=file)
+        count = f"more than {expected}" if len(values) > expected else len(values)
+        raise UserError(f"holds {count} values, its header says {shape}; {FETCH_AGAIN}", file=file)
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 

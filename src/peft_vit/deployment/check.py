@@ -218,5 +218,5 @@ def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
     parameters = {
         name: [part for key, part in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names
     }
-    effect = effects_of(Backbone(model), {name: name for name in names}, parameters)
-    return {name: found.fault for name, found in effect.items() if found.fault}
+    effects_by_module = effects_of(Backbone(model), {name: name for name in names}, parameters)
+    return {name: effect.fault for name, effect in effects_by_module.items() if effect.fault}

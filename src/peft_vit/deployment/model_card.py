@@ -72,9 +72,9 @@ class Calibrated(Strict):
         temperature = fit_temperature(logits, labels)
         scores = class_scores(probabilities(logits, temperature), labels)
         quantiles = {coverage: conformal_quantile(scores, coverage, images) for coverage in COVERAGES}
-        kept = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}
+        finite = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}
         return cls(
-            images=len(set(images)), temperature=temperature, coverages=tuple(kept), thresholds=tuple(kept.values())
+            images=len(set(images)), temperature=temperature, coverages=tuple(finite), thresholds=tuple(finite.values())
         )
 
     def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:

@@ -182,11 +182,11 @@ def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
         for place, folders, names in os.walk(path, onerror=closed.append):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below += [Path(place, name) for name in names if not name.startswith(".")]
-        found = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        yield from found
+        files = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        yield from files
         for error in closed:
             yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
-        if not found and not closed:
+        if not files and not closed:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
 
 

@@ -23,8 +23,7 @@ from peft_vit.config import (
     micro_batch_fault,
     written_size,
 )
-from peft_vit.options import Option, Request
-from peft_vit.settings import OnlyWith, refuse
+from peft_vit.settings import OnlyWith, Option, Request, refuse
 from peft_vit.studies.executors import EXECUTORS, ExecutorName
 
 STUDY_NAME = "own-images"

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of, written_size
-from peft_vit.options import Option, Request
+from peft_vit.settings import Option, Request
 from peft_vit.studies.executors import ExecutorName
 
 

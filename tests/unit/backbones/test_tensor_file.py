@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules
-from peft_vit.backbones import load_backbone, tensor_file
-from peft_vit.backbones.tensor_file import TensorFile
+from peft_vit.backbones import load_backbone
+from peft_vit.backbones import weights as tensor_file
+from peft_vit.backbones.weights import TensorFile
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 from peft_vit.training import qa_lora, quantized_layers

@@ -204,7 +204,7 @@ def test_another_hash_or_a_file_that_cannot_be_read(
         with pytest.raises(UserError, match=r"the configuration expects 0000") as caught:
             refuse(_file(tmp_path / "w.safetensors", "0" * 64))
         assert caught.value.field == "backbone.sha256"
-    monkeypatch.setattr("peft_vit.backbones.loading.sha256_of", denied)
+    monkeypatch.setattr("peft_vit.backbones.weights.sha256_of", denied)
     with pytest.raises(UserError, match=r"w\.safetensors: backbone\.file: can't be read \(Permission denied\)"):
         check_weights(_file(tmp_path / "w.safetensors"))
 

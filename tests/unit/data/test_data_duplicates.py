@@ -14,7 +14,8 @@ from scipy.signal import convolve2d
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import duplicates, image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import inspect as duplicates
 from peft_vit.data.packaged import read_idx, write_idx
 from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError

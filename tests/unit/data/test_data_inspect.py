@@ -278,7 +278,7 @@ def test_progress_is_told(root):
 
 
 def test_near_groups_in_blocks_are_those_of_a_plain_search(monkeypatch):
-    from peft_vit.data import duplicates
+    from peft_vit.data import inspect as duplicates
 
     rng = np.random.default_rng(0)
     base = np.stack([textured(i % 17) for i in range(60)]).astype(float)

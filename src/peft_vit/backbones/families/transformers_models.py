@@ -207,8 +207,8 @@ def _class_of(config: Any) -> Any:
             f"{config.model_type} is no Vision Transformer: transformers has no class of it that classifies images",
             field="backbone.model",
         )
-    found = known[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    kind = known[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 @functools.cache
@@ -288,12 +288,14 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     config, _ = _parsed(Architecture("transformers", backbone.model, *read_config(backbone)))
     kind = _class_of(config)
     with foreign_fault(f"can't be read as weights of {backbone.model}", folder, field=_FIELD), quiet():
-        model, found = kind.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     prefix = "tower." if config.model_type in TOWERS else ""
-    wrong = {name if isinstance(name, str) else name[0] for name in (*found["missing_keys"], *found["mismatched_keys"])}
+    wrong = {
+        name if isinstance(name, str) else name[0] for name in (*loading["missing_keys"], *loading["mismatched_keys"])
+    }
     wrong = {name for name in wrong if prefix or not name.startswith("classifier")}
     if wrong:
         some = ", ".join(sorted(wrong)[:3])
