@@ -109,18 +109,18 @@ def test_training_draws_nothing_at_random(name: str) -> None:
     assert torch.equal(model(images), model(images))
 
 
-def test_of_one_token_query_and_key_have_no_effect() -> None:
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda model: attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0),
+        lambda model: QALoRATrainer(model, config(rank=2), 8),
+    ],
+)
+def test_of_one_token_query_and_key_have_no_effect(adapt) -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
     model.set_input_size(32)  # windows of one token
     with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
-        attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
-
-
-def test_that_is_seen_on_packed_weights_too() -> None:
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
-    model.set_input_size(32)
-    with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
-        QALoRATrainer(model, config(rank=2), 8)
+        adapt(model)
 
 
 def test_two_heads_are_one_on_their_features_side_by_side() -> None:
@@ -134,20 +134,6 @@ def test_two_heads_are_one_on_their_features_side_by_side() -> None:
     weight, bias = torch.randn(5, 128).double(), torch.randn(5).double()
     fill_head(backbone.head, weight, bias)
     torch.testing.assert_close(model(images), features @ weight.T + bias)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "remedy"),
-    [
-        ("swin_tiny_patch4_window7_224", 112, "not a multiple of 32, .* use 96 or 128"),
-        ("hiera_tiny_224", 100, "use 96 or 128"),
-        ("vit_base_r50_s16_224", 40, "use 32 or 48"),
-    ],
-)
-def test_sizes_that_windows_or_patches_do_not_divide_are_refused(name: str, size: int, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy) as caught:
-        describe(BackboneConfig(model=name, weights="random"), size)
-    assert caught.value.field == "data.image_size"
 
 
 def test_the_size_of_pretraining_is_always_taken() -> None:

@@ -279,16 +279,6 @@ def test_near_pairs_are_those_of_a_plain_search():
     assert 5 < len(found) < 25
 
 
-def test_blocks_change_nothing(monkeypatch):
-    parts = [np.stack([textured(i % 20, side=32) for i in range(n)]) for n in (23, 9, 14)]
-    equal = np.arange(46)
-    whole = duplicates._near(whole_files(parts), equal)
-    monkeypatch.setattr(duplicates, "_BLOCK", 5)
-    monkeypatch.setattr(duplicates, "_BATCH", 3)
-    assert len(whole) == 23
-    assert np.array_equal(np.unique(duplicates._near(whole_files(parts), equal)[:, 0]), np.unique(whole[:, 0]))
-
-
 # --- kept -------------------------------------------------------------------------------------------------------------
 
 

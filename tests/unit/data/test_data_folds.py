@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from peft_vit.config import DataConfig
 from peft_vit.data import ImageIndex, load_data, make_splits
@@ -136,19 +135,6 @@ def test_fewer_training_images_move_neither_test_nor_validation():
 def test_more_folds_than_different_images_are_refused():
     with pytest.raises(UserError, match=r"data\.folds: asks for 9, but 8 different images"):
         make_splits(index_of(np.arange(16) % 2, np.arange(16) // 2), asked(folds=9, validation_images=2), 0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"test_images": 10}, "has no effect with folds"),
-        ({"test_split": "per_seed"}, "test_split: per_seed has no effect with folds"),
-        ({"folds": 1}, "greater than or equal to 2"),
-    ],
-)
-def test_what_folds_decide_is_not_said_twice(settings, said):
-    with pytest.raises(ValidationError, match=said):
-        asked(**settings)
 
 
 def test_seeds_share_one_file_of_decoded_images(own_cache):
