@@ -53,31 +53,40 @@ def asked(dataset, path, **settings):
     return DataConfig(dataset=dataset, path=str(path), **({"image_size": 48, "validation_images": 4} | settings))
 
 
-def test_different_images_are_loaded_without_a_word(official, pool):
+def zipped(official):
+    path = official.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(official.rglob("*.png")):
+            archive.write(file, file.relative_to(official))
+    return path
+
+
+@pytest.mark.parametrize("pack", [lambda root: root, zipped])
+def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, pack):
     assert load_data(asked("image-folder", official), 0).warnings == ()
     assert load_data(asked("image-folder", pool, test_images=8), 0).warnings == ()
-
-
-SAME = (
-    r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, which tells "
-    r"nothing about new ones; remove one of them$"
-)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_file_in_train_and_test_is_refused_with_both_names(official, packed):
     shutil.copyfile(official / "train/cat/00.png", official / "test/cat/copy.png")
-    path = official
-    if packed:
-        path = official.with_suffix(".zip")
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in sorted(official.rglob("*.png")):
-                archive.write(file, file.relative_to(official))
-    config = asked("image-folder", path)
-    with pytest.raises(UserError, match=SAME):
-        make_splits(open_index(config), config, 0)  # before anything is decoded
-    with pytest.raises(UserError, match=SAME):
-        load_data(config, 0)
+    config = asked("image-folder", pack(official))
+    for load in (lambda: make_splits(open_index(config), config, 0), lambda: load_data(config, 0)):  # nothing decoded
+        with pytest.raises(
+            UserError,
+            match=r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, "
+            r"which tells nothing about new ones; remove one of them$",
+        ):
+            load()
+    save(official / "test/cat/copy.png", textured(12))  # the same pixels as another test image: told
+    assert load_data(asked("image-folder", official), 0).warnings == (
+        "Images: 1 of 7 test images are copies of others there, such as test/cat/copy.png of test/cat/12.png; each "
+        "counts",
+    )
+    save(official / "test/cat/copy.png", textured(30))
+    save(official / "test/cat/other.bmp", textured(0))  # the pixels of train/cat/00.png in another file
+    with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
+        load_data(asked("image-folder", official, validation_images=2), 0)
+    for i in range(40):
+        save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
+    with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
+        load_data(asked("image-folder", pool, test_images=8), 0)
 
 
 @pytest.mark.parametrize("made_by", [os.symlink, os.link, shutil.copyfile])
@@ -88,20 +97,6 @@ def test_a_test_row_that_is_a_training_file_is_refused(pool, made_by):
     (pool / "list.csv").write_text("\n".join(["path,label,split", *rows, "other.png,cat,test"]) + "\n")
     with pytest.raises(UserError, match=r"^data\.path: cat/00\.png \(training\) and other\.png \(test\) are the same"):
         load_data(asked("csv", pool / "list.csv"), 0)
-
-
-def test_the_same_pixels_in_another_file_are_refused(official):
-    save(official / "test/cat/other.bmp", textured(0))  # of train/cat/00.png
-    config = asked("image-folder", official, validation_images=2)
-    with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
-        load_data(config, 0)
-
-
-def test_the_same_pixels_are_refused_where_the_split_is_drawn_too(pool):
-    for i in range(40):
-        save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
-    with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
-        load_data(asked("image-folder", pool, test_images=8), 0)
 
 
 @pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
@@ -188,14 +183,6 @@ def test_one_image_under_two_classes_is_named_even_if_one_file_is_left_out(pool)
             "Images: 1 images are of two classes, such as cat/00.png ('cat') and dog/same.png ('dog'); one of the "
             "labels is wrong"
         ) in data.warnings
-
-
-def test_copies_within_a_split_count_and_are_told(official):
-    shutil.copyfile(official / "test/cat/12.png", official / "test/cat/again.png")
-    assert load_data(asked("image-folder", official), 0).warnings == (
-        "Images: 1 of 7 test images are copies of others there, such as test/cat/again.png of test/cat/12.png; each "
-        "counts",
-    )
 
 
 # --- nearly the same --------------------------------------------------------------------------------------------------

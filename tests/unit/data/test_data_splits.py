@@ -4,26 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from written_images import index_of
 
 from peft_vit.config import DataConfig
-from peft_vit.data import ImageIndex, class_gaps, make_splits
+from peft_vit.data import class_gaps, make_splits
 from peft_vit.data.splits import Splits, stratified_draw
 from peft_vit.errors import UserError
 from peft_vit.seeding import numpy_generator
-
-
-def index_of(labels, strata=None, official_test=None):
-    labels = np.asarray(labels, dtype=np.int64)
-    return ImageIndex(
-        name="toy",
-        labels=labels,
-        own_strata=None if strata is None else np.asarray(strata, dtype=np.int64),
-        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)),
-        official_test=official_test,
-        licence="none",
-        sha256="0" * 64,
-        read=lambda i: pytest.fail("splits must not decode"),
-    )
 
 
 def config(**settings):
