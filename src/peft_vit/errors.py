@@ -68,8 +68,8 @@ def agreeing_with(file: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        problem = error.message if error.file is None else f"{error.message}; or {file.name} is wrong"
-        raise UserError(problem, file=error.file or file, field=error.field) from None
+        message = error.message if error.file is None else f"{error.message}; or {file.name} is wrong"
+        raise UserError(message, file=error.file or file, field=error.field) from None
 
 
 @contextmanager

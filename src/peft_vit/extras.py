@@ -57,8 +57,8 @@ def require_extra(
     if missing:
         *others, last = missing
         names = f"packages {', '.join(others)} and {last}" if others else f"package {last}"
-        problem = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
-        raise UserError(problem, file=file, field=field)
+        message = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
+        raise UserError(message, file=file, field=field)
 
 
 def load_openvino() -> Any:

@@ -95,10 +95,10 @@ class Settings(Frozen):
     @model_validator(mode="after")
     def _has_an_effect(self, info: ValidationInfo) -> Self:
         problems = {
-            name: problem
+            name: message
             for name, field in type(self).model_fields.items()
             for condition in field.metadata
-            if isinstance(condition, OnlyWith) and is_given(self, name, info) and (problem := condition.problem(self))
+            if isinstance(condition, OnlyWith) and is_given(self, name, info) and (message := condition.problem(self))
         }
         refuse(self, problems)
         return self
@@ -116,11 +116,11 @@ def refuse(config: BaseModel, problems: Mapping[str, str]) -> None:
             type(config).__name__,
             [
                 InitErrorDetails(
-                    type=PydanticCustomError("refused", "{problem}", {"problem": problem}),
+                    type=PydanticCustomError("refused", "{message}", {"message": message}),
                     loc=tuple(field.split(".")),
                     input=None,
                 )
-                for field, problem in problems.items()
+                for field, message in problems.items()
             ],
         )
 

@@ -120,8 +120,8 @@ class Backbone:
         """
         layers = list(self.heads.values())
         if not layers:
-            problem = "the model has no linear classification head; create it with num_classes"
-            raise UserError(problem, field="num_classes")
+            message = "the model has no linear classification head; create it with num_classes"
+            raise UserError(message, field="num_classes")
         return layers[0] if len(layers) == 1 else AveragedHeads(layers)
 
     def is_of_head(self, parameter: str) -> bool:
@@ -192,8 +192,8 @@ class Backbone:
             raise _missing(first, f"{linear.module} has {out_features} rows, not {named} of one size")
         if linear.feeds is not None and (hidden := self._features(linear.feeds, first)[0]) != out_features:
             leaf = linear.feeds.rpartition(".")[2]
-            problem = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
-            raise _missing(first, problem)
+            message = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
+            raise _missing(first, message)
         for part, name, kind in wanted:
             span = (sum(rows[:part]), sum(rows[: part + 1]))
             yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, rows[part], tokens=0)

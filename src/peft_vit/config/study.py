@@ -282,7 +282,7 @@ class _Experiment(Frozen):
                 f"has no effect with method: {self.method}, which trains no weights of the backbone; set it in the "
                 "training of experiments with method: full alone"
             )
-        refuse(self, {f"training.{name}": problem for name, problem in problems.items()})
+        refuse(self, {f"training.{name}": message for name, message in problems.items()})
         self.kind.refuse_unread(self, info)
         return self
 

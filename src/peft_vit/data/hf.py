@@ -128,8 +128,8 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
             raise
         except Exception as error:  # a foreign set can fail in any way; the user needs one line
             field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
-            problem = f"can't be read by the library datasets ({_reason(error)})"
-            raise UserError(problem, file=_damaged(place) or path, field=field) from None
+            message = f"can't be read by the library datasets ({_reason(error)})"
+            raise UserError(message, file=_damaged(place) or path, field=field) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -202,8 +202,8 @@ def _prepared(builder: DatasetBuilder, path: str) -> dict[str, Dataset]:
 
     if not isinstance(builder, (ImageFolder, Parquet, Arrow, Cache)):
         kind = type(builder).__module__.rpartition(".")[2]
-        problem = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
-        raise UserError(problem, file=path, field="data.path")
+        message = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
+        raise UserError(message, file=path, field="data.path")
     builder.download_and_prepare()
     return dict(builder.as_dataset())
 
@@ -284,16 +284,16 @@ def _column(
     if column is None and len(likely) == 1:
         return likely[0]
     if column is None:
-        problem = f"{len(likely)} of the columns {', '.join(features)} {why}; name the one to read"
+        message = f"{len(likely)} of the columns {', '.join(features)} {why}; name the one to read"
     elif column not in features:
-        problem = f"there is no column '{column}'; expected one of {', '.join(features)}"
+        message = f"there is no column '{column}'; expected one of {', '.join(features)}"
     elif column in possible:
         return column
     else:
         dtype = getattr(features[column], "dtype", None)
         kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
-        problem = f"column '{column}' holds no {what}s, but {kind}{_such_as(possible)}"
-    raise UserError(problem, file=path, field=f"data.{what}_column")
+        message = f"column '{column}' holds no {what}s, but {kind}{_such_as(possible)}"
+    raise UserError(message, file=path, field=f"data.{what}_column")
 
 
 def _such_as(columns: list[str]) -> str:
@@ -310,8 +310,8 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     columns = [column for column in (image, label) if column in rows.features]
     for column in (image, *columns):
         if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
-            problem = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
-            raise UserError(problem, file=path, field="data.path")
+            message = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
+            raise UserError(message, file=path, field="data.path")
     with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
         table = rows.select_columns(columns).with_format("arrow")[:]
         for column in columns:
@@ -333,8 +333,8 @@ def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
             notes.append(f"split {part.name} has no labels and is left out")
         elif missing:
             among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
-            problem = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
-            raise UserError(problem, file=path, field="data.label_column")
+            message = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
+            raise UserError(message, file=path, field="data.label_column")
         elif part.classes:
             labelled.append(part)
     if not labelled:
@@ -371,8 +371,8 @@ def _classes(
         refuse_several_labels(names, path, f"column '{label}'")
         return names, labels
     if present[-1] >= feature.num_classes:
-        problem = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
-        raise UserError(problem, file=path, field="data.label_column")
+        message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
+        raise UserError(message, file=path, field="data.label_column")
     absent = [name for k, name in enumerate(feature.names) if k not in present]
     if absent:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
@@ -399,11 +399,11 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
                 file = str(_stored(part.images[row])[1])
                 real = Path(os.path.realpath(file))
                 if not os.path.isfile(file):
-                    problem = f"names the file {file}, which does not exist, and holds no image itself"
-                    raise UserError(problem, file=f"{path}: {title}")
+                    message = f"names the file {file}, which does not exist, and holds no image itself"
+                    raise UserError(message, file=f"{path}: {title}")
                 if not any(real.is_relative_to(root) for root in (own, *others)):
-                    problem = f"names the file {file}, which leads out of the data set; copy it into it"
-                    raise UserError(problem, file=f"{path}: {title}")
+                    message = f"names the file {file}, which leads out of the data set; copy it into it"
+                    raise UserError(message, file=f"{path}: {title}")
                 beside[title] = Path(file)
                 if real.is_relative_to(own):
                     titles[-1] = real.relative_to(own).as_posix()

@@ -369,8 +369,8 @@ def look_at(
     classes, labels = numbered(list(files.classes.values()))
     class_names = tuple(classes)
     if len(class_names) < 2:
-        problem = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
-        raise UserError(problem, file=path)
+        message = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
+        raise UserError(message, file=path)
     check_class_names(class_names, path)
     names = np.array(list(files.classes), dtype=object)
     sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
@@ -413,8 +413,8 @@ def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[st
             left_out[names[i]] = f"a copy of {of_group[int(seen.groups[i])]}, which is sealed"
     missing = np.flatnonzero(np.bincount(seen.labels[sealed], minlength=len(seen.class_names)) == 0)
     if len(missing):
-        problem = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
-        raise UserError(problem, file=seen.path)
+        message = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
+        raise UserError(message, file=seen.path)
     used = np.array([name not in left_out for name in seen.names], dtype=bool)
     content = ImagesFile(
         sha256=open_tree(seen.path).hashed(names[used].tolist()).sha256,
@@ -453,8 +453,8 @@ def _refuse_few(
             file=path,
         )
     if sealed is not None and not (tested := np.bincount(labels[sealed], minlength=len(class_names))).all():
-        problem = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
-        raise UserError(problem, file=path)
+        message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
+        raise UserError(message, file=path)
 
 
 def _contradictions(

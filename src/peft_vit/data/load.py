@@ -97,8 +97,8 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     )
     classes = len(index.class_names)
     if classes < 2:
-        problem = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
-        raise UserError(problem, file=config.path, field="data.path")
+        message = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
+        raise UserError(message, file=config.path, field="data.path")
     check_class_names(index.class_names, config.path, "data.path")
     return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
 

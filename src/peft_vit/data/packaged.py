@@ -166,8 +166,8 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """
     start = 4 + 4 * dimensions
     if not file.exists():
-        problem = "is missing; name the folder that holds the four idx .gz files"
-        raise UserError(problem, file=file, field="data.path")
+        message = "is missing; name the folder that holds the four idx .gz files"
+        raise UserError(message, file=file, field="data.path")
     with foreign_fault("is not a readable .gz", file, remedy=FETCH_AGAIN):
         require_regular(file.stat(), file)  # opening a pipe could wait for ever
         with gzip.open(file) as unzipped:

@@ -99,8 +99,8 @@ def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
 def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
     """Return why a file is not read right, and what to do; None if it is."""
     if image.mode.startswith(("I", "F")) and not _is_grey_of_16_bits(image, raw_mode):
-        problem = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
-        return f"{problem}; scale them and save it with 8 or 16 bits a channel"
+        message = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
+        return f"{message}; scale them and save it with 8 or 16 bits a channel"
     if isinstance(image, PngImageFile) and raw_mode == "RGB;16B" and "transparency" in image.info:
         return "has 16 bits a channel and a transparent colour; save it with an alpha channel"
     if not isinstance(image, TiffImageFile):

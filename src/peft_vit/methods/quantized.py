@@ -163,8 +163,8 @@ def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, context: Prep
 
 def _check_probe(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     if experiment.need(QaLoraConfig).quantization_schedule != "constant":
-        problem = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
-        raise UserError(problem, field="qa_lora.quantization_schedule")
+        message = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
+        raise UserError(message, field="qa_lora.quantization_schedule")
     _check_packing(experiment, shape, total_steps, train_images, rank=0)
 
 

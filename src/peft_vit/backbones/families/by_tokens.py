@@ -81,8 +81,8 @@ def on_tokens(model: Any) -> OnTokens:
 def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exception) -> UserError:
     """Return what a model says, in whatever way, of images that its windows or stages do not divide."""
     reason = first_line(error)[:150]
-    problem = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
-    return UserError(problem, field="data.image_size")
+    message = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
+    return UserError(message, field="data.image_size")
 
 
 def _prepare(model: nn.Module) -> bool:

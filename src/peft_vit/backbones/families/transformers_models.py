@@ -174,8 +174,8 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
             with foreign_fault("is no image processor with mean and std", folder / IMAGES_FILE, field=_FIELD):
                 images = _images_of(transformers.AutoImageProcessor.from_pretrained(folder).to_dict())
         elif backbone.weights != "random":
-            problem = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
-            raise _bad(problem, folder)
+            message = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
+            raise _bad(message, folder)
     _class_of(config)
     channels = getattr(vision_config(config), "num_channels", 3)
     if channels != 3:
