@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import attach_adapters, effects
-from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size
+from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size, watching
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 
@@ -18,7 +18,7 @@ NO_TARGETS = {"cpb_mlp", "embeds", "head", "head_dist"}  # networks of positions
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_every_matrix_on_tokens_is_covered_by_sites_once(name: str) -> None:
+def test_every_matrix_on_tokens_is_covered_by_sites_once_and_tokens_are_its_rows(name: str) -> None:
     model = random_model(name)
     sites = find_sites(model)
     assert len({site.name for site in sites}) == len(sites)
@@ -33,25 +33,14 @@ def test_every_matrix_on_tokens_is_covered_by_sites_once(name: str) -> None:
     assert all((rows == 1).all() for rows in covered.values())
     linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear)}
     assert covered.keys() == {path for path in linear if not NO_TARGETS & set(path.split("."))}
-
-
-@pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_tokens_are_the_rows_that_a_module_is_given(name: str) -> None:
-    model = random_model(name)
     rows: dict[str, int] = {}
-
-    def count(module: str, given: Tensor) -> None:
-        rows[module] = given.numel() // given.shape[-1]
-
-    sites = find_sites(model)
-    for module in {site.module for site in sites}:
-        model.get_submodule(module).register_forward_hook(lambda _, given, __, at=module: count(at, given[0]))
-    model(torch.randn(3, 3, 32, 32))
-    assert {site.module: site.tokens * 3 for site in sites} == rows | {
-        module: 3
-        for module in rows
-        if module == "attn_pool.q"  # of a learnt query, the same for every image
-    }
+    with watching(
+        {module: model.get_submodule(module) for module in covered},
+        lambda module, given: rows.update({module: given.numel() // given.shape[-1]}),
+    ):
+        model(torch.randn(3, 3, 32, 32))
+    learnt = {"attn_pool.q"} & rows.keys()  # a query, the same for every image
+    assert {site.module: site.tokens * 3 for site in sites} == rows | dict.fromkeys(learnt, 3)
 
 
 @pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in ("tiny_swin_v2", "tiny_difference")])
