@@ -89,7 +89,7 @@ def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
         fault: one of `ValidationError.errors()`.
         remedy: whether to say what to do about a key that is missing or unknown.
     """
-    kind, said = fault["type"], fault["msg"].removeprefix("Value error, ")
+    kind, text = fault["type"], fault["msg"].removeprefix("Value error, ")
     known = {
         "extra_forbidden": ("unknown key here", "remove it or correct its spelling"),
         "missing": ("is missing", "add it"),
@@ -98,9 +98,9 @@ def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
     if kind in known:
         return "; ".join(known[kind][: 1 + remedy])
     if kind in ("value_error", "refused"):  # our own
-        return said
-    said = f"{said[0].lower()}{said[1:]}".replace("an object", "a mapping").replace("valid array", "list")
-    return said if kind == "json_invalid" else f"{said}, got {reprlib.repr(fault['input'])}"
+        return text
+    text = f"{text[0].lower()}{text[1:]}".replace("an object", "a mapping").replace("valid array", "list")
+    return text if kind == "json_invalid" else f"{text}, got {reprlib.repr(fault['input'])}"
 
 
 @contextmanager

@@ -28,7 +28,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
-AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
+PrecisionSetting = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
 
@@ -391,7 +391,7 @@ class StudyConfig(Frozen):
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
     ] = Field(min_length=1, description="each experiment runs once with each")
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
-    precision: AskedPrecision = Field(
+    precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
     )
     threads: int = Field(

@@ -255,7 +255,7 @@ _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 
 
 @dataclass(frozen=True)
-class Seen:
+class Inspection:
     """What a folder of images holds: N that can be used, of K classes, and what is left out.
 
     Attributes:
@@ -349,7 +349,7 @@ def look_at(
     folds: int = 5,
     sealed_share: float = 0.2,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Seen:
+) -> Inspection:
     """Decode every image of a folder once, and say what is there.
 
     Args:
@@ -383,43 +383,45 @@ def look_at(
     used = np.array([name not in left_out for name in names], dtype=bool)
     labels, groups, sealed = labels[used], groups[used], None if sealed is None else sealed[used]
     _refuse_few(path, class_names, labels, groups, sealed, least)
-    return Seen(path, class_names, tuple(names[used]), labels, copies[used], groups, sealed, sides[used], left_out)
+    return Inspection(
+        path, class_names, tuple(names[used]), labels, copies[used], groups, sealed, sides[used], left_out
+    )
 
 
-def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
+def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
 
     Sealed is the folder's own test split, or else a share of the different images, each class with its own, by `seed`:
     of a group of copies one, whose others are left out.
 
     Args:
-        seen: the folder.
+        inspection: the folder.
         sealed_share: of the different images; has no effect on a test split of one's own.
         seed: of the draw.
 
     Raises:
         UserError: if the share leaves a class without a sealed image, or a file can't be read any more.
     """
-    names = np.array(seen.names, dtype=object)
-    left_out = dict(seen.left_out)
-    sealed = seen.sealed
+    names = np.array(inspection.names, dtype=object)
+    left_out = dict(inspection.left_out)
+    sealed = inspection.sealed
     if sealed is None:
-        first = np.unique(seen.groups, return_index=True)[1]
+        first = np.unique(inspection.groups, return_index=True)[1]
         count = round(sealed_share * len(first))
-        drawn = stratified_draw(np.sort(first), seen.labels, count, numpy_generator(seed, "sealed"))
+        drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
         sealed = np.isin(np.arange(len(names)), drawn)
-        of_group = dict(zip(seen.groups[drawn].tolist(), names[drawn], strict=True))
-        for i in np.flatnonzero(np.isin(seen.groups, seen.groups[drawn]) & ~sealed):
-            left_out[names[i]] = f"a copy of {of_group[int(seen.groups[i])]}, which is sealed"
-    missing = np.flatnonzero(np.bincount(seen.labels[sealed], minlength=len(seen.class_names)) == 0)
+        of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
+        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~sealed):
+            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
+    missing = np.flatnonzero(np.bincount(inspection.labels[sealed], minlength=len(inspection.class_names)) == 0)
     if len(missing):
-        message = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
-        raise UserError(message, file=seen.path)
-    used = np.array([name not in left_out for name in seen.names], dtype=bool)
+        message = f"no image of class '{inspection.class_names[missing[0]]}' would be sealed; seal a larger share"
+        raise UserError(message, file=inspection.path)
+    used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
-        sha256=open_tree(seen.path).hashed(names[used].tolist()).sha256,
+        sha256=open_tree(inspection.path).hashed(names[used].tolist()).sha256,
         left_out=left_out,
-        copies=tuple(tuple(names[used][some]) for some in _several(seen.groups[used])),
+        copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
         sealed=tuple(names[sealed].tolist()),
     )
     return content.model_dump(mode="json")

@@ -128,9 +128,9 @@ class ModelCard(Strict):
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
-        said: dict[str, Any] = write(self)
+        fields: dict[str, Any] = write(self)
         later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None}
-        return {key: value for key, value in said.items() if key not in later or value != later[key]}
+        return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
     @property
     def architecture(self) -> Architecture:

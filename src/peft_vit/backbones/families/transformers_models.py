@@ -138,16 +138,16 @@ def require_transformers() -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from printing progress, and reports that a head does not fit, which is always left aside."""
-    said = require_transformers().utils.logging
-    level, shown = said.get_verbosity(), said.is_progress_bar_enabled()
-    said.set_verbosity_error()
-    said.disable_progress_bar()
+    log = require_transformers().utils.logging
+    level, shown = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        said.set_verbosity(level)
+        log.set_verbosity(level)
         if shown:
-            said.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
@@ -181,8 +181,8 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
     if channels != 3:
         raise _bad(f"takes images of {channels} channels; expected a model of the three of RGB")
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    said = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
-    return said, _sha256_of_all(files) if files else None
+    text = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
+    return text, _sha256_of_all(files) if files else None
 
 
 def _images_of(processor: dict[str, Any]) -> dict[str, Any]:
@@ -265,9 +265,9 @@ def native_size(architecture: Architecture) -> int:
 def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     # What another version of transformers has written, say.
     with foreign_fault(f"this version of transformers can't build {architecture.name}", field=_FIELD):
-        said = json.loads(architecture.config or "{}")
-        plain = dict(said["config"])
-        return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), said["images"]
+        content = json.loads(architecture.config or "{}")
+        plain = dict(content["config"])
+        return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), content["images"]
 
 
 # --- weights ---
