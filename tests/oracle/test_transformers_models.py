@@ -90,9 +90,12 @@ def test_logits_are_those_of_transformers(kind: str, image_size: int, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", tiny_transformers.TYPES)
-def test_every_matrix_is_a_site_and_acts(kind: str, tmp_path: Path) -> None:
+def test_every_matrix_is_a_site_and_acts_and_nothing_is_drawn_in_training(kind: str, tmp_path: Path) -> None:
     tiny_transformers.folder_of(kind, tmp_path)
-    model = loaded(tmp_path).model
+    model = loaded(tmp_path).model.train()
+    before = torch.get_rng_state()
+    assert torch.equal(model(images()), model(images()))
+    assert torch.equal(torch.get_rng_state(), before)
     sites = find_sites(model)
     kinds = {site.kind for site in sites}
     assert kinds == {"query", "key", "value", "out", "fc1", "fc2"} | ({"reduction"} if "swin" in kind else set())
@@ -101,15 +104,6 @@ def test_every_matrix_is_a_site_and_acts(kind: str, tmp_path: Path) -> None:
     assert {site.layer for site in sites} == set(range(blocks))
     attach_adapters(model, sites, 2, scale=1.0, seed=0)
     assert not [name for name, effect in effects(model).items() if effect.fault]
-
-
-@pytest.mark.parametrize("kind", tiny_transformers.TYPES)
-def test_nothing_is_drawn_in_training(kind: str, tmp_path: Path) -> None:
-    tiny_transformers.folder_of(kind, tmp_path)
-    model = loaded(tmp_path).model.train()
-    before = torch.get_rng_state()
-    assert torch.equal(model(images()), model(images()))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def trained(folder: Path, kind: str, image_size: int = 32) -> tuple[LoadedBackbone, Tensor]:

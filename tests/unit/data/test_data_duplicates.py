@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.signal import convolve2d
+from scipy.sparse.csgraph import connected_components
 from written_images import save
 
 from peft_vit.config import DataConfig
@@ -236,8 +237,11 @@ def whole_files(parts):
     return [(pixels, np.arange(len(pixels))) for pixels in parts]
 
 
-def test_near_pairs_are_those_of_a_plain_search():
+@pytest.mark.parametrize("block", [4096, 7])
+def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
     """Against NumPy's corrcoef and SciPy's convolution, pair by pair."""
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
+    monkeypatch.setattr(duplicates, "_BATCH", 3)
     rng = np.random.default_rng(1)
     base = np.stack([textured(i, side=32) for i in range(30)])
     noise = rng.normal(0, 1, base.shape) * np.linspace(0, 12, 30)[:, None, None, None]  # the later, the farther off
@@ -253,17 +257,16 @@ def test_near_pairs_are_those_of_a_plain_search():
         return convolve2d(small, [[0, -1, 0], [-1, 4, -1], [0, -1, 0]], mode="valid")
 
     images = [thumbnail(image) for part in parts for image in part]
-    agreeing = {}
-    for i in range(30, 60):
-        agreeing[i] = [
-            k
-            for k in range(30 if i < 40 else 40)
-            if np.corrcoef(images[i].ravel(), images[k].ravel())[0, 1] >= 0.999
-            and np.corrcoef(fine(images[i]).ravel(), fine(images[k]).ravel())[0, 1] >= 0.98
-        ]
+    near = np.corrcoef([image.ravel() for image in images]) >= 0.999
+    near &= np.corrcoef([fine(image).ravel() for image in images]) >= 0.98
+    agreeing = {i: np.flatnonzero(near[i, : 30 if i < 40 else 40]).tolist() for i in range(30, 60)}
     assert set(found) == {i for i, others in agreeing.items() if others}
     assert all(k in agreeing[i] for i, k in found.items())
     assert 5 < len(found) < 25
+    thumbnails = np.concatenate([duplicates.thumbnails_of(*part) for part in whole_files(parts)])
+    groups = duplicates.near_groups(thumbnails)
+    _, linked = connected_components(near)
+    assert len(set(zip(groups.tolist(), linked.tolist(), strict=True))) == len(set(groups)) == len(set(linked))
 
 
 # --- kept -------------------------------------------------------------------------------------------------------------

@@ -262,27 +262,6 @@ def test_refused_in_one_line(root, monkeypatch, spoil, settings, decodes, messag
         look_at(root, **settings)
 
 
-def test_near_groups_in_blocks_are_those_of_a_plain_search(monkeypatch):
-    rng = np.random.default_rng(0)
-    base = np.stack([textured(i % 17) for i in range(60)]).astype(float)
-    pixels = np.clip(base + rng.normal(0, 1, base.shape) * rng.uniform(0, 9, (60, 1, 1, 1)), 0, 255).astype(np.uint8)
-    thumbnails = inspect_module.thumbnails_of(pixels, np.arange(60))
-    expected = list(range(60))  # union by relabelling, pair by pair
-    for a in range(60):
-        for b in range(a):
-            if thumbnails[a] @ thumbnails[b] >= 0.999:
-                first, second = (inspect_module._detail(thumbnails[[k]])[0] for k in (a, b))
-                if np.corrcoef(first, second)[0, 1] >= 0.98 and expected[a] != expected[b]:
-                    old, new = expected[a], expected[b]
-                    expected = [new if one == old else one for one in expected]
-    assert 17 < len(set(expected)) < 55
-    for block in (4096, 7):
-        monkeypatch.setattr(inspect_module, "_BLOCK", block)
-        monkeypatch.setattr(inspect_module, "_BATCH", 3)
-        found = inspect_module.near_groups(thumbnails)
-        assert len(set(zip(found.tolist(), expected, strict=True))) == len(set(expected)) == len(set(found.tolist()))
-
-
 def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     root = tmp_path / "split"
     for place, counts in (("train", (10, 10)), ("test", (2, 60))):

@@ -49,15 +49,23 @@ def test_rows_are_decoded_once_resized_and_kept_grey(channels, own_cache):
     [
         lambda index: (dataclasses.replace(index, sha256="b" * 64), ROWS, 8),
         lambda index: (dataclasses.replace(index, channels=3), ROWS, 8),
+        *(
+            lambda index, name=name: (dataclasses.replace(index, interpolation=name), ROWS, 8)
+            for name in ("nearest", "bilinear", "lanczos")
+        ),
         lambda index: (index, ROWS, 9),
         lambda index: (index, np.array([1, 4, 8]), 8),
     ],
 )
-def test_another_source_size_or_row_is_another_file(other):
+def test_another_source_size_interpolation_or_row_is_another_file(other):
     reader = Reader()
     cached_pixels(index_of(reader), ROWS, 8)
-    cached_pixels(*other(index_of(reader)))
+    index, rows, size = other(index_of(reader))
+    cached_pixels(index, rows, size)
     assert len(reader.decoded) == 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
+    resized = np.asarray(image.resize((size, size), Image.Resampling[index.interpolation.upper()]))
+    assert np.array_equal(to_pixels(image, size, 1, index.interpolation)[..., 0], resized)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +133,3 @@ def test_shrinking_averages_and_aspect_is_not_kept():
     pixels = to_pixels(Image.fromarray(wide), 8, 1)[..., 0]
     assert pixels[:, :3].max() < 20
     assert pixels[:, 5:].min() > 180
-
-
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "lanczos"])
-def test_another_interpolation_is_another_file_of_the_cache(interpolation):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
-    index = index_of(lambda _: image)
-    plain = np.array(cached_pixels(index, ROWS, 8))
-    other = np.array(cached_pixels(dataclasses.replace(index, interpolation=interpolation), ROWS, 8))
-    assert not np.array_equal(plain, other)
-    assert np.array_equal(other[0, ..., 0], np.asarray(image.resize((8, 8), Image.Resampling[interpolation.upper()])))

@@ -80,14 +80,6 @@ def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_su
         assert not official_test[np.concatenate(parts[:2])].any()
 
 
-def test_without_sizes_official_test_and_the_whole_rest_are_used():
-    index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
-    splits = make_splits(index, config(test_images=None), 0)
-    assert splits.test.tolist() == list(range(70, 100))
-    assert len(splits.validation) == 10
-    assert sorted([*splits.train, *splits.validation]) == list(range(70))
-
-
 def same(a, b):
     return np.array_equal(a, b)
 
@@ -134,16 +126,9 @@ def test_a_seeds_splits_come_from_the_generator_of_seed_and_split_seed():
     assert same(fixed.test, stratified_draw(everything, TOY.strata, 10, numpy_generator(5, "split")))
 
 
-def test_over_seeds_every_image_is_tested_as_often():
-    tested = np.zeros(100)
-    for seed in range(400):
-        tested[make_splits(TOY, config(test_split="per_seed"), seed).test] += 1
-    # Each of the 100 has probability 0.1: 40 +- 6 in 400; five standard deviations.
-    assert np.all(np.abs(tested - 40) < 30)
-
-
-def test_a_seed_draws_its_test_images_out_of_the_official_ones():
+def test_the_official_test_is_used_whole_or_a_seed_draws_out_of_it_and_the_rest_is_trained_on():
     index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
+    assert make_splits(index, config(test_images=None), 0).test.tolist() == list(range(70, 100))
     first, other = (make_splits(index, config(test_split="per_seed"), seed) for seed in (0, 1))
     assert not same(first.test, other.test)
     for splits in (first, other):
