@@ -33,8 +33,8 @@ from peft_vit.config.registries import (
     DatasetInfo,
     ExportFormat,
     QuantizationType,
-    file_bytes,
-    format_of,
+    exported_bytes,
+    exported_format,
     licence_of,
 )
 from peft_vit.config.study import (

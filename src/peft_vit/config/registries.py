@@ -151,16 +151,16 @@ EXPORTS: dict[str, ExportFormat] = {
 }
 
 
-def format_of(path: Path) -> str | None:
+def exported_format(path: Path) -> str | None:
     """Return the format of a file by the ending of its name; None if it is none's."""
     return next((name for name, kind in EXPORTS.items() if kind.ending and kind.ending == path.suffix), None)
 
 
-def file_bytes(model: Path) -> int:
+def exported_bytes(model: Path) -> int:
     """Return the bytes of an exported model: of a folder all files, else with what lies beside the file."""
     if model.is_dir():
         return sum(part.stat().st_size for part in model.iterdir() if part.is_file())
-    name = format_of(model)
+    name = exported_format(model)
     parts = [model, *map(model.with_suffix, () if name is None else EXPORTS[name].beside)]
     return sum(part.stat().st_size for part in parts)
 

@@ -23,9 +23,9 @@ from peft_vit.data.files import (
     refuse_outside,
 )
 from peft_vit.data.index import (
+    DataSource,
     ImageIndex,
     ImagesFile,
-    Source,
     check_class_names,
     numbered,
     refuse_several_labels,
@@ -264,7 +264,7 @@ def _write_csv(folder: Path) -> None:
 
 
 SOURCES = {
-    "tiny-imagenet": Source(read_tiny_imagenet, 4, _write_tiny_imagenet),
-    "image-folder": Source(read_image_folder, 3, _write_class_folders),
-    "csv": Source(read_csv, 3, _write_csv, "images.csv"),
+    "tiny-imagenet": DataSource(read_tiny_imagenet, 4, _write_tiny_imagenet),
+    "image-folder": DataSource(read_image_folder, 3, _write_class_folders),
+    "csv": DataSource(read_csv, 3, _write_csv, "images.csv"),
 }

@@ -24,7 +24,7 @@ import numpy as np
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
-from peft_vit.data.index import ImageIndex, Source, numbered, refuse_several_labels, sample_images
+from peft_vit.data.index import DataSource, ImageIndex, numbered, refuse_several_labels, sample_images
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
@@ -441,4 +441,4 @@ def _write_parquet(folder: Path) -> None:
         rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
 
 
-SOURCES = {"hf": Source(read_hf, 3, _write_parquet)}
+SOURCES = {"hf": DataSource(read_hf, 3, _write_parquet)}

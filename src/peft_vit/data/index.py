@@ -77,7 +77,7 @@ class ImageIndex:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """How a data set is read: a line in the SOURCES of the module that its entry in `config.DATASETS` names.
 
     Attributes:

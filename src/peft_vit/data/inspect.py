@@ -157,7 +157,7 @@ def _near(parts: list[tuple[np.ndarray, np.ndarray]], equal: np.ndarray) -> np.n
 
     `parts` are the three of `split_pixels`.
     """
-    thumbnails = np.concatenate([thumbnails_of(pixels, places) for pixels, places in parts])  # (N, 256)
+    thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
     starts = np.cumsum([0, *(len(places) for _, places in parts)]).tolist()
     partner = np.full(len(thumbnails), -1)
 
@@ -177,7 +177,7 @@ def near_groups(thumbnails: np.ndarray) -> np.ndarray:
     """Group images that are nearly equal, or linked by a chain of such pairs; all pairs are compared, in blocks.
 
     Args:
-        thumbnails: of `thumbnails_of`, (N, 256).
+        thumbnails: of `grey_thumbnails`, (N, 256).
 
     Returns:
         Equal numbers for images of one group, (N,) int64.
@@ -221,7 +221,7 @@ def _near_pairs(
                     yield pairs
 
 
-def thumbnails_of(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+def grey_thumbnails(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
     """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail.
 
     Args:
@@ -510,7 +510,7 @@ def _decoded(
             digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
             if digest not in number:
                 number[digest] = len(number)
-                different.append(thumbnails_of(to_pixels(image, _COMPARED_SIDE, 3)[None], np.arange(1))[0])
+                different.append(grey_thumbnails(to_pixels(image, _COMPARED_SIDE, 3)[None], np.arange(1))[0])
             copies[done] = number[digest]
         if on_progress is not None:
             on_progress(done + 1, len(names))

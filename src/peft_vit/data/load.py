@@ -13,7 +13,7 @@ from PIL import Image
 from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
 from peft_vit.data.files import new_in_cache
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.index import ImageIndex, Source, check_class_names
+from peft_vit.data.index import DataSource, ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
 from peft_vit.data.splits import make_splits
@@ -103,8 +103,8 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
 
 
-def _source(dataset: str) -> Source:
-    source: Source = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
+def _source(dataset: str) -> DataSource:
+    source: DataSource = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
     return source
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, open_tree, unpacked
-from peft_vit.data.index import ImageIndex, Source, check_class_names, sample_images, save_sample
+from peft_vit.data.index import DataSource, ImageIndex, check_class_names, sample_images, save_sample
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
@@ -297,9 +297,9 @@ def _write_cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
 
 
 SOURCES = {
-    "elpv": Source(read_elpv, 2, _write_elpv),
-    "digits": Source(read_digits, 10),
-    "fashion-mnist": Source(read_fashion_mnist, 10, _write_fashion_mnist),
-    "cifar10": Source(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
-    "cifar100": Source(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
+    "elpv": DataSource(read_elpv, 2, _write_elpv),
+    "digits": DataSource(read_digits, 10),
+    "fashion-mnist": DataSource(read_fashion_mnist, 10, _write_fashion_mnist),
+    "cifar10": DataSource(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
+    "cifar100": DataSource(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
 }

@@ -17,7 +17,7 @@ from PIL import Image
 
 from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import EXPORTS, format_of, named_backbone
+from peft_vit.config import EXPORTS, exported_format, named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.model_card import Classifier, Format, ModelCard, read_json
 from peft_vit.deployment.torch_files import torch_classifier
@@ -59,7 +59,7 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         return open_peft(path, weights)
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
-    name = format_of(path)
+    name = exported_format(path)
     if name is None:
         *endings, last = (kind.ending for kind in EXPORTS.values() if kind.ending)
         raise UserError(f"expected a {', '.join(endings)} or {last} file, a PEFT folder or a run's folder", file=path)

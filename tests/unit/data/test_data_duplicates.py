@@ -263,7 +263,7 @@ def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
     assert set(found) == {i for i, others in agreeing.items() if others}
     assert all(k in agreeing[i] for i, k in found.items())
     assert 5 < len(found) < 25
-    thumbnails = np.concatenate([duplicates.thumbnails_of(*part) for part in whole_files(parts)])
+    thumbnails = np.concatenate([duplicates.grey_thumbnails(*part) for part in whole_files(parts)])
     groups = duplicates.near_groups(thumbnails)
     _, linked = connected_components(near)
     assert len(set(zip(groups.tolist(), linked.tolist(), strict=True))) == len(set(groups)) == len(set(linked))
