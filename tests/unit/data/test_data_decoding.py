@@ -65,8 +65,10 @@ def test_png(kind, depth):
         assert np.abs(found - expected).max() <= 1  # Pillow rounds twice
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (1, 1), (2, 3), (2, 4), (5, 4)])
+KINDS = [(order, *kind) for order in "<>" for kind in ((1, 1), (2, 3), (2, 4), (5, 4))]
+
+
+@pytest.mark.parametrize(("order", "kind", "channels"), [("<", 0, 1), *KINDS])
 @pytest.mark.parametrize("dtype", ["u1", "u2"])
 def test_tiff(order, kind, channels, dtype):
     values = samples(channels, np.iinfo(dtype).max, dtype)
