@@ -19,12 +19,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft_vit.analysis.comparison import DECIMALS, Estimate, MethodResult, compare, decide, method_results, references
-from peft_vit.analysis.importance import importance_patterns, study_agreements
-from peft_vit.analysis.limits import is_time
-from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.comparison import (
+    DECIMALS,
+    Estimate,
+    MethodResult,
+    compare,
+    decide,
+    is_time,
+    method_results,
+    references,
+)
+from peft_vit.analysis.layers import importance_patterns, study_agreements
 from peft_vit.analysis.stopping import compare_all
-from peft_vit.analysis.studies import Run, Study, grouped
+from peft_vit.analysis.studies import Run, Study, grouped, load_studies
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, Verdict, stratified_mean
 
@@ -225,7 +232,7 @@ def _pooled(
         refused += [((kind, tuple(pairs), why), name) for kind, why in differing.items() if kind not in pool]
         untested = next((studies[label].untested for label in pairs if studies[label].untested), "")
         for table, value, needs, note in (
-            (rows, _difference, _NEEDS_OF_ACCURACY, untested),
+            (rows, lambda a, b: round(a.test.accuracy - b.test.accuracy, DECIMALS), _NEEDS_OF_ACCURACY, untested),
             (times, _log_ratio, _NEEDS_OF_TIMES, ""),
         ):
             allowed = tuple((kind, differing[kind]) for kind in needs if kind in differing)
@@ -248,10 +255,6 @@ def _pairs(study: Study, name: str, reference: str) -> list[tuple[Run, Run]]:
     runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
     seeds = compare(study.of(name), study.of(reference), name, reference).by_seed
     return [(runs[seed], others[seed]) for seed in sorted(seeds)]
-
-
-def _difference(a: Run, b: Run) -> float:
-    return round(a.test.accuracy - b.test.accuracy, DECIMALS)
 
 
 def _log_ratio(a: Run, b: Run) -> float | None:

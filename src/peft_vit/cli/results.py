@@ -105,8 +105,7 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import load_studies
-    from peft_vit.analysis.limits import exported_latency, parse_limits
-    from peft_vit.analysis.recommendation import check_margin
+    from peft_vit.analysis.recommendation import check_margin, exported_latency, parse_limits
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Measure, Option
-from peft_vit.analysis.recommendation import Candidate, Fault, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.recommendation import (
+    SAME_SIZE,
+    Candidate,
+    ExportedLatency,
+    Fault,
+    Measure,
+    Option,
+    Rated,
+    Recommendation,
+    smallest_that_exists,
+)
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError, os_fault
@@ -71,16 +80,17 @@ def recommendation_blocks(found: Recommendation) -> Iterator[Paragraph | Table]:
 
 
 def _asked(found: Recommendation) -> Iterator[str]:
-    best, study = found.best, found.study
+    best, study, validated = found.best, found.study, found.best.validation_accuracy
+    assert validated is not None
     reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
-    cost = f"{megabytes(best.stored_bytes)} to store, {count(best.parameters)} trainable parameters"
+    cost = f"{megabytes(best.stored_bytes)} to store, {count(best.final_parameters)} trainable parameters"
     if best.seconds_per_step is not None:
         cost += f", {fixed(best.seconds_per_step)} s a step"
     if best.latency_s is not None:
         cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
         f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
-        f"{percent(best.validation_accuracy)} ({counted(len(best.seeds), 'seed')}); {cost}."
+        f"{percent(validated.estimate)} ({counted(len(best.seeds), 'seed')}); {cost}."
     )
     if uneven := [rated for rated in _others(found) if set(rated.seeds) != set(best.seeds)]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
@@ -143,9 +153,7 @@ def _answer(found: Recommendation) -> Iterator[str]:
         else:
             yield f"The safe choice is {best.name} itself, which keeps the limits."
     else:
-        tested = found.comparison_of(found.chosen)
-        assert tested is not None
-        estimate = tested.estimate
+        estimate = next(candidate.estimate for candidate in found.candidates if candidate.rated is found.chosen)
         yield (
             f"Recommended: {found.chosen.name}. Test accuracy against {best.name}: "
             f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
@@ -218,7 +226,7 @@ def _tested_table(found: Recommendation) -> Table:
         [
             Column("experiment", "rated.name"),
             Column("to store", "rated.stored_bytes", megabytes),
-            Column("parameters", "rated.parameters", count),
+            Column("parameters", "rated.final_parameters", count),
             Column("difference (points)", lambda one: points_interval(one.estimate.interval)),
             Column("n", lambda one: len(one.estimate.by_seed)),
             Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
@@ -283,7 +291,7 @@ def _bytes(value: float) -> str:
 # What a limit is of: the field of a cost, and how it is written.
 _COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
     "--max-bytes": ("stored_bytes", _bytes),
-    "--max-params": ("parameters", lambda value: f"{count(value)} parameters"),
+    "--max-params": ("final_parameters", lambda value: f"{count(value)} parameters"),
     "--max-seconds": ("seconds_per_step", lambda value: f"{value:.3g} s a step"),
     "--max-latency-ms": ("latency_s", lambda value: f"{1000 * value:.3g} ms latency"),
 }

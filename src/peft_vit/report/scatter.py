@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.analysis import Front, MethodResult
-from peft_vit.analysis.pareto import CostName
+from peft_vit.analysis.comparison import CostName
 from peft_vit.config import LoraConfig
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.figure import (

@@ -133,8 +133,8 @@ def run_until_decided(
         UserError: as `plan_study` and `drive`.
         KeyboardInterrupt: see `drive`.
     """
-    from peft_vit.analysis.results import read_results
     from peft_vit.analysis.stopping import courses
+    from peft_vit.analysis.studies import read_results
     from peft_vit.statistics.sequential import next_look
     from peft_vit.studies.display import course_line, print_plan
     from peft_vit.studies.plan import plan_study

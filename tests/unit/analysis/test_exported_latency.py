@@ -6,8 +6,7 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis.limits import Limits, exported_latency
-from peft_vit.analysis.recommendation import Recommendation, recommend
+from peft_vit.analysis.recommendation import Limits, Recommendation, exported_latency, recommend
 from peft_vit.analysis.studies import Study
 from peft_vit.errors import UserError
 from peft_vit.records import BenchRow, RunRecord
