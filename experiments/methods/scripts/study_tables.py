@@ -18,7 +18,7 @@ from peft_vit.report.document import Paragraph
 from peft_vit.report.findings_tables import estimate_of
 from peft_vit.report.formatting import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.report.markdown import escaped
-from peft_vit.report.recommended import recommendation_blocks
+from peft_vit.report.printed_tables import recommendation_blocks
 from peft_vit.statistics import Interval
 
 REFERENCE = "lora_r8"

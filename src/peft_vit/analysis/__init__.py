@@ -27,10 +27,10 @@ from peft_vit.analysis.layers import (
 )
 from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.quantization import QuantizationImpact
-from peft_vit.analysis.stopping import compare_all, compare_with_references, study_courses
+from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
 from peft_vit.records import FisherCheck
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Analysis:
     study: Study
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Estimate, ...]
-    courses: tuple[Course, ...]
+    sequential: tuple[SequentialResult, ...]  # of comparisons that stop
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
@@ -62,7 +62,7 @@ def analyze(study: Study) -> Analysis:
         study=study,
         methods=methods,
         comparisons=compare_with_references(study),
-        courses=study_courses(study),
+        sequential=sequential_results(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         calibration=calibration(study),

@@ -51,7 +51,7 @@ from peft_vit.analysis.comparison import (
     is_time,
     method_results,
 )
-from peft_vit.analysis.stopping import ENDS, at_last_look, study_courses
+from peft_vit.analysis.stopping import ENDS, at_last_look, sequential_results
 from peft_vit.analysis.studies import Run, Study, grouped
 from peft_vit.config import parse_bytes
 from peft_vit.errors import UserError
@@ -380,11 +380,11 @@ def _require_times(study: Study, limits: Limits, measure: Measure, exported: Exp
 
 def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     if study.stopping is not None:
-        course_of = {course.name: course for course in study_courses(study)}
+        result_of = {result.name: result for result in sequential_results(study)}
         return tuple(
-            Candidate(rated, replace(at_last_look(study, course, "noninferiority"), note=ENDS[course.stopped]))
+            Candidate(rated, replace(at_last_look(study, result, "noninferiority"), note=ENDS[result.stopped]))
             for rated in smaller
-            for course in [course_of[rated.name]]
+            for result in [result_of[rated.name]]
         )
     question, level = Question("noninferiority", margin), _level(len(smaller))
     compared = [replace(compare(own.runs, best.runs, own.name, best.name), question=question) for own in smaller]

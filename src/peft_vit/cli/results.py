@@ -109,7 +109,7 @@ def recommend(
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench
-    from peft_vit.report.recommended import print_recommendation
+    from peft_vit.report.printed_tables import print_recommendation
 
     limits = parse_limits(max_bytes, max_params, max_seconds, max_latency_ms)
     share = check_margin(margin, "--margin")

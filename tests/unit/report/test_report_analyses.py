@@ -13,10 +13,10 @@ from peft_vit.analysis.comparison import all_pairs
 from peft_vit.analysis.stopping import stopping_rule
 from peft_vit.config import StoppingConfig
 from peft_vit.records import FisherCheck, Predictions, RankEntry, RunRecord
+from peft_vit.report.build import study_documents
 from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
 from peft_vit.report.quantization_tables import quantization_tables
-from peft_vit.report.sections import study_documents
 from peft_vit.statistics.sequential import follow
 
 EXPERIMENTS = planted.experiments()

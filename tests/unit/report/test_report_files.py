@@ -20,8 +20,8 @@ from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
+from peft_vit.report.build import study_documents
 from peft_vit.report.document import SECTION_TITLES
-from peft_vit.report.sections import study_documents
 
 FIGURES = {
     "accuracy_by_method",

@@ -9,7 +9,7 @@ from golden import check_golden
 from peft_vit.analysis import Analysis, analyze
 from peft_vit.records import RunRecord
 from peft_vit.report import summary
-from peft_vit.report.forest_plot import accuracy_by_method
+from peft_vit.report.accuracy_figures import accuracy_by_method
 
 MAJORITY = {0: 0.685, 1: 0.682, 2: 0.69}  # a mean of 0.6857
 ACCURACY = {"linear_probe": 0.75, "lora_r8": 0.80}

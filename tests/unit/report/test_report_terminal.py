@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from peft_vit.report.document import Paragraph, Table
-from peft_vit.report.terminal import print_blocks
+from peft_vit.report.printed import print_blocks
 
 TABLE = Table(
     slug="t",

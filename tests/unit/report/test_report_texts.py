@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from peft_vit.report.accuracy_figures import short_count, side_by_side
+from peft_vit.report.build import slug_of
 from peft_vit.report.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.report.html import soft
 from peft_vit.report.lines import smoothed
 from peft_vit.report.markdown import escaped
-from peft_vit.report.scatter import short_count, side_by_side
-from peft_vit.report.sections import slug_of
 from peft_vit.statistics import mean_interval
 
 
