@@ -301,7 +301,7 @@ def cost_table(analysis: Analysis) -> str:
 
 
 def _by_seed(method: MethodResult) -> str:
-    return joined(fixed(100 * value, 1) for value in method.by_seed)
+    return joined(fixed(100 * value, 1) for value in method.by_seed.values())
 
 
 def _or_dash(value: float | None, written: Callable[[float], str]) -> str:

@@ -255,12 +255,11 @@ def references(study: Study) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """One experiment over its runs, means where nothing else is said. Accuracies are shares; `by_seed` is as `runs`."""
+    """One experiment over its runs, means where nothing else is said; accuracies are shares."""
 
     experiment: ExperimentConfig
     runs: tuple[Run, ...]
-    seeds: tuple[int, ...]
-    by_seed: tuple[float, ...]
+    by_seed: dict[int, float]  # test accuracy
     test_accuracy: Interval
     validation_accuracy: Interval | None  # None where runs had no validation images
     above_majority: Interval
@@ -284,27 +283,30 @@ class MethodResult:
 
 def method_results(study: Study) -> tuple[MethodResult, ...]:
     """Return one row for each experiment with a finished run."""
-    return tuple(_result(e, study.of(e.name)) for e in study.experiments if study.of(e.name))
-
-
-def _result(experiment: ExperimentConfig, runs: tuple[Run, ...]) -> MethodResult:
-    margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
-    validated = [run.validation.accuracy for run in runs if run.validation is not None]
-    return MethodResult(
-        experiment=experiment,
-        runs=runs,
-        seeds=tuple(run.seed for run in runs),
-        by_seed=tuple(run.test.accuracy for run in runs),
-        test_accuracy=mean_interval([run.test.accuracy for run in runs]),
-        validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
-        above_majority=mean_interval(margins),
-        runs_above_majority=sum(margin > 0 for margin in margins),
-        final_parameters=fmean(run.parameters.final for run in runs),
-        frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
-        adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
-        seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
-        latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
-    )
+    results = []
+    for experiment in study.experiments:
+        runs = study.of(experiment.name)
+        if not runs:
+            continue
+        margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+        validated = [run.validation.accuracy for run in runs if run.validation is not None]
+        results.append(
+            MethodResult(
+                experiment=experiment,
+                runs=runs,
+                by_seed={run.seed: run.test.accuracy for run in runs},
+                test_accuracy=mean_interval([run.test.accuracy for run in runs]),
+                validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
+                above_majority=mean_interval(margins),
+                runs_above_majority=sum(margin > 0 for margin in margins),
+                final_parameters=fmean(run.parameters.final for run in runs),
+                frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
+                adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
+                seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
+                latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
+            )
+        )
+    return tuple(results)
 
 
 def is_time(value: float | None) -> TypeGuard[float]:

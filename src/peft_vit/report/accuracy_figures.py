@@ -125,10 +125,7 @@ def _ends(interval: Interval | None) -> dict[str, Raw]:
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
     drawn, note = leading(methods, validation_means(methods), ROWS)
-    estimates = {
-        m.name: Estimate(name=m.name, by_seed=dict(zip(m.seeds, m.by_seed, strict=True)), interval=m.test_accuracy)
-        for m in methods
-    }
+    estimates = {m.name: Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in methods}
     majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
     shares = [share for share in majority.values() if share is not None]
     differs = len(set(shares)) > 1
@@ -141,7 +138,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
     dashes: _Look = {"color": INK, "lw": 1, "ls": DASHED}
     if line:
         legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
-    values = [100 * value for m in drawn for value in m.by_seed] + ([line] if line else [])
+    values = [100 * value for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
     low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
     pad = max(1.0, 0.18 * (high - low))
 
@@ -172,11 +169,11 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
             "seed": seed,
             "test_accuracy": value,
             **_ends(m.test_accuracy),
-            "seeds": len(m.seeds),
+            "seeds": len(m.runs),
             "majority_accuracy": majority.get(seed),
         }
         for m in methods
-        for seed, value in zip(m.seeds, m.by_seed, strict=True)
+        for seed, value in m.by_seed.items()
     ]
     return draw("accuracy_by_method", "Accuracy by method", caption, 1.15 + _ROW_IN * len(drawn), paint, data)
 
@@ -314,7 +311,7 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
             **{column: getattr(m, field) for column, field in own.columns.items()},
         }
         for m in methods
-        for seed, value in zip(m.seeds, m.by_seed, strict=True)
+        for seed, value in m.by_seed.items()
     ]
     return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
 
@@ -346,18 +343,18 @@ def _scatter(
         color, marker = looks[name]
         canvas.series(name, color, marker)
         moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
-        seeds = [100 * value for value in method.by_seed]
+        seeds = [100 * value for value in method.by_seed.values()]
         span = [min(seeds), max(seeds)]
         canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
         if len(seeds) <= SEED_DOTS:
-            texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in zip(method.seeds, method.by_seed, strict=True)]
+            texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
             look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
             canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
         texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{cost}"]
         look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
         canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
     # Moved artists do not count for the limits on their own.
-    axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed])
+    axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed.values()])
     axes.margins(x=0.1, y=0.08)
     axes.autoscale_view()
     axes.set_ylabel("test accuracy (%)")

@@ -72,7 +72,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
             _RUNS,
             Column(
                 "each seed (%)",
-                lambda m: dict(zip(m.seeds, m.by_seed, strict=True)),
+                "by_seed",
                 lambda of: joined(f"{seed}: {fixed(100 * accuracy, 1)}" for seed, accuracy in of.items()),
                 lambda of: {f"seed_{seed}": accuracy for seed, accuracy in of.items()},
             ),

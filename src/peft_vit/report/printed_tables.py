@@ -98,9 +98,9 @@ def _request(advice: Recommendation) -> Iterator[str]:
         cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
     yield (
         f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
-        f"{percent(validated.estimate)} ({counted(len(best.seeds), 'seed')}); {cost}."
+        f"{percent(validated.estimate)} ({counted(len(best.by_seed), 'seed')}); {cost}."
     )
-    if uneven := [rated for rated in _others(advice) if set(rated.seeds) != set(best.seeds)]:
+    if uneven := [rated for rated in _others(advice) if rated.by_seed.keys() != best.by_seed.keys()]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(advice)}'s ({_seeds(best)}): {listed}."
     limits = joined(_limit(fault) for fault in best.beside) or "none"
@@ -123,7 +123,7 @@ def _request(advice: Recommendation) -> Iterator[str]:
 
 
 def _seeds(rated: Rated) -> str:
-    return f"seed{'' if len(rated.seeds) == 1 else 's'} {joined(map(str, rated.seeds))}"
+    return f"seed{'' if len(rated.by_seed) == 1 else 's'} {joined(map(str, rated.by_seed))}"
 
 
 def _others(advice: Recommendation) -> tuple[Rated, ...]:
@@ -286,7 +286,7 @@ def recommended_yaml(advice: Recommendation) -> str | None:
     comments = [f"{chosen.name} of study {advice.study.label}, made again from its records: {why}."]
     if advice.study.smoke:
         comments.append("Smoke runs: random weights, synthetic images. They say nothing about a method.")
-    return study_yaml(chosen.runs[0].record.spec, chosen.seeds, suffix=_SUFFIX, comments=comments)
+    return study_yaml(chosen.runs[0].record.spec, [*chosen.by_seed], suffix=_SUFFIX, comments=comments)
 
 
 def _bytes(value: float) -> str:

@@ -112,7 +112,7 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
             best.name,
             percent(best.test_accuracy.estimate),
             (
-                f"{counted(len(best.seeds), 'seed')}: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+                f"{counted(len(best.runs), 'seed')}: {joined(fixed(100 * v, 1) for v in best.by_seed.values())} %",
                 f"{count(best.final_parameters)} trainable parameters",
                 f"{megabytes(best.stored_bytes)} to store",
                 *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
@@ -134,7 +134,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
         name = best.name
         sentences = [
             f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
-            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.seeds), 'seed')}; in brackets the 95 % "
+            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.runs), 'seed')}; in brackets the 95 % "
             "interval over seeds).",
             *(
                 f"{name} minus {c.reference} on test: {points_interval(c.interval)} points "
@@ -143,7 +143,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
                 if c.name == name and c.interval is not None
             ),
         ]
-    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.seeds) for m in methods)
+    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.runs) for m in methods)
     return (
         *sentences,
         f"{above} of {total} finished runs are more accurate than always naming the most frequent class.",
