@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -321,7 +322,11 @@ def _among(runs_of: RunsOf, value: Callable[[Run], str], name: str = "") -> Iter
 
 def _versions(runs_of: RunsOf) -> Iterator[str]:
     for name in sorted({name for runs in runs_of.values() for run in runs for name in run.provenance.packages}):
-        yield from _among(runs_of, lambda run, name=name: run.provenance.packages.get(name, "not there"), f"{name} ")
+        yield from _among(runs_of, partial(_version, name), f"{name} ")
+
+
+def _version(package: str, run: Run) -> str:
+    return run.provenance.packages.get(package, "not there")
 
 
 def _weights(runs_of: RunsOf) -> Iterator[str]:

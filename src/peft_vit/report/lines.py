@@ -73,8 +73,9 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     for name in (name for names in rows.values() for name in names):
         train, validated = {}, {}
         for run in runs[name]:
-            steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
-            train[of] = np.array([row.step for row in steps]), smoothed([row.loss for row in steps], window)
+            recorded_steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
+            losses = smoothed([row.loss for row in recorded_steps], window)
+            train[of] = np.array([row.step for row in recorded_steps]), losses
             nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
             validated[of] = np.array([e.step for e in evaluations]), nll
         curves[name] = _with_mean(train), _with_mean(validated)
