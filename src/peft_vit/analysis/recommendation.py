@@ -163,7 +163,7 @@ Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 
 @dataclass(frozen=True)
-class Fault:
+class Violation:
     """A limit beside what an experiment costs in its unit (bytes, parameters, seconds); None: not recorded."""
 
     option: Option
@@ -178,12 +178,12 @@ class Rated(MethodResult):
     Times are None if a run lacks one; latency is that of the smallest common batch size, or of exported models.
     """
 
-    beside: tuple[Fault, ...]  # every limit that was given
+    beside: tuple[Violation, ...]  # every limit that was given
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
+    def violations(self) -> tuple[Violation, ...]:
         """Return the limits that it does not keep, or of which nothing was recorded."""
-        return tuple(fault for fault in self.beside if fault.value is None or fault.value > fault.limit)
+        return tuple(limit for limit in self.beside if limit.value is None or limit.value > limit.limit)
 
     def size(self, measure: Measure) -> float | None:
         """Return what experiments are ordered by."""
@@ -304,8 +304,8 @@ def recommend(
             problem = f"compares with {stopping.control}, of which nothing can be said, so nothing can be recommended"
             raise UserError(problem, file=study.label)
         best = control
-    within = [own for own in rated if not own.faults]
-    smaller = [own for own in within if best.faults or not _no_larger(best, own, measure)]
+    within = [own for own in rated if not own.violations]
+    smaller = [own for own in within if best.violations or not _no_larger(best, own, measure)]
     candidates = _tested(study, smaller, best, margin)
     shown = [candidate.rated for candidate in candidates if candidate.shown]
     smallest = [own for own in shown if _no_larger(own, shown[0], measure)]
@@ -320,7 +320,7 @@ def recommend(
         chosen=smallest[0] if smallest else best if outcome == "best" else None,
         candidates=candidates,
         as_small=tuple(smallest[1:]),
-        outside=tuple(own for own in rated if own.faults),
+        outside=tuple(own for own in rated if own.violations),
         larger=tuple(own for own in within if own not in smaller and own is not best),
         left_out=left_out,
         limits=limits,
@@ -351,8 +351,8 @@ def _rate(result: MethodResult, limits: Limits, latency_batch: int | None, expor
         "--max-seconds": seconds,
         "--max-latency-ms": latency,
     }
-    faults = tuple(Fault(option, limit, bound[option]) for option, limit in limits.items())
-    return Rated(**vars(result) | {"seconds_per_step": seconds, "latency_s": latency}, beside=faults)
+    beside = tuple(Violation(option, limit, bound[option]) for option, limit in limits.items())
+    return Rated(**vars(result) | {"seconds_per_step": seconds, "latency_s": latency}, beside=beside)
 
 
 def _mean_time(values: Sequence[float | None]) -> float | None:
@@ -424,12 +424,12 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | N
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 
-def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
+def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Violation, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
     nearest = []
     for place in range(len(recommendation.limits)):
         beside = [(rated.beside[place], rated) for rated in recommendation.outside]
-        known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
+        known = [(limit.value, rated.name, limit, rated) for limit, rated in beside if limit.value is not None]
         if known:
             nearest.append(min(known, key=lambda entry: entry[:2])[2:])
     return nearest

@@ -12,11 +12,11 @@ from peft_vit.analysis.comparison import Estimate, together
 from peft_vit.analysis.recommendation import (
     SAME_SIZE,
     Candidate,
-    Fault,
     Measure,
     Option,
     Rated,
     Recommendation,
+    Violation,
     smallest_that_exists,
 )
 from peft_vit.analysis.studies import grouped
@@ -103,7 +103,7 @@ def _request(advice: Recommendation) -> Iterator[str]:
     if uneven := [rated for rated in _others(advice) if rated.by_seed.keys() != best.by_seed.keys()]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(advice)}'s ({_seeds(best)}): {listed}."
-    limits = joined(_limit(fault) for fault in best.beside) or "none"
+    limits = joined(_limit(violation) for violation in best.beside) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[advice.measure]} that loses less than {margin_in_points(advice.margin)} of "
         f"test accuracy against it. Limits: {limits}."
@@ -139,8 +139,8 @@ def _answer(advice: Recommendation) -> Iterator[str]:
     best, margin, family = advice.best, margin_in_points(advice.margin), len(advice.candidates)
     if advice.outcome == "nothing within":
         yield "Nothing is within the limits, so nothing is recommended."
-        for fault, rated in smallest_that_exists(advice):
-            yield f"Nearest to {_limit(fault)}: {rated.name} with {_value(fault)}."
+        for violation, rated in smallest_that_exists(advice):
+            yield f"Nearest to {_limit(violation)}: {rated.name} with {_value(violation)}."
     elif advice.outcome == "best":
         yield (
             f"Recommended: {best.name}, {_whom(advice)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
@@ -152,7 +152,7 @@ def _answer(advice: Recommendation) -> Iterator[str]:
             f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. That does "
             "not say that it is lost."
         )
-        if best.faults:
+        if best.violations:
             yield f"The safe choice would be {best.name}, which is outside the limits: {_broken(best)}."
         else:
             yield f"The safe choice is {best.name} itself, which keeps the limits."
@@ -302,16 +302,16 @@ _COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _limit(fault: Fault) -> str:
-    return f"at most {_COSTS[fault.option][1](fault.limit)}"
+def _limit(violation: Violation) -> str:
+    return f"at most {_COSTS[violation.option][1](violation.limit)}"
 
 
-def _value(fault: Fault) -> str:
-    return "not recorded" if fault.value is None else _COSTS[fault.option][1](fault.value)
+def _value(violation: Violation) -> str:
+    return "not recorded" if violation.value is None else _COSTS[violation.option][1](violation.value)
 
 
 def _broken(rated: Rated) -> str:
-    return "; ".join(f"{_value(fault)}, asked {_limit(fault)}" for fault in rated.faults)
+    return "; ".join(f"{_value(violation)}, asked {_limit(violation)}" for violation in rated.violations)
 
 
 # What a difference of a kind keeps from being pooled; any other kind both.
