@@ -33,9 +33,10 @@ def load(
     tmp_path: Path, training: str = "", *, experiments: str = LORA, data: str = DATA, stopping: str = ""
 ) -> StudyConfig:
     file = tmp_path / "study.yaml"
-    shared = f"training: {{steps: 9, learning_rate: 1e-3, {training}}}\n" if "linear" not in experiments else ""
-    looks = f"stopping: {{{stopping}}}\n" if stopping else ""
-    file.write_text(f"{HEAD}{data}{shared}{looks}experiments: [{experiments}]\n")
+    if "learning_rate" not in training and experiments != PROBES:
+        training = f"steps: 9, learning_rate: 1e-3, {training}"
+    shared = f"training: {{{training}}}\n" + (f"stopping: {{{stopping}}}\n" if stopping else "")
+    file.write_text(f"{HEAD}{data}{shared}experiments: [{experiments}]\n")
     return load_study(file)
 
 
@@ -67,10 +68,8 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
 
 
 def test_of_a_study_s_augmentation_a_probe_takes_the_flips(tmp_path: Path) -> None:
-    file = tmp_path / "study.yaml"
-    shared = "training: {augmentation: [rotate90, flip: {direction: both}, mixup], steps: 9, learning_rate: 1e-3}\n"
-    file.write_text(f"{HEAD}{DATA}{shared}experiments: [{{name: probe, method: linear}}, {LORA}]\n")
-    study = load_study(file)
+    shared = "augmentation: [rotate90, flip: {direction: both}, mixup]"
+    study = load(tmp_path, shared, experiments=f"{{name: probe, method: linear}}, {LORA}")
     assert changes(study, 0) == [{"flip": {"direction": "both"}}]
     assert len(changes(study, 1)) == 3
     assert {experiment.training.flips for experiment in study.experiments} == {"both"}
@@ -105,59 +104,12 @@ LISTED = "{name: full, method: full}, {name: low, method: lora, lora: {rank: 4},
 
 def test_a_list_of_learning_rates_is_an_experiment_a_rate_in_the_order_of_the_file(tmp_path: Path) -> None:
     fixed = "{name: fixed, method: lora, training: {learning_rate: 3e-3}, lora: {rank: 2}}"
-    file = tmp_path / "study.yaml"
-    shared = "training: {steps: 9, learning_rate: [3e-4, 1e-3, 2.5e-2]}\n"
-    file.write_text(f"{HEAD}{DATA}{shared}experiments: [{LISTED}, {fixed}]\n")
-    rates = {experiment.name: experiment.training.learning_rate for experiment in load_study(file).experiments}
+    study = load(tmp_path, "steps: 9, learning_rate: [3e-4, 1e-3, 2.5e-2]", experiments=f"{LISTED}, {fixed}")
+    rates = {experiment.name: experiment.training.learning_rate for experiment in study.experiments}
     assert list(rates) == ["full_lr_3e-4", "full_lr_1e-3", "full_lr_2_5e-2", "low_lr_1e0", "low_lr_1e1", "fixed"]
     assert list(rates.values()) == [3e-4, 1e-3, 2.5e-2, 1.0, 10.0, 3e-3]
-    written = ", ".join(
-        f"{{name: full_lr_{name}, method: full, training: {{learning_rate: {rate}}}}}"
-        for name, rate in (("3e-4", 3e-4), ("1e-3", 1e-3), ("2_5e-2", 0.025))
-    )
-    assert load(tmp_path, experiments=written).experiments == load_study(file_of(tmp_path, shared)).experiments
-
-
-def file_of(tmp_path: Path, shared: str, experiments: str = "{name: full, method: full}") -> Path:
-    file = tmp_path / "listed.yaml"
-    file.write_text(f"{HEAD}{DATA}{shared}experiments:\n  - {experiments}\n")
-    return file
-
-
-@pytest.mark.parametrize(
-    "rates", ["[]", "[0]", "[-1]", "[1e-3, fast]", "[1e-3, 0.001]", "[1e999]", "[[1e-3]]", "[true]"]
-)
-@pytest.mark.parametrize(("is_shared", "line", "place"), [(True, 5, ""), (False, 7, "experiments[0].")])
-def test_what_is_no_list_of_rates(rates: str, is_shared: bool, line: int, place: str, tmp_path: Path) -> None:
-    said = f"learning_rate: {rates}"
-    own = "{name: full, method: full}" if is_shared else f"{{name: full, method: full, training: {{{said}}}}}"
-    file = file_of(tmp_path, f"training: {{epochs: 2, {said if is_shared else 'batch_size: 4'}}}\n", own)
-    with pytest.raises(UserError, match="or a list of some that differ") as caught:
-        load_study(file)
-    assert (caught.value.file, caught.value.field) == (f"{file}:{line}", f"{place}training.learning_rate")
-
-
-@pytest.mark.parametrize(
-    ("experiments", "line", "field"),
-    [
-        ("{name: low, method: lora, lora: {rank: 0}}", 7, "experiments[0].lora.rank"),
-        ("{name: full, method: full, colour: red}", 7, "experiments[0].colour"),
-        (
-            "{name: full, method: full}\n  - {name: full_lr_1e-3, method: full, training: {learning_rate: 1}}",
-            None,
-            None,
-        ),
-    ],
-)
-def test_a_fault_beside_a_list_is_named_once_and_where_it_stands(
-    experiments: str, line: int | None, field: str | None, tmp_path: Path
-) -> None:
-    file = file_of(tmp_path, "training: {epochs: 2, learning_rate: [1e-3, 1e-2]}\n", experiments)
-    with pytest.raises(UserError) as caught:
-        load_study(file)
-    assert "more fault" not in caught.value.message
-    assert caught.value.field == (field or "experiments")
-    assert caught.value.file == (f"{file}:{line}" if line else str(file))
+    written = "{name: full_lr_2_5e-2, method: full, training: {learning_rate: 0.025}}"
+    assert load(tmp_path, experiments=written).experiments == study.experiments[2:3]
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from peft_vit.errors import UserError
-from peft_vit.quantization import (
-    QuantizationFormat,
-    QuantizedTensor,
-    code_values,
-    quantize,
-    relative_error,
-    unpack_codes,
-)
-from peft_vit.quantization.formats import QuantizedScales, quantize_scales
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, relative_error
+from peft_vit.quantization.formats import quantize_scales
 
 
 def dynamic_type() -> np.ndarray:
@@ -23,15 +15,10 @@ def dynamic_type() -> np.ndarray:
     return np.sort(np.concatenate([np.negative(middles), [0, 1], middles]))
 
 
-def weights(rows: int = 90, columns: int = 128) -> torch.Tensor:
+def weights() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    spread = torch.rand(rows, 1, generator=generator) + 0.2  # so that scales differ by more than chance
-    return 0.02 * spread * torch.randn(rows, columns, generator=generator)
-
-
-def scales_of(quantized: QuantizedTensor) -> QuantizedScales:
-    assert isinstance(quantized.stored_scales, QuantizedScales)
-    return quantized.stored_scales
+    spread = torch.rand(90, 1, generator=generator) + 0.2  # so that scales differ by more than chance
+    return 0.02 * spread * torch.randn(90, 128, generator=generator)
 
 
 @pytest.mark.part("quantization")
@@ -63,40 +50,6 @@ def test_no_scale_is_negative_or_infinite_and_equal_ones_are_exact() -> None:
     assert torch.equal(quantize_scales(torch.full((4, 64), 0.37)).dequantize(), torch.full((4, 64), 0.37))
 
 
-@pytest.mark.part("quantization")
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize("type", ["int3", "int4", "nf3", "nf4"])
-def test_codes_are_the_nearest_under_the_stored_scales(type, offset) -> None:
-    format = QuantizationFormat(type, 32, offset, torch.float16, double_quant=True)
-    weight = weights()
-    quantized = quantize(weight, format)
-    groups = weight.double().numpy().reshape(90, 4, 32)
-    scales = scales_of(quantized).dequantize().double().numpy()[..., None]
-    offsets = 0 if quantized.offsets is None else quantized.offsets.double().numpy()[..., None]
-    if format.has_codebook:
-        values = code_values(type).double().numpy()
-    else:
-        values = np.arange(2**format.bits) if offset else np.arange(1, 2**format.bits) - 2 ** (format.bits - 1)
-    levels = scales[..., None] * values + np.expand_dims(offsets, -1)  # (out, groups, 1, values)
-    nearest = np.abs(groups[..., None] - levels).min(-1)
-    found = quantized.dequantize().double().numpy().reshape(groups.shape)
-    np.testing.assert_allclose(np.abs(found - groups), nearest, atol=1e-8)
-    codes = unpack_codes(quantized.codes, format.bits, 128).numpy().reshape(groups.shape)
-    first = 0 if offset or format.has_codebook else 1
-    np.testing.assert_allclose(found, np.take(values, codes - first) * scales + offsets, atol=1e-8)
-    plain = QuantizationFormat(type, 32, offset, torch.float16)
-    assert relative_error(weight, quantized) < 1.01 * relative_error(weight, quantize(weight, plain))
-
-
-@pytest.mark.parametrize(("type", "most"), [("nf4", 4.3), ("int4", 4.3), ("nf3", 3.3), ("int3", 3.3)])
-def test_groups_of_32_take_a_quarter_of_a_bit(type, most) -> None:
-    quantized = quantize(weights(384, 384), QuantizationFormat(type, 32, False, torch.float16, double_quant=True))
-    groups = 384 * 12
-    codes = 384 * 384 * quantized.format.bits // 8
-    assert quantized.nbytes == codes + groups + 4 * groups // 256 + 4
-    assert quantized.bits_per_weight < most
-
-
 def test_stored_tensors_give_the_same_weights_and_parts_of_them() -> None:
     format = QuantizationFormat("nf3", 16, True, torch.float16, double_quant=True)
     quantized = quantize(weights(), format)
@@ -104,22 +57,15 @@ def test_stored_tensors_give_the_same_weights_and_parts_of_them() -> None:
     assert torch.equal(again.dequantize(), quantized.dequantize())
     assert torch.equal(quantized.rows(slice(70, 80)).dequantize(), quantized.dequantize()[70:80])
     assert torch.equal(quantized.columns(slice(32, 96)).dequantize(), quantized.dequantize()[:, 32:96])
-    moved = quantized.to("meta")
-    assert {tensor.device.type for tensor in moved.tensors().values()} == {"meta"}
+    moved = quantized.to("meta").tensors()
+    assert {tensor.device.type for tensor in moved.values()} == {"meta"}
+    assert all(moved[name].shape == tensor.shape for name, tensor in quantized.tensors().items())
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda t: {"scales": t["scales"].half()}, r"^scales: expected torch\.uint8"),
-        (lambda t: {"scale_blocks": t["scale_blocks"][:-1]}, r"^scale_blocks: expected torch\.float32 of shape \(2,\)"),
-        (lambda t: {"scale_blocks": -t["scale_blocks"]}, "^scale_blocks: expected no negative scale"),
-        (lambda t: {"scale_mean": t["scale_mean"] * torch.nan}, "^scale_mean: expected finite numbers"),
-        (lambda t: {"offsets": t["scales"]}, "^expected the tensors codes, scales, scale_blocks, scale_mean, got"),
-    ],
-)
-def test_damaged_scales_are_refused(damage, message) -> None:
-    format = QuantizationFormat("int4", 32, False, torch.float16, double_quant=True)
-    tensors = quantize(weights(), format).tensors()
-    with pytest.raises(UserError, match=message):
-        QuantizedTensor.from_tensors(tensors | damage(tensors), (90, 128), format)
+@pytest.mark.parametrize("type", ["int3", "int4", "nf3", "nf4"])
+def test_scales_in_8_bits_lose_hardly_more(type) -> None:
+    errors = [
+        relative_error(weights(), quantize(weights(), QuantizationFormat(type, 32, False, torch.float16, double)))
+        for double in (True, False)
+    ]
+    assert errors[0] < 1.01 * errors[1]
