@@ -73,7 +73,7 @@ def test_any_weights(type, group, rows, groups, scale, dtype, heavy_tails, seed)
         weight = weight[:, :64]
     if heavy_tails:
         weight = weight**3
-    if dtype is torch.float16:
+    if dtype is not torch.float32:  # whose denormals they flush
         scale = min(max(scale, 0.02), 1.0)
     assert_equal_to_bitsandbytes((weight * scale).to(dtype).contiguous(), type, group)
 

@@ -31,12 +31,7 @@ def plain_gradients(tiny_vit, model, batch) -> dict[str, np.ndarray]:
     plain = tiny_vit(depth=1)
     plain.load_state_dict(merged_state_dict(model))
     backward(plain.double(), (batch[0].double(), batch[1]))
-    block = plain.blocks[0]
-    fused = block.attn.qkv.weight.grad.chunk(3)
-    found = dict(zip(("attn.query", "attn.key", "attn.value"), fused, strict=True))
-    found |= {"attn.out": block.attn.proj.weight.grad}
-    found |= {"mlp.fc1": block.mlp.fc1.weight.grad, "mlp.fc2": block.mlp.fc2.weight.grad}
-    return {f"blocks.0.{name}": gradient.numpy() for name, gradient in found.items()}
+    return {site.name: plain.get_submodule(site.module).weight.grad[site.span].numpy() for site in find_sites(plain)}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -3,21 +3,19 @@
 import copy
 from collections.abc import Callable
 
-import allocation_runs
 import numpy as np
 import pytest
 import qa_lora_settings
 import torch
+from prepared_methods import METHODS as PREPARED
+from prepared_methods import quantized
 from scipy.special import log_softmax
 from tiny_models import TINY_EVAS, random_model
 from torch import Tensor, nn
 
-from peft_vit import AdaLoRAController
 from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers
-from peft_vit.adapters.peft_tuner import attach_peft_adalora, attach_peft_lora
 from peft_vit.backbones import find_sites
-from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import measure_ablation
 from peft_vit.training import QALoRATrainer
@@ -35,37 +33,16 @@ def lora(model: nn.Module) -> None:
     attach_adapters(model, sites, ranks, scale=2.0, seed=0)
 
 
-def adalora(model: nn.Module, **settings) -> None:
-    given = {"total_rank_budget": 20, "importance_metric": "magnitude", "budget_schedule": "constant"}
-    AdaLoRAController(model, allocation_runs.config(**given, **settings), 8)
-
-
-def qa_lora(model: nn.Module, *, groups: bool = True) -> None:
-    settings = qa_lora_settings.config(rank=2).model_copy(update={"use_group_quantization": groups})
-    QALoRATrainer(model, settings, 4)
-
-
-def qa_adalora(model: nn.Module) -> None:
-    AdaLoRAController(model, allocation_runs.config(total_rank_budget=20, budget_schedule="constant"), 8, pool=16)
-    QALoRATrainer(model, qa_lora_settings.config(), 4)
-
-
-METHODS: dict[str, Callable[[nn.Module], None]] = {
+METHODS: dict[str, Callable[[nn.Module], object]] = {
     "lora": lora,
-    "adalora": adalora,
-    "adalora svd": lambda model: adalora(model, parametrization="svd"),
-    "qa_lora": qa_lora,
-    "qa_lora without groups": lambda model: qa_lora(model, groups=False),
-    "qa_adalora": qa_adalora,
-    **dict.fromkeys(OTHERS, lora),
-    "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
-    "peft_adalora": lambda model: attach_peft_adalora(
-        model,
-        PeftAdaLoraConfig(initial_rank=3, target_rank=2, update_frequency=2, warmup_steps=2),
-        final_steps=1,
-        total_steps=9,
-        seed=0,
+    "adalora": PREPARED["growing"],
+    "adalora svd": PREPARED["adalora"],
+    "qa_lora": quantized(),
+    "qa_lora without groups": lambda model: QALoRATrainer(
+        model, qa_lora_settings.config(rank=2).model_copy(update={"use_group_quantization": False}), 4
     ),
+    **{name: PREPARED[name] for name in ("qa_adalora", "peft_lora", "peft_adalora")},
+    **dict.fromkeys(OTHERS, lora),
 }
 
 

@@ -49,7 +49,7 @@ def by_elimination(weight: np.ndarray, x: np.ndarray, format: QuantizationFormat
     return result
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.type}-{format.group_size}-{format.offset}")
 def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format) -> None:
     weight, x = layer()
     found = quantize_with_compensation(weight, format, 2 * x.T @ x)
@@ -67,7 +67,7 @@ def test_it_is_the_papers_algorithm_and_better_than_nearest_rounding(format) -> 
         assert int(unpack_codes(found.codes, format.bits, weight.shape[1]).min()) > 0
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: f"{format.type}-{format.group_size}-{format.offset}")
 def test_inputs_that_do_not_hang_together_leave_nothing_to_compensate(format) -> None:
     weight, _ = layer()
     found = quantize_with_compensation(weight, format, torch.eye(144) * 3)

@@ -61,7 +61,6 @@ def test_bits_per_weight_count_scales_and_offsets(format: QuantizationFormat, bi
     assert quantize(random_weight(384, 384), format).bits_per_weight == pytest.approx(bits, rel=1e-12)
 
 
-@settings(max_examples=150)
 @given(formats_and_weights(double_quant=None))
 def test_bytes_from_the_shape_are_those_of_the_live_storages(case: FormatAndWeights) -> None:
     format, weight = case
@@ -71,7 +70,7 @@ def test_bytes_from_the_shape_are_those_of_the_live_storages(case: FormatAndWeig
     assert quantized.nbytes == sum(storages.values()) == format.stored_bytes(*weight.shape)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(
     formats_and_weights(double_quant=None), st.floats(-8, 8), st.integers(0, 99), st.sampled_from([None, *SCALE_DTYPES])
 )

@@ -25,7 +25,7 @@ def assert_rounded_outwards(actual: Tensor, exact: np.ndarray, sign: int) -> Non
     assert (inwards < sign * exact).all()
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(formats_and_weights())
 def test_scales_and_offsets_are_the_least_that_hold_a_group(case: FormatAndWeights) -> None:
     format, weight = case
@@ -41,7 +41,7 @@ def test_scales_and_offsets_are_the_least_that_hold_a_group(case: FormatAndWeigh
         assert_rounded_outwards(quantized.scales, (groups.max(-1) - offsets) / (2**format.bits - 1), 1)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(formats_and_weights(double_quant=None))
 def test_codes_are_the_nearest_and_dequantize_to_the_formula(case: FormatAndWeights) -> None:
     format, weight = case
