@@ -77,20 +77,6 @@ def test_a_site_without_rank_keeps_its_score_and_can_come_back(tiny_vit, batch) 
     assert site_adapters(model)[names[3]].lora_A.shape == (6, 64)
 
 
-@pytest.mark.part("importance analysis")
-def test_scores_before_backward_and_diverged_scores_are_refused(tiny_vit, batch) -> None:
-    model = tiny_vit(depth=1)
-    controller, optimizer = start(model, config())
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: lora_A has no gradient; call .* after backward"):
-        controller.update_importance_scores(model, 1)
-    with pytest.raises(UserError, match="call update_importance_scores first"):
-        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1))
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-    site_adapters(model)["blocks.0.mlp.fc1"].lora_B.grad[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"blocks\.0\.mlp\.fc1: its importance at step 1 is not finite"):
-        controller.update_importance_scores(model, 1)
-
-
 def test_deciding_changes_nothing_and_off_schedule_nothing_is_decided(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     controller, _ = start(model, config())
@@ -171,19 +157,30 @@ def test_a_bar_that_no_site_reaches_is_said_once(tiny_vit, batch) -> None:
         train(model, controller, optimizer, batch)
 
 
-def test_steps_count_up_and_a_missed_decision_is_taken_late(tiny_vit, batch) -> None:
+@pytest.mark.part("importance analysis")
+def test_scores_out_of_order_are_refused_and_a_missed_decision_is_taken_late(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     controller, optimizer = start(model, config())
+    last = controller.schedule.last_update
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.query: lora_A has no gradient; call .* after backward"):
+        controller.update_importance_scores(model, 1)
+    with pytest.raises(UserError, match="call update_importance_scores first"):
+        controller.apply_ranks(model, optimizer, dict.fromkeys(controller.names, 1))
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     with pytest.raises(UserError, match="step 0 follows step 0"):
         controller.update_importance_scores(model, 0)
-    last = controller.schedule.last_update
     scores = controller.update_importance_scores(model, last + 1)  # every step before was left out
     with pytest.raises(UserError, match="score once a step"):
         controller.update_importance_scores(model, last + 1)
     controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, last + 1))
     assert sum(current_ranks(model).values()) == controller.config.total_rank_budget
     assert controller.rank_history[-1]["step"] == last + 1
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    adapters = site_adapters(model)
+    name = max(adapters, key=lambda name: adapters[name].rank)
+    adapters[name].lora_B.grad[0, 0] = torch.nan
+    with pytest.raises(UserError, match=rf"{name}: its importance at step {last + 2} is not finite"):
+        controller.update_importance_scores(model, last + 2)
 
 
 def test_a_refused_change_leaves_everything_as_it_was(tiny_vit, batch) -> None:
