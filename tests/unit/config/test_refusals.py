@@ -272,7 +272,7 @@ def test_what_a_section_says_wrongly(
     kept = [setting for setting in SECTIONS[section].split(", ") if setting.partition(":")[0] not in left_out]
     settings = ", ".join([*kept, *re.sub(r"\w+: null,? ?", "", changes).split(", ")]).removesuffix(", ")
     one = f"{{name: one, method: {method}, {section}: {{{settings}}}}}"
-    assert refusal(tmp_path, {}, one, word) == (len(TOP) + 2, f"experiments[0].{section}{field}")
+    assert refusal(tmp_path, {}, f"{one}\n  - {OTHER}", word) == (len(TOP) + 2, f"experiments[0].{section}{field}")
 
 
 @pytest.mark.parametrize(
