@@ -317,7 +317,7 @@ LORA = "{name: one, method: lora, lora: {rank: 2}}"
 PROBES = "{name: probe_8, method: linear, training: {batch_size: 8}}, {name: probe_16, method: linear}"
 
 
-def written(
+def study_with(
     tmp_path: Path, training: str = "", *, experiments: str = LORA, data: str = DATA, stopping: str = ""
 ) -> StudyConfig:
     file = tmp_path / "study.yaml"
@@ -333,7 +333,7 @@ def changes(study: StudyConfig, place: int = 0) -> list[dict]:
 
 
 def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
-    study = written(
+    study = study_with(
         tmp_path,
         "augmentation: [flip, rotate90, random_resized_crop: {scale: [0.5, 1]}, color_jitter, "
         "rand_augment: {num_ops: 1}, {mixup: {alpha: 0.2}}, cutmix: ]",
@@ -348,8 +348,8 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
         {"cutmix": {"alpha": 1.0}},
     ]
     assert StudyConfig.model_validate_json(study.model_dump_json()) == study
-    assert changes(written(tmp_path, "augmentation: []")) == []
-    assert changes(written(tmp_path, "label_smoothing: 0.1")) == [{"flip": {"direction": "horizontal"}}]
+    assert changes(study_with(tmp_path, "augmentation: []")) == []
+    assert changes(study_with(tmp_path, "label_smoothing: 0.1")) == [{"flip": {"direction": "horizontal"}}]
     config = TrainingConfig(steps=1, learning_rate=1.0, augmentation=("rotate90", {"mixup": {"alpha": 0.2}}))
     assert config.augmentation == (Augmentation(rotate90={}), Augmentation(mixup={"alpha": 0.2}))
     assert hash(config) == hash(TrainingConfig.model_validate(config.model_dump()))
@@ -357,18 +357,16 @@ def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
 
 def test_of_a_study_s_augmentation_a_probe_takes_the_flips(tmp_path: Path) -> None:
     shared = "augmentation: [rotate90, flip: {direction: both}, mixup]"
-    study = written(tmp_path, shared, experiments=f"{{name: probe, method: linear}}, {LORA}")
+    study = study_with(tmp_path, shared, experiments=f"{{name: probe, method: linear}}, {LORA}")
     assert changes(study, 0) == [{"flip": {"direction": "both"}}]
     assert len(changes(study, 1)) == 3
     assert {experiment.training.flips for experiment in study.experiments} == {"both"}
 
 
 def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
-    training = written(tmp_path, "batch_size: 24, micro_batch_size: 6").experiments[0].training
-    assert (training.images_at_once, written(tmp_path, "batch_size: 24").experiments[0].training.images_at_once) == (
-        6,
-        24,
-    )
+    training = study_with(tmp_path, "batch_size: 24, micro_batch_size: 6").experiments[0].training
+    assert training.images_at_once == 6
+    assert study_with(tmp_path, "batch_size: 24").experiments[0].training.images_at_once == 24
     for size, expected in ((12, 6), (9, 3), (7, 1), (6, 3), (1, None)):
         other = training.with_batch_size(size)
         assert (other.batch_size, other.micro_batch_size) == (size, expected)
@@ -380,7 +378,7 @@ def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
     [("1GB", 10**9), ("1.5 GB", 15 * 10**8), ("700MB", 7 * 10**8), ("64kB", 64_000), ("1GiB", 2**30), ("2mib", 2**21)],
 )
 def test_a_limit_of_memory_has_a_unit(tmp_path: Path, size: str, expected: int) -> None:
-    training = written(tmp_path, f"memory_limit: {size}").experiments[0].training
+    training = study_with(tmp_path, f"memory_limit: {size}").experiments[0].training
     assert bytes_of(training.memory_limit) == expected
     assert training.is_undecided
     assert training.recomputed_of(12) == 11  # at most
@@ -395,12 +393,12 @@ LISTED = "{name: full, method: full}, {name: low, method: lora, lora: {rank: 4},
 
 def test_a_list_of_learning_rates_is_an_experiment_a_rate_in_the_order_of_the_file(tmp_path: Path) -> None:
     fixed = "{name: fixed, method: lora, training: {learning_rate: 3e-3}, lora: {rank: 2}}"
-    study = written(tmp_path, "steps: 9, learning_rate: [3e-4, 1e-3, 2.5e-2]", experiments=f"{LISTED}, {fixed}")
+    study = study_with(tmp_path, "steps: 9, learning_rate: [3e-4, 1e-3, 2.5e-2]", experiments=f"{LISTED}, {fixed}")
     rates = {experiment.name: experiment.training.learning_rate for experiment in study.experiments}
     assert list(rates) == ["full_lr_3e-4", "full_lr_1e-3", "full_lr_2_5e-2", "low_lr_1e0", "low_lr_1e1", "fixed"]
     assert list(rates.values()) == [3e-4, 1e-3, 2.5e-2, 1.0, 10.0, 3e-3]
-    written = "{name: full_lr_2_5e-2, method: full, training: {learning_rate: 0.025}}"
-    assert written(tmp_path, experiments=written).experiments == study.experiments[2:3]
+    alone = "{name: full_lr_2_5e-2, method: full, training: {learning_rate: 0.025}}"
+    assert study_with(tmp_path, experiments=alone).experiments == study.experiments[2:3]
 
 
 @pytest.mark.parametrize(
@@ -412,7 +410,7 @@ def test_a_list_of_learning_rates_is_an_experiment_a_rate_in_the_order_of_the_fi
     ],
 )
 def test_looks_end_at_the_number_of_seeds(tmp_path: Path, said: str, looks: tuple[int, ...]) -> None:
-    stopping = written(tmp_path, experiments=f"{LORA}, {LORA.replace('one', 'two')}", stopping=said).stopping
+    stopping = study_with(tmp_path, experiments=f"{LORA}, {LORA.replace('one', 'two')}", stopping=said).stopping
     assert stopping is not None
     assert stopping.looks_at(10) == looks
 
@@ -420,18 +418,20 @@ def test_looks_end_at_the_number_of_seeds(tmp_path: Path, said: str, looks: tupl
 def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path: Path) -> None:
     said = "control: probe_8, asked: superiority, every: 5"
     for by_seed in ("test_images: 32, test_split: per_seed", "folds: 5"):
-        assert written(tmp_path, experiments=PROBES, data=DATA.replace("}", f", {by_seed}}}"), stopping=said).stopping
+        assert study_with(
+            tmp_path, experiments=PROBES, data=DATA.replace("}", f", {by_seed}}}"), stopping=said
+        ).stopping
     with pytest.raises(UserError, match="the same with every seed") as caught:
-        written(tmp_path, experiments=PROBES, stopping=said)
+        study_with(tmp_path, experiments=PROBES, stopping=said)
     assert caught.value.field == "stopping"
 
 
 def test_defaults_are_those_of_peft_where_it_has_some(tmp_path: Path) -> None:
     adaptive = "{name: one, method: peft_adalora, peft_adalora: {update_frequency: 5, warmup_steps: 4}}"
-    settings = written(tmp_path, experiments=adaptive).experiments[0].peft_adalora
+    settings = study_with(tmp_path, experiments=adaptive).experiments[0].peft_adalora
     assert (settings.initial_rank, settings.target_rank, settings.orthogonality_weight) == (12, 8, 0.5)
     assert (settings.beta1, settings.beta2, settings.scale, settings.final_steps) == (0.85, 0.85, 2.0, None)
-    assert written(tmp_path, experiments=LORA.replace("rank: 2", "start: folder")).experiments[0].start == "folder"
+    assert study_with(tmp_path, experiments=LORA.replace("rank: 2", "start: folder")).experiments[0].start == "folder"
 
 
 @pytest.mark.parametrize(

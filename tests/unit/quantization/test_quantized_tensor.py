@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, relative_error
-from peft_vit.quantization.formats import SCALE_DTYPES, quantize_scales
+from peft_vit.quantization.formats import SCALE_DTYPES, dynamic_values, quantize_scales
 
 pytestmark = [
     pytest.mark.part("quantization"),
@@ -132,12 +132,6 @@ def test_more_bits_and_smaller_groups_lose_less() -> None:
 # Scales in 8 bits.
 
 
-def dynamic_type() -> np.ndarray:
-    """Return the 256 values of the dynamic 8-bit type: 0, 1, and 2^i parts of the decade 10^(i - 7) to 10^(i - 6)."""
-    middles = [10.0 ** (i - 6) * (0.1 + 0.9 * (part + 0.5) / 2**i) for i in range(7) for part in range(2**i)]
-    return np.sort(np.concatenate([np.negative(middles), [0, 1], middles]))
-
-
 def spread_weights() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(90, 1, generator=generator) + 0.2  # so that scales differ by more than chance
@@ -154,7 +148,7 @@ def test_scales_follow_the_formula(shape) -> None:
     np.testing.assert_allclose(found.mean.numpy(), [flat.mean()], rtol=1e-6)
     np.testing.assert_allclose(found.blocks.numpy(), largest, rtol=1e-5, atol=1e-7)
     largest = np.repeat(largest, 256)[: len(rest)]
-    values = dynamic_type()
+    values = dynamic_values().double().numpy()  # as bitsandbytes: see the oracle
     nearest = np.abs(values[:, None] * largest - rest).min(0)
     stored = found.dequantize().double().numpy().ravel()
     np.testing.assert_allclose(np.abs(stored - flat), nearest, atol=1e-6)
@@ -186,10 +180,6 @@ def test_stored_tensors_give_the_same_weights_and_parts_of_them() -> None:
 
 @pytest.mark.parametrize("type", ["int3", "int4", "nf3", "nf4"])
 def test_scales_in_8_bits_lose_hardly_more(type) -> None:
-    errors = [
-        relative_error(
-            spread_weights(), quantize(spread_weights(), QuantizationFormat(type, 32, False, torch.float16, double))
-        )
-        for double in (True, False)
-    ]
+    formats = [QuantizationFormat(type, 32, False, torch.float16, double) for double in (True, False)]
+    errors = [relative_error(spread_weights(), quantize(spread_weights(), format)) for format in formats]
     assert errors[0] < 1.01 * errors[1]
