@@ -55,7 +55,12 @@ def refusal(
 OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
     "colour": [("red", "", "unknown key")],
     "'a b'": [("1", "", "unknown key")],
-    "name": [("12", "", "string"), ("../a", "", "lower-case"), ('"tiny\\n"', "", "lower")],
+    "name": [
+        ("12", "", "string"),
+        ("../a", "", "lower-case"),
+        ("a" * 65, "", "at most 64"),
+        ('"tiny\\n"', "", "lower"),
+    ],
     "description": [('"\\ud800"', "", "half a character")],
     "precision": [("fp16", "", "'bf16'")],
     "seeds": [
