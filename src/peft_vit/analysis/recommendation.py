@@ -60,7 +60,7 @@ Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 
 @dataclass(frozen=True)
-class Fault:
+class Violation:
     """A limit beside what an experiment costs in its unit (bytes, parameters, seconds); None: not recorded."""
 
     option: Option
@@ -79,10 +79,10 @@ class Rated:
     parameters: float  # trainable at the end, head included
     seconds_per_step: float | None  # of the runs' medians; None if a run lacks it
     latency_s: float | None  # of the runs' median forward pass, or of their exported models; None: not known
-    beside: tuple[Fault, ...]  # every limit that was given
+    beside: tuple[Violation, ...]  # every limit that was given
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
+    def violations(self) -> tuple[Violation, ...]:
         """Return the limits that it does not keep, or of which nothing was recorded."""
         return tuple(one for one in self.beside if one.value is None or one.value > one.limit)
 
@@ -205,8 +205,8 @@ def recommend(
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
     rated.sort(key=lambda one: (one.size(measure), one.parameters, one.name))
     best = _compared_with(study, rated)
-    within = [one for one in rated if not one.faults]
-    smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
+    within = [one for one in rated if not one.violations]
+    smaller = [one for one in within if best.violations or not _no_larger(best, one, measure)]
     candidates = _tested(study, smaller, best, margin)
     shown = [one.rated for one in candidates if one.shown]
     smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
@@ -221,7 +221,7 @@ def recommend(
         chosen=smallest[0] if smallest else best if outcome == "best" else None,
         candidates=candidates,
         as_small=tuple(smallest[1:]),
-        outside=tuple(one for one in rated if one.faults),
+        outside=tuple(one for one in rated if one.violations),
         larger=tuple(one for one in within if one not in smaller and one is not best),
         left_out=left_out,
         limits=limits,
@@ -256,7 +256,7 @@ def _rate(runs: tuple[Run, ...], limits: Limits, latency_batch: int | None, expo
         parameters=fmean(parameters),
         seconds_per_step=seconds,
         latency_s=latency,
-        beside=tuple(Fault(option, limit, bound[option]) for option, limit in limits.items()),
+        beside=tuple(Violation(option, limit, bound[option]) for option, limit in limits.items()),
     )
 
 
@@ -357,12 +357,12 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | N
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 
-def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
+def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Violation, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
     nearest = []
     for place in range(len(recommendation.limits)):
         beside = [(rated.beside[place], rated) for rated in recommendation.outside]
-        known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
+        known = [(limit.value, rated.name, limit, rated) for limit, rated in beside if limit.value is not None]
         if known:
             nearest.append(min(known, key=lambda one: one[:2])[2:])
     return nearest

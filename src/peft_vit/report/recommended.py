@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peft_vit.analysis.limits import SAME_SIZE, ExportedLatency, Measure, Option
-from peft_vit.analysis.recommendation import Candidate, Fault, Rated, Recommendation, smallest_that_exists
+from peft_vit.analysis.recommendation import Candidate, Rated, Recommendation, Violation, smallest_that_exists
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError, os_fault
@@ -85,7 +85,7 @@ def _asked(found: Recommendation) -> Iterator[str]:
     if uneven := [rated for rated in _others(found) if set(rated.seeds) != set(best.seeds)]:
         listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
         yield f"Validation means are over different seeds than {_whom(found)}'s ({_seeds(best)}): {listed}."
-    limits = joined(_limit(fault) for fault in best.beside) or "none"
+    limits = joined(_limit(violation) for violation in best.beside) or "none"
     yield (
         f"Asked: the smallest by {_ORDER[found.measure]} that loses less than {margin_in_points(found.margin)} of test "
         f"accuracy against it. Limits: {limits}."
@@ -125,8 +125,8 @@ def _answer(found: Recommendation) -> Iterator[str]:
     best, margin, family = found.best, margin_in_points(found.margin), len(found.candidates)
     if found.outcome == "nothing within":
         yield "Nothing is within the limits, so nothing is recommended."
-        for fault, rated in smallest_that_exists(found):
-            yield f"Nearest to {_limit(fault)}: {rated.name} with {_value(fault)}."
+        for violation, rated in smallest_that_exists(found):
+            yield f"Nearest to {_limit(violation)}: {rated.name} with {_value(violation)}."
     elif found.outcome == "best":
         yield (
             f"Recommended: {best.name}, {_whom(found)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
@@ -138,7 +138,7 @@ def _answer(found: Recommendation) -> Iterator[str]:
             f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. That does "
             "not say that it is lost."
         )
-        if best.faults:
+        if best.violations:
             yield f"The safe choice would be {best.name}, which is outside the limits: {_broken(best)}."
         else:
             yield f"The safe choice is {best.name} itself, which keeps the limits."
@@ -289,13 +289,13 @@ _COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _limit(fault: Fault) -> str:
-    return f"at most {_COSTS[fault.option][1](fault.limit)}"
+def _limit(violation: Violation) -> str:
+    return f"at most {_COSTS[violation.option][1](violation.limit)}"
 
 
-def _value(fault: Fault) -> str:
-    return "not recorded" if fault.value is None else _COSTS[fault.option][1](fault.value)
+def _value(violation: Violation) -> str:
+    return "not recorded" if violation.value is None else _COSTS[violation.option][1](violation.value)
 
 
 def _broken(rated: Rated) -> str:
-    return "; ".join(f"{_value(fault)}, asked {_limit(fault)}" for fault in rated.faults)
+    return "; ".join(f"{_value(violation)}, asked {_limit(violation)}" for violation in rated.violations)

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig, file_bytes
+from peft_vit.config import StudyConfig, exported_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
@@ -313,4 +313,4 @@ def print_export(done: Exported, file: Path) -> None:
         )
         if done.activations == "int8" or found.same_predictions < 1:
             print(f"Lost: {said_loss(found)}")
-    print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
+    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")

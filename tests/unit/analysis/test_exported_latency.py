@@ -84,7 +84,7 @@ def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> N
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
     found = asked(study, rows, {"--max-latency-ms": 0.02})
     assert (found.outcome, found.chosen and found.chosen.name) == ("smaller", SMALL)
-    assert [(one.name, one.faults[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
+    assert [(one.name, one.violations[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
     text = "\n".join(block.text for block in recommendation_blocks(found) if block.kind == "paragraph")
     assert "Latency is that of exported models in bench.json, batch 1, on some processor" in text
     assert f"{of(SMALL, 2)} by small.xml (12.0 ms, onnxruntime 1, threads: 2)" in text

@@ -231,7 +231,7 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
     found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
-    assert [(one.name, one.faults[0].value) for one in found.outside] == [(BEST, None)], "what is not known is no pass"
+    assert [(rated.name, rated.violations[0].value) for rated in found.outside] == [(BEST, None)]  # not known: no pass
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from peft_vit.config import NUMBER_FORMATS
-from peft_vit.config.number_formats import NumberFormat
+from peft_vit.config.registries import NumberFormat
 from peft_vit.quantization import QuantizationFormat, code_values, pack_codes, quantize, unpack_codes
 from peft_vit.quantization.packing import row_bytes, unpack_pairs
 
