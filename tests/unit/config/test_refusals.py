@@ -325,19 +325,22 @@ def test_what_contradicts_itself_between_places(lines, experiment: str, word: st
 
 
 @pytest.mark.parametrize(
-    ("experiments", "place"),
+    ("experiments", "word", "place"),
     [
-        ("{name: low, method: lora, lora: {rank: 0}}", (len(TOP) + 2, "experiments[0].lora.rank")),
-        ("{name: full, method: full, colour: red}", (len(TOP) + 2, "experiments[0].colour")),
+        ("{name: low, method: lora, lora: {rank: 0}}", "or equal to 1", (len(TOP) + 2, "experiments[0].lora.rank")),
+        ("{name: full, method: full, colour: red}", "unknown key", (len(TOP) + 2, "experiments[0].colour")),
         (
             "{name: full, method: full}\n  - {name: full_lr_1e-3, method: full, training: {learning_rate: 1}}",
+            "full_lr_1e-3",
             (None, "experiments"),
         ),
     ],
 )
-def test_a_fault_beside_a_list_of_rates_is_named_once(experiments: str, place: tuple, tmp_path: Path) -> None:
+def test_a_fault_beside_a_list_of_rates_is_named_once(
+    experiments: str, word: str, place: tuple, tmp_path: Path
+) -> None:
     lines = {"training": "{epochs: 2, learning_rate: [1e-3, 1e-2]}"}
-    assert refusal(tmp_path, lines, experiments, "", is_alone=True) == place
+    assert refusal(tmp_path, lines, experiments, word, is_alone=True) == place
 
 
 def test_a_setting_without_effect_is_refused_in_code_too() -> None:
