@@ -151,8 +151,8 @@ def bench(
     from rich.console import Console
     from rich.text import Text
 
+    from peft_vit.report.printed import check_rows_file, print_with_rows
     from peft_vit.report.printed_tables import bench_table
-    from peft_vit.report.rows import check_rows_file, print_with_rows
     from peft_vit.runs.bench import bench as time_models
 
     check_rows_file(output)

@@ -192,12 +192,11 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import load_studies
-    from peft_vit.analysis.limits import exported_latency, parse_limits
-    from peft_vit.analysis.recommendation import check_margin
+    from peft_vit.analysis.recommendation import check_margin, exported_latency, parse_limits
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench
-    from peft_vit.report.recommended import print_recommendation
+    from peft_vit.report.printed_tables import print_recommendation
 
     limits = parse_limits(max_bytes, max_params, max_seconds, max_latency_ms)
     share = check_margin(margin, "--margin")

@@ -21,7 +21,7 @@ from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Progress
@@ -267,7 +267,7 @@ def _cells(progress: Progress) -> list[str]:
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def course_line(course: Course, study: StudyConfig) -> str:
+def course_line(course: SequentialResult, study: StudyConfig) -> str:
     """Return how a comparison with the control stands after its last look, and what follows."""
     stopping, look = study.stopping, course.looks[-1]
     assert stopping is not None
