@@ -98,13 +98,13 @@ class QuantizationImpact:
 
     def balance(self) -> dict[str, list[dict[str, Any]]]:
         """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
-        by_step: dict[str, dict[int, list[float]]] = {}
+        measured: dict[str, dict[int, list[float]]] = {}
         for row in (row for summary in _summaries(self.runs) for row in summary.balance):
             for name in row.keys() - {"step"}:
-                by_step.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
+                measured.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
         return {
             name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
-            for name, steps in sorted(by_step.items(), key=lambda of: (min(of[1]), of[0]))
+            for name, steps in sorted(measured.items(), key=lambda of: (min(of[1]), of[0]))
         }
 
 

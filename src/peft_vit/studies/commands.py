@@ -21,14 +21,14 @@ from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import Execution, RunRequest, TrainRequest
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.statistics.sequential import Course
+    from peft_vit.statistics.sequential import SequentialResult
     from peft_vit.studies.plan import Plan
 
 _log = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
-class _Requested:
+class _Asked:
     """A study of a command, and which of its runs are asked for."""
 
     study: StudyConfig
@@ -62,18 +62,18 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     more = "" if limit is None else f", for another {limit.minutes:g} minutes"
     studies = _load(request)
     if request.until_decided:
-        (chosen,) = studies
+        (asked,) = studies
         failed, still_open = run_until_decided(
-            chosen.study, request.results_dir, file=chosen.file, execution=execution, limit=limit, log=_log
+            asked.study, request.results_dir, file=asked.file, execution=execution, limit=limit, log=_log
         )
         if still_open:
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
         return failed
-    for chosen in studies if not request.smoke else ():
-        if chosen.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            reason = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
-            raise UserError(f"{reason} to run every seed", file=chosen.file, field="stopping")
-    with _locked(request.results_dir, [chosen.study.name for chosen in studies]) as locks:
+    for asked in studies if not request.smoke else ():
+        if asked.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
+            problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+            raise UserError(f"{problem} to run every seed", file=asked.file, field="stopping")
+    with _locked(request.results_dir, [asked.study.name for asked in studies]) as locks:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
             failed |= _drive(plan, lock, execution, limit)
@@ -133,8 +133,8 @@ def run_until_decided(
         UserError: as `plan_study` and `drive`.
         KeyboardInterrupt: see `drive`.
     """
-    from peft_vit.analysis.results import read_results
-    from peft_vit.analysis.stopping import courses
+    from peft_vit.analysis.stopping import follow_study
+    from peft_vit.analysis.studies import read_results
     from peft_vit.statistics.sequential import next_look
     from peft_vit.studies.display import course_line, print_plan
     from peft_vit.studies.plan import plan_study
@@ -143,21 +143,21 @@ def run_until_decided(
     assert study.stopping is not None
     control = study.stopping.control
     failed: dict[str, str] = {}
-    printed: dict[str, Course] = {}
+    told: dict[str, SequentialResult] = {}
     look: tuple[list[str], int] | None = None
     with _locked(results_dir, [study.name]) as (lock,):
         while True:
             recorded = None
             if (lock.folder / STUDY_FILE).exists():
                 (recorded,) = read_results(lock.folder).studies
-            comparisons = courses(study, recorded)
-            for course in comparisons:
-                if course.looks and printed.get(course.name) != course:
+            found = follow_study(study, recorded)
+            for course in found:
+                if course.looks and told.get(course.name) != course:
                     log(course_line(course, study))
-                printed[course.name] = course
+                told[course.name] = course
             out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
-            able = set() if control in out else {course.name for course in comparisons} - out
-            before, look = look, next_look(comparisons, able)
+            able = set() if control in out else {course.name for course in found} - out
+            before, look = look, next_look(found, able)
             names, seeds = look
             if not names or look == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
@@ -165,7 +165,7 @@ def run_until_decided(
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
             print_plan(plan)
             failed |= _drive(plan, lock, execution, limit)
-    return failed, [course.name for course in comparisons if course.stopped is None]
+    return failed, [course.name for course in found if course.stopped is None]
 
 
 @contextmanager
@@ -193,19 +193,19 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
         return drive(plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline)
 
 
-def _load(request: RunRequest) -> list[_Requested]:
+def _load(request: RunRequest) -> list[_Asked]:
     """Return all studies, and refuse what can't be asked of one of them."""
-    studies: dict[str, _Requested] = {}
+    studies: dict[str, _Asked] = {}
     for file in request.configs:
         study = load_study(file)
         with named(file):
             if study.name in studies:
                 raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
-            studies[study.name] = _requested(request, study, file)
+            studies[study.name] = _asked(request, study, file)
     return list(studies.values())
 
 
-def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
+def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     there = {str(seed): seed for seed in study.seeds}
     wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
     if missing := wanted - there.keys():
@@ -213,37 +213,35 @@ def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requeste
     if request.method not in (None, *(experiment.method for experiment in study.experiments)):
         raise UserError(f"no experiment is of method {request.method}", field="experiments")
     if request.until_decided and study.stopping is None:
-        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        raise UserError(reason, field="stopping")
+        problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
+        raise UserError(problem, field="stopping")
     workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})
         study = study.model_copy(update={"execution": execution})
-    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
+    return _Asked(study, file, [seed for text, seed in there.items() if text in wanted])
 
 
-def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     from peft_vit.studies.display import print_plan
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_costs, measure_step
 
     plans = []
-    for chosen in studies:
+    for asked in studies:
         # A smoke study has one seed, the first asked for.
-        study = chosen.study.model_copy(update={"seeds": tuple(chosen.seeds)}) if request.smoke else chosen.study
+        study = asked.study.model_copy(update={"seeds": tuple(asked.seeds)}) if request.smoke else asked.study
         plan = plan_study(
             study,
             request.results_dir,
-            file=chosen.file,
+            file=asked.file,
             smoke=request.smoke,
             measure=partial(measure_costs, log=_log) if profile else None,
             measure_step=partial(measure_step, log=_log),
         )
-        experiments = [
-            experiment.name for experiment in plan.study.experiments if request.method in (None, experiment.method)
-        ]
-        plans.append(plan.only(experiments, chosen.seeds, by_seed=request.minutes is not None))
+        experiments = [one.name for one in plan.study.experiments if request.method in (None, one.method)]
+        plans.append(plan.only(experiments, asked.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)
     return plans

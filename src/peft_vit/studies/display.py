@@ -14,14 +14,14 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig, file_bytes
+from peft_vit.config import StudyConfig, exported_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Progress
@@ -63,7 +63,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
 
-    def write(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
+    def say(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
         console.print(Text(text, style=style), soft_wrap=True)
 
     study, precision = plan.study, plan.precision
@@ -72,21 +72,21 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
     if plan.runs[0].spec.smoke:
-        write("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
+        say("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
     elif study.backbone.weights == "random":
-        write("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
+        say("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
     if precision.note is not None:
-        write(precision.note)
+        say(precision.note)
     if plan.bf16_factor is not None:
         factor = f"a matrix product takes {plan.bf16_factor:.1f} times as long as in fp32."
-        write(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
+        say(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
     if study.threads > cpu_count():
-        write(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
+        say(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
     console.print(f"Images: {plan.licence}")
     for line in plan.memory:
-        write(line)
+        say(line)
     for notice in plan.notices:
-        write(printable(notice), _WARNING)
+        say(printable(notice), _WARNING)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
@@ -106,7 +106,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if pending:
         peak = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:]) / 1e9
         of = "at a time" if workers > 1 else "a run"
-        write(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
+        say(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
 
 
 # --- meanwhile --------------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ class Watch:
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
         if isinstance(event, Notice):
-            self._log(event.text)
+            self._say(event.text)
             return
         run, now = event.run, time.monotonic()
         name = run.spec.name
@@ -178,7 +178,7 @@ class Watch:
                 self._waiting.pop(name, None)
                 self._running[name] = _Running(run, printed_at=now)
                 if self._live is None:
-                    self._log(f"started on {event.worker}", run)
+                    self._say(f"started on {event.worker}", run)
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
                     self._progress(running, event.progress, now)
@@ -186,8 +186,8 @@ class Watch:
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
-                    self._log(f"warning: {warning}", run)
-                self._log(self._outcome(run, event.record), run)
+                    self._say(f"warning: {warning}", run)
+                self._say(self._outcome(run, event.record), run)
             case RunRetried() | RunInterrupted():
                 self._running.pop(name, None)
                 self._waiting[name] = run
@@ -195,9 +195,9 @@ class Watch:
                     what = f"{event.record.error}; it is tried again"
                 else:
                     what = f"stopped after step {event.step}" if event.step else "stopped before its first step"
-                self._log(what, run)
+                self._say(what, run)
 
-    def _log(self, line: str, run: PlannedRun | None = None) -> None:
+    def _say(self, line: str, run: PlannedRun | None = None) -> None:
         if run is not None:
             line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
         self._console.print(Text(line), soft_wrap=True)
@@ -211,7 +211,7 @@ class Watch:
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
             left = duration(running.left_s(now, self._pace.factor))
-            self._log(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
+            self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
@@ -267,7 +267,7 @@ def _cells(progress: Progress) -> list[str]:
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def course_line(course: Course, study: StudyConfig) -> str:
+def course_line(course: SequentialResult, study: StudyConfig) -> str:
     """Return how a comparison with the control stands after its last look, and what follows."""
     stopping, look = study.stopping, course.looks[-1]
     assert stopping is not None
@@ -275,7 +275,7 @@ def course_line(course: Course, study: StudyConfig) -> str:
         (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
         ("better", look.superiority, course.superiority),
     )
-    answers = [
+    said = [
         f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
         for what, test, verdict in questions
         if test is not None
@@ -283,7 +283,7 @@ def course_line(course: Course, study: StudyConfig) -> str:
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
+        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. "
         f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
@@ -301,16 +301,16 @@ def print_export(done: Exported, file: Path) -> None:
         print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
     if done.merged.offset_dtype is not None:
         print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
-    measured = done.comparison
-    if measured is None:
+    found = done.comparison
+    if found is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
     else:
-        before, after = 100 * measured.trained_accuracy, 100 * measured.exported_accuracy
+        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
         print(
-            f"The file against the run's model, {measured.images} {measured.split} images, {done.activations}: "
-            f"{100 * measured.same_predictions:.2f} % of predictions equal, logits within {measured.logit_error:.1e} "
+            f"The file against the run's model, {found.images} {found.split} images, {done.activations}: "
+            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
-        if done.activations == "int8" or measured.same_predictions < 1:
-            print(f"Lost: {said_loss(measured)}")
-    print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
+        if done.activations == "int8" or found.same_predictions < 1:
+            print(f"Lost: {said_loss(found)}")
+    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")

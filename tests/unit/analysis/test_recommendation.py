@@ -11,9 +11,16 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from peft_vit.analysis.comparison import ALPHA, Question, decide
-from peft_vit.analysis.limits import Limits, parse_limits
 from peft_vit.analysis.measures import estimated
-from peft_vit.analysis.recommendation import Recommendation, check_margin, needed_pairs, recommend, smallest_that_exists
+from peft_vit.analysis.recommendation import (
+    Limits,
+    Recommendation,
+    check_margin,
+    needed_pairs,
+    parse_limits,
+    recommend,
+    smallest_that_exists,
+)
 from peft_vit.analysis.studies import choose_study
 from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
@@ -44,7 +51,8 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
     found = asked(records({BEST: 0.80, THIRD: 0.7999}))
     assert (found.outcome, found.best.name, found.chosen.name) == ("smaller", BEST, THIRD)
     assert found.chosen.stored_bytes < found.best.stored_bytes / 3
-    estimate = found.comparison_of(found.chosen).estimate
+    (tested,) = found.candidates
+    estimate = tested.estimate
     differences = np.round(list(estimate.by_seed.values()), 9)
     expected = stats.ttest_1samp(differences, -0.01, alternative="greater")
     assert estimate.significance.p_value == pytest.approx(expected.pvalue, rel=1e-6)
@@ -183,7 +191,9 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
     found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
-    assert [(one.name, one.faults[0].value) for one in found.outside] == [(BEST, None)], "what is not known is no pass"
+    assert [(one.name, one.violations[0].value) for one in found.outside] == [(BEST, None)], (
+        "what is not known is no pass"
+    )
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):
