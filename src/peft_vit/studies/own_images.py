@@ -45,7 +45,7 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
     fifth of the others validates.
 
     Args:
-        asked: of the command, or in Python.
+        request: of the command, or in Python.
         earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
 
     Raises:
@@ -68,7 +68,7 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
     data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(forecast.backbone, data["image_size"])
-    steps = _asked_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
+    steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
     study = _study(request, data, experiment_for(request, counts, shape, steps))
     return study, forecast.line(shape, data["image_size"], steps)
 
@@ -100,7 +100,7 @@ class _Forecast:
     """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
 
     def __init__(self, request: TrainRequest, counts: Counts) -> None:
-        self.asked = request
+        self.request = request
         self.counts = counts
         self.limit_s = 60 * request.minutes
         self.backbone = _backbone(request)
@@ -112,8 +112,8 @@ class _Forecast:
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        step_s = self.throughput.step_s(shape, self.asked.method, self.asked.batch_size, self._recomputed(shape))
-        validations = 2 + steps // validate_every(self.counts.validation, self.asked.batch_size)
+        step_s = self.throughput.step_s(shape, self.request.method, self.request.batch_size, self._recomputed(shape))
+        validations = 2 + steps // validate_every(self.counts.validation, self.request.batch_size)
         images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
         return self.throughput.start_s + steps * step_s + images * self.throughput.image_s(shape)
 
@@ -121,12 +121,12 @@ class _Forecast:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
         architecture = architecture_of(self.backbone)
         patch, native = size_step_of(architecture), native_size(architecture)
-        wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
-        steps = 0 if self.asked.is_probe else wished
-        at_once = self.asked.micro_batch_size or (1 if self.asked.memory_limit else self.asked.batch_size)
+        wished = _requested_steps(self.request, self.counts) or _WISHED_STEPS
+        steps = 0 if self.request.is_probe else wished
+        at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
         room = available_memory_bytes()
-        if self.asked.memory_limit is not None:
-            room = min(room, bytes_of(self.asked.memory_limit))
+        if self.request.memory_limit is not None:
+            room = min(room, bytes_of(self.request.memory_limit))
 
         def seconds(size: int) -> float:
             shape = describe(self.backbone, size)
@@ -138,9 +138,9 @@ class _Forecast:
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)
-        if self.asked.memory_limit is not None:  # at most
+        if self.request.memory_limit is not None:  # at most
             return blocks - 1
-        return blocks if self.asked.activation_checkpointing == "blocks" else 0
+        return blocks if self.request.activation_checkpointing == "blocks" else 0
 
     def most_steps(self, shape: BackboneShape) -> int:
         """Return how many steps fit the time, in tens.
@@ -148,14 +148,14 @@ class _Forecast:
         Raises:
             UserError: if they are too few to learn anything.
         """
-        if self.asked.is_probe:
+        if self.request.is_probe:
             return 0
         options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)
         steps = fit(options, lambda some: self.seconds(shape, some), self.limit_s)
         if steps is None:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
-                f"{self.asked.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
+                f"{self.request.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
                 f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
                 field="--minutes",
             )
@@ -164,9 +164,9 @@ class _Forecast:
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
         length = (
-            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
+            f", {steps} steps" if self.request.epochs else f", up to {steps} steps, fewer if validation stops to gain"
         )
-        if self.asked.is_probe:
+        if self.request.is_probe:
             length = ""
         patch = shape.size_step
         half = max(patch, image_size // 2 // patch * patch)
@@ -175,11 +175,11 @@ class _Forecast:
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
         line = f"Images of {image_size} px{length}{saved}."
         if whole_s > self.limit_s * _WITHIN:
-            line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.asked.minutes:g}."
+            line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
 
 
-def _asked_steps(request: TrainRequest, counts: Counts) -> int | None:
+def _requested_steps(request: TrainRequest, counts: Counts) -> int | None:
     """Return the steps that were asked for, outright or in epochs."""
     return request.steps if request.epochs is None else request.epochs * -(-counts.train // request.batch_size)
 
