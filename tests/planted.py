@@ -134,10 +134,17 @@ def sites() -> list[SiteInfo]:
     for block in range(BLOCKS):
         for matrix in MATRICES:
             inputs, outputs = WIDTHS.get(matrix, (384, 384))
-            part, role = ("mlp", "mlp") if matrix in WIDTHS else ("attn", "attention")
-            name = f"blocks.{block}.{part}.{matrix}"
+            mlp = matrix in WIDTHS
+            name = f"blocks.{block}.{'mlp' if mlp else 'attn'}.{matrix}"
             infos.append(
-                SiteInfo(name=name, block=block, matrix=matrix, role=role, in_features=inputs, out_features=outputs)
+                SiteInfo(
+                    name=name,
+                    block=block,
+                    matrix=matrix,
+                    role="mlp" if mlp else "attention",
+                    in_features=inputs,
+                    out_features=outputs,
+                )
             )
     return infos
 
