@@ -229,7 +229,7 @@ def check(
         for one in found.sites
     ]
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
-    print(f"{found.acting} of {len(found.sites)} sites act")
+    print(f"{found.effective} of {len(found.sites)} sites act")
     print(f"merged weights in a plain model: {found.merged}")
     for name, outcome in found.files.items():
         print(f"{EXPORTS[name].title}: {outcome}")

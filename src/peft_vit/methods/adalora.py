@@ -9,7 +9,7 @@ from torch import nn
 from peft_vit.allocation import AdaLoRAController, bounds_for, costs_for, largest_ranks, schedule_for
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, Frozen, QaLoraConfig
-from peft_vit.methods.method import Method, Preparation, Wishes, sites_of
+from peft_vit.methods.method import Method, PrepareContext, Wishes, sites_of
 from peft_vit.training import AllocationHook, Hook
 
 
@@ -24,9 +24,9 @@ def settings_of(experiment: ExperimentConfig) -> tuple[AdaLoraConfig, int]:
     return settings.model_copy(update={"scale": packing.scale, "targets": packing.targets}), packing.pool
 
 
-def prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     """Attach adapters whose ranks move, and return what moves them; on packed weights the trainer checks for effect."""
-    (settings, pool), steps, seed = settings_of(experiment), preparation.total_steps, preparation.seed
+    (settings, pool), steps, seed = settings_of(experiment), context.total_steps, context.seed
     alone = experiment.section(QaLoraConfig) is None
     return [AllocationHook(AdaLoRAController(model, settings, steps, seed=seed, pool=pool, check=alone))]
 

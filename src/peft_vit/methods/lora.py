@@ -13,19 +13,19 @@ from peft_vit.allocation import check_starting_ranks
 from peft_vit.backbones import BackboneShape, find_sites, fused_sites
 from peft_vit.config import RULE_OF_A_BUDGET, ExperimentConfig, LoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_images, check_rank_at, sites_of
+from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, Wishes, check_images, check_rank_at, sites_of
 from peft_vit.training import Hook, StartingRanks
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     settings = experiment.need(LoraConfig)
     if settings.start is not None:
-        import_peft(model, Path(settings.start), seed=preparation.seed, fresh_head=True)
+        import_peft(model, Path(settings.start), seed=context.seed, fresh_head=True)
         return []
     sites = find_sites(model, settings.targets)
     # A rule sees the head that training starts from, so its ranks come later.
-    attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=preparation.seed)
-    return [] if settings.ranks is None else [StartingRanks(settings.ranks, sites, seed=preparation.seed)]
+    attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=context.seed)
+    return [] if settings.ranks is None else [StartingRanks(settings.ranks, sites, seed=context.seed)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:

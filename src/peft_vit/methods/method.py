@@ -20,7 +20,7 @@ DEFAULT_RANK = 8  # of `peft-vit train`
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PrepareContext:
     """What preparing a model depends on, beside the experiment.
 
     Attributes:
@@ -91,7 +91,7 @@ class Method:
         why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
     """
 
-    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = lambda *_: []
+    prepare: Callable[[nn.Module, ExperimentConfig, PrepareContext], list[Hook]] = lambda *_: []
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
     defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = lambda _: {}

@@ -13,7 +13,7 @@ from peft_vit.adapters.peft_tuner import attach_peft, attach_peft_lora, require_
 from peft_vit.backbones import BackboneShape, Site, whole_modules
 from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, below, check_rank_at
+from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, Wishes, below, check_rank_at
 from peft_vit.training import Hook, PeftAdaLoraHook, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
@@ -29,8 +29,8 @@ def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
         return list(whole_modules(shape.sites, settings.targets).values())
 
 
-def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
+def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
+    attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=context.seed)
     return []
 
 
@@ -50,9 +50,9 @@ PEFT_LORA = Method(
 )
 
 
-def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     settings = experiment.need(PeftAdaLoraConfig)
-    return [PeftAdaLoraHook(model, settings, preparation.total_steps, seed=preparation.seed)]
+    return [PeftAdaLoraHook(model, settings, context.total_steps, seed=context.seed)]
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -88,12 +88,10 @@ PEFT_ADALORA = Method(
 )
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     config = experiment.need(PeftConfig)
-    images = None if preparation.calibration is None else preparation.calibration(_CALIBRATION_IMAGES)
-    attach_peft(
-        model, config.type, config.settings, seed=preparation.seed, images=images, ranks=preparation.module_ranks
-    )
+    images = None if context.calibration is None else context.calibration(_CALIBRATION_IMAGES)
+    attach_peft(model, config.type, config.settings, seed=context.seed, images=images, ranks=context.module_ranks)
     return []
 
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from peft_vit.adapters import freeze_backbone
 from peft_vit.config import ExperimentConfig
-from peft_vit.methods.method import Method, Preparation
+from peft_vit.methods.method import Method, PrepareContext
 from peft_vit.training import Hook
 
 
-def _freeze(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _freeze(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     freeze_backbone(model)
     return []
 

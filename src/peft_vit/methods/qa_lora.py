@@ -13,7 +13,7 @@ from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.methods import adalora
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_images, check_rank_at, sites_of
+from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, Wishes, check_images, check_rank_at, sites_of
 from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
@@ -30,23 +30,23 @@ def _packed_by_default(shape: BackboneShape) -> dict[str, Any]:
 
 
 def _trainer(
-    model: nn.Module, experiment: ExperimentConfig, preparation: Preparation, *, ranks: Mapping[str, int] | None = None
+    model: nn.Module, experiment: ExperimentConfig, context: PrepareContext, *, ranks: Mapping[str, int] | None = None
 ) -> Hook:
     """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
     settings = experiment.need(QaLoraConfig)
     images = None
-    if settings.rounding == "gptq" and preparation.packed is None:
-        assert preparation.calibration is not None
-        images = preparation.calibration(settings.images_to_round_by)
+    if settings.rounding == "gptq" and context.packed is None:
+        assert context.calibration is not None
+        images = context.calibration(settings.images_to_round_by)
     return QALoRATrainer(
         model,
         settings,
-        preparation.total_steps,
-        seed=preparation.seed,
-        formats=preparation.formats,
-        ranks=preparation.ranks if ranks is None else ranks,
+        context.total_steps,
+        seed=context.seed,
+        formats=context.formats,
+        ranks=context.ranks if ranks is None else ranks,
         images=images,
-        packed=preparation.packed,
+        packed=context.packed,
     )
 
 
@@ -93,8 +93,8 @@ def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: 
     return {"qa_lora": settings.model_copy(update=short)}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    return [_trainer(model, experiment, preparation)]
+def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
+    return [_trainer(model, experiment, context)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -122,9 +122,9 @@ QA_LORA = Method(
 )
 
 
-def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     # Ranks first, since in `before_step` they are scored by what the trainer then scales.
-    return [*adalora.prepare(model, experiment, preparation), _trainer(model, experiment, preparation)]
+    return [*adalora.prepare(model, experiment, context), _trainer(model, experiment, context)]
 
 
 def _check_adaptive(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -146,17 +146,17 @@ QA_ADALORA = Method(
 )
 
 
-def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     names = [site.name for site in find_sites(model, experiment.need(QaLoraConfig).targets)]
-    hook = _trainer(model, experiment, preparation, ranks=dict.fromkeys(names, 0))
+    hook = _trainer(model, experiment, context, ranks=dict.fromkeys(names, 0))
     freeze_backbone(model)
     return [hook]
 
 
 def _check_probe(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     if experiment.need(QaLoraConfig).quantization_schedule != "constant":
-        problem = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
-        raise UserError(problem, field="qa_lora.quantization_schedule")
+        message = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
+        raise UserError(message, field="qa_lora.quantization_schedule")
     _check_packing(experiment, shape, total_steps, train_images, rank=0)
 
 

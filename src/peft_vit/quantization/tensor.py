@@ -81,9 +81,9 @@ class QuantizedTensor:
         """
         rows, columns = self.shape
         stored_columns = self.codes.shape[1] * 8 // self.format.bits
-        values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)
+        values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)  # rows of whole bytes
         self._decode(values)
-        weights = values[:, :columns]
+        weights = values[:, :columns]  # (out, in)
         grouped = weights.unflatten(1, (self.groups, -1))  # (out, groups, group size)
         grouped.mul_(self.scales.float().unsqueeze(-1))
         constant = None if self.offsets is None else self.offsets.float()
@@ -110,12 +110,12 @@ class QuantizedTensor:
             raise ValueError(f"columns {columns.start} to {columns.stop} are no whole groups of {size}")
         if columns.start % at_once or columns.stop % at_once:
             raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {at_once} codes")
-        some = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
+        groups_of = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
         return replace(
             self,
             codes=self.codes[:, columns.start * bits // 8 : columns.stop * bits // 8].contiguous(),
-            stored_scales=self.scales[:, some],
-            offsets=None if self.offsets is None else self.offsets[:, some],
+            stored_scales=self.scales[:, groups_of],
+            offsets=None if self.offsets is None else self.offsets[:, groups_of],
             shape=(rows, columns.stop - columns.start),
             format=replace(self.format, double_quant=False),
         )
@@ -128,7 +128,7 @@ class QuantizedTensor:
             pairs = unpack_pairs(self.codes, bits).flatten().int()  # (out * stored / 2,)
             torch.index_select(pair_table(self.format.type, values.device), 0, pairs, out=words)
             return
-        codes = unpack_codes(self.codes, bits, values.shape[1])
+        codes = unpack_codes(self.codes, bits, values.shape[1])  # (out, stored columns)
         if self.format.has_codebook:
             codes = self.format.values().to(codes.device)[codes.int()]
         elif self.format.zero:

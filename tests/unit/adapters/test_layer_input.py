@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from peft_vit.adapters import adapted_modules, adapted_product, attach_adapters, site_adapters
-from peft_vit.adapters.layer_input import source_of
+from peft_vit.adapters.adapted_product import source_of
 from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizationFormat, quantize
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_vit.allocation.bits import Choice, choose
 from peft_vit.quantization import QuantizationFormat
+from peft_vit.training.adaptive_bits import Choice, choose
 
 pytestmark = pytest.mark.part("quantization")
 GROUP = st.integers(1, 4).flatmap(

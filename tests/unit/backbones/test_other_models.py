@@ -56,7 +56,7 @@ def test_tokens_of_stages_differ() -> None:
 @pytest.mark.slow
 def test_adapters_on_them_act_and_are_exported() -> None:
     found = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, formats=("onnx", "openvino"), peft=True)
-    assert found.acting == len(found.sites) == 40
+    assert found.effective == len(found.sites) == 40
     assert found.merged.error <= 1e-5
     assert found.files["onnx"].error <= 1e-4
     assert found.openvino is not None

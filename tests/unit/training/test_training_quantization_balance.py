@@ -14,8 +14,13 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, site_adapters, trained_tensors
 from peft_vit.errors import SilentNoEffectWarning
 from peft_vit.training.qa_lora import next_part
-from peft_vit.training.quantization_balance import MEASURE_EVERY_STEPS, error_removed, managed_pace, managed_scale
-from peft_vit.training.quantized_layers import quantized_layers
+from peft_vit.training.quantized_layers import (
+    MEASURE_EVERY_STEPS,
+    error_removed,
+    managed_pace,
+    managed_scale,
+    quantized_layers,
+)
 
 pytestmark = pytest.mark.part("trainer")
 REMOVED = ("error_removed_in_weights", "error_removed_in_outputs")
