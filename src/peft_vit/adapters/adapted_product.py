@@ -1,6 +1,6 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
-There are two ways to add an update, and the shapes choose (`_forms_sum`). With many rows of x, W + dW is formed for the
+There are two ways to add an update, and the shapes choose. With many rows of x, W + dW is formed for the
 forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size is kept
 in between. With few rows, as with one image, forming it would take as long as the product itself; then a training step
 does two skinny products beside W's, while predictions form the sum all the same. A packed W is unpacked in any case,
@@ -147,7 +147,11 @@ def adapted_product(
             parameters = [added]
         kept = x if source is None else source.values
         function = None if source is None else source.function
-        summed = not torch.is_grad_enabled() or _forms_sum(frozen, x.numel() // x.shape[-1], pool)
+        # Forming W + dW touches 2 in out values, two skinny products rows (in + out). Without a backward pass it is
+        # formed in any case, so that predictions do not depend on how images are put in batches.
+        rows, (outputs, inputs) = x.numel() // x.shape[-1], frozen.shape
+        many_rows = rows * (inputs + outputs) > 2 * inputs * outputs
+        summed = not torch.is_grad_enabled() or pool > 1 or not frozen.is_float or many_rows
         layer = _Layer(spans, pool, dtype, autocast, summed, function)
         x = x.detach()
         saved = None
@@ -170,16 +174,6 @@ def saving_first(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any
         return forward(*inputs, **named)
     finally:
         _SAVES_FIRST.reset(token)
-
-
-def _forms_sum(frozen: FrozenWeight, rows: int, pool: int) -> bool:
-    """Whether a training step forms W + dW, once for the forward pass and once for the backward pass.
-
-    That touches 2 in out values; two skinny products touch rows (in + out). Without a backward pass the sum is formed
-    whatever the number of rows, so that predictions do not depend on how images are put in batches.
-    """
-    outputs, inputs = frozen.shape
-    return pool > 1 or not frozen.is_float or rows * (inputs + outputs) > 2 * inputs * outputs
 
 
 @dataclass(frozen=True, eq=False)

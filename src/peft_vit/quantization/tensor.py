@@ -236,8 +236,17 @@ class QuantizedTensor:
                 "was the file written with another format?"
             )
         for name, (dtypes, tensor_shape) in expected.items():
-            _check_tensor(name, tensors[name], dtypes, tensor_shape)
-        _check_codes(tensors["codes"], columns, format)
+            tensor, stated = tensors[name], f"{' or '.join(map(str, dtypes))} of shape {tensor_shape}"
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            _check(tensor.dtype in dtypes and tensor.shape == tensor_shape, name, f"expected {stated}, got {got}")
+            if tensor.is_floating_point():
+                _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
+        codes = tensors["codes"].contiguous()
+        unpacked = unpack_codes(codes, format.bits, codes.shape[1] * 8 // format.bits)  # (out, codes of whole bytes)
+        _check(not bool(unpacked[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
+        if not format.has_codebook and not format.offset:
+            used = bool((unpacked[:, :columns] > 0).all())
+            _check(used, "codes", "expected no code 0, which symmetric integers never use")
         for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
             _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
         scales = tensors["scales"].contiguous()
@@ -246,7 +255,7 @@ class QuantizedTensor:
             largest, mean = tensors["scale_blocks"].contiguous(), tensors["scale_mean"].contiguous()
             stored = QuantizedScales(scales, largest, mean, format.scale_dtype)
         return cls(
-            codes=tensors["codes"].contiguous(),
+            codes=codes,
             stored_scales=stored,
             offsets=tensors["offsets"].contiguous() if format.offset else None,
             shape=(rows, columns),
@@ -271,22 +280,6 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     if error == 0:
         return 0.0
     return error / norm if norm > 0 else math.inf
-
-
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    as_expected = tensor.dtype in dtypes and tensor.shape == shape
-    got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-    _check(as_expected, name, f"expected {' or '.join(map(str, dtypes))} of shape {shape}, got {got}")
-    if tensor.is_floating_point():
-        _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
-
-
-def _check_codes(packed: Tensor, columns: int, format: QuantizationFormat) -> None:
-    codes = unpack_codes(packed, format.bits, packed.shape[1] * 8 // format.bits)
-    _check(not bool(codes[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
-    if not format.has_codebook and not format.offset:
-        in_range = bool((codes[:, :columns] > 0).all())
-        _check(in_range, "codes", "expected no code 0, which symmetric integers never use")
 
 
 def _check(holds: bool, name: str, expectation: str) -> None:

@@ -213,11 +213,8 @@ def choose(
     extra_size = np.array([sizes[group][place] - sizes[group][useful[group][0]] for group, place in options])
     floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(useful))
     most = math.fsum(losses[group][places[0]] - losses[group][places[-1]] for group, places in enumerate(useful))
-    room, bound, chosen = (
-        budget - smallest,
-        floor,
-        [places[-1] for places in useful],
-    )  # the largest options, if they fit
+    room, bound = budget - smallest, floor
+    chosen = [places[-1] for places in useful]  # the largest options, if they fit
     if sum(sizes[group][places[-1]] - sizes[group][places[0]] for group, places in enumerate(useful)) > room:
         unit = math.gcd(*extra_size.tolist())
         rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))

@@ -174,9 +174,7 @@ def head_inputs(
     with evaluating(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
-            filled = torch.cat(
-                [flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)]
-            )  # (batch_size, ...)
+            filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
             with autocast(runtime.device, runtime.precision):
                 of_batch = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) -> (batch_size, D)
             features.append(of_batch.float().cpu().numpy()[: len(batch)])  # (B, D)
@@ -260,9 +258,7 @@ def _fits(
         if classes == 2:
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
         # Without the penalty the mean weighted loss, with it the gradient.
-        W, b = (
-            torch.from_numpy(array).double().requires_grad_() for array in (weight, bias)
-        )  # (classes, D), (classes,)
+        W, b = (torch.from_numpy(array).double().requires_grad_() for array in (weight, bias))
         logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
         losses = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels), reduction="none")  # (N,)
         loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()

@@ -2,9 +2,9 @@
 
 Weights become low-bit ones each by itself, or layer by layer on calibration images (GPTQ).
 
-How the adapters compare with the error that quantization made, and what follows for scale and pace. With W the float
-weight of a layer, Wq what its codes stand for, E = W - Wq the error at full quantization, and dW the adapters' update: the adapted quantized layer differs from the float one by E - dW. Whether dW removes the error is
-measured on the weights and of the layer's outputs; an update that learns the task need not remove any.
+With W the float weight of a layer, Wq what its codes stand for, E = W - Wq the error at full quantization, and dW the
+adapters' update: the adapted quantized layer differs from the float one by E - dW. Whether dW removes the error is
+measured on the weights and on the layer's outputs; an update that learns the task need not remove any.
 
 Managing the balance is proportional control of rho, the mean of ||dW|| / ||E||, towards a target rho*: either the
 gradients' scale follows how far rho is below rho*, or the schedule's pace follows how far it is ahead of rho* * share,
