@@ -310,8 +310,8 @@ class _AdaptedProduct(torch.autograd.Function):
                 to_kept = to_x
             else:
                 to_kept[:, columns] = to_x
-        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None
-        to_kept = None if to_kept is None else to_kept.view(ctx.shape)
+        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None  # (N, out) -> (out,)
+        to_kept = None if to_kept is None else to_kept.view(ctx.shape)  # (N, in) -> (..., in)
         return to_kept, None, None, None, None, to_bias, *updates.result()
 
 

@@ -182,7 +182,7 @@ def effects_of(
         with torch.enable_grad():
             logits: Tensor = model(image)  # (1, classes)
             direction = torch.randn(logits.shape, generator=generator).to(logits)  # (1, classes)
-            total = (logits * direction).sum()
+            total = (logits * direction).sum()  # (1, classes) -> ()
             gradients = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
     norms = {
         id(parameter): 0.0 if gradient is None else float(gradient.norm())

@@ -241,7 +241,7 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     # (rank,) each -> (ranks of all,); some devices have no float64.
     flat = torch.cat(list(present.values())).cpu().double().numpy()
     counts = np.array([values.shape[0] for values in present.values()])  # len() of a tensor is slow
-    means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
+    means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts  # (ranks of all,) -> (sites,)
     return dict(zip(present, means.tolist(), strict=True))
 
 
@@ -426,7 +426,7 @@ def check_fisher(
     with evaluating(model):
         for image, label, factor in zip(images, labels, share, strict=True):
             model.zero_grad(set_to_none=True)
-            (factor * F.cross_entropy(model(image[None]), label[None])).backward()
+            (factor * F.cross_entropy(model(image[None]), label[None])).backward()  # (1, 3, S, S), (1,)
             for name, value in mean_per_triplet(squared_gradients(adapters)).items():
                 per_sample[name] += value / len(labels)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -63,7 +63,7 @@ def expected_calibration_error(
 def balanced_accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
     """Return the mean, over the classes that are among the labels (N,), of the share of their images that is found."""
     _, places, images = np.unique(labels, return_inverse=True, return_counts=True)  # (N,) -> (classes,)
-    hits = np.bincount(places[predicted == labels], minlength=len(images))
+    hits = np.bincount(places[predicted == labels], minlength=len(images))  # (classes,)
     return float(np.mean(hits / images))
 
 
@@ -79,7 +79,7 @@ def area_under_roc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> fl
     _, places = np.unique(scores, return_inverse=True)  # (N,), from the lowest score on
     ones = np.bincount(places[labels == 1], minlength=places.max() + 1)  # by score
     zeros = np.bincount(places[labels == 0], minlength=places.max() + 1)
-    below = np.cumsum(zeros) - zeros
+    below = np.cumsum(zeros) - zeros  # (scores,): zeros with a lower score
     return float(np.sum(ones * (2 * below + zeros)) / (2 * ones.sum() * zeros.sum()))
 
 

@@ -102,7 +102,7 @@ def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor
     ranges = largest.double()
     if format.offset and not format.has_codebook:
         offsets = _round_outwards(weights.amin(-1).double(), format.scale_dtype, -math.inf)
-        ranges = weights.amax(-1).double() - offsets.double()
+        ranges = weights.amax(-1).double() - offsets.double()  # (out, groups)
     return largest, _round_outwards(ranges / format.steps, format.scale_dtype, math.inf), offsets
 
 

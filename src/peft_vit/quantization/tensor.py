@@ -85,7 +85,7 @@ class QuantizedTensor:
         self._decode(values)
         weights = values[:, :columns]  # (out, in)
         grouped = weights.unflatten(1, (self.groups, -1))  # (out, groups, group size)
-        grouped.mul_(self.scales.float().unsqueeze(-1))
+        grouped.mul_(self.scales.float().unsqueeze(-1))  # (out, groups, 1)
         constant = None if self.offsets is None else self.offsets.float()
         if added is not None:
             self._check_update(added)

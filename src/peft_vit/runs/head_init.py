@@ -99,8 +99,8 @@ class SharedFeatures:
         missing = ~np.isin(wanted, places)
         if missing.any():
             computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
-            places = np.concatenate([places, wanted[missing]])
-            values = np.concatenate([values, computed]) if len(values) else computed
+            places = np.concatenate([places, wanted[missing]])  # (M + new,)
+            values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
             self._keep(places, values)
         order = np.argsort(places)
         return values[order[np.searchsorted(places, wanted, sorter=order)]]  # (N, D)

@@ -224,7 +224,7 @@ def choose(
             bounds=(0, 1),
             constraints=[
                 scipy.optimize.LinearConstraint(rows, 1, 1),
-                scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),
+                scipy.optimize.LinearConstraint((extra_size // unit)[None], 0, room // unit),  # (1, options)
             ],
             options={"mip_rel_gap": 0.0, "node_limit": node_limit},
         )

@@ -143,7 +143,7 @@ def held_out_temperature(
         seed: of the folds.
     """
     labels = train.labels[:images]
-    counts = np.bincount(labels)
+    counts = np.bincount(labels)  # (n,) -> (classes,)
     if counts.min() < 2:
         message = "probe needs two training images of each class where none validate; add images, or start at random"
         raise UserError(message, field="training.head_start")

@@ -204,7 +204,7 @@ def packed_weights(
             with torch.no_grad(), evaluating(model):
                 for replayed in passes:
                     x = replayed.inputs(module)[0].float().flatten(0, -2)  # (B, ..., in) -> (N, in)
-                    total = total + 2 * (x.T @ x).double().cpu()
+                    total = total + 2 * (x.T @ x).double().cpu()  # (in, N) @ (N, in)
             assert module.weight is not None
             assert isinstance(total, Tensor)
             yield name, quantize_with_compensation(module.weight, formats[name], total, name=name)

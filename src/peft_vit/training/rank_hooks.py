@@ -236,7 +236,7 @@ class PeftAdaLoraHook(Hook):
             grams += [right @ right.T, left.T @ left]  # (r0, r0) each
         eye = torch.eye(len(grams[0]), device=grams[0].device)
         norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
-        return {"orthogonality": self.weight * norms.mean()}
+        return {"orthogonality": self.weight * norms.mean()}  # (2 L,) -> ()
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
