@@ -13,7 +13,7 @@ from peft_vit.adapters.peft_tuner import attach_peft, attach_peft_lora, require_
 from peft_vit.backbones import BackboneShape, Site, whole_modules
 from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, Wishes, below, check_rank_at
+from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, below, check_rank_at
 from peft_vit.training import Hook, PeftAdaLoraHook, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
@@ -43,7 +43,7 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
 PEFT_LORA = Method(
     prepare=_prepare_lora,
     check=_check_lora,
-    defaults=lambda wishes: {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}},
+    defaults=lambda options: {"peft_lora": {"rank": options.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
@@ -72,9 +72,11 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
     return {"peft_adalora": settings.model_copy(update=short)}
 
 
-def _adalora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    wishes.enough_steps(_FEWEST_STEPS)
-    return {"peft_adalora": {"update_frequency": max(1, wishes.steps // 8), "warmup_steps": max(1, wishes.steps // 4)}}
+def _adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    options.enough_steps(_FEWEST_STEPS)
+    return {
+        "peft_adalora": {"update_frequency": max(1, options.steps // 8), "warmup_steps": max(1, options.steps // 4)}
+    }
 
 
 PEFT_ADALORA = Method(
@@ -105,7 +107,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 PEFT = Method(
     prepare=_prepare,
     check=_check,
-    defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
+    defaults=lambda options: {"peft": {"type": "dora", "r": options.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,

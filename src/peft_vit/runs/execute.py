@@ -48,7 +48,7 @@ from peft_vit.evaluation import (
     trainable_parameters,
 )
 from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
+from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import (
     BitAllocation,
     ByteCounts,

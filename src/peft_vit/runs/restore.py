@@ -19,7 +19,7 @@ from peft_vit.data import Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
+from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import sha256_of
 

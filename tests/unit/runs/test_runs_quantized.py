@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from peft_vit.adapters import adapted_modules, current_ranks
-from peft_vit.backbones import tensor_file
+from peft_vit.backbones import weights as tensor_file
 from peft_vit.config import BackboneConfig
 from peft_vit.records import ADAPTER_FILE, run_folder
 from peft_vit.runs import execute

@@ -12,8 +12,16 @@ from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods import adalora
-from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, Wishes, check_images, check_rank_at, sites_of
+from peft_vit.methods.full_precision import adalora_defaults, check_adalora, prepare_adalora, shorten_adalora
+from peft_vit.methods.method import (
+    DEFAULT_RANK,
+    Method,
+    PrepareContext,
+    TrainOptions,
+    check_images,
+    check_rank_at,
+    sites_of,
+)
 from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
@@ -103,12 +111,12 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     _check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
 
 
-def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    packing, sites = _packed_by_default(wishes.shape), wishes.shape.sites
+def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    packing, sites = _packed_by_default(options.shape), options.shape.sites
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     group = packing.get("group_size", 1)
     most = min(min(site.in_features // group, site.out_features) for site in sites)
-    return {"qa_lora": {**packing, "rank": wishes.rank or min(DEFAULT_RANK, most)}}
+    return {"qa_lora": {**packing, "rank": options.rank or min(DEFAULT_RANK, most)}}
 
 
 QA_LORA = Method(
@@ -124,16 +132,16 @@ QA_LORA = Method(
 
 def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     # Ranks first, since in `before_step` they are scored by what the trainer then scales.
-    return [*adalora.prepare(model, experiment, context), _trainer(model, experiment, context)]
+    return [*prepare_adalora(model, experiment, context), _trainer(model, experiment, context)]
 
 
 def _check_adaptive(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     _check_packing(experiment, shape, total_steps, train_images, rank=0)
-    adalora.check(experiment, shape, total_steps, train_images)
+    check_adalora(experiment, shape, total_steps, train_images)
 
 
 def _shorten_adaptive(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-    ranks = adalora.shorten(experiment, total_steps, steps, every)
+    ranks = shorten_adalora(experiment, total_steps, steps, every)
     return {**ranks, **_shorten(experiment, total_steps, steps, every)}
 
 
@@ -141,7 +149,7 @@ QA_ADALORA = Method(
     prepare=_prepare_adaptive,
     check=_check_adaptive,
     shorten=_shorten_adaptive,
-    defaults=lambda wishes: {**adalora.defaults(wishes), "qa_lora": _packed_by_default(wishes.shape)},
+    defaults=lambda options: {**adalora_defaults(options), "qa_lora": _packed_by_default(options.shape)},
     why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
 )
 
@@ -165,6 +173,6 @@ QA_LINEAR = Method(
     check=_check_probe,
     shorten=_shorten,
     # Nothing is merged into offsets, so none are needed.
-    defaults=lambda wishes: {"qa_lora": {**_packed_by_default(wishes.shape), "quantization_offset": False}},
+    defaults=lambda options: {"qa_lora": {**_packed_by_default(options.shape), "quantization_offset": False}},
     forward_passes=1,
 )
