@@ -18,7 +18,6 @@ from peft_vit.studies.request import PlanRequest, RunRequest, TrainRequest
 from peft_vit.tuning.request import TuneRequest
 
 if TYPE_CHECKING:
-    from peft_vit.analysis import Results
     from peft_vit.records import RunRecord
 
 
@@ -106,14 +105,6 @@ def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
 ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 
 
-def say_left_out(results: Results) -> None:
-    """Name on stderr what does not count; the exit code becomes 1 if a result was left out, so that scripts notice."""
-    for line in results.lines():
-        print(line, file=sys.stderr)
-    if not results.is_whole:
-        raise typer.Exit(1)
-
-
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     """Get pictures of a run's images, if they are on this machine; only here does a report need torch."""
     try:
@@ -161,7 +152,10 @@ def report(
     if page:
         print(f"Report: {files.html}")
     print(f"Markdown: {files.markdown}")
-    say_left_out(files.results)
+    for line in files.results.lines():
+        print(line, file=sys.stderr)
+    if not files.results.is_whole:  # so that scripts notice
+        raise typer.Exit(1)
 
 
 @app.command()

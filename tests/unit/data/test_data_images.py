@@ -60,35 +60,6 @@ def test_shuffled_batches_visit_every_image_once_in_the_stated_order():
     assert tuple(images.order(0, 1)) == orders[0, 1] == tuple(labels.tolist())
 
 
-def flips_of(images, **settings):
-    """Return, by image, how it came out: (left-right, upside down)."""
-    got, labels = shuffled(images, **settings)
-    plain, _ = gathered(images.ordered_batches(len(images), MEAN, STD))
-    result = {}
-    for image, label in zip(got, labels.tolist(), strict=True):
-        for horizontal in (False, True):
-            for vertical in (False, True):
-                axes = [axis for axis, on in ((-1, horizontal), (-2, vertical)) if on]
-                if torch.equal(image, plain[label].flip(axes)):
-                    result[label] = (horizontal, vertical)
-    assert len(result) == len(images)
-    return result
-
-
-def test_flips_happen_to_half_of_the_images_and_only_as_allowed():
-    images = make(400)
-    assert set(flips_of(images, flips="none").values()) == {(False, False)}
-    horizontal = [kinds for _, kinds in sorted(flips_of(images, flips="horizontal").items())]
-    assert not any(vertical for _, vertical in horizontal)
-    assert 160 < sum(h for h, _ in horizontal) < 240  # 200 +- 4 standard deviations
-    both = [kinds for _, kinds in sorted(flips_of(images, flips="both").items())]
-    for kind in ((False, False), (False, True), (True, False), (True, True)):
-        assert 65 < both.count(kind) < 135  # 100 +- 4 standard deviations
-    assert horizontal == [(h, False) for h, _ in both]
-    images.order = lambda seed, epoch: np.arange(400)
-    assert [kinds for _, kinds in sorted(flips_of(images, flips="both").items())] == both
-
-
 def test_read_only_pixels_stay_untouched(recwarn):
     images = make()
     images.pixels.setflags(write=False)
