@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import random_model
@@ -22,9 +23,10 @@ def quantized(weight: Tensor, format: QuantizationFormat) -> QuantizedTensor:
     return packed_weight.with_offset_added(0.02 * torch.randn(packed_weight.scales.shape, generator=generator))
 
 
-def packed(linear: nn.Linear, format: QuantizationFormat) -> AdaptedLinear:
+def packed(linear: Any, format: QuantizationFormat) -> AdaptedLinear:
     """Quantize a layer with a constant row."""
     layer = AdaptedLinear(linear)
+    assert layer.weight is not None
     layer.weight.detach()[0] = 0.03
     layer.set_quantized(quantized(layer.weight, format))
     layer.drop_float()
@@ -49,7 +51,7 @@ def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
     return float((found - expected).abs().max() / expected.abs().max()), float(same)
 
 
-def damaged(content: bytes, data) -> bytes:
+def damaged(content: bytes, data: Any) -> bytes:
     """Cut a file, or alter one of its bytes, as hypothesis draws."""
     from hypothesis import strategies as st
 

@@ -1,10 +1,11 @@
 """Settings that the tests of QALoRATrainer share."""
 
 from functools import partial
+from typing import Any
 
 from peft_vit import QaLoraConfig
 
-DEFAULT = {
+DEFAULT: dict[str, Any] = {
     "quantization_bits": 4,
     "quantization_type": "nf4",
     "quantization_schedule": "constant",

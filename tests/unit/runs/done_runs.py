@@ -55,6 +55,7 @@ def restored(record: RunRecord, folder: Path) -> RestoredRun:
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
     logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
     probability = torch.from_numpy(logits).softmax(1).max(1).values.numpy()
+    assert record.predictions is not None
     np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
     np.testing.assert_allclose(probability, record.predictions.probability, rtol=0, atol=1e-5)
     if record.head_fit is None:  # a probe's logits were computed from features
