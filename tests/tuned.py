@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from small_methods import EXPERIMENTS
-from written_runs import run_and_write
+from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import study_courses
-from peft_vit.config import study_from_mapping
 from peft_vit.data import images_file, look_at
 from peft_vit.records import write_study_file
-from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import study_file
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
@@ -98,21 +96,17 @@ def _done(
     """Do the runs of some of a study's seeds."""
     fitted = {} if probe_l2 is None else {"probe_l2": probe_l2}
     training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2}
-    mapping = {
-        "name": study,
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
-        "measures": {"logits": True},
-        "experiments": [
+    mapping = tiny_study(
+        name=study,
+        backbone={"model": "test_vit", "weights": "file", "file": str(weights)},
+        measures={"logits": True},
+        experiments=[
             {"name": name, **EXPERIMENTS[name], "training": fitted if name == "linear" else training} for name in names
         ],
         **settings,
-    }
-    file = results / f"{study}.yaml"
+    )
     found: dict[str, list[Path]] = {}
-    plan = plan_study(study_from_mapping(mapping, file=file), results, file=file)
+    plan = plan_of(mapping, results)
     content = study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256)
     write_study_file(results / study, content)
     for planned in plan.runs:

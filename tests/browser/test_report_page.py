@@ -127,6 +127,9 @@ def test_every_figure_draws(page, built: ReportFiles) -> None:
     names = page.locator("figure svg[role=img]").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
     assert names == page.locator("figure h3").all_text_contents()
     assert page.locator("figure:has(svg) figcaption").count() == len(names) > 5
+    data = page.locator('script[type="application/json"]').all_text_contents()
+    assert all(json.loads(block)["x"] for block in data)
+    assert sum(map(len, data)) < 400_000
 
 
 def test_pointing_at_a_value_names_experiment_seed_and_value(page, records: list[RunRecord]) -> None:
@@ -235,18 +238,17 @@ def test_the_data_of_every_figure_is_saved_as_the_file_beside_the_report(page, b
     assert on_disk == {}
 
 
-@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 720)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_never_scrolls_sideways(open_page, built: ReportFiles, width: int, scheme: str) -> None:
-    page = open_page(built.html, viewport={"width": width, "height": 800}, color_scheme=scheme)
+def test_the_page_fits_says_what_came_out_first_and_axe_finds_nothing(
+    open_page, built: ReportFiles, width: int, height: int, scheme: str
+) -> None:
+    page = open_page(built.html, viewport={"width": width, "height": height}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"
     assert dark == (scheme == "dark")
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(open_page, built: ReportFiles, scheme: str) -> None:
-    assert axe_violations(open_page(built.html, color_scheme=scheme)) == []
+    assert page.get_by_text("Best on validation:").bounding_box()["y"] < height - 20
+    assert axe_violations(page) == []
 
 
 def test_what_is_looked_up_is_folded_and_stands_open_on_paper(open_page, built: ReportFiles) -> None:
@@ -263,20 +265,10 @@ def test_what_is_looked_up_is_folded_and_stands_open_on_paper(open_page, built: 
     assert page.locator("figure svg").first.is_visible()
     assert not page.locator(".controls").first.is_visible()
     still = open_page(built.html, java_script_enabled=False)
+    assert all(svg.bounding_box()["height"] > 100 for svg in still.locator("figure svg").all())
+    assert not any(button.is_visible() for button in still.locator("figure button").all()), "none pretends"
     still.emulate_media(media="print")
     assert all(table.bounding_box()["height"] > 10 for table in still.locator(".fold table").all())
-
-
-@pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 720)])
-def test_the_first_screen_says_what_came_out(open_page, built: ReportFiles, width: int, height: int) -> None:
-    page = open_page(built.html, viewport={"width": width, "height": height})
-    assert page.get_by_text("Best on validation:").bounding_box()["y"] < height - 20
-
-
-def test_without_script_the_figures_stand_and_no_button_pretends(open_page, built: ReportFiles) -> None:
-    page = open_page(built.html, java_script_enabled=False)
-    assert all(svg.bounding_box()["height"] > 100 for svg in page.locator("figure svg").all())
-    assert not any(button.is_visible() for button in page.locator("figure button").all())
 
 
 def hostile_document() -> StudyDocument:
@@ -315,7 +307,7 @@ def test_hostile_names_are_shown_and_run_nothing(open_page, tmp_path: Path) -> N
         figure.locator("button.csv").click()
     rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text(encoding="utf-8"), newline="")))
     assert rows == [["experiment", "value"], [HOSTILE, "0.1"], ["a,b", ""]]
-    page.wait_for_timeout(50)
+    page.wait_for_timeout(50)  # for what should not run
 
 
 def test_an_inline_script_of_others_would_not_run(open_page, built: ReportFiles, tmp_path: Path, seen: Seen) -> None:
@@ -329,10 +321,3 @@ def test_an_inline_script_of_others_would_not_run(open_page, built: ReportFiles,
     assert len(seen.errors) == 1
     assert "Content Security Policy" in seen.errors[0]
     seen.errors.clear()
-
-
-def test_the_embedded_data_is_small(built: ReportFiles) -> None:
-    text = built.html.read_text(encoding="utf-8")
-    blocks = [b.split("</script>")[0] for b in text.split('<script type="application/json">')[1:]]
-    assert all(json.loads(block)["x"] for block in blocks)
-    assert sum(map(len, blocks)) < 400_000

@@ -36,6 +36,7 @@ def test_it_opens_with_what_it_asks(file: Path) -> None:
     head = file.read_text(encoding="utf-8").split("\nname:")[0]
     assert all(word in head for word in ("Asks:", "Images:", "Weights:", "Command: peft-vit "))
     assert f"# Cost:    {len(study.experiments) * len(study.seeds)} runs" in head
+    assert planned(file).runs
 
 
 @cache
@@ -44,11 +45,6 @@ def planned(file: Path) -> Plan:
     plan = plan_study(study, Path("/nothing/is/done/here"), file=file, smoke=True)
     assert [run.spec.experiment.name for run in plan.pending] == [one.name for one in study.experiments]
     return plan
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_it_plans(file: Path) -> None:
-    assert planned(file).runs
 
 
 def experiments() -> list[object]:

@@ -35,10 +35,6 @@ def test_doctor_tells_all_on_one_screen(command, cache, without, monkeypatch) ->
     Path(cache, "some.bin").write_bytes(bytes(20_000_000))
     lines = command("doctor").out.splitlines()
     found = {line[:13].strip(): line[14:] for line in lines if line[:13].strip()}
-    assert list(found) == [
-        *("peft-vit", "Python", "packages", "system", "device", "processor", "instructions", "threads", "memory"),
-        *("cache", "package index", "hub", "extras"),
-    ]
     assert len(lines) <= 24
     assert f"torch {metadata.version('torch')}" in found["packages"]
     assert found["threads"].startswith("1 in PyTorch; OMP_NUM_THREADS=1")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_methods import EXPERIMENTS
+from written_runs import tiny_study
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -37,19 +37,7 @@ for planned in plan_study(study_from_mapping(mapping, file=file), Path("out"), f
 
 
 def test_a_run_loads_only_what_it_uses(images: Path, tmp_path: Path) -> None:
-    training = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
-    held_out = {"validation_images": 12, "test_images": 12}
-    mapping = {
-        "name": "tiny",
-        "seeds": [0],
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "image-folder", "path": str(images), "image_size": 32, **held_out},
-        "experiments": [{"name": name, "training": training, **EXPERIMENTS[name]} for name in ("lora", "nf4")]
-        + [{"name": "probe", **EXPERIMENTS["linear"]}],
-    }
+    mapping = tiny_study("nf4", "linear", images=images)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(mapping), HEAVY],
         capture_output=True,
@@ -60,6 +48,6 @@ def test_a_run_loads_only_what_it_uses(images: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     loaded = {stage: names for line in done.stdout.splitlines() for stage, names in json.loads(line).items()}
-    probe = loaded.pop("probe")
-    assert loaded == {"imports": [], "lora": [], "nf4": []}
+    probe = loaded.pop("linear")
+    assert loaded == {"imports": [], "nf4": []}
     assert "sklearn" in probe  # which a linear probe is fitted by, so the names are those that Python knows

@@ -19,6 +19,7 @@ def shown(notebook: Mapping) -> list[set[str]]:
     return [set(outputs[-1]["data"]) if outputs else set() for outputs in results]
 
 
+@pytest.mark.slow  # what it calls is called by test_api.py and the README
 @pytest.mark.real
 def test_it_runs_and_shows_what_the_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(peft_vit.__file__).parents[1]))

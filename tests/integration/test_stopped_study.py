@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import check_golden
 from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.analysis import read_results
@@ -40,6 +41,7 @@ def plant(patch: pytest.MonkeyPatch) -> None:
     """Let every run end at once with the accuracy that is planted for it."""
     patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: PlantedRuns(accuracy))
     patch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    patch.setenv("COLUMNS", "140")
 
 
 @pytest.fixture
@@ -66,7 +68,9 @@ def course_of(directory: Path, name: str) -> Course:
 
 def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
     """Write the report without its page; return the table of its findings."""
-    command("report", directory, "--format", "md", "--output", output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_vit.report.figure._saved", lambda *_: b"")  # only tables and texts are read
+        command("report", directory, "--format", "md", "--output", output)
     (file,) = output.glob("tables/*_findings.csv")
     with file.open(newline="", encoding="utf-8") as handle:
         return list(csv.DictReader(handle))
@@ -86,36 +90,28 @@ def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
     assert rows["level"].endswith("at the last look")
     assert rows["behind"].startswith("7 −6.0 [−7.2, −4.8] refuted")
     told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
-    assert told
-    assert {(one["verdict"], one["p_holm"]) for one in told} == {("not decided", "")}
-    assert all(one["p_holm"] == "" for one in tested)
+    assert {one["verdict"] for one in told} == {"not decided"}
+    assert {one["p_holm"] for one in tested} == {""}
 
 
-def test_a_recommendation_rests_on_looks(command, refused, stopped) -> None:
+def test_recommendation_and_comparison_rest_on_looks(command, refused, stopped, planted_runs, tmp_path) -> None:
     said = command("recommend", stopped, "--smallest", "params").out
     level = course_of(stopped, "level").looks[-1]
-    assert "Control of its comparisons, which stop: base" in said
-    assert "Recommended: level. Test accuracy against base: +0.2 [" in said
     assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
-    assert "repeated 90 % intervals" in said
     wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
     assert "asked for a margin of 1, not 2 points; give --margin 1" in wrong
-
-
-def test_studies_are_compared_by_what_each_declared(command, stopped, planted_runs, tmp_path) -> None:
     file = tmp_path / "plain.yaml"
     file.write_text(json.dumps(mapping(name="plain", seeds=list(range(20, 27)))))
     command("run", file, "--output", tmp_path / "plain")
-    said = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
+    compared = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
+    # 0.047 of the plain study: 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
     p_value = course_of(stopped, "ahead").looks[-1].superiority.p_value
-    (looked,) = [line for line in said.splitlines() if line.startswith(" ahead") and " stopped " in line]
-    assert f"supported (p = {p_value:.2g})" in looked
-    assert "+6.0 [+4.8, +7.2]" in looked
-    (fixed,) = [line for line in said.splitlines() if line.startswith(" ahead") and " plain " in line]
-    assert "supported (p = 0.047)" in fixed  # 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
-    pooled = said[said.index("Over studies") :]
-    assert "not decided (no verdict: looks at results decided how many seeds ran)" in pooled
-    assert "supported" not in pooled
+    rows = [line for line in compared.splitlines() if line.startswith(" ahead")]
+    assert any(" stopped " in row and f"supported (p = {p_value:.2g})" in row for row in rows)
+    assert any(" plain " in row and "supported (p = 0.047)" in row for row in rows)
+    assert "supported" not in compared[compared.index("Over studies") :]
+    text = f"$ recommend\n{said}\n$ compare\n{compared}".replace(str(stopped), "STOPPED").replace(str(tmp_path), "HERE")
+    check_golden("stopped_study.txt", "\n".join(map(str.rstrip, text.splitlines())) + "\n")
 
 
 def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_path) -> None:
@@ -133,12 +129,9 @@ def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_pat
         ("superiority_p", lambda look: look.superiority.p_value),
     ):
         assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
-    page = (tmp_path / "report.html").read_text()
-    assert 'role="img" aria-label="Courses of the comparisons with base"' in page
-    assert "10 pairs: +0.2 [" in page  # what a pointer is told
+    assert "10 pairs: +0.2 [" in (tmp_path / "report.html").read_text()  # what a pointer is told
     summary = (tmp_path / "analysis_summary.md").read_text()
     assert "![Courses of the comparisons with base](figures/stopped_courses.png)" in summary
-    assert "Comparisons with base stop when they are decided" in summary
     assert "3 of 3 comparisons with base have stopped" in summary
     assert "Incomplete" not in summary, "what was not needed is not missing"
     assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"
@@ -163,8 +156,5 @@ def test_a_study_that_was_continued_gets_no_verdict(command, planted_runs, tmp_p
     found = [one for one in findings_of(command, out, tmp_path / "analysis") if one["outcome"] == reason]
     assert found
     assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", "")}
-    said = command("recommend", out, "--smallest", "params").out
-    assert "Not decided" in said
-    assert f"not decided ({reason})" in said
-    command("report", out, "--output", tmp_path / "report", "--no-examples")
-    assert f"Nothing is decided: {reason}." in (tmp_path / "report" / "analysis_summary.md").read_text()
+    assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
+    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis" / "analysis_summary.md").read_text()

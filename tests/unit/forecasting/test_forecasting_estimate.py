@@ -74,10 +74,12 @@ def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None
     longer = one.model_copy(update={"name": "longer", "training": training.model_copy(update={"epochs": 3})})
     config = config.model_copy(update={"experiments": (one, alike, longer)})
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    found = [run.estimate for run in planned(config, tmp_path).runs]
-    assert [one.basis for one in found] == ["records", "records", "estimate"]
-    assert [one.seconds for one in found[:2]] == [record.seconds] * 2
-    assert [one.peak_memory_bytes for one in found[:2]] == [record.peak_memory_bytes] * 2
+    *same, other = [run.estimate for run in planned(config, tmp_path).runs]
+    assert [one.basis for one in (*same, other)] == ["records", "records", "estimate"]
+    assert {(one.seconds, one.peak_memory_bytes) for one in same} == {(record.seconds, record.peak_memory_bytes)}
+    elsewhere = record.provenance.model_copy(update={"processor": "another one"})
+    write_record(tmp_path, record.model_copy(update={"provenance": elsewhere}))
+    assert {run.estimate.basis for run in planned(config, tmp_path).runs} == {"estimate"}
 
 
 @pytest.mark.parametrize(
@@ -112,12 +114,3 @@ def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
     assert found.seconds - without.seconds == pytest.approx(
         1.8 * passes * steps * 8 * workload.shape.multiply_adds / 1e9
     )
-
-
-def test_records_of_another_machine_tell_nothing(study, tmp_path) -> None:
-    config = study("linear", seeds=(0, 1))
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    elsewhere = record.provenance.model_copy(update={"processor": "another one"})
-    write_record(tmp_path, record.model_copy(update={"provenance": elsewhere}))
-    plan = planned(config, tmp_path)
-    assert [run.estimate.basis for run in plan.runs] == ["estimate", "estimate"]
