@@ -177,7 +177,7 @@ def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
         found: list[Row] = [{"experiment": name} for name in led.runs]
         for row in found:
             for measure in measures:
-                row |= interval(measure, led.over_seeds(row["experiment"], of(f"test.{measure}")), f"{measure}_n")
+                row.update(interval(measure, led.over_seeds(row["experiment"], of(f"test.{measure}")), f"{measure}_n"))
         return found
 
     return rows

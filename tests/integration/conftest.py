@@ -51,7 +51,7 @@ def run_of(
     """Return the folder of a finished run of a method, on these weights or on another model; it is done once."""
 
     @cache
-    def do(name: str, model: str = "test_vit") -> Path:
+    def done(name: str, model: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         start = {"weights": "file", "file": str(weights)} if model == "test_vit" else {"weights": "random"}
         mapping = tiny_study(name, images=images, backbone={"model": model, **start})
@@ -62,7 +62,7 @@ def run_of(
         assert record.status == "done", record.traceback
         return folder / planned.spec.run_id
 
-    return do
+    return lambda name, model="test_vit": done(name, model)
 
 
 @pytest.fixture

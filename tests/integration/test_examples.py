@@ -48,13 +48,13 @@ def planned(file: Path) -> Plan:
 
 
 def experiments() -> list[object]:
-    """Return all, file and place; slow are those whose method was met before."""
-    found, methods = [], set()
+    """Return all, file and place; slow are all but a probe and what has both ranks and bits: unit tests do each small."""
+    found, quick = [], {"linear", "qa_adalora"}
     for file in FILES:
         for place, experiment in enumerate(load_study(file).experiments):
-            marks = [pytest.mark.slow] if experiment.method in methods else []
+            marks = [] if experiment.method in quick else [pytest.mark.slow]
             found.append(pytest.param(file, place, id=f"{file.stem}-{experiment.name}", marks=marks))
-            methods.add(experiment.method)
+            quick.discard(experiment.method)
     return found
 
 

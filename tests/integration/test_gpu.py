@@ -21,7 +21,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizedTensor
-from peft_vit.records import RunRecord, run_folder
+from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.runs.restore import restore_run
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -81,8 +81,8 @@ def nbytes(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bf16_follows_fp32_on_the_cpu(run: Run, device: torch.device, name: str) -> None:
-    expected, _ = run(name, "cpu", "fp32")
+def test_bf16_follows_fp32_on_the_cpu(run: Run, run_of: Callable[[str], Path], device: torch.device, name: str) -> None:
+    expected = read_record(run_of(name) / RECORD_FILE)
     record, folder = run(name, device.type, "bf16")
     assert record.provenance is not None
     assert torch.device(record.provenance.device).type == device.type
@@ -99,11 +99,13 @@ def test_bf16_follows_fp32_on_the_cpu(run: Run, device: torch.device, name: str)
     assert restore_run(folder).record == record  # what was trained there is read anywhere
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_fp32_agrees_with_the_cpu(run: Run, device: torch.device, name: str) -> None:
+def test_fp32_agrees_with_the_cpu(run: Run, run_of: Callable[[str], Path], name: str) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default of convolutions
-        record, folder = run(name, device.type, "fp32")
-    expected, reference = run(name, "cpu", "fp32")
+        record, folder = run(name, "cuda", "fp32")
+    reference = run_of(name)
+    expected = read_record(reference / RECORD_FILE)
     assert losses(record) == pytest.approx(losses(expected), rel=0.01)
     assert record.test.nll == pytest.approx(expected.test.nll, rel=0.02)
     there, here = (load_file(one / "adapter.safetensors") for one in (folder, reference))

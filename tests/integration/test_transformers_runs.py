@@ -22,32 +22,29 @@ def study_of(folder: Path, images: Path, **backbone: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize(
-    ("file", "values", "fault"),
-    [
-        ("config.json", {"num_attention_heads": 4}, "config.json or preprocessor_config.json"),
-        ("preprocessor_config.json", {"image_mean": [0.1, 0.2, 0.3]}, "config.json or preprocessor_config.json"),
-        (None, {}, "the run was trained on"),
-    ],
-)
-def test_a_run_is_restored_on_the_files_that_it_was_trained_with_alone(
-    command, refused, images, tmp_path, file: str | None, values: dict, fault: str
-) -> None:
-    tiny_transformers.folder_of("vit", tmp_path / "model")
-    out = tmp_path / "out"
-    said = command("run", study_of(tmp_path / "model", images), "--output", out).err
+def test_a_run_is_restored_on_the_files_that_it_was_trained_with_alone(command, refused, images, tmp_path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny_transformers.folder_of("vit", model)
+    said = command("run", study_of(model, images), "--output", out).err
     assert "Loading weights" not in said  # as transformers does of a head that does not fit, which is no fault
     assert "MISMATCH" not in said
     restore_run(out / "tiny" / "lora" / "seed_0")
-    if file is None:
-        weights = load_file(tmp_path / "model" / "model.safetensors")
-        doubled = {name: 2 * one for name, one in weights.items()}
-        save_file(doubled, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    else:
-        path = tmp_path / "model" / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    line = refused("export", out / "tiny" / "lora" / "seed_0", "--output", tmp_path / "adapter")
-    assert fault in line
+    doubled = {name: 2 * tensor for name, tensor in load_file(model / "model.safetensors").items()}
+    changes = {
+        "config.json": {"num_attention_heads": 4},
+        "preprocessor_config.json": {"image_mean": [0.1, 0.2, 0.3]},
+        "model.safetensors": {},
+    }
+    for name, values in changes.items():
+        content = (model / name).read_bytes()
+        if values:
+            (model / name).write_text(json.dumps(json.loads(content) | values))
+        else:
+            save_file(doubled, model / name, metadata={"format": "pt"})
+        line = refused("export", out / "tiny" / "lora" / "seed_0", "--output", tmp_path / "adapter")
+        fault = "config.json or preprocessor_config.json" if values else "the run was trained on"
+        assert fault in line, name
+        (model / name).write_bytes(content)
     assert not (tmp_path / "adapter").exists()
 
 

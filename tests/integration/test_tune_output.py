@@ -36,12 +36,12 @@ pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture(scope="module")
-def choice(weights: Path, _session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Choice:
+def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Choice:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         folder = tmp_path_factory.mktemp("tuned")
         write_images(folder / "images")
-        return choice_of(folder / "images", weights, folder / "output", "linear")
+        return choice_of(folder / "images", folder / "output", "linear")
 
 
 @pytest.fixture(scope="module")

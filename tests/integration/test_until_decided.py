@@ -80,13 +80,13 @@ def test_what_is_decided_stops_and_what_is_open_goes_on(command, file, runs, tmp
     check_golden("until_decided.txt", "\n".join([*lines, "# again", *lines_of(again), command("status", out).out]))
 
 
-@pytest.mark.parametrize("after", [3, 29])
-def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path, after) -> None:
+def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("run", file(), "--until-decided", "--output", out)
-    runs.left = after
-    command(*arguments, code=130)
-    assert sum(seeds_of(out).values()) == after
+    for after in (3, 29):
+        runs.left = after - len(runs.done)
+        command(*arguments, code=130)
+        assert sum(seeds_of(out).values()) == after
     runs.left = 100
     assert lines_of(command(*arguments).out)[-1].startswith("level minus base, 12 pairs")
     assert seeds_of(out) == WHOLE
