@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_models
 from PIL import Image
 from small_methods import EXPERIMENTS
-from tiny_models import TINY_FAMILIES
 from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.analysis import read_results
@@ -20,7 +20,8 @@ from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
 
 FOLDS = 2
-MODEL = next(name for name in TINY_FAMILIES if name == "tiny_pool")
+MODEL = "tiny_pool"
+assert MODEL in tiny_models.TINY_FAMILIES  # which registers it
 
 
 def write_images(folder: Path) -> None:

@@ -48,7 +48,7 @@ def planned(file: Path) -> Plan:
 
 
 def experiments() -> list[object]:
-    """Return all, file and place; slow are all but a probe and what has both ranks and bits: unit tests do each small."""
+    """Return all, file and place; slow are all but a probe and one of ranks and bits: unit tests do each small."""
     found, quick = [], {"linear", "qa_adalora"}
     for file in FILES:
         for place, experiment in enumerate(load_study(file).experiments):
