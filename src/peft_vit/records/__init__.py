@@ -8,25 +8,8 @@ A results directory holds one study per folder::
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
 """
 
-from peft_vit.records.files import (
-    ADAPTER_FILE,
-    RECORD_FILE,
-    REGISTRATION_FILE,
-    STUDY_FILE,
-    checkpoint_folders,
-    flush,
-    make_folder,
-    read_bench,
-    read_record,
-    read_study_file,
-    run_folder,
-    write_atomically,
-    write_record,
-    write_result,
-    write_study_file,
-    write_whole,
-)
 from peft_vit.records.progress import StudyStatus
+from peft_vit.records.run_rows import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
 from peft_vit.records.scan import HTML_FILE, MARKDOWN_FILE, Contents, Problem, read_contents, read_records
 from peft_vit.records.schema import (
     AdapterRemoval,
@@ -57,4 +40,21 @@ from peft_vit.records.schema import (
     StepRow,
     StudyFile,
 )
-from peft_vit.records.tables import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
+from peft_vit.records.storage import (
+    ADAPTER_FILE,
+    RECORD_FILE,
+    REGISTRATION_FILE,
+    STUDY_FILE,
+    checkpoint_folders,
+    flush,
+    make_folder,
+    read_bench,
+    read_record,
+    read_study_file,
+    run_folder,
+    write_atomically,
+    write_record,
+    write_result,
+    write_study_file,
+    write_whole,
+)

@@ -25,7 +25,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from peft_vit.errors import UserError, printable
-from peft_vit.records.files import (
+from peft_vit.records.schema import StudyFile
+from peft_vit.records.storage import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
@@ -33,7 +34,6 @@ from peft_vit.records.files import (
     make_folder,
     read_study_file,
 )
-from peft_vit.records.schema import StudyFile
 from peft_vit.safe_io import folder_below, read_bytes
 
 try:

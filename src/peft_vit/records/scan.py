@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
-from peft_vit.records.files import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
 from peft_vit.records.progress import PROGRESS_FILE, StudyStatus, owner_of, require_directory, study_status
 from peft_vit.records.schema import RUN_NAME, RunRecord
+from peft_vit.records.storage import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
 
 HTML_FILE = "report.html"
 MARKDOWN_FILE = "analysis_summary.md"

@@ -263,7 +263,7 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
             code = None if number is None else int(number[1])
             raise OSError(code, str(error) if code is None else os.strerror(code), str(unfinished)) from None
         digest = sha256_of(unfinished / TENSORS_FILE)
-        saved = {"format": _FORMAT, "step": step, "tensors_sha256": digest, "state": packed}
+        saved = {"format": _FORMAT, "step": step, "tensors": len(dense), "tensors_sha256": digest, "state": packed}
         # Not sorted: what is added up in the order of a mapping must come back in that order.
         (unfinished / STATE_FILE).write_text(json.dumps({"sha256": _digest(saved), **saved}), encoding="utf-8")
         for written in (unfinished / TENSORS_FILE, unfinished / STATE_FILE, unfinished):
@@ -295,12 +295,15 @@ def read_checkpoint(path: Path) -> State:
             raise UserError("is not what was written: SHA-256 differs", file=file)
         if path.name != f"checkpoint-{saved['step']}":
             raise UserError(f"is of step {saved['step']}", file=file, field="step")
+        count, digest, packed = saved["tensors"], saved["tensors_sha256"], saved["state"]
     with _readable(tensors_file, "safetensors file"):
-        if sha256_of(tensors_file) != saved["tensors_sha256"]:
+        if sha256_of(tensors_file) != digest:
             raise UserError(f"is not what its {STATE_FILE} says: SHA-256 differs", file=tensors_file)
         tensors = load_file(tensors_file)
-    with _readable(file, "state"):
-        state = State(_unpacked(saved["state"], tensors))
+        if len(tensors) != count or tensors.keys() != {str(number) for number in range(len(tensors))}:
+            raise UserError(f"names other tensors than {STATE_FILE}", file=tensors_file)
+    with _readable(file, f"state beside {TENSORS_FILE}"):
+        state = State(_unpacked(packed, tensors))
     state.source = path
     return state
 
