@@ -240,9 +240,7 @@ def test_the_data_of_every_figure_is_saved_as_the_file_beside_the_report(page, b
 
 @pytest.mark.parametrize(("width", "height"), [(360, 740), (1280, 720)])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_fits_says_what_came_out_first_and_axe_finds_nothing(
-    open_page, built: ReportFiles, width: int, height: int, scheme: str
-) -> None:
+def test_the_page_fits_says_what_came_out_first_and_axe_finds_nothing(open_page, built, width, height, scheme) -> None:
     page = open_page(built.html, viewport={"width": width, "height": height}, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(15, 18, 22)"

@@ -9,12 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
 from golden import check_golden
 from planted_runs import PlantedRuns
-from pyarrow import parquet
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
@@ -159,9 +157,8 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
     line, *difference = command(*arguments, *into, code=2).err.splitlines()
     assert line.startswith("error: ")
     assert all(part in line for part in said), line
-    assert (
-        difference[-2:] == ["-  train_images: 24", "+  train_images: 25"] if "record.json" in line else not difference
-    )
+    changed = ["-  train_images: 24", "+  train_images: 25"] if "another configuration" in line else []
+    assert difference[-2:] == changed
     assert snapshot(tmp_path) == before
 
 
@@ -184,10 +181,8 @@ CALLS = (  # of a small study, the exit code, and whether results stay as they a
     ("run study.yaml --output out --method linear", 0, False),
     ("status out", 0, True),
     ("run study.yaml --output out", 1, False),
-    ("plan study.yaml --output out", 0, True),
     ("status out", 0, True),
     ("run study.yaml --output out --skip-failed", 1, True),
-    ("run study.yaml --output out --method linear", 0, False),
     ("run study.yaml --output out", 1, False),
     ("status out", 0, True),
     ("run changed.yaml --output out", 2, True),
@@ -220,7 +215,8 @@ def test_what_commands_say_of_a_study_that_is_done_once_and_of_ones_own_images(
         document += [f"$ peft-vit {call}", said.out, *(f"! {line}" for line in said.err.splitlines())]
     statuses = {f"{r.spec.experiment.name} {r.spec.seed}": r.status for r in read_records(Path("out"))}
     assert statuses == {"probe 0": "done", "probe 1": "done", "diverging 0": "failed"}
-    text = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]\d+)?", "N", "\n".join(document).replace(str(tmp_path), "HERE"))
+    text = "\n".join(document).replace(str(tmp_path), "HERE")
+    text = re.sub(r"[-+]?\d+\.\d+(e[-+]\d+)?|\d+(?= (s|MB|GB)\b|%)|(?<=│)\s+[\d.]+(?=\s+│)", " N", text)
     check_golden("commands.txt", "\n".join(re.sub(" {2,}", "  ", line).rstrip() for line in text.splitlines()) + "\n")
 
 
@@ -263,18 +259,6 @@ def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, c
     assert read_study_file(out / "tiny").configuration.data == load_study(file).data
 
 
-@pytest.mark.part("runner")
-def test_a_table_without_the_column_that_is_asked_for(tmp_path, refused) -> None:
-    pytest.importorskip("datasets")
-    images = pa.array([{"bytes": b"", "path": None}] * 2, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-    (tmp_path / "set").mkdir()
-    parquet.write_table(pa.table({"image": images, "kind": ["a", "b"]}), tmp_path / "set" / "train.parquet")
-    text = STUDY.replace("dataset: digits", f"dataset: hf\n  path: {tmp_path / 'set'}\n  label_column: label")
-    line = refused("run", write(tmp_path, text), "--output", tmp_path / "out")
-    assert f"{tmp_path / 'set'}: data.label_column: there is no column 'label'; expected one of image, kind" in line
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
 def test_who_comes_second_leaves_and_names_the_first(tmp_path, command, refused) -> None:
     file, out = write(tmp_path), tmp_path / "out"
@@ -306,40 +290,6 @@ def test_lists(command, monkeypatch) -> None:
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=600, check=False)
-
-
-LIGHT = """
-import sys
-before = set(sys.modules)
-import peft_vit
-brought = {name.split(".")[0] for name in sys.modules.keys() - before} - sys.stdlib_module_names
-assert brought == {"peft_vit"}, brought  # so that it takes a few hundredths of a second
-peft_vit.tune, peft_vit.train, peft_vit.load_results, peft_vit.AdaLoraConfig, peft_vit.QaLoraConfig
-from peft_vit.cli import main
-try:
-    main(["--help"])
-except SystemExit as end:
-    assert end.code == 0
-assert not {"torch", "timm", "numpy", "pandas"} & set(sys.modules)
-import peft_vit.data
-assert not {"datasets", "pyarrow", "torchvision", "transformers"} & set(sys.modules)
-"""
-
-
-def test_nothing_is_imported_before_it_is_needed() -> None:
-    done = python("-c", LIGHT)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_the_public_names() -> None:
-    import peft_vit
-    from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.training.qa_lora import QALoRATrainer
-
-    assert peft_vit.AdaLoRAController is AdaLoRAController
-    assert peft_vit.QALoRATrainer is QALoRATrainer
-    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
-        peft_vit.Nothing  # noqa: B018
 
 
 def test_a_real_process_ends_with_one_line(tmp_path) -> None:

@@ -88,9 +88,7 @@ def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed
     assert record.split_sizes == {"train": len(unsealed), "validation": 0, "test": index.official_test.sum()}
 
 
-def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(
-    looked_at: tuple[Path, Path], weights: Path, cache: str
-) -> None:
+def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(looked_at, weights, cache) -> None:
     for validated in (0, 6):
         study = study_of(looked_at, weights, [4], folds=3, validation_images=validated)
         index = open_index(study.data)

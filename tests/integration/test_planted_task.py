@@ -169,9 +169,7 @@ def test_only_the_planted_sites_can_help() -> None:
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noise_level", [0.5, pytest.param(0.25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("metric", ["sensitivity", "fisher", "gradient_norm"])
-def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(
-    metric: str, noise_level: float, seed: int
-) -> None:
+def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(metric, noise_level, seed) -> None:
     outcome = train(metric, seed, noise_level)
     assert outcome.found(), outcome
     assert outcome.scored_highest(), outcome

@@ -74,9 +74,7 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     assert not ray.is_initialized()
 
 
-def test_two_nodes_of_which_one_is_lost(
-    cluster: Cluster, cache: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_two_nodes_of_which_one_is_lost(cluster, cache, tmp_path, capfd) -> None:
     second = cluster.add_node(num_cpus=1)
     plan = plan_of(study(full=120, lora=120, adaptive=2), tmp_path)  # the two are under way for seconds
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}

@@ -74,9 +74,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return planted.write(tmp_path_factory.mktemp("other"), made)
 
 
-def test_what_is_recommended_and_compared_is_told(
-    ten: Path, other: Path, tmp_path: Path, told, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, monkeypatch) -> None:
     """One document of all outcomes: shown, nothing within, not decided, below every adapter, gaps, and two studies."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(tmp_path)
@@ -144,7 +142,7 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "recommend ten --max-latency-ms 20": "hold no latency",
     "recommend ten --max-latency-ms 20 --bench foreign.json": "foreign.json: --bench: ",
     "recommend ten --bench good.json": "--bench: has no effect",
-    "recommend ten --max-latency-ms 20 --bench none.json": "none.json: is not a readable table",
+    "recommend ten --max-latency-ms 20 --bench none.json": "none.json: ",
     "recommend ten --study none": "--study: 'none'",
     "recommend nowhere": "does not exist",
     "recommend ten --smallest size": "--smallest",

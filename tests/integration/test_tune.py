@@ -188,9 +188,7 @@ def test_one_that_was_killed_before_the_output_was_begun_goes_on(tuning: Tuning,
     assert without_times(tuning(margin=5.0)) == without_times(whole)
 
 
-def test_images_are_flipped_in_the_way_that_probes_prefer(
-    tuning: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_flipped_in_the_way_that_probes_prefer(tuning, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(TRUTH, "linear_none", 0.95)
     runner, lines = StandIns(), []
     choice = tuning(runner, margin=5.0, tell=lines.append)
@@ -234,9 +232,7 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(tuning: Tuning) -> No
         ({"seed": 2**31}, "--seed: .* got 2147483648"),
     ],
 )
-def test_what_nothing_can_meet_is_refused_before_anything_is_trained(
-    tuning: Tuning, tmp_path: Path, more: dict[str, Any], expected: str
-) -> None:
+def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp_path, more, expected) -> None:
     runner = StandIns()
     environment = replace(environment_of(runner), time_export=lambda *_: 0.02)
     with pytest.raises(UserError, match=expected):
@@ -293,9 +289,7 @@ def without_results_of(runner: StandIns, study: str, *names: str, touch: Path | 
         ("race", (), True, r"^the first fold of \w+ failed, as is told above; the same command tries it"),
     ],
 )
-def test_results_that_are_missing_are_one_line(
-    tuning: Tuning, tmp_path: Path, study: str, names: tuple[str, ...], failed: bool, expected: str
-) -> None:
+def test_results_that_are_missing_are_one_line(tuning, tmp_path, study, names, failed, expected) -> None:
     touch = tmp_path / "studies" if failed else None
     with pytest.raises(UserError, match=expected):
         tuning(environment=without_results_of(StandIns(), study, *names, touch=touch), margin=5.0)
@@ -314,9 +308,7 @@ def test_candidates_that_have_failed_get_no_more_time(tuning: Tuning, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "images.json"])
-def test_an_output_among_the_images_or_of_others_is_refused(
-    tuning: Tuning, images: Path, tmp_path: Path, name: str
-) -> None:
+def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_path, name) -> None:
     with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
         tuning(output=images / "tuned")
     assert not (images / "tuned").exists()
@@ -367,9 +359,7 @@ def test_another_margin_or_other_images_are_refused(tuning: Tuning, images: Path
 
 
 @pytest.mark.parametrize("files", [{}, {"a": 20, "b": 2}])
-def test_bad_images_are_one_line_and_nothing_is_left(
-    tmp_path: Path, refused: Callable[..., str], files: dict[str, int]
-) -> None:
+def test_bad_images_are_one_line_and_nothing_is_left(tmp_path, refused, files) -> None:
     folder, output = tmp_path / "images", tmp_path / "output"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -423,9 +413,7 @@ def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
-def test_a_whole_tuning_of_real_runs_goes_on_after_kills(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("peft_vit.tuning.rates.RATES", (1e-3, 3e-3))
     monkeypatch.setattr("peft_vit.tuning.race.LOOKS", (3,))
     monkeypatch.setattr("peft_vit.tuning.stages._RACE_SEEDS", (5, 6, 7))

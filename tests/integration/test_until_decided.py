@@ -1,7 +1,8 @@
-"""`run --until-decided`: decided comparisons stop, open ones go on, and a command that was killed goes on."""
+"""`run --until-decided`: decided comparisons stop, open ones go on; what reports and commands then allow for it."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 from golden import check_golden
 from planted_runs import PlantedRuns, study_of_loras
 
+from peft_vit.analysis import read_results
+from peft_vit.analysis.stopping import compare_all, study_courses
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
+from peft_vit.statistics import Course
 from peft_vit.studies.commands import run_until_decided
 from peft_vit.studies.request import Execution
 
@@ -26,30 +30,38 @@ STOPPING: dict[str, Any] = {"control": "base", "margin": 1.0, "looks": [4, 8, SE
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
-    return study_of_loras("colours", ("base", *LEAD), SEEDS) | {"stopping": STOPPING, **changes}
+    """Return a study whose control has the largest rank; one of its rivals has none."""
+    loras = study_of_loras("colours", ("level", "ahead", "base"), SEEDS)
+    behind = {"name": "behind", "method": "linear", "training": {}}
+    return loras | {"stopping": STOPPING, "experiments": [*loras["experiments"][::-1], behind], **changes}
+
+
+def write(file: Path, **changes: Any) -> Path:
+    file.write_text(json.dumps({key: value for key, value in mapping(**changes).items() if value is not None}))
+    return file
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[..., Path]:
-    def write(**changes: Any) -> Path:
-        file = tmp_path / "colours.yaml"
-        file.write_text(json.dumps({key: value for key, value in mapping(**changes).items() if value is not None}))
-        return file
-
-    return write
+    return lambda **changes: write(tmp_path / "colours.yaml", **changes)
 
 
 def accuracy(name: str, seed: int) -> float:
-    own = LEAD.get(name, 0.0) + (NOISE[seed] if name in LEAD else 0.0)
+    own = LEAD[name] + NOISE[seed % SEEDS] if name in LEAD else 0.0
     return 0.7 + 0.001 * seed + own / 100
+
+
+def plant(patch: pytest.MonkeyPatch, executor: PlantedRuns) -> PlantedRuns:
+    """Let every run end at once with the accuracy that is planted for it."""
+    patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
+    patch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    patch.setenv("COLUMNS", "140")
+    return executor
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> PlantedRuns:
-    executor = PlantedRuns(accuracy)
-    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
-    monkeypatch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
-    return executor
+    return plant(monkeypatch, PlantedRuns(accuracy))
 
 
 def lines_of(said: str) -> list[str]:
@@ -191,3 +203,111 @@ def test_runs_that_train_are_compared_by_what_they_reach(command, images, weight
     assert f"learns minus idle, 3 pairs of at most 6: {100 * lead:+.2f} points" in line
     assert line.endswith("Decided.")
     assert len([*(tmp_path / "colours").glob("*/seed_*")]) == 6
+
+
+# --- reports and commands on a study of which two comparisons were decided early ---
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Path:
+    """Return the results of a study of which two comparisons were decided at the second look, and one never."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plant(patch, PlantedRuns(accuracy))
+        study = study_from_mapping(mapping(name="stopped"), file=Path("stopped.yaml"))
+        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), tell=print)
+    return out
+
+
+def course_of(directory: Path, name: str) -> Course:
+    (study,) = read_results(directory).studies
+    return next(course for course in study_courses(study) if course.name == name)
+
+
+def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
+    """Write the report without its page; return the table of its findings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_vit.report.figure._saved", lambda *_: b"")  # only tables and texts are read
+        command("report", directory, "--format", "md", "--output", output)
+    (file,) = output.glob("tables/*_findings.csv")
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
+    tested = findings_of(command, stopped, tmp_path)
+    told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
+    assert {one["verdict"] for one in told} == {"not decided"}
+    assert {one["p_holm"] for one in tested} == {""}
+    summary = (tmp_path / "analysis_summary.md").read_text().partition("Comparisons with base that stop")[2]
+    ahead = course_of(stopped, "ahead").looks[-1]
+    assert f"supported (p = {ahead.noninferiority.p_value:.3g})" in summary
+    assert f"supported (p = {ahead.superiority.p_value:.3g})" in summary
+    check_golden("stopped_study.md", "\n".join(line for line in summary.splitlines()[:8]) + "\n")
+
+
+def test_recommendation_and_comparison_rest_on_looks(command, refused, stopped, runs, tmp_path) -> None:
+    said = command("recommend", stopped, "--smallest", "params").out
+    level = course_of(stopped, "level").looks[-1]
+    assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
+    wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
+    assert "asked for a margin of 1, not 2 points; give --margin 1" in wrong
+    file = tmp_path / "plain.yaml"
+    write(file, name="plain", stopping=None, seeds=list(range(20, 27)))
+    command("run", file, "--output", tmp_path / "plain")
+    compared = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
+    # 0.047 of the plain study: 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
+    p_value = course_of(stopped, "ahead").looks[-1].superiority.p_value
+    rows = [line for line in compared.splitlines() if line.startswith(" ahead")]
+    assert any(" stopped " in row and f"supported (p = {p_value:.2g})" in row for row in rows)
+    assert any(" plain " in row and "supported (p = 0.047)" in row for row in rows)
+    assert "supported" not in compared[compared.index("Over studies") :]
+    text = f"$ recommend\n{said}\n$ compare\n{compared}".replace(str(stopped), "STOPPED").replace(str(tmp_path), "HERE")
+    check_golden("stopped_study.txt", "\n".join(map(str.rstrip, text.splitlines())) + "\n")
+
+
+def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_path) -> None:
+    command("report", stopped, "--output", tmp_path, "--no-examples")
+    with (tmp_path / "figures" / "stopped_courses.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    courses = [course_of(stopped, name) for name in LEAD]
+    looks = [look for course in courses for look in course.looks]
+    assert [int(row["pairs"]) for row in rows] == [4, 8, 4, 8, 12, 4, 8]
+    for name, value in (
+        ("difference", lambda look: look.difference),
+        ("difference_low", lambda look: look.low),
+        ("superiority_upper_bound", lambda look: look.superiority.upper_bound),
+        ("noninferiority_lower_bound", lambda look: look.noninferiority.lower_bound),
+        ("superiority_p", lambda look: look.superiority.p_value),
+    ):
+        assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
+    assert "12 pairs: +0.3 [" in (tmp_path / "report.html").read_text()  # what a pointer is told
+    summary = (tmp_path / "analysis_summary.md").read_text()
+    assert "![Courses of the comparisons with base](figures/stopped_courses.png)" in summary
+    assert "3 of 3 comparisons with base have stopped" in summary
+    assert "Incomplete" not in summary, "what was not needed is not missing"
+    assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"
+
+
+def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> None:
+    file, out = tmp_path / "plain.yaml", tmp_path / "out"
+
+    def run(seeds: int) -> tuple[set[str], str]:
+        write(file, name="plain", stopping=None, seeds=list(range(seeds)))
+        command("run", file, "--output", out)
+        (study,) = read_results(out).studies
+        return {one.verdict for one in compare_all(study, "base")}, " ".join(study.notices)
+
+    verdicts, notices = run(7)
+    assert {"supported", "refuted"} <= verdicts
+    assert "Continued" not in notices
+    verdicts, notices = run(9)
+    assert verdicts == {"not decided"}
+    assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
+    reason = "no verdict: seeds 7, 8 of plain were added after results"
+    found = [one for one in findings_of(command, out, tmp_path / "analysis") if one["outcome"] == reason]
+    assert found
+    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", "")}
+    assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
+    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis" / "analysis_summary.md").read_text()
