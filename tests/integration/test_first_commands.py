@@ -87,11 +87,12 @@ def test_tables_in_a_terminal_need_neither_torch_nor_what_draws(tmp_path: Path) 
         planted.write(tmp_path / place, planted.quickstart(seeds))
     code = (
         "import sys\nfrom peft_vit.extras import EXTRAS\n"
-        "for name in {name for needed in EXTRAS.values() for name in needed} | {'torch'}: sys.modules[name] = None\n"
+        "for name in {name for needed in EXTRAS.values() for name in needed} - {'torch'}: sys.modules[name] = None\n"
         "from peft_vit.cli import main\n"
         "for command, *folders in (('recommend', 'a'), ('status', 'a'), ('compare', 'a', 'b')):\n"
         "    try:\n        main([command, *folders])\n"
         "    except SystemExit as done:\n        print(command, done.code)\n"
+        "assert 'torch' not in sys.modules"
     )
     done = python(code, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
