@@ -28,7 +28,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def files(results: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_vit.report.figure._saved", lambda *_: b"")  # only the tables are read
+        patch.setattr("peft_vit.report.figure._saved", lambda *_, **options: b"")  # only the tables are read
         return build_report(results, tmp_path_factory.mktemp("report"), page=False)
 
 
