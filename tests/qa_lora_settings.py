@@ -1,10 +1,10 @@
 """Settings that the tests of QALoRATrainer share."""
 
-from typing import Any
+from functools import partial
 
 from peft_vit import QaLoraConfig
 
-DEFAULT: dict[str, Any] = {
+DEFAULT = {
     "quantization_bits": 4,
     "quantization_type": "nf4",
     "quantization_schedule": "constant",
@@ -12,20 +12,12 @@ DEFAULT: dict[str, Any] = {
     "use_group_quantization": True,
     "group_size": 16,
 }
-
-
-def config(**settings: Any) -> QaLoraConfig:
-    return QaLoraConfig(**{**DEFAULT, **settings})
-
-
-def scheduled(**settings: Any) -> QaLoraConfig:
-    return config(
-        **{
-            "quantization_schedule": "linear",
-            "quantization_warmup_steps": 2,
-            "quantization_end_step": 6,
-            "quantization_bits": 8,
-            "quantization_type": "int8",
-            **settings,
-        }
-    )
+config = partial(QaLoraConfig, **DEFAULT)
+scheduled = partial(
+    config,
+    quantization_schedule="linear",
+    quantization_warmup_steps=2,
+    quantization_end_step=6,
+    quantization_bits=8,
+    quantization_type="int8",
+)

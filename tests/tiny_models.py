@@ -9,7 +9,7 @@ from timm.layers import SwiGLUPacked
 from timm.models import register_model
 from timm.models.beit import _create_beit
 from timm.models.deit import _create_deit
-from timm.models.eva import Eva, _cfg, _create_eva, _dinov3_cfg
+from timm.models.eva import _cfg, _create_eva, _dinov3_cfg
 from timm.models.hiera import _create_hiera
 from timm.models.naflexvit import NaFlexVitCfg, _create_naflexvit
 from timm.models.swin_transformer import _create_swin_transformer
@@ -28,42 +28,9 @@ from peft_vit.backbones.catalog import create_model
 from peft_vit.deployment import ModelCard
 
 TINY_EVAS = ("tiny_dinov3", "tiny_eva02", "tiny_eva02_fused")
-_TINY = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "use_rot_pos_emb": True}
-_EVA02 = {**_TINY, "mlp_ratio": 2, "swiglu_mlp": True, "ref_feat_shape": (4, 4)}
-
-
-@register_model
-def tiny_dinov3(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """Make a model as timm's DINOv3: fused query, key and value without bias, registers, rotary positions."""
-    settings = {
-        "mlp_ratio": 2,
-        "dynamic_img_size": True,
-        "qkv_bias": False,
-        "init_values": 1.0,
-        "rope_type": "dinov3",
-        "rope_temperature": 100,
-        "rope_rotate_half": True,
-        "use_abs_pos_emb": False,
-        "num_reg_tokens": 4,
-        "use_fc_norm": False,
-    }
-    return _create_eva("tiny_dinov3", pretrained, **_TINY | settings | kwargs | {"pretrained_cfg": _dinov3_cfg()})
-
-
-@register_model
-def tiny_eva02(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """Make a model as timm's EVA-02 base: query, key, value, gate and up are modules of their own."""
-    settings = {"qkv_fused": False, "scale_mlp": True}
-    return _create_eva("tiny_eva02", pretrained, **_EVA02 | settings | kwargs | {"pretrained_cfg": _cfg()})
-
-
-@register_model
-def tiny_eva02_fused(pretrained: bool = False, **kwargs: Any) -> Eva:
-    """Make a model as timm's EVA-02 small: query, key and value fused with the bias beside, gate and up fused too."""
-    return _create_eva("tiny_eva02_fused", pretrained, **_EVA02 | kwargs | {"pretrained_cfg": _cfg()})
-
-
 _ROW: dict[str, Any] = {"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_ratio": 2}
+_EVA = {**_ROW, "use_rot_pos_emb": True}
+_EVA02 = {**_EVA, "swiglu_mlp": True, "ref_feat_shape": (4, 4)}
 _STAGES: dict[str, Any] = {
     "patch_size": 4,
     "embed_dim": 32,
@@ -96,13 +63,31 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
     ),
     "tiny_distilled": partial(_create_deit, **_ROW, distilled=True),
     "tiny_naflex": partial(_create_naflexvit, cfg=NaFlexVitCfg(**_ROW, global_pool="avg", reg_tokens=2)),
+    "tiny_dinov3": partial(  # fused query, key and value without bias, registers, rotary positions
+        _create_eva,
+        **_EVA,
+        dynamic_img_size=True,
+        qkv_bias=False,
+        init_values=1.0,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+        use_abs_pos_emb=False,
+        num_reg_tokens=4,
+        use_fc_norm=False,
+    ),
+    # As EVA-02 base: query, key, value, gate and up are modules of their own.
+    "tiny_eva02": partial(_create_eva, **_EVA02, qkv_fused=False, scale_mlp=True),
+    # As EVA-02 small: query, key and value fused with the bias beside, gate and up fused too.
+    "tiny_eva02_fused": partial(_create_eva, **_EVA02),
 }
-TINY_FAMILIES = (*_BUILDERS, *TINY_EVAS)
+TINY_FAMILIES = (*_BUILDERS,)
 
 
 def _register(name: str, build: Callable[..., nn.Module]) -> None:
     def make(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(name, pretrained, **kwargs | {"pretrained_cfg": kwargs.get("pretrained_cfg") or _cfg()})
+        config = kwargs.pop("pretrained_cfg", None) or (_dinov3_cfg() if name == "tiny_dinov3" else _cfg())
+        return build(name, pretrained, pretrained_cfg=config, **kwargs)
 
     make.__name__ = make.__qualname__ = name
     register_model(make)

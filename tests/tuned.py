@@ -12,7 +12,7 @@ from small_methods import EXPERIMENTS
 from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.analysis import read_results
-from peft_vit.analysis.stopping import study_courses
+from peft_vit.analysis.stopping import sequential_results
 from peft_vit.data import images_file, look_at
 from peft_vit.records import write_study_file
 from peft_vit.studies.scheduler import study_file
@@ -49,7 +49,7 @@ def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", 
     everything = {"seeds": [0], "data": data | {"validation_images": 0}}  # nothing is chosen any more
     final = _done("final", pair, [0], everything, studies, probe_l2=0.01)
     (study,) = read_results(studies / "race").studies
-    (course,) = study_courses(study)
+    (course,) = sequential_results(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(
         request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": (MODEL,), **asked}),

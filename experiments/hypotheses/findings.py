@@ -21,14 +21,13 @@ from experiments.hypotheses.registry import (
     unknown_registrations,
 )
 from peft_vit import cli
-from peft_vit.analysis import read_results, study_courses
+from peft_vit.analysis import read_results, sequential_results
 from peft_vit.analysis.findings import Conclusion, conclude
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.findings_tables import HOW, finding_rows, numbers, reasons
 from peft_vit.report.method_tables import stopping_table
-from peft_vit.report.rows import print_with_rows
+from peft_vit.report.printed import print_blocks, print_with_rows
 from peft_vit.report.tables import table
-from peft_vit.report.terminal import print_blocks
 
 _MARKED = (
     "Registered: the sentence was written down, as it is now, before every run of the study began. "
@@ -51,7 +50,7 @@ def print_findings(results_dir: Path, own: Path | None = None, output: Path | No
     print_with_rows(_blocks(found, unknown), rows, output)
     for study in results.studies:
         if study.stopping is not None:
-            print_blocks([stopping_table(study_courses(study), study.stopping)])
+            print_blocks([stopping_table(sequential_results(study), study.stopping)])
     for line in results.lines():
         print(line, file=sys.stderr)
     if not results.is_whole:

@@ -28,7 +28,7 @@ from peft_vit.analysis.measures import Evidence, Group, NoDataError
 from peft_vit.analysis.sentences import Sentence, Unit
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import Frozen, Name
-from peft_vit.config.yaml_loader import Lines, dotted, read_mapping
+from peft_vit.config.from_yaml import Lines, dotted, read_mapping
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 

@@ -23,7 +23,7 @@ DOCUMENTS = (ROOT / "experiments" / "docs" / "task_8_3_implementation.md",)
 MARK = "quickstart-table"
 COLUMNS: dict[str, Callable[[MethodResult], str]] = {
     "experiment": lambda method: f"`{method.experiment.name}`",
-    "test accuracy, each seed (%)": lambda method: joined(fixed(100 * value, 1) for value in method.by_seed),
+    "test accuracy, each seed (%)": lambda method: joined(fixed(100 * value, 1) for value in method.by_seed.values()),
     "mean (%)": lambda method: fixed(100 * method.test_accuracy.estimate, 1),
     "trainable parameters": lambda method: count(method.final_parameters),
     "to store": lambda method: megabytes(method.stored_bytes),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from peft_vit.errors import UserError
-from peft_vit.options import named_as_parameters
+from peft_vit.settings import named_as_parameters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,12 +174,12 @@ def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-run
     from peft_vit.studies.request import TrainRequest
 
     with named_as_parameters(TrainRequest):
-        asked = TrainRequest.of(images=images, method=method, output=output, **settings)
-        failed = run_on_own_images(asked)
+        request = TrainRequest.of(images=images, method=method, output=output, **settings)
+        failed = run_on_own_images(request)
     if failed:
         run, reason = next(iter(failed.items()))
-        raise UserError(reason, file=asked.output / run)
-    return Trained(asked.run_folder, read_record(asked.run_folder / RECORD_FILE))
+        raise UserError(reason, file=request.output / run)
+    return Trained(request.run_folder, read_record(request.run_folder / RECORD_FILE))
 
 
 def load_results(directory: str | Path) -> ResultTables:
@@ -209,4 +209,4 @@ def _predict(model: Classifier, images: Images, coverage: float | None) -> list[
     if coverage is not None:
         check_coverage(model.card, coverage)
     several = [images] if isinstance(images, str | Path | np.ndarray) else images
-    return predict_images(model, [Path(one) if isinstance(one, str) else one for one in several], coverage)
+    return predict_images(model, [Path(image) if isinstance(image, str) else image for image in several], coverage)

@@ -25,7 +25,7 @@ _GB = 1e9
 
 
 @dataclass(frozen=True)
-class Line:
+class Entry:
     """One thing that was looked at; `is_fault`: nothing can be trained before it is repaired."""
 
     name: str
@@ -36,24 +36,24 @@ class Line:
         return printable(f"{self.name:<13} {self.text}")
 
 
-def examine() -> Iterator[Line]:
+def examine() -> Iterator[Entry]:
     """Look at versions, machine, cache, network and extras; what can't be told is a line that says so."""
     answers = _ask({"package index": _ask_index, "hub": _ask_hub})  # while torch is imported, which takes seconds
-    yield Line("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
-    yield Line("Python", f"{platform.python_version()}, {sys.executable}")
+    yield Entry("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
+    yield Entry("Python", f"{platform.python_version()}, {sys.executable}")
     yield _packages()
-    yield Line("system", platform.platform())
+    yield Entry("system", platform.platform())
     yield from _machine()
     yield _cache()
     yield from answers()
     missing = {name: missing_packages(name) for name in EXTRAS}
-    yield Line("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
+    yield Entry("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
     for name, packages in missing.items():
         if packages:
-            yield Line("", f"{name} needs {', '.join(packages)}; run: pip install 'peft-vit[{name}]'")
+            yield Entry("", f"{name} needs {', '.join(packages)}; run: pip install 'peft-vit[{name}]'")
 
 
-def _packages() -> Line:
+def _packages() -> Entry:
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -62,10 +62,10 @@ def _packages() -> Line:
             versions[name] = None
     text = ", ".join(f"{name} {version or 'is missing'}" for name, version in versions.items())
     is_fault = None in versions.values()
-    return Line("packages", f"{text}; run: pip install peft-vit" if is_fault else text, is_fault)
+    return Entry("packages", f"{text}; run: pip install peft-vit" if is_fault else text, is_fault)
 
 
-def _machine() -> Iterator[Line]:
+def _machine() -> Iterator[Entry]:
     try:
         import psutil
         import torch
@@ -75,50 +75,50 @@ def _machine() -> Iterator[Line]:
         device = resolve_device("auto")
         of_gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
         memory = psutil.virtual_memory()
-        yield Line("device", f"auto is {device}{of_gpu}; {bf16_support(device).reason}")
-        yield Line("processor", f"{processor_name()}, {cpu_count()} usable of {os.cpu_count()}")
+        yield Entry("device", f"auto is {device}{of_gpu}; {bf16_support(device).reason}")
+        yield Entry("processor", f"{processor_name()}, {cpu_count()} usable of {os.cpu_count()}")
         kernels = torch.backends.cpu.get_cpu_capability()
-        yield Line("instructions", f"{', '.join(instruction_sets()) or 'unknown'}; PyTorch's kernels: {kernels}")
-        asked = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
-        yield Line("threads", f"{torch.get_num_threads()} in PyTorch; {asked or 'no limit is set'}")
-        yield Line("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
+        yield Entry("instructions", f"{', '.join(instruction_sets()) or 'unknown'}; PyTorch's kernels: {kernels}")
+        limits = ", ".join(f"{name}={os.environ[name]}" for name in _LIMITS if name in os.environ)
+        yield Entry("threads", f"{torch.get_num_threads()} in PyTorch; {limits or 'no limit is set'}")
+        yield Entry("memory", f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB available")
     except Exception as error:  # a broken library can fail in any way, and this is where one looks then
-        yield Line("machine", f"can't be told: {type(error).__name__}: {error}", is_fault=True)
+        yield Entry("machine", f"can't be told: {type(error).__name__}: {error}", is_fault=True)
 
 
-def _cache() -> Line:
+def _cache() -> Entry:
     folder = cache_dir()
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     size = sum(file.stat().st_size for file in files)
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     writable = "" if os.access(there, os.W_OK) else ", not writable: set PEFT_VIT_CACHE to a folder that is"
     free = shutil.disk_usage(there).free
-    return Line("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
+    return Entry("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
 
 
-def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Line]]:
+def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Entry]]:
     """Ask all at once; the answers wait no longer than `_LONGEST_WAIT_S` from now on."""
-    found: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
 
     def ask(name: str, question: Callable[[], str]) -> None:
         start = time.monotonic()
         try:
             where = question()
-            found[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
+            outcomes[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
         except subprocess.TimeoutExpired:
             return
         except Exception as error:  # whatever a proxy, a resolver or a certificate does
-            found[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            outcomes[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
 
     threads = {name: Thread(target=ask, args=(name, question), daemon=True) for name, question in questions.items()}
     for thread in threads.values():
         thread.start()
     end = time.monotonic() + _LONGEST_WAIT_S
 
-    def answers() -> Iterator[Line]:
+    def answers() -> Iterator[Entry]:
         for name, thread in threads.items():
             thread.join(max(0.0, end - time.monotonic()))
-            yield Line(name, found.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
+            yield Entry(name, outcomes.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
 
     return answers
 

@@ -20,7 +20,7 @@ _LONGEST_PART, _LONGEST_MESSAGE = 500, 2000
 
 def printable(text: str) -> str:
     """Return text on one line that does nothing to a terminal; what would is written as an escape, ``\\x1b``."""
-    return CONTROL_CHARACTER.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL_CHARACTER.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -68,8 +68,8 @@ def agreeing_with(file: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        problem = error.message if error.file is None else f"{error.message}; or {file.name} is wrong"
-        raise UserError(problem, file=error.file or file, field=error.field) from None
+        message = error.message if error.file is None else f"{error.message}; or {file.name} is wrong"
+        raise UserError(message, file=error.file or file, field=error.field) from None
 
 
 @contextmanager
@@ -78,8 +78,8 @@ def os_fault(problem: str, file: Path, *, remedy: str = "", field: str | None = 
     try:
         yield
     except OSError as error:
-        told = f"{problem} ({error.strerror})"
-        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+        message = f"{problem} ({error.strerror})"
+        raise UserError(f"{message}; {remedy}" if remedy else message, file=file, field=field) from None
 
 
 def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
@@ -89,7 +89,7 @@ def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
         fault: one of `ValidationError.errors()`.
         remedy: whether to say what to do about a key that is missing or unknown.
     """
-    kind, said = fault["type"], fault["msg"].removeprefix("Value error, ")
+    kind, text = fault["type"], fault["msg"].removeprefix("Value error, ")
     known = {
         "extra_forbidden": ("unknown key here", "remove it or correct its spelling"),
         "missing": ("is missing", "add it"),
@@ -98,9 +98,9 @@ def problem_of(fault: ErrorDetails, *, remedy: bool = True) -> str:
     if kind in known:
         return "; ".join(known[kind][: 1 + remedy])
     if kind in ("value_error", "refused"):  # our own
-        return said
-    said = f"{said[0].lower()}{said[1:]}".replace("an object", "a mapping").replace("valid array", "list")
-    return said if kind == "json_invalid" else f"{said}, got {reprlib.repr(fault['input'])}"
+        return text
+    text = f"{text[0].lower()}{text[1:]}".replace("an object", "a mapping").replace("valid array", "list")
+    return text if kind == "json_invalid" else f"{text}, got {reprlib.repr(fault['input'])}"
 
 
 @contextmanager
@@ -113,8 +113,8 @@ def foreign_fault(
     except UserError:
         raise
     except Exception as error:
-        told = f"{problem} ({first_line(error)})"
-        raise UserError(f"{told}; {remedy}" if remedy else told, file=file, field=field) from None
+        message = f"{problem} ({first_line(error)})"
+        raise UserError(f"{message}; {remedy}" if remedy else message, file=file, field=field) from None
 
 
 def first_fault(error: ValidationError) -> tuple[str | None, str]:

@@ -57,8 +57,8 @@ def require_extra(
     if missing:
         *others, last = missing
         names = f"packages {', '.join(others)} and {last}" if others else f"package {last}"
-        problem = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
-        raise UserError(problem, file=file, field=field)
+        message = f"{what} needs the {names}; run: pip install 'peft-vit[{extra}]'"
+        raise UserError(message, file=file, field=field)
 
 
 def load_openvino() -> Any:
@@ -78,8 +78,8 @@ def missing_packages(extra: str, packages: Collection[str] | None = None) -> lis
 
 def _fault(name: str, oldest: str) -> str | None:
     """Return what is to be said after a package's name, or None if it is installed and new enough."""
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:  # without origin it is a folder of this name where Python was started
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # without origin it is a folder of this name where Python was started
         return ""
     from packaging.version import Version
 

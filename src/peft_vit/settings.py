@@ -1,8 +1,14 @@
-"""What the sections of a configuration have in common: frozen models, and where adapters may sit."""
+"""What sections of a configuration and requests of commands have in common: frozen models, said once, fully checked.
+
+A request's fields are options of the command line and parameters in Python.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,6 +22,8 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from peft_vit.errors import UserError, problem_of
 
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]  # of a matrix, in its model's own words
 Target = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.*?\[\]!\-]{1,256}$")]  # a kind, or a pattern of names
@@ -87,10 +95,10 @@ class Settings(Frozen):
     @model_validator(mode="after")
     def _has_an_effect(self, info: ValidationInfo) -> Self:
         problems = {
-            name: problem
+            name: message
             for name, field in type(self).model_fields.items()
             for condition in field.metadata
-            if isinstance(condition, OnlyWith) and is_given(self, name, info) and (problem := condition.problem(self))
+            if isinstance(condition, OnlyWith) and is_given(self, name, info) and (message := condition.problem(self))
         }
         refuse(self, problems)
         return self
@@ -108,11 +116,11 @@ def refuse(config: BaseModel, problems: Mapping[str, str]) -> None:
             type(config).__name__,
             [
                 InitErrorDetails(
-                    type=PydanticCustomError("refused", "{problem}", {"problem": problem}),
+                    type=PydanticCustomError("refused", "{message}", {"message": message}),
                     loc=tuple(field.split(".")),
                     input=None,
                 )
-                for field, problem in problems.items()
+                for field, message in problems.items()
             ],
         )
 
@@ -145,3 +153,66 @@ class AdapterConfig(Settings):
         description="kinds of matrices, or patterns of their names, `blocks.*.attn.qkv`; the default, the six of a "
         "plain block, stands for all that the model has",
     )
+
+
+@dataclass(frozen=True)
+class Option:
+    """In the annotation of a field: how it is typed, where that does not follow from its name and its type.
+
+    Attributes:
+        name: of the option, as in --model.
+        typed: its type on the command line; None: that of the field.
+        is_argument: it has a place, and no name.
+    """
+
+    name: str = ""
+    typed: Any = None
+    is_argument: bool = False
+
+
+class Request(Settings):
+    """What a command is asked for: each field has a type, a default and a description, which is the option's help.
+
+    `OnlyWith` in a field's annotation says which others it goes with. Values are converted, as "3" to 3.
+    """
+
+    model_config = ConfigDict(strict=False)
+
+    @classmethod
+    def option(cls, field: str) -> Option:
+        """Return how a field is typed."""
+        option = next((entry for entry in cls.model_fields[field].metadata if isinstance(entry, Option)), Option())
+        name = field.upper() if option.is_argument else option.name or f"--{field.replace('_', '-')}"
+        return Option(name, option.typed, option.is_argument)
+
+    @classmethod
+    def spelled(cls, field: str, *values: Any) -> str:
+        """Return an option, and its value or several, as they are typed."""
+        return f"{cls.option(field).name} {' or '.join(str(value) for value in values if value is not True)}".rstrip()
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Return what is asked for, by the names of the fields.
+
+        Raises:
+            UserError: if a name is none of these, a value is not of its type, or two do not go together; in one line
+                that names the option.
+        """
+        try:
+            return cls.model_validate(values, context=AS_WRITTEN)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0])
+        raise UserError(problem_of(first), field=cls.option(field).name if field in cls.model_fields else field)
+
+
+@contextmanager
+def named_as_parameters(request: type[Request]) -> Iterator[None]:
+    """Name options in errors as the parameters that they are in Python."""
+    parameters = {request.option(field).name: field for field in request.model_fields}
+    try:
+        yield
+    except UserError as error:
+        message = re.sub(r"--[a-z][a-z-]*", lambda match: parameters.get(match[0], match[0]), error.message)
+        field = None if error.field is None else parameters.get(error.field, error.field)
+        raise UserError(message, file=error.file, field=field, details=error.details) from None

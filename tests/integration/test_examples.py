@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from smoke_runs import check_smoke_run
 
-from peft_vit.cli.models import EXAMPLES as PACKAGED
+from peft_vit.cli.model_commands import EXAMPLES as PACKAGED
 from peft_vit.config import load_study
 from peft_vit.studies.plan import Plan, plan_study
 

@@ -10,7 +10,7 @@ from PIL import Image
 from written_runs import run_and_write, tiny_study
 
 from peft_vit.analysis.comparison import compare
-from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.studies import load_studies
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.data import images_file, look_at, make_splits, open_index
 from peft_vit.forecasting.calibration import calibration_run

@@ -13,11 +13,11 @@ from golden import check_golden
 from planted_runs import PlantedRuns, study_of_loras
 
 from peft_vit.analysis import read_results
-from peft_vit.analysis.stopping import compare_all, study_courses
+from peft_vit.analysis.stopping import compare_all, sequential_results
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
-from peft_vit.statistics import Course
+from peft_vit.statistics import SequentialResult
 from peft_vit.studies.commands import run_until_decided
 from peft_vit.studies.request import Execution
 
@@ -220,9 +220,9 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
     return out
 
 
-def course_of(directory: Path, name: str) -> Course:
+def course_of(directory: Path, name: str) -> SequentialResult:
     (study,) = read_results(directory).studies
-    return next(course for course in study_courses(study) if course.name == name)
+    return next(course for course in sequential_results(study) if course.name == name)
 
 
 def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:

@@ -1,5 +1,6 @@
 """AdaLoRA against PEFT's RankAllocator: the same scores, budgets and choice of triplets, and PEFT's traps."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -21,31 +22,24 @@ pytestmark = pytest.mark.part("controller")
 
 TARGETS = ("query", "key", "value", "out")
 START, END = 20, 4  # ranks a site; 4 sites of 64 x 64
-INIT, FINAL, EVERY, TOTAL = (
-    2,
-    3,
-    2,
-    13,
-)  # masks at 4, 6, 8; for good at 10; with these the cubic is whole: 43, 24, 17, 16
+INIT, FINAL, EVERY, TOTAL = 2, 3, 2, 13  # masks at 4, 6, 8; for good at 10; the cubic is whole: 43, 24, 17, 16
 
 
-def published(**settings) -> AdaLoraConfig:
-    """Return AdaLoRA's own settings, but that what loses is gone."""
-    given = {
-        "total_rank_budget": END * len(TARGETS),
-        "initial_budget": START * len(TARGETS),
-        "targets": TARGETS,
-        "parametrization": "svd",
-        "allocation_strategy": "global",
-        "importance_metric": "sensitivity",
-        "budget_schedule": "cubic",
-        "orthogonality_weight": 0.1,
-        "uncertainty_beta": 0.8,
-        "warmup_steps": INIT,
-        "final_steps": FINAL,
-        "update_frequency": EVERY,
-    }
-    return AdaLoraConfig(**{**given, **settings})
+published = partial(  # AdaLoRA's own settings, but that what loses is gone
+    AdaLoraConfig,
+    total_rank_budget=END * len(TARGETS),
+    initial_budget=START * len(TARGETS),
+    targets=TARGETS,
+    parametrization="svd",
+    allocation_strategy="global",
+    importance_metric="sensitivity",
+    budget_schedule="cubic",
+    orthogonality_weight=0.1,
+    uncertainty_beta=0.8,
+    warmup_steps=INIT,
+    final_steps=FINAL,
+    update_frequency=EVERY,
+)
 
 
 class Peer:
@@ -62,16 +56,8 @@ class Peer:
                 value = value[:, None] if ours == "lora_lambda" else value
                 site.add_module(theirs, nn.ParameterDict({"default": nn.Parameter(value)}))
             self.holder.add_module(f"site{index}", site)
-        given = {
-            "beta1": 0.85,
-            "beta2": 0.8,
-            "tinit": INIT,
-            "tfinal": FINAL,
-            "total_step": TOTAL,
-            "deltaT": EVERY,
-            "target_r": END,
-        }
-        self.settings = SimpleNamespace(**{**given, **settings})
+        steps = {"tinit": INIT, "tfinal": FINAL, "total_step": TOTAL, "deltaT": EVERY}
+        self.settings = SimpleNamespace(**{"beta1": 0.85, "beta2": 0.8, "target_r": END, **steps, **settings})
         self.allocator = layer.RankAllocator(self.holder, self.settings, "default")
 
     def parameter(self, index: int, ours: str) -> nn.Parameter:
@@ -103,6 +89,14 @@ class Peer:
         return [(self.parameter(i, "lora_lambda") != 0).flatten().tolist() for i in range(len(TARGETS))]
 
 
+def trained(model):
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def decide(model, controller, optimizer, scores, step) -> None:
+    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
+
+
 def random_gradients(adapters, generator) -> None:
     """Put gradients on the adapters; those of some sites are larger, so that ranks differ."""
     for index, adapter in enumerate(adapters.values()):
@@ -115,7 +109,7 @@ def test_scores_and_the_last_mask(tiny_vit) -> None:
     model = tiny_vit(depth=1)
     last = TOTAL - FINAL
     controller = AdaLoRAController(model, published(warmup_steps=last), TOTAL)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    optimizer = torch.optim.SGD(trained(model), 0.05)
     adapters = site_adapters(model)
     peer, generator = Peer(adapters, tinit=last - 1), torch.Generator().manual_seed(0)
     for step in range(1, last + 1):
@@ -128,7 +122,7 @@ def test_scores_and_the_last_mask(tiny_vit) -> None:
         if step < last:
             optimizer.step()
     before = {name: (one.lora_A.detach().clone(), one.lora_lambda.detach().clone()) for name, one in adapters.items()}
-    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, last))
+    decide(model, controller, optimizer, scores, last)
     peer.allocator.update_and_allocate(peer.holder, last, force_mask=True)
     masks = peer.alive()
     assert sum(map(sum, masks)) == sum(controller.ranks.values()) == controller.schedule.budget_at(last)
@@ -150,7 +144,7 @@ def test_scores_and_the_last_mask(tiny_vit) -> None:
 def test_trap_masks_at_multiples_of_the_interval_in_peft(tiny_vit, warmup, theirs, ours) -> None:
     model = tiny_vit(depth=1)
     controller = AdaLoRAController(model, published(warmup_steps=warmup), TOTAL)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.05)
+    optimizer = torch.optim.SGD(trained(model), 0.05)
     adapters = site_adapters(model)
     peer, generator = Peer(adapters, tinit=warmup), torch.Generator().manual_seed(0)
     masked: dict[int, int] = {}  # triplets that are left
@@ -162,7 +156,7 @@ def test_trap_masks_at_multiples_of_the_interval_in_peft(tiny_vit, warmup, their
         if (mask := peer.step(step)) is not None:
             masked[step] = sum(map(sum, mask.values()))
         optimizer.step()
-        controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, step))
+        decide(model, controller, optimizer, scores, step)
     decided = {entry["step"]: sum(entry["ranks"].values()) for entry in controller.rank_history[1:]}
     assert (list(masked), list(decided)) == (theirs, ours)
     assert decided[warmup] == START * len(TARGETS)
@@ -176,7 +170,7 @@ def adaptive(tiny_vit, batch, total=8, **settings):
     model = tiny_vit(depth=1)
     given = {"total_rank_budget": 8, "initial_budget": 16, "warmup_steps": 1, "final_steps": 2, "update_frequency": 1}
     controller = AdaLoRAController(model, published(**{**given, **settings}), total)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    optimizer = torch.optim.AdamW(trained(model), 1e-2)
     backward(model, batch)
     return model, controller, optimizer
 
@@ -193,7 +187,7 @@ def test_trap_allocation_before_the_first_step_masks_everything_in_peft(tiny_vit
     controller.update_importance_scores(model, 1)
     scores = controller.update_importance_scores(model, 2)  # still no step was made
     assert set(scores.values()) == {0.0}
-    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 2))
+    decide(model, controller, optimizer, scores, 2)
     assert sum(controller.ranks.values()) == controller.schedule.budget_at(2) > 0
     assert controller.ranks == current_ranks(model)
 
@@ -211,7 +205,7 @@ def test_trap_ties_keep_fewer_than_the_budget_in_peft(tiny_vit, batch, monkeypat
     assert sum(map(sum, mask.values())) == 4
     monkeypatch.setattr(controller.tracker, "update", lambda adapters, scale: dict(zip(adapters, tied, strict=True)))
     scores = controller.update_importance_scores(model, 6)
-    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 6))
+    decide(model, controller, optimizer, scores, 6)
     assert sum(controller.ranks.values()) == sum(current_ranks(model).values()) == 8
 
 
@@ -226,23 +220,15 @@ def test_trap_equal_start_and_target_stop_peft(tiny_vit, batch) -> None:
         peer.allocator.mask_to_budget(peer.holder, peer.allocator.target_bgt)
     first = controller.ranks
     scores = controller.update_importance_scores(model, 6)
-    controller.apply_ranks(model, optimizer, controller.reallocate_ranks(scores, 6))
+    decide(model, controller, optimizer, scores, 6)
     assert controller.ranks == current_ranks(model) == first
 
 
 def peft_model(model, **settings):
     """Return the model with PEFT's AdaLoRA on the same four matrices (query, key and value are fused)."""
-    given = {
-        "init_r": 4,
-        "target_r": 2,
-        "tinit": 1,
-        "tfinal": 2,
-        "deltaT": 1,
-        "total_step": 8,
-        "target_modules": ["qkv", "attn.proj"],
-    }
+    given = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8, **settings}
     torch.manual_seed(0)
-    return peft.get_peft_model(model, peft.AdaLoraConfig(**{**given, **settings}))
+    return peft.get_peft_model(model, peft.AdaLoraConfig(target_modules=["qkv", "attn.proj"], **given))
 
 
 def peft_step(model, optimizer, batch, step) -> None:
@@ -259,7 +245,7 @@ def alive_in_peft(model) -> int:
 def test_trap_finalisation_needs_an_exact_step_in_peft(tiny_vit, batch) -> None:
     """Without a call at total - tfinal, PEFT's last mask is that of a higher budget, for good. Ours is taken late."""
     theirs = peft_model(tiny_vit(depth=1), init_r=12)
-    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    peer = torch.optim.AdamW(trained(theirs), 1e-2)
     ours, controller, optimizer = adaptive(tiny_vit, batch)
     optimizer.zero_grad()
     for step in (1, 2, 7, 8):  # 6 = 8 - 2 is left out
@@ -306,7 +292,7 @@ def test_trap_the_penalty_never_reaches_a_plain_vision_model_in_peft(tiny_vit, b
     for weight in (0.0, 50.0):
         model, controller, _ = adaptive(tiny_vit, batch, orthogonality_weight=weight)
         model.zero_grad()
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3)
+        optimizer = torch.optim.SGD(trained(model), 1e-3)
         outcome = optimization_step(
             model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), 1, hooks=[AllocationHook(controller)]
         )
@@ -318,7 +304,7 @@ def test_trap_the_penalty_never_reaches_a_plain_vision_model_in_peft(tiny_vit, b
 def test_trap_new_weights_meet_old_gradients_in_peft(tiny_vit, batch) -> None:
     """PEFT is called after the optimizer's step; our scores take both from the same moment."""
     theirs = peft_model(tiny_vit(depth=1))
-    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    peer = torch.optim.AdamW(trained(theirs), 1e-2)
     name, parameter = next((name, p) for name, p in theirs.named_parameters() if "lora_A" in name)
     F.cross_entropy(theirs(batch[0]), batch[1]).backward()
     parameter.grad.fill_(1.0)  # at lambda = 0 it is zero
@@ -340,7 +326,7 @@ def test_trap_new_weights_meet_old_gradients_in_peft(tiny_vit, batch) -> None:
 
 def test_trap_masks_free_nothing_and_importance_is_not_saved_in_peft(tiny_vit, batch) -> None:
     theirs = peft_model(tiny_vit(depth=1), init_r=12)
-    peer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], 1e-2)
+    peer = torch.optim.AdamW(trained(theirs), 1e-2)
     ours, controller, optimizer = adaptive(tiny_vit, batch)
     optimizer.zero_grad()
     sizes = {}

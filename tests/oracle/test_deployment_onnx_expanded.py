@@ -14,7 +14,6 @@ from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_onnx, input_ranges, open_exported
 from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph, step_and_zero
-from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.quantization.packing import field_bits
 
@@ -161,10 +160,3 @@ def test_the_step_covers_the_range_and_zero_is_exact(inputs, zero) -> None:
     ends = [step * (code - found) for code in (0, 255)]
     assert ends[0] - step / 2 <= min(inputs[0], 0)
     assert max(inputs[1], 0) <= ends[1] + step / 2
-
-
-def test_int2_is_refused_in_8_bits(tmp_path) -> None:
-    model = packed_model([QuantizationFormat("int4", 16, True), QuantizationFormat("int2", 16, True)])
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.proj is in int2.*--runtime fast"):
-        export_onnx(model, tmp_path / "model.onnx", CARD, input_ranges={})
-    assert not list(tmp_path.iterdir())

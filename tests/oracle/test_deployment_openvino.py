@@ -15,11 +15,9 @@ from tiny_models import CARD
 from torch import nn
 
 from peft_vit.adapters import adapted_modules
-from peft_vit.config import NUMBER_FORMATS
 from peft_vit.deployment import export_openvino, open_exported
 from peft_vit.deployment.check import random_weights
 from peft_vit.deployment.openvino_file import SETTINGS, weight_node
-from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, unpack_codes
 from peft_vit.quantization.packing import field_bits
 
@@ -127,14 +125,6 @@ def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None
         expected = small_model(images)
     found = open_exported(tmp_path / "packed.xml").logits(images)
     assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-2
-
-
-@pytest.mark.parametrize("type", [name for name, kind in NUMBER_FORMATS.items() if kind.values and name != "nf4"])
-def test_types_that_openvino_lacks_are_refused(tmp_path, type) -> None:
-    model = packed_model([QuantizationFormat(type, 32, offset=True)])
-    with pytest.raises(UserError, match=rf"blocks\.0\.attn\.qkv is in {type}.*export onnx or safetensors"):
-        export_openvino(model, tmp_path / "model.xml", CARD)
-    assert not list(tmp_path.iterdir())
 
 
 def test_no_address_is_looked_up_when_openvino_is_loaded() -> None:

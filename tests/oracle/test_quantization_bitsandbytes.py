@@ -30,15 +30,6 @@ def test_code_values(type: str) -> None:
     assert torch.equal(code_values(type), functional.get_4bit_type(type, device="cpu"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("group", [32, 64, 128, None])
-@pytest.mark.parametrize("type", TYPES)
-def test_normal_weights(type: str, group: int | None, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 128 if group is None else 384, generator=generator).mul_(0.02).to(dtype)
-    assert_equal_to_bitsandbytes(weight, type, group)
-
-
 @pytest.mark.parametrize("type", TYPES)
 def test_weights_on_and_beside_every_decision_threshold(type: str) -> None:
     values = code_values(type).sort().values  # type: ignore[arg-type]
@@ -68,19 +59,23 @@ def test_zero_constant_tiny_and_outlying_groups(type: str) -> None:
 @settings(max_examples=60)
 @given(
     type=st.sampled_from(TYPES),
-    group=st.sampled_from([32, 64, 256]),
+    group=st.sampled_from([32, 64, 128, 256, None]),
     rows=st.integers(1, 4),
     groups=st.integers(1, 3),
     scale=st.sampled_from([1e-38, 1e-10, 0.02, 1.0, 1e20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     heavy_tails=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_any_weights(type: str, group: int, rows: int, groups: int, scale: float, heavy_tails: bool, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, groups * group, generator=generator)
+def test_any_weights(type, group, rows, groups, scale, dtype, heavy_tails, seed) -> None:
+    weight = torch.randn(rows, groups * (group or 64), generator=torch.Generator().manual_seed(seed))
+    if group is None:
+        weight = weight[:, :64]
     if heavy_tails:
         weight = weight**3
-    assert_equal_to_bitsandbytes(weight * scale, type, group)
+    if dtype is not torch.float32:  # whose denormals they flush
+        scale = min(max(scale, 0.02), 1.0)
+    assert_equal_to_bitsandbytes((weight * scale).to(dtype).contiguous(), type, group)
 
 
 def test_values_of_the_8_bit_type_of_scales() -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,11 @@ def test_a_file_that_names_it_is_found(place: str, text: str, names_it: bool, tm
     (tmp_path / place).parent.mkdir()
     (tmp_path / place).write_text(text)
     assert names_research(tmp_path) == [place] * names_it
+
+
+STANDS_TWICE = {"__init__.py", "calibration.py", "examples.py", "machine.py", "measures.py", "request.py"}  # no more
+
+
+def test_a_file_is_known_by_its_name() -> None:
+    names = Counter(file.name for file in (ROOT / "src").rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} <= STANDS_TWICE

@@ -17,11 +17,10 @@ from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, MAIN, M
 from experiments.scripts.evidence import ROOT
 from peft_vit.analysis import Analysis
 from peft_vit.records import write_atomically
+from peft_vit.report.accuracy_figures import accuracy_against, forests
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import METHOD_COLORS
-from peft_vit.report.forest_plot import forests
 from peft_vit.report.heatmaps import rank_maps
-from peft_vit.report.scatter import accuracy_against
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"

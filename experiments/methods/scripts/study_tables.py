@@ -18,7 +18,7 @@ from peft_vit.report.document import Paragraph
 from peft_vit.report.findings_tables import estimate_of
 from peft_vit.report.formatting import count, fixed, joined, percent, percent_interval, points_interval
 from peft_vit.report.markdown import escaped
-from peft_vit.report.recommended import recommendation_blocks
+from peft_vit.report.printed_tables import recommendation_blocks
 from peft_vit.statistics import Interval
 
 REFERENCE = "lora_r8"
@@ -301,7 +301,7 @@ def cost_table(analysis: Analysis) -> str:
 
 
 def _by_seed(method: MethodResult) -> str:
-    return joined(fixed(100 * value, 1) for value in method.by_seed)
+    return joined(fixed(100 * value, 1) for value in method.by_seed.values())
 
 
 def _or_dash(value: float | None, written: Callable[[float], str]) -> str:

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from peft_vit.config import ORDERED_RULES
-from peft_vit.config.loading import at_rates
-from peft_vit.config.yaml_loader import read_mapping
+from peft_vit.config.from_yaml import at_rates, read_mapping
 
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS = FOLDER / "configs"

@@ -17,11 +17,11 @@ from experiments.scripts.evidence import table
 from peft_vit.analysis.stopping import ENDS, repeated_interval, stopping_rule
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
+from peft_vit.report.accuracy_figures import short_count
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
 from peft_vit.report.formatting import count, fixed, joined, percent, points_interval
-from peft_vit.report.scatter import short_count
-from peft_vit.statistics import Course, Interval, follow, mean_interval
+from peft_vit.statistics import Interval, SequentialResult, follow, mean_interval
 
 _SHOWN = {"even": "even", "random": "random sites", "last_blocks": "last blocks"}  # beside the rule
 NOTE = (
@@ -135,7 +135,7 @@ def _reached(runs: pd.DataFrame) -> Reached:
     return Reached(ranks, len(runs), *means, returned=float((runs.chosen_step == 0).mean()))
 
 
-def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, Course]:
+def _courses(study: StudyConfig, runs: pd.DataFrame) -> Mapping[str, SequentialResult]:
     """Return the course of each comparison: experiment minus control, up to the first seed that lacks one of both."""
     stopping = study.stopping
     assert stopping is not None

@@ -23,7 +23,7 @@ from peft_vit.analysis import load_studies
 from peft_vit.analysis.stopping import paired
 from peft_vit.config import StoppingConfig
 from peft_vit.errors import UserError
-from peft_vit.statistics import Course, StoppingRule, follow
+from peft_vit.statistics import SequentialResult, StoppingRule, follow
 from peft_vit.statistics.sequential import Asked
 from peft_vit.statistics.spending import Spending
 
@@ -44,8 +44,8 @@ class Replay:
     study: str
     asked: str
     form: str
-    fixed: tuple[Course, ...]
-    looked: tuple[Course, ...]
+    fixed: tuple[SequentialResult, ...]
+    looked: tuple[SequentialResult, ...]
     seeds: int
 
     @property
@@ -83,7 +83,7 @@ class Replay:
         return self.changed("supported", "refuted") + self.changed("refuted", "supported")
 
 
-def answers(course: Course) -> list[str]:
+def answers(course: SequentialResult) -> list[str]:
     """Return the verdicts on what was asked."""
     return [verdict for verdict in (course.noninferiority, course.superiority) if verdict is not None]
 

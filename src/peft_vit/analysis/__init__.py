@@ -4,20 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.analysis.allocation import Allocation
 from peft_vit.analysis.calibration import Calibration, Measure, calibration, calibration_differences
-from peft_vit.analysis.comparison import AllPairs, Estimate, MethodResult, Pair, all_pairs, method_results
-from peft_vit.analysis.effectiveness import AgainstControl, against_controls
+from peft_vit.analysis.comparison import (
+    AllPairs,
+    Estimate,
+    Front,
+    MethodResult,
+    Pair,
+    all_pairs,
+    fronts,
+    method_results,
+)
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.importance import ImportancePattern, fisher_checks, importance_patterns, study_agreements
+from peft_vit.analysis.layers import (
+    AgainstControl,
+    Allocation,
+    ImportancePattern,
+    against_controls,
+    fisher_checks,
+    importance_patterns,
+    study_agreements,
+)
 from peft_vit.analysis.measures import Evidence
-from peft_vit.analysis.pareto import Front, fronts
 from peft_vit.analysis.quantization import QuantizationImpact
-from peft_vit.analysis.results import Results, load_studies, read_results
-from peft_vit.analysis.stopping import compare_all, compare_with_references, study_courses
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
+from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
 from peft_vit.records import FisherCheck
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class Analysis:
     study: Study
     methods: tuple[MethodResult, ...]
     comparisons: tuple[Estimate, ...]
-    courses: tuple[Course, ...]
+    sequential: tuple[SequentialResult, ...]  # of comparisons that stop
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
@@ -49,7 +62,7 @@ def analyze(study: Study) -> Analysis:
         study=study,
         methods=methods,
         comparisons=compare_with_references(study),
-        courses=study_courses(study),
+        sequential=sequential_results(study),
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         calibration=calibration(study),

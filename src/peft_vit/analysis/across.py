@@ -19,12 +19,19 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft_vit.analysis.comparison import DECIMALS, Estimate, MethodResult, compare, decide, method_results, references
-from peft_vit.analysis.importance import importance_patterns, study_agreements
-from peft_vit.analysis.limits import is_time
-from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.comparison import (
+    DECIMALS,
+    Estimate,
+    MethodResult,
+    compare,
+    decide,
+    is_time,
+    method_results,
+    references,
+)
+from peft_vit.analysis.layers import importance_patterns, study_agreements
 from peft_vit.analysis.stopping import compare_all
-from peft_vit.analysis.studies import Run, Study, grouped
+from peft_vit.analysis.studies import Run, Study, grouped, load_studies
 from peft_vit.errors import UserError
 from peft_vit.statistics import Interval, Verdict, stratified_mean
 
@@ -106,39 +113,39 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         UserError: if a directory can't be read, if a study or a run stands twice, if there are fewer than two studies,
             or if real and smoke studies are mixed; names them.
     """
-    found: list[tuple[Path, Study]] = []
+    read: list[tuple[Path, Study]] = []
     places: dict[Path, Path] = {}
     for directory in directories:
         place = Path(directory).resolve()
         if place in places:
             raise UserError(f"is given twice (as {places[place]}); give each directory once", file=directory)
         places[place] = directory
-        found += [(directory, study) for study in load_studies(directory)]
-    _refuse_copies(found)
-    smoke = [f"{study.label} in {directory}" for directory, study in found if study.smoke]
-    if smoke and len(smoke) < len(found):
+        read += [(directory, study) for study in load_studies(directory)]
+    _refuse_copies(read)
+    smoke = [f"{study.label} in {directory}" for directory, study in read if study.smoke]
+    if smoke and len(smoke) < len(read):
         problem = f"{', '.join(smoke)}: smoke runs say nothing about a method, so they stand beside no real study"
         raise UserError(f"{problem}; leave them out", file="compare")
-    labels = [study.label for _, study in found]
-    if len(found) < 2:
+    labels = [study.label for _, study in read]
+    if len(read) < 2:
         problem = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
-        for directory, study in found
+        for directory, study in read
     }
 
 
-def _refuse_copies(found: Sequence[tuple[Path, Study]]) -> None:
+def _refuse_copies(read: Sequence[tuple[Path, Study]]) -> None:
     """Refuse a run that stands in two studies: the same seed of the same configuration on the same images."""
     seen: dict[str, tuple[Path, str]] = {}
-    for directory, study in found:
+    for directory, study in read:
         for run in study.runs:
             spec, made = run.record.spec, run.provenance
             # the same images elsewhere are the same images
             anywhere = {"study": "any", "device": "auto", "threads": 1}
-            asked = spec.model_copy(update={**anywhere, "data": spec.data.model_copy(update={"path": None})})
-            key = f"{asked.model_dump_json()} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
+            described = spec.model_copy(update={**anywhere, "data": spec.data.model_copy(update={"path": None})})
+            key = f"{described.model_dump_json()} {made.data_sha256} {made.split_sha256} {made.weights_sha256}"
             if key in seen:
                 other, name = seen[key]
                 same = "holds it" if name == spec.run_id else f"holds it as {name!r}"
@@ -183,7 +190,7 @@ def compare_studies(studies: Studies, *, reference: str | None = None, pool: Col
         results = [result for result in method_results(study) if result.experiment.name in shared]
         compared: dict[str, Estimate] = {}
         if chosen is not None and study.of(chosen):
-            compared = {one.name: one for one in compare_all(study, chosen, shared)}
+            compared = {estimate.name: estimate for estimate in compare_all(study, chosen, shared)}
         rows += [InStudy(label, result, compared.get(result.experiment.name)) for result in results]
     pooled, times, refusals = _pooled(studies, [] if chosen is None else shared, chosen or "", pool)
     # two may share a name
@@ -218,14 +225,19 @@ def _pooled(
     times: list[PooledRow] = []
     refused: list[tuple[tuple[PoolKind, tuple[str, ...], str], str]] = []
     for name in shared:
-        pairs = {label: own for label, study in studies.items() if (own := _pairs(study, name, reference))}
+        pairs: dict[str, list[tuple[Run, Run]]] = {}  # of runs that `compare` pairs: the experiment's, the reference's
+        for label, study in studies.items():
+            runs, others = ({run.seed: run for run in study.of(each)} for each in (name, reference))
+            paired = compare(study.of(name), study.of(reference), name, reference).by_seed
+            if paired:
+                pairs[label] = [(runs[seed], others[seed]) for seed in sorted(paired)]
         if name == reference or len(pairs) < 2:
             continue
         differing = differences({label: [run for pair in own for run in pair] for label, own in pairs.items()})
         refused += [((kind, tuple(pairs), why), name) for kind, why in differing.items() if kind not in pool]
         untested = next((studies[label].untested for label in pairs if studies[label].untested), "")
         for table, value, needs, note in (
-            (rows, _difference, _NEEDS_OF_ACCURACY, untested),
+            (rows, lambda a, b: round(a.test.accuracy - b.test.accuracy, DECIMALS), _NEEDS_OF_ACCURACY, untested),
             (times, _log_ratio, _NEEDS_OF_TIMES, ""),
         ):
             allowed = tuple((kind, differing[kind]) for kind in needs if kind in differing)
@@ -235,23 +247,17 @@ def _pooled(
             if all(kind in pool for kind, _ in allowed) and len(known) > 1:
                 table.append(_row(name, known, allowed, note))
     decided = decide([row.estimate for row in rows])  # one that nothing may decide still counts in the family
-    for place, one in enumerate(decided):
-        open_ = replace(one, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
-        rows[place] = replace(rows[place], estimate=open_ if one.note else one)
+    for place, estimate in enumerate(decided):
+        open_ = replace(estimate, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
+        rows[place] = replace(rows[place], estimate=open_ if estimate.note else estimate)
+    for place, time in enumerate(times):  # ratios in place of their logarithms, which nothing decides
+        logs = time.interval
+        low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
+        ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
+        times[place] = replace(time, estimate=replace(time.estimate, interval=ratio, significance=None))
     refusals = [Refusal(kind, tuple(names), labels, why) for (kind, labels, why), names in grouped(refused).items()]
-    refusals.sort(key=lambda one: (one.kind, one.experiments))
-    return tuple(rows), tuple(map(_as_ratio, times)), tuple(refusals)
-
-
-def _pairs(study: Study, name: str, reference: str) -> list[tuple[Run, Run]]:
-    """Return the pairs of runs that `compare` forms: the experiment's and the reference's."""
-    runs, others = ({run.seed: run for run in study.of(one)} for one in (name, reference))
-    seeds = compare(study.of(name), study.of(reference), name, reference).by_seed
-    return [(runs[seed], others[seed]) for seed in sorted(seeds)]
-
-
-def _difference(a: Run, b: Run) -> float:
-    return round(a.test.accuracy - b.test.accuracy, DECIMALS)
+    refusals.sort(key=lambda refusal: (refusal.kind, refusal.experiments))
+    return tuple(rows), tuple(times), tuple(refusals)
 
 
 def _log_ratio(a: Run, b: Run) -> float | None:
@@ -272,14 +278,6 @@ def _row(
         note=note,
     )
     return PooledRow(tuple(by_study), estimate, sum(math.fsum(own) > 0 for own in by_study.values()), allowed)
-
-
-def _as_ratio(row: PooledRow) -> PooledRow:
-    """Return a row of logarithms as one of ratios, which nothing decides."""
-    logs = row.interval
-    low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
-    ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)
-    return replace(row, estimate=replace(row.estimate, interval=ratio, significance=None))
 
 
 # --- what must be equal before numbers are pooled ---------------------------------------------------------------------
@@ -375,7 +373,7 @@ def _flat(plain: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in plain.items():
             yield from _flat(value, f"{path}.{key}" if path else key)
     elif path == "training.augmentation":
-        yield path, [one for one in plain if "flip" not in one]
+        yield path, [name for name in plain if "flip" not in name]
     else:
         yield path, plain
 

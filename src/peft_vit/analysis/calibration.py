@@ -79,12 +79,8 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     It is biased upwards where bins hold few predictions, as their accuracy then strays by chance. Source: Naeini,
     Cooper & Hauskrecht, AAAI 2015; Guo et al. 2017, arXiv 1706.04599.
     """
-    gaps = (
-        one.count * abs(one.accuracy - one.confidence)
-        for one in bins
-        if one.accuracy is not None and one.confidence is not None
-    )
-    return math.fsum(gaps) / sum(one.count for one in bins)
+    gaps = [b.count * abs((b.accuracy or 0.0) - (b.confidence or 0.0)) for b in bins]  # an empty one has neither
+    return math.fsum(gaps) / sum(b.count for b in bins)
 
 
 def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
@@ -102,8 +98,8 @@ def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], flo
     """Return the measure of a run's confidences on test and of what is right; of a record without predictions None."""
 
     def of(run: Run) -> float | None:
-        found = _predictions(run)
-        return None if found is None else measure(*found)
+        predictions = _predictions(run)
+        return None if predictions is None else measure(*predictions)
 
     return of
 
@@ -120,7 +116,19 @@ OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
 
 def calibration(study: Study) -> tuple[Calibration, ...]:
     """Return one row for each experiment with a finished run."""
-    return tuple(_calibration(runs) for e in study.experiments if (runs := study.of(e.name)))
+    rows = []
+    for runs in (study.of(e.name) for e in study.experiments if study.of(e.name)):
+        known = {run.seed: predictions for run in runs if (predictions := _predictions(run)) is not None}
+        confidence, right = (np.concatenate(own) for own in zip(*known.values(), strict=True)) if known else ((), ())
+        rows.append(
+            Calibration(
+                experiment=runs[0].experiment,
+                bins=equal_width_bins(confidence, right) if known else (),
+                seeds=tuple(known),
+                without=tuple(run.seed for run in runs if run.seed not in known),
+            )
+        )
+    return tuple(rows)
 
 
 def calibration_differences(study: Study) -> dict[str, dict[Measure, tuple[Estimate, ...]]]:
@@ -146,17 +154,6 @@ def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | No
         return None
     right = np.asarray(predictions.predicted) == np.asarray(predictions.labels)
     return np.asarray(predictions.probability, dtype=np.float64), right
-
-
-def _calibration(runs: tuple[Run, ...]) -> Calibration:
-    known = {run.seed: found for run in runs if (found := _predictions(run)) is not None}
-    confidence, right = [p for p, _ in known.values()], [hit for _, hit in known.values()]
-    return Calibration(
-        experiment=runs[0].experiment,
-        bins=equal_width_bins(np.concatenate(confidence), np.concatenate(right)) if known else (),
-        seeds=tuple(known),
-        without=tuple(run.seed for run in runs if run.seed not in known),
-    )
 
 
 def _checked(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

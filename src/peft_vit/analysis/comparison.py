@@ -7,11 +7,12 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import fmean
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 import numpy as np
 
@@ -39,6 +40,7 @@ from peft_vit.statistics import (
 )
 
 ALPHA = 0.05
+SAME_SIZE = 0.01  # share of the smaller one by which sizes may differ and still count as equal
 BY_LOOKS = "group-sequential paired t"  # what decides where the study declared looks
 DECIMALS = 12  # shares of whole images: rounding turns float noise back into the ties that it hides
 MOST_PAIRS = 20_000  # of experiments, 200 of them: a few seconds
@@ -60,11 +62,6 @@ class Question:
     kind: Kind = "superiority"
     margin: float = 0.0
     expected: float = 0.0
-
-    @property
-    def is_tested(self) -> bool:
-        """Return whether a test decides."""
-        return self.kind not in ("counted", "described")
 
     def tests(self, estimate: Estimate) -> tuple[Significance, Significance]:
         """Return the test that can show the claim, and the one that can show its opposite."""
@@ -137,7 +134,12 @@ def compare(
         notes.append(f"{refused} pair(s) refused: other weights, images or splits")
     if unknown := len(paired) - len(by_seed):
         notes.append(f"{unknown} pair(s) left out: not recorded, or no finite number, in one of both runs")
-    if any(_other_draws(a, b) for a, b in paired if a.seed in by_seed):
+    drawn = [
+        [(own.head_init_sha256, own.data_order_sha256) for own in (a.provenance, b.provenance)]
+        for a, b in paired
+        if a.seed in by_seed and not a.experiment.is_probe and not b.experiment.is_probe  # a probe has neither
+    ]
+    if any(first != second for first, second in drawn):
         notes.append("pairs differ in the initial head or in the order of images")
     return compare_values(by_seed, name=name, reference=reference, note=together(*notes))
 
@@ -172,44 +174,42 @@ def decide(family: Sequence[Estimates], untested: str = "", size: int = 0) -> tu
         size: number of tests in the family, if it is larger than those that have values; the others count as 1.
     """
     decided = list(family)
-    places = [place for place, one in enumerate(family) if one.by_seed and one.question.is_tested]
+    untestable = ("counted", "described")
+    places = [i for i, estimate in enumerate(family) if estimate.by_seed and estimate.question.kind not in untestable]
     if untested:
         for place in places:
             note = together(family[place].note, untested)
             decided[place] = replace(family[place], significance=None, note=note)
         return tuple(decided)
     tests = [
-        (one.significance, one.significance) if one.significance is not None else one.question.tests(one)
-        for one in (family[place] for place in places)
+        (estimate.significance, estimate.significance) if estimate.significance else estimate.question.tests(estimate)
+        for estimate in (family[place] for place in places)
     ]
-    shown, opposite = (_holm([pair[side] for pair in tests], size) for side in (0, 1))
-    for place, pair, *p_values in zip(places, tests, shown, opposite, strict=True):
+    corrected = []
+    for side in zip(*tests, strict=True):  # what shows claims, and what shows their opposites
+        adjusted = holm([1.0 if test.p_value is None else test.p_value for test in side] + [1.0] * (size - len(side)))
+        corrected.append([None if test.p_value is None else p for test, p in zip(side, adjusted, strict=False)])
+    for place, pair, *p_values in zip(places, tests, *corrected, strict=True):
         decided[place] = _decided(family[place], pair, p_values, max(size, len(places)))
     return tuple(decided)
 
 
-def _holm(tests: Sequence[Significance], size: int) -> list[float | None]:
-    p_values = [1.0 if test.p_value is None else test.p_value for test in tests]
-    adjusted = holm([*p_values, *[1.0] * (size - len(tests))])[: len(tests)]
-    return [None if test.p_value is None else p for test, p in zip(tests, adjusted, strict=True)]
-
-
 def _decided(
-    one: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
+    estimate: Estimates, tests: tuple[Significance, Significance], p_values: Sequence[float | None], family: int
 ) -> Estimates:
-    assert one.interval is not None
+    assert estimate.interval is not None
     (test, opposite), (p_value, opposite_p) = tests, p_values
-    if one.question.kind == "superiority":
-        lead = one.interval.estimate - one.question.margin
+    if estimate.question.kind == "superiority":
+        lead = estimate.interval.estimate - estimate.question.margin
         rivals = 1
         if lead <= 0:
-            test, p_value, rivals = opposite, opposite_p, max(len(one.rivals), 1)
-        if one.significance is None:
+            test, p_value, rivals = opposite, opposite_p, max(len(estimate.rivals), 1)
+        if estimate.significance is None:
             test = replace(test, minimum_n=minimum_n_wilcoxon(ALPHA, family * rivals))
-        found = verdict(lead, test, p_value, ALPHA)
+        said = verdict(lead, test, p_value, ALPHA)
     else:
-        found = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
-    return replace(one, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=found, family=family)
+        said = equivalence_verdict(test, opposite, p_value, opposite_p, ALPHA)
+    return replace(estimate, significance=test, adjusted_p=p_value, opposite_p=opposite_p, verdict=said, family=family)
 
 
 def outcome(estimate: Estimate) -> str:
@@ -236,14 +236,6 @@ def same_source(run: Run) -> tuple[object, ...]:
     return run.record.spec.backbone.model, run.provenance.weights_sha256, run.provenance.data_sha256
 
 
-def _other_draws(a: Run, b: Run) -> bool:
-    """Return whether runs of a seed differ in initial head or order of images; of a probe, which has neither, False."""
-    if a.experiment.is_probe or b.experiment.is_probe:
-        return False
-    one, other = a.provenance, b.provenance
-    return (one.head_init_sha256, one.data_order_sha256) != (other.head_init_sha256, other.data_order_sha256)
-
-
 def references(study: Study) -> tuple[str, ...]:
     """Return the experiments to compare with: the linear probe, and the LoRA of largest rank up to 8.
 
@@ -261,14 +253,13 @@ def references(study: Study) -> tuple[str, ...]:
 # --- every experiment by itself, and with every other -----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MethodResult:
-    """One experiment over its runs, means where nothing else is said. Accuracies are shares; `by_seed` is as `runs`."""
+    """One experiment over its runs, means where nothing else is said; accuracies are shares."""
 
     experiment: ExperimentConfig
     runs: tuple[Run, ...]
-    seeds: tuple[int, ...]
-    by_seed: tuple[float, ...]
+    by_seed: dict[int, float]  # test accuracy
     test_accuracy: Interval
     validation_accuracy: Interval | None  # None where runs had no validation images
     above_majority: Interval
@@ -280,6 +271,11 @@ class MethodResult:
     latency_s: float | None  # of a forward pass of one image; None if no run measured it
 
     @property
+    def name(self) -> str:
+        """Return the experiment's name."""
+        return self.experiment.name
+
+    @property
     def stored_bytes(self) -> float:
         """Return what a trained model takes to keep: everything frozen, and the adapter file."""
         return self.frozen_bytes + self.adapter_file_bytes
@@ -287,27 +283,35 @@ class MethodResult:
 
 def method_results(study: Study) -> tuple[MethodResult, ...]:
     """Return one row for each experiment with a finished run."""
-    return tuple(_result(e, study.of(e.name)) for e in study.experiments if study.of(e.name))
+    results = []
+    for experiment in study.experiments:
+        runs = study.of(experiment.name)
+        if not runs:
+            continue
+        margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
+        validated = [run.validation.accuracy for run in runs if run.validation is not None]
+        results.append(
+            MethodResult(
+                experiment=experiment,
+                runs=runs,
+                by_seed={run.seed: run.test.accuracy for run in runs},
+                test_accuracy=mean_interval([run.test.accuracy for run in runs]),
+                validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
+                above_majority=mean_interval(margins),
+                runs_above_majority=sum(margin > 0 for margin in margins),
+                final_parameters=fmean(run.parameters.final for run in runs),
+                frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
+                adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
+                seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
+                latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
+            )
+        )
+    return tuple(results)
 
 
-def _result(experiment: ExperimentConfig, runs: tuple[Run, ...]) -> MethodResult:
-    margins = [run.test.accuracy - run.record.majority_accuracy.get("test", 0.0) for run in runs]
-    validated = [run.validation.accuracy for run in runs if run.validation is not None]
-    return MethodResult(
-        experiment=experiment,
-        runs=runs,
-        seeds=tuple(run.seed for run in runs),
-        by_seed=tuple(run.test.accuracy for run in runs),
-        test_accuracy=mean_interval([run.test.accuracy for run in runs]),
-        validation_accuracy=mean_interval(validated) if len(validated) == len(runs) else None,
-        above_majority=mean_interval(margins),
-        runs_above_majority=sum(margin > 0 for margin in margins),
-        final_parameters=fmean(run.parameters.final for run in runs),
-        frozen_bytes=fmean(run.bytes.frozen_bytes for run in runs),
-        adapter_file_bytes=fmean(run.bytes.adapter_file_bytes for run in runs),
-        seconds_per_step=known_mean(run.record.seconds_per_step for run in runs),
-        latency_s=known_mean(run.record.latency_s.get(1) for run in runs),
-    )
+def is_time(value: float | None) -> TypeGuard[float]:
+    """Return whether a time was recorded: a clock that was set back, or a broken record, measures nothing."""
+    return value is not None and 0 < value < math.inf
 
 
 def known_mean(values: Iterable[float | None]) -> float | None:
@@ -354,9 +358,108 @@ def all_pairs(study: Study, most: int = MOST_PAIRS) -> AllPairs:
         return AllPairs(names, (), count)
     family = decide([compare(study.of(a), study.of(b), a, b) for a, b in combinations(names, 2)], study.untested)
     pairs = [
-        Pair(one, effect_size(values), paired_improvement(values))
-        if (values := list(one.by_seed.values()))
-        else Pair(one, None, None)
-        for one in family
+        Pair(estimate, effect_size(values), paired_improvement(values))
+        if (values := list(estimate.by_seed.values()))
+        else Pair(estimate, None, None)
+        for estimate in family
     ]
     return AllPairs(names, tuple(pairs), 0)
+
+
+# --- who nobody beats at their cost -----------------------------------------------------------------------------------
+#
+# Who stands on a front is read off validation accuracy, since to pick the best of many on test would be to choose on
+# test. What test then says stands beside: the accuracy there, whether the experiment would stand on the front of test
+# accuracies too, and whether its lead over the next cheaper one on the front is decided by the paired test.
+
+CostName = Literal["final_parameters", "stored_bytes", "seconds_per_step", "latency_s"]  # of a `MethodResult`
+_TIMED: tuple[CostName, ...] = ("seconds_per_step", "latency_s")
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """One experiment, means over its seeds."""
+
+    experiment: str
+    cost: float  # in the unit of the front's cost
+    validation_accuracy: float  # mean
+    test_accuracy: Interval  # mean with interval
+    on_front: bool  # whether no other has at least this validation accuracy at no more cost, and more of one of both
+    on_test_front: bool  # the same of test accuracy; described, not used
+    # test accuracy minus that of the one before it on the front; None off the front and for the cheapest
+    lead: Estimate | None
+
+
+@dataclass(frozen=True)
+class Front:
+    """Accuracy against one cost."""
+
+    cost: CostName  # which
+    # every experiment with a known cost, cheapest first, then by name; empty where costs can't be compared
+    points: tuple[FrontPoint, ...]
+    left_out: tuple[str, ...]  # experiments for which the cost was not recorded
+    refused: str  # why costs can't be compared; empty if they can
+
+    @property
+    def on_front(self) -> tuple[FrontPoint, ...]:
+        """Return who stands on it, cheapest first."""
+        return tuple(point for point in self.points if point.on_front)
+
+
+def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool, ...]:
+    """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
+
+    A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
+    fall together. Source: Pareto (1906); the sweep by cost is Kung, Luccio & Preparata, Journal of the ACM 22 (1975).
+
+    Raises:
+        ValueError: for unequal lengths, or a number that is not one.
+    """
+    if len(costs) != len(values):
+        raise ValueError(f"pairs need equal lengths, got {len(costs)} and {len(values)}")
+    if any(math.isnan(number) for number in (*costs, *values)):
+        raise ValueError("expected numbers, got NaN")
+    order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
+    on_front = [False] * len(costs)
+    best: int | None = None  # the pair of largest value among those so far, of these the cheapest
+    for i in order:
+        equal = best is not None and (costs[i], values[i]) == (costs[best], values[best])
+        if best is None or values[i] > values[best] or equal:
+            on_front[i] = True
+            best = i
+    return tuple(on_front)
+
+
+def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:
+    """Return one front for each cost that any experiment has recorded; `methods` are the study's `method_results`.
+
+    Without validation images nothing says who stands on one, and there is none.
+    """
+    if any(m.validation_accuracy is None for m in methods):
+        return ()
+    every: list[Front] = []
+    machines = {run.hardware for run in study.runs}
+    for cost in get_args(CostName):
+        known = [(value, m.name, m) for m in methods if (value := getattr(m, cost)) is not None]
+        left_out = tuple(m.name for m in methods if getattr(m, cost) is None)
+        if cost in _TIMED and len(machines) > 1 and known:
+            refused = f"the runs come from {len(machines)} machines or numbers of threads, so seconds can't be compared"
+            every.append(Front(cost, (), left_out, refused))
+        elif known:
+            every.append(Front(cost, _points(study, sorted(known, key=lambda entry: entry[:2])), left_out, ""))
+    return tuple(every)
+
+
+def _points(study: Study, ordered: Sequence[tuple[float, str, MethodResult]]) -> tuple[FrontPoint, ...]:
+    """Return points of experiments with their costs, cheapest first."""
+    costs = [cost for cost, _, _ in ordered]
+    validated = [m.validation_accuracy.estimate for _, _, m in ordered if m.validation_accuracy is not None]
+    on_front = pareto_front(costs, validated)
+    on_test_front = pareto_front(costs, [m.test_accuracy.estimate for _, _, m in ordered])
+    members = [name for (_, name, _), is_on in zip(ordered, on_front, strict=True) if is_on]
+    steps = [compare(study.of(name), study.of(cheaper), name, cheaper) for cheaper, name in pairwise(members)]
+    lead_of = {lead.name: lead for lead in decide(steps, study.untested)}
+    return tuple(
+        FrontPoint(name, cost, validation, m.test_accuracy, is_on, on_test, lead_of.get(name))
+        for (cost, name, m), validation, is_on, on_test in zip(ordered, validated, on_front, on_test_front, strict=True)
+    )

@@ -33,7 +33,7 @@ def late_loss_deviation(run: Run) -> float | None:
         None where nothing can be measured: fewer than 3 steps in the last third, or a loss that is not finite or of
         an absurd size.
     """
-    steps, losses = _course(run)
+    steps, losses = _losses(run)
     late = math.ceil(len(losses) * LATE_SHARE)
     if late < _FEWEST or not _measurable(losses):
         return None
@@ -56,7 +56,7 @@ def roughness(run: Run) -> float | None:
     Returns:
         None where nothing can be measured: fewer than 3 steps, or a loss that is not finite or of an absurd size.
     """
-    _, losses = _course(run)
+    _, losses = _losses(run)
     if len(losses) < _FEWEST or not _measurable(losses):
         return None
     off = (losses[:-2] + losses[2:]) / 2 - losses[1:-1]
@@ -87,6 +87,6 @@ def settled_step(run: Run) -> int | None:
     return settled
 
 
-def _course(run: Run) -> tuple[np.ndarray, np.ndarray]:
+def _losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
     rows = sorted(run.record.steps, key=lambda row: row.step)
     return np.array([row.step for row in rows], dtype=np.float64), np.array([row.loss for row in rows])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from peft_vit.analysis.comparison import Estimate, decide
 from peft_vit.analysis.measures import Evidence, NoDataError
 from peft_vit.analysis.sentences import SENTENCES, Sentence
+from peft_vit.analysis.studies import grouped
 from peft_vit.statistics import Verdict
 
 
@@ -49,7 +50,7 @@ def find(evidence: Evidence) -> tuple[Finding, ...]:
     estimates: list[tuple[Sentence, Estimate]] = []
     for sentence in SENTENCES:
         try:
-            estimates += [(sentence, one) for one in sentence.measure(evidence, sentence.of)]
+            estimates += [(sentence, estimate) for estimate in sentence.measure(evidence, sentence.of)]
         except NoDataError as reason:
             estimates.append((sentence, Estimate(name="", note=str(reason))))
     return judge(estimates, evidence.study.label, evidence.study.untested)
@@ -62,13 +63,10 @@ def judge(estimates: Sequence[tuple[Sentence, Estimate]], study: str = "", untes
     empty: tests do.
     """
     findings = [
-        _untested(Finding(**vars(one) | {"question": sentence.question}, sentence=sentence, study=study), untested)
-        for sentence, one in estimates
+        _untested(Finding(**vars(estimate) | {"question": sentence.question}, sentence=sentence, study=study), untested)
+        for sentence, estimate in estimates
     ]
-    families: dict[str, list[int]] = {}
-    for place, finding in enumerate(findings):
-        if not finding.outcome:
-            families.setdefault(finding.sentence.family or finding.sentence.id, []).append(place)
+    families = grouped((f.sentence.family or f.sentence.id, i) for i, f in enumerate(findings) if not f.outcome)
     for places in families.values():
         for place, decided in zip(places, decide([findings[place] for place in places]), strict=True):
             findings[place] = replace(decided, outcome=_said(decided))
@@ -104,25 +102,22 @@ def _said(finding: Finding) -> str:
 
 def conclude(findings: Iterable[Finding]) -> tuple[Conclusion, ...]:
     """Return one verdict a sentence over its findings, in the order of their first one."""
-    by_id: dict[str, list[Finding]] = {}
-    for finding in findings:
-        by_id.setdefault(finding.sentence.id, []).append(finding)
-    return tuple(_conclusion(found) for found in by_id.values())
+    return tuple(_conclusion(own) for own in grouped((finding.sentence.id, finding) for finding in findings).values())
 
 
 def _conclusion(findings: Sequence[Finding]) -> Conclusion:
     sentence = findings[0].sentence
-    told = tuple(finding for finding in findings if finding.verdict != Verdict.NO_DATA)
-    if not told:
+    with_data = tuple(finding for finding in findings if finding.verdict != Verdict.NO_DATA)
+    if not with_data:
         return Conclusion(sentence, Verdict.NO_DATA, "", tuple(findings))
-    verdicts = [finding.verdict for finding in told]
+    verdicts = [finding.verdict for finding in with_data]
     overall = Verdict.NOT_DECIDED
     if all(verdict == Verdict.SUPPORTED for verdict in verdicts):
         overall = Verdict.SUPPORTED
     elif Verdict.REFUTED in verdicts and Verdict.SUPPORTED not in verdicts:
         overall = Verdict.REFUTED
     counted = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in Verdict if verdict in verdicts)
-    counts = f"{counted} of {len(told)}"
+    counts = f"{counted} of {len(with_data)}"
     if sentence.test == "described":
-        counts = f"described in {len(told)}, not tested"
-    return Conclusion(sentence, overall, counts if len(told) > 1 else "", told)
+        counts = f"described in {len(with_data)}, not tested"
+    return Conclusion(sentence, overall, counts if len(with_data) > 1 else "", with_data)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis.allocation import Allocation, allocations, fixed_lora_line
 from peft_vit.analysis.comparison import (
     Estimate,
     Value,
@@ -28,6 +27,7 @@ from peft_vit.analysis.comparison import (
     same_source,
     together,
 )
+from peft_vit.analysis.layers import Allocation, allocations, fixed_lora_line
 from peft_vit.analysis.quantization import (
     FLOAT32_BITS,
     QuantizationImpact,
@@ -136,17 +136,17 @@ class Evidence:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._rests: dict[tuple[str, tuple[str, ...]], str] = {}
+        self._rests: dict[tuple[str, tuple[str, ...]], str] = {}  # since every pair of experiments asks for it
 
     @cached_property
     def allocation(self) -> dict[str, Allocation]:
         """Return experiment -> what became of its ranks."""
-        return {one.experiment.name: one for one in allocations(self.study)}
+        return {allocation.experiment.name: allocation for allocation in allocations(self.study)}
 
     @cached_property
     def quantization(self) -> dict[str, QuantizationImpact]:
         """Return experiment -> what quantization did."""
-        return {one.experiment.name: one for one in quantization_impacts(self.study)}
+        return {impact.experiment.name: impact for impact in quantization_impacts(self.study)}
 
     @cached_property
     def reference_lora(self) -> str | None:
@@ -163,22 +163,31 @@ class Evidence:
         meant = [e for e in self.study.experiments if of.takes(e, self.reference_lora)]
         if not any(self.study.of(e.name) for e in meant):
             raise NoDataError(f"no experiment {of.words}{' has finished' if meant else ''}")
-        found: list[Subject] = []
+        subjects: list[Subject] = []
         lacking: set[str] = set()
         for experiment in meant:
-            missing = {run.seed: _missing(run, needs) for run in self.study.of(experiment.name)}
+            missing = {  # seed -> the fields that its run's record leaves empty
+                run.seed: [name for name in needs if getattr(run.record, name) in (None, [], {})]
+                for run in self.study.of(experiment.name)
+            }
             lacking.update(name for fields in missing.values() for name in fields)
             whole = tuple(run for run in self.study.of(experiment.name) if not missing[run.seed])
             if whole:
                 seeds = joined(seed for seed, fields in missing.items() if fields)
-                note = f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else ""
-                found.append(Subject(experiment, whole, together(note, self._unfinished(experiment.name))))
-        if not found:
+                failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name)
+                absent = joined(seed for name, seed in self.study.missing if name == experiment.name)
+                note = together(
+                    f"seeds left out, whose records lack {joined(needs)}: {seeds}" if seeds else "",
+                    f"failed: seed {failed}" if failed else "",
+                    f"missing: seed {absent}" if absent else "",
+                )
+                subjects.append(Subject(experiment, whole, note))
+        if not subjects:
             how = [
                 f"no record has {name}: {_HOW_TO_RECORD.get(name, 'it was not recorded')}" for name in sorted(lacking)
             ]
             raise NoDataError("; ".join(how))
-        return tuple(found)
+        return tuple(subjects)
 
     def partners(self, one: ExperimentConfig, against: Group, same_but: tuple[str, ...]) -> Iterator[ExperimentConfig]:
         """Yield the experiments of a group that have a finished run and that an experiment is to be compared with.
@@ -192,21 +201,10 @@ class Evidence:
                     yield other
 
     def _rest(self, experiment: ExperimentConfig, same_but: tuple[str, ...]) -> str:
-        """Return what must be equal; kept, since every pair of experiments asks for it."""
         key = experiment.name, same_but
         if key not in self._rests:
             self._rests[key] = settings_without(experiment, same_but)
         return self._rests[key]
-
-    def _unfinished(self, name: str) -> str:
-        failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == name)
-        missing = joined(seed for experiment, seed in self.study.missing if experiment == name)
-        return together(f"failed: seed {failed}" if failed else "", f"missing: seed {missing}" if missing else "")
-
-
-def _missing(run: Run, needs: Sequence[str]) -> list[str]:
-    """Return the fields that a run's record leaves empty."""
-    return [name for name in needs if getattr(run.record, name) in (None, [], {})]
 
 
 def joined(values: Iterable[object]) -> str:
@@ -280,16 +278,16 @@ def difference(
         value: what is compared.
         lower_is_better: the other way round, so that positive is better.
     """
-    found = [
+    differences = [
         _beside(subject, compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value), sign)
         for sign in [-1.0 if lower_is_better else 1.0]
         for subject in evidence.subjects(of)
         for other in evidence.partners(subject.experiment, against, same_but)
     ]
-    if not found:
+    if not differences:
         partner = f"{against.words}, equal but for {', '.join(same_but)}" if same_but else against.words
         raise NoDataError(f"no experiment {of.words} has a partner {partner}")
-    return tuple(found)
+    return tuple(differences)
 
 
 def _beside(subject: Subject, compared: Estimate, sign: float = 1.0) -> Estimate:
@@ -307,27 +305,27 @@ def _beside(subject: Subject, compared: Estimate, sign: float = 1.0) -> Estimate
 
 def against_float(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     """Return test accuracy minus that of the experiment that differs only in that its weights are float."""
-    found = []
+    differences = []
     for subject in evidence.subjects(of, ("quantization",)):
         impact = evidence.quantization[subject.name]
         compared = impact.against_unquantized
         if impact.settings.gradient_scaling_factor != 1 or impact.settings.gradient_scaling != "constant":
             scaled = "it also scales its adapters' gradients, which the float twin does not"
             compared = replace(compared, note=together(compared.note, scaled))
-        found.append(_beside(subject, compared))
-    return tuple(found)
+        differences.append(_beside(subject, compared))
+    return tuple(differences)
 
 
 def at_equal_parameters(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     """Return test accuracy minus that of fixed LoRA at as many trainable parameters, see `against_fixed_lora`."""
-    found = [
+    differences = [
         _beside(subject, evidence.allocation[subject.name].against_fixed)
         for subject in evidence.subjects(of, ("rank_history",))
         if subject.name in evidence.allocation
     ]
-    if not found:
+    if not differences:
         raise NoDataError(f"no record has the ranks of an experiment {of.words}")
-    return tuple(found)
+    return tuple(differences)
 
 
 def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
@@ -343,7 +341,7 @@ def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimat
     subjects = evidence.subjects(of, ("rank_history",))
     if len(evidence.study.fixed_rank_loras()) < 2:
         raise NoDataError("the study has no fixed LoRA at two ranks, whose line would tell what an accuracy needs")
-    found = []
+    estimates = []
     for subject in subjects:
         ratios = {
             run.seed: _over_needed(run, line)
@@ -357,8 +355,8 @@ def parameters_at_equal_accuracy(evidence: Evidence, of: Group) -> tuple[Estimat
         either = joined(seed for seed in bounds if values[seed] == 0)
         note = together(note, f"set to 0, which of both needs fewer is open: seeds {either}" if either else "")
         reference = "fixed LoRA at equal accuracy"
-        found.append(replace(estimate, reference=reference, note=together(estimate.note, note)))
-    return tuple(found)
+        estimates.append(replace(estimate, reference=reference, note=together(estimate.note, note)))
+    return tuple(estimates)
 
 
 def _over_needed(run: Run, line: Sequence[tuple[float, float]]) -> tuple[float, bool]:
@@ -386,20 +384,19 @@ def query_over_each(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     mean over seeds. The largest type of each seed would not do: it changes with chance, and lies above any single type
     even where all get the same on average.
     """
-    return tuple(_over_each(subject) for subject in evidence.subjects(of, ("rank_history",)))
-
-
-def _over_each(subject: Subject) -> Estimate:
-    means = {run.seed: {kind: fmean(ranks) for kind, ranks in _by_matrix(run).items()} for run in subject.runs}
-    seeds = [seed for seed, of in means.items() if "query" in of and len(of) > 1]
-    common = sorted(set.intersection(*(set(means[seed]) for seed in seeds)) - {"query"}) if seeds else []
-    leads = {kind: tuple(means[seed]["query"] - means[seed][kind] for seed in seeds) for kind in common}
-    strongest = min(leads, key=lambda kind: (math.fsum(leads[kind]), kind), default="")
-    estimate = of_runs(subject, dict(zip(seeds, leads[strongest], strict=True)) if leads else {}, _WITHOUT_KINDS)
-    if not leads:
-        return estimate
-    note = together(estimate.note, f"estimate and interval against {strongest}, the most of {', '.join(common)}")
-    return replace(estimate, rivals=tuple(leads.values()), note=note)
+    estimates = []
+    for subject in evidence.subjects(of, ("rank_history",)):
+        means = {run.seed: {kind: fmean(ranks) for kind, ranks in _by_matrix(run).items()} for run in subject.runs}
+        seeds = [seed for seed, by_kind in means.items() if "query" in by_kind and len(by_kind) > 1]
+        common = sorted(set.intersection(*(set(means[seed]) for seed in seeds)) - {"query"}) if seeds else []
+        leads = {kind: tuple(means[seed]["query"] - means[seed][kind] for seed in seeds) for kind in common}
+        strongest = min(leads, key=lambda kind: (math.fsum(leads[kind]), kind), default="")
+        estimate = of_runs(subject, dict(zip(seeds, leads[strongest], strict=True)) if leads else {}, _WITHOUT_KINDS)
+        if leads:
+            against = f"estimate and interval against {strongest}, the most of {', '.join(common)}"
+            estimate = replace(estimate, rivals=tuple(leads.values()), note=together(estimate.note, against))
+        estimates.append(estimate)
+    return tuple(estimates)
 
 
 @each_run(_WITHOUT_KINDS, "rank_history")
@@ -468,28 +465,24 @@ def between_seeds(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
     stands in `analysis.importance`. Where each seed draws its own images out of one data set, agreement holds over
     these too, which is more than was asked; the note says so.
     """
-    return tuple(_between_seeds(subject) for subject in evidence.subjects(of, ("importance_history",)))
-
-
-def _between_seeds(subject: Subject) -> Estimate:
-    runs = sorted(subject.runs, key=lambda run: run.seed)
-    formed = list(zip(runs[::2], runs[1::2], strict=False))
-    pairs = [(a, b) for a, b in formed if same_problem(a) == same_problem(b) or _drawn_by_seed(a, b)]
-    rhos = {f"{a.seed}-{b.seed}": rank_correlation(a.last_scores(), b.last_scores()) for a, b in pairs}
-    undefined = joined(label for label, rho in rhos.items() if rho is None)
-    refused = len(formed) - len(pairs)
-    return estimated(
-        subject.name,
-        {label: rho for label, rho in rhos.items() if rho is not None},
-        n_of="pairs of seeds",
-        note=together(
+    estimates = []
+    for subject in evidence.subjects(of, ("importance_history",)):
+        runs = sorted(subject.runs, key=lambda run: run.seed)
+        formed = list(zip(runs[::2], runs[1::2], strict=False))
+        pairs = [(a, b) for a, b in formed if same_problem(a) == same_problem(b) or _drawn_by_seed(a, b)]
+        rhos = {f"{a.seed}-{b.seed}": rank_correlation(a.last_scores(), b.last_scores()) for a, b in pairs}
+        undefined = joined(label for label, rho in rhos.items() if rho is None)
+        refused = len(formed) - len(pairs)
+        note = together(
             subject.note,
             f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else "",
             f"{refused} pair(s) refused: other weights, images or splits" if refused else "",
             "each seed draws its own images" if any(_drawn_by_seed(a, b) for a, b in pairs) else "",
             f"scores are all equal, not finite, or of too few sites: seeds {undefined}" if undefined else "",
-        ),
-    )
+        )
+        known = {label: rho for label, rho in rhos.items() if rho is not None}
+        estimates.append(estimated(subject.name, known, n_of="pairs of seeds", note=note))
+    return tuple(estimates)
 
 
 def _drawn_by_seed(a: Run, b: Run) -> bool:

@@ -98,30 +98,30 @@ class QuantizationImpact:
 
     def balance(self) -> dict[str, list[dict[str, Any]]]:
         """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
-        found: dict[str, dict[int, list[float]]] = {}
+        measured: dict[str, dict[int, list[float]]] = {}
         for row in (row for summary in _summaries(self.runs) for row in summary.balance):
             for name in row.keys() - {"step"}:
-                found.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
+                measured.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
         return {
             name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
-            for name, steps in sorted(found.items(), key=lambda of: (min(of[1]), of[0]))
+            for name, steps in sorted(measured.items(), key=lambda of: (min(of[1]), of[0]))
         }
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
     """Return one row for each QA-LoRA experiment whose runs recorded what quantization did."""
-    found = [
+    quantized = [
         (experiment, experiment.need(QaLoraConfig), runs, _float_twin(study, experiment))
         for experiment in study.with_method("qa_lora", "qa_adalora")
         if (runs := tuple(run for run in study.of(experiment.name) if run.record.quantization is not None))
     ]
     families = {
-        measure: decide([_compare(*one, value) for one in found], study.untested)
+        measure: decide([_compare(*own, value) for own in quantized], study.untested)
         for measure, value in _COMPARED.items()
     }
     return tuple(
-        QuantizationImpact(*one, {measure: family[i] for measure, family in families.items()})
-        for i, one in enumerate(found)
+        QuantizationImpact(*own, {measure: family[i] for measure, family in families.items()})
+        for i, own in enumerate(quantized)
     )
 
 

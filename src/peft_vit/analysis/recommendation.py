@@ -29,8 +29,10 @@ simultaneous (Bonferroni), so that theirs cover all candidates at once and any c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
@@ -38,21 +40,122 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from peft_vit.analysis.comparison import ALPHA, Estimate, Question, compare, decide
-from peft_vit.analysis.limits import (
+from peft_vit.analysis.comparison import (
+    ALPHA,
     SAME_SIZE,
-    ExportedLatency,
-    Limits,
-    Measure,
-    Option,
+    Estimate,
+    MethodResult,
+    Question,
+    compare,
+    decide,
     is_time,
-    smallest_latency_batch,
+    method_results,
 )
-from peft_vit.analysis.stopping import ENDS, at_last_look, study_courses
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.stopping import ENDS, at_last_look, sequential_results
+from peft_vit.analysis.studies import Run, Study, grouped
+from peft_vit.config import parse_bytes
 from peft_vit.errors import UserError
+from peft_vit.records import BenchRow
 from peft_vit.statistics import Verdict, mean_interval
 from peft_vit.statistics.intervals import mean_and_error
+
+Measure = Literal["bytes", "params", "latency"]
+Option = Literal["--max-bytes", "--max-params", "--max-seconds", "--max-latency-ms"]
+# What was asked, in bytes, parameters and seconds. Bytes and parameters are counted, so the largest run has to keep
+# them, whatever ranks a seed has led to. Times are measured, so the mean over seeds has to.
+Limits = Mapping[Option, float]
+
+_COUNT = re.compile(r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?([kKMG]?)", re.ASCII)
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def parse_limits(
+    max_bytes: str | None = None,
+    max_params: str | None = None,
+    max_seconds: float | None = None,
+    max_latency_ms: float | None = None,
+) -> dict[Option, float]:
+    """Return the limits that were given: bytes as in 20MB, parameters as in 300k or 3e5.
+
+    Raises:
+        UserError: for what is no number above 0, or no size; names the option.
+    """
+    limits: dict[Option, float] = {}
+    if max_bytes is not None:
+        limits["--max-bytes"] = parse_bytes(max_bytes, "--max-bytes")
+    if max_params is not None:
+        match = _COUNT.fullmatch(max_params.strip(" "))
+        limits["--max-params"] = float(match[1]) * _UNITS[match[2]] if match else math.nan
+        if not 0 < limits["--max-params"] < math.inf:
+            expected = "expected a number above 0, such as 300000, 3e5 or 300k (units: k, K, M, G)"
+            raise UserError(f"{expected}, got {max_params!r}", field="--max-params")
+    times: tuple[tuple[Option, float | None, str, int], ...] = (
+        ("--max-seconds", max_seconds, "seconds", 1),
+        ("--max-latency-ms", max_latency_ms, "milliseconds", 1000),
+    )
+    for option, value, unit, in_a_second in times:
+        if value is not None:
+            if not 0 < value < math.inf:
+                raise UserError(f"expected {unit} above 0, got {value}", field=option)
+            limits[option] = value / in_a_second
+    return limits
+
+
+def smallest_latency_batch(runs: Sequence[Run]) -> int | None:
+    """Return the smallest batch size whose latency every run has recorded that has recorded any; None if none has."""
+    recorded = [set(run.record.latency_s) for run in runs if run.record.latency_s]
+    return min(set.intersection(*recorded), default=None) if recorded else None
+
+
+@dataclass(frozen=True)
+class ExportedLatency:
+    """What a file of `peft-vit bench` says of a study, at the smallest batch size that it has for every model."""
+
+    file: Path
+    batch: int
+    processor: str
+    rows: dict[str, tuple[BenchRow, ...]]  # experiment -> the fastest model of each of its runs that was timed
+
+    def of(self, runs: Sequence[Run]) -> float | None:
+        """Return the mean over an experiment's runs, in seconds; None if none of them was timed."""
+        rows = self.rows.get(runs[0].experiment.name, ())
+        return fmean(row.median_s for row in rows) if rows else None
+
+
+def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> ExportedLatency:
+    """Take from a file of times what its models' cards say is of this study's finished runs.
+
+    Of several models of one run, in other formats or with other numbers of threads, the fastest counts: it is what one
+    would take.
+
+    Args:
+        study: whose runs they are.
+        rows: what the file holds.
+        file: for messages.
+
+    Raises:
+        UserError: if it names no finished run of the study, its models share no batch size, or they were timed on
+            several processors.
+    """
+    finished = {run.record.spec.run_id: run.experiment.name for run in study.runs}
+    of_run = grouped((row.run, row) for row in rows if row.run in finished)
+    if not of_run:
+        names = sorted({row.run for row in rows if row.run is not None})
+        said = f"its models are of {', '.join(names[:3])}{', ...' if names[3:] else ''}" if names else "it names no run"
+        raise UserError(f"holds no model of a finished run of {study.label}: {said}", file=file, field="--bench")
+    if len(processors := sorted({row.processor for own in of_run.values() for row in own})) > 1:
+        raise UserError(f"was timed on several processors ({', '.join(processors)})", file=file, field="--bench")
+    batches = set.intersection(*({row.batch for row in own} for own in of_run.values()))
+    if not batches:
+        raise UserError("has no batch size at which every run was timed", file=file, field="--bench")
+    batch = min(batches)
+    fastest = grouped(
+        (experiment, min((row for row in of_run[run] if row.batch == batch), key=lambda row: row.median_s))
+        for run, experiment in finished.items()
+        if run in of_run
+    )
+    return ExportedLatency(file, batch, processors[0], {name: tuple(own) for name, own in fastest.items()})
+
 
 _TIMED: tuple[Option, ...] = ("--max-seconds", "--max-latency-ms")
 
@@ -60,7 +163,7 @@ Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
 
 @dataclass(frozen=True)
-class Fault:
+class Violation:
     """A limit beside what an experiment costs in its unit (bytes, parameters, seconds); None: not recorded."""
 
     option: Option
@@ -68,32 +171,23 @@ class Fault:
     value: float | None
 
 
-@dataclass(frozen=True)
-class Rated:
-    """An experiment, what its finished runs cost, and what validation says of it; means over seeds."""
+@dataclass(frozen=True, kw_only=True)
+class Rated(MethodResult):
+    """An experiment, what its finished runs cost, and which limits it keeps.
 
-    name: str
-    runs: tuple[Run, ...]
-    validation_accuracy: float
-    stored_bytes: float  # frozen weights as they are kept, and the adapter file
-    parameters: float  # trainable at the end, head included
-    seconds_per_step: float | None  # of the runs' medians; None if a run lacks it
-    latency_s: float | None  # of the runs' median forward pass, or of their exported models; None: not known
-    beside: tuple[Fault, ...]  # every limit that was given
+    Times are None if a run lacks one; latency is that of the smallest common batch size, or of exported models.
+    """
+
+    beside: tuple[Violation, ...]  # every limit that was given
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
+    def violations(self) -> tuple[Violation, ...]:
         """Return the limits that it does not keep, or of which nothing was recorded."""
-        return tuple(one for one in self.beside if one.value is None or one.value > one.limit)
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Return its finished seeds."""
-        return tuple(run.seed for run in self.runs)
+        return tuple(limit for limit in self.beside if limit.value is None or limit.value > limit.limit)
 
     def size(self, measure: Measure) -> float | None:
         """Return what experiments are ordered by."""
-        return {"bytes": self.stored_bytes, "params": self.parameters, "latency": self.latency_s}[measure]
+        return {"bytes": self.stored_bytes, "params": self.final_parameters, "latency": self.latency_s}[measure]
 
 
 @dataclass(frozen=True)
@@ -144,10 +238,6 @@ class Recommendation:
             return 1 - 2 * self.study.stopping.level
         return 1 - 2 * _level(len(self.candidates))
 
-    def comparison_of(self, rated: Rated) -> Candidate | None:
-        """Return what was tested of an experiment; None of the best, which is what others are tested against."""
-        return next((one for one in self.candidates if one.rated is rated), None)
-
 
 def check_margin(points: float, option: str) -> float:
     """Return a margin given in points of accuracy as a share.
@@ -183,34 +273,43 @@ def recommend(
         problem = "has runs without validation images, which say what the others are compared with"
         raise UserError(f"{problem}; run it with data.validation_images", file=study.label)
     _require_times(study, limits, measure, exported)
-    _require_margin(study, margin)
+    stopping = study.stopping
+    if stopping is not None and stopping.margin is None:
+        problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
+        raise UserError(problem, file=study.label)
+    if stopping is not None and not math.isclose((stopping.margin or 0.0) / 100, margin):
+        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
+        raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
+    results = {result.name: result for result in method_results(study)}
     left_out: dict[str, str] = {}
-    rated = []
-    for experiment in study.experiments:
-        runs = study.of(experiment.name)
-        one = _rate(runs, limits, smallest_latency_batch(study.runs), exported) if runs else None
-        if one is None:
-            left_out[experiment.name] = "has no finished run"
-        elif len({run.configuration() for run in runs}) > 1:
-            left_out[experiment.name] = "was configured differently from seed to seed"
-        elif one.size(measure) is None:
-            untimed = (
-                "has runs without a recorded latency" if exported is None else "has no exported model that was timed"
-            )
-            left_out[experiment.name] = untimed
+    rated: list[Rated] = []
+    for name in (experiment.name for experiment in study.experiments):
+        if name not in results:
+            left_out[name] = "has no finished run"
+        elif len({run.configuration() for run in results[name].runs}) > 1:
+            left_out[name] = "was configured differently from seed to seed"
+        elif (own := _rate(results[name], limits, smallest_latency_batch(study.runs), exported)).size(measure) is None:
+            untimed = "recorded latency" if exported is None else "exported model that was timed"
+            left_out[name] = f"has {'runs without a' if exported is None else 'no'} {untimed}"
         else:
-            rated.append(one)
+            rated.append(own)
     if not rated:
         problem = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise UserError(f"leaves no experiment to recommend: {problem}", file=study.label)
-    rated.sort(key=lambda one: (one.size(measure), one.parameters, one.name))
-    best = _compared_with(study, rated)
-    within = [one for one in rated if not one.faults]
-    smaller = [one for one in within if best.faults or not _no_larger(best, one, measure)]
+    rated.sort(key=lambda own: (own.size(measure), own.final_parameters, own.name))
+    best = min(rated, key=_validation_error)  # of equal ones the smallest, which comes first
+    if stopping is not None:
+        control = next((own for own in rated if own.name == stopping.control), None)
+        if control is None:
+            problem = f"compares with {stopping.control}, of which nothing can be said, so nothing can be recommended"
+            raise UserError(problem, file=study.label)
+        best = control
+    within = [own for own in rated if not own.violations]
+    smaller = [own for own in within if best.violations or not _no_larger(best, own, measure)]
     candidates = _tested(study, smaller, best, margin)
-    shown = [one.rated for one in candidates if one.shown]
-    smallest = [one for one in shown if _no_larger(one, shown[0], measure)]
-    smallest.sort(key=lambda one: -one.validation_accuracy)
+    shown = [candidate.rated for candidate in candidates if candidate.shown]
+    smallest = [own for own in shown if _no_larger(own, shown[0], measure)]
+    smallest.sort(key=_validation_error)
     outcome: Outcome = "smaller"
     if not smallest:
         outcome = "nothing within" if not within else "not decided" if candidates else "best"
@@ -221,8 +320,8 @@ def recommend(
         chosen=smallest[0] if smallest else best if outcome == "best" else None,
         candidates=candidates,
         as_small=tuple(smallest[1:]),
-        outside=tuple(one for one in rated if one.faults),
-        larger=tuple(one for one in within if one not in smaller and one is not best),
+        outside=tuple(own for own in rated if own.violations),
+        larger=tuple(own for own in within if own not in smaller and own is not best),
         left_out=left_out,
         limits=limits,
         measure=measure,
@@ -231,33 +330,29 @@ def recommend(
     )
 
 
-def _no_larger(one: Rated, than: Rated, measure: Measure) -> bool:
-    return (one.size(measure) or 0.0) <= (1 + SAME_SIZE) * (than.size(measure) or 0.0)
+def _no_larger(rated: Rated, than: Rated, measure: Measure) -> bool:
+    return (rated.size(measure) or 0.0) <= (1 + SAME_SIZE) * (than.size(measure) or 0.0)
 
 
-def _rate(runs: tuple[Run, ...], limits: Limits, latency_batch: int | None, exported: ExportedLatency | None) -> Rated:
-    stored = [run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs]
-    parameters = [run.parameters.final for run in runs]
+def _validation_error(rated: Rated) -> float:
+    assert rated.validation_accuracy is not None
+    return -rated.validation_accuracy.estimate
+
+
+def _rate(result: MethodResult, limits: Limits, latency_batch: int | None, exported: ExportedLatency | None) -> Rated:
+    runs = result.runs
     seconds = _mean_time([run.record.seconds_per_step for run in runs])
     latency = _mean_time([run.record.latency_s.get(latency_batch or 0) for run in runs])
     if exported is not None:
         latency = exported.of(runs)
-    bound = {
-        "--max-bytes": max(stored),
-        "--max-params": max(parameters),
+    bound: dict[Option, float | None] = {
+        "--max-bytes": max(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
+        "--max-params": max(run.parameters.final for run in runs),
         "--max-seconds": seconds,
         "--max-latency-ms": latency,
     }
-    return Rated(
-        name=runs[0].experiment.name,
-        runs=runs,
-        validation_accuracy=fmean(run.validation.accuracy for run in runs if run.validation is not None),
-        stored_bytes=fmean(stored),
-        parameters=fmean(parameters),
-        seconds_per_step=seconds,
-        latency_s=latency,
-        beside=tuple(Fault(option, limit, bound[option]) for option, limit in limits.items()),
-    )
+    beside = tuple(Violation(option, limit, bound[option]) for option, limit in limits.items())
+    return Rated(**vars(result) | {"seconds_per_step": seconds, "latency_s": latency}, beside=beside)
 
 
 def _mean_time(values: Sequence[float | None]) -> float | None:
@@ -283,50 +378,22 @@ def _require_times(study: Study, limits: Limits, measure: Measure, exported: Exp
         raise UserError(problem, file=study.label)
 
 
-def _require_margin(study: Study, margin: float) -> None:
-    """Refuse what the looks of a study did not ask."""
-    stopping = study.stopping
-    if stopping is None:
-        return
-    if stopping.margin is None:
-        problem = "asked for superiority alone (stopping.asked), so nothing in it can show that a margin is not lost"
-        raise UserError(problem, file=study.label)
-    if not math.isclose(stopping.margin / 100, margin):
-        problem = f"stopped by looks that asked for a margin of {stopping.margin:g}, not {100 * margin:g} points"
-        raise UserError(f"{problem}; give --margin {stopping.margin:g}", file=study.label)
-
-
-def _compared_with(study: Study, rated: Sequence[Rated]) -> Rated:
-    """Return the best by validation, or the control of comparisons that stop.
-
-    Raises:
-        UserError: if the control can't be compared with.
-    """
-    if study.stopping is None:
-        return min(rated, key=lambda one: -one.validation_accuracy)  # of equal ones the smallest, which comes first
-    control = next((one for one in rated if one.name == study.stopping.control), None)
-    if control is None:
-        problem = f"compares with {study.stopping.control}, of which nothing can be said, so nothing can be recommended"
-        raise UserError(problem, file=study.label)
-    return control
-
-
 def _tested(study: Study, smaller: Sequence[Rated], best: Rated, margin: float) -> tuple[Candidate, ...]:
     if study.stopping is not None:
-        course_of = {course.name: course for course in study_courses(study)}
+        result_of = {result.name: result for result in sequential_results(study)}
         return tuple(
-            Candidate(one, replace(at_last_look(study, course, "noninferiority"), note=ENDS[course.stopped]))
-            for one in smaller
-            for course in [course_of[one.name]]
+            Candidate(rated, replace(at_last_look(study, result, "noninferiority"), note=ENDS[result.stopped]))
+            for rated in smaller
+            for result in [result_of[rated.name]]
         )
-    asked, level = Question("noninferiority", margin), _level(len(smaller))
-    compared = [replace(compare(one.runs, best.runs, one.name, best.name), question=asked) for one in smaller]
+    question, level = Question("noninferiority", margin), _level(len(smaller))
+    compared = [replace(compare(own.runs, best.runs, own.name, best.name), question=question) for own in smaller]
     candidates = []
-    for rated, one in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
-        values = list(one.by_seed.values())
+    for rated, estimate in zip(smaller, decide(compared, study.untested, size=len(smaller)), strict=True):
+        values = list(estimate.by_seed.values())
         interval = mean_interval(values, 1 - 2 * level) if values else None
         needed = None if study.untested else needed_pairs(values, margin, level)
-        candidates.append(Candidate(rated, replace(one, interval=interval), needed))
+        candidates.append(Candidate(rated, replace(estimate, interval=interval), needed))
     return tuple(candidates)
 
 
@@ -357,12 +424,12 @@ def needed_pairs(differences: ArrayLike, margin: float, level: float) -> int | N
     return int(n[np.argmax(reached)]) if reached.any() else None
 
 
-def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Fault, Rated]]:
+def smallest_that_exists(recommendation: Recommendation) -> list[tuple[Violation, Rated]]:
     """Return, for each limit that was given, the experiment that comes nearest to it, with what it costs."""
     nearest = []
     for place in range(len(recommendation.limits)):
         beside = [(rated.beside[place], rated) for rated in recommendation.outside]
-        known = [(fault.value, rated.name, fault, rated) for fault, rated in beside if fault.value is not None]
+        known = [(limit.value, rated.name, limit, rated) for limit, rated in beside if limit.value is not None]
         if known:
-            nearest.append(min(known, key=lambda one: one[:2])[2:])
+            nearest.append(min(known, key=lambda entry: entry[:2])[2:])
     return nearest

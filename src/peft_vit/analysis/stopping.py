@@ -8,7 +8,7 @@ study that was interrupted, continued or run in another order has the same verdi
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice, takewhile
 from typing import Literal
@@ -17,7 +17,7 @@ from peft_vit.analysis.comparison import BY_LOOKS, Estimate, accuracy_on_test, c
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import FEWEST_PAIRS, StoppingConfig, StudyConfig
 from peft_vit.statistics import Interval, Significance, Verdict
-from peft_vit.statistics.sequential import Course, Look, SequentialTest, Stopped, StoppingRule, follow
+from peft_vit.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
 
 ENDS = {
     Stopped.DECIDED: "decided",
@@ -37,39 +37,40 @@ def compare_all(study: Study, reference: str, names: Collection[str] | None = No
     """
     others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
     others = [name for name in others if names is None or name in names]
-    found = [compare(study.of(name), study.of(reference), name, reference) for name in others]
+    compared = [compare(study.of(name), study.of(reference), name, reference) for name in others]
     stopping = study.stopping
     if stopping is None or reference != stopping.control or stopping.metric != "accuracy":
-        return decide(found, study.untested)
-    course_of = {course.name: course for course in study_courses(study)}
+        return decide(compared, study.untested)
+    result_of = {result.name: result for result in sequential_results(study)}
     looked = []
-    for one in found:
-        course = course_of[one.name]
-        said = answers(course, stopping) if course.looks else (f"{len(one.by_seed)} pair(s), not looked at yet",)
-        seen = at_last_look(study, course, "superiority")
-        looked.append(replace(seen, note=together(one.note if course.looks else "", *said)))
+    for estimate in compared:
+        result = result_of[estimate.name]
+        notes: tuple[str, ...] = (f"{len(estimate.by_seed)} pair(s), not looked at yet",)
+        if result.looks:
+            notes = (estimate.note, *answers(result, stopping))
+        looked.append(replace(at_last_look(study, result, "superiority"), note=together(*notes)))
     return tuple(looked)
 
 
 def compare_with_references(study: Study) -> tuple[Estimate, ...]:
     """Compare every experiment with each of the study's references: a family for each of them."""
-    return tuple(found for reference in references(study) for found in compare_all(study, reference))
+    return tuple(estimate for reference in references(study) for estimate in compare_all(study, reference))
 
 
-def at_last_look(study: Study, course: Course, asked: Literal["superiority", "noninferiority"]) -> Estimate:
+def at_last_look(study: Study, result: SequentialResult, asked: Literal["superiority", "noninferiority"]) -> Estimate:
     """Return a comparison with the control as it stands after its last look; without values before the first."""
     stopping = study.stopping
     assert stopping is not None
-    verdict = getattr(course, asked) or Verdict.NOT_DECIDED
-    estimate = Estimate(name=course.name, reference=stopping.control, n_of="pairs", verdict=verdict)
-    if not course.looks:
+    verdict = getattr(result, asked) or Verdict.NOT_DECIDED
+    estimate = Estimate(name=result.name, reference=stopping.control, n_of="pairs", verdict=verdict)
+    if not result.looks:
         return estimate
-    look = course.looks[-1]
+    look = result.looks[-1]
     assert study.plan.declared is not None
     p_value = p_value_of(getattr(look, asked), verdict)
     return replace(
         estimate,
-        by_seed=dict(islice(paired(study.plan.declared, study, course.name).items(), look.pairs)),
+        by_seed=dict(islice(paired(study.plan.declared, study, result.name).items(), look.pairs)),
         interval=repeated_interval(look, stopping),
         significance=None if p_value is None else Significance(BY_LOOKS, look.pairs, p_value, FEWEST_PAIRS),
         adjusted_p=p_value,
@@ -90,24 +91,24 @@ def p_value_of(test: SequentialTest | None, verdict: Verdict) -> float | None:
     return test.opposite_p_value if verdict == Verdict.REFUTED else test.p_value
 
 
-def answers(course: Course, stopping: StoppingConfig) -> tuple[str, ...]:
+def answers(result: SequentialResult, stopping: StoppingConfig) -> tuple[str, ...]:
     """Return what became of non-inferiority, and why a comparison has stopped, in words."""
-    said = []
-    verdict = course.noninferiority
+    margin = []
+    verdict = result.noninferiority
     if verdict is not None:
-        p_value = p_value_of(course.looks[-1].noninferiority, verdict) or 0.0
-        said.append(f"not worse by {stopping.margin:g}: {verdict}, p = {p_value:.3g}")
-    return (*said, ENDS[course.stopped])
+        p_value = p_value_of(result.looks[-1].noninferiority, verdict) or 0.0
+        margin.append(f"not worse by {stopping.margin:g}: {verdict}, p = {p_value:.3g}")
+    return (*margin, ENDS[result.stopped])
 
 
-def study_courses(study: Study) -> tuple[Course, ...]:
-    """Return the course of each comparison of a study that declared when they stop; of another study none."""
+def sequential_results(study: Study) -> tuple[SequentialResult, ...]:
+    """Return what became of each comparison of a study that declared when they stop; of another study none."""
     declared = study.plan.declared
-    return () if declared is None else courses(declared, study)
+    return () if declared is None else follow_study(declared, study)
 
 
-def courses(configuration: StudyConfig, study: Study | None) -> tuple[Course, ...]:
-    """Return the course of each comparison with the control, in the order of the experiments.
+def follow_study(configuration: StudyConfig, study: Study | None) -> tuple[SequentialResult, ...]:
+    """Return what became of each comparison with the control, in the order of the experiments.
 
     Args:
         configuration: with a section `stopping`.
@@ -116,8 +117,12 @@ def courses(configuration: StudyConfig, study: Study | None) -> tuple[Course, ..
     stopping = configuration.stopping
     assert stopping is not None
     runs = () if study is None else study.runs
-    rule = stopping_rule(stopping, len(configuration.seeds), _correlation(configuration, runs))
-    names = [one.name for one in configuration.experiments if one.name != stopping.control]
+    correlation = 0.0  # without the first declared fold's runs there is no pair, so bounds do not move with other ones
+    if configuration.data.folds is not None:  # folds differ by an image. Nadeau & Bengio, Machine Learning 52 (2003)
+        sizes = [run.record.split_sizes for run in runs if run.seed == configuration.seeds[0]]
+        correlation = sizes[0]["test"] / sizes[0]["train"] if sizes else 0.0
+    rule = stopping_rule(stopping, len(configuration.seeds), correlation)
+    names = [experiment.name for experiment in configuration.experiments if experiment.name != stopping.control]
     return follow({name: [*paired(configuration, study, name).values()] for name in names}, rule)
 
 
@@ -133,18 +138,6 @@ def stopping_rule(stopping: StoppingConfig, seeds: int, correlation: float = 0.0
         futility=stopping.futility,
         images=stopping.images,
     )
-
-
-def _correlation(configuration: StudyConfig, runs: Sequence[Run]) -> float:
-    """Return test images over training images of the first declared fold, where seeds test on folds; else 0.
-
-    Without its runs there is no pair, so bounds do not move with what else is done; folds differ by an image.
-    Source: Nadeau & Bengio, Machine Learning 52 (2003).
-    """
-    if configuration.data.folds is None:
-        return 0.0
-    first = (run.record.split_sizes for run in runs if run.seed == configuration.seeds[0])
-    return next((size["test"] / size["train"] for size in first), 0.0)
 
 
 def paired(configuration: StudyConfig, study: Study | None, name: str) -> dict[int, float]:

@@ -15,7 +15,18 @@ from typing import TypeVar
 
 from peft_vit.config import METHOD_KINDS, ExperimentConfig, LoraConfig, PeftLoraConfig, StoppingConfig, StudyConfig
 from peft_vit.errors import DataWarning, UserError
-from peft_vit.records import ByteCounts, Metrics, ParameterCounts, Provenance, RunRecord, SiteInfo, StudyStatus
+from peft_vit.records import (
+    ByteCounts,
+    Contents,
+    Metrics,
+    ParameterCounts,
+    Problem,
+    Provenance,
+    RunRecord,
+    SiteInfo,
+    StudyStatus,
+    read_contents,
+)
 from peft_vit.records.progress import RunStatus, State, run_of
 
 # Of a run without a record that counts; in one of several folders it may have got further.
@@ -80,15 +91,6 @@ class Run:
     def last_scores(self) -> dict[str, float]:
         """Return site -> score at the last decision; empty without scores."""
         return self.record.importance_history[-1].scores if self.record.importance_history else {}
-
-
-def _finished(record: RunRecord) -> Run | None:
-    test, parameters, bytes_, provenance = record.test, record.parameters, record.bytes, record.provenance
-    if record.status != "done" or not (test and parameters and bytes_ and provenance):
-        return None
-    if record.validation is None and record.spec.data.validation_images:
-        return None
-    return Run(record, record.validation, test, parameters, bytes_, provenance)
 
 
 def why_unfinished(record: RunRecord) -> str:
@@ -257,10 +259,24 @@ class Study:
 def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan, of_files: Sequence[str]) -> Study:
     """Return the study of some records, each run's once."""
     group = {_run_of(record): record for record in records}
-    by_name = {e.name: e for one in plan.configurations for e in one.experiments}
+    by_name = {e.name: e for configuration in plan.configurations for e in configuration.experiments}
     by_name |= {name: group[name, seed].spec.experiment for name, seed in sorted(group)}
-    place = {experiment.name: place for place, experiment in enumerate(sorted(by_name.values(), key=_order))}
-    finished = {run: _finished(group[run]) for run in sorted(group, key=lambda run: (place[run[0]], run))}
+
+    def order(experiment: ExperimentConfig) -> tuple[int, int, str]:
+        section = experiment.section(LoraConfig) or experiment.section(PeftLoraConfig)
+        return [*METHOD_KINDS].index(experiment.method), (section.rank if section else None) or 0, experiment.name
+
+    place = {experiment.name: index for index, experiment in enumerate(sorted(by_name.values(), key=order))}
+    finished: dict[tuple[str, int], Run | None] = {}
+    for run in sorted(group, key=lambda run: (place[run[0]], run)):
+        record = group[run]
+        test, parameters, bytes_, provenance = record.test, record.parameters, record.bytes, record.provenance
+        validated = record.validation is not None or not record.spec.data.validation_images
+        finished[run] = (
+            Run(record, record.validation, test, parameters, bytes_, provenance)
+            if record.status == "done" and test and parameters and bytes_ and provenance and validated
+            else None
+        )
     unfinished = plan.unfinished(group, [(name, seed) for name in place for _, seed in group])
     unfinished.sort(key=lambda run: (place.get(run.experiment, len(place)), run.key))
     return Study(
@@ -273,12 +289,6 @@ def make_study(name: str, smoke: bool, records: Iterable[RunRecord], plan: Plan,
         of_files=tuple(of_files),
         plan=plan,
     )
-
-
-def _order(experiment: ExperimentConfig) -> tuple[int, int, str]:
-    section = experiment.section(LoraConfig) or experiment.section(PeftLoraConfig)
-    rank = section.rank if section is not None and section.rank is not None else 0
-    return [*METHOD_KINDS].index(experiment.method), rank, experiment.name
 
 
 def _run_of(record: RunRecord) -> tuple[str, int]:
@@ -390,3 +400,110 @@ _SHOULD_AGREE: tuple[tuple[str, Callable[[Run], object], str], ...] = (
         "numbers may differ for that reason",
     ),
 )
+
+
+# --- all studies of a directory ---------------------------------------------------------------------------------------
+
+_StudyKey = tuple[str, bool]  # a study's name, and whether it is of smoke runs
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was read."""
+
+    directory: Path  # from where
+    studies: tuple[Study, ...]  # by name, smoke studies after real ones; what concerns one stands in its notices too
+    problems: tuple[Problem, ...]  # what was left out, or stands there beside, by file
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether everything that may be a result counts."""
+        return not any(problem.left_out for problem in self.problems)
+
+    def lines(self) -> list[str]:
+        """Return the problems as lines for the terminal: "left out: ..." or "note: ..."."""
+        return [problem.line(self.directory) for problem in self.problems]
+
+
+def read_results(directory: Path) -> Results:
+    """Read what can be read below a directory, and group it by study.
+
+    A run that stands twice is counted once if both records are the same, and not at all if they differ, since nothing
+    says which of them is the evidence.
+
+    Raises:
+        UserError: if the directory does not exist, or if there is no record and no study in it that can be read.
+    """
+    contents = read_contents(directory)
+    records, of_copies = _once(contents)
+    problems = (*contents.problems, *of_copies)
+    groups = grouped((_key(record), record) for record in records)
+    known = [(folder, folder.file) for folder in contents.studies]
+    folders = grouped(((file.configuration.name, file.smoke), folder) for folder, file in known if file is not None)
+    keys = sorted({*groups, *folders})
+    for folder, file in known:
+        for key in keys:
+            if file is None and key[0] == folder.name:  # an earlier version made it, or its study.json is damaged
+                folders.setdefault(key, []).append(folder)
+    root = Path(directory).absolute().name
+    of_file = {file: _key(record) for file, record in contents.records}
+    concerned: list[tuple[Problem, set[_StudyKey]]] = []  # a problem, and the studies that it is told in
+    for problem in problems:
+        by_place = {key for key in keys if key[0] in {root, *Path(problem.file).parts}} or set(keys)
+        own = of_file.get(problem.file)
+        concerned.append((problem, {own} if own in keys else by_place))
+    studies = []
+    for key in keys:
+        left_out = tuple(
+            (*run_of(problem.run[1]), problem.message)
+            for problem in problems
+            if problem.left_out and problem.run is not None and (problem.run[0] or root) == key[0]
+        )
+        of_files = _in_words([problem for problem, told_in in concerned if key in told_in])
+        plan = Plan(tuple(folders.get(key, ())), left_out)
+        studies.append(make_study(*key, groups.get(key, ()), plan, of_files))
+    return Results(directory, tuple(studies), problems)
+
+
+def load_studies(directory: Path) -> tuple[Study, ...]:
+    """Read all studies below a directory for those who need everything or nothing, such as an export.
+
+    Raises:
+        UserError: as in `read_results`, and if anything that may be a result can't be read or stands twice.
+    """
+    results = read_results(directory)
+    for problem in results.problems:
+        if problem.left_out:
+            raise UserError(problem.message, file=directory / problem.file)
+    return results.studies
+
+
+def _key(record: RunRecord) -> _StudyKey:
+    return record.spec.study, record.spec.smoke
+
+
+def _once(contents: Contents) -> tuple[list[RunRecord], list[Problem]]:
+    """Return the records that count, and what is to be said of runs that stand twice."""
+    copies = grouped(((r.spec.run_id, r.spec.smoke), (file, r)) for file, r in contents.records)
+    records, problems = [], []
+    for (run, _), own in copies.items():
+        files = [file for file, _ in own]
+        if len(own) == 1 or len({record.model_dump_json() for _, record in own}) == 1:
+            records.append(own[0][1])
+            same = f"is the same record of {run!r} as {files[0]}; it counts once"
+            problems += [Problem(file, same, left_out=False) for file in files[1:]]
+            continue
+        for file in files:
+            others = ", ".join(other for other in files if other != file)
+            problem = f"holds the run {run!r} twice, and otherwise than {others}; move away what is not the result"
+            problems.append(Problem(file, problem))
+    return records, problems
+
+
+def _in_words(problems: Sequence[Problem]) -> list[str]:
+    """Return each distinct problem once, with its files."""
+    files = grouped(((not problem.left_out, problem.message), problem.file) for problem in problems)
+    return [
+        f"{'Note' if is_note else 'Left out'}: {', '.join(names)}: {message}."
+        for (is_note, message), names in sorted(files.items(), key=lambda item: item[0][0])
+    ]

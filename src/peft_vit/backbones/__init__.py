@@ -19,7 +19,9 @@ from peft_vit.backbones.catalog import (
     size_step_of,
 )
 from peft_vit.backbones.families import Architecture
-from peft_vit.backbones.loading import (
+from peft_vit.backbones.passes import ReplayedPass, evaluating, visit_blocks, watching
+from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules
+from peft_vit.backbones.weights import (
     LoadedBackbone,
     Weights,
     check_weights,
@@ -27,5 +29,3 @@ from peft_vit.backbones.loading import (
     load_run_backbone,
     read_weights,
 )
-from peft_vit.backbones.passes import ReplayedPass, evaluating, visit_blocks, watching
-from peft_vit.backbones.site import Site, chosen, fused_sites, whole_modules

@@ -103,8 +103,11 @@ class Backbone:
     def heads(self) -> dict[str, nn.Linear]:
         """Return the linear layers that make logits, by name; none if the model has no head."""
         model: Any = self.model
-        found = model.get_classifier()
-        wanted = {id(layer) for layer in (found if isinstance(found, tuple | list | nn.ModuleList) else (found,))}
+        classifier = model.get_classifier()
+        wanted = {
+            id(layer)
+            for layer in (classifier if isinstance(classifier, tuple | list | nn.ModuleList) else (classifier,))
+        }
         named = self.model.named_modules()
         return {name: layer for name, layer in named if id(layer) in wanted and isinstance(layer, nn.Linear)}
 
@@ -117,8 +120,8 @@ class Backbone:
         """
         layers = list(self.heads.values())
         if not layers:
-            problem = "the model has no linear classification head; create it with num_classes"
-            raise UserError(problem, field="num_classes")
+            message = "the model has no linear classification head; create it with num_classes"
+            raise UserError(message, field="num_classes")
         return layers[0] if len(layers) == 1 else AveragedHeads(layers)
 
     def is_of_head(self, parameter: str) -> bool:
@@ -173,9 +176,9 @@ class Backbone:
             UserError: if a block lacks a wanted matrix.
         """
         wanted = [linear for linear in self.layout() if kinds is None or not set(kinds).isdisjoint(linear.kinds)]
-        found = [site for linear in wanted for site in self._sites_of(linear, kinds)]
+        sites = [site for linear in wanted for site in self._sites_of(linear, kinds)]
         tokens = self._count_tokens([linear.module for linear in wanted])
-        return tuple(replace(site, tokens=tokens[site.module]) for site in found)
+        return tuple(replace(site, tokens=tokens[site.module]) for site in sites)
 
     def _sites_of(self, linear: LinearLayout, kinds: Sequence[str] | None) -> Iterator[Site]:
         """Yield the wanted sites of a module, whose tokens are still to be counted."""
@@ -189,8 +192,8 @@ class Backbone:
             raise _missing(first, f"{linear.module} has {out_features} rows, not {named} of one size")
         if linear.feeds is not None and (hidden := self._features(linear.feeds, first)[0]) != out_features:
             leaf = linear.feeds.rpartition(".")[2]
-            problem = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
-            raise _missing(first, problem)
+            message = f"{linear.module} has {out_features} rows but {leaf} takes {hidden} inputs (a gated MLP)"
+            raise _missing(first, message)
         for part, name, kind in wanted:
             span = (sum(rows[:part]), sum(rows[: part + 1]))
             yield Site(name, linear.module, span, linear.layer, kind, linear.role, in_features, rows[part], tokens=0)

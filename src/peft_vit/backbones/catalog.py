@@ -224,8 +224,8 @@ def native_size(architecture: Architecture) -> int:
 
 def interpolation_of(architecture: Architecture) -> Interpolation:
     """Return how images were resized in a model's pretraining; bicubic if its library does not say."""
-    said = _on_paper(architecture).pretrained_cfg.get("interpolation")
-    return next((known for known in get_args(Interpolation) if known == said), "bicubic")
+    interpolation = _on_paper(architecture).pretrained_cfg.get("interpolation")
+    return next((known for known in get_args(Interpolation) if known == interpolation), "bicubic")
 
 
 def size_step_of(architecture: Architecture) -> int:

@@ -12,9 +12,9 @@ import typer
 from annotated_types import Ge, Le
 from pydantic.fields import FieldInfo
 
-from peft_vit.options import Option, Request
+from peft_vit.settings import Option, Request
 
-_Asked = TypeVar("_Asked", bound=Request)
+_Request = TypeVar("_Request", bound=Request)
 
 app = typer.Typer(
     name="peft-vit",
@@ -24,18 +24,19 @@ app = typer.Typer(
 )
 
 
-def command(request: type[_Asked]) -> Callable[[Callable[[_Asked], None]], Callable[[_Asked], None]]:
+def command(request: type[_Request]) -> Callable[[Callable[[_Request], None]], Callable[[_Request], None]]:
     """Add a function of a request as a command of its name, whose arguments and options are the request's fields."""
 
-    def add(function: Callable[[_Asked], None]) -> Callable[[_Asked], None]:
+    def add(function: Callable[[_Request], None]) -> Callable[[_Request], None]:
         parameters = [_parameter(name, field, request.option(name)) for name, field in request.model_fields.items()]
 
         @functools.wraps(function)
         def call(**typed: Any) -> None:
-            function(request.of(**{one.name: typed[one.name] for one in parameters if typed[one.name] != one.default}))
+            given = {option.name: typed[option.name] for option in parameters if typed[option.name] != option.default}
+            function(request.of(**given))
 
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # which typer reads
-        call.__annotations__ = {one.name: one.annotation for one in parameters}
+        call.__annotations__ = {option.name: option.annotation for option in parameters}
         app.command()(call)
         return function
 
@@ -56,8 +57,8 @@ def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"peft-vit {metadata.version('peft-vit')}")
         raise typer.Exit
 

@@ -5,9 +5,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.config.datasets import DATASETS, DatasetInfo, licence_of
-from peft_vit.config.export_formats import EXPORTS, ExportFormat, file_bytes, format_of
-from peft_vit.config.loading import load_study, study_from_mapping
+from peft_vit.config.from_yaml import load_study, study_from_mapping
 from peft_vit.config.methods import (
     METHOD_KINDS,
     METRICS,
@@ -27,14 +25,24 @@ from peft_vit.config.methods import (
     StartingRanksConfig,
     Strategy,
 )
-from peft_vit.config.number_formats import BITS_OF_TYPE, NUMBER_FORMATS, QuantizationType
+from peft_vit.config.registries import (
+    BITS_OF_TYPE,
+    DATASETS,
+    EXPORTS,
+    NUMBER_FORMATS,
+    DatasetInfo,
+    ExportFormat,
+    QuantizationType,
+    exported_bytes,
+    exported_format,
+    licence_of,
+)
 from peft_vit.config.study import (
     DEFAULT_MODEL,
     FEWEST_PAIRS,
     IMAGE_SIZES,
     PROBE_READS,
     SEEDS,
-    AskedPrecision,
     BackboneConfig,
     DataConfig,
     DatasetName,
@@ -46,6 +54,7 @@ from peft_vit.config.study import (
     MethodName,
     Name,
     Precision,
+    PrecisionSetting,
     StoppingConfig,
     StudyConfig,
     WeightsSource,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from peft_vit.config.number_formats import BITS_OF_TYPE, Bits, QuantizationType
+from peft_vit.config.registries import BITS_OF_TYPE, Bits, QuantizationType
 from peft_vit.settings import AdapterConfig, Frozen, OnlyWith, Settings, exactly_one, is_given, refuse, without_repeats
 
 
@@ -442,7 +442,7 @@ _OF_ADAPTERS = ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", 
 METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show them
     kind.name: kind
     for kind in (
-        MethodKind("linear", "Linear probe", "#6b7780", "head", module="plain"),
+        MethodKind("linear", "Linear probe", "#6b7780", "head", module="full_precision"),
         MethodKind(
             "qa_linear",
             "Linear probe on low-bit weights",
@@ -450,16 +450,16 @@ METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show th
             "head",
             {"qa_lora": QaLoraConfig},
             unread={f"qa_lora.{setting}": "there are no adapters, remove it" for setting in _OF_ADAPTERS},
-            module="qa_lora",
+            module="quantized",
         ),
-        MethodKind("full", "Full fine-tuning", "#cc79a7", "everything", module="plain"),
-        MethodKind("lora", "LoRA, fixed rank", "#0072b2", "adapters", {"lora": LoraConfig}),
+        MethodKind("full", "Full fine-tuning", "#cc79a7", "everything", module="full_precision"),
+        MethodKind("lora", "LoRA, fixed rank", "#0072b2", "adapters", {"lora": LoraConfig}, module="full_precision"),
         MethodKind("peft_lora", "LoRA by PEFT", "#56b4e9", "adapters", {"peft_lora": PeftLoraConfig}, module="peft"),
-        MethodKind("adalora", "AdaLoRA", "#d55e00", "adapters", {"adalora": AdaLoraConfig}),
+        MethodKind("adalora", "AdaLoRA", "#d55e00", "adapters", {"adalora": AdaLoraConfig}, module="full_precision"),
         MethodKind(
             "peft_adalora", "AdaLoRA by PEFT", "#e69f00", "adapters", {"peft_adalora": PeftAdaLoraConfig}, module="peft"
         ),
-        MethodKind("qa_lora", "QA-LoRA", "#009e73", "adapters", {"qa_lora": QaLoraConfig}),
+        MethodKind("qa_lora", "QA-LoRA", "#009e73", "adapters", {"qa_lora": QaLoraConfig}, module="quantized"),
         MethodKind(
             "qa_adalora",
             "AdaLoRA + QA-LoRA",
@@ -472,7 +472,7 @@ METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show th
                 "adalora.scale": "set qa_lora.scale",
                 "adalora.targets": "set qa_lora.targets",
             },
-            module="qa_lora",
+            module="quantized",
         ),
         MethodKind("peft", "Tuner of PEFT", "#775533", "adapters", {"peft": PeftConfig}),
     )

@@ -17,8 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from peft_vit.config.datasets import DATASETS
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
+from peft_vit.config.registries import DATASETS
 from peft_vit.config.training import TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
@@ -28,7 +28,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Library = Literal["timm", "transformers"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["fp32", "bf16"]  # of a run
-AskedPrecision = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
+PrecisionSetting = Literal["auto", "fp32", "bf16"]  # auto is decided when a study is planned
 IMAGE_SIZES = range(14, 1025)  # sides in pixels
 SEEDS = range(2**31)
 
@@ -282,7 +282,7 @@ class _Experiment(Frozen):
                 f"has no effect with method: {self.method}, which trains no weights of the backbone; set it in the "
                 "training of experiments with method: full alone"
             )
-        refuse(self, {f"training.{name}": problem for name, problem in problems.items()})
+        refuse(self, {f"training.{name}": message for name, message in problems.items()})
         self.kind.refuse_unread(self, info)
         return self
 
@@ -391,7 +391,7 @@ class StudyConfig(Frozen):
         without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
     ] = Field(min_length=1, description="each experiment runs once with each")
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
-    precision: AskedPrecision = Field(
+    precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32; settled when planned"
     )
     threads: int = Field(

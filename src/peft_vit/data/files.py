@@ -63,14 +63,14 @@ class FileTree:
 
     def only(self, ending: str) -> str:
         """Return the one name that ends with the parts `ending`; raises UserError if not exactly one does."""
-        found = [name for name in self.names if f"/{name}".endswith(f"/{ending}")]
-        if len(found) != 1:
+        matching = [name for name in self.names if f"/{name}".endswith(f"/{ending}")]
+        if len(matching) != 1:
             raise UserError(
-                f"holds {len(found)} files called {ending}, expected one; name the data set's own folder or archive",
+                f"holds {len(matching)} files called {ending}, expected one; name the data set's own folder or archive",
                 file=self.location,
                 field="data.path",
             )
-        return found[0]
+        return matching[0]
 
 
 def decode_text(content: bytes, file: str | Path, remedy: str = "save it as UTF-8") -> str:

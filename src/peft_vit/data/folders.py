@@ -23,9 +23,9 @@ from peft_vit.data.files import (
     refuse_outside,
 )
 from peft_vit.data.index import (
+    DataSource,
     ImageIndex,
     ImagesFile,
-    Source,
     check_class_names,
     numbered,
     refuse_several_labels,
@@ -131,9 +131,9 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     path = existing(str(config.path))
     tree = open_tree(path)
     file = None if config.images_file is None else Path(config.images_file).expanduser()
-    seen = None if file is None else ImagesFile.read(file)
-    index = _index(tree, *class_files(tree, path, () if seen is None else seen.left_out))
-    return index if seen is None or file is None else seen.applied(index, path, file)
+    inspected = None if file is None else ImagesFile.read(file)
+    index = _index(tree, *class_files(tree, path, () if inspected is None else inspected.left_out))
+    return index if inspected is None or file is None else inspected.applied(index, path, file)
 
 
 class ClassFiles(NamedTuple):
@@ -157,14 +157,14 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
     test = next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
     for name, part in parts.items():
         if not is_image(name):
-            problem = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
-            raise UserError(problem, file=tree.file(name))
+            message = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
+            raise UserError(message, file=tree.file(name))
         if len(part) != (3 if test else 2):
             layout = "train|val|test/<class>/<image>" if test else "<class>/<image>"
             raise UserError(f"does not lie at {layout}; move it or take it out", file=tree.file(name))
     if not parts:
-        problem = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
-        raise UserError(problem, file=path, field="data.path")
+        message = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
+        raise UserError(message, file=path, field="data.path")
     classes = {name: part[-2] for name, part in parts.items()}
     if test is None:
         return ClassFiles(classes, None)
@@ -177,8 +177,8 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
         if folder not in ("train", *_TEST_FOLDERS):
             raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / folder)
         if odd := sorted(classes_of[folder] ^ classes_of["train"]):
-            problem = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
-            raise UserError(problem, file=path)
+            message = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
+            raise UserError(message, file=path)
     return ClassFiles(classes, [part[0] == test for part in parts.values()])
 
 
@@ -219,13 +219,13 @@ def read_csv(config: DataConfig) -> ImageIndex:
     try:
         columns = rows.fieldnames or []
         if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
-            problem = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
-            raise UserError(problem, file=f"{path}:1")
+            message = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
+            raise UserError(message, file=f"{path}:1")
         for row in rows:
             name = PurePosixPath(row["path"] or "").as_posix()
             if fault := _fault(row, name, root, labels):
-                column, problem = fault
-                raise UserError(problem, file=f"{path}:{rows.line_num}", field=column)
+                column, message = fault
+                raise UserError(message, file=f"{path}:{rows.line_num}", field=column)
             refuse_outside(root / name, root)
             labels[name] = row["label"]
             is_test.append(row.get("split") == "test")
@@ -264,7 +264,7 @@ def _write_csv(folder: Path) -> None:
 
 
 SOURCES = {
-    "tiny-imagenet": Source(read_tiny_imagenet, 4, _write_tiny_imagenet),
-    "image-folder": Source(read_image_folder, 3, _write_class_folders),
-    "csv": Source(read_csv, 3, _write_csv, "images.csv"),
+    "tiny-imagenet": DataSource(read_tiny_imagenet, 4, _write_tiny_imagenet),
+    "image-folder": DataSource(read_image_folder, 3, _write_class_folders),
+    "csv": DataSource(read_csv, 3, _write_csv, "images.csv"),
 }

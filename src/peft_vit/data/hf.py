@@ -24,7 +24,7 @@ import numpy as np
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
-from peft_vit.data.index import ImageIndex, Source, numbered, refuse_several_labels, sample_images
+from peft_vit.data.index import DataSource, ImageIndex, numbered, refuse_several_labels, sample_images
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
@@ -128,8 +128,8 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
             raise
         except Exception as error:  # a foreign set can fail in any way; the user needs one line
             field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
-            problem = f"can't be read by the library datasets ({_reason(error)})"
-            raise UserError(problem, file=_damaged(place) or path, field=field) from None
+            message = f"can't be read by the library datasets ({_reason(error)})"
+            raise UserError(message, file=_damaged(place) or path, field=field) from None
 
 
 def _reason(error: BaseException) -> str:
@@ -202,8 +202,8 @@ def _prepared(builder: DatasetBuilder, path: str) -> dict[str, Dataset]:
 
     if not isinstance(builder, (ImageFolder, Parquet, Arrow, Cache)):
         kind = type(builder).__module__.rpartition(".")[2]
-        problem = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
-        raise UserError(problem, file=path, field="data.path")
+        message = f"is a set of the kind {kind}; only image folders, Parquet and Arrow files are read"
+        raise UserError(message, file=path, field="data.path")
     builder.download_and_prepare()
     return dict(builder.as_dataset())
 
@@ -239,7 +239,7 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _image_column(features: Features, asked: str | None, path: str) -> str:
+def _image_column(features: Features, column: str | None, path: str) -> str:
     import datasets
 
     def holds_bytes(feature: Any) -> bool:  # as Parquet files have them that do not say that they are images
@@ -248,10 +248,10 @@ def _image_column(features: Features, asked: str | None, path: str) -> str:
 
     images = _named(features, lambda feature: isinstance(feature, datasets.Image))
     possible = _named(features, lambda feature: isinstance(feature, datasets.Image) or holds_bytes(feature))
-    return _column("image", "hold images", features, asked, images or possible, possible, path)
+    return _column("image", "hold images", features, column, images or possible, possible, path)
 
 
-def _label_column(features: Features, image: str, asked: str | None, path: str) -> str:
+def _label_column(features: Features, image: str, column: str | None, path: str) -> str:
     """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
     import datasets
 
@@ -264,13 +264,13 @@ def _label_column(features: Features, image: str, asked: str | None, path: str) 
     lists = (datasets.List, datasets.LargeList)
     several = _named(features, lambda feature: isinstance(feature, lists) and holds_labels(feature.feature))
     plain = [name for name in _named(features, holds_labels) if name != image]
-    only = several[0] if asked is None and not plain and len(several) == 1 else asked
+    only = several[0] if column is None and not plain and len(several) == 1 else column
     if only in several:
         problem = f"column '{only}' holds several labels an image; a model here tells one class of each image"
         raise UserError(f"{problem}{_such_as(plain)}", file=path, field="data.label_column")
-    found = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
-    found = ["label"] if "label" in found else found
-    return _column("label", "could be the label", features, asked, found, plain, path)
+    likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
+    likely = ["label"] if "label" in likely else likely
+    return _column("label", "could be the label", features, column, likely, plain, path)
 
 
 def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
@@ -278,22 +278,22 @@ def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
 
 
 def _column(
-    what: str, why: str, features: Features, asked: str | None, found: list[str], possible: list[str], path: str
+    what: str, why: str, features: Features, column: str | None, likely: list[str], possible: list[str], path: str
 ) -> str:
-    """Return the column asked for, which has to be a possible one, or else the one that is found."""
-    if asked is None and len(found) == 1:
-        return found[0]
-    if asked is None:
-        problem = f"{len(found)} of the columns {', '.join(features)} {why}; name the one to read"
-    elif asked not in features:
-        problem = f"there is no column '{asked}'; expected one of {', '.join(features)}"
-    elif asked in possible:
-        return asked
+    """Return the column asked for, which has to be a possible one, or else the only likely one."""
+    if column is None and len(likely) == 1:
+        return likely[0]
+    if column is None:
+        message = f"{len(likely)} of the columns {', '.join(features)} {why}; name the one to read"
+    elif column not in features:
+        message = f"there is no column '{column}'; expected one of {', '.join(features)}"
+    elif column in possible:
+        return column
     else:
-        dtype = getattr(features[asked], "dtype", None)
-        kind = dtype if isinstance(dtype, str) else type(features[asked]).__name__
-        problem = f"column '{asked}' holds no {what}s, but {kind}{_such_as(possible)}"
-    raise UserError(problem, file=path, field=f"data.{what}_column")
+        dtype = getattr(features[column], "dtype", None)
+        kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
+        message = f"column '{column}' holds no {what}s, but {kind}{_such_as(possible)}"
+    raise UserError(message, file=path, field=f"data.{what}_column")
 
 
 def _such_as(columns: list[str]) -> str:
@@ -310,8 +310,8 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
     columns = [column for column in (image, label) if column in rows.features]
     for column in (image, *columns):
         if rows.features.get(column) != features[column]:  # classes in another order would be other numbers
-            problem = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
-            raise UserError(problem, file=path, field="data.path")
+            message = f"column '{column}' of split {name} is not as in the others; save all splits with equal columns"
+            raise UserError(message, file=path, field="data.path")
     with foreign_fault(f"has a damaged split {name}", path, remedy=FETCH_AGAIN):
         table = rows.select_columns(columns).with_format("arrow")[:]
         for column in columns:
@@ -326,20 +326,20 @@ def _split(name: str, rows: Dataset, image: str, label: str, features: Features,
 
 def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
     """Return the splits that have labels."""
-    kept = []
+    labelled = []
     for part in parts:
         missing = [row for row, value in enumerate(part.classes) if value is None]
         if missing and len(missing) == len(part.classes):
             notes.append(f"split {part.name} has no labels and is left out")
         elif missing:
             among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
-            problem = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
-            raise UserError(problem, file=path, field="data.label_column")
+            message = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
+            raise UserError(message, file=path, field="data.label_column")
         elif part.classes:
-            kept.append(part)
-    if not kept:
+            labelled.append(part)
+    if not labelled:
         raise UserError("holds no image with a label", file=path, field="data.path")
-    return kept
+    return labelled
 
 
 def _official_test(parts: list[_Split], path: str, notes: list[str]) -> np.ndarray | None:
@@ -371,8 +371,8 @@ def _classes(
         refuse_several_labels(names, path, f"column '{label}'")
         return names, labels
     if present[-1] >= feature.num_classes:
-        problem = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
-        raise UserError(problem, file=path, field="data.label_column")
+        message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
+        raise UserError(message, file=path, field="data.label_column")
     absent = [name for k, name in enumerate(feature.names) if k not in present]
     if absent:
         notes.append(f"{len(absent)} of {feature.num_classes} classes have no image, such as '{absent[0]}'")
@@ -393,18 +393,17 @@ def _titles_and_digests(parts: list[_Split], path: str) -> tuple[list[str], list
     beside: dict[str, Path] = {}  # files of their own, by row
     for part in parts:
         files = {f"{part.name} {k}": file for k, file in enumerate(part.files)}
-        found = remembered(files, len(part.images), partial(_digests, part, path))
-        for row, digest in enumerate(found):
+        for row, digest in enumerate(remembered(files, len(part.images), partial(_digests, part, path))):
             titles.append(title := f"{part.name}[{row}]")
             if digest == _NO_BYTES:
                 file = str(_stored(part.images[row])[1])
                 real = Path(os.path.realpath(file))
                 if not os.path.isfile(file):
-                    problem = f"names the file {file}, which does not exist, and holds no image itself"
-                    raise UserError(problem, file=f"{path}: {title}")
+                    message = f"names the file {file}, which does not exist, and holds no image itself"
+                    raise UserError(message, file=f"{path}: {title}")
                 if not any(real.is_relative_to(root) for root in (own, *others)):
-                    problem = f"names the file {file}, which leads out of the data set; copy it into it"
-                    raise UserError(problem, file=f"{path}: {title}")
+                    message = f"names the file {file}, which leads out of the data set; copy it into it"
+                    raise UserError(message, file=f"{path}: {title}")
                 beside[title] = Path(file)
                 if real.is_relative_to(own):
                     titles[-1] = real.relative_to(own).as_posix()
@@ -442,4 +441,4 @@ def _write_parquet(folder: Path) -> None:
         rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
 
 
-SOURCES = {"hf": Source(read_hf, 3, _write_parquet)}
+SOURCES = {"hf": DataSource(read_hf, 3, _write_parquet)}

@@ -98,7 +98,9 @@ class LabelledImages:
         """
         *_, size, channels = self.pixels.shape
         check_augmentation(augmentation, channels)
-        changes = [one for entry in augmentation for one in _changes(entry.settings, len(self), size, seed, epoch)]
+        changes = [
+            change for entry in augmentation for change in _changes(entry.settings, len(self), size, seed, epoch)
+        ]
         order = self.order(seed, epoch)
         for start in range(skip * batch_size, len(self), batch_size):
             rows = order[start : start + batch_size]
@@ -200,7 +202,16 @@ def _changes(settings: Any, images: int, size: int, seed: int, epoch: int) -> It
     elif not isinstance(settings, Mixup | Cutmix):
         transform, purpose = _of_torchvision(settings, size)
         seeds = torch.randint(2**63 - 1, (images,), generator=torch_generator(seed, purpose, epoch))
-        yield lambda batch, rows: _each(transform, batch, seeds[rows])
+
+        def transform_each(batch: Tensor, rows: np.ndarray) -> Tensor:
+            changed = []
+            with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator, lent to it here
+                for image, image_seed in zip(batch, seeds[rows].tolist(), strict=True):
+                    torch.default_generator.manual_seed(image_seed)
+                    changed.append(transform(image))
+            return torch.stack(changed)
+
+        yield transform_each
 
 
 def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor], Purpose]:
@@ -217,19 +228,6 @@ def _of_torchvision(settings: Any, size: int) -> tuple[Callable[[Tensor], Tensor
         return v2.ColorJitter(**settings.model_dump()), "color_jitter"
     assert isinstance(settings, RandAugment)
     return v2.RandAugment(settings.num_ops, settings.magnitude), "rand_augment"
-
-
-def _each(transform: Callable[[Tensor], Tensor], images: Tensor, seeds: Tensor) -> Tensor:
-    """Change each image (B, C, S, S) by its own seed (B,).
-
-    torchvision draws from torch's global generator, which is lent to it here and left as it was.
-    """
-    changed = []
-    with torch.random.fork_rng(devices=[]):
-        for image, seed in zip(images, seeds.tolist(), strict=True):
-            torch.default_generator.manual_seed(seed)
-            changed.append(transform(image))
-    return torch.stack(changed)
 
 
 def mixed(
@@ -253,25 +251,21 @@ def mixed(
     Returns:
         images (B, 3, S, S), and shares of each class (B, classes) float32, or the labels if nothing is mixed.
     """
-    mixers = [one.settings for one in augmentation if one.mixes]
+    mixers = [entry.settings for entry in augmentation if entry.mixes]
     if not mixers:
         return images, labels
     generator = numpy_generator(seed, "mixing", step)
     mixer: Any = mixers[int(generator.random() < 0.5)] if len(mixers) == 2 else mixers[0]
     own = float(generator.beta(mixer.alpha, mixer.alpha))
     if isinstance(mixer, Cutmix):
-        (top, bottom, left, right), own = _rectangle(images.shape[-1], own, generator)
+        side = images.shape[-1]
+        cut = int(side * np.sqrt(1 - own))
+        centres = generator.integers(0, side, size=2)  # a row and a column
+        (top, left), (bottom, right) = (np.clip(centres + shift, 0, side) for shift in (-(cut // 2), (cut + 1) // 2))
+        own = 1.0 - float((bottom - top) * (right - left)) / side**2
         result = images.clone()
         result[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     else:
         result = images * own + images.flip(0) * (1.0 - own)
     one_hot = F.one_hot(labels, classes).float()  # (B,) -> (B, classes)
     return result, one_hot * own + one_hot.flip(0) * (1.0 - own)
-
-
-def _rectangle(side: int, own: float, generator: np.random.Generator) -> tuple[tuple[int, int, int, int], float]:
-    """Return top, bottom, left and right in pixels, and the share of the image's area outside."""
-    cut = int(side * np.sqrt(1 - own))
-    centres = generator.integers(0, side, size=2)  # a row and a column
-    (top, left), (bottom, right) = (np.clip(centres + shift, 0, side) for shift in (-(cut // 2), (cut + 1) // 2))
-    return (int(top), int(bottom), int(left), int(right)), 1.0 - float((bottom - top) * (right - left)) / side**2

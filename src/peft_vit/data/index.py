@@ -77,7 +77,7 @@ class ImageIndex:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """How a data set is read: a line in the SOURCES of the module that its entry in `config.DATASETS` names.
 
     Attributes:
@@ -162,8 +162,8 @@ class ImagesFile(Frozen):
         """
         assert index.names is not None
         if index.sha256 != self.sha256:
-            problem = f"holds other images than when they were looked at ({file}); {_REMEDY}"
-            raise UserError(problem, file=path, field="data.path")
+            message = f"holds other images than when they were looked at ({file}); {_REMEDY}"
+            raise UserError(message, file=path, field="data.path")
         place = {name: i for i, name in enumerate(index.names)}
         groups = np.arange(len(place), dtype=np.int64)
         sealed = np.zeros(len(place), dtype=bool)
@@ -186,8 +186,8 @@ def check_class_names(
     """Raise UserError, with the file that says so, if a class has a name that could not be printed."""
     for name in names:
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
-            problem = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
-            raise UserError(f"{problem}; {remedy}", file=file, field=field)
+            message = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
+            raise UserError(f"{message}; {remedy}", file=file, field=field)
 
 
 def refuse_several_labels(labels: Iterable[str], file: str | Path, field: str) -> None:
@@ -200,5 +200,5 @@ def refuse_several_labels(labels: Iterable[str], file: str | Path, field: str) -
         seen = Counter(part for of in parts.values() for part in set(of))
         for label, of in parts.items():
             if len(of) > 1 and all(part and seen[part] > 1 for part in of):
-                problem = f"{reprlib.repr(label)} stands for several labels; a model here tells one class of each image"
-                raise UserError(f"{problem}, so keep one label, or take these images out", file=file, field=field)
+                message = f"{reprlib.repr(label)} stands for several labels; a model here tells one class of each image"
+                raise UserError(f"{message}, so keep one label, or take these images out", file=file, field=field)

@@ -1,40 +1,261 @@
-"""A first look at somebody's folder of images: what is there, what can't be used, and what is a copy of what.
+"""A first look at a folder of images, and copies among the images of a run: what is equal or nearly equal.
 
-Every image is decoded once, JPEGs at a fraction of their size. Exact copies have the same pixels, whatever their files
-are called and hold; near copies are those of `duplicates`: saved anew, scaled or brightened, and what a chain of such
-pairs links. What no comparison of pixels tells, nobody sees here: photographs of one object one after the other, crops,
-mirrored images.
+Equal are images with the same pixels at the study's size: no model can tell them apart, whatever their files say. They
+are found by a hash of 128 bits.
+
+Nearly equal are two images of different splits whose grey thumbnails of 16 x 16 pixels correlate at least 0.999, and
+whose thumbnails' second differences correlate at least 0.98 (normalised cross-correlation, Lewis 1995, "Fast Normalized
+Cross-Correlation"). A photograph saved anew as JPEG, scaled or brightened stays above both. Objects of one kind do not
+reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, whereas a 64-bit difference
+hash within 2 bits would call 1,025 and 2,779 pairs so. An image whose second differences deviate by less than 4 grey
+levels is nearly equal to nothing: it is flat or a gradient, and all gradients correlate. Of images as tiny as the
+digits little is found: scaled or saved anew, they are no longer themselves.
+
+Of a run the answer is kept in the cache. It costs one pass over the decoded pixels, 4 kB of memory an image, and a
+product of the thumbnails of both sides.
+
+A folder is looked at before there are splits (`look_at`). Every image is decoded once, JPEGs at a fraction of their
+size; near copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here:
+photographs of one object one after the other, crops, mirrored images.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.data.duplicates import near_groups, thumbnails_of
-from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, existing, open_tree
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, cache_fault, existing, open_tree
 from peft_vit.data.folders import class_files, files_in_use, is_image
-from peft_vit.data.index import ImagesFile, check_class_names, numbered
-from peft_vit.data.pixels import decode_image, on_white, sides_of, to_pixels
-from peft_vit.data.splits import crossing, stratified_draw
-from peft_vit.errors import UserError
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.pixels import FORMAT_VERSION, decode_image, how, on_white, sides_of, split_pixels, to_pixels
+from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
+from peft_vit.errors import DataWarning, UserError
+from peft_vit.packages import cache_dir
+from peft_vit.records import write_atomically
 from peft_vit.seeding import numpy_generator
+
+_VERSION = 2  # raise when what counts as equal or nearly equal changes
+_SIDE = 16  # pixels of a thumbnail
+_LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
+_BLOCK, _BATCH = 4096, 64  # images
+
+
+def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[str, ...]:
+    """Return what to know of a run's images before believing its numbers, each in a line.
+
+    Args:
+        index: the data set.
+        splits: of it.
+        image_size: side S in pixels.
+
+    Raises:
+        UserError: if somebody's own images (a folder, a CSV) hold one image on two sides of the split; in published
+            sets, whose splits are what others used too, it is told.
+    """
+    lines = list(index.notes)
+    if not index.looked_at:  # else splits are along its groups
+        rows = np.concatenate(splits.parts)
+        sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
+        equal, near = _compared(index, splits, rows, image_size)
+        if index.own:
+            refuse_across(index, equal, sides, rows)
+        lines += _of_copies(index, splits, rows, sides, equal, near)
+    return (*class_gaps(index, splits), *(DataWarning.PREFIX + line for line in lines))
+
+
+def _of_copies(
+    index: ImageIndex, splits: Splits, rows: np.ndarray, sides: np.ndarray, equal: np.ndarray, near: np.ndarray
+) -> Iterator[str]:
+    """Tell of copies left out, across and within splits, of two classes, and near ones; one line a kind."""
+
+    def such_as(a: int, b: int) -> str:
+        first, second = (f"{index.title(int(rows[i]))} ({SIDES[sides[i]]})" for i in (a, b))
+        return f"such as {first} and {second}"
+
+    # Training could have had those if they were not in validation or test, see `make_splits`.
+    left_out = np.isin(index.groups, index.groups[np.concatenate([splits.validation, splits.test])])
+    left_out[rows] = False
+    if index.official_test is not None:
+        left_out &= ~index.official_test
+    if left_out.any():
+        first = index.title(int(np.argmax(left_out)))
+        yield f"{left_out.sum()} files are left out as copies of validation or test images, such as {first}"
+    count, pair = crossing(equal, sides)
+    if count:
+        yield f"{count} images are in two splits, {such_as(*pair)}; the splits stay as they are"
+    for side, name in enumerate(SIDES):
+        here = np.flatnonzero(sides == side)
+        count, pair = crossing(equal[here], here)
+        if count:
+            a, b = (index.title(int(i)) for i in rows[here[list(pair)]])
+            copies = len(here) - len(np.unique(equal[here]))
+            yield f"{copies} of {len(here)} {name} images are copies of others there, such as {b} of {a}; each counts"
+    group_of = np.full(index.groups.max() + 1, -1)
+    group_of[index.groups[rows]] = equal
+    groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
+    known = np.flatnonzero(groups >= 0)
+    count, pair = crossing(groups[known], index.labels[known])
+    if count:
+        a, b = (f"{index.title(i)} ('{index.class_names[index.labels[i]]}')" for i in known[list(pair)].tolist())
+        yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
+    if len(near):
+        counts = [f"{n} {SIDES[side]}" for side in (1, 2) if (n := np.count_nonzero(sides[near[:, 0]] == side))]
+        yield (
+            f"{' and '.join(counts)} images nearly equal one of another split, {such_as(*near[0])}; if they show the "
+            "same thing, accuracy is too high for new ones"
+        )
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return groups of equal images (N,) and pairs of nearly equal ones (M, 2), both as positions in `rows`."""
+    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}{how(index)}"
+    text = f"{_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
+    file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
+    compared = _cached_comparison(file, len(rows))
+    if compared is None:
+        parts = [split_pixels(index, own, splits.divided, image_size) for own in splits.parts]
+        number: dict[bytes, int] = {}
+        images = (pixels[place] for pixels, places in parts for place in places)
+        digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
+        equal = np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
+        compared = np.concatenate([equal, _near(parts, equal).ravel()])
+        buffer = io.BytesIO()
+        np.save(buffer, compared)
+        with cache_fault(file):
+            write_atomically(file, buffer.getvalue())
+    return compared[: len(rows)], compared[len(rows) :].reshape(-1, 2)
+
+
+def _cached_comparison(file: Path, count: int) -> np.ndarray | None:
+    try:
+        cached = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
+    except Exception:  # whatever was in its place, it is not this package's file
+        return None
+    plausible = (
+        cached.dtype == np.int64 and cached.ndim == 1 and len(cached) >= count and (len(cached) - count) % 2 == 0
+    )
+    return cached if plausible and np.all((cached >= 0) & (cached < count)) else None
+
+
+def _near(parts: list[tuple[np.ndarray, np.ndarray]], equal: np.ndarray) -> np.ndarray:
+    """Return for each validation and test image one of the splits before that is nearly equal and not equal, (M, 2).
+
+    `parts` are the three of `split_pixels`.
+    """
+    thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
+    starts = np.cumsum([0, *(len(places) for _, places in parts)]).tolist()
+    partner = np.full(len(thumbnails), -1)
+
+    for start, end in pairwise(starts[1:]):
+        for pairs in _near_pairs(
+            thumbnails,
+            range(start, end),
+            range(start),
+            lambda pairs: (partner[pairs[:, 0]] < 0) & (equal[pairs[:, 0]] != equal[pairs[:, 1]]),
+        ):
+            partner[pairs[:, 0]] = pairs[:, 1]
+    copies = np.flatnonzero(partner >= 0)
+    return np.stack([copies, partner[copies]], axis=1)
+
+
+def near_groups(thumbnails: np.ndarray) -> np.ndarray:
+    """Group images that are nearly equal, or linked by a chain of such pairs; all pairs are compared, in blocks.
+
+    Args:
+        thumbnails: of `grey_thumbnails`, (N, 256).
+
+    Returns:
+        Equal numbers for images of one group, (N,) int64.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = len(thumbnails)
+    groups = np.arange(count, dtype=np.int64)
+
+    def are_apart(pairs: np.ndarray) -> np.ndarray:
+        return groups[pairs[:, 0]] != groups[pairs[:, 1]]
+
+    for first in range(0, count, _BLOCK):
+        rows = range(first, min(first + _BLOCK, count))
+        for pairs in _near_pairs(thumbnails, rows, range(first, count), are_apart):
+            links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
+            groups = connected_components(links, directed=False)[1][groups].astype(np.int64)
+    return groups
+
+
+def _near_pairs(
+    thumbnails: np.ndarray, rows: range, others: range, matters: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yield pairs (M, 2) of nearly equal images, one of `rows` and one of `others`, of those that matter.
+
+    `matters` is asked of pairs (M, 2) whose thumbnails correlate, before their details are compared; (M,) bool.
+    """
+    for first in range(rows.start, rows.stop, _BLOCK):
+        for other in range(others.start, others.stop, _BLOCK):
+            some = thumbnails[first : min(first + _BLOCK, rows.stop)]
+            alike = some @ thumbnails[other : min(other + _BLOCK, others.stop)].T >= _LEAST_CORRELATION  # (some, other)
+            candidates = np.argwhere(alike) + np.array([first, other])
+            for start in range(0, len(candidates), _BLOCK):
+                pairs = candidates[start : start + _BLOCK]
+                pairs = pairs[matters(pairs)]
+                a, b = (_detail(thumbnails[pairs[:, side]]) for side in (0, 1))  # (M, 196) each
+                norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+                pairs = pairs[(a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * norms]
+                if len(pairs):
+                    yield pairs
+
+
+def grey_thumbnails(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return grey thumbnails (N, 256) float32 less their mean, of length 1; 0 where there is no detail.
+
+    Args:
+        pixels: (M, S, S, C) uint8, S at least 16.
+        places: of the images in it, (N,).
+    """
+    grey = np.empty((len(places), _SIDE**2), np.float32)
+    for start in range(0, len(places), _BATCH):
+        images = torch.from_numpy(pixels[places[start : start + _BATCH]].astype(np.float32))  # (B, S, S, C)
+        small = adaptive_avg_pool2d(images.mean(3)[:, None], _SIDE)  # (B, 1, S, S) -> (B, 1, 16, 16)
+        grey[start : start + _BATCH] = small.flatten(1).numpy()
+    plain = _detail(grey).std(1) < _LEAST_DETAIL
+    grey -= grey.mean(1, keepdims=True)
+    grey /= np.maximum(np.linalg.norm(grey, axis=1, keepdims=True), 1e-6)
+    grey[plain] = 0
+    return grey
+
+
+def _detail(thumbnails: np.ndarray) -> np.ndarray:
+    """Return the second differences of thumbnails, (N, 14 * 14) less their mean: the negative discrete Laplacian."""
+    t = thumbnails.reshape(-1, _SIDE, _SIDE)  # (N, 256) -> (N, 16, 16)
+    inner = 4 * t[:, 1:-1, 1:-1] - t[:, :-2, 1:-1] - t[:, 2:, 1:-1] - t[:, 1:-1, :-2] - t[:, 1:-1, 2:]
+    flat: np.ndarray = inner.reshape(-1, (_SIDE - 2) ** 2)  # (N, 14, 14) -> (N, 196)
+    return flat - flat.mean(1, keepdims=True)
+
 
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 _LEAST_BESIDE_SEALED = 8  # different images of a class, for training, validation and test
-_ENOUGH, _SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
+_ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 
 
 @dataclass(frozen=True)
-class Seen:
+class Inspection:
     """What a folder of images holds: N that can be used, of K classes, and what is left out.
 
     Attributes:
@@ -70,18 +291,21 @@ class Seen:
         return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
 
     @property
-    def imbalance(self) -> float:
-        """Return how many times as many of these the largest class has as the smallest."""
-        return float(self.chosen_counts.max() / self.chosen_counts.min())
-
-    @property
     def balanced(self) -> bool:
         """Return whether accuracy decides; where it does not, balanced accuracy does."""
-        return self.imbalance <= LARGEST_IMBALANCE
+        return bool(self.chosen_counts.max() <= LARGEST_IMBALANCE * self.chosen_counts.min())
 
     def lines(self) -> list[str]:
         """Return what there is to know, each in a line."""
-        return [*self._of_images(), *self._of_copies(), self._of_balance()]
+        counts = self.chosen_counts
+        large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
+        times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
+        if counts.max() == counts.min():
+            times = "all classes have as many images"
+        balance = f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
+        if not self.balanced:
+            balance = f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
+        return [*self._of_images(), *self._of_copies(), balance]
 
     def _of_images(self) -> Iterator[str]:
         counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
@@ -114,16 +338,6 @@ class Seen:
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
-    def _of_balance(self) -> str:
-        counts = self.chosen_counts
-        large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
-        times = f"class '{large}' has {self.imbalance:.1f} times as many images as class '{small}'"
-        if counts.max() == counts.min():
-            times = "all classes have as many images"
-        if self.balanced:
-            return f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
-        return f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
-
 
 def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
@@ -135,7 +349,7 @@ def look_at(
     folds: int = 5,
     sealed_share: float = 0.2,
     on_progress: Callable[[int, int], None] | None = None,
-) -> Seen:
+) -> Inspection:
     """Decode every image of a folder once, and say what is there.
 
     Args:
@@ -155,8 +369,8 @@ def look_at(
     classes, labels = numbered(list(files.classes.values()))
     class_names = tuple(classes)
     if len(class_names) < 2:
-        problem = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
-        raise UserError(problem, file=path)
+        message = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
+        raise UserError(message, file=path)
     check_class_names(class_names, path)
     names = np.array(list(files.classes), dtype=object)
     sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
@@ -166,46 +380,48 @@ def look_at(
     _refuse_few(path, class_names, labels, np.arange(len(labels)), sealed, least)  # before anything is decoded
     copies, groups, sides, faults = _decoded(tree, list(files.classes), on_progress)
     left_out |= faults | _contradictions(names, labels, copies, groups, sealed)
-    kept = np.array([name not in left_out for name in names], dtype=bool)
-    labels, groups, sealed = labels[kept], groups[kept], None if sealed is None else sealed[kept]
+    used = np.array([name not in left_out for name in names], dtype=bool)
+    labels, groups, sealed = labels[used], groups[used], None if sealed is None else sealed[used]
     _refuse_few(path, class_names, labels, groups, sealed, least)
-    return Seen(path, class_names, tuple(names[kept]), labels, copies[kept], groups, sealed, sides[kept], left_out)
+    return Inspection(
+        path, class_names, tuple(names[used]), labels, copies[used], groups, sealed, sides[used], left_out
+    )
 
 
-def images_file(seen: Seen, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
+def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
 
     Sealed is the folder's own test split, or else a share of the different images, each class with its own, by `seed`:
     of a group of copies one, whose others are left out.
 
     Args:
-        seen: the folder.
+        inspection: the folder.
         sealed_share: of the different images; has no effect on a test split of one's own.
         seed: of the draw.
 
     Raises:
         UserError: if the share leaves a class without a sealed image, or a file can't be read any more.
     """
-    names = np.array(seen.names, dtype=object)
-    left_out = dict(seen.left_out)
-    sealed = seen.sealed
+    names = np.array(inspection.names, dtype=object)
+    left_out = dict(inspection.left_out)
+    sealed = inspection.sealed
     if sealed is None:
-        first = np.unique(seen.groups, return_index=True)[1]
+        first = np.unique(inspection.groups, return_index=True)[1]
         count = round(sealed_share * len(first))
-        drawn = stratified_draw(np.sort(first), seen.labels, count, numpy_generator(seed, "sealed"))
+        drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
         sealed = np.isin(np.arange(len(names)), drawn)
-        of_group = dict(zip(seen.groups[drawn].tolist(), names[drawn], strict=True))
-        for i in np.flatnonzero(np.isin(seen.groups, seen.groups[drawn]) & ~sealed):
-            left_out[names[i]] = f"a copy of {of_group[int(seen.groups[i])]}, which is sealed"
-    missing = np.flatnonzero(np.bincount(seen.labels[sealed], minlength=len(seen.class_names)) == 0)
+        of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
+        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~sealed):
+            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
+    missing = np.flatnonzero(np.bincount(inspection.labels[sealed], minlength=len(inspection.class_names)) == 0)
     if len(missing):
-        problem = f"no image of class '{seen.class_names[missing[0]]}' would be sealed; seal a larger share"
-        raise UserError(problem, file=seen.path)
-    used = np.array([name not in left_out for name in seen.names], dtype=bool)
+        message = f"no image of class '{inspection.class_names[missing[0]]}' would be sealed; seal a larger share"
+        raise UserError(message, file=inspection.path)
+    used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
-        sha256=open_tree(seen.path).hashed(names[used].tolist()).sha256,
+        sha256=open_tree(inspection.path).hashed(names[used].tolist()).sha256,
         left_out=left_out,
-        copies=tuple(tuple(names[used][some]) for some in _several(seen.groups[used])),
+        copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
         sealed=tuple(names[sealed].tolist()),
     )
     return content.model_dump(mode="json")
@@ -239,8 +455,8 @@ def _refuse_few(
             file=path,
         )
     if sealed is not None and not (tested := np.bincount(labels[sealed], minlength=len(class_names))).all():
-        problem = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
-        raise UserError(problem, file=path)
+        message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
+        raise UserError(message, file=path)
 
 
 def _contradictions(
@@ -294,7 +510,7 @@ def _decoded(
             digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
             if digest not in number:
                 number[digest] = len(number)
-                different.append(thumbnails_of(to_pixels(image, _SIDE, 3)[None], np.arange(1))[0])
+                different.append(grey_thumbnails(to_pixels(image, _COMPARED_SIDE, 3)[None], np.arange(1))[0])
             copies[done] = number[digest]
         if on_progress is not None:
             on_progress(done + 1, len(names))

@@ -18,7 +18,7 @@ from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, open_tree, unpacked
-from peft_vit.data.index import ImageIndex, Source, check_class_names, sample_images, save_sample
+from peft_vit.data.index import DataSource, ImageIndex, check_class_names, sample_images, save_sample
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
@@ -166,8 +166,8 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     """
     start = 4 + 4 * dimensions
     if not file.exists():
-        problem = "is missing; name the folder that holds the four idx .gz files"
-        raise UserError(problem, file=file, field="data.path")
+        message = "is missing; name the folder that holds the four idx .gz files"
+        raise UserError(message, file=file, field="data.path")
     with foreign_fault("is not a readable .gz", file, remedy=FETCH_AGAIN):
         require_regular(file.stat(), file)  # opening a pipe could wait for ever
         with gzip.open(file) as unzipped:
@@ -180,8 +180,8 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
                 raise OSError(f"its header asks for {expected} bytes")
             values = unzipped.read(expected + 1)  # and no more of what may be a bomb
     if len(values) != expected:
-        found = f"more than {expected}" if len(values) > expected else len(values)
-        raise UserError(f"holds {found} values, its header says {shape}; {FETCH_AGAIN}", file=file)
+        count = f"more than {expected}" if len(values) > expected else len(values)
+        raise UserError(f"holds {count} values, its header says {shape}; {FETCH_AGAIN}", file=file)
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
@@ -297,9 +297,9 @@ def _write_cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
 
 
 SOURCES = {
-    "elpv": Source(read_elpv, 2, _write_elpv),
-    "digits": Source(read_digits, 10),
-    "fashion-mnist": Source(read_fashion_mnist, 10, _write_fashion_mnist),
-    "cifar10": Source(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
-    "cifar100": Source(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
+    "elpv": DataSource(read_elpv, 2, _write_elpv),
+    "digits": DataSource(read_digits, 10),
+    "fashion-mnist": DataSource(read_fashion_mnist, 10, _write_fashion_mnist),
+    "cifar10": DataSource(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
+    "cifar100": DataSource(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
 }

@@ -99,8 +99,8 @@ def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
 def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
     """Return why a file is not read right, and what to do; None if it is."""
     if image.mode.startswith(("I", "F")) and not _is_grey_of_16_bits(image, raw_mode):
-        problem = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
-        return f"{problem}; scale them and save it with 8 or 16 bits a channel"
+        message = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
+        return f"{message}; scale them and save it with 8 or 16 bits a channel"
     if isinstance(image, PngImageFile) and raw_mode == "RGB;16B" and "transparency" in image.info:
         return "has 16 bits a channel and a transparent colour; save it with an alpha channel"
     if not isinstance(image, TiffImageFile):
@@ -169,26 +169,26 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
     text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{how(index)}"
     key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
     file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
-    found = _open(file, shape)
-    if found is None:
+    pixels = _open_cached(file, shape)
+    if pixels is None:
         _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
         # Written as a stream: on a full disk a memory map would end the process, write() raises.
         with new_in_cache(file) as temporary, temporary.open("wb") as handle:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(handle, header)
             for row in rows:
-                pixels = to_pixels(index.read(int(row)), image_size, index.channels, index.interpolation)
-                handle.write(pixels.tobytes())
+                image = to_pixels(index.read(int(row)), image_size, index.channels, index.interpolation)
+                handle.write(image.tobytes())
             handle.flush()
             os.fsync(handle.fileno())
-        found = _open(file, shape)
-    if found is None:
+        pixels = _open_cached(file, shape)
+    if pixels is None:
         with cache_fault(file):
             raise OSError(0, "what was written does not read back")
-    return found
+    return pixels
 
 
-def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+def _open_cached(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     if not file.is_file():
         return None
     try:

@@ -106,8 +106,8 @@ def _draw_test(index: ImageIndex, config: DataConfig, rng: np.random.Generator) 
     everything = np.arange(len(index.labels), dtype=np.int64)
     official = index.official_test
     if official is None and config.test_images is None:
-        problem = f"is missing; {index.name} has no test split of its own, say how many images"
-        raise UserError(problem, field="data.test_images")
+        message = f"is missing; {index.name} has no test split of its own, say how many images"
+        raise UserError(message, field="data.test_images")
     source = _one_of_each(index, everything) if official is None else everything[official]
     count = len(source) if config.test_images is None else config.test_images
     _need("test_images", count, len(source), "different images are available for test")
@@ -144,8 +144,8 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         return np.sort(np.concatenate([stratified_draw(rows, index.strata, shots, rng) for rows in by_class]))
     count = len(pool) if config.train_images is None else config.train_images
     if per_seed and count == len(pool):
-        problem = f"per_seed has no effect, all {len(pool)} images that remain are trained on"
-        raise UserError(f"{problem}; lower data.train_images or say fixed", field="data.train_subset")
+        message = f"per_seed has no effect, all {len(pool)} images that remain are trained on"
+        raise UserError(f"{message}; lower data.train_images or say fixed", field="data.train_subset")
     train = stratified_draw(pool, index.strata, count, rng)
     drawn = np.bincount(index.labels[train], minlength=len(remaining))  # (K,)
     if not drawn.all():

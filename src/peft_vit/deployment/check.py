@@ -32,7 +32,7 @@ LARGEST_MERGE_ERROR, LARGEST_ONNX_ERROR = 1e-5, 1e-4  # of the largest logit; Op
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Deviation:
     """How far the logits of what was made are from those of the model with adapters, over the largest of these.
 
     Attributes:
@@ -69,9 +69,9 @@ class ModelCheck:
     """
 
     sites: tuple[SiteCheck, ...]
-    merged: Outcome
-    files: dict[str, Outcome]
-    peft: Outcome | None
+    merged: Deviation
+    files: dict[str, Deviation]
+    peft: Deviation | None
     peft_idle: dict[str, str]
 
     @property
@@ -146,14 +146,14 @@ def check_architecture(
             export_peft(model, Path(folder), {})
             return PeftModel.from_pretrained(_prepared(build()), folder).eval()(images)
 
-    def compared(run: Callable[[], Tensor]) -> Outcome:
+    def compared(run: Callable[[], Tensor]) -> Deviation:
         try:
             with torch.inference_mode(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 others = run()
         except Exception as error:  # whatever it is that a library can't do with this model
-            return Outcome(None, first_line(error))
-        return Outcome(float((others - logits).abs().max() / logits.abs().max()))
+            return Deviation(None, first_line(error))
+        return Deviation(float((others - logits).abs().max() / logits.abs().max()))
 
     return ModelCheck(
         tuple(SiteCheck(site, effect[site.name], merge_errors[site.module]) for site in sites),
@@ -218,5 +218,5 @@ def _idle_of_peft(build: Callable[[], nn.Module]) -> dict[str, str]:
     parameters = {
         name: [part for key, part in model.get_submodule(name).named_parameters() if "lora_" in key] for name in names
     }
-    effect = effects_of(Backbone(model), {name: name for name in names}, parameters)
-    return {name: found.fault for name, found in effect.items() if found.fault}
+    effects_by_module = effects_of(Backbone(model), {name: name for name in names}, parameters)
+    return {name: effect.fault for name, effect in effects_by_module.items() if effect.fault}

@@ -72,9 +72,9 @@ class Calibrated(Strict):
         temperature = fit_temperature(logits, labels)
         scores = class_scores(probabilities(logits, temperature), labels)
         quantiles = {coverage: conformal_quantile(scores, coverage, images) for coverage in COVERAGES}
-        kept = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}
+        finite = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}
         return cls(
-            images=len(set(images)), temperature=temperature, coverages=tuple(kept), thresholds=tuple(kept.values())
+            images=len(set(images)), temperature=temperature, coverages=tuple(finite), thresholds=tuple(finite.values())
         )
 
     def probabilities(self, logits: ArrayLike) -> NDArray[np.float64]:
@@ -128,9 +128,9 @@ class ModelCard(Strict):
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
-        said: dict[str, Any] = write(self)
+        fields: dict[str, Any] = write(self)
         later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None}
-        return {key: value for key, value in said.items() if key not in later or value != later[key]}
+        return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
     @property
     def architecture(self) -> Architecture:

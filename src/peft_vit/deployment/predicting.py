@@ -17,7 +17,7 @@ from PIL import Image
 
 from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, import_peft
 from peft_vit.backbones import load_backbone
-from peft_vit.config import EXPORTS, format_of, named_backbone
+from peft_vit.config import EXPORTS, exported_format, named_backbone
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
 from peft_vit.deployment.model_card import Classifier, Format, ModelCard, read_json
 from peft_vit.deployment.torch_files import torch_classifier
@@ -59,7 +59,7 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         return open_peft(path, weights)
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
-    name = format_of(path)
+    name = exported_format(path)
     if name is None:
         *endings, last = (kind.ending for kind in EXPORTS.values() if kind.ending)
         raise UserError(f"expected a {', '.join(endings)} or {last} file, a PEFT folder or a run's folder", file=path)
@@ -182,11 +182,11 @@ def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
         for place, folders, names in os.walk(path, onerror=closed.append):
             folders[:] = [name for name in folders if not name.startswith(".")]
             below += [Path(place, name) for name in names if not name.startswith(".")]
-        found = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        yield from found
+        files = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        yield from files
         for error in closed:
             yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
-        if not found and not closed:
+        if not files and not closed:
             yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
 
 

@@ -83,8 +83,8 @@ def _open_onnx(job: dict[str, Any]) -> _Opened:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = job["threads"]
     session = onnxruntime.InferenceSession(job["file"], options, providers=["CPUExecutionProvider"])
-    asked = session.get_inputs()[0]
-    return lambda images: session.run(None, {asked.name: images}), asked.shape[-1]
+    images_input = session.get_inputs()[0]
+    return lambda images: session.run(None, {images_input.name: images}), images_input.shape[-1]
 
 
 def _open_openvino(job: dict[str, Any]) -> _Opened:

@@ -166,8 +166,8 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
 
 def low_bit_digest(header: LowBitHeader, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 over the header without its hash, and over name, dtype, shape and bytes of each tensor."""
-    said = header.model_dump(mode="json", exclude={"sha256"})
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+    fields = header.model_dump(mode="json", exclude={"sha256"})
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
     for name, tensor in sorted(tensors.items()):
         described = [name, dtype_name(tensor.dtype), list(tensor.shape)]
         digest.update(json.dumps(described, separators=(",", ":")).encode())
@@ -256,17 +256,19 @@ def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
         model.config.id2label = dict(enumerate(card.class_names))
         model.config.label2id = {name: number for number, name in enumerate(card.class_names)}
         model.save_pretrained(folder)
-    said: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "image_mean": list(card.mean),
         "image_std": list(card.std),
         "resample": int(Image.Resampling[card.interpolation.upper()]),
     }
     config = vision_config(model.config)
     if config.model_type.startswith("siglip2"):
-        said |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
-        processor: Any = transformers.Siglip2ImageProcessor(**said)
+        settings |= {"patch_size": config.patch_size, "max_num_patches": (card.image_size // config.patch_size) ** 2}
+        processor: Any = transformers.Siglip2ImageProcessor(**settings)
     else:
-        processor = transformers.ViTImageProcessor(size={"height": card.image_size, "width": card.image_size}, **said)
+        processor = transformers.ViTImageProcessor(
+            size={"height": card.image_size, "width": card.image_size}, **settings
+        )
     processor.save_pretrained(folder)
 
 

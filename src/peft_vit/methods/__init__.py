@@ -7,7 +7,7 @@ from importlib import import_module
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import METHOD_KINDS, ExperimentConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import Method, Preparation, Wishes
+from peft_vit.methods.method import Method, PrepareContext, TrainOptions
 
 # In the order of the kinds. A module calls what it does by the method's name in capitals.
 METHODS: dict[str, Method] = {

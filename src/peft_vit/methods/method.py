@@ -20,7 +20,7 @@ DEFAULT_RANK = 8  # of `peft-vit train`
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PrepareContext:
     """What preparing a model depends on, beside the experiment.
 
     Attributes:
@@ -43,7 +43,7 @@ class Preparation:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class TrainOptions:
     """What `peft-vit train` was asked for, and what it trains on, as far as a method's settings depend on it.
 
     Attributes:
@@ -91,10 +91,10 @@ class Method:
         why_not_peft: why its adapter can't be exported to the PEFT library; empty if it can.
     """
 
-    prepare: Callable[[nn.Module, ExperimentConfig, Preparation], list[Hook]] = lambda *_: []
+    prepare: Callable[[nn.Module, ExperimentConfig, PrepareContext], list[Hook]] = lambda *_: []
     check: Callable[[ExperimentConfig, BackboneShape, int, int], None] = lambda *_: None
     shorten: Callable[[ExperimentConfig, int, int, int], dict[str, Frozen]] = lambda *_: {}
-    defaults: Callable[[Wishes], dict[str, dict[str, Any]]] = lambda _: {}
+    defaults: Callable[[TrainOptions], dict[str, dict[str, Any]]] = lambda _: {}
     learning_rate: float = 1e-3
     few_ranks_learning_rate: float | None = None
     forward_passes: float = 2.0
@@ -102,9 +102,9 @@ class Method:
     uses_peft: bool = False
     why_not_peft: str = ""
 
-    def learning_rate_for(self, wishes: Wishes) -> float:
+    def learning_rate_for(self, options: TrainOptions) -> float:
         """Return the learning rate that `peft-vit train` takes."""
-        few = self.few_ranks_learning_rate if wishes.below_one_rank_a_matrix else None
+        few = self.few_ranks_learning_rate if options.below_one_rank_a_matrix else None
         return self.learning_rate if few is None else few
 
 

@@ -13,7 +13,7 @@ from peft_vit.adapters.peft_tuner import attach_peft, attach_peft_lora, require_
 from peft_vit.backbones import BackboneShape, Site, whole_modules
 from peft_vit.config import AdapterConfig, ExperimentConfig, Frozen, PeftAdaLoraConfig, PeftConfig, PeftLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, below, check_rank_at
+from peft_vit.methods.method import DEFAULT_RANK, Method, PrepareContext, TrainOptions, below, check_rank_at
 from peft_vit.training import Hook, PeftAdaLoraHook, last_update
 
 # Time of a step by the PEFT library over that of ours, fp32, ViT-S/14 at 112 px, rank 8 on all six matrices, and
@@ -29,8 +29,8 @@ def _modules(section: str, settings: AdapterConfig, shape: BackboneShape) -> lis
         return list(whole_modules(shape.sites, settings.targets).values())
 
 
-def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=preparation.seed)
+def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
+    attach_peft_lora(model, experiment.need(PeftLoraConfig), seed=context.seed)
     return []
 
 
@@ -43,16 +43,16 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
 PEFT_LORA = Method(
     prepare=_prepare_lora,
     check=_check_lora,
-    defaults=lambda wishes: {"peft_lora": {"rank": wishes.rank or DEFAULT_RANK}},
+    defaults=lambda options: {"peft_lora": {"rank": options.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,
 )
 
 
-def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_adalora(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     settings = experiment.need(PeftAdaLoraConfig)
-    return [PeftAdaLoraHook(model, settings, preparation.total_steps, seed=preparation.seed)]
+    return [PeftAdaLoraHook(model, settings, context.total_steps, seed=context.seed)]
 
 
 def _check_adalora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -72,9 +72,11 @@ def _shorten_adalora(experiment: ExperimentConfig, total_steps: int, steps: int,
     return {"peft_adalora": settings.model_copy(update=short)}
 
 
-def _adalora_defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    wishes.enough_steps(_FEWEST_STEPS)
-    return {"peft_adalora": {"update_frequency": max(1, wishes.steps // 8), "warmup_steps": max(1, wishes.steps // 4)}}
+def _adalora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    options.enough_steps(_FEWEST_STEPS)
+    return {
+        "peft_adalora": {"update_frequency": max(1, options.steps // 8), "warmup_steps": max(1, options.steps // 4)}
+    }
 
 
 PEFT_ADALORA = Method(
@@ -88,12 +90,10 @@ PEFT_ADALORA = Method(
 )
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     config = experiment.need(PeftConfig)
-    images = None if preparation.calibration is None else preparation.calibration(_CALIBRATION_IMAGES)
-    attach_peft(
-        model, config.type, config.settings, seed=preparation.seed, images=images, ranks=preparation.module_ranks
-    )
+    images = None if context.calibration is None else context.calibration(_CALIBRATION_IMAGES)
+    attach_peft(model, config.type, config.settings, seed=context.seed, images=images, ranks=context.module_ranks)
     return []
 
 
@@ -107,7 +107,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 PEFT = Method(
     prepare=_prepare,
     check=_check,
-    defaults=lambda wishes: {"peft": {"type": "dora", "r": wishes.rank or DEFAULT_RANK}},
+    defaults=lambda options: {"peft": {"type": "dora", "r": options.rank or DEFAULT_RANK}},
     learning_rate=5e-4,
     forward_passes=2 * _LORA_OVER_OURS,
     uses_peft=True,

@@ -1,20 +1,135 @@
-"""The report on all records below a directory: which files it is."""
+"""The report on all records below a directory: which table and figure stands where, and which files it is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-from peft_vit.analysis import Results, analyze, read_results, study_agreements
+from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.errors import os_fault
-from peft_vit.records import HTML_FILE, MARKDOWN_FILE, as_csv, write_atomically
-from peft_vit.report.document import Drawing, StudyDocument
-from peft_vit.report.examples import Thumbnails
-from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, publication_files
+from peft_vit.records import HTML_FILE, MARKDOWN_FILE, FisherCheck, as_csv, write_atomically
+from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
+from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests, pareto_panels
+from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument
+from peft_vit.report.examples import Thumbnails, example_blocks
+from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, leading, publication_files, validation_means
+from peft_vit.report.formatting import counted, fixed, joined, plain
+from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.html import write_html
+from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
 from peft_vit.report.markdown import escaped, notice_parts, write_markdown
-from peft_vit.report.sections import study_documents
+
+MAPS = 6
+_EVERY_RUN = " `peft-vit export --format history` writes those of every run."
+
+
+def study_documents(
+    analyses: Sequence[Analysis], agreements: Sequence[Mapping[str, Any]] = (), thumbnails: Thumbnails | None = None
+) -> tuple[StudyDocument, ...]:
+    """Return one document a study, each with a slug of its own.
+
+    Args:
+        analyses: of the studies.
+        agreements: between them.
+        thumbnails: gets pictures of test images.
+    """
+    documents: dict[str, StudyDocument] = {}
+    for analysis in analyses:
+        study = analysis.study
+        base = slug = slug_of(study.label)
+        number = 2
+        while slug in documents:
+            slug, number = f"{base}_{number}", number + 1
+        own = [a for a in agreements if study.label in (a["study"], a["other_study"])]
+        documents[slug] = StudyDocument(
+            label=plain(study.label),
+            slug=slug,
+            notices=tuple(map(plain, study.notices)),
+            facts=summary.facts(study),
+            cards=summary.cards(analysis.methods),
+            came_out=summary.came_out(analysis),
+            how_sure=summary.how_sure(analysis),
+            progress=summary.progress(study),
+            sections=_sections(analysis, own, thumbnails) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
+            not_shown=summary.not_shown(study),
+            runs=summary.run_details(study),
+            disclaimer=plain(study.disclaimer),
+        )
+    return tuple(documents.values())
+
+
+def slug_of(name: str) -> str:
+    """Return a name that is safe as part of a file name and of an anchor."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:64] or "study"
+
+
+def _sections(
+    analysis: Analysis, agreements: Sequence[Mapping[str, Any]], thumbnails: Thumbnails | None
+) -> dict[str, tuple[Block, ...]]:
+    """Return the blocks of each section of a study with finished runs, by SECTION_TITLES."""
+    methods, means, patterns = analysis.methods, validation_means(analysis.methods), analysis.importance
+    importance: list[Block] = [
+        Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
+    ]
+    if patterns:
+        shown, note = leading(patterns, means, MAPS)
+        importance = [importance_maps(shown, note and note + _EVERY_RUN)]
+    importance += [Paragraph(_fisher_line(name, checks)) for name, checks in analysis.fisher.items()]
+    if patterns:
+        importance += layer_tables.importance_tables(patterns)
+        importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
+    allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
+    if mapped := [a for a in analysis.allocation if a.maps]:
+        drawn, note = leading(mapped, means, MAPS)
+        allocated = [rank_maps(drawn, note and note + _EVERY_RUN)]
+    if analysis.allocation:
+        allocated += layer_tables.allocation_tables(analysis.allocation, analysis.against_controls)
+    quantized: list[Block] = [Paragraph("No finished run of this study quantized the backbone.")]
+    if analysis.quantization:
+        quantized = [*quantization_tables.quantization_tables(analysis.quantization)]
+    compared: list[Block] = [accuracy_by_method(analysis.study, methods), method_tables.accuracy_table(methods)]
+    compared += stopping_blocks(analysis.study, analysis.sequential, means)
+    forest = forests(analysis)
+    for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
+        compared += [forest[reference]] if reference in forest else []
+        compared.append(method_tables.comparison_table(analysis.comparisons, reference))
+    if not analysis.comparisons:
+        none = "No paired differences: no linear probe or LoRA run has finished beside another method."
+        compared.append(Paragraph(none))
+    compared += method_tables.pair_blocks(analysis.pairs)
+    compared += [accuracy_against("final_parameters", methods), accuracy_against("stored_bytes", methods)]
+    compared += [loss_curves(analysis.study, means), method_tables.cost_table(methods)]
+    compared += pareto_panels(analysis.fronts, methods)
+    compared += method_tables.front_blocks(analysis.fronts)
+    compared.append(method_tables.quality_table(methods))
+    compared += reliability_diagram(analysis.calibration, means)
+    compared += method_tables.calibration_blocks(methods, analysis.calibration, analysis.calibration_differences)
+    compared.append(method_tables.convergence_table(methods))
+    compared += example_blocks(analysis, thumbnails)
+    insights = findings_tables.findings_tables(analysis.findings)
+    contents = importance, allocated, quantized, compared, insights
+    return {title: tuple(blocks) for title, blocks in zip(SECTION_TITLES, contents, strict=True)}
+
+
+def _fisher_line(experiment: str, checks: Sequence[FisherCheck]) -> str:
+    """Return how far the score `fisher` is from what it stands in for."""
+    rhos = [check.rho for check in checks if check.rho is not None]
+    images = joined(str(count) for count in sorted({check.images for check in checks}))
+    sites = sorted({len(check.minibatch) for check in checks})
+    value = "undefined, one of both is constant"
+    if rhos:
+        value = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
+    return (
+        f"{plain(experiment)}: the score fisher (minibatch empirical Fisher) against the per-sample "
+        f"empirical Fisher of the same {images} training images after training, Spearman's rho over the "
+        f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {value}, "
+        f"{counted(len(rhos), 'seed')}. At 1 both order the sites alike; at 0 the score does not tell the other's "
+        "order. It describes these runs; it is no test."
+    )
 
 
 @dataclass(frozen=True)
@@ -27,7 +142,7 @@ class ReportFiles:
     figures: tuple[Path, ...]  # PNG and SVG files
     figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
     tables: tuple[Path, ...]  # CSV files with unrounded values
-    publication: tuple[Path, ...]  # figures for a paper and their captions, if they were asked for
+    publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
 
 
 def build_report(

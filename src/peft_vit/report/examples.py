@@ -24,34 +24,40 @@ def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[B
     best = best_on_validation(analysis.methods)
     if best is None:
         return ()
-    found = image_examples(analysis.study, best.experiment.name)
-    if isinstance(found, str):
-        return (Paragraph(f"No examples of test images for {plain(best.experiment.name)}: {found}."),)
-    gallery = _gallery(found, thumbnails, licence(analysis.study, found.run.record.spec.data.dataset))
-    return (_counts_table(found), gallery, _images_table(found))
+    examples = image_examples(analysis.study, best.experiment.name)
+    if isinstance(examples, str):
+        return (Paragraph(f"No examples of test images for {plain(best.experiment.name)}: {examples}."),)
+    gallery = _gallery(examples, thumbnails, licence(analysis.study, examples.run.record.spec.data.dataset))
+    return (_counts_table(examples), gallery, _images_table(examples))
 
 
-def _titles(found: ImageExamples) -> dict[Group, str]:
-    names: dict[Group, str] = {"only the best right": found.best, "only the baseline right": found.baseline}
+def _titles(examples: ImageExamples) -> dict[Group, str]:
+    names: dict[Group, str] = {"only the best right": examples.best, "only the baseline right": examples.baseline}
     return {g: f"Only {plain(names[g])} right" if g in names else g.capitalize() for g in GROUPS}
 
 
-def _counts_table(found: ImageExamples) -> Table:
+def _counts_table(examples: ImageExamples) -> Table:
     """Return how many test images each of both gets right, by seed."""
-    best, baseline = plain(found.best), plain(found.baseline)
-    left_out = f" Left out: {joined(found.left_out)}." if found.left_out else ""
+    best, baseline = plain(examples.best), plain(examples.baseline)
+    left_out = f" Left out: {joined(examples.left_out)}." if examples.left_out else ""
     return table(
         "agreement",
         f"Test images that {best} and {baseline} get right",
         [
-            {"best": found.best, "baseline": found.baseline, "seed": seed, **counts, "images": sum(counts.values())}
-            for seed, counts in found.counts.items()
+            {
+                "best": examples.best,
+                "baseline": examples.baseline,
+                "seed": seed,
+                **counts,
+                "images": sum(counts.values()),
+            }
+            for seed, counts in examples.counts.items()
         ],
         [
             Column("", "best"),
             Column("", "baseline"),
             Column("Seed", "seed"),
-            *(Column(title, group, count, group.replace(" ", "_")) for group, title in _titles(found).items()),
+            *(Column(title, group, count, group.replace(" ", "_")) for group, title in _titles(examples).items()),
             Column("Images", "images", count),
         ],
         f"{best} is the best on validation, {baseline} the baseline: the linear probe, or without one the "
@@ -60,26 +66,26 @@ def _counts_table(found: ImageExamples) -> Table:
     )
 
 
-def _images_table(found: ImageExamples) -> Table:
+def _images_table(examples: ImageExamples) -> Table:
     """Return the images that are shown; the file has every test image of that seed."""
-    class_of = partial(_class, found.run.record.class_names)
+    class_of = partial(_class, examples.run.record.class_names)
     return table(
         "examples",
-        f"Predictions of these images, seed {found.seeds[0]}",
-        [image for group in GROUPS for image in found.shown(group)],
+        f"Predictions of these images, seed {examples.seeds[0]}",
+        [image for group in GROUPS for image in examples.shown(group)],
         [
             Column("Group", "group"),
             Column("Image", "position"),
             Column("Truth", "label", class_of),
-            Column(plain(found.best), lambda image: f"{class_of(image.best)}, {percent(image.best_probability)}"),
+            Column(plain(examples.best), lambda image: f"{class_of(image.best)}, {percent(image.best_probability)}"),
             Column(
-                plain(found.baseline),
+                plain(examples.baseline),
                 lambda image: f"{class_of(image.baseline)}, {percent(image.baseline_probability)}",
             ),
         ],
         "Image: its position in the data set, counted from 0. Percent: the probability that the model gave to "
         "what it predicted, not calibrated. The CSV file holds every test image of this seed.",
-        data=({"position": image.position, "group": image.group} | asdict(image) for image in found.images),
+        data=({"position": image.position, "group": image.group} | asdict(image) for image in examples.images),
         folded=True,
     )
 
@@ -88,20 +94,20 @@ def _class(names: Sequence[str], number: int) -> str:
     return plain(names[number]) if 0 <= number < len(names) else f"class {number}"
 
 
-def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) -> Block:
-    shown = {group: found.shown(group) for group in GROUPS}
+def _gallery(examples: ImageExamples, thumbnails: Thumbnails | None, terms: str) -> Block:
+    shown = {group: examples.shown(group) for group in GROUPS}
     positions = [image.position for images in shown.values() for image in images]
     rule = (
-        f"Seed {found.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
+        f"Seed {examples.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
         "lie farthest apart, the lower position among equals; so they are no typical images."
     )
     if thumbnails is None:
         return Paragraph(f"{rule} No pictures: none were asked for.")
     try:
-        pictures = dict(zip(positions, thumbnails(found.run.record, positions), strict=True))
+        pictures = dict(zip(positions, thumbnails(examples.run.record, positions), strict=True))
     except UserError as error:
         return Paragraph(f"{rule} No pictures: {plain(str(error))}.")
-    names, counts, titles = found.run.record.class_names, found.counts[found.seeds[0]], _titles(found)
+    names, counts, titles = examples.run.record.class_names, examples.counts[examples.seeds[0]], _titles(examples)
 
     def picture(image: PredictedImage) -> Picture:
         lines = (
@@ -113,11 +119,11 @@ def _gallery(found: ImageExamples, thumbnails: Thumbnails | None, terms: str) ->
 
     return Gallery(
         slug="pictures",
-        title=f"Images, and what {plain(found.best)} (best) and {plain(found.baseline)} (baseline) made of them",
+        title=f"Images, and what {plain(examples.best)} (best) and {plain(examples.baseline)} (baseline) made of them",
         caption=f"{rule} Licence of the images: {terms}. They stand here, scaled down, to look at a model's errors, "
         "which is research; whoever passes this page on passes them on.",
         groups=tuple(
-            (f"{titles[group]}: {counts[group]:,} of {len(found.images):,} images", tuple(map(picture, images)))
+            (f"{titles[group]}: {counts[group]:,} of {len(examples.images):,} images", tuple(map(picture, images)))
             for group, images in shown.items()
         ),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import matplotlib
@@ -279,12 +280,11 @@ def validation_means(methods: Sequence[MethodResult]) -> dict[str, float]:
     return {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
 
 
-def _of_experiment(item: Any) -> str:
-    return str(item.experiment.name)
-
-
 def leading(
-    items: Sequence[T], validation: Mapping[str, float], limit: int, name: Callable[[T], str] = _of_experiment
+    items: Sequence[T],
+    validation: Mapping[str, float],
+    limit: int,
+    name: Callable[[T], str] = attrgetter("experiment.name"),
 ) -> tuple[list[T], str]:
     """Return the `limit` best on validation in their order, and a sentence for the caption; all, and "" if no more.
 

@@ -22,12 +22,12 @@ _SENTENCE = [Column("", "sentence.id", data="id"), Column("sentence", "sentence.
 def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
     """Return one verdict a sentence, the findings behind them, and the sentences without data; no empty table."""
     concluded = conclude(findings)
-    told = [conclusion for conclusion in concluded if conclusion.verdict != "no data"]
-    detailed = [finding for conclusion in told for finding in conclusion.findings]
+    with_data = [conclusion for conclusion in concluded if conclusion.verdict != "no data"]
+    detailed = [finding for conclusion in with_data for finding in conclusion.findings]
     verdicts = table(
         "verdicts",
         "Verdicts",
-        told,
+        with_data,
         [
             *_SENTENCE,
             "verdict",
@@ -68,9 +68,9 @@ def reasons(conclusion: Conclusion) -> str:
 def numbers(finding: Finding) -> dict[str, str]:
     """Return what stands beside a finding in a table: estimate, n and test, in words."""
     n_of = finding.n_of if len(finding.by_seed) != 1 else finding.n_of.replace("seeds", "seed").replace("pairs", "pair")
-    said = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
+    test = finding.outcome if finding.test == "none" else f"{finding.test}: {finding.outcome}"
     note = f" ({finding.note})" if finding.note else ""
-    return {"estimate": estimate_of(finding), "n": f"{len(finding.by_seed)} {n_of}", "test": plain(said + note)}
+    return {"estimate": estimate_of(finding), "n": f"{len(finding.by_seed)} {n_of}", "test": plain(test + note)}
 
 
 def estimate_of(finding: Finding) -> str:

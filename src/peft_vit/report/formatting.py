@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
-from peft_vit.analysis.pareto import CostName
+from peft_vit.analysis.comparison import CostName
 from peft_vit.statistics import Interval
 
 T = TypeVar("T")

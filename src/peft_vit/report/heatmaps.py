@@ -14,9 +14,7 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import SubFigure
 
 from peft_vit.analysis import Allocation, ImportancePattern
-from peft_vit.analysis.allocation import RankMap
-from peft_vit.analysis.grid import Grid
-from peft_vit.analysis.importance import row_means
+from peft_vit.analysis.layers import Grid, RankMap, row_means
 from peft_vit.records import Role
 from peft_vit.report.document import Drawing, Raw
 from peft_vit.report.figure import (

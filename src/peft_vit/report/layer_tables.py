@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 
 from peft_vit.analysis import AgainstControl, Allocation, ImportancePattern
-from peft_vit.analysis.allocation import SETTLED_AT
-from peft_vit.analysis.comparison import known_mean
-from peft_vit.analysis.effectiveness import PARAMETERS
-from peft_vit.analysis.importance import seed_agreements
-from peft_vit.analysis.limits import SAME_SIZE
+from peft_vit.analysis.comparison import SAME_SIZE, known_mean
+from peft_vit.analysis.layers import PARAMETERS, SETTLED_AT, seed_agreements
 from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.formatting import (
     count,

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from peft_vit.analysis import Calibration, Run, Study
+from peft_vit.analysis import Calibration, Study
 from peft_vit.analysis.calibration import Bin
 from peft_vit.analysis.stopping import ENDS, repeated_interval
 from peft_vit.config import METHOD_KINDS, StoppingConfig
@@ -32,7 +32,7 @@ from peft_vit.report.figure import (
 from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, signed
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import ends
-from peft_vit.statistics.sequential import Course, Look
+from peft_vit.statistics.sequential import SequentialResult
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
@@ -69,14 +69,23 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     for e in recorded:
         rows.setdefault(e.method, []).append(e.name)
     rows = {method: leading(names, validation, PER_METHOD, str)[0] for method, names in rows.items()}
-    curves = {name: _curves(runs[name], window) for names in rows.values() for name in names}
+    curves: dict[str, tuple[_Lines, _Lines]] = {}
+    for name in (name for names in rows.values() for name in names):
+        train, validated = {}, {}
+        for run in runs[name]:
+            recorded_steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
+            losses = smoothed([row.loss for row in recorded_steps], window)
+            train[of] = np.array([row.step for row in recorded_steps]), losses
+            nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
+            validated[of] = np.array([e.step for e in evaluations]), nll
+        curves[name] = _with_mean(train), _with_mean(validated)
     vertices = sum(steps.size for pair in curves.values() for lines in pair for steps, _ in lines.values())
     stride = max(1, -(-vertices // VERTICES))  # every so many-th vertex of each line is few enough to draw
     for pair in curves.values():
         for lines in pair:
             for of, (steps, values) in lines.items():
-                kept = np.unique([*range(0, steps.size, stride), *range(steps.size)[-1:]]).astype(int)
-                lines[of] = steps[kept], values[kept]
+                drawn = np.unique([*range(0, steps.size, stride), *range(steps.size)[-1:]]).astype(int)
+                lines[of] = steps[drawn], values[drawn]
 
     def paint(canvas: Canvas) -> None:
         for (method, names), panels in zip(rows.items(), _panels(canvas, len(rows)), strict=True):
@@ -92,16 +101,16 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
             else:
                 right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
 
-    validated = "negative log-likelihood on the validation images after each epoch"
+    right_panel = "negative log-likelihood on the validation images after each epoch"
     if not any(run.record.evaluations for run in study.runs):
-        validated = "nothing, as there are no validation images"
-    said = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
+        right_panel = "nothing, as there are no validation images"
+    seeds = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
     kinds = sorted({"lowest" in lines for pair in curves.values() for lines in pair})
     thinned = f" To keep the page small, one point in {stride} of each line is drawn, the last too."
     note = selection_note(len(curves), len(recorded)).replace("on validation", "on validation, by row")
     caption = (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        f"Right: {validated}. Thick: mean over seeds; {'; '.join(said[kind] for kind in kinds)}. "
+        f"Right: {right_panel}. Thick: mean over seeds; {'; '.join(seeds[kind] for kind in kinds)}. "
         f"All rows of a column share one scale.{thinned if stride > 1 else ''}{note}"
     )
     entries = max(map(len, rows.values()))
@@ -115,16 +124,6 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         for step, value in zip(*line, strict=True)
     ]
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
-
-
-def _curves(runs: Sequence[Run], window: int) -> tuple[_Lines, _Lines]:
-    train, validation = {}, {}
-    for run in runs:
-        steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
-        train[of] = np.array([row.step for row in steps]), smoothed([row.loss for row in steps], window)
-        nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
-        validation[of] = np.array([e.step for e in evaluations]), nll
-    return _with_mean(train), _with_mean(validation)
 
 
 def _with_mean(by_seed: _Lines) -> _Lines:
@@ -165,8 +164,8 @@ def _draw_curve(axes: Axes, canvas: Canvas, name: str, index: int, measure: str,
 
     def line(of: str, who: str, **more: Any) -> None:
         steps, values = lines[of]
-        says = [f"step {s}: {fixed(float(v), 3)}\n{measure} (nats), {who}" for s, v in zip(steps, values, strict=True)]
-        canvas.plot(name, axes, steps, values, says if who else [], **look, **more)
+        texts = [f"step {s}: {fixed(float(v), 3)}\n{measure} (nats), {who}" for s, v in zip(steps, values, strict=True)]
+        canvas.plot(name, axes, steps, values, texts if who else [], **look, **more)
 
     for of in [of for of in lines if of.startswith("seed")]:
         line(of, "" if has_mean else of, lw=0.7, alpha=0.4)
@@ -230,8 +229,8 @@ def draw_reliability(
             x = [100 * (b.confidence or 0.0) for b in filled]
             y = [100 * (b.accuracy or 0.0) for b in filled]
             texts = [
-                f"says {fixed(said, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
-                for said, right, b in zip(x, y, filled, strict=True)
+                f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
+                for sure, right, b in zip(x, y, filled, strict=True)
             ]
             handles.append(canvas.plot(line.name, axes, x, y, texts, **look, lw=1.4, ms=4, label=line.name, zorder=2))
         axes.set_xlabel("mean confidence of a bin (%)")
@@ -264,50 +263,55 @@ _DASHES = {"noninferiority": DASHED, "superiority": "-"}
 _SIDES = ("upper_bound", "lower_bound")
 
 
-def stopping_blocks(study: Study, courses: Sequence[Course], validation: Mapping[str, float]) -> Iterator[Block]:
+def stopping_blocks(
+    study: Study, results: Sequence[SequentialResult], validation: Mapping[str, float]
+) -> Iterator[Block]:
     """Yield figure and table of the comparisons that stop; nothing of a study that declared none.
 
     Args:
         study: the study.
-        courses: of its comparisons.
+        results: of its comparisons.
         validation: experiment -> mean validation accuracy, by which panels are chosen if there are too many.
     """
     if study.stopping is None:
         return
-    looked = [course for course in courses if course.looks]
+    looked = [result for result in results if result.looks]
     if looked:
         colors = {e.name: METHOD_COLORS[e.method] for e in study.experiments}
-        yield courses_figure(looked, study.stopping, colors, validation)
-    yield stopping_table(courses, study.stopping)
+        yield stopping_figure(looked, study.stopping, colors, validation)
+    yield stopping_table(results, study.stopping)
 
 
-def courses_figure(
-    courses: Sequence[Course], stopping: StoppingConfig, colors: Mapping[str, str], validation: Mapping[str, float]
+def stopping_figure(
+    results: Sequence[SequentialResult],
+    stopping: StoppingConfig,
+    colors: Mapping[str, str],
+    validation: Mapping[str, float],
 ) -> Drawing:
     """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it.
 
     Args:
-        courses: that have been looked at, at least one.
+        results: that have been looked at, at least one.
         stopping: what was declared.
         colors: by experiment.
         validation: see `stopping_blocks`.
     """
-    drawn, note = leading(courses, validation, PANELS, lambda course: course.name)
-    asked = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
+    drawn, note = leading(results, validation, PANELS, lambda result: result.name)
+    questions = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
     legend = [
         Line2D([], [], color=MUTED, marker="o", ms=4, lw=1.2, label="difference, with its repeated interval"),
         *(
             Line2D([], [], color=INK, lw=1, ls=_DASHES[field], label=f"bounds of “{words}”")
-            for field, words in asked.items()
+            for field, words in questions.items()
         ),
     ]
 
     def paint(canvas: Canvas) -> None:
         columns = 1 if canvas.narrow else min(_COLUMNS, len(drawn))
         panels = canvas.figure.subplots(math.ceil(len(drawn) / columns), columns, squeeze=False)
-        for axes, course in zip(panels.flat, drawn, strict=False):
-            _course_panel(axes, canvas, course, stopping, colors[course.name], list(asked))
-            axes.set_xlim(0, 1.05 * max(look.pairs for course in drawn for look in course.looks))
+        for axes, result in zip(panels.flat, drawn, strict=False):
+            _stopping_panel(axes, canvas, result, stopping, colors[result.name], list(questions))
+            axes.set_xlim(0, 1.05 * max(look.pairs for other in drawn for look in other.looks))
         for axes in panels.flat[len(drawn) :]:
             axes.set_axis_off()
         for axes in panels.flat[max(0, len(drawn) - columns) : len(drawn)]:
@@ -324,55 +328,53 @@ def courses_figure(
     )
     title = f"Courses of the comparisons with {stopping.control}"
     height, narrow = 0.9 + _PANEL_IN * math.ceil(len(drawn) / _COLUMNS), 1.2 + _PANEL_IN * len(drawn)
-    data = [_look_row(course, look, stopping) for course in courses for look in course.looks]
+    data: list[dict[str, Raw]] = []
+    for result in results:
+        for look in result.looks:
+            difference = ends("difference", repeated_interval(look, stopping))
+            del difference["n"]
+            row: dict[str, Raw] = {"experiment": result.name, "control": stopping.control, "pairs": look.pairs}
+            row |= difference
+            for field in QUESTIONS:
+                if (test := getattr(look, field)) is not None:
+                    row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
+                    row |= {f"{field}_p": test.p_value, f"{field}_opposite_p": test.opposite_p_value}
+                    row[field] = getattr(result, field)
+            data.append(row | {"stopped": result.stopped})
     return draw("courses", title, caption, height, paint, data, narrow)
 
 
-def _course_panel(
-    axes: Axes, canvas: Canvas, course: Course, stopping: StoppingConfig, color: str, asked: Sequence[str]
+def _stopping_panel(
+    axes: Axes, canvas: Canvas, result: SequentialResult, stopping: StoppingConfig, color: str, fields: Sequence[str]
 ) -> None:
-    name, pairs = course.name, [look.pairs for look in course.looks]
-    differences = [100 * look.difference for look in course.looks]
+    name, pairs = result.name, [look.pairs for look in result.looks]
+    differences = [100 * look.difference for look in result.looks]
     axes.axhline(0, color=MUTED, lw=0.8, zorder=1)
     heights = [0.5, *map(abs, differences)]
-    for field in asked:
+    for field in fields:
         for side in _SIDES:
-            bounds = [_finite(getattr(getattr(look, field), side)) for look in course.looks]
+            bounds = [_finite(getattr(getattr(look, field), side)) for look in result.looks]
             points = [math.nan if bound is None else 100 * bound for bound in bounds]
             axes.plot(pairs, points, color=INK, lw=1, ls=_DASHES[field], marker="_", ms=7, zorder=2)
             heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
     canvas.series(name, color, "o")
-    for look in course.looks:
+    texts = []
+    for look in result.looks:
+        lines = [f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points"]
+        for field, words in QUESTIONS.items():
+            if (test := getattr(look, field)) is not None:
+                limits = (_finite(getattr(test, side)) for side in _SIDES)
+                takes, opposite = ("more pairs" if limit is None else signed(100 * limit) for limit in limits)
+                lines.append(f"{words}? takes {takes}, the opposite {opposite}; p = {fixed(test.p_value, 3)}")
+        texts.append("\n".join(lines))
         if math.isfinite(look.high - look.low):
             ends_of = [100 * look.low, 100 * look.high]
             canvas.plot(name, axes, [look.pairs] * 2, ends_of, color=color, lw=2.2, alpha=0.35, zorder=3)
-    says = [_says(look, stopping) for look in course.looks]
-    canvas.plot(name, axes, pairs, differences, says, color=color, marker="o", ms=4, lw=1.2, zorder=4)
+    canvas.plot(name, axes, pairs, differences, texts, color=color, marker="o", ms=4, lw=1.2, zorder=4)
     axes.set_ylim(-1.4 * max(heights), 1.4 * max(heights))
-    axes.set_title(f"{name}: {ENDS[course.stopped]}", fontsize="small")
+    axes.set_title(f"{name}: {ENDS[result.stopped]}", fontsize="small")
     quiet_grid(axes, "y")
 
 
 def _finite(bound: float) -> float | None:
     return bound if math.isfinite(bound) else None
-
-
-def _says(look: Look, stopping: StoppingConfig) -> str:
-    lines = [f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points"]
-    for field, words in QUESTIONS.items():
-        if (test := getattr(look, field)) is not None:
-            bounds = (_finite(getattr(test, side)) for side in _SIDES)
-            takes, opposite = ("more pairs" if bound is None else signed(100 * bound) for bound in bounds)
-            lines.append(f"{words}? takes {takes}, the opposite {opposite}; p = {fixed(test.p_value, 3)}")
-    return "\n".join(lines)
-
-
-def _look_row(course: Course, look: Look, stopping: StoppingConfig) -> dict[str, Raw]:
-    row: dict[str, Raw] = {"experiment": course.name, "control": stopping.control, "pairs": look.pairs}
-    row |= {key: value for key, value in ends("difference", repeated_interval(look, stopping)).items() if key != "n"}
-    for field in QUESTIONS:
-        if (test := getattr(look, field)) is not None:
-            row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
-            row |= {f"{field}_p": test.p_value, f"{field}_opposite_p": test.opposite_p_value}
-            row[field] = getattr(course, field)
-    return row | {"stopped": course.stopped}

@@ -42,11 +42,11 @@ from peft_vit.report.tables import (
     tested,
     to_thousandths,
 )
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 
 MATRIX_UP_TO = 12  # experiments; a wider one can't be read
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
-QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a course and of its looks
+QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
 _LOOKS_NOTE = (
     "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
 )
@@ -72,7 +72,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
             _RUNS,
             Column(
                 "each seed (%)",
-                lambda m: dict(zip(m.seeds, m.by_seed, strict=True)),
+                "by_seed",
                 lambda of: joined(f"{seed}: {fixed(100 * accuracy, 1)}" for seed, accuracy in of.items()),
                 lambda of: {f"seed_{seed}": accuracy for seed, accuracy in of.items()},
             ),
@@ -91,15 +91,15 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
         methods,
         [
             EXPERIMENT,
-            mean_of("trainable at end", "final_parameters", lambda run: run.parameters.final, count),
+            Column("trainable at end", "final_parameters", count),
             mean_of("largest", "peak_parameters", lambda run: run.parameters.peak, count),
             mean_of(
                 "adapter alone", "adapter_parameters", lambda run: run.parameters.final - run.parameters.head, count
             ),
-            mean_of("frozen", "frozen_bytes", lambda run: run.bytes.frozen_bytes, megabytes),
-            mean_of("adapter file", "adapter_file_bytes", lambda run: run.bytes.adapter_file_bytes, megabytes),
-            mean_of("s a step", "seconds_per_step", lambda run: run.record.seconds_per_step, lambda s: fixed(s, 3)),
-            mean_of("latency (ms)", "latency_s", lambda run: run.record.latency_s.get(1), lambda s: fixed(1000 * s, 1)),
+            Column("frozen", "frozen_bytes", megabytes),
+            Column("adapter file", "adapter_file_bytes", megabytes),
+            Column("s a step", "seconds_per_step", lambda s: fixed(s, 3)),
+            Column("latency (ms)", "latency_s", lambda s: fixed(1000 * s, 1)),
             mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
             Column("", lambda m: len(m.runs), data="n"),
         ],
@@ -444,13 +444,13 @@ def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
             yield Paragraph(f"Not on the Pareto front of {words}, as it was not recorded: {joined(front.left_out)}.")
 
 
-def stopping_table(courses: Sequence[Course], stopping: StoppingConfig) -> Table:
+def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig) -> Table:
     """Return where each comparison stands: repeated interval, what became of each question, and why it stopped."""
 
     def question(field: str, words: str) -> Column:
-        def answer(course: Course) -> tuple[str, float | None]:
-            verdict = getattr(course, field)
-            return verdict, p_value_of(getattr(course.looks[-1], field), verdict) if course.looks else None
+        def answer(result: SequentialResult) -> tuple[str, float | None]:
+            verdict = getattr(result, field)
+            return verdict, p_value_of(getattr(result.looks[-1], field), verdict) if result.looks else None
 
         return Column(
             f"{words} by {stopping.margin:g}?" if field == "noninferiority" else f"{words}?",
@@ -462,14 +462,14 @@ def stopping_table(courses: Sequence[Course], stopping: StoppingConfig) -> Table
     return table(
         "stopping",
         f"Comparisons with {stopping.control} that stop",
-        courses,
+        results,
         [
             Column("experiment", "name", data="experiment"),
             Column("", lambda _: stopping.control, data="control"),
-            Column("pairs", lambda course: course.looks[-1].pairs if course.looks else 0, data="pairs"),
+            Column("pairs", lambda result: result.looks[-1].pairs if result.looks else 0, data="pairs"),
             Column(
                 "difference (points)",
-                lambda course: repeated_interval(course.looks[-1], stopping) if course.looks else None,
+                lambda result: repeated_interval(result.looks[-1], stopping) if result.looks else None,
                 points_interval,
                 partial(ends, "difference"),
                 none=points_interval(None),

@@ -1,4 +1,4 @@
-"""What commands print as tables: studies side by side and pooled, and times of exported models."""
+"""What commands print: a recommendation with its configuration, studies side by side, exported models' times."""
 
 from __future__ import annotations
 
@@ -8,39 +8,328 @@ from functools import partial
 from pathlib import Path
 
 from peft_vit.analysis.across import Across, PooledRow, PoolKind
-from peft_vit.analysis.comparison import Estimate
-from peft_vit.records import BenchRow
+from peft_vit.analysis.comparison import Estimate, together
+from peft_vit.analysis.recommendation import (
+    SAME_SIZE,
+    Candidate,
+    Measure,
+    Option,
+    Rated,
+    Recommendation,
+    Violation,
+    smallest_that_exists,
+)
+from peft_vit.analysis.studies import grouped
+from peft_vit.analysis.study_yaml import study_yaml
+from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
+from peft_vit.errors import UserError, os_fault
+from peft_vit.records import BenchRow, write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.formatting import (
     count,
+    counted,
     fixed,
     joined,
+    margin_in_points,
     megabytes,
     number_interval,
+    percent,
     percent_interval,
     points_interval,
 )
 from peft_vit.report.layer_tables import study_agreement_table
-from peft_vit.report.rows import print_with_rows
+from peft_vit.report.printed import print_blocks, print_with_rows
 from peft_vit.report.tables import OTHER_SEEDS, Column, table
 from peft_vit.statistics import Interval
 
-_NOT_OF_ACCURACY: tuple[PoolKind, ...] = ("timings",)
-_NOT_OF_TIMES: tuple[PoolKind, ...] = ("splits", "weights")
+_SUFFIX = "-recommended"
+_CLEARLY = f"by more than {100 * SAME_SIZE:.0f} %"
+_ORDER: dict[Measure, str] = {"bytes": "bytes to store", "params": "trainable parameters", "latency": "latency"}
 
 
-def print_comparison(found: Across, output: Path | None) -> None:
+def print_recommendation(advice: Recommendation, output: Path | None) -> None:
+    """Print what is recommended and why; write its configuration to a file, or print it below the text.
+
+    Raises:
+        UserError: if the file can't be written, or is there and says something else.
+    """
+    print_blocks(recommendation_blocks(advice))
+    configuration = recommended_yaml(advice)
+    if configuration is None:
+        if output is not None:
+            print_blocks([Paragraph(f"{output} is not written: nothing is recommended.")])
+    elif output is None:
+        print_blocks([Paragraph("\nThe configuration to train it:\n")])
+        print(configuration, end="")
+    else:
+        content = configuration.encode()
+        with os_fault("can't be written", output, remedy="choose another file", field="--output"):
+            if output.exists() and output.read_bytes() != content:
+                raise UserError("is there and says something else; move it away or choose another file", file=output)
+            write_atomically(output, content)
+        print_blocks([Paragraph(f"Its configuration: {output}\nNext: peft-vit plan {output}")])
+
+
+def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]:
+    """Yield what is recommended and why, or what the data does not decide."""
+    yield from map(Paragraph, advice.study.notices)
+    yield from (Paragraph(f"Left out: {name} {reason}.") for name, reason in advice.left_out.items())
+    yield from map(Paragraph, _request(advice))
+    yield from map(Paragraph, _answer(advice))
+    if (fewer := _fewer_ranks(advice)) is not None:
+        yield Paragraph(fewer)
+    if advice.candidates:
+        yield _tested_table(advice)
+    for rated in advice.outside:
+        yield Paragraph(f"Outside the limits: {rated.name}: {_broken(rated)}.")
+    if advice.larger and advice.outcome != "nothing within":
+        names = joined(rated.name for rated in advice.larger)
+        yield Paragraph(f"Not smaller than {_whom(advice)} {_CLEARLY}, so not tested: {names}.")
+
+
+def _request(advice: Recommendation) -> Iterator[str]:
+    best, study, validated = advice.best, advice.study, advice.best.validation_accuracy
+    assert validated is not None
+    reference = "Best by validation" if study.stopping is None else "Control of its comparisons, which stop"
+    cost = f"{megabytes(best.stored_bytes)} to store, {count(best.final_parameters)} trainable parameters"
+    if best.seconds_per_step is not None:
+        cost += f", {fixed(best.seconds_per_step)} s a step"
+    if best.latency_s is not None:
+        cost += f", {fixed(1000 * best.latency_s, 1)} ms latency"
+    yield (
+        f"Study {study.label}. {reference}: {best.name}, mean validation accuracy "
+        f"{percent(validated.estimate)} ({counted(len(best.by_seed), 'seed')}); {cost}."
+    )
+    if uneven := [rated for rated in _others(advice) if rated.by_seed.keys() != best.by_seed.keys()]:
+        listed = joined(f"{rated.name} {_seeds(rated)}" for rated in uneven)
+        yield f"Validation means are over different seeds than {_whom(advice)}'s ({_seeds(best)}): {listed}."
+    limits = joined(_limit(violation) for violation in best.beside) or "none"
+    yield (
+        f"Asked: the smallest by {_ORDER[advice.measure]} that loses less than {margin_in_points(advice.margin)} of "
+        f"test accuracy against it. Limits: {limits}."
+    )
+    if (exported := advice.exported) is not None:
+        timed = joined(
+            f"{row.run} by {row.file} ({fixed(1000 * row.median_s, 1)} ms, {row.runtime}, threads: {row.threads})"
+            for rows in exported.rows.values()
+            for row in rows
+        )
+        names = [e.name for e in study.experiments if study.of(e.name) and e.name not in exported.rows]
+        missing = f" Not timed there: {joined(names)}." if names else ""
+        yield (
+            f"Latency is that of exported models in {exported.file}, batch {exported.batch}, on {exported.processor}; "
+            f"of each run its fastest: {timed}.{missing}"
+        )
+
+
+def _seeds(rated: Rated) -> str:
+    return f"seed{'' if len(rated.by_seed) == 1 else 's'} {joined(map(str, rated.by_seed))}"
+
+
+def _others(advice: Recommendation) -> tuple[Rated, ...]:
+    """Return everything that was rated, but what the others are compared with."""
+    return (*(candidate.rated for candidate in advice.candidates), *advice.outside, *advice.larger)
+
+
+def _whom(advice: Recommendation) -> str:
+    return "the best" if advice.study.stopping is None else "the control"
+
+
+def _answer(advice: Recommendation) -> Iterator[str]:
+    best, margin, family = advice.best, margin_in_points(advice.margin), len(advice.candidates)
+    if advice.outcome == "nothing within":
+        yield "Nothing is within the limits, so nothing is recommended."
+        for violation, rated in smallest_that_exists(advice):
+            yield f"Nearest to {_limit(violation)}: {rated.name} with {_value(violation)}."
+    elif advice.outcome == "best":
+        yield (
+            f"Recommended: {best.name}, {_whom(advice)} itself: nothing within the limits is smaller {_CLEARLY}, so no "
+            "test was needed."
+        )
+    elif advice.chosen is None:
+        names = "the one candidate is not" if family == 1 else f"none of {family} candidates is"
+        yield (
+            f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. That does "
+            "not say that it is lost."
+        )
+        if best.violations:
+            yield f"The safe choice would be {best.name}, which is outside the limits: {_broken(best)}."
+        else:
+            yield f"The safe choice is {best.name} itself, which keeps the limits."
+    else:
+        estimate = next(candidate.estimate for candidate in advice.candidates if candidate.rated is advice.chosen)
+        yield (
+            f"Recommended: {advice.chosen.name}. Test accuracy against {best.name}: "
+            f"{points_interval(estimate.interval)} points, {counted(len(estimate.by_seed), 'pair')}; that it loses "
+            f"{margin} or more is rejected with p = {estimate.adjusted_p:.2g} ({_family(advice)})."
+        )
+        if advice.as_small:
+            names = joined(rated.name for rated in advice.as_small)
+            yield f"Shown, too, and not larger {_CLEARLY}, but with no higher validation accuracy: {names}."
+        yield f"Against {best.name} it {'; '.join(dict.fromkeys(_savings(advice, advice.chosen)))}."
+
+
+def _family(advice: Recommendation) -> str:
+    if advice.study.stopping is not None:
+        return "over all looks and comparisons"
+    family = len(advice.candidates)
+    return f"Holm over {family} candidate{'' if family == 1 else 's'}"
+
+
+def _savings(advice: Recommendation, chosen: Rated) -> Iterator[str]:
+    """Yield what the chosen one takes less or more of; times of several machines do not compare, and that is said."""
+    machines = {run.hardware for run in (*advice.best.runs, *chosen.runs)}
+    for option, (name, words) in _COSTS.items():
+        before, after = getattr(advice.best, name), getattr(chosen, name)
+        exported = option == "--max-latency-ms" and advice.exported is not None  # all timed on one machine
+        if before is None or after is None:
+            continue
+        if option in ("--max-seconds", "--max-latency-ms") and len(machines) > 1 and not exported:
+            yield "was timed on other machines, so times do not compare"
+        elif before == after:
+            yield f"takes the same {words(before)}"
+        else:
+            share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
+            saved = f"saves {words(before - after)} of {words(before)}"
+            yield (saved if after < before else f"takes {words(after - before)} more than {words(before)}") + share
+
+
+def _fewer_ranks(advice: Recommendation) -> str | None:
+    """Return LoRA with fewer ranks than matrices, where nothing is recommended and only that fits the parameters.
+
+    Not with a limit of bytes as well, since its base is in float.
+    """
+    limit = advice.limits.get("--max-params")
+    if limit is None or "--max-bytes" in advice.limits or advice.chosen is not None:
+        return None
+    adapted = [
+        rated for rated in (advice.best, *_others(advice)) if METHOD_KINDS[rated.experiment.method].trains == "adapters"
+    ]
+    if not adapted or min(max(run.parameters.final for run in rated.runs) for rated in adapted) <= limit:
+        return None
+    run = adapted[0].runs[0]
+    left = int(limit) - run.parameters.head
+    of_a_rank = [site.in_features + site.out_features for site in run.record.sites]
+    if not of_a_rank or not max(of_a_rank) <= left < sum(of_a_rank):  # a rank of any matrix, but not one of each
+        return None
+    return (
+        "No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration "
+        f"`lora: {{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
+        f"--method lora --budget {4 * left // 100 / 10:g}kB`."
+    )
+
+
+def _tested_table(advice: Recommendation) -> Table:
+    margin, interval = margin_in_points(advice.margin), f"{100 * advice.confidence:.4g} %"
+    how = (
+        f"One-sided non-inferiority t test against {margin} at 5 %, {_family(advice)}. The {interval} t "
+        "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
+    )
+    if advice.study.stopping is not None:
+        how = (
+            f"Looks at declared numbers of seeds asked for a loss below {margin}, at "
+            f"{100 * advice.study.stopping.level:g} % one-sided over all looks and comparisons; the repeated "
+            f"{interval} intervals hold over all looks."
+        )
+    return table(
+        "recommendation",
+        "Candidates, smallest first",
+        advice.candidates,
+        [
+            Column("experiment", "rated.name"),
+            Column("to store", "rated.stored_bytes", megabytes),
+            Column("parameters", "rated.final_parameters", count),
+            Column("difference (points)", lambda candidate: points_interval(candidate.estimate.interval)),
+            Column("n", lambda candidate: len(candidate.estimate.by_seed)),
+            Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
+            Column(
+                "loses less than asked?",
+                lambda c: _verdict(c, advice) + (f" ({c.estimate.note})" if c.estimate.note else ""),
+            ),
+        ],
+        f"Test accuracy, candidate minus {advice.best.name}, n pairs by seed; negative is a loss. {how}",
+    )
+
+
+def _verdict(candidate: Candidate, advice: Recommendation) -> str:
+    if candidate.shown:
+        return "shown"
+    if advice.study.untested and advice.study.stopping is None:
+        return "not decided"
+    pairs, interval, test = (
+        len(candidate.estimate.by_seed),
+        candidate.estimate.interval,
+        candidate.estimate.significance,
+    )
+    if pairs < 2:
+        return f"not decided: {counted(pairs, 'pair')}, the test needs 2 and more"
+    if test is None or test.p_value is None:
+        return "not decided: the differences have no spread, which the test needs"
+    if interval is not None and interval.high is not None and interval.high < -advice.margin:
+        return "no, the whole interval lies below"
+    if advice.study.stopping is not None:
+        return "not decided"
+    if candidate.needed_n is None:
+        return "not decided, and the estimate gives no n up to 1000 that would do"
+    return f"not decided; n = {candidate.needed_n} would do"
+
+
+def recommended_yaml(advice: Recommendation) -> str | None:
+    """Return the configuration of a study of what is recommended, on the seeds of its runs; None if nothing is."""
+    chosen = advice.chosen
+    if chosen is None:
+        return None
+    best = "the best by validation" if advice.study.stopping is None else "the control"
+    why = f"{best}; nothing within the limits is smaller {_CLEARLY}"
+    if advice.outcome == "smaller":
+        why = f"shown to lose less than {margin_in_points(advice.margin)} of test accuracy against {advice.best.name}"
+    comments = [f"{chosen.name} of study {advice.study.label}, made again from its records: {why}."]
+    if advice.study.smoke:
+        comments.append("Smoke runs: random weights, synthetic images. They say nothing about a method.")
+    return study_yaml(chosen.runs[0].record.spec, [*chosen.by_seed], suffix=_SUFFIX, comments=comments)
+
+
+def _bytes(value: float) -> str:
+    return megabytes(value) if value >= 1e4 else f"{count(value)} bytes"
+
+
+# What a limit is of: the field of a cost, and how it is written.
+_COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
+    "--max-bytes": ("stored_bytes", _bytes),
+    "--max-params": ("final_parameters", lambda value: f"{count(value)} parameters"),
+    "--max-seconds": ("seconds_per_step", lambda value: f"{value:.3g} s a step"),
+    "--max-latency-ms": ("latency_s", lambda value: f"{1000 * value:.3g} ms latency"),
+}
+
+
+def _limit(violation: Violation) -> str:
+    return f"at most {_COSTS[violation.option][1](violation.limit)}"
+
+
+def _value(violation: Violation) -> str:
+    return "not recorded" if violation.value is None else _COSTS[violation.option][1](violation.value)
+
+
+def _broken(rated: Rated) -> str:
+    return "; ".join(f"{_value(violation)}, asked {_limit(violation)}" for violation in rated.violations)
+
+
+# What a difference of a kind keeps from being pooled; any other kind both.
+_MEASURES: dict[PoolKind, str] = {"timings": "seconds", "splits": "accuracy", "weights": "accuracy"}
+
+
+def print_comparison(across: Across, output: Path | None) -> None:
     """Print the tables; write their unrounded values to a .csv or .json file if one is named.
 
     Raises:
         UserError: for another ending, or if the file can't be written.
     """
-    print_with_rows(_blocks(found), list(_rows(found)), output, _COLUMNS)
+    print_with_rows(_blocks(across), list(_rows(across)), output, _COLUMNS)
 
 
-def _blocks(found: Across) -> Iterator[Paragraph | Table]:
-    """Yield what was found, by study and pooled, and what was not pooled and why."""
-    for label, study in found.studies.items():
+def _blocks(across: Across) -> Iterator[Paragraph | Table]:
+    """Yield what was across, by study and pooled, and what was not pooled and why."""
+    for label, study in across.studies.items():
         runs = len(study.runs)
         backbones = sorted({run.record.spec.backbone.model for run in study.runs})
         data = sorted({run.record.spec.data.title for run in study.runs})
@@ -49,39 +338,56 @@ def _blocks(found: Across) -> Iterator[Paragraph | Table]:
             f"{runs} finished run{'' if runs == 1 else 's'}."
         )
         yield from (Paragraph(f"  {notice}") for notice in study.notices)
-    if found.alone:
-        alone = joined(f"{name} (in {study})" for name, study in found.alone.items())
+    if across.alone:
+        alone = joined(f"{name} (in {study})" for name, study in across.alone.items())
         yield Paragraph(f"In one study only, so not compared: {alone}.")
-    yield _by_study(found)
-    if found.agreements:
-        yield study_agreement_table(found.agreements)
-    if found.reference is None:
+    yield _by_study(across)
+    if across.agreements:
+        yield study_agreement_table(across.agreements)
+    if across.reference is None:
         yield Paragraph(
             "No LoRA and no linear probe is the reference of every study, so there are no differences; name an "
             "experiment with --reference."
         )
         return
-    if found.pooled:
-        yield _pooled(found.pooled, found.reference)
-    if found.times:
-        yield _times(found.times, found.reference)
-    for refusal in found.refusals:
+    if across.pooled:
+        yield table(
+            "pooled",
+            f"Over studies: test accuracy against {across.reference} (points)",
+            across.pooled,
+            [
+                *_POOLED,
+                Column("mean over studies", "interval", partial(_with_reason, points_interval)),
+                Column("ahead in", lambda row: f"{row.ahead} of {len(row.studies)}"),
+                Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
+                Column("more accurate?", "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
+            ],
+            "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
+            "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
+            "this table.",
+        )
+    if across.times:
+        yield table(
+            "times",
+            f"Over studies: seconds a step, as a multiple of {across.reference}'s",
+            across.times,
+            [*_POOLED, Column("geometric mean over studies", "interval", partial(_with_reason, number_interval))],
+            "95 % t intervals of the logarithms; each study counts the same.",
+        )
+    for refusal in across.refusals:
         kind = refusal.kind
         yield Paragraph(
-            f"Not pooled, {_what(kind)}: {kind} {_differ(kind)}: {refusal.reason}. Experiments: "
-            f"{joined(refusal.experiments)}; studies: {joined(refusal.studies)}. Pool all the same: "
+            f"Not pooled, {_MEASURES.get(kind, 'accuracy and seconds')}: {kind} {_differ(kind)}: {refusal.reason}. "
+            f"Experiments: {joined(refusal.experiments)}; studies: {joined(refusal.studies)}. Pool all the same: "
             f"--allow-mismatch {kind}."
         )
-    told: dict[tuple[PoolKind, str], dict[str, None]] = {}
-    rows: tuple[PooledRow, ...] = (*found.pooled, *found.times)
-    for row in rows:
-        for kind, why in row.allowed:
-            told.setdefault((kind, why), {})[row.estimate.name] = None
-    for (kind, why), names in told.items():
-        yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {why}. Experiments: {joined(names)}.")
+    allowed = grouped((why, row.estimate.name) for row in (*across.pooled, *across.times) for why in row.allowed)
+    for (kind, reason), names in allowed.items():
+        listed = joined(dict.fromkeys(names))
+        yield Paragraph(f"Pooled although {kind} {_differ(kind)}, as asked: {reason}. Experiments: {listed}.")
 
 
-def _by_study(found: Across) -> Table:
+def _by_study(across: Across) -> Table:
     def tested(comparison: Estimate) -> str:
         significance, p = comparison.significance, comparison.adjusted_p
         verdict = comparison.verdict if significance is None else significance.sentence()
@@ -92,13 +398,13 @@ def _by_study(found: Across) -> Table:
     return table(
         "by_study",
         "By study",
-        found.rows,
+        across.rows,
         [
             Column("experiment", "name"),
             "study",
             Column("test accuracy", "result.test_accuracy", percent_interval),
             Column("n", "result.test_accuracy.n"),
-            Column(f"against {found.reference} (points)", "comparison", lambda c: points_interval(c.interval), ""),
+            Column(f"against {across.reference} (points)", "comparison", lambda c: points_interval(c.interval), ""),
             Column("pairs", "comparison", lambda c: str(len(c.by_seed)), ""),
             Column("more accurate?", "comparison", tested, ""),
             Column("to store", "result.stored_bytes", megabytes),
@@ -121,40 +427,6 @@ _POOLED = [
 ]
 
 
-def _pooled(rows: Sequence[PooledRow], reference: str) -> Table:
-    return table(
-        "pooled",
-        f"Over studies: test accuracy against {reference} (points)",
-        rows,
-        [
-            *_POOLED,
-            Column("mean over studies", "interval", partial(_with_reason, points_interval)),
-            Column("ahead in", lambda row: f"{row.ahead} of {len(row.studies)}"),
-            Column("p (Holm)", "estimate.adjusted_p", "{:.2g}".format),
-            Column("more accurate?", "estimate", lambda of: f"{of.verdict}{f' ({of.note})' if of.note else ''}"),
-        ],
-        "Each study's mean counts the same. 95 % intervals: what other seeds would change in these studies; none "
-        "of them speaks of another data set or backbone. The stratified t test decides at 5 %, Holm-corrected over "
-        "this table.",
-    )
-
-
-def _times(rows: Sequence[PooledRow], reference: str) -> Table:
-    return table(
-        "times",
-        f"Over studies: seconds a step, as a multiple of {reference}'s",
-        rows,
-        [*_POOLED, Column("geometric mean over studies", "interval", partial(_with_reason, number_interval))],
-        "95 % t intervals of the logarithms; each study counts the same.",
-    )
-
-
-def _what(kind: PoolKind) -> str:
-    if kind in _NOT_OF_ACCURACY:
-        return "seconds"
-    return "accuracy" if kind in _NOT_OF_TIMES else "accuracy and seconds"
-
-
 def _differ(kind: PoolKind) -> str:
     return "differs" if kind == "precision" else "differ"
 
@@ -168,36 +440,42 @@ _COLUMNS = (
 )
 
 
-def _rows(found: Across) -> Iterator[dict[str, Raw]]:
+def _rows(across: Across) -> Iterator[dict[str, Raw]]:
     def row(kind: str, studies: Iterable[str], measure: str, of: Estimate, note: str) -> dict[str, Raw]:
-        reference = None if kind in ("accuracy", "importance agreement") else found.reference
+        reference = None if kind in ("accuracy", "importance agreement") else across.reference
         values = (None, None, None, 0) if of.interval is None else astuple(of.interval)[:4]
         p_value = None if of.significance is None else of.significance.p_value
         decided = (p_value, of.adjusted_p, of.verdict) if measure == difference else (None, None, None)
-        notes = "; ".join(text for text in (None if of.interval is None else of.interval.reason, note) if text)
+        notes = together((of.interval and of.interval.reason) or "", note)
         cells = (kind, "; ".join(studies), of.name, reference, measure, *values, *decided, notes)
         return dict(zip(_COLUMNS, cells, strict=True))
 
     difference = "test_accuracy_difference"
-    for own in found.rows:
-        accuracy = Estimate(name=own.name, interval=own.result.test_accuracy)
-        yield row("accuracy", [own.study], "test_accuracy", accuracy, "")
-        if own.comparison is not None:
-            yield row("difference", [own.study], difference, own.comparison, own.comparison.note)
-    for pooled in found.pooled:
+    for shown in across.rows:
+        accuracy = Estimate(name=shown.name, interval=shown.result.test_accuracy)
+        yield row("accuracy", [shown.study], "test_accuracy", accuracy, "")
+        if shown.comparison is not None:
+            yield row("difference", [shown.study], difference, shown.comparison, shown.comparison.note)
+    for pooled in across.pooled:
         yield row("pooled", pooled.studies, difference, pooled.estimate, _although(pooled))
-    for of in found.agreements:
+    for of in across.agreements:
         rho = None if of["rho"] is None else Interval(of["rho"], None, None, of["sites"], 0.95)
         agreement = Estimate(name=f"{of['experiment']}; {of['other_experiment']}", interval=rho)
         note = "n counts sites" if of["same_backbone"] else "n counts sites; the backbones differ"
         studies = of["study"], of["other_study"]
         yield row("importance agreement", studies, f"{of['metric']}_spearman_rho", agreement, note)
-    for time in found.times:
+    for time in across.times:
         yield row("pooled", time.studies, "seconds_per_step_ratio", time.estimate, _although(time))
-    for refusal in found.refusals:
+    for refusal in across.refusals:
         note = f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}"
         for name in refusal.experiments:
-            yield row("not pooled", refusal.studies, _what(refusal.kind), Estimate(name=name), note)
+            yield row(
+                "not pooled",
+                refusal.studies,
+                _MEASURES.get(refusal.kind, "accuracy and seconds"),
+                Estimate(name=name),
+                note,
+            )
 
 
 def _although(row: PooledRow) -> str:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from peft_vit.analysis import Estimate, QuantizationImpact, Run
+from peft_vit.analysis import QuantizationImpact, Run
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, costs, layers_bits
 from peft_vit.records import FloatPart
@@ -118,11 +118,8 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
             return "not computed"
         difference = points_interval if measure == "accuracy" else to_thousandths
         verdict = {"supported": "more, ", "refuted": "less, "}.get(comparison.verdict)
-        said = "not decided" if verdict is None else verdict + outcome(comparison)
-        return f"{difference(comparison.interval)}, {said}"
-
-    def twin(accuracy: Estimate) -> str:
-        return accuracy.reference if accuracy.by_seed else accuracy.note
+        decision = "not decided" if verdict is None else verdict + outcome(comparison)
+        return f"{difference(comparison.interval)}, {decision}"
 
     settings = [EXPERIMENT, Column("bits", "settings.quantization_bits", data="bits", none="by layer")]
     settings += _SETTINGS
@@ -134,7 +131,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
             *settings,
             Column("n", lambda q: len(q.against_unquantized.by_seed)),
             *(Column(title, partial(text, measure)) for measure, title in _MEASURES.items()),
-            Column("float twin", "against_unquantized", twin),
+            Column("float twin", "against_unquantized", lambda c: c.reference if c.by_seed else c.note),
         ],
         "Accuracy: negative is a loss. NLL on test, late deviation and roughness: positive is worse, less steady, "
         "rougher. Late deviation: standard deviation of the training loss about its own line over the last third "
@@ -299,10 +296,10 @@ def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
 def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
     """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
 
-    def check(at: dict[str, Any]) -> str:
+    def text(at: dict[str, Any]) -> str:
         return f"{at['mean']:.4g} (step {at['step']})"
 
-    courses = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
+    checks = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
     return table(
         "quantization_balance",
         "Balance of quantization and adaptation",
@@ -310,18 +307,16 @@ def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
             {
                 "experiment": experiment,
                 "measure": measure,
-                "first check": check(course[0]),
-                "in between": check(course[len(course) // 2]) if len(course) > 2 else "–",
-                "last check": check(course[-1]) if len(course) > 1 else "–",
+                "first check": text(own[0]),
+                "in between": text(own[len(own) // 2]) if len(own) > 2 else "–",
+                "last check": text(own[-1]) if len(own) > 1 else "–",
             }
-            for experiment, measure, course in courses
+            for experiment, measure, own in checks
         ],
         None,
         "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
         data=[
-            {"experiment": experiment, "measure": measure, **at}
-            for experiment, measure, course in courses
-            for at in course
+            {"experiment": experiment, "measure": measure, **at} for experiment, measure, own in checks for at in own
         ],
         folded=True,
     )

@@ -13,9 +13,8 @@ from peft_vit.analysis import Run, Study, compare_with_references, load_studies,
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records import RUN_COLUMNS, history_rows, run_row
-from peft_vit.report.document import Table
 from peft_vit.report.method_tables import accuracy_table, comparison_table
-from peft_vit.report.rows import check_rows_file, frame, write_rows
+from peft_vit.report.printed import check_rows_file, frame, write_rows
 from peft_vit.report.tables import comparison_values, ends
 
 if TYPE_CHECKING:
@@ -74,6 +73,8 @@ def read_tables(directory: Path) -> ResultTables:
     Raises:
         UserError: if the directory does not exist, or if nothing in it can be read.
     """
+    from pandas import DataFrame
+
     results = read_results(directory)
     for problem in results.problems:
         if problem.left_out:
@@ -95,7 +96,10 @@ def read_tables(directory: Path) -> ResultTables:
         html += [f"<p><strong>{escape(notice)}</strong></p>" for notice in study.notices]
         shown = [accuracy_table(method_results(study))] if study.runs else []
         shown += [comparison_table(compared, reference) for reference in dict.fromkeys(c.reference for c in compared)]
-        html += map(_as_html, shown)
+        for made in shown:
+            caption = f"<caption>{escape(made.title)}</caption>"
+            cells = DataFrame(made.rows, columns=list(made.columns)).to_html(index=False, border=0)
+            html.append(cells.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(made.note)}</small></p>")
     return ResultTables(
         runs=frame(runs, RUN_COLUMNS),
         ranks=frame(ranks, _RANK_COLUMNS),
@@ -103,14 +107,6 @@ def read_tables(directory: Path) -> ResultTables:
         notices=tuple(f"{study.label}: {notice}" for study in results.studies for notice in study.notices),
         _html="".join(html),
     )
-
-
-def _as_html(table: Table) -> str:
-    from pandas import DataFrame
-
-    caption = f"<caption>{escape(table.title)}</caption>"
-    html: str = DataFrame(table.rows, columns=list(table.columns)).to_html(index=False, border=0)
-    return html.replace("<thead>", f"{caption}<thead>", 1) + f"<p><small>{escape(table.note)}</small></p>"
 
 
 def _history(study: Study, run: Run) -> list[dict[str, Any]]:

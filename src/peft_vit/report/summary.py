@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.analysis.studies import STATES, seeds_in_words, why_unfinished
+from peft_vit.analysis.studies import STATES, grouped, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunRecord, RunSpec
+from peft_vit.records import RunSpec
 from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
@@ -33,7 +33,7 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return what was asked, key and value."""
     records = (*[run.record for run in study.runs], *study.failed)
     planned = study.plan.configurations
-    asked: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
+    specs: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
     seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
     counts = study.counts()
     states = " + ".join(f"{n} {state}" for state, n in counts.items() if n or state in ("done", "failed"))
@@ -44,16 +44,16 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
     rows = [
-        ("Backbone", _distinct(spec.backbone.model for spec in asked)),
+        ("Backbone", _distinct(spec.backbone.model for spec in specs)),
         ("Weights", _distinct(map(_weights, study.runs)) or "unknown: no run has finished"),
-        ("Images", _distinct(map(images, asked))),
-        ("Licence of the images", _distinct(licence(study, spec.data.dataset) for spec in asked)),
+        ("Images", _distinct(map(images, specs))),
+        ("Licence of the images", _distinct(licence(study, spec.data.dataset) for spec in specs)),
         ("Split", _distinct(map(_split, study.runs))),
         ("Classes", _distinct(_classes(study.runs))),
         ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
         ("Seeds", f"{len(seeds)}: {joined(map(str, seeds))}"),
         ("Runs", f"{sum(counts.values())} {what} = {states}"),
-        ("Precision", _distinct(f"{spec.precision}, {spec.threads} threads" for spec in asked)),
+        ("Precision", _distinct(f"{spec.precision}, {spec.threads} threads" for spec in specs)),
     ]
     return tuple((key, value) for key, value in rows if value)
 
@@ -84,14 +84,12 @@ def _split(run: Run) -> str:
 
 def _classes(runs: Sequence[Run]) -> Iterator[str]:
     """Yield the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
-    shares: dict[tuple[str, ...], list[float]] = {}
-    for run in runs:
-        of = shares.setdefault(tuple(run.record.class_names), [])
-        of += [share for name, share in run.record.majority_accuracy.items() if name == "test"]
-    for names, of in shares.items():
+    majority = grouped((tuple(run.record.class_names), run.record.majority_accuracy.get("test")) for run in runs)
+    for names, known in majority.items():
+        shares = [share for share in known if share is not None]
         text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
-        if of:
-            ends = dict.fromkeys(fixed(100 * share, 1) for share in (min(of), max(of)))
+        if shares:
+            ends = dict.fromkeys(fixed(100 * share, 1) for share in (min(shares), max(shares)))
             text += f"; the most frequent has {' to '.join(ends)} % of the test images"
         yield text
 
@@ -101,10 +99,8 @@ def best_on_validation(methods: Sequence[MethodResult]) -> MethodResult | None:
 
     None if there is no experiment, or one without validation images.
     """
-    means = {m.experiment.name: m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None}
-    if len(means) < len(methods):
-        return None
-    return max(methods, key=lambda m: means[m.experiment.name], default=None)
+    means = [m.validation_accuracy.estimate for m in methods if m.validation_accuracy is not None]
+    return methods[means.index(max(means))] if means and len(means) == len(methods) else None
 
 
 def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
@@ -113,10 +109,10 @@ def cards(methods: Sequence[MethodResult]) -> tuple[Card, ...]:
     return tuple(
         Card(
             best.experiment.kind.title,
-            best.experiment.name,
+            best.name,
             percent(best.test_accuracy.estimate),
             (
-                f"{counted(len(best.seeds), 'seed')}: {joined(fixed(100 * value, 1) for value in best.by_seed)} %",
+                f"{counted(len(best.runs), 'seed')}: {joined(fixed(100 * v, 1) for v in best.by_seed.values())} %",
                 f"{count(best.final_parameters)} trainable parameters",
                 f"{megabytes(best.stored_bytes)} to store",
                 *([f"{fixed(best.seconds_per_step, 2)} s a step"] if best.seconds_per_step is not None else []),
@@ -135,10 +131,10 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
     best = best_on_validation(methods)
     sentences = ["No best: without validation images nothing chooses among experiments but test, which must not."]
     if best is not None and best.validation_accuracy is not None:
-        name = best.experiment.name
+        name = best.name
         sentences = [
             f"Best on validation: {name}, with {percent(best.validation_accuracy.estimate)} there and "
-            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.seeds), 'seed')}; in brackets the 95 % "
+            f"{percent_interval(best.test_accuracy)} on test ({counted(len(best.runs), 'seed')}; in brackets the 95 % "
             "interval over seeds).",
             *(
                 f"{name} minus {c.reference} on test: {points_interval(c.interval)} points "
@@ -147,7 +143,7 @@ def came_out(analysis: Analysis) -> tuple[str, ...]:
                 if c.name == name and c.interval is not None
             ),
         ]
-    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.seeds) for m in methods)
+    above, total = sum(m.runs_above_majority for m in methods), sum(len(m.runs) for m in methods)
     return (
         *sentences,
         f"{above} of {total} finished runs are more accurate than always naming the most frequent class.",
@@ -168,10 +164,10 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     if not study.runs:
         return ("Not at all: there is no finished run that anything could be computed from.",)
     if study.stopping is not None:
-        ended = sum(course.stopped is not None for course in analysis.courses)
+        ended = sum(result.stopped is not None for result in analysis.sequential)
         decided = (
-            f"{ended} of {len(analysis.courses)} comparisons with {study.stopping.control} have stopped, by looks at "
-            "declared numbers of seeds; nothing else is tested."
+            f"{ended} of {len(analysis.sequential)} comparisons with {study.stopping.control} have stopped, by looks "
+            "at declared numbers of seeds; nothing else is tested."
         )
     elif study.untested:
         decided = f"Nothing is decided: {study.untested}."
@@ -183,7 +179,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
             f"n = {minimum_n_wilcoxon(ALPHA)} seeds on, several at once need more."
         )
     best = best_on_validation(analysis.methods)
-    test = (study.runs[0] if best is None else study.of(best.experiment.name)[0]).test
+    test = (study.runs[0] if best is None else study.of(best.name)[0]).test
     image = proportion_interval(round(test.accuracy * test.n), test.n)
     alone = (
         f"with {test.n:,} of them one run's {percent(test.accuracy)} has a 95 % interval of "
@@ -301,9 +297,7 @@ def _planned_table(study: Study, runs: list[RunStatus]) -> Table:
 
 def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
     """Return one row for runs of an experiment that are in one state for one reason."""
-    groups: dict[tuple[str, str, str], list[int]] = {}
-    for run in runs:
-        groups.setdefault((run.experiment, run.state, run.note), []).append(run.seed)
+    groups = grouped(((run.experiment, run.state, run.note), run.seed) for run in runs)
     return table(
         "not_done",
         "Runs that are not done",
@@ -328,21 +322,21 @@ def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
 
 def run_details(study: Study) -> tuple[RunDetails, ...]:
     """Return the provenance of every run, finished or failed."""
-    finished = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
-    return (*finished, *map(_failure, study.failed))
-
-
-def _failure(record: RunRecord) -> RunDetails:
-    rows = (
-        ("error", plain(record.error or "")),
-        ("kind", record.failure or "unknown"),
-        ("attempts", str(record.attempts)),
-        ("started", record.started_at),
-        ("specification", record.spec_digest),
-    )
-    title = f"{record.spec.experiment.name}, seed {record.spec.seed}: failed"
-    lines = (record.traceback or "").expandtabs(4).split("\n")  # kept, but nothing that could act on a page or terminal
-    return RunDetails(title, rows, "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in lines).strip())
+    details = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
+    for record in study.failed:
+        rows = (
+            ("error", plain(record.error or "")),
+            ("kind", record.failure or "unknown"),
+            ("attempts", str(record.attempts)),
+            ("started", record.started_at),
+            ("specification", record.spec_digest),
+        )
+        title = f"{record.spec.experiment.name}, seed {record.spec.seed}: failed"
+        # Nothing of a traceback acts on a page or a terminal.
+        lines = (record.traceback or "").expandtabs(4).split("\n")
+        traceback = "\n".join(CONTROL_CHARACTER.sub(" ", line) for line in lines).strip()
+        details.append(RunDetails(title, rows, traceback))
+    return tuple(details)
 
 
 def _provenance(run: Run) -> tuple[tuple[str, str], ...]:

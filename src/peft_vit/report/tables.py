@@ -170,6 +170,6 @@ def tested(comparison: Estimate) -> str:
     return outcome(comparison) + (f" ({comparison.note})" if comparison.note else "")
 
 
-def to_thousandths(found: Interval) -> str:
+def to_thousandths(interval: Interval) -> str:
     """Return a number with its interval, three decimals each."""
-    return number_interval(found, 3)
+    return number_interval(interval, 3)

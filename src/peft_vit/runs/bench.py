@@ -14,7 +14,7 @@ import numpy as np
 
 from peft_vit.adapters.peft_format import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
-from peft_vit.config import EXPORTS, file_bytes, format_of
+from peft_vit.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.deployment import ModelCard, export_onnx, merge, save_low_bit
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
@@ -38,13 +38,13 @@ class _Model(NamedTuple):
 
     @property
     def format(self) -> str:
-        return format_of(self.file) or "peft"
+        return exported_format(self.file) or "peft"
 
     @property
     def is_float32(self) -> bool:
         """Tell whether its files hold all weights in float32, by their size: quantized ones take less."""
         plain = create_skeleton(self.card.architecture, self.card.image_size, len(self.card.class_names))
-        return file_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
+        return exported_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
 
 
 def bench(
@@ -140,7 +140,7 @@ def _rows(
             BenchRow(
                 file=model.name,
                 format=model.format,
-                bytes=file_bytes(model.file),
+                bytes=exported_bytes(model.file),
                 run=model.run,
                 threads=count,
                 batch=batch,

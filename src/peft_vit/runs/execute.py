@@ -47,8 +47,8 @@ from peft_vit.evaluation import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.methods import METHODS, Preparation
-from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
+from peft_vit.methods import METHODS, PrepareContext
+from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import (
     BitAllocation,
     ByteCounts,
@@ -291,14 +291,14 @@ def _prepare(
                 attempt.known.bit_allocation = allocate_bits(model, config, *batch, seed=spec.seed).record
         bits = ChosenBits.of_record(attempt.known.bit_allocation, config)
     with overhead.of("rounding") if keeps_codes(spec.experiment) else nullcontext():
-        preparation = Preparation(
+        context = PrepareContext(
             total_steps=total_steps,
             seed=spec.seed,
             formats=None if bits is None else bits.formats,
             ranks=None if bits is None else bits.ranks,
             calibration=calibration.images,
         )
-        return METHODS[spec.experiment.method].prepare(model, spec.experiment, preparation)
+        return METHODS[spec.experiment.method].prepare(model, spec.experiment, context)
 
 
 def _train_and_test(

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_vit.config import AskedPrecision, Library, Precision
+from peft_vit.config import Library, Precision, PrecisionSetting
 from peft_vit.errors import UserError
 
 _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
@@ -81,7 +81,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(asked: AskedPrecision, begun: AskedPrecision | None, device: torch.device) -> ChosenPrecision:
+def choose_precision(asked: PrecisionSetting, begun: PrecisionSetting | None, device: torch.device) -> ChosenPrecision:
     """Return the precision of a study's runs.
 
     Args:

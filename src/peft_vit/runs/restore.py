@@ -18,8 +18,8 @@ from peft_vit.config import DATASETS, ExperimentConfig, QaLoraConfig
 from peft_vit.data import Data, load_data
 from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_classifier
 from peft_vit.errors import UserError, agreeing_with, os_fault
-from peft_vit.methods import METHODS, Preparation
-from peft_vit.methods.qa_lora import keeps_codes, packed_at_once
+from peft_vit.methods import METHODS, PrepareContext
+from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import sha256_of
 
@@ -127,7 +127,7 @@ def prepare_as_saved(
     qa_lora, saved = experiment.section(QaLoraConfig), read_adapter_file(file)
     adaptive = None if qa_lora is None else qa_lora.adaptive_bits
     method = METHODS[experiment.method]
-    preparation = Preparation(
+    context = PrepareContext(
         total_steps=total_steps,
         seed=seed,
         formats=None if adaptive is None else saved.formats,
@@ -135,7 +135,7 @@ def prepare_as_saved(
         packed=saved.packed if keeps_codes(experiment) else None,
         module_ranks=saved_module_ranks(saved.tensors) if method.uses_peft else None,
     )
-    method.prepare(model, experiment, preparation)
+    method.prepare(model, experiment, context)
 
 
 def done_record(run_dir: Path) -> RunRecord:

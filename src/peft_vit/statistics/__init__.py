@@ -24,7 +24,7 @@ from peft_vit.statistics.intervals import (
     proportion_interval,
     shifted,
 )
-from peft_vit.statistics.sequential import Course, Look, SequentialTest, Stopped, StoppingRule, follow
+from peft_vit.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,
     Verdict,

@@ -99,7 +99,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Course:
+class SequentialResult:
     """What became of one comparison against the control."""
 
     name: str
@@ -163,7 +163,7 @@ class _Comparison:
     stopped: Stopped | None = None
 
 
-def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tuple[Course, ...]:
+def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tuple[SequentialResult, ...]:
     """Return what a rule makes of comparisons with one control: a function of the data, whenever it is called.
 
     Args:
@@ -189,7 +189,7 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
     for comparison in comparisons:
         verdicts = dict(zip(rule.centers, comparison.verdicts, strict=True))
         courses.append(
-            Course(
+            SequentialResult(
                 comparison.name,
                 tuple(comparison.looks),
                 verdicts.get(0.0),
@@ -201,7 +201,7 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
     return tuple(courses)
 
 
-def next_look(courses: Sequence[Course], going: Collection[str]) -> tuple[list[str], int]:
+def next_look(courses: Sequence[SequentialResult], going: Collection[str]) -> tuple[list[str], int]:
     """Return which of those that go on take part in the next look, and how many pairs it needs; [] and 0: none does."""
     waiting = {one.name: one.next_look for one in courses if one.next_look is not None and one.name in going}
     pairs = min(waiting.values(), default=0)

@@ -21,7 +21,7 @@ from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import Execution, RunRequest, TrainRequest
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.statistics.sequential import Course
+    from peft_vit.statistics.sequential import SequentialResult
     from peft_vit.studies.plan import Plan
 
 _say = partial(print, flush=True)
@@ -133,8 +133,8 @@ def run_until_decided(
         UserError: as `plan_study` and `drive`.
         KeyboardInterrupt: see `drive`.
     """
-    from peft_vit.analysis.results import read_results
-    from peft_vit.analysis.stopping import courses
+    from peft_vit.analysis.stopping import follow_study
+    from peft_vit.analysis.studies import read_results
     from peft_vit.statistics.sequential import next_look
     from peft_vit.studies.display import course_line, print_plan
     from peft_vit.studies.plan import plan_study
@@ -143,14 +143,14 @@ def run_until_decided(
     assert study.stopping is not None
     control = study.stopping.control
     failed: dict[str, str] = {}
-    told: dict[str, Course] = {}
+    told: dict[str, SequentialResult] = {}
     look: tuple[list[str], int] | None = None
     with _locked(results_dir, [study.name]) as (lock,):
         while True:
             recorded = None
             if (lock.folder / STUDY_FILE).exists():
                 (recorded,) = read_results(lock.folder).studies
-            found = courses(study, recorded)
+            found = follow_study(study, recorded)
             for course in found:
                 if course.looks and told.get(course.name) != course:
                     tell(course_line(course, study))

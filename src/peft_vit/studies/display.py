@@ -14,14 +14,14 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig, file_bytes
+from peft_vit.config import StudyConfig, exported_bytes
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
 from peft_vit.runs.export import Exported, said_loss
 from peft_vit.runs.machine import cpu_count
-from peft_vit.statistics.sequential import Course
+from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Progress
@@ -267,7 +267,7 @@ def _cells(progress: Progress) -> list[str]:
 # --- afterwards -------------------------------------------------------------------------------------------------------
 
 
-def course_line(course: Course, study: StudyConfig) -> str:
+def course_line(course: SequentialResult, study: StudyConfig) -> str:
     """Return how a comparison with the control stands after its last look, and what follows."""
     stopping, look = study.stopping, course.looks[-1]
     assert stopping is not None
@@ -313,4 +313,4 @@ def print_export(done: Exported, file: Path) -> None:
         )
         if done.activations == "int8" or found.same_predictions < 1:
             print(f"Lost: {said_loss(found)}")
-    print(f"{file}: {file_bytes(file) / 1e6:.1f} MB")
+    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")

@@ -15,7 +15,7 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit, validate_every
-from peft_vit.methods import METHODS, Wishes
+from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
@@ -188,7 +188,7 @@ def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, st
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     training: dict[str, Any] = {"batch_size": asked.batch_size}
     method, budget = METHODS[asked.method], asked.budget
-    wishes = Wishes(
+    options = TrainOptions(
         rank=asked.rank,
         budget=None if budget is None else budget.number,
         budget_unit="ranks" if budget is None else budget.unit,
@@ -196,7 +196,7 @@ def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, st
         shape=shape,
     )
     if not asked.is_probe:
-        rate = method.learning_rate_for(wishes) if asked.learning_rate is None else asked.learning_rate
+        rate = method.learning_rate_for(options) if asked.learning_rate is None else asked.learning_rate
         head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
         limits = {"activation_checkpointing": asked.activation_checkpointing, "memory_limit": asked.memory_limit}
@@ -207,7 +207,7 @@ def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, st
             every = min(validate_every(counts.validation, asked.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    sections = method.defaults(wishes) if asked.start is None else {"lora": {"start": str(asked.start)}}
+    sections = method.defaults(options) if asked.start is None else {"lora": {"start": str(asked.start)}}
     return {"name": asked.experiment, "method": asked.method, "training": training, **sections}
 
 

@@ -15,16 +15,15 @@ from peft_vit.config import (
     METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
-    AskedPrecision,
     Device,
     Library,
     MethodName,
+    PrecisionSetting,
     bytes_of,
     micro_batch_fault,
     written_size,
 )
-from peft_vit.options import Option, Request
-from peft_vit.settings import OnlyWith, refuse
+from peft_vit.settings import OnlyWith, Option, Request, refuse
 from peft_vit.studies.executors import EXECUTORS, ExecutorName
 
 STUDY_NAME = "own-images"
@@ -213,7 +212,7 @@ class TrainRequest(Request):
     start: Annotated[Path | None, Option("--init-adapter"), OnlyWith(method="lora")] = Field(
         default=None, description="folder of a PEFT LoRA adapter to go on from, with --method lora"
     )
-    precision: AskedPrecision = Field(
+    precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
     )
     device: Device = Field(default="auto", description="auto: a GPU if there is one")

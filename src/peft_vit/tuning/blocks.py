@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from peft_vit.analysis import read_results
-from peft_vit.analysis.stopping import study_courses
+from peft_vit.analysis.stopping import sequential_results
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -178,7 +178,7 @@ def _courses(choice: Choice) -> Iterator[Block]:
     """Yield how the race went, from its records; nothing if there was no comparison."""
     for study in read_results(choice.folds_dir).studies:
         scores = {one.name: one.score or 0.0 for one in choice.candidates}
-        blocks = stopping_blocks(study, study_courses(study), scores)
+        blocks = stopping_blocks(study, sequential_results(study), scores)
         yield from (block for block in blocks if block.kind == "figure")
 
 

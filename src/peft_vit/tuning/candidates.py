@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from peft_vit.backbones import BackboneShape, fused_sites
 from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
-from peft_vit.methods import METHODS, Wishes
+from peft_vit.methods import METHODS, TrainOptions
 
 Kind = Literal["lora", "lora_nf4", "lora_int8", "adalora", "lora_int2"]
 KINDS: tuple[Kind, ...] = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")  # with little time, the first ones
@@ -59,13 +59,13 @@ def designs(shape: BackboneShape, steps: int, classes: int) -> list[Design]:
         steps: of a run; ranks move in its first part.
         classes: of the images.
     """
-    wishes = Wishes(rank=None, budget=None, steps=steps, shape=shape)
+    options = TrainOptions(rank=None, budget=None, steps=steps, shape=shape)
     lora, adalora, packed, pooled = (
-        METHODS[name].defaults(wishes) for name in ("lora", "adalora", "qa_linear", "qa_lora")
+        METHODS[name].defaults(options) for name in ("lora", "adalora", "qa_linear", "qa_lora")
     )
-    few_wishes = replace(wishes, budget=max(1, len(shape.sites) // 2))  # fewer ranks than matrices
-    few = METHODS["lora"].defaults(few_wishes)
-    factors = {"lora_few_ranks": METHODS["lora"].learning_rate_for(few_wishes) / METHODS["lora"].learning_rate}
+    few_options = replace(options, budget=max(1, len(shape.sites) // 2))  # fewer ranks than matrices
+    few = METHODS["lora"].defaults(few_options)
+    factors = {"lora_few_ranks": METHODS["lora"].learning_rate_for(few_options) / METHODS["lora"].learning_rate}
     found: list[tuple[str, str, Kind | None, dict[str, Any]]] = []
     for kind, type_ in _TYPES.items():
         said = {"quantization_bits": BITS_OF_TYPE[type_], "quantization_type": type_}

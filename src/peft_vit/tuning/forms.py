@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from peft_vit.config import file_bytes
+from peft_vit.config import exported_bytes
 from peft_vit.deployment import Calibrated, OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
@@ -219,7 +219,7 @@ def _written(way: _Way, run_dir: Path, file: Path, calibrated: Calibrated) -> Fo
         done = export_run_to_file(run_dir, file, way.format, way.options, calibrated)
     except UserError as error:  # a format that one of the runtimes has not
         return replace(way.form, left_out=error.message)
-    return replace(way.form, bytes=file_bytes(file), comparison=done.comparison)
+    return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)
 
 
 def _best(forms: dict[Path, Form], max_bytes: int | None, max_latency_s: float | None) -> tuple[Path, tuple[str, ...]]:

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peft_vit.statistics.sequential import Course, StoppingRule, follow, next_look
+from peft_vit.statistics.sequential import SequentialResult, StoppingRule, follow, next_look
 from peft_vit.tuning.result import Candidate, Metric
 
 LOOKS = (5, 10, 15)  # pairs: whole repetitions of five folds
@@ -64,7 +64,7 @@ def images_that_count(counts: Sequence[int], different: int | None, metric: Metr
     return max(1, counted * (images if different is None else different) // images)
 
 
-def still_racing(candidates: Sequence[Candidate], courses: Sequence[Course]) -> list[str]:
+def still_racing(candidates: Sequence[Candidate], courses: Sequence[SequentialResult]) -> list[str]:
     """Return the candidates that go on: the open ones that are smaller than any that was shown."""
     of = {one.name: one for one in courses}
     going: list[str] = []
@@ -115,7 +115,9 @@ def race(
     return _chosen(told, reference, courses, rule, fits)
 
 
-def _courses(racing: Sequence[Candidate], reference: str, scores: Scores, rule: StoppingRule) -> tuple[Course, ...]:
+def _courses(
+    racing: Sequence[Candidate], reference: str, scores: Scores, rule: StoppingRule
+) -> tuple[SequentialResult, ...]:
     found = {one.name: differences(scores, one.name, reference) for one in racing}
     return follow(found, rule) if found else ()
 
@@ -126,7 +128,7 @@ def differences(scores: Scores, name: str, reference: str) -> list[float]:
     return [own - other for own, other in pairs]
 
 
-def line(course: Course) -> str:
+def line(course: SequentialResult) -> str:
     """Return how a comparison stands, in a line."""
     if not course.looks:
         return f"{course.name}: not looked at yet"
@@ -139,7 +141,7 @@ def line(course: Course) -> str:
     return f"{course.name}: {interval} after {look.pairs} folds: {said}"
 
 
-def _told(candidate: Candidate, reference: str, scores: Scores, courses: Sequence[Course]) -> Candidate:
+def _told(candidate: Candidate, reference: str, scores: Scores, courses: Sequence[SequentialResult]) -> Candidate:
     own = scores.get(candidate.name, ())
     paired = differences(scores, candidate.name, reference)
     return replace(
@@ -154,7 +156,7 @@ def _told(candidate: Candidate, reference: str, scores: Scores, courses: Sequenc
 def _chosen(
     candidates: tuple[Candidate, ...],
     reference: str,
-    courses: Sequence[Course],
+    courses: Sequence[SequentialResult],
     rule: StoppingRule,
     fits: Callable[[Candidate], bool],
 ) -> RaceResult:

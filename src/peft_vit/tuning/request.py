@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, AskedPrecision, Device, bytes_of, written_size
-from peft_vit.options import Option, Request
+from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, Device, PrecisionSetting, bytes_of, written_size
+from peft_vit.settings import Option, Request
 from peft_vit.studies.executors import ExecutorName
 
 
@@ -75,7 +75,7 @@ class TuneRequest(Request):
         BeforeValidator(_several),
         Option("--image-size", list[int]),
     ] = Field(default=(), description="side in pixels; several are compared. Default: what time allows")
-    precision: AskedPrecision = Field(
+    precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
     )
     device: Device = Field(default="auto", description="auto: a GPU if there is one")

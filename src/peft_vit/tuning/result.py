@@ -60,7 +60,7 @@ class Candidate:
         score: mean over the test images of the folds that it has done; None: it has done none.
         pairs: folds that the reference has done, too.
         difference: mean over these, this one minus the reference, as a share; None: there are none.
-        course: of its comparison with the reference (`statistics.sequential.Course`); None: there is none.
+        course: of its comparison with the reference (`statistics.sequential.SequentialResult`); None: there is none.
         left_out: why it did not race; empty: it did.
     """
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,28 +18,27 @@ from peft_vit.errors import UserError
 pytestmark = pytest.mark.part("controller")
 
 
-def config(**settings) -> AdaLoraConfig:
-    default = {
-        "total_rank_budget": 8,
-        "allocation_strategy": "proportional",
-        "importance_metric": "magnitude",
-        "update_frequency": 6,
-        "warmup_steps": 12,
-    }
-    return AdaLoraConfig(**{**default, **settings})
+config = partial(
+    AdaLoraConfig,
+    total_rank_budget=8,
+    allocation_strategy="proportional",
+    importance_metric="magnitude",
+    update_frequency=6,
+    warmup_steps=12,
+)
 
 
-def schedule_of(settings: AdaLoraConfig, total_steps: int, sites: int, largest: int) -> BudgetSchedule:
-    """Return the schedule in ranks of sites that can hold as many ranks together."""
+def schedule_of(sites: int = 4, largest: int = 1000, **settings) -> BudgetSchedule:
+    """Return the schedule in ranks over 48 steps, of sites that can hold as many ranks together."""
     maximum = np.zeros(sites, np.int64)
     maximum[0] = largest
-    return schedule_for(settings, total_steps, Bounds(np.zeros_like(maximum), maximum), np.ones(sites, np.int64))
+    return schedule_for(config(**settings), 48, Bounds(np.zeros_like(maximum), maximum), np.ones(sites, np.int64))
 
 
 def test_the_quickstarts_steps_of_decision() -> None:
-    schedule = schedule_of(config(final_steps=12), total_steps=48, sites=4, largest=1000)
+    schedule = schedule_of(final_steps=12)
     assert [step for step in range(49) if schedule.last_due(step) == step > 0] == [12, 18, 24, 30, 36]
-    assert schedule == schedule_of(config(), 48, 4, 1000)  # a quarter is the default
+    assert schedule == schedule_of()  # a quarter is the default
 
 
 @given(
@@ -66,19 +66,20 @@ def test_cubic_course(total, more, warmup, middle, final, every) -> None:
     assert set(due) - {warmup + middle} == set(range(warmup, warmup + middle, every))
 
 
-def test_defaults_of_the_initial_budget() -> None:
-    assert schedule_of(config(), 48, 4, 1000).initial == 12  # 1.5 times the total
-    assert schedule_of(config(), 48, 72, 1000).initial == 72  # one a site
-    assert schedule_of(config(), 48, 72, 10).initial == 10  # what the sites can hold
-    assert schedule_of(config(initial_budget=20), 48, 4, 1000).initial == 20
-    constant = schedule_of(config(budget_schedule="constant"), 48, 72, 1000)
+def test_the_initial_budget() -> None:
+    assert schedule_of().initial == 12  # 1.5 times the total
+    assert schedule_of(sites=72).initial == 72  # one a site
+    assert schedule_of(sites=72, largest=10).initial == 10  # what the sites can hold
+    assert schedule_of(initial_budget=1000).initial == 1000
+    constant = schedule_of(sites=72, budget_schedule="constant")
     assert {constant.budget_at(step) for step in range(49)} == {8}
-
-
-def test_a_schedule_without_a_decision_is_refused() -> None:
-    with pytest.raises(UserError, match=r"adalora\.warmup_steps: warmup_steps 12 plus final_steps 37 leave no step"):
-        schedule_of(config(final_steps=37), 48, 4, 1000)
-    assert schedule_of(config(final_steps=36), 48, 4, 1000).last_update == 12
+    assert schedule_of(final_steps=36).last_update == 12
+    for settings, words in (
+        ({"initial_budget": 1001}, r"initial_budget: 1001 ranks are more than the 1000 that the sites"),
+        ({"final_steps": 37}, r"warmup_steps: warmup_steps 12 plus final_steps 37 leave no step"),
+    ):
+        with pytest.raises(UserError, match=rf"adalora\.{words}"):
+            schedule_of(**settings)
 
 
 SHAPES = {"query": (384, 384), "out": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}  # (in, out) of ViT-S
@@ -92,14 +93,15 @@ def sites_of(tokens: Sequence[int]) -> list[Site]:
 
 
 SITES = sites_of([37] * 4)
+PARAMETERS = {"total_rank_budget": None, "total_parameter_budget": 9000}
 
 
 @pytest.mark.parametrize(
     ("settings", "costs"),
     [
         ({"total_rank_budget": 8}, [1, 1, 1, 1]),
-        ({"total_parameter_budget": 9000}, [768, 768, 1920, 1920]),
-        ({"total_parameter_budget": 9000, "parametrization": "svd"}, [769, 769, 1921, 1921]),
+        (PARAMETERS, [768, 768, 1920, 1920]),
+        ({**PARAMETERS, "parametrization": "svd"}, [769, 769, 1921, 1921]),
         ({"total_byte_budget": 36000}, [3072, 3072, 7680, 7680]),
         ({"total_mac_budget": 400_000}, [28416, 28416, 71040, 71040]),  # 37 tokens: 84 px, patches of 14, one class
     ],
@@ -108,30 +110,20 @@ def test_what_a_rank_costs(settings, costs) -> None:
     assert costs_for(config(**{"total_rank_budget": None, **settings}), SITES).tolist() == costs
 
 
-def test_macs_count_the_tokens_of_each_site() -> None:
-    settings = config(total_rank_budget=None, total_mac_budget=400_000)
-    assert costs_for(settings, sites_of([49, 49, 196, 1])).tolist() == [49 * 768, 49 * 768, 196 * 1920, 1920]
+def test_costs_of_other_tokens_and_of_grouped_inputs() -> None:
+    macs = config(total_rank_budget=None, total_mac_budget=400_000)
+    assert costs_for(macs, sites_of([49, 49, 196, 1])).tolist() == [49 * 768, 49 * 768, 196 * 1920, 1920]
+    assert costs_for(config(**PARAMETERS), SITES[:1], 32).tolist() == [396]
 
 
-def test_grouped_inputs_cost_less() -> None:
-    settings = config(total_rank_budget=None, total_parameter_budget=9000)
-    assert costs_for(settings, SITES[:1], 32).tolist() == [396]
-
-
-def test_bounds_and_course_in_parameters() -> None:
-    settings = config(total_rank_budget=None, total_parameter_budget=9000, minimum_rank=1)
-    costs = costs_for(settings, SITES)
-    bounds = bounds_for(settings, largest_ranks(SITES), costs)
-    assert schedule_for(settings, 48, bounds, costs).initial == 13500
-    small = config(total_rank_budget=None, total_parameter_budget=800)
-    assert schedule_for(small, 48, bounds_for(small, largest_ranks(SITES), costs), costs).initial == 2 * 768 + 2 * 1920
-    full = config(total_rank_budget=None, total_parameter_budget=9000, maximum_rank=2)
-    assert schedule_for(full, 48, bounds_for(full, largest_ranks(SITES), costs), costs).initial == 2 * (
-        2 * 768 + 2 * 1920
-    )
-
-
-PARAMETERS = {"total_rank_budget": None, "total_parameter_budget": 9000}
+@pytest.mark.parametrize(
+    ("settings", "initial"),
+    [({"minimum_rank": 1}, 13500), ({"total_parameter_budget": 800}, 5376), ({"maximum_rank": 2}, 2 * 5376)],
+)
+def test_the_initial_budget_in_parameters(settings, initial) -> None:
+    settings = config(**{**PARAMETERS, **settings})
+    costs = costs_for(settings, SITES)  # of a rank everywhere: 5,376
+    assert schedule_for(settings, 48, bounds_for(settings, largest_ranks(SITES), costs), costs).initial == initial
 
 
 @pytest.mark.parametrize(
@@ -173,13 +165,6 @@ def test_what_the_sites_cannot_meet_or_leaves_nothing_to_decide_is_refused(setti
 def test_the_least_that_is_left_to_decide(settings) -> None:
     settings = config(**settings)
     assert len(bounds_for(settings, largest_ranks(SITES), costs_for(settings, SITES)).minimum) == 4
-
-
-def test_an_initial_budget_beyond_the_sites_is_refused() -> None:
-    settings = config(initial_budget=1001)
-    with pytest.raises(UserError, match=r"adalora\.initial_budget: 1001 ranks are more than the 1000 that the sites"):
-        schedule_of(settings, 48, 4, 1000)
-    assert schedule_of(config(initial_budget=1000), 48, 4, 1000).initial == 1000
 
 
 def test_bounds() -> None:

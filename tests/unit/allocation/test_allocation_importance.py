@@ -1,4 +1,4 @@
-"""Scores of triplets against float64 NumPy written from the formulas."""
+"""Scores of triplets, and both kinds of empirical Fisher, against float64 NumPy written from the formulas."""
 
 import copy
 from typing import Any
@@ -9,8 +9,8 @@ import torch
 from allocation_runs import config
 from torch.nn import functional as F
 
-from peft_vit.adapters import SiteAdapter, attach_adapters, site_adapters
-from peft_vit.allocation import AdaLoRAController, ImportanceTracker
+from peft_vit.adapters import SiteAdapter, attach_adapters, merged_state_dict, site_adapters
+from peft_vit.allocation import AdaLoRAController, ImportanceTracker, check_fisher
 from peft_vit.allocation.importance import mean_per_triplet
 from peft_vit.backbones import find_sites
 from peft_vit.config import METRICS
@@ -48,9 +48,9 @@ def by_triplet(adapter: SiteAdapter) -> list[tuple[list[np.ndarray], list[np.nda
     for i in range(adapter.rank):
         pick = {"lora_lambda": lambda t: t[i : i + 1], "lora_A": lambda t: t[i], "lora_B": lambda t: t[:, i]}  # noqa: B023
         named = [(pick[name], p) for name, p in adapter.named_parameters()]
-        values = [get(p.detach().double().numpy()) for get, p in named]
-        gradients = [get(p.grad.double().numpy()) if p.grad is not None else None for get, p in named]
-        result.append((values, gradients))
+        result.append(
+            ([get(p.detach().double().numpy()) for get, p in named], [get(p.grad.double().numpy()) for get, p in named])
+        )
     return result
 
 
@@ -109,9 +109,7 @@ def reference(metric: str, states: list[dict], adapter: SiteAdapter) -> list[flo
     """Move each triplet's state on by one step and return the scores: the formulas, one number at a time."""
     scores = []
     for state, (values, gradients) in zip(states, by_triplet(adapter), strict=True):
-        if metric == "magnitude":
-            scores.append(adapter.scale * np.prod([np.linalg.norm(value) for value in values]))
-        elif metric == "sensitivity":
+        if metric == "sensitivity":
             raw = [np.abs(w * g) for w, g in zip(values, gradients, strict=True)]
             smooth, uncertain = state.setdefault("s", [0.0] * len(raw)), state.setdefault("u", [0.0] * len(raw))
             for j, part in enumerate(raw):
@@ -127,11 +125,12 @@ def reference(metric: str, states: list[dict], adapter: SiteAdapter) -> list[flo
 
 
 @pytest.mark.parametrize("parametrization", ["product", "svd"])
-@pytest.mark.parametrize("metric", ["magnitude", *SMOOTHED])
+@pytest.mark.parametrize("metric", SMOOTHED)
 def test_scores_over_steps_and_through_a_change_of_rank(metric, parametrization) -> None:
     adapters = {"a": site(parametrization), "empty": site(parametrization, rank=0), "b": site(parametrization, 5, 2)}
     scorer = tracker(metric)
     states = {name: [{} for _ in range(adapter.rank)] for name, adapter in adapters.items()}
+    returned, copies = [], []
     for step in range(6):
         if step == 3:  # a loses its second triplet and gains two; b stays
             states["a"] = [states["a"][0], states["a"][2], {}, {}]
@@ -143,11 +142,15 @@ def test_scores_over_steps_and_through_a_change_of_rank(metric, parametrization)
         assert list(scores) == list(adapters)
         for name, adapter in adapters.items():
             np.testing.assert_allclose(scores[name], reference(metric, states[name], adapter), rtol=1e-5)
+        returned += [*scores.values(), *scorer.state_dict().values()]
+        copies += [tensor.clone() for tensor in returned[len(copies) :]]
+    assert all(map(torch.equal, returned, copies))  # what was returned does not change later
 
 
 def test_controls() -> None:
     adapters = {"a": site("product"), "b": site("product", 1)}
     assert all(torch.equal(scores, torch.ones(RANK)) for scores in tracker("uniform").update(adapters).values())
+    assert len(tracker("fisher").update({"empty": site("svd", rank=0)})["empty"]) == 0
     first, again, other = (tracker("random", seed).update(adapters) for seed in (4, 4, 5))
     assert torch.equal(first["a"], again["a"])
     assert torch.equal(first["b"], again["b"])
@@ -155,35 +158,7 @@ def test_controls() -> None:
     assert not torch.equal(first["a"], other["a"])
 
 
-@pytest.mark.parametrize("metric", SMOOTHED)
-def test_without_gradients_it_says_when_to_call(metric) -> None:
-    with pytest.raises(
-        UserError, match=r"^blocks\.0: lora_A has no gradient; call update_importance_scores after backward"
-    ):
-        tracker(metric).update({"blocks.0": site("svd")})
-    assert len(tracker(metric).update({"blocks.0": site("svd", rank=0)})["blocks.0"]) == 0
-
-
-@pytest.mark.parametrize("metric", OF_TRIPLETS)
-def test_gradient_accumulation_changes_no_score(tiny_vit, batch, fill_adapters, metric) -> None:
-    images, labels = batch
-    results = []
-    for parts in (1, 3):
-        model = tiny_vit(depth=1).double()
-        attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
-        fill_adapters(model)
-        model.double()
-        scorer = tracker(metric)
-        for _ in range(2):
-            for part, targets in zip(images.double().chunk(parts), labels.chunk(parts), strict=True):
-                (F.cross_entropy(model(part), targets) / parts).backward()
-            scores = mean_per_triplet(scorer.update(site_adapters(model)))
-        results.append(scores)
-    assert len(results[0]) == 6
-    assert results[1] == pytest.approx(results[0], rel=1e-4)
-
-
-@pytest.mark.parametrize("loss_scale", [65536.0, 3.0, 2.0**-10])
+@pytest.mark.parametrize("loss_scale", [65536.0, 3.0])
 @pytest.mark.parametrize("metric", OF_TRIPLETS)
 def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
     adapter, plain, scaled = site("svd"), tracker(metric), tracker(metric)
@@ -192,34 +167,6 @@ def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
         expected = plain.update({"a": adapter})["a"]
         set_gradients(adapter, step, loss_scale)
         torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
-
-
-def test_with_a_gradient_scaler_an_overflow_is_left_out_of_scores_and_steps(tiny_vit, batch) -> None:
-    """The first scale overflows: neither weights nor scores have seen that step."""
-    histories = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-117)):
-        model = tiny_vit(depth=1)
-        attach_adapters(model, find_sites(model), 2, scale=2.0, seed=0)
-        scorer = tracker("sensitivity")
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
-        scores = []
-        for _ in range(3 if scaler is None else 4):
-            loss = F.cross_entropy(model(batch[0]), batch[1])
-            (loss if scaler is None else scaler.scale(loss)).backward()
-            scale = 1.0 if scaler is None else scaler.get_scale()
-            scores.append(mean_per_triplet(scorer.update(site_adapters(model), scale)))
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
-            optimizer.zero_grad()
-        histories.append(scores)
-    plain, scaled = histories
-    assert set(scaled[0].values()) == {0.0}
-    for one, other in zip(plain, scaled[1:], strict=True):
-        assert other == pytest.approx(one, rel=1e-3)
-    assert min(plain[-1].values()) > 0
 
 
 @pytest.mark.parametrize("loss_scale", [0.0, -1.0, float("nan"), float("inf")])
@@ -231,45 +178,16 @@ def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
 @pytest.mark.parametrize("metric", SMOOTHED)
 def test_gradients_that_overflowed_under_a_scale_are_left_out(metric) -> None:
     adapter, scorer = site("product"), tracker(metric)
-    for step, (broken, scale) in enumerate([(True, 1024.0), (False, 1024.0), (True, 1024.0), (True, 1.0)]):
+    courses = []
+    for broken, scale in ((True, 1024.0), (False, 1024.0), (True, 1024.0), (True, 1.0)):
         set_gradients(adapter, 0, 1024.0)
         if broken:
             adapter.lora_B.grad[0, 0] = torch.inf
-        scores = scorer.update({"a": adapter}, scale)["a"]
-        if step == 0:
-            assert torch.equal(scores, torch.zeros(RANK))  # nothing was taken in so far
-        elif step == 1:
-            before = scores
-            assert (scores > 0).all()
-        elif step == 2:
-            assert torch.equal(scores, before)
-    assert not scores.isfinite().all()  # without a scaler nothing leaves the step out, so nothing is hidden
-
-
-@pytest.mark.parametrize(
-    ("metric", "power"), [("magnitude", 0), ("gradient_norm", 1), ("fisher", 2), ("sensitivity", 2)]
-)
-def test_a_factor_on_the_loss_is_a_power_in_the_scores(metric, power) -> None:
-    adapter = site("svd")
-    results = []
-    for factor in (1.0, 8.0):
-        scorer = tracker(metric)
-        for step in range(2):
-            set_gradients(adapter, step, factor)
-            scores = scorer.update({"a": adapter})["a"]
-        results.append(scores)
-    torch.testing.assert_close(results[1], 8.0**power * results[0])
-
-
-def test_what_was_returned_does_not_change_later() -> None:
-    for metric in SMOOTHED:
-        adapter, scorer = site("svd"), tracker(metric)
-        set_gradients(adapter, 0)
-        scores, state = scorer.update({"a": adapter})["a"], scorer.state_dict()
-        copies = scores.clone(), {name: value.clone() for name, value in state.items()}
-        scorer.update({"a": adapter})
-        assert torch.equal(scores, copies[0])
-        assert all(torch.equal(state[name], copies[1][name]) for name in state)
+        courses.append(scorer.update({"a": adapter}, scale)["a"])
+    assert not courses[0].any()  # nothing was taken in so far
+    assert (courses[1] > 0).all()
+    assert torch.equal(courses[2], courses[1])
+    assert not courses[3].isfinite().all()  # without a scaler nothing leaves the step out, so nothing is hidden
 
 
 def test_a_site_scores_the_mean_over_its_triplets() -> None:
@@ -282,8 +200,8 @@ def test_a_site_scores_the_mean_over_its_triplets() -> None:
 def test_the_stable_rank_of_the_frozen_weight_decides_without_gradients(tiny_vit, wrapped) -> None:
     plain, model = tiny_vit(), tiny_vit()
     with torch.no_grad():
-        for one in (plain, model):
-            one.blocks[1].mlp.fc2.weight.zero_()
+        for vit in (plain, model):
+            vit.blocks[1].mlp.fc2.weight.zero_()
     settings = config(total_rank_budget=6, budget_schedule="constant", importance_metric="stable_rank", warmup_steps=1)
     if wrapped:
         peft = pytest.importorskip("peft")
@@ -292,13 +210,80 @@ def test_the_stable_rank_of_the_frozen_weight_decides_without_gradients(tiny_vit
         settings = settings.model_copy(update={"total_rank_budget": 9, "minimum_rank": 1})
     controller = AdaLoRAController(model, settings, 4)
     scores = controller.update_importance_scores(model, 1)  # of sites without rank, too
-    assert scores.keys() == {one.name for one in controller.sites}
-    for one in controller.sites:
-        rows = {"query": slice(0, 64), "key": slice(64, 128), "value": slice(128, 192)}.get(one.matrix, slice(None))
-        module = {"out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.get(one.matrix, "attn.qkv")
-        weight = plain.get_submodule(f"blocks.{one.block}.{module}").weight[rows].detach().double().numpy()
+    assert scores.keys() == {site.name for site in controller.sites}
+    for site in controller.sites:
+        rows = {"query": slice(0, 64), "key": slice(64, 128), "value": slice(128, 192)}.get(site.matrix, slice(None))
+        module = {"out": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}.get(site.matrix, "attn.qkv")
+        weight = plain.get_submodule(f"blocks.{site.block}.{module}").weight[rows].detach().double().numpy()
         singular = np.linalg.svd(weight, compute_uv=False)
         expected = (singular**2).sum() / singular[0] ** 2 if singular[0] else 0.0
-        assert scores[one.name] == pytest.approx(expected, rel=1e-4)
+        assert scores[site.name] == pytest.approx(expected, rel=1e-4)
     ranks = controller.reallocate_ranks(scores, 1)
     assert ranks["blocks.1.mlp.fc2"] == wrapped  # the least that it may have
+
+
+WEIGHTS = torch.tensor([0.2, 3.0, 1.0, 0.5, 1.5])
+
+
+def squares(adapter, gradient: np.ndarray) -> float:
+    """Return the mean over triplets of ||dL/d(P_i, lambda_i, Q_i)||^2 from G = dL/dW: dW = scale P diag(lambda) Q."""
+    P, Q = (t.detach().double().numpy() for t in (adapter.lora_B, adapter.lora_A))
+    svd = adapter.lora_lambda is not None
+    factor = adapter.lora_lambda.detach().double().numpy() if svd else np.ones(adapter.rank)
+    left, right = gradient @ Q.T, P.T @ gradient  # (out, r), (r, in)
+    total = ((left * factor) ** 2).sum(0) + ((right * factor[:, None]) ** 2).sum(1)
+    if svd:
+        total += (left * P).sum(0) ** 2
+    return float((adapter.scale**2 * total).mean())
+
+
+def expected(model, plain, images, labels, weights) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the values by site from one backward pass a sample through a plain timm model."""
+    plain.load_state_dict(merged_state_dict(model))
+    plain.double()
+    sites, adapters = find_sites(plain), site_adapters(model)
+    share = torch.ones(len(labels)) if weights is None else weights[labels]
+    by_sample: dict[str, list[np.ndarray]] = {site.name: [] for site in sites}
+    for image, label, factor in zip(images.double(), labels, share, strict=True):
+        plain.zero_grad()
+        (factor.double() * F.cross_entropy(plain(image[None]), label[None])).backward()
+        for site in sites:
+            gradient = plain.get_submodule(site.module).weight.grad[slice(*site.rows)]
+            by_sample[site.name].append(gradient.numpy().copy())
+    return tuple(
+        {name: reduce(adapters[name], one) for name, one in by_sample.items() if adapters[name].rank}
+        for reduce in (
+            lambda adapter, one: squares(adapter, np.mean(one, axis=0)),
+            lambda adapter, one: float(np.mean([squares(adapter, gradient) for gradient in one])),
+        )
+    )
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "class weights"])
+@pytest.mark.parametrize("parametrization", ["product", "svd"])
+def test_both_kinds_of_fisher(tiny_vit, batch, fill_adapters, parametrization, weights) -> None:
+    model, (images, labels) = tiny_vit(), batch
+    sites = find_sites(model)
+    ranks = {site.name: index % 4 for index, site in enumerate(sites)}  # some have none
+    attach_adapters(model, sites, ranks, scale=2.0, seed=0, parametrization=parametrization)
+    fill_adapters(model)
+    model.train()
+    check = check_fisher(model, images, labels, class_weights=weights)
+    minibatch, per_sample = expected(model, tiny_vit(), images, labels, weights)
+    assert check.images == 6
+    assert list(check.minibatch) == list(check.per_sample) == [name for name, rank in ranks.items() if rank]
+    assert check.minibatch == pytest.approx(minibatch, rel=1e-3)
+    assert check.per_sample == pytest.approx(per_sample, rel=1e-3)
+    order = [np.argsort(np.argsort(list(values.values()))) for values in (minibatch, per_sample)]
+    n = len(minibatch)
+    assert check.rho == pytest.approx(1 - 6 * ((order[0] - order[1]) ** 2).sum() / (n * (n**2 - 1)))
+    assert -1 < check.rho < 1
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_rank_there_is_nothing_to_compare(tiny_vit, batch) -> None:
+    model = tiny_vit(depth=1)
+    attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
+    with pytest.raises(UserError, match="no site has rank"):
+        check_fisher(model, *batch)

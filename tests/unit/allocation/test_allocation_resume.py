@@ -7,6 +7,7 @@ import pytest
 import torch
 from allocation_runs import config, optimizer_of, train, train_step
 from safetensors.torch import load, save
+from torch.utils._pytree import tree_map
 
 from peft_vit import AdaLoRAController
 from peft_vit.adapters import current_ranks, set_ranks, site_adapters
@@ -41,26 +42,10 @@ def resumed(tiny_vit, settings, model, optimizer, controller):
     return other, fresh, again
 
 
-def assert_equal(one, two) -> None:
-    """Compare (model, optimizer, controller) of two runs bit for bit."""
-    (model, optimizer, controller), (other, fresh, again) = one, two
-    assert current_ranks(model) == current_ranks(other)
-    for (name, parameter), (same, peer) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        assert name == same
-        assert torch.equal(parameter, peer), name
-    state, peer = optimizer.state_dict(), fresh.state_dict()
-    assert state["param_groups"] == peer["param_groups"]
-    assert state["state"].keys() == peer["state"].keys()
-    for index, values in state["state"].items():
-        assert values.keys() == peer["state"][index].keys()
-        for key, value in values.items():
-            equal = torch.equal(value, peer["state"][index][key]) if torch.is_tensor(value) else None
-            assert equal if equal is not None else value == peer["state"][index][key], (index, key)
-    mine, theirs = controller.state_dict(), again.state_dict()
-    assert mine["values"] == theirs["values"]
-    assert mine["tensors"].keys() == theirs["tensors"].keys()
-    for name, tensor in mine["tensors"].items():
-        assert torch.equal(tensor, theirs["tensors"][name]), name
+def contents(model, optimizer, controller):
+    """Return all that a run holds, with lists in the place of tensors: equal where every bit is."""
+    states = [model.state_dict(), optimizer.state_dict(), controller.state_dict()]
+    return current_ranks(model), tree_map(lambda leaf: leaf.tolist() if torch.is_tensor(leaf) else leaf, states)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -86,9 +71,8 @@ def test_resize_then_resume_equals_resume_then_resize(tiny_vit, batch, kind) -> 
     if kind == "probed":
         assert controller.probe_history
         assert any(ranks[3][name] > ranks[2][name] for name in ranks[3])  # it grew
-    for step in (2, 3, 5, 6, 8):  # before a decision (probes are there), after it (tensors were resized)
-        assert_equal(run([step]), whole)
-    assert_equal(run(range(1, STEPS)), whole)
+    for interruptions in ([5], [6], range(1, STEPS)):  # before a decision (probes are there), after it, always
+        assert contents(*run(interruptions)) == contents(*whole)
 
 
 def test_a_state_is_a_copy(tiny_vit, batch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from peft_vit.adapters import attach_adapters, set_ranks
+from peft_vit.adapters import attach_adapters
 from peft_vit.allocation import CalibrationBatch, check_starting_ranks, choose_starting_ranks
 from peft_vit.backbones import Site, find_sites
 from peft_vit.config import StartingRanksConfig
@@ -27,33 +27,25 @@ def weighted(logits, labels):
     return F.cross_entropy(logits, labels, weight=WEIGHTS.to(logits), reduction="sum") / len(labels)
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """Return a model with adapters of rank 0, its sites, a batch, and what NumPy needs: weights and gradients."""
-    return {}
-
-
 @pytest.fixture
-def case(tiny_vit, measured):
-    if not measured:
-        model = tiny_vit().eval()
-        generator = torch.Generator().manual_seed(2)
-        images = torch.randn(IMAGES, 3, 32, 32, generator=generator)
-        labels = torch.randint(5, (IMAGES,), generator=generator)
-        sites = find_sites(model)
-        double = copy.deepcopy(model).double()
-        layers = list(dict.fromkeys(site.module for site in sites))
-        weights = [double.get_submodule(name).weight for name in layers]
-        gradients = torch.autograd.grad(weighted(double(images.double()), labels), weights)
-        attach_adapters(model, sites, 0, scale=2.0, seed=0)
-        measured.update(
-            model=model,
-            sites=sites,
-            batch=CalibrationBatch(images, labels, weighted),
-            weights={name: one.detach().numpy() for name, one in zip(layers, weights, strict=True)},
-            gradients={name: one.numpy() for name, one in zip(layers, gradients, strict=True)},
-        )
-    return measured
+def case(tiny_vit):
+    """Return a model with adapters of rank 0, its sites, a batch, and what NumPy needs: weights and gradients."""
+    model = tiny_vit().eval()
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(IMAGES, 3, 32, 32, generator=generator)
+    labels = torch.randint(5, (IMAGES,), generator=generator)
+    sites = find_sites(model)
+    double = copy.deepcopy(model).double()
+    weights = {site.module: double.get_submodule(site.module).weight for site in sites}
+    gradients = torch.autograd.grad(weighted(double(images.double()), labels), list(weights.values()))
+    attach_adapters(model, sites, 0, scale=2.0, seed=0)
+    return {
+        "model": model,
+        "sites": sites,
+        "batch": CalibrationBatch(images, labels, weighted),
+        "weights": {name: weight.detach().numpy() for name, weight in weights.items()},
+        "gradients": {name: gradient.numpy() for name, gradient in zip(weights, gradients, strict=True)},
+    }
 
 
 def gradient(case, site):
@@ -89,8 +81,7 @@ def shared(scores, budget):
 @pytest.mark.parametrize("budget", [3, 9, 40])
 @pytest.mark.parametrize("rule", SCORES)
 def test_scores_and_ranks_are_those_of_numpy(case, rule, budget) -> None:
-    config = StartingRanksConfig(rule=rule, budget=budget)
-    ranks, scores = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    ranks, scores = chosen_for(case, rule=rule, budget=budget)
     expected = {site.name: SCORES[rule](case, site) for site in case["sites"]}
     assert scores == pytest.approx({name: one[0] for name, one in expected.items()}, rel=1e-4)
     assert ranks == (shared if rule == "stable_rank" else best)(expected, budget)
@@ -99,8 +90,7 @@ def test_scores_and_ranks_are_those_of_numpy(case, rule, budget) -> None:
 
 
 def test_under_values_a_gradients_score_is_divided_by_what_a_rank_costs(case) -> None:
-    config = StartingRanksConfig(rule="gradient", budget=1500, unit="parameters")
-    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    ranks, _ = chosen_for(case, rule="gradient", budget=1500, unit="parameters")
     costs = {site.name: site.in_features + site.out_features for site in case["sites"]}
     expected, left = dict.fromkeys(costs, 0), 1500
     values = [(one / costs[site.name], site.name) for site in case["sites"] for one in gradient(case, site)]
@@ -109,48 +99,51 @@ def test_under_values_a_gradients_score_is_divided_by_what_a_rank_costs(case) ->
             expected[name] += 1
             left -= costs[name]
     assert ranks == expected
-    config = StartingRanksConfig(rule="stable_rank", budget=40 * 144, unit="parameters")
-    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0)
+    ranks, _ = choose(case["sites"], model=case["model"], rule="stable_rank", budget=40 * 144, unit="parameters")
     scores = {site.name: stable_rank(case, site)[0] for site in case["sites"]}
     level = 40 * 144 / sum(scores[name] * cost for name, cost in costs.items())
     assert all(abs(ranks[name] - level * scores[name]) <= 1 for name in costs)
 
 
 def test_a_cap_holds_and_what_it_leaves_goes_to_others(case) -> None:
-    config = StartingRanksConfig(rule="gradient", budget=9, maximum_rank=1)
-    ranks, _ = choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=case["batch"])
+    ranks, _ = chosen_for(case, rule="gradient", budget=9, maximum_rank=1)
+    firsts = {site.name: gradient(case, site)[0] for site in case["sites"]}
     assert sorted(ranks.values()) == [0] * 3 + [1] * 9
-    assert ranks == {site.name: int(one) for site, one in zip(case["sites"], chosen_first(case), strict=True)}
-
-
-def chosen_first(case):
-    firsts = [gradient(case, site)[0] for site in case["sites"]]
-    return np.isin(np.arange(12), np.argsort(-np.array(firsts), kind="stable")[:9])
+    assert {name for name, rank in ranks.items() if rank} == set(sorted(firsts, key=firsts.__getitem__)[3:])
 
 
 def hooks_of(model):
-    return {name: (len(one._forward_pre_hooks), len(one._forward_hooks)) for name, one in model.named_modules()}
+    return [(len(module._forward_pre_hooks), len(module._forward_hooks)) for module in model.modules()]
 
 
 def test_the_model_stays_as_it_was(case) -> None:
-    model, images = case["model"].train(), case["batch"].images
+    model = case["model"].train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trained, hooks = [name for name, one in model.named_parameters() if one.requires_grad], hooks_of(model)
+    trained, hooks = [name for name, parameter in model.named_parameters() if parameter.requires_grad], hooks_of(model)
     for rule in SCORES:
-        config = StartingRanksConfig(rule=rule, budget=5)
-        choose_starting_ranks(model, case["sites"], config, seed=0, batch=case["batch"])
+        chosen_for(case, rule=rule, budget=5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert [name for name, one in model.named_parameters() if one.requires_grad] == trained
-    assert all(one.grad is None for one in model.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.training for module in model.modules())
     assert hooks_of(model) == hooks
-    model.eval()(images)
 
 
-def site(place: int, wide: bool) -> Site:
+def site(place: int, wide: bool = False, **changes) -> Site:
     block, kind = divmod(place, 3)
     sizes = (8, 24) if wide else (8, 8)
-    return Site(f"blocks.{block}.{kind}", f"m{place}", (0, sizes[1]), block, f"k{kind}", "mlp", *sizes, tokens=5)
+    made = Site(f"blocks.{block}.{kind}", f"m{place}", (0, sizes[1]), block, f"k{kind}", "mlp", *sizes, tokens=5)
+    return replace(made, **changes)
+
+
+def choose(sites, *, seed=0, model=None, batch=None, **settings):
+    return choose_starting_ranks(
+        model or torch.nn.Identity(), sites, StartingRanksConfig(**settings), seed=seed, batch=batch
+    )
+
+
+def chosen_for(case, **settings):
+    return choose(case["sites"], model=case["model"], batch=case["batch"], **settings)
 
 
 controls = st.fixed_dictionaries(
@@ -168,14 +161,13 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
     ordered = settings["rule"] != "even"
     most = sum(costs) * (each if ordered else 8)
     budget = data.draw(st.integers(min(costs) * (each if ordered else 1), most - 1))
-    config = StartingRanksConfig(**settings, budget=budget, **({"site_rank": each} if ordered else {}))
-    choose = partial(choose_starting_ranks, torch.nn.Identity(), sites, config)
-    found, scores = choose(seed=seed)
+    ranks_of = partial(choose, sites, **settings, budget=budget, **({"site_rank": each} if ordered else {}))
+    found, scores = ranks_of(seed=seed)
     ranks = list(found.values())
     spent = sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
     assert not scores
-    assert choose(seed=seed)[0] == found
-    assert (choose(seed=seed + 1)[0] == found) or settings["rule"] == "random"
+    assert ranks_of(seed=seed)[0] == found
+    assert (ranks_of(seed=seed + 1)[0] == found) or settings["rule"] == "random"
     roomy = [cost for cost, rank in zip(costs, ranks, strict=True) if rank < (each if ordered else 8)]
     assert 0 <= budget - spent < min(roomy)
     if settings["unit"] == "ranks":
@@ -196,62 +188,52 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
 
 @pytest.mark.parametrize(("kinds", "blocks"), [(6, 12), (2, 12), (1, 12), (6, 6), (6, 24), (4, 24)])
 def test_even_ranks_reach_as_many_kinds_and_blocks_as_they_can(kinds: int, blocks: int) -> None:
-    sites = [
-        replace(site(place, False), layer=place // kinds, kind=f"k{place % kinds}", name=str(place))
-        for place in range(kinds * blocks)
-    ]
-    for budget in range(1, len(sites)):
-        config = StartingRanksConfig(rule="even", budget=budget)
-        ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
-        chosen = [one for one in sites if ranks[one.name]]
+    places = range(kinds * blocks)
+    sites = [site(place, layer=place // kinds, kind=f"k{place % kinds}", name=str(place)) for place in places]
+    for budget in range(1, len(sites), 1 + len(sites) // 16):
+        ranks, _ = choose(sites, rule="even", budget=budget)
+        chosen = [site for site in sites if ranks[site.name]]
         assert len(chosen) == sum(ranks.values()) == budget
         for what, all_of_them in (("kind", kinds), ("layer", blocks)):
-            counts = Counter(getattr(one, what) for one in chosen)
+            counts = Counter(getattr(site, what) for site in chosen)
             assert len(counts) == min(budget, all_of_them)
             assert max(counts.values()) == -(-budget // all_of_them)
-        depths = sorted(one.layer for one in chosen)
+        depths = sorted(site.layer for site in chosen)
         if 2 < budget < blocks:
             assert np.ptp(np.diff(depths)) <= 1
 
 
 def test_even_ranks_where_kinds_are_not_in_every_block() -> None:
-    kinds = ["a", "b", "a", "a", "c", "a"]  # of blocks 0, 0, 1, 2, 2, 3
-    sites = [
-        replace(site(place, False), layer=layer, kind=kind, name=str(place))
-        for place, (kind, layer) in enumerate(zip(kinds, [0, 0, 1, 2, 2, 3], strict=True))
-    ]
-    config = StartingRanksConfig(rule="even", budget=5)
-    ranks, _ = choose_starting_ranks(torch.nn.Identity(), sites, config, seed=0)
+    kinds = enumerate(("a", "b", "a", "a", "c", "a"))
+    sites = [site(place, layer=(0, 0, 1, 2, 2, 3)[place], kind=kind, name=str(place)) for place, kind in kinds]
+    ranks, _ = choose(sites, rule="even", budget=5)
     assert sum(ranks.values()) == 5
     assert ranks["1"] == ranks["4"] == 1  # b and c, which have one site each
 
 
-@pytest.mark.parametrize("rule", SCORES)
-def test_scores_of_nan_are_one_line(case, rule) -> None:
-    model, batch = copy.deepcopy(case["model"]), case["batch"]
-    images = batch.images.clone()
-    images[0, 0, 3, 3] = torch.nan
+@pytest.mark.parametrize(
+    ("rule", "fill", "said"),
+    [
+        ("gradient", torch.nan, "rule gradient gave scores that are not finite"),
+        ("stable_rank", torch.nan, "rule stable_rank gave scores that are not finite"),
+        ("gradient", 0.0, "rule gradient gave every site the score 0, so it can't"),
+    ],
+)
+def test_scores_that_decide_nothing_are_refused(case, rule, fill, said) -> None:
+    model, sites = case["model"], case["sites"]
+    batch = case["batch"]._replace(loss=lambda logits, _: fill * logits.sum())
     if rule == "stable_rank":
         with torch.no_grad():
-            model.get_submodule(case["sites"][0].module).weight[0, 0] = torch.nan
-    config = StartingRanksConfig(rule=rule, budget=5)
-    with pytest.raises(UserError, match=f"lora.ranks.rule: rule {rule} gave scores that are not finite"):
-        choose_starting_ranks(model, case["sites"], config, seed=0, batch=batch._replace(images=images))
-
-
-def test_without_a_gradient_its_rule_can_not_choose(case) -> None:
-    batch = case["batch"]._replace(loss=lambda logits, _: 0.0 * logits.sum())
-    config = StartingRanksConfig(rule="gradient", budget=5)
-    with pytest.raises(UserError, match=r"lora.ranks.rule: rule gradient gave every site the score 0, so it can't"):
-        choose_starting_ranks(case["model"], case["sites"], config, seed=0, batch=batch)
+            model.get_submodule(sites[0].module).weight[0, 0] = fill
+    with pytest.raises(UserError, match=rf"lora\.ranks\.rule: {said}"):
+        choose(sites, model=model, batch=batch, rule=rule, budget=5)
 
 
 def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
-    sites = [site(place, False) for place in range(12)]
-    config = StartingRanksConfig(rule="random", budget=3)
-    drawn = [choose_starting_ranks(torch.nn.Identity(), sites, config, seed=seed)[0] for seed in range(400)]
+    sites = [site(place) for place in range(12)]
+    drawn = [choose(sites, rule="random", budget=3, seed=seed)[0] for seed in range(400)]
     assert len({tuple(ranks.items()) for ranks in drawn}) > 100  # of 220
-    counts = [sum(ranks[one.name] for ranks in drawn) for one in sites]
+    counts = [sum(ranks[site.name] for ranks in drawn) for site in sites]
     assert max(abs(count - 100) for count in counts) < 5 * np.sqrt(400 * 0.25 * 0.75)
 
 
@@ -277,27 +259,8 @@ def test_what_decides_nothing_is_refused(settings, field, said) -> None:
 def test_a_rule_that_tells_no_site_from_another_says_so(tiny_vit) -> None:
     model = tiny_vit()
     sites = find_sites(model, ("out",))
-    with torch.no_grad():
-        for one in sites:
-            model.get_submodule(one.module).weight.copy_(torch.eye(64))
+    for site in sites:
+        torch.nn.init.eye_(model.get_submodule(site.module).weight)
     attach_adapters(model, sites, 0, scale=1.0, seed=0)
-    config = StartingRanksConfig(rule="stable_rank", budget=3)
     with pytest.warns(SilentNoEffectWarning, match="gave every site the same score"):
-        choose_starting_ranks(model, sites, config, seed=0)
-
-
-def test_ranks_below_one_a_site_train(case) -> None:
-    model = copy.deepcopy(case["model"])
-    config = StartingRanksConfig(rule="gradient", budget=2)
-    ranks, _ = choose_starting_ranks(model, case["sites"], config, seed=0, batch=case["batch"])
-    set_ranks(model, ranks)
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.1)
-    images, labels, loss = case["batch"]
-    losses = []
-    for _ in range(4):
-        value = loss(model(images), labels)
-        losses.append(value.item())
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
+        choose(sites, model=model, rule="stable_rank", budget=3)

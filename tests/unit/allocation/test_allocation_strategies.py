@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from covering_pairs import covering_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,15 +60,13 @@ def test_bounds_and_budget_hold_and_what_is_left_buys_nothing(problem, strategy,
 
 
 @given(problem=problems(), strategy=st.sampled_from(STRATEGIES), settings=ANY_SETTINGS, price=st.integers(1, 10**9))
-def test_in_ranks_the_budget_is_met_exactly_and_equal_costs_are_ranks(problem, strategy, settings, price) -> None:
+def test_equal_costs_are_ranks(problem, strategy, settings, price) -> None:
     scores, budget, limits, ones, triplets = problem
-    ranks = allocate(strategy, scores, budget, limits, triplet_scores=triplets, **settings)
+    settings = {**settings, "triplet_scores": triplets}
+    ranks = allocate(strategy, scores, budget, limits, **settings)
     assert ranks.sum() == min(budget, limits.maximum.sum())
-    for costs in (ones, ones * price):
-        scaled = allocate(
-            strategy, scores, budget * int(costs[0]), limits, costs=costs, triplet_scores=triplets, **settings
-        )
-        np.testing.assert_array_equal(scaled, ranks)
+    scaled = allocate(strategy, scores, budget * price, limits, costs=ones * price, **settings)
+    np.testing.assert_array_equal(scaled, ranks)
 
 
 @given(problem=problems(equal_bounds=True), strategy=st.sampled_from(("proportional", "threshold", "top_k")))
@@ -136,81 +135,73 @@ def test_proportional_within_bounds_is_water_filling(problem) -> None:
         assert (ranks <= np.ceil(quotas + 1e-6)).all()
 
 
-def test_by_hand() -> None:
-    scores = np.array([8.0, 1.0, 4.0, 3.0])
-    free = bounds([0] * 4, [99] * 4)
-    assert allocate("proportional", scores, 16, free).tolist() == [8, 1, 4, 3]
-    assert allocate("threshold", scores, 12, free).tolist() == [8, 0, 4, 0]  # the mean is 4
-    assert allocate("threshold", scores, 12, free, threshold_tau=1.5).tolist() == [12, 0, 0, 0]
-    assert allocate("threshold", scores, 12, free, threshold_tau=9.0).tolist() == [6, 1, 3, 2]  # none reaches it
-    assert allocate("top_k", scores, 12, free).tolist() == [6, 0, 6, 0]  # half of the sites
-    assert allocate("top_k", scores, 13, free, top_k=3).tolist() == [5, 0, 4, 4]
-    assert allocate("top_k", scores, 13, bounds([1] * 4, [5] * 4), top_k=1).tolist() == [5, 1, 4, 3]  # what spills over
+VIT_S = [768, 768, 1920]  # values a rank of query and key, 384 -> 384, and of fc1, 384 -> 1536: 2.5 times as many
 
 
-def test_by_hand_in_parameters_of_vit_s() -> None:
-    """Query and key 384 -> 384: 768 values a rank. fc1 384 -> 1536: 1920 values, 2.5 times as many."""
-    costs = np.array([768, 768, 1920])  # query, key, fc1
-    free = bounds([0] * 3, [384] * 3)
-    # Equal scores, equal spending: 3 x 7,680 values are 10, 10 and 4 ranks.
-    assert allocate("proportional", np.ones(3), 23040, free, costs=costs).tolist() == [10, 10, 4]
-    # Spending 1 : 2 : 5 of 15,360: 1,920, 3,840 and 9,600 values are 2.5, 5 and 5 ranks; half a query fits no more.
-    scores = np.array([1.0, 2.0, 5.0])
-    assert allocate("proportional", scores, 15360, free, costs=costs).tolist() == [2, 5, 5]
-    # 400 values more complete the third rank of query.
-    assert allocate("proportional", scores, 15760, free, costs=costs).tolist() == [3, 5, 5]
-    # Scores per 768 values are 1, 2 and 2 with a mean of 5 / 3: key and fc1 share 2 : 5 of 13,440.
-    assert allocate("threshold", scores, 13440, free, costs=costs).tolist() == [0, 5, 5]
-    # The best two per value get 7,680 each.
-    assert allocate("top_k", scores, 15360, free, costs=costs, top_k=2).tolist() == [0, 10, 4]
-    # The best one is fc1 by score (key's per value is equal): 3 ranks; 1,920 left buy 2 ranks of others, 1 : 2.
-    assert allocate("top_k", scores, 7680, bounds([0] * 3, [384, 384, 3]), costs=costs, top_k=1).tolist() == [1, 1, 3]
+@pytest.mark.parametrize(
+    ("strategy", "scores", "budget", "settings", "expected"),
+    [
+        ("proportional", [8, 1, 4, 3], 16, {}, [8, 1, 4, 3]),
+        ("threshold", [8, 1, 4, 3], 12, {}, [8, 0, 4, 0]),  # the mean is 4
+        ("threshold", [8, 1, 4, 3], 12, {"threshold_tau": 1.5}, [12, 0, 0, 0]),
+        ("threshold", [8, 1, 4, 3], 12, {"threshold_tau": 9.0}, [6, 1, 3, 2]),  # none reaches it
+        ("top_k", [8, 1, 4, 3], 12, {}, [6, 0, 6, 0]),  # half of the sites
+        ("top_k", [8, 1, 4, 3], 13, {"top_k": 3}, [5, 0, 4, 4]),
+        ("top_k", [8, 1, 4, 3], 13, {"top_k": 1, "limits": ([1] * 4, [5] * 4)}, [5, 1, 4, 3]),  # what spills over
+        # Equal scores, equal spending: 3 x 7,680 values are 10, 10 and 4 ranks.
+        ("proportional", [1, 1, 1], 23040, {"costs": VIT_S}, [10, 10, 4]),
+        # Spending 1 : 2 : 5 of 15,360: 1,920, 3,840 and 9,600 values are 2.5, 5 and 5 ranks; half a query fits no more.
+        ("proportional", [1, 2, 5], 15360, {"costs": VIT_S}, [2, 5, 5]),
+        ("proportional", [1, 2, 5], 15760, {"costs": VIT_S}, [3, 5, 5]),  # 400 more complete the third rank of query
+        # Scores per 768 values are 1, 2 and 2 with a mean of 5 / 3: key and fc1 share 2 : 5 of 13,440.
+        ("threshold", [1, 2, 5], 13440, {"costs": VIT_S}, [0, 5, 5]),
+        ("top_k", [1, 2, 5], 15360, {"costs": VIT_S, "top_k": 2}, [0, 10, 4]),  # the best two per value: 7,680 each
+        # The best one is fc1 by score (key's per value is equal): 3 ranks; 1,920 left buy 2 ranks of others, 1 : 2.
+        ("top_k", [1, 2, 5], 7680, {"costs": VIT_S, "top_k": 1, "limits": ([0] * 3, [384, 384, 3])}, [1, 1, 3]),
+    ],
+)
+def test_by_hand(strategy, scores, budget, settings, expected) -> None:
+    limits = bounds(*settings.pop("limits", ([0] * len(scores), [384] * len(scores))))
+    settings = {name: np.array(value) if name == "costs" else value for name, value in settings.items()}
+    assert allocate(strategy, np.array(scores, float), budget, limits, **settings).tolist() == expected
 
 
-def test_global_ranks_all_triplets() -> None:
-    triplets = [np.array([9.0, 1.0, 7.0]), np.array([8.0, 2.0]), np.array([3.0])]
-    scores = np.array([t.mean() for t in triplets])
-    free = bounds([0] * 3, [9] * 3)
-    assert allocate("global", scores, 3, free, triplet_scores=triplets).tolist() == [2, 1, 0]
-    assert allocate("global", scores, 5, free, triplet_scores=triplets).tolist() == [2, 2, 1]
-    assert allocate("global", scores, 3, bounds([0, 0, 1], [9] * 3), triplet_scores=triplets).tolist() == [1, 1, 1]
-    assert allocate("global", scores, 3, bounds([0] * 3, [1] * 3), triplet_scores=triplets).tolist() == [1, 1, 1]
-    grown = allocate("global", scores, 9, free, triplet_scores=triplets)
-    assert grown.sum() == 9
-    assert (grown >= [3, 2, 1]).all()
+@pytest.mark.parametrize(
+    ("triplets", "costs", "budget", "limits", "expected"),
+    [
+        ([[9, 1, 7], [8, 2], [3]], [1, 1, 1], 3, ([0] * 3, [9] * 3), [2, 1, 0]),
+        ([[9, 1, 7], [8, 2], [3]], [1, 1, 1], 5, ([0] * 3, [9] * 3), [2, 2, 1]),
+        ([[9, 1, 7], [8, 2], [3]], [1, 1, 1], 3, ([0, 0, 1], [9] * 3), [1, 1, 1]),
+        ([[9, 1, 7], [8, 2], [3]], [1, 1, 1], 3, ([0] * 3, [1] * 3), [1, 1, 1]),
+        # Scores per 768 values are 3, 1 and 2, 1.6.
+        ([[3, 1], [5, 4]], [768, 1920], 767, ([0] * 2, [9] * 2), [0, 0]),
+        ([[3, 1], [5, 4]], [768, 1920], 768, ([0] * 2, [9] * 2), [1, 0]),
+        ([[3, 1], [5, 4]], [768, 1920], 768 + 1920, ([0] * 2, [9] * 2), [1, 1]),
+        ([[3, 1], [5, 4]], [768, 1920], 768 + 2 * 1920, ([0] * 2, [9] * 2), [1, 2]),
+        ([[3, 1], [5, 4]], [768, 1920], 768 + 1920 + 800, ([0] * 2, [9] * 2), [2, 1]),  # fc1's second does not fit
+        # Beyond its triplets query grows by what nobody else can take.
+        ([[3, 1], [5, 4]], [768, 1920], 768 + 1920 + 2 * 768, ([0] * 2, [9] * 2), [3, 1]),
+    ],
+)
+def test_global_ranks_triplets_by_score_per_cost(triplets, costs, budget, limits, expected) -> None:
+    triplets = [np.array(values, float) for values in triplets]
+    scores = np.array([values.mean() for values in triplets])
+    ranks = allocate("global", scores, budget, bounds(*limits), costs=np.array(costs), triplet_scores=triplets)
+    assert ranks.tolist() == expected
 
 
-def test_global_ranks_triplets_by_score_per_cost() -> None:
-    triplets = [np.array([3.0, 1.0]), np.array([5.0, 4.0])]  # per 768 values: 3, 1 and 2, 1.6
-    costs = np.array([768, 1920])
-    scores = np.array([2.0, 4.5])
-    free = bounds([0] * 2, [9] * 2)
-
-    def ranks(budget: int) -> list[int]:
-        return allocate("global", scores, budget, free, costs=costs, triplet_scores=triplets).tolist()
-
-    assert ranks(767) == [0, 0]
-    assert ranks(768) == [1, 0]
-    assert ranks(768 + 1920) == [1, 1]
-    assert ranks(768 + 2 * 1920) == [1, 2]
-    assert ranks(768 + 1920 + 800) == [2, 1]  # the second of fc1 does not fit and is passed over
-    assert ranks(768 + 1920 + 2 * 768) == [3, 1]  # beyond its triplets query grows by what nobody else can take
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -1.0])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "bad"), covering_pairs(STRATEGIES, [np.nan, np.inf, -1.0]))
 def test_bad_scores_and_budgets_are_refused(strategy, bad) -> None:
     limits = bounds([1, 1], [4, 4])
     triplets = [np.ones(2), np.ones(2)]
-    with pytest.raises(UserError, match="importance scores must be finite and not negative"):
-        allocate(strategy, np.array([1.0, bad]), 4, limits, triplet_scores=triplets)
-    with pytest.raises(UserError, match="importance scores must be finite and not negative"):
-        allocate("global", np.ones(2), 4, bounds([0, 0], [4, 4]), triplet_scores=[np.ones(2), np.array([1.0, bad])])
-    with pytest.raises(UserError, match="1 lies below what the sites' minimum ranks cost, 2 together"):
-        allocate(strategy, np.ones(2), 1, limits, triplet_scores=triplets)
-    with pytest.raises(UserError, match="2687 lies below what the sites' minimum ranks cost, 2688 together"):
-        allocate(strategy, np.ones(2), 2687, limits, costs=np.array([768, 1920]), triplet_scores=triplets)
-    with pytest.raises(UserError, match="costs: a rank costs at least 1, got 0"):
-        allocate(strategy, np.ones(2), 4, limits, costs=np.array([1, 0]), triplet_scores=triplets)
-    with pytest.raises(UserError, match="global strategy ranks triplets"):
-        allocate("global", np.ones(2), 4, limits)
+    for scores, budget, changes, words in (
+        ([1.0, bad], 4, {}, "importance scores must be finite and not negative"),
+        ([1.0, 1.0], 4, {"triplet_scores": [np.array([bad, bad])] * 2}, "must be finite and not negative"),
+        ([1.0, 1.0], 1, {}, "1 lies below what the sites' minimum ranks cost, 2 together"),
+        ([1.0, 1.0], 2687, {"costs": np.array([768, 1920])}, "2687 lies below .*, 2688 together"),
+        ([1.0, 1.0], 4, {"costs": np.array([1, 0])}, "costs: a rank costs at least 1, got 0"),
+        ([1.0, 1.0], 4, {"triplet_scores": None}, "global strategy ranks triplets"),
+    ):
+        strategy_of = "global" if "triplet_scores" in changes else strategy
+        with pytest.raises(UserError, match=words):
+            allocate(strategy_of, np.array(scores), budget, limits, **{"triplet_scores": triplets, **changes})

@@ -6,8 +6,7 @@ import numpy as np
 import planted
 import pytest
 
-from peft_vit.analysis.allocation import allocations, overlap, settled_step
-from peft_vit.analysis.effectiveness import AgainstControl, against_controls
+from peft_vit.analysis.layers import AgainstControl, against_controls, allocations, overlap, settled_step
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import RankEntry, RunRecord
 

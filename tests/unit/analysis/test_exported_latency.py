@@ -6,12 +6,11 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis.limits import Limits, exported_latency
-from peft_vit.analysis.recommendation import Recommendation, recommend
+from peft_vit.analysis.recommendation import Limits, Recommendation, exported_latency, recommend
 from peft_vit.analysis.studies import Study
 from peft_vit.errors import UserError
 from peft_vit.records import BenchRow, RunRecord
-from peft_vit.report.recommended import recommendation_blocks
+from peft_vit.report.printed_tables import recommendation_blocks
 
 EXPERIMENTS = planted.experiments()
 BEST, SMALL, WORSE = "lora_r8", "qa_lora_8bit_int8_linear", "qa_lora_4bit_fp4_cosine"
@@ -84,7 +83,7 @@ def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> N
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
     found = asked(study, rows, {"--max-latency-ms": 0.02})
     assert (found.outcome, found.chosen and found.chosen.name) == ("smaller", SMALL)
-    assert [(one.name, one.faults[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
+    assert [(one.name, one.violations[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
     text = "\n".join(block.text for block in recommendation_blocks(found) if block.kind == "paragraph")
     assert "Latency is that of exported models in bench.json, batch 1, on some processor" in text
     assert f"{of(SMALL, 2)} by small.xml (12.0 ms, onnxruntime 1, threads: 2)" in text

@@ -10,7 +10,7 @@ import planted
 import pytest
 from scipy import stats
 
-from peft_vit.analysis.importance import (
+from peft_vit.analysis.layers import (
     ImportancePattern,
     importance_patterns,
     kendalls_w,

@@ -7,7 +7,7 @@ import math
 import planted
 import pytest
 
-from peft_vit.analysis.allocation import Allocation, allocations, moved_ranks
+from peft_vit.analysis.layers import Allocation, allocations, moved_ranks
 from peft_vit.analysis.quantization import QuantizationImpact, costs, layers_bits, quantization_impacts
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import RankEntry, RunRecord, StepRow

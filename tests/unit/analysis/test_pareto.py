@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_vit.analysis import method_results
-from peft_vit.analysis.pareto import Front, fronts, pareto_front
+from peft_vit.analysis.comparison import Front, fronts, pareto_front
 from peft_vit.records import RunRecord
 
 EXPERIMENTS = planted.experiments()

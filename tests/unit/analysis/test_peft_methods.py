@@ -7,11 +7,11 @@ import pytest
 
 from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.comparison import references
-from peft_vit.analysis.grid import Grid
+from peft_vit.analysis.layers import Grid
 from peft_vit.analysis.studies import Study
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import RankEntry, RunRecord, SiteInfo
-from peft_vit.report.sections import study_documents
+from peft_vit.report.build import study_documents
 
 SIZES = {
     name: {"in_features": inward, "out_features": outward}

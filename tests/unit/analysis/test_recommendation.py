@@ -13,9 +13,16 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from peft_vit.analysis.comparison import ALPHA, Question, decide
-from peft_vit.analysis.limits import Limits, parse_limits
 from peft_vit.analysis.measures import estimated
-from peft_vit.analysis.recommendation import Recommendation, check_margin, needed_pairs, recommend, smallest_that_exists
+from peft_vit.analysis.recommendation import (
+    Limits,
+    Recommendation,
+    check_margin,
+    needed_pairs,
+    parse_limits,
+    recommend,
+    smallest_that_exists,
+)
 from peft_vit.analysis.studies import choose_study
 from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
@@ -47,7 +54,7 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
     assert (found.outcome, found.best.name) == ("smaller", BEST)
     assert found.chosen.name == THIRD
     assert found.chosen.stored_bytes < found.best.stored_bytes / 3
-    tested = found.comparison_of(found.chosen)
+    (tested,) = found.candidates
     differences = np.round(list(tested.estimate.by_seed.values()), 9)
     expected = stats.ttest_1samp(differences, -0.01, alternative="greater")
     assert tested.estimate.significance.p_value == pytest.approx(expected.pvalue, rel=1e-6)
@@ -231,7 +238,7 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
     found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
-    assert [(one.name, one.faults[0].value) for one in found.outside] == [(BEST, None)], "what is not known is no pass"
+    assert [(rated.name, rated.violations[0].value) for rated in found.outside] == [(BEST, None)]  # not known: no pass
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
     with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):

@@ -8,7 +8,7 @@ from typing import Any
 import planted
 import pytest
 
-from peft_vit.analysis.stopping import courses, paired
+from peft_vit.analysis.stopping import follow_study, paired
 from peft_vit.analysis.studies import Study
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.records import RunRecord
@@ -69,7 +69,7 @@ def test_a_pair_on_other_images_ends_them_too() -> None:
 
 
 def test_a_study_that_is_not_begun_is_open() -> None:
-    found = courses(configuration(), None)
+    found = follow_study(configuration(), None)
     assert [(one.name, one.looks, one.stopped, one.next_look) for one in found] == [
         ("lora_r4", (), None, 2),
         ("lora_r2", (), None, 2),
@@ -95,15 +95,15 @@ RULES: dict[str, tuple[dict[str, Any], StoppingRule]] = {
 def test_the_rule_is_what_was_declared(case) -> None:
     said, rule = RULES[case]
     differences = {name: [round(difference(name, seed), 12) for seed in SEEDS] for name in NAMES[1:]}
-    assert courses(configuration(**said), study()) == follow(differences, rule)
+    assert follow_study(configuration(**said), study()) == follow(differences, rule)
 
 
 def test_the_correlation_of_folds_does_not_depend_on_what_else_is_done() -> None:
     sizes = {seed: {"train": 512 - place, "validation": 400, "test": 600} for place, seed in enumerate(SEEDS)}
     made = [record(n, s).model_copy(update={"split_sizes": sizes[s]}) for n in NAMES for s in SEEDS]
-    whole = courses(configuration(data={"folds": 5}), planted.study_of(made))
+    whole = follow_study(configuration(data={"folds": 5}), planted.study_of(made))
     some = [one for one in made if one.spec.seed in SEEDS[:2]]
-    part = courses(configuration(data={"folds": 5}), planted.study_of(some))
+    part = follow_study(configuration(data={"folds": 5}), planted.study_of(some))
     assert [one.looks[0] for one in part] == [one.looks[0] for one in whole]
 
 

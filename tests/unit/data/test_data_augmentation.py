@@ -113,13 +113,15 @@ def test_adding_one_leaves_the_draws_of_the_others_as_they_are() -> None:
     images = images_of(24)
     turned = shown(images, made("rotate90"))
     both = shown(images, made("flip", "rotate90"))
-    coin = torch.rand((24, 2), generator=torch_generator(0, "augmentation", 1))[:, 0] < 0.5
+    two_ways = shown(images, made("flip", flip={"direction": "both"}), batch_size=7)
+    coin, second = (torch.rand((24, 2), generator=torch_generator(0, "augmentation", 1)) < 0.5).T
     turns = torch.randint(4, (24,), generator=torch_generator(0, "rotate90", 1))
     plain = shown(images, ())
     for label in range(24):
         flipped = plain[label][..., ::-1] if coin[label] else plain[label]
         assert np.array_equal(both[label], np.rot90(flipped, int(turns[label]), (1, 2)))
         assert np.array_equal(turned[label], np.rot90(plain[label], int(turns[label]), (1, 2)))
+        assert np.array_equal(two_ways[label], flipped[:, ::-1] if second[label] else flipped)
     assert {0, 1, 2, 3} == set(turns.tolist())
 
 

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.signal import convolve2d
+from scipy.sparse.csgraph import connected_components
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import duplicates, image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import inspect as duplicates
 from peft_vit.data.packaged import read_idx, write_idx
 from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError
@@ -52,31 +54,40 @@ def asked(dataset, path, **settings):
     return DataConfig(dataset=dataset, path=str(path), **({"image_size": 48, "validation_images": 4} | settings))
 
 
-def test_different_images_are_loaded_without_a_word(official, pool):
+def zipped(official):
+    path = official.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(official.rglob("*.png")):
+            archive.write(file, file.relative_to(official))
+    return path
+
+
+@pytest.mark.parametrize("pack", [lambda root: root, zipped])
+def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, pack):
     assert load_data(asked("image-folder", official), 0).warnings == ()
     assert load_data(asked("image-folder", pool, test_images=8), 0).warnings == ()
-
-
-SAME = (
-    r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, which tells "
-    r"nothing about new ones; remove one of them$"
-)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_file_in_train_and_test_is_refused_with_both_names(official, packed):
     shutil.copyfile(official / "train/cat/00.png", official / "test/cat/copy.png")
-    path = official
-    if packed:
-        path = official.with_suffix(".zip")
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in sorted(official.rglob("*.png")):
-                archive.write(file, file.relative_to(official))
-    config = asked("image-folder", path)
-    with pytest.raises(UserError, match=SAME):
-        make_splits(open_index(config), config, 0)  # before anything is decoded
-    with pytest.raises(UserError, match=SAME):
-        load_data(config, 0)
+    config = asked("image-folder", pack(official))
+    for load in (lambda: make_splits(open_index(config), config, 0), lambda: load_data(config, 0)):  # nothing decoded
+        with pytest.raises(
+            UserError,
+            match=r"^data\.path: test/cat/copy\.png \(test\) and train/cat/00\.png \(training\) are the same image, "
+            r"which tells nothing about new ones; remove one of them$",
+        ):
+            load()
+    save(official / "test/cat/copy.png", textured(12))  # the same pixels as another test image: told
+    assert load_data(asked("image-folder", official), 0).warnings == (
+        "Images: 1 of 7 test images are copies of others there, such as test/cat/copy.png of test/cat/12.png; each "
+        "counts",
+    )
+    save(official / "test/cat/copy.png", textured(30))
+    save(official / "test/cat/other.bmp", textured(0))  # the pixels of train/cat/00.png in another file
+    with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
+        load_data(asked("image-folder", official, validation_images=2), 0)
+    for i in range(40):
+        save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
+    with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
+        load_data(asked("image-folder", pool, test_images=8), 0)
 
 
 @pytest.mark.parametrize("made_by", [os.symlink, os.link, shutil.copyfile])
@@ -87,20 +98,6 @@ def test_a_test_row_that_is_a_training_file_is_refused(pool, made_by):
     (pool / "list.csv").write_text("\n".join(["path,label,split", *rows, "other.png,cat,test"]) + "\n")
     with pytest.raises(UserError, match=r"^data\.path: cat/00\.png \(training\) and other\.png \(test\) are the same"):
         load_data(asked("csv", pool / "list.csv"), 0)
-
-
-def test_the_same_pixels_in_another_file_are_refused(official):
-    save(official / "test/cat/other.bmp", textured(0))  # of train/cat/00.png
-    config = asked("image-folder", official, validation_images=2)
-    with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
-        load_data(config, 0)
-
-
-def test_the_same_pixels_are_refused_where_the_split_is_drawn_too(pool):
-    for i in range(40):
-        save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
-    with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
-        load_data(asked("image-folder", pool, test_images=8), 0)
 
 
 @pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
@@ -189,14 +186,6 @@ def test_one_image_under_two_classes_is_named_even_if_one_file_is_left_out(pool)
         ) in data.warnings
 
 
-def test_copies_within_a_split_count_and_are_told(official):
-    shutil.copyfile(official / "test/cat/12.png", official / "test/cat/again.png")
-    assert load_data(asked("image-folder", official), 0).warnings == (
-        "Images: 1 of 7 test images are copies of others there, such as test/cat/again.png of test/cat/12.png; each "
-        "counts",
-    )
-
-
 # --- nearly the same --------------------------------------------------------------------------------------------------
 
 
@@ -248,8 +237,11 @@ def whole_files(parts):
     return [(pixels, np.arange(len(pixels))) for pixels in parts]
 
 
-def test_near_pairs_are_those_of_a_plain_search():
+@pytest.mark.parametrize("block", [4096, 7])
+def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
     """Against NumPy's corrcoef and SciPy's convolution, pair by pair."""
+    monkeypatch.setattr(duplicates, "_BLOCK", block)
+    monkeypatch.setattr(duplicates, "_BATCH", 3)
     rng = np.random.default_rng(1)
     base = np.stack([textured(i, side=32) for i in range(30)])
     noise = rng.normal(0, 1, base.shape) * np.linspace(0, 12, 30)[:, None, None, None]  # the later, the farther off
@@ -265,27 +257,16 @@ def test_near_pairs_are_those_of_a_plain_search():
         return convolve2d(small, [[0, -1, 0], [-1, 4, -1], [0, -1, 0]], mode="valid")
 
     images = [thumbnail(image) for part in parts for image in part]
-    agreeing = {}
-    for i in range(30, 60):
-        agreeing[i] = [
-            k
-            for k in range(30 if i < 40 else 40)
-            if np.corrcoef(images[i].ravel(), images[k].ravel())[0, 1] >= 0.999
-            and np.corrcoef(fine(images[i]).ravel(), fine(images[k]).ravel())[0, 1] >= 0.98
-        ]
+    near = np.corrcoef([image.ravel() for image in images]) >= 0.999
+    near &= np.corrcoef([fine(image).ravel() for image in images]) >= 0.98
+    agreeing = {i: np.flatnonzero(near[i, : 30 if i < 40 else 40]).tolist() for i in range(30, 60)}
     assert set(found) == {i for i, others in agreeing.items() if others}
     assert all(k in agreeing[i] for i, k in found.items())
     assert 5 < len(found) < 25
-
-
-def test_blocks_change_nothing(monkeypatch):
-    parts = [np.stack([textured(i % 20, side=32) for i in range(n)]) for n in (23, 9, 14)]
-    equal = np.arange(46)
-    whole = duplicates._near(whole_files(parts), equal)
-    monkeypatch.setattr(duplicates, "_BLOCK", 5)
-    monkeypatch.setattr(duplicates, "_BATCH", 3)
-    assert len(whole) == 23
-    assert np.array_equal(np.unique(duplicates._near(whole_files(parts), equal)[:, 0]), np.unique(whole[:, 0]))
+    thumbnails = np.concatenate([duplicates.grey_thumbnails(*part) for part in whole_files(parts)])
+    groups = duplicates.near_groups(thumbnails)
+    _, linked = connected_components(near)
+    assert len(set(zip(groups.tolist(), linked.tolist(), strict=True))) == len(set(groups)) == len(set(linked))
 
 
 # --- kept -------------------------------------------------------------------------------------------------------------

@@ -47,21 +47,14 @@ def test_image_folder_as_zip_is_read_in_place(folder, config, tmp_path):
     assert colour(index, 3) == [[3, 6, 9]]
 
 
-@pytest.mark.parametrize("test_name", ["val", "valid", "validation", "test"])
-def test_image_folder_with_official_split(folder, config, tmp_path, test_name):
-    shutil.copytree(folder, tmp_path / "root" / "train")
-    shutil.copytree(folder, tmp_path / "root" / test_name)
+@pytest.mark.parametrize("names", ["train val", "train valid", "train validation", "train test", "train val test"])
+def test_image_folder_with_official_split(folder, config, tmp_path, names):
+    for name in names.split():
+        shutil.copytree(folder, tmp_path / "root" / name)
     index = open_index(config("image-folder", tmp_path / "root"))
     assert index.class_names == ("cat", "dog")
-    assert index.official_test.sum() == 4
-    test_first = test_name == "test"  # sorted before train
-    assert index.official_test.tolist() == [test_first] * 4 + [not test_first] * 4
-
-
-def test_image_folder_with_three_splits_tests_on_test(folder, config, tmp_path):
-    for name in ("train", "val", "test"):
-        shutil.copytree(folder, tmp_path / "root" / name)
-    assert open_index(config("image-folder", tmp_path / "root")).official_test.tolist() == [True] * 4 + [False] * 8
+    tested = "test" if "test" in names else names.split()[1]
+    assert index.official_test.tolist() == [name == tested for name in sorted(names.split()) for _ in range(4)]
 
 
 def test_hash_follows_names_and_contents_but_not_the_place(folder, config, tmp_path):
@@ -128,13 +121,10 @@ def test_csv(folder, config):
     assert index.labels.tolist() == [1, 0, 0]
     assert colour(index, 1) == [[2, 4, 6]]
     assert index.official_test is None
-
-
-def test_csv_with_split(folder, config):
-    file = write_csv(folder, "label,split,path\nx,train,cat/a.png\ny,test,dog/a.webp\ny,train,dog/c.PNG\n")
-    assert open_index(config("csv", file)).official_test.tolist() == [False, True, False]
-    file = write_csv(folder, "label,split,path\nx,train,cat/a.png\ny,train,dog/a.webp\n")
-    assert open_index(config("csv", file)).official_test is None
+    for second, expected in (("test", [False, True, False]), ("train", None)):
+        file = write_csv(folder, f"label,split,path\nx,train,cat/a.png\ny,{second},dog/a.webp\ny,train,dog/c.PNG\n")
+        official = open_index(config("csv", file)).official_test
+        assert (None if official is None else official.tolist()) == expected
 
 
 def test_folders_above_may_have_any_name(folder, config, monkeypatch):

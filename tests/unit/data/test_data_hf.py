@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import os
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from peft_vit.errors import UserError
 datasets = pytest.importorskip("datasets")
 CLASSES = ("cat", "dog")
 IMAGE, LABEL = datasets.Image(), datasets.ClassLabel(names=list(CLASSES))
+UNLABELLED = "split test has no labels and is left out"
 THREE = datasets.ClassLabel(names=["cat", "dog", "bird"])
 
 
@@ -114,30 +116,19 @@ def test_one_hash_for_the_same_tables_however_they_are_stored(hf, tmp_path):
     assert hf(saved(tmp_path / "swapped", {"train": swapped, "test": labelled(2, 50)})).sha256 != hashes[0]
 
 
-def test_a_single_parquet_file(hf, tmp_path):
-    parquet(tmp_path / "one", train=labelled(4))
-    index = hf(tmp_path / "one/data/train-00000-of-00001.parquet")
-    assert index.official_test is None
-    assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
-
-
-def test_changed_files_are_read_anew(hf, tmp_path):
-    folder = parquet(tmp_path / "set", train=labelled(4))
-    before = hf(folder)
-    assert hf(folder).sha256 == before.sha256
-    file = folder / "data/train-00000-of-00001.parquet"
+def test_a_single_parquet_file_is_read_anew_if_it_has_changed(hf, tmp_path, monkeypatch):
+    file = parquet(tmp_path / "one", train=labelled(4)) / "data/train-00000-of-00001.parquet"
+    before = hf(file)
+    assert before.official_test is None
+    assert [level(before, i) for i in range(4)] == [0, 1, 2, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_vit.data.hf._digests", lambda *_: pytest.fail("hashed again"))
+        assert hf(file).sha256 == before.sha256
     labelled(4, 9).to_parquet(str(file))
     os.utime(file, (1, 1))
-    after = hf(folder)
+    after = hf(file)
     assert after.sha256 != before.sha256
     assert level(after, 0) == 9
-
-
-def test_hashes_are_remembered(hf, tmp_path, monkeypatch):
-    folder = parquet(tmp_path / "set", train=labelled(4))
-    before = hf(folder)
-    monkeypatch.setattr("peft_vit.data.hf._digests", lambda *_: pytest.fail("hashed again"))
-    assert hf(folder).sha256 == before.sha256
 
 
 def test_a_run_on_it(config, tmp_path):
@@ -257,20 +248,14 @@ def test_own_splits_are_kept(names, test, notes, hf, tmp_path):
     assert tuple(note for note in index.notes if "split" in note) == notes
 
 
-def test_test_images_without_labels_give_way_to_validation_and_that_is_told(config, tmp_path):
+def test_test_images_without_labels_give_way_to_validation_and_that_is_told(config, hf, tmp_path):
     hidden = rows(4, 90, label=(LABEL, [-1] * 4))
-    made = {"train": labelled(12), "validation": labelled(4, 50), "test": hidden}
-    asked = config("hf", saved(tmp_path, made))
+    asked = config("hf", saved(tmp_path, {"train": labelled(12), "validation": labelled(4, 50), "test": hidden}))
     index = open_index(asked)
     assert index.names[np.argmax(index.official_test)] == "validation[0]"
-    said = image_warnings(index, make_splits(index, asked, 0), 14)
-    assert said == ("Images: split test has no labels and is left out",)
-
-
-def test_a_test_split_without_the_column_of_labels(hf, tmp_path):
-    index = hf(saved(tmp_path, {"test": rows(4, 90), "train": labelled(12)}))
-    assert index.official_test is None
-    assert index.notes == ("split test has no labels and is left out",)
+    assert image_warnings(index, make_splits(index, asked, 0), 14) == (f"Images: {UNLABELLED}",)
+    without_column = hf(saved(tmp_path / "other", {"test": rows(4, 90), "train": labelled(12)}))
+    assert (without_column.official_test, without_column.notes) == (None, (UNLABELLED,))
 
 
 def test_an_image_on_both_sides_of_its_own_split_is_told(config, tmp_path):
@@ -383,12 +368,11 @@ def test_a_set_of_several_configurations(hf, tmp_path):
 def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
     asked = []
 
-    class Unreachable:
-        def head(self, url, timeout):
-            asked.append((url, timeout))
-            raise OSError("Name or service not known")
+    def unreachable(url, timeout):
+        asked.append((url, timeout))
+        raise OSError("Name or service not known")
 
-    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", Unreachable)
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: SimpleNamespace(head=unreachable))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: pytest.fail("it would try for half a minute"))
     with pytest.raises(UserError) as caught:
         hf(name)
@@ -398,43 +382,39 @@ def test_without_a_network_the_line_says_what_to_do(name, hf, monkeypatch):
     assert asked == [(f"https://huggingface.co/api/datasets/{name}", 5.0)]
 
 
-@pytest.mark.parametrize("path", ["/nowhere/at/all", "./images", "a/b/c", "~nobody/x", "a\0b"])
-def test_what_can_be_no_name_does_not_exist(path, hf, monkeypatch):
+@pytest.fixture
+def no_hub(monkeypatch):
     monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "./images", "a/b/c", "~nobody/x", "a\0b"])
+def test_what_can_be_no_name_does_not_exist(path, hf):
     with pytest.raises(UserError, match=r"data\.path: does not exist, and is no name on the hub"):
         hf(path)
-
-
-class Answering:
-    def head(self, url, timeout):
-        pass
 
 
 def test_what_the_hub_has_is_asked_for_by_name_and_subset(hf, tmp_path, monkeypatch):
     folder = parquet(tmp_path / "set", train=labelled(4))
     builder = datasets.load_dataset_builder(str(folder), cache_dir=str(tmp_path / "hub"))
     asked = []
-    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", Answering)
+    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *args: asked.append(args) or builder)
     assert level(hf("someone/pets", hub_subset="small"), 3) == 3
     assert asked == [("someone/pets", "small")]
 
 
-def test_a_set_in_the_librarys_cache_is_read_without_asking_the_hub(config, hf, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_hub")
+def test_a_set_in_the_librarys_cache_is_read_without_asking_the_hub(config, hf, tmp_path):
     folder = parquet(tmp_path / "pets", train=labelled(4))
     builder = datasets.load_dataset_builder(str(folder), cache_dir=str(tmp_path / "made"))
     builder.download_and_prepare()
     (tmp_path / "hf").mkdir()
     (tmp_path / "made/pets").rename(tmp_path / "hf/someone___pets")  # as the library names those of the hub
-    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
     index = hf("someone/pets")
     assert [level(index, i) for i in range(4)] == [0, 1, 2, 3]
-
-
-def test_thumbnails_download_nothing(config, monkeypatch):
-    monkeypatch.setattr(hub_module.huggingface_hub, "get_session", lambda: pytest.fail("the hub was asked"))
-    with pytest.raises(UserError, match=r"the data set someone/pets of the hub: is not on this machine"):
-        thumbnails(config("hf", "someone/pets"), [0], data_sha256="0" * 64)
+    with pytest.raises(UserError, match=r"the data set someone/cars of the hub: is not on this machine"):
+        thumbnails(config("hf", "someone/cars"), [0], data_sha256="0" * 64)  # which are never downloaded
 
 
 @pytest.mark.parametrize("version", [None, "2.14.0"])

@@ -50,14 +50,6 @@ def test_smoke_works_with_every_training_subset_and_test_size(name, drawn):
     assert first.data_sha256 == other.data_sha256
 
 
-def test_smoke_images_tell_the_class():
-    data = load_data(smoke_config(full("cifar10")), 0, smoke=True)
-    means = data.train.pixels.mean(axis=(1, 2))  # (N, 3)
-    for k in range(10):
-        own = means[data.train.labels == k]
-        assert np.ptp(own, axis=0).max() < 15  # noise of sd 25 over 32 x 32 pixels has a mean within about 3
-
-
 def test_synthetic_files_are_deterministic(tmp_path, monkeypatch):
     hashes = []
     for cache in ("one", "two"):
@@ -75,31 +67,17 @@ def test_smoke_size_is_a_multiple_of_the_patch_and_valid(patch_size):
     DataConfig.model_validate(config.model_dump())
 
 
-def test_labels_belong_to_their_images():
-    check_images(full("digits", image_size=14, train_images=100, validation_images=50, test_images=60), 0)
-
-
-def test_splits_of_several_seeds_do_not_mix_in_the_cache():
-    config = full(
-        "digits", image_size=14, train_images=100, validation_images=50, test_images=60, test_split="per_seed"
-    )
+def test_labels_belong_to_their_images_and_seeds_do_not_mix_in_the_cache():
+    sizes = {"image_size": 14, "train_images": 100, "validation_images": 50, "test_images": 60}
+    config = full("digits", **sizes, test_split="per_seed")
+    index = open_index(config)
     for seed in (0, 1, 0):  # the third time from the cache
-        check_images(config, seed)
-
-
-def check_images(config, seed):
-    index, data = open_index(config), load_data(config, seed)
-    splits = make_splits(index, config, seed)
-    assert data.split_sha256 == splits.sha256
-    assert data.data_sha256 == index.sha256
-    for images, rows in (
-        (data.train, splits.train),
-        (data.validation, splits.validation),
-        (data.test.open(), splits.test),
-    ):
-        assert np.array_equal(images.labels, index.labels[rows])
-        original = np.stack([np.asarray(index.read(i)) for i in rows])
-        assert np.allclose(images.pixels.mean(axis=(1, 2, 3)), original.mean(axis=(1, 2)), atol=8)
+        data, splits = load_data(config, seed), make_splits(index, config, seed)
+        assert (data.split_sha256, data.data_sha256) == (splits.sha256, index.sha256)
+        for images, rows in zip((data.train, data.validation, data.test.open()), splits.parts, strict=True):
+            assert np.array_equal(images.labels, index.labels[rows])
+            original = np.stack([np.asarray(index.read(i)) for i in rows])
+            assert np.allclose(images.pixels.mean(axis=(1, 2, 3)), original.mean(axis=(1, 2)), atol=8)
 
 
 def test_broken_test_image_shows_before_training(tmp_path):

@@ -32,20 +32,15 @@ ROWS = np.array([1, 4, 7])
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_rows_are_decoded_resized_and_kept_grey(channels):
-    pixels = cached_pixels(index_of(Reader(), channels), ROWS, 8)
+def test_rows_are_decoded_once_resized_and_kept_grey(channels, own_cache):
+    reader = Reader()
+    pixels = cached_pixels(index_of(reader, channels), ROWS, 8)
     assert pixels.shape == (3, 8, 8, channels)
     assert pixels.dtype == np.uint8
     assert isinstance(pixels, np.memmap)
     assert [np.unique(image).tolist() for image in pixels] == [[10], [40], [70]]
-
-
-def test_second_time_nothing_is_decoded(own_cache):
-    reader = Reader()
-    first = np.array(cached_pixels(index_of(reader), ROWS, 8))
-    again = cached_pixels(index_of(reader), ROWS, 8)
+    assert np.array_equal(cached_pixels(index_of(reader, channels), ROWS, 8), pixels)
     assert reader.decoded == ROWS.tolist()
-    assert np.array_equal(first, again)
     assert [p.suffix for p in (own_cache / "pixels").iterdir()] == [".npy"]  # no leftovers
 
 
@@ -54,15 +49,23 @@ def test_second_time_nothing_is_decoded(own_cache):
     [
         lambda index: (dataclasses.replace(index, sha256="b" * 64), ROWS, 8),
         lambda index: (dataclasses.replace(index, channels=3), ROWS, 8),
+        *(
+            lambda index, name=name: (dataclasses.replace(index, interpolation=name), ROWS, 8)
+            for name in ("nearest", "bilinear", "lanczos")
+        ),
         lambda index: (index, ROWS, 9),
         lambda index: (index, np.array([1, 4, 8]), 8),
     ],
 )
-def test_another_source_size_or_row_is_another_file(other):
+def test_another_source_size_interpolation_or_row_is_another_file(other):
     reader = Reader()
     cached_pixels(index_of(reader), ROWS, 8)
-    cached_pixels(*other(index_of(reader)))
+    index, rows, size = other(index_of(reader))
+    cached_pixels(index, rows, size)
     assert len(reader.decoded) == 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
+    resized = np.asarray(image.resize((size, size), Image.Resampling[index.interpolation.upper()]))
+    assert np.array_equal(to_pixels(image, size, 1, index.interpolation)[..., 0], resized)
 
 
 @pytest.mark.parametrize(
@@ -121,43 +124,12 @@ def test_two_builds_at_once(own_cache):
     assert len(list((own_cache / "pixels").iterdir())) == 1
 
 
-def test_shrinking_averages():
+def test_shrinking_averages_and_aspect_is_not_kept():
     # A fine checkerboard of 0 and 255 must become grey; without antialiasing it would stay black and white.
     board = Image.fromarray((np.indices((64, 64)).sum(axis=0) % 2 * 255).astype(np.uint8))
     assert np.abs(to_pixels(board, 8, 1).astype(int) - 127.5).max() < 10
-
-
-def test_aspect_is_not_kept():
     wide = np.zeros((10, 40), np.uint8)
     wide[:, 20:] = 200  # right half
     pixels = to_pixels(Image.fromarray(wide), 8, 1)[..., 0]
     assert pixels[:, :3].max() < 20
     assert pixels[:, 5:].min() > 180
-
-
-def palette_with_transparency():
-    image = Image.new("P", (4, 4), 0)
-    image.putpalette([10, 20, 30, 200, 100, 50])
-    image.putpixel((0, 0), 1)
-    image.info["transparency"] = bytes([0, 255])  # the first colour can't be seen
-    return image
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_what_is_transparent_lies_on_white(mode, recwarn):
-    image = palette_with_transparency() if mode == "P" else Image.new(mode, (4, 4), (0,) * len(mode))
-    pixels = to_pixels(image, 4, 3)
-    assert pixels[3, 3].tolist() == [255, 255, 255]
-    if mode == "P":
-        assert pixels[0, 0].tolist() != [255, 255, 255]
-    assert not recwarn.list
-
-
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "lanczos"])
-def test_another_interpolation_is_another_file_of_the_cache(interpolation):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 10), dtype=np.uint8))
-    index = index_of(lambda _: image)
-    plain = np.array(cached_pixels(index, ROWS, 8))
-    other = np.array(cached_pixels(dataclasses.replace(index, interpolation=interpolation), ROWS, 8))
-    assert not np.array_equal(plain, other)
-    assert np.array_equal(other[0, ..., 0], np.asarray(image.resize((8, 8), Image.Resampling[interpolation.upper()])))

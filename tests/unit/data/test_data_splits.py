@@ -4,26 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from written_images import index_of
 
 from peft_vit.config import DataConfig
-from peft_vit.data import ImageIndex, class_gaps, make_splits
+from peft_vit.data import class_gaps, make_splits
 from peft_vit.data.splits import Splits, stratified_draw
 from peft_vit.errors import UserError
 from peft_vit.seeding import numpy_generator
-
-
-def index_of(labels, strata=None, official_test=None):
-    labels = np.asarray(labels, dtype=np.int64)
-    return ImageIndex(
-        name="toy",
-        labels=labels,
-        own_strata=None if strata is None else np.asarray(strata, dtype=np.int64),
-        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)),
-        official_test=official_test,
-        licence="none",
-        sha256="0" * 64,
-        read=lambda i: pytest.fail("splits must not decode"),
-    )
 
 
 def config(**settings):
@@ -84,27 +71,13 @@ def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_su
         test_split=test_split,
     )
     splits = make_splits(index_of(labels, official_test=official_test), asked, seed)
-    parts = [splits.train, splits.validation, splits.test]
+    parts = splits.parts
     assert [len(part) for part in parts] == [20, 9, 7]
     assert len(np.unique(np.concatenate(parts))) == 36
     assert all(part.dtype == np.int64 and np.all(np.diff(part) > 0) for part in parts)
     if official_test is not None:
         assert official_test[splits.test].all()
         assert not official_test[np.concatenate(parts[:2])].any()
-
-
-def test_without_sizes_official_test_and_the_whole_rest_are_used():
-    index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
-    splits = make_splits(index, config(test_images=None), 0)
-    assert splits.test.tolist() == list(range(70, 100))
-    assert len(splits.validation) == 10
-    assert sorted([*splits.train, *splits.validation]) == list(range(70))
-
-
-def test_each_split_has_its_share_of_every_stratum():
-    splits = make_splits(TOY, config(train_images=20, validation_images=12, test_images=8), 0)
-    for part in (splits.train, splits.validation, splits.test):
-        assert np.bincount(TOY.strata[part]).tolist() == [len(part) // 4] * 4
 
 
 def same(a, b):
@@ -153,16 +126,9 @@ def test_a_seeds_splits_come_from_the_generator_of_seed_and_split_seed():
     assert same(fixed.test, stratified_draw(everything, TOY.strata, 10, numpy_generator(5, "split")))
 
 
-def test_over_seeds_every_image_is_tested_as_often():
-    tested = np.zeros(100)
-    for seed in range(400):
-        tested[make_splits(TOY, config(test_split="per_seed"), seed).test] += 1
-    # Each of the 100 has probability 0.1: 40 +- 6 in 400; five standard deviations.
-    assert np.all(np.abs(tested - 40) < 30)
-
-
-def test_a_seed_draws_its_test_images_out_of_the_official_ones():
+def test_the_official_test_is_used_whole_or_a_seed_draws_out_of_it_and_the_rest_is_trained_on():
     index = index_of(np.arange(100) % 2, official_test=np.arange(100) >= 70)
+    assert make_splits(index, config(test_images=None), 0).test.tolist() == list(range(70, 100))
     first, other = (make_splits(index, config(test_split="per_seed"), seed) for seed in (0, 1))
     assert not same(first.test, other.test)
     for splits in (first, other):
@@ -178,42 +144,38 @@ def test_a_seed_cannot_draw_from_an_official_test_split_that_is_taken_whole(test
     make_splits(index, config(test_images=29, test_split="per_seed"), 0)
 
 
+SCARCE = index_of([0] * 60 + [1] * 39 + [2])
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("index", "settings", "message"),
     [
-        ({"test_images": None}, r"data\.test_images: is missing; toy has no test split of its own"),
-        ({"test_images": 101}, r"data\.test_images: asks for 101, but 100 "),
-        ({"test_images": 100}, r"data\.validation_images: asks for 10, but 0 of 100"),
-        ({"validation_images": 90}, r"data\.validation_images: asks for 90, but 88 of 100"),
-        ({"train_images": 81}, r"data\.train_images: asks for 81, but 80 of 100"),
-        ({"train_subset": "per_seed"}, r"data\.train_subset: per_seed has no effect, all 80 images"),
-        ({"train_subset": "per_seed", "train_images": 80}, r"data\.train_subset: per_seed has no effect"),
+        (SCARCE, {"train_images": 20}, r"data\.train_images: class 'class2' gets none of the 20 .*\(1 of the 80"),
+        (SCARCE, {"shots_per_class": 2}, r"data\.shots_per_class: asks for 2, but 1 images of class 'class2' remain"),
+        (TOY, {"test_images": None}, r"data\.test_images: is missing; toy has no test split of its own"),
+        (TOY, {"test_images": 101}, r"data\.test_images: asks for 101, but 100 "),
+        (TOY, {"test_images": 100}, r"data\.validation_images: asks for 10, but 0 of 100"),
+        (TOY, {"validation_images": 90}, r"data\.validation_images: asks for 90, but 88 of 100"),
+        (TOY, {"train_images": 81}, r"data\.train_images: asks for 81, but 80 of 100"),
+        (TOY, {"train_subset": "per_seed"}, r"data\.train_subset: per_seed has no effect, all 80 images"),
+        (TOY, {"train_subset": "per_seed", "train_images": 80}, r"data\.train_subset: per_seed has no effect"),
     ],
 )
-def test_sizes_that_cannot_be_had(settings, message):
+def test_sizes_that_cannot_be_had(index, settings, message):
     with pytest.raises(UserError, match=message):
-        make_splits(TOY, config(**settings), 0)
+        make_splits(index, config(**settings), 0)
 
 
-def test_a_class_without_training_image_is_named():
-    index = index_of([0] * 60 + [1] * 39 + [2])
-    with pytest.raises(UserError, match=r"data\.train_images: class 'class2' gets none of the 20 .*\(1 of the 80"):
-        make_splits(index, config(train_images=20), 0)
-
-
-def test_shots_are_exact_for_each_class_and_stratified_within():
+def test_shots_are_exact_for_each_class_and_splits_stratified_within():
+    plain = make_splits(TOY, config(train_images=20, validation_images=12, test_images=8), 0)
+    for part in plain.parts:
+        assert np.bincount(TOY.strata[part]).tolist() == [len(part) // 4] * 4
     labels = np.repeat([0, 1], [80, 40])
     index = index_of(labels, strata=2 * labels + np.arange(120) % 2)
     splits = make_splits(index, config(shots_per_class=8), 0)
     assert np.bincount(index.strata[splits.train]).tolist() == [4, 4, 4, 4]
     parts = [splits.train, splits.validation, splits.test]
     assert len(np.unique(np.concatenate(parts))) == 16 + 10 + 10
-
-
-def test_more_shots_than_a_class_has():
-    index = index_of([0] * 80 + [1] * 10)
-    with pytest.raises(UserError, match=r"data\.shots_per_class: asks for 9, but 8 images of class 'class1' remain"):
-        make_splits(index, config(shots_per_class=9), 0)
 
 
 def test_classes_without_image_are_named_for_each_split():

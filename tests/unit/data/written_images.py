@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from peft_vit.data import ImageIndex
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
@@ -102,3 +105,19 @@ def tar_gz(file: Path | str, members: Iterable[tuple[tarfile.TarInfo, bytes]]) -
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
     return Path(file)
+
+
+def index_of(labels: Any, strata: Any = None, groups: Any = None, official_test: Any = None) -> ImageIndex:
+    """Return a data set without images."""
+    labels, strata, groups = (None if of is None else np.asarray(of, dtype=np.int64) for of in (labels, strata, groups))
+    return ImageIndex(
+        name="toy",
+        labels=labels,
+        own_strata=strata,
+        contents=groups,
+        class_names=tuple(f"class{k}" for k in range(labels.max() + 1)),
+        official_test=official_test,
+        licence="none",
+        sha256="0" * 64,
+        read=lambda i: pytest.fail("splits must not decode"),
+    )

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import EXPORTS
-from peft_vit.deployment import format_named, open_exported
+from peft_vit.deployment import export_onnx, export_openvino, format_named, open_exported
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -56,6 +57,25 @@ def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
     attach_adapters(model, find_sites(model, ("out",)), 2, scale=1.0, seed=0)
     with pytest.raises(UserError, match="merge the model first"):
         write(model, name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+IN_8_BITS = partial(export_onnx, input_ranges={})
+
+
+@pytest.mark.parametrize(
+    ("export", "kind", "group", "fault"),
+    [
+        (export_onnx, "int4", 8, r"qkv has groups of 8 inputs"),
+        (export_onnx, "nf3", 16, r"qkv is in nf3.*--runtime fast, or train with int3"),
+        (IN_8_BITS, "int2", 16, r"qkv is in int2.*--runtime fast"),
+        (export_openvino, "fp4", 32, r"qkv is in fp4.*export onnx or safetensors"),
+        (export_openvino, "nf3", 32, r"qkv is in nf3.*export onnx or safetensors"),
+    ],
+)
+def test_a_format_that_a_runtime_lacks_is_refused(tmp_path: Path, export, kind: str, group: int, fault: str) -> None:
+    with pytest.raises(UserError, match=rf"blocks\.0\.attn\.{fault}"):
+        export(packed_model([QuantizationFormat(kind, group, True)]), tmp_path / "model.xml", CARD)
     assert not list(tmp_path.iterdir())
 
 

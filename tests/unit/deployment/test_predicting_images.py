@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import CARD
 
 from peft_vit.config import DataConfig
 from peft_vit.data import normalised, open_index, to_pixels
-from peft_vit.deployment import Classifier, ModelCard, predict_files
+from peft_vit.deployment import Classifier, predict_files
 from peft_vit.errors import UserError
 
 
@@ -29,9 +30,7 @@ def write_images(folder: Path) -> None:
     Image.fromarray(deep > 30_000).save(folder / "dog/bits.png")
 
 
-def test_predict_sees_what_training_sees(
-    tmp_path: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch, cache: str
-) -> None:
+def test_predict_sees_what_training_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str) -> None:
     write_images(tmp_path / "images")
     (tmp_path / "images/cat/._turned.jpg").write_bytes(b"what macOS leaves behind")
     (tmp_path / "images/.thumbnails").mkdir()
@@ -39,26 +38,24 @@ def test_predict_sees_what_training_sees(
     index = open_index(
         DataConfig(dataset="image-folder", path=str(tmp_path / "images"), image_size=28, validation_images=2)
     )
-    trained = np.stack([to_pixels(index.read(i), card.image_size, 3) for i in range(6)])  # (6, S, S, 3)
+    trained = np.stack([to_pixels(index.read(i), CARD.image_size, 3) for i in range(6)])  # (6, S, S, 3)
     seen = []
 
     def logits(images: torch.Tensor) -> torch.Tensor:
         seen.append(images)
-        return torch.zeros(len(images), len(card.class_names))
+        return torch.zeros(len(images), len(CARD.class_names))
 
-    found = list(predict_files(Classifier(logits, card.model_copy(update={"channels": 3})), [tmp_path / "images"]))
+    found = list(predict_files(Classifier(logits, CARD.model_copy(update={"channels": 3})), [tmp_path / "images"]))
     assert [one.file.name for one in found] == [name.split("/")[1] for name in index.names]
-    expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), card.mean, card.std)
+    expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), CARD.mean, CARD.std)
     assert torch.equal(torch.cat(seen), expected)
     assert len(torch.unique(expected[3])) > 100  # 16 bits are no clipped white
 
 
-def test_a_folder_that_cannot_be_listed_is_named(
-    tmp_path: Path, card: ModelCard, unreadable: Callable[[Path], None]
-) -> None:
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, unreadable: Callable[[Path], None]) -> None:
     write_images(tmp_path)
     unreadable(tmp_path / "dog")
-    classifier = Classifier(lambda images: torch.zeros(len(images), len(card.class_names)), card)
+    classifier = Classifier(lambda images: torch.zeros(len(images), len(CARD.class_names)), CARD)
     *predicted, refused = predict_files(classifier, [tmp_path])
     assert [one.file for one in predicted] == sorted((tmp_path / "cat").iterdir())
     assert isinstance(refused, UserError)

@@ -3,24 +3,21 @@
 import copy
 from collections.abc import Callable
 
-import allocation_runs
 import numpy as np
 import pytest
 import qa_lora_settings
 import torch
+from prepared_methods import METHODS as PREPARED
+from prepared_methods import quantized
 from scipy.special import log_softmax
 from tiny_models import TINY_EVAS, random_model
 from torch import Tensor, nn
 
-from peft_vit import AdaLoRAController
 from peft_vit.adapters import attach_adapters, site_adapters, update_ranks, without_updates
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers
-from peft_vit.adapters.peft_tuner import attach_peft_adalora, attach_peft_lora
 from peft_vit.backbones import find_sites
-from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import measure_ablation
-from peft_vit.records import AdapterRemoval
 from peft_vit.training import QALoRATrainer
 
 pytestmark = pytest.mark.part("importance analysis")
@@ -36,37 +33,16 @@ def lora(model: nn.Module) -> None:
     attach_adapters(model, sites, ranks, scale=2.0, seed=0)
 
 
-def adalora(model: nn.Module, **settings) -> None:
-    given = {"total_rank_budget": 20, "importance_metric": "magnitude", "budget_schedule": "constant"}
-    AdaLoRAController(model, allocation_runs.config(**given, **settings), 8)
-
-
-def qa_lora(model: nn.Module, *, groups: bool = True) -> None:
-    settings = qa_lora_settings.config(rank=2).model_copy(update={"use_group_quantization": groups})
-    QALoRATrainer(model, settings, 4)
-
-
-def qa_adalora(model: nn.Module) -> None:
-    AdaLoRAController(model, allocation_runs.config(total_rank_budget=20, budget_schedule="constant"), 8, pool=16)
-    QALoRATrainer(model, qa_lora_settings.config(), 4)
-
-
-METHODS: dict[str, Callable[[nn.Module], None]] = {
+METHODS: dict[str, Callable[[nn.Module], object]] = {
     "lora": lora,
-    "adalora": adalora,
-    "adalora svd": lambda model: adalora(model, parametrization="svd"),
-    "qa_lora": qa_lora,
-    "qa_lora without groups": lambda model: qa_lora(model, groups=False),
-    "qa_adalora": qa_adalora,
-    **dict.fromkeys(OTHERS, lora),
-    "peft_lora": lambda model: attach_peft_lora(model, PeftLoraConfig(rank=2), seed=0),
-    "peft_adalora": lambda model: attach_peft_adalora(
-        model,
-        PeftAdaLoraConfig(initial_rank=3, target_rank=2, update_frequency=2, warmup_steps=2),
-        final_steps=1,
-        total_steps=9,
-        seed=0,
+    "adalora": PREPARED["growing"],
+    "adalora svd": PREPARED["adalora"],
+    "qa_lora": quantized(),
+    "qa_lora without groups": lambda model: QALoRATrainer(
+        model, qa_lora_settings.config(rank=2).model_copy(update={"use_group_quantization": False}), 4
     ),
+    **{name: PREPARED[name] for name in ("qa_adalora", "peft_lora", "peft_adalora")},
+    **dict.fromkeys(OTHERS, lora),
 }
 
 
@@ -96,8 +72,8 @@ def zeroed(model: nn.Module, sites: list[str]) -> nn.Module:
     with torch.no_grad():
         for site in sites:
             if hasattr(adapters.get(site), "lora_B"):
-                one = adapters[site]
-                (one.lora_B if one.lora_lambda is None else one.lora_lambda).zero_()
+                adapter = adapters[site]
+                (adapter.lora_B if adapter.lora_lambda is None else adapter.lora_lambda).zero_()
             else:
                 by_peft[site.replace(".out", ".proj")].lora_E[ADAPTER].zero_()
     return changed
@@ -111,9 +87,8 @@ def loss_and_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> tuple
     return -log_softmax(logits, 1)[np.arange(len(truth)), truth].mean(), (logits.argmax(1) == truth).mean()
 
 
-def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    images, labels = batch
-    return [(images[:4], labels[:4]), (images[4:], labels[4:])]
+def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(part.split(4) for part in batch), strict=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -173,24 +148,17 @@ def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> Non
     assert passes == [10, 15]
 
 
-def test_groups_without_a_site_are_left_out_and_equal_ones_agree(tiny_vit, batch, fill_adapters) -> None:
+@pytest.mark.parametrize(("rank", "groups"), [(1, ["attention", "all"]), (0, [])])
+def test_groups_without_a_site_are_left_out(tiny_vit, batch, fill_adapters, rank: int, groups: list[str]) -> None:
     model = tiny_vit()
-    attach_adapters(model, find_sites(model, ("query", "value")), 1, scale=2.0, seed=0)
+    attach_adapters(model, find_sites(model, ("query", "value")), rank, scale=2.0, seed=0)
     fill_adapters(model)
     found = measure_ablation(model, [batch], device=CPU, precision="fp32")
-    assert list(found.group_loss_rise) == ["attention", "all"]
-    assert found.group_loss_rise["attention"] == found.group_loss_rise["all"]
-
-
-def test_without_any_rank_there_are_no_rises(tiny_vit, batch) -> None:
-    model = tiny_vit()
-    attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
-    found = measure_ablation(model, [batch], device=CPU, precision="fp32")
     loss, accuracy = loss_and_accuracy(model, *batch)
-    assert found.loss == pytest.approx(loss, abs=1e-6)
-    assert found == AdapterRemoval(
-        images=6, loss=found.loss, accuracy=accuracy, site_loss_rise={}, group_loss_rise={}, group_accuracy={}
-    )
+    assert (found.loss, found.accuracy, found.images) == (pytest.approx(loss, abs=1e-6), accuracy, 6)
+    assert list(found.group_loss_rise) == list(found.group_accuracy) == groups
+    assert len(set(found.group_loss_rise.values())) == rank  # both groups are the same sites
+    assert len(found.site_loss_rise) == 4 * rank
 
 
 @pytest.mark.parametrize("method", ["adalora svd", "qa_adalora", "peft_lora", "peft_adalora"])

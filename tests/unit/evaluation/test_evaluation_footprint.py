@@ -73,7 +73,7 @@ def test_predictions_in_order_without_gradients(tiny_vit, batch) -> None:
     model = tiny_vit()
     model.pos_drop = torch.nn.Dropout(0.5)  # shows whether the model is in evaluation mode
     images, labels = batch
-    batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    batches = list(zip(images.split(4), labels.split(4), strict=True))
     model.train()
     logits, targets = predict(model, batches, device=torch.device("cpu"), precision="fp32")
     assert model.training

@@ -1,4 +1,4 @@
-"""Formats and weights to draw from: every type, odd shapes, and the values that break careless quantizers."""
+"""Formats and weights to draw from (every type, odd shapes, what breaks careless quantizers), and what codes mean."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
 from peft_vit.config import NUMBER_FORMATS
-from peft_vit.quantization import QuantizationFormat
+from peft_vit.quantization import QuantizationFormat, QuantizedTensor, code_values, unpack_codes
 
 TYPES = tuple(NUMBER_FORMATS)
 INTEGERS = tuple(name for name, format in NUMBER_FORMATS.items() if format.values is None)
-CODEBOOKS = tuple(name for name in TYPES if name not in INTEGERS)
 MAGNITUDE = {torch.float32: 2.0**125, torch.float16: 65504.0}
 
 
@@ -55,3 +54,28 @@ def formats_and_weights(
 ) -> tuple[QuantizationFormat, Tensor]:
     format = draw(formats(types, offset, double_quant))
     return format, draw(weights(format))
+
+
+def levels_of(quantized: QuantizedTensor) -> np.ndarray:
+    """Return the weight of each code in each group, float64 (out, groups, codes); infinity: the code is never used."""
+    format = quantized.format
+    codes = np.arange(2.0**format.bits)
+    if format.has_codebook:
+        values, used = code_values(format.type).double().numpy(), codes >= 0
+    else:
+        values, used = codes - (0 if format.offset else 2 ** (format.bits - 1)), codes >= (0 if format.offset else 1)
+    levels = quantized.scales.double().numpy()[..., None] * values
+    if quantized.offsets is not None:
+        levels = levels + quantized.offsets.double().numpy()[..., None]
+    return np.where(used, levels, np.inf)
+
+
+def codes_of(quantized: QuantizedTensor) -> np.ndarray:
+    """Return the codes as (out, groups, group size) integers."""
+    codes = unpack_codes(quantized.codes, quantized.format.bits, quantized.shape[1])
+    return codes.numpy().astype(np.int64).reshape(*quantized.scales.shape, -1)
+
+
+def in_groups(weight: Tensor, quantized: QuantizedTensor) -> np.ndarray:
+    """Return weights as float64 (out, groups, group size)."""
+    return weight.double().numpy().reshape(*quantized.scales.shape, -1)

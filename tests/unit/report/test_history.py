@@ -9,9 +9,8 @@ import pandas as pd
 import planted
 import pytest
 
-from peft_vit.analysis.allocation import allocations
-from peft_vit.analysis.importance import importance_patterns
-from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.layers import allocations, importance_patterns
+from peft_vit.analysis.studies import load_studies
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import ImportanceEntry, ProbeEntry, RankEntry, SiteInfo, history_rows

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from peft_vit.analysis import method_results
+from peft_vit.report.accuracy_figures import accuracy_against
 from peft_vit.report.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
-from peft_vit.report.scatter import accuracy_against
 from peft_vit.tuning.figures import _BRIGHT, _ON_BRIGHT, _ON_DARK
 
 CLOSEST = 12.5  # Delta E of 1976; about 2 can be seen side by side

@@ -20,8 +20,8 @@ from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
+from peft_vit.report.build import study_documents
 from peft_vit.report.document import SECTION_TITLES
-from peft_vit.report.sections import study_documents
 
 FIGURES = {
     "accuracy_by_method",
@@ -299,14 +299,9 @@ def test_no_results_or_no_place_is_one_line_that_names_it(
     assert not (tmp_path / "out").exists()
 
 
-def _ends_well(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_report_needs_neither_torch_nor_anything_of_posix(linear_only: Path, tmp_path: Path) -> None:
     """As on Windows: no `fcntl` and the like, and `os` without what is of POSIX."""
-    _ends_well(f"""
+    code = f"""
 import os, sys
 import matplotlib.font_manager, multiprocessing, pandas, subprocess, tempfile  # what these do on POSIX is theirs
 for name in ("fcntl", "grp", "pwd", "resource", "syslog", "termios"):
@@ -320,7 +315,8 @@ try:
 except SystemExit as ended:
     assert not ended.code, ended.code
 assert not {{"torch", "timm", "matplotlib.pyplot"}} & set(sys.modules), "imported while building"
-""")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "report" / "report.html").exists()
 
 

@@ -17,11 +17,10 @@ from matplotlib.text import Text
 from peft_vit.analysis import Analysis, analyze
 from peft_vit.analysis.calibration import Bin
 from peft_vit.records import RunRecord
-from peft_vit.report.build import captions
+from peft_vit.report.build import captions, study_documents
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import WIDTHS_IN, Canvas, draw, publication_files, publication_style
 from peft_vit.report.lines import reliability_diagram
-from peft_vit.report.sections import study_documents
 
 HOSTILE = "</script><script>alert(1)</script>\"' <!-- --> \u2028\u200f $x^2$ & ]]>"
 

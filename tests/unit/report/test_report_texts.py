@@ -1,16 +1,20 @@
-"""How numbers, names and texts of others are written."""
+"""How numbers, names, texts of others and tables in a terminal are written."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from peft_vit.report.accuracy_figures import short_count, side_by_side
+from peft_vit.report.build import slug_of
+from peft_vit.report.document import Paragraph, Table
 from peft_vit.report.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
 from peft_vit.report.html import soft
 from peft_vit.report.lines import smoothed
 from peft_vit.report.markdown import escaped
-from peft_vit.report.scatter import short_count, side_by_side
-from peft_vit.report.sections import slug_of
+from peft_vit.report.printed import print_blocks
 from peft_vit.statistics import mean_interval
 
 
@@ -42,3 +46,20 @@ def test_smoothing_is_a_centered_mean_and_markers_at_one_place_stand_side_by_sid
     assert smoothed([1.0, 2.0], 1) == pytest.approx([1.0, 2.0])
     first, second, third, elsewhere = side_by_side([100.0, 100.1, 100.0, 150.0])
     assert first == elsewhere == 0 < second < third
+
+
+def test_a_table_in_a_terminal_has_columns_or_is_a_list_loses_nothing_and_moves_nothing() -> None:
+    rows = (("lora_r8", "[bold]12[/bold]", "yes"), ("linear", "x" * 30, "no\x1b[2J"))
+    table = Table("t", "Sizes", ("experiment", "a column of many words", "fits?"), rows, "A note.", ())
+    wide, narrow = (io.StringIO(), io.StringIO())
+    for file, width in ((wide, 80), (narrow, 40)):
+        print_blocks([Paragraph("First [red]line\nsecond"), table], Console(file=file, width=width, highlight=False))
+    lines = [line.rstrip() for line in wide.getvalue().splitlines()]
+    assert lines[:2] == ["First [red]line", "second"]
+    (row,) = [line for line in lines if "lora_r8" in line]
+    assert row.split() == ["lora_r8", "[bold]12[/bold]", "yes"], "nothing is taken for markup"
+    assert "A note." in lines
+    listed = [line.rstrip() for line in narrow.getvalue().splitlines()]
+    place = listed.index("linear")
+    assert listed[place + 1 : place + 3] == [f"  a column of many words: {'x' * 30}", "  fits? no\\x1b[2J"]
+    assert "\x1b" not in wide.getvalue() + narrow.getvalue()

@@ -8,7 +8,7 @@ from written_runs import run_and_write
 from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.backbones import LoadedBackbone, load_backbone
 from peft_vit.config import StudyConfig
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
 from peft_vit.studies.plan import plan_study
 
@@ -42,7 +42,7 @@ def trained_again(record: RunRecord, folder: Path) -> LoadedBackbone:
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=77)
     METHODS[spec.experiment.method].prepare(
-        backbone.model, spec.experiment, Preparation(total_steps=len(record.steps), seed=77)
+        backbone.model, spec.experiment, PrepareContext(total_steps=len(record.steps), seed=77)
     )
     load_trained(backbone.model, run_folder(folder, spec) / ADAPTER_FILE)
     for _, module in adapted_modules(backbone.model):

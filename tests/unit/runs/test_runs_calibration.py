@@ -11,7 +11,7 @@ from peft_vit.allocation import check_fisher
 from peft_vit.backbones import load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, RunRecord, run_folder
 from peft_vit.runs.restore import restore_run
 
@@ -58,7 +58,7 @@ def test_the_balance_is_that_of_the_saved_weights_against_the_backbones_own(stud
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=0)
     floats = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
     hooks = METHODS[spec.experiment.method].prepare(
-        backbone.model, spec.experiment, Preparation(total_steps=len(record.steps), seed=0)
+        backbone.model, spec.experiment, PrepareContext(total_steps=len(record.steps), seed=0)
     )
     load_trained(backbone.model, run_folder(tmp_path, spec) / ADAPTER_FILE)
     data = load_data(spec.data, 0)

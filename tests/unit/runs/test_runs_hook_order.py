@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit.config import ExperimentConfig
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.training import AllocationHook, optimization_step
 
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
@@ -29,7 +29,7 @@ def scores_and_moves(
         {"name": "both", "method": "qa_adalora", "adalora": adalora, "qa_lora": sections["qa_lora"] | scaling}
         | {"training": {"epochs": 1, "batch_size": 8, "learning_rate": 1e-3}}
     )
-    hooks = METHODS[experiment.method].prepare(model, experiment, Preparation(total_steps=STEPS, seed=0))
+    hooks = METHODS[experiment.method].prepare(model, experiment, PrepareContext(total_steps=STEPS, seed=0))
     fill_adapters(model)
     (allocation,) = (hook for hook in hooks if isinstance(hook, AllocationHook))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)

@@ -10,7 +10,7 @@ from peft_vit.backbones import load_backbone
 from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.report import build_report
 from peft_vit.runs.machine import package_versions
@@ -118,7 +118,9 @@ def test_a_saved_adapter_fits_a_fresh_model(beside, tmp_path, name) -> None:
     (spec,) = (run.spec for run in planned(beside(), tmp_path).runs if run.spec.experiment.name == name)
     record = run_and_write(spec, tmp_path)
     fresh = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=9).model
-    METHODS[spec.experiment.method].prepare(fresh, spec.experiment, Preparation(total_steps=len(record.steps), seed=9))
+    METHODS[spec.experiment.method].prepare(
+        fresh, spec.experiment, PrepareContext(total_steps=len(record.steps), seed=9)
+    )
     load_trained(fresh, run_folder(tmp_path, spec) / ADAPTER_FILE)
     assert trainable_parameters(fresh) == record.parameters.final
     if name == "adaptive":

@@ -10,7 +10,7 @@ from peft_vit.backbones import load_run_backbone
 from peft_vit.config import StartingRanksConfig
 from peft_vit.data import load_data
 from peft_vit.evaluation import predict
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import run_folder
 from peft_vit.runs.restore import restore_run
 from peft_vit.training import StartingRanks
@@ -65,6 +65,6 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
     model = tiny_vit()
     (spec,) = specs(ruled(rule="even", budget=9), tmp_path)
-    (hook,) = METHODS[spec.experiment.method].prepare(model, spec.experiment, Preparation(total_steps=6, seed=0))
+    (hook,) = METHODS[spec.experiment.method].prepare(model, spec.experiment, PrepareContext(total_steps=6, seed=0))
     with pytest.raises(RuntimeError, match="call begin"):
         hook.attach(model, torch.optim.SGD(model.parameters(), 0.1))

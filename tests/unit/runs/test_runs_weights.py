@@ -8,7 +8,7 @@ import torch
 from done_runs import do, with_settings
 from safetensors.torch import load_file, save_file
 
-from peft_vit.backbones import tensor_file
+from peft_vit.backbones import weights as tensor_file
 from peft_vit.config import BackboneConfig
 from peft_vit.records import ADAPTER_FILE, run_folder
 from peft_vit.runs.restore import restore_run

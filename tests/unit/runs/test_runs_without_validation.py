@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
 from peft_vit.analysis.recommendation import recommend
-from peft_vit.analysis.results import load_studies
+from peft_vit.analysis.studies import load_studies
 from peft_vit.config import StudyConfig
 from peft_vit.errors import UserError
 from peft_vit.records import run_folder

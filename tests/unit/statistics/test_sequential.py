@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from peft_vit.statistics import holm
-from peft_vit.statistics.sequential import Course, StoppingRule, adjusted, follow
+from peft_vit.statistics.sequential import SequentialResult, StoppingRule, adjusted, follow
 from peft_vit.statistics.spending import Spending, boundaries
 
 LOOKS = (5, 10, 15, 20, 25, 30)
@@ -24,7 +24,7 @@ def drawn(mean: float, n: int = 30, seed: int = 0, sd: float = 0.01) -> list[flo
     return list(mean + sd * (values - values.mean()) / values.std(ddof=1))
 
 
-def of(courses: tuple[Course, ...], name: str) -> Course:
+def of(courses: tuple[SequentialResult, ...], name: str) -> SequentialResult:
     return next(course for course in courses if course.name == name)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan
 
-from peft_vit.cli.models import EXAMPLES
+from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.config import load_study
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records.progress import look_at, study_lock, study_status

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from peft_vit.adapters import adapted_modules
 from peft_vit.adapters.low_rank import SiteAdapter
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, PeftAdaLoraConfig, QaLoraConfig, TrainingConfig
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.training import PeftAdaLoraHook, Progress, train
 
 pytestmark = pytest.mark.part("trainer")
@@ -36,7 +36,7 @@ TRAINING = TrainingConfig(epochs=3, batch_size=8, learning_rate=3e-3)
 def watched(model: VisionTransformer, data, runtime, method: str, read, **sections) -> list[tuple[Progress, object]]:
     """Train, and return what was told beside what `read` finds in the model at that moment."""
     experiment = ExperimentConfig(name="one", method=method, training=TRAINING, **sections)
-    hooks = METHODS[experiment.method].prepare(model, experiment, Preparation(total_steps=9, seed=0))
+    hooks = METHODS[experiment.method].prepare(model, experiment, PrepareContext(total_steps=9, seed=0))
     told = []
     train(model, data, TRAINING, runtime, seed=0, hooks=hooks, on_progress=lambda p: told.append((p, read(model))))
     assert [progress.step for progress, _ in told] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
@@ -77,7 +77,7 @@ def test_masks_of_peft_count_as_ranks(tiny_vit, data, runtime) -> None:
     config = PeftAdaLoraConfig(initial_rank=4, target_rank=2, warmup_steps=1, update_frequency=2, final_steps=2)
     model = tiny_vit()
     experiment = ExperimentConfig(name="one", method="peft_adalora", training=TRAINING, peft_adalora=config)
-    hooks = METHODS[experiment.method].prepare(model, experiment, Preparation(total_steps=9, seed=0))
+    hooks = METHODS[experiment.method].prepare(model, experiment, PrepareContext(total_steps=9, seed=0))
     (hook,) = hooks
     assert isinstance(hook, PeftAdaLoraHook)
     told = []

@@ -9,7 +9,7 @@ from peft_vit.backbones import Architecture, describe
 from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig, ExperimentConfig, LoraConfig
 from peft_vit.evaluation import model_size
-from peft_vit.methods import METHODS, Preparation
+from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.tuning.candidates import KINDS, designs, training_of
 from peft_vit.tuning.contest import contestants, reference_of
 from peft_vit.tuning.rates import BestRate
@@ -32,7 +32,7 @@ def configured(name: str) -> ExperimentConfig:
 def test_bytes_are_those_of_the_packed_model(name: str) -> None:
     experiment = configured(name)
     model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
-    METHODS[experiment.method].prepare(model, experiment, Preparation(48, 0))
+    METHODS[experiment.method].prepare(model, experiment, PrepareContext(48, 0))
     size = model_size(model)
     header = size.file_bytes - size.live_bytes  # names and shapes in the file
     reckoned = next(one.bytes for one in DESIGNS if one.name == name)

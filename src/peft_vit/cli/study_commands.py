@@ -1,4 +1,7 @@
-"""Commands that read records; none of them imports torch, except `report` for pictures of images that are at hand."""
+"""Commands that plan, run and watch studies, go from images to a model, and read records.
+
+None that reads records imports torch, except `report` for pictures of images that are at hand.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,97 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peft_vit.cli.app import app
+from peft_vit.cli.app import app, command
 from peft_vit.errors import UserError
+from peft_vit.studies.request import PlanRequest, RunRequest, TrainRequest
+from peft_vit.tuning.request import TuneRequest
 
 if TYPE_CHECKING:
-    from peft_vit.analysis import Results
     from peft_vit.records import RunRecord
 
-ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
+
+@command(RunRequest)
+def run(request: RunRequest) -> None:
+    """Do every run of the studies that is not done yet, then say where to look.
+
+    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
+    from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
+    0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.studies.commands import plan_studies, run_studies
+
+    if request.dry_run:
+        plan_studies(request)
+    else:
+        _sum_up(run_studies(request), request.results_dir)
 
 
-def say_left_out(results: Results) -> None:
-    """Name on stderr what does not count; the exit code becomes 1 if a result was left out, so that scripts notice."""
-    for line in results.lines():
-        print(line, file=sys.stderr)
-    if not results.is_whole:
+@command(PlanRequest)
+def plan(request: PlanRequest) -> None:
+    """Check the studies and print what every run will take: seconds and peak memory.
+
+    Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
+    what they took is kept for later plans. Smoke studies are never measured.
+    """
+    from peft_vit.studies.commands import plan_studies
+
+    plan_studies(RunRequest.of(**request.model_dump(exclude={"profile"})), profile=request.profile)
+
+
+@app.command()
+def status(
+    results_dir: Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)],
+) -> None:
+    """Say what has become of every planned run, with the reason of each failure; changes nothing."""
+    from peft_vit.records.progress import find_studies, status_lines, study_status
+
+    for folder in find_studies(results_dir):
+        for line in status_lines(study_status(folder)):
+            print(line)
+
+
+@command(TrainRequest)
+def train(request: TrainRequest) -> None:
+    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
+
+    The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
+    the minutes; what it returns is never below the probe on validation. An adapter to go on from brings its own head.
+    Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.studies.commands import run_on_own_images
+
+    _sum_up(run_on_own_images(request), request.output)
+
+
+@command(TuneRequest)
+def tune(request: TuneRequest) -> None:
+    """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
+
+    A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
+    the others: image size and model by linear probes, learning rates by successive halving, then a race against float
+    LoRA by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
+    0 a model was chosen, 2 bad input, 130 interrupted.
+    """
+    from peft_vit.extras import require_extra
+
+    require_extra("tune", "tune")  # what is imported below needs some of it
+    from peft_vit.tuning.pipeline import tune as run_tune
+
+    run_tune(request)
+
+
+def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
+    print(f"Records: {results_dir}\nNext: peft-vit report {results_dir}")
+    if failed:
+        from peft_vit.studies.display import counted
+
+        print(f"{counted(len(failed), 'run')} failed:", file=sys.stderr)
+        for run_id, reason in failed.items():
+            print(f"  {run_id}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 
 
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
@@ -74,7 +152,10 @@ def report(
     if page:
         print(f"Report: {files.html}")
     print(f"Markdown: {files.markdown}")
-    say_left_out(files.results)
+    for line in files.results.lines():
+        print(line, file=sys.stderr)
+    if not files.results.is_whole:  # so that scripts notice
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -105,12 +186,11 @@ def recommend(
     2 bad input.
     """
     from peft_vit.analysis import load_studies
-    from peft_vit.analysis.limits import exported_latency, parse_limits
-    from peft_vit.analysis.recommendation import check_margin
+    from peft_vit.analysis.recommendation import check_margin, exported_latency, parse_limits
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench
-    from peft_vit.report.recommended import print_recommendation
+    from peft_vit.report.printed_tables import print_recommendation
 
     limits = parse_limits(max_bytes, max_params, max_seconds, max_latency_ms)
     share = check_margin(margin, "--margin")

@@ -12,8 +12,16 @@ from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import BackboneShape, find_sites
 from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
 from peft_vit.errors import UserError
-from peft_vit.methods import adalora
-from peft_vit.methods.method import DEFAULT_RANK, Method, Preparation, Wishes, check_images, check_rank_at, sites_of
+from peft_vit.methods.full_precision import adalora_defaults, check_adalora, prepare_adalora, shorten_adalora
+from peft_vit.methods.method import (
+    DEFAULT_RANK,
+    Method,
+    PrepareContext,
+    TrainOptions,
+    check_images,
+    check_rank_at,
+    sites_of,
+)
 from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
@@ -30,23 +38,23 @@ def _packed_by_default(shape: BackboneShape) -> dict[str, Any]:
 
 
 def _trainer(
-    model: nn.Module, experiment: ExperimentConfig, preparation: Preparation, *, ranks: Mapping[str, int] | None = None
+    model: nn.Module, experiment: ExperimentConfig, context: PrepareContext, *, ranks: Mapping[str, int] | None = None
 ) -> Hook:
     """Pack the weights, attach adapters where there are none, and return what runs the schedule."""
     settings = experiment.need(QaLoraConfig)
     images = None
-    if settings.rounding == "gptq" and preparation.packed is None:
-        assert preparation.calibration is not None
-        images = preparation.calibration(settings.images_to_round_by)
+    if settings.rounding == "gptq" and context.packed is None:
+        assert context.calibration is not None
+        images = context.calibration(settings.images_to_round_by)
     return QALoRATrainer(
         model,
         settings,
-        preparation.total_steps,
-        seed=preparation.seed,
-        formats=preparation.formats,
-        ranks=preparation.ranks if ranks is None else ranks,
+        context.total_steps,
+        seed=context.seed,
+        formats=context.formats,
+        ranks=context.ranks if ranks is None else ranks,
         images=images,
-        packed=preparation.packed,
+        packed=context.packed,
     )
 
 
@@ -93,8 +101,8 @@ def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: 
     return {"qa_lora": settings.model_copy(update=short)}
 
 
-def _prepare(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
-    return [_trainer(model, experiment, preparation)]
+def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
+    return [_trainer(model, experiment, context)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
@@ -103,12 +111,12 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
     _check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
 
 
-def _defaults(wishes: Wishes) -> dict[str, dict[str, Any]]:
-    packing, sites = _packed_by_default(wishes.shape), wishes.shape.sites
+def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    packing, sites = _packed_by_default(options.shape), options.shape.sites
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     group = packing.get("group_size", 1)
     most = min(min(site.in_features // group, site.out_features) for site in sites)
-    return {"qa_lora": {**packing, "rank": wishes.rank or min(DEFAULT_RANK, most)}}
+    return {"qa_lora": {**packing, "rank": options.rank or min(DEFAULT_RANK, most)}}
 
 
 QA_LORA = Method(
@@ -122,18 +130,18 @@ QA_LORA = Method(
 )
 
 
-def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_adaptive(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     # Ranks first, since in `before_step` they are scored by what the trainer then scales.
-    return [*adalora.prepare(model, experiment, preparation), _trainer(model, experiment, preparation)]
+    return [*prepare_adalora(model, experiment, context), _trainer(model, experiment, context)]
 
 
 def _check_adaptive(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     _check_packing(experiment, shape, total_steps, train_images, rank=0)
-    adalora.check(experiment, shape, total_steps, train_images)
+    check_adalora(experiment, shape, total_steps, train_images)
 
 
 def _shorten_adaptive(experiment: ExperimentConfig, total_steps: int, steps: int, every: int) -> dict[str, Frozen]:
-    ranks = adalora.shorten(experiment, total_steps, steps, every)
+    ranks = shorten_adalora(experiment, total_steps, steps, every)
     return {**ranks, **_shorten(experiment, total_steps, steps, every)}
 
 
@@ -141,22 +149,22 @@ QA_ADALORA = Method(
     prepare=_prepare_adaptive,
     check=_check_adaptive,
     shorten=_shorten_adaptive,
-    defaults=lambda wishes: {**adalora.defaults(wishes), "qa_lora": _packed_by_default(wishes.shape)},
+    defaults=lambda options: {**adalora_defaults(options), "qa_lora": _packed_by_default(options.shape)},
     why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
 )
 
 
-def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, preparation: Preparation) -> list[Hook]:
+def _prepare_probe(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
     names = [site.name for site in find_sites(model, experiment.need(QaLoraConfig).targets)]
-    hook = _trainer(model, experiment, preparation, ranks=dict.fromkeys(names, 0))
+    hook = _trainer(model, experiment, context, ranks=dict.fromkeys(names, 0))
     freeze_backbone(model)
     return [hook]
 
 
 def _check_probe(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     if experiment.need(QaLoraConfig).quantization_schedule != "constant":
-        problem = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
-        raise UserError(problem, field="qa_lora.quantization_schedule")
+        message = "has no effect with method: qa_linear, which fits the head on packed weights; set constant"
+        raise UserError(message, field="qa_lora.quantization_schedule")
     _check_packing(experiment, shape, total_steps, train_images, rank=0)
 
 
@@ -165,6 +173,6 @@ QA_LINEAR = Method(
     check=_check_probe,
     shorten=_shorten,
     # Nothing is merged into offsets, so none are needed.
-    defaults=lambda wishes: {"qa_lora": {**_packed_by_default(wishes.shape), "quantization_offset": False}},
+    defaults=lambda options: {"qa_lora": {**_packed_by_default(options.shape), "quantization_offset": False}},
     forward_passes=1,
 )

@@ -1,0 +1,460 @@
+"""Accuracy by method as figures: rows with every seed, paired differences, and accuracy against what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.markers import CARETLEFT, CARETRIGHT
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import ScaledTranslation
+
+from peft_vit.analysis import Analysis, Estimate, Front, MethodResult, Study
+from peft_vit.analysis.comparison import CostName, Verdict
+from peft_vit.analysis.studies import grouped
+from peft_vit.config import LoraConfig
+from peft_vit.report.document import Drawing, Raw
+from peft_vit.report.figure import (
+    DASHED,
+    GRID,
+    INK,
+    MARKERS,
+    METHOD_COLORS,
+    MUTED,
+    PAPER,
+    SEED_DOTS,
+    Canvas,
+    draw,
+    leading,
+    quiet_grid,
+    validation_means,
+)
+from peft_vit.report.formatting import (
+    COSTS,
+    counted,
+    fixed,
+    margin_in_points,
+    percent,
+    percent_interval,
+    points_interval,
+    signed,
+)
+from peft_vit.statistics import Interval
+
+_ROW_IN = 0.31
+ROWS = 40
+_Look = dict[str, Any]  # of artists, as matplotlib names it
+_INTERVAL: _Look = {"lw": 2.2, "alpha": 0.45}
+_MARGIN: _Look = {"color": GRID, "alpha": 0.6, "lw": 0}
+
+
+# How a row of accuracies and one of paired differences look.
+_MEANS: dict[bool, _Look] = {
+    False: {"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6},
+    True: {"marker": "s", "ms": 5.5, "mew": 1.2},
+}
+_SEEDS: dict[bool, _Look] = {False: {"ms": 4.5, "mew": 1.1}, True: {"ms": 3.5, "mew": 0.9}}
+
+
+def _rows(
+    canvas: Canvas,
+    axes: Axes,
+    estimates: Sequence[Estimate],
+    colors: Mapping[str, str],
+    limits: tuple[float, float],
+    legend: Sequence[Line2D | Patch],
+    *,
+    paired: bool,
+) -> None:
+    """Draw a row an estimate: each seed, the interval, and the mean with its number beside it.
+
+    Estimates are shares, accuracies in percent or, if `paired`, differences in points.
+    """
+    mean_look, unit = _MEANS[paired], " points" if paired else " %"
+    write = signed if paired else partial(fixed, decimals=1)
+    for at, estimate in enumerate(estimates):
+        name, interval, color = estimate.name, estimate.interval, colors[estimate.name]
+        seeds = [100 * value for value in estimate.by_seed.values()]
+        assert interval is not None
+        mean = 100 * interval.estimate
+        canvas.series(name, color, mean_look["marker"])
+        if interval.low is not None and interval.high is not None:
+            ends = np.clip([100 * interval.low, 100 * interval.high], *limits)
+            canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
+            for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
+                if end == limit:
+                    canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
+        if len(seeds) > SEED_DOTS:
+            canvas.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
+        else:
+            texts = [f"seed {seed}: {write(100 * value)}{unit}" for seed, value in estimate.by_seed.items()]
+            look = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
+            canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **look)
+        text = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(interval)}"
+        if paired:
+            text = f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)} points\n"
+            text += f"more accurate? {estimate.verdict}"
+        face = PAPER if paired and estimate.verdict == Verdict.NOT_DECIDED else color
+        look = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | mean_look
+        canvas.plot(name, axes, [mean], [at], [text], **look)
+        beside: _Look = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        canvas.add(name, axes.annotate(write(mean), (1.0, at), xycoords=("axes fraction", "data"), **beside))
+    axes.set_xlim(*limits)
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.set_yticks(range(len(estimates)), [estimate.name for estimate in estimates])
+    quiet_grid(axes, "x")
+    axes.spines["left"].set_visible(False)
+    canvas.legend(legend, (2, 4), handletextpad=0.4)
+
+
+def _entry(label: str, **look: Any) -> Line2D:
+    return Line2D([], [], **{"color": MUTED, "mec": MUTED, "ls": ""} | look, label=label)
+
+
+def _ends(interval: Interval | None) -> dict[str, Raw]:
+    assert interval is not None
+    return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
+    """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
+    drawn, note = leading(methods, validation_means(methods), ROWS)
+    estimates = {m.name: Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in methods}
+    majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
+    shares = [share for share in majority.values() if share is not None]
+    differs = len(set(shares)) > 1
+    line = 100 * (fmean(shares) if differs else shares[0]) if shares else 0.0  # a mean of equal ones may round
+    legend = [
+        _entry("one seed", marker="o", ms=4.5, mfc=PAPER),
+        _entry("mean", marker="D", ms=5),
+        _entry("95 % interval", ls="-", **_INTERVAL),
+    ]
+    dashes: _Look = {"color": INK, "lw": 1, "ls": DASHED}
+    if line:
+        legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
+    values = [100 * value for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
+    low, high = min(values), max(values)  # of intervals nothing: those of two seeds would dwarf the data
+    pad = max(1.0, 0.18 * (high - low))
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        if line:
+            axes.axvline(line, **dashes, zorder=1)
+        shown = [estimates[m.name] for m in drawn]
+        colors = {m.name: METHOD_COLORS[m.experiment.method] for m in drawn}
+        limits = max(0.0, low - pad), min(100.5, high + pad)
+        _rows(canvas, axes, shown, colors, limits, legend, paired=False)
+        axes.set_xlabel("test accuracy (%)")
+
+    crowded = any(len(m.by_seed) > SEED_DOTS for m in drawn)
+    seeds = "Pale line: from the lowest to the highest seed." if crowded else "Open circles: single seeds."
+    on = "on the same test images, not other images"
+    if study.images_tested_by_seed:
+        on = "with other test images out of the same data set, not other data sets"
+    caption = (
+        f"{seeds} Diamond and number at the right: their mean. Line: 95 % t "
+        "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
+        f"The interval describes other seeds {on}.{note}"
+    )
+    data = [
+        {
+            "experiment": m.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            "test_accuracy": value,
+            **_ends(m.test_accuracy),
+            "seeds": len(m.runs),
+            "majority_accuracy": majority.get(seed),
+        }
+        for m in methods
+        for seed, value in m.by_seed.items()
+    ]
+    return draw("accuracy_by_method", "Accuracy by method", caption, 1.15 + _ROW_IN * len(drawn), paint, data)
+
+
+def forests(analysis: Analysis, margin: float | None = None) -> dict[str, Drawing]:
+    """Return one figure for each reference that something could be paired with; none where comparisons stop.
+
+    Args:
+        analysis: of the study.
+        margin: a difference, as a share, below which one does not matter; drawn as a band around 0.
+    """
+    comparisons = analysis.comparisons if analysis.study.stopping is None else ()
+    paired = grouped((estimate.reference, estimate) for estimate in comparisons if estimate.interval is not None)
+    return {reference: _forest(analysis, reference, estimates, margin) for reference, estimates in paired.items()}
+
+
+def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], margin: float | None) -> Drawing:
+    rows, note = leading(estimates, validation_means(analysis.methods), ROWS, lambda estimate: estimate.name)
+    colors = {m.name: METHOD_COLORS[m.experiment.method] for m in analysis.methods}
+    legend: list[Line2D | Patch] = [
+        _entry("one pair", marker="o", ms=3.5, mfc=PAPER),
+        _entry("mean, decided", marker="s", ms=5.5),
+        _entry("mean, not decided", mfc=PAPER, **_MEANS[True]),
+        _entry("95 % interval", ls="-", **_INTERVAL),
+    ]
+    band = 100 * (margin or 0.0)
+    if margin is not None:
+        legend.append(Patch(**_MARGIN, label=f"margin, {margin_in_points(margin)}"))
+    # Around zero, the margin and the pairs, and intervals up to that width beside them.
+    inner = [-band, band, *(100 * pair for row in rows for pair in row.by_seed.values())]
+    low, high = min(inner), max(inner)
+    room = max(0.5, high - low)
+    intervals = [row.interval for row in rows if row.interval is not None]
+    ends = [100 * end for interval in intervals for end in (interval.low, interval.high) if end is not None]
+    low, high = max(low - room, min([low, *ends])), min(high + room, max([high, *ends]))
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        if margin is not None:
+            axes.axvspan(-band, band, **_MARGIN, zorder=0)
+        axes.axvline(0, color=INK, lw=1, zorder=1)
+        _rows(canvas, axes, rows, colors, (low - 0.05 * room, high + 0.05 * room), legend, paired=True)
+        end = "\n" if canvas.narrow else " "
+        axes.set_xlabel(f"test accuracy minus that of {reference}{end}(percentage points)")
+
+    shown = "" if margin is None else " The band is the margin within which a difference does not matter."
+    caption = (
+        f"Each run minus the run of {reference} with the same seed. Small circles: single pairs. Square and number: "
+        "their mean. Line: 95 % t interval over seeds, with an arrow where it leaves the picture. The intervals "
+        "describe and are not corrected for their number; the table's test decides. Filled squares: decided; open "
+        f"squares: not decided.{shown}{note}"
+    )
+    data = [
+        {
+            "experiment": estimate.name,
+            "reference": reference,
+            "seed": seed,
+            "difference": value,
+            **_ends(estimate.interval),
+            "verdict": estimate.verdict,
+            "margin": margin,
+        }
+        for estimate in estimates
+        for seed, value in estimate.by_seed.items()
+    ]
+    title = f"How far from {reference}: paired differences"
+    return draw(f"differences_to_{reference}", title, caption, 1.25 + _ROW_IN * len(rows), paint, data)
+
+
+LEGEND_ENTRIES = 24
+_MARKER_STEP_PT = 7.0
+_PANEL_IN = 2.5
+_READ = (
+    "Dots: single seeds, joined by a thin line. Large marker: mean. Of markers at the same place the "
+    "leftmost stands where it belongs, the others beside it."
+)
+
+
+class _Against(NamedTuple):
+    """A figure of accuracy against a cost; `columns` of its data are fields of a result."""
+
+    slug: str
+    title: str
+    caption: str
+    label: str
+    columns: dict[str, str]
+
+
+_AGAINST: dict[CostName, _Against] = {
+    "final_parameters": _Against(
+        "accuracy_by_parameters",
+        "Accuracy against trainable parameters",
+        f"{_READ} The blue line joins the fixed-rank LoRA means: an adaptive method earns its cost where it lies above "
+        "that line.",
+        "trainable parameters at the end of the run,{end}head included (log scale)",
+        {"trainable_parameters": "final_parameters"},
+    ),
+    "stored_bytes": _Against(
+        "accuracy_by_bytes",
+        "Accuracy against bytes",
+        "What must be stored for one task: the frozen weights as they are held, scales and offsets included, plus the "
+        f"saved adapter. {_READ}",
+        "frozen weights + adapter file (MB, 10⁶ bytes)",
+        {"frozen_bytes": "frozen_bytes", "adapter_file_bytes": "adapter_file_bytes"},
+    ),
+}
+
+
+def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing:
+    """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
+    own, words = _AGAINST[cost], COSTS[cost]
+    drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
+
+    def paint(canvas: Canvas) -> None:
+        axes = canvas.figure.add_subplot()
+        places = [words.scale * getattr(m, cost) for m in drawn]
+        _scatter(canvas, axes, drawn, places, [f"{words.write(getattr(m, cost))}{words.unit}" for m in drawn])
+        if cost == "final_parameters":
+            ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
+            line = sorted((m.final_parameters, 100 * m.test_accuracy.estimate) for m, lora in ranked if lora.rank)
+            if len(line) > 1:
+                axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
+            _count_axis(axes)
+        else:
+            axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
+        axes.set_xlabel(own.label.format(end="\n" if canvas.narrow else " "))
+
+    data: list[dict[str, Raw]] = [
+        {
+            "experiment": m.name,
+            "method": m.experiment.method,
+            "seed": seed,
+            "test_accuracy": value,
+            "mean_test_accuracy": m.test_accuracy.estimate,
+            **{column: getattr(m, field) for column, field in own.columns.items()},
+        }
+        for m in methods
+        for seed, value in m.by_seed.items()
+    ]
+    return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
+
+
+Looks = Mapping[str, tuple[str, str]]
+"""Experiment -> color of its method, and a marker that up to a dozen others do not have."""
+
+
+def _looks(methods: Sequence[MethodResult]) -> Looks:
+    return {
+        method.name: (METHOD_COLORS[method.experiment.method], MARKERS[index % len(MARKERS)])
+        for index, method in enumerate(methods)
+    }
+
+
+def _legend(canvas: Canvas, looks: Looks) -> None:
+    canvas.name_experiments(
+        [Line2D([], [], marker=m, ls="", color=color, ms=6, label=name) for name, (color, m) in looks.items()]
+    )
+
+
+def _scatter(
+    canvas: Canvas, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], costs: Sequence[str]
+) -> None:
+    """Draw each seed and the mean of each method at its place, which is a cost."""
+    looks = _looks(methods)
+    for method, x, offset, cost in zip(methods, places, side_by_side(places), costs, strict=True):
+        name, mean = method.name, 100 * method.test_accuracy.estimate
+        color, marker = looks[name]
+        canvas.series(name, color, marker)
+        moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
+        seeds = [100 * value for value in method.by_seed.values()]
+        span = [min(seeds), max(seeds)]
+        canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
+        if len(seeds) <= SEED_DOTS:
+            texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
+            look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
+            canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
+        texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{cost}"]
+        look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
+        canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
+    # Moved artists do not count for the limits on their own.
+    axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed.values()])
+    axes.margins(x=0.1, y=0.08)
+    axes.autoscale_view()
+    axes.set_ylabel("test accuracy (%)")
+    quiet_grid(axes)
+    _legend(canvas, looks)
+
+
+def side_by_side(positions: Sequence[float]) -> list[float]:
+    """Return offsets in points: of markers at the same position (within 0.2 %), the first stays, others follow."""
+    return [
+        _MARKER_STEP_PT * sum(abs(position - other) <= 0.002 * position for other in positions[:i])
+        for i, position in enumerate(positions)
+    ]
+
+
+def _count_axis(axes: Axes) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axes.minorticks_off()
+
+
+def short_count(value: float) -> str:
+    """Return 1000 as 1k and 1000000 as 1M."""
+    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{suffix}"
+    return f"{value:g}"
+
+
+def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> tuple[Drawing, ...]:
+    """Return one figure with a panel for each cost that can be compared; none where there is no such cost.
+
+    Args:
+        fronts: of the study.
+        methods: of the study, for colors and for what is drawn where there are many.
+    """
+    shown = [front for front in fronts if front.points]
+    if not shown or len(methods) < 2:
+        return ()
+    on_front = {point.experiment for front in shown for point in front.on_front}
+    first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
+    looks = _looks(leading(methods, first, LEGEND_ENTRIES)[0])
+
+    def paint(canvas: Canvas) -> None:
+        for name, (color, marker) in looks.items():
+            canvas.series(name, color, marker)
+        columns = 1 if canvas.narrow else 2
+        panels = canvas.figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).ravel()
+        for axes in panels[len(shown) :]:
+            axes.set_visible(False)
+        for axes, front in zip(panels, shown, strict=False):
+            _front_panel(axes, canvas, front, looks)
+        for axes in panels[: len(shown) : columns]:
+            axes.set_ylabel("validation accuracy (%)")
+        _legend(canvas, looks)
+
+    some = (
+        f" Drawn are {len(looks)} of {len(methods)} experiments: those on a front first, then those with the highest "
+        "mean accuracy on validation."
+    )
+    caption = (
+        "Means over seeds. Filled: on the front of validation accuracy, which nobody beats at no more cost, and joined "
+        "by a stair. Open: beaten by another. Validation chooses the front; the table has the accuracy on test and "
+        f"what the paired test says of each step.{'' if len(looks) == len(methods) else some}"
+    )
+    data: list[dict[str, Raw]] = [
+        {
+            "cost": front.cost,
+            "experiment": point.experiment,
+            "value": point.cost,
+            "validation_accuracy": point.validation_accuracy,
+            "test_accuracy": point.test_accuracy.estimate,
+            "on_front": "yes" if point.on_front else "no",
+        }
+        for front in shown
+        for point in front.points
+    ]
+    height = _PANEL_IN * -(-len(shown) // 2) + 0.4
+    narrow = _PANEL_IN * len(shown) + 0.4 + 0.14 * len(looks)
+    return (
+        draw("pareto_fronts", "Pareto fronts: accuracy against what it costs", caption, height, paint, data, narrow),
+    )
+
+
+def _front_panel(axes: Axes, canvas: Canvas, front: Front, looks: Looks) -> None:
+    cost = COSTS[front.cost]
+    stair = [(cost.scale * p.cost, 100 * p.validation_accuracy) for p in front.on_front]
+    axes.step(*zip(*stair, strict=True), where="post", color=INK, lw=0.9, alpha=0.6, zorder=2)
+    for point in front.points:
+        if point.experiment not in looks:
+            continue
+        color, marker = looks[point.experiment]
+        stands = "on the front" if point.on_front else "not on the front"
+        accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
+        texts = [f"{cost.write(point.cost)}{cost.unit}: {stands}\n{accuracies}"]
+        look = {"marker": marker, "ls": "", "ms": 6, "mfc": color if point.on_front else PAPER, "mec": color}
+        x, y = cost.scale * point.cost, 100 * point.validation_accuracy
+        canvas.plot(point.experiment, axes, [x], [y], texts, color=color, mew=1.2, **look, zorder=3)
+    if front.cost == "final_parameters":
+        _count_axis(axes)
+    axes.margins(x=0.08, y=0.1)
+    axes.set_xlabel(cost.axis)
+    quiet_grid(axes)
