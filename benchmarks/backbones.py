@@ -102,7 +102,7 @@ def checked(name: str, module: str) -> dict[str, object]:
         return row | {"fault": str(error)}
     assert found.peft is not None
     idle = sorted({module.rpartition(".")[2] for module in found.peft_idle})
-    row |= {"sites": len(found.sites), "act": found.acting, "fault": None}
+    row |= {"sites": len(found.sites), "act": found.effective, "fault": None}
     for column, outcome in (("merged", found.merged), ("onnx", found.files["onnx"]), ("peft", found.peft)):
         row |= _columns(column, outcome)
     return row | {"peft_idle": " ".join(idle)}

@@ -22,7 +22,7 @@ from typing import Any  # noqa: E402
 import sides  # noqa: E402
 import torch  # noqa: E402
 
-from peft_vit.adapters import attach_adapters, check_acting  # noqa: E402
+from peft_vit.adapters import attach_adapters, check_gradients  # noqa: E402
 from peft_vit.backbones import find_sites  # noqa: E402
 
 STEPS = {"vit_small_patch16_dinov3": 112, "swin_tiny_patch4_window7_224": 128}  # image size, in pixels
@@ -52,7 +52,7 @@ def sites_of(name: str, rounds: int, clock: Clock) -> dict[str, Any]:
         found.append(clock() - started)
         attach_adapters(model, sites, sides.RANK, scale=sides.SCALE, seed=0, check=False)
         started = clock()
-        check_acting(model)
+        check_gradients(model)
         checked.append(clock() - started)
     finding_s, checking_s = statistics.median(found), statistics.median(checked)
     print(f"  {name:32} {len(sites):4} sites   finding {finding_s:6.3f} s   checking {checking_s:6.3f} s", flush=True)

@@ -39,7 +39,7 @@ def measure(name: str, size: int) -> tuple[int, ...]:
 
     What the model's frozen weights take of that comes last.
     """
-    peaks, check = [], qa_lora.check_acting
+    peaks, check = [], qa_lora.check_gradients
 
     def noted(model: torch.nn.Module) -> None:
         peaks.append(peak_memory_bytes())
@@ -47,7 +47,7 @@ def measure(name: str, size: int) -> tuple[int, ...]:
         peaks.append(peak_memory_bytes())
         check(model)
 
-    qa_lora.check_acting = noted
+    qa_lora.check_gradients = noted
     config = BackboneConfig(model=MODEL, weights="file", file=os.environ[FILE])
     reset_peak_memory()
     before = peak_memory_bytes()

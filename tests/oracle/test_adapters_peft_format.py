@@ -68,6 +68,36 @@ def test_peft_gives_the_same_logits(tiny_vit, fill_adapters, batch, tmp_path, ra
     torch.testing.assert_close(dict(merged.named_parameters()), merged_state_dict(ours), rtol=0, atol=TOLERANCE)
 
 
+def test_query_key_value_equal_a_block_diagonal_lora_on_the_fused_matrix(tiny_vit, batch, fill_adapters) -> None:
+    rank, scale = 3, 1.5
+    ours = tiny_vit()
+    attach_adapters(ours, find_sites(ours, ("query", "key", "value")), rank, scale=scale, seed=0)
+    fill_adapters(ours)
+    config = peft.LoraConfig(r=3 * rank, lora_alpha=scale * 3 * rank, lora_dropout=0.0, target_modules=r".*attn\.qkv")
+    theirs = peft.get_peft_model(tiny_vit(), config)
+    adapters = site_adapters(ours)
+    with torch.no_grad():
+        for block in range(2):
+            three = [adapters[f"blocks.{block}.attn.{matrix}"] for matrix in ("query", "key", "value")]
+            layer = theirs.base_model.model.blocks[block].attn.qkv
+            layer.lora_A.default.weight.copy_(torch.cat([adapter.lora_A for adapter in three]))
+            layer.lora_B.default.weight.copy_(torch.block_diag(*(adapter.lora_B for adapter in three)))
+    outputs = [model(batch[0]) for model in (ours, theirs)]
+    for output in outputs:
+        F.cross_entropy(output, batch[1]).backward()
+    torch.testing.assert_close(*outputs, rtol=0, atol=TOLERANCE)
+    for block in range(2):
+        layer = theirs.base_model.model.blocks[block].attn.qkv
+        for index, matrix in enumerate(("query", "key", "value")):
+            adapter, span = adapters[f"blocks.{block}.attn.{matrix}"], slice(index * rank, (index + 1) * rank)
+            rows = slice(64 * index, 64 * (index + 1))
+            expected = layer.lora_B.default.weight.grad[rows, span]
+            torch.testing.assert_close(
+                adapter.lora_A.grad, layer.lora_A.default.weight.grad[span], rtol=0, atol=TOLERANCE
+            )
+            torch.testing.assert_close(adapter.lora_B.grad, expected, rtol=0, atol=TOLERANCE)
+
+
 def test_scale_and_rank_of_each_module_stand_in_peft(tiny_vit, fill_adapters, tmp_path) -> None:
     ours = ours_with(tiny_vit, fill_adapters, UNEVEN)
     export_peft(ours, tmp_path, BASE)

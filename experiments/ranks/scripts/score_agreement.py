@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from experiments.scripts.evidence import KEY, interval, merge, origin, run, table, with_runs
-from peft_vit.backbones import Backbone, soften
+from peft_vit.backbones import Backbone, apply_temperature
 from peft_vit.data import load_data
 from peft_vit.evaluation import predict
 from peft_vit.records import RunRecord, read_records, write_atomically
@@ -68,7 +68,7 @@ def tempered_worth(run_dir: Path) -> dict[str, float]:
     batches = images.ordered_batches(spec.experiment.training.batch_size, runtime.mean, runtime.std)
     logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
     with torch.no_grad():
-        soften(Backbone(model).head, fit_temperature(logits, labels))
+        apply_temperature(Backbone(model).head, fit_temperature(logits, labels))
     found = leave_out_updates(model, data, spec, runtime)
     assert found is not None
     return found.site_loss_rise

@@ -26,7 +26,7 @@ from peft_vit.adapters.adapter_file import (
 from peft_vit.adapters.attach import (
     Effect,
     attach_adapters,
-    check_acting,
+    check_gradients,
     check_stays,
     effects,
     effects_of,

@@ -58,10 +58,6 @@ class AdaptedLinear(nn.Module):
         self.sites[site.kind] = adapter
         self._sites[site.kind] = site
 
-    def remove_sites(self) -> None:
-        """Leave a frozen linear layer without adapters."""
-        self.sites, self._sites = nn.ModuleDict(), {}
-
     def set_quantized(self, quantized: QuantizedTensor) -> float:
         """Hold a packed copy of the weight beside the float one; return its relative error."""
         if self.weight is None:
@@ -94,7 +90,9 @@ class AdaptedLinear(nn.Module):
 
     def adapters(self) -> list[tuple[Site, SiteAdapter]]:
         """Return each site and its adapter, in the order of the rows."""
-        return [(self._sites[kind], one) for kind, one in self.sites.items() if isinstance(one, SiteAdapter)]
+        return [
+            (self._sites[kind], adapter) for kind, adapter in self.sites.items() if isinstance(adapter, SiteAdapter)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
@@ -131,23 +129,23 @@ def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 def site_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
-    found: dict[str, Adapter] = {**peft_site_adapters(model)}
+    adapters: dict[str, Adapter] = {**peft_site_adapters(model)}
     for _, module in adapted_modules(model):
         for site, adapter in module.adapters():
-            found[site.name] = adapter
-    return found
+            adapters[site.name] = adapter
+    return adapters
 
 
 def adapted_sites(model: nn.Module) -> dict[str, Site]:
     """Return the sites that carry an adapter of this package's or of the PEFT library's, by name, block by block."""
     by_peft = sites_of_layers(model)
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            found |= {site.name: site for site, _ in module.adapters()}
+            sites |= {site.name: site for site, _ in module.adapters()}
         elif name in by_peft:
-            found[by_peft[name].name] = by_peft[name]
-    return found
+            sites[by_peft[name].name] = by_peft[name]
+    return sites
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:
@@ -222,8 +220,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         if is_plain(layer):
             check_plain(name, layer)
             base = layer.get_base_layer()
-            right, left, scale = peft_factors(layer)
-            state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)
+            right, left, scale = peft_factors(layer)  # (r, in), (out, r)
+            state[f"{name}.weight"] = base.weight.detach() + scale * (left @ right)  # (out, in)
         else:
             merged = copy.deepcopy(layer)
             with torch.no_grad():
@@ -262,7 +260,7 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
                     "use merge_by_requantizing, which reports its error",
                     field="model",
                 )
-            delta[site.span] += left @ right
+            delta[site.span] += left @ right  # (out_s, groups)
         return quantized.with_offset_added(delta, offset_dtype, name=name)
 
     return _merge(model, merged)
@@ -285,8 +283,8 @@ def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
 
     def merged(name: str, module: AdaptedLinear, quantized: QuantizedTensor) -> QuantizedTensor:
         if module.pool > 1:
-            problem = f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code"
-            raise UserError(problem, field="model")
+            message = f"the adapters of {name} act on groups of inputs; use merge_into_offsets, which changes no code"
+            raise UserError(message, field="model")
         if not any(adapter.rank for _, adapter in module.adapters()):
             return quantized
         return quantize(module.merged_weight(), quantized.format, name=name)
@@ -311,11 +309,11 @@ def _merge(
             )
         weights.append((name, module, merged(name, module, module.quantized)))
     if not weights:
-        problem = "the model carries no adapters of this package on quantized weights; nothing to merge"
-        raise UserError(problem, field="model")
+        message = "the model carries no adapters of this package on quantized weights; nothing to merge"
+        raise UserError(message, field="model")
     errors = {}
     for name, module, quantized in weights:
         errors[name] = relative_error(module.merged_weight(), quantized)
         module.quantized = quantized
-        module.remove_sites()
+        module.sites = nn.ModuleDict()
     return errors

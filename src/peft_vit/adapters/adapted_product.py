@@ -1,13 +1,15 @@
 """Inputs times an adapted weight, y = x (W + dW)^T + bias, with W frozen; and the gradients.
 
-There are two ways to add an update, and the shapes choose (`_forms_sum`). With many rows of x, W + dW is formed for the
+There are two ways to add an update, and the shapes choose. With many rows of x, W + dW is formed for the
 forward pass and again for the backward pass, so that the large products stay one each, and nothing of W's size is kept
 in between. With few rows, as with one image, forming it would take as long as the product itself; then a training step
 does two skinny products beside W's, while predictions form the sum all the same. A packed W is unpacked in any case,
 and the update joins it there.
 
-Of the inputs, what the gradient of the update needs is kept: x, or what x was made from (`layer_input`), or the inputs
-summed over groups.
+Of the inputs, what the gradient of the update needs is kept: x, or what x was made from, or the inputs summed over
+groups. A norm or an activation function keeps its own inputs s, too: where x = f(s) with such an f, a layer keeps s
+alone, and computes x again for next to nothing. Of the 16 values for each token and width that a block of a Vision
+Transformer keeps, 10 are left.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import math
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerNormFp32, QuickGELU, RmsNorm
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from peft_vit.adapters.layer_input import RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
+from peft_vit.backbones import Backbone
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor
 
@@ -32,6 +36,11 @@ _LEAST_VALUES = 1 << 17  # of an input: below, keeping it costs less than what c
 _VALUES_AT_ONCE = 3 << 18  # about as many of an input are computed again together: 3 MB in float32
 _COLUMNS = 64  # of which multiples are taken together
 _SAVES_FIRST: ContextVar[bool] = ContextVar("saves_first", default=False)  # see `saving_first`
+# By exact type: LayerNorm2d is a LayerNorm and acts on another dimension.
+_NORMS = {nn.LayerNorm, nn.RMSNorm, LayerNorm, LayerNormFp32, RmsNorm}
+_ACTIVATIONS = {nn.GELU, nn.SiLU, GELU, GELUTanh, QuickGELU}
+_OF_TRANSFORMERS = {"GELUActivation", "QuickGELUActivation", "GELUTanh", "SiLUActivation"}  # of its `activations`
+_MADE_BY = "_peft_vit_made_by"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +100,8 @@ class FrozenWeight:
             assert self.quantized is not None
             weight = self.quantized.dequantize(weight.dtype).lerp_(weight, 1 - self.share)
         if added is not None:
-            weight.unflatten(1, (added.shape[1], -1)).add_(added.detach().unsqueeze(-1))
+            grouped = weight.unflatten(1, (added.shape[1], -1))  # (out, groups, group size), a view
+            grouped.add_(added.detach().unsqueeze(-1))  # (out, groups, 1)
         return weight
 
 
@@ -133,11 +143,15 @@ def adapted_product(
         if pool > 1 and updates:
             added = factors[0][0].new_zeros(frozen.shape[0], x.shape[-1] // pool)  # (out, groups)
             for span, (left, right) in zip(spans, factors, strict=True):
-                added[span] += left @ right
+                added[span] += left @ right  # (out_s, groups)
             parameters = [added]
         kept = x if source is None else source.values
         function = None if source is None else source.function
-        summed = not torch.is_grad_enabled() or _forms_sum(frozen, x.numel() // x.shape[-1], pool)
+        # Forming W + dW touches 2 in out values, two skinny products rows (in + out). Without a backward pass it is
+        # formed in any case, so that predictions do not depend on how images are put in batches.
+        rows, (outputs, inputs) = x.numel() // x.shape[-1], frozen.shape
+        many_rows = rows * (inputs + outputs) > 2 * inputs * outputs
+        summed = not torch.is_grad_enabled() or pool > 1 or not frozen.is_float or many_rows
         layer = _Layer(spans, pool, dtype, autocast, summed, function)
         x = x.detach()
         saved = None
@@ -160,16 +174,6 @@ def saving_first(forward: Callable[..., Any], *inputs: Any, **named: Any) -> Any
         return forward(*inputs, **named)
     finally:
         _SAVES_FIRST.reset(token)
-
-
-def _forms_sum(frozen: FrozenWeight, rows: int, pool: int) -> bool:
-    """Whether a training step forms W + dW, once for the forward pass and once for the backward pass.
-
-    That touches 2 in out values; two skinny products touch rows (in + out). Without a backward pass the sum is formed
-    whatever the number of rows, so that predictions do not depend on how images are put in batches.
-    """
-    outputs, inputs = frozen.shape
-    return pool > 1 or not frozen.is_float or rows * (inputs + outputs) > 2 * inputs * outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +212,7 @@ class _Layer:
         """Return the parameters of some columns of the weight, whole groups of them."""
         if self.pool > 1:
             return [added[:, columns.start // self.pool : columns.stop // self.pool] for added in parameters]
-        return [one if place % 2 == 0 else one[:, columns] for place, one in enumerate(parameters)]
+        return [factor if place % 2 == 0 else factor[:, columns] for place, factor in enumerate(parameters)]
 
     def inputs(self, kept: Tensor) -> Tensor:
         """Return x in the type of the products, as the forward pass had it."""
@@ -218,7 +222,7 @@ class _Layer:
 
     def needed(self, x: Tensor) -> Tensor:
         """Return what the gradients of the updates need of inputs (N, in): all, or sums over groups (N, groups)."""
-        return x if self.pool == 1 else x.unflatten(-1, (-1, self.pool)).sum(-1)
+        return x if self.pool == 1 else x.unflatten(-1, (-1, self.pool)).sum(-1)  # (N, groups, pool) -> (N, groups)
 
     def pieces(self, frozen: FrozenWeight, rows: int) -> list[slice]:
         """Return the columns of x, (rows, in), that the backward pass takes at a time.
@@ -261,8 +265,8 @@ class _AdaptedProduct(torch.autograd.Function):
     ) -> Tensor:
         x = x.to(layer.dtype)
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        weight = layer.weight(frozen, parameters)
-        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        weight = layer.weight(frozen, parameters)  # (out, in)
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))  # (..., in) -> (..., out)
         if not layer.summed:
             inner = _stack(parameters[1::2]).to(x.dtype) @ rows.T  # (sum of ranks, N)
             flat = y.view(len(rows), y.shape[-1])  # (N, out)
@@ -298,16 +302,16 @@ class _AdaptedProduct(torch.autograd.Function):
                 updates.add(columns, kept[:, slice(columns.start // layer.pool, columns.stop // layer.pool)])
             if not ctx.needs_input_grad[0]:
                 continue
-            weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))
+            weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))  # (out, c)
             to_x = updates.to_inputs(columns, weight)  # (N, c)
             if made is not None and leaf is not None:
-                (to_x,) = torch.autograd.grad(made, leaf, to_x)
+                (to_x,) = torch.autograd.grad(made, leaf, to_x)  # by what x was made from, (N, c)
             if to_kept is None:
                 to_kept = to_x
             else:
                 to_kept[:, columns] = to_x
-        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None
-        to_kept = None if to_kept is None else to_kept.view(ctx.shape)
+        to_bias = gradient.sum(0) if ctx.needs_input_grad[5] else None  # (N, out) -> (out,)
+        to_kept = None if to_kept is None else to_kept.view(ctx.shape)  # (N, in) -> (..., in)
         return to_kept, None, None, None, None, to_bias, *updates.result()
 
 
@@ -325,26 +329,28 @@ class _FactorGradients:
         self._rights = _stack(factors[1::2]).to(layer.dtype)  # (sum of ranks, in)
         pairs = zip(layer.spans, factors[::2], strict=True)
         self._outer = _stack([left.T.to(layer.dtype) @ gradient[:, span].T for span, left in pairs])  # (ranks, N)
-        self._inner = torch.zeros_like(self._outer)
-        self._to_rights = torch.empty_like(self._rights)
+        self._inner = torch.zeros_like(self._outer)  # right x^T, (ranks, N)
+        self._to_rights = torch.empty_like(self._rights)  # (ranks, in)
 
     def add(self, columns: slice, x: Tensor) -> None:
         """Take columns of x, (N, c)."""
-        self._inner.addmm_(self._rights[:, columns], x.T)
-        self._to_rights[:, columns] = self._outer @ x
+        self._inner.addmm_(self._rights[:, columns], x.T)  # (ranks, c) @ (c, N) -> (ranks, N)
+        self._to_rights[:, columns] = self._outer @ x  # (ranks, N) @ (N, c) -> (ranks, c)
 
     def to_inputs(self, columns: slice, weight: Tensor) -> Tensor:
         """Return the gradient of columns of x, (N, c), from those of W + dW, or of W, (out, c)."""
-        to_x = self._gradient @ weight
+        to_x = self._gradient @ weight  # (N, out) @ (out, c) -> (N, c)
         return to_x if self._summed else to_x.addmm_(self._outer.T, self._rights[:, columns])
 
     def result(self) -> list[Tensor]:
         """Return the gradients, left (out_s, r) and right (r, in) in turn."""
         if not self._factors:
             return []
-        inner, rights = (_by_update(one, self._factors) for one in (self._inner, self._to_rights))
-        lefts = [(part @ self._gradient[:, span]).T for span, part in zip(self._spans, inner, strict=True)]
-        return [one for pair in zip(lefts, rights, strict=True) for one in pair]
+        inner, rights = (_by_update(stacked, self._factors) for stacked in (self._inner, self._to_rights))
+        lefts = [  # (r, N) @ (N, out_s) -> (out_s, r)
+            (part @ self._gradient[:, span]).T for span, part in zip(self._spans, inner, strict=True)
+        ]
+        return [gradient for pair in zip(lefts, rights, strict=True) for gradient in pair]
 
 
 class _GroupedGradients:
@@ -364,7 +370,7 @@ class _GroupedGradients:
 
     def result(self) -> list[Tensor]:
         """Return the gradient, if there are updates."""
-        return [torch.cat(self._parts, 1)] if self._parts else []
+        return [torch.cat(self._parts, 1)] if self._parts else []  # (out, groups)
 
 
 class _Saved(torch.autograd.Function):
@@ -397,3 +403,80 @@ def _by_update(stacked: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+# --- what inputs were made from ---------------------------------------------------------------------------------------
+
+
+class RowFunction(NamedTuple):
+    """A norm or an activation function, which acts row by row over the last dimension.
+
+    Attributes:
+        module: whose outputs no hook of others has seen.
+        parameters: the module's, by name, as they were then: `functional_call` changes them for a while.
+    """
+
+    module: nn.Module
+    parameters: dict[str, Tensor]
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether the module is a norm, whose inputs are the residual stream's."""
+        return type(self.module) in _NORMS
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return what the module makes of values, (..., width); an activation function also of some columns."""
+        made: Tensor
+        if any(self.module.get_parameter(name) is not before for name, before in self.parameters.items()):
+            made = functional_call(self.module, self.parameters, (values,))
+        else:
+            made = self.module.forward(values)
+        return made
+
+
+class Source(NamedTuple):
+    """What a tensor x = function(values) was made from.
+
+    Attributes:
+        function: of the values.
+        values: of x's shape.
+        versions: of x and of the values, which operations in place count up.
+    """
+
+    function: RowFunction
+    values: Tensor
+    versions: tuple[int, int]
+
+
+def remember_sources(model: nn.Module) -> None:
+    """Let the outputs of the norms and activation functions in a model's blocks say what they were made from."""
+    backbone = Backbone.within(model)
+    for name in backbone.blocks:
+        for module in backbone.model.get_submodule(name).modules():
+            if type(module) in _NORMS:
+                by_rows = len(cast(nn.LayerNorm, module).normalized_shape) == 1
+            else:
+                by_rows = type(module) in _ACTIVATIONS or type(module).__name__ in _OF_TRANSFORMERS
+            if by_rows and _remember not in module._forward_hooks.values():
+                module.register_forward_hook(_remember)
+
+
+def source_of(x: Tensor) -> Source | None:
+    """Return what a tensor was made from, where it is known and unchanged, and no parameter there is trained."""
+    source: Source | None = getattr(x, _MADE_BY, None)
+    if source is None or any(parameter.requires_grad for parameter in source.function.parameters.values()):
+        return None
+    return source if source.versions == (x._version, source.values._version) else None
+
+
+def _remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if torch.compiler.is_compiling():  # the compiler chooses what is kept
+        return
+    if not (torch.is_grad_enabled() and output.requires_grad):
+        return
+    # Another's hook may change the outputs or look at their gradient; a replica of DataParallel hides its parameters.
+    if len(module._forward_hooks) > 1 or getattr(module, "_is_replica", False):
+        return
+    if len(inputs) == 1 and output is not inputs[0]:  # one in place has overwritten its inputs
+        versions = (output._version, inputs[0]._version)
+        setattr(output, _MADE_BY, Source(RowFunction(module, dict(module.named_parameters())), inputs[0], versions))

@@ -36,7 +36,7 @@ def adapter_bytes(model: nn.Module, metadata: dict[str, Any], *, packed: bool = 
     tensors = {name: tensor for name, tensor in trained_tensors(model).items() if tensor.numel()}
     if packed:
         for name, weight in packed_weights(model).items():
-            tensors |= {f"{_PACKED}{name}/{key}": one for key, one in weight.tensors().items()}
+            tensors |= {f"{_PACKED}{name}/{key}": tensor for key, tensor in weight.tensors().items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     formats = {name: weight.format.as_json() for name, weight in packed_weights(model).items()}
     header = {**metadata, "ranks": current_ranks(model), "form": _form(model), "formats": formats}
@@ -65,13 +65,13 @@ def load_trained(model: nn.Module, file: Path) -> dict[str, Any]:
     """
     saved, form = read_adapter_file(file), _form(model)
     if saved.form != form:
-        problem = f"holds adapters of the form {saved.form}, the model's are {form}; attach them alike"
-        raise UserError(problem, file=file)
+        message = f"holds adapters of the form {saved.form}, the model's are {form}; attach them alike"
+        raise UserError(message, file=file)
     present = {name: weight.format for name, weight in packed_weights(model).items()}
     for name, format in saved.formats.items():
         if format != present.get(name):
-            problem = f"was trained on {name} as {format}, the model has {present.get(name, 'floats')}; quantize alike"
-            raise UserError(problem, file=file)
+            message = f"was trained on {name} as {format}, the model has {present.get(name, 'floats')}; quantize alike"
+            raise UserError(message, file=file)
     set_ranks(model, saved.ranks, file=file)
     restore_trained(model, saved.tensors, file=file)
     return saved.metadata
@@ -149,8 +149,8 @@ def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = No
         raise UserError("names other sites than the model's adapters", file=file, field="ranks")
     for name, adapter in adapters.items():
         if not 0 <= ranks[name] <= adapter.largest_rank:
-            problem = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"
-            raise UserError(problem, file=file, field=f"ranks[{name}]")
+            message = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"
+            raise UserError(message, file=file, field=f"ranks[{name}]")
         if adapter.rank != ranks[name]:
             lora_A, lora_B, lora_lambda = adapter.fresh_triplets(ranks[name])
             device = adapter.lora_A.device
@@ -172,8 +172,8 @@ def check_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], *
     """Refuse tensors that are not those of a model by name and shape."""
     for name in sorted(expected.keys() ^ given.keys()):
         side = "model" if name in expected else "file"
-        problem = f"stands only in the {side}; the adapter belongs to another configuration"
-        raise UserError(problem, file=file, field=name)
+        message = f"stands only in the {side}; the adapter belongs to another configuration"
+        raise UserError(message, file=file, field=name)
     for name, tensor in expected.items():
         if tensor.shape != given[name].shape:
             shapes = f"expected shape {tuple(tensor.shape)}, got {tuple(given[name].shape)}"

@@ -1,4 +1,4 @@
-"""Put adapters on a model's sites, see whether those that it carries are what settings ask for, and whether they act.
+"""Put adapters on a model's sites, see whether those that it carries are what settings ask for, and have a gradient.
 
 A model may compute with a module's weight past the module, `F.linear(x, self.qkv.weight)`. What stands in the module's
 place, an adapter of this package or of the PEFT library, then has neither effect nor gradient, and training would say
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
-from peft_vit.adapters.layer_input import remember_sources
+from peft_vit.adapters.adapted_product import remember_sources
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.adapters.peft_layers import sites_of_layers, tuner_layers
 from peft_vit.backbones import Backbone, Site, chosen, evaluating, freeze_batch_norm, watching
@@ -25,7 +25,7 @@ from peft_vit.config import AdapterConfig
 from peft_vit.errors import UserError
 from peft_vit.seeding import torch_generator
 
-_STD = 0.02  # of what stands in for zeros while it is checked whether adapters act
+_STD = 0.02  # of what stands in for zeros during the gradient check
 
 
 def freeze_backbone(model: nn.Module) -> None:
@@ -54,7 +54,7 @@ def attach_adapters(
 ) -> None:
     """Freeze the backbone and put one adapter on each site; the model's outputs do not change.
 
-    One forward and backward pass of one image checks that each has an effect, see `acting`.
+    One forward and backward pass of one image checks that each has an effect, see `check_gradients`.
 
     Args:
         model: a Vision Transformer of timm, changed in place.
@@ -96,7 +96,7 @@ def attach_adapters(
         module.add_site(site, adapter.to(next(model.parameters()).device))
     remember_sources(model)
     if check:
-        check_acting(model)
+        check_gradients(model)
 
 
 def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
@@ -131,7 +131,7 @@ class Effect:
     fault: str | None
 
 
-def check_acting(model: nn.Module) -> None:
+def check_gradients(model: nn.Module) -> None:
     """Refuse a model on which an adapter has no effect; the model and all generators are left as they were.
 
     Args:
@@ -153,11 +153,11 @@ def check_acting(model: nn.Module) -> None:
 def effects(model: nn.Module) -> dict[str, Effect]:
     """Return the effect of each adapter, by the name of its site; the model and all generators stay as they were."""
     modules = {name: site.module for name, site in adapted_sites(model).items()}
-    owners = {name: one for name, one in site_adapters(model).items() if isinstance(one, nn.Module)}
+    owners = {name: adapter for name, adapter in site_adapters(model).items() if isinstance(adapter, nn.Module)}
     layers = tuner_layers(model)
     owners |= {site.name: layers[key] for key, site in sites_of_layers(model).items()}
     parameters = {
-        name: [one for one in owner.parameters() if one.requires_grad and one.numel()] for name, owner in owners.items()
+        name: [p for p in owner.parameters() if p.requires_grad and p.numel()] for name, owner in owners.items()
     }
     return effects_of(Backbone.within(model), modules, parameters)
 
@@ -176,30 +176,28 @@ def effects_of(
     watched = {name: model.get_submodule(name) for name in set(modules.values())}
     called: set[str] = set()
     with _without_zeros(model), evaluating(model), watching(watched, lambda name, _: called.add(name)):
-        norms = _gradient_norms(backbone, [one for group in parameters.values() for one in group])
-    found = {}
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(1, *backbone.input_size, generator=generator).to(next(model.parameters()))
+        leaves = [parameter for group in parameters.values() for parameter in group]
+        with torch.enable_grad():
+            logits: Tensor = model(image)  # (1, classes)
+            direction = torch.randn(logits.shape, generator=generator).to(logits)  # (1, classes)
+            total = (logits * direction).sum()  # (1, classes) -> ()
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True) if leaves else ()
+    norms = {
+        id(parameter): 0.0 if gradient is None else float(gradient.norm())
+        for parameter, gradient in zip(leaves, gradients, strict=True)
+    }
+    result = {}
     for name, module in modules.items():
-        gradient = math.hypot(*(norms[id(one)] for one in parameters[name]))
+        norm = math.hypot(*(norms[id(parameter)] for parameter in parameters[name]))
         fault = None
         if module not in called:
             fault = f"{type(model).__name__} computes with its module's weight and never calls the module"
-        elif parameters[name] and gradient == 0:
+        elif parameters[name] and norm == 0:
             fault = "at this image size the logits do not depend on it"
-        found[name] = Effect(gradient, fault)
-    return found
-
-
-def _gradient_norms(backbone: Backbone, parameters: list[nn.Parameter]) -> dict[int, float]:
-    """Return the norm of the derivative of a random sum of an image's logits by each parameter, by the latter's id."""
-    generator = torch.Generator().manual_seed(0)
-    like = next(backbone.model.parameters())
-    image = torch.randn(1, *backbone.input_size, generator=generator).to(like)
-    with torch.enable_grad():
-        logits: Tensor = backbone.model(image)  # (1, classes)
-        direction = torch.randn(logits.shape, generator=generator).to(logits)
-        total = (logits * direction).sum()
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True) if parameters else ()
-    return {id(one): 0.0 if by is None else float(by.norm()) for one, by in zip(parameters, gradients, strict=True)}
+        result[name] = Effect(norm, fault)
+    return result
 
 
 @contextmanager
@@ -207,12 +205,14 @@ def _without_zeros(model: nn.Module) -> Iterator[None]:
     """Put noise in place of all tensors of zeros but biases, for a while: updates start there, and some norms do."""
     generator = torch.Generator().manual_seed(1)
     zeros = [
-        one for name, one in model.named_parameters() if not name.endswith("bias") and one.numel() and not one.any()
+        parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith("bias") and parameter.numel() and not parameter.any()
     ]
     try:
-        for one in zeros:
-            one.data.copy_(_STD * torch.randn(one.shape, generator=generator))
+        for parameter in zeros:
+            parameter.data.copy_(_STD * torch.randn(parameter.shape, generator=generator))
         yield
     finally:
-        for one in zeros:
-            one.data.zero_()
+        for parameter in zeros:
+            parameter.data.zero_()

@@ -130,7 +130,7 @@ class SiteAdapter(nn.Module):
     def delta(self) -> Tensor:
         """Return the update dW (out, in)."""
         left, right = self.factors()
-        return (left @ right).repeat_interleave(self.pool, dim=1)
+        return (left @ right).repeat_interleave(self.pool, dim=1)  # (out, in / pool) -> (out, in)
 
     def orthogonality(self) -> Tensor:
         """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""

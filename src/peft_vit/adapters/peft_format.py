@@ -101,8 +101,8 @@ def _as_lora(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         check_plain(name, layer)
     saved = tuple(f"{module}." for module in (*Backbone(model).heads, *adapted, *by_peft))
     if others := [name for name in trained_tensors(model) if not name.startswith(saved)]:
-        problem = f"{others[0]} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
-        raise UserError(problem)
+        message = f"{others[0]} was trained too, and a PEFT adapter holds only adapters and head; save the weights"
+        raise UserError(message)
     updates = {name: _fused_factors(module) for name, module in adapted.items()}
     updates |= {name: peft_factors(layer) for name, layer in by_peft.items()}
     updates = {name: update for name, update in updates.items() if len(update[0])}  # PEFT knows no rank 0
@@ -181,15 +181,15 @@ def import_peft(model: nn.Module, folder: Path, *, seed: int = 0, fresh_head: bo
             for name, tensor in adapter.head.items():
                 head[name].copy_(tensor)
     elif fresh_head:
-        theirs = f"a head of {_classes(adapter.head)} classes" if adapter.head else "no head"
-        _warn(f"the adapter of {folder} brings {theirs} and these images have {_classes(head)}: the head is fresh")
+        brought = f"a head of {_classes(adapter.head)} classes" if adapter.head else "no head"
+        _warn(f"the adapter of {folder} brings {brought} and these images have {_classes(head)}: the head is fresh")
     scales = {sites[module].name: scale for module, (_, _, scale) in adapter.updates.items()}
     attach_adapters(model, [sites[module] for module in adapter.updates], 0, scale=scales, seed=seed)
     by_site = site_adapters(model)
     for module, (lora_A, lora_B, _) in adapter.updates.items():
-        one = by_site[sites[module].name]
-        device = one.lora_A.device
-        one.lora_A, one.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
+        attached = by_site[sites[module].name]
+        device = attached.lora_A.device
+        attached.lora_A, attached.lora_B = nn.Parameter(lora_A.to(device)), nn.Parameter(lora_B.to(device))
 
 
 def _warn(text: str) -> None:
@@ -206,9 +206,9 @@ def _head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return weight and bias of the head, or of each of several, by their names in the model."""
     heads = Backbone(model).heads
     if not heads:
-        problem = "the model has no linear classification head; create it with num_classes"
-        raise UserError(problem, field="num_classes")
-    return {f"{name}.{leaf}": one for name, layer in heads.items() for leaf, one in layer.named_parameters()}
+        message = "the model has no linear classification head; create it with num_classes"
+        raise UserError(message, field="num_classes")
+    return {f"{name}.{leaf}": p for name, layer in heads.items() for leaf, p in layer.named_parameters()}
 
 
 def _classes(head: Mapping[str, Tensor]) -> int:
@@ -245,17 +245,17 @@ def read_peft(
     config = _read_config(config_file)
     _read_base(folder / BASE_FILE)
     if not os.path.isfile(file):
-        problem = "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True"
-        raise UserError(problem, file=file)
+        message = "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True"
+        raise UserError(message, file=file)
     _, tensors = read_safetensors(file)
     expected: dict[str, tuple[int, ...]] = {}
     if config.modules_to_save:
         heads = sorted({parameter.rpartition(".")[0] for parameter in head})
         for name in config.modules_to_save:
             if name not in heads:
-                problem = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
-                problem = f"{problem}; only plain LoRA can be imported"
-                raise UserError(problem, file=config_file, field="modules_to_save")
+                message = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
+                message = f"{message}; only plain LoRA can be imported"
+                raise UserError(message, file=config_file, field="modules_to_save")
         for name, shape in head.items():
             saved = tensors.get(f"{PREFIX}{name}")
             expected[f"{PREFIX}{name}"] = tuple(saved.shape) if any_head and saved is not None else shape
@@ -273,8 +273,8 @@ def read_peft(
         )
     for name, shape in expected.items():
         if name not in tensors:
-            problem = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"
-            raise UserError(problem, file=file, field=name)
+            message = f"is missing, which {CONFIG_FILE} asks for; save the adapter with PEFT's save_pretrained"
+            raise UserError(message, file=file, field=name)
         tensor = tensors[name] = tensors[name].float() if tensors[name].is_floating_point() else tensors[name]
         if tuple(tensor.shape) != shape:
             hint = (
@@ -287,8 +287,8 @@ def read_peft(
     for name in modules if isinstance(targets, list) else ():  # of a pattern PEFT has saved what it hit
         if not any(name == target or name.endswith(f".{target}") for target in targets):
             # PEFT would drop them without a word.
-            problem = f"does not name {name}, which has tensors; add it"
-            raise UserError(problem, file=config_file, field="target_modules")
+            message = f"does not name {name}, which has tensors; add it"
+            raise UserError(message, file=config_file, field="target_modules")
     updates = {
         name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"], config.scale(name))
         for name in modules
@@ -403,8 +403,8 @@ def _read_config(file: Path) -> _LoraFile:
         config = _LoraFile.model_validate(_read_json(file))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        problem = f"{first['msg']}, got {short(first['input'])}; only plain LoRA can be imported"
-        raise UserError(problem, file=file, field=str(first["loc"][0]) if first["loc"] else None) from None
+        message = f"{first['msg']}, got {short(first['input'])}; only plain LoRA can be imported"
+        raise UserError(message, file=file, field=str(first["loc"][0]) if first["loc"] else None) from None
     for field, value in sorted((config.model_extra or {}).items()):
         if field not in _HARMLESS and value not in _OFF:
             raise UserError(

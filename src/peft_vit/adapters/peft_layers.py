@@ -39,8 +39,8 @@ def tuner_layers(model: nn.Module) -> dict[str, Any]:
 def _layers_of(model: nn.Module, module: str, kind: str) -> dict[str, Any]:
     if module not in sys.modules:
         return {}
-    layer = getattr(sys.modules[module], kind)
-    return {name: one for name, one in model.named_modules() if isinstance(one, layer)}
+    layer_type = getattr(sys.modules[module], kind)
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, layer_type)}
 
 
 def sites_of_layers(model: nn.Module) -> dict[str, Site]:
@@ -105,9 +105,9 @@ def peft_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     """Return A (r, in), B (out, r) and the scale of a layer, so that dW = scale * B A; masked triplets are left out."""
     if hasattr(layer, "lora_E"):
         diagonal = layer.lora_E[ADAPTER].flatten()  # (r0,); a mask sets its triplets' to exactly 0
-        kept = diagonal != 0
-        left = (layer.lora_B[ADAPTER] * diagonal)[:, kept]  # (out, r0) -> (out, r)
-        return layer.lora_A[ADAPTER][kept], left, layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)
+        unmasked = diagonal != 0  # (r0,)
+        left = (layer.lora_B[ADAPTER] * diagonal)[:, unmasked]  # (out, r0) -> (out, r)
+        return layer.lora_A[ADAPTER][unmasked], left, layer.scaling[ADAPTER] / (float(layer.ranknum[ADAPTER]) + 1e-5)
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 
 

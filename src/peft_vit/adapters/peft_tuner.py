@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters.attach import check_acting, freeze_backbone
+from peft_vit.adapters.attach import check_gradients, freeze_backbone
 from peft_vit.adapters.peft_layers import ADAPTER, PREFIX
 from peft_vit.backbones import Backbone, Site, evaluating, find_sites, fused_sites, whole_modules
 from peft_vit.config import PeftAdaLoraConfig, PeftLoraConfig
@@ -154,13 +154,13 @@ def attach_peft(
     for parameter in Backbone(model).head.parameters():
         parameter.requires_grad_(True)
     try:
-        check_acting(model)
+        check_gradients(model)
     except RuntimeError as error:  # PEFT's OFT, say, takes tokens on a grid, (B, H, W, C), for images
         if is_out_of_memory(error):
             raise
         reason = str(error).split("\n")[0]
-        problem = f"PEFT's {type} can't compute with a layer of this model ({reason})"
-        raise UserError(f"{problem}; choose another, or fewer target_modules", field="peft.type") from None
+        message = f"PEFT's {type} can't compute with a layer of this model ({reason})"
+        raise UserError(f"{message}; choose another, or fewer target_modules", field="peft.type") from None
     return wrapped.base_model
 
 
@@ -203,8 +203,8 @@ def _start_from(images: Tensor | None, wrapped: Any, model: nn.Module) -> None:
         raise UserError("type eva starts from training images; none were given", field="peft.type")
 
     def rows(inputs: Any, *_: Any) -> Tensor:
-        found: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
-        return found.reshape(-1, found.shape[-1])  # (B, T, D) to (B T, D)
+        x: Tensor = inputs[0] if isinstance(inputs, tuple) else inputs
+        return x.reshape(-1, x.shape[-1])  # (B, T, D) to (B T, D)
 
     with evaluating(model):
         initialize_lora_eva_weights(

@@ -71,7 +71,7 @@ def resize_adapters(
     for name, rank in ranks.items():
         adapter = adapters[name]
         if rank != adapter.rank:
-            order = torch.argsort(triplet_scores[name].detach().cpu(), descending=True, stable=True)
+            order = torch.argsort(triplet_scores[name].detach().cpu(), descending=True, stable=True)  # (old rank,)
             kept[name] = order[:rank].sort().values
             _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
     return kept
@@ -89,20 +89,20 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
         if old is None or new is None:
             continue
         added = new.to(old)
-        kept = old.detach().index_select(dim, keep) * factors[name]
-        values = torch.cat([kept, added], dim).contiguous()  # A (rank, in / pool), B (out, rank), lambda (rank,)
+        staying = old.detach().index_select(dim, keep) * factors[name]
+        values = torch.cat([staying, added], dim).contiguous()  # A (rank, in / pool), B (out, rank), lambda (rank,)
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
         for group in optimizer.param_groups:
-            group["params"][:] = [parameter if one is old else one for one in group["params"]]
+            group["params"][:] = [parameter if present is old else present for present in group["params"]]
         state = optimizer.state.pop(old, None)
         if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
             continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:
                 # Of a value that is `factor` times as large the moments are those of 1 / factor.
-                kept = value.index_select(dim, keep) / factors[name] ** _POWERS[key]  # of the triplets that stay
-                state[key] = torch.cat([kept, torch.zeros_like(added).to(value)], dim).contiguous()
+                staying = value.index_select(dim, keep) / factors[name] ** _POWERS[key]  # those triplets' moments
+                state[key] = torch.cat([staying, torch.zeros_like(added).to(value)], dim).contiguous()
         optimizer.state[parameter] = state
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import (
     SiteAdapter,
     attach_adapters,
-    check_acting,
+    check_gradients,
     check_resizable,
     check_stays,
     current_ranks,
@@ -71,8 +71,8 @@ _STREAMS = 1 << 16  # generators of one change; the start's have lower numbers
 _STATE = ("_scored", "_decided", "_last_scores", "rank_history", "score_history", "probe_history")
 
 
-def _warn(problem: str) -> None:
-    warnings.warn(problem, SilentNoEffectWarning, stacklevel=3)  # who called the controller
+def _warn(message: str) -> None:
+    warnings.warn(message, SilentNoEffectWarning, stacklevel=3)  # who called the controller
 
 
 class AdaLoRAController:
@@ -129,7 +129,7 @@ class AdaLoRAController:
         self._optimizer: torch.optim.Optimizer | None = None  # as attached
         self._start(model)
         if check:
-            check_acting(model)
+            check_gradients(model)
         self._bar_too_high = False  # at some decision, and said
         # Only removals are decided: the global ranking grows sites only by what its budget has left.
         unit, total, _ = config.budget
@@ -230,8 +230,8 @@ class AdaLoRAController:
         self._last_scores |= measured
         gradients, values = take_probes(adapters)
         if gradients:
-            sought = [name for name, rank in self.ranks.items() if rank == 0]
-            probed = probed_scores(self.config.importance_metric, gradients, measured, sought)
+            rankless = [name for name, rank in self.ranks.items() if rank == 0]
+            probed = probed_scores(self.config.importance_metric, gradients, measured, rankless)
             self._last_scores |= probed
             self.probe_history.append({"step": step, "sites": list(probed), "values": values})
         if not all(math.isfinite(score) for score in self._last_scores.values()):
@@ -374,8 +374,8 @@ class AdaLoRAController:
         """
         values = copy.deepcopy(state["values"])
         if "decisions" in values:
-            problem = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
-            raise UserError(f"{problem}; without it training starts anew", field="decisions")
+            message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
+            raise UserError(f"{message}; without it training starts anew", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:

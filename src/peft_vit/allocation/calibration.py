@@ -161,7 +161,7 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
     with frozen(model), torch.no_grad():
         features = torch.cat([backbone.features(chunk) for chunk in images.split(_FORWARD_IMAGES)])  # (N, width)
     centre = features.mean(0)  # (width,)
-    # (N, width) -> (N,) -> a number
+    # (N, width) -> (N,) -> ()
     spread = (features - centre).square().sum(1).mean().sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     fitted = LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000).fit(
         ((features - centre) / spread).double().cpu().numpy(), places.cpu().numpy()
@@ -292,7 +292,7 @@ def rank_gains(
         rows = slice(*site.rows)
         pooled = gradients[site.module][rows].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
         # Frobenius norms of the gradient's best approximations of rank 0, 1, ... up to its smaller side.
-        norms = np.sqrt(np.concatenate([[0.0], squared_singular_values(pooled).cumsum(0).numpy()]))
+        norms = np.sqrt(np.concatenate([[0.0], squared_singular_values(pooled).cumsum(0).numpy()]))  # (ranks + 1,)
         bounds[site.name] = _weight(model, site.module)[rows].norm().item() * norms
     total = sum(bound[-1] for bound in bounds.values())
     return {name: bound * (sum(losses) / total if total else 0.0) for name, bound in bounds.items()}

@@ -130,7 +130,7 @@ class ImportanceTracker:
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
-            scores = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)
+            scores = _by_site(parts, _sums(parts, torch._foreach_mul(weights, weights)), torch.mul)  # (r,) each
             for name, square in scores.items():
                 site = adapters[name]
                 gain = 1.0 if site.lora_lambda is None else site.lambda_gain
@@ -150,18 +150,18 @@ class ImportanceTracker:
     def _size(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         """Score by the gradient's norm, or its square."""
         columns = {part.site: part.weight[:, 0] for part in parts if part.name == "lora_A"}  # (r,) each
-        kept = self._kept([(site, self.metric) for site in columns], list(columns.values()))
+        smoothed = self._smoothed([(site, self.metric) for site in columns], list(columns.values()))
         if gradients is not None:
             sizes = list(_squares(parts, gradients).values())  # (r,) each
             if self.metric == "gradient_norm":
                 torch._foreach_sqrt_(sizes)
-            torch._foreach_lerp_(kept, sizes, 1 - self.beta1)
-        return dict(zip(columns, (value.clone() for value in kept), strict=True))
+            torch._foreach_lerp_(smoothed, sizes, 1 - self.beta1)
+        return dict(zip(columns, (value.clone() for value in smoothed), strict=True))
 
     def _sensitivity(self, parts: Sequence[_Part], gradients: list[Tensor] | None) -> dict[str, Tensor]:
         weights = [part.weight for part in parts]
-        smooth = self._kept([(part.site, f"{part.name}.sensitivity") for part in parts], weights)
-        uncertainty = self._kept([(part.site, f"{part.name}.uncertainty") for part in parts], weights)
+        smooth = self._smoothed([(part.site, f"{part.name}.sensitivity") for part in parts], weights)
+        uncertainty = self._smoothed([(part.site, f"{part.name}.uncertainty") for part in parts], weights)
         if gradients is not None:
             new = torch._foreach_mul(weights, gradients)
             torch._foreach_abs_(new)  # I
@@ -169,11 +169,11 @@ class ImportanceTracker:
             torch._foreach_sub_(new, smooth)
             torch._foreach_abs_(new)  # |I - I_bar|
             torch._foreach_lerp_(uncertainty, new, 1 - self.beta2)
-        means = _sums(parts, torch._foreach_mul(smooth, uncertainty))
+        means = _sums(parts, torch._foreach_mul(smooth, uncertainty))  # (r,) each
         torch._foreach_div_(means, [part.values for part in parts])
         return _by_site(parts, means, torch.add)
 
-    def _kept(self, keys: list[tuple[str, str]], like: list[Tensor]) -> list[Tensor]:
+    def _smoothed(self, keys: list[tuple[str, str]], like: list[Tensor]) -> list[Tensor]:
         """Return what was smoothed so far, to be changed in place; zeros for what is new."""
         for key, tensor in zip(keys, like, strict=True):
             if key not in self._state:
@@ -224,11 +224,11 @@ def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
     if not METRICS[metric].reads_weight:
         return {}
     score = SCORES_OF_WEIGHTS[metric]
-    ours = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
-    theirs = [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
+    layers = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
+    layers += [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
     weights = {
         site.name: (module.frozen_weight() if isinstance(module, AdaptedLinear) else module.weight)[site.span]
-        for site, module in [*ours, *theirs]
+        for site, module in layers
     }
     return {name: score(weight.float()) for name, weight in weights.items()}
 
@@ -241,7 +241,7 @@ def mean_per_triplet(triplet_scores: Mapping[str, Tensor]) -> dict[str, float]:
     # (rank,) each -> (ranks of all,); some devices have no float64.
     flat = torch.cat(list(present.values())).cpu().double().numpy()
     counts = np.array([values.shape[0] for values in present.values()])  # len() of a tensor is slow
-    means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts
+    means = np.add.reduceat(flat, np.cumsum(counts) - counts) / counts  # (ranks of all,) -> (sites,)
     return dict(zip(present, means.tolist(), strict=True))
 
 
@@ -372,15 +372,15 @@ def take_probes(adapters: Mapping[str, Adapter]) -> tuple[dict[str, float], int]
 
 
 def probed_scores(
-    metric: Metric, gradients: Mapping[str, float], measured: Mapping[str, float], sought: Iterable[str]
+    metric: Metric, gradients: Mapping[str, float], measured: Mapping[str, float], rankless: Iterable[str]
 ) -> dict[str, float]:
-    """Return the scores of the sought sites by the formula above.
+    """Return the scores of sites without rank by the formula above.
 
     Args:
         metric: what is scored.
         gradients: g of every site, from `take_probes`.
         measured: scores of sites from their own triplets in the same backward pass.
-        sought: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
+        rankless: sites without rank. They get no score if no measured site has a gradient to set theirs in relation to.
     """
     power = METRICS[metric].probe_power
     assert power is not None
@@ -389,7 +389,7 @@ def probed_scores(
     if not ratios:
         return {}
     ratio = statistics.median(ratios)
-    return {name: sizes[name] * ratio for name in sought if name in sizes}
+    return {name: sizes[name] * ratio for name in rankless if name in sizes}
 
 
 def check_fisher(
@@ -426,7 +426,7 @@ def check_fisher(
     with evaluating(model):
         for image, label, factor in zip(images, labels, share, strict=True):
             model.zero_grad(set_to_none=True)
-            (factor * F.cross_entropy(model(image[None]), label[None])).backward()
+            (factor * F.cross_entropy(model(image[None]), label[None])).backward()  # (1, 3, S, S), (1,)
             for name, value in mean_per_triplet(squared_gradients(adapters)).items():
                 per_sample[name] += value / len(labels)
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -78,8 +78,8 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> 
         )
     bought = config.budget // int(costs.min())  # ranks of the cheapest site
     if limit is not None and limit > bought:
-        problem = f"{limit} has no effect above the {bought} ranks that the budget buys at a site; lower it"
-        raise UserError(problem, field=f"lora.ranks.{name}")
+        message = f"{limit} has no effect above the {bought} ranks that the budget buys at a site; lower it"
+        raise UserError(message, field=f"lora.ranks.{name}")
 
 
 def choose_starting_ranks(
@@ -109,8 +109,8 @@ def choose_starting_ranks(
     by_rank = _scored(config.rule, model, sites, batch)
     scores = {name: float(by_rank[name][0]) for name in names}
     if not any(scores.values()):
-        problem = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
-        raise UserError(problem, field="lora.ranks.rule")
+        message = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
+        raise UserError(message, field="lora.ranks.rule")
     costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
     if config.maximum_rank is not None:
         largest = np.minimum(largest, config.maximum_rank)
@@ -150,8 +150,8 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
     except torch.linalg.LinAlgError:  # of a matrix with NaN
         finite = False
     if not finite:
-        problem = f"rule {rule} gave scores that are not finite; look for NaN in weights and images"
-        raise UserError(problem, field="lora.ranks.rule")
+        message = f"rule {rule} gave scores that are not finite; look for NaN in weights and images"
+        raise UserError(message, field="lora.ranks.rule")
     return by_rank
 
 

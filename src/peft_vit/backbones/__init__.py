@@ -3,11 +3,11 @@
 from peft_vit.backbones.backbone import (
     Backbone,
     Head,
+    apply_temperature,
     choose_attention,
     fill_head,
     find_sites,
     freeze_batch_norm,
-    soften,
 )
 from peft_vit.backbones.catalog import (
     MODELS,

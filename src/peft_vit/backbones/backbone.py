@@ -67,7 +67,7 @@ def fill_head(head: Head, weight: Tensor, bias: Tensor) -> None:
 
 
 @torch.no_grad()
-def soften(head: Head, factor: float) -> None:
+def apply_temperature(head: Head, factor: float) -> None:
     """Divide the logits of a head by a factor, in place."""
     for layer in linear_layers(head):
         layer.weight.div_(factor)

@@ -229,7 +229,7 @@ def check(
         for site_check in checked.sites
     ]
     _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
-    print(f"{checked.acting} of {len(checked.sites)} sites act")
+    print(f"{checked.effective} of {len(checked.sites)} sites act")
     print(f"merged weights in a plain model: {checked.merged}")
     for name, outcome in checked.files.items():
         print(f"{EXPORTS[name].title}: {outcome}")

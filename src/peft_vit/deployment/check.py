@@ -75,7 +75,7 @@ class ModelCheck:
     peft_idle: dict[str, str]
 
     @property
-    def acting(self) -> int:
+    def effective(self) -> int:
         """Return how many sites' adapters have an effect."""
         return sum(check.effect.fault is None for check in self.sites)
 

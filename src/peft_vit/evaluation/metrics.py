@@ -40,7 +40,7 @@ _WITH_ALL: _LeftOut = frozenset()
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return log probabilities (N, classes) in float64, without scipy, which no training process loads."""
-    shifted = logits - logits.max(1, keepdims=True)
+    shifted = logits - logits.max(1, keepdims=True)  # (N, classes)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return result
 
@@ -63,7 +63,7 @@ def expected_calibration_error(
 def balanced_accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
     """Return the mean, over the classes that are among the labels (N,), of the share of their images that is found."""
     _, places, images = np.unique(labels, return_inverse=True, return_counts=True)  # (N,) -> (classes,)
-    hits = np.bincount(places[predicted == labels], minlength=len(images))
+    hits = np.bincount(places[predicted == labels], minlength=len(images))  # (classes,)
     return float(np.mean(hits / images))
 
 
@@ -79,7 +79,7 @@ def area_under_roc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> fl
     _, places = np.unique(scores, return_inverse=True)  # (N,), from the lowest score on
     ones = np.bincount(places[labels == 1], minlength=places.max() + 1)  # by score
     zeros = np.bincount(places[labels == 0], minlength=places.max() + 1)
-    below = np.cumsum(zeros) - zeros
+    below = np.cumsum(zeros) - zeros  # (scores,): zeros with a lower score
     return float(np.sum(ones * (2 * below + zeros)) / (2 * ones.sum() * zeros.sum()))
 
 
@@ -204,7 +204,7 @@ def measure_ablation(
                 for case, logits in _logits(model, images.to(device), sites, cases):
                     outputs[case].append(logits.float().cpu().numpy())
             labels.append(targets.numpy())
-    truth = np.concatenate(labels)
+    truth = np.concatenate(labels)  # (N,)
     metrics = {case: measure(np.concatenate(logits), truth) for case, logits in outputs.items()}
     loss = metrics[_WITH_ALL].nll
     return AdapterRemoval(
@@ -224,13 +224,13 @@ def _logits(
     by_block: dict[int, list[_LeftOut]] = {}
     for case in cases:
         by_block.setdefault(min(sites[name].layer for name in case), []).append(case)
-    found: list[tuple[_LeftOut, Tensor]] = []
+    logits: list[tuple[_LeftOut, Tensor]] = []
 
     def visit(block: int, rest: Callable[[], Tensor]) -> None:
         for case in by_block.get(block, []):
             with without_updates(model, case):
-                found.append((case, rest()))
+                logits.append((case, rest()))
 
     backbone = Backbone.within(model)
     with_all = visit_blocks(backbone, lambda: backbone.model(images), visit)
-    return [*found, (_WITH_ALL, with_all)]
+    return [*logits, (_WITH_ALL, with_all)]

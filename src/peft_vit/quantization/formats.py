@@ -230,7 +230,7 @@ def quantize_scales(scales: Tensor) -> QuantizedScales:
         scales: float32 or float16 on the CPU, (out, groups), not negative.
     """
     flat = scales.float().flatten()  # (out * groups,)
-    mean = flat.mean()
+    mean = flat.mean()  # ()
     rest = torch.nn.functional.pad(flat - mean, (0, -len(flat) % BLOCK)).view(-1, BLOCK)  # (blocks, 256)
     largest = rest.abs().amax(1)  # (blocks,)
     codes = nearest_codes(rest, largest.unsqueeze(1), dynamic_values())  # (blocks, 256)

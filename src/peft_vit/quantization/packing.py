@@ -47,7 +47,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return codes.contiguous()
     at_once = codes_at_once(bits)
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % at_once))
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % at_once))  # (out, whole bytes of codes)
     words = padded[:, ::at_once].to(torch.uint8 if at_once * bits == 8 else torch.int64)  # (out, words)
     for position in range(1, at_once):
         words = words | padded[:, position::at_once].to(words.dtype) << (bits * position)
@@ -117,6 +117,6 @@ def _pairs_of_3_bits(packed: Tensor) -> Tensor:
 def _words(packed: Tensor, bits: int) -> Tensor:
     """Return the codes that fill whole bytes together in an int64 each, (out, words)."""
     size = codes_at_once(bits) * bits // 8
-    some = packed.unflatten(1, (packed.shape[1] // size, size))  # (out, words, bytes a word)
+    grouped = packed.unflatten(1, (packed.shape[1] // size, size))  # (out, words, bytes a word)
     # (out, words, 8) -> (out, words, 1) -> (out, words)
-    return torch.nn.functional.pad(some, (0, 8 - size)).view(torch.int64).squeeze(-1)
+    return torch.nn.functional.pad(grouped, (0, 8 - size)).view(torch.int64).squeeze(-1)

@@ -67,17 +67,17 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     rows, columns = weight.shape
     groups = format.groups(columns)
     # (some of out, in) -> (some, groups, group size)
-    some_rows = [part.unflatten(1, (groups, -1)) for part in weight.detach().split(rows_at_once(weight))]
-    parts = (_ranges(part, format) for part in some_rows)
+    row_blocks = [part.unflatten(1, (groups, -1)) for part in weight.detach().split(rows_at_once(weight))]
+    parts = (_ranges(part, format) for part in row_blocks)
     largest, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))  # (out, groups) each
     warn_of_scales(largest, format, name)
     stored = quantize_scales(scales) if format.double_quant else scales
     if isinstance(stored, QuantizedScales):
         scales = stored.dequantize()
-    starts = range(0, rows, len(some_rows[0]))
+    starts = range(0, rows, len(row_blocks[0]))
     codes = [
         _codes(part, scales[start : start + len(part)], offsets[start : start + len(part)], format)
-        for start, part in zip(starts, some_rows, strict=True)
+        for start, part in zip(starts, row_blocks, strict=True)
     ]
     quantized = QuantizedTensor(
         codes=torch.cat(codes),
@@ -102,7 +102,7 @@ def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor
     ranges = largest.double()
     if format.offset and not format.has_codebook:
         offsets = _round_outwards(weights.amin(-1).double(), format.scale_dtype, -math.inf)
-        ranges = weights.amax(-1).double() - offsets.double()
+        ranges = weights.amax(-1).double() - offsets.double()  # (out, groups)
     return largest, _round_outwards(ranges / format.steps, format.scale_dtype, math.inf), offsets
 
 
@@ -113,7 +113,7 @@ def _codes(weights: Tensor, scales: Tensor, offsets: Tensor, format: Quantizatio
         codes = nearest_codes(weights, scales.float(), format.values())
     else:
         divisors = torch.where(scales > 0, scales.double(), 1.0)  # a group of scale 0 has nothing to divide
-        places = ((weights.double() - offsets.double()) / divisors).round_()
+        places = ((weights.double() - offsets.double()) / divisors).round_()  # (out, groups, group size)
         codes = (places.clamp_(-format.steps if format.zero else 0, format.steps) + format.zero).to(torch.uint8)
     return pack_codes(codes.flatten(1), format.bits)  # (out, groups, group size) -> (out, in) -> bytes
 
@@ -169,9 +169,9 @@ def quantize_with_compensation(
     levels, codes_of_levels = format.values().double().sort(stable=True)  # (levels,)
     if format.zero:  # code 0 is never used
         levels, codes_of_levels = levels[1:], codes_of_levels[1:]
-    middles = (levels[:-1] + levels[1:]) / 2
+    middles = (levels[:-1] + levels[1:]) / 2  # (levels - 1,)
     columns, groups = weight.shape[1], rounded.scales.shape[1]
-    group_of = torch.arange(columns) // (columns // groups)
+    group_of = torch.arange(columns) // (columns // groups)  # (in,)
     scales = rounded.scales.cpu().double().T[group_of]  # (in, out)
     offsets = torch.zeros_like(scales) if rounded.offsets is None else rounded.offsets.cpu().double().T[group_of]
     rest = weight.detach().cpu().double().T.contiguous()  # (in, out): a column lies in one piece

@@ -81,11 +81,11 @@ class QuantizedTensor:
         """
         rows, columns = self.shape
         stored_columns = self.codes.shape[1] * 8 // self.format.bits
-        values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)
+        values = torch.empty(rows, stored_columns, dtype=torch.float32, device=self.codes.device)  # rows of whole bytes
         self._decode(values)
-        weights = values[:, :columns]
+        weights = values[:, :columns]  # (out, in)
         grouped = weights.unflatten(1, (self.groups, -1))  # (out, groups, group size)
-        grouped.mul_(self.scales.float().unsqueeze(-1))
+        grouped.mul_(self.scales.float().unsqueeze(-1))  # (out, groups, 1)
         constant = None if self.offsets is None else self.offsets.float()
         if added is not None:
             self._check_update(added)
@@ -110,12 +110,12 @@ class QuantizedTensor:
             raise ValueError(f"columns {columns.start} to {columns.stop} are no whole groups of {size}")
         if columns.start % at_once or columns.stop % at_once:
             raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {at_once} codes")
-        some = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
+        groups_of = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
         return replace(
             self,
             codes=self.codes[:, columns.start * bits // 8 : columns.stop * bits // 8].contiguous(),
-            stored_scales=self.scales[:, some],
-            offsets=None if self.offsets is None else self.offsets[:, some],
+            stored_scales=self.scales[:, groups_of],
+            offsets=None if self.offsets is None else self.offsets[:, groups_of],
             shape=(rows, columns.stop - columns.start),
             format=replace(self.format, double_quant=False),
         )
@@ -128,7 +128,7 @@ class QuantizedTensor:
             pairs = unpack_pairs(self.codes, bits).flatten().int()  # (out * stored / 2,)
             torch.index_select(pair_table(self.format.type, values.device), 0, pairs, out=words)
             return
-        codes = unpack_codes(self.codes, bits, values.shape[1])
+        codes = unpack_codes(self.codes, bits, values.shape[1])  # (out, stored columns)
         if self.format.has_codebook:
             codes = self.format.values().to(codes.device)[codes.int()]
         elif self.format.zero:
@@ -236,8 +236,17 @@ class QuantizedTensor:
                 "was the file written with another format?"
             )
         for name, (dtypes, tensor_shape) in expected.items():
-            _check_tensor(name, tensors[name], dtypes, tensor_shape)
-        _check_codes(tensors["codes"], columns, format)
+            tensor, stated = tensors[name], f"{' or '.join(map(str, dtypes))} of shape {tensor_shape}"
+            got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            _check(tensor.dtype in dtypes and tensor.shape == tensor_shape, name, f"expected {stated}, got {got}")
+            if tensor.is_floating_point():
+                _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
+        codes = tensors["codes"].contiguous()
+        unpacked = unpack_codes(codes, format.bits, codes.shape[1] * 8 // format.bits)  # (out, codes of whole bytes)
+        _check(not bool(unpacked[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
+        if not format.has_codebook and not format.offset:
+            used = bool((unpacked[:, :columns] > 0).all())
+            _check(used, "codes", "expected no code 0, which symmetric integers never use")
         for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
             _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
         scales = tensors["scales"].contiguous()
@@ -246,7 +255,7 @@ class QuantizedTensor:
             largest, mean = tensors["scale_blocks"].contiguous(), tensors["scale_mean"].contiguous()
             stored = QuantizedScales(scales, largest, mean, format.scale_dtype)
         return cls(
-            codes=tensors["codes"].contiguous(),
+            codes=codes,
             stored_scales=stored,
             offsets=tensors["offsets"].contiguous() if format.offset else None,
             shape=(rows, columns),
@@ -271,22 +280,6 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
     if error == 0:
         return 0.0
     return error / norm if norm > 0 else math.inf
-
-
-def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> None:
-    as_expected = tensor.dtype in dtypes and tensor.shape == shape
-    got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-    _check(as_expected, name, f"expected {' or '.join(map(str, dtypes))} of shape {shape}, got {got}")
-    if tensor.is_floating_point():
-        _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
-
-
-def _check_codes(packed: Tensor, columns: int, format: QuantizationFormat) -> None:
-    codes = unpack_codes(packed, format.bits, packed.shape[1] * 8 // format.bits)
-    _check(not bool(codes[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
-    if not format.has_codebook and not format.offset:
-        in_range = bool((codes[:, :columns] > 0).all())
-        _check(in_range, "codes", "expected no code 0, which symmetric integers never use")
 
 
 def _check(holds: bool, name: str, expectation: str) -> None:

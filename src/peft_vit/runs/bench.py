@@ -44,7 +44,7 @@ class _Model(NamedTuple):
     def is_float32(self) -> bool:
         """Tell whether its files hold all weights in float32, by their size: quantized ones take less."""
         plain = create_skeleton(self.card.architecture, self.card.image_size, len(self.card.class_names))
-        return exported_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(one.numel() for one in plain.parameters())
+        return exported_bytes(self.file) >= _MOST_OF * _FLOAT32_BYTES * sum(p.numel() for p in plain.parameters())
 
 
 def bench(
@@ -70,7 +70,7 @@ def bench(
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
         weights: of the PEFT folders' bases, see `deployment.open_peft`.
-        on_start: told what is timed now.
+        on_start: called with what is timed now.
 
     Raises:
         UserError: if a model can't be opened or timed, threads are more than processors, or float32 can't be made.
@@ -91,8 +91,8 @@ def bench(
                     on_start(f"{model.name}, threads: {count}")
                     own = weights if _is_peft(model.file) else None
                     timed = time_alone(model.file, batches, threads=count, rounds=rounds, weights=own)
-                    for batch, found in timed.items():
-                        calls.setdefault((count, batch, place), []).append(found)
+                    for batch, timings in timed.items():
+                        calls.setdefault((count, batch, place), []).append(timings)
         return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
 
 

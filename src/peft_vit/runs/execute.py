@@ -60,7 +60,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs.head_start import SharedFeatures, fit_start
+from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,
@@ -134,7 +134,7 @@ def run_one(
 
     Args:
         spec: what to do.
-        on_progress: told after each step.
+        on_progress: called after each step.
         checkpoints: where to keep what the run needs to go on; None: nothing is written at all.
         should_stop: asked after each step.
 
@@ -222,7 +222,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     memory.prepared()
 
     result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
-    said = {
+    metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
         "weights_name": provenance.weights_name,
@@ -231,7 +231,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     packed_bytes = 0
     if keeps_codes(experiment):  # in the file, where they count as frozen
         packed_bytes = sum(weight.nbytes for weight in packed_weights(model).values())
-    content = adapter_bytes(model, said, packed=keeps_codes(experiment))
+    content = adapter_bytes(model, metadata, packed=keeps_codes(experiment))
     attempt.update()
     attempt.memory = None  # the float weights may come back for a comparison
     give_memory_back()  # or what the steps took would lie beside them
@@ -312,11 +312,11 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Return what training saw, and what the record holds of the test split, which is read this once."""
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
-    head, softening = Backbone(model).head, 1.0
+    head, temperature = Backbone(model).head, 1.0
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
-        probe, softening = fit_start(head, features, data, spec, runtime, attempt.overhead)
+        probe, temperature = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
     if is_probe:
         fitted = trainable_parameters(model)
@@ -342,7 +342,7 @@ def _train_and_test(
             between_steps=attempt.between_steps,
             resume=attempt.take_training(),
             overhead=attempt.overhead,
-            softening=softening,
+            temperature=temperature,
         )
         images = data.test.open()
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
@@ -471,7 +471,7 @@ class Attempt:
         for field in _THE_SAME:
             if (was := getattr(first, field)) != (now := getattr(provenance, field)):
                 raise self._foreign(field, f"{was} when the run began, {now} now")
-        before, after = ({**one.packages, **one.model_dump(include=set(_ALIKE))} for one in (first, provenance))
+        before, after = ({**p.packages, **p.model_dump(include=set(_ALIKE))} for p in (first, provenance))
         changes = [
             f"{name} {after.get(name)} in place of {before.get(name)}"
             for name in {**before, **after}

@@ -56,6 +56,16 @@ class Comparison:
     exported_accuracy: float
     accuracy_loss: Interval  # how much lower the latter is; of the population of images, see `paired_proportions`
 
+    def loss_text(self) -> str:
+        """Return the accuracy that was lost, in points, with its interval."""
+        loss = self.accuracy_loss
+        assert loss.low is not None
+        assert loss.high is not None
+        return (
+            f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} {self.split} images "
+            f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
+        )
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -69,7 +79,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """How an ONNX file multiplies by low-bit weights; None is what a user has not asked for.
+    """How an ONNX file multiplies by low-bit weights; None: not requested.
 
     Attributes:
         runtime: see `deployment.export_onnx`; None: small.
@@ -141,8 +151,8 @@ def export_run_to_file(
     except UserError as error:
         if not int8:
             return Exported(merged, None, str(error))
-        problem = f"is calibrated on the run's training images, and they are not there: {error}"
-        raise UserError(problem, field="--activations") from None
+        message = f"is calibrated on the run's training images, and they are not there: {error}"
+        raise UserError(message, field="--activations") from None
     split: _Split = "validation" if len(data.validation) else "training"
     images = data.validation if split == "validation" else _spread(data.train, _CALIBRATED_ON)
     if not int8:
@@ -160,7 +170,7 @@ def export_run_to_file(
     lost = 100 * comparison.accuracy_loss.estimate
     if lost > accepted:
         raise UserError(
-            f"int8 loses {said_loss(comparison)}, more than the {accepted:g} that are accepted; export without it, or "
+            f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
             f"take it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
             field="--activations",
         )
@@ -177,7 +187,7 @@ def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None
 
 
 def compare_int8(run_dir: Path) -> Comparison:
-    """Return what activations in 8 bits do to a run's model on its test images; nothing is kept.
+    """Return what activations in 8 bits do to a run's model on its test images; nothing is written.
 
     Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
     """
@@ -204,28 +214,17 @@ def _spread(images: LabelledImages, count: int) -> LabelledImages:
     return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
 
 
-def said_loss(found: Comparison) -> str:
-    """Return the accuracy that was lost, in points, with its interval."""
-    loss = found.accuracy_loss
-    assert loss.low is not None
-    assert loss.high is not None
-    return (
-        f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} {found.split} images "
-        f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
-    )
-
-
 def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: _Split) -> Comparison:
     """Return how far a classifier's outputs are from another's, on labelled images of a run's split."""
-    logits: list[tuple[Tensor, Tensor]] = []
+    logits: list[tuple[Tensor, Tensor]] = []  # (B, classes) each
     labels = []
     card = trained.card
     for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std):
         logits.append((trained.logits(batch), exported.logits(batch)))
         labels.append(targets)
-    before, after = (torch.cat(side) for side in zip(*logits, strict=True))
-    truth = torch.cat(labels)
-    right_before, right_after = (side.argmax(1) == truth for side in (before, after))
+    before, after = (torch.cat(side) for side in zip(*logits, strict=True))  # (N, classes)
+    truth = torch.cat(labels)  # (N,)
+    right_before, right_after = (side.argmax(1) == truth for side in (before, after))  # (N,)
     losses, gains = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
     return Comparison(
         images=len(truth),

@@ -81,17 +81,19 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(asked: PrecisionSetting, begun: PrecisionSetting | None, device: torch.device) -> ChosenPrecision:
+def choose_precision(
+    requested: PrecisionSetting, begun: PrecisionSetting | None, device: torch.device
+) -> ChosenPrecision:
     """Return the precision of a study's runs.
 
     Args:
-        asked: by the configuration.
+        requested: by the configuration.
         begun: with what the study was begun, maybe on another machine; auto goes on with it. None: it is new.
         device: of the runs.
     """
     support = bf16_support(device)
-    if asked != "auto":
-        return ChosenPrecision(asked, support, None)
+    if requested != "auto":
+        return ChosenPrecision(requested, support, None)
     here: Precision = "bf16" if support.native else "fp32"
     chosen: Precision = here if begun is None or begun == "auto" else begun
     if chosen == here:
@@ -113,17 +115,17 @@ def bf16_support(device: torch.device) -> Bf16Support:
 
 
 def _cpu_support() -> Bf16Support:
-    found = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_flags()]
-    if not found:
+    native = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_flags()]
+    if not native:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
-    has = f"this CPU has {' and '.join(found)} instructions"
+    has = f"this CPU has {' and '.join(native)} instructions"
     if not torch.backends.mkldnn.is_available():
         return Bf16Support(False, f"{has}, but this PyTorch comes without oneDNN, which would use them")
     for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         limit = os.environ.get(variable)
         if limit is not None:  # oneDNN reads the second only in the absence of the first
-            kept = limit.upper() not in _WITHOUT_BF16
-            return Bf16Support(kept, has if kept else f"{has}, but {variable}={limit} leaves them out")
+            usable = limit.upper() not in _WITHOUT_BF16
+            return Bf16Support(usable, has if usable else f"{has}, but {variable}={limit} leaves them out")
     return Bf16Support(True, has)
 
 

@@ -68,13 +68,13 @@ def time_forward(
     See `evaluation.forward_s`.
     """
     deployed = _deployed(model, backbone, data, spec, runtime)
-    found = {}
+    seconds = {}
     source = data.validation if len(data.validation) else data.train
     for size in spec.measures.latency_batches:
         rows = np.arange(size) % len(source)  # over again, if there are fewer
         images, _ = next(source.chosen(rows).ordered_batches(size, runtime.mean, runtime.std))
-        found[size] = forward_s(deployed, images.to(runtime.device), precision=runtime.precision)
-    return found
+        seconds[size] = forward_s(deployed, images.to(runtime.device), precision=runtime.precision)
+    return seconds
 
 
 def _deployed(

@@ -89,8 +89,8 @@ def restore_run(run_dir: Path) -> RestoredRun:
     with os_fault("can't be read", file, remedy="move or rerun the whole run"):
         digest = sha256_of(file)
     if digest != record.adapter_sha256:
-        problem = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
-        raise UserError(problem, file=file, field="adapter_sha256")
+        message = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
+        raise UserError(message, file=file, field="adapter_sha256")
     with agreeing_with(run_dir / RECORD_FILE):
         backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
     changed = ""

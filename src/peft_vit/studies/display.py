@@ -19,7 +19,7 @@ from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
-from peft_vit.runs.export import Exported, said_loss
+from peft_vit.runs.export import Exported
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
@@ -312,5 +312,5 @@ def print_export(done: Exported, file: Path) -> None:
             f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
         )
         if done.activations == "int8" or found.same_predictions < 1:
-            print(f"Lost: {said_loss(found)}")
+            print(f"Lost: {found.loss_text()}")
     print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")

@@ -101,8 +101,8 @@ class LinearProbe:
         """
         return _temperature(self._logits(validation), torch.from_numpy(validation.labels))
 
-    def softening(self, train: Features, temperature: float) -> float:
-        """Return what logits are divided by in training, beyond a temperature: a power of two, to be undone to the bit.
+    def training_temperature(self, train: Features, temperature: float) -> float:
+        """Return what logits are divided by beyond a temperature while training: a power of two, undone to the bit.
 
         The features of a model hardly change under a head that is sure of its training images, since all gradients are
         products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far). So it is the least with which
@@ -143,19 +143,20 @@ def held_out_temperature(
         seed: of the folds.
     """
     labels = train.labels[:images]
-    counts = np.bincount(labels)
+    counts = np.bincount(labels)  # (n,) -> (classes,)
     if counts.min() < 2:
-        problem = "probe needs two training images of each class where none validate; add images, or start at random"
-        raise UserError(problem, field="training.head_start")
+        message = "probe needs two training images of each class where none validate; add images, or start at random"
+        raise UserError(message, field="training.head_start")
     folds = min(_FOLDS, int(counts.min()))
     fold_of = deal_folds(labels, np.arange(images), folds, numpy_generator(seed, "held_out"))
-    logits = np.empty((images, len(counts)))
+    logits = np.empty((images, len(counts)))  # (n, classes)
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
-        part = Features(train.values[fitted], train.labels[fitted])
-        weights = None if class_weights is None else class_weights[part.labels]
-        ((weight, bias, *_),) = _fits(part, len(counts), [l2], weights)
-        logits[fold_of == fold] = train.values[:images][fold_of == fold].astype(np.float64) @ weight.T + bias
+        rest = Features(train.values[fitted], train.labels[fitted])  # all but the fold, in every way
+        weights = None if class_weights is None else class_weights[rest.labels]
+        ((weight, bias, *_),) = _fits(rest, len(counts), [l2], weights)  # (classes, D), (classes,)
+        held_out = fold_of == fold  # (n,)
+        logits[held_out] = train.values[:images][held_out].astype(np.float64) @ weight.T + bias
     return _temperature(torch.from_numpy(logits), torch.from_numpy(labels))
 
 
@@ -168,16 +169,16 @@ def head_inputs(
     Batches are all of one size, the last one filled up with its last image, so that an image's features do not
     depend on the others. Along the axes images are flipped: -1 left-right, -2 upside down.
     """
-    parts = []
+    features = []
     backbone = Backbone(model)
     with evaluating(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
             with autocast(runtime.device, runtime.precision):
-                features = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) to (batch_size, D)
-            parts.append(features.float().cpu().numpy()[: len(batch)])  # (B, D)
-    return np.concatenate(parts)  # (N, D)
+                of_batch = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) -> (batch_size, D)
+            features.append(of_batch.float().cpu().numpy()[: len(batch)])  # (B, D)
+    return np.concatenate(features)  # (N, D)
 
 
 @torch.inference_mode()
@@ -257,7 +258,7 @@ def _fits(
         if classes == 2:
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
         # Without the penalty the mean weighted loss, with it the gradient.
-        W, b = (torch.from_numpy(one).double().requires_grad_() for one in (weight, bias))  # (classes, D), (classes,)
+        W, b = (torch.from_numpy(array).double().requires_grad_() for array in (weight, bias))
         logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
         losses = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels), reduction="none")  # (N,)
         loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_modules, current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
 from peft_vit.adapters.peft_layers import peft_layers, peft_ranks
-from peft_vit.backbones import Backbone, freeze_batch_norm, soften
+from peft_vit.backbones import Backbone, apply_temperature, freeze_batch_norm
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
@@ -66,7 +66,7 @@ class TrainingResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher is told after each step.
+    """What a watcher gets after each step.
 
     Attributes:
         step: done so far.
@@ -103,7 +103,7 @@ def train(
     between_steps: Callable[[int, Callable[[], State]], None] | None = None,
     resume: State | None = None,
     overhead: Overhead | None = None,
-    softening: float = 1.0,
+    temperature: float = 1.0,
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
@@ -119,12 +119,12 @@ def train(
         runtime: device, precision and normalisation.
         seed: of data order and augmentation.
         hooks: what the method does around a step.
-        on_progress: told after each step.
-        between_steps: told how many steps are done, and handed what returns the training's state then; first before
+        on_progress: called after each step.
+        between_steps: called with how many steps are done, and what returns the training's state then; first before
             the first step, and after the last one of an epoch only when it was validated. It may raise.
         resume: such a state, to go on from; model and hooks are those of the start.
         overhead: takes the seconds of validation and hooks.
-        softening: what the head's logits are divided by, but where the model before the first step is validated.
+        temperature: what the head's logits are divided by, but where the model before the first step is validated.
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
@@ -134,7 +134,7 @@ def train(
     fresh = resume is None
     head = Backbone(model).head
     if fresh:
-        soften(head, softening)
+        apply_temperature(head, temperature)
         weights = loss_weights(config, data, runtime.device)
         loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=config.label_smoothing)
         context = HookContext(Calibration(data, runtime, seed).batch, weights, loss, overhead=overhead)
@@ -144,29 +144,28 @@ def train(
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
     progress = _progress_of(model)
 
-    def tell() -> None:
+    def report() -> None:
         if on_progress is not None:
             on_progress(progress(training))
 
-    def pause() -> None:
+    def between() -> None:
         if between_steps is not None:
             between_steps(training.steps, training.state_dict)
 
     if fresh and config.head_start == "probe" and training.validates:
-        soften(head, 1 / softening)
+        apply_temperature(head, 1 / temperature)
         training.validate()
-        soften(head, softening)
+        apply_temperature(head, temperature)
     model.train()
     freeze_batch_norm(model)
-    pause()
+    between()
     for images, labels in training.batches(seed):  # (B, 3, S, S), (B,) or (B, classes)
         training.step(images, labels)
-        tell()
+        report()
         if training.validates and (training.ended or training.steps in training.validated_at):
             training.validate()
-            training.end_if_nothing_is_gained()
-            tell()
-        pause()
+            report()
+        between()
     return training.finish()
 
 
@@ -187,8 +186,8 @@ class TrainingState:
         resume: State | None,
     ) -> None:
         if config.is_undecided:
-            problem = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
-            raise UserError(problem, field="training.memory_limit")
+            message = "is kept where a study is planned; here, give micro_batch_size or activation_checkpointing"
+            raise UserError(message, field="training.memory_limit")
         self.model = model
         self.result = TrainingResult(initial_parameters=trainable_parameters(model), overhead_s=overhead)
         self.end = config.total_steps(len(data.train))
@@ -278,14 +277,17 @@ class TrainingState:
         The last batch of an epoch may be smaller, and its last micro-batch too.
         """
         device, at_once, smoothing = self._runtime.device, self._config.images_at_once, self._config.label_smoothing
-        for some, theirs in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
             with autocast(device, self._runtime.precision), recomputed(self._recomputed):
-                logits = self.model(some.to(device))  # (M, classes)
-            mean = weighted_cross_entropy(logits.float(), theirs.to(device), self._class_weights, smoothing)
-            yield mean * (len(some) / len(images))
+                logits = self.model(x.to(device))  # (M, classes)
+            mean = weighted_cross_entropy(logits.float(), targets.to(device), self._class_weights, smoothing)
+            yield mean * (len(x) / len(images))
 
     def validate(self) -> None:
-        """Evaluate on the validation split, and remember the weights if they are the best so far."""
+        """Evaluate on the validation split, and remember the weights if they are the best so far.
+
+        Once `patience` validations in a row have brought no gain, the learning rate comes down, or training ends.
+        """
         runtime, steps = self._runtime, self.steps
         with self.result.overhead_s.of("evaluation"):
             # No larger than in training, or a method that keeps few activations would have its largest memory here.
@@ -299,9 +301,6 @@ class TrainingState:
             evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=measure(logits, labels))
             self.result.evaluations.append(evaluation)
             self._best.offer(evaluation, self.model, without_updates=not within_budget)
-
-    def end_if_nothing_is_gained(self) -> None:
-        """Let the learning rate come down, or end, once `patience` validations in a row have brought no gain."""
         if self._config.patience is not None and self._best.stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
 
@@ -360,8 +359,8 @@ def _of_this_run(state: State) -> Iterator[None]:
         if is_out_of_memory(error):  # says nothing of the state
             raise
         reason = f"{type(error).__name__}: {error}"
-        problem = f"is not of this run ({reason}); remove it and the run starts anew"
-        raise UserError(problem, file=state.source, field="state") from None
+        message = f"is not of this run ({reason}); remove it and the run starts anew"
+        raise UserError(message, file=state.source, field="state") from None
 
 
 class BestState:
@@ -385,9 +384,9 @@ class BestState:
         tensors, self._ranks = trained_tensors(model), current_ranks(model)
         if without_updates:
             self._ranks = dict.fromkeys(self._ranks, 0)
-            updates = {id(one) for adapter in site_adapters(model).values() for one in adapter.parameters()}
-            names = [name for name, one in model.named_parameters() if name in tensors and id(one) not in updates]
-            tensors = {name: tensors[name] for name in names}
+            updates = {id(p) for adapter in site_adapters(model).values() for p in adapter.parameters()}
+            rest = [name for name, p in model.named_parameters() if name in tensors and id(p) not in updates]
+            tensors = {name: tensors[name] for name in rest}
         self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def restore(self, model: nn.Module) -> Evaluation:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import check_acting
+from peft_vit.adapters import check_gradients
 from peft_vit.adapters.resizing import unwrapped
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -38,17 +38,15 @@ from peft_vit.records.migrations import migrated
 from peft_vit.training.checkpoint import tensors_sha256
 from peft_vit.training.hooks import Hook, HookContext
 from peft_vit.training.optimization import blocks_of, optimization_step, recomputed
-from peft_vit.training.quantization_balance import (
+from peft_vit.training.quantized_layers import (
     MEASURE_EVERY_STEPS,
     adapter_to_error_ratio,
+    attach_layers,
     error_removed,
     float_weights,
+    formats_of,
     managed_pace,
     managed_scale,
-)
-from peft_vit.training.quantized_layers import (
-    attach_layers,
-    formats_of,
     packed_weights,
     quantized_layers,
     saved_weights,
@@ -127,7 +125,7 @@ class QALoRATrainer(Hook):
         self._warned = False
         self._use_share(model, 0, share)
         with recomputed(blocks_of(model)):  # or it would take several times the packed model's memory
-            check_acting(model)
+            check_gradients(model)
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -355,8 +353,8 @@ class QALoRATrainer(Hook):
         made_with = {**made_with, "config": experiment["qa_lora"]}
         for key, value in self._made_with().items():
             if made_with.get(key) != value:
-                problem = "the state was made with another one; build the trainer as it was built then"
-                raise UserError(problem, field=key)
+                message = "the state was made with another one; build the trainer as it was built then"
+                raise UserError(message, field=key)
         state = copy.deepcopy({key: value for key, value in state.items() if key != "codes"})
         self._part, self._pace, self._scale = state["part"], state["pace"], state["scale"]
         self.share_history, self.bits_history = state["share_history"], state["bits_history"]
@@ -407,8 +405,8 @@ def end_step(config: QaLoraConfig, total_steps: int) -> int:
     if end is None:
         end = start + max(1, 2 * (total_steps - start) // 3)
     if end > total_steps or end <= start:
-        problem = f"the schedule runs from step {start} to {end} and can't finish within {total_steps} steps"
-        raise UserError(f"{problem}; shorten it or train longer", field="qa_lora.quantization_end_step")
+        message = f"the schedule runs from step {start} to {end} and can't finish within {total_steps} steps"
+        raise UserError(f"{message}; shorten it or train longer", field="qa_lora.quantization_end_step")
     return end
 
 

@@ -1,6 +1,14 @@
 """The layers whose weights are quantized, and the adapters on them: new ones, those a model carries, or PEFT's.
 
 Weights become low-bit ones each by itself, or layer by layer on calibration images (GPTQ).
+
+With W the float weight of a layer, Wq what its codes stand for, E = W - Wq the error at full quantization, and dW the
+adapters' update: the adapted quantized layer differs from the float one by E - dW. Whether dW removes the error is
+measured on the weights and on the layer's outputs; an update that learns the task need not remove any.
+
+Managing the balance is proportional control of rho, the mean of ||dW|| / ||E||, towards a target rho*: either the
+gradients' scale follows how far rho is below rho*, or the schedule's pace follows how far it is ahead of rho* * share,
+the target over the error in use. Both are bounded.
 """
 
 from __future__ import annotations
@@ -11,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +40,10 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
 
 _AT_ONCE = 16  # images
+MEASURE_EVERY_STEPS = 4  # of a managed balance: a measurement takes a few thousandths of a step
+_SCALE_BOUNDS = (1 / 16, 4.0)
+_PACE_BOUNDS = (0.5, 1.5)  # below 2, so that the schedule does not end before its end step
+_SAME_WEIGHT = 1e-4  # largest relative difference between the errors of one weight, computed twice
 
 
 class QuantizedLayer(NamedTuple):
@@ -74,8 +87,8 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
         return
     if not pools <= {1, config.pool}:
-        problem = f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}"
-        raise UserError(f"{problem}; make them equal", field="qa_lora.group_size")
+        message = f"the model's adapters pool {max(pools)} inputs, the settings quantize groups of {config.pool}"
+        raise UserError(f"{message}; make them equal", field="qa_lora.group_size")
     if ranks is not None:
         raise UserError("the model carries adapters, whose ranks stay; leave it out", field="ranks")
     if config.rank is not None and {config.rank} != set(current_ranks(model).values()):
@@ -104,8 +117,8 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
             remedy = f"use one of {', '.join(sizes)}"
             if not sizes:
                 remedy = "no size divides those of all sites: use_group_quantization: false, or other targets"
-            problem = f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}"
-            raise UserError(problem, field="qa_lora.group_size")
+            message = f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}"
+            raise UserError(message, field="qa_lora.group_size")
         rank = ranks if isinstance(ranks, int) else ranks[site.name]
         largest = min(site.out_features, site.in_features // pool)
         if rank > largest:
@@ -143,8 +156,8 @@ def formats_of(
     for name, layer in layers.items():
         pool, group = max((adapter.pool for _, adapter in layer.updates), default=1), formats[name].group_size
         if pool not in (1, group):
-            problem = f"groups of {group}, but its adapters pool {pool} inputs; make them equal"
-            raise UserError(problem, field=f"formats[{name}]")
+            message = f"groups of {group}, but its adapters pool {pool} inputs; make them equal"
+            raise UserError(message, field=f"formats[{name}]")
     return formats
 
 
@@ -179,8 +192,8 @@ def packed_weights(
             assert module.weight is not None
             yield name, quantize(module.weight, formats[name], name=name)
     elif images is None or not len(images):
-        problem = "rounding: gptq measures layers' inputs; give calibration images (N, C, S, S), normalised"
-        raise UserError(problem, field="images")
+        message = "rounding: gptq measures layers' inputs; give calibration images (N, C, S, S), normalised"
+        raise UserError(message, field="images")
     else:
         backbone = Backbone.within(model)
         images = images.to(next(backbone.model.parameters()).device)
@@ -191,7 +204,7 @@ def packed_weights(
             with torch.no_grad(), evaluating(model):
                 for replayed in passes:
                     x = replayed.inputs(module)[0].float().flatten(0, -2)  # (B, ..., in) -> (N, in)
-                    total = total + 2 * (x.T @ x).double().cpu()
+                    total = total + 2 * (x.T @ x).double().cpu()  # (in, N) @ (N, in)
             assert module.weight is not None
             assert isinstance(total, Tensor)
             yield name, quantize_with_compensation(module.weight, formats[name], total, name=name)
@@ -205,8 +218,8 @@ def _in_order(backbone: Backbone, layers: Mapping[str, QuantizedLayer], image: T
     with watching(watched, lambda name, _: called.setdefault(name)), torch.no_grad(), evaluating(backbone.model):
         backbone.model(image)
     if missing := [name for name in layers if name not in called]:
-        problem = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
-        raise UserError(problem, field="qa_lora.rounding")
+        message = f"gptq needs the inputs of {missing[0]}, which no forward pass calls; leave it out of targets"
+        raise UserError(message, field="qa_lora.rounding")
     return list(called)
 
 
@@ -223,3 +236,107 @@ def saved_weights(
         present = module.weight if module.quantized is None else module.quantized.scales
         assert present is not None
         yield name, QuantizedTensor.from_tensors(packed[name], shape, formats[name]).to(present.device)
+
+
+# --- the balance of adapters and error --------------------------------------------------------------------------------
+
+
+def managed_scale(ratio: float, target: float) -> float:
+    """Return the factor on the adapters' gradients: 4 (1 - ratio / target), within 1/16 and 4.
+
+    It is 1 at three quarters of the target, and brakes above: gradients seldom take back what has grown too large.
+    """
+    return float(np.clip(4 * (1 - ratio / target), *_SCALE_BOUNDS))
+
+
+def managed_pace(ratio: float, target: float, share: float) -> float:
+    """Return the schedule's pace: 1 + ratio / target - share, within a half and one and a half.
+
+    At ratio = target * share the adapters are as large as the target says over the error in use, and the pace is even.
+    """
+    return float(np.clip(1 + ratio / target - share, *_PACE_BOUNDS))
+
+
+@torch.no_grad()
+def adapter_to_error_ratio(layers: Mapping[str, QuantizedLayer], error_norms: Mapping[str, float]) -> float:
+    """Return the mean of ||dW||_F / ||E||_F over the layers that have an error; infinity if none has.
+
+    ||L R||^2 = sum of (L^T L) * (R R^T) needs products of size r alone, and each column of a pooled R counts `pool`
+    times.
+    """
+    ratios = []
+    for name, layer in layers.items():
+        if error_norms[name]:
+            energy = 0.0
+            for _, adapter in layer.updates:
+                left, right = adapter.factors()  # (out, r), (r, in / pool)
+                energy += adapter.pool * float(((left.T @ left) * (right @ right.T)).sum())  # of (r, r)
+            ratios.append(math.sqrt(max(energy, 0.0)) / error_norms[name])
+    return float(np.mean(ratios)) if ratios else math.inf
+
+
+def float_weights(
+    layers: Mapping[str, QuantizedLayer], reference: Mapping[str, Tensor], relative_errors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Return the weight (out, in) of each layer before quantization, from a state dict of the plain model.
+
+    It holds `<layer>.weight`, or `<layer>`, for each; the errors are those of when the layers were quantized.
+    """
+    weights = {}
+    for name, (module, _) in layers.items():
+        weight = reference.get(f"{name}.weight", reference.get(name))
+        assert module.quantized is not None
+        if weight is None or weight.shape != module.quantized.shape:
+            given = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
+            message = f"expected its float weight of shape {module.quantized.shape}, got {given}"
+            raise UserError(message, field=f"reference[{name}]")
+        weights[name] = weight = weight.detach().to(module.quantized.scales.device, torch.float32)
+        norm = float(weight.norm())
+        error = float((weight - module.quantized.dequantize()).norm()) / norm if norm else 0.0
+        if not math.isclose(error, relative_errors[name], rel_tol=_SAME_WEIGHT, abs_tol=1e-6):
+            message = f"its relative error would be {error:.6g}, not {relative_errors[name]:.6g}"
+            raise UserError(f"is not the weight that was quantized: {message}", field=f"reference[{name}]")
+    return weights
+
+
+@torch.no_grad()
+def error_removed(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], weights: Mapping[str, Tensor], images: Tensor | None = None
+) -> dict[str, float]:
+    """Return which share of the error the updates have removed, each a mean over layers.
+
+    Args:
+        model: carries the layers.
+        layers: by name.
+        weights: their float weights, from `float_weights`.
+        images: (B, 3, H, W), for the outputs.
+
+    Returns:
+        error_removed_in_weights: 1 - ||E - dW||_F^2 / ||E||_F^2.
+        error_removed_in_outputs: 1 - ||X (E - dW)^T||_F^2 / ||X E^T||_F^2, given images; X (N, in) are the inputs of a
+            layer in a forward pass of them, of all tokens.
+    """
+
+    def removed(name: str, x: Tensor | None = None) -> float:
+        layer = layers[name]
+        assert layer.module.quantized is not None
+        error = weights[name] - layer.module.quantized.dequantize()  # (out, in)
+        rest = error.clone()
+        for rows, adapter in layer.updates:
+            rest[rows] -= adapter.delta()  # (out_s, in)
+        if x is not None:
+            error, rest = x @ error.T, x @ rest.T  # (N, in) -> (N, out)
+        energy = float(error.square().sum())
+        return 1 - float(rest.square().sum()) / energy if energy else 0.0  # 0: there is none to remove
+
+    shares = {"error_removed_in_weights": float(np.mean([removed(name) for name in layers]))}
+    if images is not None:
+        of_outputs: list[float] = []
+
+        def see(name: str, inputs: Tensor) -> None:
+            of_outputs.append(removed(name, inputs.float().flatten(0, -2)))  # (B, ..., in) -> (N, in)
+
+        with watching({name: layer.module for name, layer in layers.items()}, see), evaluating(model):
+            model(images)
+        shares["error_removed_in_outputs"] = float(np.mean(of_outputs))
+    return shares

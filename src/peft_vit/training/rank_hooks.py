@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import SiteAdapter, check_acting, set_ranks, site_adapters
+from peft_vit.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 from peft_vit.adapters.peft_tuner import attach_peft_adalora
 from peft_vit.allocation import AdaLoRAController, CalibrationBatch, check_fisher, choose_starting_ranks, rank_costs
@@ -52,7 +52,7 @@ class StartingRanks(Hook):
             chosen = choose_starting_ranks(model, self._sites, self._config, seed=self._seed, batch=batch)
             self._ranks, self._scores = chosen
         set_ranks(model, self._ranks)
-        check_acting(model)
+        check_gradients(model)
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Refuse a training that has not called `begin`: no site would have a rank."""
@@ -107,9 +107,9 @@ class AllocationHook(Hook):
         """Return weight * mean of ||P^T P - I||_F and ||Q Q^T - I||_F over all matrices (AdaLoRA, eq. 4)."""
         if self.orthogonality_weight == 0:
             return {}
-        present = [one for one in site_adapters(model).values() if isinstance(one, SiteAdapter) and one.rank]
-        total = torch.stack([adapter.orthogonality() for adapter in present]).sum()  # (sites,) -> ()
-        return {"orthogonality": self.orthogonality_weight * total / (2 * len(present))}
+        adapters = [a for a in site_adapters(model).values() if isinstance(a, SiteAdapter) and a.rank]
+        total = torch.stack([adapter.orthogonality() for adapter in adapters]).sum()  # (sites,) -> ()
+        return {"orthogonality": self.orthogonality_weight * total / (2 * len(adapters))}
 
     def after_backward(self, model: nn.Module, step: int) -> None:
         """Score the sites from the task's gradients, unless the penalty's belong to them."""
@@ -236,7 +236,7 @@ class PeftAdaLoraHook(Hook):
             grams += [right @ right.T, left.T @ left]  # (r0, r0) each
         eye = torch.eye(len(grams[0]), device=grams[0].device)
         norms = torch.linalg.matrix_norm(torch.stack(grams) - eye)  # (2 L, r0, r0) -> (2 L,) of L layers
-        return {"orthogonality": self.weight * norms.mean()}
+        return {"orthogonality": self.weight * norms.mean()}  # (2 L,) -> ()
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Let PEFT score, mask and finalize; its mask of this step, if it made one, goes into the history."""
@@ -249,11 +249,11 @@ class PeftAdaLoraHook(Hook):
 
     def _check_mask(self, model: nn.Module) -> None:
         """Refuse a final mask that is not there, or that took everything: PEFT masks ties with the weakest."""
-        budget, kept = self.rank_history[-1]["budget"], sum(peft_ranks(model).values())
+        budget, left = self.rank_history[-1]["budget"], sum(peft_ranks(model).values())
         used = sum(int((layer.lora_E[ADAPTER] != 0).sum()) for layer in peft_layers(model).values())
-        if not 0 < kept <= budget or used > budget:
+        if not 0 < left <= budget or used > budget:
             raise RuntimeError(
-                f"PEFT's final mask left {kept} triplets, {used} of them in use, of {budget} at step {self.last_update}"
+                f"PEFT's final mask left {left} triplets, {used} of them in use, of {budget} at step {self.last_update}"
             )
 
     def deployable(self, step: int) -> bool:

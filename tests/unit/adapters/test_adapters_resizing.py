@@ -147,19 +147,19 @@ def test_of_equal_triplets_the_later_go_and_order_is_kept(tiny_vit, batch) -> No
     assert kept[name].tolist() == [0, 1, 2]
 
 
-def test_an_optimizer_without_the_adapters_is_refused(tiny_vit, batch) -> None:
-    model = tiny_vit()
-    trained(model, batch)
-    foreign = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1e-2)
-    with pytest.raises(UserError, match="does not hold the adapters' parameters"):
-        resize_adapters(model, foreign, new_ranks(model, -1), scores_of(model))
-
-
-@pytest.mark.parametrize(("site", "rank"), [("blocks.0.attn.query", -1), ("blocks.0.attn.query", 65), ("blocks.9", 1)])
-def test_an_impossible_rank_is_refused_by_site_before_anything_changes(tiny_vit, batch, site, rank) -> None:
-    model = tiny_vit()
-    optimizer = trained(model, batch)
-    wanted = {"blocks.0.attn.key": 1, site: rank}
-    with pytest.raises(UserError, match=site):
-        resize_adapters(model, optimizer, wanted, scores_of(model))
+@pytest.mark.parametrize(
+    ("ranks", "holds", "said"),
+    [
+        ({"blocks.0.attn.query": -1}, True, "blocks.0.attn.query"),
+        ({"blocks.0.attn.query": 65}, True, "blocks.0.attn.query"),
+        ({"blocks.9": 1}, True, "blocks.9"),
+        ({}, False, "does not hold the adapters' parameters"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_anything_changes(tiny_vit, batch, ranks, holds, said) -> None:
+    optimizer = trained(model := tiny_vit(), batch)
+    if not holds:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], 1e-2)
+    with pytest.raises(UserError, match=said):
+        resize_adapters(model, optimizer, {"blocks.0.attn.key": 1} | ranks, scores_of(model))
     assert set(current_ranks(model).values()) == {4}

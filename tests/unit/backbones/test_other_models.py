@@ -53,7 +53,7 @@ def test_layers_of_other_classes_are_found(name: str, image_size: int, sites: in
 @pytest.mark.slow
 def test_adapters_on_them_act_and_are_exported() -> None:
     found = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, formats=("onnx", "openvino"), peft=True)
-    assert found.acting == len(found.sites) == 40
+    assert found.effective == len(found.sites) == 40
     assert found.merged.error <= 1e-5
     assert found.files["onnx"].error <= 1e-4
     assert found.files["openvino"].error <= 1e-4

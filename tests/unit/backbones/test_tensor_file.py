@@ -118,14 +118,14 @@ def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
     gc.collect()
     model = load_backbone(weights, image_size=32, num_classes=3, seed=0, mapped=SETTINGS.targets).model
     assert everything_mapped() == LAYERS
-    quantize, check = quantized_layers.quantize, qa_lora.check_acting
+    quantize, check = quantized_layers.quantize, qa_lora.check_gradients
     counts = []
     monkeypatch.setattr(
         quantized_layers,
         "quantize",
         lambda *args, **named: counts.append(everything_mapped()) or quantize(*args, **named),
     )
-    monkeypatch.setattr(qa_lora, "check_acting", lambda model: counts.append(everything_mapped()) or check(model))
+    monkeypatch.setattr(qa_lora, "check_gradients", lambda model: counts.append(everything_mapped()) or check(model))
     ours = QALoRATrainer(model, SETTINGS, 8)
     assert counts == list(range(LAYERS, -1, -1))
     theirs = QALoRATrainer(own, SETTINGS, 8)  # of weights that were copied

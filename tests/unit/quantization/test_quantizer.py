@@ -75,6 +75,11 @@ def test_quantizing_codebook_values_again_changes_nothing(case: FormatAndWeights
     assert torch.equal(again.dequantize().view(rows)[normal], once.dequantize().view(rows)[normal])
 
 
+def test_halves_go_to_even_integers() -> None:
+    weight = torch.tensor([[0.0, 0.5, 1.5, 2.5, 3.0]])
+    assert quantize(weight, QuantizationFormat("int2", None, offset=True)).dequantize().tolist() == [[0, 0, 2, 2, 3]]
+
+
 @pytest.mark.parametrize("type", INTEGERS)
 def test_constant_rows_with_offset_are_exact(type: str) -> None:
     weight = torch.tensor([[0.1] * 8, [0.0] * 8, [-3e7] * 8])

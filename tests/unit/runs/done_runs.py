@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from written_runs import run_and_write
 
 from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.backbones import LoadedBackbone, load_backbone
 from peft_vit.config import StudyConfig
+from peft_vit.data import load_data
+from peft_vit.evaluation import measure, predict
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
+from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.studies.plan import plan_study
 
 
@@ -35,6 +40,26 @@ def do(config: StudyConfig, folder: Path) -> list[RunRecord]:
     records = [run_and_write(spec, folder) for spec in specs(config, folder)]
     assert [record.error for record in records] == [None] * len(records)
     return records
+
+
+def do_one(config: StudyConfig, folder: Path) -> RunRecord:
+    """Do a study's only run, and write what came out."""
+    (record,) = do(config, folder)
+    return record
+
+
+def restored(record: RunRecord, folder: Path) -> RestoredRun:
+    """Return a run out of its files, after checking that it predicts on the test split what its record holds."""
+    run = restore_run(run_folder(folder, record.spec))
+    images = load_data(record.spec.data, record.spec.seed).test.open()
+    batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
+    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
+    probability = torch.from_numpy(logits).softmax(1).max(1).values.numpy()
+    np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
+    np.testing.assert_allclose(probability, record.predictions.probability, rtol=0, atol=1e-5)
+    if record.head_fit is None:  # a probe's logits were computed from features
+        assert measure(logits, labels) == record.test
+    return run
 
 
 def trained_again(record: RunRecord, folder: Path) -> LoadedBackbone:

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import done_runs
 import pytest
-from done_runs import with_settings
+from done_runs import do_one, with_settings
 
 from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.allocation import check_fisher
@@ -20,8 +19,7 @@ pytestmark = pytest.mark.part("importance analysis")
 
 def do(config: StudyConfig, metric: str, folder: Path, **training: object) -> RunRecord:
     config = with_settings(config, "adalora", importance_metric=metric)
-    (record,) = done_runs.do(with_settings(config, "training", **training), folder)
-    return record
+    return do_one(with_settings(config, "training", **training), folder)
 
 
 @pytest.mark.parametrize("class_weights", [False, True])
@@ -32,7 +30,7 @@ def test_the_check_is_of_the_saved_weights_on_training_images(study, tmp_path, c
     data = load_data(record.spec.data, 0)
     rows = data.train.order(0, 0)
     (batch,) = data.train.ordered_batches(24, run.backbone.mean, run.backbone.std)
-    counts = [max(1, (data.train.labels == one).sum()) for one in range(10)]
+    counts = [max(1, (data.train.labels == label).sum()) for label in range(10)]
     weights = batch[0].new_tensor([24 / (10 * count) for count in counts]) if class_weights else None
     expected = check_fisher(run.model, batch[0][rows], batch[1][rows], class_weights=weights)
     check = record.fisher_check
@@ -53,7 +51,7 @@ def test_other_metrics_have_no_check(study, tmp_path) -> None:
 @pytest.mark.part("trainer")
 @pytest.mark.parametrize("method", ["qa_lora", "qa_adalora"])
 def test_the_balance_is_that_of_the_saved_weights_against_the_backbones_own(study, tmp_path, method) -> None:
-    (record,) = done_runs.do(study(method), tmp_path)
+    record = do_one(study(method), tmp_path)
     spec = record.spec
     backbone = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=0)
     floats = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}

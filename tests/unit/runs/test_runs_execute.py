@@ -7,14 +7,14 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from done_runs import do, specs, trained_again, with_data, with_settings
+from done_runs import do, restored, specs, with_data, with_settings
 from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
-from peft_vit.data import SealedImages, load_data
+from peft_vit.data import SealedImages
 from peft_vit.errors import DivergedError, UserError
-from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.runs import execute as run
 from peft_vit.runs import machine
@@ -43,46 +43,27 @@ def test_the_same_seed_repeats_the_weights_and_another_does_not(study, tmp_path,
 
 
 @pytest.mark.slow
-def test_methods_are_paired_within_a_seed(study, tmp_path) -> None:
-    records = do(study(*METHODS, seeds=(0, 1), epochs=1, batch_size=4), tmp_path)
-    hashes = {0: set(), 1: set()}
-    for record in records:
+def test_methods_are_paired_within_a_seed_whose_split_each_seed_draws(study, tmp_path) -> None:
+    config = with_data(study(*METHODS, seeds=(0, 1), epochs=1, batch_size=4), test_split="per_seed")
+    draws, splits = {0: set(), 1: set()}, {0: set(), 1: set()}
+    for record in do(config, tmp_path):
         p = record.provenance
         if record.spec.experiment.method != "linear":  # which draws neither
-            hashes[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
-        assert p.split_sha256 == records[0].provenance.split_sha256
-        assert p.random_weights
-        assert p.threads == 1
-    assert len(hashes[0]) == len(hashes[1]) == 1
-    ((head_0, order_0),), ((head_1, order_1),) = hashes[0], hashes[1]
-    assert head_0 != head_1
-    assert order_0 != order_1
-
-
-@pytest.mark.slow
-def test_methods_share_a_split_that_each_seed_draws(study, tmp_path) -> None:
-    config = study("linear", "lora", seeds=(0, 1), epochs=1, schedule="constant")
-    config = with_data(config, test_split="per_seed")
-    splits = {0: set(), 1: set()}
-    for record in do(config, tmp_path):
-        splits[record.spec.seed].add((record.provenance.split_sha256, tuple(record.predictions.images)))
-    assert len(splits[0]) == len(splits[1]) == 1
-    ((hash_0, tested_0),), ((hash_1, tested_1),) = splits[0], splits[1]
-    assert hash_0 != hash_1
-    assert tested_0 != tested_1
+            draws[record.spec.seed].add((p.head_init_sha256, p.data_order_sha256))
+        splits[record.spec.seed].add((p.split_sha256, tuple(record.predictions.images)))
+        assert (p.random_weights, p.threads) == (True, 1)
+    for drawn in (draws, splits):
+        (first,), (second,) = drawn[0], drawn[1]
+        assert all(one != other for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.part("controller")
 @pytest.mark.parametrize("method", ["lora", "adalora", "qa_lora", "qa_adalora"])
 def test_the_saved_adapter_gives_the_recorded_counts_and_test_results(study, tmp_path, method) -> None:
     (record,) = do(study(method), tmp_path)
-    spec, backbone = record.spec, trained_again(record, tmp_path)
-    assert trainable_parameters(backbone.model) == record.parameters.final
-    assert current_ranks(backbone.model) == record.rank_history[-1].ranks
-    images = load_data(spec.data, spec.seed).test.open()
-    batches = images.ordered_batches(32, backbone.mean, backbone.std)
-    metrics = measure(*predict(backbone.model, batches, device=torch.device("cpu"), precision="fp32"))
-    assert metrics == record.test
+    model = restored(record, tmp_path).model
+    assert trainable_parameters(model) == record.parameters.final
+    assert current_ranks(model) == record.rank_history[-1].ranks
     if method == "adalora":
         assert record.parameters.final < record.parameters.initial <= record.parameters.peak
         assert sum(record.rank_history[-1].ranks.values()) == 40

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from peft_vit.config import AUGMENTATION_OF_FLIPS, QaLoraConfig
 from peft_vit.data import LabelledImages
-from peft_vit.runs.head_start import SharedFeatures
+from peft_vit.runs.head_init import SharedFeatures
 from peft_vit.studies.plan import plan_study
 from peft_vit.training import QALoRATrainer, RuntimeConfig, head_inputs
 
@@ -62,8 +62,8 @@ class Counted:
         self.passes += 1
 
     def features(self, spec, hooks=(), runtime=RUNTIME, **provenance) -> SharedFeatures:
-        told = SimpleNamespace(**{**PROVENANCE, **provenance})
-        return SharedFeatures(self.model, spec, told, list(hooks), runtime)
+        fields = SimpleNamespace(**{**PROVENANCE, **provenance})
+        return SharedFeatures(self.model, spec, fields, list(hooks), runtime)
 
 
 @pytest.fixture
@@ -89,11 +89,11 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
     rng = np.random.default_rng(1)
     pixels = np.concatenate([images.pixels[[7, 2]], rng.integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)])
     mixed = LabelledImages(pixels, np.array([2, 2, 0]), np.array([30, 80, 5]))
-    found = counted.features(spec).of(mixed)
+    features = counted.features(spec).of(mixed)
     assert counted.passes == 1
-    np.testing.assert_array_equal(found.values[:2], first.values[[7, 2]])
-    np.testing.assert_allclose(found.values, head_inputs(counted.model, mixed, RUNTIME, 32), rtol=0, atol=1e-6)
-    np.testing.assert_array_equal(found.labels, mixed.labels)
+    np.testing.assert_array_equal(features.values[:2], first.values[[7, 2]])
+    np.testing.assert_allclose(features.values, head_inputs(counted.model, mixed, RUNTIME, 32), rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(features.labels, mixed.labels)
     assert sorted(load_file(files(tmp_path)[0])["places"]) == sorted([*(4 * images.positions), 20])
 
 
@@ -102,10 +102,10 @@ def test_the_second_run_computes_nothing(counted, spec, images, tmp_path) -> Non
 )
 def test_training_images_come_in_every_way_in_which_they_are_shown(counted, spec, images, flips, ways) -> None:
     shared = counted.features(with_flips(spec, flips))
-    found = shared.of_training(images)
+    features = shared.of_training(images)
     expected = [head_inputs(counted.model, images, RUNTIME, 32, axes) for axes in ways]
-    np.testing.assert_array_equal(found.values, np.concatenate(expected))
-    np.testing.assert_array_equal(found.labels, np.tile(images.labels, len(ways)))
+    np.testing.assert_array_equal(features.values, np.concatenate(expected))
+    np.testing.assert_array_equal(features.labels, np.tile(images.labels, len(ways)))
     counted.passes = 0
     np.testing.assert_array_equal(shared.of(images).values, expected[0])  # never flipped, and shared with training's
     assert counted.passes == 0
@@ -122,46 +122,39 @@ def packed(model, **settings):
     return QALoRATrainer(model, QaLoraConfig(**{**default, **settings}), 1, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("change", "provenance"),
-    [
-        *(
-            (lambda spec: spec, one)
-            for one in (
-                {"weights_sha256": "b" * 64},
-                {"config_sha256": "c" * 64},
-                {"data_sha256": "e" * 64},
-                {"device": "cuda"},
-                {"processor": "q"},
-                {"packages": {"timm": "2"}},
-                {"packages": {"timm": "1", "transformers": "5"}},
-            )
-        ),
-        (lambda spec: spec.model_copy(update={"precision": "bf16"}), {}),
-        (lambda spec: spec.model_copy(update={"threads": 3}), {}),
-        (lambda spec: with_data(spec, image_size=64), {}),
-    ],
-)
-def test_what_differs_is_not_shared(counted, spec, images, tmp_path, change, provenance) -> None:
+PROVENANCES = {
+    "weights": {"weights_sha256": "b" * 64},
+    "configuration": {"config_sha256": "c" * 64},
+    "data": {"data_sha256": "e" * 64},
+    "device": {"device": "cuda"},
+    "processor": {"processor": "q"},
+    "timm": {"packages": {"timm": "2"}},
+    "transformers": {"packages": {"timm": "1", "transformers": "5"}},
+}
+CHANGES = {
+    "precision": lambda spec: spec.model_copy(update={"precision": "bf16"}),
+    "threads": lambda spec: spec.model_copy(update={"threads": 3}),
+    "image size": lambda spec: with_data(spec, image_size=64),
+}
+
+
+@pytest.mark.parametrize("change", [*PROVENANCES, *CHANGES])
+def test_what_differs_is_not_shared(counted, spec, images, tmp_path, change) -> None:
     counted.features(spec).of(images)
-    counted.features(change(spec), **provenance).of(images)
+    other = CHANGES.get(change, lambda spec: spec)(spec)
+    counted.features(other, **PROVENANCES.get(change, {})).of(images)
     assert counted.passes == len(files(tmp_path)) == 2
 
 
-def test_weights_that_are_packed_otherwise_are_not_shared(counted, spec, images, tmp_path, tiny_vit) -> None:
+def test_weights_that_are_packed_alike_are_shared_and_others_are_not(counted, spec, images, tmp_path, tiny_vit) -> None:
     counted.features(spec).of(images)
     for settings in (
-        *({"quantization_type": one} for one in ("fp4", "nf4", "int4")),
+        *({"quantization_type": type} for type in ("fp4", "nf4", "int4")),
         {"quantization_schedule": "linear"},
+        {"rank": 2},  # as nf4 above
     ):
         counted.features(spec, [packed(tiny_vit(), **settings)]).of(images)
     assert counted.passes == len(files(tmp_path)) == 5
-
-
-def test_packed_alike_is_shared(counted, spec, images, tiny_vit) -> None:
-    counted.features(spec, [packed(tiny_vit(), rank=1)]).of(images)
-    counted.features(spec, [packed(tiny_vit(), rank=2)]).of(images)
-    assert counted.passes == 1
 
 
 @pytest.mark.parametrize("spoil", ["bytes", "empty", "not finite", "length", "names"])
@@ -185,9 +178,9 @@ def test_a_spoiled_file_is_computed_anew_with_a_warning(counted, spec, images, t
         again = counted.features(spec).of(images)
     assert counted.passes == 1
     np.testing.assert_array_equal(again.values, first.values)
-    (said,) = caplog.messages
-    assert said.startswith(f"{file} is of no use (")
-    assert said.endswith("; features are computed anew")
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{file} is of no use (")
+    assert warning.endswith("; features are computed anew")
     caplog.clear()
     counted.features(spec).of(images)
     assert (counted.passes, caplog.messages) == (1, [])
@@ -207,6 +200,6 @@ def test_random_weights_and_adapters_to_go_on_from_are_never_kept(counted, spec,
 def test_a_cache_that_cannot_be_written_is_said(counted, spec, images, tmp_path, caplog) -> None:
     (tmp_path / "cache").write_text("a file in its place")
     with caplog.at_level("WARNING"):
-        found = counted.features(spec).of(images)
-    assert found.values.shape == (10, 64)
+        features = counted.features(spec).of(images)
+    assert features.values.shape == (10, 64)
     assert any("other runs compute features anew" in message for message in caplog.messages)

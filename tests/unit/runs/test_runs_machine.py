@@ -80,39 +80,28 @@ def test_where_linux_tells_no_flags_pytorch_is_asked(cpuinfo, monkeypatch, tmp_p
     assert not bf16_support(CPU).native
 
 
-@pytest.mark.parametrize(
-    ("limit", "native"),
-    [
-        ("AVX2", False),
-        ("avx2", False),
-        ("SSE41", False),
-        ("AVX2_VNNI_2", False),
-        ("AVX512_CORE", False),
-        ("AVX512_CORE_VNNI", False),
-        ("AVX512_CORE_BF16", True),
-        ("AVX512_CORE_AMX", True),
-        ("DEFAULT", True),
-        ("ALL", True),
-        ("no_such_limit", True),
-    ],
-)
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_a_limit_on_instructions_counts(processor, monkeypatch, variable: str, limit: str, native: bool) -> None:
+def test_a_limit_on_instructions_counts(processor, monkeypatch, variable: str) -> None:
     processor(ZEN_4)
-    monkeypatch.setenv(variable, limit)
-    found = bf16_support(CPU)
-    assert found.native == native
-    assert found.reason.endswith("instructions" if native else f"but {variable}={limit} leaves them out")
+    without_bf16 = ("AVX2", "avx2", "SSE41", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+    with_bf16 = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", "DEFAULT", "ALL", "no_such_limit")
+    for limit in (*without_bf16, *with_bf16):
+        monkeypatch.setenv(variable, limit)
+        support = bf16_support(CPU)
+        assert support.native == (limit in with_bf16), limit
+        reason = "instructions" if support.native else f"but {variable}={limit} leaves them out"
+        assert support.reason.endswith(reason)
 
 
 def test_of_two_limits_the_newer_name_counts_and_that_of_pytorch_itself_does_not(processor, monkeypatch) -> None:
     processor(ZEN_4)
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
-    assert bf16_support(CPU).native
-    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
-    assert not bf16_support(CPU).native
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "DEFAULT")
-    assert bf16_support(CPU).native
+    for variable, value, native in (
+        ("ATEN_CPU_CAPABILITY", "avx2", True),
+        ("DNNL_MAX_CPU_ISA", "AVX2", False),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
+    ):
+        monkeypatch.setenv(variable, value)
+        assert bf16_support(CPU).native == native
 
 
 def test_pytorch_without_onednn_uses_no_instructions(processor, monkeypatch) -> None:
@@ -133,37 +122,29 @@ def test_a_gpu_is_asked_without_its_emulation(monkeypatch, native: bool) -> None
     assert not bf16_support(torch.device("mps")).native
 
 
+HAS, LACKS = NATIVE.reason, EMULATED.reason
+BEGUN = "precision: {}, as the study was begun, though auto would be {} here: {}"
+
+
 @pytest.mark.parametrize(
-    ("asked", "begun", "support", "chosen", "note"),
+    ("requested", "begun", "support", "chosen", "note"),
     [
-        ("auto", None, NATIVE, "bf16", "precision: auto is bf16: it has the instructions"),
-        ("auto", None, EMULATED, "fp32", "precision: auto is fp32: it lacks the instructions"),
-        ("auto", "bf16", NATIVE, "bf16", "precision: auto is bf16: it has the instructions"),
-        (
-            "auto",
-            "bf16",
-            EMULATED,
-            "bf16",
-            "precision: bf16, as the study was begun, though auto would be fp32 here: it lacks the instructions",
-        ),
-        (
-            "auto",
-            "fp32",
-            NATIVE,
-            "fp32",
-            "precision: fp32, as the study was begun, though auto would be bf16 here: it has the instructions",
-        ),
+        ("auto", None, NATIVE, "bf16", f"precision: auto is bf16: {HAS}"),
+        ("auto", None, EMULATED, "fp32", f"precision: auto is fp32: {LACKS}"),
+        ("auto", "bf16", NATIVE, "bf16", f"precision: auto is bf16: {HAS}"),
+        ("auto", "bf16", EMULATED, "bf16", BEGUN.format("bf16", "fp32", LACKS)),
+        ("auto", "fp32", NATIVE, "fp32", BEGUN.format("fp32", "bf16", HAS)),
         ("bf16", None, EMULATED, "bf16", None),
         ("fp32", "bf16", NATIVE, "fp32", None),  # go_on refuses it
     ],
 )
 def test_auto_takes_what_the_study_has_and_then_what_the_device_computes_in(
-    machine, asked, begun, support, chosen, note
+    machine, requested, begun, support, chosen, note
 ) -> None:
     machine(support)
-    found = choose_precision(asked, begun, CPU)
-    assert (found.chosen, found.note) == (chosen, note)
-    assert found.emulated == (chosen == "bf16" and support is EMULATED)
+    choice = choose_precision(requested, begun, CPU)
+    assert (choice.chosen, choice.note) == (chosen, note)
+    assert choice.emulated == (chosen == "bf16" and support is EMULATED)
 
 
 def planned(config, folder: Path, **settings):

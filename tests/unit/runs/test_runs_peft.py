@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from done_runs import restored
 from written_runs import run_and_write
 
-from peft_vit.adapters import load_trained
 from peft_vit.adapters.peft_layers import peft_layers
-from peft_vit.backbones import load_backbone
 from peft_vit.config import ExperimentConfig, PeftAdaLoraConfig, PeftLoraConfig
 from peft_vit.errors import UserError
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
 from peft_vit.report import build_report
 from peft_vit.runs.machine import package_versions
@@ -81,13 +79,9 @@ def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
 
     fixed, adaptive = by_name["theirs"], by_name["adaptive"]
     for record in (fixed, adaptive):
-        assert [site.name for site in record.sites[:4]] == [
-            "blocks.0.attn.qkv",
-            "blocks.0.attn.out",
-            "blocks.0.mlp.fc1",
-            "blocks.0.mlp.fc2",
-        ]
-        assert [site.matrix for site in record.sites[:4]] == ["qkv", "out", "fc1", "fc2"]
+        matrices = {"qkv": "attn.qkv", "out": "attn.out", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+        first = {site.matrix: site.name for site in record.sites[:4]}
+        assert first == {matrix: f"blocks.0.{name}" for matrix, name in matrices.items()}
         assert (record.sites[0].in_features, record.sites[0].out_features) == (64, 192)
         extra = 1 if record is adaptive else 0
         size = sum(
@@ -106,25 +100,18 @@ def test_runs_are_paired_with_ours_and_recorded_alike(beside, tmp_path) -> None:
 
     again = run_and_write(adaptive.spec, tmp_path / "again")
     assert again.adapter_sha256 == adaptive.adapter_sha256
-    other_seed = next(r for r in records if r.spec.experiment.name == "adaptive" and r.spec.seed == 1)
-    assert other_seed.adapter_sha256 != adaptive.adapter_sha256
     text = build_report(folder, tmp_path / "report").markdown.read_text()
-    assert "theirs" in text
-    assert "adaptive" in text
+    assert all(name in text for name in ("theirs", "adaptive"))
 
 
 @pytest.mark.parametrize("name", ["theirs", "adaptive"])
-def test_a_saved_adapter_fits_a_fresh_model(beside, tmp_path, name) -> None:
+def test_a_saved_adapter_is_restored(beside, tmp_path, name) -> None:
     (spec,) = (run.spec for run in planned(beside(), tmp_path).runs if run.spec.experiment.name == name)
     record = run_and_write(spec, tmp_path)
-    fresh = load_backbone(spec.backbone, image_size=32, num_classes=10, seed=9).model
-    METHODS[spec.experiment.method].prepare(
-        fresh, spec.experiment, PrepareContext(total_steps=len(record.steps), seed=9)
-    )
-    load_trained(fresh, run_folder(tmp_path, spec) / ADAPTER_FILE)
-    assert trainable_parameters(fresh) == record.parameters.final
+    model = restored(record, tmp_path).model
+    assert trainable_parameters(model) == record.parameters.final
     if name == "adaptive":
-        live = [int((layer.lora_E["default"] != 0).sum()) for layer in peft_layers(fresh).values()]
+        live = [int((layer.lora_E["default"] != 0).sum()) for layer in peft_layers(model).values()]
         assert live == list(record.rank_history[-1].ranks.values())
 
 

@@ -35,33 +35,15 @@ def peft_adalora(config: StudyConfig, **settings: Any) -> StudyConfig:
     return with_method(config, "peft_adalora", **PEFT_ADALORA | settings)
 
 
+GPTQ = {"rounding": "gptq", "calibration_images": 25}
+AVERAGE = {"total_byte_budget": None, "average_bits": 3.0, "ranks": False}
+BY_GRADIENT = {"rule": "gradient", "budget": 9, "calibration_images": 25}
 REFUSED = [  # the study's method, what makes it one to be refused, its settings, the field, what is said
-    (
-        "qa_lora",
-        with_settings,
-        ("qa_lora",),
-        {"rounding": "gptq", "calibration_images": 25},
-        "qa_lora.calibration_images",
-        "24",
-    ),
+    ("qa_lora", with_settings, ("qa_lora",), GPTQ, "qa_lora.calibration_images", "24"),
     ("adaptive_bits", adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
-    (
-        "adaptive_bits",
-        adaptive_bits,
-        (),
-        {"total_byte_budget": None, "average_bits": 3.0, "ranks": False},
-        f"{BITS}.average_bits",
-        "4.000",
-    ),
+    ("adaptive_bits", adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "4.000"),
     ("adaptive_bits", adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
-    (
-        "lora",
-        rule,
-        (),
-        {"rule": "gradient", "budget": 9, "calibration_images": 25},
-        "lora.ranks.calibration_images",
-        "24",
-    ),
+    ("lora", rule, (), BY_GRADIENT, "lora.ranks.calibration_images", "24"),
     ("lora", rule, (), {"rule": "random", "budget": 36}, "lora.ranks.budget", ""),
     ("lora", rule, (), {"rule": "last_blocks", "budget": 9, "site_rank": 65}, "lora.ranks.site_rank", "64"),
 ]
@@ -70,20 +52,18 @@ OF_PEFT = [
     ("lora", peft_adalora, (), {"initial_rank": 65}, "peft_adalora.initial_rank", "at most 64"),
     ("lora", peft_adalora, (), {"final_steps": 5}, "peft_adalora.warmup_steps", "6 steps"),
     ("lora", peft_adalora, (), {"update_frequency": 4}, "peft_adalora.update_frequency", "multiple of 4"),
-    ("lora", with_method, ("peft",), {"type": "dorra"}, "peft.type", "did you mean 'dora'?"),
-    ("lora", with_method, ("peft",), {"type": "prefix_tuning"}, "peft.type", "PEFT has no tuner"),
-    ("lora", with_method, ("peft",), {"type": "lora", "lora_alhpa": 4}, "peft.lora_alhpa", "'lora_alpha'?"),
-    ("lora", with_method, ("peft",), {"type": "dora", "use_dora": True}, "peft.use_dora", "remove it"),
-    (
-        "lora",
-        with_method,
-        ("peft",),
-        {"type": "lora", "modules_to_save": ["head"]},
-        "peft.modules_to_save",
-        "remove it",
+    *(
+        ("lora", with_method, ("peft",), *case)
+        for case in (
+            ({"type": "dorra"}, "peft.type", "did you mean 'dora'?"),
+            ({"type": "prefix_tuning"}, "peft.type", "PEFT has no tuner"),
+            ({"type": "lora", "lora_alhpa": 4}, "peft.lora_alhpa", "'lora_alpha'?"),
+            ({"type": "dora", "use_dora": True}, "peft.use_dora", "remove it"),
+            ({"type": "lora", "modules_to_save": ["head"]}, "peft.modules_to_save", "remove it"),
+            ({"type": "oft", "r": 8, "oft_block_size": 4}, "peft", "PEFT refuses it"),
+            ({"type": "adalora"}, "peft.type", "peft_adalora"),
+        )
     ),
-    ("lora", with_method, ("peft",), {"type": "oft", "r": 8, "oft_block_size": 4}, "peft", "PEFT refuses it"),
-    ("lora", with_method, ("peft",), {"type": "adalora"}, "peft.type", "peft_adalora"),
 ]
 without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs the PEFT library")
 

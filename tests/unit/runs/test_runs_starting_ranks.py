@@ -1,18 +1,13 @@
 """LoRA whose ranks a rule chooses: by the head of the start, recorded, restored, resumed to the bit."""
 
-import numpy as np
 import pytest
 import torch
-from done_runs import do, specs, with_settings
+from done_runs import do_one, restored, specs, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
 from peft_vit.config import StartingRanksConfig
-from peft_vit.data import load_data
-from peft_vit.evaluation import predict
 from peft_vit.methods import METHODS, PrepareContext
-from peft_vit.records import run_folder
-from peft_vit.runs.restore import restore_run
 from peft_vit.training import StartingRanks
 
 pytestmark = pytest.mark.part("controller")
@@ -40,7 +35,7 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
         "begin",
         lambda self, model, before: (seen.append(model.head.weight.clone()), begin(self, model, before))[1],
     )
-    (record,) = do(ruled(rule="gradient", budget=20), tmp_path)
+    record = do_one(ruled(rule="gradient", budget=20), tmp_path)
     (entry,), (scores,) = record.rank_history, record.importance_history
     assert (entry.step, entry.budget, entry.unit, entry.spent, scores.step) == (0, 20, "ranks", 20, 0)
     assert len(entry.ranks) == len(scores.scores) == 36
@@ -54,12 +49,7 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
     values = sum(rank * shapes[name] for name, rank in entry.ranks.items())
     assert record.parameters.initial == record.parameters.head + values
 
-    run = restore_run(run_folder(tmp_path, record.spec))
-    assert current_ranks(run.model) == entry.ranks
-    images = load_data(record.spec.data, record.spec.seed).test.open()
-    batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
-    logits, _ = predict(run.model, batches, device=torch.device("cpu"), precision="fp32")
-    np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
+    assert current_ranks(restored(record, tmp_path).model) == entry.ranks
 
 
 def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:

@@ -63,7 +63,7 @@ def assert_same(one, other) -> None:
         assert repr(one) == repr(other)  # NaN equals NaN so
 
 
-def kept(folder: Path, *steps: int) -> None:
+def written(folder: Path, *steps: int) -> None:
     for step in steps:
         write_checkpoint(folder, step, state(step))
 
@@ -90,18 +90,18 @@ def newest(folder: Path) -> tuple[int, State | None, list[str]]:
 
 
 def test_what_is_read_is_what_was_written_in_order_and_layout(tmp_path) -> None:
-    kept(tmp_path, 3, 12)
-    step, found, said = newest(tmp_path)
-    assert (step, said) == (12, [])
-    assert_same(found, state(12))
-    assert found["model"]["a"].stride() == (1, 6)
-    assert found["model"]["column"].stride() == (64,)
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in found["model"].values())  # as torch places its own
-    assert found.source == tmp_path / "checkpoint-12"
+    written(tmp_path, 3, 12)
+    step, state_read, warned = newest(tmp_path)
+    assert (step, warned) == (12, [])
+    assert_same(state_read, state(12))
+    assert state_read["model"]["a"].stride() == (1, 6)
+    assert state_read["model"]["column"].stride() == (64,)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in state_read["model"].values())  # as torch places its own
+    assert state_read.source == tmp_path / "checkpoint-12"
     assert sorted(path.name for path in (tmp_path / "checkpoint-12").iterdir()) == sorted(FILES)
-    kept_state = (tmp_path / "checkpoint-12" / "state.json").read_text()
+    before_sealing = (tmp_path / "checkpoint-12" / "state.json").read_text()
     seal(tmp_path / "checkpoint-12")
-    assert (tmp_path / "checkpoint-12" / "state.json").read_text() == kept_state
+    assert (tmp_path / "checkpoint-12" / "state.json").read_text() == before_sealing
     assert torch.equal(load_file(tmp_path / "checkpoint-12" / FILES[0])["1"], state(12)["model"]["a"])
 
 
@@ -141,7 +141,7 @@ def test_the_last_two_are_kept_and_leftovers_go(tmp_path) -> None:
 
 
 def test_a_damaged_one_does_not_count_as_one_of_two(tmp_path) -> None:
-    kept(tmp_path, 5, 6)
+    written(tmp_path, 5, 6)
     (tmp_path / "checkpoint-6" / "state.json").unlink()
     keeper = CheckpointKeeper(Checkpoints(tmp_path))
     with pytest.warns(CheckpointWarning, match="left aside"):
@@ -156,30 +156,24 @@ def test_one_is_due_after_the_interval_and_a_hundred_times_its_cost(tmp_path) ->
     now = [0.0]
     keeper = CheckpointKeeper(Checkpoints(tmp_path, 30), clock=lambda: now[0])
 
-    def slow(step: int, seconds: float) -> None:
+    def due_at(*seconds: float) -> list[bool]:
+        return [keeper.is_due() for now[0] in seconds]
+
+    def write(step: int, seconds: float) -> None:
         def take() -> State:
             now[0] += seconds
             return state(step)
 
         keeper.keep(step, take)
 
-    for seconds, due in ((0, False), (29.9, False), (30, True), (1000, True)):
-        now[0] = seconds
-        assert keeper.is_due() is due
-    slow(1, 0.2)
-    for seconds, due in ((1000.2, False), (1030.1, False), (1030.3, True)):
-        now[0] = seconds
-        assert keeper.is_due() is due
-    slow(2, 5)  # once: no reason to wait for minutes
-    for seconds, due in ((1065.2, False), (1065.4, True)):
-        now[0] = seconds
-        assert keeper.is_due() is due
-    slow(3, 5)
-    for seconds, due in ((1570.3, False), (1570.5, True)):
-        now[0] = seconds
-        assert keeper.is_due() is due
-    always = CheckpointKeeper(Checkpoints(tmp_path / "always", 0), clock=lambda: 7.0)
-    assert always.is_due()
+    assert due_at(0, 29.9, 30, 1000) == [False, False, True, True]
+    write(1, 0.2)
+    assert due_at(1000.2, 1030.1, 1030.3) == [False, False, True]
+    write(2, 5)  # once: no reason to wait for minutes
+    assert due_at(1065.2, 1065.4) == [False, True]
+    write(3, 5)
+    assert due_at(1570.3, 1570.5) == [False, True]
+    assert CheckpointKeeper(Checkpoints(tmp_path / "always", 0), clock=lambda: 7.0).is_due()
 
 
 # --- damaged ----------------------------------------------------------------------------------------------------------
@@ -224,28 +218,28 @@ DAMAGE = {
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_is_damaged_is_named_and_the_one_before_is_read(tmp_path, file, damage) -> None:
-    kept(tmp_path, 9, 10)
+    written(tmp_path, 9, 10)
     DAMAGE[damage](tmp_path / "checkpoint-10" / file)
-    step, found, said = newest(tmp_path)
+    step, state_read, warned = newest(tmp_path)
     assert step == 9
-    assert_same(found, state(9))
-    assert len(said) == 1
-    assert f"checkpoint-10{os.sep}{file}: " in said[0]
-    assert len(said[0].splitlines()) == 1
+    assert_same(state_read, state(9))
+    assert len(warned) == 1
+    assert f"checkpoint-10{os.sep}{file}: " in warned[0]
+    assert len(warned[0].splitlines()) == 1
 
 
 def test_whatever_stands_in_its_place_is_no_checkpoint(tmp_path) -> None:
-    kept(tmp_path, 1)
+    written(tmp_path, 1)
     elsewhere = tmp_path / "elsewhere"
-    kept(elsewhere, 4)
+    written(elsewhere, 4)
     (tmp_path / "checkpoint-4").symlink_to(elsewhere / "checkpoint-4")
     (tmp_path / "checkpoint-5").write_text("a file")
     os.mkfifo(tmp_path / "checkpoint-6")
     shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-7")  # of another step
     (tmp_path / "checkpoint-08x").mkdir()
-    step, _, said = newest(tmp_path)
+    step, _, warned = newest(tmp_path)
     assert step == 1
-    assert len(said) == 4
+    assert len(warned) == 4
     keeper = CheckpointKeeper(Checkpoints(tmp_path, 0))
     with pytest.warns(CheckpointWarning):
         keeper.newest()
@@ -256,19 +250,19 @@ def test_whatever_stands_in_its_place_is_no_checkpoint(tmp_path) -> None:
 
 
 def test_want_of_memory_is_no_damage(tmp_path, monkeypatch) -> None:
-    kept(tmp_path, 1, 2)
+    written(tmp_path, 1, 2)
     monkeypatch.setattr("peft_vit.training.checkpoint.load_file", lambda file: torch.empty(1 << 50))
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         CheckpointKeeper(Checkpoints(tmp_path, 0)).newest()
 
 
 def test_without_a_whole_one_the_run_starts_anew_and_says_so(tmp_path) -> None:
-    kept(tmp_path, 1, 2)
+    written(tmp_path, 1, 2)
     for step in (1, 2):
         flip(tmp_path / f"checkpoint-{step}" / "tensors.safetensors")
-    step, found, said = newest(tmp_path)
-    assert (step, found, len(said)) == (0, None, 3)
-    assert "no checkpoint is whole; the run starts from its beginning" in said[-1]
+    step, state_read, warned = newest(tmp_path)
+    assert (step, state_read, len(warned)) == (0, None, 3)
+    assert "no checkpoint is whole; the run starts from its beginning" in warned[-1]
     assert newest(tmp_path / "nowhere") == (0, None, [])
 
 
@@ -290,7 +284,7 @@ def no_pickle(*_, **__):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    kept(folder, 9, 10)
+    written(folder, 9, 10)
     return folder
 
 
@@ -311,18 +305,18 @@ def test_any_edit_leads_to_the_same_state_or_the_one_before(two, changes, hidden
                 seal(place)
         for module, attribute in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
             patch.setattr(module, attribute, no_pickle)
-        step, found, said = newest(folder)
+        step, state_read, warned = newest(folder)
         assert sorted(os.listdir(folder)) == ["checkpoint-10", "checkpoint-9"]
     if step == 9:
-        assert_same(found, state(9))
-        assert len(said) == 1
+        assert_same(state_read, state(9))
+        assert len(warned) == 1
     elif not hidden:
-        assert_same(found, state(10))  # e.g. a space into JSON
+        assert_same(state_read, state(10))  # e.g. a space into JSON
 
 
 @pytest.mark.parametrize("strides", [[1], [-1, 1], [1, 1], [0, 0], [10**9, 1], [3, 1, 1], "row", None, [1.5, 1]])
 def test_an_impossible_layout_is_refused(tmp_path, strides) -> None:
-    kept(tmp_path, 3)
+    written(tmp_path, 3)
     place = tmp_path / "checkpoint-3"
     saved = json.loads((place / "state.json").read_text())
     saved["state"]["model"]["b"]["$tensor"][1] = strides
@@ -336,12 +330,12 @@ def test_an_impossible_layout_is_refused(tmp_path, strides) -> None:
 
 @pytest.mark.parametrize("content", [{"tensors": {}, "values": {}}, {"format": 2, "step": 3}])
 def test_one_of_another_version_is_said_to_be_one_and_the_run_starts_anew(tmp_path, content) -> None:
-    kept(tmp_path, 3)
+    written(tmp_path, 3)
     (tmp_path / "checkpoint-3" / "state.json").write_text(json.dumps(content))
-    step, found, said = newest(tmp_path)
-    assert (step, found) == (0, None)
-    assert "state.json: is of another version of this program" in said[0]
-    assert "the run starts from its beginning" in said[1]
+    step, state_read, warned = newest(tmp_path)
+    assert (step, state_read) == (0, None)
+    assert "state.json: is of another version of this program" in warned[0]
+    assert "the run starts from its beginning" in warned[1]
 
 
 # --- interrupted while writing ----------------------------------------------------------------------------------------
@@ -377,9 +371,9 @@ def points() -> list[tuple[str, int]]:
     found = []
     for name in CALLS:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-            kept(Path(folder), 7)
+            written(Path(folder), 7)
             made = nth(patch, name, -1, None)
-            kept(Path(folder), 8)
+            written(Path(folder), 8)
             found += [(name, count) for count in range(1, made[0] + 1)]
     return found
 
@@ -397,10 +391,10 @@ def test_without_room_the_last_one_still_loads_and_nothing_is_left(tmp_path, mon
         with pytest.raises(OSError, match="No space left"):
             keeper.keep(8, lambda: state(8))
     assert not list(tmp_path.glob(".checkpoint-*"))
-    step, found, said = newest(tmp_path)
-    assert said == []
+    step, state_read, warned = newest(tmp_path)
+    assert warned == []
     assert step == 7 or (name in ("open", "fsync") and (name, count + 1) not in points())  # 8 after the renaming
-    assert_same(found, state(step))
+    assert_same(state_read, state(step))
     keeper.keep(9, lambda: state(9))
     assert newest(tmp_path)[::2] == (9, [])
 
@@ -415,18 +409,18 @@ def test_killed_at_any_call_the_last_one_still_loads(tmp_path, name, count) -> N
             call(arguments[0], arguments[1][: len(arguments[1]) // 2], **named)
         os._exit(9)
 
-    kept(tmp_path, 6, 7)
+    written(tmp_path, 6, 7)
     child = os.fork()
     if child == 0:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 nth(patch, name, count, half)
-                kept(tmp_path, 8)
+                written(tmp_path, 8)
         finally:
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    step, found, said = newest(tmp_path)
-    assert said == []
+    step, state_read, warned = newest(tmp_path)
+    assert warned == []
     assert step in (7, 8)
-    assert_same(found, state(step))
+    assert_same(state_read, state(step))
     assert not list(tmp_path.glob(".checkpoint-*"))

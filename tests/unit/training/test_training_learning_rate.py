@@ -15,13 +15,17 @@ from peft_vit.training.optimization import WarmupStableDecay, build_scheduler
 pytestmark = pytest.mark.part("runner")
 
 
-def test_up_in_a_line_then_one_then_down_in_a_line() -> None:
+def test_up_in_a_line_over_its_share_then_one_then_down_in_a_line() -> None:
     course = WarmupStableDecay(100)
     factors = [course(step) for step in range(101)]
     assert factors[:10] == pytest.approx(np.arange(1, 11) / 10)
     assert factors[9:80] == [1.0] * 71
     assert factors[80:] == pytest.approx(np.arange(20, -1, -1) / 21)  # a fifth of the run
     assert WarmupStableDecay(10_000)(19) == 1.0 > WarmupStableDecay(10_000)(18)
+    course = WarmupStableDecay(100, 0.4)
+    assert [course(step) for step in range(41)] == pytest.approx([*np.arange(1, 41) / 40, 1])
+    assert [WarmupStableDecay(100, 0.0)(step) for step in (0, 1, 79)] == [1.0, 1.0, 1.0]
+    assert WarmupStableDecay(10_000, 0.01).warmup_steps == 100
 
 
 def test_the_way_down_may_begin_at_any_step_and_begins_once() -> None:
@@ -54,14 +58,6 @@ def test_one_cycle_warms_up_over_its_share_of_the_steps(share, steps) -> None:
         assert optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * expected, rel=1e-6)
         optimizer.step()
         scheduler.step()
-
-
-def test_warmup_stable_decay_warms_up_over_its_share_of_the_steps() -> None:
-    course = WarmupStableDecay(100, 0.4)
-    assert [course(step) for step in range(41)] == pytest.approx([*np.arange(1, 41) / 40, 1])
-    assert [WarmupStableDecay(100, 0.0)(step) for step in (0, 1, 79)] == [1.0, 1.0, 1.0]
-    assert WarmupStableDecay(100).warmup_steps == 10
-    assert WarmupStableDecay(10_000, 0.01).warmup_steps == 100
 
 
 def config(**settings) -> TrainingConfig:

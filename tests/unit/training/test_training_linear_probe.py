@@ -181,9 +181,9 @@ def test_logits_have_the_setting_s_precision(runtime) -> None:
     np.testing.assert_allclose(rounded, exact, rtol=0, atol=0.2)
 
 
-def assert_softened_to_half_a_guess(probe, train: Features, temperature: float) -> None:
+def assert_cooled_to_half_a_guess(probe, train: Features, temperature: float) -> None:
     """Check that the factor is the least power of two with which the loss on training images is log(classes) / 2."""
-    factor = probe.softening(train, temperature)
+    factor = probe.training_temperature(train, temperature)
     logits = train.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
 
     def loss(divided_by: float) -> float:
@@ -192,7 +192,7 @@ def assert_softened_to_half_a_guess(probe, train: Features, temperature: float) 
 
     assert factor in (2, 4, 8, 16, 32)
     assert loss(factor / 2) < np.log(logits.shape[1]) / 2 <= loss(factor)
-    assert probe.softening(train, 1000 * temperature) == 1
+    assert probe.training_temperature(train, 1000 * temperature) == 1
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -213,7 +213,7 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     grid = np.exp(np.linspace(np.log(0.1), np.log(100), 2000))
     assert found == pytest.approx(grid[np.argmin([nll(one) for one in grid])], rel=0.01)
     assert found > 1.5
-    assert_softened_to_half_a_guess(probe, train, found)
+    assert_cooled_to_half_a_guess(probe, train, found)
     probe.set_head(head, found)
     with torch.no_grad():
         again = head(torch.from_numpy(validation.values)).numpy()

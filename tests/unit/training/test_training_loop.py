@@ -7,10 +7,9 @@ from tiny_models import random_model
 from torch.nn import functional as F
 
 from peft_vit import AdaLoraConfig, AdaLoRAController
-from peft_vit.adapters import attach_adapters, current_ranks, freeze_backbone, set_ranks
+from peft_vit.adapters import attach_adapters, current_ranks, set_ranks
 from peft_vit.backbones import find_sites
 from peft_vit.config import AUGMENTATION_OF_FLIPS, TrainingConfig
-from peft_vit.errors import DivergedError
 from peft_vit.evaluation import measure, predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
 from peft_vit.training import AllocationHook, Hook, train
@@ -72,6 +71,8 @@ def test_it_equals_a_plain_loop(tiny_vit, data, runtime, weighted) -> None:
     expected = plain_loop(lora(tiny_vit()), images, runtime, weights if weighted else None)
     assert [row.loss for row in result.steps] == pytest.approx(expected, rel=1e-5)
     assert [row.step for row in result.steps] == list(range(1, 10))
+    assert all(row.quantized_share is None for row in result.steps)
+    assert result.seconds_per_step == np.median([row.seconds for row in result.steps])
     assert min(expected[-3:]) < expected[0]  # it learns
 
 
@@ -109,14 +110,6 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
     assert current_ranks(model) == ranks
     with torch.no_grad():
         assert torch.equal(model(batch[0]), logits)
-
-
-def test_the_test_split_stays_sealed(tiny_vit, data, runtime) -> None:
-    images = data()
-    train(lora(tiny_vit()), images, config(epochs=1), runtime, seed=0)
-    assert len(images.test.open()) == 12
-    with pytest.raises(RuntimeError, match="opened before"):
-        images.test.open()
 
 
 def test_counts_and_history_with_moving_ranks(tiny_vit, data, runtime) -> None:
@@ -224,23 +217,6 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runt
     assert isinstance(hook.probing_s(result.steps), float)
 
 
-def test_progress_learning_rates_and_shares(tiny_vit, data, runtime) -> None:
-    seen = []
-    result = train(
-        lora(tiny_vit()),
-        data(),
-        config(epochs=2, schedule="constant", optimizer="sgd"),
-        runtime,
-        seed=0,
-        on_progress=seen.append,
-    )
-    assert {row.learning_rate for row in result.steps} == {3e-3}
-    assert all(row.quantized_share is None for row in result.steps)
-    assert [(p.step, p.total_steps) for p in seen] == [(s, 6) for s in (1, 2, 3, 3, 4, 5, 6, 6)]
-    assert [p.validation_accuracy is None for p in seen] == [True] * 3 + [False] * 5
-    assert result.seconds_per_step == np.median([row.seconds for row in result.steps])
-
-
 def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
     model = lora(tiny_vit())
     reduced = type(runtime)(runtime.device, "bf16", runtime.mean, runtime.std)
@@ -249,15 +225,6 @@ def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.steps[0].loss == pytest.approx(full.steps[0].loss, rel=0.05)
     assert result.steps[0].loss != full.steps[0].loss
-
-
-def test_it_diverges_loudly(tiny_vit, data, runtime) -> None:
-    model = tiny_vit()
-    freeze_backbone(model)
-    with torch.no_grad():
-        model.head.bias[0] = torch.nan
-    with pytest.raises(DivergedError, match="the loss is nan at step 1"):
-        train(model, data(), config(), runtime, seed=0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules, merged_state_dict, site_adapters
+from peft_vit.adapters import adapted_modules, merged_state_dict
 from peft_vit.errors import SilentNoEffectWarning
 from peft_vit.evaluation import frozen_bytes
 from peft_vit.training.qa_lora import end_step, quantized_share
@@ -122,33 +122,20 @@ def test_in_between_the_weights_are_mixed_and_merged_as_mixed(tiny_vit, batch, f
         torch.testing.assert_close(model(batch[0]), plain(batch[0]), rtol=0, atol=1e-5)
 
 
-def moved(tiny_vit, batch, fill_adapters, clip_norm: float | None):
-    model = tiny_vit()
-    trainer = QALoRATrainer(model, config(gradient_scaling_factor=3.0), 8, clip_norm=clip_norm)
-    fill_adapters(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    row = do_step(model, trainer, sgd(model), batch, 1)
-    changes = {name: p.detach() - before[name] for name, p in model.named_parameters() if p.requires_grad}
-    assert all(p.grad is None for p in model.parameters())
-    return row, changes
-
-
 def test_clipping_comes_after_scaling(tiny_vit, batch, fill_adapters) -> None:
-    free, free_moved = moved(tiny_vit, batch, fill_adapters, None)
-    clip = free["gradient_norm"] / 7
-    row, changes = moved(tiny_vit, batch, fill_adapters, clip)
-    assert row["gradient_norm"] == free["gradient_norm"]
-    for name, change in changes.items():
-        torch.testing.assert_close(change, free_moved[name] / 7, rtol=1e-3, atol=1e-6)
+    def step(clip_norm: float | None) -> tuple[float, dict[str, torch.Tensor]]:
+        trainer = QALoRATrainer(model := tiny_vit(), config(gradient_scaling_factor=3.0), 8, clip_norm=clip_norm)
+        fill_adapters(model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        row = do_step(model, trainer, sgd(model), batch, 1)
+        assert all(p.grad is None for p in model.parameters())
+        return row["gradient_norm"], {name: model.get_parameter(name).detach() - p for name, p in before.items()}
 
-
-def test_it_learns_in_a_plain_loop(tiny_vit, batch) -> None:
-    model = tiny_vit()
-    trainer = QALoRATrainer(model, linear(), 20)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-3)
-    losses = [do_step(model, trainer, optimizer, batch, step)["loss"] for step in range(1, 21)]
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(adapter.lora_B.abs().sum() > 0 for adapter in site_adapters(model).values())
+    norm, moved = step(None)
+    same_norm, clipped = step(norm / 7)
+    assert same_norm == norm
+    for name, change in clipped.items():
+        torch.testing.assert_close(change, moved[name] / 7, rtol=1e-3, atol=1e-6)
 
 
 def test_a_schedule_that_never_moved_is_said(tiny_vit) -> None:

@@ -11,11 +11,15 @@ from qa_lora_settings import config, scheduled
 from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
-from peft_vit.adapters import adapted_modules, site_adapters, trained_tensors
-from peft_vit.errors import SilentNoEffectWarning
+from peft_vit.adapters import adapted_modules
 from peft_vit.training.qa_lora import next_part
-from peft_vit.training.quantization_balance import MEASURE_EVERY_STEPS, error_removed, managed_pace, managed_scale
-from peft_vit.training.quantized_layers import quantized_layers
+from peft_vit.training.quantized_layers import (
+    MEASURE_EVERY_STEPS,
+    error_removed,
+    managed_pace,
+    managed_scale,
+    quantized_layers,
+)
 
 pytestmark = pytest.mark.part("trainer")
 REMOVED = ("error_removed_in_weights", "error_removed_in_outputs")
@@ -176,21 +180,3 @@ def test_the_pace_waits_for_small_adapters_and_does_not_for_large_ones(tiny_vit,
     paces = [row["schedule_pace"] for row in trainer.balance_history]
     assert 0.5 <= paces[-1] < 1.0
     assert trainer.balance_history[-1]["step"] == 36  # none once the schedule has ended
-
-
-def test_a_target_is_off_by_default_and_changes_nothing_then(tiny_vit, batch) -> None:
-    plain, trainer = run(tiny_vit, batch, scheduled(rank=2), steps=8)
-    assert trainer.balance_history == []
-    assert trainer.gradient_scales() == dict.fromkeys(trainer.relative_error, 1.0)
-    again, _ = run(tiny_vit, batch, scheduled(rank=2), steps=8)
-    far, _ = run(tiny_vit, batch, scheduled(rank=2, balance_target=1e-3), steps=8)
-    same = [torch.equal(trained_tensors(plain)[n], p) for n, p in trained_tensors(again).items()]
-    assert all(same)
-    assert not torch.equal(
-        site_adapters(plain)["blocks.0.mlp.fc1"].lora_B, site_adapters(far)["blocks.0.mlp.fc1"].lora_B
-    )
-
-
-def test_a_managed_scale_that_adam_cancels_is_said(tiny_vit, batch) -> None:
-    with pytest.warns(SilentNoEffectWarning, match="balance_by: gradient_scale nearly cancels under AdamW"):
-        run(tiny_vit, batch, config(rank=1, balance_target=1.0), steps=1, optimizer_class=torch.optim.AdamW)

@@ -69,81 +69,58 @@ def other_state(steps: int = 8, seed: int = 0, **settings):
     return load
 
 
-FC2 = "blocks.1.mlp.fc2.weight"
+def outputs_without_floats(vit: Make) -> None:
+    trainer = QALoRATrainer(model := vit(), config(rank=1), 8)
+    trainer.validate_quantization_adaptation_balance(model, images=IMAGES)
+
+
+def bits_under_adapters(vit: Make) -> None:
+    allocate_bits(quantized(vit), adaptive(average_bits=6.0), IMAGES, torch.tensor([0, 1]))
+
+
+def plain(**settings):
+    """Return what quantizes a plain model by other settings."""
+    return packed(settings=config(**settings))
+
+
+FC1, FC2 = "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"
+END, GROUPS, REFERENCE = "qa_lora.quantization_end_step", "qa_lora.group_size", f"reference[{FC2}]"
+WEIGHT = f"{FC2}.weight"
+TOO_LATE = scheduled(quantization_end_step=9)
+WARM_UP = scheduled(quantization_warmup_steps=8, quantization_end_step=None)
+OF_8 = {FC1: format_of(config(group_size=8))}
 REFUSED: dict[str, tuple[Callable[[Make], object], str, str]] = {
     # --- the schedule
-    "it ends after the run": (
-        packed(settings=scheduled(quantization_end_step=9)),
-        "qa_lora.quantization_end_step",
-        "8",
-    ),
-    "its warm-up takes the run": (
-        packed(settings=scheduled(quantization_warmup_steps=8, quantization_end_step=None)),
-        "qa_lora.quantization_end_step",
-        "8",
-    ),
+    "it ends after the run": (packed(settings=TOO_LATE), END, "8"),
+    "its warm-up takes the run": (packed(settings=WARM_UP), END, "8"),
     # --- groups, ranks and formats
-    "groups that do not divide": (packed(settings=config(group_size=48, rank=2)), "qa_lora.group_size", "attn.query"),
-    "a rank above the groups": (packed(settings=config(group_size=32, rank=3)), "rank", "at most 2"),
-    "a rank above fc2's groups": (
-        packed(settings=config(group_size=32, rank=5, targets=("fc2",))),
-        "rank",
-        "at most 4",
-    ),
-    "a rank above the smaller side": (
-        packed(settings=config(use_group_quantization=False, group_size=32, rank=65)),
-        "rank",
-        "at most 64",
-    ),
+    "groups that do not divide": (plain(group_size=48, rank=2), GROUPS, "attn.query"),
+    "a rank above the groups": (plain(group_size=32, rank=3), "rank", "at most 2"),
+    "a rank above fc2's groups": (plain(group_size=32, rank=5, targets=("fc2",)), "rank", "at most 4"),
+    "above the smaller side": (plain(use_group_quantization=False, group_size=32, rank=65), "rank", "at most 64"),
     "a format of no layer": (packed(formats={"blocks.9.attn.qkv": None}), "formats", "blocks.9.attn.qkv"),
-    "a format of other groups": (
-        packed(formats={"blocks.0.mlp.fc1": format_of(config(group_size=8))}),
-        "formats[blocks.0.mlp.fc1]",
-        "pool 16 inputs",
-    ),
+    "a format of other groups": (packed(formats=OF_8), f"formats[{FC1}]", "pool 16 inputs"),
     "a rank of one site alone": (packed(settings=config(), ranks={"blocks.0.attn.query": 1}), "ranks", "attn.key"),
     # --- adapters that are there
-    "other groups than theirs": (packed(adapted, config(group_size=32)), "qa_lora.group_size", "16"),
+    "other groups than theirs": (packed(adapted, config(group_size=32)), GROUPS, "16"),
     "another rank": (packed(adapted, config(rank=3)), "qa_lora.rank", ""),
     "another scale": (packed(adapted, config(scale=1.0)), "qa_lora.scale", "2.0"),
     "other targets": (packed(adapted, config(targets=("query",))), "qa_lora.targets", "fc1, query"),
     "ranks beside theirs": (packed(adapted, config(), ranks={}), "ranks", ""),
     "weights that are packed already": (packed(quantized, config()), "model", "quantized already"),
     # --- images
-    "gptq without images": (packed(settings=config(rounding="gptq", rank=2)), "images", "gptq"),
+    "gptq without images": (plain(rounding="gptq", rank=2), "images", "gptq"),
     "images without gptq": (packed(images=IMAGES), "images", "nearest"),
     "images beside saved weights": (packed(images=IMAGES, packed={}), "images", "saved weights"),
     "saved weights of other layers": (packed(packed={}), "packed", "blocks.0.attn.proj"),
     # --- adaptive bits
     "bits that nobody has chosen": (packed(settings=adaptive(average_bits=5.0)), "qa_lora.adaptive_bits", "formats"),
-    "bits of a model with adapters": (
-        lambda vit: allocate_bits(quantized(vit), adaptive(average_bits=6.0), IMAGES, torch.tensor([0, 1])),
-        "model",
-        "before",
-    ),
+    "bits of a model with adapters": (bits_under_adapters, "model", "before"),
     # --- a balance and a state
-    "a float weight is missing": (
-        with_reference(lambda state: state.pop(FC2)),
-        "reference[blocks.1.mlp.fc2]",
-        "nothing",
-    ),
-    "one of another shape": (
-        with_reference(lambda state: state.update({FC2: torch.zeros(2, 2)})),
-        "reference[blocks.1.mlp.fc2]",
-        "(64, 128)",
-    ),
-    "another one": (
-        with_reference(lambda state: state.update({FC2: 1.1 * state[FC2]})),
-        "reference[blocks.1.mlp.fc2]",
-        "relative error",
-    ),
-    "outputs without float weights": (
-        lambda vit: QALoRATrainer(model := vit(), config(rank=1), 8).validate_quantization_adaptation_balance(
-            model, images=IMAGES
-        ),
-        "reference",
-        "gone",
-    ),
+    "a float weight is missing": (with_reference(lambda state: state.pop(WEIGHT)), REFERENCE, "nothing"),
+    "of another shape": (with_reference(lambda state: state.update({WEIGHT: IMAGES[0, 0]})), REFERENCE, "(64, 128)"),
+    "another": (with_reference(lambda state: state.update({WEIGHT: 2 * state[WEIGHT]})), REFERENCE, "relative error"),
+    "outputs without float weights": (outputs_without_floats, "reference", "gone"),
     "a state of other settings": (other_state(quantization_end_step=5), "config", ""),
     "a state of a longer run": (other_state(steps=9), "total_steps", ""),
     "a state of other weights": (other_state(seed=1), "relative_error", ""),
@@ -152,11 +129,11 @@ REFUSED: dict[str, tuple[Callable[[Make], object], str, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_in_one_line_with_its_field(tiny_vit, case: str) -> None:
-    attempt, field, said = REFUSED[case]
+    attempt, field, stated = REFUSED[case]
     with pytest.raises(UserError) as caught:
         attempt(tiny_vit)
     assert caught.value.field == field
-    assert said in caught.value.message
+    assert stated in caught.value.message
     assert len(str(caught.value).splitlines()) == 1
 
 

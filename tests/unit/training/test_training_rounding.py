@@ -93,7 +93,3 @@ def test_a_probe_on_rows_with_one_scale_keeps_its_codes_when_merged(tiny_vit, im
     before = {name: one.quantized.codes for name, one in adapted_modules(model)}
     assert set(merge_by_requantizing(model).values()) == {0.0}
     assert all(torch.equal(one.quantized.codes, before[name]) for name, one in adapted_modules(model))
-
-
-def test_nearest_rounding_keeps_no_codes(tiny_vit) -> None:
-    assert "codes" not in QALoRATrainer(tiny_vit(), config(rank=2), 8).state_dict()

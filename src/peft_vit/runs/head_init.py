@@ -41,13 +41,13 @@ _WAYS = 4  # in which an image can be flipped; a place in the cache is 4 * image
 _BATCH = 32
 
 
-def fit_start(
+def init_head(
     head: Head, features: SharedFeatures, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
 ) -> tuple[LinearProbe, float]:
     """Fit the head of a prepared model, with updates as they start, and put it in its place.
 
     Returns:
-        The probe, and what its logits are divided by in training, see `LinearProbe.softening`.
+        The probe, and what its logits are divided by in training, see `LinearProbe.training_temperature`.
     """
     with overhead.of("features"):
         of_training = features.of_training(data.train)
@@ -66,7 +66,7 @@ def fit_start(
             images, l2 = len(data.train), probe.fit.chosen_l2
             temperature = held_out_temperature(of_training, images, l2, class_weights=class_weights, seed=spec.seed)
         probe.set_head(head, temperature)
-        return probe, probe.softening(of_training, temperature)
+        return probe, probe.training_temperature(of_training, temperature)
 
 
 class SharedFeatures:
@@ -99,8 +99,8 @@ class SharedFeatures:
         missing = ~np.isin(wanted, places)
         if missing.any():
             computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
-            places = np.concatenate([places, wanted[missing]])
-            values = np.concatenate([values, computed]) if len(values) else computed
+            places = np.concatenate([places, wanted[missing]])  # (M + new,)
+            values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
             self._keep(places, values)
         order = np.argsort(places)
         return values[order[np.searchsorted(places, wanted, sorter=order)]]  # (N, D)

@@ -1,44 +1,19 @@
 """A probe is a run like others; training that starts from one never returns less on validation."""
 
-import done_runs
 import numpy as np
 import pytest
 import torch
-from done_runs import with_settings
+from done_runs import do_one as do
+from done_runs import restored, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.config import PROBE_L2
 from peft_vit.data import SealedImages, load_data
 from peft_vit.evaluation import predict
-from peft_vit.records import run_folder
 from peft_vit.runs import execute as run_module
-from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
 DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}
-
-
-def do(config, folder):
-    (record,) = done_runs.do(config, folder)
-    return record
-
-
-def restored_logits(record, folder, split):
-    run = restore_run(run_folder(folder, record.spec))
-    images = load_data(record.spec.data, record.spec.seed)
-    images = images.test.open() if split == "test" else getattr(images, split)
-    mean, std = run.backbone.mean, run.backbone.std
-    logits, _ = predict(run.model, images.ordered_batches(32, mean, std), device=torch.device("cpu"), precision="fp32")
-    return logits, run.model
-
-
-def assert_restored_as_tested(record, folder):
-    """Check that the saved file predicts what the record holds; return the restored model."""
-    logits, model = restored_logits(record, folder, "test")
-    np.testing.assert_array_equal(logits.argmax(1), record.predictions.predicted)
-    probability = torch.from_numpy(logits).softmax(1).max(1).values.numpy()
-    np.testing.assert_allclose(probability, record.predictions.probability, rtol=0, atol=1e-5)
-    return model
 
 
 @pytest.mark.parametrize("method", ["linear", "qa_linear"])
@@ -68,16 +43,10 @@ def test_a_probe_is_a_run(study, tmp_path, monkeypatch, method) -> None:
     assert record.parameters.final == record.parameters.peak == record.parameters.head == 10 * 65
     assert record.bytes.optimizer_bytes == 0
     assert (record.quantization is None) == (method == "linear")
-    model = assert_restored_as_tested(record, tmp_path)
+    model = restored(record, tmp_path).model
     assert not any(current_ranks(model).values())
     if method == "qa_linear":
         assert record.bytes.frozen_bytes < do(study("linear"), tmp_path / "plain").bytes.frozen_bytes / 2
-
-
-def test_a_probe_repeats_to_the_bit_and_its_seed_is_its_split_alone(study, tmp_path) -> None:
-    first, again = do(study("linear"), tmp_path / "a"), do(study("linear"), tmp_path / "b")
-    assert first.adapter_sha256 == again.adapter_sha256
-    assert first.predictions == again.predictions
 
 
 def test_flips_of_the_protocol_are_fitted_too(study, tmp_path) -> None:
@@ -95,14 +64,15 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     assert (start.step, start.epoch, start.deployable) == (0, 0, True)
     assert start.metrics.accuracy == record.head_fit.chosen.accuracy
     assert start.metrics.nll < record.head_fit.chosen.nll  # by its temperature, which moves no prediction
-    assert record.steps[0].loss > np.log(10) / 4 > start.metrics.nll / 4  # softened after its validation
+    assert record.steps[0].loss > np.log(10) / 4 > start.metrics.nll / 4  # its logits are divided after it
     assert [one.step for one in rest] == [3, 6]
     assert max(one.metrics.accuracy for one in rest) < start.metrics.accuracy  # or the test would show nothing
     assert record.chosen_step == 0
     assert record.validation == start.metrics
-    model = assert_restored_as_tested(record, tmp_path)
-    logits, _ = restored_logits(record, tmp_path, "validation")
-    labels = load_data(record.spec.data, record.spec.seed).validation.labels
+    run = restored(record, tmp_path)
+    model, images = run.model, load_data(record.spec.data, record.spec.seed).validation
+    batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
+    logits, labels = predict(model, batches, device=torch.device("cpu"), precision="fp32")
     assert (logits.argmax(1) == labels).mean() == pytest.approx(start.metrics.accuracy)
     if method == "adalora":
         assert set(current_ranks(model).values()) == {0}
@@ -132,4 +102,4 @@ def test_weights_that_are_still_to_be_packed_are_not_offered(study, tmp_path) ->
     record = do(with_settings(study("qa_lora", **DESTROYS), "qa_lora", **fading), tmp_path)
     assert [(one.step, one.deployable) for one in record.evaluations] == [(0, False), (3, False), (6, True)]
     assert record.chosen_step == 6
-    assert_restored_as_tested(record, tmp_path)
+    restored(record, tmp_path)
