@@ -23,7 +23,7 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 
-def of(path: str) -> Callable[[Record], float]:
+def of(path: str) -> Callable[[Record], Any]:
     """Return what reads a value of a record, as in test.accuracy."""
 
     def read(record: Any) -> Any:
@@ -207,7 +207,7 @@ def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
     for name in led.with_section("adalora"):
         kinds = np.array([site["matrix"] for site in led.first(name)["sites"]])
         for kind in dict.fromkeys(kinds):
-            means = led.over_seeds(name, lambda r, kind=kind, kinds=kinds: ranks_at(r)[kinds == kind].mean())
+            means = [ranks_at(led.runs[name][seed])[kinds == kind].mean() for seed in sorted(led.runs[name])]
             rows.append({"experiment": name, "matrix": kind, **interval("mean_rank", means)})
     return rows
 
