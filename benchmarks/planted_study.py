@@ -50,7 +50,7 @@ def experiments() -> list[ExperimentConfig]:
             for grouped in (True, False)
         ),
     ]
-    return list(planted._study(sections).experiments)
+    return list(planted.configuration(sections).experiments)
 
 
 def records(seeds: int) -> Iterator[RunRecord]:

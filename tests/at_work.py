@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from small_methods import study_mapping
 
 from peft_vit.studies.executors import Executor, RunProgress
 from peft_vit.studies.plan import PlannedRun
 
 PATIENCE_S = 600  # for what takes seconds on an idle machine
 
-_LONG = """
-{name: long, seeds: [0], threads: 1, device: cpu, precision: fp32, backbone: {model: test_vit, weights: random},
- data: {dataset: digits, image_size: 32, train_images: 24, validation_images: 20, test_images: 30},
- training: {epochs: 100000, learning_rate: 1e-3}, experiments: [{name: whole, method: full}]}
-"""
+_LONG = study_mapping(
+    [{"name": "whole", "method": "full", "training": {"epochs": 100_000, "learning_rate": 1e-3}}], name="long"
+)
 _DRIVER = """
 import sys
 from pathlib import Path
@@ -66,7 +66,7 @@ def events_of(executor: Executor, until: Callable[[list[Any]], object]) -> list[
 
 def of(events: list[Any], kind: type[Any], name: str | None = None) -> list[Any]:
     """Return the events of a kind, of one experiment or of all."""
-    return [one for one in events if isinstance(one, kind) and name in (None, one.run.spec.experiment.name)]
+    return [event for event in events if isinstance(event, kind) and name in (None, event.run.spec.experiment.name)]
 
 
 def alive(pid: int) -> bool:
@@ -84,7 +84,7 @@ def left_by_killed_driver(folder: Path, executor: str) -> tuple[int, list[int]]:
         folder: to work in.
         executor: code that makes one, on one line.
     """
-    (folder / "long.yaml").write_text(_LONG)
+    (folder / "long.yaml").write_text(json.dumps(_LONG))  # which is YAML too
     (folder / "driver.py").write_text(_DRIVER.replace("{executor}", executor))
     folders = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(

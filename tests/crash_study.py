@@ -45,7 +45,6 @@ class Written:
         os.close(self._descriptor)
 
     def write(self, content: bytes) -> None:
-        """Write it all."""
         while content:
             content = content[os.write(self._descriptor, content) :]
 
@@ -53,7 +52,6 @@ class Written:
         """Do nothing: nothing is held back."""
 
     def fileno(self) -> int:
-        """Return its number."""
         return self._descriptor
 
 

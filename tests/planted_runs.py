@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import planted
+from small_methods import study_mapping
 
 from peft_vit.config import DataConfig
 from peft_vit.data import open_index
@@ -76,16 +77,9 @@ class PlantedRuns:
 def study_of_loras(name: str, experiments: tuple[str, ...], seeds: int) -> dict[str, Any]:
     """Return the configuration of a study whose experiments differ in their rank."""
     training = {"steps": 6, "validate_every": 6, "batch_size": 12, "learning_rate": 1e-3}
-    return {
-        "name": name,
-        "seeds": list(range(seeds)),
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20},
-        "experiments": [
-            {"name": experiment, "method": "lora", "lora": {"rank": place + 1}, "training": training}
-            for place, experiment in enumerate(experiments)
-        ],
-    }
+    loras = [
+        {"name": experiment, "method": "lora", "lora": {"rank": place}, "training": training}
+        for place, experiment in enumerate(experiments, start=1)
+    ]
+    data = {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 20}
+    return study_mapping(loras, range(seeds), name=name, data=data)

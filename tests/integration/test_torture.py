@@ -27,7 +27,7 @@ def test_spoiled_files_are_read_or_refused_in_one_line() -> None:
     done = python(
         TORTURE / "mutated_files.py", "--trials", "225", "--commands", "2", "--seed", "5", "--without-onnx", "--dry"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert set(re.findall(r"^(.+), in process: 25 of 25$", done.stdout, re.MULTILINE)) == KINDS
     (read,) = re.findall(r"^(\d+) of 225 spoiled files were read in process$", done.stdout, re.MULTILINE)
     assert 25 < int(read) < 200  # both happens often
@@ -68,7 +68,7 @@ def test_misdeeds_are_seen(tmp_path: Path) -> None:
 
 def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(TORTURE))
-    from kinds_of_files import Target
+    from mutations import Target
     from spoiled_cases import fault_of, judged
 
     from peft_vit.errors import UserError

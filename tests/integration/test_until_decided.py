@@ -135,7 +135,7 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     def call(minutes: float) -> list[str]:
         limit = Limit(minutes, now[0], clock=lambda: now[0])
         failed, still_open = run_until_decided(
-            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, tell=told.append
+            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, log=told.append
         )
         assert failed == {}
         return still_open
@@ -216,7 +216,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plant(patch, PlantedRuns(accuracy))
         study = study_from_mapping(mapping(name="stopped"), file=Path("stopped.yaml"))
-        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), tell=print)
+        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), log=print)
     return out
 
 

@@ -9,6 +9,7 @@ workers are forked as well and not spawned.
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -20,11 +21,12 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING
 
-import told_events
+if TYPE_CHECKING:  # torch starts threads unless OMP_NUM_THREADS is set before
+    from tiny_studies import End
 
-_ASKED = os.environ.get("OMP_NUM_THREADS")
+_THREADS = os.environ.get("OMP_NUM_THREADS")
 os.environ["OMP_NUM_THREADS"] = "1"  # numpy, loaded after this, starts no threads then; a fork would miss them
 POLL_S = 0.0005
 PATIENCE_S = 1800.0  # for what takes seconds on an idle machine
@@ -49,7 +51,6 @@ class Command:
         self.busy_s = 0.0  # of a processor
 
     def ended(self) -> bool:
-        """Tell whether it is over."""
         if self.code is None:
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
@@ -91,17 +92,17 @@ class Command:
         return self.code
 
 
-def run_fresh(arguments: list[str], log: Path, told: Path | None = None) -> Command:
-    """Start `peft-vit run`, its output to the end of a file, and what its watcher is told to the end of another."""
+def run_fresh(arguments: list[str], log: Path, events: Path | None = None) -> Command:
+    """Start `peft-vit run`, its output to the end of a file, and the events of its runs to the end of another."""
     command = [str(Path(sys.executable).with_name("peft-vit")), "run", *arguments]
-    if told is not None:
-        command = [sys.executable, told_events.__file__, str(told), *arguments]
+    if events is not None:
+        command = [sys.executable, __file__, str(events), *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    environment |= {} if _ASKED is None else {"OMP_NUM_THREADS": _ASKED}
+    environment |= {} if _THREADS is None else {"OMP_NUM_THREADS": _THREADS}
     return _start(lambda: os.execve(command[0], command, environment), log)
 
 
-def run_forked(arguments: list[str], log: Path, told: Path | None = None) -> Command:
+def run_forked(arguments: list[str], log: Path, events: Path | None = None) -> Command:
     """Do the same in a child of this process."""
     _import_all()
 
@@ -109,7 +110,8 @@ def run_forked(arguments: list[str], log: Path, told: Path | None = None) -> Com
         from peft_vit.cli import main
         from peft_vit.studies.executors import local
 
-        local.multiprocessing = SimpleNamespace(get_context=_forking)  # type: ignore[assignment]
+        fork = multiprocessing.get_context("fork")
+        local.multiprocessing = SimpleNamespace(get_context=lambda _method: fork)  # type: ignore[assignment]
         serve = local._serve
 
         def serve_alone(pipe: Connection, parent: int) -> None:
@@ -117,22 +119,46 @@ def run_forked(arguments: list[str], log: Path, told: Path | None = None) -> Com
             serve(pipe, parent)
 
         local._serve = serve_alone
-        if told is not None:
-            told_events.write_to(told)
+        if events is not None:
+            write_events(events)
         sys.argv = ["peft-vit", "run", *arguments]
         main(["run", *arguments])
 
     return _start(run, log)
 
 
+def undisturbed(config: Path) -> dict[str, End]:
+    """Return what the runs of a study come to if nothing happens; they are written to `out` beside its file."""
+    from tiny_studies import ends_of
+
+    log, out = config.parent / "undisturbed.txt", config.parent / "out"
+    if code := run_forked([str(config), "--output", str(out)], log).finish():
+        raise RuntimeError(f"the undisturbed study ended with {code}: {log.read_text()[-3000:]}")
+    return ends_of(out)
+
+
+def write_events(file: Path) -> None:
+    """Have each start, step and end of a run appended to a file, one JSON object a line."""
+    from peft_vit.studies.display import Watch
+    from peft_vit.studies.executors import RunEnded, RunProgress, RunStarted, StudyEvent
+
+    show = Watch.on_event
+
+    def on_event(watch: Watch, event: StudyEvent) -> None:
+        if isinstance(event, RunStarted | RunProgress | RunEnded):
+            step = event.progress.step if isinstance(event, RunProgress) else None
+            line = json.dumps({"event": type(event).__name__, "run": event.run.spec.name, "step": step})
+            with file.open("a") as handle:
+                handle.write(f"{line}\n")
+        show(watch, event)
+
+    Watch.on_event = on_event  # type: ignore[method-assign, assignment]
+
+
 def fork(action: Callable[[], None], log: Path) -> Command:
     """Do something in a forked child, with everything imported."""
     _import_all()
     return _start(action, log)
-
-
-def _forking(_method: str) -> Any:
-    return multiprocessing.get_context("fork")
 
 
 def _let_go(pipe: int) -> None:
@@ -147,18 +173,16 @@ def _import_all() -> None:
     for module in _IMPORTED:
         importlib.import_module(module)
     deadline = time.monotonic() + 60
-    while len(names := _threads()) > 1 + names.count(_MINDS_FORKS):  # some say their names late
+    while True:
+        threads = []
+        for thread in Path("/proc/self/task").iterdir():
+            with suppress(OSError):  # it has just ended
+                threads.append((thread / "comm").read_text().strip())
+        if len(threads) <= 1 + threads.count(_MINDS_FORKS):  # some say their names late
+            return
         if time.monotonic() > deadline:
-            raise RuntimeError(f"this process has threads, which a forked one would miss: {names}")
+            raise RuntimeError(f"this process has threads, which a forked one would miss: {threads}")
         time.sleep(0.01)
-
-
-def _threads() -> list[str]:
-    names = []
-    for thread in Path("/proc/self/task").iterdir():
-        with suppress(OSError):  # it has just ended
-            names.append((thread / "comm").read_text().strip())
-    return names
 
 
 def _start(action: Callable[[], None], log: Path) -> Command:
@@ -183,3 +207,11 @@ def _start(action: Callable[[], None], log: Path) -> Command:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+if __name__ == "__main__":  # commands.py FILE CONFIG [OPTION ...]: `peft-vit run` that also writes its events
+    from peft_vit.cli import main
+
+    write_events(Path(sys.argv[1]))
+    sys.argv = ["peft-vit", "run", *sys.argv[2:]]
+    main(sys.argv[1:])

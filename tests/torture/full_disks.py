@@ -11,29 +11,35 @@ with all runs done and as undisturbed ones. Commands are forked, see `commands`.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import random
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import harness
 from commands import Command, run_forked
-from harness import Tally
 from tiny_studies import METHODS, NAME, End, difference, ends_of, write_study
 
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, checkpoint_folders
 from peft_vit.records.progress import PROGRESS_FILE
 
-PROMISE = "disk full: stopped in one line, identical with room again"
 PAGE = 4096
 _DISK = 16 << 20
 _FIRST = 3  # pages of lock, study.json and progress.json
 SCENARIOS = ("begin", "checkpoints", "results")
+_PLACES = {  # what could not be written, by what an error says
+    ".checkpoint-": "a checkpoint",
+    PROGRESS_FILE: "a run's progress",
+    STUDY_FILE: "study.json",
+    ADAPTER_FILE: "the adapter",
+    RECORD_FILE: "the record",
+}
 
 
 @contextmanager
@@ -85,7 +91,7 @@ class Study:
         config = self._configs[0 if checkpoints else 3600]
         return run_forked([str(config), "--output", str(out)], self.folder / log)
 
-    def said(self, log: str) -> list[str]:
+    def errors(self, log: str) -> list[str]:
         """Return the errors that the command printed, and anything of a traceback."""
         lines = (self.folder / log).read_text().splitlines()
         return [line for line in lines if line.startswith(("error: ", "Traceback", '  File "'))]
@@ -114,45 +120,29 @@ def trial(
     out = disk / "out"
     checkpoints = scenario == "checkpoints" or (scenario == "begin" and rng.random() < 0.5)
     log = f"{disk.name}.txt"
-    ballast = fill(disk, _room(scenario, most[checkpoints], rng))
+    room = rng.randrange(_FIRST, most[checkpoints])  # lock, study.json and progress take a page each
+    if scenario == "begin":
+        room = rng.randrange(_FIRST + 1)
+    elif scenario == "results":
+        room = most[checkpoints] - (
+            rng.randint(1, 4) if rng.random() < 0.5 else rng.randint(5, most[checkpoints] - _FIRST)
+        )
+    ballast = fill(disk, room)
     code = study.start(out, log, checkpoints=checkpoints).finish()
     if code == 0:
         return None, difference(out, expected)
-    said = study.said(log)
-    what = _what(said)
-    fault = None
-    if code != 2 or len(said) != 1 or not said[0].startswith("error: ") or "No space left on device" not in said[0]:
-        fault = f"it ended with {code} and said {said}"
+    errors, fault = study.errors(log), None
+    place = next(
+        (place for sign, place in _PLACES.items() if errors and sign in errors[-1]), "the study's folder or lock"
+    )
+    if code != 2 or len(errors) != 1 or "error: " not in errors[0] or "No space left on device" not in errors[0]:
+        fault = f"it ended with {code} and said {errors}"
     fault = fault or unreadable(out / NAME / study.run)
     ballast.unlink()
     again = study.start(out, f"again-{log}", checkpoints=checkpoints).finish()
     if again != 0:
-        return what, fault or f"with room again it ended with {again} and said {study.said(f'again-{log}')}"
-    return what, fault or difference(out, expected)
-
-
-def _room(scenario: str, most: int, rng: random.Random) -> int:
-    """Return for how many pages there is room: lock, study.json and progress take one each, what follows the rest."""
-    if scenario == "begin":
-        return rng.randrange(_FIRST + 1)
-    if scenario == "results":
-        return most - (rng.randint(1, 4) if rng.random() < 0.5 else rng.randint(5, most - _FIRST))
-    return rng.randrange(_FIRST, most)
-
-
-def _what(said: list[str]) -> str:
-    """Return what could not be written, as the error says it."""
-    line = said[-1] if said else ""
-    for sign, what in (
-        (".checkpoint-", "a checkpoint"),
-        (PROGRESS_FILE, "a run's progress"),
-        (STUDY_FILE, "study.json"),
-        (ADAPTER_FILE, "the adapter"),
-        (RECORD_FILE, "the record"),
-    ):
-        if sign in line:
-            return what
-    return "the study's folder or lock"
+        return place, fault or f"with room again it ended with {again} and said {study.errors(f'again-{log}')}"
+    return place, fault or difference(out, expected)
 
 
 def unreadable(run: Path) -> str | None:
@@ -167,33 +157,26 @@ def unreadable(run: Path) -> str | None:
     return None
 
 
-def torture(folder: Path, trials: int, seed: int, methods: Sequence[str], tally: Tally) -> None:
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
     """Fill disks so often; what could not be written is the kind of a trial."""
-    studies = {method: Study(folder / method, method, seed=seed % 3) for method in methods}
+    methods = options.methods
+    studies = {method: Study(folder / method, method, seed=options.seed % 3) for method in methods}
     known = {method: study.measure() for method, study in studies.items()}
     for number in itertools.count():
-        if tally.trials.total() >= trials:
+        if tally.trials.total() >= options.trials:
             return
-        rng = random.Random(f"{seed}:{number}")
+        rng = random.Random(f"{options.seed}:{number}")
         method, scenario = methods[number % len(methods)], SCENARIOS[number % len(SCENARIOS)]
         with small_disk(folder / f"disk-{number}") as disk:
-            what, fault = trial(studies[method], disk, scenario, *known[method], rng)
-        what = what or "everything fitted"
-        said = f"{method}, {scenario}, --seed {seed}, {number}: {what}; {fault or 'sound'}"
-        print(said, flush=True)
-        if fault or what != "everything fitted":
-            tally.add(what, said if fault else None)
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--trials", type=int, default=60, help="commands that ran out of room")
-    parser.add_argument("--methods", nargs="+", default=["lora", "adalora", "qa_lora"], choices=METHODS)
-    asked = parser.parse_args()
-    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
-        torture(folder, asked.trials, asked.seed, asked.methods, tally)
+            unwritten, fault = trial(studies[method], disk, scenario, *known[method], rng)
+        if fault or unwritten:
+            kind = unwritten or "everything fitted"
+            tally.add(kind, f"{method}, {scenario}, --seed {options.seed}, {number}: {kind}", fault)
 
 
 if __name__ == "__main__":
-    main()
+    options = {
+        "--trials": {"type": int, "default": 60, "help": "commands that ran out of room"},
+        "--methods": {"nargs": "+", "default": ["lora", "adalora", "qa_lora"], "choices": METHODS},
+    }
+    harness.main("disk full: stopped in one line, identical with room again", __doc__, torture, options)

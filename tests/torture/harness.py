@@ -8,9 +8,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what other tests share
 
 
 class Tally:
@@ -21,12 +23,14 @@ class Tally:
         self.trials: Counter[tuple[str, str]] = Counter()
         self.faults: dict[tuple[str, str], list[str]] = {}
 
-    def add(self, kind: str, fault: str | None, *, of: str = "") -> None:
-        """Count a trial, `fault` saying what makes it again and what was wrong; `of` names another sum of the same."""
+    def add(self, kind: str, trial: str, fault: str | None, *, of: str = "", quiet: bool = False) -> None:
+        """Count a trial and print it: what makes it again, and what was wrong; `of` names another sum of the same."""
+        if not quiet:
+            print(f"{trial}: {fault or 'sound'}", flush=True)
         key = (self.promise + of, kind)
         self.trials[key] += 1
         if fault is not None:
-            self.faults.setdefault(key, []).append(fault)
+            self.faults.setdefault(key, []).append(f"{trial}: {fault}")
 
     def conclude(self, *, dry: bool) -> None:
         """Print the sums, and add them to those of earlier calls unless that is not wanted."""
@@ -39,24 +43,36 @@ class Tally:
                 torture_results.add(promise, kind, trials=trials, passed=trials - len(faults), faults=faults)
 
 
-def options(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser of the options that all tools have; each adds its own."""
+def main(
+    promise: str,
+    doc: str | None,
+    torture: Callable[[Path, argparse.Namespace, Tally], None],
+    options: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+) -> None:
+    """Run a tool in a new folder, which stays if something failed; end with code 1 then, or if nothing was tried.
+
+    Args:
+        promise: that is put to the test.
+        doc: of the tool.
+        torture: the tool itself.
+        options: its own, as argparse takes them.
+        seed: the clock, so that calls add up, unless it is given here.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="default: the clock, so that calls add up")
+    parser.add_argument("--seed", type=int, default=int(time.time()) if seed is None else seed)
     parser.add_argument("--dry", action="store_true", help="keep no results")
-    return parser
-
-
-@contextmanager
-def torture(promise: str, *, dry: bool) -> Iterator[tuple[Path, Tally]]:
-    """Give a folder to work in, which stays if something failed, and a tally; end with code 1 if something did."""
+    for name, settings in options.items():
+        parser.add_argument(name, **settings)
+    arguments = parser.parse_args()
     folder, tally = Path(tempfile.mkdtemp(prefix="peft-vit-torture-")), Tally(promise)
     try:
-        yield folder, tally
+        torture(folder, arguments, tally)
     except PermissionError as error:
         shutil.rmtree(folder, ignore_errors=True)
         sys.exit(f"NOTHING WAS TRIED: {error}")
-    tally.conclude(dry=dry)
+    tally.conclude(dry=arguments.dry)
     if tally.faults:
         sys.exit(f"{folder} is kept")
     shutil.rmtree(folder)

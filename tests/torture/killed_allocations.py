@@ -13,6 +13,7 @@ metrics, histories, adapter and optimiser of a run that nothing happened to.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -24,12 +25,10 @@ from typing import Any
 
 import harness
 from commands import fork
-from harness import Tally
 from tiny_studies import METHODS, STEPS, newest_step, with_adalora, write_study
 
 from peft_vit.records import RankEntry, RunSpec
 
-PROMISE = "AdaLoRA killed around each decision: identical ranks"
 KINDS: dict[str, dict[str, Any]] = {
     "physical": {"method": "adalora", **with_adalora(parametrization="svd")},
     "growing": {
@@ -43,24 +42,15 @@ KINDS: dict[str, dict[str, Any]] = {
 MOMENTS = ("before its checkpoint", "after its checkpoint")
 
 
-def spec_of(folder: Path, kind: str, seed: int) -> RunSpec:
-    """Return the run of a kind of allocation."""
-    from peft_vit.config import load_study
-    from peft_vit.studies.plan import plan_study
-
-    file = write_study(folder, {kind: KINDS[kind]}, (seed,))
-    return plan_study(load_study(file), folder / "out", file=file).runs[0].spec
-
-
 def attempt(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None = None) -> tuple[int, dict[str, Any]]:
     """Carry a run out in a process of its own; return its code, its first step and what it came to, or an error."""
-    said, log = folder / "said.json", folder / "log.txt"
-    said.unlink(missing_ok=True)
-    code = fork(lambda: _run(spec, folder / "run", kill_at, said), log).finish()
-    return code, json.loads(said.read_text()) if code == 0 else {"error": log.read_text()[-3000:]}
+    result, log = folder / "result.json", folder / "log.txt"
+    result.unlink(missing_ok=True)
+    code = fork(lambda: _run(spec, folder / "run", kill_at, result), log).finish()
+    return code, json.loads(result.read_text()) if code == 0 else {"error": log.read_text()[-3000:]}
 
 
-def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Path) -> None:
+def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, result: Path) -> None:
     from peft_vit.records import outcome_digest
     from peft_vit.runs import run_one
     from peft_vit.training import AllocationHook, CheckpointKeeper, Checkpoints
@@ -71,9 +61,9 @@ def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Pat
             _die_after(AllocationHook, "after_step", lambda _hook, _model, _optimizer, now: now == step)
         else:
             _die_after(CheckpointKeeper, "keep", lambda _keeper, now, _state: now == step)
-    told: list[int] = []
+    steps: list[int] = []
     finished = run_one(
-        spec, on_progress=lambda progress: told.append(progress.step), checkpoints=Checkpoints(folder, 0)
+        spec, on_progress=lambda progress: steps.append(progress.step), checkpoints=Checkpoints(folder, 0)
     )
     record = finished.record
     if record.status != "done":
@@ -85,7 +75,7 @@ def _run(spec: RunSpec, folder: Path, kill_at: tuple[int, str] | None, said: Pat
         "adapter": hashlib.sha256(finished.adapter).hexdigest(),
         "digest": outcome_digest(record),
     }
-    said.write_text(json.dumps({"first": told[0] if told else None, "end": end}))
+    result.write_text(json.dumps({"first": steps[0] if steps else None, "end": end}))
 
 
 def _die_after(owner: type, method: str, condition: Callable[..., bool]) -> None:
@@ -115,21 +105,24 @@ def steps_of(ranks: list[RankEntry], kind: str) -> list[int]:
     return sorted({warm - 1, warm, warm + 1, *decisions, final - 1, final, final + 1, final + 2})
 
 
-def torture(folder: Path, kind: str, seed: int, only: list[int] | None, tally: Tally) -> None:
-    """Kill and resume at each step and moment."""
-    spec = spec_of(folder / "study", kind, seed)
-    code, undisturbed = attempt(spec, folder / "undisturbed")
-    if code:
-        raise RuntimeError(f"the undisturbed run ended with {code}: {undisturbed['error']}")
-    ranks = [RankEntry.model_validate(entry) for entry in undisturbed["end"]["ranks"]]
-    for step in only or steps_of(ranks, kind):
-        for moment in MOMENTS:
-            place = folder / f"{step}-{moment.split()[0]}"
-            fault = _trial(spec, place, (step, moment), undisturbed["end"])
-            said = f"{kind}, seed {seed}, killed at step {step} {moment}: {fault or 'equal'}"
-            print(said, flush=True)
-            tally.add(kind, said if fault else None)
-            shutil.rmtree(place)
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
+    """Kill and resume each kind of allocation at each step and moment."""
+    from peft_vit.config import load_study
+    from peft_vit.studies.plan import plan_study
+
+    for kind in options.only:
+        file = write_study(folder / kind, {kind: KINDS[kind]}, (options.seed,))
+        spec = plan_study(load_study(file), file.parent / "out", file=file).runs[0].spec
+        code, undisturbed = attempt(spec, file.parent / "undisturbed")
+        if code:
+            raise RuntimeError(f"the undisturbed run ended with {code}: {undisturbed['error']}")
+        ranks = [RankEntry.model_validate(entry) for entry in undisturbed["end"]["ranks"]]
+        for step in options.steps or steps_of(ranks, kind):
+            for moment in MOMENTS:
+                place = file.parent / f"{step}-{moment.split()[0]}"
+                fault = _trial(spec, place, (step, moment), undisturbed["end"])
+                tally.add(kind, f"{kind}, seed {options.seed}, killed at step {step} {moment}", fault)
+                shutil.rmtree(place)
 
 
 def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict[str, Any]) -> str | None:
@@ -140,26 +133,18 @@ def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict
     left = newest_step(folder / "run")
     if left != (step - 1 if moment == MOMENTS[0] else step):
         return f"its newest checkpoint is of step {left}"
-    code, said = attempt(spec, folder)
+    code, result = attempt(spec, folder)
     if code:
-        return f"the run ended with {code}: {said['error']}"
-    if said["first"] != (left + 1 if left < STEPS else None):
-        return f"it went on with step {said['first']} from a checkpoint of step {left}"
-    different = [field for field in expected if said["end"][field] != expected[field]]
+        return f"the run ended with {code}: {result['error']}"
+    if result["first"] != (left + 1 if left < STEPS else None):
+        return f"it went on with step {result['first']} from a checkpoint of step {left}"
+    different = [field for field in expected if result["end"][field] != expected[field]]
     return f"{different} differ" if different else None
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--only", nargs="+", default=list(KINDS), choices=KINDS, help="these kinds of allocation")
-    parser.add_argument("--steps", nargs="+", type=int, help="in place of all that matter")
-    parser.set_defaults(seed=0)
-    asked = parser.parse_args()
-    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
-        for kind in asked.only:
-            torture(folder / kind, kind, asked.seed, asked.steps, tally)
-
-
 if __name__ == "__main__":
-    main()
+    options = {
+        "--only": {"nargs": "+", "default": list(KINDS), "choices": KINDS, "help": "these kinds of allocation"},
+        "--steps": {"nargs": "+", "type": int, "help": "in place of all that matter"},
+    }
+    harness.main("AdaLoRA killed around each decision: identical ranks", __doc__, torture, options, seed=0)

@@ -20,6 +20,7 @@ checkpoint that was there.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -27,24 +28,26 @@ import random
 import shutil
 import signal
 import statistics
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import harness
-from commands import Command, run_forked, run_fresh
-from harness import Tally
-from kill_moments import CHECKPOINT, LAST, RESULTS, START, STEP, Watched, runs_of
-from tiny_studies import METHODS, NAME, End, difference, done_records, ends_of, newest_step, write_study
+from commands import Command, run_forked, run_fresh, undisturbed
+from tiny_studies import METHODS, NAME, STEPS, End, difference, done_records, newest_step, write_study
 
 from peft_vit.records import read_records
 from peft_vit.records.progress import look_at
 
-PROMISE = "SIGKILL at random points: resumed equals undisturbed"
 SEEDS = (0, 1, 2)
+START, STEP, CHECKPOINT, LAST, RESULTS = "at the start", "in a step", "in a checkpoint", "after the last", "in results"
+_FILE_S = 0.004  # about what a small file takes to be written
+_UNFINISHED = (".checkpoint-",)
+_RESULTS = ("adapter.", ".adapter.", "record.", ".record.")
 
 
 @dataclass
@@ -77,7 +80,88 @@ FRESH = (Way(True, "group"), Way(True, "worker"))
 FORKED = (Way(False, "group"), Way(False, "driver"), Way(False, "worker"))
 
 
-# --- one study --------------------------------------------------------------------------------------------------------
+def runs_of(out: Path) -> list[str]:
+    """Return the runs that have a folder."""
+    return [path.relative_to(out / NAME).as_posix() for path in (out / NAME).glob("*/seed_*")]
+
+
+class Watched:
+    """A study's folder from one moment on: only what has changed since then counts.
+
+    Args:
+        out: the results directory.
+        rng: draws the moments.
+        run_s: seconds of a run that nothing happens to.
+        attempts: starts of each run, when the moment was.
+    """
+
+    def __init__(self, out: Path, rng: random.Random, run_s: float, attempts: Mapping[str, int]) -> None:
+        self._out = out
+        self._rng = rng
+        self._run_s = run_s
+        self._attempts = attempts
+        self._steps = {run: self._step(run) for run in runs_of(out)}
+        self._old = self._files(_UNFINISHED + _RESULTS)
+
+    def wait(self, command: Command, moment: str) -> bool:
+        """Wait for a moment while a run is under way, and a random time longer; tell whether the command still runs."""
+        sign, longest_s = {
+            START: (lambda: True, self._run_s / 2),
+            STEP: (lambda: any(self._step(run) > self._steps.get(run, 0) for run in runs_of(self._out)), self._run_s),
+            CHECKPOINT: (self._nth_checkpoint(), _FILE_S),
+            LAST: (lambda: any(self._step(run) == STEPS for run in self.under_way()), self._run_s / 10),
+            RESULTS: (lambda: self._has_new(_RESULTS), 4 * _FILE_S),
+        }[moment]
+        if command.wait(lambda: bool(self.under_way()) and sign()):
+            time.sleep(self._rng.uniform(0, longest_s))
+        return not command.ended()
+
+    def under_way(self) -> list[str]:
+        """Return the runs that have begun since then and have not ended, as their progress.json says."""
+        attempts = {run: look_at(self._out / NAME, run).attempt for run in runs_of(self._out)}
+        return [
+            run
+            for run, attempt in attempts.items()
+            if attempt is not None and attempt.state == "running" and attempt.number > self._attempts.get(run, 0)
+        ]
+
+    def place(self, run: str) -> str:
+        """Return where a kill has met a run that is under way."""
+        if self._has_new(_RESULTS, run):
+            return "while the adapter and the record are written"
+        if self._has_new(_UNFINISHED, run):
+            return "while a checkpoint is written"
+        step = self._step(run)
+        if step == STEPS:
+            return "between the last step and the record"
+        return "between two checkpoints" if step > self._steps.get(run, 0) else "before an attempt's first checkpoint"
+
+    def _files(self, beginnings: tuple[str, ...]) -> set[tuple[str, str, int]]:
+        """Return files by run, name and inode: what is written again has another one."""
+        files = set()
+        for run in runs_of(self._out):
+            with os.scandir(self._out / NAME / run) as entries:
+                files |= {(run, entry.name, entry.inode()) for entry in entries if entry.name.startswith(beginnings)}
+        return files
+
+    def _has_new(self, beginnings: tuple[str, ...], run: str | None = None) -> bool:
+        return any(run in (None, name) for name, *_ in self._files(beginnings) - self._old)
+
+    def _step(self, run: str) -> int:
+        return newest_step(self._out / NAME / run)
+
+    def _nth_checkpoint(self) -> Callable[[], bool]:
+        seen: set[tuple[str, str, int]] = set()
+        number = self._rng.randint(1, 6)
+
+        def sign() -> bool:
+            seen.update(self._files(_UNFINISHED) - self._old)
+            return len(seen) >= number
+
+        return sign
+
+    def _last(self) -> bool:
+        return any(newest_step(self._out / NAME / run) == STEPS for run in self.under_way())
 
 
 class Study:
@@ -107,7 +191,7 @@ class Study:
         self._expected = {f"{method}/seed_{seed}": undisturbed[f"{method}/seed_{seed}"] for seed in seeds}
         self._rng = rng
         self._attempts: dict[str, int] = {}  # starts of each run, when what is killed next started
-        self._told: Counter[str] = Counter()  # starts of each run
+        self._starts: Counter[str] = Counter()  # starts of each run
         self._strayed: str | None = None  # an attempt that went on from elsewhere than from the newest checkpoint
 
     def disturb(self, kills: int, run_s: float) -> str | None:
@@ -129,7 +213,7 @@ class Study:
             self._check_steps(life, before, [kill.left for kill in self.kills] if self.way.victim == "worker" else [])
             self._check_done(life, done)
             if code != 0:
-                return f"the command ended with {code}: {self._said(life)}"
+                return f"the command ended with {code}: {(self.config.parent / f'life-{life}.txt').read_text()[-1500:]}"
             return self._strayed or difference(self.out, self._expected) or self._miscounted()
 
     def _moment(self, kills_left: int) -> str:
@@ -145,11 +229,11 @@ class Study:
 
     def _kill_command(self, command: Command, kills_left: int, run_s: float) -> bool:
         """Kill the command at a random moment; tell whether it lived until then."""
-        watched = self._watched(run_s)
+        watched = Watched(self.out, self._rng, run_s, self._attempts)
         if not watched.wait(command, self._moment(kills_left)) or not command.kill(group=self.way.victim == "group"):
             return False
         if runs := watched.under_way():
-            self.kills.append(Kill(watched.place(runs[0]), self._left(runs)))
+            self.kills.append(Kill(watched.place(runs[0]), {run: newest_step(self.out / NAME / run) for run in runs}))
         else:
             self.beside += 1
         return True
@@ -157,7 +241,7 @@ class Study:
     def _kill_workers(self, command: Command, kills: int, run_s: float) -> None:
         """Kill one worker after the other, for as long as the command lives."""
         for number in range(1, kills + 1):
-            watched = self._watched(run_s)
+            watched = Watched(self.out, self._rng, run_s, self._attempts)
             if not watched.wait(command, self._moment(kills + 1 - number)) or not (runs := watched.under_way()):
                 break
             attempt = look_at(self.out / NAME, runs[0]).attempt
@@ -166,26 +250,17 @@ class Study:
             assert attempt.worker is not None
             with suppress(ProcessLookupError):  # the command has just ended
                 os.kill(int(attempt.worker.split()[1]), signal.SIGKILL)
-            kill = Kill(watched.place(runs[0]), self._left(runs))
+            kill = Kill(watched.place(runs[0]), {run: newest_step(self.out / NAME / run) for run in runs})
             if not command.wait(partial(self._has_failed, runs[0], attempt.number)):
                 self.beside += 1  # it had nothing to do any more
                 break
             self._attempts = {runs[0]: attempt.number}
             self.kills.append(kill)
 
-    def _watched(self, run_s: float) -> Watched:
-        """Look at the study from the start of this attempt on."""
-        return Watched(self.out, self._rng, run_s, self._attempts)
-
     def _has_failed(self, run: str, number: int) -> bool:
         """Tell whether an attempt at a run has failed, which is tried again then."""
         attempt = look_at(self.out / NAME, run).attempt
         return attempt is not None and (attempt.number > number or attempt.state == "failed")
-
-    def _left(self, runs: list[str]) -> dict[str, int]:
-        return {run: newest_step(self.out / NAME / run) for run in runs}
-
-    # --- did it go on from where it was? ------------------------------------------------------------------------------
 
     def _check_steps(self, life: int, before: dict[str, int], later: list[dict[str, int]]) -> None:
         """Compare the first step that each attempt of a command told with the newest checkpoint at its start."""
@@ -199,7 +274,7 @@ class Study:
             name = event["run"]
             if event["event"] == "RunStarted":
                 attempts.setdefault(name, []).append(None)
-                self._told[name] += 1
+                self._starts[name] += 1
             elif event["event"] == "RunProgress" and attempts[name][-1] is None:
                 attempts[name][-1] = event["step"]
         for name, firsts in attempts.items():
@@ -212,8 +287,6 @@ class Study:
                         f"{name}, life {life}: step {first} came first, the newest checkpoint was of {start}"
                     )
 
-    # --- was anything done twice, or miscounted? ----------------------------------------------------------------------
-
     def _check_done(self, life: int, before: Mapping[str, tuple[int, int]]) -> None:
         """See that a command has left alone what was done before it."""
         done = done_records(self.out, before)
@@ -223,71 +296,54 @@ class Study:
     def _miscounted(self) -> str | None:
         """Return whose record does not count its attempts; a killed command may not have told of its last one."""
         for record in read_records(self.out):
-            told = self._told[record.spec.name]
-            if not told <= record.attempts <= told + len(self.kills) + self.beside:
-                return f"{record.spec.name}: {record.attempts} attempts in its record, {told} were told"
+            starts = self._starts[record.spec.name]
+            if not starts <= record.attempts <= starts + len(self.kills) + self.beside:
+                return f"{record.spec.name}: {record.attempts} attempts in its record, {starts} were told"
         return None
 
-    def _said(self, life: int) -> str:
-        return (self.config.parent / f"life-{life}.txt").read_text()[-1500:]
 
-
-def undisturbed(folder: Path, method: str) -> tuple[dict[str, End], float]:
-    """Return what a method's runs come to when nothing happens, and the seconds of one of them."""
-    config = write_study(folder, {method: METHODS[method]}, SEEDS, checkpoint_every_s=3600)
-    log = folder / "undisturbed.txt"
-    code = run_forked([str(config), "--output", str(folder / "out")], log).finish()
-    if code:
-        raise RuntimeError(f"the undisturbed study ended with {code}: {log.read_text()[-3000:]}")
-    seconds = statistics.median(record.seconds for record in read_records(folder / "out"))
-    return ends_of(folder / "out"), seconds
-
-
-# --- the tool itself --------------------------------------------------------------------------------------------------
-
-
-def torture(folder: Path, ways: tuple[Way, ...], kills: int, seed: int, methods: Sequence[str], tally: Tally) -> None:
-    """Kill studies until so many kills have met a run under way."""
-    known: dict[str, tuple[dict[str, End], float]] = {}
-    met = beside = resumed = 0
-    for number in itertools.count():
-        if met >= kills:
-            break
-        rng = random.Random(f"{seed}:{number}")
-        way, method = rng.choice(ways), rng.choice(methods)
-        two = way.victim != "worker" and rng.random() < (0.25 if way.fresh else 0.5)
-        seeds = tuple(sorted(rng.sample(SEEDS, 1 + two)))
-        place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
-        if method not in known:
-            known[method] = undisturbed(folder / f"undisturbed-{method}", method)
-        expected, run_s = known[method]
-        study = Study(place, way, method, seeds, expected, rng)
-        fault = study.disturb(rng.randint(3, 5) if way.fresh else rng.randint(1, 4), run_s)
-        said = f"{way}, {method}, seeds {seeds}, every {study.every_s} s, {study.moments}, --seed {seed}, {number}"
-        print(f"{said}: {len(study.kills)} kills, {fault or 'equal'}", flush=True)
-        for kill in study.kills:
-            for kind, of in ((str(way), ""), (method, " (the same, by method)"), (kill.place, " (the same, by place)")):
-                tally.add(kind, f"{said}: {fault}" if fault else None, of=of)
-        met += len(study.kills)
-        beside += study.beside
-        resumed += study.resumed
-        if fault is None:
-            shutil.rmtree(place)
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
+    """Kill studies, forked ones and then fresh ones, until so many kills have met a run under way."""
+    known: dict[str, tuple[dict[str, End], float]] = {}  # of each method, and the seconds of a run
+    for method in options.methods:
+        config = write_study(folder / method, {method: METHODS[method]}, SEEDS, checkpoint_every_s=3600)
+        ends = undisturbed(config)
+        seconds = statistics.median(record.seconds for record in read_records(config.parent / "out"))
+        known[method] = ends, seconds
+    beside = resumed = 0
+    for ways, kills in ((FORKED, options.forked), (FRESH, options.fresh)):
+        met = 0
+        for number in itertools.count():
+            if met >= kills:
+                break
+            rng = random.Random(f"{options.seed}:{number}")
+            way, method = rng.choice(ways), rng.choice(options.methods)
+            two = way.victim != "worker" and rng.random() < (0.25 if way.fresh else 0.5)
+            seeds = tuple(sorted(rng.sample(SEEDS, 1 + two)))
+            place = folder / f"{way}-{number}".replace(" ", "-").replace(",", "")
+            expected, run_s = known[method]
+            study = Study(place, way, method, seeds, expected, rng)
+            fault = study.disturb(rng.randint(3, 5) if way.fresh else rng.randint(1, 4), run_s)
+            settings = f"{way}, {method}, seeds {seeds}, every {study.every_s} s, {study.moments}"
+            trial = f"{settings}, --seed {options.seed}, {number}, {len(study.kills)} kills"
+            print(f"{trial}: {fault or 'equal'}", flush=True)
+            for kill in study.kills:
+                tally.add(str(way), trial, fault, quiet=True)
+                tally.add(method, trial, fault, of=" (the same, by method)", quiet=True)
+                tally.add(kill.place, trial, fault, of=" (the same, by place)", quiet=True)
+            met += len(study.kills)
+            beside += study.beside
+            resumed += study.resumed
+            if fault is None:
+                shutil.rmtree(place)
     print(f"{resumed} attempts went on from a checkpoint; {beside} more kills met no run under way")
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--fresh", type=int, default=0, metavar="KILLS", help="of fresh commands")
-    parser.add_argument("--forked", type=int, default=0, metavar="KILLS", help="of forked commands")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    asked = parser.parse_args()
-    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
-        for name, ways, kills in (("forked", FORKED, asked.forked), ("fresh", FRESH, asked.fresh)):
-            if kills:
-                torture(folder / name, ways, kills, asked.seed, asked.methods, tally)
-
-
 if __name__ == "__main__":
-    main()
+    kills = {"type": int, "default": 0, "metavar": "KILLS"}
+    options = {
+        "--fresh": kills | {"help": "of fresh commands"},
+        "--forked": kills | {"help": "of forked commands"},
+        "--methods": {"nargs": "+", "default": list(METHODS), "choices": METHODS},
+    }
+    harness.main("SIGKILL at random points: resumed equals undisturbed", __doc__, torture, options)

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,11 +27,9 @@ import guard
 import harness
 
 if TYPE_CHECKING:  # the process that waits for others needs no torch
-    from harness import Tally
-    from kinds_of_files import Target
+    from mutations import Target
     from spoiled_cases import Cases
 
-PROMISE = "mutated files are read or refused"
 HERE = Path(__file__).resolve().parent
 _REASONS = ("error: ", "left out: ", "  ")  # what lines start with that say why a command failed
 CASE_CPU_S = 60  # more than that is a hang; of processor time, since the machine may be busy
@@ -40,102 +37,81 @@ CASE_S = 600.0  # a case that waits for something uses no processor
 COMMAND_S = 600.0
 
 
-# --- in process: a child does the cases and says what came out, a parent sees to it that it says so -------------------
+def cases_of(options: argparse.Namespace, folder: Path, *, watched: bool) -> Cases:
+    """Make sound files in a new folder, and the cases of the options on them."""
+    from spoiled_cases import Cases
+
+    return Cases(folder, options.seed, onnx=not options.without_onnx, kinds=options.kinds, watched=watched)
 
 
-def in_process(folder: Path, asked: argparse.Namespace, tally: Tally) -> int:
-    """Do the cases that are asked for in child processes; return how many files the package took."""
-    options = ["--seed", str(asked.seed), *(["--kinds", *asked.kinds] if asked.kinds else [])]
-    options += ["--without-onnx"] if asked.without_onnx else []
+def in_process(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> int:
+    """Do the cases in child processes, of which each goes on from where one ended; return how many files were read."""
+    settings = ["--seed", str(options.seed), *(["--kinds", *options.kinds] if options.kinds else [])]
+    settings += ["--without-onnx"] if options.without_onnx else []
     case = read = 0
-    while case < asked.trials:
-        child = ["--child", str(folder / f"from-{case}"), str(case), str(asked.trials)]
-        case, took = _follow([sys.executable, __file__, *child, *options], case, asked.seed, tally)
-        read += took
+    while case < options.trials:
+        command = [sys.executable, __file__, "--child", str(case), str(options.trials), *settings]
+        kind, complaints = "?", list[str]()
+        pipe, below = subprocess.PIPE, {**os.environ, "TMPDIR": str(folder)}
+        with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=below) as child:
+            assert child.stdout is not None
+            assert child.stderr is not None
+            drain = threading.Thread(target=complaints.extend, args=(child.stderr,))
+            drain.start()
+            deadline = threading.Timer(3 * CASE_S, child.kill)  # it makes its files first
+            deadline.start()
+            for line in child.stdout:
+                deadline.cancel()
+                report = json.loads(line)
+                kind = report["kind"]
+                if "fault" in report:
+                    tally.add(f"{kind}, in process", "in process", report["fault"], quiet=report["fault"] is None)
+                    read += report["read"]
+                    case += 1
+                deadline = threading.Timer(CASE_S, child.kill)
+                deadline.start()
+            deadline.cancel()
+            code = child.wait()
+            drain.join()
+        if code and kind == "?":
+            raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
+        if code:
+            fault = f"the process ended with {code}: {''.join(complaints)[-500:]}"
+            tally.add(f"{kind}, in process", f"{kind}:{options.seed}:{case}", fault)
+            case += 1
     return read
 
 
-def _follow(command: list[str], case: int, seed: int, tally: Tally) -> tuple[int, int]:
-    """Read what a child says until it ends; return the case to go on from, and how many files the package took."""
-    read = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stderr is not None
-        complaints: list[str] = []
-        drain = threading.Thread(target=lambda: complaints.extend(child.stderr or ()))
-        drain.start()
-        kind = "?"
-        deadline = threading.Timer(3 * CASE_S, child.kill)  # it makes its files first
-        deadline.start()
-        for line in child.stdout:
-            deadline.cancel()
-            said = json.loads(line)
-            if "begins" in said:
-                kind = said["begins"]
-            else:
-                tally.add(f"{kind}, in process", said["fault"])
-                read += said["read"]
-                if said["fault"] is not None:
-                    print(said["fault"], file=sys.stderr, flush=True)
-                case += 1
-            deadline = threading.Timer(CASE_S, child.kill)
-            deadline.start()
-        deadline.cancel()
-        code = child.wait()
-        drain.join()
-    if code != 0:
-        if kind == "?":
-            raise RuntimeError(f"the sound files could not be made:\n{''.join(complaints)[-4000:]}")
-        fault = f"{kind}:{seed}:{case}: the process ended with {code}: {''.join(complaints)[-500:]}"
-        print(fault, file=sys.stderr, flush=True)
-        tally.add(f"{kind}, in process", fault)
-        case += 1
-    return case, read
-
-
-def _child(root: Path, first: int, end: int, seed: int, *, onnx: bool, kinds: Sequence[str]) -> None:
-    """Do cases, and say before and after each what it is and what came out."""
-    from spoiled_cases import Cases
-
-    cases = Cases(root, seed, onnx=onnx, kinds=kinds)
-    for number in range(first, end):
+def do_cases(folder: Path, options: argparse.Namespace) -> None:
+    """Do cases as a child, and say before and after each what it is and what came of it."""
+    cases = cases_of(options, folder / "files", watched=True)
+    for number in range(*options.child):
         kind = cases.kind(number)
-        print(json.dumps({"begins": kind}), flush=True)
+        print(json.dumps({"kind": kind}), flush=True)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CASE_CPU_S, resource.RLIM_INFINITY))
         fault, read = cases.do(number)
-        print(json.dumps({"fault": fault, "read": read}), flush=True)
+        print(json.dumps({"kind": kind, "fault": fault, "read": read}), flush=True)
+    os._exit(0)  # its folders are the parent's to remove: whatever it did from here on, its own guard would report
 
 
-# --- the command line -------------------------------------------------------------------------------------------------
-
-
-def by_command(folder: Path, asked: argparse.Namespace, tally: Tally) -> None:
+def by_command(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
     """Do cases through the real command line, each a process of its own that is watched from inside and outside."""
-    from spoiled_cases import Cases
-
-    cases = Cases(folder / "files", asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds, watched=False)
+    cases = cases_of(options, folder / "files", watched=False)
     hook = folder / "hook"
     hook.mkdir()
     (hook / "sitecustomize.py").write_text(
         f"import sys\nsys.path.append({str(HERE)!r})\nimport guard\nsys.path.pop()\nguard.install_from_environment()\n"
     )
-    trap = _trap(folder / "files" / "tmp" / "here", cases.sound.marker)
-    for number in range(asked.commands):
+    trap = folder / "files" / "tmp" / "here"  # its files would be run by whoever looks for modules there
+    trap.mkdir()
+    for name in ("pickle", "yaml", "torch", "tempfile", "struct", "selectors", "sitecustomize", "usercustomize"):
+        (trap / f"{name}.py").write_text(f"import os\nos.mkdir({str(cases.sound.marker)!r})\n")
+    for number in range(options.commands):
         kind = cases.kind(number)
         with cases.spoiled(kind, number) as target:
             fault = _commanded(cases, target, hook, trap)
-        if fault is not None:
-            fault = f"{kind}:{asked.seed}:{number}: {' '.join(map(str, target.command))}: {fault}"
-            print(fault, file=sys.stderr, flush=True)
-        tally.add(f"{kind}, through the command line", fault)
-
-
-def _trap(folder: Path, marker: Path) -> Path:
-    """Return a folder to work in whose files would be run by whoever looks for modules there."""
-    folder.mkdir()
-    for name in ("pickle", "yaml", "torch", "tempfile", "struct", "selectors", "sitecustomize", "usercustomize"):
-        (folder / f"{name}.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
-    return folder
+        trial = f"{kind}:{options.seed}:{number}: {' '.join(map(str, target.command))}"
+        tally.add(f"{kind}, through the command line", trial, fault, quiet=fault is None)
 
 
 def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> str | None:
@@ -170,22 +146,16 @@ def _commanded(cases: Cases, target: Target, hook: Path, trap: Path) -> str | No
         fault = "its input was changed"
     if log.read_text():
         fault = f"did {log.read_text()[:1000]}"
-    if any(sound.outside.iterdir()):
-        fault = f"something was made outside: {[path.name for path in sound.outside.iterdir()]}"
-        shutil.rmtree(sound.outside)
-        sound.outside.mkdir()
-    return fault
+    return sound.fault_outside() or fault
 
 
-def _refusal(said: str) -> str:
+def _refusal(output: str) -> str:
     """Return the line that says why a command failed: its error, a file left out, or the reason of the last run."""
-    lines = said.strip().splitlines()
+    lines = output.strip().splitlines()
     errors = next(filter(None, ([x for x in lines if x.startswith(start)] for start in _REASONS)), [])
-    return (
-        errors[-1].removeprefix("error: ").removeprefix("left out: ").strip()
-        if errors
-        else f"nothing of a reason: {said[-500:]}"
-    )
+    if not errors:
+        return f"nothing of a reason: {output[-500:]}"
+    return errors[-1].removeprefix("error: ").removeprefix("left out: ").strip()
 
 
 def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
@@ -193,45 +163,32 @@ def _fingerprint(folder: Path) -> list[tuple[str, int, int]]:
     return [(name, status.st_size, status.st_mtime_ns) for name, status in files]
 
 
-# --- the tool itself --------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--trials", type=int, default=0, help="in process")
-    parser.add_argument("--commands", type=int, default=0, help="through the command line")
-    parser.add_argument("--kinds", nargs="+", default=[], help="only these")
-    parser.add_argument("--without-onnx", action="store_true", help="make no ONNX file, which takes seconds")
-    parser.add_argument("--only", metavar="KIND:SEED:NUMBER", help="one case again, in this process")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child:
-        root, first, end = asked.child
-        _child(Path(root), int(first), int(end), asked.seed, onnx=not asked.without_onnx, kinds=asked.kinds)
-        return
-    if asked.only:
-        kind, seed, number = asked.only.rsplit(":", 2)
-        _again(kind, int(seed), int(number), onnx=not asked.without_onnx)
-        return
-    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
-        if asked.trials:
-            print(f"{in_process(folder, asked, tally)} of {asked.trials} spoiled files were read in process")
-        if asked.commands:
-            by_command(folder / "commands", asked, tally)
-
-
-def _again(kind: str, seed: int, number: int, *, onnx: bool) -> None:
-    from spoiled_cases import Cases
-
-    with tempfile.TemporaryDirectory(prefix="peft-vit-torture-") as folder:
-        cases = Cases(Path(folder) / "files", seed, onnx=onnx, kinds=[kind], watched=False)
-        with cases.spoiled(kind, number) as target:
-            kept = Path(tempfile.mkdtemp(prefix="peft-vit-case-")) / target.file.name
-            shutil.copy(target.file, kept)
-            print(f"{target.file}, kept as {kept}\n{' '.join(map(str, target.command))}")
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
+    """Spoil files, in process and through the command line; or one again, or as the child of a parent."""
+    if options.child:
+        do_cases(folder, options)
+    elif options.only:
+        kind, seed, number = options.only.rsplit(":", 2)
+        options.kinds, options.seed = [kind], int(seed)
+        cases = cases_of(options, folder / "files", watched=False)
+        with cases.spoiled(kind, int(number)) as target:
+            copy = shutil.copy(target.file, tempfile.mkdtemp(prefix="peft-vit-case-"))
+            print(f"{target.file}, copied to {copy}\n{' '.join(map(str, target.command))}")
             target.open()
+    else:
+        if options.trials:
+            print(f"{in_process(folder, options, tally)} of {options.trials} spoiled files were read in process")
+        if options.commands:
+            by_command(folder, options, tally)
 
 
 if __name__ == "__main__":
-    main()
+    options = {
+        "--trials": {"type": int, "default": 0, "help": "in process"},
+        "--commands": {"type": int, "default": 0, "help": "through the command line"},
+        "--kinds": {"nargs": "+", "default": [], "help": "only these"},
+        "--without-onnx": {"action": "store_true", "help": "make no ONNX file, which takes seconds"},
+        "--only": {"metavar": "KIND:SEED:NUMBER", "help": "one case again, in this process"},
+        "--child": {"nargs": 2, "type": int, "help": argparse.SUPPRESS},
+    }
+    harness.main("mutated files are read or refused", __doc__, torture, options)

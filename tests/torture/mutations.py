@@ -1,4 +1,4 @@
-"""Sound files made unsound: bits, bytes and pieces at random, and values in structures replaced by nasty ones.
+"""A sound file of some kind, and ways to spoil it: bits, bytes and pieces at random, values replaced by nasty ones.
 
 Whatever is drawn comes from the generator that is handed in, so that a case can be made again.
 """
@@ -8,8 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -206,3 +209,44 @@ def of_png(inner: Mutation) -> Mutation:
 def within(unwrap: Callable[[bytes], bytes], wrap: Callable[[bytes], bytes], inner: Mutation) -> Mutation:
     """Return a mutation of what a file holds packed."""
     return lambda rng, content: wrap(inner(rng, unwrap(content)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A sound file to spoil."""
+
+    file: Path
+    spoil: tuple[Mutation, ...]  # ways to do it; one is drawn
+    open: Callable[[], object]  # what the package does with it; may raise UserError and nothing else
+    command: tuple[object, ...]  # the same through the command line
+    # What else changes with the content, so that hashes do not give it away at once.
+    believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
+    names: tuple[Path, ...] = ()  # what a refusal may name in place of the file, such as the folder that is opened
+    places: bool = False  # whether a refusal has to name a field or a line, beside the file
+    prepare: Callable[[], object] = lambda: None  # what the command needs, called when the file is spoiled
+
+
+@dataclass(frozen=True)
+class Nasty:
+    """What mutations put into files: texts, and the same as bytes."""
+
+    texts: tuple[str, ...]
+
+    @property
+    def tokens(self) -> tuple[bytes, ...]:
+        """Return the texts as bytes, and some that are no text."""
+        others = (b"\0", b"\xff" * 8, b"\x80\x04\x95", b"PK\3\4")
+        return (*(text.encode(errors="surrogatepass") for text in self.texts), *others)
+
+    def of_bytes(self, *others: Path) -> Mutation:
+        """Return a mutation of bytes."""
+        return of_bytes(self.tokens, [other.read_bytes() for other in others])
+
+
+def is_one_line(text: str) -> bool:
+    """Return whether a terminal shows a text as one line and does nothing else: it ends no line, moves no cursor."""
+    return not any(
+        unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+        or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        for character in text
+    )

@@ -11,19 +11,18 @@ histories, adapter bytes and optimiser hashes equal those of runs in a process w
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import random
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import harness
 from at_work import PATIENCE_S
 from ray.cluster_utils import Cluster
@@ -37,9 +36,9 @@ from peft_vit.studies.executors import RunEnded, RunRetried, RunStarted, StudyEv
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import drive
 
-PROMISE = "Ray node removed mid-study: each run recorded exactly once"
 KIND = "one of two nodes, at a random moment, with a run under way on it"
 SEEDS = (0, 1)
+EXPERIMENTS = {name: METHODS[name] for name in ("lora", "adalora")}
 EXECUTION = {"checkpoint_every_s": 0.05, "retries": 1}
 
 
@@ -69,13 +68,14 @@ def study(cluster: Cluster, file: Path, seen: Seen) -> float:
     with study_lock(file.parent / NAME) as lock:
         began = time.monotonic()
 
-        def tell(event: StudyEvent) -> None:
+        def on_event(event: StudyEvent) -> None:
             nonlocal began
             if not seen.first.is_set():
                 began = time.monotonic()
             seen(event)
 
-        failed = drive(plan, lock, lambda: open_executor("ray", plan, file.parent, ray_address=cluster.address), tell)
+        executor = partial(open_executor, "ray", plan, file.parent, ray_address=cluster.address)
+        failed = drive(plan, lock, executor, on_event)
     if failed:
         raise RuntimeError(str(failed))
     return time.monotonic() - began
@@ -89,7 +89,7 @@ def trial(cluster: Cluster, folder: Path, delay_s: float, expected: Mapping[str,
     """
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes(PATIENCE_S)
-    file, seen = write_study(folder, two_methods(), SEEDS, **EXECUTION), Seen()
+    file, seen = write_study(folder, EXPERIMENTS, SEEDS, **EXECUTION), Seen()
     met: list[str] = []
 
     def remove() -> None:
@@ -111,43 +111,28 @@ def trial(cluster: Cluster, folder: Path, delay_s: float, expected: Mapping[str,
     return bool(met), fault, seen.retried > 0
 
 
-def two_methods() -> dict[str, dict[str, object]]:
-    """Return the experiments of the study."""
-    return {name: METHODS[name] for name in ("lora", "adalora")}
-
-
-def undisturbed(folder: Path) -> dict[str, End]:
-    """Return what the runs come to in this process, without Ray."""
-    file = write_study(folder, two_methods(), SEEDS, **EXECUTION)
-    for run in plan_study(load_study(file), folder, file=file).runs:
-        run_and_write(run.spec, folder)
-    return ends_of(folder)
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--trials", type=int, default=10)
-    asked = parser.parse_args()
-    rng = random.Random(asked.seed)
-    with harness.torture(PROMISE, dry=asked.dry) as (place, tally), small_cluster() as cluster:
-        os.environ["PEFT_VIT_CACHE"] = str(place / "cache")
-        expected = undisturbed(place / "undisturbed")
-        longest_s = study(cluster, write_study(place / "alone", two_methods(), SEEDS, **EXECUTION), Seen())
-        print(f"seed {asked.seed}; alone, one node takes {longest_s:.0f} s", flush=True)
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
+    """Remove nodes until so many removals have met a run."""
+    rng = random.Random(options.seed)
+    with small_cluster() as cluster:
+        os.environ["PEFT_VIT_CACHE"] = str(folder / "cache")
+        alone = folder / "undisturbed"  # in this process, without Ray
+        file = write_study(alone, EXPERIMENTS, SEEDS, **EXECUTION)
+        for run in plan_study(load_study(file), alone, file=file).runs:
+            run_and_write(run.spec, alone)
+        expected = ends_of(alone)
+        longest_s = study(cluster, write_study(folder / "alone", EXPERIMENTS, SEEDS, **EXECUTION), Seen())
+        print(f"seed {options.seed}; alone, one node takes {longest_s:.0f} s", flush=True)
         for number in itertools.count():
-            if tally.trials.total() >= asked.trials:
+            if tally.trials.total() >= options.trials:
                 break
             delay_s = rng.uniform(0, longest_s / 2)
-            met, fault, retried = trial(cluster, place / str(number), delay_s, expected)
-            said = (
-                f"--seed {asked.seed}, {number}: removed after {delay_s:.1f} s, {'a' if met else 'no'} run on it, "
-                f"{'retried' if retried else 'not retried'}: {fault or 'each run once, as undisturbed'}"
-            )
-            print(said, flush=True)
+            met, fault, retried = trial(cluster, folder / str(number), delay_s, expected)
             if met or fault:
-                tally.add(KIND, said if fault else None)
+                how = f"removed after {delay_s:.1f} s, {'retried' if retried else 'not retried'}"
+                tally.add(KIND, f"--seed {options.seed}, {number}: {how}", fault)
 
 
 if __name__ == "__main__":
-    main()
+    options = {"--trials": {"type": int, "default": 10}}
+    harness.main("Ray node removed mid-study: each run recorded exactly once", __doc__, torture, options)

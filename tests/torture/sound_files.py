@@ -17,6 +17,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_methods import study_mapping
 from tiny_studies import METHODS, with_adalora
 
 from peft_vit.config import load_study
@@ -60,6 +61,14 @@ class SoundFiles:
     def run(self, experiment: str) -> Path:
         """Return the folder of a run: plain, adaptive or quantized."""
         return self.results / "tiny" / experiment / "seed_0"
+
+    def fault_outside(self) -> str | None:
+        """Return what was made outside, where nothing may be, and clear it away."""
+        if not (names := [path.name for path in self.outside.iterdir()]):
+            return None
+        shutil.rmtree(self.outside)
+        self.outside.mkdir()
+        return f"something was made outside: {names}"
 
     def environment(self) -> dict[str, str]:
         """Return variables for processes that are to stay in these folders and without a network."""
@@ -113,24 +122,19 @@ def _make_weights(folder: Path) -> None:
     torch.save(state, folder / "weights.pth")
 
 
-def study_mapping(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
+def configuration(inputs: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of the study `tiny` on some data."""
-    return {
-        "name": "tiny",
-        "seeds": [0],
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
-        "data": {"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
-        "training": _TRAINING,
-        "experiments": [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
-    }
+    return study_mapping(
+        [{"name": name, **experiment} for name, experiment in _EXPERIMENTS.items()],
+        backbone={"model": "test_vit", "weights": "file", "file": str(inputs / "weights.safetensors")},
+        data={"image_size": SIDE, "validation_images": 6, "test_images": 6, **data},
+        training=_TRAINING,
+    )
 
 
 def _do_runs(sound: SoundFiles) -> None:
     """Do three runs as a driver would, in this process; and half of another one in a directory of its own."""
-    mapping = study_mapping(sound.inputs, {"dataset": "image-folder", "path": str(sound.inputs / "images")})
+    mapping = configuration(sound.inputs, {"dataset": "image-folder", "path": str(sound.inputs / "images")})
     with _begun(mapping, sound.inputs / "tiny.yaml", sound.results) as (plan, store):
         for planned in plan.runs:
             store.started(planned.spec.name, "torture", planned.total_steps)
@@ -190,5 +194,4 @@ def _make_data_sets(inputs: Path) -> None:
                 archive.write(file, file.relative_to(source))
     for name, path in paths.items():
         data = {"dataset": name, "path": str(path)}
-        configuration = json.dumps(study_mapping(inputs, data), indent=1)  # JSON is YAML
-        (folder / f"{name}.yaml").write_text(configuration)
+        (folder / f"{name}.yaml").write_text(json.dumps(configuration(inputs, data), indent=1))  # JSON is YAML

@@ -6,18 +6,16 @@ import os
 import random
 import re
 import resource
-import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import foreign_kinds
 import guard
-import mutations
 import sound_files
-from kinds_of_files import Nasty, Target, is_one_line
+from kinds import KINDS
+from mutations import Nasty, Target, is_one_line, nasty_texts
 
 from peft_vit.errors import UserError
 
@@ -33,11 +31,12 @@ class Cases:
     def __init__(self, root: Path, seed: int, *, onnx: bool, kinds: Sequence[str] = (), watched: bool = True) -> None:
         self.sound = sound_files.make_sound_files(root, onnx=onnx)
         self._seed = seed
-        nasty = Nasty(mutations.nasty_texts(str(self.sound.outside), str(self.sound.marker)))
-        chosen = {name: make for name, make in foreign_kinds.KINDS.items() if not kinds or name in kinds}
+        nasty = Nasty(nasty_texts(str(self.sound.outside), str(self.sound.marker)))
+        chosen = {name: make for name, make in KINDS.items() if not kinds or name in kinds}
         self.targets = {name: make(self.sound, nasty) for name, make in chosen.items()}
         for targets in self.targets.values():
-            foreign_kinds.check_sound(targets)
+            for target in targets:
+                target.open()  # what is spoiled has to be sound before
         os.chdir(self.sound.root / "tmp")
         self._seen: list[str] = []
         if watched:
@@ -45,7 +44,6 @@ class Cases:
         self._memory_kb = 0
 
     def kind(self, number: int) -> str:
-        """Return the kind of a case."""
         names = list(self.targets)
         return names[number % len(names)]
 
@@ -70,7 +68,11 @@ class Cases:
         """Do a case; return its fault, if it has one, and whether the package took the file."""
         name = f"{self.kind(number)}:{self._seed}:{number}"
         if number % _CLEARED_EVERY == 0:
-            self._clear()
+            files = {target.file for targets in self.targets.values() for target in targets}
+            for folder in ("pixels", "hashes", "unpacked"):
+                for path in (self.sound.cache / folder).rglob("*"):
+                    if path.is_file() and path not in files:
+                        path.unlink()
         with self.spoiled(self.kind(number), number) as target:
             self._seen.clear()
             started = time.process_time()
@@ -83,19 +85,8 @@ class Cases:
         self._memory_kb = memory_kb
         if seconds > SLOW_S:
             fault = fault or f"took {seconds:.0f} s"
-        if any(self.sound.outside.iterdir()):
-            fault = f"something was made outside: {[path.name for path in self.sound.outside.iterdir()]}"
-            shutil.rmtree(self.sound.outside)
-            self.sound.outside.mkdir()
-        fault = fault or (f"did {seen[:3]}" if seen else None)
+        fault = self.sound.fault_outside() or fault or (f"did {seen[:3]}" if seen else None)
         return (None if fault is None else f"{name}: {target.file.name}: {fault}"), read
-
-    def _clear(self) -> None:
-        keep = {target.file for targets in self.targets.values() for target in targets}
-        for folder in ("pixels", "hashes", "unpacked"):
-            for path in (self.sound.cache / folder).rglob("*"):
-                if path.is_file() and path not in keep:
-                    path.unlink()
 
 
 def judged(target: Target) -> tuple[str | None, bool]:

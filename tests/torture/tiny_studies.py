@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from small_methods import INT4, LINEAR, study_mapping
+
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, checkpoint_folders, outcome_digest, read_records, run_folder
 from peft_vit.records.progress import look_at
 
@@ -22,14 +24,7 @@ _ADALORA = {
     "warmup_steps": 3,
     "final_steps": 3,
 }
-_QA_LORA = {
-    "quantization_bits": 4,
-    "quantization_type": "int4",
-    "quantization_schedule": "linear",
-    "gradient_scaling_factor": 1.0,
-    "use_group_quantization": True,
-    "group_size": 16,
-}
+_QA_LORA = {**INT4, **LINEAR}
 _TRAINING = {"epochs": 4, "batch_size": 8, "learning_rate": 3e-3}
 _JITTER = {"color_jitter": {"saturation": 0}}
 _AUGMENTATION = ["flip", "rotate90", "random_resized_crop", _JITTER, "rand_augment", "mixup", "cutmix"]  # all there is
@@ -49,30 +44,11 @@ def with_adalora(**settings: Any) -> dict[str, Any]:
 def write_study(
     folder: Path, experiments: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], **execution: Any
 ) -> Path:
-    """Write a study's configuration.
-
-    Args:
-        folder: where to.
-        experiments: sections by name, which is also the method if they don't say otherwise.
-        seeds: of the study.
-        execution: its settings.
-    """
-    study = {
-        "name": NAME,
-        "seeds": list(seeds),
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "execution": execution,
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "digits", "image_size": 32, "train_images": 24, "validation_images": 20, "test_images": 30},
-        "experiments": [
-            {"name": name, "training": _TRAINING, "method": name, **sections} for name, sections in experiments.items()
-        ],
-    }
+    """Write the configuration of a study of these sections by name, which is also the method if they don't say so."""
+    sections = [{"name": name, "training": _TRAINING, "method": name, **own} for name, own in experiments.items()]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{NAME}.yaml"
-    file.write_text(json.dumps(study))  # which is YAML too
+    file.write_text(json.dumps(study_mapping(sections, seeds, execution=execution)))  # which is YAML too
     return file
 
 

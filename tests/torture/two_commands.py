@@ -9,78 +9,48 @@ with exit code 2 and one line that names the owner, and the winner with all runs
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+import argparse
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import harness
-from commands import POLL_S, Command, run_forked, run_fresh
+from commands import POLL_S, run_fresh, undisturbed
 from crash_study import pair
-from harness import Tally
-from tiny_studies import METHODS, End, difference, ends_of, write_study
-
-PROMISE = "two runners on one directory: one winner"
+from tiny_studies import METHODS, difference, write_study
 
 
-def drivers(folder: Path, trials: int, tally: Tally) -> None:
-    """Let forked drivers compete."""
-    for trial in range(trials):
+def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> None:
+    """Let forked drivers compete, then fresh commands."""
+    for number in range(options.drivers):
+        trial, fault = f"drivers {number}", None
         try:
-            said, fault = f"the loser left after {pair(folder / str(trial)):.2f} s", None
+            trial += f": the loser left after {pair(folder / trial):.2f} s"
         except AssertionError as error:
-            said = fault = f"drivers {trial}: {error}"
-        print(f"drivers {trial}: {said}", flush=True)
-        tally.add("forked drivers", fault)
-
-
-def commands(folder: Path, trials: int, tally: Tally) -> None:
-    """Let fresh commands compete."""
-    config = write_study(folder, {"lora": METHODS["lora"]}, (0,))
-    arguments = [str(config), "--output"]
-    if run_forked([*arguments, str(folder / "undisturbed")], folder / "undisturbed.txt").finish() != 0:
-        raise RuntimeError((folder / "undisturbed.txt").read_text()[-3000:])
-    expected = ends_of(folder / "undisturbed")
-    for trial in range(trials):
-        out = folder / str(trial)
-        two = [run_fresh([*arguments, str(out)], folder / f"{trial}-{number}.txt") for number in range(2)]
-        first = two[1].wait(two[0].ended)  # so that its end is seen at once
-        loser, winner = (two if first else two[::-1])[:2]
-        logs = [folder / f"{trial}-{two.index(command)}.txt" for command in (loser, winner)]
-        fault = _fault(loser, winner, logs, out, expected)
-        said = (
-            f"commands {trial}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core: "
-            f"{fault or 'sound'}"
-        )
-        print(said, flush=True)
-        tally.add("fresh commands", said if fault else None)
-
-
-def _fault(loser: Command, winner: Command, logs: Sequence[Path], out: Path, expected: Mapping[str, End]) -> str | None:
-    """Return what is wrong with the end of two commands."""
-    while not loser.ended():
-        winner.wait(loser.ended, POLL_S)
-    code = winner.finish()
-    said = [line for line in logs[0].read_text().splitlines() if line]
-    if (loser.code, code) != (2, 0):
-        return f"they ended with {loser.code} and {code}; one said {said[-3:]}, the other {logs[1].read_text()[-3000:]}"
-    if len(said) != 1 or f"another command works on this study, process {winner.pid} on " not in said[0]:
-        return f"the loser said {said}, the winner is process {winner.pid}"
-    return difference(out, expected)
-
-
-def main() -> None:
-    """Run the command line."""
-    parser = harness.options(__doc__)
-    parser.add_argument("--drivers", type=int, default=0, metavar="TRIALS", help="of forked drivers")
-    parser.add_argument("--commands", type=int, default=0, metavar="TRIALS", help="of fresh commands")
-    asked = parser.parse_args()
-    with harness.torture(PROMISE, dry=asked.dry) as (folder, tally):
-        drivers(folder / "drivers", asked.drivers, tally)
-        if asked.commands:
-            commands(folder / "commands", asked.commands, tally)
+            fault = str(error)
+        tally.add("forked drivers", trial, fault)
+    if not options.commands:
+        return
+    config = write_study(folder / "commands", {"lora": METHODS["lora"]}, (0,))
+    expected = undisturbed(config)
+    for number in range(options.commands):
+        out = folder / f"commands {number}"
+        logs = [folder / f"{number}-{place}.txt" for place in range(2)]
+        two = [run_fresh([str(config), "--output", str(out)], log) for log in logs]
+        place = 0 if two[1].wait(two[0].ended) else 1  # so that the end of either is seen at once
+        loser, winner, log = two[place], two[1 - place], logs[place]
+        while not loser.ended():
+            winner.wait(loser.ended, POLL_S)
+        codes, lines = (loser.code, winner.finish()), [line for line in log.read_text().splitlines() if line]
+        if codes != (2, 0):
+            fault = f"they ended with {codes} and said {lines[-3:]} and {logs[1 - place].read_text()[-3000:]}"
+        elif len(lines) != 1 or f"another command works on this study, process {winner.pid} on " not in lines[0]:
+            fault = f"the loser said {lines}, the winner is process {winner.pid}"
+        else:
+            fault = difference(out, expected)
+        trial = f"{out.name}: the loser left after {loser.seconds:.2f} s, {loser.busy_s:.2f} s of a core"
+        tally.add("fresh commands", trial, fault)
 
 
 if __name__ == "__main__":
-    main()
+    trials = {"type": int, "default": 0, "metavar": "TRIALS"}
+    options = {"--drivers": trials | {"help": "of forked drivers"}, "--commands": trials | {"help": "of fresh ones"}}
+    harness.main("two runners on one directory: one winner", __doc__, torture, options)

@@ -6,73 +6,38 @@ from typing import Any
 
 import pytest
 from qa_lora_settings import DEFAULT as QA_LORA
+from small_methods import CONSTANT, GROUPS, INT4, LINEAR, study_mapping
 
 from peft_vit.config import METHOD_KINDS, PROBE_READS, StudyConfig, study_from_mapping
 
 PROBES = {name for name, method in METHOD_KINDS.items() if method.trains == "head"}
+_ADALORA = {
+    "total_rank_budget": 40,
+    "allocation_strategy": "proportional",
+    "importance_metric": "sensitivity",
+    "update_frequency": 1,
+    "warmup_steps": 2,
+    "final_steps": 2,
+}
+_THEIRS = {"initial_rank": 4, "target_rank": 2, "update_frequency": 1, "warmup_steps": 1, "final_steps": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {},
     "full": {},
     "lora": {"lora": {"rank": 2}},
     "peft_lora": {"peft_lora": {"rank": 2}},
-    "peft_adalora": {
-        "peft_adalora": {
-            "initial_rank": 4,
-            "target_rank": 2,
-            "update_frequency": 1,
-            "warmup_steps": 1,
-            "final_steps": 1,
-        }
-    },
-    "adalora": {
-        "adalora": {
-            "total_rank_budget": 40,
-            "allocation_strategy": "proportional",
-            "importance_metric": "sensitivity",
-            "update_frequency": 1,
-            "warmup_steps": 2,
-            "final_steps": 2,
-            "parametrization": "svd",
-        }
-    },
+    "peft_adalora": {"peft_adalora": _THEIRS},
+    "adalora": {"adalora": {**_ADALORA, "parametrization": "svd"}},
     "qa_lora": {"qa_lora": {**QA_LORA, "rank": 2}},
-    "qa_linear": {
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "nf4",
-            "use_group_quantization": True,
-            "group_size": 16,
-        }
-    },
+    "qa_linear": {"qa_lora": {**GROUPS, "quantization_bits": 4, "quantization_type": "nf4"}},
     "adaptive_bits": {
         "method": "qa_lora",
         "qa_lora": {
-            "quantization_schedule": "constant",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 16,
+            **GROUPS,
+            **CONSTANT,
             "adaptive_bits": {"total_byte_budget": 170000, "ranks": True, "calibration_images": 24},
         },
     },
-    "qa_adalora": {
-        "adalora": {
-            "total_rank_budget": 40,
-            "allocation_strategy": "proportional",
-            "importance_metric": "sensitivity",
-            "update_frequency": 1,
-            "warmup_steps": 2,
-            "final_steps": 2,
-        },
-        "qa_lora": {
-            "quantization_bits": 4,
-            "quantization_type": "int4",
-            "quantization_schedule": "linear",
-            "gradient_scaling_factor": 1.0,
-            "use_group_quantization": True,
-            "group_size": 16,
-            "targets": ["out", "fc2"],
-        },
-    },
+    "qa_adalora": {"adalora": _ADALORA, "qa_lora": {**INT4, **LINEAR, "targets": ["out", "fc2"]}},
 }
 
 
@@ -89,26 +54,11 @@ def study(cache: str) -> Callable[..., StudyConfig]:
     def make(*methods: str, seeds: tuple[int, ...] = (0,), **training: object) -> StudyConfig:
         settings = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3, **training}
         of_probes = {name: settings[name] for name in PROBE_READS if name in settings}
-        mapping = {
-            "name": "tiny",
-            "seeds": list(seeds),
-            "threads": 1,
-            "device": "cpu",
-            "precision": "fp32",
-            "backbone": {"model": "test_vit", "weights": "random"},
-            "data": {
-                "dataset": "digits",
-                "image_size": 32,
-                "train_images": 24,
-                "validation_images": 20,
-                "test_images": 30,
-            },
-            "experiments": [
-                {"name": method, "method": method, "training": of_probes if method in PROBES else settings}
-                | METHODS[method]
-                for method in methods
-            ],
-        }
-        return study_from_mapping(mapping, file=Path("tiny.yaml"))
+        experiments = [
+            {"name": method, "method": method, "training": of_probes if method in PROBES else settings}
+            | METHODS[method]
+            for method in methods
+        ]
+        return study_from_mapping(study_mapping(experiments, seeds), file=Path("tiny.yaml"))
 
     return make

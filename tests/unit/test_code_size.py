@@ -1,9 +1,5 @@
 """What `make sizes` counts, on a tree whose tokens are counted by hand."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 from code_size import counted, tokens
 
 CODE = '''"""A docstring."""
@@ -26,7 +22,7 @@ def test_comments_docstrings_and_layout_are_no_tokens() -> None:
     assert tokens(CODE.replace("(a: int)", "(\n    a: int\n)")) == COUNTED
 
 
-def test_packages_are_counted_apart_and_together(tmp_path: Path) -> None:
+def test_packages_are_counted_apart_and_together(tmp_path) -> None:
     package = tmp_path / "src/peft_vit/data"
     package.mkdir(parents=True)
     (package / "read.py").write_text(CODE)

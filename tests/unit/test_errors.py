@@ -1,7 +1,5 @@
 """A message is one line of bounded length that does nothing to the terminal it is printed on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -21,7 +19,7 @@ from peft_vit.errors import UserError, agreeing_with, first_fault, named, printa
         ("Grüße, 日本語 \U0001f44b\u200d", "Grüße, 日本語 \U0001f44b\u200d"),
     ],
 )
-def test_what_would_move_a_terminal_is_written_out(text: str, shown: str) -> None:
+def test_what_would_move_a_terminal_is_written_out(text, shown) -> None:
     assert printable(text) == shown
     line = str(UserError("is wrong", file=f"{text}.yaml", field=text))
     assert line == f"{shown}.yaml: {shown}: is wrong"
@@ -59,7 +57,7 @@ class Numbers(BaseModel):
 @pytest.mark.parametrize(
     ("content", "field"), [({"one": {"a": "x"}}, "one.a"), ({"": 1}, "''"), ({"one": {"": "x"}}, "one.''"), (7, None)]
 )
-def test_the_first_fault_has_a_field_even_if_it_has_no_name(content: object, field: str | None) -> None:
+def test_the_first_fault_has_a_field_even_if_it_has_no_name(content, field) -> None:
     with pytest.raises(ValidationError) as caught:
         Numbers.model_validate(content)
     found, message = first_fault(caught.value)

@@ -48,18 +48,19 @@ def test_what_is_missing_is_one_line(without) -> None:
     assert str(two.value) == said
 
 
-@pytest.mark.parametrize(("installed", "fault"), [("3.9.1", " from version 4 (not 3.9.1)"), ("4.0.0", None)])
-def test_a_version_that_is_too_old_is_missing(monkeypatch, installed, fault) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", {"datasets": installed}.__getitem__)
+@pytest.mark.parametrize(
+    ("installed", "fault"), [("3.9.1", " from version 4 (not 3.9.1)"), ("4.0.0", None), (None, None)]
+)
+def test_a_version_that_is_too_old_is_missing_and_another_distribution_may_bring_it(
+    monkeypatch, installed, fault
+) -> None:
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
     assert missing_packages("hf") == ([] if fault is None else [f"datasets{fault}"])
-
-
-def test_another_distribution_may_bring_the_package(monkeypatch) -> None:
-    def not_found(name: str) -> str:
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", not_found)
-    assert missing_packages("onnx", ["onnxruntime"]) == []
 
 
 def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch) -> None:

@@ -1,7 +1,5 @@
 """A record is read as it was written, or refused in one line; a spec's digest covers everything in it."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import hashlib
@@ -9,9 +7,11 @@ import json
 import os
 import re
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import planted
 import pytest
 from pydantic import BaseModel
 
@@ -29,32 +29,21 @@ from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
     STUDY_FILE,
-    BitsEntry,
-    ByteCounts,
-    Evaluation,
     ImportanceEntry,
-    LayerSize,
     Metrics,
-    ModelSize,
-    ParameterCounts,
-    Provenance,
-    QuantizationSummary,
     RankEntry,
     RunRecord,
     RunSpec,
-    SiteInfo,
-    StepRow,
     StudyFile,
     flush,
     read_record,
     read_records,
     read_study_file,
-    run_folder,
     write_atomically,
     write_record,
     write_result,
 )
-from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study, with_digested
+from peft_vit.records.migrations import GONE, GONE_CHOICES, Gone, migrated_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KEPT = Path(__file__).with_name("kept_records.tar.xz")  # of 0.2.0's studies, one of each kind below
@@ -66,88 +55,37 @@ def study() -> StudyConfig:
 
 def spec(experiment: str = "qa_lora_fp4_cosine", seed: int = 1) -> RunSpec:
     config = study()
-    chosen = next(one for one in config.experiments if one.name == experiment)
-    return RunSpec(
-        study=config.name,
-        seed=seed,
-        experiment=chosen,
-        backbone=config.backbone,
-        data=config.data,
-        device=config.device,
-        precision="bf16",
-        threads=config.threads,
-    )
+    (chosen,) = (own for own in config.experiments if own.name == experiment)
+    own = config.model_dump(include={"backbone", "data", "device", "threads"})
+    return RunSpec(study=config.name, seed=seed, experiment=chosen, precision="bf16", **own)
 
 
 def record(of: RunSpec) -> RunRecord:
     """Return a record with every field filled; the numbers are arbitrary but not round."""
     metrics = Metrics(n=7, accuracy=5 / 7, balanced_accuracy=0.1 + 0.2, auroc=None, nll=1e-17, ece=1 / 3)
-    site = "blocks.0.attn.query"
-    return RunRecord(
-        spec=of,
-        spec_digest=of.digest(),
-        status="done",
-        started_at="2025-01-01T00:00:00+00:00",
-        seconds=1.1,
-        provenance=Provenance(
-            packages={"torch": "2.13"},
-            python="3.11.9",
-            platform="Linux",
-            processor="some \u00b5 processor",
-            cpu_count=2,
-            device="cpu",
-            threads=2,
-            git_hash=None,
-            git_dirty=None,
-            weights_name="w",
-            weights_sha256=None,
-            random_weights=True,
-            data_sha256="d",
-            split_sha256="s",
-            head_init_sha256="h",
-            data_order_sha256="o",
-        ),
-        class_names=["functional", "defective"],
-        split_sizes={"train": 5, "validation": 7, "test": 7},
-        sites=[SiteInfo(name=site, block=0, matrix="query", in_features=384, out_features=384)],
-        steps=[StepRow(step=1, loss=0.7, learning_rate=1e-3, gradient_norm=2, seconds=0.1, penalties={"p": 0.1})],
-        evaluations=[Evaluation(step=1, epoch=1, deployable=True, metrics=metrics)],
-        rank_history=[
-            RankEntry(step=0, budget=6000, ranks={site: 8}, unit="parameters"),
-            RankEntry(step=1, budget=None, ranks={site: 0}, unit="parameters"),
-            RankEntry(step=2, budget=800, ranks={site: 1}, unit="parameters", cost=768),
-        ],
-        importance_history=[ImportanceEntry(step=1, scores={site: 0.3})],
-        bits_history=[BitsEntry(step=0, bits_per_weight={site: 4.5})],
-        quantization=QuantizationSummary(
-            relative_error={site: 0.09},
-            bits_per_weight=4.5,
-            quantized_bytes=123,
-            balance=[{"step": 1.0, "share": 0.5}],
-            size=ModelSize(
-                weights=30,
-                layers={site: LayerSize(weights=20, codes_bytes=10, scales_bytes=4, offsets_bytes=4)},
-                float_bytes={"head": 8, "norms": 32},
-                merging_bytes=0,
-                live_bytes=58,
-                file_bytes=99,
-            ),
-        ),
-        parameters=ParameterCounts(initial=3, final=2, peak=3, head=1, backbone_total=22),
-        bytes=ByteCounts(frozen_bytes=1, trainable_bytes=2, optimizer_bytes=3, adapter_file_bytes=4),
-        seconds_per_step=0.1,
-        overhead_s={"allocation": 0.01},
-        peak_memory_bytes=5,
-        chosen_step=1,
-        majority_accuracy={"validation": 0.6, "test": 0.7},
-        validation=metrics,
-        test=metrics,
-        adapter_sha256="a",
-    )
+    made = planted.record(planted.experiments()["qa_lora_4bit_nf4_constant"], of.seed, 0.7)
+    site = made.sites[0].name
+    entries = [
+        RankEntry(step=0, budget=6000, ranks={site: 8}, unit="parameters"),
+        RankEntry(step=1, budget=None, ranks={site: 0}, unit="parameters"),
+        RankEntry(step=2, budget=800, ranks={site: 1}, unit="parameters", cost=768),
+    ]
+    changes = {
+        "spec": of,
+        "spec_digest": of.digest(),
+        "provenance": planted.provenance(1, processor="some \u00b5 processor", git_hash=None, git_dirty=None),
+        "sites": made.sites[:1],
+        "steps": [made.steps[0].model_copy(update={"penalties": {"p": 0.1}})],
+        "rank_history": entries,
+        "importance_history": [ImportanceEntry(step=1, scores={site: 0.3})],
+        "validation": metrics,
+        "test": metrics,
+    }
+    return made.model_copy(update=changes)
 
 
-@pytest.mark.parametrize("experiment", [one.name for one in study().experiments])
-def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("experiment", [experiment.name for experiment in study().experiments])
+def test_a_record_is_read_as_it_was_written(experiment, tmp_path) -> None:
     written = record(spec(experiment))
     file = write_record(tmp_path, written)
     assert file == tmp_path / "quickstart" / experiment / "seed_1" / RECORD_FILE
@@ -157,7 +95,7 @@ def test_a_record_is_read_as_it_was_written(experiment: str, tmp_path: Path) -> 
     assert file.stat().st_mode & 0o777 == 0o644
 
 
-def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(tmp_path: Path) -> None:
+def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(tmp_path) -> None:
     written = record(spec("adalora_top_k_fisher"))
     file = write_record(tmp_path, written)
     data = json.loads(file.read_text())
@@ -173,35 +111,18 @@ def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(t
     budgets = [(entry.unit, entry.budget, entry.spent) for entry in read.rank_history[:2]]
     assert budgets == [("ranks", 6000, 8), ("ranks", None, 0)]
     assert read.quantization is not None
-    assert (read.quantization.size, read.quantization.bits_per_weight) == (None, 4.5)
+    assert (read.quantization.size, read.quantization.bits_per_weight) == (None, 5.0)
 
 
-def test_a_failed_run_is_a_record_too(tmp_path: Path) -> None:
-    of = spec()
-    ended = {
-        "error": "loss is not finite",
-        "traceback": "a\nb",
-        "started_at": "2025-01-01T00:00:00+00:00",
-        "seconds": 0.5,
-    }
+def test_records_come_in_the_order_of_their_paths_failed_ones_too(tmp_path) -> None:
+    for experiment, seed in (("lora_r2", 1), ("lora_r1", 1)):
+        write_record(tmp_path, record(spec(experiment, seed)))
+    of = spec("lora_r1", 0)
+    ended = {"error": "loss is not finite", "traceback": "a\nb", "started_at": "2025-01-01T00:00:00Z", "seconds": 0.5}
     written = RunRecord(spec=of, spec_digest=of.digest(), status="failed", **ended)
     assert read_record(write_record(tmp_path, written)) == written
-
-
-def test_records_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
-    for experiment, seed in (("lora_r2", 1), ("lora_r1", 1), ("lora_r1", 0)):
-        write_record(tmp_path, record(spec(experiment, seed)))
-    found = [one.spec.name for one in read_records(tmp_path)]
-    assert found == ["lora_r1/seed_0", "lora_r1/seed_1", "lora_r2/seed_1"]
-
-
-@pytest.mark.parametrize(("make", "words"), [(True, "holds no record.json"), (False, "does not exist")])
-def test_no_records(make: bool, words: str, tmp_path: Path) -> None:
-    folder = tmp_path / "results"
-    if make:
-        folder.mkdir()
-    with pytest.raises(UserError, match=f"results: {words}; run a study first"):
-        list(read_records(folder))
+    names = [read.spec.name for read in read_records(tmp_path)]
+    assert names == ["lora_r1/seed_0", "lora_r1/seed_1", "lora_r2/seed_1"]
 
 
 # What is on the disk instead of a record: (content, words of the message)
@@ -221,7 +142,7 @@ CORRUPTIONS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Path) -> None:
+def test_what_is_no_record_is_refused_in_one_line(corruption, tmp_path) -> None:
     content, words = CORRUPTIONS[corruption]
     file = tmp_path / RECORD_FILE
     file.write_bytes(content)
@@ -234,10 +155,10 @@ def test_what_is_no_record_is_refused_in_one_line(corruption: str, tmp_path: Pat
     assert len(message.splitlines()) == 1
 
 
-def test_half_a_record_is_refused(tmp_path: Path) -> None:
+def test_half_a_record_is_refused(tmp_path) -> None:
     file = write_record(tmp_path, record(spec()))
     content = file.read_bytes()
-    for size in range(0, len(content) - 1, 97):  # the last byte is the line's end
+    for size in range(0, len(content) - 1, 197):  # the last byte is the line's end
         file.write_bytes(content[:size])
         with pytest.raises(UserError, match="move it away and run the study again"):
             read_record(file)
@@ -275,7 +196,7 @@ WRONG: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), WRONG, ids=range(len(WRONG)))
-def test_a_wrong_value_is_named_by_its_field(field: str, value: object, tmp_path: Path) -> None:
+def test_a_wrong_value_is_named_by_its_field(field, value, tmp_path) -> None:
     file = write_record(tmp_path, record(spec()))
     data = json.loads(file.read_text())
     *sections, last = (int(part) if part == "0" else part for part in field.split("."))
@@ -290,44 +211,33 @@ def test_a_wrong_value_is_named_by_its_field(field: str, value: object, tmp_path
 
 
 @pytest.mark.parametrize("failing", ["replace", "fsync"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(
-    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_other(failing, tmp_path, monkeypatch) -> None:
     file = tmp_path / "record.json"
-    write_atomically(file, b"old")
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, failing, fail)
-        with pytest.raises(OSError, match="disk full"):
-            write_atomically(file, b"new")
-    assert file.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [file]
-
-    write_atomically(file, b"new")
-    assert file.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [file]
+    for content, broken in ((b"old", False), (b"new", True), (b"new", False)):
+        with monkeypatch.context() as patched:
+            if broken:
+                patched.setattr(os, failing, fail)
+            with pytest.raises(OSError, match="disk full") if broken else nullcontext():
+                write_atomically(file, content)
+        assert file.read_bytes() == (b"old" if broken else content)
+        assert list(tmp_path.iterdir()) == [file]
 
 
-def test_new_folders_outlast_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_folders_outlast_a_power_failure(tmp_path, monkeypatch) -> None:
     """Each name is flushed to disk with the folder that holds it."""
-    flushed: list[tuple[int, int]] = []
+    flushed: list[int] = []
     fsync = os.fsync
-
-    def noted(descriptor: int) -> None:
-        flushed.append(place(os.fstat(descriptor)))
-        fsync(descriptor)
-
-    def place(status: os.stat_result) -> tuple[int, int]:
-        return status.st_dev, status.st_ino
-
-    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (flushed.append(os.fstat(descriptor).st_ino), fsync(descriptor))
+    )
     file = tmp_path / "results" / "study" / "file"
     write_atomically(file, b"new")
-    assert set(flushed) == {place(one.stat()) for one in (tmp_path, *file.parents[:2], file)}
-    assert flushed[-1] == place(file.parent.stat())  # last, when the file has its name
+    assert set(flushed) == {path.stat().st_ino for path in (tmp_path, *file.parents[:2], file)}
+    assert flushed[-1] == file.parent.stat().st_ino  # last, when the file has its name
 
 
 def leaves(value: BaseModel, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
@@ -384,7 +294,7 @@ def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> No
         ("study_digits", "lora", "none"),
     ],
 )
-def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, flips: str, tmp_path: Path) -> None:
+def test_the_digest_of_a_kept_run_is_what_it_was(study, experiment, flips, tmp_path) -> None:
     """Or a finished study would be done again; of runs that were kept before `steps`, `patience` and `augmentation`."""
     with tarfile.open(KEPT) as kept:
         for member in kept:
@@ -399,7 +309,7 @@ def test_the_digest_of_a_kept_run_is_what_it_was(study: str, experiment: str, fl
 
 
 @pytest.mark.parametrize("flips", ["none", "horizontal", "both"])
-def test_flips_of_an_older_study_are_said_by_its_training(flips: str) -> None:
+def test_flips_of_an_older_study_are_said_by_its_training(flips) -> None:
     """What is of another form is left to who reads it."""
     content = json.loads(study().model_dump_json())
     for experiment in content["experiments"]:
@@ -447,7 +357,7 @@ LOOKS = {"control": "lora_r1", "asked": "superiority", "every": 2, "futility": N
         ({"stopping": LOOKS}, {}),
     ],
 )
-def test_what_0_2_0_wrote_of_a_study_is_read(tmp_path: Path, change: dict[str, Any], beside: dict[str, Any]) -> None:
+def test_what_0_2_0_wrote_of_a_study_is_read(tmp_path, change, beside) -> None:
     study_file(tmp_path, change, **beside)
     read = read_study_file(tmp_path)
     assert read is not None
@@ -470,9 +380,7 @@ def smaller() -> dict[str, Any]:
         ({"experiments": [{"training": {"schedule": "zigzag"}}]}, {}, "experiment.training.schedule"),
     ],
 )
-def test_what_went_of_a_study_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], beside: dict[str, Any], field: str
-) -> None:
+def test_what_went_of_a_study_is_refused(tmp_path, monkeypatch, change, beside, field) -> None:
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     file = study_file(tmp_path, change, **beside)
     with pytest.raises(UserError, match=r"no longer .*peft-vit 0\.2\.0") as caught:
@@ -490,9 +398,7 @@ def test_what_went_of_a_study_is_refused(
         ("training", {"schedule": "zigzag"}, "training.schedule"),
     ],
 )
-def test_what_went_of_a_record_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, settings: dict[str, Any], field: str
-) -> None:
+def test_what_went_of_a_record_is_refused(tmp_path, monkeypatch, section, settings, field) -> None:
     monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
     monkeypatch.setitem(GONE_CHOICES, ("training", "schedule"), frozenset({"zigzag"}))
     file = older(tmp_path, section, **settings)
@@ -501,37 +407,25 @@ def test_what_went_of_a_record_is_refused(
     assert (caught.value.file, caught.value.field) == (str(file), f"experiment.{field}")
 
 
-def test_a_setting_that_went_is_left_out_where_it_did_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_went_is_left_out_where_it_did_nothing_and_is_no_result_of_this_version(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none"))
     assert read_record(older(tmp_path, "adalora", polish="none")).spec == spec("adalora_top_k_fisher")
-
-
-def test_kept_results_of_what_went_are_read_and_are_no_results_of_this_version(tmp_path: Path) -> None:
     file = older(tmp_path, "adalora", prune="reversible")
     data = json.loads(file.read_text())
     assert read_record(file).spec == spec("adalora_top_k_fisher")
     assert read_record(older(tmp_path, "adalora", prune="physical")).spec.digest() == data["spec_digest"]
 
 
-def test_a_record_keeps_what_its_study_registered(tmp_path: Path) -> None:
+def test_a_record_keeps_what_its_study_registered(tmp_path) -> None:
     file = write_record(tmp_path, record(spec("lora_r1")))
     registered = {"sha256": "1" * 64, "hypotheses": {"h": "2" * 64}}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"registration": registered}))
     assert json.loads(read_record(file).model_dump_json())["registration"] == registered
 
 
-def test_a_digest_keeps_the_place_of_a_setting_that_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(GONE, ("adalora", "polish"), Gone("none", digested_after="targets"))
-    experiment = {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "top_k": 2}}
-    assert json.dumps(with_digested(experiment)) == json.dumps(
-        {"name": "a", "lora": None, "adalora": {"scale": 1.0, "targets": [], "polish": "none", "top_k": 2}}
-    )
-    assert with_digested({"adalora": None}) == {"adalora": None}
-
-
 @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
 @pytest.mark.parametrize("experiment", ["linear_probe", "lora_r1", "adalora_top_k_fisher", "qa_lora_int8_linear"])
-def test_digest_changes_with_each_field(experiment: str) -> None:
+def test_digest_changes_with_each_field(experiment) -> None:
     base = spec(experiment)
     paths = leaves(base)
     section: dict[str, type[BaseModel]] = {
@@ -550,15 +444,10 @@ def test_digest_changes_with_each_field(experiment: str) -> None:
     assert spec(experiment).digest() == base.digest()
 
 
-def test_a_run_stays_below_the_results_directory() -> None:
-    folder = run_folder(Path("/results"), spec())
-    assert folder == Path("/results/quickstart/qa_lora_fp4_cosine/seed_1")
-
-
 @pytest.mark.parametrize(
     "linked", ["quickstart", "quickstart/qa_lora_fp4_cosine", "quickstart/qa_lora_fp4_cosine/seed_1"]
 )
-def test_nothing_is_written_through_a_planted_link(linked: str, tmp_path: Path) -> None:
+def test_nothing_is_written_through_a_planted_link(linked, tmp_path) -> None:
     results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
     elsewhere.mkdir()
     (results / linked).parent.mkdir(parents=True)
@@ -568,7 +457,7 @@ def test_nothing_is_written_through_a_planted_link(linked: str, tmp_path: Path) 
     assert not list(elsewhere.iterdir())
 
 
-def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path) -> None:
     folder = tmp_path / "results" / spec().run_id
     folder.mkdir(parents=True)
     for name in (RECORD_FILE, ADAPTER_FILE):
@@ -580,10 +469,13 @@ def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path: Path
     assert (folder / ADAPTER_FILE).read_bytes() == b"adapter"
 
 
-def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path) -> None:
     os.mkfifo(tmp_path / RECORD_FILE)
     with pytest.raises(UserError, match="no regular file"):
         list(read_records(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty: holds no record\.json; run a study first"):
+        list(read_records(tmp_path / "empty"))
     for content in (
         "[" * 100_000,
         '{"schema_version": 1, "spec": ' + '{"a":' * 100_000,
@@ -598,13 +490,12 @@ def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path: Path
         read_record(tmp_path / "sparse.json")
 
 
-def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path, monkeypatch) -> None:
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    file = tmp_path / "here"
-    file.write_bytes(b"1")
+    (tmp_path / "here").write_bytes(b"1")
     monkeypatch.setattr(os, "fsync", refuse)
     flush(tmp_path)
     with pytest.raises(OSError, match="Invalid argument"):
-        flush(file)
+        flush(tmp_path / "here")

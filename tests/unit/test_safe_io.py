@@ -1,9 +1,6 @@
 """Files of others are read without waiting and up to a limit; folders are not left."""
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +8,7 @@ from peft_vit.errors import UserError
 from peft_vit.safe_io import folder_below, read_bytes
 
 
-def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_its_limit(tmp_path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"12345")
     (tmp_path / "link").symlink_to(file)
@@ -22,11 +19,9 @@ def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
         read_bytes(file, 4)
 
 
-def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    (tmp_path / "endless").symlink_to("/dev/zero")
-    for name, words in (
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("pipe", "no regular file"),
         ("endless", "no regular file"),
         (".", "Is a directory"),
@@ -34,20 +29,25 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         ("loop", "Too many levels"),
         ("a\0b", "impossible name"),
         ("x" * 300, "File name too long"),
-    ):
-        with pytest.raises(OSError, match=words) as caught:
-            read_bytes(tmp_path / name)
-        assert caught.value.strerror
-        assert caught.value.filename == str(tmp_path / name)
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, name, words) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match=words) as caught:
+        read_bytes(tmp_path / name)
+    assert caught.value.strerror
+    assert caught.value.filename == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("relative", ["..", "a/../../b", "/etc", "", "a\0b"])
-def test_a_folder_that_leads_out_is_refused(relative: str, tmp_path: Path) -> None:
+def test_a_folder_that_leads_out_is_refused(relative, tmp_path) -> None:
     with pytest.raises(UserError, match="leads out of it"):
         folder_below(tmp_path, relative)
 
 
-def test_links_below_the_root_are_refused_and_above_it_fine(tmp_path: Path) -> None:
+def test_links_below_the_root_are_refused_and_above_it_fine(tmp_path) -> None:
     (tmp_path / "real" / "study").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "root").symlink_to(tmp_path / "real")

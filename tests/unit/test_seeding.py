@@ -1,7 +1,5 @@
 """Streams of random numbers: repeatable, independent by purpose, and untouched by one another."""
 
-from __future__ import annotations
-
 import itertools
 from typing import get_args
 
@@ -25,23 +23,23 @@ def torch_numbers(seed: int, purpose: Purpose, index: int = 0, n: int = 4) -> np
 @pytest.mark.parametrize("numbers", [numpy_numbers, torch_numbers])
 class TestStreams:
     @pytest.mark.parametrize("purpose", PURPOSES)
-    def test_same_seed_same_numbers(self, numbers, purpose) -> None:  # type: ignore[no-untyped-def]
+    def test_same_seed_same_numbers(self, numbers, purpose) -> None:
         assert (numbers(3, purpose) == numbers(3, purpose)).all()
         assert (numbers(2**31 - 1, purpose, 7) == numbers(2**31 - 1, purpose, 7)).all()
 
-    def test_every_seed_purpose_and_index_has_numbers_of_its_own(self, numbers) -> None:  # type: ignore[no-untyped-def]
+    def test_every_seed_purpose_and_index_has_numbers_of_its_own(self, numbers) -> None:
         keys = list(itertools.product(range(20), PURPOSES, range(20)))
         drawn = {tuple(numbers(*key)) for key in keys}
         assert len(drawn) == len(keys)
 
-    def test_streams_are_uncorrelated(self, numbers) -> None:  # type: ignore[no-untyped-def]
+    def test_streams_are_uncorrelated(self, numbers) -> None:
         n = 20_000
         streams = [numbers(seed, purpose, index, n) for seed in (0, 1) for purpose in PURPOSES for index in (0, 1)]
         correlations = np.corrcoef(streams)[np.triu_indices(len(streams), k=1)]
         # 378 of them, each about normal with standard deviation 1 / sqrt(n): five of them mean a fault
         assert np.abs(correlations).max() < 5 / np.sqrt(n)
 
-    def test_global_generators_are_neither_read_nor_moved(self, numbers) -> None:  # type: ignore[no-untyped-def]
+    def test_global_generators_are_neither_read_nor_moved(self, numbers) -> None:
         np.random.seed(0)
         torch.manual_seed(0)
         first = numbers(0, "head_init")
@@ -51,13 +49,6 @@ class TestStreams:
         assert (numbers(0, "head_init") == first).all()
         assert (np.random.get_state()[1] == before_numpy).all()  # type: ignore[index]
         assert torch.equal(torch.get_rng_state(), before_torch)
-
-
-def test_draws_for_one_purpose_move_no_other() -> None:
-    order, noise = torch_generator(0, "data_order"), torch_generator(0, "augmentation")
-    alone = torch.randperm(100, generator=torch_generator(0, "data_order"))
-    torch.rand(1_000, generator=noise)
-    assert torch.equal(torch.randperm(100, generator=order), alone)
 
 
 def test_numbers_are_those_of_this_version() -> None:

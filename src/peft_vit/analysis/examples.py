@@ -67,8 +67,8 @@ def image_examples(study: Study, best: str) -> ImageExamples | str:
         return "no linear probe and no LoRA has finished beside it that it could be set against"
     by_seed = {run.seed: run for run in study.of(baseline)}
     beside = [(run, _beside(run, by_seed[run.seed])) for run in study.of(best) if run.seed in by_seed]
-    problems = grouped((found, run.seed) for run, found in beside if isinstance(found, str))
-    left_out = [f"{seeds_in_words(seeds)}: {problem}" for problem, seeds in problems.items()]
+    problems = grouped((outcome, run.seed) for run, outcome in beside if isinstance(outcome, str))
+    left_out = [f"{seeds_in_words(seeds)}: {reason}" for reason, seeds in problems.items()]
     usable = [(run, images) for run, images in beside if not isinstance(images, str)]
     if not usable:
         return "; ".join(left_out) or f"no seed has finished both for it and for {baseline}"
@@ -81,12 +81,12 @@ def image_examples(study: Study, best: str) -> ImageExamples | str:
 
 def _beside(run: Run, other: Run) -> tuple[PredictedImage, ...] | str:
     """Return what two runs predict of each image, or why it can't be told."""
-    one, two = run.record.predictions, other.record.predictions
-    if one is None or two is None:
+    own, its = run.record.predictions, other.record.predictions
+    if own is None or its is None:
         return "the records do not hold predictions"
-    if (one.images, one.labels) != (two.images, two.labels):
+    if (own.images, own.labels) != (its.images, its.labels):
         return "the two runs were tested on different images"
-    columns = (one.images, one.labels, one.predicted, one.probability, two.predicted, two.probability)
+    columns = (own.images, own.labels, own.predicted, own.probability, its.predicted, its.probability)
     lengths = {len(column) for column in columns}
     if len(lengths) > 1 or 0 in lengths:
         return "the predictions are not one for each image"

@@ -115,7 +115,9 @@ class Plan:
     @property
     def declared(self) -> StudyConfig | None:
         """Return the configuration whose `stopping` says when comparisons stop; None without one."""
-        return next((one for one in self.configurations if one.stopping is not None), None)
+        return next(
+            (configuration for configuration in self.configurations if configuration.stopping is not None), None
+        )
 
     @property
     def seeds_added(self) -> tuple[int, ...]:
@@ -135,15 +137,15 @@ class Plan:
         why = {(experiment, seed): reason for experiment, seed, reason in self.left_out}
         planned = (status for folder in self.folders if folder.file is not None for status in folder.runs)
         known = grouped((status.key, status) for status in planned)
-        found: list[RunStatus] = []
+        statuses: list[RunStatus] = []
         for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
             name = "{}/seed_{}".format(*run)
-            told = [status for state in _FURTHEST_FIRST for status in known.get(run, ()) if status.state == state]
+            states = [status for state in _FURTHEST_FIRST for status in known.get(run, ()) if status.state == state]
             if run in why:
-                told = [RunStatus(name, "left out", note=why[run])]
+                states = [RunStatus(name, "left out", note=why[run])]
             # Planned without a state: the record in its folder is of another run, or has come since records were read.
-            found.append(told[0] if told else RunStatus(name, "pending" if run in self.runs else "missing"))
-        return found
+            statuses.append(states[0] if states else RunStatus(name, "pending" if run in self.runs else "missing"))
+        return statuses
 
 
 def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
@@ -154,7 +156,7 @@ def runs_in_words(runs: Iterable[tuple[str, int]], between: str = " ") -> str:
 def seeds_in_words(seeds: Sequence[int]) -> str:
     """Return seeds, three and more in a row as a range, e.g. ``seeds 0–2, 5``."""
     stretches = grouped((seed - place, seed) for place, seed in enumerate(sorted(seeds))).values()
-    parts = [f"{one[0]}–{one[-1]}" if len(one) > 2 else ", ".join(map(str, one)) for one in stretches]
+    parts = [f"{row[0]}–{row[-1]}" if len(row) > 2 else ", ".join(map(str, row)) for row in stretches]
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(parts)}"
 
 
@@ -340,8 +342,8 @@ def _notices(study: Study) -> Iterator[str]:
         yield f"Not planned: study.json does not name {runs_in_words(foreign)}, of which there are records. They count."
     warned = grouped((text, _run_of(record)) for record in records for text in dict.fromkeys(record.warnings))
     for text, runs in warned.items():
-        said = text if text.startswith(DataWarning.PREFIX) else f"Warning: {text}"
-        yield f"{said}. Runs: {runs_in_words(runs, ', ')}."
+        notice = text if text.startswith(DataWarning.PREFIX) else f"Warning: {text}"
+        yield f"{notice}. Runs: {runs_in_words(runs, ', ')}."
     yield from _differences(study.runs)
 
 

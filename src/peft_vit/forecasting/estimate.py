@@ -321,8 +321,8 @@ def estimated_bytes(spec: RunSpec, workload: Workload) -> int:
     experiment, shape = spec.experiment, workload.shape
     value_bytes = 2 if workload.precision == "bf16" else 4
     recomputed = experiment.training.recomputed_of(len(shape.values_by_block))
-    kept = 0.0 if experiment.is_probe else kept_values(shape, recomputed)
-    activations = experiment.training.images_at_once * kept * value_bytes
+    stored = 0.0 if experiment.is_probe else kept_values(shape, recomputed)
+    activations = experiment.training.images_at_once * stored * value_bytes
     weights = shape.parameters * (METHODS[experiment.method].bytes_per_weight or 4 + value_bytes)
     return int(PROCESS_BYTES + activations + weights)
 

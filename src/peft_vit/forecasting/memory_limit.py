@@ -39,7 +39,7 @@ class Setting:
     images: int
     recomputed: int
 
-    def said(self, blocks: int) -> str:
+    def in_words(self, blocks: int) -> str:
         """Return it in words, of a model of so many blocks."""
         images = "1 image" if self.images == 1 else f"{self.images} images"
         again = f"{self.recomputed} of {blocks} blocks" if self.recomputed else "no block"
@@ -86,12 +86,12 @@ class Choice:
         own = self.cost.own_bytes
         beyond = "" if own is None else f", {_mb(own)} of it beyond Python and its libraries"
         taken = (
-            f"{experiment.name}, memory_limit {experiment.training.memory_limit}: {self.setting.said(blocks)}. "
+            f"{experiment.name}, memory_limit {experiment.training.memory_limit}: {self.setting.in_words(blocks)}. "
             f"Measured: {_mb(self.cost.peak_bytes)} in all{beyond}, {self.cost.step_s:.2f} s a step"
         )
         if self.setting == self.free:
             return f"{taken}; the limit is not reached."
-        without = self.free.said(blocks)
+        without = self.free.in_words(blocks)
         if self.free_cost is None:
             return f"{taken}; for {without}, there is not enough memory here."
         ratio, whole = self.cost.step_s / self.free_cost.step_s, _mb(self.free_cost.peak_bytes)
@@ -223,8 +223,8 @@ class _Search:
         """Return 1, the images, and what the blocks keep of them at the moment when they keep the most."""
         again, others = np.split(self.block_values, [setting.recomputed])
         inputs = _INPUT_SHARE * np.cumsum([0.0, *again])  # of the blocks before each, and of all
-        kept = max(inputs[-1] + others.sum(), (inputs[:-1] + again).max(initial=0.0)) / self.block_values.sum()
-        return [1.0, setting.images, setting.images * kept]
+        share = max(inputs[-1] + others.sum(), (inputs[:-1] + again).max(initial=0.0)) / self.block_values.sum()
+        return [1.0, setting.images, setting.images * share]
 
     def _time_terms(self) -> Callable[[Setting], list[float]]:
         """Return what gives 1 and the passes of a step, both longer by what is computed again."""
@@ -336,14 +336,14 @@ def decide(
     choice = choose(limit, training.batch_size, shape.values_by_block, measure, images=training.micro_batch_size)
     if choice is None:
         raise UserError(
-            f"{training.memory_limit}: not even a step of {Setting(1, 0).said(blocks)} could be measured in the memory "
-            "that is free here",
+            f"{training.memory_limit}: not even a step of {Setting(1, 0).in_words(blocks)} could be measured in the "
+            "memory that is free here",
             field=_FIELD,
         )
     if not choice.fits:
         raise UserError(
             f"{training.memory_limit} is too little; the least that fits is "
-            f"{math.ceil(choice.cost.peak_bytes / 1e6)}MB, with {choice.setting.said(blocks)}: "
+            f"{math.ceil(choice.cost.peak_bytes / 1e6)}MB, with {choice.setting.in_words(blocks)}: "
             f"{_mb(choice.cost.model_bytes)} of it is the model",
             field=_FIELD,
         )

@@ -44,7 +44,7 @@ class Pace:
     taken_s: float = 0.0
     planned_s: float = 0.0
 
-    def hear(self, taken_s: float, planned_s: float) -> None:
+    def add(self, taken_s: float, planned_s: float) -> None:
         """Take in a finished run."""
         self.taken_s += taken_s
         self.planned_s += planned_s

@@ -93,8 +93,8 @@ def migrated_study(study: Any) -> Any:
     if "configuration" in study:
         study["configuration"] = migrated(study["configuration"])
     if isinstance(limited := study.pop("limited", None), dict):
-        data, asked = (_section(study, "configuration", "data"), _section(limited, "asked", "data"))
-        if any(data.get(size) != asked.get(size) for size in _SIZES):
+        data, requested = (_section(study, "configuration", "data"), _section(limited, "asked", "data"))
+        if any(data.get(size) != requested.get(size) for size in _SIZES):
             raise UserError(
                 "the study was made on smaller or fewer images than it asked for, which this version no longer does; "
                 f"peft-vit {LAST_VERSION_WITH_ALL} goes on with it",
@@ -127,8 +127,8 @@ def _list(values: Any) -> list[Any]:
 
 
 def _refusal(value: Any, *path: str) -> UserError:
-    problem = f"{value} is something that this version no longer has"
-    return UserError(f"{problem}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(path))
+    reason = f"{value} is something that this version no longer has"
+    return UserError(f"{reason}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(path))
 
 
 def _renamed(values: Any) -> Any:

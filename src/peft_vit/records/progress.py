@@ -95,14 +95,14 @@ def owner_of(folder: Path) -> Owner | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return _said_by_owner(descriptor)
+        return _owner_in(descriptor)
     except OSError:  # a file system without locks, on which nobody can hold one
         return None
     finally:
         os.close(descriptor)
 
 
-def _said_by_owner(descriptor: int) -> Owner:
+def _owner_in(descriptor: int) -> Owner:
     try:
         return Owner.model_validate_json(os.pread(descriptor, _OWNER_BYTES, 0))
     except ValueError:
@@ -125,8 +125,8 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         descriptor = _acquire(folder)
     except OSError as error:
         _remove_empty(missing)
-        problem = f"can't be written to ({error.strerror}); make it writable or choose another --output"
-        raise UserError(problem, file=folder) from None
+        reason = f"can't be written to ({error.strerror}); make it writable or choose another --output"
+        raise UserError(reason, file=folder) from None
     try:
         with _folder_held(folder):
             yield StudyLock(folder)
@@ -174,7 +174,7 @@ def _acquire(folder: Path) -> int:
                     return descriptor
         except BlockingIOError:
             if time.monotonic() > deadline:
-                owner = _said_by_owner(descriptor)
+                owner = _owner_in(descriptor)
                 os.close(descriptor)
                 raise _taken(folder, str(owner)) from None
         except BaseException:
@@ -315,8 +315,8 @@ def look_at(study: Path, run: str) -> Known:
     except FileNotFoundError:
         pass
     except (OSError, ValueError):
-        problem = "is not a readable record; move it away and run the study again"
-        raise UserError(problem, file=folder / RECORD_FILE) from None
+        reason = "is not a readable record; move it away and run the study again"
+        raise UserError(reason, file=folder / RECORD_FILE) from None
     if attempt is not None and end is not None and attempt.number <= end.attempts:
         attempt = None
     has_adapter = (folder / ADAPTER_FILE).exists()
@@ -396,8 +396,8 @@ def find_studies(directory: Path) -> list[Path]:
     """
     require_directory(directory)
     for folders in ([directory], sorted(directory.iterdir())):
-        if found := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
-            return found
+        if studies := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
+            return studies
     raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)
 
 

@@ -134,8 +134,8 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
             studies.append(str(here))
         for name in folders:
             if os.path.islink(os.path.join(place, name)):
-                problem = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
-                problems.append(Problem(str(here / name), problem, left_out=False))
+                reason = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
+                problems.append(Problem(str(here / name), reason, left_out=False))
         # Beside a report lies what was written from records: no source.
         outputs = not {HTML_FILE, MARKDOWN_FILE}.isdisjoint(files)
         if not outputs and not _CHECKPOINT.fullmatch(here.name):
@@ -144,10 +144,10 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
         folders[:] = [name for name in folders if name not in skipped and not _CHECKPOINT.fullmatch(name)]
     records.sort(key=lambda file: PurePosixPath(file).parts)
     foreign.sort()
-    problem = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
-    problems += [Problem(file, problem, left_out=False) for file in foreign[:_NAMED]]
+    reason = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
+    problems += [Problem(file, reason, left_out=False) for file in foreign[:_NAMED]]
     if len(foreign) > _NAMED:
         place = PurePosixPath(foreign[_NAMED]).parent.as_posix()
-        problem = f"{len(foreign) - _NAMED} more files, here and after it, are of no study"
-        problems.append(Problem(place, problem, left_out=False))
+        reason = f"{len(foreign) - _NAMED} more files, here and after it, are of no study"
+        problems.append(Problem(place, reason, left_out=False))
     return records, studies, problems

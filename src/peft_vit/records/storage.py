@@ -73,8 +73,8 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         write_atomically(file, content)
     except OSError as error:
-        problem = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
-        raise UserError(f"{problem}writable, and the same command goes on", file=file) from None
+        reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
+        raise UserError(f"{reason}writable, and the same command goes on", file=file) from None
 
 
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:

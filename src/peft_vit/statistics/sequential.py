@@ -145,8 +145,8 @@ def adjusted(p_values: np.ndarray) -> np.ndarray:
     before = np.concatenate([np.zeros_like(complete[..., :1]), complete[..., :-1]], axis=-1)
     # (..., m, q, m): the level that a question needs while that many comparisons are complete
     needed = np.maximum(before[..., None, None, :], ordered[..., None] * sharing)
-    found = np.minimum(needed.min(axis=-1), 1.0)
-    return np.asarray(np.minimum(found, found[..., -1:]))
+    adjusted_p = np.minimum(needed.min(axis=-1), 1.0)
+    return np.asarray(np.minimum(adjusted_p, adjusted_p[..., -1:]))
 
 
 @dataclass(eq=False)
@@ -203,7 +203,9 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
 
 def next_look(courses: Sequence[SequentialResult], going: Collection[str]) -> tuple[list[str], int]:
     """Return which of those that go on take part in the next look, and how many pairs it needs; [] and 0: none does."""
-    waiting = {one.name: one.next_look for one in courses if one.next_look is not None and one.name in going}
+    waiting = {
+        course.name: course.next_look for course in courses if course.next_look is not None and course.name in going
+    }
     pairs = min(waiting.values(), default=0)
     return [name for name, look in waiting.items() if look == pairs], pairs
 
@@ -269,9 +271,9 @@ def _seen(comparison: _Comparison, rule: StoppingRule, k: int, p_values: np.ndar
         SequentialTest(upper, lower, float(supported), float(refuted))
         for (upper, lower), supported, refuted in zip(bounds.values(), *p_values, strict=True)
     ]
-    asked = dict(zip(rule.centers, tests, strict=True))
+    questions = dict(zip(rule.centers, tests, strict=True))
     power = _predictive_power(comparison, rule, k)
-    return Look(pairs, mean, low, high, asked.get(0.0), asked.get(-rule.margin), power)
+    return Look(pairs, mean, low, high, questions.get(0.0), questions.get(-rule.margin), power)
 
 
 def _critical_t(rule: StoppingRule, k: int, level: float) -> float:

@@ -287,23 +287,23 @@ def stratified_mean(strata: Sequence[ArrayLike]) -> tuple[Interval, Significance
     """
     values = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
     number = len(values)
-    means = [math.fsum(one) / one.size for one in values]
-    estimate, n = math.fsum(means) / number, sum(one.size for one in values)
+    means = [math.fsum(sample) / sample.size for sample in values]
+    estimate, n = math.fsum(means) / number, sum(sample.size for sample in values)
     reason = ""
-    if any(one.size < 2 for one in values):
+    if any(sample.size < 2 for sample in values):
         reason = "a study has a single pair, which has no spread"
-    elif not any(has_spread(one) for one in values):
+    elif not any(has_spread(sample) for sample in values):
         reason = "the pairs of no study differ, so there is no spread"
     if reason:
         return Interval(estimate, None, None, n, CONFIDENCE, reason), Significance(
             "stratified t", n, None, MINIMUM_PAIRS
         )
     parts = [
-        math.fsum((one - mean) ** 2) / (one.size - 1) / one.size / number**2
-        for one, mean in zip(values, means, strict=True)
+        math.fsum((sample - mean) ** 2) / (sample.size - 1) / sample.size / number**2
+        for sample, mean in zip(values, means, strict=True)
     ]
     variance = math.fsum(parts)
-    degrees = variance**2 / math.fsum(part**2 / (one.size - 1) for part, one in zip(parts, values, strict=True))
+    degrees = variance**2 / math.fsum(part**2 / (sample.size - 1) for part, sample in zip(parts, values, strict=True))
     error = math.sqrt(variance)
     half = float(scipy.stats.t.ppf(0.5 + CONFIDENCE / 2, degrees)) * error
     p_value = 2 * float(scipy.stats.t.sf(abs(estimate) / error, degrees))

@@ -95,12 +95,12 @@ def repeated_p_values(statistics: np.ndarray, fractions: Sequence[float], form: 
     digits; 1 above 0.99.
     """
     values = np.asarray(statistics, dtype=np.float64)
-    found = np.ones_like(values)
+    p_values = np.ones_like(values)
     for k, score_of in enumerate(_score_of(tuple(map(float, fractions)), form)[: values.shape[-1]]):
         low, high = score_of.x[0], score_of.x[-1]
         seen = values[..., k] > low
-        found[..., k][seen] = scipy.special.ndtr(-score_of(np.minimum(values[..., k][seen], high)))
-    return np.minimum.accumulate(found, axis=-1)
+        p_values[..., k][seen] = scipy.special.ndtr(-score_of(np.minimum(values[..., k][seen], high)))
+    return np.minimum.accumulate(p_values, axis=-1)
 
 
 @lru_cache(maxsize=64)

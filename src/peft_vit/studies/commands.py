@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoeve
     from peft_vit.statistics.sequential import SequentialResult
     from peft_vit.studies.plan import Plan
 
-_say = partial(print, flush=True)
+_log = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run_studies(request: RunRequest) -> dict[str, str]:
     if request.until_decided:
         (asked,) = studies
         failed, still_open = run_until_decided(
-            asked.study, request.results_dir, file=asked.file, execution=execution, limit=limit, tell=_say
+            asked.study, request.results_dir, file=asked.file, execution=execution, limit=limit, log=_log
         )
         if still_open:
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
@@ -95,7 +95,7 @@ def run_on_own_images(request: TrainRequest) -> dict[str, str]:
         earlier = read_study_file(lock.folder)
         study, line = study_of(request, None if earlier is None else earlier.configuration)
         print(line)
-        measure = partial(measure_step, tell=_say)
+        measure = partial(measure_step, log=_log)
         plan = plan_study(
             study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
         )
@@ -110,7 +110,7 @@ def run_until_decided(
     file: Path,
     execution: Execution,
     limit: Limit | None = None,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[dict[str, str], list[str]]:
     """Go from look to look until every comparison with the control has stopped, or the time is over.
 
@@ -123,7 +123,7 @@ def run_until_decided(
         file: the configuration file, named in errors.
         execution: how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
-        tell: told how a comparison stands, a line each, at the beginning and after each look.
+        log: told how a comparison stands, a line each, at the beginning and after each look.
 
     Returns:
         Why runs have failed, by run id: comparisons wait for those of theirs and of the control; and the experiments
@@ -153,7 +153,7 @@ def run_until_decided(
             found = follow_study(study, recorded)
             for course in found:
                 if course.looks and told.get(course.name) != course:
-                    tell(course_line(course, study))
+                    log(course_line(course, study))
                 told[course.name] = course
             out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
             able = set() if control in out else {course.name for course in found} - out
@@ -161,7 +161,7 @@ def run_until_decided(
             names, seeds = look
             if not names or look == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
-            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, tell=tell))
+            whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
             print_plan(plan)
             failed |= _drive(plan, lock, execution, limit)
@@ -237,8 +237,8 @@ def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) 
             request.results_dir,
             file=asked.file,
             smoke=request.smoke,
-            measure=partial(measure_costs, tell=_say) if profile else None,
-            measure_step=partial(measure_step, tell=_say),
+            measure=partial(measure_costs, log=_log) if profile else None,
+            measure_step=partial(measure_step, log=_log),
         )
         experiments = [one.name for one in plan.study.experiments if request.method in (None, one.method)]
         plans.append(plan.only(experiments, asked.seeds, by_seed=request.minutes is not None))

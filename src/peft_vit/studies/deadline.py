@@ -70,7 +70,7 @@ class Deadline:
             self.under_way.add(run.spec.name)
             yield run
 
-    def hear(self, event: Event, waiting: Set[str]) -> None:
+    def on_event(self, event: Event, waiting: Set[str]) -> None:
         """Take in what happened to a run; one that is not among those waiting has ended."""
         name = event.run.spec.name
         if isinstance(event, RunEnded | RunInterrupted) and name not in waiting:
@@ -79,7 +79,7 @@ class Deadline:
             experiment = event.run.spec.experiment
             self._taken.setdefault(experiment.name, []).append(event.record.seconds)
             if not experiment.is_probe:  # its first run computes features for all others: it says nothing of steps
-                self._pace.hear(event.record.seconds, event.run.estimate.seconds)
+                self._pace.add(event.record.seconds, event.run.estimate.seconds)
 
     def _expected_s(self, run: PlannedRun) -> float:
         """Return the seconds that a run will still take once it is started.

@@ -117,7 +117,7 @@ class _Running:
     """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
 
     run: PlannedRun
-    told: float  # when the latest plain line was printed; all times are time.monotonic()
+    printed_at: float  # when the latest plain line was printed; all times are time.monotonic()
     first: tuple[int, float] | None = None  # step, time
     latest: Progress | None = None
 
@@ -176,7 +176,7 @@ class Watch:
         match event:
             case RunStarted():
                 self._waiting.pop(name, None)
-                self._running[name] = _Running(run, told=now)
+                self._running[name] = _Running(run, printed_at=now)
                 if self._live is None:
                     self._say(f"started on {event.worker}", run)
             case RunProgress():
@@ -205,8 +205,8 @@ class Watch:
     def _progress(self, running: _Running, progress: Progress, now: float) -> None:
         running.first = running.first or (progress.step, now)
         running.latest = progress
-        if self._live is None and now - running.told >= _PLAIN_EVERY_S:
-            running.told = now
+        if self._live is None and now - running.printed_at >= _PLAIN_EVERY_S:
+            running.printed_at = now
             step, *values = _cells(progress)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
@@ -216,7 +216,7 @@ class Watch:
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
             return f"FAILED, {record.error}"
-        self._pace.hear(record.seconds, run.estimate.seconds)
+        self._pace.add(record.seconds, run.estimate.seconds)
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:

@@ -38,14 +38,14 @@ class Counts:
     test: int
 
 
-def study_of(asked: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen and what half the image size would save.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
     fifth of the others validates.
 
     Args:
-        asked: of the command, or in Python.
+        request: of the command, or in Python.
         earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
 
     Raises:
@@ -53,23 +53,23 @@ def study_of(asked: TrainRequest, earlier: StudyConfig | None = None) -> tuple[S
     """
     data: dict[str, Any] = {
         "dataset": "image-folder",
-        "path": str(asked.images),
+        "path": str(request.images),
         "image_size": 224,
         "validation_images": 2,
         "test_images": 2,
     }
-    index = open_index(_study(asked, data, {"name": "check", "method": "linear", "training": {}}).data)
-    counts = count_images(asked, index)
+    index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
+    counts = count_images(request, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None
-    if asked.shots is not None:
-        data |= {"shots_per_class": asked.shots, "train_subset": "per_seed"}
-    forecast = _Forecast(asked, counts)
+    if request.shots is not None:
+        data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
+    forecast = _Forecast(request, counts)
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
-    data["image_size"] = asked.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
+    data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(forecast.backbone, data["image_size"])
-    steps = _asked_steps(asked, counts) or before.get(asked.experiment) or forecast.most_steps(shape)
-    study = _study(asked, data, experiment_for(asked, counts, shape, steps))
+    steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
+    study = _study(request, data, experiment_for(request, counts, shape, steps))
     return study, forecast.line(shape, data["image_size"], steps)
 
 
@@ -85,35 +85,35 @@ def refuse_among_images(folder: Path, output: Path) -> None:
         raise UserError(problem, file=output, field="--output")
 
 
-def count_images(asked: TrainRequest, index: ImageIndex) -> Counts:
+def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
     images, classes = len(index.labels), len(index.class_names)
     own = None if index.official_test is None else int(index.official_test.sum())
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = fifth if own is None else own
-    train = images - validation - test if asked.shots is None else asked.shots * classes
+    train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
 
 
 class _Forecast:
     """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
 
-    def __init__(self, asked: TrainRequest, counts: Counts) -> None:
-        self.asked = asked
+    def __init__(self, request: TrainRequest, counts: Counts) -> None:
+        self.request = request
         self.counts = counts
-        self.limit_s = 60 * asked.minutes
-        self.backbone = _backbone(asked)
+        self.limit_s = 60 * request.minutes
+        self.backbone = _backbone(request)
         patch = size_step_of(architecture_of(self.backbone))
-        shape = describe(self.backbone, (asked.image_size or 8 * patch) // patch * patch)
-        device = resolve_device(asked.device)
-        precision = choose_precision(asked.precision, None, device).chosen
-        self.throughput = Throughput.estimated(product_rate(shape, device, precision, asked.threads))
+        shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
+        device = resolve_device(request.device)
+        precision = choose_precision(request.precision, None, device).chosen
+        self.throughput = Throughput.estimated(product_rate(shape, device, precision, request.threads))
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        step_s = self.throughput.step_s(shape, self.asked.method, self.asked.batch_size, self._recomputed(shape))
-        validations = 2 + steps // validate_every(self.counts.validation, self.asked.batch_size)
+        step_s = self.throughput.step_s(shape, self.request.method, self.request.batch_size, self._recomputed(shape))
+        validations = 2 + steps // validate_every(self.counts.validation, self.request.batch_size)
         images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
         return self.throughput.start_s + steps * step_s + images * self.throughput.image_s(shape)
 
@@ -121,12 +121,12 @@ class _Forecast:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
         architecture = architecture_of(self.backbone)
         patch, native = size_step_of(architecture), native_size(architecture)
-        wished = _asked_steps(self.asked, self.counts) or _WISHED_STEPS
-        steps = 0 if self.asked.is_probe else wished
-        at_once = self.asked.micro_batch_size or (1 if self.asked.memory_limit else self.asked.batch_size)
+        wished = _requested_steps(self.request, self.counts) or _WISHED_STEPS
+        steps = 0 if self.request.is_probe else wished
+        at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
         room = available_memory_bytes()
-        if self.asked.memory_limit is not None:
-            room = min(room, bytes_of(self.asked.memory_limit))
+        if self.request.memory_limit is not None:
+            room = min(room, bytes_of(self.request.memory_limit))
 
         def seconds(size: int) -> float:
             shape = describe(self.backbone, size)
@@ -138,9 +138,9 @@ class _Forecast:
 
     def _recomputed(self, shape: BackboneShape) -> int:
         blocks = len(shape.values_by_block)
-        if self.asked.memory_limit is not None:  # at most
+        if self.request.memory_limit is not None:  # at most
             return blocks - 1
-        return blocks if self.asked.activation_checkpointing == "blocks" else 0
+        return blocks if self.request.activation_checkpointing == "blocks" else 0
 
     def most_steps(self, shape: BackboneShape) -> int:
         """Return how many steps fit the time, in tens.
@@ -148,14 +148,14 @@ class _Forecast:
         Raises:
             UserError: if they are too few to learn anything.
         """
-        if self.asked.is_probe:
+        if self.request.is_probe:
             return 0
         options = range(_MOST_STEPS, _LEAST_STEPS - 1, -_STEPS_APART)
         steps = fit(options, lambda some: self.seconds(shape, some), self.limit_s)
         if steps is None:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
-                f"{self.asked.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
+                f"{self.request.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
                 f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
                 field="--minutes",
             )
@@ -164,9 +164,9 @@ class _Forecast:
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
         length = (
-            f", {steps} steps" if self.asked.epochs else f", up to {steps} steps, fewer if validation stops to gain"
+            f", {steps} steps" if self.request.epochs else f", up to {steps} steps, fewer if validation stops to gain"
         )
-        if self.asked.is_probe:
+        if self.request.is_probe:
             length = ""
         patch = shape.size_step
         half = max(patch, image_size // 2 // patch * patch)
@@ -175,55 +175,57 @@ class _Forecast:
         saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
         line = f"Images of {image_size} px{length}{saved}."
         if whole_s > self.limit_s * _WITHIN:
-            line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.asked.minutes:g}."
+            line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
 
 
-def _asked_steps(asked: TrainRequest, counts: Counts) -> int | None:
+def _requested_steps(request: TrainRequest, counts: Counts) -> int | None:
     """Return the steps that were asked for, outright or in epochs."""
-    return asked.steps if asked.epochs is None else asked.epochs * -(-counts.train // asked.batch_size)
+    return request.steps if request.epochs is None else request.epochs * -(-counts.train // request.batch_size)
 
 
-def experiment_for(asked: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    training: dict[str, Any] = {"batch_size": asked.batch_size}
-    method, budget = METHODS[asked.method], asked.budget
+    training: dict[str, Any] = {"batch_size": request.batch_size}
+    method, budget = METHODS[request.method], request.budget
     options = TrainOptions(
-        rank=asked.rank,
+        rank=request.rank,
         budget=None if budget is None else budget.number,
         budget_unit="ranks" if budget is None else budget.unit,
         steps=steps,
         shape=shape,
     )
-    if not asked.is_probe:
-        rate = method.learning_rate_for(options) if asked.learning_rate is None else asked.learning_rate
-        head_start = asked.head_start or ("probe" if asked.start is None else "random")  # an adapter brings its head
-        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": asked.micro_batch_size}
-        limits = {"activation_checkpointing": asked.activation_checkpointing, "memory_limit": asked.memory_limit}
+    if not request.is_probe:
+        rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate
+        head_start = request.head_start or (
+            "probe" if request.start is None else "random"
+        )  # an adapter brings its head
+        training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
+        limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
-        if asked.epochs is not None:
-            training["epochs"] = asked.epochs
+        if request.epochs is not None:
+            training["epochs"] = request.epochs
         else:
-            every = min(validate_every(counts.validation, asked.batch_size), steps)
+            every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    sections = method.defaults(options) if asked.start is None else {"lora": {"start": str(asked.start)}}
-    return {"name": asked.experiment, "method": asked.method, "training": training, **sections}
+    sections = method.defaults(options) if request.start is None else {"lora": {"start": str(request.start)}}
+    return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
-def _study(asked: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
         "name": STUDY_NAME,
-        "seeds": [asked.seed],
-        "threads": asked.threads,
-        "precision": asked.precision,
-        "device": asked.device,
-        "backbone": _backbone(asked).model_dump(exclude_unset=True),
+        "seeds": [request.seed],
+        "threads": request.threads,
+        "precision": request.precision,
+        "device": request.device,
+        "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
     }
-    return study_from_mapping(mapping, file=asked.images)
+    return study_from_mapping(mapping, file=request.images)
 
 
-def _backbone(asked: TrainRequest) -> BackboneConfig:
-    return named_backbone(asked.model, asked.weights, asked.library)
+def _backbone(request: TrainRequest) -> BackboneConfig:
+    return named_backbone(request.model, request.weights, request.library)

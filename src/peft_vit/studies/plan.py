@@ -144,8 +144,8 @@ def plan_study(
         precision = decide_precision(study, before)
         study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
         index = open_index(study.data, smoke=smoke)
-        asked = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
-        go_on(results_dir / study.name, before, asked, source=str(file or "asked for"), part=part)
+        requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
+        go_on(results_dir / study.name, before, requested, source=str(file or "asked for"), part=part)
         splits = splits_of(index, study)
         first = splits[study.seeds[0]]
         workload = workload_of(study, index, first)
@@ -299,7 +299,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     if record.status != "done" or not (file.parent / ADAPTER_FILE).exists():
         return None
     if record.spec != spec:
-        old, new = (one.model_dump(mode="json", exclude_none=True) for one in (record.spec, spec))
+        old, new = (own.model_dump(mode="json", exclude_none=True) for own in (record.spec, spec))
         raise UserError(
             "was made with another configuration, see below; "
             "give the study or the experiment another name, or choose another --output",
@@ -307,8 +307,8 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
             details=difference(old, new, str(file), "asked for"),
         )
     if record.spec_digest != spec.digest():
-        problem = "was made with a setting that this version no longer has; choose another --output, or go on with "
-        raise UserError(f"{problem}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
+        reason = "was made with a setting that this version no longer has; choose another --output, or go on with "
+        raise UserError(f"{reason}peft-vit {LAST_VERSION_WITH_ALL}", file=file, field="spec_digest")
     if record.provenance is not None and record.provenance.data_sha256 != data_sha256:
         raise UserError("was made with other images under the same path; choose another --output", file=file)
     start = spec.experiment.start

@@ -43,26 +43,26 @@ _NOT_OURS = 0.15  # of a core's time
 Seen = list[tuple[Progress, float]]  # what a run told, and when
 
 
-def measure_costs(kinds: Mapping[str, RunSpec], tell: Callable[[str], None]) -> dict[str, Costs]:
+def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
     A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
 
     Args:
         kinds: calibration runs by the name of an experiment.
-        tell: told what is being done, a line each.
+        log: told what is being done, a line each.
     """
     measured = {}
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
-            tell(f"measuring {place} of {len(kinds)}: {name}")
+            log(f"measuring {place} of {len(kinds)}: {name}")
             record, seen, busy = _carried_out(kind, executor)
             if record.status == "failed":
-                tell(f"{name} could not be measured ({record.error}); its time and memory are estimated")
+                log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
                 continue
             measured[name] = costs_of(record, seen)
             if busy:
-                tell(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
+                log(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
             else:
                 keep_costs(kind, measured[name])
     return measured
@@ -90,24 +90,24 @@ def costs_of(record: RunRecord, seen: Seen) -> Costs:
     )
 
 
-def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
+def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
     """Do a run of a few steps in a worker process of its own, as runs do; None: there was not enough memory for it.
 
     Args:
         spec: of the few steps.
-        tell: told what is being done, a line, and whether the machine was busy meanwhile.
+        log: told what is being done, a line, and whether the machine was busy meanwhile.
 
     Raises:
         UserError: if it fails for another reason.
     """
     training = spec.experiment.training
     again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
-    tell(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
+    log(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
     with _executor() as executor:
         record, _, busy = _carried_out(spec, executor)
         peak = executor.peak_memory_bytes()
     if busy:
-        tell(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
+        log(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
     if record.failure in ("killed", "out_of_memory"):
         return None
     if record.status == "failed":
@@ -122,7 +122,7 @@ def measure_step(spec: RunSpec, tell: Callable[[str], None]) -> StepCost | None:
 
 
 def measure_throughput(
-    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, tell: Callable[[str], None]
+    study: StudyConfig, index: ImageIndex, workload: Workload, budget_s: float, log: Callable[[str], None]
 ) -> Throughput:
     """Measure what runs of a study cost; where not even one experiment could be measured, arithmetic has to do.
 
@@ -134,10 +134,10 @@ def measure_throughput(
         index: its images.
         workload: of the study.
         budget_s: seconds until the measurement ends, whatever it has found.
-        tell: told what is being done, a line each.
+        log: told what is being done, a line each.
     """
     ends_at = time.monotonic() + budget_s
-    tell(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
+    log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
     estimated = Throughput.estimated(workload.product_rate())
     probes: dict[str, list[Probe]] = {}
     process_s, reason = 0.0, None
@@ -150,16 +150,16 @@ def measure_throughput(
                 break
             reason = reason or busy
             if record.status != "done":
-                tell(f"{name} could not be measured ({record.error})")
+                log(f"{name} could not be measured ({record.error})")
                 continue
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
     if reason:
-        tell(f"the machine was busy ({reason}), so these times may be long; what finished runs take corrects them")
+        log(f"the machine was busy ({reason}), so these times may be long; what finished runs take corrects them")
     if probes:
         return Throughput.measured(probes, process_s)
-    tell("no experiment could be measured in this time; how fast matrices are multiplied has to do")
+    log("no experiment could be measured in this time; how fast matrices are multiplied has to do")
     return estimated
 
 

@@ -103,8 +103,8 @@ class RunRequest(StudiesRequest):
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
         if self.workers is not None and EXECUTORS[self.executor].is_elastic:
-            problem = "where as many runs go at a time as nodes have room for; leave it out"
-            refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {problem}"})
+            reason = "where as many runs go at a time as nodes have room for; leave it out"
+            refuse(self, {"workers": f"has no effect with {self.spelled('executor', self.executor)}, {reason}"})
         for field in ("until_decided", "minutes"):
             if getattr(self, field) and len(self.configs) > 1:
                 remedy = f"give one, or leave {self.spelled(field)} out"
@@ -143,8 +143,8 @@ class Budget:
         try:
             return cls(bytes_of(str(written)), "bytes")
         except ValueError:
-            problem = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
-            raise ValueError(f"{written!r} {problem}") from None
+            reason = "is neither a number of ranks above 0 nor a size with its unit; write it as in 36 or 100kB"
+            raise ValueError(f"{written!r} {reason}") from None
 
 
 class TrainRequest(Request):
@@ -234,8 +234,8 @@ class TrainRequest(Request):
         if checkpointing == "adaptive" and not limited:
             refuse(self, {"activation_checkpointing": "adaptive needs --memory-limit; add it, as in 1GB"})
         if checkpointing not in (None, "adaptive") and limited:
-            problem = f"{checkpointing} does not go with --memory-limit, which decides it; leave it out"
-            refuse(self, {"activation_checkpointing": problem})
+            reason = f"{checkpointing} does not go with --memory-limit, which decides it; leave it out"
+            refuse(self, {"activation_checkpointing": reason})
         return self
 
     @property

@@ -95,24 +95,24 @@ def drive(
         KeyboardInterrupt: after Ctrl-C or SIGTERM, when what ran has been stopped; at once after the second.
     """
 
-    def tell(event: StudyEvent) -> None:
+    def report(event: StudyEvent) -> None:
         """Tell it a watcher who may be unable to write: a terminal is gone, nobody reads a pipe, a disk is full."""
         with suppress(OSError, SystemExit):  # to exit is rich's answer to a broken pipe
             on_event(event)
 
     names = {run.spec.name for run in plan.runs}
-    asked = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
-    content = go_on(lock.folder, plan.before, asked, source=str(plan.file or "asked for"), part=plan.part)
+    requested = study_file(plan.study, names, smoke=plan.runs[0].spec.smoke, data_sha256=plan.data_sha256)
+    content = go_on(lock.folder, plan.before, requested, source=str(plan.file or "asked for"), part=plan.part)
     executor = make_executor() if plan.pending else None  # may refuse, and then nothing was begun
     try:
         if content != plan.before:
             write_study_file(lock.folder, content)
         store = StudyStore(lock, content.runs)
         for text in store.notices:
-            tell(Notice(text))
+            report(Notice(text))
         waiting = [run for run in plan.pending if not skip_failed or store.known(run.spec.name).failure is None]
         if executor is not None:
-            attempts = _Attempts(executor, store, tell, plan.study.execution.retries)
+            attempts = _Attempts(executor, store, report, plan.study.execution.retries)
             attempts.carry_out(waiting, deadline)
         failures = {run.spec.run_id: store.known(run.spec.name).failure for run in plan.runs}
         return {run_id: reason for run_id, reason in failures.items() if reason is not None}
@@ -127,7 +127,7 @@ class _Attempts:
 
     executor: Executor
     store: StudyStore
-    tell: Callable[[StudyEvent], None]
+    on_event: Callable[[StudyEvent], None]
     retries: int
     waiting: set[str] = field(default_factory=set)  # names of the runs that have not ended
     running: set[str] = field(default_factory=set)
@@ -159,7 +159,7 @@ class _Attempts:
                 if event is not None:
                     self.take(event)
                     if deadline is not None:
-                        deadline.hear(event, self.waiting)
+                        deadline.on_event(event, self.waiting)
                 elif self.stopping and not self.running:
                     break
             if signals and self.waiting:
@@ -167,7 +167,7 @@ class _Attempts:
 
     def _stop(self, why: str) -> None:
         """Have what runs stopped, and start nothing more."""
-        self.tell(Notice(why))
+        self.on_event(Notice(why))
         self.stopping = True
         self.executor.stop()
 
@@ -193,13 +193,13 @@ class _Attempts:
                 self.running.discard(run)
                 if not self.stopping:
                     self.executor.submit(event.run)
-        self.tell(event)
+        self.on_event(event)
 
     def _end(self, event: RunEnded) -> None:
         record, run = event.record, event.run.spec.name
         if record.failure == "disk_full":
-            problem = f"no room for what it writes ({record.error}); make room, and the same command goes on"
-            raise UserError(problem, file=self.store.folder / run)
+            reason = f"no room for what it writes ({record.error}); make room, and the same command goes on"
+            raise UserError(reason, file=self.store.folder / run)
         again = record.status == "failed" and record.failure in TRANSIENT
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
             self.failures[run] += 1
@@ -207,11 +207,11 @@ class _Attempts:
         record = self.store.ended(record, event.adapter, retried=again)
         if not again:
             self.waiting.discard(run)
-            self.tell(RunEnded(event.run, record, event.adapter))
+            self.on_event(RunEnded(event.run, record, event.adapter))
         elif self.stopping:
-            self.tell(Notice(f"{record.spec.run_id}: {record.error}"))
+            self.on_event(Notice(f"{record.spec.run_id}: {record.error}"))
         else:
-            self.tell(RunRetried(event.run, record))
+            self.on_event(RunRetried(event.run, record))
             self.executor.submit(event.run)
 
 
@@ -329,34 +329,36 @@ class StudyStore:
 # --- study.json ---
 
 
-def study_file(study: StudyConfig, asked: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
-    """Return what study.json will say; `asked` are the names of the runs that the command does not leave out."""
+def study_file(study: StudyConfig, wanted: Collection[str], *, smoke: bool, data_sha256: str) -> StudyFile:
+    """Return what study.json will say; `wanted` are the names of the runs that the command does not leave out."""
     runs = tuple(f"{experiment.name}/seed_{seed}" for experiment in study.experiments for seed in study.seeds)
-    skipped = tuple(run for run in runs if run not in asked)
+    skipped = tuple(run for run in runs if run not in wanted)
     return StudyFile(smoke=smoke, data_sha256=data_sha256, runs=runs, skipped=skipped, configuration=study)
 
 
-def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: str, part: bool = False) -> StudyFile:
-    """Return what study.json will say after a command asked for `asked`; seeds and experiments may be added.
+def go_on(
+    folder: Path, before: StudyFile | None, requested: StudyFile, *, source: str, part: bool = False
+) -> StudyFile:
+    """Return what study.json will say after a command asked for `requested`; seeds and experiments may be added.
 
     Args:
         folder: the study's.
         before: what study.json says; None: the study is new.
-        asked: by the command.
+        requested: by the command.
         source: the name of the configuration file, for the difference.
-        part: experiments and seeds that `asked` does not name stay, instead of counting as removed.
+        part: experiments and seeds that `requested` does not name stay, instead of counting as removed.
 
     Raises:
         UserError: with the difference, if the folder holds another study or one that was configured otherwise.
     """
     if before is None:
-        return asked
+        return requested
     file, remedy = folder / STUDY_FILE, "choose another --output"
-    if before.smoke != asked.smoke:
+    if before.smoke != requested.smoke:
         kinds = {True: "a smoke study", False: "a real study"}
-        problem = f"belongs to {kinds[before.smoke]}, not to {kinds[asked.smoke]}; {remedy}"
-        raise UserError(problem, file=file, field="smoke")
-    old, new = _comparable(before.configuration, asked.configuration, part)
+        reason = f"belongs to {kinds[before.smoke]}, not to {kinds[requested.smoke]}; {remedy}"
+        raise UserError(reason, file=file, field="smoke")
+    old, new = _comparable(before.configuration, requested.configuration, part)
     if old != new:
         raise UserError(
             f"was begun with another configuration, see below; set it back, name the study otherwise, or {remedy}",
@@ -364,31 +366,31 @@ def go_on(folder: Path, before: StudyFile | None, asked: StudyFile, *, source: s
             field="configuration",
             details=difference(old, new, str(file), source),
         )
-    if before.data_sha256 != asked.data_sha256:
+    if before.data_sha256 != requested.data_sha256:
         raise UserError(f"was begun with other images under the same path; {remedy}", file=file, field="data_sha256")
-    runs = tuple(dict.fromkeys((*asked.runs, *before.runs)))
-    configuration = asked.configuration
+    runs = tuple(dict.fromkeys((*requested.runs, *before.runs)))
+    configuration = requested.configuration
     if part:
         earlier = before.configuration
         experiments = {experiment.name: experiment for experiment in (*earlier.experiments, *configuration.experiments)}
         seeds = tuple(dict.fromkeys((*earlier.seeds, *configuration.seeds)))
         configuration = configuration.model_copy(update={"experiments": tuple(experiments.values()), "seeds": seeds})
-    return asked.model_copy(
+    return requested.model_copy(
         update={
             "runs": runs,
-            "skipped": tuple(run for run in runs if run not in asked.runs or run in asked.skipped),
+            "skipped": tuple(run for run in runs if run not in requested.runs or run in requested.skipped),
             "configuration": configuration,
-            "seeds_added": _seeds_added(folder, before, asked.configuration),
+            "seeds_added": _seeds_added(folder, before, requested.configuration),
         }
     )
 
 
-def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[int, ...]:
+def _seeds_added(folder: Path, before: StudyFile, requested: StudyConfig) -> tuple[int, ...]:
     """Return the seeds whose number may follow from results: those that are new where a run is done, and earlier ones.
 
     A smoke study has no results.
     """
-    new = tuple(seed for seed in asked.seeds if seed not in before.configuration.seeds)
+    new = tuple(seed for seed in requested.seeds if seed not in before.configuration.seeds)
     if new and not before.smoke:
         recorded = (file for run in before.runs if (file := folder / run / RECORD_FILE).exists())
         if any(read_record(file).status == "done" for file in recorded):
@@ -396,14 +398,18 @@ def _seeds_added(folder: Path, before: StudyFile, asked: StudyConfig) -> tuple[i
     return before.seeds_added
 
 
-def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return both as plain values, without what may change: experiments by name, and only what both could have."""
-    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, asked))
-    names = [{experiment.name for experiment in study.experiments} for study in (before, asked)]
+    old, new = (study.model_dump(mode="json", exclude=_FREE, exclude_none=True) for study in (before, requested))
+    names = [{experiment.name for experiment in study.experiments} for study in (before, requested)]
     both = names[0] & names[1]
-    looked = asked.stopping  # of what was declared: experiments share its level, looks are in the order of the seeds
+    looked = (
+        requested.stopping
+    )  # of what was declared: experiments share its level, looks are in the order of the seeds
     for study, compared in ((old, both if part else names[0]), (new, both if looked is None else names[1])):
-        study["experiments"] = {one["name"]: one for one in study["experiments"] if one["name"] in compared}
+        study["experiments"] = {
+            section["name"]: section for section in study["experiments"] if section["name"] in compared
+        }
         if not study["experiments"]:
             del study["experiments"]
     if looked is None:
@@ -414,14 +420,16 @@ def _comparable(before: StudyConfig, asked: StudyConfig, part: bool) -> tuple[di
 
 def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
     """Return a unified difference of two mappings as YAML: what changed, below the keys that it stands under."""
-    before, after = (yaml.safe_dump(one, sort_keys=False, allow_unicode=True).splitlines() for one in (old, new))
+    before, after = (
+        yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).splitlines() for mapping in (old, new)
+    )
     whole = max(len(before), len(after))
     header, other, _, *lines = difflib.unified_diff(before, after, old_name, new_name, lineterm="", n=whole)
-    kept = []
+    shown = []
     depth = 0  # a line that is less deep has one of the kept lines below it
     for line in reversed(lines):
         indent = len(line) - len(line[1:].lstrip()) + line[1:].lstrip().startswith("- ")
         if line[0] != " " or indent < depth:
-            kept.append(line)
+            shown.append(line)
             depth = indent
-    return "\n".join([header, other, *reversed(kept)])
+    return "\n".join([header, other, *reversed(shown)])

@@ -133,7 +133,7 @@ def within_memory(context: TuningContext, model: str, image_size: int, experimen
             study_from_mapping(study, file=context.request.images),
             context.state.studies,
             file=None,
-            measure_step=partial(measure_step, tell=lambda text: context.state.tell(f"  {text}")),
+            measure_step=partial(measure_step, log=lambda text: context.state.tell(f"  {text}")),
         )
         for line in plan.memory:
             context.state.tell(f"  {line}")

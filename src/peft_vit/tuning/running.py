@@ -88,7 +88,7 @@ class StudyRunner:
         file = self.results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with study_lock(folder_below(self.results_dir, study.name)) as lock:
-            measure = partial(measure_step, tell=self.tell)
+            measure = partial(measure_step, log=self.tell)
             whole = plan_study(study, self.results_dir, file=None, part=True, measure_step=measure)
             names = [one.name for one in whole.study.experiments if only is None or one.name in only[0]]
             seeds = [seed for seed in whole.study.seeds if only is None or seed in only[1]]

@@ -1,7 +1,5 @@
 """Calibration against plain loops, scikit-learn and planted confidences."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any
@@ -53,10 +51,7 @@ def checked(bins: tuple[Bin, ...], groups: list[list[tuple[float, bool]]]) -> No
 
 def test_equal_width_bins_by_a_plain_loop_and_their_error_is_the_one_of_the_records() -> None:
     p, hit = drawn(500, 1, ties=True)
-    groups: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for one, right in zip(p.tolist(), hit.tolist(), strict=True):
-        (inside,) = [m for m in range(15) if m / 15 < one <= (m + 1) / 15]
-        groups[inside].append((one, right))
+    groups = [[pair for pair in zip(p, hit, strict=True) if m / 15 < pair[0] <= (m + 1) / 15] for m in range(15)]
     checked(equal_width_bins(p, hit), groups)
     p, hit = drawn(1000, 2)
     assert calibration_error(equal_width_bins(p, hit)) == pytest.approx(expected_calibration_error(p, hit), abs=1e-12)
@@ -90,7 +85,7 @@ def test_brier_equals_scikit_learn_for_two_classes() -> None:
 
 
 @pytest.mark.parametrize(("p", "hit"), [([], []), ([0.5], [True, False]), ([1.2], [True]), ([math.nan], [True])])
-def test_what_is_no_confidence_is_refused(p: list[float], hit: list[bool]) -> None:
+def test_what_is_no_confidence_is_refused(p, hit) -> None:
     for of in (equal_width_bins, equal_count_bins, confidence_brier):
         with pytest.raises(ValueError, match="expected"):
             of(p, hit)
@@ -124,36 +119,12 @@ def test_planted_overconfidence_is_found() -> None:
     assert (one.seeds, one.without) == ((0, 1), ())
 
 
-def test_records_without_predictions_are_named() -> None:
+def test_records_without_predictions_are_named_and_a_measure_that_no_pair_has_makes_no_family() -> None:
     empty = Predictions(images=[], labels=[], predicted=[], probability=[])
-    records = [
-        recorded("lora_r8", 0, None),
-        recorded("lora_r8", 1, empty),
-        recorded("lora_r8", 2, predictions(1, 1, 0.5)),
-    ]
-    (one,) = calibration(planted.study_of(records))
+    some = [recorded("lora_r8", seed, of) for seed, of in enumerate((None, empty, predictions(1, 1, 0.5)))]
+    (one,) = calibration(planted.study_of(some))
     assert (one.seeds, one.without) == ((2,), (0, 1))
-    study = planted.study_of(records[:1])
-    (none,) = calibration(study)
-    assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0,))
-
-
-def test_differences_to_the_reference_are_paired_and_negative_where_better() -> None:
-    records = []
-    for seed in range(7):
-        records.append(recorded("lora_r8", seed, predictions(8, 2, 0.9), nll=0.5 + 0.1 * seed))
-        records.append(recorded("lora_r2", seed, predictions(8, 2, 0.8), nll=0.4 + 0.1 * seed + 0.001 * seed**2))
-    ((reference, families),) = calibration_differences(planted.study_of(records)).items()
-    assert reference == "lora_r8"
-    (nll,) = families["nll"]
-    assert nll.interval is not None
-    assert nll.interval.estimate == pytest.approx(-0.1 + 0.001 * 91 / 7)
-    assert nll.verdict == "refuted", "it is not larger: 2 / 2^7 for seven of one sign"
-    (adaptive,) = families["adaptive_ece"]
-    assert adaptive.interval is not None
-    assert adaptive.interval.estimate == pytest.approx(-0.1)
-
-
-def test_a_measure_that_no_pair_has_makes_no_family() -> None:
-    records = [recorded(name, seed, None) for name in ("lora_r8", "lora_r2") for seed in range(2)]
-    assert calibration_differences(planted.study_of(records))["lora_r8"].keys() == {"nll", "ece"}
+    study = planted.study_of([*some[:2], *(recorded("lora_r2", seed, None) for seed in range(2))])
+    none = calibration(study)[-1]
+    assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0, 1))
+    assert calibration_differences(study)["lora_r8"].keys() == {"nll", "ece"}

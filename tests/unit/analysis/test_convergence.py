@@ -1,9 +1,6 @@
 """Measures of the loss's course against hand computations, second implementations and planted noise."""
 
-from __future__ import annotations
-
 import math
-import random
 
 import numpy as np
 import planted
@@ -13,23 +10,16 @@ from scipy import stats
 from peft_vit.analysis import Run
 from peft_vit.analysis.comparison import method_results
 from peft_vit.analysis.convergence import late_loss_deviation, roughness, settled_step
-from peft_vit.records import Evaluation, StepRow
+from peft_vit.records import Evaluation
 from peft_vit.report.method_tables import convergence_table
 
 LORA = planted.experiments()["lora_r8"]
 
 
-def steps(losses: list[float]) -> list[StepRow]:
-    return [
-        StepRow(step=i + 1, loss=loss, learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
-        for i, loss in enumerate(losses)
-    ]
-
-
 def run_with(losses: list[float], *, validation: dict[int, float] | None = None, seed: int = 0) -> Run:
     """Return a run with given losses by step and validation losses by step."""
     whole = planted.record(LORA, seed, 0.8)
-    changes: dict[str, object] = {"steps": steps(losses)}
+    changes: dict[str, object] = {"steps": planted.steps(losses)}
     if validation is not None:
         metrics = whole.evaluations[0].metrics
         changes["evaluations"] = [
@@ -54,18 +44,9 @@ def test_late_deviation_equals_the_standard_error_of_linregress() -> None:
     "losses",
     [[], [1.0, 2.0], *([1.0, 2.0, 1.0] * 4 + [loss] for loss in (math.nan, math.inf, -math.inf, 1e308, -1e155))],
 )
-def test_too_few_losses_or_one_without_a_finite_square_are_not_measured(losses: list[float]) -> None:
+def test_too_few_losses_or_one_without_a_finite_square_are_not_measured(losses) -> None:
     run = run_with(losses)
     assert (late_loss_deviation(run), roughness(run)) == (None, None)
-
-
-def test_roughness_by_a_plain_loop() -> None:
-    random.seed(3)
-    y = [random.random() for _ in range(20)]
-    total = 0.0
-    for i in range(1, 19):
-        total += (0.5 * y[i - 1] - y[i] + 0.5 * y[i + 1]) ** 2
-    assert roughness(run_with(y)) == pytest.approx(math.sqrt(total / 1.5 / 18), rel=1e-12)
 
 
 def test_roughness_finds_the_noise_and_not_the_slope() -> None:
@@ -73,15 +54,6 @@ def test_roughness_finds_the_noise_and_not_the_slope() -> None:
     steep = np.linspace(50, 0, 20_000)
     assert roughness(run_with((steep + noise).tolist())) == pytest.approx(0.1, rel=0.03)
     assert roughness(run_with(steep.tolist())) == pytest.approx(0, abs=1e-9)
-
-
-def test_rows_in_another_order_give_the_same_bits() -> None:
-    losses = np.random.default_rng(4).random(30).tolist()
-    rows = steps(losses)
-    random.Random(1).shuffle(rows)
-    shuffled = planted.study_of([planted.record(LORA, 0, 0.8).model_copy(update={"steps": rows})]).runs[0]
-    assert late_loss_deviation(shuffled) == late_loss_deviation(run_with(losses))
-    assert roughness(shuffled) == roughness(run_with(losses))
 
 
 @pytest.mark.parametrize(
@@ -94,13 +66,13 @@ def test_rows_in_another_order_give_the_same_bits() -> None:
         ({}, None),
     ],
 )
-def test_settled_step(validation: dict[int, float], expected: int | None) -> None:
+def test_settled_step(validation, expected) -> None:
     assert settled_step(run_with([1.0], validation=validation)) == expected
 
 
 def test_an_experiment_over_its_seeds() -> None:
     rough = {0: [0, 3, 0, 3], 1: [0, 6, 0, 6]}
-    records = [planted.record(LORA, seed, 0.8, changes={"steps": steps(y)}) for seed, y in rough.items()]
+    records = [planted.record(LORA, seed, 0.8, changes={"steps": planted.steps(y)}) for seed, y in rough.items()]
     (row,) = convergence_table(method_results(planted.study_of(records))).data
     assert row["roughness"] == pytest.approx(1.5 * math.sqrt(6))
     assert row["roughness_n"] == 2

@@ -125,7 +125,7 @@ def test_what_says_nothing_of_the_study_is_refused(study, rows, fault) -> None:
         exported_latency(study, rows, FILE)
 
 
-def test_a_file_of_times_has_an_effect_or_is_refused(study) -> None:
-    for limits in ({}, {"--max-seconds": 1.0}, {"--max-bytes": 1e9}):
-        with pytest.raises(UserError, match="--bench: has no effect without --max-latency-ms or --smallest latency"):
-            asked(study, [row(of(BEST), 1.0)], limits)
+@pytest.mark.parametrize("limits", [{}, {"--max-seconds": 1.0}, {"--max-bytes": 1e9}])
+def test_a_file_of_times_has_an_effect_or_is_refused(study, limits) -> None:
+    with pytest.raises(UserError, match="--bench: has no effect without --max-latency-ms or --smallest latency"):
+        asked(study, [row(of(BEST), 1.0)], limits)

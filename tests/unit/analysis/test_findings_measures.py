@@ -11,7 +11,7 @@ from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.measures import Evidence
 from peft_vit.config import ExperimentConfig
-from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord, StepRow
+from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
 from peft_vit.statistics import gini, normalized_entropy
 
 pytestmark = pytest.mark.part("analyzer")
@@ -48,10 +48,6 @@ def ranks(**by_matrix: int) -> list[RankEntry]:
 
 def scores(values: dict[str, float]) -> list[ImportanceEntry]:
     return [ImportanceEntry(step=1, scores=dict.fromkeys(values, 1.0)), ImportanceEntry(step=2, scores=values)]
-
-
-def with_parameters(record: RunRecord, final: int) -> RunRecord:
-    return record.model_copy(update=planted.counts(final))
 
 
 def qa(name: str, **changes: Any) -> dict[str, Any]:
@@ -129,34 +125,27 @@ def test_spread_of_ranks() -> None:
     by_matrix = {"query": 5, "key": 3, "value": 2, "out": 2, "fc1": 1, "fc2": 0}
     records = [run(ADALORA, rank_history=ranks(**by_matrix))]
     amounts = np.repeat(list(by_matrix.values()), planted.BLOCKS)
-    assert values(only(records, "spread-gini")) == (gini(amounts),)
-    assert values(only(records, "spread-entropy")) == (normalized_entropy(amounts),)
-    assert only(records, "spread-gini").verdict == "not decided"
+    for name, measure in (("spread-gini", gini), ("spread-entropy", normalized_entropy)):
+        finding = only(records, name)
+        assert (values(finding), finding.verdict) == ((measure(amounts),), "not decided")
 
 
 def test_strategies_are_paired_where_nothing_else_differs() -> None:
-    section = {"total_rank_budget": 288, "importance_metric": "magnitude", "update_frequency": 6, "warmup_steps": 12}
+    section = {"total_rank_budget": 288, "importance_metric": "magnitude", "update_frequency": 6}
+    names = ("top_k_12", "proportional_12", "threshold_12", "top_k_18")
     made = planted.experiments_of(
         *(
             {
-                "name": f"{strategy}_{steps}",
+                "name": name,
                 "method": "adalora",
-                "adalora": {**section, "warmup_steps": steps, "allocation_strategy": strategy},
+                "adalora": {**section, "warmup_steps": int(name[-2:]), "allocation_strategy": name[:-3]},
             }
-            for strategy in ("proportional", "top_k", "threshold")
-            for steps in (12, 18)
+            for name in names
         )
     )
-    even, uneven = (
-        ranks(query=2, key=2, value=2, out=2, fc1=2, fc2=2),
-        ranks(query=12, key=0, value=0, out=0, fc1=0, fc2=0),
-    )
-    records = [
-        run(made["top_k_12"], rank_history=uneven),
-        run(made["proportional_12"], rank_history=even),
-        run(made["threshold_12"], rank_history=even),
-        run(made["top_k_18"], rank_history=uneven),
-    ]
+    even, uneven = dict.fromkeys(planted.MATRICES, 2), {**dict.fromkeys(planted.MATRICES, 0), "query": 12}
+    history = {name: ranks(**(uneven if "top_k" in name else even)) for name in names}
+    records = [run(made[name], rank_history=history[name]) for name in names]
     top_k = only(records, "top-k-concentrates")
     assert top_k.subject == "top_k_12 against proportional_12", "top_k_18 has no partner with as many steps"
     assert values(top_k) == pytest.approx((5 / 6,)), "one matrix of six has everything"
@@ -226,15 +215,13 @@ def test_cost_of_removing_the_mlp() -> None:
     assert only(cheap, "removing-mlp-costs").verdict == "refuted", "0.1 to 0.6 points are less than one"
 
 
-def test_without_the_measurement_it_says_how_to_get_it() -> None:
-    finding = only([run(EXPERIMENTS["lora_r8"])], "removing-mlp-costs")
+def test_seeds_without_the_measurement_are_named_and_where_all_lack_it_how_to_get_it() -> None:
+    lacking = run(EXPERIMENTS["lora_r8"], 1)
+    finding = only([lacking], "removing-mlp-costs")
     assert finding.verdict == "no data"
     assert finding.outcome == "no record has removal: set measures.removal_images in the configuration and run again"
-
-
-def test_seeds_without_the_measurement_are_named() -> None:
-    records = [run(EXPERIMENTS["lora_r8"], 0, removal=removal({})), run(EXPERIMENTS["lora_r8"], 1)]
-    assert only(records, "removing-mlp-costs").note == "seeds left out, whose records lack removal: 1"
+    some = only([run(EXPERIMENTS["lora_r8"], 0, removal=removal({})), lacking], "removing-mlp-costs")
+    assert some.note == "seeds left out, whose records lack removal: 1"
 
 
 def test_scores_that_are_no_numbers_are_left_out() -> None:
@@ -266,7 +253,7 @@ def test_bits_against_their_float_twin() -> None:
 
 def test_scaled_gradients_are_named_beside_what_bits_cost() -> None:
     made = planted.experiments_of(qa("plain"), qa("scaled", gradient_scaling_factor=2.0))
-    records = [run(one, 0) for one in (EXPERIMENTS["lora_r8"], *made.values())]
+    records = [run(experiment) for experiment in (EXPERIMENTS["lora_r8"], *made.values())]
     notes = {finding.subject: finding.note for finding in found(records, "four-bits-lose-one-to-two")}
     assert "scales its adapters' gradients" in notes["scaled against lora_r8"]
     assert "scales" not in notes["plain against lora_r8"]
@@ -298,13 +285,6 @@ def test_settings_of_quantization_are_paired_with_what_differs_in_them_alone() -
     assert set(pairs("schedule-steadies")) == {"linear against base", "warm against base"}
 
 
-def steps(losses: np.ndarray) -> list[StepRow]:
-    return [
-        StepRow(step=i + 1, loss=float(loss), learning_rate=1e-3, gradient_norm=1.0, seconds=0.5)
-        for i, loss in enumerate(losses)
-    ]
-
-
 def test_courses_of_the_loss() -> None:
     made = planted.experiments_of(
         qa("base"), qa("linear", quantization_schedule="linear"), qa("cosine", quantization_schedule="cosine")
@@ -312,7 +292,7 @@ def test_courses_of_the_loss() -> None:
     rng = np.random.default_rng(0)
     noise = {"base": 0.1, "linear": 0.05, "cosine": 0.01}
     records = [
-        run(made[name], 0, steps=steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
+        run(made[name], 0, steps=planted.steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
         for name, size in noise.items()
     ]
     runs = {one.experiment.name: one for one in planted.study_of(records).runs}
@@ -323,55 +303,43 @@ def test_courses_of_the_loss() -> None:
     assert values(only(records, "cosine-is-smoother")) == pytest.approx((rough["linear"] - rough["cosine"],))
 
 
-def lora_line(seed: int, accuracies: dict[int, float]) -> list[RunRecord]:
-    """Return LoRA runs of ranks 1, 2, 4, 8 with planted numbers of parameters."""
-    return [
-        with_parameters(run(EXPERIMENTS[f"lora_r{rank}"], seed, accuracy), 1000 * rank)
-        for rank, accuracy in accuracies.items()
-    ]
+def line_and_adaptive(accuracy: float, parameters: int, seed: int = 0) -> list[RunRecord]:
+    """Return LoRA of ranks 1, 2, 4, 8 with 1,000 parameters a rank, 450 to 480 images right, and an adaptive run."""
+    line = {1: 450, 2: 460, 4: 470, 8: 480}
+    fixed = [run(EXPERIMENTS[f"lora_r{r}"], seed, n / 600, **planted.counts(1000 * r)) for r, n in line.items()]
+    return [*fixed, run(ADALORA, seed, accuracy / 600, **planted.counts(parameters))]
+
+
+BETWEEN = round(2000 * math.sqrt(2))
 
 
 def test_adaptive_against_fixed_at_equal_parameters_and_at_equal_accuracy() -> None:
-    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
-    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), round(2000 * math.sqrt(2)))]
+    records = line_and_adaptive(468, BETWEEN)
     gain = only(records, "adaptive-beats-fixed")
     assert values(gain) == pytest.approx((3 / 600,), abs=1e-5), "half way between 2 and 4, the line is at 465"
     assert values(only(records, "adaptive-at-least-fixed")) == values(gain)
     needed = only(records, "fixed-needs-fewer")  # 468 lies 0.8 of the way from 2000 to 4000, in logarithms
     assert values(needed) == pytest.approx((0.5 - 0.8,), abs=1e-3)
     assert (needed.note, needed.test) == ("", "none")
+    assert only(records[-2:], "fixed-needs-fewer").verdict == "no data", "one fixed rank is no line"
+    other = records[-1].provenance.model_copy(update={"data_sha256": "f" * 64})
+    moved = [*records[:-1], records[-1].model_copy(update={"provenance": other})]
+    assert only(moved, "adaptive-beats-fixed").verdict == "no data", "nor is one on other images"
 
 
 @pytest.mark.parametrize(("accuracy", "expected"), [(440, 1.5), (490, 1.5 - 3)])
 def test_an_accuracy_outside_of_the_line_gives_a_bound(accuracy, expected) -> None:
-    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
-    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, accuracy / 600), round(2000 * math.sqrt(2)))]
-    finding = only(records, "fixed-needs-fewer")
+    finding = only(line_and_adaptive(accuracy, BETWEEN), "fixed-needs-fewer")
     assert values(finding) == pytest.approx((expected,), abs=1e-3)
     assert finding.note == "bounds only, the accuracy lies outside of fixed LoRA's: seeds 0"
 
 
 @pytest.mark.parametrize(("accuracy", "parameters"), [(440, 500), (490, 16000)])
 def test_a_bound_that_leaves_open_who_needs_fewer_speaks_for_neither(accuracy, parameters) -> None:
-    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
-    records = []
-    for seed in range(6):
-        records += [*lora_line(seed, line), with_parameters(run(ADALORA, seed, accuracy / 600), parameters)]
+    records = [record for seed in range(6) for record in line_and_adaptive(accuracy, parameters, seed)]
     finding = only(records, "fixed-needs-fewer")
     assert (values(finding), finding.verdict) == ((0.0,) * 6, "not decided")
     assert finding.note.endswith("set to 0, which of both needs fewer is open: seeds 0, 1, 2, 3, 4, 5")
-
-
-def test_the_line_of_fixed_lora_is_of_the_same_images() -> None:
-    line = {1: 450 / 600, 2: 460 / 600, 4: 470 / 600, 8: 480 / 600}
-    records = [*lora_line(0, line), with_parameters(run(ADALORA, 0, 468 / 600), 2500)]
-    other = records[-1].provenance.model_copy(update={"data_sha256": "f" * 64})
-    finding = only([*records[:-1], records[-1].model_copy(update={"provenance": other})], "adaptive-beats-fixed")
-    assert (finding.verdict, len(values(only(records, "adaptive-beats-fixed")))) == ("no data", 1)
-
-
-def test_one_fixed_rank_is_no_line() -> None:
-    assert only([run(EXPERIMENTS["lora_r8"]), run(ADALORA)], "fixed-needs-fewer").verdict == "no data"
 
 
 def test_lora_against_linear_and_full_with_failed_and_missing_runs() -> None:
@@ -385,21 +353,13 @@ def test_lora_against_linear_and_full_with_failed_and_missing_runs() -> None:
     assert linear_finding.note == full_finding.note.replace(": 0", ": 7") == "seeds without a pair: 7"
 
 
-def test_a_failed_run_of_the_experiment_itself_is_named() -> None:
-    records = [run(EXPERIMENTS["lora_r8"], 0), planted.failed(EXPERIMENTS["lora_r8"], 1, "out of memory")]
-    assert only(records, "above-majority").note == "failed: seed 1"
-
-
 def test_above_majority() -> None:
-    records = [run(EXPERIMENTS["linear_probe"], 0, 420 / 600), run(ADALORA, 0, 360 / 600)]
-    verdicts = {f.subject: (round(f.interval.estimate, 9), f.verdict) for f in found(records, "above-majority")}
+    linear = EXPERIMENTS["linear_probe"]
+    records = [run(linear, 0, 420 / 600), planted.failed(linear, 1, "out of memory"), run(ADALORA, 0, 360 / 600)]
+    findings = {f.subject: f for f in found(records, "above-majority")}
+    verdicts = {subject: (round(f.interval.estimate, 9), f.verdict) for subject, f in findings.items()}
     assert verdicts == {"linear_probe": (0.025, "supported"), ADALORA.name: (-0.075, "refuted")}
-
-
-def test_nothing_finished_is_no_data_everywhere() -> None:
-    findings = findings_of([planted.failed(ADALORA, 0, "out of memory")])
-    assert {f.verdict for f in findings} == {"no data"}
-    assert all(f.outcome for f in findings)
+    assert findings["linear_probe"].note == "failed: seed 1"
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------

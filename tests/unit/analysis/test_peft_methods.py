@@ -13,14 +13,10 @@ from peft_vit.config import ExperimentConfig
 from peft_vit.records import RankEntry, RunRecord, SiteInfo
 from peft_vit.report.build import study_documents
 
-SIZES = {
-    name: {"in_features": inward, "out_features": outward}
-    for name, inward, outward in (("qkv", 384, 1152), ("out", 384, 384), ("fc1", 384, 1536), ("fc2", 1536, 384))
-}
-SITES = [
-    SiteInfo(name=f"blocks.{b}.{'mlp' if m in ('fc1', 'fc2') else 'attn'}.{m}", block=b, matrix=m, **sizes)
-    for b in range(planted.BLOCKS)
-    for m, sizes in SIZES.items()
+SITES = [  # fused, as PEFT sees them
+    SiteInfo(name=f"blocks.{block}.{matrix}", block=block, matrix=matrix, in_features=inward, out_features=outward)
+    for block in range(planted.BLOCKS)
+    for matrix, inward, outward in (("qkv", 384, 1152), ("out", 384, 384), ("fc1", 384, 1536), ("fc2", 1536, 384))
 ]
 LOUD = 0.9  # so accurate that it would show wherever it was mixed in
 
@@ -33,22 +29,26 @@ def experiment(**settings: Any) -> ExperimentConfig:
 def theirs() -> list[RunRecord]:
     """Return records of PEFT's two methods and of LoRA that goes on, two seeds each, all far above ours."""
     moves = {"update_frequency": 6, "warmup_steps": 12}
-    fixed = experiment(name="peft_r8", method="peft_lora", peft_lora={"rank": 8})
-    adaptive = experiment(name="peft_12_8", method="peft_adalora", peft_adalora=moves)
-    going_on = experiment(name="imported", method="lora", lora={"start": "somewhere"})
+    uneven = {"qkv": 16, "out": 0, "fc1": 8, "fc2": 8}
+    courses = (
+        (experiment(name="peft_r8", method="peft_lora", peft_lora={"rank": 8}), [8]),
+        (experiment(name="peft_12_8", method="peft_adalora", peft_adalora=moves), [12, 10, uneven]),
+        (experiment(name="imported", method="lora", lora={"start": "somewhere"}), [8]),
+    )
     records = []
     for seed in (0, 1):
-        for one, ranks in ((fixed, [8]), (adaptive, [12, 10, 8]), (going_on, [8])):
+        for own, course in courses:
             history = [
-                RankEntry(step=6 * i, budget=r * 48 if len(ranks) > 1 else None, ranks={s.name: r for s in SITES})
-                for i, r in enumerate(ranks)
+                RankEntry(
+                    step=6 * i,
+                    budget=None if len(course) == 1 else (12, 10, 8)[i] * 48,
+                    ranks={site.name: ranks[site.matrix] if isinstance(ranks, dict) else ranks for site in SITES},
+                )
+                for i, ranks in enumerate(course)
             ]
-            if one is adaptive:
-                uneven = {s.name: 16 if s.matrix == "qkv" else 0 if s.matrix == "out" else 8 for s in SITES}
-                history[-1] = history[-1].model_copy(update={"ranks": uneven})
-            base = planted.record(planted.experiments()["lora_r8"], seed, LOUD)
-            spec = base.spec.model_copy(update={"experiment": one})
-            records.append(base.model_copy(update={"spec": spec, "sites": SITES, "rank_history": history}))
+            record = planted.record(planted.experiments()["lora_r8"], seed, LOUD)
+            changes = {"sites": SITES, "rank_history": history}
+            records.append(planted.asking(record, experiment=own).model_copy(update=changes))
     return records
 
 
@@ -100,9 +100,8 @@ def test_ranks_of_fused_matrices(analysis) -> None:
 
 def test_a_report_draws_them(analysis) -> None:
     (document,) = study_documents([analysis])
-    cards = {card.method: card for card in document.cards}
-    assert cards["LoRA by PEFT"].experiment == "peft_r8"
-    assert cards["AdaLoRA by PEFT"].experiment == "peft_12_8"
+    cards = {card.method: card.experiment for card in document.cards}
+    assert (cards["LoRA by PEFT"], cards["AdaLoRA by PEFT"]) == ("peft_r8", "peft_12_8")
     details = [value for run in document.runs for key, value in run.rows if key == "configuration"]
     assert sum("peft_adalora {" in value for value in details) == 2
     assert any(drawing.slug == "rank_maps" for drawing in document.drawings())
@@ -111,19 +110,16 @@ def test_a_report_draws_them(analysis) -> None:
 def test_adaptive_ranks_on_low_bits_are_analyzed_by_rank_and_by_bits() -> None:
     known = planted.experiments()
     adaptive, quantized = known["adalora_top_k_fisher"], known["qa_lora_4bit_nf4_constant"]
-    assert quantized.qa_lora is not None
     bits = quantized.qa_lora.model_copy(update={"rank": None})
     both = adaptive.model_copy(update={"name": "both", "method": "qa_adalora", "qa_lora": bits})
     records = []
     for seed in (0, 1):
-        ranks, low = planted.record(adaptive, seed, 0.8), planted.record(quantized, seed, 0.8)
+        low = planted.record(quantized, seed, 0.8)
         taken = {"quantization": low.quantization, "bits_history": low.bits_history}
-        spec = ranks.spec.model_copy(update={"experiment": both})
-        records.append(ranks.model_copy(update={"spec": spec, **taken}))
-    study = planted.study_of([*planted.quickstart(), *records])
-    assert study.experiments[-1].name == "both"
-    found = analyze(study)
-    assert "both" in [one.experiment.name for one in found.allocation]
-    assert "both" in [one.experiment.name for one in found.quantization]
+        records.append(planted.asking(planted.record(adaptive, seed, 0.8, changes=taken), experiment=both))
+    found = analyze(planted.study_of([*planted.quickstart(), *records]))
+    assert found.study.experiments[-1].name == "both"
+    assert "both" in [row.experiment.name for row in found.allocation]
+    assert "both" in [row.experiment.name for row in found.quantization]
     (document,) = study_documents([found])
     assert {card.method: card.experiment for card in document.cards}["AdaLoRA + QA-LoRA"] == "both"

@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import planted
 import pytest
 from unfinished import BAD, EXPERIMENTS, GOOD, attempt, planned, results_with
 
 from peft_vit.analysis import load_studies, read_results
-from peft_vit.analysis.studies import seeds_in_words
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, read_records
 from peft_vit.records.progress import PROGRESS_FILE, study_lock
@@ -35,7 +33,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize(("content", "words"), SPOILED.values(), ids=SPOILED)
-def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: str, tmp_path: Path) -> None:
+def test_a_bad_record_is_named_and_the_good_ones_count(content, words, tmp_path) -> None:
     results = read_results(results_with(tmp_path, content))
     (study,) = results.studies
     assert [run.seed for run in study.runs] == [0, 1, 2]
@@ -50,64 +48,46 @@ def test_a_bad_record_is_named_and_the_good_ones_count(content: bytes, words: st
             strict(tmp_path)
 
 
-def test_records_of_two_schemas_are_one_notice_with_every_file(tmp_path: Path) -> None:
-    planted.write(tmp_path, GOOD)
-    for seed in (5, 6):
-        file = tmp_path / f"quickstart/lora_r8/seed_{seed}/record.json"
-        file.parent.mkdir(parents=True)
-        file.write_text('{"schema_version": 2}')
+def test_where_nothing_can_be_read_every_file_is_named_and_those_of_two_schemas_in_one_notice(tmp_path) -> None:
+    results_with(tmp_path, b'{"schema_version": 2}')
+    stranger = tmp_path / "quickstart/lora_r8/seed_6/record.json"
+    stranger.parent.mkdir()
+    stranger.write_text('{"schema_version": 2}')
     (study,) = read_results(tmp_path).studies
-    assert "seed_5/record.json, quickstart/lora_r8/seed_6/record.json: schema_version" in study.notices[0]
-
-
-def test_where_nothing_can_be_read_every_file_is_named(tmp_path: Path) -> None:
-    results_with(tmp_path, b"{}")
+    assert f"{BAD}, quickstart/lora_r8/seed_6/record.json: schema_version" in study.notices[0]
     for file in tmp_path.rglob(RECORD_FILE):
         file.write_text("[]")
     with pytest.raises(UserError) as caught:
         read_results(tmp_path)
     assert "linear_probe/seed_0/record.json: " in str(caught.value)
-    assert [line.split(":")[1].strip() for line in caught.value.details.splitlines()] == [
-        str(tmp_path / name)
-        for name in ("quickstart/linear_probe/seed_1/record.json", "quickstart/linear_probe/seed_2/record.json", BAD)
-    ]
+    runs = ("linear_probe/seed_1", "linear_probe/seed_2", "lora_r8/seed_1", "lora_r8/seed_6")
+    files = [str(tmp_path / "quickstart" / run / RECORD_FILE) for run in runs]
+    assert [line.split(":")[1].strip() for line in caught.value.details.splitlines()] == files
 
 
-def test_the_same_record_in_two_folders_counts_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("accuracy", "seeds"), [(0.7, [0, 1, 2]), (0.9, [1, 2])])
+def test_the_same_record_in_two_folders_counts_once_and_two_that_differ_not_at_all(tmp_path, accuracy, seeds) -> None:
     planted.write(tmp_path / "b", GOOD)
-    planted.write(tmp_path / "a", GOOD[:1])
+    planted.write(tmp_path / "a", [planted.record(EXPERIMENTS["linear_probe"], 0, accuracy)])
     results = read_results(tmp_path)
     (study,) = results.studies
-    assert len(study.runs) == 3
-    assert results.is_whole
-    (line,) = results.lines()
-    assert line.startswith(f"note: {tmp_path}/b/quickstart/linear_probe/seed_0/record.json: is the same record of")
+    assert [run.seed for run in study.runs] == seeds
+    differ = accuracy != 0.7
+    assert (results.is_whole, len(results.lines())) == (not differ, 1 + differ)
+    assert [(run.seed, run.state) for run in study.unfinished] == [(0, "left out")] * differ
+    said = "holds the run 'quickstart/linear_probe/seed_0' twice" if differ else "is the same record of"
+    assert all(f"quickstart/linear_probe/seed_0/record.json: {said}" in line for line in results.lines())
+    if differ:
+        with pytest.raises(UserError, match="twice, and otherwise than"):
+            load_studies(tmp_path)
 
 
-def test_two_records_of_one_run_that_differ_count_neither(tmp_path: Path) -> None:
-    planted.write(tmp_path / "a", GOOD)
-    planted.write(tmp_path / "b", [planted.record(EXPERIMENTS["linear_probe"], 0, 0.9)])
-    results = read_results(tmp_path)
-    (study,) = results.studies
-    assert [run.seed for run in study.runs] == [1, 2]
-    assert [(run.seed, run.state) for run in study.unfinished] == [(0, "left out")]
-    assert len(results.lines()) == 2
-    assert all("holds the run 'quickstart/linear_probe/seed_0' twice" in line for line in results.lines())
-    with pytest.raises(UserError, match="twice, and otherwise than"):
-        load_studies(tmp_path)
-
-
-def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Path) -> None:
+def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path) -> None:
     planted.write(tmp_path / "out", GOOD)
-    for name in (
-        "metrics.csv",
-        "other/trainer_state.json",
-        "report/report.html",
-        "report/tables/a_accuracy.csv",
-        "quickstart/linear_probe/seed_0/checkpoint-5/values.json",
-        "notes.txt",
-        ".hidden.json",
-    ):
+    another = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, study="another")
+    planted.write(tmp_path / "out", [another])
+    ours = ("report/report.html", "report/tables/a.csv", "quickstart/linear_probe/seed_0/checkpoint-5/values.json")
+    for name in ("metrics.csv", "other/trainer_state.json", *ours, "notes.txt", ".hidden.json"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text("1")
     planted.write(tmp_path / "elsewhere", GOOD)
@@ -115,23 +95,14 @@ def test_files_and_links_of_others_are_named_and_no_outputs_of_ours(tmp_path: Pa
     results = read_results(tmp_path / "out")
     assert [problem.file for problem in results.problems] == ["linked", "metrics.csv", "other/trainer_state.json"]
     assert results.is_whole
-    assert any(n.startswith("Note: metrics.csv, other/trainer_state.json: ") for n in results.studies[0].notices)
-
-
-def test_a_problem_stands_in_the_notices_of_its_own_study(tmp_path: Path) -> None:
-    results_with(tmp_path, b"[]")
-    planted.write(tmp_path, [planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, study="another")])
-    another, quickstart = read_results(tmp_path).studies
-    assert another.notices == ()
-    assert len(quickstart.notices) == 1
-    (tmp_path / "foreign.csv").write_text("1")
-    assert all("foreign.csv" in "".join(study.notices) for study in read_results(tmp_path).studies)
+    for study in results.studies:
+        assert any(n.startswith("Note: metrics.csv, other/trainer_state.json: ") for n in study.notices)
 
 
 # --- what was planned -------------------------------------------------------------------------------------------------
 
 
-def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
+def test_every_planned_run_is_in_one_state(tmp_path) -> None:
     broken = planted.failed(EXPERIMENTS["linear_probe"], 2, "out of memory")
     begun = {
         "lora_r8/seed_0": attempt("running", worker="worker 1"),
@@ -157,7 +128,7 @@ def test_every_planned_run_is_in_one_state(tmp_path: Path) -> None:
     assert "In progress" not in "\n".join(alone.notices)
 
 
-def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
+def test_a_study_of_which_only_its_file_is_there(tmp_path) -> None:
     (study,) = read_results(planned(tmp_path, [], {})).studies
     assert (study.name, study.runs, study.failed) == ("quickstart", (), ())
     assert [e.name for e in study.experiments] == ["linear_probe", "lora_r8"]
@@ -166,17 +137,16 @@ def test_a_study_of_which_only_its_file_is_there(tmp_path: Path) -> None:
     assert (alone.unfinished, alone.notices) == (study.unfinished, study.notices)
 
 
-def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp_path: Path) -> None:
+def test_a_progress_file_that_cannot_be_read_is_told_and_counts_as_not_there(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {"lora_r8/seed_0": attempt("interrupted")})
     (folder / "quickstart/lora_r8/seed_0" / PROGRESS_FILE).write_bytes(b"{torn")
     results = read_results(folder)
-    assert results.is_whole
-    assert results.lines() == []
+    assert (results.is_whole, results.lines()) == (True, [])
     run = results.studies[0].unfinished[0]
     assert (run.state, run.note) == ("pending", "its progress.json can't be read and counts as not there")
 
 
-def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_path: Path) -> None:
+def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {})
     before = read_results(folder)
     rows = b'{"at":"2999-01-01T00:00:00+00:00","attempt":1,"event":"failed","run":"lora_r8/seed_0"}\n{torn'
@@ -185,7 +155,7 @@ def test_what_an_earlier_version_wrote_beside_records_is_no_file_of_others(tmp_p
     assert read_results(folder) == before
 
 
-def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
+def test_a_damaged_study_file_does_not_hide_its_records(tmp_path) -> None:
     folder = planned(tmp_path, GOOD, {})
     (folder / "quickstart" / "study.json").write_text('{"schema_version": 2}')
     results = read_results(folder)
@@ -193,21 +163,21 @@ def test_a_damaged_study_file_does_not_hide_its_records(tmp_path: Path) -> None:
     assert results.lines()[0].startswith(f"left out: {folder}/quickstart/study.json: schema_version: ")
 
 
-def test_results_of_two_machines_are_one_plan(tmp_path: Path) -> None:
+def test_results_of_two_machines_are_one_plan(tmp_path) -> None:
     planned(tmp_path / "one", GOOD[:1], {})
     planned(tmp_path / "two", GOOD[1:2], {})
     (study,) = read_results(tmp_path).studies
     assert (study.counts()["done"], study.counts()["pending"]) == (2, 4)
 
 
-def test_records_that_were_not_planned_count_and_are_named(tmp_path: Path) -> None:
-    stranger = planted.record(EXPERIMENTS["lora_r4"], 0, 0.8)
-    (study,) = read_results(planned(tmp_path, [stranger], {})).studies
-    assert len(study.runs) == 1
-    assert any(notice.startswith("Not planned: study.json does not name lora_r4 seed 0") for notice in study.notices)
+def test_records_that_were_not_planned_count_and_are_named(tmp_path) -> None:
+    strangers = [planted.record(EXPERIMENTS["lora_r4"], seed, 0.8) for seed in (0, 1, 2, 5)]
+    (study,) = read_results(planned(tmp_path, strangers, {})).studies
+    assert len(study.runs) == 4
+    assert any(n.startswith("Not planned: study.json does not name lora_r4 seeds 0–2, 5") for n in study.notices)
 
 
-def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path: Path) -> None:
+def test_the_order_in_which_folders_were_made_changes_nothing(tmp_path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     results_with(one, b"[]")
     for file in sorted(one.rglob(RECORD_FILE), reverse=True):
@@ -224,9 +194,3 @@ def test_budgets_in_different_units_are_named() -> None:
     records = [planted.record(adaptive, 0, 0.8), other.model_copy(update={"rank_history": in_bytes})]
     study = planted.study_of(records)
     assert any("(bytes: by_bytes; ranks: adalora_top_k_fisher)" in notice for notice in study.notices)
-
-
-def test_seeds_in_words() -> None:
-    assert seeds_in_words([3]) == "seed 3"
-    assert seeds_in_words([1, 0]) == "seeds 0, 1"
-    assert seeds_in_words([0, 1, 2, 5, 7, 8]) == "seeds 0–2, 5, 7, 8"

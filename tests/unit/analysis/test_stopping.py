@@ -1,8 +1,5 @@
 """From records to the courses of comparisons: which pairs count, in which order, and by which rule."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import planted
@@ -10,7 +7,7 @@ import pytest
 
 from peft_vit.analysis.stopping import follow_study, paired
 from peft_vit.analysis.studies import Study
-from peft_vit.config import StudyConfig, study_from_mapping
+from peft_vit.config import StudyConfig
 from peft_vit.records import RunRecord
 from peft_vit.statistics import StoppingRule, follow
 
@@ -24,18 +21,9 @@ NOISE = {5: 3, 3: -2, 9: 4, 1: -5, 7: 1, 2: 2}
 
 
 def configuration(data: dict[str, Any] | None = None, **stopping: Any) -> StudyConfig:
-    training = {"epochs": 3, "learning_rate": 1e-3}
-    mapping = {
-        "name": "quickstart",
-        "seeds": list(SEEDS),
-        "backbone": {"model": "test_vit", "weights": "random"},
-        "data": {"dataset": "elpv", "image_size": 84, "validation_images": 400, **(data or {"test_images": 600})},
-        "experiments": [
-            {"name": name, "method": "lora", "lora": {"rank": int(name[-1])}, "training": training} for name in NAMES
-        ],
-        "stopping": {"control": "lora_r8", "margin": 1.5, "looks": [2, 4, 6], **stopping},
-    }
-    return study_from_mapping(mapping, file=Path("quickstart.yaml"))
+    data = {"dataset": "elpv", "image_size": 84, "validation_images": 400, **(data or {"test_images": 600})}
+    rule = {"control": "lora_r8", "margin": 1.5, "looks": [2, 4, 6], **stopping}
+    return planted.configuration([EXPERIMENTS[name] for name in NAMES], seeds=list(SEEDS), data=data, stopping=rule)
 
 
 def difference(name: str, seed: int) -> float:
@@ -47,25 +35,22 @@ def record(name: str, seed: int, **changes: Any) -> RunRecord:
     return planted.record(EXPERIMENTS[name], seed, 0.75 + difference(name, seed), **changes)
 
 
-def study(*left_out: tuple[str, int]) -> Study:
-    return planted.study_of([record(n, seed) for n in NAMES for seed in SEEDS if (n, seed) not in left_out])
+def study() -> Study:
+    return planted.study_of([record(n, seed) for n in NAMES for seed in SEEDS])
 
 
-def test_pairs_count_in_the_declared_order() -> None:
-    found = paired(configuration(), study(), "lora_r4")
-    assert list(found) == list(SEEDS)
-    assert list(found.values()) == pytest.approx([difference("lora_r4", seed) for seed in SEEDS])
-
-
-@pytest.mark.parametrize("missing", [("lora_r4", 9), ("lora_r8", 9)])
-def test_pairs_end_at_the_first_seed_that_lacks_a_run(missing) -> None:
-    assert list(paired(configuration(), study(missing), "lora_r4")) == [5, 3]
-
-
-def test_a_pair_on_other_images_ends_them_too() -> None:
-    made = [record(n, seed) for n in NAMES for seed in SEEDS if (n, seed) != ("lora_r4", 3)]
-    other = record("lora_r4", 3, provenance_changes={"split_sha256": "e" * 64})
-    assert list(paired(configuration(), planted.study_of([*made, other]), "lora_r4")) == [5]
+@pytest.mark.parametrize(
+    ("name", "seed", "left"), [("", 0, 6), ("lora_r4", 9, 2), ("lora_r8", 9, 2), ("lora_r4", 3, 1)]
+)
+@pytest.mark.parametrize("moved", [False, True])
+def test_pairs_count_in_the_declared_order_up_to_the_first_seed_that_lacks_a_run_or_has_other_images(
+    name, seed, left, moved
+) -> None:
+    made = [record(n, s) for n in NAMES for s in SEEDS if (n, s) != (name, seed)]
+    made += [record(name, seed, provenance_changes={"split_sha256": "e" * 64})] if moved and name else []
+    found = paired(configuration(), planted.study_of(made), "lora_r4")
+    assert list(found) == list(SEEDS[:left])
+    assert list(found.values()) == pytest.approx([difference("lora_r4", seed) for seed in found])
 
 
 def test_a_study_that_is_not_begun_is_open() -> None:

@@ -16,7 +16,7 @@ RULE = StoppingRule("non-inferiority", 0.01, (5, 10, 15), correlation=0.3, image
 
 @pytest.mark.parametrize("images", [1, 40, 400, 5000])
 @pytest.mark.parametrize("margin", [0.01, 0.2])
-def test_whole_counts_are_those_of_the_exact_binomial_test(images: int, margin: float) -> None:
+def test_whole_counts_are_those_of_the_exact_binomial_test(images, margin) -> None:
     for lost in {0, 1, images // 100, images // 2, images}:
         less, more = loss_p_values(-lost / images, images, margin)
         for p_value, side in ((less, "less"), (more, "greater")):
@@ -34,7 +34,7 @@ def test_between_whole_counts_p_values_rise_without_a_jump() -> None:
 
 @pytest.mark.parametrize("images", [30, 250])
 @pytest.mark.parametrize("gained", [1, 3, 6])
-def test_no_image_lost_and_some_gained_is_no_more_likely_than_p(images: int, gained: int) -> None:
+def test_no_image_lost_and_some_gained_is_no_more_likely_than_p(images, gained) -> None:
     margin = 0.01
     p_value = loss_p_values(gained / images, images, margin)[0]
     shares = np.linspace(0, 0.45, 400)  # gained; lost is a margin more
@@ -45,14 +45,14 @@ def test_no_image_lost_and_some_gained_is_no_more_likely_than_p(images: int, gai
 
 @pytest.mark.parametrize("images", [60, 400, 3000])
 @pytest.mark.parametrize("level", [0.004, 0.05])
-def test_bounds_are_where_p_values_are_the_level(images: int, level: float) -> None:
+def test_bounds_are_where_p_values_are_the_level(images, level) -> None:
     least, most = loss_bounds(images, 0.01, (level, level / 2))
     assert loss_p_values(least, images, 0.01)[0] == pytest.approx(level, rel=1e-6)
     assert loss_p_values(most, images, 0.01)[1] == pytest.approx(level / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 7, 300])
-def test_limits_of_whole_counts_are_clopper_and_pearsons(lost: int) -> None:
+def test_limits_of_whole_counts_are_clopper_and_pearsons(lost) -> None:
     images, level = 300, 0.03
     ends = stats.binomtest(lost, images).proportion_ci(1 - 2 * level, method="exact")
     low, high = difference_limits(-lost / images, images, (level, level))
@@ -63,7 +63,7 @@ def test_limits_of_whole_counts_are_clopper_and_pearsons(lost: int) -> None:
 
 
 @pytest.mark.parametrize("gained", [0, 0.5, 2, 4, 9])
-def test_the_lower_limit_is_a_margin_whose_p_value_is_the_level(gained: float) -> None:
+def test_the_lower_limit_is_a_margin_whose_p_value_is_the_level(gained) -> None:
     low, high = difference_limits(gained / 300, 300, (0.03, 0.03))
     assert high > gained / 300
     if low == 0:
@@ -73,7 +73,7 @@ def test_the_lower_limit_is_a_margin_whose_p_value_is_the_level(gained: float) -
 
 
 @pytest.mark.parametrize(("images", "pairs"), [(400, 5), (350, 10), (332, 15)])
-def test_equal_models_are_shown_as_soon_as_their_images_can(images: int, pairs: int) -> None:
+def test_equal_models_are_shown_as_soon_as_their_images_can(images, pairs) -> None:
     (course,) = follow({"equal": [0.0] * 15}, replace(RULE, images=images))
     assert (course.noninferiority, course.looks[-1].pairs) == ("supported", pairs)
     look = course.looks[-1]

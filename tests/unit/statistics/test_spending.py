@@ -29,7 +29,7 @@ def unequal(draws: list[float]) -> list[float]:
     ("form", "published"),
     [("obrien-fleming", [4.877, 3.357, 2.680, 2.290, 2.031]), ("pocock", [2.438, 2.427, 2.410, 2.397, 2.386])],
 )
-def test_bounds_that_spend_equal_published_ones(form: Spending, published: list[float]) -> None:
+def test_bounds_that_spend_equal_published_ones(form, published) -> None:
     """Two-sided 5 %, five equal looks: Jennison & Turnbull (2000), 7.2; tables are two-sided, ours 2.5 % one-sided."""
     assert boundaries(FIVE, 0.025, form) == pytest.approx(published, abs=6e-4)
 
@@ -37,9 +37,7 @@ def test_bounds_that_spend_equal_published_ones(form: Spending, published: list[
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fractions", [FIVE, [0.1, 0.15, 0.9, 1.0]])
 @pytest.mark.parametrize("level", [0.05, 0.05 / 11])
-def test_bounds_hold_their_level_by_integration_of_the_multivariate_normal(
-    form: Spending, fractions: list[float], level: float
-) -> None:
+def test_bounds_hold_their_level_by_integration_of_the_multivariate_normal(form, fractions, level) -> None:
     bounds = boundaries(fractions, level, form)
     for k in range(2, len(fractions) + 1):
         inside = stats.multivariate_normal(cov=covariance(fractions)[:k, :k], seed=0, maxpts=400_000, abseps=1e-7).cdf(
@@ -50,14 +48,14 @@ def test_bounds_hold_their_level_by_integration_of_the_multivariate_normal(
 
 @given(draws=st.lists(st.floats(0.05, 1.0), min_size=1, max_size=6), form=st.sampled_from(FORMS))
 @settings(max_examples=25)
-def test_a_larger_level_has_lower_bounds_at_every_look(draws: list[float], form: Spending) -> None:
+def test_a_larger_level_has_lower_bounds_at_every_look(draws, form) -> None:
     """What Holm's procedure on the looks' bounds asks (Maurer & Bretz (2013), condition 4)."""
     bounds = [boundaries(unequal(draws), level, form) for level in (1e-6, 1e-3, 0.005, 0.05, 0.2, 0.4)]
     assert all(np.all(low <= high) for high, low in pairwise(bounds))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_repeated_p_value_is_the_level_whose_bound_was_met(form: Spending) -> None:
+def test_a_repeated_p_value_is_the_level_whose_bound_was_met(form) -> None:
     for level in (1e-7, 0.0123, 0.05 / 11, 0.05, 0.3):
         for k, bound in enumerate(boundaries(FIVE, level, form)):
             statistics = np.full((2, 5), -3.0)

@@ -5,7 +5,7 @@ within three Monte-Carlo standard errors. Where a test only promises a bound, wi
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -42,22 +42,16 @@ def is_at_most(share: float, rate: float) -> bool:
 
 def superiority(differences: np.ndarray, test: Test) -> Counter[str]:
     """Count verdicts over studies of one comparison: (studies, n)."""
-    found: Counter[str] = Counter()
-    for row in differences:
-        significance = test(row)
-        found[verdict(row.mean(), significance, significance.p_value, ALPHA)] += 1
-    return found
+    tests = [(row.mean(), test(row)) for row in differences]
+    return Counter(verdict(mean, significance, significance.p_value, ALPHA) for mean, significance in tests)
 
 
 def within_margin(
     differences: np.ndarray, margin: float, shown: Callable[..., Significance], opposite: Callable[..., Significance]
 ) -> Counter[str]:
     """Count verdicts over studies of one claim: (studies, n)."""
-    found: Counter[str] = Counter()
-    for row in differences:
-        a, b = shown(row, margin), opposite(row, margin)
-        found[equivalence_verdict(a, b, a.p_value, b.p_value, ALPHA)] += 1
-    return found
+    tests = [(shown(row, margin), opposite(row, margin)) for row in differences]
+    return Counter(equivalence_verdict(a, b, a.p_value, b.p_value, ALPHA) for a, b in tests)
 
 
 def planted(kind: str, n: int, seed: int = 0) -> np.ndarray:
@@ -77,7 +71,7 @@ def planted(kind: str, n: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     "kind", ["normal", "unequal variance of the two methods", "unequal variance of the seeds", "ties"]
 )
-def test_equal_methods_are_told_apart_no_more_often_than_alpha(kind: str) -> None:
+def test_equal_methods_are_told_apart_no_more_often_than_alpha(kind) -> None:
     """Signs are random given the sizes, so the test holds its level whatever the variances are."""
     found = superiority(planted(kind, 8), wilcoxon)
     assert is_at_most((found["supported"] + found["refuted"]) / STUDIES, ALPHA)
@@ -95,31 +89,15 @@ def test_exact_wilcoxon_errs_as_often_as_its_distribution_says() -> None:
     assert is_rate(found["refuted"] / STUDIES, level / 2)
 
 
-def test_a_large_effect_is_found_and_never_in_the_wrong_direction() -> None:
-    found = superiority(planted("normal", 10) + 2.0, wilcoxon)
-    assert found["supported"] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
-    assert found["refuted"] == 0
-    found = superiority(planted("normal", 10) - 2.0, wilcoxon)
-    assert found["refuted"] / STUDIES > 0.98
-    assert found["supported"] == 0
-
-
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_too_few_seeds_never_decide(n: int) -> None:
-    differences = planted("normal", n)[:200] + 100.0
-    assert superiority(differences, wilcoxon) == {"not decided": 200}
-    assert wilcoxon(differences[0]).sentence() == f"not decidable with n = {n}, needs at least 6"
-
-
-def test_one_seed_never_decides_a_claim_within_a_margin() -> None:
-    differences = planted("normal", 1)[:200]
-    assert within_margin(differences, 1e9, equivalence, beyond_margin) == {"not decided": 200}
-    assert within_margin(differences + 1e12, 1.0, noninferiority, inferiority) == {"not decided": 200}
-    assert equivalence(differences[0], 1.0).sentence() == "not decidable with n = 1, needs at least 2"
+@pytest.mark.parametrize(("shift", "right", "wrong"), [(2.0, "supported", "refuted"), (-2.0, "refuted", "supported")])
+def test_a_large_effect_is_found_and_never_in_the_wrong_direction(shift, right, wrong) -> None:
+    found = superiority(planted("normal", 10) + shift, wilcoxon)
+    assert found[right] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
+    assert found[wrong] == 0
 
 
 @pytest.mark.parametrize("equal", [0, 2])
-def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal: int) -> None:
+def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal) -> None:
     """Three comparisons at n = 8 under Holm, of which the first have an effect: false verdicts on the others."""
     rng = np.random.default_rng(1)
     wrong = 0
@@ -156,7 +134,7 @@ def inside(mean: float, margin: float, n: int) -> float:
 
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 2.0, 4.0, -2.0])
-def test_equivalence_within_two_standard_deviations(n: int, mean: float) -> None:
+def test_equivalence_within_two_standard_deviations(n, mean) -> None:
     found = within_margin(planted("normal", n) + mean, 2.0, equivalence, beyond_margin)
     assert is_rate(found["supported"] / STUDIES, inside(mean, 2.0, n))
     refuted = above(mean, 2.0, n, ALPHA / 2) + above(-mean, 2.0, n, ALPHA / 2)
@@ -169,17 +147,10 @@ def test_equivalence_within_two_standard_deviations(n: int, mean: float) -> None
 
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.5, 0.0, -1.0, -2.5])
-def test_noninferiority_by_one_standard_deviation(n: int, mean: float) -> None:
+def test_noninferiority_by_one_standard_deviation(n, mean) -> None:
     found = within_margin(planted("normal", n) + mean, 1.0, noninferiority, inferiority)
     assert is_rate(found["supported"] / STUDIES, above(mean, -1.0, n))
     assert is_rate(found["refuted"] / STUDIES, above(-mean, 1.0, n))
-
-
-def test_equivalence_of_methods_with_unequal_variance_at_the_margin() -> None:
-    """Differences are what is tested: sides that scatter 5 : 1 make normal differences with their own variance."""
-    found = within_margin(planted("unequal variance of the two methods", 8) + 20.0, 20.0, equivalence, beyond_margin)
-    assert is_rate(found["supported"] / STUDIES, ALPHA)
-    assert is_rate(found["refuted"] / STUDIES, ALPHA / 2)
 
 
 def test_ties_at_the_margin_are_no_proof() -> None:
@@ -194,7 +165,7 @@ def test_ties_at_the_margin_are_no_proof() -> None:
     ("shown", "opposite", "means"),
     [(equivalence, beyond_margin, [3.0, -3.0, 3.0]), (noninferiority, inferiority, [-3.0, -3.0, -3.0])],
 )
-def test_a_family_of_claims_holds_its_level(shown: Callable, opposite: Callable, means: Sequence[float]) -> None:
+def test_a_family_of_claims_holds_its_level(shown, opposite, means) -> None:
     """All three means stand at the margin, where both errors are at their largest."""
     rng = np.random.default_rng(2)
     false: Counter[str] = Counter()
@@ -219,6 +190,6 @@ NAMED: list[Test] = [
 
 @pytest.mark.parametrize("test", NAMED)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_refused_by_name(test: Test, bad: float) -> None:
+def test_what_is_not_finite_is_refused_by_name(test, bad) -> None:
     with pytest.raises(ValueError, match=rf"differences: .* got {bad} at position 2 \(1 of 6 are not\)"):
         test(np.array([0.1, 0.2, bad, 0.4, 0.5, 0.6]))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_study import FakeRun, done_record, failed_record, fake_adapter, fake_config, fake_plan
+from fake_study import done_record, failed_record, fake_adapter, fake_config, fake_plan
 
 from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.config import load_study
@@ -27,6 +27,7 @@ class Timed:
     workers: int = 1
     now: float = 0.0
     deaf: bool = False  # to a request to stop
+    failing: str = ""  # an experiment
     started: list[str] = field(default_factory=list)
     closed: bool = False
     _waiting: deque[Any] = field(default_factory=deque)
@@ -54,6 +55,8 @@ class Timed:
             return None
         self.now = max(self.now, ends)
         del self._running[name]
+        if run.spec.experiment.name == self.failing:
+            return RunEnded(run, failed_record(run.spec, "error"), None)
         record = done_record(run.spec).model_copy(update={"seconds": self.seconds[run.spec.experiment.name]})
         return RunEnded(run, record, fake_adapter(run.spec))
 
@@ -65,27 +68,18 @@ class Timed:
         self.closed = True
 
 
-@dataclass(frozen=True)
-class Estimated(FakeRun):
-    """A run whose plan says how long it takes."""
-
-    estimate: Any = None
-
-
 def drive(out, config, planned_s, executor, over_at, kind="local") -> list[str]:
     """Drive a study, seed by seed, within a time; return what a person was told."""
-    told: list[Any] = []
+    events: list[Any] = []
     plan = fake_plan(config, out)
-    runs = [
-        Estimated(run.spec, run.done, run.total_steps, SimpleNamespace(seconds=planned_s[run.spec.experiment.name]))
-        for run in sorted(plan.runs, key=lambda run: run.spec.seed)
-    ]
-    plan = replace(plan, runs=tuple(runs))
+    runs = sorted(plan.runs, key=lambda run: run.spec.seed)
+    estimates = [SimpleNamespace(seconds=planned_s[run.spec.experiment.name]) for run in runs]
+    plan = replace(plan, runs=tuple(replace(run, estimate=own) for run, own in zip(runs, estimates, strict=True)))
     minutes = min(over_at / 57, (over_at + 10) / 60)
     deadline = Deadline(plan, out, Limit(minutes, 0.0, executor.clock), kind)
     with study_lock(out / config.name) as lock:
-        drive_study(plan, lock, lambda: executor, told.append, deadline=deadline)
-    return [one.text for one in told if isinstance(one, Notice)]
+        drive_study(plan, lock, lambda: executor, events.append, deadline=deadline)
+    return [event.text for event in events if isinstance(event, Notice)]
 
 
 def states(out) -> dict[str, str]:
@@ -174,14 +168,7 @@ def test_if_no_run_can_end_in_time_the_first_is_begun_all_the_same(tmp_path) -> 
 
 
 def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
-    class Failing(Timed):
-        def next_event(self, timeout_s):
-            event = super().next_event(timeout_s)
-            if isinstance(event, RunEnded) and event.run.spec.experiment.name == "a":
-                return RunEnded(event.run, failed_record(event.run.spec, "error"), None)
-            return event
-
-    executor = Failing(AS_PLANNED)
+    executor = Timed(AS_PLANNED, failing="a")
     drive(tmp_path, TWO, AS_PLANNED, executor, over_at=75)
     assert executor.started == ["a/seed_0", "b/seed_0", "a/seed_1", "b/seed_1", "a/seed_2"]
     assert states(tmp_path)["a/seed_0"] == "failed"

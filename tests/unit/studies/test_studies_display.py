@@ -38,7 +38,7 @@ def printed(plan) -> list[str]:
     ("seconds", "said"),
     [(0.4, "0 s"), (59.4, "59 s"), (90, "1.5 min"), (3599, "60.0 min"), (3600, "1.0 h"), (100_000, "27.8 h")],
 )
-def test_a_time_is_said_as_a_person_says_it(seconds: float, said: str) -> None:
+def test_a_time_is_said_as_a_person_says_it(seconds, said) -> None:
     assert duration(seconds) == said
     assert (counted(0, "run"), counted(1, "run"), counted(2, "run")) == ("0 runs", "1 run", "2 runs")
 

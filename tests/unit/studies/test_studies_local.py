@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import psutil
@@ -19,7 +18,7 @@ from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
 from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
-from peft_vit.studies.executors.local import LocalExecutor, environment
+from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import plan_study
 
 pytestmark = pytest.mark.part("runner")
@@ -27,10 +26,10 @@ pytestmark = pytest.mark.part("runner")
 
 def endless(config, *names):
     """Return the study with some experiments that train until they are stopped."""
-    long = [one.training.model_copy(update={"epochs": 100_000}) for one in config.experiments]
+    training = {own.name: own.training.model_copy(update={"epochs": 100_000}) for own in config.experiments}
     changed = [
-        one.model_copy(update={"training": training}) if one.name in names else one
-        for one, training in zip(config.experiments, long, strict=True)
+        own.model_copy(update={"training": training[own.name]}) if own.name in names else own
+        for own in config.experiments
     ]
     return config.model_copy(update={"experiments": tuple(changed)})
 
@@ -153,52 +152,32 @@ def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_leaves_no_worker_behind(tmp_path: Path, cache: str) -> None:
+def test_a_killed_driver_leaves_no_worker_behind(tmp_path, cache) -> None:
     make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, 1, folder)"
     started, left = left_by_killed_driver(tmp_path, make)
     assert started >= 1
     assert left == []
 
 
-def no_worker(*_):
-    raise AssertionError("a worker was started")
-
-
 def test_more_threads_than_cores_are_refused_unless_asked_for(tmp_path) -> None:
     cores = cpu_count()
-    with pytest.raises(
-        UserError,
-        match=rf"^execution\.workers: workers x threads, {cores} x 2, exceed the {cores} cores of this process; "
-        r"lower workers, or pass --oversubscribe$",
-    ):
+    said = rf"{cores} x 2, exceed the {cores} cores of this process; lower workers, or pass --oversubscribe$"
+    with pytest.raises(UserError, match=rf"^execution\.workers: workers x threads, {said}"):
         LocalExecutor(cores, 2, tmp_path)
     LocalExecutor(cores, 1, tmp_path).close()
     LocalExecutor(cores, 2, tmp_path, oversubscribe=True).close()
 
 
-def test_an_address_means_nothing_without_ray(study, tmp_path) -> None:
-    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
-    with pytest.raises(UserError, match=r"^--ray-address: has no effect with --executor local; add --executor ray$"):
-        open_executor("local", plan, tmp_path, ray_address="head:6379")
-
-
 def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(local, "_start_worker", no_worker)
+    monkeypatch.setattr(local, "_start_worker", lambda *_: pytest.fail("a worker was started"))
     for index in range(40):
         file = tmp_path / "images" / f"class_{index % 2}" / f"{index:02d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 40), (index, 0, 0)).save(file)
     broken = tmp_path / "images" / "class_1" / "07.png"
     config = study("linear")
-    data = config.data.model_copy(
-        update={
-            "dataset": "image-folder",
-            "path": str(tmp_path / "images"),
-            "train_images": 20,
-            "validation_images": 10,
-            "test_images": 10,
-        }
-    )
+    sizes = {"train_images": 20, "validation_images": 10, "test_images": 10}
+    data = config.data.model_copy(update={"dataset": "image-folder", "path": str(tmp_path / "images"), **sizes})
     plan = plan_study(config.model_copy(update={"data": data}), tmp_path / "out", file=tmp_path / "tiny.yaml")
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(UserError, match=r"07\.png: is not a readable image"):
@@ -206,37 +185,23 @@ def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch)
     assert list((tmp_path / "out").rglob("*.json")) == []
 
 
-def test_no_module_is_taken_from_the_working_directory(tmp_path, monkeypatch) -> None:
-    """It may be a folder of images that somebody has put a program into."""
-    for name in ("pickle", "selectors", "struct", "tempfile", "torch", "yaml"):
-        (tmp_path / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n")
+def test_workers_take_no_module_from_the_working_directory_and_do_not_run_the_script_that_starts_them(
+    tmp_path, monkeypatch
+) -> None:
+    """That directory may be a folder of images that somebody has put a program into."""
+    made = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\n"
+    for name in ("pickle", "selectors", "struct", "tempfile", "torch", "yaml", "train"):
+        (tmp_path / f"{name}.py").write_text(made)
+    main = ModuleType("__main__")
+    main.__file__ = str(tmp_path / "train.py")
+    monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.chdir(tmp_path)
     worker = local._start_worker()
     worker.pipe.close()  # there is nothing to do
-    worker.process.join()
-    assert not (tmp_path / "ran").exists()
-    assert "PYTHONSAFEPATH" not in os.environ
-
-
-def test_the_script_that_starts_workers_is_not_run_by_them(tmp_path, monkeypatch) -> None:
-    script, main = tmp_path / "train.py", ModuleType("__main__")
-    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    main.__file__ = str(script)
-    monkeypatch.setitem(sys.modules, "__main__", main)
-    worker = local._start_worker()
-    worker.pipe.close()
     worker.process.join(timeout=60)
     assert sys.modules["__main__"] is main
     assert not (tmp_path / "ran").exists()
-
-
-def test_variables_are_handed_down_and_taken_back(monkeypatch) -> None:
-    monkeypatch.setenv("PEFT_VIT_TEST_SET", "mine")
-    with environment({"PEFT_VIT_TEST_SET": "theirs", "PEFT_VIT_TEST_NEW": "new"}):
-        assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
-        assert os.environ["PEFT_VIT_TEST_NEW"] == "new"
-    assert os.environ["PEFT_VIT_TEST_SET"] == "mine"
-    assert "PEFT_VIT_TEST_NEW" not in os.environ
+    assert "PYTHONSAFEPATH" not in os.environ
 
 
 def test_collections_of_a_run_look_at_what_it_made_alone() -> None:

@@ -74,25 +74,23 @@ def test_it_is_free_again_at_the_end_and_an_empty_folder_is_gone(tmp_path) -> No
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"null", b"[1]", b"\xff", b'{"pid": "x", "host": 1}', b"[" * 50_000, b'{"pid": null}', b"1" * 5000],
+    ("content", "owner"),
+    [
+        *((content, None) for content in (b"", b"{", b"null", b"[1]", b"\xff", b'{"pid": "x", "host": 1}')),
+        *((content, None) for content in (b"[" * 50_000, b'{"pid": null}', b"1" * 5000)),
+        (
+            b'{"pid": 7, "host": "h\\n\\nh", "since": "s", "command": "' + b"x" * 10_000 + b'"}',
+            f"process 7 on h h since s: {'x' * 500}",
+        ),
+    ],
 )
-def test_an_owner_that_has_not_said_its_name(tmp_path, content) -> None:
+def test_an_owner_says_one_line_or_has_not_said_its_name(tmp_path, content, owner) -> None:
     with study_lock(tmp_path):
         (tmp_path / LOCK_FILE).write_bytes(content)
-        assert owner_of(tmp_path) == Owner()
-        with (
-            pytest.raises(UserError, match="works on this study, a process that has not said its name"),
-            study_lock(tmp_path),
-        ):
+        assert owner_of(tmp_path) == Owner() if owner is None else str(owner_of(tmp_path)) == owner
+        said = owner or "a process that has not said its name"
+        with pytest.raises(UserError, match=f"works on this study, {said}"), study_lock(tmp_path):
             pass
-
-
-def test_an_owner_says_one_line(tmp_path) -> None:
-    with study_lock(tmp_path):
-        said = {"pid": 7, "host": "h\n\nh", "since": "s", "command": "x" * 10_000}
-        (tmp_path / LOCK_FILE).write_text(json.dumps(said))
-        assert str(owner_of(tmp_path)) == f"process 7 on h h since s: {'x' * 500}"
 
 
 def test_asking_for_the_owner_disturbs_nobody(tmp_path) -> None:

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from at_work import at_work, events_of, of
+from small_methods import study_mapping
 
 from peft_vit.config import study_from_mapping
 from peft_vit.runs import run_one
@@ -19,20 +20,13 @@ pytestmark = pytest.mark.part("runner")
 TOLERANCE_BYTES = 24e6
 LEFT_BYTES = 50e6
 TRAINING = {"epochs": 1, "batch_size": 16, "learning_rate": 1e-3, "schedule": "constant"}
-STUDY = {
-    "name": "memory",
-    "seeds": [0],
-    "threads": 1,
-    "device": "cpu",
-    "precision": "fp32",
-    "backbone": {"model": "vit_tiny_patch16_224", "weights": "random"},
-    "data": {"dataset": "digits", "image_size": 64, "train_images": 64, "validation_images": 64, "test_images": 64},
-    "experiments": [
-        {"name": "lora", "method": "lora", "lora": {"rank": 2}, "training": TRAINING},
-        {"name": "full", "method": "full", "training": TRAINING},
-        {"name": "peft_lora", "method": "peft_lora", "peft_lora": {"rank": 2}, "training": TRAINING},
-    ],
-}
+SECTIONS = {"lora": {"lora": {"rank": 2}}, "full": {}, "peft_lora": {"peft_lora": {"rank": 2}}}
+STUDY = study_mapping(
+    [{"name": name, "method": name, "training": TRAINING, **section} for name, section in SECTIONS.items()],
+    name="memory",
+    backbone={"model": "vit_tiny_patch16_224", "weights": "random"},
+    data={"dataset": "digits", "image_size": 64, "train_images": 64, "validation_images": 64, "test_images": 64},
+)
 
 
 @pytest.mark.slow

@@ -64,6 +64,9 @@ def test_the_choice_is_in_every_run_and_the_price_is_said(study, planned) -> Non
     assert free.endswith("1.10 s a step; the limit is not reached.")
 
 
+TOO_LARGE = StepCost(1.0, 10**9)
+
+
 def test_it_is_measured_as_the_runs_will_be(study, planned) -> None:
     config, specs = study("qa_lora", memory_limit="410MB", head_start="probe"), []
     with pytest.raises(UserError, match="too little"):
@@ -110,29 +113,25 @@ def test_a_micro_batch_that_is_given_stays(study, planned) -> None:
     assert planned(both).study.experiments == both.experiments  # nothing is left to choose
 
 
-TOO_LARGE = StepCost(1.0, 10**9)
-
-
 @pytest.mark.parametrize(
-    ("limit", "measure", "said"),
+    ("limit", "measure", "words"),
     [
         ("401MB", Steps(), "401MB is too little; the least that fits is 410MB, with 1 image at a time"),
         ("500kB", Steps(), "500kB is less than the model alone, 1 MB; a training process takes about 70"),
         ("1GB", None, "is kept by measured steps, and none are done here"),
         ("1GB", lambda spec: None, "not even a step of 1 image at a time, no block computed again could"),
+        ("1GB", "a GPU", "is measured on the CPU alone, and runs go to cuda here; set device: cpu"),
     ],
 )
-def test_what_does_not_fit_or_can_not_be_measured_is_one_line(study, planned, limit, measure, said) -> None:
-    with pytest.raises(UserError, match=said) as found:
+def test_what_does_not_fit_or_can_not_be_measured_is_one_line(
+    study, planned, monkeypatch, limit, measure, words
+) -> None:
+    if measure == "a GPU":
+        monkeypatch.setattr("peft_vit.studies.plan.resolve_device", lambda device: torch.device("cuda"))
+        monkeypatch.setattr("peft_vit.studies.plan.choose_precision", lambda *_: SimpleNamespace(chosen="fp32"))
+    with pytest.raises(UserError, match=words) as caught:
         planned(study("lora", memory_limit=limit), measure_step=measure)
-    assert found.value.field == "experiments[0].training.memory_limit"
-
-
-def test_only_the_memory_of_the_cpu_is_limited(study, planned, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.studies.plan.resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr("peft_vit.studies.plan.choose_precision", lambda *_: SimpleNamespace(chosen="fp32"))
-    with pytest.raises(UserError, match="is measured on the CPU alone, and runs go to cuda here; set device: cpu"):
-        planned(study("lora", memory_limit="1GB"), measure_step=Steps())
+    assert caught.value.field == "experiments[0].training.memory_limit"
 
 
 def test_a_smoke_study_measures_nothing(study, planned) -> None:

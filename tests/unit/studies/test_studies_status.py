@@ -46,10 +46,6 @@ def lay(folder, run, number, state, **more) -> None:
     (folder / run / PROGRESS_FILE).write_text(attempt.model_dump_json())
 
 
-def states(folder) -> list[str]:
-    return [run.state for run in study_status(folder).runs]
-
-
 def said(folder: Path) -> list[str]:
     """Return what `status` prints, without what differs from call to call."""
     lines = "\n".join(status_lines(study_status(folder))).replace(str(folder), "DIR")
@@ -91,25 +87,6 @@ def test_what_is_said_of_a_study_from_its_beginning_to_its_end(tmp_path) -> None
     check_golden("status.txt", "\n".join(document) + "\n")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"null", b'{"status": "done"}', b"[" * 100_000])
-def test_a_record_that_cannot_be_read_is_no_result(tmp_path, content) -> None:
-    folder = begin(tmp_path)
-    (folder / "a/seed_0").mkdir(parents=True, exist_ok=True)
-    (folder / "a/seed_0/record.json").write_bytes(content)
-    run = study_status(folder).runs[0]
-    assert run.state == "pending"
-    assert "record.json: is not a readable record" in run.note
-
-
-def test_what_a_dead_owner_left_is_not_running_under_the_next_one(tmp_path) -> None:
-    folder = begin(tmp_path)
-    lay(folder, "a/seed_0", 1, "running", started_at="2020-01-01T00:00:00.123+00:00")
-    lay(folder, "a/seed_1", 1, "running", worker="process 7", started_at="2999-01-01T00:00:00+00:00")
-    with study_lock(folder):
-        assert states(folder) == ["pending", "running", "pending", "pending"]
-
-
-attempts = st.tuples(st.integers(1, 4), st.sampled_from(["running", "interrupted", "failed"]))
 # What a run's folder may hold: a record with its attempts, an adapter, and what is known of an attempt.
 held = st.tuples(
     st.none() | st.tuples(st.sampled_from(["done", "failed"]), st.integers(1, 3)),
@@ -166,22 +143,24 @@ def test_planned_is_the_sum_whatever_the_files_say(tmp_path_factory, holdings, a
         assert read_record(folder / run / "record.json").attempts == begun[run] + 1
 
 
-def test_where_studies_are_looked_for(tmp_path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    for name, words in (
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
         ("empty", "holds no study"),
         ("nowhere", "does not exist"),
         ("file", "file: is no directory"),
         ("n" * 300, "does not exist"),
         ("a\0b", "does not exist"),
-    ):
-        with pytest.raises(UserError, match=words):
-            find_studies(tmp_path / name)
+    ],
+)
+def test_where_there_is_no_study(tmp_path, name, words) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=words):
+        find_studies(tmp_path / name)
     spec = fake_plan(STUDY, tmp_path).runs[2].spec
     write_result(tmp_path, done_record(spec), fake_adapter(spec))
-    for place in (tmp_path, tmp_path / "fake"):
-        assert find_studies(place) == [tmp_path / "fake"]
+    assert find_studies(tmp_path) == find_studies(tmp_path / "fake") == [tmp_path / "fake"]
 
 
 def test_a_progress_file_that_cannot_be_read_or_written_is_told(tmp_path) -> None:

@@ -59,15 +59,12 @@ def test_what_may_be_added_and_what_may_change(begun) -> None:
 
 def test_runs_that_a_command_leaves_out_are_skipped_until_one_asks_for_them(begun) -> None:
     config = fake_config(("a", "b"), (0, 1))
-    content = goes_on(begun, config, {"a/seed_0"})
-    assert content.skipped == ("a/seed_1", "b/seed_0", "b/seed_1")
-    write_study_file(begun, content)
-    content = goes_on(begun, config, {"b/seed_0", "b/seed_1"})
-    assert content.skipped == ("a/seed_0", "a/seed_1")
-
-
-def in_data(config, **settings):
-    return config.model_copy(update={"data": config.data.model_copy(update=settings)})
+    for runs, skipped in (
+        ({"a/seed_0"}, ("a/seed_1", "b/seed_0", "b/seed_1")),
+        ({"b/seed_0", "b/seed_1"}, ("a/seed_0", "a/seed_1")),
+    ):
+        write_study_file(begun, goes_on(begun, config, runs))
+        assert read_study_file(begun).skipped == skipped
 
 
 def test_a_change_is_refused_with_the_difference(begun) -> None:
@@ -79,7 +76,7 @@ def test_a_change_is_refused_with_the_difference(begun) -> None:
         ("other threads", config.model_copy(update={"threads": 1})),
         ("a seed less", config.model_copy(update={"seeds": (1, 5)})),
         ("an experiment less", config.model_copy(update={"experiments": config.experiments[:1]})),
-        ("a setting more", in_data(config, train_images=9)),
+        ("a setting more", config.model_copy(update={"data": config.data.model_copy(update={"train_images": 9})})),
         ("another study of the same name", fake_config(("x",), (0, 1))),
     ):
         with pytest.raises(UserError) as caught:
@@ -89,12 +86,13 @@ def test_a_change_is_refused_with_the_difference(begun) -> None:
     check_golden("study_differences.txt", "\n".join(document).replace(str(begun), "DIR") + "\n")
 
 
-def test_other_images_and_smoke_are_other_studies(begun) -> None:
-    config = fake_config(("a", "b"), (0, 1))
-    with pytest.raises(UserError, match="begun with other images"):
-        goes_on(begun, config, data="e")
-    with pytest.raises(UserError, match="smoke: belongs to a real study, not to a smoke study"):
-        goes_on(begun, config, smoke=True)
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [({"data": "e"}, "begun with other images"), ({"smoke": True}, "smoke: belongs to a real study, not to a smoke")],
+)
+def test_other_images_and_smoke_are_other_studies(begun, other, words) -> None:
+    with pytest.raises(UserError, match=words):
+        goes_on(begun, fake_config(("a", "b"), (0, 1)), **other)
 
 
 def test_a_part_adds_its_runs_and_leaves_the_others(begun) -> None:
@@ -128,30 +126,25 @@ def test_a_file_that_was_changed_names_itself_and_its_field(begun) -> None:
             read_study_file(begun)
 
 
-def recorded(folder, record) -> None:
-    """Put a record of a/seed_0 into a study's folder."""
-    file = folder / "a" / "seed_0" / RECORD_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(record.model_dump_json())
-
-
-def after(folder, config, part) -> StudyFile:
-    """Return what study.json says once a command has asked for more."""
-    write_study_file(folder, goes_on(folder, config, part=part))
-    return read_study_file(folder)
+def after(folder, seeds, part, record=None, names="abc") -> tuple[int, ...]:
+    """Return the added seeds that study.json names once a command has asked for more, beside a record of a/seed_0."""
+    if record is not None:
+        file = folder / "a" / "seed_0" / RECORD_FILE
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(record.model_dump_json())
+    write_study_file(folder, goes_on(folder, fake_config(names, seeds), part=part))
+    return read_study_file(folder).seeds_added
 
 
 @pytest.mark.parametrize("part", [False, True])
 def test_seeds_that_are_added_after_results_are_remembered(begun, part) -> None:
     spec = fake_plan(fake_config(("a",), (0,)), begun).runs[0].spec
-    assert after(begun, fake_config(("a", "b"), (0, 1, 2)), part).seeds_added == ()
-    recorded(begun, failed_record(spec, "killed"))
-    assert after(begun, fake_config(("a", "b"), (0, 1, 2, 3)), part).seeds_added == ()
-    recorded(begun, done_record(spec))
-    assert after(begun, fake_config(("a", "b", "c"), (3, 1, 2, 0)), part).seeds_added == ()
-    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 7, 5)), part).seeds_added == (7, 5)
-    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 5, 7)), part).seeds_added == (7, 5)
-    assert after(begun, fake_config(("a", "b", "c"), (0, 1, 2, 3, 5, 7, 9)), part).seeds_added == (7, 5, 9)
+    assert after(begun, (0, 1, 2), part, names="ab") == ()
+    assert after(begun, (0, 1, 2, 3), part, failed_record(spec, "killed"), names="ab") == ()
+    assert after(begun, (3, 1, 2, 0), part, done_record(spec)) == ()
+    assert after(begun, (0, 1, 2, 3, 7, 5), part) == (7, 5)
+    assert after(begun, (0, 1, 2, 3, 5, 7), part) == (7, 5)
+    assert after(begun, (0, 1, 2, 3, 5, 7, 9), part) == (7, 5, 9)
 
 
 LOOKS = {"stopping": {"control": "a", "asked": "superiority", "every": 2}}

@@ -81,9 +81,9 @@ class LocalExecutor:
         oversubscribe: bool = False,
     ) -> None:
         if workers * threads > cpu_count() and not oversubscribe:
-            problem = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
+            reason = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
             remedy = "lower workers, or pass --oversubscribe"
-            raise UserError(f"{problem}; {remedy}", field="execution.workers")
+            raise UserError(f"{reason}; {remedy}", field="execution.workers")
         self._count = workers
         self._results_dir = results_dir
         self._checkpoint_every_s = checkpoint_every_s
@@ -107,7 +107,7 @@ class LocalExecutor:
                 return None
             ready = wait([worker.pipe for worker in self._workers], left_s)
             for worker in [worker for worker in self._workers if worker.pipe in ready]:
-                self._hear(worker)
+                self._read(worker)
 
     def peak_memory_bytes(self) -> int:
         """Return the largest resident memory of a worker since training began in it; 0 where the system hides it."""
@@ -143,7 +143,7 @@ class LocalExecutor:
     def _hand_out(self) -> None:
         for idle in [worker for worker in self._workers if worker.run is None]:
             if idle.pipe.poll():  # without a run it has nothing to say: it is dead, and would cost the next run
-                self._hear(idle)
+                self._read(idle)
         while self._waiting and (worker := self._free_worker()) is not None:
             run = self._waiting.popleft()
             worker.run, worker.since, worker.stepped = run, time.monotonic(), False
@@ -159,14 +159,14 @@ class LocalExecutor:
                 free = _start_worker()
             except OSError as error:  # no further process now
                 if not self._workers:
-                    problem = f"no worker process can be started ({error.strerror or error})"
+                    reason = f"no worker process can be started ({error.strerror or error})"
                     remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
-                    raise UserError(f"{problem}; {remedy}", field="execution.workers") from None
+                    raise UserError(f"{reason}; {remedy}", field="execution.workers") from None
             else:
                 self._workers.append(free)
         return free
 
-    def _hear(self, worker: _Worker) -> None:
+    def _read(self, worker: _Worker) -> None:
         try:
             message = worker.pipe.recv()
         except (EOFError, OSError):  # it is dead
@@ -268,7 +268,7 @@ def _serve(pipe: Connection, parent: int) -> None:
         except (EOFError, OSError):
             os._exit(1)
 
-    def asked_to_stop() -> bool:
+    def should_stop() -> bool:
         nonlocal stopping
         stopping = stopping or (pipe.poll() and receive() is None)
         return stopping
@@ -284,7 +284,7 @@ def _serve(pipe: Connection, parent: int) -> None:
             pass
         (spec, checkpoints), stopping = order, False
         try:
-            reply(run_one(spec, on_progress=reply, checkpoints=checkpoints, should_stop=asked_to_stop))
+            reply(run_one(spec, on_progress=reply, checkpoints=checkpoints, should_stop=should_stop))
         except Interrupted as interrupted:
             reply(interrupted)
 
@@ -298,14 +298,14 @@ def _end_with(parent: int) -> None:
 # --- for any executor -------------------------------------------------------------------------------------------------
 
 
-def event_of(run: PlannedRun, told: Progress | Finished | Interrupted) -> Event:
+def event_of(run: PlannedRun, message: Progress | Finished | Interrupted) -> Event:
     """Return what a worker has told of its run as an event."""
-    match told:
+    match message:
         case Progress():
-            return RunProgress(run, told)
+            return RunProgress(run, message)
         case Interrupted():
-            return RunInterrupted(run, told.step)
-    return RunEnded(run, told.record, told.adapter)
+            return RunInterrupted(run, message.step)
+    return RunEnded(run, message.record, message.adapter)
 
 
 @contextmanager

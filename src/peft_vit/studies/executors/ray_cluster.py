@@ -64,9 +64,9 @@ class Need:
             nodes: each node's resources, as Ray names them.
         """
         wanted = self.resources
-        asked = _in_words({name: amount for name, amount in wanted.items() if amount})
+        needed = _in_words({name: amount for name, amount in wanted.items() if amount})
         if not nodes:
-            return f"a run asks for {asked}, and the cluster has no node"
+            return f"a run asks for {needed}, and the cluster has no node"
 
         def lacks(node: dict[str, float]) -> int:
             return sum(node.get(name, 0.0) < amount for name, amount in wanted.items())
@@ -75,7 +75,7 @@ class Need:
         if not lacks(biggest):
             return None
         there = _in_words({name: biggest.get(name, 0) for name in wanted})
-        return f"a run asks for {asked}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
+        return f"a run asks for {needed}; the biggest node of the cluster ({len(nodes)} in all) has {there}"
 
 
 def _in_words(resources: dict[str, float]) -> str:
@@ -132,7 +132,7 @@ class RayExecutor:
         beside_driver = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         channel = ray.remote(Channel).options(num_cpus=0, max_restarts=-1, scheduling_strategy=beside_driver)
         self._channel: Any = channel.remote()  # of a type that Ray makes up
-        self._told: ray.ObjectRef | None = None
+        self._answer: ray.ObjectRef | None = None
         variables = ALLOCATOR | {name: os.environ[name] for name in _HANDED_DOWN if name in os.environ}
         self._task = ray.remote(carry_out).options(
             num_cpus=need.cpus,
@@ -158,15 +158,15 @@ class RayExecutor:
             left_s = deadline - time.monotonic()
             if left_s < 0:
                 return None
-            self._told = self._told or self._channel.take.remote(_LISTEN_S, self._stopping)
+            self._answer = self._answer or self._channel.take.remote(_LISTEN_S, self._stopping)
             tasks = {attempt.task: number for number, attempt in self._attempts.items()}
-            ready, _ = ray.wait([self._told, *tasks], num_returns=1, timeout=min(left_s, _LOOK_S))
-            if self._told in ready:
+            ready, _ = ray.wait([self._answer, *tasks], num_returns=1, timeout=min(left_s, _LOOK_S))
+            if self._answer in ready:
                 self._listen()
             ended, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
             if ended:
                 self._listen()  # what a task has told before its end may still be under way
-                self._told = self._channel.take.remote(0, self._stopping)
+                self._answer = self._channel.take.remote(0, self._stopping)
                 self._listen()
             for task in ended:
                 self._end(self._attempts.pop(tasks[task]))
@@ -197,11 +197,11 @@ class RayExecutor:
 
     def _listen(self) -> None:
         """Take in the answer; what belongs to an attempt that is over is dropped."""
-        if self._told is None:
+        if self._answer is None:
             return
-        told, self._told = self._told, None
+        answer, self._answer = self._answer, None
         try:
-            bundles = ray.get(told)
+            bundles = ray.get(answer)
         except RayError:  # the channel has died, and Ray starts it again
             return
         for number, bundle in bundles:
@@ -252,11 +252,11 @@ def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_add
     """
     study, execution = plan.study, plan.study.execution
     if oversubscribe:
-        problem = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
-        raise UserError(problem, field="--oversubscribe")
+        reason = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
+        raise UserError(reason, field="--oversubscribe")
     if study.device == "cuda" and execution.gpus == 0:
-        problem = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
-        raise UserError(problem, field="execution.gpus")
+        reason = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
+        raise UserError(reason, field="execution.gpus")
     need = Need(study.threads, execution.gpus, execution.memory_gb)
     return RayExecutor(ray_address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
 
@@ -267,18 +267,18 @@ def _nodes() -> list[dict[str, float]]:
 
 def _connect(address: str | None) -> None:
     named = address or os.environ.get("RAY_ADDRESS")
-    found = _find_cluster(named)
-    how: dict[str, Any] = {"address": found, "log_to_driver": False, "logging_level": "ERROR"}
-    if found is None:
+    cluster = _find_cluster(named)
+    how: dict[str, Any] = {"address": cluster, "log_to_driver": False, "logging_level": "ERROR"}
+    if cluster is None:
         how |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
     listen, handler = worker.listen_error_messages, signal.getsignal(signal.SIGTERM)
     try:
         # A thread of Ray's would print pages about whatever befalls a node: what a run suffers is told anyway.
         worker.listen_error_messages = lambda *_: None
-        with environment({} if found else _OWN_CLUSTER):
+        with environment({} if cluster else _OWN_CLUSTER):
             ray.init(**how)
     except Exception as error:  # of many types; each means that there is no connection
-        where = found or "of this machine alone"
+        where = cluster or "of this machine alone"
         raise _no_cluster(where, f"{type(error).__name__}: {error}") from None
     finally:
         worker.listen_error_messages = listen
@@ -294,12 +294,12 @@ def _find_cluster(named: str | None) -> str | None:
     if named is not None and named.startswith("ray://"):
         raise _no_cluster(named, "an address of Ray's client; this command has to run on a machine of the cluster")
     try:
-        found = services.canonicalize_bootstrap_address(cast(str, named))  # it takes None too
-        if found is None:
+        cluster = services.canonicalize_bootstrap_address(cast(str, named))  # it takes None too
+        if cluster is None:
             return None
-        parts = urlsplit(f"//{found}")
+        parts = urlsplit(f"//{cluster}")
         socket.create_connection((parts.hostname, parts.port), timeout=_ANSWER_S).close()
-        return found
+        return cluster
     except (OSError, ValueError) as error:  # a ConnectionError too is an OSError
         if named is None:
             return None
@@ -308,5 +308,5 @@ def _find_cluster(named: str | None) -> str | None:
 
 def _no_cluster(address: str, reason: str) -> UserError:
     reason = textwrap.shorten(reason, _REASON_CHARACTERS)
-    problem = f"no connection to the Ray cluster {address} ({reason}); start it, or correct the address to host:port"
-    return UserError(problem, field="--ray-address")
+    message = f"no connection to the Ray cluster {address} ({reason}); start it, or correct the address to host:port"
+    return UserError(message, field="--ray-address")

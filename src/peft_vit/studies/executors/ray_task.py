@@ -35,7 +35,7 @@ class Channel:
         self._arrived = asyncio.Event()
         self._stopping = False
 
-    async def tell(self, number: int, bundle: str) -> bool:
+    async def report(self, number: int, bundle: str) -> bool:
         """Take what an attempt tells, which is not opened here; return whether it should stop."""
         self._bundles.append((number, bundle))
         self._arrived.set()
@@ -74,28 +74,28 @@ class _Line:
 
     channel: Any
     number: int
-    asked_to_stop: bool = False  # as far as it is known here
+    should_stop: bool = False  # as far as it is known here
     _bundle: list[str | dict[str, Any]] = field(default_factory=list)
     _answer: ray.ObjectRef | None = None
     _exchanged: float = 0.0
 
-    def tell(self, message: str | Progress) -> None:
-        """Tell something, at the next occasion."""
+    def report(self, message: str | Progress) -> None:
+        """Send something, at the next occasion."""
         self._bundle.append(message if isinstance(message, str) else asdict(message))
         if time.monotonic() - self._exchanged > _TELL_S:
             self.exchange(wait=False)
 
     def exchange(self, *, wait: bool) -> None:
-        """Hear the answer to the last bundle, if it is there, and send the next one."""
+        """Take the answer to the last bundle, if it is there, and send the next one."""
         self._exchanged = time.monotonic()
         if self._answer is not None:
             if not wait and not ray.wait([self._answer], timeout=0)[0]:
                 return
             answer, self._answer = self._answer, None
             with contextlib.suppress(RayError):  # the channel has died; what it knew was only for watching
-                self.asked_to_stop = ray.get(answer)
+                self.should_stop = ray.get(answer)
         if self._bundle:
-            self._answer = self.channel.tell.remote(self.number, json.dumps(self._bundle))
+            self._answer = self.channel.report.remote(self.number, json.dumps(self._bundle))
             self._bundle = []
 
 
@@ -112,13 +112,13 @@ def carry_out(
         os.chdir(place.folder)
     line = _Line(channel, number)
     node = ray.get_runtime_context().get_node_id()
-    line.tell(f"process {os.getpid()} on {platform.node()}, Ray's node {node[:12]}")
+    line.report(f"process {os.getpid()} on {platform.node()}, Ray's node {node[:12]}")
     try:
         return run_one(
             spec,
-            on_progress=line.tell,
+            on_progress=line.report,
             checkpoints=checkpoints if place.is_seen() else None,
-            should_stop=lambda: line.asked_to_stop,
+            should_stop=lambda: line.should_stop,
         )
     except Interrupted as interrupted:
         return interrupted

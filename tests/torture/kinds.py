@@ -5,13 +5,16 @@ To add a kind, write a function that returns its targets, and name it in KINDS.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,26 +22,29 @@ from typing import Any
 import mutations
 import numpy as np
 import onnx
-import study_kinds
-from kinds_of_files import Nasty, Target
-from mutations import Mutation
-from safetensors.torch import save
+from mutations import Mutation, Nasty, Target, is_one_line
+from safetensors.torch import load, save
 from sound_files import EXAMPLES, SIDE, SoundFiles
 
 from peft_vit.adapters.peft_format import doubts_about
-from peft_vit.analysis import analyze, load_studies
+from peft_vit.analysis import analyze, load_studies, read_results
 from peft_vit.backbones import load_backbone
 from peft_vit.config import BackboneConfig, DataConfig, load_study
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
-from peft_vit.errors import named
+from peft_vit.errors import UserError, named
 from peft_vit.forecasting.calibration import Costs, keep_costs
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, read_record, run_folder
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, RunSpec, checkpoint_folders, read_record, run_folder
+from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE, find_studies, status_lines, study_lock, study_status
 from peft_vit.report.result_tables import history_table
+from peft_vit.runs.execute import run_one
 from peft_vit.runs.restore import open_model
 from peft_vit.studies.plan import plan_study
+from peft_vit.studies.scheduler import StudyStore
+from peft_vit.training import Checkpoints
+from peft_vit.training.checkpoint import STATE_FILE, TENSORS_FILE, read_checkpoint
 
 
 def configurations(sound: SoundFiles, nasty: Nasty) -> list[Target]:
@@ -119,7 +125,6 @@ def models(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         spoil = (*(_signed(mutation, _sign_onnx) for mutation in inner), nasty.of_bytes())
         targets.append(Target(by_onnx, spoil, predicting(sound, by_onnx), ("predict", by_onnx, sound.image)))
         targets += _openvino(sound, nasty)
-        targets += _openvino(sound, nasty)
     folder, weights = sound.inputs / "peft", str(sound.inputs / "weights.safetensors")
 
     def open_peft() -> None:
@@ -172,9 +177,7 @@ def _sign_low_bit(content: bytes) -> bytes:
     size = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + size])["__metadata__"]
     header = torch_files.LowBitHeader.model_validate_json(metadata[torch_files.HEADER])
-    import safetensors.torch
-
-    tensors = safetensors.torch.load(content)
+    tensors = load(content)
     signed = header.signed(torch_files.low_bit_digest(header, tensors))
     return bytes(save(tensors, metadata={**metadata, torch_files.HEADER: signed}))
 
@@ -189,10 +192,10 @@ def _sign_onnx(content: bytes) -> bytes:
 
 
 def _sign_openvino(description: bytes, weights: bytes) -> bytes:
-    found = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
-    assert found is not None
-    unsigned = description.replace(found[1], openvino_file.UNSIGNED.encode(), 1)
-    return description.replace(found[1], openvino_file.openvino_digest(unsigned, weights).encode(), 1)
+    digest = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
+    assert digest is not None
+    unsigned = description.replace(digest[1], openvino_file.UNSIGNED.encode(), 1)
+    return description.replace(digest[1], openvino_file.openvino_digest(unsigned, weights).encode(), 1)
 
 
 def _in_onnx_card(nasty: Nasty) -> Mutation:
@@ -336,6 +339,108 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     return targets
 
 
+def studies(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """study.json, the lock's file and a run's progress.json, as `status`, `report` and `run` read them."""
+    copy = sound.out / "results"
+
+    def prepare(results: Path) -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(results, copy)
+
+    def status(results: Path) -> None:
+        for folder in find_studies(results):
+            for line in status_lines(study_status(folder)):
+                assert is_one_line(line), line
+
+    def status_while_locked(results: Path) -> None:
+        with (results / "tiny" / LOCK_FILE).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status(results)
+
+    def summary() -> None:
+        for study in read_results(sound.interrupted).studies:
+            assert len(study.unfinished) == 1
+
+    def go_on() -> None:
+        file = sound.inputs / "tiny.yaml"
+        plan_study(load_study(file), sound.results, file=file)
+
+    def begin() -> None:
+        prepare(sound.interrupted)
+        with study_lock(copy / "tiny") as lock:
+            for line in StudyStore(lock, ("adaptive/seed_0",)).notices:
+                assert is_one_line(line), line
+
+    def ways(results: Path) -> tuple[tuple[Callable[[], None], tuple[object, ...]], ...]:
+        return (
+            (partial(status, results), ("status", results)),
+            (partial(status_while_locked, results), ("status", results)),
+        )
+
+    run = (go_on, ("run", sound.inputs / "tiny.yaml", "--output", copy))
+    report = (summary, ("report", sound.interrupted, "--output", sound.out / "report"))
+    resume = (begin, ("run", sound.inputs / "interrupted.yaml", "--output", copy))
+    opened = [
+        (sound.results, STUDY_FILE, (*ways(sound.results), run)),
+        (sound.results, LOCK_FILE, (*ways(sound.results), run)),
+        (sound.interrupted, f"adaptive/seed_0/{PROGRESS_FILE}", (*ways(sound.interrupted), report, resume)),
+    ]
+    spoil = (mutations.of_json(nasty.texts), nasty.of_bytes())
+    return [
+        Target(results / "tiny" / name, spoil, read, command, prepare=partial(prepare, results), places=True)
+        for results, name, all_ways in opened
+        for read, command in all_ways
+    ]
+
+
+def checkpoints(sound: SoundFiles, nasty: Nasty) -> list[Target]:
+    """The newest checkpoint of an interrupted run, with hashes that vouch for the change."""
+    (planned,) = plan_study(
+        load_study(sound.inputs / "interrupted.yaml"), sound.interrupted, file=sound.inputs / "interrupted.yaml"
+    ).runs
+    run = sound.interrupted / planned.spec.run_id
+    folders = checkpoint_folders(run)
+    newest = folders[max(folders)]
+    copy = sound.out / "interrupted"
+
+    def prepare() -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sound.interrupted, copy)
+
+    def go_on() -> None:
+        prepare()
+        finished = run_one(planned.spec, checkpoints=Checkpoints(copy / planned.spec.run_id, 3600))
+        if finished.record.status == "failed":  # as the command says it, in one line that names the checkpoint
+            raise UserError(finished.record.error or "")
+
+    def believed(name: str) -> Callable[[bytes], dict[Path, bytes]]:
+        def change(content: bytes) -> dict[Path, bytes]:
+            tensors = content if name == TENSORS_FILE else (newest / TENSORS_FILE).read_bytes()
+            try:
+                saved = json.loads((newest / STATE_FILE).read_bytes() if name == TENSORS_FILE else content)
+                saved = {key: value for key, value in saved.items() if key != "sha256"}
+                saved["tensors_sha256"] = hashlib.sha256(tensors).hexdigest()
+                digest = hashlib.sha256(json.dumps(saved).encode()).hexdigest()
+            except (ValueError, AttributeError, RecursionError):  # no JSON, or no mapping, any more
+                return {}
+            return {newest / STATE_FILE: json.dumps({"sha256": digest, **saved}).encode()}
+
+        return change
+
+    command = ("run", sound.inputs / "interrupted.yaml", "--output", copy)
+    names = (copy / planned.spec.run_id,)
+    targets = []
+    for name, way in (
+        (STATE_FILE, mutations.of_json(nasty.texts)),
+        (TENSORS_FILE, mutations.of_safetensors(nasty.texts)),
+    ):
+        for opened in (lambda: read_checkpoint(newest), go_on):
+            spoil = (way, nasty.of_bytes())
+            targets.append(Target(newest / name, spoil, opened, command, believed(name), names, prepare=prepare))
+        targets.append(Target(newest / name, (nasty.of_bytes(),), go_on, command, names=names, prepare=prepare))
+    return targets
+
+
 KINDS: dict[str, Callable[[SoundFiles, Nasty], list[Target]]] = {
     "configuration": configurations,
     "record": records,
@@ -344,12 +449,6 @@ KINDS: dict[str, Callable[[SoundFiles, Nasty], list[Target]]] = {
     "weights": weights,
     "data set": data_sets,
     "cache": caches,
-    "study": study_kinds.studies,
-    "checkpoint": study_kinds.checkpoints,
+    "study": studies,
+    "checkpoint": checkpoints,
 }
-
-
-def check_sound(targets: list[Target]) -> None:
-    """Open every target as it is: what is spoiled has to be sound before."""
-    for target in targets:
-        target.open()
