@@ -337,7 +337,7 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(tuning: Tuning, monke
     with pytest.raises(UserError, match=r"^broken\.png: is not a readable image$"):  # which is not the limit's fault
         tuning(memory_limit="1GB")
     cost = StepCost(step_s=0.1, peak_bytes=800_000_000)
-    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", lambda spec, tell: cost)
+    monkeypatch.setattr("peft_vit.tuning.limits.measure_step", lambda spec, log: cost)
     runner = StandIns()
     with pytest.raises(UserError, match="--memory-limit: 500MB is too little; the least that fits is 800MB"):
         tuning(runner, memory_limit="500MB")
