@@ -23,6 +23,20 @@ Record = dict[str, Any]
 Row = dict[str, Any]
 
 
+def of(path: str) -> Callable[[Record], Any]:
+    """Return what reads a value of a record, as in test.accuracy."""
+
+    def read(record: Any) -> Any:
+        for part in path.split("."):
+            record = record[part]
+        return record
+
+    return read
+
+
+on_test = of("test.accuracy")
+
+
 class Ledger:
     """Records by experiment and seed, as plain JSON."""
 
@@ -31,18 +45,30 @@ class Ledger:
         self.runs: dict[str, dict[int, Record]] = {}
         for file in folder.rglob("record.json"):
             record = json.loads(file.read_text())
-            spec = record["spec"]
             if record["status"] == "done":
-                self.runs.setdefault(spec["experiment"]["name"], {})[spec["seed"]] = record
+                self.runs.setdefault(of("spec.experiment.name")(record), {})[of("spec.seed")(record)] = record
             else:
                 self.failed.append(record)
+
+    def first(self, name: str) -> Record:
+        return next(iter(self.runs[name].values()))
 
     def over_seeds(self, name: str, value: Callable[[Record], float]) -> list[float]:
         return [value(self.runs[name][seed]) for seed in sorted(self.runs[name])]
 
-    def with_section(self, *sections: str) -> list[str]:
-        some = {name: next(iter(by_seed.values())) for name, by_seed in self.runs.items()}
-        return [n for n, r in some.items() if any(r["spec"]["experiment"].get(s) is not None for s in sections)]
+    def mean(self, name: str, path: str) -> float:
+        return float(np.mean(self.over_seeds(name, of(path))))
+
+    def with_section(self, section: str) -> list[str]:
+        return [name for name in self.runs if self.first(name)["spec"]["experiment"].get(section) is not None]
+
+    def differences(self, name: str, reference: str, value: Callable[[Record], float]) -> tuple[list[int], list[float]]:
+        seeds = sorted(self.runs[name].keys() & self.runs[reference].keys())
+        return seeds, [value(self.runs[name][seed]) - value(self.runs[reference][seed]) for seed in seeds]
+
+    def family(self, names: list[str], reference: str, value: Callable[[Record], float], **keys: Any) -> list[Row]:
+        rows = [({"experiment": name, **keys}, *self.differences(name, reference, value)) for name in names]
+        return compared(rows)
 
 
 def interval(name: str, values: list[float], n: str | None = "n") -> Row:
@@ -85,15 +111,6 @@ def compared(rows: list[tuple[Row, list[int], list[float]]], n: str = "n", name:
     ]
 
 
-def on_test(record: Record) -> float:
-    return record["test"]["accuracy"]
-
-
-def differences(led: Ledger, name: str, reference: str, of: Callable[[Record], float]) -> tuple[list[int], list[float]]:
-    seeds = sorted(led.runs[name].keys() & led.runs[reference].keys())
-    return seeds, [of(led.runs[name][seed]) - of(led.runs[reference][seed]) for seed in seeds]
-
-
 # --- accuracy, cost and what is compared ------------------------------------------------------------------------------
 
 
@@ -102,7 +119,7 @@ def accuracy(led: Ledger, _: str) -> list[Row]:
         {
             "experiment": name,
             **interval("test_accuracy", led.over_seeds(name, on_test)),
-            "validation_accuracy": np.mean(led.over_seeds(name, lambda r: r["validation"]["accuracy"])),
+            "validation_accuracy": led.mean(name, "validation.accuracy"),
             "above_majority": np.mean(led.over_seeds(name, lambda r: on_test(r) - r["majority_accuracy"]["test"])),
             **{f"seed_{seed}": on_test(record) for seed, record in led.runs[name].items()},
         }
@@ -112,86 +129,56 @@ def accuracy(led: Ledger, _: str) -> list[Row]:
 
 def against(led: Ledger, slug: str) -> list[Row]:
     reference = slug.removeprefix("against_")
-    others = [name for name in led.runs if name != reference]
-    return compared([({"experiment": n}, *differences(led, n, reference, on_test)) for n in others])
-
-
-def of_test(measure: str) -> Callable[[Record], float]:
-    return lambda record: record["test"][measure]
+    return led.family([name for name in led.runs if name != reference], reference, on_test)
 
 
 def calibration_against(led: Ledger, slug: str) -> list[Row]:
     reference = slug.removeprefix("calibration_against_")
-    rows = []
-    for measure in ("nll", "ece"):
-        rows += compared(
-            [
-                ({"experiment": n, "measure": measure}, *differences(led, n, reference, of_test(measure)))
-                for n in led.runs
-                if n != reference
-            ]
-        )
-    return rows
+    others = [name for name in led.runs if name != reference]
+    return [row for m in ("nll", "ece") for row in led.family(others, reference, of(f"test.{m}"), measure=m)]
 
 
 def all_pairs(led: Ledger, _: str) -> list[Row]:
-    names = sorted(led.runs)
-    pairs: list[tuple[Row, list[int], list[float]]] = []
-    for one, other in combinations(names, 2):
-        seeds, values = differences(led, one, other, on_test)
-        pairs.append(({"experiment": one, "reference": other}, seeds, values))
-    family = compared(pairs, "difference_n")
+    pairs = combinations(sorted(led.runs), 2)
+    family = compared(
+        [({"experiment": a, "reference": b}, *led.differences(a, b, on_test)) for a, b in pairs], "difference_n"
+    )
     family = [{key: value for key, value in row.items() if not key.startswith("seed_")} for row in family]
-    return [*family, *(mirrored(row) for row in family)]
+    return [*family, *map(mirrored, family)]
 
 
 def mirrored(row: Row) -> Row:
     """The same pair the other way round, since the test does not know which side a table starts from."""
-    turned = dict(row) | {"experiment": row["reference"], "reference": row["experiment"]}
-    return turned | {
-        "difference": -row["difference"],
-        "difference_low": -row["difference_high"],
-        "difference_high": -row["difference_low"],
-    }
+    turned = {"experiment": row["reference"], "reference": row["experiment"], "difference": -row["difference"]}
+    return row | turned | {"difference_low": -row["difference_high"], "difference_high": -row["difference_low"]}
 
 
-def mean_of(led: Ledger, name: str, *path: str) -> float:
-    def value(record: Record) -> float:
-        for part in path:
-            record = record[part]
-        return record  # type: ignore[return-value]
-
-    return float(np.mean(led.over_seeds(name, value)))
+COST = {
+    "final_parameters": "parameters.final",
+    "peak_parameters": "parameters.peak",
+    "frozen_bytes": "bytes.frozen_bytes",
+    "adapter_file_bytes": "bytes.adapter_file_bytes",
+    "seconds_per_step": "seconds_per_step",
+    "own_memory_bytes": "own_memory_bytes",
+}
 
 
 def cost(led: Ledger, _: str) -> list[Row]:
-    return [
-        {
-            "experiment": n,
-            "final_parameters": mean_of(led, n, "parameters", "final"),
-            "n": len(led.runs[n]),
-            "peak_parameters": mean_of(led, n, "parameters", "peak"),
-            "adapter_parameters": mean_of(led, n, "parameters", "final") - mean_of(led, n, "parameters", "head"),
-            "frozen_bytes": mean_of(led, n, "bytes", "frozen_bytes"),
-            "adapter_file_bytes": mean_of(led, n, "bytes", "adapter_file_bytes"),
-            "seconds_per_step": mean_of(led, n, "seconds_per_step"),
-            "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
-        }
-        for n in led.runs
-    ]
+    rows = []
+    for name, runs in led.runs.items():
+        means = {column: led.mean(name, path) for column, path in COST.items()}
+        adapters = means["final_parameters"] - led.mean(name, "parameters.head")
+        rows.append({"experiment": name, "n": len(runs), "adapter_parameters": adapters, **means})
+    return rows
 
 
 def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
     def rows(led: Ledger, _: str) -> list[Row]:
-        return [
-            {"experiment": n}
-            | {
-                key: value
-                for m in measures
-                for key, value in interval(m, led.over_seeds(n, of_test(m)), f"{m}_n").items()
-            }
-            for n in led.runs
-        ]
+        found: list[Row] = [{"experiment": name} for name in led.runs]
+        for row in found:
+            for measure in measures:
+                row.update(interval(measure, led.over_seeds(row["experiment"], of(f"test.{measure}")), f"{measure}_n"))
+        return found
 
     return rows
 
@@ -199,22 +186,16 @@ def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
 def calibration(led: Ledger, slug: str) -> list[Row]:
     """Without predictions in the records, which the planted ones lack, there is nothing but NLL and ECE."""
     nothing = {f"{measure}_n": 0 for measure in ("adaptive_ece", "brier", "overconfidence")}
-    seeds = [{"seeds_without_predictions": " ".join(map(str, sorted(led.runs[n])))} for n in led.runs]
+    seeds = [{"seeds_without_predictions": " ".join(map(str, sorted(runs)))} for runs in led.runs.values()]
     return [row | nothing | without for row, without in zip(of_metrics("nll", "ece")(led, slug), seeds, strict=True)]
 
 
 def not_done(led: Ledger, _: str) -> list[Row]:
-    return [
-        {"experiment": r["spec"]["experiment"]["name"], "seed": r["spec"]["seed"], "reason": r["error"]}
-        for r in led.failed
-    ]
+    specs = [(record["spec"], record["error"]) for record in led.failed]
+    return [{"experiment": spec["experiment"]["name"], "seed": spec["seed"], "reason": why} for spec, why in specs]
 
 
 # --- ranks and bits ---------------------------------------------------------------------------------------------------
-
-
-def scored(led: Ledger) -> list[str]:
-    return led.with_section("adalora")
 
 
 def ranks_at(record: Record, at: int = -1) -> np.ndarray:
@@ -222,35 +203,24 @@ def ranks_at(record: Record, at: int = -1) -> np.ndarray:
 
 
 def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
-    rows = []
-    for name in scored(led):
-        runs = [led.runs[name][seed] for seed in sorted(led.runs[name])]
-        kinds = np.array([site["matrix"] for site in runs[0]["sites"]])
-        rows += [
-            {
-                "experiment": name,
-                "matrix": kind,
-                **interval("mean_rank", [ranks_at(r)[kinds == kind].mean() for r in runs]),
-            }
-            for kind in dict.fromkeys(kinds)
-        ]
+    rows: list[Row] = []
+    for name in led.with_section("adalora"):
+        kinds = np.array([site["matrix"] for site in led.first(name)["sites"]])
+        for kind in dict.fromkeys(kinds):
+            means = [ranks_at(led.runs[name][seed])[kinds == kind].mean() for seed in sorted(led.runs[name])]
+            rows.append({"experiment": name, "matrix": kind, **interval("mean_rank", means)})
     return rows
 
 
 def allocation_against_fixed(led: Ledger, _: str) -> list[Row]:
     family = []
-    for name in sorted(scored(led), key=lambda n: (n.startswith("qa_"), n)):
+    for name in sorted(led.with_section("adalora"), key=lambda n: (n.startswith("qa_"), n)):
         found = {}
         for seed, record in led.runs[name].items():
-            line = sorted(
-                (math.log(led.runs[n][seed]["parameters"]["final"]), on_test(led.runs[n][seed]))
-                for n in led.with_section("lora")
-                if seed in led.runs[n]
-            )
-            x, y = zip(*line, strict=True)
+            fixed = [led.runs[n][seed] for n in led.with_section("lora") if seed in led.runs[n]]
+            x, y = zip(*sorted((math.log(r["parameters"]["final"]), on_test(r)) for r in fixed), strict=True)
             found[seed] = on_test(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
-        seeds = sorted(found)
-        family.append(({"experiment": name}, seeds, [found[seed] for seed in seeds]))
+        family.append(({"experiment": name}, sorted(found), [found[seed] for seed in sorted(found)]))
     return compared(family)
 
 
@@ -263,63 +233,48 @@ def settings(record: Record) -> Row:
     return {"gradient_scaling_factor": section["gradient_scaling_factor"], **grouped}
 
 
-def low_bit(led: Ledger) -> list[str]:
-    return led.with_section("qa_lora")
-
-
 def quantization(led: Ledger, _: str) -> list[Row]:
     rows = []
-    for name in low_bit(led):
-        first = next(iter(led.runs[name].values()))
-        errors = {
-            m: np.mean([r["quantization"]["relative_error"][m] for r in led.runs[name].values()])
-            for m in first["quantization"]["relative_error"]
-        }
+    for name in led.with_section("qa_lora"):
+        each = [record["quantization"]["relative_error"] for record in led.runs[name].values()]
+        errors = {module: np.mean([error[module] for error in each]) for module in each[0]}
         rows.append(
             {
                 "experiment": name,
                 **interval("test_accuracy", led.over_seeds(name, on_test)),
-                "difference_to_float": np.mean(differences(led, name, "lora_r8", on_test)[1]),
+                "difference_to_float": np.mean(led.differences(name, "lora_r8", on_test)[1]),
                 "mean_relative_error": np.mean(list(errors.values())),
                 "worst_relative_error": max(errors.values()),
                 "worst_module": max(errors, key=lambda m: errors[m]),
-                **settings(first),
-                "bits_per_weight": mean_of(led, name, "quantization", "bits_per_weight"),
-                "quantized_bytes": mean_of(led, name, "quantization", "quantized_bytes"),
-                "frozen_bytes": mean_of(led, name, "bytes", "frozen_bytes"),
-                "float_backbone_bytes": 4 * mean_of(led, name, "parameters", "backbone_total"),
+                **settings(led.first(name)),
+                "bits_per_weight": led.mean(name, "quantization.bits_per_weight"),
+                "quantized_bytes": led.mean(name, "quantization.quantized_bytes"),
+                "frozen_bytes": led.mean(name, "bytes.frozen_bytes"),
+                "float_backbone_bytes": 4 * led.mean(name, "parameters.backbone_total"),
             }
         )
     return rows
 
 
 def quantization_cost(led: Ledger, _: str) -> list[Row]:
-    def stored(name: str) -> float:
-        return mean_of(led, name, "bytes", "frozen_bytes") + mean_of(led, name, "bytes", "adapter_file_bytes")
+    def costs(name: str, prefix: str) -> Row:
+        stored = led.mean(name, "bytes.frozen_bytes") + led.mean(name, "bytes.adapter_file_bytes")
+        measured = {key: led.mean(name, key) for key in ("own_memory_bytes", "seconds_per_step")}
+        return {prefix + key: value for key, value in {"stored_bytes": stored, **measured}.items()}
 
     return [
-        {
-            "experiment": n,
-            "bits_per_weight": mean_of(led, n, "quantization", "bits_per_weight"),
-            "same_machine": 1,
-            "stored_bytes": stored(n),
-            "float_stored_bytes": stored("lora_r8"),
-            "own_memory_bytes": mean_of(led, n, "own_memory_bytes"),
-            "float_own_memory_bytes": mean_of(led, "lora_r8", "own_memory_bytes"),
-            "seconds_per_step": mean_of(led, n, "seconds_per_step"),
-            "float_seconds_per_step": mean_of(led, "lora_r8", "seconds_per_step"),
-        }
-        for n in low_bit(led)
+        {"experiment": n, "bits_per_weight": led.mean(n, "quantization.bits_per_weight"), "same_machine": 1}
+        | costs(n, "")
+        | costs("lora_r8", "float_")
+        for n in led.with_section("qa_lora")
     ]
 
 
 def quantization_against_float(led: Ledger, _: str) -> list[Row]:
-    measures: dict[str, Callable[[Record], float]] = {"accuracy": on_test, "nll": lambda r: r["test"]["nll"]}
     rows = []
-    for measure, of in measures.items():
-        family = [({"experiment": n, "measure": measure}, *differences(led, n, "lora_r8", of)) for n in low_bit(led)]
-        for row in compared(family):
-            first = next(iter(led.runs[row["experiment"]].values()))
+    for measure in ("accuracy", "nll"):
+        for row in led.family(led.with_section("qa_lora"), "lora_r8", of(f"test.{measure}"), measure=measure):
+            first = led.first(row["experiment"])
             bits = first["spec"]["experiment"]["qa_lora"]["quantization_bits"]
             rows.append(row | settings(first) | {"bits": bits})
     return rows
@@ -341,37 +296,28 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
     "rank_by_matrix": rank_by_matrix,
 }
 
-# A table, or "table: column", and where its numbers are tested instead.
-NOT_COVERED = {
-    "findings": "every measure by hand in tests/unit/analysis",
-    "verdicts": "counts of findings, see there",
-    "without_data": "no numbers",
-    "agreement": "recomputed in tests/unit/report/test_report_examples.py",
-    "examples": "recomputed in tests/unit/report/test_report_examples.py",
-    "allocation": "planted truth in tests/unit/analysis, columns in test_report_numbers.py",
-    "allocation_course": "overlap and churn by hand in tests/unit/analysis/test_effectiveness.py",
-    "convergence": "by hand and by linregress in tests/unit/analysis/test_convergence.py, columns as above",
-    "pareto_fronts": "fronts by brute force in tests/unit/analysis/test_pareto.py, columns as above",
-    "quantization_against_float: late_deviation": "see convergence",
-    "quantization_against_float: roughness": "see convergence",
-    "allocation_against_controls": "planted controls in tests/unit/analysis",
-    "importance_across_seeds": "Kendall's W against SciPy in tests/unit/analysis",
-    "importance_across_studies": "two studies in tests/unit/analysis",
-    "bits_by_layer": "planted truth in tests/unit/analysis",
-    "importance_by_block": "planted truth in tests/unit/analysis",
-    "importance_by_matrix": "planted truth in tests/unit/analysis",
-    "importance_course": "planted truth in tests/unit/analysis/test_importance.py",
-    "importance_over_time": "planted truth in tests/unit/analysis",
-    "quantization_balance": "planted truth in tests/unit/analysis",
-    "size": "planted truth in tests/unit/analysis",
-    "size_parts": "planted truth in tests/unit/analysis",
-    **{
-        f"all_pairs: {column}": "by hand in tests/unit/analysis/test_pairs.py, against pingouin in tests/oracle"
-        for of in ("cohens_d", "improvement")
-        for column in (of, f"{of}_low", f"{of}_high", f"{of}_n")
-    },
-    "all_pairs: hedges_g": "as Cohen's d",
+# Where the numbers of a table, or of "table: column", are tested instead.
+_ELSEWHERE = {
+    "planted truth in tests/unit/analysis": "allocation_against_controls bits_by_layer importance_by_block "
+    "importance_by_matrix importance_course importance_over_time quantization_balance size size_parts",
+    "planted truth in tests/unit/analysis, columns in test_report_numbers.py": "allocation",
+    "by hand in tests/unit/analysis": "findings verdicts allocation_course importance_across_studies",
+    "by hand and by linregress in tests/unit/analysis/test_convergence.py, columns as above": "convergence",
+    "by brute force in tests/unit/analysis/test_pareto.py, columns as above": "pareto_fronts",
+    "Kendall's W against SciPy in tests/unit/analysis": "importance_across_seeds",
+    "recomputed in tests/unit/report/test_report_examples.py": "agreement examples",
+    "no numbers": "without_data",
 }
+NOT_COVERED = {table: where for where, tables in _ELSEWHERE.items() for table in tables.split()}
+NOT_COVERED |= dict.fromkeys(
+    ("quantization_against_float: late_deviation", "quantization_against_float: roughness"), "see convergence"
+)
+NOT_COVERED |= {
+    f"all_pairs: {column}": "by hand in tests/unit/analysis, against pingouin in tests/oracle"
+    for effect in ("cohens_d", "improvement")
+    for column in (effect, f"{effect}_low", f"{effect}_high", f"{effect}_n")
+}
+NOT_COVERED["all_pairs: hedges_g"] = "as Cohen's d"
 
 
 def recomputation_of(slug: str) -> Callable[[Ledger, str], list[Row]] | None:

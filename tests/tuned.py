@@ -6,21 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_models
 from PIL import Image
 from small_methods import EXPERIMENTS
-from written_runs import run_and_write
+from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import sequential_results
-from peft_vit.config import study_from_mapping
 from peft_vit.data import images_file, look_at
 from peft_vit.records import write_study_file
-from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import study_file
 from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
 
 FOLDS = 2
+MODEL = "tiny_pool"
+assert MODEL in tiny_models.TINY_FAMILIES  # which registers it
 
 
 def write_images(folder: Path) -> None:
@@ -33,7 +34,7 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}.png")
 
 
-def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
+def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
     """Do the runs of two looks on folds, and the final ones."""
     seen = look_at(images, folds=FOLDS)
     sealed = folder / "images.json"
@@ -44,22 +45,22 @@ def choice_of(images: Path, weights: Path, folder: Path, chosen: str, reference:
     pair = list({chosen: 1, reference: 1})
     stopping = {"control": reference, "asked": "non-inferiority", "margin": 20.0, "looks": [2, 4]}
     race = {"seeds": [0, 1, 2, 3], "data": data | {"validation_images": 6, "folds": FOLDS}, "stopping": stopping}
-    on_folds = _done("race", pair, [0, 1], race, weights, studies)
+    on_folds = _done("race", pair, [0, 1], race, studies)
     everything = {"seeds": [0], "data": data | {"validation_images": 0}}  # nothing is chosen any more
-    final = _done("final", pair, [0], everything, weights, studies, probe_l2=0.01)
+    final = _done("final", pair, [0], everything, studies, probe_l2=0.01)
     (study,) = read_results(studies / "race").studies
     (course,) = sequential_results(study)
     names = {chosen: 1, reference: 1, "full": 1}
     return Choice(
-        request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": ("test_vit",), **asked}),
+        request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": (MODEL,), **asked}),
         seen=seen,
         images_file=sealed,
         metric="accuracy",
-        model="test_vit",
+        model=MODEL,
         image_size=32,
         probes=(
-            ProbeResult("test_vit", 32, 0.7, 0.001, True, "the best within the time"),
-            ProbeResult("test_vit", 64, None, None, False, "takes too long"),
+            ProbeResult(MODEL, 32, 0.7, 0.001, True, "the best within the time"),
+            ProbeResult(MODEL, 64, None, None, False, "takes too long"),
         ),
         rates=(RateResult("lora", 1e-2, (0.8, 0.9), 24, True), RateResult("lora", 1e-3, (0.7,), 8, False)),
         candidates=tuple(
@@ -91,28 +92,23 @@ def _done(
     names: list[str],
     seeds: list[int],
     settings: Mapping[str, Any],
-    weights: Path,
     results: Path,
     probe_l2: float | None = None,
 ) -> dict[str, list[Path]]:
     """Do the runs of some of a study's seeds."""
     fitted = {} if probe_l2 is None else {"probe_l2": probe_l2}
     training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2}
-    mapping = {
-        "name": study,
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
-        "measures": {"logits": True},
-        "experiments": [
+    mapping = tiny_study(
+        name=study,
+        backbone={"model": MODEL, "weights": "random"},
+        measures={"logits": True},
+        experiments=[
             {"name": name, **EXPERIMENTS[name], "training": fitted if name == "linear" else training} for name in names
         ],
         **settings,
-    }
-    file = results / f"{study}.yaml"
+    )
     found: dict[str, list[Path]] = {}
-    plan = plan_study(study_from_mapping(mapping, file=file), results, file=file)
+    plan = plan_of(mapping, results)
     content = study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256)
     write_study_file(results / study, content)
     for planned in plan.runs:

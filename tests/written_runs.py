@@ -1,10 +1,39 @@
-"""A run whose record and adapter are written, as the driver of a study does it."""
+"""Studies of seconds on a folder of images, and runs whose records and adapters are written as a driver does it."""
 
 import json
 from pathlib import Path
+from typing import Any
 
+from small_methods import EXPERIMENTS
+
+from peft_vit.config import study_from_mapping
 from peft_vit.records import RECORD_FILE, RunRecord, RunSpec, read_record, run_folder, write_result
 from peft_vit.runs.execute import run_one
+from peft_vit.studies.plan import Plan, plan_study
+
+TRAINING = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+
+
+def tiny_study(*names: str, images: Path | None = None, **changes: Any) -> dict[str, Any]:
+    """Return the configuration of a study of some of the small methods on a folder of images."""
+    folder = {"dataset": "image-folder", "path": str(images), "image_size": 32}
+    return {
+        "name": "tiny",
+        "seeds": [0],
+        "threads": 1,
+        "device": "cpu",
+        "precision": "fp32",
+        "backbone": {"model": "test_vit", "weights": "random"},
+        "data": {**folder, "validation_images": 12, "test_images": 12},
+        "experiments": [{"name": name, "training": TRAINING, **EXPERIMENTS[name]} for name in names],
+        **changes,
+    }
+
+
+def plan_of(mapping: dict[str, Any], folder: Path) -> Plan:
+    """Return the plan of a configuration with its results in a folder."""
+    file = folder / f"{mapping['name']}.yaml"
+    return plan_study(study_from_mapping(mapping, file=file), folder, file=file)
 
 
 def run_and_write(spec: RunSpec, folder: Path) -> RunRecord:

@@ -12,14 +12,12 @@ import torch
 from _pytest.capture import CaptureResult
 from PIL import Image
 from safetensors.torch import save_file
-from small_methods import EXPERIMENTS
-from written_runs import run_and_write
+from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.cli import main
-from peft_vit.config import study_from_mapping
 from peft_vit.runs.execute import run_one
 from peft_vit.studies.executors import Event, RunEnded, RunProgress, RunStarted
-from peft_vit.studies.plan import PlannedRun, plan_study
+from peft_vit.studies.plan import PlannedRun
 
 Said = CaptureResult[str]
 
@@ -53,30 +51,18 @@ def run_of(
     """Return the folder of a finished run of a method, on these weights or on another model; it is done once."""
 
     @cache
-    def do(name: str, model: str = "test_vit") -> Path:
+    def done(name: str, model: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         start = {"weights": "file", "file": str(weights)} if model == "test_vit" else {"weights": "random"}
-        data = {"dataset": "image-folder", "path": str(images), "validation_images": 12, "test_images": 12}
-        training = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
-        mapping = {
-            "name": "tiny",
-            "seeds": [0],
-            "threads": 1,
-            "device": "cpu",
-            "precision": "fp32",
-            "backbone": {"model": model, **start},
-            "data": {"image_size": 32, **data},
-            "experiments": [{"name": name, "training": training, **EXPERIMENTS[name]}],
-        }
-        file = folder / "tiny.yaml"
+        mapping = tiny_study(name, images=images, backbone={"model": model, **start})
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PEFT_VIT_CACHE", _session_cache)
-            (planned,) = plan_study(study_from_mapping(mapping, file=file), folder, file=file).runs
+            (planned,) = plan_of(mapping, folder).runs
             record = run_and_write(planned.spec, folder)
         assert record.status == "done", record.traceback
         return folder / planned.spec.run_id
 
-    return do
+    return lambda name, model="test_vit": done(name, model)
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from exported_files import packed_model
 from tiny_models import CARD, random_model
 
-from peft_vit.adapters import AdaptedLinear
-from peft_vit.backbones import find_sites
 from peft_vit.deployment import export_onnx, export_openvino, save_low_bit
 from peft_vit.deployment.timing import Calls
 from peft_vit.errors import UserError
-from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BenchRow, read_bench
 from peft_vit.runs import bench as benching
 
@@ -30,16 +29,13 @@ SECONDS = {"float.xml": 2.0, "float.onnx": 4.0, "int4.onnx": 3.0, "int4.safetens
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, model = tmp_path_factory.mktemp("exported"), random_model("test_vit").eval()
+    folder, model = tmp_path_factory.mktemp("exported"), random_model("tiny_pool").eval()
+    card = CARD.model_copy(update={"model": "tiny_pool"})
     for write, name in ((export_onnx, "float.onnx"), (export_openvino, "float.xml")):
-        write(model, folder / name, CARD)
-    for name in {site.module for site in find_sites(model)}:
-        layer = AdaptedLinear(model.get_submodule(name))
-        layer.set_quantized(quantize(layer.weight.detach(), QuantizationFormat("int4", 32, True, torch.float16)))
-        layer.drop_float()
-        model.set_submodule(name, layer)
-    for write, name in ((export_onnx, "int4.onnx"), (save_low_bit, "int4.safetensors")):
-        write(model, folder / name, CARD)
+        write(model, folder / name, card)
+    formats = [QuantizationFormat("int4", 32, True, torch.float16)]
+    export_onnx(packed_model(formats, model), folder / "int4.onnx", card)
+    save_low_bit(packed_model(formats), folder / "int4.safetensors", CARD)  # which another process builds
     return folder
 
 
@@ -123,18 +119,20 @@ def test_a_run_with_float_weights_is_float32_itself_and_peft_folders_take_weight
 
 
 def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted, tmp_path, refused, without) -> None:
-    model, unknown = exported / "float.onnx", tmp_path / "model.txt"
+    model, unknown, changed = exported / "float.onnx", tmp_path / "model.txt", tmp_path / "changed.xml"
     unknown.write_text("no model")
-    assert "model.txt: expected a .onnx, .xml or .safetensors file, a PEFT folder" in refused("bench", model, unknown)
-    assert "no.onnx: is not a readable ONNX file" in refused("bench", tmp_path / "no.onnx")
-    assert "expected whole numbers above 0, as in 1,32; got '0'" in refused("bench", model, "--batch", "1,0")
-    assert "--threads: expected at most 4, the processors here; got 5" in refused("bench", model, "--threads", 5)
-    assert "--weights: has no effect here" in refused("bench", model, "--weights", "hub")
-    assert "ends in .csv or .json" in refused("bench", model, "--output", tmp_path / "bench.txt")
-    changed = tmp_path / "changed.xml"
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
-    changed.write_bytes((exported / "float.xml").read_bytes().replace(b"test_vit", b"test_vlt"))
-    assert "was changed after it was written" in refused("bench", model, changed)
+    changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
+    for arguments, said in (
+        ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a PEFT folder"),
+        ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
+        ((model, "--batch", "1,0"), "--batch: "),
+        ((model, "--threads", 5), "--threads: expected at most 4"),
+        ((model, "--weights", "hub"), "--weights: has no effect here"),
+        ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
+        ((model, changed), "was changed after it was written"),
+    ):
+        assert said in refused("bench", *arguments)
     without("onnxruntime")
     line = refused("bench", exported / "int4.safetensors")
     assert "no float32 model is named, and none can be made: ONNX export needs" in line
@@ -152,8 +150,3 @@ def test_a_file_of_times_is_checked(tmp_path) -> None:
         read_bench(tmp_path / "none.json")
     file.write_text(json.dumps([]))
     assert read_bench(file) == ()
-
-
-def test_threads_default_to_the_processors(exported, planted, command) -> None:
-    command("bench", exported / "float.onnx")
-    assert {threads for _, _, threads, *_ in planted} == {4}

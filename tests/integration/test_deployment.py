@@ -13,17 +13,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+from golden import check_golden
 from PIL import Image
 from safetensors.torch import save_file
+from small_methods import EXPERIMENTS
 from tiny_models import CARD
 
-from peft_vit.deployment import save_low_bit
+from peft_vit.deployment import Calibrated, open_exported, save_low_bit
+from peft_vit.runs import export
 from peft_vit.runs.restore import restore_run
+from peft_vit.statistics import paired_proportions
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("openvino")
 pytest.importorskip("onnxscript")
 pytestmark = pytest.mark.usefixtures("cache")
+INT8 = ("--activations", "int8")
 
 
 def expected(run_dir: Path, files: list[Path]) -> dict[Path, tuple[str, float]]:
@@ -90,36 +95,46 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
             assert np.mean([found[file][0] == wanted[file][0] for file in files]) > 0.5
 
 
-def test_merge_errors_are_printed(run_of, tmp_path, command) -> None:
-    to_file = ("--format", "safetensors", "--output", tmp_path / "model.safetensors")
-    printed = command("export", run_of("int4"), *to_file).out
-    errors = {
-        dtype: float(error)
-        for dtype, error in re.findall(
-            r"with (float\d\d) offsets: relative error of the weights at most (\S+)", printed
-        )
-    }
-    assert errors["float32"] < 1e-6 < errors["float16"] < 5e-3
-    assert "stored: float16 offsets" in printed
-    assert "100.00 % of predictions equal" in printed
-    printed = command("export", run_of("by_row"), *to_file).out
-    assert "quantized anew" in printed
-    assert re.search(r"with codes: relative error of the weights at most \d\.\de-\d\d \(blocks\.", printed)
-    before, after = re.findall(r"accuracy (\S+) % before and (\S+) % after", printed)[0]
-    assert float(before) == pytest.approx(100 * restore_run(run_of("by_row")).record.validation.accuracy, abs=0.01)
-    assert 0 <= float(after) <= 100
+CALLS = (
+    ("int4", "test_vit", "--format safetensors --output a.safetensors"),
+    ("by_row", "test_vit", "--format safetensors --output b.safetensors"),
+    ("int4", "tiny_pool", "--format onnx --runtime fast --output c.onnx"),
+    ("int4", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx"),
+    ("lora", "test_vit", "--output e"),
+)
 
 
-def test_missing_images_are_said(run_of, images, tmp_path, command) -> None:
-    run_dir, hidden = run_of("by_row"), images.with_name("hidden")
-    images.rename(hidden)
+def test_what_exports_say(run_of, images, tmp_path, command, refused, monkeypatch) -> None:
+    """Of merged offsets, of weights that are quantized anew, of products in 8 bits, and where no images are there."""
+    monkeypatch.chdir(tmp_path)
+    said = [command("export", run_of(name, model), *options.split()).out for name, model, options in CALLS]
+    merged, anew, fast, int8, _ = said
+    images.rename(images.with_name("hidden"))
     try:
-        said = command("export", run_dir, "--format", "safetensors", "--output", tmp_path / "model.safetensors")
+        without = ("export", run_of("lora"), "--format", "safetensors", "--output", "f.safetensors")
+        said.append(command(*without).out)
+        line = refused("export", run_of("int4"), "--format", "onnx", "--output", "g.onnx", *INT8)
     finally:
-        hidden.rename(images)
-    assert "Not compared with the run's model" in said.out
-    assert str(images) in said.out
-    assert (tmp_path / "model.safetensors").exists()
+        images.with_name("hidden").rename(images)
+    assert Path("f.safetensors").is_file()
+    assert "--activations: is calibrated on the run's training images, and they are not there" in line
+    assert str(images) in line
+    errors = dict(re.findall(r"with (float\d\d) offsets: relative error of the weights at most (\S+)", merged))
+    assert float(errors["float32"]) < 1e-6 < float(errors["float16"]) < 5e-3
+    assert all("100.00 % of predictions equal" in text for text in (merged, fast))
+    accuracies = r"(\S+) % before and (\S+) % after"
+    before, after = map(float, re.findall(f"accuracy {accuracies}", anew)[0])
+    assert before == pytest.approx(100 * restore_run(run_of("by_row")).record.validation.accuracy, abs=0.01)
+    assert 0 <= after <= 100
+    before, after = map(float, re.findall(f"int8: .* {accuracies}", int8)[0])
+    lost, low, high = map(float, re.findall(r"Lost: (\S+) points .* interval (\S+) to (\S+)\)", int8)[0])
+    assert lost == pytest.approx(before - after, abs=0.02)
+    assert low < lost < high
+    assert command("predict", "d.onnx", images / "class_0" / "00.png").out.count("\t") == 2
+    titles = [f"$ {name} {options}" for name, _, options in CALLS] + ["$ lora, its images are not there"]
+    text = "".join(f"{title}\n{told}" for title, told in zip(titles, said, strict=True)).replace(str(images), "IMAGES")
+    text = re.sub(r"\((blocks|attn_pool)\.[a-z0-9._]+\)", "(MODULE)", text)
+    check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "N", text))
 
 
 def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path, command) -> None:
@@ -153,11 +168,9 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     (tmp_path / "cut.onnx").write_bytes(b"")
     assert "cut.onnx" in refusal(tmp_path / "cut.onnx")
     assert "--weights" in refusal(tmp_path / "cut.onnx", "--weights", "hub")
-    to_onnx = ("--format", "onnx", "--output", tmp_path / "x.bin")
-    assert "ends in .onnx" in refused("export", run_of("lora"), *to_onnx)
     exported = tmp_path / "peft"
     command("export", run_of("lora"), "--output", exported)
-    assert "give their path with --weights" in refusal(exported)
+    assert "--weights" in refusal(exported)
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
     assert "name the right ones" in refusal(exported, "--weights", tmp_path / "other.safetensors")
     card = exported / "peft_vit.json"
@@ -167,6 +180,77 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     assert "head.weight: expected shape (2, " in line
     assert line.endswith("; or peft_vit.json is wrong")
     card.write_text(json.dumps(content | {"model": "no_vit"}))
-    assert "peft_vit.json: backbone.model: unknown model" in refusal(exported, "--weights", weights)
+    assert "peft_vit.json: backbone.model: " in refusal(exported, "--weights", weights)
     card.unlink()
     assert "peft_vit.json" in refusal(exported)
+
+
+# --- how an ONNX file multiplies by low-bit weights ---
+
+
+def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, refused, monkeypatch) -> None:
+    lost = paired_proportions(8, 4, 400)  # one point: 8 gone and 4 new
+    loses = export.Comparison(400, "validation", 0.97, 0.1, 0.9, 0.89, lost)
+    monkeypatch.setattr(export, "_try_int8", lambda *_: (loses, b"the new file"))
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"as before")
+    asked = ("export", run_of("int4"), "--format", "onnx", "--output", file, *INT8)
+    line = refused(*asked)
+    assert "--activations: int8 loses 1.00 points of accuracy on 400 validation images" in line
+    assert line.endswith("--accept-loss 1")
+    assert "more than the 0.9" in refused(*asked, "--accept-loss", "0.9")
+    assert file.read_bytes() == b"as before"
+    assert "Lost: 1.00 points" in command(*asked, "--accept-loss", "1").out
+    assert file.read_bytes() == b"the new file"
+
+
+@pytest.mark.parametrize(
+    ("run", "format", "options", "said"),
+    [
+        ("int4", "openvino", ("--runtime", "fast"), "--runtime: has no effect with --format openvino"),
+        ("int4", "history", ("--runtime", "small"), "--runtime: has no effect with --format history"),
+        ("int4", "safetensors", INT8, "--activations: has no effect with --format safetensors"),
+        ("int4", "peft", ("--accept-loss", "1"), "--accept-loss: has no effect with --format peft"),
+        ("int4", "onnx", ("--runtime", "quick"), "'quick' is not one of 'small', 'fast'"),
+        ("int4", "onnx", ("--activations", "int4"), "'int4' is not one of 'int8'"),
+        ("lora", "onnx", ("--runtime", "fast"), "--runtime: has no effect on this run"),
+        ("lora", "onnx", INT8, "--activations: has no effect on this run"),
+        ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
+        ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
+        ("int2", "onnx", INT8, "blocks.0.attn.qkv is in int2, and int8 takes codes of 3, 4 or 8 bits"),
+        ("lora", "onnx", ("--output", "x.bin"), "ends in .onnx"),
+        *(("int4", "onnx", (*INT8, "--accept-loss", points), "--accept-loss") for points in ("-1", "nan", "101")),
+    ],
+)
+def test_options_without_effect_are_refused(run, format, options, said, run_of, tmp_path, refused, monkeypatch) -> None:
+    int4 = EXPERIMENTS["int4"]
+    int2 = int4 | {"qa_lora": int4["qa_lora"] | {"quantization_bits": 2, "quantization_type": "int2"}}
+    monkeypatch.setitem(EXPERIMENTS, "int2", int2)
+    monkeypatch.chdir(tmp_path)
+    ending = {"openvino": "xml", "history": "csv"}.get(format, format)
+    assert said in refused("export", run_of(run), "--format", format, "--output", f"model.{ending}", *options)
+    assert not list(tmp_path.iterdir())
+
+
+# --- how far a file's model can be believed ---
+
+
+KNOWN = Calibrated(images=60, temperature=3.0, coverages=(0.8, 0.9), thresholds=(0.4, 0.999))
+
+
+@pytest.mark.parametrize("format", ["onnx", "safetensors"])
+def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, command, refused, format) -> None:
+    run = run_of("lora", "tiny_pool")
+    file, image = tmp_path / f"model.{format}", images / "class_1" / "00.png"
+    export.export_run_to_file(run, file, format, calibrated=KNOWN)
+    assert open_exported(file).card.calibrated == KNOWN
+    name, label, sure = command("predict", file, image).out.split("\t")
+    assert name == str(image)
+    assert float(sure) < float(command("predict", run, image).out.split("\t")[2])  # calibrated: not so sure
+    _, *found = command("predict", file, image, "--coverage", "0.9").out.strip().split("\t")
+    assert found[0] == label
+    assert sorted(found[::2]) == ["class_0", "class_1", "class_2"]  # 1 - p is below 0.999 for all
+    assert [float(p) for p in found[1::2]] == sorted((float(p) for p in found[1::2]), reverse=True)
+    assert sum(float(p) for p in found[1::2]) == pytest.approx(1, abs=2e-4)
+    assert "coverage: expected 0.8 to 0.9, " in refused("predict", file, image, "--coverage", "0.95")
+    assert "coverage: is of models that `peft-vit tune` has made" in refused("predict", run, image, "--coverage", "0.9")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import typer
+from nbclient import NotebookClient
 from PIL import Image
 
 import peft_vit
@@ -65,17 +68,10 @@ def test_every_python_block_runs(document: str, tmp_path: Path, monkeypatch: pyt
     assert run_python_blocks(text_of(document), document) > 0
 
 
-def test_a_wrong_block_fails_at_its_own_line() -> None:
-    text = "a\n\n```python\nx = 1\n```\n\n```\nnot python\n```\n\n```python\nassert x == 2\n```\n"
-    with pytest.raises(AssertionError) as raised:
-        run_python_blocks(text, "document.md")
-    assert raised.traceback[-1].lineno == 11  # counted from 0
-
-
 # A block with another word would be neither run nor checked, and nobody would notice.
-@pytest.mark.parametrize("document", GUIDES)
-def test_blocks_say_what_they_hold(document: str) -> None:
-    assert {match[1] for match in _FENCE.finditer(text_of(document))} <= {"", "python", "yaml", "text"}
+def test_blocks_say_what_they_hold() -> None:
+    languages = {match[1] for document in GUIDES for match in _FENCE.finditer(text_of(document))}
+    assert languages <= {"", "python", "yaml", "text"}
 
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -92,17 +88,14 @@ def unknown_options(line: str) -> list[str]:
     return [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
 
 
-@pytest.mark.parametrize("document", ["README.md", *GUIDES])
-def test_commands_and_their_options_exist(document: str) -> None:
-    lines = [line for block in blocks_of(document, "") for line in block.splitlines()]
-    calls = [line for line in lines if line.removeprefix(".venv/bin/").startswith("peft-vit ")]
-    calls += re.findall(r"`(peft-vit [^`]+)`", text_of(document))
-    assert {line: found for line in calls if (found := unknown_options(line))} == {}
-
-
-def test_a_wrong_option_is_found() -> None:
+def test_commands_and_their_options_exist() -> None:
     assert unknown_options("peft-vit run study.yaml --nothing 3  # --else") == ["--nothing"]
     assert unknown_options("peft-vit walk") == ["walk"]
+    for document in ("README.md", *GUIDES):
+        lines = [line for block in blocks_of(document, "") for line in block.splitlines()]
+        calls = [line for line in lines if line.removeprefix(".venv/bin/").startswith("peft-vit ")]
+        calls += re.findall(r"`(peft-vit [^`]+)`", text_of(document))
+        assert {line: found for line in calls if (found := unknown_options(line))} == {}, document
 
 
 STUDY = "docs/tutorials/study.md"
@@ -140,18 +133,56 @@ def test_the_readme_trains_predicts_and_reports(weights, tmp_path, monkeypatch, 
     assert re.search(r"lora +0 ", said), "the row of the one run"
 
 
-def test_the_readme_is_short() -> None:
-    """A reader gives it a minute."""
-    assert len(text_of("README.md").splitlines()) <= 120
-
-
 PATTERNS = ("*.md", "docs/**/*.md", "examples/*.md")
 DOCUMENTS = sorted(str(file.relative_to(ROOT)) for pattern in PATTERNS for file in ROOT.glob(pattern))
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_linked_files_exist(document: str) -> None:
-    file = ROOT / document
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text(encoding="utf-8"))
-    missing = [link for link in links if not (file.parent / link).exists()]
-    assert missing == []
+def test_linked_files_exist_and_the_readme_is_short() -> None:
+    links = [
+        (document, link)
+        for document in DOCUMENTS
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text_of(document))
+    ]
+    assert len(links) > 100
+    assert [(document, link) for document, link in links if not ((ROOT / document).parent / link).exists()] == []
+    assert len(text_of("README.md").splitlines()) <= 120  # a reader gives it a minute
+
+
+# --- the notebook: it runs, and what it shows is of the kind that it says ---
+
+
+NOTEBOOK = ROOT / "docs" / "tutorials" / "notebook.ipynb"
+
+
+def shown(notebook: Mapping) -> list[set[str]]:
+    """Return the forms in which each code cell shows its last value."""
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    results = [[out for out in cell["outputs"] if out["output_type"] == "execute_result"] for cell in cells]
+    return [set(outputs[-1]["data"]) if outputs else set() for outputs in results]
+
+
+@pytest.mark.slow  # what it calls is called by test_api.py and the README
+@pytest.mark.real
+def test_it_runs_and_shows_what_the_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(peft_vit.__file__).parents[1]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    kept = shown(notebook)
+    assert all(kept)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell["outputs"] = []
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=None, resources=place).execute()
+    assert shown(notebook) == kept
+    accuracies = peft_vit.load_results(tmp_path / "runs").runs.set_index("experiment").test_accuracy
+    assert set(accuracies.index) == {"linear", "lora"}
+    assert accuracies.min() > 0.5  # of three classes
+
+
+def test_it_names_nobodys_folders_and_holds_no_warning() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    outputs = [out for cell in notebook["cells"] if cell["cell_type"] == "code" for out in cell["outputs"]]
+    assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+    assert "/home/" not in NOTEBOOK.read_text(encoding="utf-8")
+    assert "site-packages" not in NOTEBOOK.read_text(encoding="utf-8")

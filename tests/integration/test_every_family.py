@@ -10,6 +10,7 @@ import torch
 from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
 from torch import nn
+from written_runs import TRAINING, tiny_study
 
 from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import Architecture, load_backbone
@@ -127,23 +128,6 @@ def test_a_stopped_run_comes_to_the_same_end(run_of, model, tmp_path, name) -> N
     assert outcome_digest(again) == outcome_digest(whole)
 
 
-STUDY = """\
-name: way
-seeds: [0, 1]
-threads: 1
-device: cpu
-precision: fp32
-backbone: {backbone}
-data: {{dataset: image-folder, path: {images}, image_size: 32, validation_images: 12, test_images: 12}}
-measures: {{removal_images: 6}}
-training: {{epochs: 2, batch_size: 8, learning_rate: 1e-2}}
-experiments:
-  - {{name: probe, method: linear, training: {{}}}}
-  - {{name: adaptive, method: adalora, adalora: {adalora}}}
-  - {{name: packed, method: qa_lora, qa_lora: {packed}}}
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize("model", [*WAYS, "transformers siglip2"])
@@ -155,24 +139,22 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
         backbone = {"library": library, "model": str(tmp_path / "base"), "weights": "file"}
     macs = {key: value for key, value in ADALORA.items() if key != "total_rank_budget"} | {"total_mac_budget": 100_000}
     file, results = tmp_path / "way.yaml", tmp_path / "results"
-    packed = EXPERIMENTS["mixed"]["qa_lora"]
-    file.write_text(
-        STUDY.format(backbone=json.dumps(backbone), images=images, adalora=json.dumps(macs), packed=json.dumps(packed))
-    )
+    sections = {"adaptive": {"adalora": macs}, "mixed": {}, "linear": {"training": {}}}
+    experiments = [{"name": name, "training": TRAINING, **EXPERIMENTS[name], **more} for name, more in sections.items()]
+    mapping = tiny_study(images=images, backbone=backbone, experiments=experiments, measures={"removal_images": 6})
+    file.write_text(json.dumps(mapping | {"seeds": [0, 1]}))
     command("run", file, "--output", results)
     command("report", results)
     page = (results / "report" / "report.html").read_text()
     summary = (results / "report" / "analysis_summary.md").read_text()
-    record = read_record(results / "way" / "adaptive" / "seed_0" / "record.json")
+    record = read_record(results / "tiny" / "adaptive" / "seed_0" / "record.json")
     assert record.spec.data.interpolation == ("bilinear" if library else None)
     kinds = {site.matrix for site in record.sites}
     assert len(kinds) >= 5
-    for kind in kinds:
-        assert kind in page
-        assert f"| {kind} |" in summary
+    assert all(kind in page and f"| {kind} |" in summary for kind in kinds)
     files = sorted(images.rglob("*.png"))[::12]
-    for name, kinds_of_files in (("adaptive", ("onnx", "safetensors", "peft")), ("packed", ("onnx", "safetensors"))):
-        run_dir = results / "way" / name / "seed_0"
+    for name, kinds_of_files in (("adaptive", ("onnx", "safetensors", "peft")), ("mixed", ("onnx", "safetensors"))):
+        run_dir = results / "tiny" / name / "seed_0"
         wanted = _predicted(command("predict", run_dir, *files).out)
         for kind in kinds_of_files:
             exported = tmp_path / f"{name}.{kind}"
@@ -189,7 +171,7 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
 def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    asked = ("check", "test_vit", "--image-size", 32)
+    asked = ("check", "tiny_pool", "--image-size", 32)
     printed = command(*asked, "--openvino").out
     assert "ONNX: differs by" in printed
     assert "OpenVINO: differs by" in printed

@@ -36,6 +36,7 @@ def test_it_opens_with_what_it_asks(file: Path) -> None:
     head = file.read_text(encoding="utf-8").split("\nname:")[0]
     assert all(word in head for word in ("Asks:", "Images:", "Weights:", "Command: peft-vit "))
     assert f"# Cost:    {len(study.experiments) * len(study.seeds)} runs" in head
+    assert planned(file).runs
 
 
 @cache
@@ -46,19 +47,14 @@ def planned(file: Path) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_it_plans(file: Path) -> None:
-    assert planned(file).runs
-
-
 def experiments() -> list[object]:
-    """Return all, file and place; slow are those whose method was met before."""
-    found, methods = [], set()
+    """Return all, file and place; slow are all but a probe and one of ranks and bits: unit tests do each small."""
+    found, quick = [], {"linear", "qa_adalora"}
     for file in FILES:
         for place, experiment in enumerate(load_study(file).experiments):
-            marks = [pytest.mark.slow] if experiment.method in methods else []
+            marks = [] if experiment.method in quick else [pytest.mark.slow]
             found.append(pytest.param(file, place, id=f"{file.stem}-{experiment.name}", marks=marks))
-            methods.add(experiment.method)
+            quick.discard(experiment.method)
     return found
 
 

@@ -1,12 +1,13 @@
 """From a folder to its folds and a last test: looked at, tested fold by fold, at the end on sealed images."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from written_runs import run_and_write
+from written_runs import run_and_write, tiny_study
 
 from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.studies import load_studies
@@ -24,10 +25,7 @@ pytestmark = pytest.mark.part("runner")
 def looked_at(images: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Return a copy of the shared folder with a damaged file and a brighter copy, and what was found there."""
     root = tmp_path / "images"
-    for file in sorted(images.rglob("*.png")):
-        target = root / file.relative_to(images)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes())
+    shutil.copytree(images, root)
     (root / "class_0" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with Image.open(root / "class_1" / "00.png") as image:
         image.resize((60, 40)).save(root / "class_1" / "larger.png")
@@ -38,19 +36,16 @@ def looked_at(images: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 def study_of(looked_at: tuple[Path, Path], weights: Path, seeds: list[int], **data: object) -> StudyConfig:
     root, found = looked_at
-    mapping = {
-        "name": "tiny",
-        "seeds": seeds,
-        "threads": 1,
-        "device": "cpu",
-        "precision": "fp32",
-        "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
-        "data": {"dataset": "image-folder", "path": str(root), "images_file": str(found), "image_size": 32, **data},
-        "experiments": [
-            {"name": "plain", "method": "linear", "training": {"probe_l2": 0.1}},
-            {"name": "unflipped", "method": "linear", "training": {"probe_l2": 0.1, "augmentation": []}},
+    probe = {"method": "linear", "training": {"probe_l2": 0.1}}
+    mapping = tiny_study(
+        seeds=seeds,
+        backbone={"model": "test_vit", "weights": "file", "file": str(weights)},
+        data={"dataset": "image-folder", "path": str(root), "images_file": str(found), "image_size": 32, **data},
+        experiments=[
+            {"name": "plain", **probe},
+            {"name": "unflipped", **probe, "training": {"probe_l2": 0.1, "augmentation": []}},
         ],
-    }
+    )
     return study_from_mapping(mapping, file=Path("tiny.yaml"))
 
 
@@ -93,9 +88,7 @@ def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed
     assert record.split_sizes == {"train": len(unsealed), "validation": 0, "test": index.official_test.sum()}
 
 
-def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(
-    looked_at: tuple[Path, Path], weights: Path, cache: str
-) -> None:
+def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(looked_at, weights, cache) -> None:
     for validated in (0, 6):
         study = study_of(looked_at, weights, [4], folds=3, validation_images=validated)
         index = open_index(study.data)

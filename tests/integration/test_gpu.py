@@ -13,19 +13,16 @@ import pytest
 import torch
 from qa_lora_settings import config
 from safetensors.torch import load_file
-from small_methods import EXPERIMENTS
 from torch import nn
 from torch.nn import functional as F
-from written_runs import run_and_write
+from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
 from peft_vit.backbones import find_sites
-from peft_vit.config import study_from_mapping
 from peft_vit.quantization import QuantizedTensor
-from peft_vit.records import RunRecord, run_folder
+from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.plan import plan_study
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 METHODS = ("lora", "adaptive", "nf4", "int4_adaptive")
@@ -45,25 +42,9 @@ def run(images: Path, weights: Path, tmp_path: Path) -> Run:
 
     def do(name: str, device: str, precision: str) -> tuple[RunRecord, Path]:
         folder = tmp_path / f"{device}-{precision}"
-        mapping = {
-            "name": "tiny",
-            "seeds": [0],
-            "threads": 1,
-            "device": device,
-            "precision": precision,
-            "backbone": {"model": "test_vit", "weights": "file", "file": str(weights)},
-            "data": {
-                "dataset": "image-folder",
-                "path": str(images),
-                "image_size": 32,
-                "validation_images": 12,
-                "test_images": 12,
-            },
-            "experiments": [
-                {"name": name, "training": {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}, **EXPERIMENTS[name]}
-            ],
-        }
-        (planned,) = plan_study(study_from_mapping(mapping, file=folder), folder, file=folder / "tiny.yaml").runs
+        backbone = {"model": "test_vit", "weights": "file", "file": str(weights)}
+        mapping = tiny_study(name, images=images, device=device, precision=precision, backbone=backbone)
+        (planned,) = plan_of(mapping, folder).runs
         record = run_and_write(planned.spec, folder)
         assert record.status == "done", record.traceback
         return record, run_folder(folder, planned.spec)
@@ -100,8 +81,8 @@ def nbytes(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_bf16_follows_fp32_on_the_cpu(run: Run, device: torch.device, name: str) -> None:
-    expected, _ = run(name, "cpu", "fp32")
+def test_bf16_follows_fp32_on_the_cpu(run: Run, run_of: Callable[[str], Path], device: torch.device, name: str) -> None:
+    expected = read_record(run_of(name) / RECORD_FILE)
     record, folder = run(name, device.type, "bf16")
     assert record.provenance is not None
     assert torch.device(record.provenance.device).type == device.type
@@ -118,11 +99,13 @@ def test_bf16_follows_fp32_on_the_cpu(run: Run, device: torch.device, name: str)
     assert restore_run(folder).record == record  # what was trained there is read anywhere
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", METHODS)
-def test_fp32_agrees_with_the_cpu(run: Run, device: torch.device, name: str) -> None:
+def test_fp32_agrees_with_the_cpu(run: Run, run_of: Callable[[str], Path], name: str) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default of convolutions
-        record, folder = run(name, device.type, "fp32")
-    expected, reference = run(name, "cpu", "fp32")
+        record, folder = run(name, "cuda", "fp32")
+    reference = run_of(name)
+    expected = read_record(reference / RECORD_FILE)
     assert losses(record) == pytest.approx(losses(expected), rel=0.01)
     assert record.test.nll == pytest.approx(expected.test.nll, rel=0.02)
     there, here = (load_file(one / "adapter.safetensors") for one in (folder, reference))

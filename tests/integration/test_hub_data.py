@@ -59,17 +59,16 @@ class Answer(BaseHTTPRequestHandler):
         """Answer with files and folders in a folder, with `recursive=true` those below too."""
         below = {name: file for name, file in self.server.files.items() if Path(folder) in Path(name).parents}
         folders = {above.as_posix() for name in below for above in Path(name).parents} - {".", folder}
-        deep = "recursive=true" in self.path
-        found: list[dict[str, object]] = [
-            {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+        found: dict[str, dict[str, object]] = {
+            name: {"type": "directory", "oid": "0" * 40, "size": 0}
             for name in sorted(folders)
-            if Path(folder) in Path(name).parents and (deep or Path(name).parent == Path(folder))
-        ]
-        for name, file in below.items():
-            if deep or Path(name).parent == Path(folder):
-                found.append({"type": "file", "oid": _oid(file), "size": file.stat().st_size, "path": name})
-        if found:
-            self._json(found)
+            if Path(folder) in Path(name).parents
+        }
+        found |= {name: {"type": "file", "oid": _oid(f), "size": f.stat().st_size} for name, f in below.items()}
+        deep = "recursive=true" in self.path
+        rows = [row | {"path": name} for name, row in found.items() if deep or Path(name).parent == Path(folder)]
+        if rows:
+            self._json(rows)
         else:
             self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 

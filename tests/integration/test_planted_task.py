@@ -167,11 +167,9 @@ def test_only_the_planted_sites_can_help() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("noise_level", [0.25, 0.5])
+@pytest.mark.parametrize("noise_level", [0.5, pytest.param(0.25, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("metric", ["sensitivity", "fisher", "gradient_norm"])
-def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(
-    metric: str, noise_level: float, seed: int
-) -> None:
+def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(metric, noise_level, seed) -> None:
     outcome = train(metric, seed, noise_level)
     assert outcome.found(), outcome
     assert outcome.scored_highest(), outcome
@@ -190,7 +188,7 @@ def test_magnitude_is_reported(record_property) -> None:
 def test_controls_do_not_find_them() -> None:
     with pytest.warns(SilentNoEffectWarning, match="gave every site the same score"):
         assert not train("uniform", 0, steps=8).found()
-    seeds = 20
+    seeds = 12
     hits = sum(train("random", seed, steps=8).found() for seed in range(seeds))
     by_chance = 1 / 66  # two given sites as the two highest of 12, if no order is preferred
     assert hits <= stats.binom.ppf(0.999, seeds, by_chance)

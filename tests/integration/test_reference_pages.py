@@ -1,16 +1,24 @@
-"""The pages of commands and of configuration keys are current, whole, and say what each option and key means."""
+"""Pages that scripts write are current and whole: commands, configuration keys, backbones, coverage, the notebook."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 
+import backbones
+import interval_coverage as benchmark
+import notebook_page
+import numpy as np
+import pandas as pd
 import pytest
 import reference_pages
 import typer
+from marks import filled
 
 from peft_vit.cli import app
-from peft_vit.config import StudyConfig
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", reference_pages.MADE)
@@ -23,17 +31,15 @@ def test_the_page_is_current(name: str) -> None:
 def test_every_option_of_every_command_stands_there() -> None:
     sections = re.split(r"^## (.+)\n", reference_pages.commands(), flags=re.MULTILINE)[1:]
     told = dict(zip(sections[::2], sections[1::2], strict=True))
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    assert told.keys() == commands.keys()
-    for name, command in commands.items():
+    assert told.keys() == COMMANDS.keys()
+    for name, command in COMMANDS.items():
         options = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        asked = {option for option in options if option.startswith("--")} - {"--help"}
-        assert asked <= set(re.findall(r"`(--[a-z-]+)`", told[name])), name
+        assert {o for o in options - {"--help"} if o.startswith("--")} <= set(re.findall(r"`(--[a-z-]+)`", told[name]))
 
 
 def test_a_command_that_may_exit_with_1_says_when() -> None:
     ways = re.compile(r"typer\.Exit\(1\)|_sum_up\(")
-    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+    for command in COMMANDS.values():
         if ways.search(inspect.getsource(command.callback)):
             assert re.search(r"Exit codes:.* 1 ", " ".join(command.help.split())), command.name
 
@@ -49,6 +55,119 @@ def test_a_section_is_found_by_its_last_name() -> None:
     """Two sections of one name would make one anchor of two, and links lead to the first."""
     titles = re.findall(r"^##+ `?([^`\n]+)`?$", reference_pages.configuration(), flags=re.MULTILINE)
     assert len(set(titles)) == len(titles)
-    assert set(StudyConfig.model_fields) & set(titles) == {
-        "backbone", "data", "measures", "execution", "experiments", "stopping"
-    }  # fmt: skip
+    assert {"backbone", "data", "measures", "execution", "experiments", "stopping"} <= set(titles)
+
+
+# --- backbones ---
+
+
+def test_the_page_says_what_results_hold() -> None:
+    rows, text = pd.read_csv(backbones.ROWS), backbones.DOCUMENT.read_text(encoding="utf-8")
+    assert filled(text, backbones.tables(rows)) == text, "run benchmarks/backbones.py"
+    rows.loc[0, "onnx_error"] = 1.0
+    assert filled(text, backbones.tables(rows)) != text
+
+
+def test_each_architecture_is_named_once_and_marked_where_peft_has_no_effect() -> None:
+    rows = pd.read_csv(backbones.ROWS)
+    text = backbones.each(rows)
+    assert all(text.count(f"`{name}`") == count for name, count in rows.model.value_counts().items())
+    marked = {name for name in rows.model if f"`{name}`\\*" in text}
+    assert marked == set(rows.model[rows.peft_idle.notna()])
+
+
+# --- the notebook ---
+
+
+def test_cells_become_markdown() -> None:
+    html = '<table border="1" class="dataframe"><tr><td>7</td></tr></table>'
+    outputs = [
+        {"text": ["one\n", "\x1b[1mtwo\x1b[0m\n"]},
+        {"data": {"text/plain": ["three"]}},
+        {"data": {"text/plain": "a table", "text/html": [html]}},
+        {"data": {"text/plain": "a report", "text/html": ["<iframe srcdoc='<table>'></iframe>"]}},
+        {"data": {"text/plain": "a figure", "image/png": "AAAA\n"}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "\n", "Text."]},
+        {"cell_type": "code", "source": ["f()"], "outputs": outputs},
+        {"cell_type": "code", "source": ["x = 1"], "outputs": []},
+    ]
+    assert notebook_page.page(cells, "some.ipynb").split("\n\n") == [
+        "# Title",
+        "Text.",
+        "[This page as a notebook](some.ipynb)",
+        "```python\nf()\n```",
+        "```text\none\ntwo\nthree\n```",
+        "<div><table><tr><td>7</td></tr></table></div>",
+        "```text\na report\n```",
+        '<img alt="output" src="data:image/png;base64,AAAA">',
+        "```python\nx = 1\n```\n",
+    ]
+
+
+# --- coverage of intervals, which can be simulated anew ---
+
+
+RESULT = json.loads(benchmark.RESULT.read_text())
+DOCUMENT = benchmark.DOCUMENT.read_text(encoding="utf-8")
+ROWS = {(row["interval"], row["population"], row["n"]): row for row in RESULT["rows"]}
+
+
+def shares(interval: str, n: int) -> dict[str, float]:
+    found = {
+        population: row["coverage"] for (name, population, size), row in ROWS.items() if (name, size) == (interval, n)
+    }
+    assert found.keys() == benchmark.populations().keys()
+    return found
+
+
+def test_the_document_holds_the_result_which_has_every_interval_at_every_size_often_enough() -> None:
+    assert filled(DOCUMENT, {benchmark.MARK: benchmark.table(RESULT)}) == DOCUMENT
+    assert RESULT["setting"]["simulations"] >= 4000
+    assert all(shares(interval, n) for interval in benchmark.INTERVALS for n in (3, 5, 10))
+
+
+@pytest.mark.parametrize("interval", ["mean (or paired difference), t", "probability of improvement of pairs, Wilson"])
+def test_the_result_can_be_simulated_anew(interval: str) -> None:
+    stream, measured = benchmark.INTERVALS[interval]
+    for j, (name, population) in enumerate(benchmark.populations().items()):
+        rng = np.random.default_rng([RESULT["setting"]["seed"], stream, j, 3])
+        again = benchmark.coverage(*measured(rng, population, 3))
+        assert again["coverage"] == pytest.approx(ROWS[interval, name, 3]["coverage"], abs=0.001)
+
+
+def test_what_the_document_says_of_it_is_so() -> None:
+    for n in (3, 5, 10):
+        by_t = shares("mean (or paired difference), t", n)
+        assert 0.87 < by_t.pop("skewed (exponential)") < 0.91
+        assert min(by_t.values()) > benchmark.three_errors_below()
+    for n, least, most in ((3, 0.65, 0.75), (10, 0.85, 0.92)):
+        assert all(least < share < most for share in shares("mean, BCa bootstrap", n).values())
+    assert shares("effect size d, noncentral t", 10)["heavy tails (t, 3 degrees)"] < 0.90
+    apart = [row["without"] for key, row in ROWS.items() if key[0].endswith("improvement, bootstrap") and key[2] == 3]
+    assert min(apart) > 0.2
+    assert ROWS[benchmark.SHARE, "right or wrong", 600]["coverage"] == pytest.approx(0.95, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    "name", ["normal", "skewed (exponential)", "accuracy of 600 images", "heavy tails (t, 3 degrees)"]
+)
+def test_the_truths_are_those_of_the_populations(name: str) -> None:
+    population = benchmark.populations()[name]
+    draws = np.sort(population.draw(np.random.default_rng(0), (2, 200_000)), axis=1)
+    error = 5 * population.deviation / np.sqrt(200_000)
+    assert draws.mean() == pytest.approx(population.mean, abs=error)
+    difference = population.draw(np.random.default_rng(1), (200_000,)) + population.shift
+    difference -= population.draw(np.random.default_rng(2), (200_000,))
+    wins = np.mean(difference > 1e-12) + np.mean(np.abs(difference) <= 1e-12) / 2
+    assert wins == pytest.approx(population.improvement, abs=5 * 0.5 / np.sqrt(200_000))
+
+
+def test_every_function_in_the_document_exists() -> None:
+    from peft_vit import statistics
+
+    named = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)?", DOCUMENT, re.MULTILINE))
+    names = {name for pair in named for name in pair if name} | {"equivalence_verdict"}
+    assert len(names) >= 9
+    assert names <= set(vars(statistics))

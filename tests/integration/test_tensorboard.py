@@ -58,19 +58,14 @@ def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
         assert set(found["train/loss"]) == set(range(1, 7))
 
 
-def test_a_study_that_goes_on_is_exported_again(results, tmp_path) -> None:
+def test_a_study_that_goes_on_is_exported_again(results, tmp_path, command) -> None:
     export_to_tensorboard(results / "tiny" / NAMES[0], tmp_path / "logs")
     (first,) = (tmp_path / "logs").rglob("*tfevents*")
     before = first.read_bytes()
-    assert export_to_tensorboard(results, tmp_path / "logs") == 2
-    assert len(list((tmp_path / "logs").rglob("*tfevents*"))) == 2
-    assert first.read_bytes() == before
-    assert first.name == EVENTS_FILE
-
-
-def test_the_command(results, tmp_path, command) -> None:
     said = command("export", results, "--format", "tensorboard", "--output", tmp_path / "logs").out
     assert said == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
+    assert len(list((tmp_path / "logs").rglob("*tfevents*"))) == 2
+    assert (first.name, first.read_bytes()) == (EVENTS_FILE, before)
 
 
 def test_what_it_refuses(results, tmp_path, without) -> None:

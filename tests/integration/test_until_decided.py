@@ -1,18 +1,23 @@
-"""`run --until-decided`: decided comparisons stop, open ones go on, and a command that was killed goes on."""
+"""`run --until-decided`: decided comparisons stop, open ones go on; what reports and commands then allow for it."""
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import check_golden
 from planted_runs import PlantedRuns, study_of_loras
 
+from peft_vit.analysis import read_results
+from peft_vit.analysis.stopping import compare_all, sequential_results
 from peft_vit.config import study_from_mapping
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
+from peft_vit.statistics import SequentialResult
 from peft_vit.studies.commands import run_until_decided
 from peft_vit.studies.request import Execution
 
@@ -25,30 +30,38 @@ STOPPING: dict[str, Any] = {"control": "base", "margin": 1.0, "looks": [4, 8, SE
 
 
 def mapping(**changes: Any) -> dict[str, Any]:
-    return study_of_loras("colours", ("base", *LEAD), SEEDS) | {"stopping": STOPPING, **changes}
+    """Return a study whose control has the largest rank; one of its rivals has none."""
+    loras = study_of_loras("colours", ("level", "ahead", "base"), SEEDS)
+    behind = {"name": "behind", "method": "linear", "training": {}}
+    return loras | {"stopping": STOPPING, "experiments": [*loras["experiments"][::-1], behind], **changes}
+
+
+def write(file: Path, **changes: Any) -> Path:
+    file.write_text(json.dumps({key: value for key, value in mapping(**changes).items() if value is not None}))
+    return file
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Callable[..., Path]:
-    def write(**changes: Any) -> Path:
-        file = tmp_path / "colours.yaml"
-        file.write_text(json.dumps({key: value for key, value in mapping(**changes).items() if value is not None}))
-        return file
-
-    return write
+    return lambda **changes: write(tmp_path / "colours.yaml", **changes)
 
 
 def accuracy(name: str, seed: int) -> float:
-    own = LEAD.get(name, 0.0) + (NOISE[seed] if name in LEAD else 0.0)
+    own = LEAD[name] + NOISE[seed % SEEDS] if name in LEAD else 0.0
     return 0.7 + 0.001 * seed + own / 100
+
+
+def plant(patch: pytest.MonkeyPatch, executor: PlantedRuns) -> PlantedRuns:
+    """Let every run end at once with the accuracy that is planted for it."""
+    patch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
+    patch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
+    patch.setenv("COLUMNS", "140")
+    return executor
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> PlantedRuns:
-    executor = PlantedRuns(accuracy)
-    monkeypatch.setattr("peft_vit.studies.executors.local.LocalExecutor", lambda *_, **__: executor)
-    monkeypatch.setattr("peft_vit.studies.executors.decode_images", lambda _: None)
-    return executor
+    return plant(monkeypatch, PlantedRuns(accuracy))
 
 
 def lines_of(said: str) -> list[str]:
@@ -65,38 +78,27 @@ WHOLE = {"base": 12, "ahead": 8, "level": 12, "behind": 8}
 def test_what_is_decided_stops_and_what_is_open_goes_on(command, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("run", file(), "--until-decided", "--output", out)
-    lines = lines_of(command(*arguments).out)
-    assert [line.split(":")[0] for line in lines] == [
-        *(f"{name} minus base, {pairs} pairs of at most 12" for pairs in (4, 8) for name in LEAD),
-        "level minus base, 12 pairs of at most 12",
-    ]
-    first, ahead, level, behind, last = lines[0], *lines[3:]
-    assert "not worse by 1? not decided" in first
-    assert first.endswith("Goes on to 8.")
-    assert "+6.11 points" in ahead  # 6 and the mean of eight of NOISE
-    assert "not worse by 1? supported" in ahead
-    assert "better? supported" in ahead
-    assert ahead.endswith("Decided.")
-    assert "not worse by 1? supported" in level
-    assert level.endswith("Goes on to 12.")
-    assert "not worse by 1? refuted" in behind
-    assert "better? refuted" in behind
-    assert last.endswith("Ends here.")
+    shown = command(*arguments, "--dry-run").out
+    assert "48 runs: 48 to do" in shown
+    assert runs.done == []
+    said = command(*arguments).out
+    lines = lines_of(said)
+    assert "+6.11 points" in lines[3]  # 6 and the mean of eight of NOISE
     assert seeds_of(out) == WHOLE
     assert len(runs.done) == sum(WHOLE.values())
-    assert "48 planned = 40 done + 0 failed + 0 pending + 0 running + 8 skipped" in command("status", out).out
     again = command(*arguments).out
-    assert lines_of(again) == [ahead, last, behind], "nothing is done again"
+    assert lines_of(again) == [lines[3], lines[6], lines[5]], "nothing is done again"
     assert len(runs.done) == sum(WHOLE.values())
+    check_golden("until_decided.txt", "\n".join([*lines, "# again", *lines_of(again), command("status", out).out]))
 
 
-@pytest.mark.parametrize("after", [3, 29])
-def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path, after) -> None:
+def test_a_command_that_was_killed_goes_on(command, file, runs, tmp_path) -> None:
     out = tmp_path / "out"
     arguments = ("run", file(), "--until-decided", "--output", out)
-    runs.left = after
-    command(*arguments, code=130)
-    assert sum(seeds_of(out).values()) == after
+    for after in (3, 29):
+        runs.left = after - len(runs.done)
+        command(*arguments, code=130)
+        assert sum(seeds_of(out).values()) == after
     runs.left = 100
     assert lines_of(command(*arguments).out)[-1].startswith("level minus base, 12 pairs")
     assert seeds_of(out) == WHOLE
@@ -111,17 +113,12 @@ def test_a_run_that_fails_leaves_its_comparison_open(command, file, runs, tmp_pa
     assert "colours/behind/seed_5: it was planted" in said.err
     assert "Open: behind; the same command goes on." in said.out
     assert seeds_of(out)["ahead"] == 8
-    assert lines_of(said.out)[-1].startswith("level minus base, 12 pairs")
     runs.accuracy = accuracy
     assert lines_of(command(*arguments).out)[-1].startswith("behind minus base, 8 pairs of at most 12: -5.89 points")
     assert seeds_of(out) == WHOLE
-
-
-def test_a_control_that_fails_stops_all(command, file, runs, tmp_path) -> None:
     runs.accuracy = lambda name, seed: None if (name, seed) == ("base", 4) else accuracy(name, seed)
-    said = command("run", file(), "--until-decided", "--output", tmp_path, code=1)
-    assert "Open: ahead, level, behind;" in said.out
-    assert seeds_of(tmp_path) == {"base": 8, "ahead": 8, "level": 8, "behind": 8}
+    control_failed = command("run", file(), "--until-decided", "--output", tmp_path / "other", code=1)
+    assert "Open: ahead, level, behind;" in control_failed.out
 
 
 def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path) -> None:
@@ -152,34 +149,27 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
     assert seeds_of(tmp_path) == WHOLE
 
 
-REFUSED = {
-    "a section is missing": (("--until-decided",), {"stopping": None}, "stopping: is missing"),
-    "a section has no effect": ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
-    "as within minutes": (("--minutes", 5), {}, "which takes --until-decided"),
-    "smoke": (("--until-decided", "--smoke"), {}, "--until-decided: has no effect with --smoke"),
-    "method": (("--until-decided", "--method", "lora"), {}, "--until-decided: has no effect with --method"),
-    "seeds": (("--until-decided", "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
-    "no time": (("--until-decided", "--minutes", 0), {}, "--minutes: input should be greater than 0, got 0"),
-    "no such control": (("--until-decided",), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
-}
+UNTIL = "--until-decided"
+REFUSED = [  # options, changes of the study, and what the line says
+    ((UNTIL,), {"stopping": None}, "stopping: is missing"),
+    ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
+    (("--minutes", 5), {}, "which takes --until-decided"),
+    ((UNTIL, "--smoke"), {}, "--until-decided: has no effect with --smoke"),
+    ((UNTIL, "--method", "lora"), {}, "--until-decided: has no effect with --method"),
+    ((UNTIL, "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),
+    ((UNTIL, "--minutes", 0), {}, "--minutes: "),
+    ((UNTIL,), {"stopping": {**STOPPING, "control": "none"}}, "'none' is none of"),
+]
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_makes_no_sense_is_refused_and_nothing_is_run(refused, file, runs, tmp_path, case) -> None:
-    options, changes, problem = REFUSED[case]
-    assert problem in refused("run", file(**changes), "--output", tmp_path / "out", *options)
+@pytest.mark.parametrize(("options", "changes", "said"), REFUSED)
+def test_what_makes_no_sense_is_refused_and_nothing_is_run(
+    refused, file, runs, tmp_path, options, changes, said
+) -> None:
+    assert said in refused("run", file(**changes), "--output", tmp_path / "out", *options)
+    assert "--until-decided: is of one study" in refused("run", file(), file(), UNTIL, "--output", tmp_path)
     assert runs.done == []
-    assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").rglob("study.json")]
-
-
-def test_of_two_studies_one_has_to_be_chosen(refused, file, tmp_path) -> None:
-    assert "--until-decided: is of one study" in refused("run", file(), file(), "--until-decided", "--output", tmp_path)
-
-
-def test_a_dry_run_shows_all_that_may_be_needed(command, file, runs, tmp_path) -> None:
-    said = command("run", file(), "--until-decided", "--dry-run", "--output", tmp_path).out
-    assert "48 runs: 48 to do" in said
-    assert runs.done == []
+    assert not list(tmp_path.rglob("study.json"))
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -187,11 +177,11 @@ def test_runs_that_train_are_compared_by_what_they_reach(command, images, weight
     """Colours that are told apart after six steps of all weights, and not by an adapter that hardly moves."""
     monkeypatch.setattr("peft_vit.evaluation.footprint.give_memory_back", lambda: None)  # which walks all of pytest
     training = {"steps": 6, "validate_every": 6, "batch_size": 12}
-    data = {"dataset": "image-folder", "path": str(images), "image_size": 32, "test_split": "per_seed"}
+    folder = {"dataset": "image-folder", "path": str(images), "image_size": 32, "test_split": "per_seed"}
     study = mapping(
         seeds=list(range(6)),
         backbone={"model": "test_vit", "weights": "file", "file": str(weights)},
-        data={**data, "train_images": 24, "validation_images": 6, "test_images": 18},
+        data={**folder, "train_images": 24, "validation_images": 6, "test_images": 18},
         experiments=[
             {"name": "idle", "method": "lora", "lora": {"rank": 1}, "training": {**training, "learning_rate": 1e-6}},
             {"name": "learns", "method": "full", "training": {**training, "learning_rate": 3e-3}},
@@ -213,3 +203,113 @@ def test_runs_that_train_are_compared_by_what_they_reach(command, images, weight
     assert f"learns minus idle, 3 pairs of at most 6: {100 * lead:+.2f} points" in line
     assert line.endswith("Decided.")
     assert len([*(tmp_path / "colours").glob("*/seed_*")]) == 6
+
+
+# --- reports and commands on a study of which two comparisons were decided early ---
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Path:
+    """Return the results of a study of which two comparisons were decided at the second look, and one never."""
+    out = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_VIT_CACHE", _session_cache)
+        plant(patch, PlantedRuns(accuracy))
+        study = study_from_mapping(mapping(name="stopped"), file=Path("stopped.yaml"))
+        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), log=print)
+    return out
+
+
+def course_of(directory: Path, name: str) -> SequentialResult:
+    (study,) = read_results(directory).studies
+    return next(course for course in sequential_results(study) if course.name == name)
+
+
+def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
+    """Write the report without its page; return the table of its findings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_vit.report.figure._saved", lambda *_, **options: b"")  # only tables and texts are read
+        command("report", directory, "--format", "md", "--output", output)
+    (file,) = output.glob("tables/*_findings.csv")
+    with file.open(newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
+    tested = findings_of(command, stopped, tmp_path)
+    told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
+    assert {one["verdict"] for one in told} == {"not decided"}
+    assert {one["p_holm"] for one in tested} == {""}
+    summary = (tmp_path / "analysis_summary.md").read_text().partition("Comparisons with base that stop")[2]
+    ahead = course_of(stopped, "ahead").looks[-1]
+    assert f"supported (p = {ahead.noninferiority.p_value:.3g})" in summary
+    assert f"supported (p = {ahead.superiority.p_value:.3g})" in summary
+    check_golden("stopped_study.md", "\n".join(summary.splitlines()[2:7]) + "\n")
+
+
+def test_recommendation_and_comparison_rest_on_looks(command, refused, stopped, runs, tmp_path) -> None:
+    said = command("recommend", stopped, "--smallest", "params").out
+    level = course_of(stopped, "level").looks[-1]
+    assert f"rejected with p = {level.noninferiority.p_value:.2g} (over all looks and comparisons)" in said
+    wrong = refused("recommend", stopped, "--smallest", "params", "--margin", 2)
+    assert "asked for a margin of 1, not 2 points; give --margin 1" in wrong
+    file = tmp_path / "plain.yaml"
+    write(file, name="plain", stopping=None, seeds=list(range(20, 27)))
+    command("run", file, "--output", tmp_path / "plain")
+    compared = command("compare", stopped, tmp_path / "plain", "--reference", "base", "--allow-mismatch", "splits").out
+    # 0.047 of the plain study: 3 x 2 / 2^7, the exact test of seven pairs over three comparisons
+    p_value = course_of(stopped, "ahead").looks[-1].superiority.p_value
+    rows = [line for line in compared.splitlines() if line.startswith(" ahead")]
+    assert any(" stopped " in row and f"supported (p = {p_value:.2g})" in row for row in rows)
+    assert any(" plain " in row and "supported (p = 0.047)" in row for row in rows)
+    assert "supported" not in compared[compared.index("Over studies") :]
+    recommended = said.partition("The configuration")[0]
+    text = f"$ recommend\n{recommended}\n$ compare\n{compared}".replace(str(stopped), "STOPPED")
+    text = text.replace(str(tmp_path), "HERE")
+    check_golden("stopped_study.txt", "\n".join(map(str.rstrip, text.splitlines())) + "\n")
+
+
+def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_path) -> None:
+    command("report", stopped, "--output", tmp_path, "--no-examples")
+    with (tmp_path / "figures" / "stopped_courses.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    courses = [course_of(stopped, name) for name in LEAD]
+    looks = [look for course in courses for look in course.looks]
+    assert [int(row["pairs"]) for row in rows] == [4, 8, 4, 8, 12, 4, 8]
+    for name, value in (
+        ("difference", lambda look: look.difference),
+        ("difference_low", lambda look: look.low),
+        ("superiority_upper_bound", lambda look: look.superiority.upper_bound),
+        ("noninferiority_lower_bound", lambda look: look.noninferiority.lower_bound),
+        ("superiority_p", lambda look: look.superiority.p_value),
+    ):
+        assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
+    assert "12 pairs: +0.3 [" in (tmp_path / "report.html").read_text()  # what a pointer is told
+    summary = (tmp_path / "analysis_summary.md").read_text()
+    assert "![Courses of the comparisons with base](figures/stopped_courses.png)" in summary
+    assert "3 of 3 comparisons with base have stopped" in summary
+    assert "Incomplete" not in summary, "what was not needed is not missing"
+    assert "How far from base" not in summary, "no figure has intervals of a fixed number of seeds beside these"
+
+
+def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> None:
+    file, out = tmp_path / "plain.yaml", tmp_path / "out"
+
+    def run(seeds: int) -> tuple[set[str], str]:
+        write(file, name="plain", stopping=None, seeds=list(range(seeds)))
+        command("run", file, "--output", out)
+        (study,) = read_results(out).studies
+        return {one.verdict for one in compare_all(study, "base")}, " ".join(study.notices)
+
+    verdicts, notices = run(7)
+    assert {"supported", "refuted"} <= verdicts
+    assert "Continued" not in notices
+    verdicts, notices = run(9)
+    assert verdicts == {"not decided"}
+    assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
+    reason = "no verdict: seeds 7, 8 of plain were added after results"
+    found = [one for one in findings_of(command, out, tmp_path / "analysis") if one["outcome"] == reason]
+    assert found
+    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", "")}
+    assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
+    assert f"Nothing is decided: {reason}." in (tmp_path / "analysis" / "analysis_summary.md").read_text()

@@ -74,11 +74,17 @@ def test_it_is_as_fast_as_anything_that_fits(batch, blocks, costs) -> None:
         assert len(machine.asked) <= 10
 
 
-def test_a_limit_that_is_not_reached_changes_nothing() -> None:
+def test_what_is_not_needed_or_is_decided_stays() -> None:
     machine = Machine(8, PLAIN)
     whole = machine.truth(Setting(8, 0))
     assert choose(whole.peak_bytes, 8, PLAIN, machine) == Choice(Setting(8, 0), whole, Setting(8, 0), whole, fits=True)
     assert machine.asked == [Setting(8, 0)]
+    machine = Machine(8, PLAIN)
+    choice = choose(machine.truth(Setting(4, 5)).peak_bytes, 8, PLAIN, machine, images=4)
+    assert choice.setting == Setting(4, 5) == machine.fastest(choice.cost.peak_bytes, images=4)
+    assert {setting.images for setting in machine.asked} == {4}
+    machine = Machine(8, PLAIN, a_pass=0.0)  # of equally fast ones it takes the most images
+    assert choose(machine.truth(Setting(4, 0)).peak_bytes, 8, PLAIN, machine).setting == Setting(4, 0)
 
 
 def test_more_memory_never_makes_it_slower() -> None:
@@ -90,20 +96,6 @@ def test_more_memory_never_makes_it_slower() -> None:
         assert later <= 1.021 * earlier  # a gain of 2 % is not looked for
     assert seconds[-1] == min(seconds)
     assert [choice.fits for choice in found] == sorted(choice.fits for choice in found)
-
-
-def test_of_equally_fast_ones_it_takes_the_most_images() -> None:
-    machine = Machine(8, PLAIN, a_pass=0.0)
-    choice = choose(machine.truth(Setting(4, 0)).peak_bytes, 8, PLAIN, machine)
-    assert choice.setting == Setting(4, 0)
-
-
-def test_images_that_are_decided_stay() -> None:
-    machine = Machine(8, PLAIN)
-    limit = machine.truth(Setting(4, 5)).peak_bytes
-    choice = choose(limit, 8, PLAIN, machine, images=4)
-    assert choice.setting == Setting(4, 5) == machine.fastest(limit, images=4)
-    assert {one.images for one in machine.asked} == {4}
 
 
 def test_if_nothing_fits_it_says_what_takes_the_least() -> None:

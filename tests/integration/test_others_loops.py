@@ -1,12 +1,14 @@
-"""QALoRATrainer in others' loops: on a model that PEFT has wrapped, in transformers' Trainer, beside the controller."""
+"""QALoRATrainer and the controller in others' loops: with PEFT's layers and with ours, in transformers' Trainer."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from qa_lora_settings import config
+from torch import Tensor, nn
 from torch.nn import functional as F
-from with_loss import trainer_of
 
 from peft_vit import AdaLoraConfig, AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import AdaptedLinear, adapted_modules, current_ranks, merge_by_requantizing, site_adapters
@@ -18,6 +20,8 @@ peft = pytest.importorskip("peft")
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
 
 STEPS = 8
+ADAPTS = {"allocation_strategy": "proportional", "importance_metric": "gradient_norm", "warmup_steps": 2}
+ADAPTS |= {"update_frequency": 2, "final_steps": 2}
 TARGETS = ["qkv", "attn.proj", "fc1", "fc2"]
 
 
@@ -39,6 +43,38 @@ def train(model, trainer, optimizer, batch, steps: int = STEPS) -> list[float]:
         trainer.training_step(model, optimizer, F.cross_entropy(model(batch[0]), batch[1]), step)["loss"]
         for step in range(1, steps + 1)
     ]
+
+
+class WithLoss(nn.Module):
+    """Returns the loss beside the logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.model(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def trainer_of(model: nn.Module, batch: tuple[Tensor, Tensor], folder: Path, steps: int, **options: Any) -> Any:
+    """Return a Trainer that neither clips nor saves; `options` are further TrainingArguments."""
+    arguments = {
+        "max_steps": steps,
+        "per_device_train_batch_size": len(batch[1]),
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        **options,
+    }
+    return transformers.Trainer(
+        model=WithLoss(model),
+        args=transformers.TrainingArguments(output_dir=str(folder), **arguments),
+        train_dataset=[{"pixel_values": x, "labels": y} for x, y in zip(*batch, strict=True)],
+    )
 
 
 def test_peft_layers_stand_on_quantized_weights(tiny_vit, batch) -> None:
@@ -122,9 +158,15 @@ def test_what_peft_has_decided_is_not_decided_again(tiny_vit, changes, lora, mes
         QALoRATrainer(wrapped(tiny_vit(), **lora), settings(**changes), STEPS)
 
 
-def test_that_groups_serve_storage_alone_is_said(tiny_vit) -> None:
+def test_what_has_no_effect_is_said(tiny_vit, batch, tmp_path) -> None:
     with pytest.warns(SilentNoEffectWarning, match="groups of 16 serve storage alone"):
         QALoRATrainer(wrapped(tiny_vit()), settings(quantization_offset=True), STEPS)
+    model = tiny_vit()
+    quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
+    trainer = trainer_of(model, batch, tmp_path, steps=1)  # accelerate wraps its Adam
+    trainer.add_callback(Quantize(quantizer))
+    with pytest.warns(SilentNoEffectWarning, match=r"gradient_scaling_factor 2\.0 nearly cancels under AdamW"):
+        trainer.train()
 
 
 @pytest.mark.part("controller")
@@ -132,14 +174,7 @@ def test_that_groups_serve_storage_alone_is_said(tiny_vit) -> None:
 def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_peft) -> None:
     minimum = 1 if by_peft else 0
     ranks = AdaLoraConfig(
-        total_rank_budget=20,
-        allocation_strategy="proportional",
-        importance_metric="gradient_norm",
-        warmup_steps=2,
-        update_frequency=2,
-        final_steps=2,
-        minimum_rank=minimum,
-        budget_schedule="constant" if by_peft else "cubic",
+        total_rank_budget=20, minimum_rank=minimum, budget_schedule="constant" if by_peft else "cubic", **ADAPTS
     )
     model = wrapped(tiny_vit(), r=2) if by_peft else tiny_vit()
     controller = AdaLoRAController(model, ranks, STEPS, pool=1 if by_peft else 16)
@@ -197,10 +232,56 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
     assert scales == pytest.approx([row["gradient_scale"] for row in quantizer.balance_history], rel=1e-2)
 
 
-def test_adam_that_accelerate_has_wrapped_is_known(tiny_vit, batch, tmp_path) -> None:
-    model = tiny_vit()
-    quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
-    trainer = trainer_of(model, batch, tmp_path, steps=1)
-    trainer.add_callback(Quantize(quantizer))
-    with pytest.warns(SilentNoEffectWarning, match=r"gradient_scaling_factor 2\.0 nearly cancels under AdamW"):
+# --- the controller in transformers' Trainer ---
+
+
+class AllocateRanks(transformers.TrainerCallback):
+    def __init__(self, controller, trainer) -> None:
+        self.controller, self.trainer = controller, trainer
+
+    def on_train_begin(self, args, state, control, optimizer, **others) -> None:
+        self.controller.attach(self.trainer.model_wrapped, optimizer)
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others) -> None:
+        self.scores = self.controller.update_importance_scores(model, state.global_step + 1)
+
+    def on_optimizer_step(self, args, state, control, model, optimizer, **others) -> None:
+        ranks = self.controller.reallocate_ranks(self.scores, state.global_step + 1)
+        self.controller.apply_ranks(model, optimizer, ranks)
+
+
+def with_peft(model):
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["qkv", "fc1"], modules_to_save=["head"])
+    adapted = peft.get_peft_model(model, config)
+    return adapted, AdaLoraConfig(total_rank_budget=16, minimum_rank=1, budget_schedule="constant", **ADAPTS)
+
+
+def with_ours(model):
+    return model, AdaLoraConfig(total_rank_budget=24, budget_schedule="constant", **ADAPTS)
+
+
+@pytest.mark.parametrize("place", [with_peft, with_ours])
+@pytest.mark.parametrize("options", [{}, {"optim": "adamw_torch", "gradient_accumulation_steps": 2}, {"optim": "sgd"}])
+@pytest.mark.part("controller")
+def test_ranks_change_within_the_budget(tiny_vit, batch, tmp_path, place, options) -> None:
+    model, config = place(tiny_vit())
+    controller = AdaLoRAController(model, config, STEPS)
+    before = controller.ranks
+    trainer = trainer_of(model, batch, tmp_path, STEPS, **options)
+    trainer.add_callback(AllocateRanks(controller, trainer))
+    trainer.train()
+    assert controller.ranks == current_ranks(model) != before
+    assert sum(controller.ranks.values()) == config.total_rank_budget
+    optimizer = trainer.optimizer.optimizer  # within accelerate's
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.part("controller")
+def test_a_model_that_trainer_compiles_is_refused(tiny_vit, batch, tmp_path) -> None:
+    model, config = with_peft(tiny_vit())
+    controller = AdaLoRAController(model, config, STEPS)
+    trainer = trainer_of(model, batch, tmp_path, STEPS, torch_compile=True, torch_compile_backend="eager")
+    trainer.add_callback(AllocateRanks(controller, trainer))
+    with pytest.raises(UserError, match=r"torch\.compile has fixed"):
         trainer.train()
