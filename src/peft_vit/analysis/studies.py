@@ -27,11 +27,7 @@ from peft_vit.records import (
     StudyStatus,
     read_contents,
 )
-from peft_vit.records.progress import RunStatus, State, run_of
-
-# Of a run without a record that counts; in one of several folders it may have got further.
-STATES: tuple[State, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
-_FURTHEST_FIRST: tuple[State, ...] = ("running", "pending", "skipped")
+from peft_vit.records.progress import STATES_TO_COME, STATES_WITHOUT_RECORD, RunStatus, run_of
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -140,7 +136,7 @@ class Plan:
         statuses: list[RunStatus] = []
         for run in sorted({*(self.runs if self.configurations else expected), *why} - set(recorded)):
             name = "{}/seed_{}".format(*run)
-            states = [status for state in _FURTHEST_FIRST for status in known.get(run, ()) if status.state == state]
+            states = [status for state in STATES_TO_COME for status in known.get(run, ()) if status.state == state]
             if run in why:
                 states = [RunStatus(name, "left out", note=why[run])]
             # Planned without a state: the record in its folder is of another run, or has come since records were read.
@@ -192,7 +188,11 @@ class Study:
     def counts(self) -> dict[str, int]:
         """Return the number of runs by state; their sum is the number of planned runs."""
         states = Counter(run.state for run in self.unfinished)
-        return {"done": len(self.runs)} | {state: states[state] for state in STATES} | {"failed": len(self.failed)}
+        return (
+            {"done": len(self.runs)}
+            | {state: states[state] for state in STATES_WITHOUT_RECORD}
+            | {"failed": len(self.failed)}
+        )
 
     @property
     def label(self) -> str:
@@ -351,8 +351,8 @@ def _of_unfinished(study: Study) -> Iterator[str]:
     """Say which planned runs there is nothing of."""
     runs_in = grouped((run.state, run.key) for run in study.unfinished)
     # Where comparisons stop, what is skipped is left to the looks.
-    states: tuple[State, ...] = _FURTHEST_FIRST if study.plan.declared is None else _FURTHEST_FIRST[:2]
-    named = [state for state in states if state in runs_in]
+    to_come = [state for state in STATES_TO_COME if state != "skipped" or study.plan.declared is None]
+    named = [state for state in to_come if state in runs_in]
     if named:
         which = ". ".join(f"{state.capitalize()}: {runs_in_words(runs_in[state])}" for state in named)
         planned = len(study.runs) + len(study.failed) + len(study.unfinished)

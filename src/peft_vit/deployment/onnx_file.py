@@ -286,7 +286,7 @@ def export_onnx(
         file: replaced if it exists.
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
-        input_ranges: of every packed layer (`onnx_expanded.input_ranges`): they are multiplied in 8 bits. In place of
+        input_ranges: of every packed layer (`input_ranges`): they are multiplied in 8 bits. In place of
             `runtime`.
 
     Raises:

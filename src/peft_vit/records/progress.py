@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -43,8 +43,12 @@ except ImportError:  # studies run on POSIX systems; elsewhere are copies of the
 
 LOCK_FILE = "lock"
 PROGRESS_FILE = "progress.json"
-# The last two are of reports, which count records: one that does not count, and a run that no study.json tells of.
+# What has become of a run, in the words of status and reports; a killed one is "pending" again. The last two are of
+# reports, which count records: one that does not count, and a run that no study.json tells of.
 State = Literal["done", "failed", "pending", "running", "skipped", "left out", "missing"]
+STATES_OF_STATUS: tuple[State, ...] = ("done", "failed", "pending", "running", "skipped")
+STATES_WITHOUT_RECORD: tuple[State, ...] = ("failed", "left out", "running", "pending", "skipped", "missing")
+STATES_TO_COME: tuple[State, ...] = ("running", "pending", "skipped")  # the furthest first
 _OWNER_BYTES = 1 << 16  # of a lock file are read
 _PATIENCE_S = 0.5  # `owner_of` holds a lock for an instant, which must not turn a study away
 _Text = Annotated[str, AfterValidator(lambda text: " ".join(text.split())[:500])]
@@ -418,7 +422,7 @@ def study_status(folder: Path) -> StudyStatus:
 def status_lines(status: StudyStatus) -> Iterator[str]:
     """Yield the sum of all states, and what there is to say of single runs, in lines that do nothing to a terminal."""
     counts = Counter(run.state for run in status.runs)
-    total = " + ".join(f"{counts[state]} {state}" for state in get_args(State)[:-2])
+    total = " + ".join(f"{counts[state]} {state}" for state in STATES_OF_STATUS)
     yield printable(f"{status.name}: {len(status.runs)} planned = {total}")
     if status.owner is not None:
         yield printable(f"  worked on by {status.owner}")

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
-from peft_vit.analysis.studies import STATES, grouped, seeds_in_words, why_unfinished
+from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunSpec
-from peft_vit.records.progress import RunStatus
+from peft_vit.records.progress import STATES_WITHOUT_RECORD, RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
     count,
@@ -272,7 +272,9 @@ def _planned_table(study: Study, runs: list[RunStatus]) -> Table:
         return [run for run in runs if run.experiment == experiment.name]
 
     def counts(experiment: ExperimentConfig) -> dict[str, int]:
-        return {"done": 0} | {state: sum(run.state == state for run in own(experiment)) for state in STATES}
+        return {"done": 0} | {
+            state: sum(run.state == state for run in own(experiment)) for state in STATES_WITHOUT_RECORD
+        }
 
     return table(
         "planned",
