@@ -78,7 +78,7 @@ def defect_probabilities(path: Path | None = None) -> NDArray[np.float64]:
         path: the data set as a zip or folder; None fetches the wheel.
     """
     tree = open_tree(path or fetch_wheel(ELPV_WHEEL))
-    return np.array([float(line.split()[1]) for line in tree.text(tree.only("labels.csv")).splitlines()])
+    return np.array([float(line.split()[1]) for line in tree.lines(tree.only("labels.csv"))])
 
 
 def by_certainty(record: RunRecord, probabilities: NDArray[np.float64]) -> dict[str, object]:
