@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_product import FrozenWeight, adapted_product
+from peft_vit.adapters.integer_product import integer_product
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.peft_layers import (
     ADAPTER,
@@ -24,9 +25,10 @@ from peft_vit.adapters.peft_layers import (
     sites_of_layers,
     tuner_layers,
 )
-from peft_vit.backbones import Site
+from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error
+from peft_vit.quantization.integers import IntegerWeight, has_integer_products
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -50,6 +52,8 @@ class AdaptedLinear(nn.Module):
         self.sites = nn.ModuleDict()  # adapters, by the kind of their site
         self._sites: dict[str, Site] = {}  # likewise
         self.ablated: frozenset[str] = frozenset()  # names of sites whose updates `without_updates` skips for now
+        self.multiplies_integers = False
+        self._integers: tuple[tuple[Any, ...], IntegerWeight] | None = None  # what they were made from, and they
 
     def add_site(self, site: Site, adapter: SiteAdapter) -> None:
         """Put an adapter on a site's rows; all of a layer act on the same groups of inputs."""
@@ -76,6 +80,14 @@ class AdaptedLinear(nn.Module):
         """Return a copy of the weight in use without the adapters, (out, in) float32."""
         return FrozenWeight(self.weight, self.quantized, self.quantized_share).unpack()
 
+    def integer_weight(self) -> IntegerWeight:
+        """Return the weight in use in 8-bit integers; they are kept until it changes."""
+        version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
+        made_from = (version, self.quantized, self.quantized_share)
+        if self._integers is None or self._integers[0] != made_from:
+            self._integers = (made_from, IntegerWeight.from_float(self.frozen_weight()))
+        return self._integers[1]
+
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
         total = self.frozen_weight()
@@ -101,6 +113,8 @@ class AdaptedLinear(nn.Module):
         updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
             updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
+        if self.multiplies_integers:
+            return integer_product(x, self.integer_weight(), self.bias, updates, pool=self.pool)
         frozen = FrozenWeight(self.weight, self.quantized, self.quantized_share)
         return adapted_product(x, frozen, self.bias, updates, pool=self.pool)
 
@@ -110,6 +124,31 @@ class AdaptedLinear(nn.Module):
             # Moves follow; changes of type do not: they would alter scales and so the weights.
             self.quantized = self.quantized.to(fn(self.quantized.scales).device)
         return self
+
+
+def use_integer_products(model: nn.Module) -> None:
+    """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
+
+    Args:
+        model: whose methods have put their adapters on, changed in place.
+
+    Raises:
+        UserError: if the device has no integer products, or a layer is trained or somebody else's.
+    """
+    device = next(model.parameters()).device
+    if not has_integer_products(device):
+        raise UserError(f"{device.type} multiplies no 8-bit integers; use float", field="training.compute")
+    for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
+            layer = AdaptedLinear(layer)
+            model.set_submodule(name, layer)
+        if not isinstance(layer, AdaptedLinear):
+            reason = "is trained itself" if isinstance(layer, nn.Linear) else f"is a {type(layer).__name__}"
+            raise UserError(
+                f"int8 multiplies frozen linear layers, and {name} {reason}; use float", field="training.compute"
+            )
+        layer.multiplies_integers = True
 
 
 # --- what a model carries ---------------------------------------------------------------------------------------------

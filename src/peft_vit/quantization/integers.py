@@ -1,0 +1,103 @@
+"""Products of 8-bit integers in place of float ones: W a scale for each output, activations one for each row.
+
+With W[o, i] = s[o] c[o, i] and x[n, i] = t[n] q[n, i], codes c and q in int8 and accumulated in int32,
+
+    (x W^T)[n, o] = t[n] s[o] sum_i q[n, i] c[o, i],
+
+which is how SwitchBack (arXiv 2304.13013, sec. 2.2) and LLM.int8 (arXiv 2208.07339, sec. 2.2) multiply. The gradient of
+the inputs is taken by the same codes: (g W)[n, i] = sum_o (g[n, o] s[o]) c[o, i], where g s is rounded row by row. So it
+is that of the weights that the forward pass has, and there is one copy of them.
+
+Trap: a CPU without VNNI instructions adds pairs of products u8 * s8 in 16 bits, which saturates (oneDNN developer
+guide, "Nuances of int8 computations"): with activations shifted to 0..255, pairs are exact while |c| <= 64. So each
+process looks once whether the largest values come out right, and weights take 7 bits where they do not.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LARGEST = 127  # of a code of activations, and of a weight's where products are exact
+_LARGEST_OF_7_BITS = 64
+_ROWS = 32  # of the check; kernels differ by the number of rows, and few take the plainest one
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerWeight:
+    """A weight matrix as 8-bit integers with a scale for each output.
+
+    Attributes:
+        codes: (out, in) int8.
+        scales: (out,) float32.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    @classmethod
+    def from_float(cls, weight: Tensor) -> IntegerWeight:
+        """Round float weights (out, in) to the nearest codes that this machine multiplies exactly."""
+        largest = largest_code(weight.shape[1], weight.device.type)
+        scales = (weight.detach().abs().amax(1).float() / largest).clamp_min_(torch.finfo(torch.float32).tiny)  # (out,)
+        codes = (weight.detach() / scales.unsqueeze(1)).round_().clamp_(-largest, largest).to(torch.int8)  # (out, in)
+        return cls(codes, scales)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> Tensor:
+        """Return the weights that products are made with, (out, in) float32."""
+        return self.codes * self.scales.unsqueeze(1)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes (N, width) int8 and scales (N, 1) float32 of rows in float, rounded to the nearest code."""
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)  # (N, 1)
+    return (x * scales.reciprocal()).round_().to(torch.int8), scales
+
+
+def has_integer_products(device: torch.device | str) -> bool:
+    """Return whether a device multiplies 8-bit integers at all."""
+    kind = torch.device(device).type
+    return kind in ("cpu", "cuda") and _works(kind)
+
+
+def bits_of_weights(inputs: int, device: torch.device | str) -> Literal[7, 8]:
+    """Return the bits that weights with so many inputs have in products on a device."""
+    return 8 if largest_code(inputs, torch.device(device).type) == LARGEST else 7
+
+
+@functools.cache
+def largest_code(inputs: int, device: str) -> int:
+    """Return the largest code of weights whose products with so many inputs are exact on a kind of device.
+
+    The largest values are multiplied once a process, in all signs, and compared with integers of 64 bits.
+    """
+    signs = torch.ones(_ROWS, inputs, dtype=torch.int8)
+    signs[1::4] = -1
+    signs[2::4, ::2] = -1
+    signs[3::4, ::3] = -1
+    x, weight = signs * LARGEST, signs.flip(1).contiguous() * LARGEST  # (32, in)
+    exact = x.long() @ weight.long().T  # (32, 32)
+    return LARGEST if torch.equal(_product(x, weight.T, device), exact) else _LARGEST_OF_7_BITS
+
+
+def _product(x: Tensor, weight: Tensor, device: str) -> Tensor:
+    return torch._int_mm(x.to(device), weight.to(device)).cpu().long()
+
+
+@functools.cache
+def _works(device: str) -> bool:
+    try:
+        ones = torch.ones(_ROWS, _ROWS, dtype=torch.int8)
+        return bool((_product(ones, ones.T, device) == _ROWS).all())
+    except (RuntimeError, NotImplementedError):
+        return False

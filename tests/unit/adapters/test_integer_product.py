@@ -1,0 +1,151 @@
+"""A frozen weight multiplied in integers under adapters: the formula in float64 on the rounded values, gradients too."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import loose_site
+from torch import nn
+
+from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
+from peft_vit.adapters.adapted_model import use_integer_products
+from peft_vit.adapters.integer_product import integer_product
+from peft_vit.backbones import find_sites
+from peft_vit.errors import UserError
+from peft_vit.quantization import QuantizationFormat, quantize
+from peft_vit.quantization.integers import IntegerWeight, quantize_rows
+
+SPANS = (slice(0, 24), slice(40, 64))
+
+
+def adapters(pool: int, parametrization: str = "product", ranks: tuple[int, int] = (4, 3)) -> list[SiteAdapter]:
+    """Return two adapters (24, 32) with random factors."""
+    made = []
+    for seed, rank in enumerate(ranks):
+        generator = torch.Generator().manual_seed(seed)
+        adapter = SiteAdapter(32, 24, rank, scale=1.7, generator=generator, pool=pool, parametrization=parametrization)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        made.append(adapter)
+    return made
+
+
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+@pytest.mark.parametrize(("pool", "parametrization"), [(1, "product"), (8, "product"), (1, "svd"), (8, "svd")])
+def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = IntegerWeight.from_float(torch.randn(64, 32, generator=generator))
+    bias = torch.randn(64, generator=generator)
+    x = torch.randn(rows, 32, generator=generator, requires_grad=True)
+    direction = torch.randn(rows, 64, generator=generator)
+    updates = list(zip(SPANS, adapters(pool, parametrization), strict=True))
+    parameters = [parameter for _, adapter in updates for parameter in adapter.parameters()]
+    y = integer_product(x, weight, bias, updates, pool=pool)
+    got = torch.autograd.grad(y, [x, *parameters], direction)
+
+    codes, scales = quantize_rows(x.detach())
+    rounded = (codes.double() * scales.double()).requires_grad_()
+    exact = [copy.deepcopy(adapter).double() for _, adapter in updates]
+    total = weight.codes.double() * weight.scales.double().unsqueeze(1)
+    total = total + torch.cat([exact[0].delta(), torch.zeros(16, 32), exact[1].delta()])
+    expected = rounded @ total.T + bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-4)
+    of_exact = [parameter for adapter in exact for parameter in adapter.parameters()]
+    to_x, *to_parameters = torch.autograd.grad(expected, [rounded, *of_exact], direction.double())
+    for mine, true in zip(got[1:], to_parameters, strict=True):
+        assert (mine - true).norm() < 1e-5 * true.norm()
+    # The gradient's rows are rounded: half a step of the largest value of a row at most, times |codes|.
+    scaled = direction * weight.scales
+    step = scaled.abs().amax(1, keepdim=True) / 127
+    bound = step / 2 * weight.codes.double().abs().sum(0) + 1e-3
+    assert ((got[0] - to_x).abs() <= bound).all()
+    assert (got[0] - to_x).norm() < 0.02 * to_x.norm()
+
+
+def test_under_autocast_outputs_have_its_type_and_are_near() -> None:
+    weight = IntegerWeight.from_float(torch.randn(64, 32))
+    updates = list(zip(SPANS, adapters(1), strict=True))
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    exact = integer_product(x, weight, None, updates)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = integer_product(x, weight, None, updates)
+    assert y.dtype == torch.bfloat16
+    assert y.shape == (2, 9, 64)
+    torch.testing.assert_close(y.float(), exact, rtol=0.03, atol=0.3)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+
+
+def linear(pool: int = 1) -> AdaptedLinear:
+    layer = AdaptedLinear(nn.Linear(32, 48))
+    adapter = SiteAdapter(32, 48, 2, scale=1.0, generator=torch.Generator().manual_seed(0), pool=pool)
+    layer.add_site(loose_site("query", (0, 48), 32), adapter)
+    layer.multiplies_integers = True
+    return layer
+
+
+def test_integers_follow_the_weight_in_use() -> None:
+    layer = linear()
+    first = layer.integer_weight()
+    assert layer.integer_weight() is first
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    torch.testing.assert_close(layer.integer_weight().scales, 2 * first.scales)
+    layer.set_quantized(quantize(layer.weight, QuantizationFormat("int2", group_size=None, offset=False)))
+    for share in (0.25, 0.5):
+        layer.quantized_share = share
+        assert torch.equal(layer.integer_weight().codes, IntegerWeight.from_float(layer.frozen_weight()).codes)
+    layer.drop_float()
+    assert (layer.integer_weight().dequantize() - layer.quantized.dequantize()).abs().max() < 0.01
+
+
+def test_codes_of_eight_bits_in_one_group_are_multiplied_as_they_are() -> None:
+    layer = linear()
+    layer.set_quantized(
+        quantize(layer.weight, QuantizationFormat("int8", group_size=None, offset=False, scale_dtype=torch.float32))
+    )
+    layer.drop_float()
+    if layer.integer_weight().codes.abs().max() == 127:  # products of 8 bits are exact here
+        torch.testing.assert_close(layer.integer_weight().dequantize(), layer.quantized.dequantize(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pool", [1, 8])
+def test_a_model_multiplies_integers_in_all_blocks_and_learns(tiny_vit, batch, pool) -> None:
+    model = tiny_vit()
+    sites = [site for site in find_sites(model) if site.kind != "mlp_fc1"]
+    attach_adapters(model, sites, 2, scale=1.0, seed=0, pool=pool)
+    images, labels = batch
+    expected = model(images)
+    use_integer_products(model)
+    assert all(module.multiplies_integers for _, module in adapted_modules(model))
+    assert len(list(adapted_modules(model))) == 8  # fc1 without an adapter, too
+    logits = model(images)
+    assert 0 < (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.01)
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    merged = tiny_vit()
+    merged.load_state_dict(merged_state_dict(model))
+    assert (merged(images) - model(images)).abs().max() < 0.1 * logits.abs().max()
+
+
+def test_images_do_not_depend_on_the_batch(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+    use_integer_products(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch[0])[:1], model(batch[0][:1]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_that_is_trained_is_refused(tiny_vit) -> None:
+    with pytest.raises(UserError, match="is trained itself") as caught:
+        use_integer_products(tiny_vit())
+    assert caught.value.field == "training.compute"

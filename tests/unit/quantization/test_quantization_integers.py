@@ -1,0 +1,63 @@
+"""Weights and rows in 8-bit integers: their products are integers' exactly, and weights take 7 bits where they are not."""
+
+import pytest
+import torch
+
+from peft_vit.quantization import integers
+from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, largest_code, quantize_rows
+
+
+@pytest.mark.parametrize("inputs", [8, 30, 64, 384, 1536])
+@pytest.mark.parametrize("rows", [1, 3, 64, 300])
+def test_the_largest_products_are_those_of_64_bit_integers(inputs, rows) -> None:
+    generator = torch.Generator().manual_seed(0)
+    largest = largest_code(inputs, "cpu")
+    signs = torch.randint(0, 2, (rows + 24, inputs), generator=generator, dtype=torch.int8) * 2 - 1
+    signs[0], signs[-1] = 1, 1
+    x, weight = signs[:rows] * integers.LARGEST, signs[rows:] * largest
+    assert torch.equal(torch._int_mm(x, weight.T).long(), x.long() @ weight.long().T)
+    back = torch.randint(0, 2, (rows, 24), generator=generator, dtype=torch.int8) * 2 - 1  # as the gradient's rows
+    product = torch._int_mm(back * integers.LARGEST, weight)
+    assert torch.equal(product.long(), back.long() * integers.LARGEST @ weight.long())
+
+
+def test_weights_take_seven_bits_where_products_saturate(monkeypatch) -> None:
+    def saturating(x, weight, _):
+        """Add pairs of products of x + 128 and the weights in 16 bits, as vpmaddubsw does."""
+        shifted, weights = x.long() + 128, weight.long().T  # (N, in), (out, in)
+        pairs = (shifted.unflatten(1, (-1, 2)).unsqueeze(1) * weights.unflatten(1, (-1, 2))).sum(-1)  # (N, out, in / 2)
+        return pairs.clamp(-(2**15), 2**15 - 1).sum(-1) - 128 * weights.sum(1)
+
+    largest_code.cache_clear()
+    monkeypatch.setattr(integers, "_product", saturating)
+    try:
+        assert bits_of_weights(64, "cpu") == 7
+        weight = IntegerWeight.from_float(torch.randn(16, 64))
+        assert weight.codes.abs().max() == 64
+        x = torch.randint(-127, 128, (5, 64), dtype=torch.int8)
+        assert torch.equal(saturating(x, weight.codes.T, "cpu"), x.long() @ weight.codes.long().T)
+    finally:
+        largest_code.cache_clear()
+
+
+def test_codes_are_the_nearest_and_scales_those_of_the_largest() -> None:
+    weight = torch.randn(12, 40, generator=torch.Generator().manual_seed(1))
+    weight[3] = 0
+    rounded = IntegerWeight.from_float(weight)
+    step = weight.abs().amax(1, keepdim=True) / largest_code(40, "cpu")
+    assert ((rounded.dequantize() - weight).abs() <= step / 2 * (1 + 1e-5)).all()
+    assert torch.equal(rounded.dequantize()[3], torch.zeros(40))
+    codes, scales = quantize_rows(weight)
+    assert codes.dtype == torch.int8
+    assert ((codes * scales - weight).abs() <= weight.abs().amax(1, keepdim=True) / 127 / 2 * (1 + 1e-5)).all()
+    assert codes[[0, 1, 2]].abs().amax(1).tolist() == [127, 127, 127]
+    assert torch.equal(codes[3], torch.zeros(40, dtype=torch.int8))
+
+
+def test_what_is_an_integer_grid_already_stays_as_it_is() -> None:
+    codes = torch.randint(-64, 65, (6, 32), generator=torch.Generator().manual_seed(2))
+    codes[:, 0] = largest_code(32, "cpu")
+    scales = torch.rand(6, 1) + 0.1
+    rounded = IntegerWeight.from_float(codes * scales)
+    assert torch.equal(rounded.codes.long(), codes)
+    torch.testing.assert_close(rounded.dequantize(), codes * scales)
