@@ -303,9 +303,6 @@ class AdaLoRAController:
         self._probe_next_step(model)
 
     def _change(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
-        unknown = next((name for name in ranks if name not in self.names), None)
-        if unknown is not None:
-            raise UserError(f"the model has no adapter on {unknown}", field="ranks")
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit
@@ -345,14 +342,15 @@ class AdaLoRAController:
 
     def export_importance_data(self) -> dict[str, Any]:
         """Return everything that was scored and decided, as plain values ready for JSON."""
-        return {
+        exported = {
             "metric": self.config.importance_metric,
             "strategy": self.config.allocation_strategy,
             "sites": [site.model_dump() for site in self.sites],
-            "scores": copy.deepcopy(self.score_history),
-            "ranks": copy.deepcopy(self.rank_history),
-            "probes": copy.deepcopy(self.probe_history),
+            "scores": self.score_history,
+            "ranks": self.rank_history,
+            "probes": self.probe_history,
         }
+        return copy.deepcopy(exported)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a resumed run needs beside model and optimiser, between two steps.

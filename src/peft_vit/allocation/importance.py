@@ -116,17 +116,21 @@ class ImportanceTracker:
 
         Raises:
             UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
-                or if the loss scale is not a positive number.
+                or has no formula here, or if the loss scale is not a positive number.
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
         sites = adapters.items()
-        if self.metric == "uniform" or METRICS[self.metric].reads_weight:
+        if self.metric == "uniform" or self.metric in SCORES_OF_WEIGHTS:
             return {name: site.lora_A.new_full((site.rank,), self.of_sites.get(name, 1)) for name, site in sites}
         if self.metric == "random":
             return {
                 name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
             }
+        by_gradient = {"gradient_norm": self._size, "fisher": self._size, "sensitivity": self._sensitivity}
+        if self.metric not in ("magnitude", *by_gradient):
+            known = ", ".join(("uniform", "random", "magnitude", *by_gradient, *SCORES_OF_WEIGHTS))
+            raise UserError(f"no formula for {self.metric!r}; use one of {known}", field="importance_metric")
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
@@ -141,8 +145,7 @@ class ImportanceTracker:
             if loss_scale != 1:
                 overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
                 gradients = list(torch._foreach_div(gradients, loss_scale))
-            score = self._sensitivity if self.metric == "sensitivity" else self._size
-            scores = score(parts, None if overflowed else gradients)
+            scores = by_gradient[self.metric](parts, None if overflowed else gradients)
         else:
             scores = {}
         return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}
@@ -184,11 +187,10 @@ class ImportanceTracker:
         """Carry the state through a change of rank: kept triplets keep theirs, new ones start from 0."""
         for (site, quantity), value in self._state.items():
             if site in kept:
-                dim = 1 if quantity.startswith("lora_B") else 0
-                chosen = value.index_select(dim, kept[site].to(value.device))
-                shape = list(value.shape)
-                shape[dim] = ranks[site] - len(kept[site])
-                self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)  # the new rank
+                of_A = quantity.startswith("lora_A")  # (r, in); others have the triplets last: (out, r), (r,)
+                chosen = value.index_select(0 if of_A else -1, kept[site].to(value.device))
+                grown = ranks[site] - len(kept[site])
+                self._state[site, quantity] = F.pad(chosen, (0, 0, 0, grown) if of_A else (0, grown))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the generator's state and the smoothed quantities, by names that safetensors can store."""
@@ -221,9 +223,9 @@ SCORES_OF_WEIGHTS: dict[str, Callable[[Tensor], float]] = {"stable_rank": _stabl
 @torch.no_grad()
 def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
     """Return the score of each adapted site from its frozen weight, nothing under a metric that scores triplets."""
-    if not METRICS[metric].reads_weight:
+    score = SCORES_OF_WEIGHTS.get(metric)
+    if score is None:
         return {}
-    score = SCORES_OF_WEIGHTS[metric]
     layers = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
     layers += [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
     weights = {
@@ -309,26 +311,22 @@ def layer_summary(
         By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site
         counted once whatever its rank; ranks are summed.
     """
-    groups: dict[str, list[str]] = {site.name: [site.name] for site in sites}
-    for site in sites:
+    groups = {site.name: [place] for place, site in enumerate(sites)}
+    for place, site in enumerate(sites):
         for key in (f"blocks.{site.block}", site.matrix, "overall"):
-            groups.setdefault(key, []).append(site.name)
-    return {
-        key: {
-            **_course(np.array([np.mean([entry["scores"][name] for name in members]) for entry in score_history])),
-            "rank": float(sum(ranks[name] for name in members)),
+            groups.setdefault(key, []).append(place)
+    scores = np.array([[entry["scores"][site.name] for site in sites] for entry in score_history])  # (decisions, sites)
+    summary = {}
+    for key, members in groups.items():
+        means = scores.reshape(-1, len(sites))[:, members].mean(1)  # (decisions,)
+        several = len(means) > 1
+        summary[key] = {
+            "mean": float(means.mean()) if len(means) else 0.0,
+            "std": float(means.std(ddof=1)) if several else 0.0,
+            "trend": float(np.polyfit(np.arange(len(means)), means, 1)[0]) if several else 0.0,
+            "rank": float(sum(ranks[sites[place].name] for place in members)),
         }
-        for key, members in groups.items()
-    }
-
-
-def _course(series: np.ndarray) -> dict[str, float]:
-    several = len(series) > 1
-    return {
-        "mean": float(series.mean()) if len(series) else 0.0,
-        "std": float(series.std(ddof=1)) if several else 0.0,
-        "trend": float(np.polyfit(np.arange(len(series)), series, 1)[0]) if several else 0.0,
-    }
+    return summary
 
 
 def attach_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:

@@ -8,8 +8,8 @@ import torch
 from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
-from peft_vit.allocation import calibration
-from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
+from peft_vit.allocation import loss_prediction
+from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
@@ -122,8 +122,8 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
     model.head.weight.requires_grad_(False)
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     head, whole = measured(model, batch, by)
-    monkeypatch.setattr(calibration, "BACKWARD_IMAGES", 3)
-    monkeypatch.setattr(calibration, "_FORWARD_IMAGES", 4)
+    monkeypatch.setattr(loss_prediction, "BACKWARD_IMAGES", 3)
+    monkeypatch.setattr(loss_prediction, "_FORWARD_IMAGES", 4)
     parts = layer_losses(model, dict.fromkeys(layers(model), FORMATS), batch[0], head, by=by, seed=3)
     for name, losses in whole.items():
         assert parts[name] == pytest.approx(losses, rel=1e-3, abs=1e-8)

@@ -289,11 +289,10 @@ def rank_gains(
     gradients = weight_gradients(model, modules, images, lambda chunk: head(backbone.features(chunk)), loss)
     bounds = {}
     for site in sites:
-        rows = slice(*site.rows)
-        pooled = gradients[site.module][rows].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
+        pooled = gradients[site.module][site.span].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
         # Frobenius norms of the gradient's best approximations of rank 0, 1, ... up to its smaller side.
         norms = np.sqrt(np.concatenate([[0.0], squared_singular_values(pooled).cumsum(0).numpy()]))  # (ranks + 1,)
-        bounds[site.name] = _weight(model, site.module)[rows].norm().item() * norms
+        bounds[site.name] = _weight(model, site.module)[site.span].norm().item() * norms
     total = sum(bound[-1] for bound in bounds.values())
     return {name: bound * (sum(losses) / total if total else 0.0) for name, bound in bounds.items()}
 
