@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.allocation.loss_prediction import squared_singular_values, weight_gradients
 from peft_vit.allocation.importance import weight_scores
+from peft_vit.allocation.loss_prediction import squared_singular_values, weight_gradients
 from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate, largest_ranks, limited, rank_costs
 from peft_vit.backbones import Site
 from peft_vit.config import ORDERED_RULES, StartingRanksConfig

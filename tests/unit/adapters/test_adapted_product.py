@@ -259,8 +259,8 @@ def unpacked(monkeypatch: pytest.MonkeyPatch) -> Watch:
 def live_floats_of(shape: tuple[int, int]) -> int:
     """Count the live float tensors of this shape, or of any view of as many numbers."""
     gc.collect()
-    found = (item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter) and item.is_floating_point())
-    return sum(tensor.numel() == shape[0] * shape[1] for tensor in found)
+    tensors = (item for item in gc.get_objects() if type(item) in (Tensor, nn.Parameter))
+    return sum(tensor.is_floating_point() and tensor.numel() == shape[0] * shape[1] for tensor in tensors)
 
 
 @pytest.mark.parametrize(("pool", "bf16"), [(1, False), (8, True)])
