@@ -137,6 +137,7 @@ class SiteAdapter(LowRankUpdate, nn.Module):
         lora_A = torch.randn(count, self.in_features // self.pool, generator=self.generator)
         lora_B = torch.randn(self.out_features, count, generator=self.generator)
         if self.factor_start == "orthonormal":
+            # Q of (in / pool, count) -> A (count, in / pool); Q of (out, count) is B
             return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
         return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
 
@@ -158,7 +159,7 @@ class SiteAdapter(LowRankUpdate, nn.Module):
 
     def orthogonality(self) -> Tensor:
         """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""
-        eye = torch.eye(self.rank, device=self.lora_A.device)
+        eye = torch.eye(self.rank, device=self.lora_A.device)  # (r, r), as both products
         return torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - eye) + torch.linalg.matrix_norm(
             self.lora_A @ self.lora_A.T - eye
         )

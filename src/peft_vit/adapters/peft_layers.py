@@ -11,7 +11,6 @@ import math
 import sys
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ ADAPTER = "default"  # PEFT's name for a model's first adapter
 PREFIX = "base_model.model."  # of the tensors' names in its files
 _SITE = "peft_vit_site"  # a layer keeps its site under this name
 _STARTS = (True, False, "gaussian")  # other starts change the base's weights too, or allow some ranks only
-_generators: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()  # held by a layer it would bar copying
 
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:
@@ -126,6 +124,7 @@ class PeftSite(LowRankUpdate):
     lora_lambda: nn.Parameter | None = None
     lambda_gain = 1.0
     probe = None
+    generator = None  # torch's global one, from which PEFT draws its start, unless a change of rank names another
 
     def __init__(self, holder: Any, key: str) -> None:
         self._holder = holder
@@ -163,15 +162,6 @@ class PeftSite(LowRankUpdate):
     def scale(self) -> float:  # type: ignore[override]
         """Return the factor on B A, which stays when the rank moves."""
         return float(self._layer.scaling[self._adapter])
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """Return the source of triplets that grow; None: torch's global generator, from which PEFT draws its start."""
-        return _generators.get(self._layer)
-
-    @generator.setter
-    def generator(self, generator: torch.Generator) -> None:
-        _generators[self._layer] = generator
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield A and B."""

@@ -30,7 +30,12 @@ _HOLD_TENSORS = {
 
 
 def resize_adapters(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Mapping[str, int], triplet_scores: Mapping[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Mapping[str, int],
+    triplet_scores: Mapping[str, Tensor],
+    *,
+    generators: Mapping[str, torch.Generator] | None = None,
 ) -> dict[str, Tensor]:
     """Give each named site its new rank.
 
@@ -45,6 +50,7 @@ def resize_adapters(
         optimizer: holds their parameters.
         ranks: new rank by site.
         triplet_scores: score of each present triplet by site, (rank,).
+        generators: sources of what grows, by site, in place of the adapters' own.
 
     Returns:
         For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.
@@ -75,6 +81,7 @@ def resize_adapters(
         if rank != adapter.rank:
             order = torch.argsort(triplet_scores[name].detach().cpu(), descending=True, stable=True)  # (old rank,)
             kept[name] = order[:rank].sort().values
+            adapter.generator = (generators or {}).get(name, adapter.generator)
             _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
     return kept
 
@@ -91,7 +98,7 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
         if old is None or new is None:
             continue
         added = new.to(old)
-        staying = old.detach().index_select(dim, keep) * factors[name]
+        staying = old.detach().index_select(dim, keep) * factors[name]  # A (kept, in / pool), B (out, kept), (kept,)
         values = torch.cat([staying, added], dim).contiguous()  # A (rank, in / pool), B (out, rank), lambda (rank,)
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)

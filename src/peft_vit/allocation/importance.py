@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,11 +48,12 @@ from torch.linalg import matrix_norm
 from torch.nn import functional as F
 
 from peft_vit.adapters import AdaptedLinear, Adapter, GradientProbe, SiteAdapter, adapted_modules, site_adapters
+from peft_vit.adapters.low_rank import TRIPLETS
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.backbones import evaluating
 from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
-from peft_vit.records import FisherCheck, SiteInfo
+from peft_vit.records import FisherCheck
 from peft_vit.seeding import torch_generator
 from peft_vit.statistics import spearman
 
@@ -67,7 +68,7 @@ class _Part(NamedTuple):
     weight: Tensor  # A (r, in), B (out, r), lambda (r,)
     gradient: Tensor | None
     dim: int | None  # over a triplet's values; None: it has one
-    size: float = 1.0  # of the parameter over LoRA's own, as the site's rank sets it
+    size: float  # of the parameter over LoRA's own, as the site's rank sets it
 
     @property
     def values(self) -> int:
@@ -257,14 +258,14 @@ def squared_gradients(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
     parts = []
     for site, adapter in adapters.items():
-        lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
-        if lora_A.shape[0] == 0:
+        rank = adapter.rank
+        if rank == 0:
             continue
-        size = adapter.start_size(adapter.rank)
-        parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1, size))
-        parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0, 1 / size))
-        if lora_lambda is not None:
-            parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
+        size = adapter.start_size(rank)
+        for name, dim, part_size in zip(TRIPLETS, (1, 0, None), (size, 1 / size, 1.0), strict=True):
+            weight: Tensor | None = getattr(adapter, name)
+            if weight is not None:
+                parts.append(_Part(site, name, weight.float(), weight.grad, dim, part_size))
     return parts
 
 
@@ -276,7 +277,7 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
                 f"{part.name} has no gradient; call update_importance_scores after backward and before zero_grad",
                 field=part.site,
             )
-        gradients.append(part.gradient.float())
+        gradients.append(part.gradient.float())  # A (r, in / pool), B (out, r), lambda (r,)
     return gradients
 
 
@@ -300,33 +301,6 @@ def _by_site(
     for part, value in zip(parts, values, strict=True):
         total[part.site] = combine(total[part.site], value) if part.site in total else value
     return total
-
-
-def layer_summary(
-    sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
-) -> dict[str, dict[str, float]]:
-    """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
-
-    Returns:
-        By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site
-        counted once whatever its rank; ranks are summed.
-    """
-    groups = {site.name: [place] for place, site in enumerate(sites)}
-    for place, site in enumerate(sites):
-        for key in (f"blocks.{site.block}", site.matrix, "overall"):
-            groups.setdefault(key, []).append(place)
-    scores = np.array([[entry["scores"][site.name] for site in sites] for entry in score_history])  # (decisions, sites)
-    summary = {}
-    for key, members in groups.items():
-        means = scores.reshape(-1, len(sites))[:, members].mean(1)  # (decisions,)
-        several = len(means) > 1
-        summary[key] = {
-            "mean": float(means.mean()) if len(means) else 0.0,
-            "std": float(means.std(ddof=1)) if several else 0.0,
-            "trend": float(np.polyfit(np.arange(len(means)), means, 1)[0]) if several else 0.0,
-            "rank": float(sum(ranks[sites[place].name] for place in members)),
-        }
-    return summary
 
 
 def attach_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
@@ -420,7 +394,7 @@ def check_fisher(
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
     per_sample = dict.fromkeys(adapters, 0.0)
-    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]  # A, B, lambda of each site in turn
     with evaluating(model):
         for image, label, factor in zip(images, labels, share, strict=True):
             model.zero_grad(set_to_none=True)

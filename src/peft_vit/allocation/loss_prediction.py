@@ -120,7 +120,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     singular values.
     """
     matrix = matrix.double().cpu()
-    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix  # of the smaller side
+    # (smaller side, smaller side)
+    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     return torch.linalg.eigvalsh(squares).flip(0).clamp(min=0)
 
 
@@ -204,7 +205,7 @@ def layer_losses(
             return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
         backbone = Backbone(model)
-        squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}
+        squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}  # (out, in) each
         for name, outputs, inputs in layer_gradients(
             model, list(formats), images, lambda chunk: head(backbone.features(chunk)), loss
         ):
@@ -239,11 +240,11 @@ def _divergences(
                 try:
                     for quantized in low[name]:
                         weight.data = quantized.dequantize()
-                        logits[name].append(head(rest()))
+                        logits[name].append(head(rest()))  # (B, width) -> (B, classes)
                 finally:
                     weight.data = floating
 
-        features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
+        features = visit_blocks(backbone, partial(backbone.features, chunk), visit)  # (B, width)
         target = head(features).double().log_softmax(1)  # (B, classes)
         for name, by_format in logits.items():
             for candidate, quantized_logits in enumerate(by_format):

@@ -136,7 +136,7 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
             images, labels, loss = batch
 
             def share_of_mean(logits: Tensor, part: slice) -> Tensor:
-                return loss(logits.float(), labels[part]) * (len(logits) / len(images))
+                return loss(logits.float(), labels[part]) * (len(logits) / len(images))  # (B, classes) -> ()
 
             modules = list(dict.fromkeys(site.module for site in sites))
             gradients = weight_gradients(model, modules, images, model, share_of_mean)
@@ -166,7 +166,7 @@ def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -
 
 
 def _even(budget: int, sites: Sequence[Site], costs: Ints, largest: Ints) -> Ints:
-    ranks = np.minimum(largest, budget // int(costs.sum()))
+    ranks = np.minimum(largest, budget // int(costs.sum()))  # (sites,)
     roomy = np.flatnonzero(ranks < largest).tolist()
     left = budget - int(costs @ ranks)
     for count in range(len(roomy), 0, -1):

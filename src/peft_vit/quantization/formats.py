@@ -167,7 +167,7 @@ def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     Returns:
         uint8 codes of the weights' shape.
     """
-    values, codes = values.sort(stable=True)
+    values, codes = values.sort(stable=True)  # (codes,) each
     scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
     return codes.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
 

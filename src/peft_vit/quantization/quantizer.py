@@ -191,7 +191,7 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
             f"gptq has no effect on {name}: its inputs are all zero on the calibration images; leave it out of targets",
             field="rounding",
         )
-    damped = hessian.clone()
+    damped = hessian.clone()  # (in, in), as all that follow
     damped.diagonal().add_(DAMPING * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True)
