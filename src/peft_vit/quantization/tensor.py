@@ -234,7 +234,8 @@ class QuantizedTensor:
             _check(tensor.dtype in dtypes and tensor.shape == tensor_shape, name, f"expected {stated}, got {got}")
             if tensor.is_floating_point():
                 _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
-        codes = tensors["codes"].contiguous()
+        stored = {name: tensors[name].contiguous() for name in expected}
+        codes = stored["codes"]
         unpacked = unpack_codes(codes, format.bits, codes.shape[1] * 8 // format.bits)  # (out, codes of whole bytes)
         _check(not bool(unpacked[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
         if not format.has_codebook and not format.offset:
@@ -242,10 +243,10 @@ class QuantizedTensor:
             _check(used, "codes", "expected no code 0, which symmetric integers never use")
         for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
             _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
-        scales, *of_blocks = (tensors[name].contiguous() for name in expected if name.startswith("scale"))
-        stored = QuantizedScales(scales, *of_blocks, format.scale_dtype) if format.double_quant else scales
-        offsets = tensors["offsets"].contiguous() if format.offset else None
-        return cls(codes, stored, offsets, (rows, columns), format)
+        scales: Tensor | QuantizedScales = stored["scales"]
+        if format.double_quant:
+            scales = QuantizedScales(stored["scales"], stored["scale_blocks"], stored["scale_mean"], format.scale_dtype)
+        return cls(codes, scales, stored.get("offsets"), (rows, columns), format)
 
 
 def rows_at_once(weight: Tensor) -> int:
