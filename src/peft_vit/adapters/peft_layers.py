@@ -133,7 +133,7 @@ class PeftSite(LowRankUpdate):
         self._adapter, self._config = next(iter(holder.peft_config.items()))
         self.in_features, self.out_features = self._layer.in_features, self._layer.out_features
 
-    @property  # type: ignore[override]
+    @property
     def lora_A(self) -> nn.Parameter:  # noqa: N802 - the field's name, and SiteAdapter's
         """Return A (r, in)."""
         weight: nn.Parameter = self._layer.lora_A[self._adapter].weight

@@ -1,12 +1,9 @@
 """Adapters sit on a model's sites once and start from the seed alone; how far the first step of each form goes."""
 
-import allocation_runs
 import pytest
-import qa_lora_settings
 import torch
 from torch import nn
 
-from peft_vit import AdaLoRAController, QALoRATrainer
 from peft_vit.adapters import (
     SiteAdapter,
     adapter_bytes,
@@ -133,15 +130,6 @@ def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_ad
 def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc2")) -> nn.Module:
     attach_adapters(model, find_sites(model, targets), rank, scale=2.0, seed=seed)
     return model
-
-
-@pytest.mark.part("controller")
-def test_other_classes_are_refused_by_name() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    with pytest.raises(UserError, match="Sequential is not a timm VisionTransformer"):
-        AdaLoRAController(model, allocation_runs.config(), 10)
-    with pytest.raises(UserError, match="Sequential is not a timm VisionTransformer"):
-        QALoRATrainer(model, qa_lora_settings.config(rank=1), 10)
 
 
 def test_only_head_and_adapters_are_trainable_and_listed_in_order(tiny_vit) -> None:
