@@ -39,7 +39,7 @@ class Counts:
 
 
 def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
-    """Return the study, and a line that says what was chosen and what half the image size would save.
+    """Return the study, and a line that says what was chosen.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
     fifth of the others validates.
@@ -81,8 +81,8 @@ def refuse_among_images(folder: Path, output: Path) -> None:
     """
     place, images = (Path(os.path.realpath(os.path.expanduser(path))) for path in (output, folder))
     if place == images or images in place.parents:
-        problem = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
-        raise UserError(problem, file=output, field="--output")
+        reason = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
+        raise UserError(reason, file=output, field="--output")
 
 
 def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
@@ -162,19 +162,14 @@ class _Forecast:
         return steps
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
-        """Return what was chosen, what half the image size would save, and whether the minutes are too few for it."""
+        """Return what was chosen, and whether the minutes are too few for it."""
         length = (
             f", {steps} steps" if self.request.epochs else f", up to {steps} steps, fewer if validation stops to gain"
         )
         if self.request.is_probe:
             length = ""
-        patch = shape.size_step
-        half = max(patch, image_size // 2 // patch * patch)
-        whole_s = self.seconds(shape, steps)
-        share = self.seconds(describe(self.backbone, half), steps) / whole_s
-        saved = "" if half == image_size else f"; {half} px would take about {share:.0%} of the time"
-        line = f"Images of {image_size} px{length}{saved}."
-        if whole_s > self.limit_s * _WITHIN:
+        line = f"Images of {image_size} px{length}."
+        if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
 

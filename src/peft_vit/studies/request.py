@@ -63,16 +63,6 @@ class PlanRequest(StudiesRequest):
     )
 
 
-@dataclass(frozen=True)
-class Execution:
-    """How runs are carried out, beyond what the studies say; see `open_executor` and `drive`."""
-
-    executor: ExecutorName = "local"
-    ray_address: str | None = None
-    oversubscribe: bool = False
-    skip_failed: bool = False
-
-
 class RunRequest(StudiesRequest):
     """Which runs of studies are to be done, and how; the others are skipped, not removed."""
 
@@ -90,9 +80,6 @@ class RunRequest(StudiesRequest):
         OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
         OnlyWith(seeds=None, remedy="the looks decide which seeds are taken: leave one of the two out"),
     ] = Field(default=False, description="only as many seeds as the comparisons of the section `stopping` need")
-    oversubscribe: bool = Field(
-        default=False, description="allow more threads, workers x threads, than there are cores"
-    )
     skip_failed: bool = Field(default=False, description="leave runs alone that failed in an earlier call")
     executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
     ray_address: str | None = Field(
@@ -110,11 +97,6 @@ class RunRequest(StudiesRequest):
                 remedy = f"give one, or leave {self.spelled(field)} out"
                 refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
         return self
-
-    @property
-    def execution(self) -> Execution:
-        """Return how runs are carried out."""
-        return Execution(self.executor, self.ray_address, self.oversubscribe, self.skip_failed)
 
 
 # --- somebody's own images --------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     study, line = study_of(asked())
     assert study.data.image_size == 160  # the model's own
     assert study.experiments[0].training.steps == 1000
-    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain; 80 px would take ")
+    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
         pace(rate)
