@@ -224,7 +224,7 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
     assert go_on(tmp_path, read_study_file(tmp_path), asked(config), source="s.yaml").configuration == config
     with pytest.raises(UserError, match="was begun with another configuration") as caught:
         go_on(tmp_path, read_study_file(tmp_path), asked(asking(config)), source="s.yaml")
-    assert "+  removal_images: 7" in caught.value.details
+    assert "+measures.removal_images: 7" in caught.value.details
 
 
 @pytest.mark.usefixtures("cache")
