@@ -345,11 +345,8 @@ def micro_batch_fault(micro_batch_size: int | None, batch_size: int) -> str | No
     if micro_batch_size is None or (micro_batch_size < batch_size and batch_size % micro_batch_size == 0):
         return None
     smaller = _largest_micro_batch(micro_batch_size, batch_size)
-    if micro_batch_size == batch_size:
-        remedy = "remove it" if smaller is None else f"remove it, or take {smaller}"
-        return f"{micro_batch_size} is the whole batch, which is what passes without it; {remedy}"
     remedy = "remove it" if smaller is None else f"take {smaller}"
-    return f"{micro_batch_size} does not divide the batch of {batch_size}; {remedy}"
+    return f"{micro_batch_size} does not divide the batch of {batch_size} into several parts; {remedy}"
 
 
 def _largest_micro_batch(at_most: int, batch_size: int) -> int | None:

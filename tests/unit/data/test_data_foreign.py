@@ -6,7 +6,6 @@ import gzip
 import os
 import pickle
 import struct
-import tarfile
 import tracemalloc
 import zipfile
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from PIL import Image
-from written_images import encoded, member, png_by_hand, tar_gz
+from written_images import encoded, png_by_hand
 
 from peft_vit.data import decode_image, open_index
-from peft_vit.data.files import unpacked
 from peft_vit.data.packaged import CIFAR10, read_idx
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.errors import UserError
@@ -129,66 +127,6 @@ def test_a_zip_bomb_is_unpacked_no_further_than_an_image_goes(tmp_path, config, 
         pytest.raises(UserError, match=rf"cat/a\.png: is not a readable image \(BadZipFile: {expected}"),
     ):
         index.read(0)
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ([(member("x", type=tarfile.SYMTYPE, linkname="/etc/passwd"), b"")], "holds no x"),
-        ([(member("x", type=tarfile.LNKTYPE, linkname="../../secret"), b"")], "holds no x"),
-        ([(member("x", type=tarfile.FIFOTYPE), b"")], "holds no x"),
-        ([(member("other"), bytes(16 * MIB))], "unpacks to more than 1048576 bytes"),
-        ([(member("other", pax_headers={"comment": "x" * 16 * MIB}), b"")], "unpacks to more than 1048576 bytes"),
-        (
-            [(member("x", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40)}), b"1")],
-            "x is larger than",
-        ),
-    ],
-    ids=["link", "hard link", "pipe", "bomb", "bomb in a header", "sparse"],
-)
-def test_a_tar_that_is_more_than_it_seems(tmp_path, monkeypatch, own_cache, members, message):
-    monkeypatch.setattr("peft_vit.data.files._LARGEST_ARCHIVE_BYTES", MIB)
-    archive = tar_gz(tmp_path / "cifar.tar.gz", members)
-    with in_memory_of(8 * MIB), pytest.raises(UserError, match=rf"cifar\.tar\.gz: .*{message}"):
-        unpacked(archive, ("x",), "0" * 64)
-    assert not [path for path in own_cache.rglob("*") if path.name == "x"]
-
-
-def test_a_tar_whose_member_has_less_than_no_bytes_ends(tmp_path):
-    """It sent Python's reader back to where it came from, for ever (CVE-2025-8194)."""
-    info = member("x")
-    info.size = -512
-    raw = info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
-    (tmp_path / "cifar.tar.gz").write_bytes(gzip.compress(raw))
-    with pytest.raises(UserError, match=r"is not a readable tar\.gz|holds no y"):
-        unpacked(tmp_path / "cifar.tar.gz", ("y",), "0" * 64)
-
-
-def test_a_tar_is_unpacked_into_its_folder_whatever_its_names_say(tmp_path, own_cache):
-    members = [(member("../../../x"), b"1"), (member("/tmp/y"), b"2"), (member("../../z"), b"nobody asked for it")]
-    archive = tar_gz(tmp_path / "cifar.tar.gz", members)
-    folder = unpacked(archive, ("x", "y"), "0" * 64)
-    assert sorted(path.name for path in folder.iterdir()) == ["x", "y"]
-    assert folder.is_relative_to(own_cache)
-    assert {path.parent for path in tmp_path.rglob("[xyz]")} == {folder}
-
-
-@pytest.mark.parametrize("archive", [True, False])
-def test_the_pickled_version_of_cifar_is_refused_unread(tmp_path, config, marker, archive):
-    """The authors also offer batches pickled for Python; anybody can pack something else in their place."""
-    names = (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch", "batches.meta")
-    content = pickle.dumps(Payload(marker))
-    path = tmp_path / "cifar-10-batches-py"
-    if archive:
-        path = tar_gz(
-            tmp_path / "cifar-10-python.tar.gz", [(member(f"cifar-10-batches-py/{n}"), content) for n in names]
-        )
-    else:
-        path.mkdir()
-        for name in names:
-            (path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"fetch the binary archive|holds no cifar-10-binary\.tar\.gz"):
-        open_index(config("cifar10", path))
 
 
 def test_pickles_under_the_names_of_the_binary_version_are_pixels(tmp_path, config, marker):
