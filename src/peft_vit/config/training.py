@@ -50,8 +50,6 @@ class RandomResizedCrop(Frozen):
     def _is_a_part(self) -> Self:
         if self.scale[1] > 1:
             raise ValueError(f"scale: a part has at most the image's area, got {self.scale[1]:g}; lower it to 1")
-        if self.scale == self.ratio == (1.0, 1.0):
-            raise ValueError("scale and ratio of [1, 1] are the whole image, so nothing changes; remove it")
         return self
 
 
@@ -65,12 +63,6 @@ class ColorJitter(Frozen):
     contrast: float = Field(default=0.4, ge=0, description="x of its factor")
     saturation: float = Field(default=0.4, ge=0, description="x of its factor")
     hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
-
-    @model_validator(mode="after")
-    def _something_moves(self) -> Self:
-        if not (self.brightness or self.contrast or self.saturation or self.hue):
-            raise ValueError("all four are 0, so nothing changes; raise one or remove color_jitter")
-        return self
 
 
 class RandAugment(Frozen):

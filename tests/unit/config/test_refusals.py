@@ -148,8 +148,6 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("[mixup: {alpha: 0}]", "[0].mixup.alpha", "than 0"),
         ("[random_resized_crop: {scale: [0.9, 0.2]}]", "[0].random_resized_crop.scale", "0 < low <= high"),
         ("[random_resized_crop: {scale: [0.9, 2]}]", "[0].random_resized_crop", "at most the image's area"),
-        ("[random_resized_crop: {scale: [1, 1], ratio: [1, 1]}]", "[0].random_resized_crop", "nothing changes"),
-        ("[color_jitter: {brightness: 0, contrast: 0, saturation: 0}]", "[0].color_jitter", "all four"),
         ("[flip, flip]", "", "twice"),
         ("[mixup, flip]", "", "put it last"),
     ],

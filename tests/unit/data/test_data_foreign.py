@@ -10,14 +10,12 @@ import tracemalloc
 import zipfile
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 from PIL import Image
 from written_images import encoded, png_by_hand
 
 from peft_vit.data import decode_image, open_index
 from peft_vit.data.packaged import CIFAR10, read_idx
-from peft_vit.data.pixels import cached_pixels
 from peft_vit.errors import UserError
 
 MIB = 1 << 20
@@ -64,29 +62,7 @@ def in_memory_of(most_bytes):
         tracemalloc.stop()
 
 
-def test_the_payload_works(tmp_path):
-    pickle.loads(pickle.dumps(Payload(tmp_path / "made")))
-    assert (tmp_path / "made").is_dir()
-
-
 # --- images ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "webp", "tif"])
-def test_a_postscript_called_an_image_is_not_handed_to_ghostscript(
-    folder, config, marker, tmp_path, monkeypatch, suffix
-):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("gs", "gswin64c"):
-        (programs / name).write_text(f"#!/bin/sh\nmkdir '{marker}'\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-    (folder / f"cat/a.{suffix}").write_text(text)
-    index = open_index(config("image-folder", folder))
-    with pytest.raises(UserError, match=rf"a\.{suffix}: is not an image of a known format"):
-        [index.read(i) for i in range(len(index.labels))]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "ICO", "PPM", "PCX", "TGA", "EPS"])
@@ -154,17 +130,6 @@ def test_an_idx_file_is_unpacked_no_further_than_its_header_says(tmp_path, conte
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
-
-
-def test_a_pickle_in_the_cache_of_pixels_is_not_loaded(folder, config, marker, own_cache):
-    index = open_index(config("image-folder", folder))
-    rows = np.arange(4)
-    before = np.array(cached_pixels(index, rows, 14))
-    (file,) = (own_cache / "pixels").iterdir()
-    objects = np.array([Payload(marker)], dtype=object)
-    for write in (lambda: np.save(file, objects, allow_pickle=True), lambda: file.write_bytes(pickle.dumps(objects))):
-        write()
-        assert np.array_equal(cached_pixels(index, rows, 14), before)
 
 
 def test_a_remembered_hash_that_is_damaged_is_made_again(folder, config, own_cache):

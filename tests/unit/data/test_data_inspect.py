@@ -107,22 +107,6 @@ def test_unreadable_files_are_named_with_their_reasons_and_left_out(root, tmp_pa
     assert not set(index.names) & set(why)
 
 
-def test_grey_transparent_cmyk_and_deep_images_are_read_as_training_reads_them(root):
-    grey = textured(200, colours=1)[:, :, 0]
-    save(root / "dog" / "grey.png", Image.fromarray(grey))
-    save(root / "dog" / "as colour.png", Image.fromarray(grey).convert("RGB"))
-    save(root / "dog" / "deep.png", Image.fromarray(grey.astype(np.uint16) << 8))
-    alpha = Image.fromarray(textured(201)).convert("RGBA")
-    save(root / "dog" / "alpha.png", alpha)
-    save(root / "dog" / "opaque.png", Image.fromarray(textured(201)))
-    save(root / "dog" / "cmyk.jpg", Image.fromarray(textured(202)).convert("CMYK"))
-    seen = inspect_images(root)
-    assert not seen.left_out
-    assert ["dog/as colour.png", "dog/deep.png", "dog/grey.png"] in groups_of(seen)
-    assert ["dog/alpha.png", "dog/opaque.png"] in groups_of(seen)
-    assert len(np.unique(seen.copies)) == len(seen.names) - 4  # "03" has one, grey two, alpha one
-
-
 def test_an_image_under_two_classes_is_left_out_of_everything(root):
     save(root / "dog" / "cat after all.png", textured(7))
     save(root / "cat" / "one more.png", textured(99))
