@@ -315,7 +315,11 @@ def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str,
             "method: full, training: {validate_every: 2}",
             "training.validate_every of 'one' counts validations",
         ),
-        ({"stopping": "{control: one, asked: superiority, every: 2}", "seeds": "[0]"}, "method: full", "needs 2 seeds"),
+        (
+            {"stopping": "{control: one, asked: superiority, every: 2}", "seeds": "[0]"},
+            "method: full",
+            "at least 2 seeds",
+        ),
     ],
 )
 def test_what_contradicts_itself_between_places(lines, experiment: str, word: str, tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ def test_png(kind, depth):
     values = samples(CHANNELS[kind], 2**depth - 1, "u2")
     eight = values.astype(np.int64) if depth == 8 else upper(values)
     expected = rgb(over_white(eight[..., :-1], eight[..., -1:])) if kind in (GREY_ALPHA, RGBA) else rgb(eight)
-    found = seen(png_of(values, depth, kind))
+    pixels = seen(png_of(values, depth, kind))
     if kind in (GREY, RGB):
-        assert np.array_equal(found, expected)
-        assert found[0, 0, 0] == 0
-        assert found[0, 1, 0] == WHITE
+        assert np.array_equal(pixels, expected)
+        assert pixels[0, 0, 0] == 0
+        assert pixels[0, 1, 0] == WHITE
     else:
-        assert np.abs(found - expected).max() <= 1  # Pillow rounds twice
+        assert np.abs(pixels - expected).max() <= 1  # Pillow rounds twice
 
 
 KINDS = [(order, *kind) for order in "<>" for kind in ((1, 1), (2, 3), (2, 4), (5, 4))]
@@ -81,8 +81,8 @@ def test_tiff(order, kind, channels, dtype):
     if kind == 0:  # white is zero
         expected = 255 - expected
     extra = {"extra": 2} if (kind, channels) == (2, 4) else {}  # an alpha that colours are not multiplied by
-    found = seen(tiff_of(values, order, kind, **extra))
-    assert np.abs(found - expected).max() <= (1 if channels == 4 else 0)
+    pixels = seen(tiff_of(values, order, kind, **extra))
+    assert np.abs(pixels - expected).max() <= (1 if channels == 4 else 0)
     if (kind, dtype) == (2, "u1") and channels == 3:
         assert np.array_equal(seen(tiff_of(values, order, kind, planar=True)), values)
 
@@ -197,8 +197,8 @@ def test_orientation(orientation):
     assert np.array_equal(np.asarray(read(buffer.getvalue())), expected)
     deep = (values[..., :1].astype("u2") << 8) + 7
     for order in "<>":
-        found = np.asarray(read(tiff_of(deep, order, 1, orientation=orientation)))
-        assert np.array_equal(found, expected[..., 0])
+        pixels = np.asarray(read(tiff_of(deep, order, 1, orientation=orientation)))
+        assert np.array_equal(pixels, expected[..., 0])
     buffer = io.BytesIO()
     Image.fromarray(np.kron(values, np.ones((16, 16, 1), "u1"))).save(buffer, "JPEG", exif=exif, quality=95)
     small = read(buffer.getvalue()).resize(expected.shape[1::-1], Image.Resampling.BOX)

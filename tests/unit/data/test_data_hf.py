@@ -133,11 +133,11 @@ def test_a_single_parquet_file_is_read_anew_if_it_has_changed(hf, tmp_path, monk
 
 def test_a_run_on_it(config, tmp_path):
     folder = parquet(tmp_path / "set", train=labelled(12), test=labelled(4, 50))
-    asked = config("hf", folder, validation_images=4)
-    data = load_data(asked, 0)
+    configured = config("hf", folder, validation_images=4)
+    data = load_data(configured, 0)
     assert (len(data.train), len(data.validation), len(data.test)) == (8, 4, 4)
     assert data.warnings == ()
-    files = thumbnails(asked, [0, 15], data_sha256=data.data_sha256)
+    files = thumbnails(configured, [0, 15], data_sha256=data.data_sha256)
     assert [np.asarray(Image.open(io.BytesIO(file)))[0, 0, 0] for file in files] == [0, 53]
 
 
@@ -248,18 +248,18 @@ def test_own_splits_are_kept(names, test, notes, hf, tmp_path):
 
 def test_test_images_without_labels_give_way_to_validation_and_that_is_told(config, hf, tmp_path):
     hidden = rows(4, 90, label=(LABEL, [-1] * 4))
-    asked = config("hf", saved(tmp_path, {"train": labelled(12), "validation": labelled(4, 50), "test": hidden}))
-    index = open_index(asked)
+    configured = config("hf", saved(tmp_path, {"train": labelled(12), "validation": labelled(4, 50), "test": hidden}))
+    index = open_index(configured)
     assert index.names[np.argmax(index.official_test)] == "validation[0]"
-    assert image_warnings(index, make_splits(index, asked, 0), 14) == (f"Images: {UNLABELLED}",)
+    assert image_warnings(index, make_splits(index, configured, 0), 14) == (f"Images: {UNLABELLED}",)
     without_column = hf(saved(tmp_path / "other", {"test": rows(4, 90), "train": labelled(12)}))
     assert (without_column.official_test, without_column.notes) == (None, (UNLABELLED,))
 
 
 def test_an_image_on_both_sides_of_its_own_split_is_told(config, tmp_path):
     made = {"train": labelled(12), "test": labelled(4, 10)}
-    asked = config("hf", saved(tmp_path, made))
-    (said,) = load_data(asked, 0).warnings
+    configured = config("hf", saved(tmp_path, made))
+    (said,) = load_data(configured, 0).warnings
     assert said.startswith("Images: 2 images are in two splits, such as train[10] (")
     assert said.endswith(") and test[0] (test); the splits stay as they are")
 
