@@ -228,13 +228,6 @@ def test_a_study_survives_being_written_out_with_all_its_defaults() -> None:
         assert StudyConfig.model_validate_json(study.model_dump_json()) == study
 
 
-def test_settings_that_the_metric_reads_are_allowed() -> None:
-    plain = {"total_rank_budget": 8, "allocation_strategy": "proportional", "update_frequency": 2, "warmup_steps": 4}
-    for metric, betas in (("fisher", ["sensitivity_beta"]), ("sensitivity", ["sensitivity_beta", "uncertainty_beta"])):
-        given = {**plain, "importance_metric": metric, **dict.fromkeys(betas, 0.9)}
-        assert AdaLoraConfig.model_validate(given).model_dump(include={*given}) == given
-
-
 def test_an_endless_file_is_not_read_to_its_end() -> None:
     with pytest.raises(UserError, match="is larger than"):
         load_study("/dev/zero")
@@ -423,14 +416,6 @@ def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path
     with pytest.raises(UserError, match="the same with every seed") as caught:
         study_with(tmp_path, experiments=PROBES, stopping=said)
     assert caught.value.field == "stopping"
-
-
-def test_defaults_are_those_of_peft_where_it_has_some(tmp_path: Path) -> None:
-    adaptive = "{name: one, method: peft_adalora, peft_adalora: {update_frequency: 5, warmup_steps: 4}}"
-    settings = study_with(tmp_path, experiments=adaptive).experiments[0].peft_adalora
-    assert (settings.initial_rank, settings.target_rank, settings.orthogonality_weight) == (12, 8, 0.5)
-    assert (settings.beta1, settings.beta2, settings.scale, settings.final_steps) == (0.85, 0.85, 2.0, None)
-    assert study_with(tmp_path, experiments=LORA.replace("rank: 2", "start: folder")).experiments[0].start == "folder"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_what_is_there_is_counted_and_told(root):
     many = inspect_images(root)
     assert not many.balanced
     parts = (seen.lines(), more.lines(), many.lines())
-    check_golden("data/look.txt", "\n\n".join("\n".join(lines) for lines in parts) + "\n")
+    check_golden("data/inspection.txt", "\n\n".join("\n".join(lines) for lines in parts) + "\n")
 
 
 def test_sides_do_not_depend_on_how_little_of_a_jpeg_is_decoded(root):
