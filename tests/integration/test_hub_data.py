@@ -58,14 +58,14 @@ class Answer(BaseHTTPRequestHandler):
         """Answer with files and folders in a folder, with `recursive=true` those below too."""
         below = {name: file for name, file in self.server.files.items() if Path(folder) in Path(name).parents}
         folders = {above.as_posix() for name in below for above in Path(name).parents} - {".", folder}
-        found: dict[str, dict[str, object]] = {
+        files: dict[str, dict[str, object]] = {
             name: {"type": "directory", "oid": "0" * 40, "size": 0}
             for name in sorted(folders)
             if Path(folder) in Path(name).parents
         }
-        found |= {name: {"type": "file", "oid": _oid(f), "size": f.stat().st_size} for name, f in below.items()}
+        files |= {name: {"type": "file", "oid": _oid(f), "size": f.stat().st_size} for name, f in below.items()}
         deep = "recursive=true" in self.path
-        rows = [row | {"path": name} for name, row in found.items() if deep or Path(name).parent == Path(folder)]
+        rows = [row | {"path": name} for name, row in files.items() if deep or Path(name).parent == Path(folder)]
         if rows:
             self._json(rows)
         else:

@@ -35,7 +35,7 @@ from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
 from peft_vit.errors import UserError, named
-from peft_vit.forecasting.calibration import Costs, keep_costs
+from peft_vit.forecasting.calibration_run import Costs, keep_costs
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, RunSpec, checkpoint_folders, read_record, run_folder
 from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE, find_studies, status_lines, study_lock, study_status
 from peft_vit.report.result_tables import history_table
@@ -268,7 +268,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             file,
             spoil,
             _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--no-profile", "--output", sound.out),
+            ("run", configuration, "--dry-run", "--output", sound.out),
             names=(configuration,),
         )
         for name, file, spoil in files

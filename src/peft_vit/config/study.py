@@ -298,13 +298,16 @@ else:  # a field for each section that a method brings
     )
 
 
+CHECKPOINT_EVERY_S = 30.0
+
+
 class ExecutionConfig(Frozen):
     """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
 
     workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
     retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
     checkpoint_every_s: float = Field(
-        default=30.0, ge=0, description="seconds between checkpoints; 0: after every step"
+        default=CHECKPOINT_EVERY_S, ge=0, description="seconds between checkpoints; 0: after every step"
     )
     gpus: float = Field(default=0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
     memory_gb: float | None = Field(default=None, gt=0, description="memory that a run asks of a Ray cluster")
