@@ -78,7 +78,7 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     """One document of all outcomes: shown, nothing within, not decided, below every adapter, gaps, and two studies."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(tmp_path)
-    made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
+    made = [record for record in records("gaps", 10) if (record.spec.experiment.name, record.spec.seed) != (THIRD, 9)]
     made.append(planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps"))
     planted.write(Path("gaps"), made)
     planted.write(Path("three"), records("three", 3))
@@ -111,7 +111,7 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
     by_hand = []
     for made in (records("ten", 10), records("other", 10)):
-        reached = {(one.spec.experiment.name, one.spec.seed): one.test.accuracy for one in made}
+        reached = {(record.spec.experiment.name, record.spec.seed): record.test.accuracy for record in made}
         by_hand.append(np.mean([reached[WORSE, seed] - reached[BEST, seed] for seed in range(10)]))
     assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
     in_json = json.loads(Path("rows.json").read_text(encoding="utf-8"))

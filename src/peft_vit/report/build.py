@@ -10,7 +10,7 @@ from typing import Any
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.errors import os_fault
-from peft_vit.records import HTML_FILE, MARKDOWN_FILE, as_csv, write_atomically
+from peft_vit.records import HTML_FILE, as_csv, write_atomically
 from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
 from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
 from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument
@@ -22,6 +22,7 @@ from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
 from peft_vit.report.markdown import escaped, notice_parts, write_markdown
 
+MARKDOWN_FILE = "analysis_summary.md"
 MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 

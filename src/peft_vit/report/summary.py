@@ -38,7 +38,7 @@ def facts(study: Study) -> tuple[tuple[str, str], ...]:
     what = "planned" if study.plan.configurations else "expected, every experiment with every seed that occurs,"
 
     def images(spec: RunSpec | StudyConfig) -> str:
-        name = f"synthetic images in the format of {spec.data.dataset}" if study.smoke else spec.data.title
+        name = f"synthetic images in place of {spec.data.dataset}" if study.smoke else spec.data.title
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
     rows = [

@@ -232,9 +232,9 @@ def test_what_is_left_out_is_told_above_every_number_and_by_the_command(format: 
         assert counted.start() < page.index("70.0")  # it leads to them
         assert left_out in re.sub("<wbr>", "", page)
     (results / unfinished.BAD).unlink()
-    (results / "metrics.csv").write_text("1")
+    (results / "linked").symlink_to(results)
     assert code() == 0
-    assert capsys.readouterr().err.startswith(f"note: {results / 'metrics.csv'}: is no file of a study")
+    assert capsys.readouterr().err.startswith(f"note: {results / 'linked'}: is a link to a folder")
     for file in results.rglob("record.json"):
         file.write_text("[]")
     assert code() == 2
