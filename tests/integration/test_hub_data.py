@@ -15,8 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-
-from peft_vit.data import sample_path
+from sample_sets import sample_path
 
 COMMIT = "a" * 40
 API, FILES = "/api/datasets/someone/pets", "/datasets/someone/pets/resolve/"
@@ -90,9 +89,7 @@ def _oid(file: Path) -> str:
 
 @pytest.fixture(params=["hf", "image-folder"])
 def hub(request: pytest.FixtureRequest, cache: str) -> Iterator[Hub]:
-    folder = sample_path(request.param)
-    assert folder is not None
-    with Hub(Path(folder)) as server:
+    with Hub(sample_path(request.param)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

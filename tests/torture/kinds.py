@@ -260,7 +260,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         ("hf", folder / "hf" / "data" / "train-00000-of-00001.parquet", (plain,)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "words.txt", (lines, plain)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "val" / "val_annotations.txt", (lines, plain)),
-        *((name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")),
+        *((name, next((folder / name).iterdir()), (plain,)) for name in ("cifar10", "cifar100")),
         *(("fashion-mnist", file, (packed, plain)) for file in sorted((folder / "fashion-mnist").iterdir())),
     ]
     targets = [
@@ -306,10 +306,9 @@ def _decoding(name: Any, path: Path, configuration: Path | None = None) -> Calla
 
 
 def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """Files of the package's own cache: decoded images, remembered hashes, unpacked archives, and what runs cost."""
-    data, tiny = sound.inputs / "data", sound.inputs / "tiny.yaml"
+    """Files of the package's own cache: decoded images, remembered hashes, and what runs cost."""
+    tiny = sound.inputs / "tiny.yaml"
     images = _decoding("image-folder", sound.inputs / "images")
-    cifar = _decoding("cifar10", data / "cifar10")
 
     def plan_with_costs() -> dict[str, RunSpec]:
         unknown: dict[str, RunSpec] = {}
@@ -326,7 +325,6 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     cases: list[tuple[str, Callable[[], object], Path]] = [
         ("pixels", images, tiny),
         ("hashes", images, tiny),
-        ("unpacked", cifar, data / "cifar10.yaml"),
         ("costs", plan_with_costs, tiny),
     ]
     targets = []

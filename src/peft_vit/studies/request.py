@@ -44,7 +44,7 @@ class StudiesRequest(Request):
         default=None,
         description=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}",
     )
-    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
     workers: int | None = Field(
         default=None, ge=1, description="runs at a time, in place of the studies' own; results do not depend on it"
     )
@@ -192,7 +192,7 @@ class TrainRequest(Request):
     )
     threads: int = Field(default=2, ge=1, description="of PyTorch")
     output: Path = Field(default=DEFAULT_OUTPUT, description="where the record and the adapter go")
-    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:

@@ -150,7 +150,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "limit without unit": ({"memory_limit": "1"}, "'1' is not a size above 0 with its unit"),
     "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),
     "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
-    "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32; take 4"),
+    "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32 into several parts; take 4"),
     "method": ({"method": "lorra"}, "'linear', "),
     "other name": ({"ranks": 4}, "unknown key"),
 }
