@@ -12,6 +12,7 @@ from peft_vit.adapters.adapted_model import (
     packed_weights,
     site_adapters,
     update_ranks,
+    use_integer_products,
     without_updates,
 )
 from peft_vit.adapters.adapter_file import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from peft_vit.adapters.peft_layers import (
 from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error
-from peft_vit.quantization.integers import IntegerWeight, has_integer_products
+from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, has_integer_products
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -129,11 +129,14 @@ class AdaptedLinear(nn.Module):
         return self
 
 
-def use_integer_products(model: nn.Module) -> None:
+def use_integer_products(model: nn.Module) -> Literal[7, 8]:
     """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
 
     Args:
         model: whose methods have put their adapters on, changed in place.
+
+    Returns:
+        The bits of weights, as few as those of the layer with the fewest.
 
     Raises:
         UserError: if the device has no integer products, or a layer is trained or somebody else's.
@@ -141,6 +144,7 @@ def use_integer_products(model: nn.Module) -> None:
     device = next(model.parameters()).device
     if not has_integer_products(device):
         raise UserError(f"{device.type} multiplies no 8-bit integers; use float", field="training.compute")
+    bits: list[Literal[7, 8]] = []
     for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
@@ -152,6 +156,8 @@ def use_integer_products(model: nn.Module) -> None:
                 f"int8 multiplies frozen linear layers, and {name} {reason}; use float", field="training.compute"
             )
         layer.multiplies_integers = True
+        bits.append(bits_of_weights(layer.in_features, device))
+    return min(bits)
 
 
 # --- what a model carries ---------------------------------------------------------------------------------------------

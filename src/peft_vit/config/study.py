@@ -196,7 +196,7 @@ class DataConfig(Settings):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "probe_l2"})
+PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "compute", "probe_l2"})
 NO_EFFECT_ON_PROBES = "has no effect on a linear probe, which is fitted to each image and its flips; remove it"
 S = TypeVar("S", bound=Frozen)
 
@@ -282,6 +282,8 @@ class _Experiment(Frozen):
                 f"has no effect with method: {self.method}, which trains no weights of the backbone; set it in the "
                 "training of experiments with method: full alone"
             )
+        if training.compute == "int8" and (reason := self.kind.without_integers):
+            problems["compute"] = f"int8 multiplies frozen layers, but with method: {self.method} {reason}; remove it"
         refuse(self, {f"training.{name}": message for name, message in problems.items()})
         self.kind.refuse_unread(self, info)
         return self

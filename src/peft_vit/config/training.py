@@ -19,6 +19,7 @@ from peft_vit.errors import UserError
 from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
 
 Flips = Literal["none", "horizontal", "both"]
+Compute = Literal["float", "int8"]
 
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
@@ -207,6 +208,11 @@ class TrainingConfig(Settings):
         default=None,
         ge=1,
         description="images of a batch that pass through the model at a time; a step adds up their gradients",
+    )
+    compute: Compute = Field(
+        default="float",
+        description="of frozen products, in both directions: float, in the study's precision, or int8, in 8-bit "
+        "integers, with a scale for each output of a weight and each row of what it is multiplied by",
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",

@@ -72,6 +72,7 @@ _LATER_OF_EXPERIMENT = {
         "warmup_share",
         "layer_decay",
         "micro_batch_size",
+        "compute",
         "activation_checkpointing",
         "recomputed_blocks",
         "memory_limit",
@@ -403,6 +404,7 @@ class Provenance(_Value):
     head_init_sha256: str
     data_order_sha256: str
     start_sha256: str | None = None  # of the PEFT adapter that training went on from
+    integer_bits: Literal[7, 8] | None = None  # of weights with `compute: int8`; 7 where products of 8 are not exact
 
 
 class RunRecord(_Value):

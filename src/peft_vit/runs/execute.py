@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
+from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
@@ -211,8 +211,9 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
 
     hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
     model.to(device)  # those that are packed come packed
+    integer_bits = use_integer_products(model) if experiment.training.compute == "int8" else None
     # Now that the head is the one that training starts from.
-    provenance = attempt.begin(_provenance(spec, data, backbone, device))
+    provenance = attempt.begin(_provenance(spec, data, backbone, device, integer_bits))
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
@@ -351,7 +352,9 @@ def _train_and_test(
     return result, {"test": measure(logits, labels), "predictions": predicted}
 
 
-def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device) -> Provenance:
+def _provenance(
+    spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, integer_bits: Literal[7, 8] | None
+) -> Provenance:
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))
@@ -375,6 +378,7 @@ def _provenance(spec: RunSpec, data: Data, backbone: LoadedBackbone, device: tor
         head_init_sha256=hash_arrays(backbone.backbone.head.parameters()),
         data_order_sha256=hash_arrays(data.train.order(spec.seed, epoch) for epoch in range(1, epochs + 1)),
         start_sha256=None if start is None else peft_sha256(Path(start)),
+        integer_bits=integer_bits,
     )
 
 

@@ -149,6 +149,8 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
     }
     if spec.data.interpolation is not None:
         depends_on["interpolation"] = spec.data.interpolation
+    if provenance.integer_bits is not None:
+        depends_on["integer_bits"] = provenance.integer_bits
     for hook in hooks:
         depends_on |= hook.features_depend_on()
     digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
