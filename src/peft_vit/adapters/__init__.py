@@ -15,6 +15,7 @@ from peft_vit.adapters.adapted_model import (
     use_integer_products,
     without_updates,
 )
+from peft_vit.adapters.adapted_product import remember_sources
 from peft_vit.adapters.adapter_file import (
     adapter_bytes,
     check_tensors,

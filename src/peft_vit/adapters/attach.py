@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import AdaptedLinear, adapted_sites, site_adapters
-from peft_vit.adapters.adapted_product import remember_sources
 from peft_vit.adapters.low_rank import FactorStart, Parametrization, SiteAdapter
 from peft_vit.adapters.peft_layers import sites_of_layers, tuner_layers
 from peft_vit.backbones import Backbone, Site, chosen, evaluating, freeze_batch_norm, watching
@@ -94,7 +93,6 @@ def attach_adapters(
             pool=pool,
         )
         module.add_site(site, adapter.to(next(model.parameters()).device))
-    remember_sources(model)
     if check:
         check_gradients(model)
 

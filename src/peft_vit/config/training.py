@@ -151,7 +151,7 @@ def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...
     return augmentation
 
 
-ActivationCheckpointing = Literal["none", "blocks", "adaptive"]
+ActivationCheckpointing = Literal["none", "light", "blocks", "adaptive"]
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -216,8 +216,9 @@ class TrainingConfig(Settings):
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
-        description="blocks: each block is computed again in the backward pass, not kept; adaptive: as many as "
-        "memory_limit needs, which is the default where there is one",
+        description="what is computed again in the backward pass, not kept. none: nothing, which is the fastest; light: "
+        "outputs of norms and activation functions under adapters; blocks: each block; adaptive: light, and as many "
+        "blocks as memory_limit needs, which is the default where there is one",
     )
     recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(
         default=None,

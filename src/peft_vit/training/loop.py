@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
+from peft_vit.adapters import (
+    adapted_modules,
+    current_ranks,
+    remember_sources,
+    restore_trained,
+    set_ranks,
+    site_adapters,
+    trained_tensors,
+)
 from peft_vit.adapters.peft_layers import peft_layers, peft_ranks
 from peft_vit.backbones import Backbone, apply_temperature, freeze_batch_norm
 from peft_vit.config import TrainingConfig
@@ -197,6 +205,8 @@ class TrainingState:
         self._epoch_steps = steps_per_epoch(len(data.train), config.batch_size)
         self._class_weights = loss_weights(config, data, runtime.device)  # (classes,)
         blocks = blocks_of(model)
+        if config.activation_checkpointing in ("light", "adaptive"):
+            remember_sources(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._best = BestState()
         if resume is not None:

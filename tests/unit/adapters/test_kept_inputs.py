@@ -20,7 +20,7 @@ from peft_vit.adapters import (
     attach_adapters,
     site_adapters,
 )
-from peft_vit.adapters.adapted_product import source_of
+from peft_vit.adapters.adapted_product import remember_sources, source_of
 from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizationFormat, quantize
 
@@ -36,6 +36,7 @@ def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def adapted(model: nn.Module, pool: int = 1, type: str | None = None) -> nn.Module:
     attach_adapters(model, find_sites(model), 3, scale=1.0, seed=0, pool=pool)
+    remember_sources(model)
     for adapter in site_adapters(model).values():
         nn.init.normal_(adapter.lora_B, std=0.1)
     for _, module in adapted_modules(model):

@@ -1,4 +1,4 @@
-"""Weights and rows in 8-bit integers: their products are integers' exactly, and weights take 7 bits where they are not."""
+"""Weights and rows in 8-bit integers: products are integers' exactly; weights take 7 bits where 8 would saturate."""
 
 import pytest
 import torch
