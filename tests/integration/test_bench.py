@@ -44,8 +44,8 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Let each file take known seconds, times threads and batch, with one slow call; return what was asked for."""
     asked: list[tuple[Any, ...]] = []
 
-    def known(file: Path, batches: Any, *, threads: int, rounds: int, weights: str | None) -> dict[int, Calls]:
-        asked.append((file.name, tuple(batches), threads, rounds, weights))
+    def known(file: Path, batches: Any, *, threads: int, rounds: int) -> dict[int, Calls]:
+        asked.append((file.name, tuple(batches), threads, rounds))
         usual = SECONDS.get(file.name, 6.0)
         each = {batch: [usual * batch / threads] * (rounds - 1) + [1000.0] for batch in batches}
         return {batch: Calls(tuple(values), tuple(values)) for batch, values in each.items()}
@@ -86,7 +86,7 @@ def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, pla
     models = [exported / name for name in names]
     options = ("--batch", 1, "--batch", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2, "--output", output)
     said = command("bench", *models, *options)
-    assert planted == [(name, (1, 8), threads, 5, None) for _ in range(2) for threads in (1, 2) for name in names]
+    assert planted == [(name, (1, 8), threads, 5) for _ in range(2) for threads in (1, 2) for name in names]
     rows = rows_of(output)
     assert list(rows) == [(name, batch, threads) for threads in (1, 2) for batch in (1, 8) for name in names]
     for (name, batch, threads), row in rows.items():
@@ -107,15 +107,14 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
     assert packed.bytes < made.bytes / 2
 
 
-def test_a_run_with_float_weights_is_float32_itself_and_peft_folders_take_weights(
-    run_of, weights, planted, tmp_path, command
+def test_a_run_with_float_weights_is_float32_itself_and_a_peft_folder_is_none(
+    run_of, planted, tmp_path, command, refused
 ) -> None:
     command("export", run_of("lora"), "--output", tmp_path / "adapter")
-    output = tmp_path / "bench.json"
-    command("bench", run_of("lora"), tmp_path / "adapter", "--weights", weights, "--output", output)
-    assert planted[:2] == [("0.safetensors", (1,), 4, 20, None), ("adapter", (1,), 4, 20, str(weights))]
-    whole, adapter = read_bench(output)
-    assert (whole.ratio, adapter.format, adapter.over) == (1.0, "peft", str(run_of("lora")))
+    command("bench", run_of("lora"), "--output", tmp_path / "bench.json")
+    assert planted[:1] == [("0.safetensors", (1,), 4, 20)]
+    assert [row.ratio for row in read_bench(tmp_path / "bench.json")] == [1.0]
+    assert "adapter: is an adapter without its base" in refused("bench", tmp_path / "adapter")
 
 
 def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted, tmp_path, refused, without) -> None:
@@ -128,7 +127,6 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
         ((model, "--batch", "1,0"), "--batch: "),
         ((model, "--threads", 5), "--threads: expected at most 4"),
-        ((model, "--weights", "hub"), "--weights: has no effect here"),
         ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
         ((model, changed), "was changed after it was written"),
     ):

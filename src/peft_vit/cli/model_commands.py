@@ -129,7 +129,7 @@ def predict(
 def bench(
     models: Annotated[
         list[Path],
-        typer.Argument(help="what `predict` takes; of a run's folder its merged model is timed", show_default=False),
+        typer.Argument(help="exported models; of a run's folder its merged model is timed", show_default=False),
     ],
     batch: Annotated[list[str], typer.Option(help="images a call: 1,32, or the option again")] = ["1"],  # noqa: B006
     threads: Annotated[
@@ -137,7 +137,6 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="calls that are timed in a process, of each batch size")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="processes of each model, all models in turn")] = 3,
-    weights: Annotated[str | None, typer.Option(help="of PEFT folders' bases, as with `predict`")] = None,
     output: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,
@@ -164,7 +163,6 @@ def bench(
             threads=counts,
             rounds=rounds,
             repeats=repeats,
-            weights=weights,
             on_start=lambda what: status.update(Text(printable(what))),
         )
     print_with_rows([bench_table(rows, repeats)], [row.model_dump() for row in rows], output)

@@ -26,9 +26,7 @@ class Calls(NamedTuple):
     processor_s: tuple[float, ...]  # of all threads; on a busy machine it says more, if there is one thread
 
 
-def time_alone(
-    file: Path, batches: Sequence[int], *, threads: int, rounds: int, weights: str | None = None
-) -> dict[int, Calls]:
+def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int) -> dict[int, Calls]:
     """Start a process, open a model there, and time its calls on random images, a batch size after the other.
 
     Args:
@@ -36,7 +34,6 @@ def time_alone(
         batches: numbers of images a call.
         threads: that the runtime may use.
         rounds: calls that are timed, of each batch size.
-        weights: of a PEFT folder's base, see `open_peft`.
 
     Returns:
         the calls by batch size.
@@ -47,7 +44,7 @@ def time_alone(
     from peft_vit.deployment.openvino_file import SETTINGS
     from peft_vit.errors import UserError
 
-    job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds, "weights": weights}
+    job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds}
     # -P: what lies beside this file is not found as modules of its own
     command = [sys.executable, "-P", __file__, json.dumps(job | {"openvino": SETTINGS})]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
@@ -102,7 +99,7 @@ def _open_torch(job: dict[str, Any]) -> _Opened:
     from peft_vit.deployment import open_exported
 
     torch.set_num_threads(job["threads"])
-    classifier = open_exported(Path(job["file"]), job["weights"])
+    classifier = open_exported(Path(job["file"]))
     return lambda images: classifier.logits(torch.from_numpy(images)), classifier.card.image_size
 
 

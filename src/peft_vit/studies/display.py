@@ -295,12 +295,9 @@ def _points(share: float) -> str:
 def print_export(done: Exported, file: Path) -> None:
     """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
     print(_MERGED[done.merged.how])
-    for stored, errors in done.merged.errors.items():
+    if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
-        what = stored if stored == "codes" else f"{stored} offsets"
-        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
-    if done.merged.offset_dtype is not None:
-        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+        print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
     found = done.comparison
     if found is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")

@@ -23,12 +23,6 @@ SAPPHIRE_RAPIDS = "avx2 avx512f avx512bw avx512_bf16 amx_bf16 avx512_fp16 amx_ti
 ZEN_4, ZEN_3 = "avx2 avx512f avx512bw avx512_bf16 avx512_vnni", "avx avx2 fma"
 
 
-@pytest.fixture(autouse=True)
-def _no_limits(monkeypatch) -> None:
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
-        monkeypatch.delenv(variable, raising=False)
-
-
 @pytest.fixture
 def processor(tmp_path, monkeypatch):
     """Let Linux tell other flags of the processor."""
@@ -67,46 +61,10 @@ def test_a_processor_is_known_by_its_flags(processor, flags: str, native: bool, 
     assert bf16_support(CPU) == Bf16Support(native, reason)
 
 
-@pytest.mark.parametrize("cpuinfo", [None, "processor\t: 0\nFeatures\t: fp asimd bf16\n"])
-def test_where_linux_tells_no_flags_pytorch_is_asked(cpuinfo, monkeypatch, tmp_path) -> None:
-    if cpuinfo is not None:
-        (tmp_path / "cpuinfo").write_text(cpuinfo)
+def test_where_linux_tells_no_flags_nothing_is_known(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(precision, "_CPUINFO", tmp_path / "cpuinfo")
-    for there in (True, False):
-        capabilities = {"avx512_bf16": there, "amx_bf16": False, "cpu_name": "any", "num_logical_cores": 1}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
-        assert bf16_support(CPU).native == there
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in earlier versions
     assert not bf16_support(CPU).native
-
-
-@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
-def test_a_limit_on_instructions_counts(processor, monkeypatch, variable: str) -> None:
-    processor(ZEN_4)
-    without_bf16 = ("AVX2", "avx2", "SSE41", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-    with_bf16 = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", "DEFAULT", "ALL", "no_such_limit")
-    for limit in (*without_bf16, *with_bf16):
-        monkeypatch.setenv(variable, limit)
-        support = bf16_support(CPU)
-        assert support.native == (limit in with_bf16), limit
-        reason = "instructions" if support.native else f"but {variable}={limit} leaves them out"
-        assert support.reason.endswith(reason)
-
-
-def test_of_two_limits_the_newer_name_counts_and_that_of_pytorch_itself_does_not(processor, monkeypatch) -> None:
-    processor(ZEN_4)
-    for variable, value, native in (
-        ("ATEN_CPU_CAPABILITY", "avx2", True),
-        ("DNNL_MAX_CPU_ISA", "AVX2", False),
-        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", True),
-    ):
-        monkeypatch.setenv(variable, value)
-        assert bf16_support(CPU).native == native
-
-
-def test_pytorch_without_onednn_uses_no_instructions(processor, monkeypatch) -> None:
-    processor(ZEN_4)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nFeatures\t: fp asimd bf16\n")
     assert not bf16_support(CPU).native
 
 

@@ -214,7 +214,6 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runt
     counted = [sum(entry["ranks"].values()) for entry in hook.controller.rank_history]
     assert counted == [8] * 5
     assert result.peak_parameters <= 8 * (128 + 64) + 5 * 65  # the widest sites of 64 x 128, and the head
-    assert isinstance(hook.probing_s(result.steps), float)
 
 
 def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:

@@ -21,7 +21,7 @@ from peft_vit.forecasting.estimate import EstimateRequest, Workload, estimate_ru
 from peft_vit.records import STUDY_FILE, outcome_digest, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs import measures as measures_module
 from peft_vit.runs import run_one
-from peft_vit.runs.measures import removal_images
+from peft_vit.runs.removal_and_latency import removal_images
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.scheduler import go_on, study_file
 from peft_vit.training import Checkpoints, RuntimeConfig
