@@ -217,16 +217,10 @@ def check(
     formats = ("onnx", "openvino") if openvino else ("onnx",)
     checked = check_architecture(architecture_of(backbone), image_size, formats=formats, peft=peft)
     rows = [
-        (
-            site_check.site.name,
-            f"{site_check.site.out_features} x {site_check.site.in_features}",
-            site_check.site.tokens,
-            site_check.effect.fault or f"{site_check.effect.gradient:.1e}",
-            f"{site_check.merge_error:.0e}",
-        )
-        for site_check in checked.sites
+        (site.name, f"{site.out_features} x {site.in_features}", site.tokens, effect.fault or f"{effect.gradient:.1e}")
+        for site, effect in checked.sites
     ]
-    _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
+    _print_table(("site", "shape", "tokens", "gradient"), rows)
     print(f"{checked.effective} of {len(checked.sites)} sites act")
     print(f"merged weights in a plain model: {checked.merged}")
     for name, outcome in checked.files.items():

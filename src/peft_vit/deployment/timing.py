@@ -51,14 +51,14 @@ def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
         raise UserError(f"can't be timed with {threads} threads ({reason})", file=file)
-    measured = json.loads(done.stdout.splitlines()[-1])
-    return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in measured}
+    timings = json.loads(done.stdout.splitlines()[-1])
+    return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in timings}
 
 
 def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
     openers = {".onnx": _open_onnx, ".xml": _open_openvino}
     call, side = openers.get(Path(job["file"]).suffix, _open_torch)(job)
-    measured = []
+    timings = []
     for batch in job["batches"]:
         images = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
         wall, processor = [], []
@@ -67,8 +67,8 @@ def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
             call(images)
             wall.append(time.perf_counter() - started)
             processor.append(time.process_time() - worked)
-        measured.append((batch, wall[_WARM_UP:], processor[_WARM_UP:]))
-    return measured
+        timings.append((batch, wall[_WARM_UP:], processor[_WARM_UP:]))
+    return timings
 
 
 _Opened = tuple[Callable[[np.ndarray], Any], int]  # images (B, 3, S, S) -> logits; S

@@ -111,7 +111,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | No
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         dense = tensor.detach().cpu().contiguous()
-        flat = dense.as_strided((dense.numel(),), (1,))  # where a size is 1, any stride counts as contiguous
+        flat = dense.as_strided((dense.numel(),), (1,))  # (n,); where a size is 1, any stride counts as contiguous
         digest.update(flat.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
     return digest.hexdigest()
 

@@ -29,8 +29,8 @@ def processor(tmp_path, monkeypatch):
 
     def pretend(flags: str) -> None:
         file = tmp_path / "cpuinfo"
-        one = f"processor\t: 0\nmodel name\t: any avx512_bf16\nflags\t\t: fpu {flags}\nbugs\t\t: amx_bf16\n\n"
-        file.write_text(one + one.replace(": 0", ": 1"))
+        core = f"processor\t: 0\nmodel name\t: any avx512_bf16\nflags\t\t: fpu {flags}\nbugs\t\t: amx_bf16\n\n"
+        file.write_text(core + core.replace(": 0", ": 1"))
         monkeypatch.setattr(precision, "_CPUINFO", file)
 
     return pretend
@@ -120,8 +120,8 @@ def printed(plan) -> str:
     return console.export_text()
 
 
-def as_asked(config, asked: str):
-    return config.model_copy(update={"precision": asked})
+def as_asked(config, requested: str):
+    return config.model_copy(update={"precision": requested})
 
 
 @pytest.mark.parametrize(("support", "chosen"), [(NATIVE, "bf16"), (EMULATED, "fp32")])
@@ -135,8 +135,8 @@ def test_auto_is_decided_by_the_plan_printed_and_kept(study, tmp_path, machine, 
     assert read_study_file(tmp_path / "tiny").configuration.precision == chosen
 
 
-@pytest.mark.parametrize(("first", "then", "kept"), [(NATIVE, EMULATED, "bf16"), (EMULATED, NATIVE, "fp32")])
-def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, first, then, kept) -> None:
+@pytest.mark.parametrize(("first", "then", "begun"), [(NATIVE, EMULATED, "bf16"), (EMULATED, NATIVE, "fp32")])
+def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, first, then, begun) -> None:
     config = as_asked(study("linear", seeds=(0, 1)), "auto")
     machine(first)
     plan = planned(config, tmp_path)
@@ -144,21 +144,21 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
     run_and_write(plan.runs[0].spec, tmp_path)
     machine(then)
     again = planned(config, tmp_path)
-    assert [(run.done, run.spec.precision) for run in again.runs] == [(True, kept), (False, kept)]
-    assert printed(again).count(f"precision: {kept}, as the study was begun, though auto would be") == 1
-    named = planned(as_asked(config, kept), tmp_path)
+    assert [(run.done, run.spec.precision) for run in again.runs] == [(True, begun), (False, begun)]
+    assert printed(again).count(f"precision: {begun}, as the study was begun, though auto would be") == 1
+    named = planned(as_asked(config, begun), tmp_path)
     assert [run.spec for run in named.runs] == [run.spec for run in again.runs]
-    other = {"bf16": "fp32", "fp32": "bf16"}[kept]
+    other = {"bf16": "fp32", "fp32": "bf16"}[begun]
     with pytest.raises(UserError, match="was begun with another configuration") as caught:
         planned(as_asked(config, other), tmp_path)
-    assert f"-precision: {kept}\n+precision: {other}" in caught.value.details
+    assert f"-precision: {begun}\n+precision: {other}" in caught.value.details
 
 
 def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
-    asked = []
+    requested = []
 
     def rate(shape, device, precision, threads, *, budget_s=0.2):
-        asked.append((precision, budget_s))
+        requested.append((precision, budget_s))
         return {"bf16": 2e9, "fp32": 13.2e9}[precision]
 
     monkeypatch.setattr(estimate, "product_rate", rate)
@@ -166,30 +166,30 @@ def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_
     machine(NATIVE)
     assert "SLOW" not in printed(planned(config, tmp_path))
     machine(EMULATED)
-    asked.clear()
+    requested.clear()
     plan = planned(config, tmp_path)
     line = "BF16 MAY BE SLOW HERE: it lacks the instructions; a matrix product takes 6.6 times as long as in fp32.\n"
     assert line in printed(plan)
-    assert sum(budget_s for _, budget_s in asked if budget_s < 0.2) == pytest.approx(0.2)
+    assert sum(budget_s for _, budget_s in requested if budget_s < 0.2) == pytest.approx(0.2)
     run_and_write(plan.runs[0].spec, tmp_path)
-    asked.clear()
+    requested.clear()
     assert "SLOW" not in printed(planned(config, tmp_path))  # nothing is left to do
-    assert ("fp32", 0.1) not in asked
+    assert ("fp32", 0.1) not in requested
 
 
 @pytest.mark.parametrize(
-    ("asked", "small"), [("auto", {"bf16", "fp32"}), ("bf16", {"bf16", "fp32"}), ("fp32", {"fp32"})]
+    ("requested", "small"), [("auto", {"bf16", "fp32"}), ("bf16", {"bf16", "fp32"}), ("fp32", {"fp32"})]
 )
-def test_no_smoke_study_emulates_bf16(study, tmp_path, machine, asked: str, small: set[str]) -> None:
-    config = as_asked(study("linear"), asked)
-    found = set()
+def test_no_smoke_study_emulates_bf16(study, tmp_path, machine, requested: str, small: set[str]) -> None:
+    config = as_asked(study("linear"), requested)
+    chosen = set()
     for support in (NATIVE, EMULATED):
         machine(support)
         plan = planned(config, tmp_path, smoke=True)
         assert not plan.precision.emulated
-        found.add(plan.study.precision)
-    assert found == small
-    assert smoke_study(config, 8).precision == ("fp32" if asked == "fp32" else "auto")
+        chosen.add(plan.study.precision)
+    assert chosen == small
+    assert smoke_study(config, 8).precision == ("fp32" if requested == "fp32" else "auto")
 
 
 def test_devices() -> None:

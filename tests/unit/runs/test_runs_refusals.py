@@ -69,13 +69,13 @@ without_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reas
 
 
 @pytest.mark.parametrize(
-    ("method", "make", "arguments", "settings", "field", "said"),
+    ("method", "make", "arguments", "settings", "field", "stated"),
     [*REFUSED, *(pytest.param(*case, marks=without_peft) for case in OF_PEFT)],
 )
-def test_the_plan_refuses_it_at_its_field(study, tmp_path, method, make, arguments, settings, field, said) -> None:
+def test_the_plan_refuses_it_at_its_field(study, tmp_path, method, make, arguments, settings, field, stated) -> None:
     config = make(study(method), *arguments, **settings)
     with pytest.raises(UserError) as caught:
         plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     assert caught.value.field == f"experiments[0].{field}"
-    assert said in caught.value.message
+    assert stated in caught.value.message
     assert len(str(caught.value).splitlines()) == 1

@@ -44,8 +44,8 @@ CASES = [
     ("growing", TRAININGS["sgd"]),
     ("lora", TRAININGS["constant"] | {"class_weights": True}),
     ("growing", TRAININGS["constant"]),
-    *(("lora", {"augmentation": [one, "flip"]}) for one in IMAGES),
-    *(("lora", {"augmentation": [one]}) for one in MIXES),
+    *(("lora", {"augmentation": [change, "flip"]}) for change in IMAGES),
+    *(("lora", {"augmentation": [change]}) for change in MIXES),
     ("lora", {"augmentation": ["flip", *IMAGES, *MIXES], "class_weights": True, "label_smoothing": 0.1}),
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
     *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
@@ -140,9 +140,9 @@ def test_interrupted_it_equals_one_that_was_not(make, method, training) -> None:
         assert "probe_history" in whole["hooks"][0]
 
 
-@pytest.mark.parametrize("one", [*IMAGES, *MIXES])
-def test_each_augmentation_makes_another_training(make, one) -> None:
-    assert make("lora", augmentation=[one]).once()["model"] != make("lora", augmentation=[]).once()["model"]
+@pytest.mark.parametrize("change", [*IMAGES, *MIXES])
+def test_each_augmentation_makes_another_training(make, change) -> None:
+    assert make("lora", augmentation=[change]).once()["model"] != make("lora", augmentation=[]).once()["model"]
 
 
 EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}
@@ -165,7 +165,7 @@ def test_an_end_that_patience_brought_nearer_is_kept(make, method, schedule) -> 
 def test_the_validation_before_the_first_step_is_kept(make) -> None:
     run = make("adalora", head_start="probe", learning_rate=1.0, clip_norm=None, schedule="constant")
     whole = run.once()
-    assert [one.step for one in whole["evaluations"]] == [0, 3, 6, 9, 12]
+    assert [evaluation.step for evaluation in whole["evaluations"]] == [0, 3, 6, 9, 12]
     assert run.interrupted(1, 4, STEPS) == whole
 
 
@@ -199,7 +199,7 @@ def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
 def test_a_state_of_another_training_is_refused(make, other) -> None:
     make("growing").once(None, 5)
     run = make(other)
-    with pytest.raises(UserError, match="other sites|another configuration"):
+    with pytest.raises(UserError, match=r"other sites|another configuration"):
         run.once(read_checkpoint(run.folder / "checkpoint-5"))
 
 
@@ -245,11 +245,11 @@ def test_the_best_weights_so_far_come_back(make) -> None:
 
 def test_buffers_that_training_moves_are_kept(tiny_vit) -> None:
     model, other = tiny_vit(), tiny_vit()
-    for one in (model, other):
-        one.add_module("normed", torch.nn.BatchNorm1d(3))
+    for changed in (model, other):
+        changed.add_module("normed", torch.nn.BatchNorm1d(3))
     model.normed(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
     state = model_state(model)
-    load_model_state(other, {**state, "tensors": {name: one.clone() for name, one in state["tensors"].items()}})
+    load_model_state(other, {**state, "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()}})
     assert torch.equal(other.normed.running_mean, model.normed.running_mean)
     assert int(other.normed.num_batches_tracked) == 1
 
