@@ -129,7 +129,7 @@ class AllocationHook(Hook):
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Go on from such a state."""
-        self.controller.load_state_dict(state)
+        self.controller.load_state_dict(dict(state))
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
         """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
