@@ -33,7 +33,7 @@ from peft_vit.tuning.stages import choose_rates, prepare_race
 from peft_vit.tuning.state import State, TuneFile
 
 MARGIN = 1.0  # points
-_COUNTS = (205, 205)  # images that are not sealed: 512 labels, of which a fifth is
+_COUNTS = (205, 205)  # images outside the holdout: 512 labels, of which a fifth is
 _SCATTER = 0.012  # s: of a difference on 82 images, about
 _VALIDATION = 65  # images
 _MODEL, _SIZE = "test_vit", 32

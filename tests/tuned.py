@@ -13,7 +13,7 @@ from written_runs import plan_of, run_and_write, tiny_study
 
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import sequential_results
-from peft_vit.data import images_file, look_at
+from peft_vit.data import images_file, inspect_images
 from peft_vit.records import write_study_file
 from peft_vit.studies.scheduler import study_file
 from peft_vit.tuning.request import TuneRequest
@@ -36,11 +36,11 @@ def write_images(folder: Path) -> None:
 
 def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
     """Do the runs of two looks on folds, and the final ones."""
-    seen = look_at(images, folds=FOLDS)
-    sealed = folder / "images.json"
+    seen = inspect_images(images, folds=FOLDS)
+    holdout = folder / "images.json"
     folder.mkdir(parents=True, exist_ok=True)
-    sealed.write_text(json.dumps(images_file(seen)))
-    data = {"dataset": "image-folder", "path": str(images), "images_file": str(sealed), "image_size": 32}
+    holdout.write_text(json.dumps(images_file(seen)))
+    data = {"dataset": "image-folder", "path": str(images), "images_file": str(holdout), "image_size": 32}
     studies = folder / "studies"
     pair = list({chosen: 1, reference: 1})
     stopping = {"control": reference, "asked": "non-inferiority", "margin": 20.0, "looks": [2, 4]}
@@ -54,7 +54,7 @@ def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", 
     return Choice(
         request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": (MODEL,), **asked}),
         seen=seen,
-        images_file=sealed,
+        images_file=holdout,
         metric="accuracy",
         model=MODEL,
         image_size=32,

@@ -20,11 +20,11 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from experiments.hypotheses.selection import Reference, Selection
 from experiments.hypotheses.several_studies import gain_where_importance_varies, importance_between_data_sets
-from peft_vit.analysis import measures
+from peft_vit.analysis import evidence as measures
 from peft_vit.analysis.comparison import Estimate, accuracy_on_test
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
+from peft_vit.analysis.evidence import Evidence, Group, NoDataError
 from peft_vit.analysis.findings import Conclusion, Finding, judge
-from peft_vit.analysis.measures import Evidence, Group, NoDataError
 from peft_vit.analysis.sentences import Sentence, Unit
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import Frozen, Name

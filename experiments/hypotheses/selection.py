@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
-from peft_vit.analysis.measures import Group
+from peft_vit.analysis.evidence import Group
 from peft_vit.config import ExperimentConfig, Frozen, MethodName
 
 Value = bool | int | float | str | None

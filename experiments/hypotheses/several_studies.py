@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from peft_vit.analysis.comparison import Estimate, together
-from peft_vit.analysis.measures import (
+from peft_vit.analysis.evidence import (
     Evidence,
     Group,
     NoDataError,

@@ -1,4 +1,4 @@
-"""From a folder to its folds and a last test: looked at, tested fold by fold, at the end on sealed images."""
+"""From a folder to its folds and a last test: inspected, tested fold by fold, at the end on the holdout."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from written_runs import run_and_write, tiny_study
 from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.studies import load_studies
 from peft_vit.config import StudyConfig, study_from_mapping
-from peft_vit.data import images_file, look_at, make_splits, open_index
+from peft_vit.data import images_file, inspect_images, make_splits, open_index
 from peft_vit.forecasting.calibration import calibration_run
 from peft_vit.records import RunSpec
 from peft_vit.report.summary import facts
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.part("runner")
 
 
 @pytest.fixture
-def looked_at(images: Path, tmp_path: Path) -> tuple[Path, Path]:
+def inspected(images: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Return a copy of the shared folder with a damaged file and a brighter copy, and what was found there."""
     root = tmp_path / "images"
     shutil.copytree(images, root)
@@ -30,12 +30,12 @@ def looked_at(images: Path, tmp_path: Path) -> tuple[Path, Path]:
     with Image.open(root / "class_1" / "00.png") as image:
         image.resize((60, 40)).save(root / "class_1" / "larger.png")
     found = tmp_path / "images.json"
-    found.write_text(json.dumps(images_file(look_at(root), seed=1)))
+    found.write_text(json.dumps(images_file(inspect_images(root), seed=1)))
     return root, found
 
 
-def study_of(looked_at: tuple[Path, Path], weights: Path, seeds: list[int], **data: object) -> StudyConfig:
-    root, found = looked_at
+def study_of(inspected: tuple[Path, Path], weights: Path, seeds: list[int], **data: object) -> StudyConfig:
+    root, found = inspected
     probe = {"method": "linear", "training": {"probe_l2": 0.1}}
     mapping = tiny_study(
         seeds=seeds,
@@ -53,10 +53,10 @@ def specs(study: StudyConfig, folder: Path) -> list[RunSpec]:
     return [planned.spec for planned in plan_study(study, folder, file=Path("tiny.yaml")).runs]
 
 
-def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed(
-    looked_at: tuple[Path, Path], weights: Path, cache: str, tmp_path: Path
+def test_two_seeds_test_every_image_once_and_the_last_run_the_holdout(
+    inspected: tuple[Path, Path], weights: Path, cache: str, tmp_path: Path
 ) -> None:
-    study = study_of(looked_at, weights, [0, 1], folds=2, validation_images=6)
+    study = study_of(inspected, weights, [0, 1], folds=2, validation_images=6)
     records = [run_and_write(spec, tmp_path / "folds") for spec in specs(study, tmp_path / "folds")]
     assert [record.error for record in records] == [None] * 4
     index = open_index(study.data)
@@ -70,8 +70,8 @@ def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed
         assert record.provenance is not None
         tested.setdefault(record.spec.experiment.name, []).extend(record.predictions.images)
         hashes.setdefault(record.spec.seed, set()).add(record.provenance.split_sha256)
-    unsealed = np.flatnonzero(~index.official_test).tolist()
-    assert {name: sorted(images) for name, images in tested.items()} == dict.fromkeys(("plain", "unflipped"), unsealed)
+    outside = np.flatnonzero(~index.official_test).tolist()
+    assert {name: sorted(images) for name, images in tested.items()} == dict.fromkeys(("plain", "unflipped"), outside)
     assert [len(of_seed) for of_seed in hashes.values()] == [1, 1]
     assert len(set.union(*hashes.values())) == 2
 
@@ -81,16 +81,16 @@ def test_two_seeds_test_every_image_once_and_the_last_run_those_that_were_sealed
     assert list(compared.by_seed) == [0, 1]
     assert any("each seed tests one of 2 folds" in said for _, said in facts(found))
 
-    final = study_of(looked_at, weights, [0], validation_images=0)
+    final = study_of(inspected, weights, [0], validation_images=0)
     record = run_and_write(specs(final, tmp_path / "final")[0], tmp_path / "final")
     assert record.predictions is not None
     assert record.predictions.images == np.flatnonzero(index.official_test).tolist()
-    assert record.split_sizes == {"train": len(unsealed), "validation": 0, "test": index.official_test.sum()}
+    assert record.split_sizes == {"train": len(outside), "validation": 0, "test": index.official_test.sum()}
 
 
-def test_what_stands_for_a_run_in_a_plan_reads_no_sealed_image(looked_at, weights, cache) -> None:
+def test_what_stands_for_a_run_in_a_plan_reads_no_image_of_the_holdout(inspected, weights, cache) -> None:
     for validated in (0, 6):
-        study = study_of(looked_at, weights, [4], folds=3, validation_images=validated)
+        study = study_of(inspected, weights, [4], folds=3, validation_images=validated)
         index = open_index(study.data)
         splits = make_splits(index, study.data, 4)
         spec = specs(study, Path("nowhere"))[0]

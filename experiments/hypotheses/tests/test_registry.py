@@ -9,7 +9,7 @@ import yaml
 
 from experiments.hypotheses.registry import MEASURES, find, load_registry
 from peft_vit.analysis import findings
-from peft_vit.analysis.measures import Evidence
+from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.sentences import SENTENCES
 from peft_vit.errors import UserError
 

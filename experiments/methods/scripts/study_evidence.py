@@ -25,7 +25,7 @@ from experiments.methods.scripts.study_figures import write_figures
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, pilot_table, readme_table, study_blocks
 from experiments.scripts.evidence import EXPERIMENTS, ROOT, benchmark, merge, run
 from peft_vit.analysis import Analysis, Study, analyze, load_studies
-from peft_vit.analysis.measures import Evidence
+from peft_vit.analysis.evidence import Evidence
 from peft_vit.errors import UserError
 from peft_vit.records import RECORD_FILE, RunRecord, read_records, write_atomically
 from peft_vit.safe_io import folder_below

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_vit.analysis.calibration import Calibration, Measure, calibration, calibration_differences
 from peft_vit.analysis.comparison import (
     AllPairs,
     Estimate,
@@ -15,6 +14,7 @@ from peft_vit.analysis.comparison import (
     fronts,
     method_results,
 )
+from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.findings import Finding, find
 from peft_vit.analysis.layers import (
     AgainstControl,
@@ -25,8 +25,8 @@ from peft_vit.analysis.layers import (
     importance_patterns,
     study_agreements,
 )
-from peft_vit.analysis.measures import Evidence
 from peft_vit.analysis.quantization import QuantizationImpact
+from peft_vit.analysis.reliability import Calibration, Measure, calibration, calibration_differences
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
 from peft_vit.records import FisherCheck

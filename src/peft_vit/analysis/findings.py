@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from peft_vit.analysis.comparison import Estimate, decide
-from peft_vit.analysis.measures import Evidence, NoDataError
+from peft_vit.analysis.evidence import Evidence, NoDataError
 from peft_vit.analysis.sentences import SENTENCES, Sentence
 from peft_vit.analysis.studies import grouped
 from peft_vit.statistics import Verdict

@@ -1,4 +1,4 @@
-"""Decoded images as batches, what `training.augmentation` does to them, and the test split under a seal.
+"""Decoded images as batches, what `training.augmentation` does to them, and the test split, which is read once.
 
 Images are changed each with draws of its own, and at last whole batches are mixed. Draws follow from the run's seed and
 from epoch and image, or the step, alone: a run goes on to the bit without keeping anything of them. Each entry of the
@@ -133,7 +133,7 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     return ((images.float() / 255 - shift) / width).contiguous()  # (B, 1 or 3, S, S) -> (B, 3, S, S)
 
 
-class SealedImages:
+class HoldoutImages:
     """The test split: its size and class counts may be asked, its images are handed out once.
 
     Args:

@@ -39,7 +39,7 @@ class ImageIndex:
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
-        looked_at: copies have been looked for, near ones too, and `contents` holds them all.
+        inspected: copies have been looked for, near ones too, and `contents` holds them all.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
         interpolation: of resizing.
         notes: what was left out of it, each in a line.
@@ -56,7 +56,7 @@ class ImageIndex:
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
     contents: np.ndarray | None = None
-    looked_at: bool = False
+    inspected: bool = False
     own: bool = False
     interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()
@@ -166,18 +166,18 @@ class ImagesFile(Frozen):
             raise UserError(message, file=path, field="data.path")
         place = {name: i for i, name in enumerate(index.names)}
         groups = np.arange(len(place), dtype=np.int64)
-        sealed = np.zeros(len(place), dtype=bool)
+        holdout = np.zeros(len(place), dtype=bool)
         try:
             for names in self.copies:
                 groups[[place[name] for name in names]] = place[names[0]]
-            sealed[[place[name] for name in self.sealed]] = True
+            holdout[[place[name] for name in self.sealed]] = True
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
-        if np.intersect1d(groups[sealed], groups[~sealed]).size:
+        if np.intersect1d(groups[holdout], groups[~holdout]).size:
             raise UserError(f"an image and its copy are on two sides; {_REMEDY}", file=file, field="sealed")
         content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
-        own_test = sealed if sealed.any() else None
-        return replace(index, contents=groups, official_test=own_test, sha256=content, looked_at=True)
+        own_test = holdout if holdout.any() else None
+        return replace(index, contents=groups, official_test=own_test, sha256=content, inspected=True)
 
 
 def check_class_names(

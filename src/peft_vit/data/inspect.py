@@ -1,4 +1,4 @@
-"""A first look at a folder of images, and copies among the images of a run: what is equal or nearly equal.
+"""What a folder of images holds, and copies among the images of a run: what is equal or nearly equal.
 
 Equal are images with the same pixels at the study's size: no model can tell them apart, whatever their files say. They
 are found by a hash of 128 bits.
@@ -14,8 +14,8 @@ digits little is found: scaled or saved anew, they are no longer themselves.
 Of a run the answer is kept in the cache. It costs one pass over the decoded pixels, 4 kB of memory an image, and a
 product of the thumbnails of both sides.
 
-A folder is looked at before there are splits (`look_at`). Every image is decoded once, JPEGs at a fraction of their
-size; near copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here:
+A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
+their size; near copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here:
 photographs of one object one after the other, crops, mirrored images.
 """
 
@@ -65,7 +65,7 @@ def image_warnings(index: ImageIndex, splits: Splits, image_size: int) -> tuple[
             sets, whose splits are what others used too, it is told.
     """
     lines = list(index.notes)
-    if not index.looked_at:  # else splits are along its groups
+    if not index.inspected:  # else splits are along its groups
         rows = np.concatenate(splits.parts)
         sides = np.repeat(np.arange(3), [len(part) for part in splits.parts])
         equal, near = _compared(index, splits, rows, image_size)
@@ -249,7 +249,7 @@ def _detail(thumbnails: np.ndarray) -> np.ndarray:
 
 
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
-_LEAST_BESIDE_SEALED = 8  # different images of a class, for training, validation and test
+_LEAST_BESIDE_HOLDOUT = 8  # different images of a class, for training, validation and test
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 
@@ -265,7 +265,7 @@ class Inspection:
         labels: class of each, (N,) int64.
         copies: equal numbers for exact copies, (N,) int64.
         groups: equal numbers for exact and near copies, (N,) int64.
-        sealed: the folder's own test split, (N,) bool; None if it has none.
+        holdout: the folder's own test split, (N,) bool; None if it has none.
         sides: shorter and longer side of each, pixels, (N, 2) int64.
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
     """
@@ -276,14 +276,14 @@ class Inspection:
     labels: np.ndarray
     copies: np.ndarray
     groups: np.ndarray
-    sealed: np.ndarray | None
+    holdout: np.ndarray | None
     sides: np.ndarray
     left_out: Mapping[str, str]
 
     @property
     def chosen_on(self) -> np.ndarray:
         """Return which images are not of the own test split, (N,) bool: what is chosen may rest on these alone."""
-        return np.ones(len(self.names), dtype=bool) if self.sealed is None else ~self.sealed
+        return np.ones(len(self.names), dtype=bool) if self.holdout is None else ~self.holdout
 
     @property
     def chosen_counts(self) -> np.ndarray:
@@ -317,8 +317,8 @@ class Inspection:
         smallest, largest = self.sides.min(), self.sides.max()
         between = "" if smallest == largest else f"; the shortest side has {smallest:,}, the longest {largest:,}"
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
-        if self.sealed is not None:
-            yield f"{np.count_nonzero(self.sealed):,} of them are the folder's own test split, which is read once"
+        if self.holdout is not None:
+            yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
         if self.left_out:
             reasons = [f"{name} ({why})" for name, why in self.left_out.items()]
             more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
@@ -343,11 +343,11 @@ def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
-def look_at(
+def inspect_images(
     path: str | Path,
     *,
     folds: int = 5,
-    sealed_share: float = 0.2,
+    holdout_share: float = 0.2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
     """Decode every image of a folder once, and say what is there.
@@ -355,7 +355,7 @@ def look_at(
     Args:
         path: a folder or a zip of <class>/<image>, or of train/, test/ and val/ with such folders.
         folds: that the images will be divided into.
-        sealed_share: of the images, to be put by for one test in the end, if the folder has no test split of its own.
+        holdout_share: of the images, to be put by for one test in the end, if the folder has no test split of its own.
         on_progress: told how many images are decoded, and of how many.
 
     Raises:
@@ -373,22 +373,22 @@ def look_at(
         raise UserError(message, file=path)
     check_class_names(class_names, path)
     names = np.array(list(files.classes), dtype=object)
-    sealed = None if files.is_test is None else np.array(files.is_test, dtype=bool)
+    holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
     # Different images of a class that are needed: one in each fold, or what is trained on would be few.
-    trained_share = 1.0 if sealed is not None else 1 - sealed_share
-    least = math.ceil(round(max(folds, _LEAST_BESIDE_SEALED) / trained_share, 6))
-    _refuse_few(path, class_names, labels, np.arange(len(labels)), sealed, least)  # before anything is decoded
+    trained_share = 1.0 if holdout is not None else 1 - holdout_share
+    least = math.ceil(round(max(folds, _LEAST_BESIDE_HOLDOUT) / trained_share, 6))
+    _refuse_few(path, class_names, labels, np.arange(len(labels)), holdout, least)  # before anything is decoded
     copies, groups, sides, faults = _decoded(tree, list(files.classes), on_progress)
-    left_out |= faults | _contradictions(names, labels, copies, groups, sealed)
+    left_out |= faults | _contradictions(names, labels, copies, groups, holdout)
     used = np.array([name not in left_out for name in names], dtype=bool)
-    labels, groups, sealed = labels[used], groups[used], None if sealed is None else sealed[used]
-    _refuse_few(path, class_names, labels, groups, sealed, least)
+    labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
+    _refuse_few(path, class_names, labels, groups, holdout, least)
     return Inspection(
-        path, class_names, tuple(names[used]), labels, copies[used], groups, sealed, sides[used], left_out
+        path, class_names, tuple(names[used]), labels, copies[used], groups, holdout, sides[used], left_out
     )
 
 
-def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
+def images_file(inspection: Inspection, holdout_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
 
     Sealed is the folder's own test split, or else a share of the different images, each class with its own, by `seed`:
@@ -396,7 +396,7 @@ def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0
 
     Args:
         inspection: the folder.
-        sealed_share: of the different images; has no effect on a test split of one's own.
+        holdout_share: of the different images; has no effect on a test split of one's own.
         seed: of the draw.
 
     Raises:
@@ -404,16 +404,16 @@ def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0
     """
     names = np.array(inspection.names, dtype=object)
     left_out = dict(inspection.left_out)
-    sealed = inspection.sealed
-    if sealed is None:
+    holdout = inspection.holdout
+    if holdout is None:
         first = np.unique(inspection.groups, return_index=True)[1]
-        count = round(sealed_share * len(first))
+        count = round(holdout_share * len(first))
         drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
-        sealed = np.isin(np.arange(len(names)), drawn)
+        holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
-        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~sealed):
+        for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
             left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
-    missing = np.flatnonzero(np.bincount(inspection.labels[sealed], minlength=len(inspection.class_names)) == 0)
+    missing = np.flatnonzero(np.bincount(inspection.labels[holdout], minlength=len(inspection.class_names)) == 0)
     if len(missing):
         message = f"no image of class '{inspection.class_names[missing[0]]}' would be sealed; seal a larger share"
         raise UserError(message, file=inspection.path)
@@ -422,7 +422,7 @@ def images_file(inspection: Inspection, sealed_share: float = 0.2, seed: int = 0
         sha256=open_tree(inspection.path).hashed(names[used].tolist()).sha256,
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
-        sealed=tuple(names[sealed].tolist()),
+        sealed=tuple(names[holdout].tolist()),
     )
     return content.model_dump(mode="json")
 
@@ -435,17 +435,17 @@ def _refuse_few(
     class_names: Sequence[str],
     labels: np.ndarray,
     groups: np.ndarray,
-    sealed: np.ndarray | None,
+    holdout: np.ndarray | None,
     least: int,
 ) -> None:
     """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
-    chosen_on = np.ones(len(labels), dtype=bool) if sealed is None else ~sealed
+    chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
     counts = np.array([len(np.unique(groups[chosen_on & (labels == k)])) for k in range(len(class_names))])
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more classes have too few" if few else ""
-        beside = "" if sealed is None else " beside the test split"
+        beside = "" if holdout is None else " beside the test split"
         if np.count_nonzero(labels[chosen_on] == scarce) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         raise UserError(
@@ -454,13 +454,13 @@ def _refuse_few(
             "or take the class out",
             file=path,
         )
-    if sealed is not None and not (tested := np.bincount(labels[sealed], minlength=len(class_names))).all():
+    if holdout is not None and not (tested := np.bincount(labels[holdout], minlength=len(class_names))).all():
         message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
         raise UserError(message, file=path)
 
 
 def _contradictions(
-    names: np.ndarray, labels: np.ndarray, copies: np.ndarray, groups: np.ndarray, sealed: np.ndarray | None
+    names: np.ndarray, labels: np.ndarray, copies: np.ndarray, groups: np.ndarray, holdout: np.ndarray | None
 ) -> dict[str, str]:
     """Tell, by name, equal images of two classes, of which both can't be right, and copies of the own test split."""
     why: dict[str, str] = {}
@@ -468,11 +468,11 @@ def _contradictions(
         for i in some if len(np.unique(labels[some])) > 1 else ():
             other = next(k for k in some if labels[k] != labels[i])
             why[names[i]] = f"equal to {names[other]}, of another class"
-    if sealed is not None:
+    if holdout is not None:
         for some in _several(groups):
-            tested = [i for i in some if sealed[i] and names[i] not in why]
+            tested = [i for i in some if holdout[i] and names[i] not in why]
             for i in some if tested else ():
-                if not sealed[i]:
+                if not holdout[i]:
                     why.setdefault(names[i], f"a copy of {names[tested[0]]}, of the test split")
     return dict(sorted(why.items()))
 

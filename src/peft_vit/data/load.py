@@ -12,7 +12,7 @@ from PIL import Image
 
 from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
 from peft_vit.data.files import new_in_cache
-from peft_vit.data.images import LabelledImages, SealedImages
+from peft_vit.data.images import HoldoutImages, LabelledImages
 from peft_vit.data.index import DataSource, ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
@@ -33,7 +33,7 @@ class Data:
     class_names: tuple[str, ...]
     train: LabelledImages
     validation: LabelledImages
-    test: SealedImages
+    test: HoldoutImages
     data_sha256: str
     split_sha256: str
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
@@ -64,7 +64,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         class_names=index.class_names,
         train=train,
         validation=validation,
-        test=SealedImages(test, len(index.class_names)),
+        test=HoldoutImages(test, len(index.class_names)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
         warnings=image_warnings(index, splits, config.image_size),

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 
 from peft_vit.analysis import Analysis
-from peft_vit.analysis.examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
+from peft_vit.analysis.image_examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table

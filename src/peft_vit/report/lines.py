@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from peft_vit.analysis import Calibration, Study
-from peft_vit.analysis.calibration import Bin
+from peft_vit.analysis.reliability import Bin
 from peft_vit.analysis.stopping import ENDS, repeated_interval
 from peft_vit.config import METHOD_KINDS, StoppingConfig
 from peft_vit.report.document import Block, Drawing, Paragraph, Raw

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from peft_vit.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
-from peft_vit.analysis.calibration import BINS, MEASURES, OVERCONFIDENCE, Bin, Measure
 from peft_vit.analysis.comparison import BY_LOOKS
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
+from peft_vit.analysis.reliability import BINS, MEASURES, OVERCONFIDENCE, Bin, Measure
 from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
 from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Block, Paragraph, Raw, Table

@@ -28,7 +28,7 @@ class TuningContext:
     Attributes:
         state: of the tuning.
         runner: does the runs of a study.
-        seen: of the images, see `data.look_at`.
+        seen: of the images, see `data.inspect_images`.
         images_file: which of them are sealed.
         counts: images of each class that are not sealed.
         metric: what decides.

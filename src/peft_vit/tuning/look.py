@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peft_vit.data import images_file, look_at
+from peft_vit.data import images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
@@ -28,10 +28,12 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     """Look at the images, seal some of them, and return what all other stages stand on.
 
     Raises:
-        UserError: see `look_at`; if the folder has other images than when the output was begun; and if images.json is
-            there already and holds something else.
+        UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
+            images.json is there already and holds something else.
     """
-    seen = look_at(state.request.images, folds=FOLDS, sealed_share=SEALED_SHARE, on_progress=_telling_if_slow(state))
+    seen = inspect_images(
+        state.request.images, folds=FOLDS, holdout_share=SEALED_SHARE, on_progress=_telling_if_slow(state)
+    )
     for line in seen.lines():
         state.tell(f"  {line}")
     content = json.dumps(images_file(seen, SEALED_SHARE, state.request.seed), indent=1) + "\n"
@@ -46,7 +48,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     sealed, left_out = set(found["sealed"]), set(found["left_out"])
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
     counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
-    own = "the folder's own test split" if seen.sealed is not None else "a fifth of each class"
+    own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
     state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
     metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
     different = len(np.unique(seen.groups[used]))

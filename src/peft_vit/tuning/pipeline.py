@@ -68,7 +68,7 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: E
         environment: other ones than worker processes and this machine's clock.
 
     Raises:
-        UserError: for bad input, before anything is trained; see `look_at`, `limits`, `check_output` and
+        UserError: for bad input, before anything is trained; see `inspect_images`, `limits`, `check_output` and
             `State.opened`. Also if another command works on the same output.
         KeyboardInterrupt: after Ctrl-C; the same request goes on.
     """

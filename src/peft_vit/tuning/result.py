@@ -80,7 +80,7 @@ class Choice:
 
     Attributes:
         request: what was asked for.
-        seen: what `data.look_at` saw of the images.
+        seen: what `data.inspect_images` saw of the images.
         images_file: which images are sealed, left out, or copies of one another.
         metric: what decides.
         model: of the backbone, its name.

@@ -9,7 +9,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from peft_vit.analysis.calibration import BINS, Bin, calibration_error, equal_count_bins, equal_width_bins
+from peft_vit.analysis.reliability import BINS, Bin, calibration_error, equal_count_bins, equal_width_bins
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import Predictions, RunRecord

@@ -8,8 +8,8 @@ import planted
 import pytest
 
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
+from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.measures import Evidence
 from peft_vit.config import ExperimentConfig
 from peft_vit.records import AdapterRemoval, ImportanceEntry, RankEntry, RunRecord
 from peft_vit.statistics import gini, normalized_entropy

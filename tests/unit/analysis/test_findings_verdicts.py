@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from peft_vit.analysis.comparison import Estimate
+from peft_vit.analysis.evidence import Group, estimated
 from peft_vit.analysis.findings import Finding, conclude, judge
-from peft_vit.analysis.measures import Group, estimated
 from peft_vit.analysis.sentences import Sentence
 from peft_vit.statistics import wilcoxon
 

@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.power import TTestPower
 
 from peft_vit.analysis.comparison import ALPHA, Question, decide
-from peft_vit.analysis.measures import estimated
+from peft_vit.analysis.evidence import estimated
 from peft_vit.analysis.recommendation import (
     Limits,
     Recommendation,

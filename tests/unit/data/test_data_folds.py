@@ -73,13 +73,13 @@ def test_each_image_is_as_likely_in_each_fold_and_beside_each_other_one():
     split_seed=st.integers(0, 50),
     repetition=st.integers(0, 50),
 )
-def test_a_repetition_tests_every_image_that_is_not_sealed_once(
+def test_a_repetition_tests_every_image_outside_the_holdout_once(
     sizes, folds, copied, official, validated, split_seed, repetition
 ):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     groups = np.arange(len(labels)) // (2 if copied else 1)
-    sealed = groups % 4 == 3 if official else np.zeros(len(labels), dtype=bool)
-    index = index_of(labels, None, groups, sealed if official else None)
+    holdout = groups % 4 == 3 if official else np.zeros(len(labels), dtype=bool)
+    index = index_of(labels, None, groups, holdout if official else None)
     config = asked(folds=folds, validation_images=validated, split_seed=split_seed)
     tested = np.zeros(len(labels), dtype=int)
     hashes = set()
@@ -91,14 +91,14 @@ def test_a_repetition_tests_every_image_that_is_not_sealed_once(
         tested[splits.test] += 1
         parts = [splits.train, splits.validation, splits.test]
         assert len(splits.validation) == validated
-        assert not sealed[np.concatenate(parts)].any()
+        assert not holdout[np.concatenate(parts)].any()
         for a in range(3):
             for b in range(a):
                 assert not np.isin(groups[parts[a]], groups[parts[b]]).any()
         if not copied:
-            assert sum(map(len, parts)) == np.count_nonzero(~sealed)
-        assert np.array_equal(splits.divided, np.flatnonzero(~sealed))
-    assert np.array_equal(tested, (~sealed).astype(int))
+            assert sum(map(len, parts)) == np.count_nonzero(~holdout)
+        assert np.array_equal(splits.divided, np.flatnonzero(~holdout))
+    assert np.array_equal(tested, (~holdout).astype(int))
     assert len(hashes) == folds
 
 

@@ -1,4 +1,4 @@
-"""Batches: normalised values, order and flips from (seed, epoch), and the seal on the test split."""
+"""Batches: normalised values, order and flips from (seed, epoch), and a test split that opens once."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch
 from torchvision.transforms.v2.functional import normalize
 
 from peft_vit.config import AUGMENTATION_OF_FLIPS
-from peft_vit.data import LabelledImages, SealedImages
+from peft_vit.data import HoldoutImages, LabelledImages
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 
@@ -70,12 +70,12 @@ def test_read_only_pixels_stay_untouched(recwarn):
     assert not recwarn.list
 
 
-def sealed():
-    return SealedImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), class_count=4)
+def holdout():
+    return HoldoutImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), class_count=4)
 
 
-def test_seal_opens_once_and_tells_size_and_class_counts_before_and_after():
-    test = sealed()
+def test_holdout_opens_once_and_tells_size_and_class_counts_before_and_after():
+    test = holdout()
     test.class_counts()[:] = 0  # a copy: nothing is changed
     assert (len(test), test.class_counts().tolist()) == (3, [1, 0, 2, 0])
     assert len(test.open()) == 3
@@ -85,6 +85,6 @@ def test_seal_opens_once_and_tells_size_and_class_counts_before_and_after():
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_seal_cannot_be_copied(duplicate):
+def test_holdout_cannot_be_copied(duplicate):
     with pytest.raises(TypeError, match="cannot be copied"):
-        duplicate(sealed())
+        duplicate(holdout())

@@ -1,4 +1,4 @@
-"""A first look at a folder: what is counted, left out, grouped, sealed and refused, and the file that says so."""
+"""The inspection of a folder: what is counted, left out, grouped, held out and refused, and the file that says so."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from PIL import Image
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import images_file, load_data, look_at, make_splits, open_index
+from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
 from peft_vit.errors import UserError
 
@@ -55,25 +55,25 @@ def groups_of(seen):
 
 def test_what_is_there_is_counted_and_told(root):
     progress = []
-    seen = look_at(root, on_progress=lambda done, total: progress.append((done, total)))
+    seen = inspect_images(root, on_progress=lambda done, total: progress.append((done, total)))
     assert progress == [(i + 1, 23) for i in range(23)]
     assert seen.class_names == ("cat", "dog")
     assert np.bincount(seen.labels).tolist() == [12, 11]
-    assert (seen.left_out, seen.sealed, seen.balanced) == ({}, None, True)
+    assert (seen.left_out, seen.holdout, seen.balanced) == ({}, None, True)
     assert groups_of(seen) == [["cat/03.png", "cat/copy of 03.bmp"], ["cat/05.png", "cat/saved anew.jpg"]]
     assert seen.sides[seen.names.index("cat/saved anew.jpg")].tolist() == [96, 96]
     save(root / "dog" / "brighter.png", textured(7) + np.uint8(20))
     for i in range(20):
         save(root / "cat" / f"more{i}.png", textured(1000 + i))
         (root / "dog" / f"{i}.txt").write_text("no image")
-    more = look_at(root)
+    more = inspect_images(root)
     assert more.balanced  # below three times as many
     save(root / "cat" / "one more.png", textured(2000))
     for i in range(13):
         save(root / f"class {i}" / "00.png", textured(3000 + i))
         for k in range(9):
             save(root / f"class {i}" / f"{k + 1:02}.png", textured(4000 + 10 * i + k))
-    many = look_at(root)
+    many = inspect_images(root)
     assert not many.balanced
     parts = (seen.lines(), more.lines(), many.lines())
     check_golden("data/look.txt", "\n\n".join("\n".join(lines) for lines in parts) + "\n")
@@ -81,7 +81,7 @@ def test_what_is_there_is_counted_and_told(root):
 
 def test_sides_do_not_depend_on_how_little_of_a_jpeg_is_decoded(root):
     save(root / "dog" / "large.jpg", Image.fromarray(textured(7, side=1200)[:, :900]), quality=95)
-    seen = look_at(root)
+    seen = inspect_images(root)
     assert seen.sides[seen.names.index("dog/large.jpg")].tolist() == [900, 1200]
 
 
@@ -93,7 +93,7 @@ def test_unreadable_files_are_named_with_their_reasons_and_left_out(root, tmp_pa
     (root / "dog" / "empty.jpg").write_bytes(b"")
     save(root / "dog" / "float.tiff", Image.fromarray(np.zeros((20, 20), np.float32)))
     (root / "README.md").write_text("beside the classes, no one's concern")
-    seen = look_at(root)
+    seen = inspect_images(root)
     why = seen.left_out
     assert set(why) == {"cat/notes.txt", "cat/text.png", "dog/cut.png", "dog/empty.jpg", "dog/float.tiff"}
     assert why["cat/notes.txt"].startswith("is none of .png")
@@ -116,7 +116,7 @@ def test_grey_transparent_cmyk_and_deep_images_are_read_as_training_reads_them(r
     save(root / "dog" / "alpha.png", alpha)
     save(root / "dog" / "opaque.png", Image.fromarray(textured(201)))
     save(root / "dog" / "cmyk.jpg", Image.fromarray(textured(202)).convert("CMYK"))
-    seen = look_at(root)
+    seen = inspect_images(root)
     assert not seen.left_out
     assert ["dog/as colour.png", "dog/deep.png", "dog/grey.png"] in groups_of(seen)
     assert ["dog/alpha.png", "dog/opaque.png"] in groups_of(seen)
@@ -126,7 +126,7 @@ def test_grey_transparent_cmyk_and_deep_images_are_read_as_training_reads_them(r
 def test_an_image_under_two_classes_is_left_out_of_everything(root):
     save(root / "dog" / "cat after all.png", textured(7))
     save(root / "cat" / "one more.png", textured(99))
-    seen = look_at(root)
+    seen = inspect_images(root)
     assert seen.left_out == {
         "cat/07.png": "equal to dog/cat after all.png, of another class",
         "dog/cat after all.png": "equal to cat/07.png, of another class",
@@ -134,7 +134,7 @@ def test_an_image_under_two_classes_is_left_out_of_everything(root):
     assert not {"cat/07.png", "dog/cat after all.png"} & set(seen.names)
 
 
-def test_the_own_test_split_stays_sealed_and_what_training_copies_of_it_is_left_out(root, tmp_path):
+def test_the_own_test_split_is_the_holdout_and_what_training_copies_of_it_is_left_out(root, tmp_path):
     own = tmp_path / "own"
     for label in ("cat", "dog"):
         (own / "test" / label).mkdir(parents=True)
@@ -145,13 +145,13 @@ def test_the_own_test_split_stays_sealed_and_what_training_copies_of_it_is_left_
             save(own / "test" / label / f"t{i}.png", textured(500 + i + 10 * (label == "dog")))
     save(own / "train" / "cat" / "tested.png", textured(500))
     save(own / "train" / "cat" / "tested brighter.png", textured(501) + np.uint8(10))
-    seen = look_at(own)
+    seen = inspect_images(own)
     assert seen.left_out == {
         "train/cat/tested.png": "a copy of test/cat/t0.png, of the test split",
         "train/cat/tested brighter.png": "a copy of test/cat/t1.png, of the test split",
     }
     tested = [f"test/{label}/t{i}.png" for label in ("cat", "dog") for i in range(3)]
-    assert sorted(np.array(seen.names)[seen.sealed]) == tested
+    assert sorted(np.array(seen.names)[seen.holdout]) == tested
     assert any("6 of them are the folder's own test split" in line for line in seen.lines())
     index = open_index(config(own, write(tmp_path, seen)))
     assert np.array_equal(index.official_test, [name.startswith("test/") for name in index.names])
@@ -159,36 +159,36 @@ def test_the_own_test_split_stays_sealed_and_what_training_copies_of_it_is_left_
     assert not index.official_test[np.concatenate([splits.train, splits.validation, splits.test])].any()
 
 
-def test_a_share_is_sealed_class_by_class_and_copies_of_it_are_left_out(root, tmp_path):
-    seen = look_at(root)
-    sealed_somewhere, hashes = set(), {open_index(config(root, test_images=4)).sha256}
+def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, tmp_path):
+    seen = inspect_images(root)
+    held_out_somewhere, hashes = set(), {open_index(config(root, test_images=4)).sha256}
     for seed in range(8):
         content = images_file(seen, 0.2, seed)
         assert content == images_file(seen, 0.2, seed)
-        sealed = content["sealed"]
-        assert [sum(name.startswith(label) for name in sealed) for label in ("cat", "dog")] == [2, 2]
+        holdout = content["sealed"]
+        assert [sum(name.startswith(label) for name in holdout) for label in ("cat", "dog")] == [2, 2]
         copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
         together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved anew.jpg"}]
-        assert copies == {other for pair in together for one in pair & set(sealed) for other in pair - {one}}
-        sealed_somewhere |= set(sealed)
+        assert copies == {other for pair in together for one in pair & set(holdout) for other in pair - {one}}
+        held_out_somewhere |= set(holdout)
         file = write(tmp_path, seen, seed=seed)
         index = open_index(config(root, file))
         names = np.array(index.names)
-        assert sorted(names[index.official_test]) == sorted(sealed)
+        assert sorted(names[index.official_test]) == sorted(holdout)
         hashes.add(index.sha256)
         for s in range(5):
             splits = make_splits(index, config(root, file, folds=5), s)
             for pair in together:
                 sides = [set(names[rows]) & pair for rows in (splits.train, splits.validation, splits.test)]
                 assert sum(map(bool, sides)) <= 1
-    assert len(sealed_somewhere) > 8
+    assert len(held_out_somewhere) > 8
     assert len(hashes) == 9
     data = load_data(config(root, file), 0)
     assert (len(data.test), len(data.validation), data.warnings) == (4, 2, ())
 
 
-def test_other_images_than_those_that_were_looked_at_are_refused(root, tmp_path):
-    file = write(tmp_path, look_at(root))
+def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path):
+    file = write(tmp_path, inspect_images(root))
     save(root / "cat" / "new.png", textured(900))
     with pytest.raises(UserError, match=r"holds other images than when they were looked at .*look at the images again"):
         open_index(config(root, file))
@@ -208,11 +208,11 @@ def test_other_images_than_those_that_were_looked_at_are_refused(root, tmp_path)
         open_index(config(root, tmp_path / "nowhere.json"))
 
 
-def test_zips_are_looked_at_in_place(root, tmp_path):
+def test_zips_are_inspected_in_place(root, tmp_path):
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for file in sorted(root.rglob("*.*")):
             archive.write(file, file.relative_to(root))
-    seen, plain = look_at(tmp_path / "images.zip"), look_at(root)
+    seen, plain = inspect_images(tmp_path / "images.zip"), inspect_images(root)
     assert seen.names == plain.names
     assert np.array_equal(seen.groups, plain.groups)
     assert len(open_index(config(tmp_path / "images.zip", write(tmp_path, seen))).labels) >= 21
@@ -249,7 +249,7 @@ def elks(root):
         (lambda root: split(root) or fox(1)(root / "test"), {}, False, "class 'fox' is in only one of train and test"),
         (fox(2), {}, False, "class 'fox' has 2 different images that can be used, 10 are needed"),
         (fox(2), {"folds": 10}, False, "class 'fox' has 2 .*, 13 are needed"),
-        (fox(2), {"sealed_share": 0.5}, False, "class 'fox' has 2 .*, 16 are needed"),
+        (fox(2), {"holdout_share": 0.5}, False, "class 'fox' has 2 .*, 16 are needed"),
         (fox(9, 300), {}, True, r"has 9 different images that can be used \(of copies, .*\), 10 are needed"),
         (elks, {}, True, "class 'elk' has 0 different images that can be used, 10 are needed"),
     ],
@@ -259,7 +259,7 @@ def test_refused_in_one_line(root, monkeypatch, spoil, settings, decodes, messag
     if not decodes:
         monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
     with pytest.raises(UserError, match=message):
-        look_at(root, **settings)
+        inspect_images(root, **settings)
 
 
 def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
@@ -269,7 +269,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
             for i in range(count):
                 far = 1000 if place == "test" else 0
                 save(root / place / name / f"{i:02}.png", textured(far + 100 * label + i))
-    seen = look_at(root)
+    seen = inspect_images(root)
     assert seen.balanced
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
@@ -283,7 +283,7 @@ def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path)
             for i in range(count):
                 save(root / place / name / f"{i:02}.png", textured(1000 * len(place) + 100 * label + i))
     (root / "val" / "dog" / "00.png").write_bytes(b"no image")
-    seen = look_at(root)
+    seen = inspect_images(root)
     assert list(seen.left_out) == ["val/dog/00.png"]
-    index = open_index(config(root, write(tmp_path, seen, sealed_share=0.2, seed=0), validation_images=4))
+    index = open_index(config(root, write(tmp_path, seen, holdout_share=0.2, seed=0), validation_images=4))
     assert (len(index.labels), int(index.official_test.sum())) == (25, 4)

@@ -12,7 +12,7 @@ import planted
 import pytest
 from PIL import Image
 
-from peft_vit.analysis.examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
+from peft_vit.analysis.image_examples import GROUPS, MOST_SHOWN, ImageExamples, image_examples
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import Predictions, RunRecord

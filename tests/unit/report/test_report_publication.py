@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from peft_vit.analysis import Analysis, analyze
-from peft_vit.analysis.calibration import Bin
+from peft_vit.analysis.reliability import Bin
 from peft_vit.records import RunRecord
 from peft_vit.report.build import captions, study_documents
 from peft_vit.report.document import Drawing

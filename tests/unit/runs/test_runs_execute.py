@@ -12,7 +12,7 @@ from written_runs import run_and_write
 
 from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
-from peft_vit.data import SealedImages
+from peft_vit.data import HoldoutImages
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import trainable_parameters
 from peft_vit.records import ADAPTER_FILE, read_record, run_folder
@@ -91,7 +91,7 @@ def test_a_budget_in_parameters_is_one_for_the_counted_parameters(study, tmp_pat
 
 def test_the_test_split_is_opened_once_after_training(study, tmp_path, monkeypatch) -> None:
     opened, trained = [], []
-    open_split, train = SealedImages.open, run.train
+    open_split, train = HoldoutImages.open, run.train
 
     def counting_open(self):
         opened.append(len(trained))
@@ -103,7 +103,7 @@ def test_the_test_split_is_opened_once_after_training(study, tmp_path, monkeypat
         trained.append(result)
         return result
 
-    monkeypatch.setattr(SealedImages, "open", counting_open)
+    monkeypatch.setattr(HoldoutImages, "open", counting_open)
     monkeypatch.setattr(run, "train", counting_train)
     (record,) = do(study("lora"), tmp_path)
     assert opened == [1]

@@ -8,7 +8,7 @@ from done_runs import restored, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.config import PROBE_L2
-from peft_vit.data import SealedImages, load_data
+from peft_vit.data import HoldoutImages, load_data
 from peft_vit.evaluation import predict
 from peft_vit.runs import execute as run_module
 
@@ -19,8 +19,8 @@ DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "sch
 @pytest.mark.parametrize("method", ["linear", "qa_linear"])
 def test_a_probe_is_a_run(study, tmp_path, monkeypatch, method) -> None:
     opened = []
-    open_split = SealedImages.open
-    monkeypatch.setattr(SealedImages, "open", lambda self: opened.append(self) or open_split(self))
+    open_split = HoldoutImages.open
+    monkeypatch.setattr(HoldoutImages, "open", lambda self: opened.append(self) or open_split(self))
     monkeypatch.setattr(run_module, "train", lambda *arguments, **named: pytest.fail("a probe takes no step"))
     record = do(study(method), tmp_path)
     assert len(opened) == 1

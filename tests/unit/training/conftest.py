@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_vit.data import Data, LabelledImages, SealedImages
+from peft_vit.data import Data, HoldoutImages, LabelledImages
 from peft_vit.training import RuntimeConfig
 
 
@@ -23,7 +23,7 @@ def data() -> Callable[..., Data]:
             return LabelledImages(levels.astype(np.uint8), labels.astype(np.int64))
 
         names = tuple(f"class {k}" for k in range(5))
-        return Data(names, split(train), split(validation), SealedImages(split(test), 5), "d" * 64, "s" * 64)
+        return Data(names, split(train), split(validation), HoldoutImages(split(test), 5), "d" * 64, "s" * 64)
 
     return make
 

@@ -9,7 +9,7 @@ import planted
 import pytest
 from sklearn.metrics import brier_score_loss
 
-from peft_vit.analysis.calibration import (
+from peft_vit.analysis.reliability import (
     MEASURES,
     OVERCONFIDENCE,
     Bin,
