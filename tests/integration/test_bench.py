@@ -42,17 +42,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Let each file take known seconds, times threads and batch, with one slow call; return what was asked for."""
-    asked: list[tuple[Any, ...]] = []
+    requests: list[tuple[Any, ...]] = []
 
     def known(file: Path, batches: Any, *, threads: int, rounds: int) -> dict[int, Calls]:
-        asked.append((file.name, tuple(batches), threads, rounds))
+        requests.append((file.name, tuple(batches), threads, rounds))
         usual = SECONDS.get(file.name, 6.0)
         each = {batch: [usual * batch / threads] * (rounds - 1) + [1000.0] for batch in batches}
         return {batch: Calls(tuple(values), tuple(values)) for batch, values in each.items()}
 
     monkeypatch.setattr(benching, "time_alone", known)
     monkeypatch.setattr(benching, "cpu_count", lambda: 4)
-    return asked
+    return requests
 
 
 def rows_of(file: Path) -> dict[tuple[str, int, int], BenchRow]:
@@ -62,7 +62,7 @@ def rows_of(file: Path) -> dict[tuple[str, int, int], BenchRow]:
 def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_path, command) -> None:
     models = [exported / name for name in ("int4.onnx", "float.xml", "int4.safetensors")]
     output = tmp_path / "bench.json"
-    said = command(
+    printed = command(
         "bench", *models, "--batch", "2,1", "--threads", 1, "--rounds", 3, "--repeats", 1, "--output", output
     )
     rows = rows_of(output)
@@ -74,9 +74,9 @@ def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_
         assert row.low_s <= row.median_s <= row.high_s
         assert (row.calls, row.over) == (3, str(exported / "float.xml"))
         assert row.run == CARD.run
-        assert name in said.out
+        assert name in printed.out
     sizes = {name: row.bytes for (name, _, _), row in rows.items()}
-    assert sizes["float.xml"] == sum((exported / f"float.{one}").stat().st_size for one in ("xml", "bin"))
+    assert sizes["float.xml"] == sum((exported / f"float.{ending}").stat().st_size for ending in ("xml", "bin"))
     assert sizes["int4.onnx"] == models[0].stat().st_size
     assert [row.runtime.split()[0] for row in rows.values()][:3] == ["onnxruntime", "openvino", "torch"]
 
@@ -85,14 +85,14 @@ def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, pla
     names, output = [*SECONDS], tmp_path / "bench.json"
     models = [exported / name for name in names]
     options = ("--batch", 1, "--batch", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2, "--output", output)
-    said = command("bench", *models, *options)
+    printed = command("bench", *models, *options)
     assert planted == [(name, (1, 8), threads, 5) for _ in range(2) for threads in (1, 2) for name in names]
     rows = rows_of(output)
     assert list(rows) == [(name, batch, threads) for threads in (1, 2) for batch in (1, 8) for name in names]
     for (name, batch, threads), row in rows.items():
         assert row.median_s == SECONDS[name] * batch / threads
         assert (row.calls, row.ratio, row.over) == (10, SECONDS[name] / 2, str(exported / "float.xml"))
-    line = next(one for one in said.out.splitlines() if "int4.safetensors" in one)
+    line = next(line for line in printed.out.splitlines() if "int4.safetensors" in line)
     assert line.split()[-2:] == ["4.500", "0.1"]
 
 
@@ -122,7 +122,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     unknown.write_text("no model")
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
-    for arguments, said in (
+    for arguments, stated in (
         ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a PEFT folder"),
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
         ((model, "--batch", "1,0"), "--batch: "),
@@ -130,7 +130,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
         ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
         ((model, changed), "was changed after it was written"),
     ):
-        assert said in refused("bench", *arguments)
+        assert stated in refused("bench", *arguments)
     without("onnxruntime")
     line = refused("bench", exported / "int4.safetensors")
     assert "no float32 model is named, and none can be made: ONNX export needs" in line
@@ -141,9 +141,9 @@ def test_a_file_of_times_is_checked(tmp_path) -> None:
     file = tmp_path / "bench.json"
     for content, fault in (("[{}]", "0.file: is missing"), ("{", "is not a readable table"), ("[1]", "0: input")):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as found:
+        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as caught:
             read_bench(file)
-        assert fault in str(found.value)
+        assert fault in str(caught.value)
     with pytest.raises(UserError, match=r"none\.json: is not a readable table"):
         read_bench(tmp_path / "none.json")
     file.write_text(json.dumps([]))
