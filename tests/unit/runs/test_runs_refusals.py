@@ -41,7 +41,7 @@ BY_GRADIENT = {"rule": "gradient", "budget": 9, "calibration_images": 25}
 REFUSED = [  # the study's method, what makes it one to be refused, its settings, the field, what is said
     ("qa_lora", with_settings, ("qa_lora",), GPTQ, "qa_lora.calibration_images", "24"),
     ("adaptive_bits", adaptive_bits, (), {"total_byte_budget": 1000}, f"{BITS}.total_byte_budget", "1000"),
-    ("adaptive_bits", adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "4.000"),
+    ("adaptive_bits", adaptive_bits, (), AVERAGE, f"{BITS}.average_bits", "at least 4 "),
     ("adaptive_bits", adaptive_bits, (), {"calibration_images": 25}, f"{BITS}.calibration_images", "24"),
     ("lora", rule, (), BY_GRADIENT, "lora.ranks.calibration_images", "24"),
     ("lora", rule, (), {"rule": "random", "budget": 36}, "lora.ranks.budget", ""),
