@@ -97,8 +97,7 @@ class ImportancePattern:
     relative_final: np.ndarray  # (seeds, blocks, matrices) last scores, over each run's mean
     by_block: np.ndarray  # (seeds, blocks) mean relative score of a block
     by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
-    # log2 of the mean attention score over the mean MLP score, one value a seed; empty if a group is absent or scores
-    # nothing
+    # log2 of the mean attention score over the mean MLP score, by seed; none where a group is absent or scores nothing
     attention_over_mlp: tuple[float, ...]
     steps: tuple[int, ...]  # steps at which scores were recorded in every seed
     # (steps,) Spearman's rho between the scores then and the last ones, mean over seeds
@@ -197,13 +196,8 @@ def kendalls_w(scores: ArrayLike) -> float | None:
 
     Returns:
         None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
-
-    Raises:
-        ValueError: for scores that are no finite (m, n) array.
     """
     data = np.asarray(scores, dtype=np.float64)
-    if data.ndim != 2 or not np.isfinite(data).all():
-        raise ValueError("expected a two-dimensional array of finite scores")
     judges, things = data.shape
     if judges < 2 or things < 3 or (np.ptp(data, axis=1) == 0).any():
         return None
@@ -239,7 +233,7 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     `rho` is Spearman's of the mean final relative scores of the `sites` that both have; None if one of both is
     constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
     """
-    comparable: list[tuple[Study, ExperimentConfig, AdaLoraConfig, dict[str, float]]] = []
+    comparable: list[tuple[Study, str, tuple[object, ...], dict[str, float]]] = []
     for study, patterns in scored:
         for pattern in patterns:
             section = pattern.experiment.section(AdaLoraConfig)
@@ -247,23 +241,20 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
                 mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
                 by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
                 known = {name: value for name, value in by_site.items() if np.isfinite(value)}
-                comparable.append((study, pattern.experiment, section, known))
+                kind = section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke
+                comparable.append((study, pattern.experiment.name, kind, known))
     rows = []
-    for (study, a, own, scores), (other, b, its, other_scores) in combinations(comparable, 2):
-        same = (a.method, study.smoke) == (b.method, other.smoke) and (
-            own.importance_metric,
-            own.allocation_strategy,
-        ) == (its.importance_metric, its.allocation_strategy)
+    for (study, name, kind, scores), (other, other_name, other_kind, other_scores) in combinations(comparable, 2):
         shared = sorted(scores.keys() & other_scores.keys())
-        if study.label == other.label or not same or not shared:
+        if study.label == other.label or kind != other_kind or not shared:
             continue
         rows.append(
             {
                 "study": study.label,
-                "experiment": a.name,
+                "experiment": name,
                 "other_study": other.label,
-                "other_experiment": b.name,
-                "metric": own.importance_metric,
+                "other_experiment": other_name,
+                "metric": kind[0],
                 "images": _images(study),
                 "other_images": _images(other),
                 # 1 or 0; with another one sites share no more than a name
@@ -355,11 +346,22 @@ def _ranks(run: Run) -> list[list[int]]:
     return [[entry.ranks.get(name, 0) for name in names] for entry in run.record.rank_history]
 
 
+def rank_gini(run: Run) -> float | None:
+    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+def rank_entropy(run: Run) -> float | None:
+    """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
 def _run_row(run: Run) -> dict[str, Any]:
     """Return where one run's budget went."""
     ranks, last = _ranks(run), run.record.rank_history[-1]
     final = ranks[-1]
-    spread = sum(final) > 0 and len(final) > 1
     return {
         "experiment": run.experiment.name,
         "seed": run.seed,
@@ -369,8 +371,8 @@ def _run_row(run: Run) -> dict[str, Any]:
         "used": sum(final),  # ranks at the end
         "sites": len(final),
         "sites_without_rank": sum(rank == 0 for rank in final),
-        "gini": gini(final) if spread else None,  # concentration of the final ranks over sites, 0 for equal ranks
-        "evenness": normalized_entropy(final) if spread else None,  # 1 for equal ranks
+        "gini": rank_gini(run),  # concentration of the final ranks over sites, 0 for equal ranks
+        "evenness": rank_entropy(run),  # 1 for equal ranks
         "updates": len(ranks) - 1,
         "moved": " ".join(str(moved_ranks(before, after)) for before, after in pairwise(ranks)),  # at each update
     }

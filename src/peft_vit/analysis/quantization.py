@@ -42,8 +42,7 @@ class ModelBytes:
     @property
     def total(self) -> float:
         """Return the sum of the parts."""
-        codes, scales, offsets, *in_float = self.parts.values()
-        return codes + scales + offsets + sum(in_float)
+        return sum(self.parts.values())
 
     @property
     def bits_per_weight(self) -> float:
