@@ -298,7 +298,7 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
 
 # Where the numbers of a table, or of "table: column", are tested instead.
 _ELSEWHERE = {
-    "planted truth in tests/unit/analysis": "allocation_against_controls bits_by_layer importance_by_block "
+    "planted truth in tests/unit/analysis": "bits_by_layer importance_by_block "
     "importance_by_matrix importance_course importance_over_time quantization_balance size size_parts",
     "planted truth in tests/unit/analysis, columns in test_report_numbers.py": "allocation",
     "by hand in tests/unit/analysis": "findings verdicts allocation_course importance_across_studies",

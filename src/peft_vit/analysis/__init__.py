@@ -16,15 +16,7 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.layers import (
-    AgainstControl,
-    Allocation,
-    ImportancePattern,
-    against_controls,
-    fisher_checks,
-    importance_patterns,
-    study_agreements,
-)
+from peft_vit.analysis.layers import Allocation, ImportancePattern, fisher_checks, importance_patterns, study_agreements
 from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.reliability import Calibration, Measure, calibration, calibration_differences
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
@@ -48,7 +40,6 @@ class Analysis:
     importance: tuple[ImportancePattern, ...]
     fisher: dict[str, list[FisherCheck]]
     allocation: tuple[Allocation, ...]
-    against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
     findings: tuple[Finding, ...]
 
@@ -70,7 +61,6 @@ def analyze(study: Study) -> Analysis:
         importance=patterns,
         fisher=fisher_checks(study),
         allocation=tuple(evidence.allocation.values()),
-        against_controls=against_controls(study),
         quantization=tuple(evidence.quantization.values()),
         findings=find(evidence),
     )
