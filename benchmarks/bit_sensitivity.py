@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from peft_vit.adapters import adapted_modules, merged_state_dict
-from peft_vit.allocation.calibration import LinearHead, fit_head, layer_losses, rank_gains
+from peft_vit.allocation.loss_prediction import LinearHead, fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites, load_run_backbone
 from peft_vit.data import load_data
 from peft_vit.quantization import QuantizationFormat, quantize

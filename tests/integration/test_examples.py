@@ -43,19 +43,19 @@ def test_it_opens_with_what_it_asks(file: Path) -> None:
 def planned(file: Path) -> Plan:
     study = load_study(file)
     plan = plan_study(study, Path("/nothing/is/done/here"), file=file, smoke=True)
-    assert [run.spec.experiment.name for run in plan.pending] == [one.name for one in study.experiments]
+    assert [run.spec.experiment.name for run in plan.pending] == [experiment.name for experiment in study.experiments]
     return plan
 
 
 def experiments() -> list[object]:
     """Return all, file and place; slow are all but a probe and one of ranks and bits: unit tests do each small."""
-    found, quick = [], {"linear", "qa_adalora"}
+    cases, quick = [], {"linear", "qa_adalora"}
     for file in FILES:
         for place, experiment in enumerate(load_study(file).experiments):
             marks = [] if experiment.method in quick else [pytest.mark.slow]
-            found.append(pytest.param(file, place, id=f"{file.stem}-{experiment.name}", marks=marks))
+            cases.append(pytest.param(file, place, id=f"{file.stem}-{experiment.name}", marks=marks))
             quick.discard(experiment.method)
-    return found
+    return cases
 
 
 @pytest.mark.part("runner")

@@ -13,7 +13,7 @@ from peft_vit.analysis.comparison import compare
 from peft_vit.analysis.studies import load_studies
 from peft_vit.config import StudyConfig, study_from_mapping
 from peft_vit.data import images_file, inspect_images, make_splits, open_index
-from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.records import RunSpec
 from peft_vit.report.summary import facts
 from peft_vit.studies.plan import plan_study, smoke_study, workload_of
@@ -29,18 +29,18 @@ def inspected(images: Path, tmp_path: Path) -> tuple[Path, Path]:
     (root / "class_0" / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with Image.open(root / "class_1" / "00.png") as image:
         image.resize((60, 40)).save(root / "class_1" / "larger.png")
-    found = tmp_path / "images.json"
-    found.write_text(json.dumps(images_file(inspect_images(root), seed=1)))
-    return root, found
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(images_file(inspect_images(root), seed=1)))
+    return root, file
 
 
 def study_of(inspected: tuple[Path, Path], weights: Path, seeds: list[int], **data: object) -> StudyConfig:
-    root, found = inspected
+    root, file = inspected
     probe = {"method": "linear", "training": {"probe_l2": 0.1}}
     mapping = tiny_study(
         seeds=seeds,
         backbone={"model": "test_vit", "weights": "file", "file": str(weights)},
-        data={"dataset": "image-folder", "path": str(root), "images_file": str(found), "image_size": 32, **data},
+        data={"dataset": "image-folder", "path": str(root), "images_file": str(file), "image_size": 32, **data},
         experiments=[
             {"name": "plain", **probe},
             {"name": "unflipped", **probe, "training": {"probe_l2": 0.1, "augmentation": []}},
@@ -75,11 +75,11 @@ def test_two_seeds_test_every_image_once_and_the_last_run_the_holdout(
     assert [len(of_seed) for of_seed in hashes.values()] == [1, 1]
     assert len(set.union(*hashes.values())) == 2
 
-    (found,) = load_studies(tmp_path / "folds")
-    assert found.images_tested_by_seed
-    compared = compare(found.of("plain"), found.of("unflipped"), "plain", "unflipped")
+    (study,) = load_studies(tmp_path / "folds")
+    assert study.images_tested_by_seed
+    compared = compare(study.of("plain"), study.of("unflipped"), "plain", "unflipped")
     assert list(compared.by_seed) == [0, 1]
-    assert any("each seed tests one of 2 folds" in said for _, said in facts(found))
+    assert any("each seed tests one of 2 folds" in said for _, said in facts(study))
 
     final = study_of(inspected, weights, [0], validation_images=0)
     record = run_and_write(specs(final, tmp_path / "final")[0], tmp_path / "final")

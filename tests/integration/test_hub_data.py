@@ -15,8 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-
-from peft_vit.data import sample_path
+from sample_sets import sample_path
 
 COMMIT = "a" * 40
 API, FILES = "/api/datasets/someone/pets", "/datasets/someone/pets/resolve/"
@@ -59,14 +58,14 @@ class Answer(BaseHTTPRequestHandler):
         """Answer with files and folders in a folder, with `recursive=true` those below too."""
         below = {name: file for name, file in self.server.files.items() if Path(folder) in Path(name).parents}
         folders = {above.as_posix() for name in below for above in Path(name).parents} - {".", folder}
-        found: dict[str, dict[str, object]] = {
+        files: dict[str, dict[str, object]] = {
             name: {"type": "directory", "oid": "0" * 40, "size": 0}
             for name in sorted(folders)
             if Path(folder) in Path(name).parents
         }
-        found |= {name: {"type": "file", "oid": _oid(f), "size": f.stat().st_size} for name, f in below.items()}
+        files |= {name: {"type": "file", "oid": _oid(f), "size": f.stat().st_size} for name, f in below.items()}
         deep = "recursive=true" in self.path
-        rows = [row | {"path": name} for name, row in found.items() if deep or Path(name).parent == Path(folder)]
+        rows = [row | {"path": name} for name, row in files.items() if deep or Path(name).parent == Path(folder)]
         if rows:
             self._json(rows)
         else:
@@ -90,9 +89,7 @@ def _oid(file: Path) -> str:
 
 @pytest.fixture(params=["hf", "image-folder"])
 def hub(request: pytest.FixtureRequest, cache: str) -> Iterator[Hub]:
-    folder = sample_path(request.param)
-    assert folder is not None
-    with Hub(Path(folder)) as server:
+    with Hub(sample_path(request.param)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()

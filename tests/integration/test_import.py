@@ -66,7 +66,7 @@ def logits(model) -> torch.Tensor:
 
 def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun:
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
-    length = {"epochs": 8, "learning_rate": 1e-2}
+    length = {"steps": 20, "learning_rate": 1e-2}
     request = TrainRequest(images=images, method="lora", seed=0, start=adapter, **settings, **length)
     (run,) = plan_study(study_of(request)[0], out, file=images).runs
     return run
@@ -85,7 +85,7 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     torch.testing.assert_close(logits(start), before, rtol=0, atol=1e-5)
 
     asked = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
-    length = ("--epochs", "8", "--learning-rate", "1e-2", "--shots", "4")
+    length = ("--steps", "20", "--learning-rate", "1e-2", "--shots", "4")
     command("train", images, *asked, *length, "--output", tmp_path / "out")
     run = tmp_path / "out" / "own-images" / "imported" / "seed_0"
     record = read_record(run / "record.json")
@@ -161,7 +161,7 @@ def refusal(refused, images: Path, weights: Path, tmp_path: Path) -> Callable[..
 
     def call(adapter: Path, images: Path = images) -> str:
         start = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
-        line = refused("train", images, *start, "--epochs", "8", "--output", tmp_path / "out")
+        line = refused("train", images, *start, "--steps", "20", "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return line
 

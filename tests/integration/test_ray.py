@@ -70,7 +70,7 @@ def test_one_node_and_a_stop(cluster: Cluster, cache: str, tmp_path: Path) -> No
     assert not kinds_of(events, "lora")  # what had not started was forgotten
     assert outcome_digest(of(events, RunEnded)[0].record) == expected
     assert of(events, RunEnded)[0].adapter
-    assert [one.progress.step for one in of(events, RunProgress, "adaptive")] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert [event.progress.step for event in of(events, RunProgress, "adaptive")] == [1, 2, 3, 3, 4, 5, 6, 6]
     assert not ray.is_initialized()
 
 
@@ -102,7 +102,7 @@ def test_two_nodes_of_which_one_is_lost(cluster, cache, tmp_path, capfd) -> None
     assert retried.record.failure == "killed"
     assert "node" in retried.record.error
     again = told.index(retried)
-    steps = [one.progress.step for one in of(told[again:], RunProgress, retried.run.spec.experiment.name)]
+    steps = [event.progress.step for event in of(told[again:], RunProgress, retried.run.spec.experiment.name)]
     assert steps[0] > 1  # it went on from a checkpoint
     assert sorted(event.run.spec.experiment.name for event in of(told, RunEnded)) == ["adaptive", "full", "lora"]
     assert sorted(record.attempts for record in read_records(tmp_path)) == [1, 1, 2]
@@ -111,7 +111,7 @@ def test_two_nodes_of_which_one_is_lost(cluster, cache, tmp_path, capfd) -> None
 
 def test_what_no_node_has_is_refused_before_any_run(cluster: Cluster, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^execution: a run asks for 1 CPU, 3 GPUs; the biggest node"):
-        RayExecutor(cluster.address, Need(1, gpus=3), tmp_path)
+        RayExecutor(cluster.address, Need(1, gpus=3), tmp_path, 30)
     assert not ray.is_initialized()
 
 
@@ -120,7 +120,8 @@ def test_a_killed_driver_leaves_no_process_behind(cluster: Cluster, cache: str, 
     """Helpers of Ray among them, which look for their node now and then."""
     make = (
         "from ray_clusters import patient_ray; from peft_vit.studies.executors.ray_cluster import Need, RayExecutor\n"
-        f"    with patient_ray(): executor = RayExecutor({('local' if own else cluster.address)!r}, Need(1), folder)"
+        f"    address = {('local' if own else cluster.address)!r}\n"
+        "    with patient_ray(): executor = RayExecutor(address, Need(1), folder, 30)"
     )
     started, left = left_by_killed_driver(tmp_path, make)
     assert (started > 1) == own

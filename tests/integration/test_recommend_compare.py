@@ -78,7 +78,7 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     """One document of all outcomes: shown, nothing within, not decided, below every adapter, gaps, and two studies."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.chdir(tmp_path)
-    made = [one for one in records("gaps", 10) if (one.spec.experiment.name, one.spec.seed) != (THIRD, 9)]
+    made = [record for record in records("gaps", 10) if (record.spec.experiment.name, record.spec.seed) != (THIRD, 9)]
     made.append(planted.failed(EXPERIMENTS["lora_r1"], 0, "out of memory", study="gaps"))
     planted.write(Path("gaps"), made)
     planted.write(Path("three"), records("three", 3))
@@ -111,27 +111,13 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     assert (pooled[WORSE]["verdict"], pooled[THIRD]["verdict"]) == ("refuted", "not decided")
     by_hand = []
     for made in (records("ten", 10), records("other", 10)):
-        reached = {(one.spec.experiment.name, one.spec.seed): one.test.accuracy for one in made}
+        reached = {(record.spec.experiment.name, record.spec.seed): record.test.accuracy for record in made}
         by_hand.append(np.mean([reached[WORSE, seed] - reached[BEST, seed] for seed in range(10)]))
     assert float(pooled[WORSE]["estimate"]) == pytest.approx(np.mean(by_hand), abs=1e-12)
     in_json = json.loads(Path("rows.json").read_text(encoding="utf-8"))
     assert [row["row"] for row in in_json if "seconds" not in str(row["measure"])] == [
         row["row"] for row in rows if "seconds" not in row["measure"]
     ]
-
-
-def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_path: Path, told) -> None:
-    made = [one.model_copy(update={"sites": planted.sites()}) for one in records("few", 3)]
-    results = planted.write(tmp_path / "results", made)
-    text = told("recommend", results, "--max-params", "6k")
-    assert "`lora: {ranks: {rule: stable_rank, budget: 5230, unit: parameters}}`" in text  # the head has 770
-    assert "`peft-vit train IMAGES --method lora --budget 20.9kB`" in text
-    # One rank of the widest matrix has 1,920 values, and rank 1 everywhere 82,944.
-    for values, is_named in ((1920, True), (1919, False), (82_943, True), (82_944, False)):
-        said = told("recommend", results, "--max-params", str(770 + values))
-        assert ("fewer ranks than matrices" in said) == is_named
-    for arguments in ((results,), (results, "--max-params", "6k", "--max-bytes", "20MB"), (ten, "--max-params", "6k")):
-        assert "fewer ranks than matrices" not in told("recommend", *arguments)  # the records of ten name no sites
 
 
 REFUSED: dict[str, str] = {  # what is asked -> what is named

@@ -48,8 +48,8 @@ def number(text: str) -> float | None:
 
 def keys_of(row: dict[str, object]) -> tuple[tuple[str, str], ...]:
     def text(value: object) -> str:
-        found = number(str(value))
-        return str(value) if found is None else f"{found:g}"
+        read = number(str(value))
+        return str(value) if read is None else f"{read:g}"
 
     return tuple((key, text(row[key])) for key in KEYS if key in row)
 
@@ -57,40 +57,40 @@ def keys_of(row: dict[str, object]) -> tuple[tuple[str, str], ...]:
 def faults(slug: str, rows: list[dict[str, str]], expected: list[Row]) -> list[str]:
     """Return what is wrong or not computed again in a table."""
     by_keys = {keys_of(row): row for row in expected}
-    found = []
+    wrong = []
     for row in rows:
         wanted = next((w for keys, w in by_keys.items() if set(keys) <= set(keys_of(row))), None)
         if wanted is None:
             if f"{slug}: {row.get('measure', '')}" not in NOT_COVERED:
-                found.append(f"{slug}: no row for {keys_of(row)}")
+                wrong.append(f"{slug}: no row for {keys_of(row)}")
             continue
         for column, text in row.items():
             value = number(text)
             if column not in wanted:
                 if value is not None and f"{slug}: {column}" not in NOT_COVERED:
-                    found.append(f"{slug}: {column} is not computed again: {text}")
+                    wrong.append(f"{slug}: {column} is not computed again: {text}")
                 continue
             same = text == str(wanted[column])
             if value is not None:
                 same = math.isclose(value, float(wanted[column]), rel_tol=1e-12, abs_tol=1e-12)
             if not same:
-                found.append(f"{slug}: {column} of {keys_of(row)} is {text!r}, not {wanted[column]!r}")
-    return found
+                wrong.append(f"{slug}: {column} of {keys_of(row)} is {text!r}, not {wanted[column]!r}")
+    return wrong
 
 
 def test_every_number_of_every_table(files: ReportFiles, results: Path) -> None:
     ledger = Ledger(results)
-    found, numbers = [], 0
+    wrong, numbers = [], 0
     for slug, rows in tables(files).items():
         recompute = recomputation_of(slug)
         if recompute is not None:
             numbers += sum(number(text) is not None for row in rows for text in row.values())
-            found += faults(slug, rows, recompute(ledger, slug))
+            wrong += faults(slug, rows, recompute(ledger, slug))
         elif slug not in NOT_COVERED:
-            found.append(f"{slug}: no recomputation; write one in recomputed_tables.py")
+            wrong.append(f"{slug}: no recomputation; write one in recomputed_tables.py")
     print(f"{numbers} numbers; not computed again here:", *(f"\n  {t}: {why}" for t, why in NOT_COVERED.items()))
     assert numbers > 1000
-    assert found == []
+    assert wrong == []
 
 
 def mean_of(method: MethodResult, measure: str) -> Interval:

@@ -28,34 +28,34 @@ def read_back(folder: Path) -> dict[str, dict[int, float]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: {one.step: one.value for one in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    return {tag: {scalar.step: scalar.value for scalar in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
     assert export_to_tensorboard(results, tmp_path / "logs") == 2
     for name in NAMES:
         record = read_record(results / "tiny" / name / "seed_0" / "record.json")
-        found = read_back(tmp_path / "logs" / "tiny" / name / "seed_0")
+        scalars = read_back(tmp_path / "logs" / "tiny" / name / "seed_0")
         expected = {
             "train/loss": {row.step: row.loss for row in record.steps},
             "train/learning_rate": {row.step: row.learning_rate for row in record.steps},
-            "validation/accuracy": {one.step: one.metrics.accuracy for one in record.evaluations},
+            "validation/accuracy": {entry.step: entry.metrics.accuracy for entry in record.evaluations},
             "test/nll": {record.chosen_step: record.test.nll},
-            "rank/mean": {one.step: sum(one.ranks.values()) / len(one.ranks) for one in record.rank_history},
-            "rank/blocks.0.attn.out": {one.step: one.ranks["blocks.0.attn.out"] for one in record.rank_history},
+            "rank/mean": {entry.step: sum(entry.ranks.values()) / len(entry.ranks) for entry in record.rank_history},
+            "rank/blocks.0.attn.out": {entry.step: entry.ranks["blocks.0.attn.out"] for entry in record.rank_history},
         }
         if name == "triplets":
             expected["train/penalty/orthogonality"] = {r.step: r.penalties["orthogonality"] for r in record.steps}
-            assert "bits/mean" not in found
+            assert "bits/mean" not in scalars
         else:
             expected["train/quantized_share"] = {row.step: row.quantized_share for row in record.steps}
-            assert found["bits/mean"] == {
+            assert scalars["bits/mean"] == {
                 0: pytest.approx(32 + record.quantization.bits_per_weight),
                 4: pytest.approx(6.0),
             }
         for tag, values in expected.items():
-            assert found[tag] == pytest.approx(values, rel=1e-6), tag  # event files hold float32
-        assert set(found["train/loss"]) == set(range(1, 7))
+            assert scalars[tag] == pytest.approx(values, rel=1e-6), tag  # event files hold float32
+        assert set(scalars["train/loss"]) == set(range(1, 7))
 
 
 def test_a_study_that_goes_on_is_exported_again(results, tmp_path, command) -> None:

@@ -19,7 +19,7 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, read_record
 from peft_vit.statistics import SequentialResult
 from peft_vit.studies.commands import run_until_decided
-from peft_vit.studies.request import Execution
+from peft_vit.studies.request import RunRequest
 
 pytestmark = pytest.mark.part("analyzer")
 
@@ -130,13 +130,12 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
 
     runs.accuracy = takes_a_minute
     study = study_from_mapping(mapping(), file=Path("built in memory"))
+    request = RunRequest.of(configs=["built in memory"], output=tmp_path)
     told: list[str] = []
 
     def call(minutes: float) -> list[str]:
         limit = Limit(minutes, now[0], clock=lambda: now[0])
-        failed, still_open = run_until_decided(
-            study, tmp_path, file=Path("built in memory"), execution=Execution(), limit=limit, log=told.append
-        )
+        failed, still_open = run_until_decided(study, request, limit, told.append)
         assert failed == {}
         return still_open
 
@@ -216,7 +215,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory, _session_cache: str) -> Pa
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         plant(patch, PlantedRuns(accuracy))
         study = study_from_mapping(mapping(name="stopped"), file=Path("stopped.yaml"))
-        run_until_decided(study, out, file=Path("stopped.yaml"), execution=Execution(), log=print)
+        run_until_decided(study, RunRequest.of(configs=["stopped.yaml"], output=out), None, print)
     return out
 
 
@@ -237,9 +236,9 @@ def findings_of(command, directory: Path, output: Path) -> list[dict[str, str]]:
 
 def test_findings_decide_by_looks_alone(command, stopped, tmp_path) -> None:
     tested = findings_of(command, stopped, tmp_path)
-    told = [one for one in tested if "looks at results decided how many seeds ran" in one["outcome"]]
-    assert {one["verdict"] for one in told} == {"not decided"}
-    assert {one["p_holm"] for one in tested} == {""}
+    told = [finding for finding in tested if "looks at results decided how many seeds ran" in finding["outcome"]]
+    assert {finding["verdict"] for finding in told} == {"not decided"}
+    assert {finding["p_holm"] for finding in tested} == {""}
     summary = (tmp_path / "analysis_summary.md").read_text().partition("Comparisons with base that stop")[2]
     ahead = course_of(stopped, "ahead").looks[-1]
     assert f"supported (p = {ahead.noninferiority.p_value:.3g})" in summary
@@ -299,7 +298,7 @@ def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> 
         write(file, name="plain", stopping=None, seeds=list(range(seeds)))
         command("run", file, "--output", out)
         (study,) = read_results(out).studies
-        return {one.verdict for one in compare_all(study, "base")}, " ".join(study.notices)
+        return {comparison.verdict for comparison in compare_all(study, "base")}, " ".join(study.notices)
 
     verdicts, notices = run(7)
     assert {"supported", "refuted"} <= verdicts
@@ -308,8 +307,8 @@ def test_a_study_that_was_continued_gets_no_verdict(command, runs, tmp_path) -> 
     assert verdicts == {"not decided"}
     assert "Continued: seeds 7, 8 of plain were added when results were there" in notices
     reason = "no verdict: seeds 7, 8 of plain were added after results"
-    found = [one for one in findings_of(command, out, tmp_path / "analysis") if one["outcome"] == reason]
-    assert found
-    assert {(one["verdict"], one["p_holm"]) for one in found} == {("not decided", "")}
+    findings = [finding for finding in findings_of(command, out, tmp_path / "analysis") if finding["outcome"] == reason]
+    assert findings
+    assert {(finding["verdict"], finding["p_holm"]) for finding in findings} == {("not decided", "")}
     assert f"not decided ({reason})" in command("recommend", out, "--smallest", "params").out
     assert f"Nothing is decided: {reason}." in (tmp_path / "analysis" / "analysis_summary.md").read_text()

@@ -72,7 +72,7 @@ class Way:
     def start(self, config: Path, life: int, workers: int) -> Command:
         """Start the command once more."""
         out, log = config.parent / "out", config.parent / f"life-{life}"
-        arguments = [str(config), "--output", str(out), "--workers", str(workers), "--oversubscribe"]
+        arguments = [str(config), "--output", str(out), "--workers", str(workers)]
         return (run_fresh if self.fresh else run_forked)(arguments, log.with_suffix(".txt"), log.with_suffix(".events"))
 
 
@@ -159,9 +159,6 @@ class Watched:
             return len(seen) >= number
 
         return sign
-
-    def _last(self) -> bool:
-        return any(newest_step(self._out / NAME / run) == STEPS for run in self.under_way())
 
 
 class Study:

@@ -35,7 +35,7 @@ from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
 from peft_vit.errors import UserError, named
-from peft_vit.forecasting.calibration import Costs, keep_costs
+from peft_vit.forecasting.calibration_run import Costs, keep_costs
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, RunSpec, checkpoint_folders, read_record, run_folder
 from peft_vit.records.progress import LOCK_FILE, PROGRESS_FILE, find_studies, status_lines, study_lock, study_status
 from peft_vit.report.result_tables import history_table
@@ -260,7 +260,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
         ("hf", folder / "hf" / "data" / "train-00000-of-00001.parquet", (plain,)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "words.txt", (lines, plain)),
         ("tiny-imagenet", folder / "tiny-imagenet" / "val" / "val_annotations.txt", (lines, plain)),
-        *((name, next((folder / name).iterdir()), (packed, plain)) for name in ("cifar10", "cifar100")),
+        *((name, next((folder / name).iterdir()), (plain,)) for name in ("cifar10", "cifar100")),
         *(("fashion-mnist", file, (packed, plain)) for file in sorted((folder / "fashion-mnist").iterdir())),
     ]
     targets = [
@@ -268,7 +268,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             file,
             spoil,
             _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--no-profile", "--output", sound.out),
+            ("run", configuration, "--dry-run", "--output", sound.out),
             names=(configuration,),
         )
         for name, file, spoil in files
@@ -306,10 +306,9 @@ def _decoding(name: Any, path: Path, configuration: Path | None = None) -> Calla
 
 
 def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
-    """Files of the package's own cache: decoded images, remembered hashes, unpacked archives, and what runs cost."""
-    data, tiny = sound.inputs / "data", sound.inputs / "tiny.yaml"
+    """Files of the package's own cache: decoded images, remembered hashes, and what runs cost."""
+    tiny = sound.inputs / "tiny.yaml"
     images = _decoding("image-folder", sound.inputs / "images")
-    cifar = _decoding("cifar10", data / "cifar10")
 
     def plan_with_costs() -> dict[str, RunSpec]:
         unknown: dict[str, RunSpec] = {}
@@ -326,7 +325,6 @@ def caches(sound: SoundFiles, nasty: Nasty) -> list[Target]:
     cases: list[tuple[str, Callable[[], object], Path]] = [
         ("pixels", images, tiny),
         ("hashes", images, tiny),
-        ("unpacked", cifar, data / "cifar10.yaml"),
         ("costs", plan_with_costs, tiny),
     ]
     targets = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tarfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sample_sets import sample_path
 from small_methods import study_mapping
 from tiny_studies import METHODS, with_adalora
 
 from peft_vit.config import load_study
-from peft_vit.data import sample_path
 from peft_vit.records import run_folder, write_study_file
 from peft_vit.records.progress import LOCK_FILE, study_lock
 from peft_vit.runs.execute import run_one
@@ -178,17 +177,12 @@ def _make_data_sets(inputs: Path) -> None:
     folder = inputs / "data"
     paths = {"image-folder": folder / "images.zip", "elpv": folder / "elpv" / "elpv.zip"}
     for name in ("fashion-mnist", "cifar10", "cifar100", "tiny-imagenet", "csv", "hf"):
-        path = Path(sample_path(name) or "")
+        path = sample_path(name)
         source = path if path.is_dir() else path.parent
-        if name == "cifar10":
-            (folder / name).mkdir()
-            with tarfile.open(folder / name / "cifar-10-binary.tar.gz", "w:gz") as packed:
-                packed.add(source, "cifar-10-batches-bin")
-        else:
-            shutil.copytree(source, folder / name)
+        shutil.copytree(source, folder / name)
         paths[name] = folder / name if path.is_dir() else folder / name / path.name
     (folder / "elpv").mkdir()
-    for name, source in (("image-folder", inputs / "images"), ("elpv", Path(sample_path("elpv") or ""))):
+    for name, source in (("image-folder", inputs / "images"), ("elpv", sample_path("elpv"))):
         with zipfile.ZipFile(paths[name], "w", zipfile.ZIP_DEFLATED) as archive:
             for file in sorted(source.rglob("*.*")):
                 archive.write(file, file.relative_to(source))

@@ -69,7 +69,7 @@ class Cases:
         name = f"{self.kind(number)}:{self._seed}:{number}"
         if number % _CLEARED_EVERY == 0:
             files = {target.file for targets in self.targets.values() for target in targets}
-            for folder in ("pixels", "hashes", "unpacked"):
+            for folder in ("pixels", "hashes"):
                 for path in (self.sound.cache / folder).rglob("*"):
                     if path.is_file() and path not in files:
                         path.unlink()

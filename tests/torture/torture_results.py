@@ -78,7 +78,7 @@ def table(results: Sequence[Result]) -> str:
     """Return one row a promise and kind as Markdown, and where they were tried below it."""
     machines = list(dict.fromkeys(result.machine for result in results))
     rows = ["| promise | tried | held | when | machine |", "| --- | --- | ---: | --- | --- |"]
-    for result in sorted(results, key=lambda one: (one.promise, one.kind)):
+    for result in sorted(results, key=lambda result: (result.promise, result.kind)):
         when = result.first if result.first == result.last else f"{result.first} to {result.last}"
         held = f"{result.passed:,} of {result.trials:,}"
         place = chr(ord("A") + machines.index(result.machine))

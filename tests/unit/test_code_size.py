@@ -28,7 +28,7 @@ def test_packages_are_counted_apart_and_together(tmp_path) -> None:
     (package / "read.py").write_text(CODE)
     (package.parent / "top.py").write_text("x = 1\n")
     (package / "names.yaml").write_text("a: 1\nb: 2\n")
-    found = counted(tmp_path)
-    assert found["src data"] == {"tokens": COUNTED, "lines": 10, "modules": 1}
-    assert found["src, all"] == {"tokens": COUNTED + 3, "lines": 11, "modules": 2}
-    assert found["src, other files"] == {"lines": 2, "modules": 1}
+    sizes = counted(tmp_path)
+    assert sizes["src data"] == {"tokens": COUNTED, "lines": 10, "modules": 1}
+    assert sizes["src, all"] == {"tokens": COUNTED + 3, "lines": 11, "modules": 2}
+    assert sizes["src, other files"] == {"lines": 2, "modules": 1}

@@ -60,6 +60,6 @@ class Numbers(BaseModel):
 def test_the_first_fault_has_a_field_even_if_it_has_no_name(content, field) -> None:
     with pytest.raises(ValidationError) as caught:
         Numbers.model_validate(content)
-    found, message = first_fault(caught.value)
-    assert found == field
+    named_field, message = first_fault(caught.value)
+    assert named_field == field
     assert message

@@ -18,14 +18,14 @@ DECLARED = PROJECT["optional-dependencies"]
 
 def _resolved(extra: str) -> dict[str, str]:
     """Return the packages of an extra by name, those of extras that it names too, each with its oldest version."""
-    found: dict[str, str] = {}
+    packages: dict[str, str] = {}
     for requirement in map(Requirement, DECLARED[extra]):
         if requirement.name == PROJECT["name"]:
             for other in requirement.extras:
-                found |= _resolved(other)
+                packages |= _resolved(other)
         else:
-            found[requirement.name] = str(requirement.specifier).removeprefix(">=")
-    return found
+            packages[requirement.name] = str(requirement.specifier).removeprefix(">=")
+    return packages
 
 
 def test_the_table_is_that_of_the_package() -> None:
@@ -37,9 +37,9 @@ def test_the_table_is_that_of_the_package() -> None:
 def test_what_is_missing_is_one_line(without) -> None:
     require_extra("onnx", "ONNX export")
     without("onnxruntime")
-    with pytest.raises(UserError) as one:
+    with pytest.raises(UserError) as caught:
         require_extra("onnx", "ONNX export")
-    assert str(one.value) == "ONNX export needs the package onnxruntime; run: pip install 'peft-vit[onnx]'"
+    assert str(caught.value) == "ONNX export needs the package onnxruntime; run: pip install 'peft-vit[onnx]'"
     require_extra("onnx", packages=("onnx",))
     without("onnxscript", "onnx")
     with pytest.raises(UserError) as two:

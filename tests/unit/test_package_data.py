@@ -15,9 +15,9 @@ def test_every_file_beside_the_modules_is_named() -> None:
     package = Path(peft_vit.__file__).parent
     beside = {file for file in package.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["peft_vit"]
-    found = {pattern: set(package.glob(pattern)) for pattern in patterns}
-    assert set().union(*found.values()) == beside
-    assert all(found.values()), "a pattern finds nothing"
+    matching = {pattern: set(package.glob(pattern)) for pattern in patterns}
+    assert set().union(*matching.values()) == beside
+    assert all(matching.values()), "a pattern finds nothing"
 
 
 def test_the_citation_is_of_this_version() -> None:
@@ -28,5 +28,5 @@ def test_the_citation_is_of_this_version() -> None:
 
 def test_the_form_for_bugs_asks_for_the_doctor() -> None:
     form = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))
-    required = [one["attributes"]["label"] for one in form["body"] if one.get("validations", {}).get("required")]
+    required = [field["attributes"]["label"] for field in form["body"] if field.get("validations", {}).get("required")]
     assert "What `peft-vit doctor` prints" in required

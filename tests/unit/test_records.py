@@ -1,8 +1,6 @@
 """A record is read as it was written, or refused in one line; a spec's digest covers everything in it."""
 
 import errno
-import functools
-import hashlib
 import json
 import os
 import re
@@ -15,15 +13,7 @@ import planted
 import pytest
 from pydantic import BaseModel
 
-from peft_vit.config import (
-    AUGMENTATION_OF_FLIPS,
-    AdaLoraConfig,
-    LoraConfig,
-    MeasuresConfig,
-    QaLoraConfig,
-    StudyConfig,
-    load_study,
-)
+from peft_vit.config import AUGMENTATION_OF_FLIPS, AdaLoraConfig, LoraConfig, QaLoraConfig, StudyConfig, load_study
 from peft_vit.errors import UserError
 from peft_vit.records import (
     ADAPTER_FILE,
@@ -137,6 +127,10 @@ CORRUPTIONS: dict[str, tuple[bytes, str]] = {
     "nothing but a version": (b'{"schema_version": 1}', "spec: "),
     "half a character": (b'{"schema_version": 1, "error": "\\ud800"}', "is not a readable record"),
     "the other half": (b'{"schema_version": 1, "\\uDC00": 1}', "is not a readable record"),
+    "half of one": (b'{"schema_version": 1, "spec": {', "is not a readable record"),
+    "deep": (b"[" * 100_000, "is not a readable record"),
+    "a deep part": (b'{"schema_version": 1, "spec": ' + b'{"a":' * 100_000, "is not a readable record"),
+    "a long number": (b'{"schema_version": ' + b"9" * 9_999, "is not a readable record"),
     "a character in halves": (b'{"schema_version": 1, "error": "\\ud83d\\ude00"}', "spec: "),
 }
 
@@ -153,15 +147,6 @@ def test_what_is_no_record_is_refused_in_one_line(corruption, tmp_path) -> None:
     assert words in message
     assert message.endswith("move it away and run the study again")
     assert len(message.splitlines()) == 1
-
-
-def test_half_a_record_is_refused(tmp_path) -> None:
-    file = write_record(tmp_path, record(spec()))
-    content = file.read_bytes()
-    for size in range(0, len(content) - 1, 197):  # the last byte is the line's end
-        file.write_bytes(content[:size])
-        with pytest.raises(UserError, match="move it away and run the study again"):
-            read_record(file)
 
 
 WRONG: list[tuple[str, object]] = [
@@ -242,11 +227,11 @@ def test_new_folders_outlast_a_power_failure(tmp_path, monkeypatch) -> None:
 
 def leaves(value: BaseModel, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the paths of all fields that hold no model."""
-    found: list[tuple[str, ...]] = []
+    paths: list[tuple[str, ...]] = []
     for name in type(value).model_fields:
         inner = getattr(value, name)
-        found += leaves(inner, (*prefix, name)) if isinstance(inner, BaseModel) else [(*prefix, name)]
-    return found
+        paths += leaves(inner, (*prefix, name)) if isinstance(inner, BaseModel) else [(*prefix, name)]
+    return paths
 
 
 def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
@@ -254,34 +239,6 @@ def with_other(value: BaseModel, path: tuple[str, ...]) -> BaseModel:
     inner = getattr(value, path[0])
     other = with_other(inner, path[1:]) if len(path) > 1 else f"other than {inner!r}"
     return value.model_copy(update={path[0]: other})
-
-
-def test_digest_of_what_was_asked_before_there_were_later_settings_stays() -> None:
-    base = spec("lora_r1")
-    before = base.model_dump(mode="json")
-    later = {
-        "": "measures",
-        "backbone": "library",
-        "experiment": "peft",
-        "experiment lora": "ranks",
-        "data": "test_split interpolation image_column label_column hub_subset images_file folds",
-        "experiment training": "steps validate_every patience head_start warmup_share layer_decay label_smoothing "
-        "micro_batch_size activation_checkpointing recomputed_blocks memory_limit probe_l2",
-    }
-    for place, names in later.items():
-        section = functools.reduce(dict.__getitem__, place.split(), before)
-        for name in names.split():
-            del section[name]
-    training = before["experiment"]["training"]
-    before["data"]["flips"] = {"[]": "none"}.get(str(training.pop("augmentation")), "horizontal")
-    text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
-    assert base.digest() == hashlib.sha256(text.encode()).hexdigest()
-    asked = base.model_copy(update={"measures": MeasuresConfig(latency_batches=(1,))})
-    keys = list(base.model_dump(mode="json"))
-    measures = {"removal_images": None, "latency_batches": [1]}
-    ordered = {key: measures if key == "measures" else before[key] for key in keys if key in (*before, "measures")}
-    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False)
-    assert asked.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -313,7 +270,7 @@ def test_flips_of_an_older_study_are_said_by_its_training(flips) -> None:
     """What is of another form is left to who reads it."""
     content = json.loads(study().model_dump_json())
     for experiment in content["experiments"]:
-        experiment["training"]["augmentation"] = [one.model_dump() for one in AUGMENTATION_OF_FLIPS[flips]]
+        experiment["training"]["augmentation"] = [change.model_dump() for change in AUGMENTATION_OF_FLIPS[flips]]
     now = StudyConfig.model_validate_json(json.dumps(content))
     then = json.loads(now.model_dump_json())
     then["data"]["flips"] = flips
@@ -444,19 +401,6 @@ def test_digest_changes_with_each_field(experiment) -> None:
     assert spec(experiment).digest() == base.digest()
 
 
-@pytest.mark.parametrize(
-    "linked", ["quickstart", "quickstart/qa_lora_fp4_cosine", "quickstart/qa_lora_fp4_cosine/seed_1"]
-)
-def test_nothing_is_written_through_a_planted_link(linked, tmp_path) -> None:
-    results, elsewhere = tmp_path / "results", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (results / linked).parent.mkdir(parents=True)
-    (results / linked).symlink_to(elsewhere)
-    with pytest.raises(UserError, match=rf"{linked}: is a link, and results go into real folders only"):
-        write_result(results, record(spec()), b"adapter")
-    assert not list(elsewhere.iterdir())
-
-
 def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path) -> None:
     folder = tmp_path / "results" / spec().run_id
     folder.mkdir(parents=True)
@@ -469,25 +413,9 @@ def test_a_link_in_place_of_a_record_is_replaced_and_not_followed(tmp_path) -> N
     assert (folder / ADAPTER_FILE).read_bytes() == b"adapter"
 
 
-def test_a_pipe_or_a_bomb_in_place_of_a_record_is_refused_at_once(tmp_path) -> None:
-    os.mkfifo(tmp_path / RECORD_FILE)
-    with pytest.raises(UserError, match="no regular file"):
+def test_a_folder_without_records_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"holds no record\.json; run a study first"):
         list(read_records(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: holds no record\.json; run a study first"):
-        list(read_records(tmp_path / "empty"))
-    for content in (
-        "[" * 100_000,
-        '{"schema_version": 1, "spec": ' + '{"a":' * 100_000,
-        '{"schema_version": ' + "9" * 9_999,
-    ):
-        (tmp_path / "deep.json").write_text(content)
-        with pytest.raises(UserError, match="is not a readable record"):
-            read_record(tmp_path / "deep.json")
-    with (tmp_path / "sparse.json").open("wb") as handle:
-        handle.truncate(1 << 40)
-    with pytest.raises(UserError, match="larger than 268435456 bytes"):
-        read_record(tmp_path / "sparse.json")
 
 
 def test_a_file_system_that_flushes_no_folder_is_no_fault(tmp_path, monkeypatch) -> None:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_vit.errors import UserError
 from peft_vit.records.progress import PROGRESS_FILE, Attempt, Known, Owner, RunStatus, look_at, run_status
 
 pytestmark = pytest.mark.part("runner")
@@ -84,8 +83,3 @@ def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(
     ):
         assert run_status(study, RUN, owner, skipped=skipped) == status
     (study / RUN / "checkpoint-4").rmdir()
-
-
-def test_nothing_is_looked_for_outside_the_study(tmp_path) -> None:
-    with pytest.raises(UserError, match="leads out of it"):
-        look_at(tmp_path, "../seed_1")

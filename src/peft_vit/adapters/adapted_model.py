@@ -74,7 +74,11 @@ class AdaptedLinear(nn.Module):
 
     def frozen_weight(self) -> Tensor:
         """Return a copy of the weight in use without the adapters, (out, in) float32."""
-        return FrozenWeight(self.weight, self.quantized, self.quantized_share).unpack()
+        return self._frozen.unpack()
+
+    @property
+    def _frozen(self) -> FrozenWeight:
+        return FrozenWeight(self.weight, self.quantized, self.quantized_share)
 
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
@@ -101,8 +105,7 @@ class AdaptedLinear(nn.Module):
         updates = [(span, adapter) for span, adapter in adapters if adapter.rank]
         if torch.is_grad_enabled():  # a probe adds exactly nothing and is there for its gradient alone
             updates += [(span, adapter.probe) for span, adapter in adapters if adapter.probe is not None]
-        frozen = FrozenWeight(self.weight, self.quantized, self.quantized_share)
-        return adapted_product(x, frozen, self.bias, updates, pool=self.pool)
+        return adapted_product(x, self._frozen, self.bias, updates, pool=self.pool)  # (..., out)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -129,11 +132,8 @@ def packed_weights(model: nn.Module) -> dict[str, QuantizedTensor]:
 
 def site_adapters(model: nn.Module) -> dict[str, Adapter]:
     """Return the adapter of each site by the site's name, block by block; PEFT's LoRA layers count as adapters."""
-    adapters: dict[str, Adapter] = {**peft_site_adapters(model)}
-    for _, module in adapted_modules(model):
-        for site, adapter in module.adapters():
-            adapters[site.name] = adapter
-    return adapters
+    ours = {site.name: adapter for _, module in adapted_modules(model) for site, adapter in module.adapters()}
+    return {**peft_site_adapters(model), **ours}
 
 
 def adapted_sites(model: nn.Module) -> dict[str, Site]:
@@ -207,11 +207,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict of the plain timm model, with every update added to its weight (float32)."""
     adapted = dict(adapted_modules(model))
     by_peft = tuner_layers(model)
-    state = {}
-    for name, tensor in model.state_dict().items():
-        owner = next((module for module in (*adapted, *by_peft) if name.startswith(f"{module}.")), None)
-        if owner is None:
-            state[name] = tensor
+    replaced = tuple(f"{module}." for module in (*adapted, *by_peft))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(replaced)}
     for name, module in adapted.items():
         state[f"{name}.weight"] = module.merged_weight().detach()
         if module.bias is not None:
@@ -227,7 +224,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
             with torch.no_grad():
                 merged.merge(adapter_names=[ADAPTER])  # as PEFT does it
             base = merged.get_base_layer()
-            state[f"{name}.weight"] = base.weight.detach()
+            state[f"{name}.weight"] = base.weight.detach()  # (out, in)
         if base.bias is not None:
             state[f"{name}.bias"] = base.bias.detach()
     return state

@@ -145,7 +145,7 @@ def adapted_product(
             for span, (left, right) in zip(spans, factors, strict=True):
                 added[span] += left @ right  # (out_s, groups)
             parameters = [added]
-        kept = x if source is None else source.values
+        kept = x if source is None else source.values  # (..., in)
         function = None if source is None else source.function
         # Forming W + dW touches 2 in out values, two skinny products rows (in + out). Without a backward pass it is
         # formed in any case, so that predictions do not depend on how images are put in batches.
@@ -282,6 +282,7 @@ class _AdaptedProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # what is kept has no graph of its own
     def backward(ctx: Any, *gradients: Tensor) -> Any:
+        # (N, in) or (N, groups) | None, (out, in) | None, and left (out_s, r), right (r, in) in turn or (out, groups)
         kept, floating, *parameters = (ctx if ctx.saved is None else ctx.saved).saved_tensors
         layer: _Layer = ctx.layer
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1]).to(layer.dtype)  # (N, out)
@@ -295,11 +296,11 @@ class _AdaptedProduct(torch.autograd.Function):
             made, leaf = None, None
             if layer.function is not None:
                 with torch.enable_grad():
-                    leaf = kept[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])
+                    leaf = kept[:, columns].detach().requires_grad_(ctx.needs_input_grad[0])  # (N, c)
                     made = layer.inputs(leaf)  # (N, c)
                 updates.add(columns, layer.needed(made.detach()))
             elif parameters:
-                updates.add(columns, kept[:, slice(columns.start // layer.pool, columns.stop // layer.pool)])
+                updates.add(columns, kept[:, columns.start // layer.pool : columns.stop // layer.pool])  # (N, c / pool)
             if not ctx.needs_input_grad[0]:
                 continue
             weight = layer.weight(frozen.columns(columns), layer.of_columns(parameters, columns))  # (out, c)
@@ -391,14 +392,18 @@ class _Saved(torch.autograd.Function):
 def _save(ctx: Any, kept: Tensor, x: Tensor, frozen: FrozenWeight, layer: _Layer, parameters: Sequence[Tensor]) -> None:
     rows = x if layer.function is None else kept
     rows = rows.reshape(-1, rows.shape[-1])  # (N, in)
-    needed = rows if layer.function is not None else layer.needed(rows) if parameters else None
+    needed = None
+    if layer.function is not None:
+        needed = rows  # (N, in), from which x is made again
+    elif parameters:
+        needed = layer.needed(rows)  # (N, in), or summed over groups, (N, groups)
     # The float weight is saved, not held, so that the backward pass lets go of it.
     ctx.save_for_backward(needed, frozen.floating, *parameters)
 
 
 def _by_update(stacked: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Split (sum of ranks, ...) at each update."""
-    return stacked.split([right.shape[0] for right in factors[1::2]])
+    return stacked.split([right.shape[0] for right in factors[1::2]])  # (r, ...) each
 
 
 def _stack(parts: Sequence[Tensor]) -> Tensor:

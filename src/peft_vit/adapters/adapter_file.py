@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import current_ranks, packed_weights, site_adapters
+from peft_vit.adapters.low_rank import TRIPLETS
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -103,7 +104,9 @@ def read_adapter_file(file: Path) -> AdapterFile:
         form, formats = metadata["form"], metadata.get("formats", {})  # older files hold no formats
         if not isinstance(form, dict) or not isinstance(formats, dict):
             raise TypeError("form and formats are mappings")
-        ranks = {name: _rank(rank) for name, rank in metadata["ranks"].items()}
+        ranks: dict[str, int] = metadata["ranks"]
+        if not all(type(rank) is int for rank in ranks.values()):
+            raise TypeError("a rank is a whole number")
         packed: dict[str, dict[str, Tensor]] = {}
         for name in [name for name in tensors if name.startswith(_PACKED)]:
             layer, _, key = name.removeprefix(_PACKED).rpartition("/")
@@ -132,12 +135,6 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise UserError(f"is not a readable safetensors file ({error})", file=file) from None
 
 
-def _rank(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError(f"a rank is a whole number, not {value!r}")
-    return value
-
-
 def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = None) -> None:
     """Give every site the named rank with fresh triplets; for models that no optimiser holds yet or any more.
 
@@ -152,11 +149,9 @@ def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = No
             message = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"
             raise UserError(message, file=file, field=f"ranks[{name}]")
         if adapter.rank != ranks[name]:
-            lora_A, lora_B, lora_lambda = adapter.fresh_triplets(ranks[name])
             device = adapter.lora_A.device
-            adapter.lora_A = nn.Parameter(lora_A.to(device))
-            adapter.lora_B = nn.Parameter(lora_B.to(device))
-            adapter.lora_lambda = None if lora_lambda is None else nn.Parameter(lora_lambda.to(device))
+            for key, tensor in zip(TRIPLETS, adapter.fresh_triplets(ranks[name]), strict=True):
+                setattr(adapter, key, None if tensor is None else nn.Parameter(tensor.to(device)))
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ def effects_of(
     called: set[str] = set()
     with _without_zeros(model), evaluating(model), watching(watched, lambda name, _: called.add(name)):
         generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, *backbone.input_size, generator=generator).to(next(model.parameters()))
+        image = torch.randn(1, *backbone.input_size, generator=generator).to(next(model.parameters()))  # (1, C, S, S)
         leaves = [parameter for group in parameters.values() for parameter in group]
         with torch.enable_grad():
             logits: Tensor = model(image)  # (1, classes)

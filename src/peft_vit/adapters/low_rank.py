@@ -26,10 +26,64 @@ from torch import Tensor, nn
 
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
+TRIPLETS = ("lora_A", "lora_B", "lora_lambda")  # the tensors of a site, as `fresh_triplets` returns them
 _SVD_INIT_STD = 0.02  # the official AdaLoRA code and PEFT: N(0, 0.02^2) factors, lambda = 0
 
 
-class SiteAdapter(nn.Module):
+class LowRankUpdate:
+    """An update of the product form, whoever holds its factors: A (r, in / pool) and B (out, r)."""
+
+    in_features: int
+    out_features: int
+    pool: int
+    lora_A: nn.Parameter  # noqa: N815 - the field's name
+    lora_B: nn.Parameter  # noqa: N815
+    scale: float
+    generator: torch.Generator | None
+
+    @property
+    def rank(self) -> int:
+        """Return the number of triplets that exist now."""
+        return self.lora_A.shape[0]
+
+    @property
+    def largest_rank(self) -> int:
+        """Return the rank above which more triplets can't change the update: min(out, in / pool)."""
+        return min(self.out_features, self.in_features // self.pool)
+
+    def start_size(self, rank: int) -> float:
+        """Return how large A is at a rank, over LoRA's own start."""
+        return 1.0
+
+    def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return A (count, in / pool), B (out, count), lambda (count,) | None of triplets that change nothing yet.
+
+        product: A uniform with bound `start_size` / sqrt(in), B zero; at size 1 as PEFT starts its LoRA. The width is
+        the unpooled one, since a sum over g inputs grows by sqrt(g) just as the number of columns shrinks by g.
+
+        Args:
+            count: of triplets to make.
+            beside: triplets that the site holds already and keeps.
+        """
+        bound = self.start_size(count + beside) / math.sqrt(self.in_features)
+        lora_A = (torch.rand(count, self.in_features // self.pool, generator=self.generator) * 2 - 1) * bound
+        return lora_A, torch.zeros(self.out_features, count), None
+
+    def left(self) -> Tensor:
+        """Return B, or P diag(gain * lambda), (out, r), without the scale."""
+        return self.lora_B
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
+        return self.left() * self.scale, self.lora_A
+
+    def delta(self) -> Tensor:
+        """Return the update dW (out, in)."""
+        left, right = self.factors()
+        return (left @ right).repeat_interleave(self.pool, dim=1)  # (out, in / pool) -> (out, in)
+
+
+class SiteAdapter(LowRankUpdate, nn.Module):
     """The low-rank update of one site.
 
     Args:
@@ -76,36 +130,16 @@ class SiteAdapter(nn.Module):
         self.lora_B = nn.Parameter(lora_B)
         self.lora_lambda = None if lora_lambda is None else nn.Parameter(lora_lambda)
 
-    @property
-    def rank(self) -> int:
-        """Return the number of triplets that exist now."""
-        return self.lora_A.shape[0]
-
-    @property
-    def largest_rank(self) -> int:
-        """Return the rank above which more triplets can't change the update: min(out, in / pool)."""
-        return min(self.out_features, self.in_features // self.pool)
-
     def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return A (count, in / pool), B (out, count), lambda (count,) | None of triplets that change nothing yet.
-
-        product: A uniform with bound `start_size` / sqrt(in), B zero; at size 1 as PEFT starts its LoRA. The width is
-        the unpooled one, since a sum over g inputs grows by sqrt(g) just as the number of columns shrinks by g.
-
-        Args:
-            count: of triplets to make.
-            beside: triplets that the site holds already and keeps.
-        """
-        columns = self.in_features // self.pool
-        if self.parametrization == "svd":
-            lora_A = torch.randn(count, columns, generator=self.generator)
-            lora_B = torch.randn(self.out_features, count, generator=self.generator)
-            if self.factor_start == "orthonormal":
-                return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
-            return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
-        bound = self.start_size(count + beside) / math.sqrt(self.in_features)
-        lora_A = (torch.rand(count, columns, generator=self.generator) * 2 - 1) * bound
-        return lora_A, torch.zeros(self.out_features, count), None
+        """Return triplets as `LowRankUpdate` does; of the svd form lambda is zero, and the factors are as the start."""
+        if self.parametrization == "product":
+            return super().fresh_triplets(count, beside)
+        lora_A = torch.randn(count, self.in_features // self.pool, generator=self.generator)
+        lora_B = torch.randn(self.out_features, count, generator=self.generator)
+        if self.factor_start == "orthonormal":
+            # Q of (in / pool, count) -> A (count, in / pool); Q of (out, count) is B
+            return torch.linalg.qr(lora_A.T).Q.T, torch.linalg.qr(lora_B).Q, torch.zeros(count)
+        return lora_A * _SVD_INIT_STD, lora_B * _SVD_INIT_STD, torch.zeros(count)
 
     def start_size(self, rank: int) -> float:
         """Return how large A of the product form is at a rank, over LoRA's own start: reference_rank / rank.
@@ -119,22 +153,13 @@ class SiteAdapter(nn.Module):
             return 1.0
         return self.reference_rank / max(rank, 1)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
-        return self.left() * self.scale, self.lora_A
-
     def left(self) -> Tensor:
         """Return B, or P diag(gain * lambda), (out, r), without the scale."""
         return self.lora_B if self.lora_lambda is None else self.lora_B * (self.lora_lambda * self.lambda_gain)
 
-    def delta(self) -> Tensor:
-        """Return the update dW (out, in)."""
-        left, right = self.factors()
-        return (left @ right).repeat_interleave(self.pool, dim=1)  # (out, in / pool) -> (out, in)
-
     def orthogonality(self) -> Tensor:
         """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""
-        eye = torch.eye(self.rank, device=self.lora_A.device)
+        eye = torch.eye(self.rank, device=self.lora_A.device)  # (r, r), as both products
         return torch.linalg.matrix_norm(self.lora_B.T @ self.lora_B - eye) + torch.linalg.matrix_norm(
             self.lora_A @ self.lora_A.T - eye
         )

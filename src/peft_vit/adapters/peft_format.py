@@ -248,18 +248,15 @@ def read_peft(
         message = "does not exist; a .bin file is not read, since it may run code: save with safe_serialization=True"
         raise UserError(message, file=file)
     _, tensors = read_safetensors(file)
-    expected: dict[str, tuple[int, ...]] = {}
-    if config.modules_to_save:
-        heads = sorted({parameter.rpartition(".")[0] for parameter in head})
-        for name in config.modules_to_save:
-            if name not in heads:
-                message = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
-                message = f"{message}; only plain LoRA can be imported"
-                raise UserError(message, file=config_file, field="modules_to_save")
-        for name, shape in head.items():
-            saved = tensors.get(f"{PREFIX}{name}")
-            expected[f"{PREFIX}{name}"] = tuple(saved.shape) if any_head and saved is not None else shape
-    of_head = list(expected)
+    heads = sorted({parameter.rpartition(".")[0] for parameter in head})
+    for name in config.modules_to_save or ():
+        if name not in heads:
+            message = f"{short(name)} is no head of this model, which has {' and '.join(heads)}"
+            raise UserError(f"{message}; leave it out", file=config_file, field="modules_to_save")
+    of_head = {f"{PREFIX}{name}": shape for name, shape in head.items()} if config.modules_to_save else {}
+    if any_head:
+        of_head |= {name: tuple(tensors[name].shape) for name in of_head.keys() & tensors.keys()}
+    expected = dict(of_head)  # shape by PEFT's name of the tensor
     modules = [name for name in sites if any(f"{PREFIX}{name}.lora_{factor}.weight" in tensors for factor in "AB")]
     for name in modules:
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank(name), sites[name].in_features)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_vit.adapters.low_rank import LowRankUpdate, Parametrization
 from peft_vit.backbones import Backbone, Site, fused_sites
 from peft_vit.errors import UserError
 
@@ -23,7 +23,6 @@ ADAPTER = "default"  # PEFT's name for a model's first adapter
 PREFIX = "base_model.model."  # of the tensors' names in its files
 _SITE = "peft_vit_site"  # a layer keeps its site under this name
 _STARTS = (True, False, "gaussian")  # other starts change the base's weights too, or allow some ranks only
-_generators: WeakKeyDictionary[nn.Module, torch.Generator] = WeakKeyDictionary()  # held by a layer it would bar copying
 
 
 def peft_layers(model: nn.Module) -> dict[str, Any]:
@@ -111,7 +110,7 @@ def peft_factors(layer: Any) -> tuple[Tensor, Tensor, float]:
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
 
 
-class PeftSite:
+class PeftSite(LowRankUpdate):
     """One LoRA layer of PEFT in the role of a `SiteAdapter`: what is set here, PEFT computes and saves.
 
     Args:
@@ -120,19 +119,19 @@ class PeftSite:
     """
 
     smallest_rank = 1  # PEFT has no layer, and its file no place, for rank 0
-    parametrization: Literal["product"] = "product"
+    parametrization: Parametrization = "product"
     pool = 1
     lora_lambda: nn.Parameter | None = None
     lambda_gain = 1.0
     probe = None
+    generator = None  # torch's global one, from which PEFT draws its start, unless a change of rank names another
 
     def __init__(self, holder: Any, key: str) -> None:
         self._holder = holder
         self._key = key
         self._layer = holder.get_submodule(key)
         self._adapter, self._config = next(iter(holder.peft_config.items()))
-        self.in_features: int = self._layer.in_features
-        self.out_features: int = self._layer.out_features
+        self.in_features, self.out_features = self._layer.in_features, self._layer.out_features
 
     @property
     def lora_A(self) -> nn.Parameter:  # noqa: N802 - the field's name, and SiteAdapter's
@@ -160,51 +159,13 @@ class PeftSite:
         linear.weight, linear.in_features = parameter, parameter.shape[1]
 
     @property
-    def rank(self) -> int:
-        """Return the number of triplets that exist now."""
-        return self.lora_A.shape[0]
-
-    @property
-    def largest_rank(self) -> int:
-        """Return the rank above which more triplets can't change the update."""
-        return min(self.in_features, self.out_features)
-
-    @property
-    def scale(self) -> float:
+    def scale(self) -> float:  # type: ignore[override]
         """Return the factor on B A, which stays when the rank moves."""
         return float(self._layer.scaling[self._adapter])
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """Return the source of triplets that grow; None: torch's global generator, from which PEFT draws its start."""
-        return _generators.get(self._layer)
-
-    @generator.setter
-    def generator(self, generator: torch.Generator) -> None:
-        _generators[self._layer] = generator
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield A and B."""
         yield from (self.lora_A, self.lora_B)
-
-    def fresh_triplets(self, count: int, beside: int = 0) -> tuple[Tensor, Tensor, None]:
-        """Return A (count, in), uniform with bound 1 / sqrt(in) as PEFT starts it, B (out, count) zero, no lambda."""
-        bound = 1 / math.sqrt(self.in_features)
-        lora_A = (torch.rand(count, self.in_features, generator=self.generator) * 2 - 1) * bound
-        return lora_A, torch.zeros(self.out_features, count), None
-
-    def start_size(self, rank: int) -> float:
-        """Return how large A is at a rank, over LoRA's own start: 1."""
-        return 1.0
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return left (out, r), scale included, and right (r, in): left @ right is dW."""
-        return self.lora_B * self.scale, self.lora_A
-
-    def delta(self) -> Tensor:
-        """Return the update dW (out, in)."""
-        left, right = self.factors()
-        return left @ right
 
     def _declare_rank(self, rank: int) -> None:
         """Say the rank wherever PEFT does; alpha moves with it, so that the scale stays."""

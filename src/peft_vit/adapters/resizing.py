@@ -5,12 +5,14 @@ A change of rank replaces parameters. What would go on with the old ones, or los
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import Adapter, site_adapters
+from peft_vit.adapters.low_rank import TRIPLETS
 from peft_vit.adapters.peft_layers import peft_sites
 from peft_vit.errors import UserError
 
@@ -18,16 +20,22 @@ _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq"
 _OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 # Classes of torch by name: they come from modules that are slow to import, and not in every build of torch.
-_WRAPPERS = {
-    "DistributedDataParallel": "DistributedDataParallel goes on synchronizing the old tensors; train in one process",
-    "FullyShardedDataParallel": "FullyShardedDataParallel shards fixed tensors; train without it",
-    "FSDPModule": "fully_shard shards fixed tensors; train without it",
-    "OptimizedModule": "torch.compile has fixed the tensors' shapes; train the model that is not compiled",
+_HOLD_TENSORS = {
+    "DistributedDataParallel": "DistributedDataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
+    "OptimizedModule": "torch.compile",
+    "DTensor": "a DTensor",
 }
 
 
 def resize_adapters(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Mapping[str, int], triplet_scores: Mapping[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Mapping[str, int],
+    triplet_scores: Mapping[str, Tensor],
+    *,
+    generators: Mapping[str, torch.Generator] | None = None,
 ) -> dict[str, Tensor]:
     """Give each named site its new rank.
 
@@ -42,6 +50,7 @@ def resize_adapters(
         optimizer: holds their parameters.
         ranks: new rank by site.
         triplet_scores: score of each present triplet by site, (rank,).
+        generators: sources of what grows, by site, in place of the adapters' own.
 
     Returns:
         For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.
@@ -61,7 +70,6 @@ def resize_adapters(
             raise UserError(f"expected {least} to {most}, got {rank}", field=f"ranks[{name}]")
         if not all(id(parameter) in held for parameter in adapters[name].parameters()):
             raise UserError("does not hold the adapters' parameters; build it after attaching them", field="optimizer")
-    for name, rank in ranks.items():
         if adapters[name].rank != rank and len(triplet_scores[name]) != adapters[name].rank:
             raise UserError(
                 f"{len(triplet_scores[name])} scores for {adapters[name].rank} triplets; score again after a change",
@@ -73,6 +81,7 @@ def resize_adapters(
         if rank != adapter.rank:
             order = torch.argsort(triplet_scores[name].detach().cpu(), descending=True, stable=True)  # (old rank,)
             kept[name] = order[:rank].sort().values
+            adapter.generator = (generators or {}).get(name, adapter.generator)
             _resize(adapter, optimizer, kept[name], rank - len(kept[name]))
     return kept
 
@@ -84,12 +93,12 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
     # A by this factor and B by its inverse: the update stays, and its steps fit the new rank.
     larger = adapter.start_size(len(keep) + grow) / adapter.start_size(adapter.rank)
     factors = {"lora_A": larger, "lora_B": 1 / larger, "lora_lambda": 1.0}
-    for name, dim, new in zip(("lora_A", "lora_B", "lora_lambda"), (0, 1, 0), fresh, strict=True):
+    for name, dim, new in zip(TRIPLETS, (0, 1, 0), fresh, strict=True):
         old = getattr(adapter, name)
         if old is None or new is None:
             continue
         added = new.to(old)
-        staying = old.detach().index_select(dim, keep) * factors[name]
+        staying = old.detach().index_select(dim, keep) * factors[name]  # A (kept, in / pool), B (out, kept), (kept,)
         values = torch.cat([staying, added], dim).contiguous()  # A (rank, in / pool), B (out, rank), lambda (rank,)
         parameter = nn.Parameter(values, requires_grad=old.requires_grad)
         setattr(adapter, name, parameter)
@@ -131,16 +140,15 @@ def check_resizable(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         # torch takes a parameter's first gradient undamped; a triplet that joins later would be damped.
         raise UserError("SGD with dampening can't follow a change of rank; set dampening=0", field="optimizer")
     peft_sites(model)
-    for name, module in model.named_modules():
-        where = name or "model"
-        for kind in type(module).__mro__:
-            if kind.__module__.startswith("torch.") and kind.__name__ in _WRAPPERS:
-                raise UserError(f"ranks can't change here: {_WRAPPERS[kind.__name__]}", field=where)
-        if module._compiled_call_impl is not None:  # Module.compile() leaves the class as it is
-            raise UserError(f"ranks can't change here: {_WRAPPERS['OptimizedModule']}", field=where)
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
-            raise UserError("ranks can't change here: it is a DTensor, sharded over a mesh; train without", field=name)
+    for name, part in itertools.chain(model.named_modules(), model.named_parameters()):
+        kinds = [kind.__name__ for kind in type(part).__mro__ if kind.__module__.startswith("torch.")]
+        if getattr(part, "_compiled_call_impl", None) is not None:  # Module.compile() leaves the class as it is
+            kinds.append("OptimizedModule")
+        for holder in (_HOLD_TENSORS[kind] for kind in kinds if kind in _HOLD_TENSORS):
+            message = (
+                f"ranks can't change here: {holder} goes on with the old tensors; train without it, in one process"
+            )
+            raise UserError(message, field=name or "model")
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         # A trainer may wrap the model out of our sight; the wrapped one is then not what we were given.

@@ -44,7 +44,6 @@ from peft_vit.adapters import (
 from peft_vit.allocation.importance import (
     ImportanceTracker,
     attach_probes,
-    layer_summary,
     mean_per_triplet,
     probed_scores,
     take_probes,
@@ -234,9 +233,9 @@ class AdaLoRAController:
             probed = probed_scores(self.config.importance_metric, gradients, measured, rankless)
             self._last_scores |= probed
             self.probe_history.append({"step": step, "sites": list(probed), "values": values})
-        if not all(math.isfinite(score) for score in self._last_scores.values()):
-            worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
-            raise DivergedError(f"its importance at step {step} is not finite; lower the learning rate", field=worst)
+        if diverged := [name for name, score in self._last_scores.items() if not math.isfinite(score)]:
+            message = f"its importance at step {step} is not finite; lower the learning rate"
+            raise DivergedError(message, field=diverged[0])
         self._scored = step
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}
@@ -267,7 +266,7 @@ class AdaLoRAController:
                 f"importance_metric {self.config.importance_metric} gave every site the same score; "
                 "the allocation says nothing about the sites"
             )
-        of_triplets, tau = None, self.config.threshold_tau
+        tau = self.config.threshold_tau
         if self.config.allocation_strategy == "threshold" and not self._bar_too_high:
             self._bar_too_high = not reach_threshold(scores, self.costs, tau)
             if self._bar_too_high:
@@ -275,8 +274,8 @@ class AdaLoRAController:
                     f"threshold_tau {tau} has no effect: no site's score reaches so many times the mean, and all share "
                     "the budget in proportion; lower it"
                 )
-        if self.config.allocation_strategy == "global":
-            of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
+        is_global = self.config.allocation_strategy == "global"
+        of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names] if is_global else None
         ranks = allocate(
             self.config.allocation_strategy,
             scores,
@@ -303,9 +302,6 @@ class AdaLoRAController:
         self._probe_next_step(model)
 
     def _change(self, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: dict[str, int]) -> None:
-        unknown = next((name for name in ranks if name not in self.names), None)
-        if unknown is not None:
-            raise UserError(f"the model has no adapter on {unknown}", field="ranks")
         budget, cost = self.schedule.budget_at(self._decided), self._cost(ranks)
         if cost > budget:
             unit = self.config.budget.unit
@@ -313,13 +309,12 @@ class AdaLoRAController:
         if ranks != self.ranks:
             if not self._triplet_scores:
                 raise UserError("no scores since the last change; call update_importance_scores first", field="ranks")
-            adapters = site_adapters(model)
-            for index, name in enumerate(self.names):
-                if ranks[name] > adapters[name].rank:
-                    # What grows follows from seed, site and number of the change: a resumed run grows the same.
-                    stream = len(self.rank_history) * _STREAMS + index
-                    adapters[name].generator = torch_generator(self.seed, "adapter_init", stream)
-            kept = resize_adapters(model, optimizer, ranks, self._triplet_scores)
+            # What grows follows from seed, site and number of the change: a resumed run grows the same.
+            first = len(self.rank_history) * _STREAMS
+            generators = {
+                name: torch_generator(self.seed, "adapter_init", first + index) for index, name in enumerate(self.names)
+            }
+            kept = resize_adapters(model, optimizer, ranks, self._triplet_scores, generators=generators)
             self.tracker.follow(kept, ranks)
             self._triplet_scores = {}
         self._record(self._decided, ranks)
@@ -334,8 +329,29 @@ class AdaLoRAController:
             attach_probes(site_adapters(model), seed=self.seed, step=step)
 
     def get_layer_importance_summary(self) -> dict[str, dict[str, float]]:
-        """Return mean, std, trend and rank of each site, block, matrix type and overall, see `layer_summary`."""
-        return layer_summary(self.sites, self.score_history, self.ranks)
+        """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
+
+        Returns:
+            By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each
+            site counted once whatever its rank; ranks are summed.
+        """
+        groups = {site.name: [place] for place, site in enumerate(self.sites)}
+        for place, site in enumerate(self.sites):
+            for key in (f"blocks.{site.block}", site.matrix, "overall"):
+                groups.setdefault(key, []).append(place)
+        ranks = np.array(list(self.ranks.values()))  # (sites,)
+        scores = np.array([[entry["scores"][name] for name in self.names] for entry in self.score_history])
+        summary = {}
+        for key, members in groups.items():
+            means = scores.reshape(-1, len(ranks))[:, members].mean(1)  # (decisions, sites) -> (decisions,)
+            several = len(means) > 1
+            summary[key] = {
+                "mean": float(means.mean()) if len(means) else 0.0,
+                "std": float(means.std(ddof=1)) if several else 0.0,
+                "trend": float(np.polyfit(np.arange(len(means)), means, 1)[0]) if several else 0.0,
+                "rank": float(ranks[members].sum()),
+            }
+        return summary
 
     def history_rows(self) -> list[dict[str, Any]]:
         """Return what was scored and decided as a tidy table, see `records.history_rows`."""
@@ -345,14 +361,15 @@ class AdaLoRAController:
 
     def export_importance_data(self) -> dict[str, Any]:
         """Return everything that was scored and decided, as plain values ready for JSON."""
-        return {
+        exported = {
             "metric": self.config.importance_metric,
             "strategy": self.config.allocation_strategy,
             "sites": [site.model_dump() for site in self.sites],
-            "scores": copy.deepcopy(self.score_history),
-            "ranks": copy.deepcopy(self.rank_history),
-            "probes": copy.deepcopy(self.probe_history),
+            "scores": self.score_history,
+            "ranks": self.rank_history,
+            "probes": self.probe_history,
         }
+        return copy.deepcopy(exported)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what a resumed run needs beside model and optimiser, between two steps.

@@ -39,7 +39,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,11 +48,12 @@ from torch.linalg import matrix_norm
 from torch.nn import functional as F
 
 from peft_vit.adapters import AdaptedLinear, Adapter, GradientProbe, SiteAdapter, adapted_modules, site_adapters
+from peft_vit.adapters.low_rank import TRIPLETS
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.backbones import evaluating
 from peft_vit.config import METRICS, Metric
 from peft_vit.errors import UserError
-from peft_vit.records import FisherCheck, SiteInfo
+from peft_vit.records import FisherCheck
 from peft_vit.seeding import torch_generator
 from peft_vit.statistics import spearman
 
@@ -67,7 +68,7 @@ class _Part(NamedTuple):
     weight: Tensor  # A (r, in), B (out, r), lambda (r,)
     gradient: Tensor | None
     dim: int | None  # over a triplet's values; None: it has one
-    size: float = 1.0  # of the parameter over LoRA's own, as the site's rank sets it
+    size: float  # of the parameter over LoRA's own, as the site's rank sets it
 
     @property
     def values(self) -> int:
@@ -116,17 +117,21 @@ class ImportanceTracker:
 
         Raises:
             UserError: if the metric needs gradients and a site has none (called before backward, or after zero_grad),
-                or if the loss scale is not a positive number.
+                or has no formula here, or if the loss scale is not a positive number.
         """
         if not (math.isfinite(loss_scale) and loss_scale > 0):
             raise UserError(f"expected a positive number, got {loss_scale}", field="loss_scale")
         sites = adapters.items()
-        if self.metric == "uniform" or METRICS[self.metric].reads_weight:
+        if self.metric == "uniform" or self.metric in SCORES_OF_WEIGHTS:
             return {name: site.lora_A.new_full((site.rank,), self.of_sites.get(name, 1)) for name, site in sites}
         if self.metric == "random":
             return {
                 name: torch.rand(site.rank, generator=self.generator).to(site.lora_A.device) for name, site in sites
             }
+        by_gradient = {"gradient_norm": self._size, "fisher": self._size, "sensitivity": self._sensitivity}
+        if self.metric not in ("magnitude", *by_gradient):
+            known = ", ".join(("uniform", "random", "magnitude", *by_gradient, *SCORES_OF_WEIGHTS))
+            raise UserError(f"no formula for {self.metric!r}; use one of {known}", field="importance_metric")
         parts = _parts(adapters)
         if self.metric == "magnitude":
             weights = [part.weight for part in parts]
@@ -141,8 +146,7 @@ class ImportanceTracker:
             if loss_scale != 1:
                 overflowed = not all(bool(norm.isfinite()) for norm in torch._foreach_norm(gradients))
                 gradients = list(torch._foreach_div(gradients, loss_scale))
-            score = self._sensitivity if self.metric == "sensitivity" else self._size
-            scores = score(parts, None if overflowed else gradients)
+            scores = by_gradient[self.metric](parts, None if overflowed else gradients)
         else:
             scores = {}
         return {name: scores[name] if site.rank else site.lora_A.new_zeros(0) for name, site in sites}
@@ -184,11 +188,10 @@ class ImportanceTracker:
         """Carry the state through a change of rank: kept triplets keep theirs, new ones start from 0."""
         for (site, quantity), value in self._state.items():
             if site in kept:
-                dim = 1 if quantity.startswith("lora_B") else 0
-                chosen = value.index_select(dim, kept[site].to(value.device))
-                shape = list(value.shape)
-                shape[dim] = ranks[site] - len(kept[site])
-                self._state[site, quantity] = torch.cat([chosen, value.new_zeros(shape)], dim)  # the new rank
+                of_A = quantity.startswith("lora_A")  # (r, in); others have the triplets last: (out, r), (r,)
+                chosen = value.index_select(0 if of_A else -1, kept[site].to(value.device))
+                grown = ranks[site] - len(kept[site])
+                self._state[site, quantity] = F.pad(chosen, (0, 0, 0, grown) if of_A else (0, grown))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of the generator's state and the smoothed quantities, by names that safetensors can store."""
@@ -221,9 +224,9 @@ SCORES_OF_WEIGHTS: dict[str, Callable[[Tensor], float]] = {"stable_rank": _stabl
 @torch.no_grad()
 def weight_scores(model: nn.Module, metric: Metric) -> dict[str, float]:
     """Return the score of each adapted site from its frozen weight, nothing under a metric that scores triplets."""
-    if not METRICS[metric].reads_weight:
+    score = SCORES_OF_WEIGHTS.get(metric)
+    if score is None:
         return {}
-    score = SCORES_OF_WEIGHTS[metric]
     layers = [(site, module) for _, module in adapted_modules(model) for site, _ in module.adapters()]
     layers += [(site, peft_layers(model)[name].base_layer) for name, site in sites_of_layers(model).items()]
     weights = {
@@ -255,14 +258,14 @@ def squared_gradients(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def _parts(adapters: Mapping[str, Adapter]) -> list[_Part]:
     parts = []
     for site, adapter in adapters.items():
-        lora_A, lora_B, lora_lambda = adapter.lora_A, adapter.lora_B, adapter.lora_lambda
-        if lora_A.shape[0] == 0:
+        rank = adapter.rank
+        if rank == 0:
             continue
-        size = adapter.start_size(adapter.rank)
-        parts.append(_Part(site, "lora_A", lora_A.float(), lora_A.grad, 1, size))
-        parts.append(_Part(site, "lora_B", lora_B.float(), lora_B.grad, 0, 1 / size))
-        if lora_lambda is not None:
-            parts.append(_Part(site, "lora_lambda", lora_lambda.float(), lora_lambda.grad, None))
+        size = adapter.start_size(rank)
+        for name, dim, part_size in zip(TRIPLETS, (1, 0, None), (size, 1 / size, 1.0), strict=True):
+            weight: Tensor | None = getattr(adapter, name)
+            if weight is not None:
+                parts.append(_Part(site, name, weight.float(), weight.grad, dim, part_size))
     return parts
 
 
@@ -274,7 +277,7 @@ def _gradients(parts: Sequence[_Part]) -> list[Tensor]:
                 f"{part.name} has no gradient; call update_importance_scores after backward and before zero_grad",
                 field=part.site,
             )
-        gradients.append(part.gradient.float())
+        gradients.append(part.gradient.float())  # A (r, in / pool), B (out, r), lambda (r,)
     return gradients
 
 
@@ -298,37 +301,6 @@ def _by_site(
     for part, value in zip(parts, values, strict=True):
         total[part.site] = combine(total[part.site], value) if part.site in total else value
     return total
-
-
-def layer_summary(
-    sites: Sequence[SiteInfo], score_history: Sequence[Mapping[str, Any]], ranks: Mapping[str, int]
-) -> dict[str, dict[str, float]]:
-    """Return mean, std, trend (slope per decision) of the scores, and the rank, over the decisions so far.
-
-    Returns:
-        By site, then by `blocks.<i>`, matrix type and `overall`: of the mean score over the group's sites, each site
-        counted once whatever its rank; ranks are summed.
-    """
-    groups: dict[str, list[str]] = {site.name: [site.name] for site in sites}
-    for site in sites:
-        for key in (f"blocks.{site.block}", site.matrix, "overall"):
-            groups.setdefault(key, []).append(site.name)
-    return {
-        key: {
-            **_course(np.array([np.mean([entry["scores"][name] for name in members]) for entry in score_history])),
-            "rank": float(sum(ranks[name] for name in members)),
-        }
-        for key, members in groups.items()
-    }
-
-
-def _course(series: np.ndarray) -> dict[str, float]:
-    several = len(series) > 1
-    return {
-        "mean": float(series.mean()) if len(series) else 0.0,
-        "std": float(series.std(ddof=1)) if several else 0.0,
-        "trend": float(np.polyfit(np.arange(len(series)), series, 1)[0]) if several else 0.0,
-    }
 
 
 def attach_probes(adapters: Mapping[str, Adapter], *, seed: int, step: int) -> None:
@@ -422,7 +394,7 @@ def check_fisher(
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
     per_sample = dict.fromkeys(adapters, 0.0)
-    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]
+    mean_gradients = [torch.zeros_like(parameter) for parameter in parameters]  # A, B, lambda of each site in turn
     with evaluating(model):
         for image, label, factor in zip(images, labels, share, strict=True):
             model.zero_grad(set_to_none=True)

@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.allocation.calibration import squared_singular_values, weight_gradients
 from peft_vit.allocation.importance import weight_scores
-from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate, largest_ranks, rank_costs
+from peft_vit.allocation.loss_prediction import squared_singular_values, weight_gradients
+from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate, largest_ranks, limited, rank_costs
 from peft_vit.backbones import Site
 from peft_vit.config import ORDERED_RULES, StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
@@ -60,12 +60,8 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> 
         UserError: naming the setting and what the sites allow.
     """
     costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
-    if config.maximum_rank is not None and config.maximum_rank > largest.max():
-        raise UserError(
-            f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
-            field="lora.ranks.maximum_rank",
-        )
     name, limit = "maximum_rank", config.maximum_rank
+    limited(largest, limit, field="lora.ranks.maximum_rank")
     if config.rule in ORDERED_RULES:
         name, limit = "site_rank", config.site_rank
     most = int(costs @ (largest if limit is None else np.minimum(largest, limit)))
@@ -111,9 +107,8 @@ def choose_starting_ranks(
     if not any(scores.values()):
         message = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
         raise UserError(message, field="lora.ranks.rule")
-    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
-    if config.maximum_rank is not None:
-        largest = np.minimum(largest, config.maximum_rank)
+    costs = rank_costs(config.unit, sites)  # (sites,), as all that follow
+    largest = limited(largest_ranks(sites), config.maximum_rank, field="lora.ranks.maximum_rank")
     bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[name] for name in names])
     if config.rule == "gradient":
         of_triplets = [by_rank[name] for name in names]
@@ -141,7 +136,7 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
             images, labels, loss = batch
 
             def share_of_mean(logits: Tensor, part: slice) -> Tensor:
-                return loss(logits.float(), labels[part]) * (len(logits) / len(images))
+                return loss(logits.float(), labels[part]) * (len(logits) / len(images))  # (B, classes) -> ()
 
             modules = list(dict.fromkeys(site.module for site in sites))
             gradients = weight_gradients(model, modules, images, model, share_of_mean)
@@ -171,7 +166,7 @@ def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -
 
 
 def _even(budget: int, sites: Sequence[Site], costs: Ints, largest: Ints) -> Ints:
-    ranks = np.minimum(largest, budget // int(costs.sum()))
+    ranks = np.minimum(largest, budget // int(costs.sum()))  # (sites,)
     roomy = np.flatnonzero(ranks < largest).tolist()
     left = budget - int(costs @ ranks)
     for count in range(len(roomy), 0, -1):

@@ -133,6 +133,15 @@ def largest_ranks(sites: Sequence[Site], pool: int = 1) -> Ints:
     return np.array([min(site.in_features // pool, site.out_features) for site in sites], dtype=np.int64)
 
 
+def limited(largest: Ints, limit: int | None, *, field: str) -> Ints:
+    """Return the largest ranks, (sites,), under a limit; refuse one above all of them, which never holds."""
+    if limit is None:
+        return largest
+    if limit > largest.max():
+        raise UserError(f"{limit} lies above the widest site's {largest.max()}; lower it", field=field)
+    return np.minimum(largest, limit)
+
+
 def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs: Ints) -> BudgetSchedule:
     """Return the schedule of a configuration, in the unit of its budget.
 
@@ -166,12 +175,7 @@ def bounds_for(config: AdaLoraConfig, largest: Ints, costs: Ints) -> Bounds:
     Raises:
         UserError: naming the setting and what the sites allow.
     """
-    if config.maximum_rank is not None and config.maximum_rank > largest.max():
-        raise UserError(
-            f"{config.maximum_rank} lies above the widest site's {largest.max()}; lower it",
-            field="adalora.maximum_rank",
-        )
-    maximum = largest if config.maximum_rank is None else np.minimum(largest, config.maximum_rank)
+    maximum = limited(largest, config.maximum_rank, field="adalora.maximum_rank")  # (sites,)
     minimum = np.full(len(largest), config.minimum_rank, dtype=np.int64)
     if (minimum > maximum).any():
         raise UserError(
@@ -234,7 +238,8 @@ def allocate(
         triplet_scores: for `global`: per site the scores of its present triplets.
 
     Raises:
-        UserError: if the minima cost more than the budget, a score is negative or not finite, or a cost below 1.
+        UserError: if the minima cost more than the budget, a score of a site or triplet is negative or not finite, or
+            a cost below 1.
     """
     sites = _Sites.of(scores, np.ones(len(scores), np.int64) if costs is None else costs)
     low, high = bounds.minimum.tolist(), bounds.maximum.tolist()
@@ -361,7 +366,7 @@ class _Sites:
         ranks, left = list(low), budget - self.cost(low)
         owners, scores = [], []  # of triplets beyond each site's minimum
         for site, values in enumerate(triplets):
-            best_first = _checked(np.sort(values)[::-1][low[site] : high[site]])
+            best_first = _checked(np.sort(values)[::-1])[low[site] : high[site]]  # (rank,), without the minimum
             owners += [site] * len(best_first)
             scores += best_first
         worth = _per_cost(scores, [self.costs[site] for site in owners])

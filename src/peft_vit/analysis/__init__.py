@@ -16,12 +16,11 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.layers import Allocation, ImportancePattern, fisher_checks, importance_patterns, study_agreements
+from peft_vit.analysis.layers import Allocation, ImportancePattern, importance_patterns, study_agreements
 from peft_vit.analysis.quantization import QuantizationImpact
-from peft_vit.analysis.reliability import Calibration, Measure, calibration, calibration_differences
+from peft_vit.analysis.reliability import Calibration, calibration
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
-from peft_vit.records import FisherCheck
 from peft_vit.statistics.sequential import SequentialResult
 
 
@@ -36,9 +35,7 @@ class Analysis:
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
-    calibration_differences: dict[str, dict[Measure, tuple[Estimate, ...]]]  # by reference and measure
     importance: tuple[ImportancePattern, ...]
-    fisher: dict[str, list[FisherCheck]]
     allocation: tuple[Allocation, ...]
     quantization: tuple[QuantizationImpact, ...]
     findings: tuple[Finding, ...]
@@ -57,9 +54,7 @@ def analyze(study: Study) -> Analysis:
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         calibration=calibration(study),
-        calibration_differences=calibration_differences(study),
         importance=patterns,
-        fisher=fisher_checks(study),
         allocation=tuple(evidence.allocation.values()),
         quantization=tuple(evidence.quantization.values()),
         findings=find(evidence),

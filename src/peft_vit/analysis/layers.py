@@ -29,7 +29,7 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig
-from peft_vit.records import FisherCheck, Role, SiteInfo
+from peft_vit.records import Role, SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 
@@ -90,12 +90,6 @@ class ImportancePattern:
     by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
     # log2 of the mean attention score over the mean MLP score, by seed; none where a group is absent or scores nothing
     attention_over_mlp: tuple[float, ...]
-    steps: tuple[int, ...]  # steps at which scores were recorded in every seed
-    # (steps,) Spearman's rho between the scores then and the last ones, mean over seeds
-    agreement_with_final: tuple[float | None, ...]
-    # (steps, matrices) mean relative score of a matrix type at each of these steps, over seeds; NaN where no seed
-    # scored it
-    matrix_course: np.ndarray
     agreement_between_seeds: float | None  # mean Spearman's rho over pairs of seeds, or None
 
 
@@ -110,8 +104,6 @@ def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
 
 
 def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
-    by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
-    steps = tuple(sorted(set.intersection(*(set(entries) for entries in by_run))))
     finals = [run.last_scores() for run in runs]
     grid = Grid.of([site for site in runs[0].record.sites if any(site.name in scores for scores in finals)])
     raw = np.stack([grid.fill(scores) for scores in finals])  # (S, B, M)
@@ -137,12 +129,6 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         by_block=np.stack([row_means(scores) for scores in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=over_mlp,
-        steps=steps,
-        agreement_with_final=tuple(
-            known_mean(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
-            for step in steps
-        ),
-        matrix_course=_matrix_course(grid, by_run, steps),
         agreement_between_seeds=known_mean(between),
     )
 
@@ -152,21 +138,6 @@ def row_means(relative: np.ndarray) -> np.ndarray:
     known = np.isfinite(relative)
     total = np.where(known, relative, 0.0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
-
-
-def _matrix_course(grid: Grid, by_run: list[dict[int, dict[str, float]]], steps: tuple[int, ...]) -> np.ndarray:
-    """Return (steps, matrices): mean relative score of a matrix type at each step, over the seeds that scored it."""
-    course = np.full((len(steps), len(grid.matrices)), np.nan)
-    for row, step in enumerate(steps):
-        relative = []
-        for entries in by_run:
-            raw = grid.fill(entries[step])  # (B, M)
-            total = np.nansum(raw)
-            if total > 0:  # nothing is relative to a mean of zero
-                relative.append(row_means((raw / (total / np.isfinite(raw).sum())).T))
-        if relative:
-            course[row] = row_means(np.stack(relative).T)
-    return course
 
 
 def _rho(left: dict[str, float], right: dict[str, float]) -> float | None:
@@ -259,13 +230,6 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
 
 def _images(study: Study) -> str:
     return ", ".join(sorted({run.record.spec.data.title for run in study.runs}))
-
-
-def fisher_checks(study: Study) -> dict[str, list[FisherCheck]]:
-    """Return what runs recorded of how far the score `fisher` is from the empirical Fisher, by experiment."""
-    by_name = {e.name: [run.record.fisher_check for run in study.of(e.name)] for e in study.experiments}
-    known = {name: [check for check in checks if check is not None] for name, checks in by_name.items()}
-    return {name: checks for name, checks in known.items() if checks}
 
 
 # --- where ranks went, and how they moved -----------------------------------------------------------------------------

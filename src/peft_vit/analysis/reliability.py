@@ -15,7 +15,6 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.analysis.comparison import Estimate, compare, decide, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
 
@@ -118,21 +117,6 @@ def calibration(study: Study) -> tuple[Calibration, ...]:
             )
         )
     return tuple(rows)
-
-
-def calibration_differences(study: Study) -> dict[str, dict[Measure, tuple[Estimate, ...]]]:
-    """Return by reference and measure the paired differences of all other experiments: negative is better calibrated.
-
-    They are one family of tests for each measure and reference; a measure that no pair has makes none.
-    """
-    families: dict[str, dict[Measure, tuple[Estimate, ...]]] = {}
-    for reference in references(study):
-        others = [e.name for e in study.experiments if e.name != reference and study.of(e.name)]
-        for measure, value in MEASURES.items():
-            family = [compare(study.of(name), study.of(reference), name, reference, value) for name in others]
-            if any(estimate.interval is not None for estimate in family):
-                families.setdefault(reference, {})[measure] = decide(family, study.untested)
-    return families
 
 
 def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:

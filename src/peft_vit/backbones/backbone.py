@@ -11,12 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from peft_vit.backbones.families import FAMILIES, Family, family_of
+from peft_vit.backbones.families import Family, family_of
 from peft_vit.backbones.passes import evaluating, watching
 from peft_vit.backbones.site import LinearLayout, Site, chosen, is_pattern, wanted_kinds
 from peft_vit.config import Precision
 from peft_vit.errors import UserError
 
+_KNOWN = (
+    "model of timm; one of transformers has to come from load_backbone(BackboneConfig(library='transformers', ...))"
+)
 _SHORT = 200  # tokens, for `choose_attention`
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
@@ -87,7 +90,7 @@ class Backbone:
     def __init__(self, model: nn.Module) -> None:
         family = family_of(model)
         if family is None:
-            raise UserError(f"{type(model).__name__} is not a {known_classes()}; {_remedy(model)}")
+            raise UserError(f"{type(model).__name__} is no {_KNOWN}")
         self.model = model
         self.family: Family = family
 
@@ -97,7 +100,7 @@ class Backbone:
         for module in model.modules():
             if family_of(module) is not None:
                 return cls(module)
-        raise UserError(f"{type(model).__name__} holds no {known_classes()}; {_remedy(model)}")
+        raise UserError(f"{type(model).__name__} holds no {_KNOWN}")
 
     @property
     def heads(self) -> dict[str, nn.Linear]:
@@ -271,18 +274,6 @@ def choose_attention(model: nn.Module, device: torch.device, precision: Precisio
     for layer in layers:
         layer.fused_attn = False
     return bool(layers)
-
-
-def known_classes() -> str:
-    """Return the names of the classes that are known best, for people."""
-    names = [family.model_class.__name__ for family in FAMILIES[:-1]]
-    return f"timm {', '.join(names)}, another model of timm, or one of transformers that `load_backbone` has made"
-
-
-def _remedy(model: nn.Module) -> str:
-    if any(type(module).__module__.startswith("transformers.") for module in model.modules()):
-        return "load it with load_backbone(BackboneConfig(library='transformers', model=..., weights=...), ...)"
-    return "no other class can be adapted"
 
 
 def _missing(site: str, reason: str) -> UserError:

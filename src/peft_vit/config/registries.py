@@ -19,7 +19,7 @@ class DatasetInfo:
         classes: how many, and which images test.
         licence: of the images: what to know before showing them to others.
         origin: where its files come from.
-        module: of `data`; its SOURCES say how the set is read.
+        module: of `data`; its SOURCES hold what reads the set.
         channels: 1 if all images are grey, and so is what is predicted on later.
         needs_path: nothing can be read without `data.path`.
         caveat: what no study on it can show, for reports.
@@ -40,7 +40,7 @@ def _cifar(classes: int) -> DatasetInfo:
         images="60,000 photographs, 32 x 32 colour",
         classes=f"{classes}; 10,000 official test images",
         licence="no licence stated by its authors",
-        origin="data.path (binary archive, or folder with it), else downloaded from cs.toronto.edu",
+        origin="data.path (folder of the unpacked binary archive), else downloaded from cs.toronto.edu",
         module="packaged",
     )
 
@@ -110,7 +110,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 def licence_of(dataset: str, *, smoke: bool) -> str:
     """Return the terms of the images that a study of a data set shows."""
-    return "synthetic images, none needed" if smoke and dataset != "digits" else DATASETS[dataset].licence
+    return "synthetic images, none needed" if smoke else DATASETS[dataset].licence
 
 
 # --- formats of exported models ---

@@ -298,13 +298,16 @@ else:  # a field for each section that a method brings
     )
 
 
+CHECKPOINT_EVERY_S = 30.0
+
+
 class ExecutionConfig(Frozen):
     """How runs are carried out. No result depends on it, so it is no part of a run and may change from call to call."""
 
     workers: int = Field(default=1, ge=1, le=1024, description="runs at a time; workers x threads within the cores")
     retries: int = Field(default=1, ge=0, le=100, description="further attempts after a transient failure")
     checkpoint_every_s: float = Field(
-        default=30.0, ge=0, description="seconds between checkpoints; 0: after every step"
+        default=CHECKPOINT_EVERY_S, ge=0, description="seconds between checkpoints; 0: after every step"
     )
     gpus: float = Field(default=0.0, ge=0, description="GPUs that a run asks of a Ray cluster, beside `threads` CPUs")
     memory_gb: float | None = Field(default=None, gt=0, description="memory that a run asks of a Ray cluster")
@@ -366,20 +369,6 @@ class StoppingConfig(Settings):
         assert self.every is not None
         return (*range(self.every, seeds, self.every), seeds)
 
-    def fault(self, names: tuple[str, ...], seeds: int) -> str | None:
-        """Return why a study with these experiments and so many seeds can't be looked at so; None: it can."""
-        if self.control not in names:
-            return f"control: {self.control!r} is none of the study's experiments, which are {', '.join(names)}"
-        if len(names) < 2:
-            return "compares with the control, and the study has no other experiment; add one"
-        if seeds < FEWEST_PAIRS:
-            return f"needs {FEWEST_PAIRS} seeds and more, the study has {seeds}"
-        if self.looks is not None and self.looks[-1] != seeds:
-            return f"looks end at {self.looks[-1]}, and the study has {seeds} seeds; make both the same"
-        if self.every is not None and self.every > seeds:
-            return f"every: {self.every} is more than the study's {seeds} seeds, so it would never be looked"
-        return None
-
 
 class StudyConfig(Frozen):
     """Everything that a configuration file can say."""
@@ -422,9 +411,16 @@ class StudyConfig(Frozen):
         if stopping is None or not {"seeds", "data", "experiments"} <= info.data.keys():  # of these a fault is told
             return stopping
         experiments: tuple[ExperimentConfig, ...] = info.data["experiments"]
-        fault = stopping.fault(tuple(experiment.name for experiment in experiments), len(info.data["seeds"]))
-        if fault is not None:
-            raise ValueError(fault)
+        names, seeds = [experiment.name for experiment in experiments], len(info.data["seeds"])
+        if stopping.control not in names:
+            message = f"control: {stopping.control!r} is none of the study's experiments, which are {', '.join(names)}"
+            raise ValueError(message)
+        if len(names) < 2 or seeds < FEWEST_PAIRS:
+            raise ValueError(f"compares experiments by at least {FEWEST_PAIRS} seeds, so give two and more of both")
+        if stopping.looks is not None and stopping.looks[-1] != seeds:
+            raise ValueError(f"looks end at {stopping.looks[-1]}, and the study has {seeds} seeds; make both the same")
+        if stopping.every is not None and stopping.every > seeds:
+            raise ValueError(f"every: {stopping.every} is more than the study's {seeds} seeds; lower it")
         data: DataConfig = info.data["data"]
         if data.folds is None and stopping.images is not None:
             raise ValueError("'images' has an effect with data.folds alone; remove it")

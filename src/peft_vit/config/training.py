@@ -50,8 +50,6 @@ class RandomResizedCrop(Frozen):
     def _is_a_part(self) -> Self:
         if self.scale[1] > 1:
             raise ValueError(f"scale: a part has at most the image's area, got {self.scale[1]:g}; lower it to 1")
-        if self.scale == self.ratio == (1.0, 1.0):
-            raise ValueError("scale and ratio of [1, 1] are the whole image, so nothing changes; remove it")
         return self
 
 
@@ -65,12 +63,6 @@ class ColorJitter(Frozen):
     contrast: float = Field(default=0.4, ge=0, description="x of its factor")
     saturation: float = Field(default=0.4, ge=0, description="x of its factor")
     hue: float = Field(default=0.0, ge=0, le=0.5, description="largest move, as a share of the circle")
-
-    @model_validator(mode="after")
-    def _something_moves(self) -> Self:
-        if not (self.brightness or self.contrast or self.saturation or self.hue):
-            raise ValueError("all four are 0, so nothing changes; raise one or remove color_jitter")
-        return self
 
 
 class RandAugment(Frozen):
@@ -345,11 +337,8 @@ def micro_batch_fault(micro_batch_size: int | None, batch_size: int) -> str | No
     if micro_batch_size is None or (micro_batch_size < batch_size and batch_size % micro_batch_size == 0):
         return None
     smaller = _largest_micro_batch(micro_batch_size, batch_size)
-    if micro_batch_size == batch_size:
-        remedy = "remove it" if smaller is None else f"remove it, or take {smaller}"
-        return f"{micro_batch_size} is the whole batch, which is what passes without it; {remedy}"
     remedy = "remove it" if smaller is None else f"take {smaller}"
-    return f"{micro_batch_size} does not divide the batch of {batch_size}; {remedy}"
+    return f"{micro_batch_size} does not divide the batch of {batch_size} into several parts; {remedy}"
 
 
 def _largest_micro_batch(at_most: int, batch_size: int) -> int | None:

@@ -1,10 +1,8 @@
-"""Files as data sets hold them: a folder or zip read in place, content hashes, downloads, unpacked tars."""
+"""Files as data sets hold them: a folder or zip read in place, content hashes, downloads."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import os
 import re
 import tarfile
@@ -25,7 +23,6 @@ from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_
 _HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 FETCH_AGAIN = "fetch it again"
-_LARGEST_ARCHIVE_BYTES = 1 << 30  # unpacked; CIFAR's hold a fifth of it
 
 
 class Hashes(NamedTuple):
@@ -264,7 +261,7 @@ def downloaded(url: str, md5: str) -> Path:
     """Return the path of a cached download, fetched once and checked before it takes its name.
 
     Raises:
-        UserError: if it cannot be fetched or has another hash; says where to put the file by hand.
+        UserError: if it cannot be fetched or has another hash.
     """
     name = PurePosixPath(url).name
     file = cache_dir() / "downloads" / name
@@ -273,57 +270,16 @@ def downloaded(url: str, md5: str) -> Path:
     check_download(name)
     from torchvision.datasets.utils import download_url
 
-    remedy = f"set data.path to a folder that holds {name}"
+    remedy = f"check the network, or set data.path to where {name} is unpacked"
     with new_in_cache(file) as temporary, foreign_fault("could not be downloaded", url, remedy=remedy):
         download_url(url, str(temporary.parent), name, md5)
     return file
 
 
-def unpacked(archive: Path, wanted: tuple[str, ...], sha256: str) -> Path:
-    """Return a cache folder with the wanted members of a tar.gz, found by their last name and unpacked once.
-
-    Only these names are written, so no member can leave the folder, and no more is unpacked than any of these
-    archives holds.
-
-    Raises:
-        UserError: if the archive is broken or a bomb, or lacks one of them.
-    """
+def unpacked(archive: Path, sha256: str) -> Path:
+    """Return a cache folder with the content of a downloaded tar, which is unpacked once."""
     folder = cache_dir() / "unpacked" / sha256[:32]
-    missing = {name for name in wanted if not (folder / name).is_file()}
-    if not missing:
-        return folder
-    with (
-        foreign_fault("is not a readable tar.gz", archive, remedy=FETCH_AGAIN),
-        gzip.open(archive) as unzipped,
-        tarfile.open(fileobj=_Limited(unzipped), mode="r|") as tar,
-    ):
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            content = tar.extractfile(member) if name in missing and member.isfile() else None
-            if content is not None:
-                if member.size > LARGEST_BYTES:  # a sparse file is as large as it says
-                    raise OSError(f"{name} is larger than {LARGEST_BYTES} bytes")
-                unpacked_content = content.read()
-                with cache_fault(folder / name):
-                    write_atomically(folder / name, unpacked_content)
-                missing.remove(name)
-    if missing:
-        raise UserError(f"holds no {sorted(missing)[0]}; fetch the binary archive", file=archive)
+    if not folder.is_dir():
+        with new_in_cache(folder) as temporary, tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
     return folder
-
-
-class _Limited(io.RawIOBase):
-    """An unpacked stream that ends in an error where no sound archive of ours goes on."""
-
-    def __init__(self, stream: io.BufferedIOBase) -> None:
-        super().__init__()
-        self._stream = stream
-        self._left_bytes = _LARGEST_ARCHIVE_BYTES
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes."""
-        content = self._stream.read(size)
-        self._left_bytes -= len(content)
-        if self._left_bytes < 0:
-            raise OSError(f"unpacks to more than {_LARGEST_ARCHIVE_BYTES} bytes")
-        return content

@@ -22,16 +22,7 @@ from peft_vit.data.files import (
     open_tree,
     refuse_outside,
 )
-from peft_vit.data.index import (
-    DataSource,
-    ImageIndex,
-    ImagesFile,
-    check_class_names,
-    numbered,
-    refuse_several_labels,
-    sample_images,
-    save_sample,
-)
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, os_fault
 from peft_vit.safe_io import read_bytes
@@ -100,20 +91,6 @@ def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
     check_class_names(titles.values(), tree.file(words_file))
     is_test = [k >= training for k in range(len(classes))]
     return _index(tree, classes, is_test, titles=titles, beside=(words_file, annotations_file))
-
-
-def _write_tiny_imagenet(folder: Path) -> None:
-    ids = [f"n{k + 1:08d}" for k in range(4)]
-    labels = np.tile(np.arange(4), 12)
-    annotations = []
-    for i, (label, pixels) in enumerate(zip(labels, sample_images(labels, 64, 3), strict=True)):
-        if i < 32:
-            save_sample(pixels, folder / "train" / ids[label] / "images" / f"{ids[label]}_{i // 4}.JPEG")
-        else:
-            save_sample(pixels, folder / "val" / "images" / f"val_{i}.JPEG")
-            annotations.append(f"val_{i}.JPEG\t{ids[label]}\t0\t0\t63\t63\n")
-    (folder / "val" / "val_annotations.txt").write_text("".join(annotations))
-    (folder / "words.txt").write_text("".join(f"{name}\tclass {k}, synonym\n" for k, name in enumerate(ids)))
 
 
 # --- class folders ----------------------------------------------------------------------------------------------------
@@ -192,13 +169,6 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _write_class_folders(folder: Path) -> None:
-    """Write 30 training and 12 test images of three classes."""
-    labels = np.tile(np.arange(3), 14)
-    for i, (label, pixels) in enumerate(zip(labels, sample_images(labels, 40, 3), strict=True)):
-        save_sample(pixels, folder / ("train" if i < 30 else "test") / f"class_{label}" / f"{i:03d}.png")
-
-
 # --- CSV --------------------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +203,6 @@ def read_csv(config: DataConfig) -> ImageIndex:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
     if not labels:
         raise UserError("names no image; add rows", file=path)
-    refuse_several_labels(dict.fromkeys(labels.values()), path, "label")
     files = {name: root / name for name in labels}
     tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
     return _index(tree, labels, is_test)
@@ -256,15 +225,4 @@ def _fault(row: dict[str, str], name: str, root: Path, labels: Mapping[str, str]
     return None
 
 
-def _write_csv(folder: Path) -> None:
-    _write_class_folders(folder)
-    files = sorted(folder.rglob("*.png"), key=lambda file: file.name)
-    rows = [f"{file.relative_to(folder).as_posix()},{file.parts[-2]},{file.parts[-3]}\n" for file in files]
-    (folder / "images.csv").write_text("".join(["path,label,split\n", *rows]))
-
-
-SOURCES = {
-    "tiny-imagenet": DataSource(read_tiny_imagenet, 4, _write_tiny_imagenet),
-    "image-folder": DataSource(read_image_folder, 3, _write_class_folders),
-    "csv": DataSource(read_csv, 3, _write_csv, "images.csv"),
-}
+SOURCES = {"tiny-imagenet": read_tiny_imagenet, "image-folder": read_image_folder, "csv": read_csv}

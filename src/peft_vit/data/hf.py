@@ -24,7 +24,7 @@ import numpy as np
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
-from peft_vit.data.index import DataSource, ImageIndex, numbered, refuse_several_labels, sample_images
+from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.extras import require_extra
@@ -129,26 +129,13 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
         except Exception as error:  # a foreign set can fail in any way; the user needs one line
             field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
             message = f"can't be read by the library datasets ({_reason(error)})"
-            raise UserError(message, file=_damaged(place) or path, field=field) from None
+            raise UserError(message, file=path, field=field) from None
 
 
 def _reason(error: BaseException) -> str:
     """Return what went wrong, on one line; the library names it in the cause of its own error."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
-
-
-def _damaged(place: Path) -> Path | None:
-    """Return the first Parquet file at or below a place that can't be read; the library's errors name none."""
-    from pyarrow.parquet import ParquetFile
-
-    for file in [place] if place.suffix == ".parquet" else sorted(place.rglob("*.parquet")):
-        try:
-            for _ in ParquetFile(file).iter_batches():
-                pass
-        except Exception:  # of whatever kind, the library's own error is told
-            return file
-    return None
 
 
 @contextmanager
@@ -261,13 +248,7 @@ def _label_column(features: Features, image: str, column: str | None, path: str)
             and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool"))
         )
 
-    lists = (datasets.List, datasets.LargeList)
-    several = _named(features, lambda feature: isinstance(feature, lists) and holds_labels(feature.feature))
     plain = [name for name in _named(features, holds_labels) if name != image]
-    only = several[0] if column is None and not plain and len(several) == 1 else column
-    if only in several:
-        problem = f"column '{only}' holds several labels an image; a model here tells one class of each image"
-        raise UserError(f"{problem}{_such_as(plain)}", file=path, field="data.label_column")
     likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
     likely = ["label"] if "label" in likely else likely
     return _column("label", "could be the label", features, column, likely, plain, path)
@@ -292,12 +273,9 @@ def _column(
     else:
         dtype = getattr(features[column], "dtype", None)
         kind = dtype if isinstance(dtype, str) else type(features[column]).__name__
-        message = f"column '{column}' holds no {what}s, but {kind}{_such_as(possible)}"
+        names = f"; name one of {', '.join(possible)}" if possible else ""
+        message = f"column '{column}' holds no {what}s, but {kind}{names}"
     raise UserError(message, file=path, field=f"data.{what}_column")
-
-
-def _such_as(columns: list[str]) -> str:
-    return f"; name one of {', '.join(columns)}" if columns else ""
 
 
 # --- splits and classes -----------------------------------------------------------------------------------------------
@@ -368,7 +346,6 @@ def _classes(
     present, labels = numbered([value for part in parts for value in part.classes])
     if not isinstance(feature, datasets.ClassLabel):
         names = tuple(str(value) for value in present)
-        refuse_several_labels(names, path, f"column '{label}'")
         return names, labels
     if present[-1] >= feature.num_classes:
         message = f"column '{label}' holds {present[-1]}, but has only {feature.num_classes} classes"
@@ -428,17 +405,4 @@ def _stored(scalar: Any) -> tuple[bytes | None, str | None]:
     return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
 
 
-def _write_parquet(folder: Path) -> None:
-    """Write Parquet files as the hub has them, a file a split, features in their metadata."""
-    from datasets import ClassLabel, Dataset, Features, Image
-
-    features = Features(image=Image(), label=ClassLabel(names=[f"class_{k}" for k in range(3)]))
-    for number, (split, each) in enumerate((("train", 10), ("test", 4))):
-        labels = np.tile(np.arange(3), each)
-        images = list(sample_images(labels, 40, 3, number))
-        rows = Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
-        (folder / "data").mkdir(exist_ok=True)
-        rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
-
-
-SOURCES = {"hf": DataSource(read_hf, 3, _write_parquet)}
+SOURCES = {"hf": read_hf}

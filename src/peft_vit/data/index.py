@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from peft_vit.config import DataConfig, Interpolation
+from peft_vit.config import Interpolation
 from peft_vit.errors import CONTROL_CHARACTER, UserError, checked, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.settings import Frozen
@@ -76,55 +75,11 @@ class ImageIndex:
         return f"image {i}" if self.names is None else self.names[i]
 
 
-@dataclass(frozen=True)
-class DataSource:
-    """How a data set is read: a line in the SOURCES of the module that its entry in `config.DATASETS` names.
-
-    Attributes:
-        read: indexes the set, without decoding an image; raises UserError where a file is missing or broken.
-        sample_classes: of the images that `write_sample` writes.
-        write_sample: writes a few images, made by `sample_images`, in the set's own format into an empty folder, for
-            smoke runs; None: the set itself is as small, and always there.
-        sample_file: in this folder, what `data.path` would name; empty: the folder.
-    """
-
-    read: Callable[[DataConfig], ImageIndex]
-    sample_classes: int
-    write_sample: Callable[[Path], None] | None = None
-    sample_file: str = ""
-
-
 def numbered(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
     """Return the different values, sorted, and the place of each of N values among them, (N,) int64."""
     different = sorted(set(values))
     number = {value: k for k, value in enumerate(different)}
     return different, np.array([number[value] for value in values], dtype=np.int64)
-
-
-def sample_images(labels: np.ndarray, side: int, channels: int, file: int = 0) -> np.ndarray:
-    """Return images of noise around a grey level or colour that tells the class: enough to see a loss go down.
-
-    Args:
-        labels: (N,), of which the largest class has one.
-        side: in pixels.
-        channels: C, 1 or 3.
-        file: a number of its own for each file of a set, whose noise follows from it.
-
-    Returns:
-        (N, side, side), or of three channels (N, side, side, 3) uint8, always the same ones.
-    """
-    seed = (2, int(labels.max()) + 1, side)
-    levels = np.tile(np.linspace(40, 215, seed[1]), (channels, 1))  # (C, K)
-    levels = np.random.default_rng(seed).permuted(levels, axis=1)
-    noise = np.random.default_rng((*seed, file)).normal(0, 25, (len(labels), side, side, channels))
-    pixels = np.clip(levels.T[labels][:, None, None, :] + noise, 0, 255).astype(np.uint8)
-    return pixels[..., 0] if channels == 1 else pixels
-
-
-def save_sample(pixels: np.ndarray, file: Path) -> None:
-    """Write an image (S, S) or (S, S, 3), making the folders above."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(file)
 
 
 class ImagesFile(Frozen):
@@ -173,8 +128,6 @@ class ImagesFile(Frozen):
             holdout[[place[name] for name in self.sealed]] = True
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
-        if np.intersect1d(groups[holdout], groups[~holdout]).size:
-            raise UserError(f"an image and its copy are on two sides; {_REMEDY}", file=file, field="sealed")
         content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None
         return replace(index, contents=groups, official_test=own_test, sha256=content, inspected=True)
@@ -188,17 +141,3 @@ def check_class_names(
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
             message = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
             raise UserError(f"{message}; {remedy}", file=file, field=field)
-
-
-def refuse_several_labels(labels: Iterable[str], file: str | Path, field: str) -> None:
-    """Raise UserError if a label is made of others, such as cat|dog: an image then has several.
-
-    It is, if it is divided by | or ; or , and each of its parts is also a label, or a part of another one.
-    """
-    for separator in "|;,":
-        parts = {label: [part.strip() for part in label.split(separator)] for label in labels}
-        seen = Counter(part for of in parts.values() for part in set(of))
-        for label, of in parts.items():
-            if len(of) > 1 and all(part and seen[part] > 1 for part in of):
-                message = f"{reprlib.repr(label)} stands for several labels; a model here tells one class of each image"
-                raise UserError(f"{message}, so keep one label, or take these images out", file=file, field=field)

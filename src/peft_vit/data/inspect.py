@@ -27,7 +27,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +38,22 @@ from torch.nn.functional import adaptive_avg_pool2d
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, cache_fault, existing, open_tree
 from peft_vit.data.folders import class_files, files_in_use, is_image
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
-from peft_vit.data.pixels import FORMAT_VERSION, decode_image, how, on_white, sides_of, split_pixels, to_pixels
+from peft_vit.data.pixels import (
+    FORMAT_VERSION,
+    decode_image,
+    interpolation_key,
+    on_white,
+    sides_of,
+    split_pixels,
+    to_pixels,
+)
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
 from peft_vit.errors import DataWarning, UserError
 from peft_vit.packages import cache_dir
 from peft_vit.records import write_atomically
 from peft_vit.seeding import numpy_generator
 
-_VERSION = 2  # raise when what counts as equal or nearly equal changes
+_VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
@@ -110,10 +117,11 @@ def _of_copies(
     if count:
         a, b = (f"{index.title(i)} ('{index.class_names[index.labels[i]]}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
-    if len(near):
-        counts = [f"{n} {SIDES[side]}" for side in (1, 2) if (n := np.count_nonzero(sides[near[:, 0]] == side))]
+    different = np.unique(equal, return_index=True)[1]
+    count, pair = crossing(near[different], sides[different])
+    if count:
         yield (
-            f"{' and '.join(counts)} images nearly equal one of another split, {such_as(*near[0])}; if they show the "
+            f"{count} images nearly equal one of another split, {such_as(*different[list(pair)])}; if they show the "
             "same thing, accuracy is too high for new ones"
         )
 
@@ -122,62 +130,36 @@ def _of_copies(
 
 
 def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return groups of equal images (N,) and pairs of nearly equal ones (M, 2), both as positions in `rows`."""
-    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}{how(index)}"
+    """Return groups of equal and of nearly equal images among `rows`, (N,) int64 each."""
+    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}{interpolation_key(index)}"
     text = f"{_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
     file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
-    compared = _cached_comparison(file, len(rows))
-    if compared is None:
+    try:
+        compared = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
+    except Exception:  # whatever was in its place, it is not this package's file
+        compared = None
+    if compared is None or compared.dtype != np.int64 or compared.shape != (2, len(rows)):
         parts = [split_pixels(index, own, splits.divided, image_size) for own in splits.parts]
         number: dict[bytes, int] = {}
         images = (pixels[place] for pixels, places in parts for place in places)
         digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
         equal = np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
-        compared = np.concatenate([equal, _near(parts, equal).ravel()])
+        thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
+        compared = np.stack([equal, near_groups(thumbnails, start=len(splits.train))])
         buffer = io.BytesIO()
         np.save(buffer, compared)
         with cache_fault(file):
             write_atomically(file, buffer.getvalue())
-    return compared[: len(rows)], compared[len(rows) :].reshape(-1, 2)
+    equal, near = compared
+    return equal, near
 
 
-def _cached_comparison(file: Path, count: int) -> np.ndarray | None:
-    try:
-        cached = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
-    except Exception:  # whatever was in its place, it is not this package's file
-        return None
-    plausible = (
-        cached.dtype == np.int64 and cached.ndim == 1 and len(cached) >= count and (len(cached) - count) % 2 == 0
-    )
-    return cached if plausible and np.all((cached >= 0) & (cached < count)) else None
-
-
-def _near(parts: list[tuple[np.ndarray, np.ndarray]], equal: np.ndarray) -> np.ndarray:
-    """Return for each validation and test image one of the splits before that is nearly equal and not equal, (M, 2).
-
-    `parts` are the three of `split_pixels`.
-    """
-    thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
-    starts = np.cumsum([0, *(len(places) for _, places in parts)]).tolist()
-    partner = np.full(len(thumbnails), -1)
-
-    for start, end in pairwise(starts[1:]):
-        for pairs in _near_pairs(
-            thumbnails,
-            range(start, end),
-            range(start),
-            lambda pairs: (partner[pairs[:, 0]] < 0) & (equal[pairs[:, 0]] != equal[pairs[:, 1]]),
-        ):
-            partner[pairs[:, 0]] = pairs[:, 1]
-    copies = np.flatnonzero(partner >= 0)
-    return np.stack([copies, partner[copies]], axis=1)
-
-
-def near_groups(thumbnails: np.ndarray) -> np.ndarray:
-    """Group images that are nearly equal, or linked by a chain of such pairs; all pairs are compared, in blocks.
+def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
+    """Group images that are nearly equal, or linked by a chain of such pairs; pairs are compared in blocks.
 
     Args:
         thumbnails: of `grey_thumbnails`, (N, 256).
+        start: of the images before this one, none is compared with another one of them.
 
     Returns:
         Equal numbers for images of one group, (N,) int64.
@@ -187,38 +169,20 @@ def near_groups(thumbnails: np.ndarray) -> np.ndarray:
 
     count = len(thumbnails)
     groups = np.arange(count, dtype=np.int64)
-
-    def are_apart(pairs: np.ndarray) -> np.ndarray:
-        return groups[pairs[:, 0]] != groups[pairs[:, 1]]
-
-    for first in range(0, count, _BLOCK):
-        rows = range(first, min(first + _BLOCK, count))
-        for pairs in _near_pairs(thumbnails, rows, range(first, count), are_apart):
-            links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
-            groups = connected_components(links, directed=False)[1][groups].astype(np.int64)
-    return groups
-
-
-def _near_pairs(
-    thumbnails: np.ndarray, rows: range, others: range, matters: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[np.ndarray]:
-    """Yield pairs (M, 2) of nearly equal images, one of `rows` and one of `others`, of those that matter.
-
-    `matters` is asked of pairs (M, 2) whose thumbnails correlate, before their details are compared; (M,) bool.
-    """
-    for first in range(rows.start, rows.stop, _BLOCK):
-        for other in range(others.start, others.stop, _BLOCK):
-            some = thumbnails[first : min(first + _BLOCK, rows.stop)]
-            alike = some @ thumbnails[other : min(other + _BLOCK, others.stop)].T >= _LEAST_CORRELATION  # (some, other)
-            candidates = np.argwhere(alike) + np.array([first, other])
-            for start in range(0, len(candidates), _BLOCK):
-                pairs = candidates[start : start + _BLOCK]
-                pairs = pairs[matters(pairs)]
+    for first in range(start, count, _BLOCK):
+        for other in range(0, min(first + _BLOCK, count), _BLOCK):
+            alike = thumbnails[first : first + _BLOCK] @ thumbnails[other : other + _BLOCK].T >= _LEAST_CORRELATION
+            candidates = np.argwhere(alike) + np.array([first, other])  # (M, 2)
+            for cut in range(0, len(candidates), _BLOCK):
+                pairs = candidates[cut : cut + _BLOCK]
+                pairs = pairs[groups[pairs[:, 0]] != groups[pairs[:, 1]]]
                 a, b = (_detail(thumbnails[pairs[:, side]]) for side in (0, 1))  # (M, 196) each
                 norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
                 pairs = pairs[(a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * norms]
                 if len(pairs):
-                    yield pairs
+                    links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
+                    groups = connected_components(links, directed=False)[1][groups].astype(np.int64)
+    return groups
 
 
 def grey_thumbnails(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +11,16 @@ from importlib import import_module
 import numpy as np
 from PIL import Image
 
-from peft_vit.config import DATASETS, DataConfig, OnlyWith, licence_of
-from peft_vit.data.files import new_in_cache
+from peft_vit.config import DATASETS, DataConfig, licence_of
 from peft_vit.data.images import HoldoutImages, LabelledImages
-from peft_vit.data.index import DataSource, ImageIndex, check_class_names
+from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.inspect import image_warnings
 from peft_vit.data.pixels import on_white, split_pixels
 from peft_vit.data.splits import make_splits
 from peft_vit.errors import UserError
-from peft_vit.packages import cache_dir, no_downloads
+from peft_vit.packages import no_downloads
 from peft_vit.records import RunRecord
 
-_SAMPLES_VERSION = 3  # raise when what a source writes changes
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
 
@@ -47,7 +46,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
     Args:
         config: which images, at which size, how many.
         seed: the run's seed; only matters with `folds`, `test_split: per_seed` or `train_subset: per_seed`.
-        smoke: use synthetic files, see `open_index`; pair it with `smoke_config`.
+        smoke: take made-up images, see `open_index`; pair it with `smoke_config`.
 
     Raises:
         UserError: see `open_index`, `make_splits`, `cached_pixels`, `image_warnings`.
@@ -76,21 +75,14 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 
     Args:
         config: which set, and where it lies.
-        smoke: read a few synthetic images of the same on-disk format instead of the real ones, and ignore
-            `config.path` and what else says where they lie. (digits is real, it needs no file.)
+        smoke: take a few made-up images in place of the real ones, wherever these lie.
 
     Raises:
         UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.
     """
-    if smoke:
-        elsewhere = {
-            name: None
-            for name, field in DataConfig.model_fields.items()
-            if any(isinstance(condition, OnlyWith) and condition.other == "dataset" for condition in field.metadata)
-        }
-        config = config.model_copy(update={**elsewhere, "path": sample_path(config.dataset)})
+    sources = import_module(f"peft_vit.data.{DATASETS[config.dataset].module}").SOURCES
     index = replace(
-        _source(config.dataset).read(config),
+        _made_up(config) if smoke else sources[config.dataset](config),
         name=config.dataset,
         licence=licence_of(config.dataset, smoke=smoke),
         channels=DATASETS[config.dataset].channels,
@@ -103,22 +95,21 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
     return index if config.interpolation is None else replace(index, interpolation=config.interpolation)
 
 
-def _source(dataset: str) -> DataSource:
-    source: DataSource = import_module(f"peft_vit.data.{DATASETS[dataset].module}").SOURCES[dataset]
-    return source
-
-
-def sample_path(dataset: str) -> str | None:
-    """Return what `data.path` is in a smoke run: a data set's synthetic files, written to the cache on first use."""
-    source = _source(dataset)
-    if source.write_sample is None:
-        return None
-    folder = cache_dir() / "smoke" / f"{dataset}-v{_SAMPLES_VERSION}"
-    if not folder.is_dir():
-        with new_in_cache(folder) as temporary:
-            temporary.mkdir()
-            source.write_sample(temporary)
-    return str(folder / source.sample_file)
+def _made_up(config: DataConfig) -> ImageIndex:
+    """Return 96 images of four classes: noise around a grey level or colour that tells the class."""
+    labels = np.tile(np.arange(4), 24)
+    channels = DATASETS[config.dataset].channels
+    rng = np.random.default_rng(0)
+    levels = rng.permuted(np.tile(np.linspace(40, 215, 4), (channels, 1)), axis=1).T  # (K, C)
+    noise = rng.normal(0, 25, (len(labels), 32, 32, channels))
+    pixels = np.clip(levels[labels][:, None, None] + noise, 0, 255).astype(np.uint8)  # (N, S, S, C)
+    return ImageIndex(
+        labels=labels,
+        class_names=tuple(f"class_{k}" for k in range(4)),
+        official_test=np.arange(len(labels)) >= 72 if config.test_images is None else None,
+        sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        read=lambda i: Image.fromarray(np.squeeze(pixels[i])),
+    )
 
 
 def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
@@ -133,7 +124,7 @@ def smoke_config(config: DataConfig, patch_size: int = 14) -> DataConfig:
         update={
             "image_size": patches * patch_size,
             "images_file": None,
-            "train_images": max(16, _source(config.dataset).sample_classes),
+            "train_images": 16,
             "shots_per_class": None,
             "validation_images": 8 if config.validation_images else 0,
             "test_images": None if config.test_images is None else 8,
@@ -150,7 +141,7 @@ def thumbnails(config: DataConfig, positions: Sequence[int], *, data_sha256: str
         config: which data set, and where it lies.
         positions: in the data set.
         data_sha256: of the images that a run saw.
-        smoke: the synthetic files, see `open_index`.
+        smoke: the made-up images, see `open_index`.
 
     Raises:
         UserError: if the images are not on this machine, are others than those, or can't be decoded.

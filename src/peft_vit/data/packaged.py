@@ -18,7 +18,7 @@ from PIL import Image
 
 from peft_vit.config import DataConfig
 from peft_vit.data.files import FETCH_AGAIN, decode_text, downloaded, existing, hashes, open_tree, unpacked
-from peft_vit.data.index import DataSource, ImageIndex, check_class_names, sample_images, save_sample
+from peft_vit.data.index import ImageIndex, check_class_names
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
 from peft_vit.packages import ELPV_WHEEL, cache_dir, check_download, fetch_wheel
@@ -62,16 +62,6 @@ def read_elpv(config: DataConfig) -> ImageIndex:
         read=lambda i: decode_image(lambda: tree.read(names[i]), tree.file(names[i])),
         names=names,
     )
-
-
-def _write_elpv(folder: Path) -> None:
-    probabilities = np.tile([0.0, 1 / 3, 2 / 3, 1.0], 16)
-    lines = []
-    for i, pixels in enumerate(sample_images((probabilities >= 0.5).astype(int), 48, 1)):
-        name = f"images/cell{i + 1:04d}.png"
-        save_sample(pixels, folder / name)
-        lines.append(f"{name}  {probabilities[i]:<20}{_MODULE_TYPES[i // 32]}\n")
-    (folder / "labels.csv").write_text("".join(lines))
 
 
 # --- digits: in scikit-learn ------------------------------------------------------------------------------------------
@@ -185,19 +175,6 @@ def read_idx(file: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
-def write_idx(file: Path, values: np.ndarray) -> None:
-    """Write what `read_idx` reads."""
-    header = bytes((0, 0, 8, values.ndim)) + struct.pack(f">{values.ndim}I", *values.shape)
-    file.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes(), mtime=0))
-
-
-def _write_fashion_mnist(folder: Path) -> None:
-    for number, (split, each) in enumerate((("train", 8), ("t10k", 2))):
-        labels = np.tile(np.arange(10), each)
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", sample_images(labels, 28, 1, number))
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels)
-
-
 # --- CIFAR: binary archives, of which nothing is unpickled ------------------------------------------------------------
 
 _SIDE = 32
@@ -233,10 +210,23 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
     """Index CIFAR-10 or CIFAR-100 (format: cs.toronto.edu/~kriz/cifar.html, binary version).
 
     A record is one label byte (CIFAR-100: coarse, then fine) and 3,072 bytes: red, green and blue planes of
-    32 x 32. The path is the archive, a folder that holds it, or the unpacked folder; without one it is downloaded.
+    32 x 32. The path is the folder of the unpacked archive; without one it is downloaded.
     """
-    batches = (*layout.train, layout.test)
-    folder, sha256, remedy = _unpacked_cifar(layout, None if config.path is None else existing(config.path))
+    batches, remedy = (*layout.train, layout.test), "unpack the binary archive again"
+    wanted = (*batches, layout.names)
+    if config.path is None:
+        archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)
+        sha256 = hashes({"": archive}).sha256
+        folder = next(unpacked(archive, sha256).rglob(layout.test)).parent
+    else:
+        folder = existing(config.path)
+        if missing := [name for name in wanted if not (folder / name).is_file()]:
+            raise UserError(
+                f"is missing; name the folder of {layout.archive}, unpacked",
+                file=folder / missing[0],
+                field="data.path",
+            )
+        sha256 = hashes({name: folder / name for name in wanted}).sha256
     lines = decode_text(read_bytes(folder / layout.names), folder / layout.names, remedy).splitlines()
     class_names = tuple(line.strip() for line in lines if line.strip())
     check_class_names(class_names, folder / layout.names, remedy=remedy)
@@ -247,8 +237,8 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
             raise UserError(f"is {size} bytes, no multiple of a record; {remedy}", file=file)
         records = np.memmap(file, dtype=np.uint8, mode="r").reshape(-1, layout.label_bytes + _PIXELS)  # (N, bytes)
         if (largest := records[:, layout.label_bytes - 1].max()) >= len(class_names):
-            problem = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"
-            raise UserError(problem, file=file)
+            message = f"a label is {largest}, but {layout.names} names {len(class_names)} classes; {remedy}"
+            raise UserError(message, file=file)
         parts.append(records)
     labels = np.concatenate([part[:, layout.label_bytes - 1] for part in parts]).astype(np.int64)
     starts = np.cumsum([0, *(len(part) for part in parts)])
@@ -267,39 +257,10 @@ def _read_cifar(layout: CifarFiles, config: DataConfig) -> ImageIndex:
     )
 
 
-def _unpacked_cifar(layout: CifarFiles, path: Path | None) -> tuple[Path, str, str]:
-    """Return a folder with the files, the hash of all, and what to do if one of them is broken."""
-    wanted = (*layout.train, layout.test, layout.names)
-    if path is not None and (path / layout.test).is_file():
-        missing = [name for name in wanted if not (path / name).is_file()]
-        if missing:
-            raise UserError("is missing; unpack the binary archive again", file=path / missing[0], field="data.path")
-        sha256 = hashes({name: path / name for name in wanted}).sha256
-        return path, sha256, "unpack the binary archive again"
-    if path is None:
-        archive = downloaded(f"https://www.cs.toronto.edu/~kriz/{layout.archive}", layout.md5)
-    else:
-        archive = path / layout.archive if path.is_dir() else path
-    if not archive.is_file():
-        raise UserError(f"holds no {layout.archive}; put it there", file=path, field="data.path")
-    sha256 = hashes({"": archive}).sha256
-    folder = unpacked(archive, wanted, sha256)
-    return folder, sha256, f"delete it, and if that does not help fetch {archive} again, where it comes from"
-
-
-def _write_cifar(layout: CifarFiles, classes: int, folder: Path) -> None:
-    labels = np.tile(np.arange(classes), 2)
-    for number, name in enumerate((*layout.train, layout.test)):
-        planes = sample_images(labels, _SIDE, 3, number).transpose(0, 3, 1, 2)  # (N, S, S, 3) -> (N, 3, S, S)
-        leading = np.repeat(labels[:, None], layout.label_bytes, axis=1).astype(np.uint8)
-        np.hstack([leading, planes.reshape(len(labels), _PIXELS)]).tofile(folder / name)  # (N, bytes of a record)
-    (folder / layout.names).write_text("".join(f"class {k}\n" for k in range(classes)))
-
-
 SOURCES = {
-    "elpv": DataSource(read_elpv, 2, _write_elpv),
-    "digits": DataSource(read_digits, 10),
-    "fashion-mnist": DataSource(read_fashion_mnist, 10, _write_fashion_mnist),
-    "cifar10": DataSource(partial(_read_cifar, CIFAR10), 10, partial(_write_cifar, CIFAR10, 10)),
-    "cifar100": DataSource(partial(_read_cifar, CIFAR100), 100, partial(_write_cifar, CIFAR100, 100)),
+    "elpv": read_elpv,
+    "digits": read_digits,
+    "fashion-mnist": read_fashion_mnist,
+    "cifar10": partial(_read_cifar, CIFAR10),
+    "cifar100": partial(_read_cifar, CIFAR100),
 }

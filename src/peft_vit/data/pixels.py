@@ -48,7 +48,7 @@ _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
 _REMEDY = "replace it or take it out"
-_GREY_LEVELS = {"L;2": 4, "L;4": 16}  # of PNGs whose grey Pillow spreads over 256
+_TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, whose values Pillow spreads or cuts
 
 
 def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = None) -> Image.Image:
@@ -101,8 +101,8 @@ def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
     if image.mode.startswith(("I", "F")) and not _is_grey_of_16_bits(image, raw_mode):
         message = f"has pixels of mode {image.mode}, of which no format says what is black and what white"
         return f"{message}; scale them and save it with 8 or 16 bits a channel"
-    if isinstance(image, PngImageFile) and raw_mode == "RGB;16B" and "transparency" in image.info:
-        return "has 16 bits a channel and a transparent colour; save it with an alpha channel"
+    if isinstance(image, PngImageFile) and raw_mode in _TRANSPARENT_COLOUR_IS_LOST and "transparency" in image.info:
+        return "has a transparent colour and 2, 4 or 16 bits a channel; save it with an alpha channel"
     if not isinstance(image, TiffImageFile):
         return None
     if image.tag_v2.get(_PLANAR) == _IN_PLANES and (
@@ -118,26 +118,14 @@ def _fault(image: ImageFile.ImageFile, raw_mode: str) -> str | None:
 
 
 def _eight_bits(image: Image.Image, upright: Image.Image, raw_mode: str) -> Image.Image:
-    """Return the upright image with 8 bits a channel and its transparent colour among them.
-
-    Args:
-        image: as it was loaded from the file.
-        upright: the same, turned.
-        raw_mode: how pixels lie in the file.
-    """
-    transparent = image.info.get("transparency")
-    if raw_mode in _GREY_LEVELS and isinstance(transparent, int) and transparent < _GREY_LEVELS[raw_mode]:
-        upright.info["transparency"] = transparent * 255 // (_GREY_LEVELS[raw_mode] - 1)
+    """Return the upright image, which was loaded as `image`, with 8 bits a channel."""
     if not _is_grey_of_16_bits(image, raw_mode):
         return upright
     values = np.asarray(upright)  # (H, W), 0 to 65,535
     grey = (values >> (4 if raw_mode == "I;12" else 8)).astype(np.uint8)
     if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         grey = 255 - grey
-    plain = Image.fromarray(grey)
-    if isinstance(transparent, int):
-        plain.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-    return plain
+    return Image.fromarray(grey)
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -166,7 +154,7 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
         UserError: if an image is broken, or the cache cannot be written.
     """
     shape = (len(rows), image_size, image_size, index.channels)
-    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{how(index)}"
+    text = f"{FORMAT_VERSION} {PIL.__version__} {index.sha256} {image_size} {index.channels}{interpolation_key(index)}"
     key = hashlib.sha256(text.encode() + rows.astype("<i8").tobytes()).hexdigest()[:32]
     file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
     pixels = _open_cached(file, shape)
@@ -220,7 +208,7 @@ def split_pixels(
     return cached_pixels(index, divided, image_size), np.searchsorted(divided, rows).astype(np.int64)
 
 
-def how(index: ImageIndex) -> str:
+def interpolation_key(index: ImageIndex) -> str:
     """Return what names of cached files depend on for their interpolation; bicubic was the only one once."""
     return "" if index.interpolation == "bicubic" else f" {index.interpolation}"
 

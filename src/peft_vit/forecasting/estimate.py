@@ -15,7 +15,7 @@ import torch
 from peft_vit.backbones import BackboneShape
 from peft_vit.config import ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
-from peft_vit.forecasting.calibration import Costs, known_costs
+from peft_vit.forecasting.calibration_run import Costs, known_costs
 from peft_vit.methods import METHODS
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.machine import cpu_count, processor_name
@@ -26,6 +26,7 @@ TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix prod
 START_S = 6.0  # loading weights and images
 PROCESS_S = 10.0  # until a worker process is ready
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
+_PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
 VALUES_KEPT = 34 / 16
 
@@ -134,9 +135,7 @@ def experiment_products(experiment: ExperimentConfig, shape: BackboneShape, trai
     return step_products(shape, experiment.method, min(training.batch_size, train_images), recomputed)
 
 
-def product_rate(
-    shape: BackboneShape, device: torch.device, precision: Precision, threads: int, *, budget_s: float = 0.2
-) -> float:
+def product_rate(shape: BackboneShape, device: torch.device, precision: Precision, threads: int) -> float:
     """Return multiply-adds per second of the product that the model spends the most on.
 
     Args:
@@ -144,7 +143,6 @@ def product_rate(
         device: on which it computes.
         precision: in which it computes.
         threads: of a run.
-        budget_s: for how long products are timed, about; three are in any case.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_num_threads()
@@ -157,7 +155,7 @@ def product_rate(
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
     times: list[float] = []
     started = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - started < budget_s and len(times) < 200):
+    while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
         begin = time.perf_counter()
         float((x @ weight.T)[0, 0])
         times.append(time.perf_counter() - begin)
@@ -196,14 +194,6 @@ class Workload:
     def product_rate(self) -> float:
         """Return multiply-adds per second, see `product_rate`."""
         return product_rate(self.shape, self.device, self.precision, self.threads)
-
-    def bf16_factor(self) -> float:
-        """Return the time of a matrix product in bf16 over that in fp32, measured in about 0.2 s."""
-        fp32, bf16 = (product_rate(self.shape, self.device, kind, self.threads, budget_s=0.1) for kind in _PRECISIONS)
-        return fp32 / bf16
-
-
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peft_vit.backbones import BackboneShape, chosen
 from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, QaLoraConfig, StudyConfig, TrainingConfig, bytes_of
 from peft_vit.data import ImageIndex, Splits
 from peft_vit.errors import UserError
-from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.forecasting.estimate import PROCESS_BYTES, Workload
 from peft_vit.records import RunSpec, StudyFile
 
@@ -53,13 +53,11 @@ class StepCost:
     Attributes:
         step_s: of its fastest step.
         peak_bytes: the largest resident memory of the process, whatever it is made of.
-        own_bytes: of that, what training added to Python and its libraries, the model included; None: not known.
         model_bytes: of that, the model as it is kept, packed or not.
     """
 
     step_s: float
     peak_bytes: int
-    own_bytes: int | None = None
     model_bytes: int = 0
 
 
@@ -83,11 +81,9 @@ class Choice:
 
     def line(self, experiment: ExperimentConfig, blocks: int) -> str:
         """Return what was chosen for an experiment, and its price."""
-        own = self.cost.own_bytes
-        beyond = "" if own is None else f", {_mb(own)} of it beyond Python and its libraries"
         taken = (
             f"{experiment.name}, memory_limit {experiment.training.memory_limit}: {self.setting.in_words(blocks)}. "
-            f"Measured: {_mb(self.cost.peak_bytes)} in all{beyond}, {self.cost.step_s:.2f} s a step"
+            f"Measured: {_mb(self.cost.peak_bytes)} in all, {self.cost.step_s:.2f} s a step"
         )
         if self.setting == self.free:
             return f"{taken}; the limit is not reached."

@@ -66,11 +66,8 @@ class QuantizationFormat:
     def __post_init__(self) -> None:
         if self.type not in NUMBER_FORMATS:
             raise UserError(f"expected one of {', '.join(NUMBER_FORMATS)}, got {self.type!r}", field="type")
-        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+        if self.group_size is not None and self.group_size < 1:
             raise UserError(f"expected at least 1 or none at all, got {self.group_size}", field="group_size")
-        for field in ("offset", "double_quant"):
-            if not isinstance(value := getattr(self, field), bool):
-                raise UserError(f"expected true or false, got {value!r}", field=field)
         if self.scale_dtype not in SCALE_DTYPES:
             raise UserError(f"expected torch.float32 or torch.float16, got {self.scale_dtype}", field="scale_dtype")
 
@@ -170,7 +167,7 @@ def nearest_codes(weights: Tensor, scales: Tensor, values: Tensor) -> Tensor:
     Returns:
         uint8 codes of the weights' shape.
     """
-    values, codes = values.sort(stable=True)
+    values, codes = values.sort(stable=True)  # (codes,) each
     scaled = (weights * (1.0 / scales.clamp(min=_SMALLEST_SCALE))).clamp_(-1, 1)
     return codes.to(torch.uint8)[torch.bucketize(scaled, (values[:-1] + values[1:]) / 2, out_int32=True)]
 
@@ -200,16 +197,11 @@ class QuantizedScales:
     mean: Tensor
     dtype: torch.dtype
 
-    @property
-    def shape(self) -> torch.Size:
-        """The numbers of outputs and groups."""
-        return self.codes.shape
-
     def dequantize(self) -> Tensor:
         """Return the scales that the codes stand for, (out, groups), none of them negative."""
         values = dynamic_values().to(self.codes.device)[self.codes.flatten().int()]  # (out * groups,)
         scales = values * self.blocks.repeat_interleave(BLOCK)[: len(values)] + self.mean
-        return scales.clamp_(0, torch.finfo(self.dtype).max).to(self.dtype).view(self.shape)
+        return scales.clamp_(0, torch.finfo(self.dtype).max).to(self.dtype).view(self.codes.shape)  # (out, groups)
 
     def to(self, device: torch.device | str) -> QuantizedScales:
         """Return the same scales on another device."""

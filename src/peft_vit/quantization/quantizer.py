@@ -74,19 +74,10 @@ def quantize(weight: Tensor, format: QuantizationFormat, *, name: str = "the wei
     stored = quantize_scales(scales) if format.double_quant else scales
     if isinstance(stored, QuantizedScales):
         scales = stored.dequantize()
-    starts = range(0, rows, len(row_blocks[0]))
-    codes = [
-        _codes(part, scales[start : start + len(part)], offsets[start : start + len(part)], format)
-        for start, part in zip(starts, row_blocks, strict=True)
-    ]
-    quantized = QuantizedTensor(
-        codes=torch.cat(codes),
-        stored_scales=stored,
-        offsets=offsets if format.offset else None,
-        shape=(rows, columns),
-        format=format,
-    )
-    return quantized.to(weight.device)
+    step = len(row_blocks[0])
+    of_rows = zip(row_blocks, scales.split(step), offsets.split(step), strict=True)
+    codes = torch.cat([_codes(*part, format) for part in of_rows])  # (out, bytes)
+    return QuantizedTensor(codes, stored, offsets if format.offset else None, (rows, columns), format).to(weight.device)
 
 
 def _ranges(weights: Tensor, format: QuantizationFormat) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,7 +191,7 @@ def _inverse_factor(hessian: Tensor, name: str) -> Tensor:
             f"gptq has no effect on {name}: its inputs are all zero on the calibration images; leave it out of targets",
             field="rounding",
         )
-    damped = hessian.clone()
+    damped = hessian.clone()  # (in, in), as all that follow
     damped.diagonal().add_(DAMPING * mean)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return torch.linalg.cholesky(inverse, upper=True)

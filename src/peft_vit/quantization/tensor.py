@@ -55,7 +55,7 @@ class QuantizedTensor:
     @property
     def groups(self) -> int:
         """Number of groups in a row."""
-        return self.stored_scales.shape[1]
+        return self.format.groups(self.shape[1])
 
     @property
     def nbytes(self) -> int:
@@ -102,23 +102,14 @@ class QuantizedTensor:
         Raises:
             ValueError: if they are no whole groups or bytes.
         """
-        rows, width = self.shape
-        groups, bits = self.groups, self.format.bits
-        at_once = codes_at_once(bits)
-        size = width // groups
-        if groups > 1 and (columns.start % size or columns.stop % size):
-            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole groups of {size}")
-        if columns.start % at_once or columns.stop % at_once:
-            raise ValueError(f"columns {columns.start} to {columns.stop} are no whole bytes of {at_once} codes")
-        groups_of = slice(columns.start // size, columns.stop // size) if groups > 1 else slice(None)
-        return replace(
-            self,
-            codes=self.codes[:, columns.start * bits // 8 : columns.stop * bits // 8].contiguous(),
-            stored_scales=self.scales[:, groups_of],
-            offsets=None if self.offsets is None else self.offsets[:, groups_of],
-            shape=(rows, columns.stop - columns.start),
-            format=replace(self.format, double_quant=False),
-        )
+        start, stop, bits = columns.start, columns.stop, self.format.bits
+        size = self.format.group_size if self.groups > 1 else None
+        whole = math.lcm(size or 1, codes_at_once(bits))
+        if start % whole or stop % whole:
+            raise ValueError(f"columns {start} to {stop} are no whole groups and bytes; take multiples of {whole}")
+        codes = self.codes[:, start * bits // 8 : stop * bits // 8].contiguous()  # (out, bytes of c)
+        groups = slice(None) if size is None else slice(start // size, stop // size)
+        return self._part(codes, (slice(None), groups), (self.shape[0], stop - start))
 
     def _decode(self, values: Tensor) -> None:
         """Write the codes' values, before scale and offset, into contiguous float32 rows of whole bytes."""
@@ -180,10 +171,12 @@ class QuantizedTensor:
 
     def rows(self, rows: slice) -> QuantizedTensor:
         """Return some rows, to compute with: on the same memory, but scales in 8 bits are in floats."""
-        codes, scales = self.codes[rows], self.scales[rows]
-        offsets = None if self.offsets is None else self.offsets[rows]
-        format = replace(self.format, double_quant=False)
-        return QuantizedTensor(codes, scales, offsets, (len(codes), self.shape[1]), format)
+        codes = self.codes[rows]
+        return self._part(codes, (rows, slice(None)), (len(codes), self.shape[1]))
+
+    def _part(self, codes: Tensor, groups: tuple[slice, slice], shape: tuple[int, int]) -> QuantizedTensor:
+        offsets = None if self.offsets is None else self.offsets[groups]
+        return QuantizedTensor(codes, self.scales[groups], offsets, shape, replace(self.format, double_quant=False))
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same weights on another device."""
@@ -241,7 +234,8 @@ class QuantizedTensor:
             _check(tensor.dtype in dtypes and tensor.shape == tensor_shape, name, f"expected {stated}, got {got}")
             if tensor.is_floating_point():
                 _check(bool(tensor.isfinite().all()), name, "expected finite numbers, got infinities or NaN")
-        codes = tensors["codes"].contiguous()
+        stored = {name: tensors[name].contiguous() for name in expected}
+        codes = stored["codes"]
         unpacked = unpack_codes(codes, format.bits, codes.shape[1] * 8 // format.bits)  # (out, codes of whole bytes)
         _check(not bool(unpacked[:, columns:].any()), "codes", "expected zero bits after the last code of a row")
         if not format.has_codebook and not format.offset:
@@ -249,18 +243,10 @@ class QuantizedTensor:
             _check(used, "codes", "expected no code 0, which symmetric integers never use")
         for name in ("scale_blocks", "scale_mean") if format.double_quant else ("scales",):
             _check(bool((tensors[name] >= 0).all()), name, "expected no negative scale")
-        scales = tensors["scales"].contiguous()
-        stored: Tensor | QuantizedScales = scales
+        scales: Tensor | QuantizedScales = stored["scales"]
         if format.double_quant:
-            largest, mean = tensors["scale_blocks"].contiguous(), tensors["scale_mean"].contiguous()
-            stored = QuantizedScales(scales, largest, mean, format.scale_dtype)
-        return cls(
-            codes=codes,
-            stored_scales=stored,
-            offsets=tensors["offsets"].contiguous() if format.offset else None,
-            shape=(rows, columns),
-            format=format,
-        )
+            scales = QuantizedScales(stored["scales"], stored["scale_blocks"], stored["scale_mean"], format.scale_dtype)
+        return cls(codes, scales, stored.get("offsets"), (rows, columns), format)
 
 
 def rows_at_once(weight: Tensor) -> int:

@@ -10,7 +10,7 @@ A results directory holds one study per folder::
 
 from peft_vit.records.progress import StudyStatus
 from peft_vit.records.run_rows import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
-from peft_vit.records.scan import HTML_FILE, MARKDOWN_FILE, Contents, Problem, read_contents, read_records
+from peft_vit.records.scan import Contents, Problem, read_contents, read_records
 from peft_vit.records.schema import (
     AdapterRemoval,
     BenchRow,
@@ -42,6 +42,7 @@ from peft_vit.records.schema import (
 )
 from peft_vit.records.storage import (
     ADAPTER_FILE,
+    HTML_FILE,
     RECORD_FILE,
     REGISTRATION_FILE,
     STUDY_FILE,

@@ -9,18 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from peft_vit.errors import UserError
-from peft_vit.records.progress import PROGRESS_FILE, StudyStatus, owner_of, require_directory, study_status
+from peft_vit.records.progress import StudyStatus, owner_of, require_directory, study_status
 from peft_vit.records.schema import RUN_NAME, RunRecord
-from peft_vit.records.storage import RECORD_FILE, REGISTRATION_FILE, STUDY_FILE, read_record
-
-HTML_FILE = "report.html"
-MARKDOWN_FILE = "analysis_summary.md"
-
-_FOREIGN = re.compile(r"[^.].*\.(json|jsonl|csv|parquet)", re.IGNORECASE | re.DOTALL)  # what results of others lie in
-# The last two are of version 0.2.0, and say nothing that records do not.
-_OWN = {RECORD_FILE, REGISTRATION_FILE, PROGRESS_FILE, STUDY_FILE, "ledger.jsonl", "runs.parquet"}
-_CHECKPOINT = re.compile(r"\.?checkpoint-.*", re.DOTALL)
-_NAMED = 20  # files of others that are named; a data set beside the results may have thousands
+from peft_vit.records.storage import RECORD_FILE, STUDY_FILE, read_record
 
 
 @dataclass(frozen=True)
@@ -47,7 +38,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contents:
-    """A results directory: records with their files in the order of these, studies, and what is wrong or foreign."""
+    """A results directory: records with their files in the order of these, studies, and what is wrong."""
 
     directory: Path
     records: tuple[tuple[str, RunRecord], ...]
@@ -109,7 +100,7 @@ def _nothing(directory: Path, problems: list[Problem]) -> UserError:
 
 
 def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
-    """Find records and folders of studies, in the order of paths, and what is wrong or foreign.
+    """Find records and folders of studies, in the order of paths, and what can't be looked into.
 
     Links to folders are not followed, as they may lead anywhere.
 
@@ -120,7 +111,6 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
     records: list[str] = []
     studies: list[str] = []
     problems: list[Problem] = []
-    foreign: list[str] = []
 
     def unreadable(error: OSError) -> None:
         place = Path(os.path.relpath(error.filename, directory)).as_posix()
@@ -136,18 +126,5 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
             if os.path.islink(os.path.join(place, name)):
                 reason = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
                 problems.append(Problem(str(here / name), reason, left_out=False))
-        # Beside a report lies what was written from records: no source.
-        outputs = not {HTML_FILE, MARKDOWN_FILE}.isdisjoint(files)
-        if not outputs and not _CHECKPOINT.fullmatch(here.name):
-            foreign += [str(here / name) for name in files if _FOREIGN.fullmatch(name) and name not in _OWN]
-        skipped = {"tables", "figures"} if outputs else set()
-        folders[:] = [name for name in folders if name not in skipped and not _CHECKPOINT.fullmatch(name)]
     records.sort(key=lambda file: PurePosixPath(file).parts)
-    foreign.sort()
-    reason = "is no file of a study, and was not read; if it holds results, no number here has anything of them"
-    problems += [Problem(file, reason, left_out=False) for file in foreign[:_NAMED]]
-    if len(foreign) > _NAMED:
-        place = PurePosixPath(foreign[_NAMED]).parent.as_posix()
-        reason = f"{len(foreign) - _NAMED} more files, here and after it, are of no study"
-        problems.append(Problem(place, reason, left_out=False))
     return records, studies, problems

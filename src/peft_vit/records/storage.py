@@ -22,6 +22,7 @@ from peft_vit.safe_io import folder_below, read_bytes
 STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
+HTML_FILE = "report.html"
 REGISTRATION_FILE = "registration.json"  # of a run that version 0.2.0 has begun, until it is done
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 

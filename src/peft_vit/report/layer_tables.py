@@ -19,9 +19,6 @@ from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, end
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
     """Yield every table of the scores of experiments, one at least."""
     yield _by_matrix(patterns)
-    yield _by_block(patterns)
-    yield _over_time(patterns)
-    yield _course(patterns)
     yield _seed_agreement(patterns)
 
 
@@ -64,84 +61,6 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         "scores, mean over pairs of seeds.",
         keys=[str(row["matrix"]) for row in rows],
         data=rows,
-    )
-
-
-def _by_block(patterns: Sequence[ImportancePattern]) -> Table:
-    return crossed(
-        "importance_by_block",
-        "Relative score by block",
-        "block",
-        {
-            _heading(p): dict(zip(p.grid.blocks, map(_or_dash, np.mean(p.by_block, axis=0)), strict=True))
-            for p in patterns
-        },
-        "Mean over the sites of a block and over seeds.",
-        keys=sorted({block for p in patterns for block in p.grid.blocks}),
-        data=(
-            {
-                "experiment": p.experiment.name,
-                "site": site.name,
-                "block": site.block,
-                "matrix": site.matrix,
-                "mean_score": p.grid.pick(p.raw_final, site),
-                "mean_relative_score": p.grid.pick(relative, site),
-            }
-            for p in patterns
-            for relative in [np.mean(p.relative_final, axis=0)]  # (blocks, matrices)
-            for site in p.grid.sites
-        ),
-        folded=True,
-    )
-
-
-def _over_time(patterns: Sequence[ImportancePattern]) -> Table:
-    return crossed(
-        "importance_over_time",
-        "How early the final scores were visible",
-        "step",
-        {_heading(p): dict(zip(p.steps, map(_or_dash, p.agreement_with_final), strict=True)) for p in patterns},
-        "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
-        "row is 1 by definition.",
-        keys=sorted({step for p in patterns for step in p.steps}),
-        data=(
-            {"experiment": p.experiment.name, "step": step, "rho_with_final": rho}
-            for p in patterns
-            for step, rho in zip(p.steps, p.agreement_with_final, strict=True)
-        ),
-        folded=True,
-    )
-
-
-def _course(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return the relative score of each matrix type at the first, the middle and the last decision; CSV: at each."""
-    matrices = dict.fromkeys(matrix for p in patterns for matrix in p.grid.matrices)
-    return table(
-        "importance_course",
-        "Relative score by matrix type, through training",
-        [
-            {"experiment": p.experiment.name, "step": str(p.steps[i])}
-            | dict.fromkeys(matrices, "–")
-            | dict(zip(p.grid.matrices, map(_or_dash, p.matrix_course[i]), strict=True))
-            for p in patterns
-            if p.steps
-            for i in dict.fromkeys((0, len(p.steps) // 2, len(p.steps) - 1))
-        ],
-        None,
-        "Scores of a step over their mean at that step: 1 is an average site. Mean over the sites of a type and "
-        "over seeds, at the first, the middle and the last decision; the CSV file has every one.",
-        data=(
-            {
-                "experiment": p.experiment.name,
-                "step": step,
-                "matrix": matrix,
-                "mean_relative_score": None if np.isnan(value) else value,
-            }
-            for p in patterns
-            for step, scores in zip(p.steps, p.matrix_course.tolist(), strict=True)
-            for matrix, value in zip(p.grid.matrices, scores, strict=True)
-        ),
-        folded=True,
     )
 
 

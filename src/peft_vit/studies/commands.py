@@ -18,7 +18,7 @@ from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import EXECUTORS
-from peft_vit.studies.request import Execution, RunRequest, TrainRequest
+from peft_vit.studies.request import RunRequest, TrainRequest
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.statistics.sequential import SequentialResult
@@ -28,7 +28,7 @@ _log = partial(print, flush=True)
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Requested:
     """A study of a command, and which of its runs are asked for."""
 
     study: StudyConfig
@@ -57,26 +57,23 @@ def run_studies(request: RunRequest) -> dict[str, str]:
             the studies; later if there is no room for a result.
         KeyboardInterrupt: see `drive`.
     """
-    execution = request.execution
     limit = None if request.minutes is None else Limit(request.minutes, time.monotonic())
     more = "" if limit is None else f", for another {limit.minutes:g} minutes"
     studies = _load(request)
     if request.until_decided:
-        (asked,) = studies
-        failed, still_open = run_until_decided(
-            asked.study, request.results_dir, file=asked.file, execution=execution, limit=limit, log=_log
-        )
+        (requested,) = studies
+        failed, still_open = run_until_decided(requested.study, request, limit, _log)
         if still_open:
             print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
         return failed
-    for asked in studies if not request.smoke else ():
-        if asked.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            problem = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
-            raise UserError(f"{problem} to run every seed", file=asked.file, field="stopping")
-    with _locked(request.results_dir, [asked.study.name for asked in studies]) as locks:
+    for requested in studies if not request.smoke else ():
+        if requested.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
+            reason = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+            raise UserError(f"{reason} to run every seed", file=requested.file, field="stopping")
+    with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
         failed = {}
         for plan, lock in zip(_plan(request, studies), locks, strict=True):
-            failed |= _drive(plan, lock, execution, limit)
+            failed |= _drive(plan, lock, request, limit)
         states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
         if left := states.count("pending") + states.count("running"):
             print(f"Left: {left} of the study's runs; the same command goes on{more}.")
@@ -100,17 +97,11 @@ def run_on_own_images(request: TrainRequest) -> dict[str, str]:
             study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
         )
         print_plan(plan)
-        return _drive(plan, lock, Execution())
+        return _drive(plan, lock)
 
 
 def run_until_decided(
-    study: StudyConfig,
-    results_dir: Path,
-    *,
-    file: Path,
-    execution: Execution,
-    limit: Limit | None = None,
-    log: Callable[[str], None],
+    study: StudyConfig, request: RunRequest, limit: Limit | None, log: Callable[[str], None]
 ) -> tuple[dict[str, str], list[str]]:
     """Go from look to look until every comparison with the control has stopped, or the time is over.
 
@@ -118,10 +109,8 @@ def run_until_decided(
     and the declared looks alone, so a command that was killed goes on.
 
     Args:
-        study: with a section `stopping`; from a file, or built in memory.
-        results_dir: its folder lies below it.
-        file: the configuration file, named in errors.
-        execution: how runs are carried out.
+        study: with a section `stopping`.
+        request: its file, where its folder lies, and how runs are carried out.
         limit: of time; what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
         log: told how a comparison stands, a line each, at the beginning and after each look.
 
@@ -143,29 +132,30 @@ def run_until_decided(
     assert study.stopping is not None
     control = study.stopping.control
     failed: dict[str, str] = {}
-    told: dict[str, SequentialResult] = {}
+    reported: dict[str, SequentialResult] = {}
     look: tuple[list[str], int] | None = None
+    results_dir, (file,) = request.results_dir, request.configs
     with _locked(results_dir, [study.name]) as (lock,):
         while True:
             recorded = None
             if (lock.folder / STUDY_FILE).exists():
                 (recorded,) = read_results(lock.folder).studies
-            found = follow_study(study, recorded)
-            for course in found:
-                if course.looks and told.get(course.name) != course:
+            courses = follow_study(study, recorded)
+            for course in courses:
+                if course.looks and reported.get(course.name) != course:
                     log(course_line(course, study))
-                told[course.name] = course
+                reported[course.name] = course
             out = {run_id.split("/")[1] for run_id in failed}  # they do not go on, in this call
-            able = set() if control in out else {course.name for course in found} - out
-            before, look = look, next_look(found, able)
+            able = set() if control in out else {course.name for course in courses} - out
+            before, look = look, next_look(courses, able)
             names, seeds = look
             if not names or look == before or (limit is not None and limit.left_s <= 0):
                 break  # the same again: time for the rest of this look is missing
             whole = plan_study(study, results_dir, file=file, measure_step=partial(measure_step, log=log))
             plan = whole.only([control, *names], study.seeds[:seeds], by_seed=True)
             print_plan(plan)
-            failed |= _drive(plan, lock, execution, limit)
-    return failed, [course.name for course in found if course.stopped is None]
+            failed |= _drive(plan, lock, request, limit)
+    return failed, [course.name for course in courses if course.stopped is None]
 
 
 @contextmanager
@@ -175,8 +165,10 @@ def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
         yield [stack.enter_context(study_lock(folder_below(results_dir, name))) for name in names]
 
 
-def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | None = None) -> dict[str, str]:
-    """Do what a plan says is pending, and show it; see `drive`.
+def _drive(
+    plan: Plan, lock: StudyLock, request: RunRequest | None = None, limit: Limit | None = None
+) -> dict[str, str]:
+    """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
 
     With a limit what is not expected to end in it is not begun, and what then still runs writes a checkpoint.
     """
@@ -184,28 +176,27 @@ def _drive(plan: Plan, lock: StudyLock, execution: Execution, limit: Limit | Non
     from peft_vit.studies.executors import open_executor
     from peft_vit.studies.scheduler import drive
 
-    name, results_dir = execution.executor, lock.folder.parent
-    make_executor = partial(
-        open_executor, name, plan, results_dir, oversubscribe=execution.oversubscribe, ray_address=execution.ray_address
-    )
+    request, results_dir = request or RunRequest(configs=()), lock.folder.parent
+    name = request.executor
+    make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
     with Watch(plan, until=None if limit is None else limit.over_at) as watch:
-        return drive(plan, lock, make_executor, watch.on_event, skip_failed=execution.skip_failed, deadline=deadline)
+        return drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
 
 
-def _load(request: RunRequest) -> list[_Asked]:
+def _load(request: RunRequest) -> list[_Requested]:
     """Return all studies, and refuse what can't be asked of one of them."""
-    studies: dict[str, _Asked] = {}
+    studies: dict[str, _Requested] = {}
     for file in request.configs:
         study = load_study(file)
         with named(file):
             if study.name in studies:
                 raise UserError(f"'{study.name}' names two of the given studies; rename one", field="name")
-            studies[study.name] = _asked(request, study, file)
+            studies[study.name] = _requested(request, study, file)
     return list(studies.values())
 
 
-def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
+def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requested:
     there = {str(seed): seed for seed in study.seeds}
     wanted = set(there) if request.seeds is None else {seed.strip() for seed in request.seeds.split(",")}
     if missing := wanted - there.keys():
@@ -213,35 +204,39 @@ def _asked(request: RunRequest, study: StudyConfig, file: Path) -> _Asked:
     if request.method not in (None, *(experiment.method for experiment in study.experiments)):
         raise UserError(f"no experiment is of method {request.method}", field="experiments")
     if request.until_decided and study.stopping is None:
-        problem = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
-        raise UserError(problem, field="stopping")
+        reason = "is missing: it says what is compared, and after how many seeds; add it, or leave --until-decided out"
+        raise UserError(reason, field="stopping")
     workers = 1 if EXECUTORS[request.executor].is_elastic else request.workers  # for the plan
     if workers is not None:
         execution = study.execution.model_copy(update={"workers": workers})
         study = study.model_copy(update={"execution": execution})
-    return _Asked(study, file, [seed for text, seed in there.items() if text in wanted])
+    return _Requested(study, file, [seed for text, seed in there.items() if text in wanted])
 
 
-def _plan(request: RunRequest, studies: list[_Asked], *, profile: bool = False) -> list[Plan]:
+def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     from peft_vit.studies.display import print_plan
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_costs, measure_step
 
     plans = []
-    for asked in studies:
+    for requested in studies:
         # A smoke study has one seed, the first asked for.
-        study = asked.study.model_copy(update={"seeds": tuple(asked.seeds)}) if request.smoke else asked.study
+        study = (
+            requested.study.model_copy(update={"seeds": tuple(requested.seeds)}) if request.smoke else requested.study
+        )
         plan = plan_study(
             study,
             request.results_dir,
-            file=asked.file,
+            file=requested.file,
             smoke=request.smoke,
             measure=partial(measure_costs, log=_log) if profile else None,
             measure_step=partial(measure_step, log=_log),
         )
-        experiments = [one.name for one in plan.study.experiments if request.method in (None, one.method)]
-        plans.append(plan.only(experiments, asked.seeds, by_seed=request.minutes is not None))
+        experiments = [
+            experiment.name for experiment in plan.study.experiments if request.method in (None, experiment.method)
+        ]
+        plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)
     return plans

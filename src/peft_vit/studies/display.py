@@ -1,11 +1,10 @@
-"""What a person sees of a study: its plan, its runs while they go on, where comparisons stand, what an export did."""
+"""What a person sees of a study: its plan, its runs while they go on, where comparisons stand."""
 
 from __future__ import annotations
 
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,12 +13,11 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from peft_vit.config import StudyConfig, exported_bytes
+from peft_vit.config import StudyConfig
 from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
-from peft_vit.runs.export import Exported
 from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
@@ -31,11 +29,6 @@ _PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no te
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
 _ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
-_MERGED = {
-    "float": "Updates added to float weights.",
-    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
-    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
-}
 
 
 def duration(seconds: float) -> str:
@@ -63,7 +56,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
 
-    def say(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
+    def show(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
         console.print(Text(text, style=style), soft_wrap=True)
 
     study, precision = plan.study, plan.precision
@@ -72,21 +65,22 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
     if plan.runs[0].spec.smoke:
-        say("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
+        show("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
     elif study.backbone.weights == "random":
-        say("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
+        show("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
     if precision.note is not None:
-        say(precision.note)
-    if plan.bf16_factor is not None:
-        factor = f"a matrix product takes {plan.bf16_factor:.1f} times as long as in fp32."
-        say(f"BF16 MAY BE SLOW HERE: {precision.support.reason}; {factor}", _WARNING)
-    if study.threads > cpu_count():
-        say(f"threads: {study.threads} exceeds this machine's {cpu_count()} processors.", _WARNING)
+        show(precision.note)
+    if precision.emulated and plan.pending:
+        show(f"BF16 MAY BE SLOW HERE: {precision.support.reason}.", _WARNING)
+    workers, pending = study.execution.workers, plan.pending
+    if workers * study.threads > cpu_count():
+        at_once = f"workers x threads: {workers} x {study.threads}"
+        show(f"{at_once} exceeds this machine's {cpu_count()} processors.", _WARNING)
     console.print(f"Images: {plan.licence}")
     for line in plan.memory:
-        say(line)
+        show(line)
     for notice in plan.notices:
-        say(printable(notice), _WARNING)
+        show(printable(notice), _WARNING)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
@@ -94,7 +88,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         memory = f"{estimate.peak_memory_bytes / 1e6:.0f}"
         table.add_row(run.spec.name, str(run.total_steps), f"{estimate.seconds:.0f}", memory, estimate.basis, state)
     console.print(table)
-    workers, pending = study.execution.workers, plan.pending
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
@@ -106,7 +99,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if pending:
         peak = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:]) / 1e9
         of = "at a time" if workers > 1 else "a run"
-        say(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
+        show(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
 
 
 # --- meanwhile --------------------------------------------------------------------------------------------------------
@@ -275,7 +268,7 @@ def course_line(course: SequentialResult, study: StudyConfig) -> str:
         (f"not worse by {stopping.margin or 0:g}", look.noninferiority, course.noninferiority),
         ("better", look.superiority, course.superiority),
     )
-    said = [
+    answers = [
         f"{what}? {verdict} (takes {_points(test.upper_bound)}; the opposite {_points(test.lower_bound)})"
         for what, test, verdict in questions
         if test is not None
@@ -283,34 +276,10 @@ def course_line(course: SequentialResult, study: StudyConfig) -> str:
     interval = f"[{_points(look.low)}, {_points(look.high)}]" if math.isfinite(look.high) else "without an interval yet"
     return (
         f"{course.name} minus {stopping.control}, {counted(look.pairs, 'pair')} of at most {len(study.seeds)}: "
-        f"{_points(look.difference)} points {interval}. {'. '.join(said)}. "
+        f"{_points(look.difference)} points {interval}. {'. '.join(answers)}. "
         f"{f'Goes on to {course.next_look}.' if course.stopped is None else _ENDS[course.stopped]}"
     )
 
 
 def _points(share: float) -> str:
     return f"{100 * share:+.2f}" if math.isfinite(share) else "more pairs"
-
-
-def print_export(done: Exported, file: Path) -> None:
-    """Print what merging changed, how the file compares with the model that was trained, and where it lies."""
-    print(_MERGED[done.merged.how])
-    for stored, errors in done.merged.errors.items():
-        worst = max(errors, key=errors.__getitem__)
-        what = stored if stored == "codes" else f"{stored} offsets"
-        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
-    if done.merged.offset_dtype is not None:
-        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
-    found = done.comparison
-    if found is None:
-        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
-    else:
-        before, after = 100 * found.trained_accuracy, 100 * found.exported_accuracy
-        print(
-            f"The file against the run's model, {found.images} {found.split} images, {done.activations}: "
-            f"{100 * found.same_predictions:.2f} % of predictions equal, logits within {found.logit_error:.1e} "
-            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
-        )
-        if done.activations == "int8" or found.same_predictions < 1:
-            print(f"Lost: {found.loss_text()}")
-    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")

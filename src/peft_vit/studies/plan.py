@@ -32,7 +32,7 @@ from peft_vit.data import (
     smoke_config,
 )
 from peft_vit.errors import UserError, named
-from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
 from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.methods import check, shorten
@@ -69,7 +69,6 @@ class Plan:
         runs: what is asked for, done or not.
         part: the study names only some of the experiments and seeds that its folder holds.
         precision: of the runs, and how it was decided.
-        bf16_factor: time of a product in bf16 over fp32's, where runs to do have to emulate bf16.
         notices: what to know of the images before believing a number; none if nothing is to be done.
         before: what study.json says, read while planning; None: the study is new.
         memory: what was chosen now for each `memory_limit`, and its price.
@@ -81,7 +80,6 @@ class Plan:
     data_sha256: str
     runs: tuple[PlannedRun, ...]
     precision: ChosenPrecision
-    bf16_factor: float | None = None
     part: bool = False
     notices: tuple[str, ...] = ()
     before: StudyFile | None = None
@@ -164,8 +162,7 @@ def plan_study(
                 spec = spec_of(study, place, seed, smoke=smoke)
                 wanted.append(EstimateRequest(spec, steps, kind, digest, _taken(results_dir, spec, index.sha256)))
         notices: list[str] = []
-        pending = any(run.taken is None for run in wanted)
-        if pending:
+        if any(run.taken is None for run in wanted):
             check_weights(study.backbone)
             notices = _notices(index, study, splits)
         runs = []
@@ -183,7 +180,6 @@ def plan_study(
             index.sha256,
             tuple(runs),
             precision,
-            bf16_factor=workload.bf16_factor() if precision.emulated and pending and not smoke else None,
             part=part,
             notices=tuple(notices),
             before=before,
@@ -317,7 +313,7 @@ def _taken(results_dir: Path, spec: RunSpec, data_sha256: str) -> MeasuredCost |
     return MeasuredCost.of(record)
 
 
-# --- any study, compressed into seconds: random weights, synthetic files of the right format, a handful of steps ------
+# --- any study, compressed into seconds: random weights, made-up images, a handful of steps ------------------------
 
 
 def smoke_study(study: StudyConfig, patch_size: int) -> StudyConfig:

@@ -8,16 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from peft_vit.backbones import describe
 from peft_vit.config import MeasuresConfig, StudyConfig
 from peft_vit.data import ImageIndex
 from peft_vit.errors import UserError
-from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs
+from peft_vit.forecasting.calibration_run import Costs, calibration_run, keep_costs
 from peft_vit.forecasting.estimate import Estimate, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.records import RunRecord, RunSpec
@@ -34,19 +31,13 @@ _LONGEST_STEP_S = 1.2  # about: of a longer one the batch is cut down
 _FEWEST_PATCHES = 2  # a side, of the smaller of two sizes
 _SMALLEST_IMAGE = 14  # pixels a side; DataConfig accepts nothing below
 
-# Whether the machine was busy with something else meanwhile.
-_SPEED_S = 0.1
-_SIDE = 256  # of matrices whose product takes a fraction of a millisecond
-_DISAGREE = 0.20  # of the faster speed: clocks that rise and fall with heat change less
-_NOT_OURS = 0.15  # of a core's time
-
 Seen = list[tuple[Progress, float]]  # what a run told, and when
 
 
 def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> dict[str, Costs]:
     """Measure, keep and return what runs of some kinds cost, one after the other.
 
-    A kind that fails is told and left out. What was measured while the machine was busy is used, but not kept.
+    A kind that fails is told and left out.
 
     Args:
         kinds: calibration runs by the name of an experiment.
@@ -56,15 +47,12 @@ def measure_costs(kinds: Mapping[str, RunSpec], log: Callable[[str], None]) -> d
     with _executor() as executor:
         for place, (name, kind) in enumerate(kinds.items(), start=1):
             log(f"measuring {place} of {len(kinds)}: {name}")
-            record, seen, busy = _carried_out(kind, executor)
+            record, seen = _carried_out(kind, executor)
             if record.status == "failed":
                 log(f"{name} could not be measured ({record.error}); its time and memory are estimated")
                 continue
             measured[name] = costs_of(record, seen)
-            if busy:
-                log(f"{name}: the machine was busy ({busy}); its time serves this plan and is not kept")
-            else:
-                keep_costs(kind, measured[name])
+            keep_costs(kind, measured[name])
     return measured
 
 
@@ -95,7 +83,7 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
 
     Args:
         spec: of the few steps.
-        log: told what is being done, a line, and whether the machine was busy meanwhile.
+        log: told what is being done, a line.
 
     Raises:
         UserError: if it fails for another reason.
@@ -104,10 +92,8 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
     again = f"{training.recomputed_blocks or 'no'} block{'' if training.recomputed_blocks == 1 else 's'}"
     log(f"measuring {spec.experiment.method}: {training.images_at_once} at a time, {again} computed again")
     with _executor() as executor:
-        record, _, busy = _carried_out(spec, executor)
+        record, _ = _carried_out(spec, executor)
         peak = executor.peak_memory_bytes()
-    if busy:
-        log(f"the machine was busy ({busy}), so the time of these steps may be long, and the choice not the fastest")
     if record.failure in ("killed", "out_of_memory"):
         return None
     if record.status == "failed":
@@ -116,7 +102,6 @@ def measure_step(spec: RunSpec, log: Callable[[str], None]) -> StepCost | None:
     return StepCost(
         step_s=min(row.seconds for row in record.steps[1:] or record.steps),
         peak_bytes=max(peak, record.peak_memory_bytes or 0),
-        own_bytes=record.own_memory_bytes,
         model_bytes=record.bytes.frozen_bytes + record.bytes.trainable_bytes,
     )
 
@@ -140,23 +125,20 @@ def measure_throughput(
     log(f"measuring steps of the study's methods, {budget_s:.0f} s at most")
     estimated = Throughput.estimated(workload.product_rate())
     probes: dict[str, list[Probe]] = {}
-    process_s, reason = 0.0, None
+    process_s = 0.0
     with _executor() as executor:
         for name, spec, products, image_products in _few_steps(study, index, workload, estimated):
             started = time.monotonic()
             try:
-                record, seen, busy = _carried_out(spec, executor, ends_at)
+                record, seen = _carried_out(spec, executor, ends_at)
             except (TimeoutError, UserError):  # of a broken image, which the study itself will name
                 break
-            reason = reason or busy
             if record.status != "done":
                 log(f"{name} could not be measured ({record.error})")
                 continue
             if not probes:
                 process_s = max(0.0, time.monotonic() - started - record.seconds)
             probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
-    if reason:
-        log(f"the machine was busy ({reason}), so these times may be long; what finished runs take corrects them")
     if probes:
         return Throughput.measured(probes, process_s)
     log("no experiment could be measured in this time; how fast matrices are multiplied has to do")
@@ -198,16 +180,12 @@ def _few_steps(
 
 @contextmanager
 def _executor() -> Iterator[LocalExecutor]:
-    with tempfile.TemporaryDirectory() as folder:
-        executor = LocalExecutor(1, 1, Path(folder), checkpoint_every_s=_NEVER_S, oversubscribe=True)
-        with closing(executor):
-            yield executor
+    with tempfile.TemporaryDirectory() as folder, closing(LocalExecutor(1, Path(folder), _NEVER_S)) as executor:
+        yield executor
 
 
-def _carried_out(
-    kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf
-) -> tuple[RunRecord, Seen, str | None]:
-    """Do a calibration run and return what came of it, and why its times are not worth keeping, if they are not.
+def _carried_out(kind: RunSpec, executor: LocalExecutor, ends_at: float = math.inf) -> tuple[RunRecord, Seen]:
+    """Do a calibration run and return what came of it.
 
     Raises:
         UserError: if an image is broken.
@@ -216,49 +194,12 @@ def _carried_out(
     assert kind.data.train_images is not None
     run = PlannedRun(kind, kind.experiment.total_steps(kind.data.train_images), _UNKNOWN, done=False)
     decode_images([run])
-    before, seen = machine_speed(), Seen()
+    seen = Seen()
     executor.submit(run)
     while (left_s := ends_at - time.monotonic()) > 0:
         event = executor.next_event(min(_POLL_S, left_s))
         if isinstance(event, RunProgress):
             seen.append((event.progress, time.perf_counter()))
         elif isinstance(event, RunEnded):
-            return event.record, seen, disturbance(before, machine_speed())
+            return event.record, seen
     raise TimeoutError
-
-
-# --- was the machine busy with something else? ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast the machine is just now: products a second on one core, and the share of that core's time it took."""
-
-    products_per_s: float
-    cpu_share: float
-
-
-def machine_speed() -> Speed:
-    """Multiply matrices on one core for a tenth of a second."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix = torch.full((_SIDE, _SIDE), 1 / _SIDE)
-    count = 0
-    started, cpu_started = time.perf_counter(), time.thread_time()
-    while (seconds := time.perf_counter() - started) < _SPEED_S:
-        matrix = matrix @ matrix
-        count += 1
-    cpu_s = time.thread_time() - cpu_started
-    torch.set_num_threads(threads)
-    return Speed(count / seconds, cpu_s / seconds)
-
-
-def disturbance(before: Speed, after: Speed) -> str | None:
-    """Return why a time that was measured between two looks at the machine is not worth keeping, None if it is."""
-    slower, faster = sorted((before.products_per_s, after.products_per_s))
-    if slower < (1 - _DISAGREE) * faster:
-        return f"its speed before and after differs by {1 - slower / faster:.0%}, more than {_DISAGREE:.0%}"
-    share = min(before.cpu_share, after.cpu_share)
-    if share < 1 - _NOT_OURS:
-        return f"other programs took {1 - share:.0%} of a core, more than {_NOT_OURS:.0%}"
-    return None

@@ -44,7 +44,7 @@ class StudiesRequest(Request):
         default=None,
         description=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}",
     )
-    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
     workers: int | None = Field(
         default=None, ge=1, description="runs at a time, in place of the studies' own; results do not depend on it"
     )
@@ -53,24 +53,6 @@ class StudiesRequest(Request):
     def results_dir(self) -> Path:
         """Return the directory below which the studies' folders lie."""
         return self.output or (SMOKE_OUTPUT if self.smoke else DEFAULT_OUTPUT)
-
-
-class PlanRequest(StudiesRequest):
-    """Studies that are to be planned alone."""
-
-    profile: Annotated[bool, Option("--profile/--no-profile")] = Field(
-        default=True, description="measure a few steps of what is not known yet, and not only of a memory_limit"
-    )
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How runs are carried out, beyond what the studies say; see `open_executor` and `drive`."""
-
-    executor: ExecutorName = "local"
-    ray_address: str | None = None
-    oversubscribe: bool = False
-    skip_failed: bool = False
 
 
 class RunRequest(StudiesRequest):
@@ -90,9 +72,6 @@ class RunRequest(StudiesRequest):
         OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
         OnlyWith(seeds=None, remedy="the looks decide which seeds are taken: leave one of the two out"),
     ] = Field(default=False, description="only as many seeds as the comparisons of the section `stopping` need")
-    oversubscribe: bool = Field(
-        default=False, description="allow more threads, workers x threads, than there are cores"
-    )
     skip_failed: bool = Field(default=False, description="leave runs alone that failed in an earlier call")
     executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
     ray_address: str | None = Field(
@@ -110,11 +89,6 @@ class RunRequest(StudiesRequest):
                 remedy = f"give one, or leave {self.spelled(field)} out"
                 refuse(self, {field: f"is of one study, and {len(self.configs)} are given; {remedy}"})
         return self
-
-    @property
-    def execution(self) -> Execution:
-        """Return how runs are carried out."""
-        return Execution(self.executor, self.ray_address, self.oversubscribe, self.skip_failed)
 
 
 # --- somebody's own images --------------------------------------------------------------------------------------------
@@ -170,11 +144,8 @@ class TrainRequest(Request):
         description="side in pixels, a multiple of the patch size; default: the model's own, or what time allows",
     )
     minutes: float = Field(default=10.0, ge=0.1, description="the longest that the run may take on this machine, about")
-    steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
+    steps: Annotated[int | None, _WITH_STEPS] = Field(
         default=None, ge=1, description="optimiser steps at most; default: what the minutes allow"
-    )
-    epochs: Annotated[int | None, _WITH_STEPS] = Field(
-        default=None, ge=1, description="in place of steps: exactly as many, however validation goes"
     )
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(default=None, gt=0, description="default: by method")
     batch_size: int = Field(default=32, ge=1, description="images a step")
@@ -206,9 +177,6 @@ class TrainRequest(Request):
         description="ranks over all matrices, or bytes of them as in 100kB; for adalora and qa_adalora, default 4 "
         "ranks a matrix; for lora in place of --rank, as little as one rank",
     )
-    head_start: Annotated[Literal["probe", "random"] | None, _WITH_STEPS, _UNLESS_IMPORTED] = Field(
-        default=None, description="what the head starts as; default: the linear probe of the backbone"
-    )
     start: Annotated[Path | None, Option("--init-adapter"), OnlyWith(method="lora")] = Field(
         default=None, description="folder of a PEFT LoRA adapter to go on from, with --method lora"
     )
@@ -224,7 +192,7 @@ class TrainRequest(Request):
     )
     threads: int = Field(default=2, ge=1, description="of PyTorch")
     output: Path = Field(default=DEFAULT_OUTPUT, description="where the record and the adapter go")
-    smoke: bool = Field(default=False, description="random weights, synthetic files, a few steps; marked so")
+    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:

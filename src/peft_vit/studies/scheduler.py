@@ -6,7 +6,6 @@ between has lost nothing: what is left over beside a result is removed when the 
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import signal
 import threading
@@ -18,10 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from peft_vit.config import StudyConfig
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, printable
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
@@ -419,17 +416,18 @@ def _comparable(before: StudyConfig, requested: StudyConfig, part: bool) -> tupl
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], old_name: str, new_name: str) -> str:
-    """Return a unified difference of two mappings as YAML: what changed, below the keys that it stands under."""
-    before, after = (
-        yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True).splitlines() for mapping in (old, new)
-    )
-    whole = max(len(before), len(after))
-    header, other, _, *lines = difflib.unified_diff(before, after, old_name, new_name, lineterm="", n=whole)
-    shown = []
-    depth = 0  # a line that is less deep has one of the kept lines below it
-    for line in reversed(lines):
-        indent = len(line) - len(line[1:].lstrip()) + line[1:].lstrip().startswith("- ")
-        if line[0] != " " or indent < depth:
-            shown.append(line)
-            depth = indent
-    return "\n".join([header, other, *reversed(shown)])
+    """Return what differs in two mappings, a line for each setting of each, by its dotted name."""
+    before, after = _by_dotted_name(old), _by_dotted_name(new)
+    lines = [f"--- {old_name}", f"+++ {new_name}"]
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            lines += [f"-{name}: {before[name]}"] if name in before else []
+            lines += [f"+{name}: {after[name]}"] if name in after else []
+    return "\n".join(map(printable, lines))
+
+
+def _by_dotted_name(values: dict[str, Any], place: str = "") -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        named |= _by_dotted_name(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return named

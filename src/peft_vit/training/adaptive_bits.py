@@ -24,7 +24,7 @@ import scipy
 from torch import Tensor, nn
 
 from peft_vit.adapters import site_adapters
-from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
+from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import Site, chosen, find_sites, fused_sites
 from peft_vit.config import QaLoraConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError

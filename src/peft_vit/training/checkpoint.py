@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_vit.adapters import check_tensors, current_ranks, set_ranks, trained_tensors
+from peft_vit.config import CHECKPOINT_EVERY_S
 from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.records import checkpoint_folders, flush, make_folder
 from peft_vit.safe_io import read_bytes, sha256_of
@@ -175,7 +176,7 @@ class Checkpoints:
     """
 
     folder: Path
-    every_s: float = 30.0
+    every_s: float = CHECKPOINT_EVERY_S
 
 
 class CheckpointKeeper:

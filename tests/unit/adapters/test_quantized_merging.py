@@ -15,8 +15,10 @@ from peft_vit.adapters import (
     AdaptedLinear,
     adapted_modules,
     attach_adapters,
+    current_ranks,
     merge_by_requantizing,
     merge_into_offsets,
+    packed_weights,
     site_adapters,
 )
 from peft_vit.backbones import find_sites
@@ -178,41 +180,28 @@ def test_requantizing_reports_its_error_and_keeps_the_format(plain, images, fill
     assert model(images).isfinite().all()
 
 
-def test_each_merge_refuses_the_others_case_and_changes_nothing(plain, images, fill_adapters) -> None:
-    format = QuantizationFormat("nf4", 32, offset=True)
-    pooled, single = trained(plain, fill_adapters, format, 32), trained(plain, fill_adapters, format, 1)
-    before = pooled(images), single(images)
-    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv act on groups of inputs; use merge_into_offsets"):
-        merge_by_requantizing(pooled)
-    with pytest.raises(UserError, match=r"do not act on its 4 groups of inputs.* use merge_by_requantizing"):
-        merge_into_offsets(single)
-    other_groups = trained(plain, fill_adapters, QuantizationFormat("nf4", 64, offset=True), 32)
-    with pytest.raises(UserError, match="do not act on its 2 groups"):
-        merge_into_offsets(other_groups)
-    assert torch.equal(pooled(images), before[0])
-    assert torch.equal(single(images), before[1])
+NF4, INT4 = QuantizationFormat("nf4", 32, offset=True), QuantizationFormat("int4", 32, True, torch.float16)
+REFUSED = [  # the merge, the format, inputs that share an update, the share of the packed weight, what is said
+    (merge_by_requantizing, NF4, 32, 1.0, r"blocks\.0\.attn\.qkv act on groups of inputs; use merge_into_offsets"),
+    (merge_into_offsets, NF4, 1, 1.0, "do not act on its 4 groups of inputs.* use merge_by_requantizing"),
+    (merge_into_offsets, QuantizationFormat("nf4", 64, offset=True), 32, 1.0, "do not act on its 2 groups"),
+    (merge_into_offsets, INT4, 32, 0.5, "still has its float weight; finish the quantization schedule"),
+    (merge_by_requantizing, INT4, 1, 0.0, "still has its float weight"),
+    (merge_into_offsets, INT4, 32, 1.0, r"offset_dtype: offset plus update is not finite in torch\.float16"),
+    (merge_into_offsets, None, 1, 1.0, "no adapters of this package on quantized weights; nothing to merge"),
+]
 
 
-@pytest.mark.parametrize("merge", [merge_into_offsets, merge_by_requantizing])
-def test_float_weights_in_use_and_models_without_adapters_are_refused(plain, merge) -> None:
-    model = copy.deepcopy(plain)
-    with pytest.raises(UserError, match="no adapters of this package on quantized weights; nothing to merge"):
-        merge(model)
-    attach_adapters(model, find_sites(model), 2, scale=SCALE, seed=0, pool=32)
-    with pytest.raises(UserError, match="still has its float weight; finish the quantization schedule"):
-        merge(model)
-    for _, module in adapted_modules(model):
-        module.set_quantized(quantize(module.weight.detach(), QuantizationFormat("int4", 32, offset=True)))
-        module.quantized_share = 0.5
-    with pytest.raises(UserError, match="still has its float weight"):
-        merge(model)
-
-
-def test_an_overflow_leaves_the_model_as_it_was(plain, images, fill_adapters) -> None:
-    model = trained(plain, fill_adapters, QuantizationFormat("int4", 32, True, torch.float16), 32)
+@pytest.mark.parametrize(("merge", "format", "pool", "share", "words"), REFUSED)
+def test_a_refused_merge_changes_nothing(plain, fill_adapters, merge, format, pool, share, words) -> None:
+    model = copy.deepcopy(plain) if format is None else trained(plain, fill_adapters, format, pool)
     with torch.no_grad():
-        list(site_adapters(model).values())[-1].lora_B.fill_(1e6)
-    before = model(images)
-    with pytest.raises(UserError, match=r"offset_dtype: offset plus update is not finite in torch\.float16"):
-        merge_into_offsets(model)
-    assert torch.equal(model(images), before)
+        for _, module in adapted_modules(model):
+            if share < 1:
+                module.weight, module.quantized_share = nn.Parameter(module.frozen_weight()), share
+        if "finite" in words:
+            list(site_adapters(model).values())[-1].lora_B.fill_(1e6)
+    before = current_ranks(model), packed_weights(model)
+    with pytest.raises(UserError, match=words):
+        merge(model)
+    assert (current_ranks(model), packed_weights(model)) == before  # the very same tensors

@@ -8,8 +8,8 @@ import torch
 from tiny_models import TINY_EVAS, random_model
 from torch.nn import functional as F
 
-from peft_vit.allocation import calibration
-from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
+from peft_vit.allocation import loss_prediction
+from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
@@ -54,7 +54,7 @@ def test_the_head_is_where_the_penalized_loss_is_least(tiny_vit, classes) -> Non
 
 def test_fisher_equals_squared_gradients_one_image_at_a_time(tiny_vit, batch) -> None:
     model = tiny_vit()
-    head, found = measured(model, batch, "fisher")
+    head, losses = measured(model, batch, "fisher")
     double = copy.deepcopy(model).double().eval()
     logits = head(features(model.eval(), batch[0]))
     drawn = torch.multinomial(logits.softmax(1), 1, generator=torch_generator(3, "calibration")).squeeze(1)
@@ -65,16 +65,16 @@ def test_fisher_equals_squared_gradients_one_image_at_a_time(tiny_vit, batch) ->
         gradients = torch.autograd.grad(F.cross_entropy(z, label[None]), weights)
         fisher = [total + gradient**2 / 6 for total, gradient in zip(fisher, gradients, strict=True)]
     for name, weight, square in zip(layers(model), weights, fisher, strict=True):
-        errors = [quantize(weight.float(), one).dequantize().double() - weight for one in FORMATS]
+        errors = [quantize(weight.float(), format).dequantize().double() - weight for format in FORMATS]
         expected = [(square * error**2).sum().item() / 2 for error in errors]
-        assert found[name] == pytest.approx(expected, rel=1e-3)
+        assert losses[name] == pytest.approx(expected, rel=1e-3)
         assert expected[0] > expected[1] > expected[2] > 0
 
 
 @pytest.mark.parametrize("made", [None, *TINY_EVAS, "tiny_pool", "tiny_parallel", "tiny_swin", "tiny_hiera"])
 def test_loss_equals_the_divergence_of_a_quantized_copy(tiny_vit, batch, made) -> None:
     model = tiny_vit() if made is None else random_model(made)
-    head, found = measured(model, batch, "loss")
+    head, losses = measured(model, batch, "loss")
     model.eval()
     with torch.no_grad():
         p = head(features(model, batch[0])).double().softmax(1).numpy()
@@ -84,7 +84,7 @@ def test_loss_equals_the_divergence_of_a_quantized_copy(tiny_vit, batch, made) -
                 weight = other.get_submodule(name).weight
                 weight.copy_(quantize(weight, format).dequantize())
                 q = head(features(other, batch[0])).double().softmax(1).numpy()
-                assert found[name][place] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-3, abs=1e-9)
+                assert losses[name][place] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("pool", [1, 16])
@@ -100,7 +100,7 @@ def test_gains_follow_the_gradients_best_low_rank_parts(tiny_vit, batch, pool) -
     for site in sites:
         weight = double.get_submodule(site.module).weight
         (gradient,) = torch.autograd.grad(loss, weight, retain_graph=True)
-        rows = slice(*site.rows)
+        rows = site.span
         pooled = gradient[rows].numpy().reshape(site.out_features, -1, pool).sum(2)
         u, s, v = np.linalg.svd(pooled, full_matrices=False)
         assert len(gains[site.name]) == min(site.out_features, site.in_features // pool) + 1
@@ -122,8 +122,8 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
     model.head.weight.requires_grad_(False)
     before = {name: (p, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     head, whole = measured(model, batch, by)
-    monkeypatch.setattr(calibration, "BACKWARD_IMAGES", 3)
-    monkeypatch.setattr(calibration, "_FORWARD_IMAGES", 4)
+    monkeypatch.setattr(loss_prediction, "BACKWARD_IMAGES", 3)
+    monkeypatch.setattr(loss_prediction, "_FORWARD_IMAGES", 4)
     parts = layer_losses(model, dict.fromkeys(layers(model), FORMATS), batch[0], head, by=by, seed=3)
     for name, losses in whole.items():
         assert parts[name] == pytest.approx(losses, rel=1e-3, abs=1e-8)

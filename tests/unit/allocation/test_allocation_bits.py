@@ -26,8 +26,8 @@ def test_no_combination_within_the_budget_is_better(groups, share) -> None:
     budget = least + int(share * (most - least))
     choice, best = choose(losses, sizes, budget), by_dynamic_programming(losses, sizes, budget)
     assert choice.size == sum(group[place] for group, place in zip(sizes, choice.options, strict=True)) <= budget
-    found = sum(group[place] for group, place in zip(losses, choice.options, strict=True))
-    assert [choice.loss, found, choice.lower_bound] == pytest.approx([best] * 3, abs=1e-9)
+    total = sum(group[place] for group, place in zip(losses, choice.options, strict=True))
+    assert [choice.loss, total, choice.lower_bound] == pytest.approx([best] * 3, abs=1e-9)
     assert choice.lower_bound <= choice.loss
     assert choose(losses, sizes, budget) == choice
 

@@ -165,9 +165,3 @@ def test_what_the_sites_cannot_meet_or_leaves_nothing_to_decide_is_refused(setti
 def test_the_least_that_is_left_to_decide(settings) -> None:
     settings = config(**settings)
     assert len(bounds_for(settings, largest_ranks(SITES), costs_for(settings, SITES)).minimum) == 4
-
-
-def test_bounds() -> None:
-    bounds = bounds_for(config(minimum_rank=1, maximum_rank=8), np.array([6, 6, 10, 10]), np.ones(4, np.int64))
-    assert bounds.minimum.tolist() == [1, 1, 1, 1]
-    assert bounds.maximum.tolist() == [6, 6, 8, 8]

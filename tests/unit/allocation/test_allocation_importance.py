@@ -169,10 +169,18 @@ def test_loss_scaling_changes_no_score(metric, loss_scale) -> None:
         torch.testing.assert_close(scaled.update({"a": adapter}, loss_scale)["a"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("loss_scale", [0.0, -1.0, float("nan"), float("inf")])
-def test_an_impossible_loss_scale_is_refused(loss_scale) -> None:
-    with pytest.raises(UserError, match=r"^loss_scale: expected a positive number, got"):
-        tracker("uniform").update({"a": site("svd")}, loss_scale)
+@pytest.mark.parametrize(
+    ("metric", "loss_scale", "words"),
+    [
+        *(("uniform", bad, "loss_scale: expected a positive number, got") for bad in (0.0, -1.0, np.nan, np.inf)),
+        ("unknown", 1.0, "importance_metric: no formula for 'unknown'; use one of uniform, random, magnitude, "),
+    ],
+)
+def test_an_impossible_loss_scale_and_an_unknown_metric_are_refused(metric, loss_scale, words) -> None:
+    adapter = site("svd")
+    set_gradients(adapter, 0)
+    with pytest.raises(UserError, match=f"^{words}"):
+        tracker(metric).update({"a": adapter}, loss_scale)
 
 
 @pytest.mark.parametrize("metric", SMOOTHED)
@@ -248,13 +256,13 @@ def expected(model, plain, images, labels, weights) -> tuple[dict[str, float], d
         plain.zero_grad()
         (factor.double() * F.cross_entropy(plain(image[None]), label[None])).backward()
         for site in sites:
-            gradient = plain.get_submodule(site.module).weight.grad[slice(*site.rows)]
+            gradient = plain.get_submodule(site.module).weight.grad[site.span]
             by_sample[site.name].append(gradient.numpy().copy())
     return tuple(
-        {name: reduce(adapters[name], one) for name, one in by_sample.items() if adapters[name].rank}
+        {name: reduce(adapters[name], gradients) for name, gradients in by_sample.items() if adapters[name].rank}
         for reduce in (
-            lambda adapter, one: squares(adapter, np.mean(one, axis=0)),
-            lambda adapter, one: float(np.mean([squares(adapter, gradient) for gradient in one])),
+            lambda adapter, gradients: squares(adapter, np.mean(gradients, axis=0)),
+            lambda adapter, gradients: float(np.mean([squares(adapter, gradient) for gradient in gradients])),
         )
     )
 

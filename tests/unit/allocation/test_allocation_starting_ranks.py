@@ -63,15 +63,17 @@ SCORES = {"gradient": gradient, "stable_rank": stable_rank}
 def best(scores, budget):
     """Take the best ranks of all sites one by one."""
     ranks = dict.fromkeys(scores, 0)
-    for _, name in sorted(((one, name) for name, some in scores.items() for one in some), reverse=True)[:budget]:
+    for _, name in sorted(((score, name) for name, by_rank in scores.items() for score in by_rank), reverse=True)[
+        :budget
+    ]:
         ranks[name] += 1
     return ranks
 
 
 def shared(scores, budget):
     """Share in proportion, by largest remainder."""
-    total = sum(one[0] for one in scores.values())
-    quotas = {name: budget * one[0] / total for name, one in scores.items()}
+    total = sum(by_rank[0] for by_rank in scores.values())
+    quotas = {name: budget * by_rank[0] / total for name, by_rank in scores.items()}
     ranks = {name: int(quota) for name, quota in quotas.items()}
     for name in sorted(quotas, key=lambda name: ranks[name] - quotas[name])[: budget - sum(ranks.values())]:
         ranks[name] += 1
@@ -83,7 +85,7 @@ def shared(scores, budget):
 def test_scores_and_ranks_are_those_of_numpy(case, rule, budget) -> None:
     ranks, scores = chosen_for(case, rule=rule, budget=budget)
     expected = {site.name: SCORES[rule](case, site) for site in case["sites"]}
-    assert scores == pytest.approx({name: one[0] for name, one in expected.items()}, rel=1e-4)
+    assert scores == pytest.approx({name: by_rank[0] for name, by_rank in expected.items()}, rel=1e-4)
     assert ranks == (shared if rule == "stable_rank" else best)(expected, budget)
     assert sum(ranks.values()) == budget
     assert all(rank < 64 for rank in ranks.values())
@@ -93,7 +95,7 @@ def test_under_values_a_gradients_score_is_divided_by_what_a_rank_costs(case) ->
     ranks, _ = chosen_for(case, rule="gradient", budget=1500, unit="parameters")
     costs = {site.name: site.in_features + site.out_features for site in case["sites"]}
     expected, left = dict.fromkeys(costs, 0), 1500
-    values = [(one / costs[site.name], site.name) for site in case["sites"] for one in gradient(case, site)]
+    values = [(score / costs[site.name], site.name) for site in case["sites"] for score in gradient(case, site)]
     for _, name in sorted(values, reverse=True):
         if costs[name] <= left:
             expected[name] += 1
@@ -129,7 +131,7 @@ def test_the_model_stays_as_it_was(case) -> None:
     assert hooks_of(model) == hooks
 
 
-def site(place: int, wide: bool = False, **changes) -> Site:
+def site_at(place: int, wide: bool = False, **changes) -> Site:
     block, kind = divmod(place, 3)
     sizes = (8, 24) if wide else (8, 8)
     made = Site(f"blocks.{block}.{kind}", f"m{place}", (0, sizes[1]), block, f"k{kind}", "mlp", *sizes, tokens=5)
@@ -156,18 +158,18 @@ controls = st.fixed_dictionaries(
 
 @given(controls, st.integers(1, 12), st.integers(1, 3), st.integers(0, 2**31 - 1), st.data())
 def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, seed, data) -> None:
-    sites = [site(place, place % 3 == 2) for place in range(3 * blocks)]
-    costs = [1 if settings["unit"] == "ranks" else one.in_features + one.out_features for one in sites]
+    sites = [site_at(place, place % 3 == 2) for place in range(3 * blocks)]
+    costs = [1 if settings["unit"] == "ranks" else site.in_features + site.out_features for site in sites]
     ordered = settings["rule"] != "even"
     most = sum(costs) * (each if ordered else 8)
     budget = data.draw(st.integers(min(costs) * (each if ordered else 1), most - 1))
     ranks_of = partial(choose, sites, **settings, budget=budget, **({"site_rank": each} if ordered else {}))
-    found, scores = ranks_of(seed=seed)
-    ranks = list(found.values())
+    by_site, scores = ranks_of(seed=seed)
+    ranks = list(by_site.values())
     spent = sum(cost * rank for cost, rank in zip(costs, ranks, strict=True))
     assert not scores
-    assert ranks_of(seed=seed)[0] == found
-    assert (ranks_of(seed=seed + 1)[0] == found) or settings["rule"] == "random"
+    assert ranks_of(seed=seed)[0] == by_site
+    assert (ranks_of(seed=seed + 1)[0] == by_site) or settings["rule"] == "random"
     roomy = [cost for cost, rank in zip(costs, ranks, strict=True) if rank < (each if ordered else 8)]
     assert 0 <= budget - spent < min(roomy)
     if settings["unit"] == "ranks":
@@ -182,14 +184,14 @@ def test_controls_keep_the_budget_and_follow_the_seed(settings, blocks, each, se
             assert np.ptp(np.bincount(more // 3, minlength=blocks)) <= 1
             assert np.ptp(np.bincount(more % 3, minlength=3)) <= 1
         if settings["rule"] == "last_blocks":
-            layers = [one.layer for one, rank in zip(sites, ranks, strict=True) if rank == 0]
-            assert all(one.layer >= max(layers) for one, rank in zip(sites, ranks, strict=True) if rank and layers)
+            layers = [site.layer for site, rank in zip(sites, ranks, strict=True) if rank == 0]
+            assert all(site.layer >= max(layers) for site, rank in zip(sites, ranks, strict=True) if rank and layers)
 
 
 @pytest.mark.parametrize(("kinds", "blocks"), [(6, 12), (2, 12), (1, 12), (6, 6), (6, 24), (4, 24)])
 def test_even_ranks_reach_as_many_kinds_and_blocks_as_they_can(kinds: int, blocks: int) -> None:
     places = range(kinds * blocks)
-    sites = [site(place, layer=place // kinds, kind=f"k{place % kinds}", name=str(place)) for place in places]
+    sites = [site_at(place, layer=place // kinds, kind=f"k{place % kinds}", name=str(place)) for place in places]
     for budget in range(1, len(sites), 1 + len(sites) // 16):
         ranks, _ = choose(sites, rule="even", budget=budget)
         chosen = [site for site in sites if ranks[site.name]]
@@ -205,7 +207,7 @@ def test_even_ranks_reach_as_many_kinds_and_blocks_as_they_can(kinds: int, block
 
 def test_even_ranks_where_kinds_are_not_in_every_block() -> None:
     kinds = enumerate(("a", "b", "a", "a", "c", "a"))
-    sites = [site(place, layer=(0, 0, 1, 2, 2, 3)[place], kind=kind, name=str(place)) for place, kind in kinds]
+    sites = [site_at(place, layer=(0, 0, 1, 2, 2, 3)[place], kind=kind, name=str(place)) for place, kind in kinds]
     ranks, _ = choose(sites, rule="even", budget=5)
     assert sum(ranks.values()) == 5
     assert ranks["1"] == ranks["4"] == 1  # b and c, which have one site each
@@ -230,7 +232,7 @@ def test_scores_that_decide_nothing_are_refused(case, rule, fill, said) -> None:
 
 
 def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
-    sites = [site(place) for place in range(12)]
+    sites = [site_at(place) for place in range(12)]
     drawn = [choose(sites, rule="random", budget=3, seed=seed)[0] for seed in range(400)]
     assert len({tuple(ranks.items()) for ranks in drawn}) > 100  # of 220
     counts = [sum(ranks[site.name] for ranks in drawn) for site in sites]
@@ -250,7 +252,7 @@ def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
     ],
 )
 def test_what_decides_nothing_is_refused(settings, field, said) -> None:
-    sites = [site(place, place % 3 == 2) for place in range(12)]
+    sites = [site_at(place, place % 3 == 2) for place in range(12)]
     with pytest.raises(UserError, match=said) as refused:
         check_starting_ranks(StartingRanksConfig(**settings), sites)
     assert refused.value.field == f"lora.ranks.{field}"

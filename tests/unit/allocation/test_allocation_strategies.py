@@ -26,7 +26,7 @@ def bounds(minimum, maximum) -> Bounds:
 
 
 @st.composite
-def problems(draw, costs=ONE, equal_bounds: bool = False, distinct: bool = False):
+def allocations(draw, costs=ONE, equal_bounds: bool = False, distinct: bool = False):
     """Draw (scores, budget, bounds, costs, triplet scores) with a budget that the minima allow."""
     sites = draw(st.integers(1, 12))
     scores = np.array(draw(st.lists(SCORES, min_size=sites, max_size=sites, unique=distinct)))
@@ -42,9 +42,9 @@ def problems(draw, costs=ONE, equal_bounds: bool = False, distinct: bool = False
     return scores, budget, bounds(minimum, maximum), prices, triplets
 
 
-@given(problem=problems(costs=COSTS), strategy=st.sampled_from(STRATEGIES), settings=ANY_SETTINGS)
-def test_bounds_and_budget_hold_and_what_is_left_buys_nothing(problem, strategy, settings) -> None:
-    scores, budget, limits, costs, triplets = problem
+@given(allocation=allocations(costs=COSTS), strategy=st.sampled_from(STRATEGIES), settings=ANY_SETTINGS)
+def test_bounds_and_budget_hold_and_what_is_left_buys_nothing(allocation, strategy, settings) -> None:
+    scores, budget, limits, costs, triplets = allocation
     settings = {**settings, "costs": costs, "triplet_scores": triplets}
     copies = [array.copy() for array in (scores, limits.minimum, limits.maximum, costs, *triplets)]
     ranks = allocate(strategy, scores, budget, limits, **settings)
@@ -59,9 +59,11 @@ def test_bounds_and_budget_hold_and_what_is_left_buys_nothing(problem, strategy,
         np.testing.assert_array_equal(now, before)
 
 
-@given(problem=problems(), strategy=st.sampled_from(STRATEGIES), settings=ANY_SETTINGS, price=st.integers(1, 10**9))
-def test_equal_costs_are_ranks(problem, strategy, settings, price) -> None:
-    scores, budget, limits, ones, triplets = problem
+@given(
+    allocation=allocations(), strategy=st.sampled_from(STRATEGIES), settings=ANY_SETTINGS, price=st.integers(1, 10**9)
+)
+def test_equal_costs_are_ranks(allocation, strategy, settings, price) -> None:
+    scores, budget, limits, ones, triplets = allocation
     settings = {**settings, "triplet_scores": triplets}
     ranks = allocate(strategy, scores, budget, limits, **settings)
     assert ranks.sum() == min(budget, limits.maximum.sum())
@@ -69,9 +71,9 @@ def test_equal_costs_are_ranks(problem, strategy, settings, price) -> None:
     np.testing.assert_array_equal(scaled, ranks)
 
 
-@given(problem=problems(equal_bounds=True), strategy=st.sampled_from(("proportional", "threshold", "top_k")))
-def test_a_better_site_never_gets_less_and_ties_go_to_the_first(problem, strategy) -> None:
-    scores, budget, limits, _, _ = problem
+@given(allocation=allocations(equal_bounds=True), strategy=st.sampled_from(("proportional", "threshold", "top_k")))
+def test_a_better_site_never_gets_less_and_ties_go_to_the_first(allocation, strategy) -> None:
+    scores, budget, limits, _, _ = allocation
     ranks = allocate(strategy, scores, budget, limits)
     for i, better in enumerate(scores):
         for j, worse in enumerate(scores):
@@ -79,9 +81,9 @@ def test_a_better_site_never_gets_less_and_ties_go_to_the_first(problem, strateg
                 assert ranks[i] >= ranks[j]
 
 
-@given(problem=problems(costs=COSTS, distinct=True), strategy=st.sampled_from(STRATEGIES), data=st.data())
-def test_permuted_sites_get_permuted_ranks(problem, strategy, data) -> None:
-    scores, budget, limits, costs, triplets = problem
+@given(allocation=allocations(costs=COSTS, distinct=True), strategy=st.sampled_from(STRATEGIES), data=st.data())
+def test_permuted_sites_get_permuted_ranks(allocation, strategy, data) -> None:
+    scores, budget, limits, costs, triplets = allocation
     order = data.draw(st.permutations(range(len(scores))))
     ranks = allocate(strategy, scores, budget, limits, costs=costs, triplet_scores=triplets)
     permuted = allocate(
@@ -95,9 +97,9 @@ def test_permuted_sites_get_permuted_ranks(problem, strategy, data) -> None:
     np.testing.assert_array_equal(permuted, ranks[order])
 
 
-@given(problem=problems(costs=COSTS), strategy=st.sampled_from(STRATEGIES), exponent=st.integers(-40, 40))
-def test_the_unit_of_the_scores_does_not_matter(problem, strategy, exponent) -> None:
-    scores, budget, limits, costs, triplets = problem
+@given(allocation=allocations(costs=COSTS), strategy=st.sampled_from(STRATEGIES), exponent=st.integers(-40, 40))
+def test_the_unit_of_the_scores_does_not_matter(allocation, strategy, exponent) -> None:
+    scores, budget, limits, costs, triplets = allocation
     scores, triplets = np.round(scores % 1000), [np.round(values % 1000) for values in triplets]
     ranks = allocate(strategy, scores, budget, limits, costs=costs, triplet_scores=triplets)
     factor = 2.0**exponent  # exact
@@ -118,9 +120,9 @@ def test_proportional_is_the_method_of_largest_remainders(weights, budget) -> No
     assert ranks.tolist() == expected
 
 
-@given(problem=problems(costs=st.integers(1, 50)))
-def test_proportional_within_bounds_is_water_filling(problem) -> None:
-    scores, budget, limits, costs, _ = problem
+@given(allocation=allocations(costs=st.integers(1, 50)))
+def test_proportional_within_bounds_is_water_filling(allocation) -> None:
+    scores, budget, limits, costs, _ = allocation
     scores = np.round(scores % 1e6) + 1.0  # every site has weight
     reached = min(budget, int(costs @ limits.maximum))
     low, high = 0.0, float(50 * limits.maximum.max() + 1)
@@ -196,7 +198,7 @@ def test_bad_scores_and_budgets_are_refused(strategy, bad) -> None:
     triplets = [np.ones(2), np.ones(2)]
     for scores, budget, changes, words in (
         ([1.0, bad], 4, {}, "importance scores must be finite and not negative"),
-        ([1.0, 1.0], 4, {"triplet_scores": [np.array([bad, bad])] * 2}, "must be finite and not negative"),
+        ([1.0, 1.0], 4, {"triplet_scores": [np.array([bad])] * 2}, "must be finite and not negative"),  # a minimum's
         ([1.0, 1.0], 1, {}, "1 lies below what the sites' minimum ranks cost, 2 together"),
         ([1.0, 1.0], 2687, {"costs": np.array([768, 1920])}, "2687 lies below .*, 2688 together"),
         ([1.0, 1.0], 4, {"costs": np.array([1, 0])}, "costs: a rank costs at least 1, got 0"),

@@ -15,7 +15,7 @@ def vit(image_size: int) -> nn.Module:
 
 def test_same_logits_and_gradients() -> None:
     model, images = vit(48), torch.randn(2, 3, 48, 48)
-    found = []
+    results = []
     for plain in (False, True):
         if plain:
             assert choose_attention(model, torch.device("cpu"), "bf16")
@@ -23,8 +23,8 @@ def test_same_logits_and_gradients() -> None:
         model.zero_grad()
         logits = model(images)
         logits.square().sum().backward()
-        found.append((logits.detach(), model.blocks[0].attn.qkv.weight.grad.clone()))
-    for fused, unfused in zip(*found, strict=True):
+        results.append((logits.detach(), model.blocks[0].attn.qkv.weight.grad.clone()))
+    for fused, unfused in zip(*results, strict=True):
         torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-6)
 
 

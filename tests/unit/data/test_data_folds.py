@@ -18,7 +18,7 @@ SETS = st.integers(5, 60).flatmap(
 )
 
 
-def asked(**settings):
+def config_of(**settings):
     return DataConfig(**{"dataset": "digits", "image_size": 14, "validation_images": 4, "folds": 5} | settings)
 
 
@@ -80,7 +80,7 @@ def test_a_repetition_tests_every_image_outside_the_holdout_once(
     groups = np.arange(len(labels)) // (2 if copied else 1)
     holdout = groups % 4 == 3 if official else np.zeros(len(labels), dtype=bool)
     index = index_of(labels, None, groups, holdout if official else None)
-    config = asked(folds=folds, validation_images=validated, split_seed=split_seed)
+    config = config_of(folds=folds, validation_images=validated, split_seed=split_seed)
     tested = np.zeros(len(labels), dtype=int)
     hashes = set()
     for seed in range(repetition * folds, (repetition + 1) * folds):
@@ -104,15 +104,15 @@ def test_a_repetition_tests_every_image_outside_the_holdout_once(
 
 def test_repetitions_and_split_seeds_have_folds_of_their_own():
     index = index_of(np.arange(60) % 3)
-    of_first = [make_splits(index, asked(), seed).test.tolist() for seed in range(5)]
-    of_second = [make_splits(index, asked(), seed).test.tolist() for seed in range(5, 10)]
-    of_other = [make_splits(index, asked(split_seed=1), seed).test.tolist() for seed in range(5)]
+    of_first = [make_splits(index, config_of(), seed).test.tolist() for seed in range(5)]
+    of_second = [make_splits(index, config_of(), seed).test.tolist() for seed in range(5, 10)]
+    of_other = [make_splits(index, config_of(split_seed=1), seed).test.tolist() for seed in range(5)]
     assert not any(test in of_first for test in (*of_second, *of_other))
 
 
 def test_fewer_training_images_move_neither_test_nor_validation():
     index = index_of(np.arange(60) % 3)
-    whole, part = (make_splits(index, asked(train_images=n), 7) for n in (None, 20))
+    whole, part = (make_splits(index, config_of(train_images=n), 7) for n in (None, 20))
     assert np.array_equal(whole.test, part.test)
     assert np.array_equal(whole.validation, part.validation)
     assert len(part.train) == 20
@@ -121,7 +121,7 @@ def test_fewer_training_images_move_neither_test_nor_validation():
 
 def test_more_folds_than_different_images_are_refused():
     with pytest.raises(UserError, match=r"data\.folds: asks for 9, but 8 different images"):
-        make_splits(index_of(np.arange(16) % 2, None, np.arange(16) // 2), asked(folds=9, validation_images=2), 0)
+        make_splits(index_of(np.arange(16) % 2, None, np.arange(16) // 2), config_of(folds=9, validation_images=2), 0)
 
 
 def test_seeds_share_one_file_of_decoded_images(own_cache):

@@ -60,16 +60,6 @@ def test_shuffled_batches_visit_every_image_once_in_the_stated_order():
     assert tuple(images.order(0, 1)) == orders[0, 1] == tuple(labels.tolist())
 
 
-def test_read_only_pixels_stay_untouched(recwarn):
-    images = make()
-    images.pixels.setflags(write=False)
-    before = images.pixels.copy()
-    shuffled(images, flips="both")
-    gathered(images.ordered_batches(8, MEAN, STD))
-    assert np.array_equal(images.pixels, before)
-    assert not recwarn.list
-
-
 def holdout():
     return HoldoutImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), class_count=4)
 

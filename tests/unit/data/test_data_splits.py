@@ -62,7 +62,7 @@ def test_ties_and_members_are_drawn_by_lot():
 def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_subset, test_split, split_seed, seed):
     labels = np.repeat(np.arange(3), sizes)
     official_test = np.arange(len(labels)) % 3 == 2 if official else None
-    asked = config(
+    requested = config(
         train_images=20,
         validation_images=9,
         test_images=7,
@@ -70,7 +70,7 @@ def test_splits_are_disjoint_and_of_the_size_asked_for(sizes, official, train_su
         train_subset=train_subset,
         test_split=test_split,
     )
-    splits = make_splits(index_of(labels, official_test=official_test), asked, seed)
+    splits = make_splits(index_of(labels, official_test=official_test), requested, seed)
     parts = splits.parts
     assert [len(part) for part in parts] == [20, 9, 7]
     assert len(np.unique(np.concatenate(parts))) == 36
@@ -107,8 +107,10 @@ TRAIN_PER_SEED, TEST_PER_SEED = {"train_subset": "per_seed"}, {"test_split": "pe
 )
 def test_what_moves_a_split(settings, change, moved):
     first, other = (
-        make_splits(TOY, config(**{key: value for key, value in asked.items() if key != "seed"}), asked.get("seed", 0))
-        for asked in ({"train_images": 20, **settings}, {"train_images": 20, **settings, **change})
+        make_splits(
+            TOY, config(**{key: value for key, value in requested.items() if key != "seed"}), requested.get("seed", 0)
+        )
+        for requested in ({"train_images": 20, **settings}, {"train_images": 20, **settings, **change})
     )
     assert {part for part in ALL if not same(getattr(first, part), getattr(other, part))} == moved
     assert (first.sha256 == other.sha256) == (not moved)

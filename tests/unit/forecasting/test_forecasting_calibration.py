@@ -9,19 +9,17 @@ import pytest
 from peft_vit.backbones import describe
 from peft_vit.config import Augmentation, PeftAdaLoraConfig, Rotate90
 from peft_vit.data import make_splits, open_index
-from peft_vit.forecasting import calibration
-from peft_vit.forecasting.calibration import Costs, calibration_run, keep_costs, known_costs
+from peft_vit.forecasting import calibration_run as calibration_runs
+from peft_vit.forecasting.calibration_run import Costs, calibration_run, keep_costs, known_costs
 from peft_vit.methods import check
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import run_one
-from peft_vit.studies import profiling
 from peft_vit.studies.plan import plan_study, spec_of
-from peft_vit.studies.profiling import Speed, costs_of, measure_costs
+from peft_vit.studies.profiling import costs_of, measure_costs
 from peft_vit.training import Progress, steps_per_epoch
 
 pytestmark = pytest.mark.part("runner")
 
-STEADY = Speed(1000.0, 1.0)
 COSTS = Costs(start_s=2.0, step_s=0.5, image_s=0.01, peak_memory_bytes=400_000_000, images=50)
 
 
@@ -56,13 +54,13 @@ def large(study):
 
 def test_it_has_a_few_steps_and_a_few_validation_batches(large, study) -> None:
     spec = run_of(large("lora"), epochs=30)
-    found = small(spec, 3000)
-    assert steps_of(found) == 8
-    assert (found.data.train_images, found.data.validation_images, found.data.test_images) == (64, 32, 32)
+    short = small(spec, 3000)
+    assert steps_of(short) == 8
+    assert (short.data.train_images, short.data.validation_images, short.data.test_images) == (64, 32, 32)
     methods = {"lora", "peft_lora", "adalora", "qa_lora", "method"}
-    assert found.experiment.model_dump(include=methods) == spec.experiment.model_dump(include=methods)
-    assert found.experiment.training.batch_size == spec.experiment.training.batch_size
-    assert (found.backbone, found.threads, found.precision) == (spec.backbone, spec.threads, spec.precision)
+    assert short.experiment.model_dump(include=methods) == spec.experiment.model_dump(include=methods)
+    assert short.experiment.training.batch_size == spec.experiment.training.batch_size
+    assert (short.backbone, short.threads, short.precision) == (spec.backbone, spec.threads, spec.precision)
     fewer = small(spec, 3000, at_most=3, evaluated=5)
     assert (steps_of(fewer), fewer.data.validation_images, fewer.data.test_images) == (3, 5, 5)
     assert steps_of(small(run_of(study("lora"), epochs=1), 3)) == 3  # a short run is its own
@@ -91,8 +89,8 @@ def test_phases_keep_their_shares(large) -> None:
     spec = run_of(config, epochs=20)
     adalora = spec.experiment.adalora.model_copy(update=phases)
     spec = spec.model_copy(update={"experiment": spec.experiment.model_copy(update={"adalora": adalora})})
-    found = small(spec, 2000).experiment.adalora
-    assert (found.warmup_steps, found.final_steps) == (1, 2)  # an eighth and a quarter of 8
+    short = small(spec, 2000).experiment.adalora
+    assert (short.warmup_steps, short.final_steps) == (1, 2)  # an eighth and a quarter of 8
     assert small(run_of(config, 1, epochs=20), 2000).experiment.qa_lora.quantization_end_step == 5  # two thirds
 
 
@@ -108,15 +106,15 @@ def test_it_passes_the_checks_of_a_plan(large, method, total_steps) -> None:
         spec = spec.model_copy(update={"experiment": experiment})
     shape = describe(spec.backbone, 32)
     check(spec.experiment, shape, total_steps, 800)
-    found = small(spec, total_steps)
-    check(found.experiment, shape, steps_of(found), found.data.train_images)
+    short = small(spec, total_steps)
+    check(short.experiment, shape, steps_of(short), short.data.train_images)
 
 
 def test_every_class_keeps_an_image(large) -> None:
-    found = small(run_of(large("linear"), batch_size=1), 800)
-    assert found.data.train_images == 16  # 8 would leave two digits without one
-    index = open_index(found.data)
-    assert set(index.labels[make_splits(index, found.data, 0).train]) == set(range(10))
+    short = small(run_of(large("linear"), batch_size=1), 800)
+    assert short.data.train_images == 16  # 8 would leave two digits without one
+    index = open_index(short.data)
+    assert set(index.labels[make_splits(index, short.data, 0).train]) == set(range(10))
 
 
 # --- what it took -----------------------------------------------------------------------------------------------------
@@ -133,17 +131,14 @@ def kinds_of(tmp_path):
     """Return the calibration runs that a plan asks for."""
 
     def make(config) -> dict[str, RunSpec]:
-        found = {}
-        plan_study(config, tmp_path, file=tmp_path / "a.yaml", measure=lambda kinds: found.update(kinds) or {})
-        return found
+        kinds_found = {}
+        plan_study(config, tmp_path, file=tmp_path / "a.yaml", measure=lambda kinds: kinds_found.update(kinds) or {})
+        return kinds_found
 
     return make
 
 
-def test_it_measures_real_runs_and_keeps_what_it_found_and_says_what_fails(
-    study, tmp_path, own_cache, monkeypatch
-) -> None:
-    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
+def test_it_measures_real_runs_and_keeps_what_it_found_and_says_what_fails(study, tmp_path, own_cache) -> None:
     config, told, out = study("lora", "qa_adalora", "full", epochs=20), [], tmp_path / "out"
 
     def measure(kinds):
@@ -164,18 +159,6 @@ def test_it_measures_real_runs_and_keeps_what_it_found_and_says_what_fails(
     assert [run.estimate for run in again.runs[:2]] == [run.estimate for run in plan.runs[:2]]
 
 
-@pytest.mark.slow
-def test_what_a_busy_machine_took_serves_once_and_is_not_kept(study, kinds_of, own_cache, monkeypatch) -> None:
-    kinds, told = kinds_of(study("full", "lora")), []
-    speeds = iter((STEADY, *[Speed(700.0, 1.0)] * 3))
-    monkeypatch.setattr(profiling, "machine_speed", lambda: next(speeds))
-    assert set(measure_costs(kinds, told.append)) == {"full", "lora"}
-    busy = "the machine was busy (its speed before and after differs by 30%, more than 20%)"
-    assert told[1] == f"full: {busy}; its time serves this plan and is not kept"
-    assert known_costs(kinds["full"]) is None
-    assert known_costs(kinds["lora"]) is not None
-
-
 def test_costs_are_of_one_kind_machine_and_version(study, kinds_of, own_cache, monkeypatch) -> None:
     (kind,) = kinds_of(study("lora")).values()
     keep_costs(kind, COSTS)
@@ -183,7 +166,7 @@ def test_costs_are_of_one_kind_machine_and_version(study, kinds_of, own_cache, m
     assert known_costs(kind.model_copy(update={"threads": 2})) is None
     for name, other in (("processor_name", "another one"), ("package_versions", {"torch": "9"})):
         with monkeypatch.context() as patch:
-            patch.setattr(calibration, name, lambda other=other: other)
+            patch.setattr(calibration_runs, name, lambda other=other: other)
             assert known_costs(kind) is None
 
 
@@ -214,9 +197,9 @@ def test_steps_validations_and_the_rest_are_told_apart(study, cache) -> None:
     record = run_one(spec_of(study("lora"), 0, 0)).record.model_copy(update={"seconds": 28.5})
     ends = [5.0, 7.0, 9.0, 10.0, 12.0, 14.0, 16.0, 17.0]
     steps = [1, 2, 3, 3, 4, 5, 6, 6]
-    found = costs_of(record, [(Progress(step, 6, 0.5, None), end) for step, end in zip(steps, ends, strict=True)])
-    assert (found.step_s, found.image_s, found.images) == (2.0, 1 / 20, 24 + 20 + 30)
-    assert found.start_s == pytest.approx(28.5 - 6 * 2 - 2 * 1 - 30 / 20)
+    costs = costs_of(record, [(Progress(step, 6, 0.5, None), end) for step, end in zip(steps, ends, strict=True)])
+    assert (costs.step_s, costs.image_s, costs.images) == (2.0, 1 / 20, 24 + 20 + 30)
+    assert costs.start_s == pytest.approx(28.5 - 6 * 2 - 2 * 1 - 30 / 20)
     single = record.model_copy(update={"steps": record.steps[:1]})
-    found = costs_of(single, [(Progress(1, 1, 0.5, None), 5.0), (Progress(1, 1, 0.5, 0.5), 7.0)])
-    assert (found.step_s, found.image_s) == (record.steps[0].seconds, 2.0 / 20)
+    costs = costs_of(single, [(Progress(1, 1, 0.5, None), 5.0), (Progress(1, 1, 0.5, 0.5), 7.0)])
+    assert (costs.step_s, costs.image_s) == (record.steps[0].seconds, 2.0 / 20)

@@ -10,14 +10,13 @@ from written_runs import run_and_write
 
 from peft_vit.backbones import describe
 from peft_vit.data import open_index
-from peft_vit.forecasting.calibration import Costs, keep_costs
+from peft_vit.forecasting.calibration_run import Costs, keep_costs
 from peft_vit.forecasting.estimate import EstimateRequest, Line, Probe, Throughput, Workload, experiment_products
 from peft_vit.forecasting.estimate import estimate_runs as estimate
 from peft_vit.forecasting.time_limit import fit, makespan
 from peft_vit.records import write_record
-from peft_vit.studies import profiling
 from peft_vit.studies.plan import plan_study
-from peft_vit.studies.profiling import Speed, disturbance, machine_speed, measure_throughput
+from peft_vit.studies.profiling import measure_throughput
 
 pytestmark = pytest.mark.part("runner")
 
@@ -46,11 +45,11 @@ def test_costs_are_put_together(study, tmp_path) -> None:
     runs, workload = wanted(study("lora", epochs=4), tmp_path)
     (run,) = runs
     keep_costs(run.kind, COSTS)
-    (found,) = estimate(runs, workload)
+    (estimated,) = estimate(runs, workload)
     # 12 steps; 20 validation images in each of 4 epochs and 30 test images
-    assert found.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
-    assert found.peak_memory_bytes == 400_000_000 + (24 + 20 + 30 - 50) * 32 * 32  # more grey images
-    assert found.basis == "calibration"
+    assert estimated.seconds == pytest.approx(2.0 + 12 * 0.5 + (4 * 20 + 30) * 0.01)
+    assert estimated.peak_memory_bytes == 400_000_000 + (24 + 20 + 30 - 50) * 32 * 32  # more grey images
+    assert estimated.basis == "calibration"
 
 
 def test_what_is_not_known_is_measured_once_a_kind_or_estimated(study, tmp_path) -> None:
@@ -74,15 +73,17 @@ def test_what_is_not_known_is_measured_once_a_kind_or_estimated(study, tmp_path)
 
 def test_records_serve_runs_of_the_same_kind_and_length(study, tmp_path) -> None:
     config = study("lora")
-    (one,) = config.experiments
-    training = one.training
-    alike = one.model_copy(update={"name": "rate", "training": training.model_copy(update={"learning_rate": 1e-4})})
-    longer = one.model_copy(update={"name": "longer", "training": training.model_copy(update={"epochs": 3})})
-    config = config.model_copy(update={"experiments": (one, alike, longer)})
+    (experiment,) = config.experiments
+    training = experiment.training
+    alike = experiment.model_copy(
+        update={"name": "rate", "training": training.model_copy(update={"learning_rate": 1e-4})}
+    )
+    longer = experiment.model_copy(update={"name": "longer", "training": training.model_copy(update={"epochs": 3})})
+    config = config.model_copy(update={"experiments": (experiment, alike, longer)})
     record = run_and_write(planned(config, tmp_path).runs[0].spec, tmp_path)
     *same, other = [run.estimate for run in planned(config, tmp_path).runs]
-    assert [one.basis for one in (*same, other)] == ["records", "records", "estimate"]
-    assert {(one.seconds, one.peak_memory_bytes) for one in same} == {(record.seconds, record.peak_memory_bytes)}
+    assert [run.basis for run in (*same, other)] == ["records", "records", "estimate"]
+    assert {(run.seconds, run.peak_memory_bytes) for run in same} == {(record.seconds, record.peak_memory_bytes)}
     elsewhere = record.provenance.model_copy(update={"processor": "another one"})
     write_record(tmp_path, record.model_copy(update={"provenance": elsewhere}))
     assert {run.estimate.basis for run in planned(config, tmp_path).runs} == {"estimate"}
@@ -104,28 +105,25 @@ def test_arithmetic_knows_what_a_step_keeps_and_computes_again(
 ) -> None:
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_, **__: 1e9)
     config = study("lora")
-    (one,) = config.experiments
+    (experiment,) = config.experiments
     batch = {"batch_size": 8, "micro_batch_size": None, "activation_checkpointing": "none"}
-    other = one.model_copy(update={"training": one.training.model_copy(update=batch | training)})
+    other = experiment.model_copy(update={"training": experiment.training.model_copy(update=batch | training)})
     runs, workload = wanted(config.model_copy(update={"experiments": (other,)}), tmp_path)
-    (found,) = estimate(runs, workload)
+    (estimated,) = estimate(runs, workload)
     query = workload.shape.sites[0]
     depth = 1 + workload.shape.sites[-1].layer
     plain = 14 / 16  # its MLP is 3 times as wide as its tokens, not 4
     activations = plain * images * 4 * query.tokens * query.in_features * widths(depth)
     float_weights = (4 + 4) * workload.shape.parameters
-    assert found.peak_memory_bytes == pytest.approx(700e6 + activations + float_weights, abs=1)
+    assert estimated.peak_memory_bytes == pytest.approx(700e6 + activations + float_weights, abs=1)
     steps = runs[0].steps
     (without,) = estimate([replace(runs[0], steps=0)], workload)
-    assert found.seconds - without.seconds == pytest.approx(
+    assert estimated.seconds - without.seconds == pytest.approx(
         1.8 * passes * steps * 8 * workload.shape.multiply_adds / 1e9
     )
 
 
 # --- times from a few measured steps ---
-
-
-STEADY = Speed(1000.0, 1.0)
 
 
 def probe(start_s: float, step_products: float, step_s: float, image_products: int, image_s: float) -> Probe:
@@ -199,7 +197,6 @@ def measured(config, image_size: int, budget_s: float, told: list[str]) -> Throu
 
 @pytest.mark.slow
 def test_real_steps_are_measured_at_two_sizes(study, monkeypatch) -> None:
-    monkeypatch.setattr(profiling, "machine_speed", lambda: STEADY)
     seen = {}
     monkeypatch.setattr(Throughput, "measured", lambda probes, _: seen.update(probes))
     config = study("lora", "full", epochs=20)
@@ -219,21 +216,3 @@ def test_no_time_to_measure_is_said(study) -> None:
     throughput = measured(study("lora"), 32, 0.0, told)
     assert throughput.step == throughput.image
     assert told[1:] == ["no experiment could be measured in this time; how fast matrices are multiplied has to do"]
-
-
-def test_a_busy_machine_is_told_from_a_steady_one() -> None:
-    threads = torch.get_num_threads()
-    found = machine_speed()
-    assert found.products_per_s > 0
-    assert 0 < found.cpu_share < 1.1
-    assert torch.get_num_threads() == threads  # as it was
-    slower, busy = "its speed before and after differs by 21%", "other programs took 50% of a core"
-    for before, after, reason in (
-        (STEADY, STEADY, ""),
-        (STEADY, Speed(810, 1.0), ""),
-        (STEADY, Speed(790, 1.0), slower),
-        (Speed(790, 1.0), STEADY, slower),
-        (STEADY, Speed(1000, 0.86), ""),
-        (Speed(1000, 0.5), STEADY, busy),
-    ):
-        assert (disturbance(before, after) or "").partition(",")[0] == reason

@@ -44,17 +44,17 @@ class Machine:
 
     def every(self, images=None) -> list[Setting]:
         sizes = [images] if images else [n for n in range(1, self.batch + 1) if self.batch % n == 0]
-        return [Setting(*one) for one in itertools.product(sizes, range(len(self.blocks)))]
+        return [Setting(*pair) for pair in itertools.product(sizes, range(len(self.blocks)))]
 
     def fastest(self, limit: float, images=None) -> Setting:
-        costs = {one: self.truth(one) for one in self.every(images)}
-        fitting = [one for one, cost in costs.items() if cost.peak_bytes <= min(limit, self.room)]
-        return min(fitting, key=lambda one: (costs[one].step_s, -one.images, one.recomputed))
+        costs = {setting: self.truth(setting) for setting in self.every(images)}
+        fitting = [setting for setting, cost in costs.items() if cost.peak_bytes <= min(limit, self.room)]
+        return min(fitting, key=lambda setting: (costs[setting].step_s, -setting.images, setting.recomputed))
 
 
 def limits(machine: Machine) -> list[int]:
-    peaks = sorted({machine.truth(one).peak_bytes for one in machine.every()})
-    return [int(one) for one in np.quantile(peaks, (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99))]
+    peaks = sorted({machine.truth(setting).peak_bytes for setting in machine.every()})
+    return [int(peak) for peak in np.quantile(peaks, (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99))]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8, 32])
@@ -66,7 +66,7 @@ def test_it_is_as_fast_as_anything_that_fits(batch, blocks, costs) -> None:
         choice = choose(limit, batch, blocks, machine)
         assert choice is not None
         if not choice.fits:
-            assert all(machine.truth(one).peak_bytes > limit for one in machine.every())
+            assert all(machine.truth(setting).peak_bytes > limit for setting in machine.every())
             continue
         assert choice.cost == machine.truth(choice.setting)
         assert choice.cost.peak_bytes <= limit
@@ -89,20 +89,20 @@ def test_what_is_not_needed_or_is_decided_stays() -> None:
 
 def test_more_memory_never_makes_it_slower() -> None:
     limits = range(int(BASE), 1000, 20)
-    found = [choose(limit, 16, PLAIN, Machine(16, PLAIN)) for limit in limits]
-    seconds = [choice.cost.step_s for choice in found if choice.fits]
+    choices = [choose(limit, 16, PLAIN, Machine(16, PLAIN)) for limit in limits]
+    seconds = [choice.cost.step_s for choice in choices if choice.fits]
     assert len(seconds) > 20
     for earlier, later in itertools.pairwise(seconds):
         assert later <= 1.021 * earlier  # a gain of 2 % is not looked for
     assert seconds[-1] == min(seconds)
-    assert [choice.fits for choice in found] == sorted(choice.fits for choice in found)
+    assert [choice.fits for choice in choices] == sorted(choice.fits for choice in choices)
 
 
 def test_if_nothing_fits_it_says_what_takes_the_least() -> None:
     machine = Machine(8, PLAIN)
     choice = choose(100, 8, PLAIN, machine)
     assert not choice.fits
-    assert choice.cost.peak_bytes == min(machine.truth(one).peak_bytes for one in machine.every())
+    assert choice.cost.peak_bytes == min(machine.truth(setting).peak_bytes for setting in machine.every())
     beside = Machine(2, PLAIN, accumulated=1e6)  # parts of a batch may take more than the whole
     assert choose(100, 2, PLAIN, beside).setting == Setting(2, 11)
 

@@ -34,19 +34,9 @@ def random_weight(rows: int = 6, columns: int = 64) -> Tensor:
 )
 def test_dequantize_rounds_once_to_any_dtype(type: str, columns: int, dtype: torch.dtype) -> None:
     quantized = quantize(random_weight(5, columns), QuantizationFormat(type, 3, offset=True))  # type: ignore[arg-type]
-    found = quantized.dequantize(dtype)
-    assert torch.equal(found, quantized.dequantize().to(dtype))
-    assert found.is_contiguous()
-
-
-def test_dequantize_does_not_depend_on_the_default_dtype() -> None:
-    quantized = quantize(random_weight(5, 9), QuantizationFormat("nf4", 3, offset=True))
-    expected = quantized.dequantize()
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert torch.equal(quantized.dequantize(), expected)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    weight = quantized.dequantize(dtype)
+    assert torch.equal(weight, quantized.dequantize().to(dtype))
+    assert weight.is_contiguous()
 
 
 @pytest.mark.parametrize(
@@ -117,21 +107,6 @@ def test_relative_error() -> None:
         assert relative_error(weight * factor, quantize(weight * factor, format)) == pytest.approx(expected)
 
 
-def test_more_bits_and_smaller_groups_lose_less() -> None:
-    def error(type: str, group: int | None) -> float:
-        format = QuantizationFormat(type, group, offset=True)  # type: ignore[arg-type]
-        return relative_error(weight, quantize(weight, format))
-
-    weight = random_weight(64, 128)
-    assert error("int8", 32) < error("int4", 32) < error("int3", 32) < error("int2", 32)
-    assert error("nf4", 32) < error("nf3", 32) < error("int2", 32)
-    assert error("int4", 16) < error("int4", 64) < error("int4", None)
-    assert error("nf4", 64) < error("fp4", 64)
-
-
-# Scales in 8 bits.
-
-
 def spread_weights() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     spread = torch.rand(90, 1, generator=generator) + 0.2  # so that scales differ by more than chance
@@ -141,28 +116,27 @@ def spread_weights() -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(90, 4), (1, 1), (3, 100), (16, 16)])
 def test_scales_follow_the_formula(shape) -> None:
     exact = 0.2 + torch.rand(shape, generator=torch.Generator().manual_seed(1)) ** 2
-    found = quantize_scales(exact)
+    scales = quantize_scales(exact)
     flat = exact.double().numpy().ravel()
     rest = flat - flat.mean()
     largest = [np.abs(rest[start : start + 256]).max() for start in range(0, len(rest), 256)]
-    np.testing.assert_allclose(found.mean.numpy(), [flat.mean()], rtol=1e-6)
-    np.testing.assert_allclose(found.blocks.numpy(), largest, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(scales.mean.numpy(), [flat.mean()], rtol=1e-6)
+    np.testing.assert_allclose(scales.blocks.numpy(), largest, rtol=1e-5, atol=1e-7)
     largest = np.repeat(largest, 256)[: len(rest)]
     values = dynamic_values().double().numpy()  # as bitsandbytes: see the oracle
     nearest = np.abs(values[:, None] * largest - rest).min(0)
-    stored = found.dequantize().double().numpy().ravel()
+    stored = scales.dequantize().double().numpy().ravel()
     np.testing.assert_allclose(np.abs(stored - flat), nearest, atol=1e-6)
-    np.testing.assert_allclose(stored, flat.mean() + largest * values[found.codes.numpy().ravel()], atol=1e-6)
+    np.testing.assert_allclose(stored, flat.mean() + largest * values[scales.codes.numpy().ravel()], atol=1e-6)
     assert nearest.max() <= 0.0071 * largest.max()
 
 
 def test_no_scale_is_negative_or_infinite_and_equal_ones_are_exact() -> None:
     one_large = torch.zeros(4, 64)
     one_large[0, 0] = 65504.0
-    found = quantize_scales(one_large.half()).dequantize()
-    assert found.dtype is torch.float16
-    assert found.isfinite().all()
-    assert (found >= 0).all()
+    scales = quantize_scales(one_large.half()).dequantize()
+    assert scales.dtype is torch.float16
+    assert ((scales >= 0) & scales.isfinite()).all()
     assert torch.equal(quantize_scales(torch.full((4, 64), 0.37)).dequantize(), torch.full((4, 64), 0.37))
 
 
@@ -176,10 +150,3 @@ def test_stored_tensors_give_the_same_weights_and_parts_of_them() -> None:
     moved = quantized.to("meta").tensors()
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
     assert all(moved[name].shape == tensor.shape for name, tensor in quantized.tensors().items())
-
-
-@pytest.mark.parametrize("type", ["int3", "int4", "nf3", "nf4"])
-def test_scales_in_8_bits_lose_hardly_more(type) -> None:
-    formats = [QuantizationFormat(type, 32, False, torch.float16, double) for double in (True, False)]
-    errors = [relative_error(spread_weights(), quantize(spread_weights(), format)) for format in formats]
-    assert errors[0] < 1.01 * errors[1]

@@ -8,7 +8,6 @@ from rich.console import Console
 from written_runs import run_and_write
 
 from peft_vit.errors import UserError
-from peft_vit.forecasting import estimate
 from peft_vit.records import read_study_file, write_study_file
 from peft_vit.runs import machine as precision
 from peft_vit.runs.machine import Bf16Support, bf16_support, choose_precision, resolve_device
@@ -196,27 +195,15 @@ def test_a_study_goes_on_elsewhere_in_its_precision(study, tmp_path, machine, fi
     assert f"-precision: {kept}\n+precision: {other}" in caught.value.details
 
 
-def test_bf16_where_it_is_emulated_is_told_loudly_with_what_it_costs(study, tmp_path, machine, monkeypatch) -> None:
-    asked = []
-
-    def rate(shape, device, precision, threads, *, budget_s=0.2):
-        asked.append((precision, budget_s))
-        return {"bf16": 2e9, "fp32": 13.2e9}[precision]
-
-    monkeypatch.setattr(estimate, "product_rate", rate)
+def test_bf16_where_it_is_emulated_is_told_loudly(study, tmp_path, machine) -> None:
     config = as_asked(study("linear"), "bf16")
     machine(NATIVE)
     assert "SLOW" not in printed(planned(config, tmp_path))
     machine(EMULATED)
-    asked.clear()
     plan = planned(config, tmp_path)
-    line = "BF16 MAY BE SLOW HERE: it lacks the instructions; a matrix product takes 6.6 times as long as in fp32.\n"
-    assert line in printed(plan)
-    assert sum(budget_s for _, budget_s in asked if budget_s < 0.2) == pytest.approx(0.2)
+    assert "BF16 MAY BE SLOW HERE: it lacks the instructions.\n" in printed(plan)
     run_and_write(plan.runs[0].spec, tmp_path)
-    asked.clear()
     assert "SLOW" not in printed(planned(config, tmp_path))  # nothing is left to do
-    assert ("fp32", 0.1) not in asked
 
 
 @pytest.mark.parametrize(

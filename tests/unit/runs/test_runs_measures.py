@@ -16,7 +16,7 @@ from peft_vit.config import MeasuresConfig, PeftAdaLoraConfig, PeftLoraConfig, S
 from peft_vit.data import LabelledImages, load_data, make_splits, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict
-from peft_vit.forecasting.calibration import calibration_run
+from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.forecasting.estimate import EstimateRequest, Workload, estimate_runs
 from peft_vit.records import STUDY_FILE, outcome_digest, read_record, read_study_file, run_folder, write_study_file
 from peft_vit.runs import measures as measures_module
@@ -224,7 +224,7 @@ def test_a_study_begun_before_there_were_measures_goes_on(study, tmp_path) -> No
     assert go_on(tmp_path, read_study_file(tmp_path), asked(config), source="s.yaml").configuration == config
     with pytest.raises(UserError, match="was begun with another configuration") as caught:
         go_on(tmp_path, read_study_file(tmp_path), asked(asking(config)), source="s.yaml")
-    assert "+  removal_images: 7" in caught.value.details
+    assert "+measures.removal_images: 7" in caught.value.details
 
 
 @pytest.mark.usefixtures("cache")

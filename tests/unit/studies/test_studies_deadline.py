@@ -49,7 +49,7 @@ class Timed:
             self._running[run.spec.name] = run, self.now + self.seconds[run.spec.experiment.name]
             self.started.append(run.spec.name)
             return RunStarted(run, "worker")
-        name, (run, ends) = min(self._running.items(), key=lambda one: one[1][1], default=("", (None, 0.0)))
+        name, (run, ends) = min(self._running.items(), key=lambda running: running[1][1], default=("", (None, 0.0)))
         if run is None or ends > self.now + timeout_s:
             self.now += timeout_s
             return None
@@ -179,12 +179,12 @@ def test_failed_runs_teach_nothing_and_end(tmp_path) -> None:
 def test_the_demo_completes_seed_after_seed_within_nine_minutes(tmp_path, trained_s, calls, planned) -> None:
     """With times that are made up, and plans that are wrong: all seeds in one call, or seven and then the others."""
     demo = load_study(EXAMPLES / "demo.yaml")
-    names = [one.name for one in demo.experiments]
+    names = [experiment.name for experiment in demo.experiments]
     config = fake_config(names, demo.seeds, execution={"workers": demo.execution.workers})
-    seconds = {one.name: 3.0 if one.is_probe else trained_s for one in demo.experiments}
+    seconds = {experiment.name: 3.0 if experiment.is_probe else trained_s for experiment in demo.experiments}
     for complete in calls:
         executor = Timed(seconds, workers=demo.execution.workers)
-        drive(tmp_path, config, {name: planned * one for name, one in seconds.items()}, executor, over_at=530)
+        drive(tmp_path, config, {name: planned * run_s for name, run_s in seconds.items()}, executor, over_at=530)
         assert executor.now <= 540
         done = {run for run, state in states(tmp_path).items() if state == "done"}
         whole = [seed for seed in demo.seeds if done >= {f"{name}/seed_{seed}" for name in names}]

@@ -16,7 +16,6 @@ from PIL import Image
 from peft_vit.errors import UserError
 from peft_vit.records import outcome_digest
 from peft_vit.runs import run_one
-from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.executors import RunEnded, RunInterrupted, RunProgress, RunStarted, local, open_executor
 from peft_vit.studies.executors.local import LocalExecutor
 from peft_vit.studies.plan import plan_study
@@ -39,7 +38,7 @@ def worker_of(events, name):
 
 
 def workers_alive(events):
-    return [pid for pid in {int(one.worker.split()[1]) for one in of(events, RunStarted)} if alive(pid)]
+    return [pid for pid in {int(event.worker.split()[1]) for event in of(events, RunStarted)} if alive(pid)]
 
 
 @pytest.mark.slow
@@ -47,12 +46,12 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
     plan = plan_study(study("linear", "lora", "adalora"), tmp_path, file=tmp_path / "tiny.yaml")
     expected = {run.spec.run_id: outcome_digest(run_one(run.spec).record) for run in plan.runs}
     for workers in (1, 2):
-        with at_work(LocalExecutor(workers, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
+        with at_work(LocalExecutor(workers, tmp_path, 30), *plan.runs) as executor:
             events = events_of(executor, lambda events: len(of(events, RunEnded)) == 3)
-        assert {one.run.spec.run_id: outcome_digest(one.record) for one in of(events, RunEnded)} == expected
-        assert len({one.worker for one in of(events, RunStarted)}) == workers
-        assert all(one.adapter for one in of(events, RunEnded))
-        steps = [one.progress.step for one in of(events, RunProgress, "lora")]
+        assert {event.run.spec.run_id: outcome_digest(event.record) for event in of(events, RunEnded)} == expected
+        assert len({event.worker for event in of(events, RunStarted)}) == workers
+        assert all(event.adapter for event in of(events, RunEnded))
+        steps = [event.progress.step for event in of(events, RunProgress, "lora")]
         assert steps == [1, 2, 3, 3, 4, 5, 6, 6]  # nothing is lost on the way
         assert not workers_alive(events)
 
@@ -60,7 +59,7 @@ def test_any_number_of_workers_gives_what_this_process_gives(study, tmp_path) ->
 def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_path) -> None:
     plan = plan_study(study("linear", "lora"), tmp_path, file=tmp_path / "tiny.yaml")
     (tmp_path / "tiny" / "linear" / "seed_0" / "checkpoint-3").mkdir(parents=True)
-    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
+    with at_work(LocalExecutor(2, tmp_path, 30), *plan.runs) as executor:
         events = [executor.next_event(0), executor.next_event(0)]
         assert [type(event) for event in events] == [RunStarted, RunStarted]
         assert len(workers_alive(events)) == 2
@@ -74,9 +73,9 @@ def test_a_stop_does_not_wait_for_workers_that_are_still_starting(study, tmp_pat
 def test_a_killed_worker_costs_its_own_run_and_is_replaced(study, tmp_path) -> None:
     config = endless(study("qa_lora", "lora", "full"), "qa_lora", "lora")
     plan = plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
-    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
+    with at_work(LocalExecutor(2, tmp_path, 30), *plan.runs) as executor:
         both = events_of(executor, lambda e: of(e, RunProgress, "qa_lora") and of(e, RunProgress, "lora"))
-        assert {one.run.spec.experiment.name for one in of(both, RunStarted)} == {"qa_lora", "lora"}
+        assert {event.run.spec.experiment.name for event in of(both, RunStarted)} == {"qa_lora", "lora"}
         os.kill(worker_of(both, "lora"), signal.SIGINT)  # which is not for workers
         os.kill(worker_of(both, "qa_lora"), signal.SIGKILL)
         rest = events_of(executor, lambda e: of(e, RunEnded, "full"))
@@ -114,10 +113,10 @@ def test_without_a_process_for_it_a_run_waits_for_another_worker(study, tmp_path
         return start()
 
     monkeypatch.setattr(local, "_start_worker", limited)
-    with at_work(LocalExecutor(2, 1, tmp_path, oversubscribe=True), *plan.runs) as executor:
+    with at_work(LocalExecutor(2, tmp_path, 30), *plan.runs) as executor:
         events = events_of(executor, lambda events: len(of(events, RunEnded)) == 2)
-    assert [one.record.error for one in of(events, RunEnded)] == [None, None]
-    assert len({one.worker for one in of(events, RunStarted)}) == 1
+    assert [event.record.error for event in of(events, RunEnded)] == [None, None]
+    assert len({event.worker for event in of(events, RunStarted)}) == 1
     assert len(asked) > 1
 
 
@@ -128,7 +127,7 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
     (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
     monkeypatch.setattr(multiprocessing.get_context("spawn").Process, "start", refused)
     before = psutil.Process().num_fds()
-    executor = LocalExecutor(1, 1, tmp_path)
+    executor = LocalExecutor(1, tmp_path, 30)
     executor.submit(run)
     with pytest.raises(UserError, match=r"^execution\.workers: no worker process can be started \(Too many open files"):
         executor.next_event(0)
@@ -140,32 +139,23 @@ def test_a_study_without_any_process_for_it_is_one_line(study, tmp_path, monkeyp
 @pytest.mark.slow
 def test_a_worker_that_dies_between_runs_costs_none(study, tmp_path) -> None:
     (run,) = plan_study(study("linear"), tmp_path, file=tmp_path / "tiny.yaml").runs
-    with at_work(LocalExecutor(1, 1, tmp_path, oversubscribe=True), run) as executor:
+    with at_work(LocalExecutor(1, tmp_path, 30), run) as executor:
         first = events_of(executor, lambda events: of(events, RunEnded))
         dead = worker_of(first, "linear")
         os.kill(dead, signal.SIGKILL)
         executor._workers[0].process.join()  # until its last thread, and with it its end of the pipe, is gone
         executor.submit(run)
         again = events_of(executor, lambda events: of(events, RunEnded))
-        assert [one.record.error for one in of(first + again, RunEnded)] == [None, None]
+        assert [event.record.error for event in of(first + again, RunEnded)] == [None, None]
         assert worker_of(again, "linear") != dead
 
 
 @pytest.mark.slow
 def test_a_killed_driver_leaves_no_worker_behind(tmp_path, cache) -> None:
-    make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, 1, folder)"
+    make = "from peft_vit.studies.executors.local import LocalExecutor; executor = LocalExecutor(1, folder, 30)"
     started, left = left_by_killed_driver(tmp_path, make)
     assert started >= 1
     assert left == []
-
-
-def test_more_threads_than_cores_are_refused_unless_asked_for(tmp_path) -> None:
-    cores = cpu_count()
-    said = rf"{cores} x 2, exceed the {cores} cores of this process; lower workers, or pass --oversubscribe$"
-    with pytest.raises(UserError, match=rf"^execution\.workers: workers x threads, {said}"):
-        LocalExecutor(cores, 2, tmp_path)
-    LocalExecutor(cores, 1, tmp_path).close()
-    LocalExecutor(cores, 2, tmp_path, oversubscribe=True).close()
 
 
 def test_a_broken_image_shows_before_the_first_run(study, tmp_path, monkeypatch) -> None:

@@ -36,7 +36,7 @@ def test_a_run_takes_as_much_first_in_its_worker_as_after_others(cache, tmp_path
     plan = plan_study(study_from_mapping(STUDY, file=file), tmp_path, file=file)
     runs = {run.spec.experiment.name: run for run in plan.runs}
     order = (runs[name] for name in ("lora", "full", "peft_lora", "lora"))
-    with at_work(LocalExecutor(1, 1, tmp_path, oversubscribe=True), *order) as executor:
+    with at_work(LocalExecutor(1, tmp_path, 30), *order) as executor:
         events = events_of(executor, lambda events: len(of(events, RunEnded)) == 4)
     first, full, _, last = (event.record for event in of(events, RunEnded))
     assert {event.record.error for event in of(events, RunEnded)} == {None}

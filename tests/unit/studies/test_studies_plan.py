@@ -138,9 +138,9 @@ def test_a_plan_of_some_experiments_and_seeds(study, tmp_path) -> None:
         (True, "lora 4, linear 4, lora 3, linear 3"),
         (False, "lora 4, lora 3, linear 4, linear 3"),
     ):
-        found = plan.only(("lora", "linear"), (4, 3, 9), by_seed=by_seed)
-        assert ", ".join(f"{run.spec.experiment.name} {run.spec.seed}" for run in found.runs) == expected
-        assert found.study == plan.study
+        part = plan.only(("lora", "linear"), (4, 3, 9), by_seed=by_seed)
+        assert ", ".join(f"{run.spec.experiment.name} {run.spec.seed}" for run in part.runs) == expected
+        assert part.study == plan.study
 
 
 def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(study, tmp_path) -> None:
@@ -150,7 +150,7 @@ def test_a_study_that_was_begun_otherwise_is_refused_before_anything_is_checked(
     write_study_file(tmp_path / "tiny", begun)
     with pytest.raises(UserError, match=r"study\.json: configuration: was begun with another configuration") as caught:
         planned(study("full", epochs=3), tmp_path)
-    assert "-      epochs: 2\n+      epochs: 3" in caught.value.details
+    assert "-experiments.full.training.epochs: 2\n+experiments.full.training.epochs: 3" in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora"), tmp_path)
     added = plan_study(study("lora"), tmp_path, file=tmp_path / "tiny.yaml", part=True)
@@ -165,8 +165,8 @@ def test_a_changed_configuration_under_the_same_name_is_refused_with_the_differe
     with pytest.raises(UserError, match="another name, or choose another --output") as caught:
         planned(with_settings(config, 0, {"lora": {"rank": 3}}), tmp_path)
     assert caught.value.file == str(file)
-    difference = f"--- {file}\n+++ asked for\n experiment:\n   lora:\n-    rank: 2\n+    rank: 3"
-    assert caught.value.details.strip() == difference
+    changes = "-experiment.lora.rank: 2\n+experiment.lora.rank: 3"
+    assert caught.value.details == f"--- {file}\n+++ asked for\n{changes}"
     assert file.read_bytes() == before
     assert [run.done for run in planned(config.model_copy(update={"seeds": (0, 5)}), tmp_path).runs] == [True, False]
     write_record(tmp_path, record.model_copy(update={"status": "failed", "error": "the loss is nan"}))

@@ -64,12 +64,11 @@ def test_ray_is_not_asked_for_an_address_at_which_nobody_answers_or_of_another_k
     with pytest.raises(
         UserError, match=rf"^--ray-address: no connection to the Ray cluster {address or free} {reason}"
     ):
-        RayExecutor(address, Need(1), tmp_path)
+        RayExecutor(address, Need(1), tmp_path, 30)
 
 
 REFUSED = [
     ("ray", {}, {}, r"executor ray: needs the package ray; run: pip install 'peft-vit\[ray\]'$"),
-    ("ray", {"oversubscribe": True}, {}, "oversubscribe: has no effect with --executor ray"),
     ("ray", {}, {"device": "cuda"}, r"execution\.gpus: a run on Ray sees the GPUs that it asks for"),
     (
         "local",

@@ -13,15 +13,19 @@ from peft_vit.studies.scheduler import go_on, study_file
 pytestmark = pytest.mark.part("runner")
 
 
-def asked(config, runs=None, *, smoke=False, data="d") -> StudyFile:
-    names = {f"{one.name}/seed_{seed}" for one in config.experiments for seed in config.seeds} if runs is None else runs
+def requested(config, runs=None, *, smoke=False, data="d") -> StudyFile:
+    names = (
+        {f"{experiment.name}/seed_{seed}" for experiment in config.experiments for seed in config.seeds}
+        if runs is None
+        else runs
+    )
     return study_file(config, names, smoke=smoke, data_sha256=data)
 
 
 def with_rank(config, name, rank):
     changed = [
-        one.model_copy(update={"lora": one.lora.model_copy(update={"rank": rank})}) if one.name == name else one
-        for one in config.experiments
+        own.model_copy(update={"lora": own.lora.model_copy(update={"rank": rank})}) if own.name == name else own
+        for own in config.experiments
     ]
     return config.model_copy(update={"experiments": tuple(changed)})
 
@@ -29,13 +33,13 @@ def with_rank(config, name, rank):
 @pytest.fixture
 def begun(tmp_path):
     """Return a folder in which a study of a and b, seeds 0 and 1, was begun."""
-    write_study_file(tmp_path, asked(fake_config(("a", "b"), (0, 1))))
+    write_study_file(tmp_path, requested(fake_config(("a", "b"), (0, 1))))
     return tmp_path
 
 
 def test_it_is_read_as_it_was_written(tmp_path) -> None:
     assert read_study_file(tmp_path) is None
-    content = asked(fake_config(("a", "b"), (3, 1), execution={"workers": 4}), {"a/seed_3", "b/seed_1"})
+    content = requested(fake_config(("a", "b"), (3, 1), execution={"workers": 4}), {"a/seed_3", "b/seed_1"})
     assert content.runs == ("a/seed_3", "a/seed_1", "b/seed_3", "b/seed_1")
     assert content.skipped == ("a/seed_1", "b/seed_3")
     write_study_file(tmp_path, content)
@@ -44,7 +48,7 @@ def test_it_is_read_as_it_was_written(tmp_path) -> None:
 
 def goes_on(folder, config, runs=None, *, part=False, **other) -> StudyFile:
     """Return what study.json would say once a command has asked for more."""
-    return go_on(folder, read_study_file(folder), asked(config, runs, **other), source="s.yaml", part=part)
+    return go_on(folder, read_study_file(folder), requested(config, runs, **other), source="s.yaml", part=part)
 
 
 def test_what_may_be_added_and_what_may_change(begun) -> None:
@@ -98,7 +102,7 @@ def test_other_images_and_smoke_are_other_studies(begun, other, words) -> None:
 def test_a_part_adds_its_runs_and_leaves_the_others(begun) -> None:
     part = fake_config(("b", "c"), (1, 4))
     content = goes_on(begun, part, part=True)
-    assert [one.name for one in content.configuration.experiments] == ["a", "b", "c"]
+    assert [experiment.name for experiment in content.configuration.experiments] == ["a", "b", "c"]
     assert content.configuration.seeds == (0, 1, 4)
     assert set(content.runs) - set(content.skipped) == {"b/seed_1", "b/seed_4", "c/seed_1", "c/seed_4"}
     assert content.skipped == ("a/seed_0", "a/seed_1", "b/seed_0")
@@ -165,7 +169,7 @@ OTHER_LEVEL = {"stopping": {**LOOKS["stopping"], "level": 0.1}}
 )
 def test_what_was_declared_of_looks_stays(tmp_path, before, now) -> None:
     first, second = (fake_config(names, seeds, **settings) for names, seeds, settings in (before, now))
-    write_study_file(tmp_path, asked(first))
+    write_study_file(tmp_path, requested(first))
     assert goes_on(tmp_path, first).seeds_added == ()
     with pytest.raises(UserError, match="was begun with another configuration"):
         goes_on(tmp_path, second)

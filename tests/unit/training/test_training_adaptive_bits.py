@@ -7,7 +7,7 @@ import torch
 
 from peft_vit import QaLoraConfig, QALoRATrainer, allocate_bits
 from peft_vit.adapters import adapted_modules, current_ranks, site_adapters
-from peft_vit.allocation.calibration import fit_head, layer_losses, rank_gains
+from peft_vit.allocation.loss_prediction import fit_head, layer_losses, rank_gains
 from peft_vit.backbones import find_sites
 from peft_vit.errors import SilentNoEffectWarning
 

@@ -129,12 +129,12 @@ def _has_pool(model: Any) -> bool:
 def _fit_vit(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """Let timm rename other projects' tensors and resample positions, as it does for each architecture."""
     architecture = str(model.pretrained_cfg.get("architecture", ""))
-    how: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if "flexi" in architecture or "radio" in architecture:
-        how = {"interpolation": "bilinear", "antialias": False}
+        options = {"interpolation": "bilinear", "antialias": False}
     if "radio" in architecture:
-        how["align_corners"] = any(name in architecture for name in _ALIGNED_RADIO)
-    return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True, **how)
+        options["align_corners"] = any(name in architecture for name in _ALIGNED_RADIO)
+    return checkpoint_filter_fn(tensors, cast(VisionTransformer, model), adapt_layer_scale=True, **options)
 
 
 def _build_eva(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.Module:

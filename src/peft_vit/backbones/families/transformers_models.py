@@ -377,8 +377,8 @@ def _from_hub(repository: str, *, weights: bool) -> Path:
         return Path(get(etag_timeout=HUB_TIMEOUT_S))
 
 
-def _bad(problem: str, file: Path | None = None) -> UserError:
-    return UserError(problem, file=file, field=_FIELD)
+def _bad(reason: str, file: Path | None = None) -> UserError:
+    return UserError(reason, file=file, field=_FIELD)
 
 
 TRANSFORMERS_VISION = Family(

@@ -145,16 +145,13 @@ def lost(
     return RunEnded(run, record, None)
 
 
-def open_executor(
-    name: ExecutorName, plan: Plan, results_dir: Path, *, oversubscribe: bool = False, ray_address: str | None = None
-) -> Executor:
+def open_executor(name: ExecutorName, plan: Plan, results_dir: Path, ray_address: str | None = None) -> Executor:
     """Make what carries out a plan's pending runs; their images are decoded here, so that workers find them.
 
     Args:
         name: which one.
         plan: says how many workers, and what a run needs.
         results_dir: checkpoints lie below it.
-        oversubscribe: `local` may use more threads than there are cores.
         ray_address: see `RayExecutor`.
 
     Raises:
@@ -164,7 +161,7 @@ def open_executor(
     if kind.extra is not None:
         require_extra(kind.extra, field=f"--executor {name}")
     module: Any = import_module(f"{__name__}.{kind.module}")
-    executor: Executor = module.open_executor(plan, results_dir, oversubscribe=oversubscribe, ray_address=ray_address)
+    executor: Executor = module.open_executor(plan, results_dir, ray_address)
     try:
         decode_images(plan.pending)
     except BaseException:

@@ -28,7 +28,7 @@ from peft_vit.errors import UserError
 from peft_vit.evaluation import peak_memory_of
 from peft_vit.records import RunSpec, checkpoint_folders, run_folder
 from peft_vit.runs.execute import Finished, run_one
-from peft_vit.runs.machine import cpu_count, loaded_git_state
+from peft_vit.runs.machine import loaded_git_state
 from peft_vit.studies.executors import Event, Executor, RunEnded, RunInterrupted, RunProgress, RunStarted, lost
 from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Checkpoints, Interrupted, Progress
@@ -62,28 +62,11 @@ class LocalExecutor:
 
     Args:
         workers: processes, started as there are runs for them.
-        threads: of a run.
         results_dir: a run's folder with its checkpoints lies below it.
         checkpoint_every_s: see `Checkpoints`.
-        oversubscribe: allow more threads than this process may use cores.
-
-    Raises:
-        UserError: if workers x threads exceed the cores.
     """
 
-    def __init__(
-        self,
-        workers: int,
-        threads: int,
-        results_dir: Path,
-        *,
-        checkpoint_every_s: float = 30.0,
-        oversubscribe: bool = False,
-    ) -> None:
-        if workers * threads > cpu_count() and not oversubscribe:
-            reason = f"workers x threads, {workers} x {threads}, exceed the {cpu_count()} cores of this process"
-            remedy = "lower workers, or pass --oversubscribe"
-            raise UserError(f"{reason}; {remedy}", field="execution.workers")
+    def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float) -> None:
         self._count = workers
         self._results_dir = results_dir
         self._checkpoint_every_s = checkpoint_every_s
@@ -188,22 +171,16 @@ class LocalExecutor:
         self._workers.remove(worker)
 
 
-def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_address: str | None) -> Executor:
+def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
     """Return an executor for a plan's runs.
 
     Raises:
-        UserError: as `LocalExecutor`, and if an address is given.
+        UserError: if an address is given.
     """
     if ray_address is not None:
         raise UserError("has no effect with --executor local; add --executor ray", field="--ray-address")
     execution = plan.study.execution
-    return LocalExecutor(
-        execution.workers,
-        plan.study.threads,
-        results_dir,
-        checkpoint_every_s=execution.checkpoint_every_s,
-        oversubscribe=oversubscribe,
-    )
+    return LocalExecutor(execution.workers, results_dir, execution.checkpoint_every_s)
 
 
 def _how_it_ended(exitcode: int | None) -> str:

@@ -112,7 +112,7 @@ class RayExecutor:
         UserError: if no cluster answers, or none of its nodes has what a run asks for.
     """
 
-    def __init__(self, address: str | None, need: Need, results_dir: Path, *, checkpoint_every_s: float = 30.0) -> None:
+    def __init__(self, address: str | None, need: Need, results_dir: Path, checkpoint_every_s: float) -> None:
         self._connected = not ray.is_initialized()  # whoever uses Ray already keeps his connection
         if self._connected:
             _connect(address)
@@ -244,21 +244,18 @@ class RayExecutor:
             self._lose(attempt, f"{refusal}; the same command goes on when the cluster has one", "killed")
 
 
-def open_executor(plan: Plan, results_dir: Path, *, oversubscribe: bool, ray_address: str | None) -> Executor:
+def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:
     """Return an executor for a plan's runs.
 
     Raises:
-        UserError: as `RayExecutor`, and for what has no effect on Ray.
+        UserError: as `RayExecutor`, and if runs want a GPU and ask for none.
     """
     study, execution = plan.study, plan.study.execution
-    if oversubscribe:
-        reason = "has no effect with --executor ray, where a node counts its cores itself; leave it out"
-        raise UserError(reason, field="--oversubscribe")
     if study.device == "cuda" and execution.gpus == 0:
         reason = "a run on Ray sees the GPUs that it asks for, and this study asks for none; set it, to 1 for example"
         raise UserError(reason, field="execution.gpus")
     need = Need(study.threads, execution.gpus, execution.memory_gb)
-    return RayExecutor(ray_address, need, results_dir, checkpoint_every_s=execution.checkpoint_every_s)
+    return RayExecutor(ray_address, need, results_dir, execution.checkpoint_every_s)
 
 
 def _nodes() -> list[dict[str, float]]:
@@ -268,15 +265,15 @@ def _nodes() -> list[dict[str, float]]:
 def _connect(address: str | None) -> None:
     named = address or os.environ.get("RAY_ADDRESS")
     cluster = _find_cluster(named)
-    how: dict[str, Any] = {"address": cluster, "log_to_driver": False, "logging_level": "ERROR"}
+    options: dict[str, Any] = {"address": cluster, "log_to_driver": False, "logging_level": "ERROR"}
     if cluster is None:
-        how |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
+        options |= {"address": "local", "num_cpus": cpu_count(), "include_dashboard": False}
     listen, handler = worker.listen_error_messages, signal.getsignal(signal.SIGTERM)
     try:
         # A thread of Ray's would print pages about whatever befalls a node: what a run suffers is told anyway.
         worker.listen_error_messages = lambda *_: None
         with environment({} if cluster else _OWN_CLUSTER):
-            ray.init(**how)
+            ray.init(**options)
     except Exception as error:  # of many types; each means that there is no connection
         where = cluster or "of this machine alone"
         raise _no_cluster(where, f"{type(error).__name__}: {error}") from None

@@ -120,7 +120,8 @@ def squared_singular_values(matrix: Tensor) -> Tensor:
     singular values.
     """
     matrix = matrix.double().cpu()
-    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix  # of the smaller side
+    # (smaller side, smaller side)
+    squares = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     return torch.linalg.eigvalsh(squares).flip(0).clamp(min=0)
 
 
@@ -204,7 +205,7 @@ def layer_losses(
             return F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
         backbone = Backbone(model)
-        squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}
+        squares = {name: torch.zeros_like(_weight(model, name)) for name in formats}  # (out, in) each
         for name, outputs, inputs in layer_gradients(
             model, list(formats), images, lambda chunk: head(backbone.features(chunk)), loss
         ):
@@ -239,11 +240,11 @@ def _divergences(
                 try:
                     for quantized in low[name]:
                         weight.data = quantized.dequantize()
-                        logits[name].append(head(rest()))
+                        logits[name].append(head(rest()))  # (B, width) -> (B, classes)
                 finally:
                     weight.data = floating
 
-        features = visit_blocks(backbone, partial(backbone.features, chunk), visit)
+        features = visit_blocks(backbone, partial(backbone.features, chunk), visit)  # (B, width)
         target = head(features).double().log_softmax(1)  # (B, classes)
         for name, by_format in logits.items():
             for candidate, quantized_logits in enumerate(by_format):
@@ -289,11 +290,10 @@ def rank_gains(
     gradients = weight_gradients(model, modules, images, lambda chunk: head(backbone.features(chunk)), loss)
     bounds = {}
     for site in sites:
-        rows = slice(*site.rows)
-        pooled = gradients[site.module][rows].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
+        pooled = gradients[site.module][site.span].unflatten(1, (-1, pool)).sum(-1)  # (out, in / pool)
         # Frobenius norms of the gradient's best approximations of rank 0, 1, ... up to its smaller side.
         norms = np.sqrt(np.concatenate([[0.0], squared_singular_values(pooled).cumsum(0).numpy()]))  # (ranks + 1,)
-        bounds[site.name] = _weight(model, site.module)[rows].norm().item() * norms
+        bounds[site.name] = _weight(model, site.module)[site.span].norm().item() * norms
     total = sum(bound[-1] for bound in bounds.values())
     return {name: bound * (sum(losses) / total if total else 0.0) for name, bound in bounds.items()}
 

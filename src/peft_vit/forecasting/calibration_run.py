@@ -102,8 +102,8 @@ def calibration_run(
     training = experiment.training
     if not experiment.is_probe:
         training = training.model_copy(update={**_NEUTRAL, "epochs": epochs})
-    experiment = experiment.model_copy(update={"name": "miniature", "training": training})
-    return spec.model_copy(update={"study": "miniature", "seed": 0, "experiment": experiment, "data": data})
+    experiment = experiment.model_copy(update={"name": "calibration-run", "training": training})
+    return spec.model_copy(update={"study": "calibration-run", "seed": 0, "experiment": experiment, "data": data})
 
 
 def _has_each_class(index: ImageIndex, data: DataConfig, seed: int) -> bool:

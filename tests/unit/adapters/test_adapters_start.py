@@ -1,4 +1,4 @@
-"""How far the first step of each form goes, and what start and gain of the svd form do to it."""
+"""Adapters sit on a model's sites once and start from the seed alone; how far the first step of each form goes."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from peft_vit.adapters import (
     SiteAdapter,
     adapter_bytes,
     attach_adapters,
+    current_ranks,
+    freeze_backbone,
     load_trained,
     merged_state_dict,
     site_adapters,
@@ -70,8 +72,8 @@ def test_the_form_published_for_svd_knows_no_reference_rank() -> None:
     plain = site.fresh_triplets(16)
     site.generator.manual_seed(0)
     site.reference_rank = 8.0
-    for one, other in zip(plain, site.fresh_triplets(16), strict=True):
-        assert torch.equal(one, other)
+    for without, with_reference in zip(plain, site.fresh_triplets(16), strict=True):
+        assert torch.equal(without, with_reference)
 
 
 def test_an_orthonormal_start_has_no_penalty_and_moves_further() -> None:
@@ -123,3 +125,41 @@ def test_the_gain_is_part_of_the_update_and_of_the_file(tiny_vit, batch, fill_ad
     assert torch.equal(again(batch[0]), tuned(batch[0]))
     with pytest.raises(UserError, match="lambda_gain"):  # another gain would be another model
         load_trained(model(1.0), file)
+
+
+def attach(model: nn.Module, rank: int = 2, seed: int = 0, targets=("query", "fc2")) -> nn.Module:
+    attach_adapters(model, find_sites(model, targets), rank, scale=2.0, seed=seed)
+    return model
+
+
+def test_only_head_and_adapters_are_trainable_and_listed_in_order(tiny_vit) -> None:
+    model = attach(tiny_vit())
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    factors = ("lora_A", "lora_B")
+    sites = ("attn.qkv.sites.query", "mlp.fc2.sites.fc2")
+    expected = {f"blocks.{i}.{site}.{factor}" for i in range(2) for site in sites for factor in factors}
+    assert trainable == expected | {"head.weight", "head.bias"}
+    names = ["blocks.0.attn.query", "blocks.0.mlp.fc2", "blocks.1.attn.query", "blocks.1.mlp.fc2"]
+    assert current_ranks(model) == dict.fromkeys(names, 2)
+    assert list(current_ranks(model)) == names
+
+
+def test_attaching_twice_and_a_missing_head_are_refused(tiny_vit) -> None:
+    with pytest.raises(UserError, match="attach once"):
+        attach(attach(tiny_vit()))
+    with pytest.raises(UserError, match="no linear classification head"):
+        freeze_backbone(tiny_vit(num_classes=0))
+
+
+def test_the_start_follows_from_seed_and_site_alone(tiny_vit) -> None:
+    few, all_sites = (
+        attach(tiny_vit()),
+        attach(tiny_vit(seed=5), targets=("query", "key", "value", "out", "fc1", "fc2")),
+    )
+    other = attach(tiny_vit(), seed=1)
+    for name, adapter in site_adapters(few).items():
+        assert torch.equal(adapter.lora_A, site_adapters(all_sites)[name].lora_A)
+        assert not torch.equal(adapter.lora_A, site_adapters(other)[name].lora_A)
+        assert adapter.lora_A.abs().max() <= adapter.in_features**-0.5
+    first, second = (site_adapters(few)[f"blocks.{i}.attn.query"].lora_A for i in (0, 1))
+    assert not torch.equal(first, second)
