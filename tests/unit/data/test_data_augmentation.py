@@ -147,7 +147,7 @@ def test_torchvision_does_the_same_to_one_image(name) -> None:
 
 def test_colour_of_grey_images_is_refused_with_what_to_write() -> None:
     with pytest.raises(UserError, match=r"augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey"):
-        next(iter(shown(images_of(channels=1), made("flip", "color_jitter"))))
+        check_augmentation(made("flip", "color_jitter"), channels=1)
     check_augmentation(made("color_jitter", color_jitter={"saturation": 0}), channels=1)
     check_augmentation(made("color_jitter"), channels=3)
 

@@ -131,7 +131,7 @@ def test_too_few_different_images_for_a_split(tmp_path):
         load_data(few, 0)
     with pytest.raises(UserError, match=r"^data\.test_images: asks for 5, but 4 different images"):
         load_data(few.model_copy(update={"test_images": 5}), 0)
-    with pytest.raises(UserError, match=r"^data\.train_images: asks for 2, but 0 remain without copies"):
+    with pytest.raises(UserError, match=r"^data\.train_images: asks for 2, but 0 of 30 remain"):
         load_data(few.model_copy(update={"validation_images": 2}), 0)
 
 
