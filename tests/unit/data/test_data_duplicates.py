@@ -113,7 +113,7 @@ def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_sp
     for seed in range(5):
         splits = make_splits(index, config.model_copy(update={"split_seed": seed}), seed)
         files = [{pixels[row] for row in rows} for rows in (splits.train, splits.validation, splits.test)]
-        assert all(not one & other for one, other in combinations(files, 2))
+        assert all(not first & second for first, second in combinations(files, 2))
         assert len(splits.validation) == len(files[1]) == 4  # no copies within
         assert len(splits.test) == len(files[2]) == 8
         assert len(files[0]) == 40 - 12

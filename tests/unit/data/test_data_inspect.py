@@ -47,10 +47,10 @@ def config(root, file=None, **settings):
 
 
 def groups_of(seen):
-    found = {}
+    members = {}
     for name, group in zip(seen.names, seen.groups.tolist(), strict=True):
-        found.setdefault(group, set()).add(name)
-    return sorted(sorted(names) for names in found.values() if len(names) > 1)
+        members.setdefault(group, set()).add(name)
+    return sorted(sorted(names) for names in members.values() if len(names) > 1)
 
 
 def test_what_is_there_is_counted_and_told(root):
@@ -153,7 +153,7 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
         assert [sum(name.startswith(label) for name in holdout) for label in ("cat", "dog")] == [2, 2]
         copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
         together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved anew.jpg"}]
-        assert copies == {other for pair in together for one in pair & set(holdout) for other in pair - {one}}
+        assert copies == {other for pair in together for drawn in pair & set(holdout) for other in pair - {drawn}}
         held_out_somewhere |= set(holdout)
         file = write(tmp_path, seen, seed=seed)
         index = open_index(config(root, file))
