@@ -132,12 +132,6 @@ def against(led: Ledger, slug: str) -> list[Row]:
     return led.family([name for name in led.runs if name != reference], reference, on_test)
 
 
-def calibration_against(led: Ledger, slug: str) -> list[Row]:
-    reference = slug.removeprefix("calibration_against_")
-    others = [name for name in led.runs if name != reference]
-    return [row for m in ("nll", "ece") for row in led.family(others, reference, of(f"test.{m}"), measure=m)]
-
-
 def all_pairs(led: Ledger, _: str) -> list[Row]:
     pairs = combinations(sorted(led.runs), 2)
     family = compared(
@@ -286,7 +280,6 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
     "all_pairs": all_pairs,
     "allocation_against_fixed": allocation_against_fixed,
     "calibration": calibration,
-    "calibration_against_.*": calibration_against,
     "cost": cost,
     "not_done": not_done,
     "quality": of_metrics("balanced_accuracy", "auroc"),
@@ -298,8 +291,7 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
 
 # Where the numbers of a table, or of "table: column", are tested instead.
 _ELSEWHERE = {
-    "planted truth in tests/unit/analysis": "allocation_against_controls bits_by_layer importance_by_block "
-    "importance_by_matrix importance_course importance_over_time quantization_balance size size_parts",
+    "planted truth in tests/unit/analysis": "allocation_against_controls importance_by_matrix size",
     "planted truth in tests/unit/analysis, columns in test_report_numbers.py": "allocation",
     "by hand in tests/unit/analysis": "findings verdicts allocation_course importance_across_studies",
     "by hand and by linregress in tests/unit/analysis/test_convergence.py, columns as above": "convergence",

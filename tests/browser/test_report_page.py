@@ -7,12 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import planted
 import pytest
 from chromium import axe_violations, context_of, needs_chromium, running_chromium
-from matplotlib.colors import to_hex
 
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
@@ -152,30 +150,6 @@ def test_pointing_at_a_cell_names_the_rank_of_its_site(page, records: list[RunRe
     runs = [r for r in records if r.spec.experiment.name == "adalora_top_k_fisher"]
     last = np.mean([r.rank_history[-1].ranks["blocks.1.attn.value"] for r in runs])
     assert tip == ["adalora_top_k_fisher", "block 1, value", f"rank {last:.2f}"]
-
-
-def test_the_slider_walks_through_every_recorded_update(page, records: list[RunRecord]) -> None:
-    runs = [r for r in records if r.spec.experiment.name == "adalora_top_k_fisher"]
-    figure = page.locator("#quickstart-rank_maps")
-    slider = figure.locator("input[type=range]")
-    steps = [entry.step for entry in runs[0].rank_history]
-    assert slider.get_attribute("max") == str(len(steps) - 1)
-    shown = [r.rank_history[i].ranks for r in runs for i in range(len(steps))]
-    highest = max(
-        np.mean([r.rank_history[i].ranks[site] for r in runs]) for i in range(len(steps)) for site in shown[0]
-    )
-    for i, step in enumerate(steps):
-        slider.fill(str(i))
-        assert figure.locator("output").inner_text() == f"step {step}"
-        total = round(float(np.mean([sum(r.rank_history[i].ranks.values()) for r in runs])))
-        title = figure.locator('[data-gid="series0-1-title"]').text_content() or ""
-        assert title.strip() == f"from step {step}: {total} ranks"
-        mean = np.mean([r.rank_history[i].ranks["blocks.1.attn.value"] for r in runs])
-        fill = figure.locator('[data-gid="series0-1"] path >> nth=8').evaluate("e => getComputedStyle(e).fill")
-        red, green, blue = (int(v) for v in fill.removeprefix("rgb(").removesuffix(")").split(","))
-        assert f"#{red:02x}{green:02x}{blue:02x}" == to_hex(matplotlib.colormaps["viridis"](mean / highest))
-        (tip,) = tips_over(page, '#quickstart-rank_maps [data-gid="series0-1"] path >> nth=8')
-        assert tip[1:] == ["block 1, value", f"rank {mean:.2f}"]
 
 
 def test_a_button_switches_its_series_and_only_that(page) -> None:

@@ -120,20 +120,6 @@ def test_what_is_recommended_and_compared_is_told(ten, other, tmp_path, told, mo
     ]
 
 
-def test_below_every_adapter_fewer_ranks_than_matrices_are_named(ten: Path, tmp_path: Path, told) -> None:
-    made = [record.model_copy(update={"sites": planted.sites()}) for record in records("few", 3)]
-    results = planted.write(tmp_path / "results", made)
-    text = told("recommend", results, "--max-params", "6k")
-    assert "`lora: {ranks: {rule: stable_rank, budget: 5230, unit: parameters}}`" in text  # the head has 770
-    assert "`peft-vit train IMAGES --method lora --budget 20.9kB`" in text
-    # One rank of the widest matrix has 1,920 values, and rank 1 everywhere 82,944.
-    for values, is_named in ((1920, True), (1919, False), (82_943, True), (82_944, False)):
-        said = told("recommend", results, "--max-params", str(770 + values))
-        assert ("fewer ranks than matrices" in said) == is_named
-    for arguments in ((results,), (results, "--max-params", "6k", "--max-bytes", "20MB"), (ten, "--max-params", "6k")):
-        assert "fewer ranks than matrices" not in told("recommend", *arguments)  # the records of ten name no sites
-
-
 REFUSED: dict[str, str] = {  # what is asked -> what is named
     "recommend ten --max-bytes 5e6": "--max-bytes: ",
     "recommend ten --max-params -3": "--max-params: ",

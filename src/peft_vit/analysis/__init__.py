@@ -21,15 +21,13 @@ from peft_vit.analysis.layers import (
     Allocation,
     ImportancePattern,
     against_controls,
-    fisher_checks,
     importance_patterns,
     study_agreements,
 )
 from peft_vit.analysis.quantization import QuantizationImpact
-from peft_vit.analysis.reliability import Calibration, Measure, calibration, calibration_differences
+from peft_vit.analysis.reliability import Calibration, calibration
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
-from peft_vit.records import FisherCheck
 from peft_vit.statistics.sequential import SequentialResult
 
 
@@ -44,9 +42,7 @@ class Analysis:
     pairs: AllPairs
     fronts: tuple[Front, ...]
     calibration: tuple[Calibration, ...]
-    calibration_differences: dict[str, dict[Measure, tuple[Estimate, ...]]]  # by reference and measure
     importance: tuple[ImportancePattern, ...]
-    fisher: dict[str, list[FisherCheck]]
     allocation: tuple[Allocation, ...]
     against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
@@ -66,9 +62,7 @@ def analyze(study: Study) -> Analysis:
         pairs=all_pairs(study),
         fronts=fronts(study, methods),
         calibration=calibration(study),
-        calibration_differences=calibration_differences(study),
         importance=patterns,
-        fisher=fisher_checks(study),
         allocation=tuple(evidence.allocation.values()),
         against_controls=against_controls(study),
         quantization=tuple(evidence.quantization.values()),

@@ -27,7 +27,6 @@ from numpy.typing import ArrayLike
 from peft_vit.analysis.comparison import (
     SAME_SIZE,
     Estimate,
-    Value,
     accuracy_on_test,
     compare,
     compare_values,
@@ -38,7 +37,7 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig, QaLoraConfig
-from peft_vit.records import FisherCheck, Role, SiteInfo
+from peft_vit.records import Role, SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
 
@@ -100,12 +99,6 @@ class ImportancePattern:
     # log2 of the mean attention score over the mean MLP score, one value a seed; empty if a group is absent or scores
     # nothing
     attention_over_mlp: tuple[float, ...]
-    steps: tuple[int, ...]  # steps at which scores were recorded in every seed
-    # (steps,) Spearman's rho between the scores then and the last ones, mean over seeds
-    agreement_with_final: tuple[float | None, ...]
-    # (steps, matrices) mean relative score of a matrix type at each of these steps, over seeds; NaN where no seed
-    # scored it
-    matrix_course: np.ndarray
     agreement_between_seeds: float | None  # mean Spearman's rho over pairs of seeds, or None
 
 
@@ -120,8 +113,6 @@ def importance_patterns(study: Study) -> tuple[ImportancePattern, ...]:
 
 
 def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern:
-    by_run = [{entry.step: entry.scores for entry in run.record.importance_history} for run in runs]
-    steps = tuple(sorted(set.intersection(*(set(entries) for entries in by_run))))
     finals = [run.last_scores() for run in runs]
     grid = Grid.of([site for site in runs[0].record.sites if any(site.name in scores for scores in finals)])
     raw = np.stack([grid.fill(scores) for scores in finals])  # (S, B, M)
@@ -147,12 +138,6 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         by_block=np.stack([row_means(scores) for scores in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=over_mlp,
-        steps=steps,
-        agreement_with_final=tuple(
-            known_mean(_rho(entries[step], final) for entries, final in zip(by_run, finals, strict=True))
-            for step in steps
-        ),
-        matrix_course=_matrix_course(grid, by_run, steps),
         agreement_between_seeds=known_mean(between),
     )
 
@@ -162,21 +147,6 @@ def row_means(relative: np.ndarray) -> np.ndarray:
     known = np.isfinite(relative)
     total = np.where(known, relative, 0.0).sum(axis=1)
     return np.divide(total, known.sum(axis=1), out=np.full(len(relative), np.nan), where=known.any(axis=1))
-
-
-def _matrix_course(grid: Grid, by_run: list[dict[int, dict[str, float]]], steps: tuple[int, ...]) -> np.ndarray:
-    """Return (steps, matrices): mean relative score of a matrix type at each step, over the seeds that scored it."""
-    course = np.full((len(steps), len(grid.matrices)), np.nan)
-    for row, step in enumerate(steps):
-        relative = []
-        for entries in by_run:
-            raw = grid.fill(entries[step])  # (B, M)
-            total = np.nansum(raw)
-            if total > 0:  # nothing is relative to a mean of zero
-                relative.append(row_means((raw / (total / np.isfinite(raw).sum())).T))
-        if relative:
-            course[row] = row_means(np.stack(relative).T)
-    return course
 
 
 def _rho(left: dict[str, float], right: dict[str, float]) -> float | None:
@@ -277,13 +247,6 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
 
 def _images(study: Study) -> str:
     return ", ".join(sorted({run.record.spec.data.title for run in study.runs}))
-
-
-def fisher_checks(study: Study) -> dict[str, list[FisherCheck]]:
-    """Return what runs recorded of how far the score `fisher` is from the empirical Fisher, by experiment."""
-    by_name = {e.name: [run.record.fisher_check for run in study.of(e.name)] for e in study.experiments}
-    known = {name: [check for check in checks if check is not None] for name, checks in by_name.items()}
-    return {name: checks for name, checks in known.items() if checks}
 
 
 # --- where ranks went, and how they moved -----------------------------------------------------------------------------
@@ -467,7 +430,6 @@ def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
 
 Control = Literal["uniform", "random"]
 CONTROLS: tuple[Control, ...] = get_args(Control)
-PARAMETERS = 1_000  # unit of accuracy per parameter
 
 _OF_THE_SCORES = {
     "importance_metric",
@@ -489,18 +451,9 @@ class AgainstControl:
     control_experiment: str | None  # the experiment that was found; None if the study has none
     same_strategy: bool  # whether both share the strategy
     accuracy: Estimate  # difference in test accuracy, paired by seed
-    per_parameter: Estimate  # difference in `accuracy_per_parameter`, paired by seed
     # mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in ranks need not be
     # equal in parameters, since matrices differ in size
     parameters_ratio: float | None
-
-
-def accuracy_per_parameter(run: Run) -> float:
-    """Return test accuracy (share) per 1,000 trainable parameters in the end, head included.
-
-    A quotient rewards small models whatever they lose, so it says something at about equal parameters only.
-    """
-    return PARAMETERS * run.test.accuracy / run.parameters.final
 
 
 def against_controls(study: Study) -> tuple[AgainstControl, ...]:
@@ -514,12 +467,9 @@ def against_controls(study: Study) -> tuple[AgainstControl, ...]:
             controls = [c for c in adaptive if c.need(AdaLoraConfig).importance_metric == kind and _cost(c) == _cost(e)]
             controls.sort(key=lambda control: _strategy(control) != _strategy(e))
             pairs.append((e, next(iter(controls), None)))
-        by_accuracy, by_parameter = (
-            decide([_compare(study, e, control, kind, value) for e, control in pairs], study.untested)
-            for value in (accuracy_on_test, accuracy_per_parameter)
-        )
-        for (e, control), accuracy, per_parameter in zip(pairs, by_accuracy, by_parameter, strict=True):
-            row = AgainstControl(e.name, kind, None, False, accuracy, per_parameter, None)
+        family = decide([_compare(study, e, control, kind) for e, control in pairs], study.untested)
+        for (e, control), accuracy in zip(pairs, family, strict=True):
+            row = AgainstControl(e.name, kind, None, False, accuracy, None)
             if control is not None:
                 own, other = (fmean(r.parameters.final for r in study.of(each.name)) for each in (e, control))
                 same = _strategy(control) == _strategy(e)
@@ -539,10 +489,8 @@ def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
     return section.allocation_strategy, section.top_k, section.threshold_tau
 
 
-def _compare(
-    study: Study, experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control, value: Value
-) -> Estimate:
+def _compare(study: Study, experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control) -> Estimate:
     if control is None:
         note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
         return Estimate(name=experiment.name, reference=f"{kind} importance", note=note)
-    return compare(study.of(experiment.name), study.of(control.name), experiment.name, control.name, value)
+    return compare(study.of(experiment.name), study.of(control.name), experiment.name, control.name, accuracy_on_test)

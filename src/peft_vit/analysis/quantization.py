@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -30,20 +29,12 @@ _COMPARED: dict[str, Callable[[Run], float | None]] = {
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Where the bytes of a low-bit model are, mean over seeds."""
+    """What a low-bit model takes once adapters are merged, mean over seeds."""
 
-    # codes, scales and offsets of the quantized layers, those that merging adds among them, and by part what is left in
-    # float: all that the model takes once adapters are merged
-    parts: dict[str, float]
+    total: float  # codes, scales and offsets, those that merging adds among them, and all that is left in float
     weights: float  # values of the float model, head included
     live: float  # distinct storages
     file: float  # the same as a safetensors file
-
-    @property
-    def total(self) -> float:
-        """Return the sum of the parts."""
-        codes, scales, offsets, *in_float = self.parts.values()
-        return codes + scales + offsets + sum(in_float)
 
     @property
     def bits_per_weight(self) -> float:
@@ -82,11 +73,6 @@ class QuantizationImpact:
         return dict(sorted(_means([summary.relative_error for summary in _summaries(self.runs)]).items()))
 
     @property
-    def bits_by_layer(self) -> dict[str, float]:
-        """Return module -> stored bits a weight in the end, mean over seeds."""
-        return _means([run.record.bits_history[-1].bits_per_weight for run in self.runs if run.record.bits_history])
-
-    @property
     def claimed(self) -> float | None:
         """Return float32 over the bits of a code, as if that were all; None if neither settings nor records tell."""
         if self.settings.quantization_bits is not None:
@@ -95,17 +81,6 @@ class QuantizationImpact:
         if not layers:
             return None
         return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
-
-    def balance(self) -> dict[str, list[dict[str, Any]]]:
-        """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
-        measured: dict[str, dict[int, list[float]]] = {}
-        for row in (row for summary in _summaries(self.runs) for row in summary.balance):
-            for name in row.keys() - {"step"}:
-                measured.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
-        return {
-            name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
-            for name, steps in sorted(measured.items(), key=lambda of: (min(of[1]), of[0]))
-        }
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:
@@ -177,21 +152,18 @@ def layers_bits(runs: Sequence[Run]) -> float:
 
 
 def model_bytes(runs: Sequence[Run]) -> ModelBytes | None:
-    """Return where the bytes of quantized runs of one experiment are; None in older records."""
+    """Return what models of quantized runs of one experiment take; None in older records."""
     sizes = [summary.size for summary in _summaries(runs) if summary.size is not None]
     if not sizes:
         return None
-    parts = [
-        {
-            "codes": sum(layer.codes_bytes for layer in size.layers.values()),
-            "scales": sum(layer.scales_bytes for layer in size.layers.values()),
-            "offsets": size.merging_bytes + sum(layer.offsets_bytes for layer in size.layers.values()),
-            **size.float_bytes,
-        }
+    totals = [
+        size.merging_bytes
+        + sum(layer.codes_bytes + layer.scales_bytes + layer.offsets_bytes for layer in size.layers.values())
+        + sum(size.float_bytes.values())
         for size in sizes
     ]
     return ModelBytes(
-        parts={name: fmean(of.get(name, 0) for of in parts) for name in dict.fromkeys(n for of in parts for n in of)},
+        total=fmean(totals),
         weights=fmean(size.weights for size in sizes),
         live=fmean(size.live_bytes for size in sizes),
         file=fmean(size.file_bytes for size in sizes),

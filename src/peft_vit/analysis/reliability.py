@@ -15,7 +15,6 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike, NDArray
 
-from peft_vit.analysis.comparison import Estimate, compare, decide, references
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import ExperimentConfig
 
@@ -129,22 +128,6 @@ def calibration(study: Study) -> tuple[Calibration, ...]:
             )
         )
     return tuple(rows)
-
-
-def calibration_differences(study: Study) -> dict[str, dict[Measure, tuple[Estimate, ...]]]:
-    """Return by reference and measure the paired differences of all other experiments: negative is better calibrated.
-
-    They are one family of tests for each measure and reference; a measure that no pair has makes none.
-    """
-    names = [e.name for e in study.experiments if study.of(e.name)]
-    families: dict[str, dict[Measure, tuple[Estimate, ...]]] = {}
-    for reference in references(study):
-        for measure, value in MEASURES.items():
-            pairs = [(name, reference) for name in names if name != reference]
-            family = [compare(study.of(a), study.of(b), a, b, value) for a, b in pairs]
-            if any(estimate.interval is not None for estimate in family):
-                families.setdefault(reference, {})[measure] = decide(family, study.untested)
-    return families
 
 
 def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | None:

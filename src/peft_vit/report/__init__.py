@@ -7,7 +7,7 @@ from peft_vit.extras import require_extra
 
 if TYPE_CHECKING:
     from peft_vit.report.build import ReportFiles, build_report
-    from peft_vit.report.examples import Thumbnails
+    from peft_vit.report.example_images import Thumbnails
 
 __all__ = ["ReportFiles", "Thumbnails", "build_report"]
 

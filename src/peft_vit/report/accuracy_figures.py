@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import ScaledTranslation
 
-from peft_vit.analysis import Analysis, Estimate, Front, MethodResult, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
 from peft_vit.analysis.comparison import CostName, Verdict
 from peft_vit.analysis.studies import grouped
 from peft_vit.config import LoraConfig
@@ -28,7 +28,6 @@ from peft_vit.report.figure import (
     METHOD_COLORS,
     MUTED,
     PAPER,
-    SEED_DOTS,
     Canvas,
     draw,
     leading,
@@ -90,12 +89,9 @@ def _rows(
             for end, limit, arrow in zip(ends, limits, (CARETLEFT, CARETRIGHT), strict=True):
                 if end == limit:
                     canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
-        if len(seeds) > SEED_DOTS:
-            canvas.plot(name, axes, [min(seeds), max(seeds)], [at, at], color=color, lw=5, alpha=0.2, zorder=1.5)
-        else:
-            texts = [f"seed {seed}: {write(100 * value)}{unit}" for seed, value in estimate.by_seed.items()]
-            look = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
-            canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **look)
+        texts = [f"seed {seed}: {write(100 * value)}{unit}" for seed, value in estimate.by_seed.items()]
+        look = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
+        canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **look)
         text = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(interval)}"
         if paired:
             text = f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)} points\n"
@@ -152,13 +148,11 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         _rows(canvas, axes, shown, colors, limits, legend, paired=False)
         axes.set_xlabel("test accuracy (%)")
 
-    crowded = any(len(m.by_seed) > SEED_DOTS for m in drawn)
-    seeds = "Pale line: from the lowest to the highest seed." if crowded else "Open circles: single seeds."
     on = "on the same test images, not other images"
     if study.images_tested_by_seed:
         on = "with other test images out of the same data set, not other data sets"
     caption = (
-        f"{seeds} Diamond and number at the right: their mean. Line: 95 % t "
+        "Open circles: single seeds. Diamond and number at the right: their mean. Line: 95 % t "
         "interval over seeds, with an arrow where it leaves the picture (the table has its ends). "
         f"The interval describes other seeds {on}.{note}"
     )
@@ -245,7 +239,6 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
 
 LEGEND_ENTRIES = 24
 _MARKER_STEP_PT = 7.0
-_PANEL_IN = 2.5
 _READ = (
     "Dots: single seeds, joined by a thin line. Large marker: mean. Of markers at the same place the "
     "leftmost stands where it belongs, the others beside it."
@@ -296,7 +289,9 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
             line = sorted((m.final_parameters, 100 * m.test_accuracy.estimate) for m, lora in ranked if lora.rank)
             if len(line) > 1:
                 axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
-            _count_axis(axes)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+            axes.minorticks_off()
         else:
             axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
         axes.set_xlabel(own.label.format(end="\n" if canvas.narrow else " "))
@@ -316,40 +311,23 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
     return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
 
 
-Looks = Mapping[str, tuple[str, str]]
-"""Experiment -> color of its method, and a marker that up to a dozen others do not have."""
-
-
-def _looks(methods: Sequence[MethodResult]) -> Looks:
-    return {
-        method.name: (METHOD_COLORS[method.experiment.method], MARKERS[index % len(MARKERS)])
-        for index, method in enumerate(methods)
-    }
-
-
-def _legend(canvas: Canvas, looks: Looks) -> None:
-    canvas.name_experiments(
-        [Line2D([], [], marker=m, ls="", color=color, ms=6, label=name) for name, (color, m) in looks.items()]
-    )
-
-
 def _scatter(
     canvas: Canvas, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], costs: Sequence[str]
 ) -> None:
     """Draw each seed and the mean of each method at its place, which is a cost."""
-    looks = _looks(methods)
+    handles: list[Line2D] = []
     for method, x, offset, cost in zip(methods, places, side_by_side(places), costs, strict=True):
         name, mean = method.name, 100 * method.test_accuracy.estimate
-        color, marker = looks[name]
+        color, marker = METHOD_COLORS[method.experiment.method], MARKERS[len(handles) % len(MARKERS)]
+        handles.append(Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name))
         canvas.series(name, color, marker)
         moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
         seeds = [100 * value for value in method.by_seed.values()]
         span = [min(seeds), max(seeds)]
         canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
-        if len(seeds) <= SEED_DOTS:
-            texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
-            look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
-            canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
+        texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
+        look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
+        canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
         texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{cost}"]
         look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
         canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
@@ -359,7 +337,7 @@ def _scatter(
     axes.autoscale_view()
     axes.set_ylabel("test accuracy (%)")
     quiet_grid(axes)
-    _legend(canvas, looks)
+    canvas.name_experiments(handles)
 
 
 def side_by_side(positions: Sequence[float]) -> list[float]:
@@ -370,91 +348,9 @@ def side_by_side(positions: Sequence[float]) -> list[float]:
     ]
 
 
-def _count_axis(axes: Axes) -> None:
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-    axes.minorticks_off()
-
-
 def short_count(value: float) -> str:
     """Return 1000 as 1k and 1000000 as 1M."""
     for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value / unit:g}{suffix}"
     return f"{value:g}"
-
-
-def pareto_panels(fronts: Sequence[Front], methods: Sequence[MethodResult]) -> tuple[Drawing, ...]:
-    """Return one figure with a panel for each cost that can be compared; none where there is no such cost.
-
-    Args:
-        fronts: of the study.
-        methods: of the study, for colors and for what is drawn where there are many.
-    """
-    shown = [front for front in fronts if front.points]
-    if not shown or len(methods) < 2:
-        return ()
-    on_front = {point.experiment for front in shown for point in front.on_front}
-    first = {name: value + (name in on_front) for name, value in validation_means(methods).items()}
-    looks = _looks(leading(methods, first, LEGEND_ENTRIES)[0])
-
-    def paint(canvas: Canvas) -> None:
-        for name, (color, marker) in looks.items():
-            canvas.series(name, color, marker)
-        columns = 1 if canvas.narrow else 2
-        panels = canvas.figure.subplots(-(-len(shown) // columns), columns, squeeze=False, sharey=True).ravel()
-        for axes in panels[len(shown) :]:
-            axes.set_visible(False)
-        for axes, front in zip(panels, shown, strict=False):
-            _front_panel(axes, canvas, front, looks)
-        for axes in panels[: len(shown) : columns]:
-            axes.set_ylabel("validation accuracy (%)")
-        _legend(canvas, looks)
-
-    some = (
-        f" Drawn are {len(looks)} of {len(methods)} experiments: those on a front first, then those with the highest "
-        "mean accuracy on validation."
-    )
-    caption = (
-        "Means over seeds. Filled: on the front of validation accuracy, which nobody beats at no more cost, and joined "
-        "by a stair. Open: beaten by another. Validation chooses the front; the table has the accuracy on test and "
-        f"what the paired test says of each step.{'' if len(looks) == len(methods) else some}"
-    )
-    data: list[dict[str, Raw]] = [
-        {
-            "cost": front.cost,
-            "experiment": point.experiment,
-            "value": point.cost,
-            "validation_accuracy": point.validation_accuracy,
-            "test_accuracy": point.test_accuracy.estimate,
-            "on_front": "yes" if point.on_front else "no",
-        }
-        for front in shown
-        for point in front.points
-    ]
-    height = _PANEL_IN * -(-len(shown) // 2) + 0.4
-    narrow = _PANEL_IN * len(shown) + 0.4 + 0.14 * len(looks)
-    return (
-        draw("pareto_fronts", "Pareto fronts: accuracy against what it costs", caption, height, paint, data, narrow),
-    )
-
-
-def _front_panel(axes: Axes, canvas: Canvas, front: Front, looks: Looks) -> None:
-    cost = COSTS[front.cost]
-    stair = [(cost.scale * p.cost, 100 * p.validation_accuracy) for p in front.on_front]
-    axes.step(*zip(*stair, strict=True), where="post", color=INK, lw=0.9, alpha=0.6, zorder=2)
-    for point in front.points:
-        if point.experiment not in looks:
-            continue
-        color, marker = looks[point.experiment]
-        stands = "on the front" if point.on_front else "not on the front"
-        accuracies = f"validation {percent(point.validation_accuracy)}, test {percent(point.test_accuracy.estimate)}"
-        texts = [f"{cost.write(point.cost)}{cost.unit}: {stands}\n{accuracies}"]
-        look = {"marker": marker, "ls": "", "ms": 6, "mfc": color if point.on_front else PAPER, "mec": color}
-        x, y = cost.scale * point.cost, 100 * point.validation_accuracy
-        canvas.plot(point.experiment, axes, [x], [y], texts, color=color, mew=1.2, **look, zorder=3)
-    if front.cost == "final_parameters":
-        _count_axis(axes)
-    axes.margins(x=0.08, y=0.1)
-    axes.set_xlabel(cost.axis)
-    quiet_grid(axes)

@@ -6,18 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.errors import os_fault
-from peft_vit.records import HTML_FILE, FisherCheck, as_csv, write_atomically
+from peft_vit.records import HTML_FILE, as_csv, write_atomically
 from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
-from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests, pareto_panels
+from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
 from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument
-from peft_vit.report.examples import Thumbnails, example_blocks
+from peft_vit.report.example_images import Thumbnails, example_blocks
 from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, leading, publication_files, validation_means
-from peft_vit.report.formatting import counted, fixed, joined, plain
+from peft_vit.report.formatting import plain
 from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
@@ -79,7 +78,6 @@ def _sections(
     if patterns:
         shown, note = leading(patterns, means, MAPS)
         importance = [importance_maps(shown, note and note + _EVERY_RUN)]
-    importance += [Paragraph(_fisher_line(name, checks)) for name, checks in analysis.fisher.items()]
     if patterns:
         importance += layer_tables.importance_tables(patterns)
         importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
@@ -104,33 +102,15 @@ def _sections(
     compared += method_tables.pair_blocks(analysis.pairs)
     compared += [accuracy_against("final_parameters", methods), accuracy_against("stored_bytes", methods)]
     compared += [loss_curves(analysis.study, means), method_tables.cost_table(methods)]
-    compared += pareto_panels(analysis.fronts, methods)
     compared += method_tables.front_blocks(analysis.fronts)
     compared.append(method_tables.quality_table(methods))
     compared += reliability_diagram(analysis.calibration, means)
-    compared += method_tables.calibration_blocks(methods, analysis.calibration, analysis.calibration_differences)
+    compared += method_tables.calibration_blocks(methods, analysis.calibration)
     compared.append(method_tables.convergence_table(methods))
     compared += example_blocks(analysis, thumbnails)
     insights = findings_tables.findings_tables(analysis.findings)
     contents = importance, allocated, quantized, compared, insights
     return {title: tuple(blocks) for title, blocks in zip(SECTION_TITLES, contents, strict=True)}
-
-
-def _fisher_line(experiment: str, checks: Sequence[FisherCheck]) -> str:
-    """Return how far the score `fisher` is from what it stands in for."""
-    rhos = [check.rho for check in checks if check.rho is not None]
-    images = joined(str(count) for count in sorted({check.images for check in checks}))
-    sites = sorted({len(check.minibatch) for check in checks})
-    value = "undefined, one of both is constant"
-    if rhos:
-        value = fixed(fmean(rhos)) + (f" (from {fixed(min(rhos))} to {fixed(max(rhos))})" if len(rhos) > 1 else "")
-    return (
-        f"{plain(experiment)}: the score fisher (minibatch empirical Fisher) against the per-sample "
-        f"empirical Fisher of the same {images} training images after training, Spearman's rho over the "
-        f"{'–'.join(str(count) for count in dict.fromkeys((sites[0], sites[-1])))} sites with rank: {value}, "
-        f"{counted(len(rhos), 'seed')}. At 1 both order the sites alike; at 0 the score does not tell the other's "
-        "order. It describes these runs; it is no test."
-    )
 
 
 @dataclass(frozen=True)

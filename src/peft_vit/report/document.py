@@ -70,7 +70,6 @@ class Drawing:
     series: tuple[Series, ...]  # what can be switched off
     points: tuple[Point, ...]  # what can be pointed at
     data: tuple[dict[str, Raw], ...]  # rows for the CSV file, in full precision and plain units
-    player: dict[str, Any] | None  # the walk of heat maps through steps, as `heatmaps.rank_maps` says
     height_in: float  # at the width of the page
     narrow_height_in: float  # in one column of a paper
     paint: Callable[[Any], Any] = field(repr=False, compare=False)  # draws it again at another width, for publication

@@ -95,7 +95,6 @@ _SMALL: dict[Any, Any] = {
 }
 
 SINGLE_SEEDS = 10  # lines; with more, a band from the lowest to the highest stands for them
-SEED_DOTS = 150  # more dots in one row cover one another
 
 
 class Canvas:
@@ -105,22 +104,20 @@ class Canvas:
         figure: empty, laid out after painting.
         narrow: whether it is one column of a paper wide, so that legends go below the data.
         declared: the series by name, in order.
-        player: set by a painter whose heat maps can walk through steps.
     """
 
     def __init__(self, width_in: float, height_in: float) -> None:
         self.figure = Figure(figsize=(width_in, height_in), layout="constrained")
         self.narrow = width_in < 5.0
         self.declared: dict[str, Series] = {}
-        self.player: dict[str, Any] | None = None
         self._added: list[tuple[int, Artist, Sequence[str]]] = []  # series, artist, texts
 
     def series(self, name: str, color: str, marker: str = "s") -> None:
         """Declare what can be switched off; a name that stands already keeps its first look."""
         self.declared.setdefault(name, Series(name, color, _GLYPHS[marker]))
 
-    def add(self, name: str, artist: Artist, texts: Sequence[str] = ()) -> int:
-        """Put an artist into a declared series, and return the index that its first point has.
+    def add(self, name: str, artist: Artist, texts: Sequence[str] = ()) -> None:
+        """Put an artist into a declared series.
 
         Args:
             name: of the series.
@@ -130,9 +127,7 @@ class Canvas:
         """
         index = list(self.declared).index(name)
         artist.set_gid(f"series{index}-{sum(series == index for series, _, _ in self._added)}")
-        first = sum(len(said) for _, _, said in self._added)
         self._added.append((index, artist, texts))
-        return first
 
     def plot(self, name: str, axes: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str] = (), **look: Any) -> Line2D:
         """Draw a line or markers into a declared series; arguments as those of `add` and of `Axes.plot`."""
@@ -221,7 +216,6 @@ def draw(
             series=tuple(canvas.declared.values()),
             points=canvas.points(),
             data=tuple(data),
-            player=canvas.player,
             height_in=height_in,
             narrow_height_in=narrow_height_in or height_in,
             paint=paint,

@@ -106,22 +106,17 @@ def joined(names: Iterable[str]) -> str:
 
 
 class CostWords(NamedTuple):
-    """How a cost is written: in a table, in the text of a value, and on an axis that shows it times `scale`."""
+    """How a cost is written: in a table, and in the text of a value."""
 
     what: str
     write: Callable[[float], str]
-    unit: str  # what a value alone does not say
-    axis: str
-    scale: float
+    unit: str = ""  # what a value alone does not say
+    scale: float = 1.0  # of an axis
 
 
 COSTS: dict[CostName, CostWords] = {
-    "final_parameters": CostWords("trainable parameters", count, " trainable parameters", "trainable parameters", 1.0),
-    "stored_bytes": CostWords("bytes to store", megabytes, " to store", "stored (MB, 10⁶ bytes)", 1e-6),
-    "seconds_per_step": CostWords(
-        "seconds a step", lambda s: f"{fixed(s, 3)} s", " a step", "training (s a step)", 1.0
-    ),
-    "latency_s": CostWords(
-        "latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms", " an image", "latency of one image (ms)", 1e3
-    ),
+    "final_parameters": CostWords("trainable parameters", count, " trainable parameters"),
+    "stored_bytes": CostWords("bytes to store", megabytes, " to store", 1e-6),
+    "seconds_per_step": CostWords("seconds a step", lambda s: f"{fixed(s, 3)} s"),
+    "latency_s": CostWords("latency of one image", lambda s: f"{fixed(1000 * s, 1)} ms"),
 }

@@ -1,6 +1,6 @@
 """The report as one HTML file: no network, figures inline, light and dark, complete without its one script.
 
-What a figure's script needs stands in the page as JSON: points, rows of the CSV file, the walk through steps. Texts
+What a figure's script needs stands in the page as JSON: points, rows of the CSV file, names. Texts
 repeat (names, steps), so each column holds its distinct texts once and an index a row. Every character that could end
 the block or a string literal is written as an escape: no name can break out of it.
 """
@@ -98,7 +98,5 @@ def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
         "text": coded(point.text for point in points),
         "columns": [{"name": n, **coded("" if v is None else str(v) for v in column)} for n, column in values.items()],
     }
-    if drawing.player is not None:
-        content["player"] = {name: value for name, value in drawing.player.items() if name != "start"}
     text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return Markup("".join(_UNSAFE.get(character, character) for character in text))

@@ -10,19 +10,9 @@ import numpy as np
 
 from peft_vit.analysis import AgainstControl, Allocation, ImportancePattern
 from peft_vit.analysis.comparison import SAME_SIZE, known_mean
-from peft_vit.analysis.layers import PARAMETERS, SETTLED_AT, seed_agreements
+from peft_vit.analysis.layers import SETTLED_AT, seed_agreements
 from peft_vit.report.document import Block, Paragraph, Table
-from peft_vit.report.formatting import (
-    count,
-    fixed,
-    joined,
-    known,
-    number_interval,
-    percent,
-    plain,
-    points_interval,
-    scaled,
-)
+from peft_vit.report.formatting import count, fixed, joined, known, number_interval, percent, plain, points_interval
 from peft_vit.report.method_tables import differences_table
 from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, ends, measured, table, tested
 
@@ -30,9 +20,6 @@ from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, end
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
     """Yield every table of the scores of experiments, one at least."""
     yield _by_matrix(patterns)
-    yield _by_block(patterns)
-    yield _over_time(patterns)
-    yield _course(patterns)
     yield _seed_agreement(patterns)
 
 
@@ -75,84 +62,6 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         "scores, mean over pairs of seeds.",
         keys=[str(row["matrix"]) for row in rows],
         data=rows,
-    )
-
-
-def _by_block(patterns: Sequence[ImportancePattern]) -> Table:
-    return crossed(
-        "importance_by_block",
-        "Relative score by block",
-        "block",
-        {
-            _heading(p): dict(zip(p.grid.blocks, map(_or_dash, np.mean(p.by_block, axis=0)), strict=True))
-            for p in patterns
-        },
-        "Mean over the sites of a block and over seeds.",
-        keys=sorted({block for p in patterns for block in p.grid.blocks}),
-        data=(
-            {
-                "experiment": p.experiment.name,
-                "site": site.name,
-                "block": site.block,
-                "matrix": site.matrix,
-                "mean_score": p.grid.pick(p.raw_final, site),
-                "mean_relative_score": p.grid.pick(relative, site),
-            }
-            for p in patterns
-            for relative in [np.mean(p.relative_final, axis=0)]  # (blocks, matrices)
-            for site in p.grid.sites
-        ),
-        folded=True,
-    )
-
-
-def _over_time(patterns: Sequence[ImportancePattern]) -> Table:
-    return crossed(
-        "importance_over_time",
-        "How early the final scores were visible",
-        "step",
-        {_heading(p): dict(zip(p.steps, map(_or_dash, p.agreement_with_final), strict=True)) for p in patterns},
-        "Spearman's rho between the scores at each decision and the last ones, mean over seeds. The last "
-        "row is 1 by definition.",
-        keys=sorted({step for p in patterns for step in p.steps}),
-        data=(
-            {"experiment": p.experiment.name, "step": step, "rho_with_final": rho}
-            for p in patterns
-            for step, rho in zip(p.steps, p.agreement_with_final, strict=True)
-        ),
-        folded=True,
-    )
-
-
-def _course(patterns: Sequence[ImportancePattern]) -> Table:
-    """Return the relative score of each matrix type at the first, the middle and the last decision; CSV: at each."""
-    matrices = dict.fromkeys(matrix for p in patterns for matrix in p.grid.matrices)
-    return table(
-        "importance_course",
-        "Relative score by matrix type, through training",
-        [
-            {"experiment": p.experiment.name, "step": str(p.steps[i])}
-            | dict.fromkeys(matrices, "–")
-            | dict(zip(p.grid.matrices, map(_or_dash, p.matrix_course[i]), strict=True))
-            for p in patterns
-            if p.steps
-            for i in dict.fromkeys((0, len(p.steps) // 2, len(p.steps) - 1))
-        ],
-        None,
-        "Scores of a step over their mean at that step: 1 is an average site. Mean over the sites of a type and "
-        "over seeds, at the first, the middle and the last decision; the CSV file has every one.",
-        data=(
-            {
-                "experiment": p.experiment.name,
-                "step": step,
-                "matrix": matrix,
-                "mean_relative_score": None if np.isnan(value) else value,
-            }
-            for p in patterns
-            for step, scores in zip(p.steps, p.matrix_course.tolist(), strict=True)
-            for matrix, value in zip(p.grid.matrices, scores, strict=True)
-        ),
-        folded=True,
     )
 
 
@@ -261,21 +170,12 @@ def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
                 Column("n", lambda r: len(r.accuracy.by_seed)),
                 Column("more accurate?", "accuracy.verdict", data="verdict"),
                 Column("test", "accuracy", tested, lambda c: {"p_holm": c.adjusted_p, "note": c.note}),
-                Column(
-                    f"points per {count(PARAMETERS)} parameters",
-                    "per_parameter.interval",
-                    # in points, with the decimals that a thousandth of an accuracy needs
-                    lambda share: number_interval(scaled(share, 100), 4),
-                    partial(measured, "per_1000_parameters"),
-                    none="not computed",
-                ),
-                Column("", "per_parameter.adjusted_p", data="per_1000_parameters_p_holm"),
                 Column("parameters, ratio", "parameters_ratio", fixed),
             ],
             "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
-            "Difference in test accuracy, paired by seed, and difference in accuracy per trainable parameter, which "
-            "means something only where the ratio of parameters is near 1. The exact Wilcoxon signed-rank test at 5 % "
-            f"decides, with Holm's correction over the rows of one control. {OVER_SEEDS}",
+            "Difference in test accuracy, paired by seed. Equal ranks need not be equal parameters, since matrices "
+            "differ in size. The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows "
+            f"of one control. {OVER_SEEDS}",
         )
     missing: dict[str, list[str]] = {}
     for row in rows:

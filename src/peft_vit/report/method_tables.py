@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from peft_vit.analysis import AllPairs, Calibration, Estimate, Front, MethodResult, Pair
 from peft_vit.analysis.comparison import BY_LOOKS
 from peft_vit.analysis.convergence import SETTLED_WITHIN_NATS, late_loss_deviation, roughness, settled_step
-from peft_vit.analysis.reliability import BINS, MEASURES, OVERCONFIDENCE, Bin, Measure
+from peft_vit.analysis.reliability import BINS, MEASURES, OVERCONFIDENCE, Measure
 from peft_vit.analysis.stopping import ENDS, p_value_of, repeated_interval
 from peft_vit.config import StoppingConfig
 from peft_vit.report.document import Block, Paragraph, Raw, Table
@@ -32,7 +32,6 @@ from peft_vit.report.tables import (
     OVER_SEEDS,
     Column,
     comparison_values,
-    crossed,
     csv_rows,
     ends,
     interval_of,
@@ -44,15 +43,10 @@ from peft_vit.report.tables import (
 )
 from peft_vit.statistics.sequential import SequentialResult
 
-MATRIX_UP_TO = 12  # experiments; a wider one can't be read
 DECIDED_UP_TO = 40  # rows; the CSV file has every pair
 QUESTIONS = {"noninferiority": "not worse", "superiority": "better"}  # fields of a sequential result and of its looks
 _LOOKS_NOTE = (
     "Looks at declared numbers of seeds decide; intervals and p-values account for them, and for all comparisons."
-)
-_PAIRS_NOTE = (
-    "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over all {pairs} pairs; pairs of runs "
-    "share seed, weights and images. Not decided does not mean equal."
 )
 _RUNS = Column("n", lambda m: len(m.runs))
 
@@ -157,12 +151,8 @@ _CALIBRATION: dict[Measure, str] = {
 }
 
 
-def calibration_blocks(
-    methods: Sequence[MethodResult],
-    calibrations: Sequence[Calibration],
-    differences: Mapping[str, Mapping[Measure, Sequence[Estimate]]],
-) -> Iterator[Block]:
-    """Yield calibration by experiment, its differences to the references, reliability bins, and what is not known."""
+def calibration_blocks(methods: Sequence[MethodResult], calibrations: Sequence[Calibration]) -> Iterator[Block]:
+    """Yield calibration by experiment, and what is not known of it."""
     if not calibrations:
         return
     without = {c.experiment.name: c.without for c in calibrations}
@@ -183,10 +173,6 @@ def calibration_blocks(
         f"confidence minus accuracy, best at 0. n counts seeds. {OVER_SEEDS}",
         folded=True,
     )
-    for reference, families in differences.items():
-        yield _calibration_differences(reference, families)
-    if any(c.bins for c in calibrations):
-        yield _reliability_table([c for c in calibrations if c.bins])
     lacking = [c.experiment.name for c in calibrations if not c.seeds] + [
         f"{c.experiment.name} ({len(c.without)} of {len(c.without) + len(c.seeds)})"
         for c in calibrations
@@ -194,70 +180,6 @@ def calibration_blocks(
     ]
     if lacking:
         yield Paragraph(f"Runs without recorded predictions, so without all but NLL and ECE: {joined(lacking)}.")
-
-
-def _calibration_differences(reference: str, families: Mapping[Measure, Sequence[Estimate]]) -> Table:
-    words = {"supported": "worse", "refuted": "better", "not decided": "not decided"}
-
-    def text(c: Estimate) -> str:
-        return c.note if c.interval is None else f"{to_thousandths(c.interval)}, {words[c.verdict]}"
-
-    return crossed(
-        f"calibration_against_{reference}",
-        f"Calibration minus that of {reference}, paired by seed",
-        "experiment",
-        {_CALIBRATION[measure]: {c.name: text(c) for c in family} for measure, family in families.items()},
-        "Negative is better calibrated; p-values are in the CSV file. The exact Wilcoxon signed-rank test at 5 % "
-        f"decides, with Holm's correction over the rows, for each measure apart. {OVER_SEEDS}",
-        data=(
-            {
-                "experiment": c.name,
-                "reference": reference,
-                "measure": measure,
-                **ends("difference", c.interval),
-                **comparison_values(c),
-                "verdict": {"supported": "larger", "refuted": "smaller"}.get(c.verdict, c.verdict),
-            }
-            for row in zip(*families.values(), strict=True)  # an experiment
-            for measure, c in zip(families, row, strict=True)
-        ),
-        folded=True,
-    )
-
-
-def _reliability_table(calibrations: Sequence[Calibration]) -> Table:
-    def text(of: Bin) -> str:
-        if of.confidence is None or of.accuracy is None:
-            return "–"
-        return f"{percent(of.confidence)} / {percent(of.accuracy)} ({of.count:,})"
-
-    return crossed(
-        "reliability",
-        "Reliability: mean confidence / accuracy (predictions) by confidence",
-        "experiment",
-        {
-            f"{fixed(100 * m / BINS, 0)} to {percent((m + 1) / BINS)}": {
-                c.experiment.name: text(c.bins[m]) for c in calibrations
-            }
-            for m in range(BINS)
-            if any(c.bins[m].count for c in calibrations)
-        },
-        "Predictions of all seeds together: they share test images, so their number is no sample size and no "
-        "interval is given. Accuracy below confidence is overconfidence.",
-        data=(
-            {
-                "experiment": c.experiment.name,
-                "low": of.low,
-                "high": of.high,
-                "count": of.count,
-                "mean_confidence": of.confidence,
-                "accuracy": of.accuracy,
-            }
-            for c in calibrations
-            for of in c.bins
-        ),
-        folded=True,
-    )
 
 
 def comparison_table(comparisons: Sequence[Estimate], reference: str) -> Table:
@@ -300,41 +222,14 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], no
 
 
 def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
-    """Yield all pairs: a matrix of few experiments, the decided pairs of many, always with how many are decided."""
+    """Yield the pairs that are decided, and how many of all these are."""
     if pairs.not_formed:
         yield Paragraph(
             f"{len(pairs.experiments)} experiments make {count(pairs.not_formed)} pairs, too many to compare all: "
             "none was formed. The differences to the references above stand."
         )
-    elif len(pairs.experiments) > MATRIX_UP_TO:
-        yield _decided_table(pairs, holds_data=True)
     elif len(pairs.experiments) > 2:  # one pair stands against the reference already
-        yield _matrix(pairs)
-        if pairs.decided:
-            yield _decided_table(pairs, holds_data=False)
-
-
-def _matrix(pairs: AllPairs) -> Table:
-    signs = {"supported": (" ▲", " ▼"), "refuted": (" ▼", " ▲"), "not decided": ("", "")}
-    texts: dict[tuple[str, str], str] = {}
-    for c in (pair.comparison for pair in pairs.pairs):
-        for place, pair in enumerate([(c.name, c.reference), (c.reference, c.name)]):
-            texts[pair] = "no pair"
-            if c.interval is not None:
-                texts[pair] = points((-1) ** place * c.interval.estimate) + signs[c.verdict][place]
-    numbered = {name: str(number) for number, name in enumerate(pairs.experiments, start=1)}
-    return table(
-        "all_pairs",
-        "All pairs: row minus column, points of test accuracy",
-        [
-            {"experiment": f"{number} {row}"} | {n: texts.get((row, other), "–") for other, n in numbered.items()}
-            for row, number in numbered.items()
-        ],
-        None,
-        f"▲: the row is the more accurate one, ▼: the column is. {_count_sentence(pairs)} "
-        f"{_PAIRS_NOTE.format(pairs=len(pairs.pairs))} Intervals, effect sizes and p-values are in the CSV file.",
-        data=map(_pair_data, pairs.pairs),
-    )
+        yield _pairs_table(pairs)
 
 
 def _count_sentence(pairs: AllPairs) -> str:
@@ -345,7 +240,7 @@ def _count_sentence(pairs: AllPairs) -> str:
     return f"{count(len(pairs.decided))} of {count(len(pairs.pairs))} pairs are decided.{nothing}{seeds}"
 
 
-def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
+def _pairs_table(pairs: AllPairs) -> Table:
     def size(pair: Pair) -> float:
         assert pair.comparison.interval is not None
         return abs(pair.comparison.interval.estimate)
@@ -355,13 +250,15 @@ def _decided_table(pairs: AllPairs, *, holds_data: bool) -> Table:
     left = len(decided) - DECIDED_UP_TO
     more = f" {count(left)} more decided pairs are in the CSV file." if left > 0 else ""
     return table(
-        "all_pairs" if holds_data else "decided_pairs",
+        "all_pairs",
         "Decided pairs of experiments, largest difference first",
         map(_decided_row, decided[:DECIDED_UP_TO]),
         None,
-        f"{_count_sentence(pairs)}{more} {_PAIRS_NOTE.format(pairs=count(len(pairs.pairs)))} {OVER_SEEDS} Effect "
-        "size: the difference in units of its spread over seeds; a large one can be few points.",
-        data=map(_pair_data, pairs.pairs if holds_data else decided),
+        f"{_count_sentence(pairs)}{more} The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction "
+        f"over all {count(len(pairs.pairs))} pairs; pairs of runs share seed, weights and images. Not decided does not "
+        f"mean equal. {OVER_SEEDS} Effect size: the difference in units of its spread over seeds; a large one can be "
+        "few points. The CSV file has every pair.",
+        data=map(_pair_data, pairs.pairs),
     )
 
 

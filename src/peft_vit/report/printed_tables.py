@@ -7,7 +7,7 @@ from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
-from peft_vit.analysis.across import Across, PooledRow, PoolKind
+from peft_vit.analysis.across import Across, PoolKind
 from peft_vit.analysis.comparison import Estimate, together
 from peft_vit.analysis.recommendation import (
     SAME_SIZE,
@@ -21,7 +21,6 @@ from peft_vit.analysis.recommendation import (
 )
 from peft_vit.analysis.studies import grouped
 from peft_vit.analysis.study_yaml import study_yaml
-from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET
 from peft_vit.errors import UserError, os_fault
 from peft_vit.records import BenchRow, write_atomically
 from peft_vit.report.document import Paragraph, Raw, Table
@@ -76,8 +75,6 @@ def recommendation_blocks(advice: Recommendation) -> Iterator[Paragraph | Table]
     yield from (Paragraph(f"Left out: {name} {reason}.") for name, reason in advice.left_out.items())
     yield from map(Paragraph, _request(advice))
     yield from map(Paragraph, _answer(advice))
-    if (fewer := _fewer_ranks(advice)) is not None:
-        yield Paragraph(fewer)
     if advice.candidates:
         yield _tested_table(advice)
     for rated in advice.outside:
@@ -192,31 +189,6 @@ def _savings(advice: Recommendation, chosen: Rated) -> Iterator[str]:
             share = f" ({fixed(100 * abs(before - after) / before, 0)} %)" if before else ""
             saved = f"saves {words(before - after)} of {words(before)}"
             yield (saved if after < before else f"takes {words(after - before)} more than {words(before)}") + share
-
-
-def _fewer_ranks(advice: Recommendation) -> str | None:
-    """Return LoRA with fewer ranks than matrices, where nothing is recommended and only that fits the parameters.
-
-    Not with a limit of bytes as well, since its base is in float.
-    """
-    limit = advice.limits.get("--max-params")
-    if limit is None or "--max-bytes" in advice.limits or advice.chosen is not None:
-        return None
-    adapted = [
-        rated for rated in (advice.best, *_others(advice)) if METHOD_KINDS[rated.experiment.method].trains == "adapters"
-    ]
-    if not adapted or min(max(run.parameters.final for run in rated.runs) for rated in adapted) <= limit:
-        return None
-    run = adapted[0].runs[0]
-    left = int(limit) - run.parameters.head
-    of_a_rank = [site.in_features + site.out_features for site in run.record.sites]
-    if not of_a_rank or not max(of_a_rank) <= left < sum(of_a_rank):  # a rank of any matrix, but not one of each
-        return None
-    return (
-        "No adapter that was compared is as small. LoRA with fewer ranks than matrices can be: in a configuration "
-        f"`lora: {{ranks: {{rule: {RULE_OF_A_BUDGET}, budget: {left}, unit: parameters}}}}`, or `peft-vit train IMAGES "
-        f"--method lora --budget {4 * left // 100 / 10:g}kB`."
-    )
 
 
 def _tested_table(advice: Recommendation) -> Table:
@@ -441,45 +413,25 @@ _COLUMNS = (
 
 
 def _rows(across: Across) -> Iterator[dict[str, Raw]]:
-    def row(kind: str, studies: Iterable[str], measure: str, of: Estimate, note: str) -> dict[str, Raw]:
-        reference = None if kind in ("accuracy", "importance agreement") else across.reference
+    def row(kind: str, studies: Iterable[str], measure: str, of: Estimate, note: str = "") -> dict[str, Raw]:
         values = (None, None, None, 0) if of.interval is None else astuple(of.interval)[:4]
         p_value = None if of.significance is None else of.significance.p_value
         decided = (p_value, of.adjusted_p, of.verdict) if measure == difference else (None, None, None)
         notes = together((of.interval and of.interval.reason) or "", note)
+        reference = None if kind == "accuracy" else across.reference
         cells = (kind, "; ".join(studies), of.name, reference, measure, *values, *decided, notes)
         return dict(zip(_COLUMNS, cells, strict=True))
 
     difference = "test_accuracy_difference"
     for shown in across.rows:
         accuracy = Estimate(name=shown.name, interval=shown.result.test_accuracy)
-        yield row("accuracy", [shown.study], "test_accuracy", accuracy, "")
+        yield row("accuracy", [shown.study], "test_accuracy", accuracy)
         if shown.comparison is not None:
             yield row("difference", [shown.study], difference, shown.comparison, shown.comparison.note)
-    for pooled in across.pooled:
-        yield row("pooled", pooled.studies, difference, pooled.estimate, _although(pooled))
-    for of in across.agreements:
-        rho = None if of["rho"] is None else Interval(of["rho"], None, None, of["sites"], 0.95)
-        agreement = Estimate(name=f"{of['experiment']}; {of['other_experiment']}", interval=rho)
-        note = "n counts sites" if of["same_backbone"] else "n counts sites; the backbones differ"
-        studies = of["study"], of["other_study"]
-        yield row("importance agreement", studies, f"{of['metric']}_spearman_rho", agreement, note)
-    for time in across.times:
-        yield row("pooled", time.studies, "seconds_per_step_ratio", time.estimate, _although(time))
-    for refusal in across.refusals:
-        note = f"{refusal.kind} {_differ(refusal.kind)}: {refusal.reason}"
-        for name in refusal.experiments:
-            yield row(
-                "not pooled",
-                refusal.studies,
-                _MEASURES.get(refusal.kind, "accuracy and seconds"),
-                Estimate(name=name),
-                note,
-            )
-
-
-def _although(row: PooledRow) -> str:
-    return "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in row.allowed)
+    for measure, rows in ((difference, across.pooled), ("seconds_per_step_ratio", across.times)):
+        for pooled in rows:
+            although = "; ".join(f"{kind} {_differ(kind)}: {why}" for kind, why in pooled.allowed)
+            yield row("pooled", pooled.studies, measure, pooled.estimate, although)
 
 
 def bench_table(rows: Sequence[BenchRow], repeats: int) -> Table:

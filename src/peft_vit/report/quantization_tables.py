@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
 from peft_vit.analysis import QuantizationImpact, Run
 from peft_vit.analysis.comparison import outcome
 from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, costs, layers_bits
-from peft_vit.records import FloatPart
 from peft_vit.report.document import Table
-from peft_vit.report.formatting import COSTS, fixed, megabytes, percent, percent_interval, points_interval
+from peft_vit.report.formatting import COSTS, fixed, megabytes, percent_interval, points_interval
 from peft_vit.report.tables import (
     EXPERIMENT,
     FAMILY_NOTE,
     OVER_SEEDS,
     Column,
     comparison_values,
-    crossed,
     csv_rows,
     ends,
     mean_of,
@@ -31,12 +29,11 @@ from peft_vit.statistics import mean_interval
 
 
 def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table]:
-    """Yield every table of experiments on quantized weights, one at least; of balance and bytes where recorded."""
+    """Yield every table of experiments on quantized weights, one at least."""
     yield _accuracy_table(impacts)
     yield _against_float_table(impacts)
     yield _cost_table(impacts)
     yield _size_table(impacts)
-    yield from (made for made in (_bytes_table(impacts), _layers_table(impacts), _balance_table(impacts)) if made.rows)
 
 
 _SETTINGS = [
@@ -230,93 +227,4 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         "storages of the low-bit model; file: the same as safetensors. Memory of a run: what training "
         "added to its process's memory at most, model and activations included. Means over seeds. – : not in these "
         "(older) records.",
-    )
-
-
-def _bytes_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    counted = [(q.experiment.name, q.model) for q in impacts if q.model is not None]
-    in_float = [part for part in get_args(FloatPart) if any(model.parts.get(part) for _, model in counted)]
-    parts = {part: part for part in ("codes", "scales", "offsets")} | {part: f"{part} (float)" for part in in_float}
-
-    def share(part: str, row: dict[str, Any]) -> str | None:
-        size = row[part]
-        return f"{megabytes(size)} ({percent(size / row['total_bytes'])})" if size else None
-
-    rows = [
-        {"experiment": name}
-        | {part: model.parts.get(part, 0.0) for part in parts}
-        | {"total_bytes": model.total, "weights": model.weights}
-        for name, model in counted
-    ]
-    return table(
-        "size_parts",
-        "Where the bytes are",
-        rows,
-        [
-            "experiment",
-            *(Column(title, partial(share, part)) for part, title in parts.items()),
-            Column("together", "total_bytes", megabytes),
-        ],
-        "Shares of the whole in brackets. Other: class and register tokens, layer scales. Means over seeds.",
-        data=rows,
-        folded=True,
-    )
-
-
-def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    by_kind: dict[str, dict[str, list[float]]] = {}  # kind of layer -> experiment -> bits of its layers
-    for q in impacts:
-        for name, bits in q.bits_by_layer.items():
-            by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
-    texts = {
-        kind: {name: " to ".join(dict.fromkeys((fixed(min(b)), fixed(max(b))))) for name, b in of.items()}
-        for kind, of in by_kind.items()
-    }
-    return crossed(
-        "bits_by_layer",
-        "Bits a weight by layer",
-        "experiment",
-        texts,
-        "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
-        keys=[q.experiment.name for q in impacts],
-        data=(
-            {
-                "experiment": q.experiment.name,
-                "layer": name,
-                "bits_per_weight": bits,
-                "relative_error": q.relative_errors.get(name),
-            }
-            for q in impacts
-            for name, bits in q.bits_by_layer.items()
-        ),
-        folded=True,
-    )
-
-
-def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
-
-    def text(at: dict[str, Any]) -> str:
-        return f"{at['mean']:.4g} (step {at['step']})"
-
-    checks = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
-    return table(
-        "quantization_balance",
-        "Balance of quantization and adaptation",
-        [
-            {
-                "experiment": experiment,
-                "measure": measure,
-                "first check": text(own[0]),
-                "in between": text(own[len(own) // 2]) if len(own) > 2 else "–",
-                "last check": text(own[-1]) if len(own) > 1 else "–",
-            }
-            for experiment, measure, own in checks
-        ],
-        None,
-        "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
-        data=[
-            {"experiment": experiment, "measure": measure, **at} for experiment, measure, own in checks for at in own
-        ],
-        folded=True,
     )

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
-from peft_vit.config import DATASETS, METHOD_KINDS, ExperimentConfig, StudyConfig, licence_of
+from peft_vit.config import DATASETS, METHOD_KINDS, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
 from peft_vit.records import RunSpec
-from peft_vit.records.progress import STATES_WITHOUT_RECORD, RunStatus
+from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
     count,
@@ -23,10 +23,8 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.tables import Column, table
+from peft_vit.report.tables import table
 from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
-
-_SHOWN_SETTINGS = 4
 
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
@@ -254,47 +252,7 @@ def progress(study: Study) -> tuple[Block, ...]:
             "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
     how = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
-    planned = () if study.runs else (_planned_table(study, runs),)
-    return (*planned, _not_done_table(study, runs), how)
-
-
-def _planned_table(study: Study, runs: list[RunStatus]) -> Table:
-    """Return one row an experiment: its settings and what has become of its runs."""
-
-    def settings(experiment: ExperimentConfig) -> str:
-        sections = [getattr(experiment, name) for name in experiment.kind.settings]
-        changed = [s.model_dump(exclude_defaults=True) for s in sections if s is not None]
-        texts = [f"{key} {value}" for section in changed for key, value in section.items()]
-        left_out = f", and {len(texts) - _SHOWN_SETTINGS} more" if len(texts) > _SHOWN_SETTINGS else ""
-        return plain(joined(texts[:_SHOWN_SETTINGS]) + left_out or "defaults")
-
-    def own(experiment: ExperimentConfig) -> list[RunStatus]:
-        return [run for run in runs if run.experiment == experiment.name]
-
-    def counts(experiment: ExperimentConfig) -> dict[str, int]:
-        return {"done": 0} | {
-            state: sum(run.state == state for run in own(experiment)) for state in STATES_WITHOUT_RECORD
-        }
-
-    return table(
-        "planned",
-        "What was planned",
-        study.experiments,
-        [
-            Column("Experiment", "name", plain, "experiment"),
-            Column("Method", lambda experiment: experiment.kind.title),
-            Column("", "method"),
-            Column("Settings", settings),
-            Column("Seeds", lambda e: seeds_in_words([run.seed for run in own(e)]).split(" ", 1)[-1]),
-            Column(
-                "Runs",
-                counts,
-                lambda of: joined(f"{n} {state}" for state, n in of.items() if n),
-                lambda of: {state.replace(" ", "_"): n for state, n in of.items()},
-            ),
-        ],
-        "Settings that are not at their defaults; all of them stand in the configuration and in study.json.",
-    )
+    return (_not_done_table(study, runs), how)
 
 
 def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:

@@ -109,7 +109,7 @@ def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
             drawn = own[own.step == entry.step].pivot_table("rank", "block", "matrix", "mean")
             np.testing.assert_array_equal(drawn[list(allocation.grid.matrices)].to_numpy(), entry.ranks)
     for pattern in importance_patterns(study):
-        own = table[(table.experiment == pattern.experiment.name) & (table.step == max(pattern.steps))]
+        own = table[(table.experiment == pattern.experiment.name) & (table.step == planted.UPDATES[-1])]
         drawn = own.pivot_table("score", "block", "matrix", "mean")[list(pattern.grid.matrices)]
         np.testing.assert_allclose(drawn.to_numpy(), pattern.raw_final, rtol=1e-12)
 

@@ -30,7 +30,6 @@ FIGURES = {
     "differences_to_linear_probe",
     "differences_to_lora_r8",
     "loss_curves",
-    "pareto_fronts",
     "importance_by_layer",
     "rank_maps",
 }
@@ -129,7 +128,7 @@ def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRe
     (document,) = study_documents([analyze(planted.study_of(few))])
     folded = {table.slug for table in document.tables() if table.folded}
     open_ones = {table.slug for table in document.tables()} - folded
-    assert {"quality", "calibration_against_lora_r8", "allocation", "findings"} <= folded
+    assert {"quality", "calibration", "allocation", "findings"} <= folded
     assert {"accuracy", "all_pairs", "cost", "verdicts"} <= open_ones
 
 

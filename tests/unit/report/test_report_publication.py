@@ -89,7 +89,7 @@ def test_hostile_names_are_text_in_the_svg_of_the_page_and_in_captions(
 
 
 def test_text_in_every_figure_has_at_least_six_and_a_half_points(drawings: tuple[Drawing, ...]) -> None:
-    assert len(drawings) == 9
+    assert len(drawings) == 8
     for drawing in drawings:
         for columns, width in WIDTHS_IN.items():
             with matplotlib.rc_context(publication_style(columns)):

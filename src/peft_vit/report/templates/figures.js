@@ -1,4 +1,4 @@
-// Figures that answer: point at a value, switch series, walk through steps, save the data. The figures stand in
+// Figures that answer: point at a value, switch series, save the data. The figures stand in
 // the page without this script; their data is read when a figure is first used.
 "use strict";
 (() => {
@@ -27,7 +27,7 @@
   function setUp(figure) {
     const box = figure.querySelector(".drawing"), svg = box.querySelector("svg");
     const buttons = figure.querySelectorAll("button[data-series]");
-    const hidden = new Set(), moved = new Map(); // point -> value that a moved map shows there
+    const hidden = new Set();
     let loaded = null, current = -1, ring = null;
     const data = () => (loaded ??= JSON.parse(figure.querySelector("script").textContent));
 
@@ -40,7 +40,6 @@
 
     function show(point) {
       const { x, y, series, names, text } = data(), lines = text.values[text.index[point]].split("\n");
-      if (moved.get(point)) lines[1] = data().player.unit + " " + moved.get(point); // a cell without a matrix has none
       tip.replaceChildren();
       each([names[series[point]], ...lines], (line, i) => {
         const part = document.createElement(i ? "div" : "b");
@@ -110,23 +109,6 @@
       hide();
     }
 
-    function move(position) {
-      const { player } = data();
-      for (const panel of player.panels) {
-        const map = svg.querySelector(`[data-gid="${panel.gid}"]`), frame = panel.at[position];
-        const title = svg.querySelectorAll(`[data-gid="${panel.gid}-title"] text`);
-        panel.titles[frame].split("\n").forEach((line, i) => (title[i].textContent = line));
-        each(map.querySelectorAll("path, use"), (cell, i) => {
-          const value = panel.values[panel.index[frame * panel.cells + i]];
-          const share = Number(value) / player.highest;
-          cell.style.fill = value === "" ? player.missing : player.colors[Math.min(255, Math.floor(256 * share))];
-          moved.set(panel.first + i, value);
-        });
-      }
-      figure.querySelector("output").textContent = "step " + player.steps[position];
-      hide();
-    }
-
     function save() {
       const link = document.createElement("a");
       const address = URL.createObjectURL(new Blob([csv(data().columns)], { type: "text/csv" }));
@@ -144,7 +126,6 @@
     box.addEventListener("keydown", step);
     each(buttons, (button) => button.addEventListener("click", () => toggle(button)));
     each(figure.querySelectorAll("button.csv"), (button) => button.addEventListener("click", save));
-    each(figure.querySelectorAll("input"), (slider) => slider.addEventListener("input", () => move(slider.value)));
     each(figure.querySelectorAll("button.all"), (button) => button.addEventListener("click", all));
     addEventListener("scroll", place, { passive: true, capture: true });
   }
