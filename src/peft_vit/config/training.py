@@ -217,8 +217,8 @@ class TrainingConfig(Settings):
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
         description="what is computed again in the backward pass, not kept. none: nothing, which is the fastest; light: "
-        "outputs of norms and activation functions under adapters; blocks: each block; adaptive: light, and as many "
-        "blocks as memory_limit needs, which is the default where there is one",
+        "outputs of norms and activation functions under adapters; blocks: each block; adaptive: light, and as many"
+        " blocks as memory_limit needs, which is the default where there is one",
     )
     recomputed_blocks: Annotated[int | None, OnlyWith(activation_checkpointing="adaptive")] = Field(
         default=None,

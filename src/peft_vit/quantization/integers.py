@@ -4,8 +4,8 @@ With W[o, i] = s[o] c[o, i] and x[n, i] = t[n] q[n, i], codes c and q in int8 an
 
     (x W^T)[n, o] = t[n] s[o] sum_i q[n, i] c[o, i],
 
-which is how SwitchBack (arXiv 2304.13013, sec. 2.2) and LLM.int8 (arXiv 2208.07339, sec. 2.2) multiply. The gradient of
-the inputs is taken by the same codes: (g W)[n, i] = sum_o (g[n, o] s[o]) c[o, i], where g s is rounded row by row. So it
+which is how SwitchBack (arXiv 2304.13013, sec. 2.2) and LLM.int8 (arXiv 2208.07339, sec. 2.2) multiply. The inputs'
+gradient is taken by the same codes: (g W)[n, i] = sum_o (g[n, o] s[o]) c[o, i], where g s is rounded row by row. So it
 is that of the weights that the forward pass has, and there is one copy of them.
 
 Trap: a CPU without VNNI instructions adds pairs of products u8 * s8 in 16 bits, which saturates (oneDNN developer

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.statistics import mean_interval, paired_proportions, proportion_interval
+from peft_vit.statistics import mean_interval, paired_proportions
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -10,28 +10,18 @@ def test_one_seed_has_no_interval() -> None:
     assert (interval.estimate, interval.low, interval.high, interval.n) == (0.8, None, None, 1)
 
 
-@pytest.mark.parametrize(
-    ("interval", "words"),
-    [
-        *((lambda values=values: mean_interval(values), "finite") for values in ([], [np.nan, 1.0], [np.inf], [[1.0]])),
-        (lambda: proportion_interval(11, 10), "successes"),
-        *(
-            (lambda counts=counts: paired_proportions(*counts), "losses and gains")
-            for counts in ((1, 1, 1), (-1, 1, 5), (0, 0, 0))
-        ),
-    ],
-)
-def test_what_has_no_interval_is_refused(interval, words) -> None:
-    with pytest.raises(ValueError, match=words):
-        interval()
+@pytest.mark.parametrize("values", [[], [np.nan, 1.0], [np.inf], [[1.0]]])
+def test_what_has_no_interval_is_refused(values) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval(values)
 
 
 def test_paired_proportions_are_the_published_formula() -> None:
     """By hand: 10 cases lost and 3 gained of 50 are (11 - 4) / 52, with a variance of (15 / 52 - (7 / 52)^2) / 52."""
-    found = paired_proportions(10, 3, 50)
+    interval = paired_proportions(10, 3, 50)
     half = 1.959964 * ((15 / 52 - (7 / 52) ** 2) / 52) ** 0.5
-    assert (found.estimate, found.n, found.confidence) == (0.14, 50, 0.95)
-    assert (found.low, found.high) == pytest.approx((7 / 52 - half, 7 / 52 + half))
+    assert (interval.estimate, interval.n, interval.confidence) == (0.14, 50, 0.95)
+    assert (interval.low, interval.high) == pytest.approx((7 / 52 - half, 7 / 52 + half))
 
 
 def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_changes() -> None:
@@ -40,10 +30,10 @@ def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_chan
     covered = 0.0
     for losses in range(n + 1):
         for gains in range(n + 1 - losses):
-            found = paired_proportions(losses, gains, n)
-            assert found.low is not None
-            assert found.high is not None
-            if found.low <= lost - gained <= found.high:
+            interval = paired_proportions(losses, gains, n)
+            assert interval.low is not None
+            assert interval.high is not None
+            if interval.low <= lost - gained <= interval.high:
                 rest = n - losses - gains
                 covered += float(stats.multinomial.pmf([losses, gains, rest], n, [lost, gained, 1 - lost - gained]))
     assert 0.95 <= covered <= 0.99
