@@ -28,7 +28,7 @@ from peft_vit.adapters.peft_layers import (
 from peft_vit.backbones import Backbone, Site
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor, quantize, relative_error
-from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, has_integer_products
+from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, check_integers
 
 Adapter: TypeAlias = SiteAdapter | PeftSite
 
@@ -142,8 +142,7 @@ def use_integer_products(model: nn.Module) -> Literal[7, 8]:
         UserError: if the device has no integer products, or a layer is trained or somebody else's.
     """
     device = next(model.parameters()).device
-    if not has_integer_products(device):
-        raise UserError(f"{device.type} multiplies no 8-bit integers; use float", field="training.compute")
+    check_integers(device)
     bits: list[Literal[7, 8]] = []
     for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
         layer = model.get_submodule(name)

@@ -66,6 +66,7 @@ from peft_vit.config.training import (
     ActivationCheckpointing,
     Augmentation,
     ColorJitter,
+    Compute,
     Cutmix,
     Flip,
     Flips,

@@ -216,7 +216,7 @@ class TrainingConfig(Settings):
     )
     activation_checkpointing: ActivationCheckpointing = Field(
         default="none",
-        description="what is computed again in the backward pass, not kept. none: nothing, which is the fastest; light: "
+        description="what is computed again in the backward pass, not kept. none: nothing, the fastest; light: the "
         "outputs of norms and activation functions under adapters; blocks: each block; adaptive: light, and as many"
         " blocks as memory_limit needs, which is the default where there is one",
     )

@@ -70,6 +70,8 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     if not layers:
         return Merged(with_float_weights(model, card), "float", {})
     merged = copy.deepcopy(model)
+    for _, module in adapted_modules(merged):
+        module.multiplies_integers = False  # files say how they are computed with
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
         return Merged(merged, "codes", merge_by_requantizing(merged))
     return Merged(merged, "offsets", merge_into_offsets(merged))

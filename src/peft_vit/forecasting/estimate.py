@@ -12,11 +12,13 @@ from typing import Literal, Self
 
 import torch
 
+from peft_vit.adapters.integer_product import integer_product
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import ExperimentConfig, Precision
+from peft_vit.config import Compute, ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
 from peft_vit.methods import METHODS
+from peft_vit.quantization.integers import IntegerWeight
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
@@ -135,7 +137,9 @@ def experiment_products(experiment: ExperimentConfig, shape: BackboneShape, trai
     return step_products(shape, experiment.method, min(training.batch_size, train_images), recomputed)
 
 
-def product_rate(shape: BackboneShape, device: torch.device, precision: Precision, threads: int) -> float:
+def product_rate(
+    shape: BackboneShape, device: torch.device, precision: Precision, threads: int, compute: Compute = "float"
+) -> float:
     """Return multiply-adds per second of the product that the model spends the most on.
 
     Args:
@@ -143,6 +147,7 @@ def product_rate(shape: BackboneShape, device: torch.device, precision: Precisio
         device: on which it computes.
         precision: in which it computes.
         threads: of a run.
+        compute: int8 for products of 8-bit integers, with what rounds their inputs and scales their outputs.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = torch.get_num_threads()
@@ -153,11 +158,14 @@ def product_rate(shape: BackboneShape, device: torch.device, precision: Precisio
     (tokens, inputs, outputs), _ = work.most_common(1)[0]
     x = torch.ones(32 * tokens, inputs, dtype=dtype, device=device)
     weight = torch.ones(outputs, inputs, dtype=dtype, device=device)
+    integers = IntegerWeight.from_float(weight) if compute == "int8" else None
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 3 or (time.perf_counter() - started < _PRODUCTS_S and len(times) < 200):
         begin = time.perf_counter()
-        float((x @ weight.T)[0, 0])
+        with torch.no_grad():
+            y = x @ weight.T if integers is None else integer_product(x, integers, None, [])
+        float(y[0, 0])
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
     return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
@@ -191,9 +199,9 @@ class Workload:
     validation: int
     test: int
 
-    def product_rate(self) -> float:
+    def product_rate(self, compute: Compute = "float") -> float:
         """Return multiply-adds per second, see `product_rate`."""
-        return product_rate(self.shape, self.device, self.precision, self.threads)
+        return product_rate(self.shape, self.device, self.precision, self.threads, compute)
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,8 @@ def estimate_runs(
         }
         measured = measure({run.spec.experiment.name: run.kind for run in unknown.values()}) if unknown else {}
         costs |= {kind: measured.get(run.spec.experiment.name) for kind, run in unknown.items()}
-    estimated = Throughput.estimated(workload.product_rate() if None in costs.values() else 1.0)
+    computes = {run.spec.experiment.training.compute for run in runs if costs[run.kind_sha256] is None}
+    estimated = {compute: Throughput.estimated(workload.product_rate(compute)) for compute in computes}
     estimates = []
     for run in runs:
         cost, alike = costs[run.kind_sha256], records.get((run.kind_sha256, run.steps))
@@ -275,7 +284,9 @@ def estimate_runs(
     return estimates
 
 
-def _estimate(run: EstimateRequest, workload: Workload, estimated: Throughput, costs: Costs | None) -> Estimate:
+def _estimate(
+    run: EstimateRequest, workload: Workload, estimated: Mapping[Compute, Throughput], costs: Costs | None
+) -> Estimate:
     """Put a run's steps and the images that it evaluates together, at what its kind costs or is estimated to."""
     experiment, shape = run.spec.experiment, workload.shape
     products = experiment_products(experiment, shape, workload.train)
@@ -287,7 +298,7 @@ def _estimate(run: EstimateRequest, workload: Workload, estimated: Throughput, c
         pixels = more_images * workload.image_size**2 * workload.channels  # mapped into memory as they are read
         peak_bytes = costs.peak_memory_bytes + max(0, pixels)
     else:
-        throughput, peak_bytes = estimated, estimated_bytes(run.spec, workload)
+        throughput, peak_bytes = estimated[experiment.training.compute], estimated_bytes(run.spec, workload)
         if experiment.is_probe:  # each image once, in every way in which training shows it
             ways = len(FLIP_AXES[experiment.training.flips])
             steps, images = 0, ways * workload.train + workload.validation + workload.test

@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from peft_vit.errors import UserError
+
 LARGEST = 127  # of a code of activations, and of a weight's where products are exact
 _LARGEST_OF_7_BITS = 64
 _ROWS = 32  # of the check; kernels differ by the number of rows, and few take the plainest one
@@ -68,6 +70,12 @@ def has_integer_products(device: torch.device | str) -> bool:
     """Return whether a device multiplies 8-bit integers at all."""
     kind = torch.device(device).type
     return kind in ("cpu", "cuda") and _works(kind)
+
+
+def check_integers(device: torch.device, field: str = "training.compute") -> None:
+    """Refuse a device that multiplies no 8-bit integers (UserError)."""
+    if not has_integer_products(device):
+        raise UserError(f"{device.type} multiplies no 8-bit integers; take float", field=field)
 
 
 def bits_of_weights(inputs: int, device: torch.device | str) -> Literal[7, 8]:

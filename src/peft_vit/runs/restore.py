@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file
+from peft_vit.adapters import adapted_modules, load_trained, read_adapter_file, use_integer_products
 from peft_vit.adapters.peft_format import attach_fused
 from peft_vit.adapters.peft_tuner import saved_module_ranks
 from peft_vit.backbones import LoadedBackbone, choose_attention, load_run_backbone
@@ -117,6 +117,8 @@ def restore_run(run_dir: Path) -> RestoredRun:
     for _, module in adapted_modules(backbone.model):
         if module.quantized is not None:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
+    if spec.experiment.training.compute == "int8":
+        use_integer_products(backbone.model)
     return RestoredRun(record, backbone, backbone.model.eval())
 
 

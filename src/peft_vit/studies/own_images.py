@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import BackboneShape, architecture_of, describe, native_size, size_step_of
-from peft_vit.config import BackboneConfig, StudyConfig, bytes_of, named_backbone, study_from_mapping
+from peft_vit.config import BackboneConfig, Compute, StudyConfig, bytes_of, named_backbone, study_from_mapping
 from peft_vit.data import ImageIndex, open_index
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
+from peft_vit.quantization.integers import check_integers, has_integer_products
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
@@ -66,10 +67,12 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     forecast = _Forecast(request, counts)
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
+    computed = {} if earlier is None else {own.name: own.training.compute for own in earlier.experiments}
     data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(forecast.backbone, data["image_size"])
     steps = request.steps or before.get(request.experiment) or forecast.most_steps(shape)
-    study = _study(request, data, experiment_for(request, counts, shape, steps))
+    compute = computed.get(request.experiment, forecast.compute) if request.compute == "auto" else forecast.compute
+    study = _study(request, data, experiment_for(request, counts, shape, steps, compute))
     return study, forecast.line(shape, data["image_size"], steps)
 
 
@@ -108,7 +111,14 @@ class _Forecast:
         shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
         device = resolve_device(request.device)
         precision = choose_precision(request.precision, None, device).chosen
-        self.throughput = Throughput.estimated(product_rate(shape, device, precision, request.threads))
+        computes: list[Compute] = ["float"] if request.compute == "auto" else [request.compute]
+        if request.compute == "int8":
+            check_integers(device, "--compute")
+        if request.compute == "auto" and request.may_multiply_integers and has_integer_products(device):
+            computes.append("int8")
+        rates = {way: product_rate(shape, device, precision, request.threads, way) for way in computes}
+        self.compute = max(computes, key=lambda way: rates[way])
+        self.throughput = Throughput.estimated(rates[self.compute])
 
     def seconds(self, shape: BackboneShape, steps: int) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
@@ -169,9 +179,11 @@ class _Forecast:
         return line
 
 
-def experiment_for(request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
+def experiment_for(
+    request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int, compute: Compute = "float"
+) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    training: dict[str, Any] = {"batch_size": request.batch_size}
+    training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute}
     method, budget = METHODS[request.method], request.budget
     options = TrainOptions(
         rank=request.rank,

@@ -36,6 +36,7 @@ from peft_vit.forecasting.calibration_run import calibration_run
 from peft_vit.forecasting.estimate import Estimate, EstimateRequest, Measure, MeasuredCost, Workload, estimate_runs
 from peft_vit.forecasting.memory_limit import Choice, MeasureStep, as_begun, decide, unmeasured, with_decided
 from peft_vit.methods import check, shorten
+from peft_vit.quantization.integers import check_integers
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read_record, read_study_file, run_folder
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
@@ -151,6 +152,8 @@ def plan_study(
             with _below(place):
                 check(experiment, workload.shape, experiment.total_steps(workload.train), workload.train)
                 check_augmentation(experiment.training.augmentation, index.channels)
+                if experiment.training.compute == "int8":
+                    check_integers(workload.device)
         study, choices = _within_memory(study, workload, index, first, measure_step)
         wanted = []
         for place, experiment in enumerate(study.experiments):

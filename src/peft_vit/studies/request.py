@@ -183,6 +183,10 @@ class TrainRequest(Request):
     precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
     )
+    compute: Literal["auto", "float", "int8"] = Field(
+        default="auto",
+        description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
+    )
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
     seed: int = Field(
         default=0,
@@ -198,6 +202,8 @@ class TrainRequest(Request):
     def _fit_each_other(self) -> Self:
         if fault := micro_batch_fault(self.micro_batch_size, self.batch_size):
             refuse(self, {"micro_batch_size": fault})
+        if self.compute == "int8" and (reason := METHOD_KINDS[self.method].without_integers):
+            refuse(self, {"compute": f"int8 multiplies frozen layers, but with {self.method} {reason}; leave it out"})
         limited, checkpointing = self.memory_limit is not None, self.activation_checkpointing
         if checkpointing == "adaptive" and not limited:
             refuse(self, {"activation_checkpointing": "adaptive needs --memory-limit; add it, as in 1GB"})
@@ -205,6 +211,11 @@ class TrainRequest(Request):
             reason = f"{checkpointing} does not go with --memory-limit, which decides it; leave it out"
             refuse(self, {"activation_checkpointing": reason})
         return self
+
+    @property
+    def may_multiply_integers(self) -> bool:
+        """Return whether the method has frozen layers of this package."""
+        return METHOD_KINDS[self.method].without_integers is None
 
     @property
     def experiment(self) -> str:

@@ -1,4 +1,4 @@
-"""A frozen weight multiplied in integers under adapters: the formula in float64 on the rounded values, and gradients."""
+"""A frozen weight multiplied in integers under adapters: the formula in float64 on rounded values, and gradients."""
 
 import copy
 
