@@ -263,7 +263,7 @@ def hostile_document() -> StudyDocument:
     table = Table("table", HOSTILE, (HOSTILE,), ((HOSTILE,),), HOSTILE, rows)
     texts = {"label": HOSTILE, "slug": "study", "notices": (HOSTILE,), "facts": ((HOSTILE, HOSTILE),)}
     sections = dict.fromkeys(SECTION_TITLES, ()) | {SECTION_TITLES[0]: (drawing, table)}
-    empty = {one.name: () for one in fields(StudyDocument)}
+    empty = {each.name: () for each in fields(StudyDocument)}
     return StudyDocument(**{**empty, **texts, "came_out": (HOSTILE,), "not_shown": (HOSTILE,), "sections": sections})
 
 

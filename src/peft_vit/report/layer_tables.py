@@ -14,7 +14,16 @@ from peft_vit.analysis.layers import SETTLED_AT, seed_agreements
 from peft_vit.report.document import Block, Paragraph, Table
 from peft_vit.report.formatting import count, fixed, joined, known, number_interval, percent, plain, points_interval
 from peft_vit.report.method_tables import differences_table
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, ends, measured, table, tested
+from peft_vit.report.tables import (
+    FAMILY_NOTE,
+    OVER_SEEDS,
+    Column,
+    cross_table,
+    interval_columns,
+    own_interval_columns,
+    table,
+    tested,
+)
 
 
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
@@ -37,7 +46,7 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         {
             "experiment": p.experiment.name,
             "matrix": matrix,
-            **ends("relative_score", interval),
+            **interval_columns("relative_score", interval),
             "log2_attention_over_mlp": ratio,
             "agreement_between_seeds": p.agreement_between_seeds,
         }
@@ -52,7 +61,7 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         }
         for p, ratio in zip(patterns, ratios, strict=True)
     }
-    return crossed(
+    return cross_table(
         "importance_by_matrix",
         "Relative score by matrix type",
         "matrix",
@@ -123,7 +132,7 @@ def allocation_tables(allocations: Sequence[Allocation], against_controls: Seque
         f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
     )
     yield from _against_controls(against_controls)
-    yield crossed(
+    yield cross_table(
         "rank_by_matrix",
         "Mean final rank by matrix type",
         "matrix",
@@ -135,7 +144,7 @@ def allocation_tables(allocations: Sequence[Allocation], against_controls: Seque
         },
         f"Mean over the sites of a type. {OVER_SEEDS}",
         data=(
-            {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
+            {"experiment": a.experiment.name, "matrix": matrix, **interval_columns("mean_rank", interval)}
             for a in allocations
             for matrix, interval in a.rank_by_matrix.items()
         ),
@@ -164,7 +173,7 @@ def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
                     "difference (points)",
                     "accuracy.interval",
                     points_interval,
-                    partial(measured, "difference"),
+                    partial(own_interval_columns, "difference"),
                     none=points_interval(None),
                 ),
                 Column("n", lambda r: len(r.accuracy.by_seed)),

@@ -25,13 +25,13 @@ from peft_vit.report.figure import (
     Canvas,
     draw,
     leading,
-    line_look,
+    line_style,
     quiet_grid,
     selection_note,
 )
-from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, signed
+from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
-from peft_vit.report.tables import ends
+from peft_vit.report.tables import interval_columns
 from peft_vit.statistics.sequential import SequentialResult
 
 _ROW_IN = 1.65
@@ -90,7 +90,7 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     def paint(canvas: Canvas) -> None:
         for (method, names), panels in zip(rows.items(), _panels(canvas, len(rows)), strict=True):
             for index, name in enumerate(names):
-                canvas.series(name, line_look(index)["color"], "")
+                canvas.series(name, line_style(index)["color"], "")
                 for axes, measure, lines in zip(panels, _MEASURES, curves[name], strict=True):
                     _draw_curve(axes, canvas, name, index, measure, lines, len(runs[name]))
             left, right = panels
@@ -157,15 +157,15 @@ def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
 
 
 def _draw_curve(axes: Axes, canvas: Canvas, name: str, index: int, measure: str, lines: _Lines, seeds: int) -> None:
-    look, has_mean = line_look(index), "mean" in lines
+    style, has_mean = line_style(index), "mean" in lines
     if "lowest" in lines:
         (steps, low), (_, high) = lines["lowest"], lines["highest"]
-        canvas.add(name, axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0))
+        canvas.add(name, axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, lw=0))
 
     def line(of: str, who: str, **more: Any) -> None:
         steps, values = lines[of]
         texts = [f"step {s}: {fixed(float(v), 3)}\n{measure} (nats), {who}" for s, v in zip(steps, values, strict=True)]
-        canvas.plot(name, axes, steps, values, texts if who else [], **look, **more)
+        canvas.plot(name, axes, steps, values, texts if who else [], **style, **more)
 
     for of in [of for of in lines if of.startswith("seed")]:
         line(of, "" if has_mean else of, lw=0.7, alpha=0.4)
@@ -173,7 +173,7 @@ def _draw_curve(axes: Axes, canvas: Canvas, name: str, index: int, measure: str,
         marker = "o" if measure == "validation NLL" else ""
         line("mean", f"mean, {counted(seeds, 'seed')}", lw=1.6, marker=marker, ms=3.5, label=name)
     else:
-        axes.plot([], [], **look, lw=1.6, label=name)
+        axes.plot([], [], **style, lw=1.6, label=name)
 
 
 class Line(NamedTuple):
@@ -223,8 +223,8 @@ def draw_reliability(
         axes, handles = canvas.figure.add_subplot(), []
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
         for index, line in enumerate(drawn):
-            look = line_look(index) | {"marker": MARKERS[index % len(MARKERS)]}
-            canvas.series(line.name, look["color"], look["marker"])
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
+            canvas.series(line.name, style["color"], style["marker"])
             filled = [b for b in line.bins if b.count]
             x = [100 * (b.confidence or 0.0) for b in filled]
             y = [100 * (b.accuracy or 0.0) for b in filled]
@@ -232,7 +232,7 @@ def draw_reliability(
                 f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
                 for sure, right, b in zip(x, y, filled, strict=True)
             ]
-            handles.append(canvas.plot(line.name, axes, x, y, texts, **look, lw=1.4, ms=4, label=line.name, zorder=2))
+            handles.append(canvas.plot(line.name, axes, x, y, texts, **style, lw=1.4, ms=4, label=line.name, zorder=2))
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
         axes.set_ylim(0, 102)
@@ -331,14 +331,13 @@ def stopping_figure(
     data: list[dict[str, Raw]] = []
     for result in results:
         for look in result.looks:
-            difference = ends("difference", repeated_interval(look, stopping))
+            difference = interval_columns("difference", repeated_interval(look, stopping))
             del difference["n"]
             row: dict[str, Raw] = {"experiment": result.name, "control": stopping.control, "pairs": look.pairs}
             row |= difference
             for field in QUESTIONS:
                 if (test := getattr(look, field)) is not None:
                     row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
-                    row |= {f"{field}_p": test.p_value, f"{field}_opposite_p": test.opposite_p_value}
                     row[field] = getattr(result, field)
             data.append(row | {"stopped": result.stopped})
     return draw("courses", title, caption, height, paint, data, narrow)
@@ -358,15 +357,10 @@ def _stopping_panel(
             axes.plot(pairs, points, color=INK, lw=1, ls=_DASHES[field], marker="_", ms=7, zorder=2)
             heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
     canvas.series(name, color, "o")
-    texts = []
+    texts = [
+        f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points" for look in result.looks
+    ]
     for look in result.looks:
-        lines = [f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points"]
-        for field, words in QUESTIONS.items():
-            if (test := getattr(look, field)) is not None:
-                limits = (_finite(getattr(test, side)) for side in _SIDES)
-                takes, opposite = ("more pairs" if limit is None else signed(100 * limit) for limit in limits)
-                lines.append(f"{words}? takes {takes}, the opposite {opposite}; p = {fixed(test.p_value, 3)}")
-        texts.append("\n".join(lines))
         if math.isfinite(look.high - look.low):
             ends_of = [100 * look.low, 100 * look.high]
             canvas.plot(name, axes, [look.pairs] * 2, ends_of, color=color, lw=2.2, alpha=0.35, zorder=3)
