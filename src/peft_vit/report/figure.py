@@ -94,8 +94,6 @@ _SMALL: dict[Any, Any] = {
     "legend.handlelength": 1.4,
 }
 
-SINGLE_SEEDS = 10  # lines; with more, a band from the lowest to the highest stands for them
-
 
 class Canvas:
     """A figure while it is painted, and what it tells the page: which artists belong together, what stands where.

@@ -15,12 +15,10 @@ import pytest
 import unfinished
 from golden import check_golden
 
-from peft_vit.analysis import analyze
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
-from peft_vit.report.build import study_documents
 from peft_vit.report.document import SECTION_TITLES
 
 FIGURES = {
@@ -122,14 +120,6 @@ def test_markdown_has_exactly_the_five_sections(built: ReportFiles) -> None:
     assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == list(SECTION_TITLES)
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
         assert (built.markdown.parent / path).is_file()
-
-
-def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRecord]) -> None:
-    (document,) = study_documents([analyze(planted.study_of(few))])
-    folded = {table.slug for table in document.tables() if table.folded}
-    open_ones = {table.slug for table in document.tables()} - folded
-    assert {"quality", "calibration", "allocation", "findings"} <= folded
-    assert {"accuracy", "all_pairs", "cost", "verdicts"} <= open_ones
 
 
 def test_findings_have_estimates_in_full_precision(tmp_path: Path) -> None:
