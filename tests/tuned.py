@@ -36,7 +36,7 @@ def write_images(folder: Path) -> None:
 
 def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
     """Do the runs of two looks on folds, and the final ones."""
-    seen = inspect_images(images, folds=FOLDS)
+    seen = inspect_images(images)
     holdout = folder / "images.json"
     folder.mkdir(parents=True, exist_ok=True)
     holdout.write_text(json.dumps(images_file(seen)))

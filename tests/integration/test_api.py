@@ -36,7 +36,6 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"learning_rate": 0}, "learning_rate", "should be greater than 0, got 0"),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
     ("train", {"start": "adapter", "rank": 8}, "rank", "has no effect with start; "),
-    ("train", {"steps": 9, "epochs": 9}, "steps", "epochs"),
     ("train", {"images": "nowhere"}, "data.path", "nowhere"),
     ("tune", {"models": "no_such_model"}, "models", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
@@ -63,9 +62,9 @@ def test_a_bad_argument_is_one_line_that_names_the_parameter(
     images, tmp_path, function, arguments, parameter, said
 ) -> None:
     method = {"method": "lora"} if function == "train" else {}
-    with pytest.raises(UserError, match=re.escape(said)) as problem:
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
         getattr(peft_vit, function)(**{"images": images, "output": tmp_path / "out", **method, **arguments})
-    assert problem.value.field == parameter
+    assert caught.value.field == parameter
     assert not list(tmp_path.iterdir())
 
 

@@ -121,7 +121,7 @@ def test_scores_and_the_last_mask(tiny_vit) -> None:
             torch.testing.assert_close(controller._triplet_scores[name], peer.scores(index), rtol=1e-5, atol=0)
         if step < last:
             optimizer.step()
-    before = {name: (one.lora_A.detach().clone(), one.lora_lambda.detach().clone()) for name, one in adapters.items()}
+    before = {name: (a.lora_A.detach().clone(), a.lora_lambda.detach().clone()) for name, a in adapters.items()}
     decide(model, controller, optimizer, scores, last)
     peer.allocator.update_and_allocate(peer.holder, last, force_mask=True)
     masks = peer.alive()
@@ -287,7 +287,7 @@ def test_trap_the_penalty_never_reaches_a_plain_vision_model_in_peft(tiny_vit, b
         model = peft_model(tiny_vit(depth=1), orth_reg_weight=weight)
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert all(torch.equal(without, penalized) for without, penalized in zip(*gradients, strict=True))
     moved = []
     for weight in (0.0, 50.0):
         model, controller, _ = adaptive(tiny_vit, batch, orthogonality_weight=weight)
@@ -311,9 +311,9 @@ def test_trap_new_weights_meet_old_gradients_in_peft(tiny_vit, batch) -> None:
     before = parameter.detach().clone()
     peer.step()
     theirs.base_model.update_and_allocate(1)
-    found = theirs.base_model.rankallocator.ipt[name.removeprefix("base_model.model.")]
-    torch.testing.assert_close(found, parameter.detach().abs())
-    assert not torch.allclose(found, before.abs())
+    ipt = theirs.base_model.rankallocator.ipt[name.removeprefix("base_model.model.")]
+    torch.testing.assert_close(ipt, parameter.detach().abs())
+    assert not torch.allclose(ipt, before.abs())
     model, controller, optimizer = adaptive(tiny_vit, batch)
     adapter = next(iter(site_adapters(model).values()))
     adapter.lora_A.grad.fill_(1.0)
@@ -340,7 +340,7 @@ def test_trap_masks_free_nothing_and_importance_is_not_saved_in_peft(tiny_vit, b
             importance = theirs.base_model.rankallocator.exp_avg_ipt
             assert importance
             saved = theirs.state_dict().values()
-            assert not any(torch.equal(one, other) for one in importance.values() for other in saved)
+            assert not any(torch.equal(score, tensor) for score in importance.values() for tensor in saved)
             smoothed = [tensor for name, tensor in controller.state_dict()["tensors"].items() if "smoothed" in name]
             assert sum(bool(tensor.any()) for tensor in smoothed) == 2 * 3 * len(TARGETS)
     assert alive_in_peft(theirs) == 2 * 2 < 2 * 12

@@ -71,19 +71,19 @@ def test_every_format_expanded_is_what_the_model_computes(fast, batch) -> None:
 def test_the_file_holds_codes_and_the_session_floats(kind, tmp_path) -> None:
     layer = packed(nn.Linear(768, 256), QuantizationFormat(kind, 32, True, torch.float16))
     network = nn.Sequential(nn.Flatten(), layer)
-    content = onnx_graph(network, 16, lambda one, _: ExpandedLinear(one)).SerializeToString()
+    content = onnx_graph(network, 16, lambda layer, _: ExpandedLinear(layer)).SerializeToString()
     in_fields = field_bits(layer.quantized.format.bits) / layer.quantized.format.bits  # codes of 3 bits take 4
     # not 786,432 as in floats; so few scales torch itself casts
     assert len(content) <= 1.5 * in_fields * layer.quantized.nbytes
     _, graph = optimized(content, tmp_path / "optimized.onnx")
     assert [node.op_type for node in graph.graph.node] == ["Reshape", "Gemm"]
-    assert onnx.TensorProto.UINT8 not in {one.data_type for one in graph.graph.initializer}  # no codes are left
+    assert onnx.TensorProto.UINT8 not in {tensor.data_type for tensor in graph.graph.initializer}  # no codes are left
 
 
 def test_no_layer_is_expanded_at_each_call(fast, tmp_path) -> None:
     model, file = fast
     _, graph = optimized(file.read_bytes(), tmp_path / "optimized.onnx")
-    constants = {one.name for one in graph.graph.initializer}
+    constants = {tensor.name for tensor in graph.graph.initializer}
     products = [node for node in graph.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     assert len(products) == len(dict(adapted_modules(model))) == 24
 
@@ -98,9 +98,9 @@ def one_layer(layer: AdaptedLinear, made: Callable[[AdaptedLinear, str], nn.Modu
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_expanded_weight_is_the_layers(kind, outputs, tmp_path) -> None:
     layer = packed(nn.Linear(48, outputs, bias=False), QuantizationFormat(kind, 16, True, torch.float16))
-    session = one_layer(layer, lambda one, _: ExpandedLinear(one), tmp_path)
-    found = session(np.eye(48, dtype=np.float32).reshape(48, 3, 4, 4))  # (48, out)
-    np.testing.assert_array_equal(found, layer.quantized.dequantize().T.numpy())
+    session = one_layer(layer, lambda layer, _: ExpandedLinear(layer), tmp_path)
+    weight = session(np.eye(48, dtype=np.float32).reshape(48, 3, 4, 4))  # (48, out)
+    np.testing.assert_array_equal(weight, layer.quantized.dequantize().T.numpy())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -109,7 +109,7 @@ def test_a_product_in_8_bits_is_its_definition(kind, bias, tmp_path) -> None:
     torch.manual_seed(3)
     layer = packed(nn.Linear(48, 10, bias=bias), QuantizationFormat(kind, 16, True, torch.float16))
     inputs = (-1.5, 2.0)  # much lies outside
-    session = one_layer(layer, lambda one, _: Int8Linear(one, inputs), tmp_path)
+    session = one_layer(layer, lambda layer, _: Int8Linear(layer, inputs), tmp_path)
     x = torch.randn(200, 3, 4, 4).numpy()
     weight = layer.quantized.dequantize().numpy().astype(np.float64)
     steps = np.abs(weight).max(1, keepdims=True) / 64
@@ -125,7 +125,7 @@ def test_a_product_in_8_bits_is_its_definition(kind, bias, tmp_path) -> None:
 
 def test_weights_are_small_enough_for_sums_of_pairs_in_16_bits(in_8_bits, tmp_path) -> None:
     _, graph = optimized(in_8_bits[1].read_bytes(), tmp_path / "optimized.onnx")
-    tensors = {one.name: one for one in graph.graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     products = [node for node in graph.graph.node if node.op_type == "MatMulIntegerToFloat"]
     assert len(products) == 24
     for node in products:
@@ -154,9 +154,9 @@ def test_ranges_are_those_of_the_inputs() -> None:
 
 @pytest.mark.parametrize(("inputs", "zero"), [((-1.0, 1.0), 128), ((0.5, 2.0), 0), ((-2.0, -1.0), 255), ((0, 0), 0)])
 def test_the_step_covers_the_range_and_zero_is_exact(inputs, zero) -> None:
-    step, found = step_and_zero(inputs)
-    assert found == zero
+    step, exact = step_and_zero(inputs)
+    assert exact == zero
     assert step > 0
-    ends = [step * (code - found) for code in (0, 255)]
+    ends = [step * (code - exact) for code in (0, 255)]
     assert ends[0] - step / 2 <= min(inputs[0], 0)
     assert max(inputs[1], 0) <= ends[1] + step / 2

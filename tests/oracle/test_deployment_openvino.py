@@ -79,7 +79,9 @@ def test_the_low_bit_kernels_do_the_products_on_the_runs_own_codes(exported) -> 
         if node.get_rt_info()["layerType"].value == "FullyConnected"
     ]
     used = [module.quantized.format for _, module in adapted_modules(model)]
-    names = [one.type if one.has_codebook else {2: "u2", 4: "i4", 8: "i8"}[field_bits(one.bits)] for one in used]
+    names = [
+        format.type if format.has_codebook else {2: "u2", 4: "i4", 8: "i8"}[field_bits(format.bits)] for format in used
+    ]
     assert len(used) == 24
     assert types == [*names, "f32"]  # the head
     # No float matrix of a packed layer lies in the file beside its codes.
@@ -98,13 +100,13 @@ def test_a_weight_is_its_definition(format) -> None:
     weight[4] *= 1e-4
     made = quantized(weight, format)
     network = ov.Model([weight_node(made)], [])
-    found = ov.Core().compile_model(network, "CPU", SETTINGS)([])[0]
+    weights = ov.Core().compile_model(network, "CPU", SETTINGS)([])[0]
     wanted = dequantized(made)
-    assert np.isfinite(found).all()
+    assert np.isfinite(weights).all()
     constant = 0 if made.offsets is None else np.abs(made.offsets.numpy().astype(np.float64)).max(1)
     scale = np.abs(wanted).max(1) + constant
     digits = 2.0**-11 if made.offsets is not None and made.offsets.dtype == torch.float16 else 2.0**-21
-    assert (np.abs(found - wanted).max(1) <= digits * scale + 1e-37).all()  # OpenVINO rounds denormals to 0
+    assert (np.abs(weights - wanted).max(1) <= digits * scale + 1e-37).all()  # OpenVINO rounds denormals to 0
 
 
 @pytest.mark.slow
@@ -123,8 +125,8 @@ def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None
     images = torch.randn(64, 3, 112, 112, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = small_model(images)
-    found = open_exported(tmp_path / "packed.xml").logits(images)
-    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-2
+    logits = open_exported(tmp_path / "packed.xml").logits(images)
+    assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-2
 
 
 def test_no_address_is_looked_up_when_openvino_is_loaded() -> None:

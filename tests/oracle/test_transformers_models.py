@@ -256,10 +256,10 @@ def on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_of_the_hub_comes_from_its_cache(on_the_hub: Path, tmp_path: Path) -> None:
-    found = loaded("somebody/vit", weights="hub")
-    assert found.weights_name == "hub somebody/vit"
+    backbone = loaded("somebody/vit", weights="hub")
+    assert backbone.weights_name == "hub somebody/vit"
     theirs = transformers.AutoModelForImageClassification.from_pretrained(on_the_hub).state_dict()
-    for name, tensor in found.model.state_dict().items():
+    for name, tensor in backbone.model.state_dict().items():
         if not name.startswith("classifier"):
             torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
 

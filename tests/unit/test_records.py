@@ -90,7 +90,6 @@ def test_records_from_before_budgets_had_units_and_sizes_were_counted_are_read(t
     file = write_record(tmp_path, written)
     data = json.loads(file.read_text())
     section = data["spec"]["experiment"]["adalora"]
-    section["initial_rank_budget"] = section.pop("initial_budget")
     for field in ("total_parameter_budget", "total_byte_budget", "total_mac_budget"):
         del section[field]
     data["rank_history"] = [{key: entry[key] for key in ("step", "budget", "ranks")} for entry in data["rank_history"]]

@@ -138,14 +138,8 @@ def site_adapters(model: nn.Module) -> dict[str, Adapter]:
 
 def adapted_sites(model: nn.Module) -> dict[str, Site]:
     """Return the sites that carry an adapter of this package's or of the PEFT library's, by name, block by block."""
-    by_peft = sites_of_layers(model)
-    sites: dict[str, Site] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            sites |= {site.name: site for site, _ in module.adapters()}
-        elif name in by_peft:
-            sites[by_peft[name].name] = by_peft[name]
-    return sites
+    ours = [site for _, module in adapted_modules(model) for site, _ in module.adapters()]
+    return {site.name: site for site in (*ours, *sites_of_layers(model).values())}
 
 
 def current_ranks(model: nn.Module) -> dict[str, int]:

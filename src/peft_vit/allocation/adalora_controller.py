@@ -233,9 +233,9 @@ class AdaLoRAController:
             probed = probed_scores(self.config.importance_metric, gradients, measured, rankless)
             self._last_scores |= probed
             self.probe_history.append({"step": step, "sites": list(probed), "values": values})
-        if not all(math.isfinite(score) for score in self._last_scores.values()):
-            worst = next(name for name, score in self._last_scores.items() if not math.isfinite(score))
-            raise DivergedError(f"its importance at step {step} is not finite; lower the learning rate", field=worst)
+        if diverged := [name for name, score in self._last_scores.items() if not math.isfinite(score)]:
+            message = f"its importance at step {step} is not finite; lower the learning rate"
+            raise DivergedError(message, field=diverged[0])
         self._scored = step
         average = float(np.mean(list(self._last_scores.values()))) if self._last_scores else 0.0
         return {name: self._last_scores.get(name, average) for name in self.names}
@@ -266,7 +266,7 @@ class AdaLoRAController:
                 f"importance_metric {self.config.importance_metric} gave every site the same score; "
                 "the allocation says nothing about the sites"
             )
-        of_triplets, tau = None, self.config.threshold_tau
+        tau = self.config.threshold_tau
         if self.config.allocation_strategy == "threshold" and not self._bar_too_high:
             self._bar_too_high = not reach_threshold(scores, self.costs, tau)
             if self._bar_too_high:
@@ -274,8 +274,8 @@ class AdaLoRAController:
                     f"threshold_tau {tau} has no effect: no site's score reaches so many times the mean, and all share "
                     "the budget in proportion; lower it"
                 )
-        if self.config.allocation_strategy == "global":
-            of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names]
+        is_global = self.config.allocation_strategy == "global"
+        of_triplets = [self._triplet_scores[name].cpu().double().numpy() for name in self.names] if is_global else None
         ranks = allocate(
             self.config.allocation_strategy,
             scores,

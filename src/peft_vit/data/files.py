@@ -270,7 +270,7 @@ def downloaded(url: str, md5: str) -> Path:
     check_download(name)
     from torchvision.datasets.utils import download_url
 
-    remedy = f"check the network, or set data.path to where {name} is unpacked"
+    remedy = f"check the network, or get {name} elsewhere, and set data.path to where it is unpacked"
     with new_in_cache(file) as temporary, foreign_fault("could not be downloaded", url, remedy=remedy):
         download_url(url, str(temporary.parent), name, md5)
     return file

@@ -65,10 +65,7 @@ def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
 
     The path is tiny-imagenet-200.zip, or its unpacked folder; without one it is downloaded.
     """
-    location = downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path)
-    if (location / "tiny-imagenet-200.zip").is_file():
-        location = location / "tiny-imagenet-200.zip"
-    tree = open_tree(location)
+    tree = open_tree(downloaded(_TINY_URL, _TINY_MD5) if config.path is None else existing(config.path))
     words_file, annotations_file = tree.only("words.txt"), tree.only("val/val_annotations.txt")
     root = PurePosixPath(words_file).parent
     classes: dict[str, str] = {}

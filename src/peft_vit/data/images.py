@@ -92,12 +92,8 @@ class LabelledImages:
             seed: the run's seed.
             epoch: counted from 0 or 1, as the caller likes.
             skip: batches to leave out at the start, which an interrupted run has had.
-
-        Raises:
-            UserError: see `check_augmentation`.
         """
-        *_, size, channels = self.pixels.shape
-        check_augmentation(augmentation, channels)
+        size = self.pixels.shape[1]
         changes = [
             change for entry in augmentation for change in _changes(entry.settings, len(self), size, seed, epoch)
         ]

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -213,7 +212,8 @@ def _detail(thumbnails: np.ndarray) -> np.ndarray:
 
 
 LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
-_LEAST_BESIDE_HOLDOUT = 8  # different images of a class, for training, validation and test
+_HOLDOUT_SHARE = 0.2  # of the different images, if the folder has no test split of its own
+_LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for training, validation and test
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
 
@@ -307,19 +307,11 @@ def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
-def inspect_images(
-    path: str | Path,
-    *,
-    folds: int = 5,
-    holdout_share: float = 0.2,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Inspection:
+def inspect_images(path: str | Path, *, on_progress: Callable[[int, int], None] | None = None) -> Inspection:
     """Decode every image of a folder once, and say what is there.
 
     Args:
         path: a folder or a zip of <class>/<image>, or of train/, test/ and val/ with such folders.
-        folds: that the images will be divided into.
-        holdout_share: of the images, to be put by for one test in the end, if the folder has no test split of its own.
         on_progress: told how many images are decoded, and of how many.
 
     Raises:
@@ -338,9 +330,7 @@ def inspect_images(
     check_class_names(class_names, path)
     names = np.array(list(files.classes), dtype=object)
     holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
-    # Different images of a class that are needed: one in each fold, or what is trained on would be few.
-    trained_share = 1.0 if holdout is not None else 1 - holdout_share
-    least = math.ceil(round(max(folds, _LEAST_BESIDE_HOLDOUT) / trained_share, 6))
+    least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
     _refuse_few(path, class_names, labels, np.arange(len(labels)), holdout, least)  # before anything is decoded
     copies, groups, sides, faults = _decoded(tree, list(files.classes), on_progress)
     left_out |= faults | _contradictions(names, labels, copies, groups, holdout)
@@ -352,35 +342,30 @@ def inspect_images(
     )
 
 
-def images_file(inspection: Inspection, holdout_share: float = 0.2, seed: int = 0) -> dict[str, Any]:
+def images_file(inspection: Inspection, seed: int = 0) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
 
-    Sealed is the folder's own test split, or else a share of the different images, each class with its own, by `seed`:
+    Sealed is the folder's own test split, or else a fifth of the different images, each class with its own, by `seed`:
     of a group of copies one, whose others are left out.
 
     Args:
         inspection: the folder.
-        holdout_share: of the different images; has no effect on a test split of one's own.
         seed: of the draw.
 
     Raises:
-        UserError: if the share leaves a class without a sealed image, or a file can't be read any more.
+        UserError: if a file can't be read any more.
     """
     names = np.array(inspection.names, dtype=object)
     left_out = dict(inspection.left_out)
     holdout = inspection.holdout
     if holdout is None:
         first = np.unique(inspection.groups, return_index=True)[1]
-        count = round(holdout_share * len(first))
+        count = round(_HOLDOUT_SHARE * len(first))
         drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
             left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
-    missing = np.flatnonzero(np.bincount(inspection.labels[holdout], minlength=len(inspection.class_names)) == 0)
-    if len(missing):
-        message = f"no image of class '{inspection.class_names[missing[0]]}' would be sealed; seal a larger share"
-        raise UserError(message, file=inspection.path)
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
         sha256=open_tree(inspection.path).hashed(names[used].tolist()).sha256,

@@ -74,14 +74,11 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
         fold_of = deal_folds(index.strata[divided], groups, config.folds, shuffle)
         test, rest = divided[fold_of == fold], divided[fold_of != fold]
     validated, trained = config.validation_images, 2 if config.train_images is None else config.train_images
-    beside = f"of {len(everything)} remain beside the test split"
-    _need("validation_images", validated, len(rest) - 2, f"{beside} and 2 to train on")
-    _need("train_images", trained, len(rest) - validated, f"{beside} and {validated} validation images")
     source = _one_of_each(index, rest)
     _need("validation_images", validated, len(source), "different images lie beside the test split")
     validation = stratified_draw(source, index.strata, validated, rng)
     pool = _without(index, rest, validation)
-    _need("train_images", trained, len(pool), "remain without copies of validation images")
+    _need("train_images", trained, len(pool), f"of {len(everything)} remain beside test, validation and copies of both")
     train = _draw_train(index, config, seed, pool)
     digest = hashlib.sha256()
     for part in (train, validation, test):

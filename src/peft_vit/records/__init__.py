@@ -44,7 +44,6 @@ from peft_vit.records.storage import (
     ADAPTER_FILE,
     HTML_FILE,
     RECORD_FILE,
-    REGISTRATION_FILE,
     STUDY_FILE,
     checkpoint_folders,
     flush,

@@ -7,6 +7,7 @@ names the version.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,6 @@ GONE_CHOICES: dict[tuple[str, ...], frozenset[str]] = {  # likewise, the values 
 # Keys of a study's configuration on which no result depends: dropped.
 GONE_OF_STUDIES: tuple[str, ...] = ("hypotheses",)
 _SIZES = ("image_size", "train_images", "shots_per_class", "validation_images", "test_images")
-_RENAMED = {"initial_rank_budget": "initial_budget"}  # settings whose names were others
 
 
 def migrated(content: Any) -> Any:
@@ -62,7 +62,7 @@ def migrated(content: Any) -> Any:
     """
     if not isinstance(content, dict):
         return content
-    content = _renamed({key: value for key, value in content.items() if key not in GONE_OF_STUDIES})
+    content = copy.deepcopy({key: value for key, value in content.items() if key not in GONE_OF_STUDIES})
     experiments = [content.get("experiment"), *_list(content.get("experiments"))]
     for experiment in experiments:
         for (*sections, setting), gone in GONE.items():
@@ -129,10 +129,3 @@ def _list(values: Any) -> list[Any]:
 def _refusal(value: Any, *path: str) -> UserError:
     reason = f"{value} is something that this version no longer has"
     return UserError(f"{reason}; peft-vit {LAST_VERSION_WITH_ALL} reads it", field=".".join(path))
-
-
-def _renamed(values: Any) -> Any:
-    """Return a copy in which settings have the names that they have today."""
-    if isinstance(values, dict):
-        return {_RENAMED.get(key, key): _renamed(value) for key, value in values.items()}
-    return type(values)(map(_renamed, values)) if isinstance(values, list | tuple) else values

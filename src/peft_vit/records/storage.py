@@ -23,7 +23,6 @@ STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
 HTML_FILE = "report.html"
-REGISTRATION_FILE = "registration.json"  # of a run that version 0.2.0 has begun, until it is done
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 

@@ -22,7 +22,6 @@ from peft_vit.errors import UserError, printable
 from peft_vit.records import (
     ADAPTER_FILE,
     RECORD_FILE,
-    REGISTRATION_FILE,
     STUDY_FILE,
     Failure,
     RunRecord,
@@ -56,12 +55,7 @@ _POLL_S = 0.2
 _FREE = {"description", "execution"}  # settings on which no result depends
 # What a run needs until it is done, and what files and checkpoints are called while they are written, see
 # `write_checkpoint` and `write_atomically`.
-_TEMPORARY = (
-    ".checkpoint-",
-    *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, PROGRESS_FILE)),
-    REGISTRATION_FILE,
-    PROGRESS_FILE,
-)
+_TEMPORARY = (".checkpoint-", *(f".{name}." for name in (RECORD_FILE, ADAPTER_FILE, PROGRESS_FILE)), PROGRESS_FILE)
 
 
 def drive(

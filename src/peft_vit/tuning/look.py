@@ -13,13 +13,12 @@ from peft_vit.data import images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
-from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
 
 IMAGES_FILE = "images.json"
-SEALED_SHARE = 0.2
 _SURE_S = 3.0  # of decoding, until it is known how long it takes
 MakeRunner = Callable[[State, Metric], Runner]
 
@@ -31,12 +30,10 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
         UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
             images.json is there already and holds something else.
     """
-    seen = inspect_images(
-        state.request.images, folds=FOLDS, holdout_share=SEALED_SHARE, on_progress=_telling_if_slow(state)
-    )
+    seen = inspect_images(state.request.images, on_progress=_telling_if_slow(state))
     for line in seen.lines():
         state.tell(f"  {line}")
-    content = json.dumps(images_file(seen, SEALED_SHARE, state.request.seed), indent=1) + "\n"
+    content = json.dumps(images_file(seen, state.request.seed), indent=1) + "\n"
     place = state.request.output / IMAGES_FILE
     if state.begun:
         _refuse_others(state.request.images, place, content)

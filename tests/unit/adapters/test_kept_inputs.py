@@ -189,20 +189,12 @@ def test_few_rows_have_two_products_and_many_have_the_sum(rows, model, monkeypat
 
 # --- beside others ----------------------------------------------------------------------------------------------------
 
-HOOKS = {
+HOOKS: dict[str, tuple[str, Callable[..., object], dict[str, bool]]] = {
     "inputs": ("register_forward_pre_hook", lambda _, given: (given[0] * 2 + 1,), {}),
     "outputs": ("register_forward_hook", lambda _, given, output: output * 2, {}),
     "outputs_first": ("register_forward_hook", lambda _, given, output: output + torch.randn(1), {"prepend": True}),
     "outputs_in_place": ("register_forward_hook", lambda _, given, output: output.mul_(2), {}),
 }
-
-
-@pytest.mark.parametrize("place", ["norm2", "mlp.act"])
-@pytest.mark.parametrize("kind", HOOKS)
-def test_hooks_of_others_count_once(model, batch, kind, place) -> None:
-    register, hook, named = HOOKS[kind]
-    getattr(model.blocks[1].get_submodule(place), register)(hook, **named)
-    check_as_if_all_were_kept(partial(gradients, model, batch))
 
 
 @pytest.mark.parametrize("place", ["norm2", "mlp.act"])
@@ -219,10 +211,8 @@ def test_hooks_that_look_on_see_each_output_and_its_whole_gradient_once(model, b
     assert passed[0].shape == outputs[0].shape
 
 
-def scaled_in_place(layer: str) -> Callable[[nn.Module], object]:
-    return lambda model: (
-        model.blocks[1].mlp.get_submodule(layer).register_forward_pre_hook(lambda _, given: (given[0].mul_(1.5),))
-    )
+def hooked(place: str, register: str, hook: Callable[..., object], named: dict[str, bool]) -> Callable[..., object]:
+    return lambda model: getattr(model.blocks[1].get_submodule(place), register)(hook, **named)
 
 
 def with_dropout(model: nn.Module) -> None:
@@ -235,16 +225,17 @@ def with_trained_norms(model: nn.Module) -> None:
         block.norm2.weight.requires_grad_(True)
 
 
+IN_PLACE = ("register_forward_pre_hook", lambda _, given: (given[0].mul_(1.5),), {})
 CHANGES = {
-    "inputs of fc1 changed in place": scaled_in_place("fc1"),
-    "inputs of fc2 changed in place": scaled_in_place("fc2"),
+    **{f"{kind} of {place}": hooked(place, *hook) for kind, hook in HOOKS.items() for place in ("norm2", "mlp.act")},
+    **{f"inputs of {place} changed in place": hooked(place, *IN_PLACE) for place in ("mlp.fc1", "mlp.fc2")},
     "dropout in place after the activation": with_dropout,
     "a norm that is trained": with_trained_norms,
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_changed_or_trained_gets_its_gradient(model, batch, change) -> None:
+def test_what_is_hooked_changed_or_trained_gets_its_gradient_once(model, batch, change) -> None:
     CHANGES[change](model)
     check_as_if_all_were_kept(partial(gradients, model, batch))
 

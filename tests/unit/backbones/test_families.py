@@ -31,7 +31,7 @@ def test_every_matrix_on_tokens_is_covered_by_sites_once_and_tokens_are_its_rows
         assert weight[site.span].shape == (site.out_features, site.in_features)
         covered.setdefault(site.module, torch.zeros(len(weight), dtype=torch.int))[site.span] += 1
     assert all((rows == 1).all() for rows in covered.values())
-    linear = {path for path, one in model.named_modules() if isinstance(one, nn.Linear)}
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert covered.keys() == {path for path in linear if not NO_TARGETS & set(path.split("."))}
     rows: dict[str, int] = {}
     with watching(

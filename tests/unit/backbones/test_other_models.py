@@ -21,11 +21,11 @@ def shape_of(name: str, image_size: int):
 
 def test_what_is_found_in_a_plain_model_is_what_its_family_says() -> None:
     model = random_model("test_vit")
-    found = on_tokens(model)
-    assert list(found.blocks) == [f"blocks.{layer}" for layer in range(len(model.blocks))]
+    layers = on_tokens(model)
+    assert list(layers.blocks) == [f"blocks.{layer}" for layer in range(len(model.blocks))]
     by_family = find_sites(random_model("test_vit"))
-    assert [one.module for one in found.linears] == list(dict.fromkeys(site.module for site in by_family))
-    assert {(one.module, one.layer, one.role) for one in found.linears} == {
+    assert [linear.module for linear in layers.linears] == list(dict.fromkeys(site.module for site in by_family))
+    assert {(linear.module, linear.layer, linear.role) for linear in layers.linears} == {
         (site.module, site.layer, site.role) for site in by_family
     }
 
@@ -52,14 +52,14 @@ def test_layers_of_other_classes_are_found(name: str, image_size: int, sites: in
 
 @pytest.mark.slow
 def test_adapters_on_them_act_and_are_exported() -> None:
-    found = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, formats=("onnx", "openvino"), peft=True)
-    assert found.effective == len(found.sites) == 40
-    assert found.merged.error <= 1e-5
-    assert found.files["onnx"].error <= 1e-4
-    assert found.files["openvino"].error <= 1e-4
-    assert found.peft is not None
-    assert found.peft.error <= 1e-5
-    assert not found.peft_idle
+    checked = check_architecture(Architecture("timm", "pvt_v2_b0"), 64, formats=("onnx", "openvino"), peft=True)
+    assert checked.effective == len(checked.sites) == 40
+    assert checked.merged.error <= 1e-5
+    assert checked.files["onnx"].error <= 1e-4
+    assert checked.files["openvino"].error <= 1e-4
+    assert checked.peft is not None
+    assert checked.peft.error <= 1e-5
+    assert not checked.peft_idle
 
 
 @pytest.mark.parametrize(

@@ -35,15 +35,15 @@ def everything_mapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
     class Noted(mmap.mmap):
         def __new__(cls, *args: object, **kwargs: object) -> Noted:
-            made.append(weakref.ref(one := super().__new__(cls, *args, **kwargs)))
-            return one
+            made.append(weakref.ref(mapped := super().__new__(cls, *args, **kwargs)))
+            return mapped
 
     monkeypatch.setattr(tensor_file, "_SMALLEST_MAPPED_BYTES", 1)
     monkeypatch.setattr(tensor_file.mmap, "mmap", Noted)
 
     def alive() -> int:
         assert made, "none was mapped"
-        return sum(one() is not None for one in made)
+        return sum(mapped() is not None for mapped in made)
 
     return alive
 
@@ -97,7 +97,7 @@ def test_weights_that_are_copied_are_read_one_at_a_time(
     weights: BackboneConfig, everything_mapped: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     isfinite, counts = torch.Tensor.isfinite, []
-    monkeypatch.setattr(torch.Tensor, "isfinite", lambda one: counts.append(everything_mapped()) or isfinite(one))
+    monkeypatch.setattr(torch.Tensor, "isfinite", lambda tensor: counts.append(everything_mapped()) or isfinite(tensor))
     model = load_backbone(weights, image_size=32, num_classes=3, seed=0).model
     assert counts == list(range(counts[0], counts[0] - len(counts), -1))  # one fewer each time
     gc.collect()
@@ -134,6 +134,6 @@ def test_each_layers_float_weights_are_gone_before_the_next_are_packed(
     for name, module in adapted_modules(model):
         for part, tensor in module.quantized.tensors().items():
             assert torch.equal(tensor, packed[name].quantized.tensors()[part]), name
-    for (name, one), (_, other) in zip(model.named_parameters(), own.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
-        assert one.requires_grad == other.requires_grad
+    for (name, first), (_, second) in zip(model.named_parameters(), own.named_parameters(), strict=True):
+        assert torch.equal(first, second), name
+        assert first.requires_grad == second.requires_grad

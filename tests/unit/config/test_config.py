@@ -433,8 +433,8 @@ def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path
     ],
 )
 def test_library_and_weights_follow_from_what_is_named(model, weights, library, expected) -> None:
-    found = named_backbone(model, weights, library).model_dump(exclude_unset=True)
-    assert found == {"library": found["library"], "model": model, **expected}
+    named = named_backbone(model, weights, library).model_dump(exclude_unset=True)
+    assert named == {"library": named["library"], "model": model, **expected}
 
 
 @pytest.mark.parametrize(

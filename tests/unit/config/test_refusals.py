@@ -255,11 +255,11 @@ def test_what_a_file_says_wrongly(key: str, said: str, field: str, word: str, tm
     if said.startswith("+"):
         said = f"{TOP[key][:-1]}, {said[1:]}}}"
     named = field if field.startswith("experiments") else f"{key}{field}"
-    one = "{name: one, method: lora, lora: {rank: 4}}"
+    experiment = "{name: one, method: lora, lora: {rank: 4}}"
     if key == "measures" and not field:
-        one, named = "{name: one, method: full}", ""
-    line, found = refusal(tmp_path, {key: said}, f"{one}\n  - {OTHER}", word)
-    assert (found or "") == named
+        experiment, named = "{name: one, method: full}", ""
+    line, place = refusal(tmp_path, {key: said}, f"{experiment}\n  - {OTHER}", word)
+    assert (place or "") == named
     if named.startswith(key):
         assert line == list({**TOP, key: said}).index(key) + 1
 
@@ -272,10 +272,13 @@ def test_what_a_section_says_wrongly(
     method: str, section: str, changes: str, field: str, word: str, tmp_path: Path
 ) -> None:
     left_out = yaml.safe_load(f"{{{changes}}}").keys()
-    kept = [setting for setting in SECTIONS[section].split(", ") if setting.partition(":")[0] not in left_out]
-    settings = ", ".join([*kept, *re.sub(r"\w+: null,? ?", "", changes).split(", ")]).removesuffix(", ")
-    one = f"{{name: one, method: {method}, {section}: {{{settings}}}}}"
-    assert refusal(tmp_path, {}, f"{one}\n  - {OTHER}", word) == (len(TOP) + 2, f"experiments[0].{section}{field}")
+    unchanged = [setting for setting in SECTIONS[section].split(", ") if setting.partition(":")[0] not in left_out]
+    settings = ", ".join([*unchanged, *re.sub(r"\w+: null,? ?", "", changes).split(", ")]).removesuffix(", ")
+    experiment = f"{{name: one, method: {method}, {section}: {{{settings}}}}}"
+    assert refusal(tmp_path, {}, f"{experiment}\n  - {OTHER}", word) == (
+        len(TOP) + 2,
+        f"experiments[0].{section}{field}",
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def shown(images, augmentation, mean=(0.0,) * 3, std=(1.0,) * 3, **settings) -> 
     batches = images.shuffled_batches(
         **{"batch_size": 5, "seed": 0, "epoch": 1, **settings}, mean=mean, std=std, augmentation=augmentation
     )
-    return {label: one.numpy() for batch, labels in batches for one, label in zip(batch, labels.tolist(), strict=True)}
+    return {
+        label: image.numpy() for batch, labels in batches for image, label in zip(batch, labels.tolist(), strict=True)
+    }
 
 
 def equal(first, second) -> list[bool]:
@@ -81,8 +83,7 @@ def test_flips_are_to_the_bit_those_of_before_there_was_anything_else(shape, fli
 @pytest.mark.parametrize("name", IMAGES)
 def test_each_changes_images_and_each_image_in_its_own_way(name, channels) -> None:
     """All images are the same one here, so what differs comes from the draws."""
-    one = images_of(1, channels)
-    images = LabelledImages(np.repeat(one.pixels, 24, 0), np.arange(24))
+    images = LabelledImages(np.repeat(images_of(1, channels).pixels, 24, 0), np.arange(24))
     settings = (IMAGES if channels == 3 else GREY)[name]
     augmented = shown(images, made(name, **{name: settings}))
     plain = shown(images, ())
@@ -147,7 +148,7 @@ def test_torchvision_does_the_same_to_one_image(name) -> None:
 
 def test_colour_of_grey_images_is_refused_with_what_to_write() -> None:
     with pytest.raises(UserError, match=r"augmentation\[1\]\.color_jitter: saturation and hue have no effect on grey"):
-        next(iter(shown(images_of(channels=1), made("flip", "color_jitter"))))
+        check_augmentation(made("flip", "color_jitter"), channels=1)
     check_augmentation(made("color_jitter", color_jitter={"saturation": 0}), channels=1)
     check_augmentation(made("color_jitter"), channels=3)
 
@@ -191,8 +192,8 @@ def test_batches_are_mixed_as_by_timm(names, monkeypatch) -> None:
             expected, shares = theirs(images.clone(), labels)
         torch.testing.assert_close(augmented, expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(targets, shares, rtol=0, atol=1e-6)
-        kept = (augmented == images).flatten(1).float().mean(1)
-        seen.add("mixup" if kept.max() < 0.01 else "cutmix")
+        unchanged = (augmented == images).flatten(1).float().mean(1)
+        seen.add("mixup" if unchanged.max() < 0.01 else "cutmix")
         assert targets.dtype == torch.float32
         torch.testing.assert_close(targets.sum(1), torch.ones(6))
     assert seen == set(names)

@@ -113,7 +113,7 @@ def test_copies_of_a_file_never_come_on_two_sides_of_a_drawn_split(pool, test_sp
     for seed in range(5):
         splits = make_splits(index, config.model_copy(update={"split_seed": seed}), seed)
         files = [{pixels[row] for row in rows} for rows in (splits.train, splits.validation, splits.test)]
-        assert all(not one & other for one, other in combinations(files, 2))
+        assert all(not first & second for first, second in combinations(files, 2))
         assert len(splits.validation) == len(files[1]) == 4  # no copies within
         assert len(splits.test) == len(files[2]) == 8
         assert len(files[0]) == 40 - 12
@@ -131,7 +131,7 @@ def test_too_few_different_images_for_a_split(tmp_path):
         load_data(few, 0)
     with pytest.raises(UserError, match=r"^data\.test_images: asks for 5, but 4 different images"):
         load_data(few.model_copy(update={"test_images": 5}), 0)
-    with pytest.raises(UserError, match=r"^data\.train_images: asks for 2, but 0 remain without copies"):
+    with pytest.raises(UserError, match=r"^data\.train_images: asks for 2, but 0 of 30 remain"):
         load_data(few.model_copy(update={"validation_images": 2}), 0)
 
 

@@ -182,8 +182,8 @@ def test_columns_are_found_or_chosen(case, hf, tmp_path):
     index = hf(parquet(tmp_path / "set", train=rows(4, **columns)), **settings)
     assert index.class_names == names
     assert index.labels.tolist() == labels
-    told = ("1 of 3 classes have no image, such as 'dog'",)
-    assert index.notes == (told if case == "labels in their order" else ())
+    notes = ("1 of 3 classes have no image, such as 'dog'",)
+    assert index.notes == (notes if case == "labels in their order" else ())
 
 
 def test_an_image_column_is_chosen(hf, tmp_path):
@@ -239,9 +239,9 @@ def test_columns_that_do_not_serve_are_one_line(columns, settings, message, hf, 
 def test_own_splits_are_kept(names, test, notes, hf, tmp_path):
     made = {name: labelled(4, 20 * k) for k, name in enumerate(names)}
     index = hf(saved(tmp_path, made))
-    kept = [name for name in names if name != "extra"]
-    assert index.names == [f"{name}[{k}]" for name in kept for k in range(4)]
-    expected = None if test is None else [name == test for name in kept for _ in range(4)]
+    used = [name for name in names if name != "extra"]
+    assert index.names == [f"{name}[{k}]" for name in used for k in range(4)]
+    expected = None if test is None else [name == test for name in used for _ in range(4)]
     assert (None if index.official_test is None else index.official_test.tolist()) == expected
     assert tuple(note for note in index.notes if "split" in note) == notes
 

@@ -47,10 +47,10 @@ def config(root, file=None, **settings):
 
 
 def groups_of(seen):
-    found = {}
+    members = {}
     for name, group in zip(seen.names, seen.groups.tolist(), strict=True):
-        found.setdefault(group, set()).add(name)
-    return sorted(sorted(names) for names in found.values() if len(names) > 1)
+        members.setdefault(group, set()).add(name)
+    return sorted(sorted(names) for names in members.values() if len(names) > 1)
 
 
 def test_what_is_there_is_counted_and_told(root):
@@ -147,13 +147,13 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
     seen = inspect_images(root)
     held_out_somewhere, hashes = set(), {open_index(config(root, test_images=4)).sha256}
     for seed in range(8):
-        content = images_file(seen, 0.2, seed)
-        assert content == images_file(seen, 0.2, seed)
+        content = images_file(seen, seed)
+        assert content == images_file(seen, seed)
         holdout = content["sealed"]
         assert [sum(name.startswith(label) for name in holdout) for label in ("cat", "dog")] == [2, 2]
         copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
         together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved anew.jpg"}]
-        assert copies == {other for pair in together for one in pair & set(holdout) for other in pair - {one}}
+        assert copies == {other for pair in together for drawn in pair & set(holdout) for other in pair - {drawn}}
         held_out_somewhere |= set(holdout)
         file = write(tmp_path, seen, seed=seed)
         index = open_index(config(root, file))
@@ -224,25 +224,23 @@ def elks(root):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "settings", "decodes", "message"),
+    ("spoil", "decodes", "message"),
     [
-        (lambda root: (root / "bird").mkdir(), {}, False, "bird: is an empty folder"),
-        (shutil.rmtree, {}, False, "does not exist"),
-        (lambda root: shutil.rmtree(root / "dog"), {}, False, "holds one class alone, 'cat'"),
-        (lambda root: split(root) or fox(1)(root / "test"), {}, False, "class 'fox' is in only one of train and test"),
-        (fox(2), {}, False, "class 'fox' has 2 different images that can be used, 10 are needed"),
-        (fox(2), {"folds": 10}, False, "class 'fox' has 2 .*, 13 are needed"),
-        (fox(2), {"holdout_share": 0.5}, False, "class 'fox' has 2 .*, 16 are needed"),
-        (fox(9, 300), {}, True, r"has 9 different images that can be used \(of copies, .*\), 10 are needed"),
-        (elks, {}, True, "class 'elk' has 0 different images that can be used, 10 are needed"),
+        (lambda root: (root / "bird").mkdir(), False, "bird: is an empty folder"),
+        (shutil.rmtree, False, "does not exist"),
+        (lambda root: shutil.rmtree(root / "dog"), False, "holds one class alone, 'cat'"),
+        (lambda root: split(root) or fox(1)(root / "test"), False, "class 'fox' is in only one of train and test"),
+        (fox(2), False, "class 'fox' has 2 different images that can be used, 10 are needed"),
+        (fox(9, 300), True, r"has 9 different images that can be used \(of copies, .*\), 10 are needed"),
+        (elks, True, "class 'elk' has 0 different images that can be used, 10 are needed"),
     ],
 )
-def test_refused_in_one_line(root, monkeypatch, spoil, settings, decodes, message):
+def test_refused_in_one_line(root, monkeypatch, spoil, decodes, message):
     spoil(root)
     if not decodes:
         monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("nothing else is done"))
     with pytest.raises(UserError, match=message):
-        inspect_images(root, **settings)
+        inspect_images(root)
 
 
 def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
@@ -268,5 +266,5 @@ def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path)
     (root / "val" / "dog" / "00.png").write_bytes(b"no image")
     seen = inspect_images(root)
     assert list(seen.left_out) == ["val/dog/00.png"]
-    index = open_index(config(root, write(tmp_path, seen, holdout_share=0.2, seed=0), validation_images=4))
+    index = open_index(config(root, write(tmp_path, seen), validation_images=4))
     assert (len(index.labels), int(index.official_test.sum())) == (25, 4)

@@ -131,7 +131,7 @@ def test_download_that_fails_says_where_to_put_the_file(config, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("torchvision.datasets.utils.download_url", unreachable)
-    with pytest.raises(UserError, match=r"no network.*set data\.path to where cifar-10-binary"):
+    with pytest.raises(UserError, match=r"no network.*get cifar-10-binary"):
         open_index(config("cifar10"))
 
 

@@ -92,10 +92,10 @@ def test_what_was_chosen_stays_and_is_not_measured_again(study, planned, tmp_pat
     assert added.study.experiments[:2] == plan.study.experiments
     assert len(added.memory) == 1
     assert len(more.asked) > 0
-    with pytest.raises(UserError, match="was begun with another configuration") as problem:
+    with pytest.raises(UserError, match="was begun with another configuration") as caught:
         planned(study("lora", "full", memory_limit="900MB"))
-    assert "+experiments.full.training.memory_limit: 900MB" in problem.value.details
-    assert "recomputed" not in problem.value.details
+    assert "+experiments.full.training.memory_limit: 900MB" in caught.value.details
+    assert "recomputed" not in caught.value.details
     with pytest.raises(UserError, match="was begun with another configuration"):
         planned(study("lora", "full", memory_limit="580MB", micro_batch_size=1))
 

@@ -161,9 +161,9 @@ NAMED = {"start": "--init-adapter", "ranks": "ranks"}
 def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case) -> None:
     request, said = REFUSED[case]
     option = next(name for name in request if name != "method" or len(request) == 1)
-    with pytest.raises(UserError, match=re.escape(said)) as problem:
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
         study_of(asked(**request))
-    assert problem.value.field == NAMED.get(option, f"--{option.replace('_', '-')}")
+    assert caught.value.field == NAMED.get(option, f"--{option.replace('_', '-')}")
 
 
 @pytest.mark.parametrize("place", ["", "runs"])

@@ -21,7 +21,7 @@ from fake_study import (
 )
 
 from peft_vit.errors import UserError
-from peft_vit.records import read_contents, read_record, write_result
+from peft_vit.records import read_record, write_result
 from peft_vit.records.progress import LOCK_FILE, look_at, owner_of, study_status
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunRetried, RunStarted
 
@@ -253,9 +253,6 @@ def test_a_signal_stops_cleanly_and_the_next_call_goes_on(tmp_path, number) -> N
     assert attempt is not None
     assert (attempt.number, attempt.state) == (1, "interrupted")
     assert states(tmp_path) == ["done", "pending", "pending", "pending"]
-    (tmp_path / "fake/a/seed_1").mkdir(exist_ok=True)
-    (tmp_path / "fake/a/seed_1/registration.json").write_text("{}")  # as version 0.2.0 left it
-    assert read_contents(tmp_path).problems == ()
     fake_drive(STUDY, tmp_path)
     assert attempts_of(tmp_path, "a/seed_1") == 2
     check_complete(STUDY, tmp_path)
