@@ -16,14 +16,7 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.evidence import Evidence
 from peft_vit.analysis.findings import Finding, find
-from peft_vit.analysis.layers import (
-    AgainstControl,
-    Allocation,
-    ImportancePattern,
-    against_controls,
-    importance_patterns,
-    study_agreements,
-)
+from peft_vit.analysis.layers import Allocation, ImportancePattern, importance_patterns, study_agreements
 from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.reliability import Calibration, calibration
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
@@ -44,7 +37,6 @@ class Analysis:
     calibration: tuple[Calibration, ...]
     importance: tuple[ImportancePattern, ...]
     allocation: tuple[Allocation, ...]
-    against_controls: tuple[AgainstControl, ...]
     quantization: tuple[QuantizationImpact, ...]
     findings: tuple[Finding, ...]
 
@@ -64,7 +56,6 @@ def analyze(study: Study) -> Analysis:
         calibration=calibration(study),
         importance=patterns,
         allocation=tuple(evidence.allocation.values()),
-        against_controls=against_controls(study),
         quantization=tuple(evidence.quantization.values()),
         findings=find(evidence),
     )

@@ -7,12 +7,11 @@ decide. "Not decided" means that these runs can't tell, never that there is no d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from statistics import fmean
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -309,11 +308,6 @@ def method_results(study: Study) -> tuple[MethodResult, ...]:
     return tuple(results)
 
 
-def is_time(value: float | None) -> TypeGuard[float]:
-    """Return whether a time was recorded: a clock that was set back, or a broken record, measures nothing."""
-    return value is not None and 0 < value < math.inf
-
-
 def known_mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of the values that were recorded; None if none was."""
     known = [value for value in values if value is not None]
@@ -410,24 +404,12 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
     """Return which of n pairs nothing dominates, from (n,) each; small costs and large values are better.
 
     A pair is dominated if another has no larger cost and no smaller value, and differs from it. So equal pairs stand or
-    fall together. Source: Pareto (1906); the sweep by cost is Kung, Luccio & Preparata, Journal of the ACM 22 (1975).
-
-    Raises:
-        ValueError: for unequal lengths, or a number that is not one.
+    fall together. Source: Pareto (1906).
     """
-    if len(costs) != len(values):
-        raise ValueError(f"pairs need equal lengths, got {len(costs)} and {len(values)}")
-    if any(math.isnan(number) for number in (*costs, *values)):
-        raise ValueError("expected numbers, got NaN")
-    order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
-    on_front = [False] * len(costs)
-    best: int | None = None  # the pair of largest value among those so far, of these the cheapest
-    for i in order:
-        equal = best is not None and (costs[i], values[i]) == (costs[best], values[best])
-        if best is None or values[i] > values[best] or equal:
-            on_front[i] = True
-            best = i
-    return tuple(on_front)
+    cost, value = np.asarray(costs), np.asarray(values)
+    no_worse = (cost <= cost[:, None]) & (value >= value[:, None])  # (n, n) the column's pair than the row's
+    better = (cost < cost[:, None]) | (value > value[:, None])
+    return tuple((~(no_worse & better).any(axis=1)).tolist())
 
 
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:

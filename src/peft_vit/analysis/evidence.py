@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -27,7 +27,7 @@ from peft_vit.analysis.comparison import (
     same_source,
     together,
 )
-from peft_vit.analysis.layers import Allocation, allocations, fixed_lora_line
+from peft_vit.analysis.layers import Allocation, allocations, fixed_lora_line, rank_entropy, rank_gini
 from peft_vit.analysis.quantization import (
     FLOAT32_BITS,
     QuantizationImpact,
@@ -35,9 +35,9 @@ from peft_vit.analysis.quantization import (
     model_bytes,
     quantization_impacts,
 )
-from peft_vit.analysis.studies import Run, Study
+from peft_vit.analysis.studies import Run, Study, grouped
 from peft_vit.config import ExperimentConfig
-from peft_vit.statistics import gini, mean_interval, normalized_entropy, spearman
+from peft_vit.statistics import mean_interval, spearman
 
 OVERHEAD_LIMIT = 0.10  # over the steps' seconds without scoring and reallocation
 _FEWEST_SITES = 3  # with two, a rank correlation is 1 or -1 whatever they are
@@ -106,15 +106,14 @@ def value_at(experiment: ExperimentConfig, path: str) -> Any:
 
 def settings_without(experiment: ExperimentConfig, paths: Sequence[str]) -> str:
     """Return all settings but the name and the given ones, as text that is equal where they are."""
-    settings: dict[str, Any] = experiment.model_dump(mode="json")
-    for path in ("name", *paths):
-        *sections, last = path.split(".")
-        inner: Any = settings
+    left_out: dict[str, Any] = {"name": True}
+    for path in paths:
+        *sections, setting = path.split(".")
+        inner = left_out
         for section in sections:
-            inner = inner.get(section) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner.pop(last, None)
-    return json.dumps(settings, sort_keys=True)
+            inner = inner.setdefault(section, {})
+        inner[setting] = True
+    return experiment.model_dump_json(exclude=left_out)
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,6 @@ class Evidence:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._rests: dict[tuple[str, tuple[str, ...]], str] = {}  # since every pair of experiments asks for it
 
     @cached_property
     def allocation(self) -> dict[str, Allocation]:
@@ -166,14 +164,13 @@ class Evidence:
         subjects: list[Subject] = []
         lacking: set[str] = set()
         for experiment in meant:
-            missing = {  # seed -> the fields that its run's record leaves empty
-                run.seed: [name for name in needs if getattr(run.record, name) in (None, [], {})]
-                for run in self.study.of(experiment.name)
-            }
-            lacking.update(name for fields in missing.values() for name in fields)
-            whole = tuple(run for run in self.study.of(experiment.name) if not missing[run.seed])
+            runs = self.study.of(experiment.name)
+            empty = [(run.seed, name) for run in runs for name in needs if getattr(run.record, name) in (None, [], {})]
+            lacking |= {name for _, name in empty}
+            incomplete = dict.fromkeys(seed for seed, _ in empty)
+            whole = tuple(run for run in runs if run.seed not in incomplete)
             if whole:
-                seeds = joined(seed for seed, fields in missing.items() if fields)
+                seeds = joined(incomplete)
                 failed = joined(r.spec.seed for r in self.study.failed if r.spec.experiment.name == experiment.name)
                 absent = joined(seed for name, seed in self.study.missing if name == experiment.name)
                 note = together(
@@ -183,28 +180,8 @@ class Evidence:
                 )
                 subjects.append(Subject(experiment, whole, note))
         if not subjects:
-            how = [
-                f"no record has {name}: {_HOW_TO_RECORD.get(name, 'it was not recorded')}" for name in sorted(lacking)
-            ]
-            raise NoDataError("; ".join(how))
+            raise NoDataError("; ".join(f"no record has {name}: {_HOW_TO_RECORD[name]}" for name in sorted(lacking)))
         return tuple(subjects)
-
-    def partners(self, one: ExperimentConfig, against: Group, same_but: tuple[str, ...]) -> Iterator[ExperimentConfig]:
-        """Yield the experiments of a group that have a finished run and that an experiment is to be compared with.
-
-        With `same_but` only those whose settings differ in some of these and in nothing else.
-        """
-        for other in self.study.experiments:
-            if other.name != one.name and self.study.of(other.name) and against.takes(other, self.reference_lora):
-                differ = any(value_at(one, path) != value_at(other, path) for path in same_but)
-                if not same_but or (differ and self._rest(one, same_but) == self._rest(other, same_but)):
-                    yield other
-
-    def _rest(self, experiment: ExperimentConfig, same_but: tuple[str, ...]) -> str:
-        key = experiment.name, same_but
-        if key not in self._rests:
-            self._rests[key] = settings_without(experiment, same_but)
-        return self._rests[key]
 
 
 def joined(values: Iterable[object]) -> str:
@@ -278,11 +255,20 @@ def difference(
         value: what is compared.
         lower_is_better: the other way round, so that positive is better.
     """
+    study, sign = evidence.study, -1.0 if lower_is_better else 1.0
+    subjects = evidence.subjects(of)
+    others = [e for e in study.experiments if study.of(e.name) and against.takes(e, evidence.reference_lora)]
+    rest = {e.name: settings_without(e, same_but) for e in study.experiments} if same_but else {}
+
+    def comparable(a: ExperimentConfig, b: ExperimentConfig) -> bool:
+        differ = not same_but or any(value_at(a, path) != value_at(b, path) for path in same_but)
+        return a.name != b.name and differ and rest.get(a.name) == rest.get(b.name)
+
     differences = [
-        _beside(subject, compare(subject.runs, evidence.study.of(other.name), subject.name, other.name, value), sign)
-        for sign in [-1.0 if lower_is_better else 1.0]
-        for subject in evidence.subjects(of)
-        for other in evidence.partners(subject.experiment, against, same_but)
+        _beside(subject, compare(subject.runs, study.of(other.name), subject.name, other.name, value), sign)
+        for subject in subjects
+        for other in others
+        if comparable(subject.experiment, other)
     ]
     if not differences:
         partner = f"{against.words}, equal but for {', '.join(same_but)}" if same_but else against.words
@@ -412,22 +398,7 @@ def query_over_mean(run: Run) -> float | None:
 def _by_matrix(run: Run) -> dict[str, list[int]]:
     """Return matrix type -> final ranks of its sites."""
     final = run.final_ranks()
-    ranks: dict[str, list[int]] = {}
-    for site in run.adapted_sites():
-        ranks.setdefault(site.matrix, []).append(final[site.name])
-    return ranks
-
-
-def rank_gini(run: Run) -> float | None:
-    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
-    ranks = list(run.final_ranks().values())
-    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
-
-
-def rank_entropy(run: Run) -> float | None:
-    """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
-    ranks = list(run.final_ranks().values())
-    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+    return grouped((site.matrix, final[site.name]) for site in run.adapted_sites())
 
 
 _spread = each_run("without ranks on two sites", "rank_history")

@@ -86,8 +86,7 @@ def _beside(run: Run, other: Run) -> tuple[PredictedImage, ...] | str:
         return "the records do not hold predictions"
     if (own.images, own.labels) != (its.images, its.labels):
         return "the two runs were tested on different images"
-    columns = (own.images, own.labels, own.predicted, own.probability, its.predicted, its.probability)
-    lengths = {len(column) for column in columns}
-    if len(lengths) > 1 or 0 in lengths:
+    if not own.images:
         return "the predictions are not one for each image"
+    columns = (own.images, own.labels, own.predicted, own.probability, its.predicted, its.probability)
     return tuple(PredictedImage(*row) for row in zip(*columns, strict=True))

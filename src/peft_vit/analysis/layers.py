@@ -1,24 +1,18 @@
-"""Which layers matter, where adaptive ranks went and how they moved, and whether that paid.
+"""Which layers matter, where adaptive ranks went and how they moved.
 
 Scores of different metrics have different units and scales, so a run's scores are divided by their mean over
 its sites: a relative score of 1 is an average site of that run.
 
 Agreement describes. The sites of one network are no independent draws, so no p-value comes from their number.
-
-To score paid if adaptive ranks beat the same budget spread without looking: equal scores, and random ones. A control
-has the importance metric `uniform` or `random` and shares every other setting that costs something: method, budget
-and its course, training, targets. The strategy should be equal too. Where no such control was run, one of another
-strategy at equal cost is taken and named.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, pairwise
-from statistics import fmean
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import scipy
@@ -27,8 +21,6 @@ from numpy.typing import ArrayLike
 from peft_vit.analysis.comparison import (
     SAME_SIZE,
     Estimate,
-    accuracy_on_test,
-    compare,
     compare_values,
     decide,
     known_mean,
@@ -36,7 +28,7 @@ from peft_vit.analysis.comparison import (
     same_source,
 )
 from peft_vit.analysis.studies import Run, Study
-from peft_vit.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig, QaLoraConfig
+from peft_vit.config import SITE_MATRICES, AdaLoraConfig, ExperimentConfig
 from peft_vit.records import Role, SiteInfo
 from peft_vit.statistics import Interval, gini, mean_interval, normalized_entropy, spearman
 
@@ -96,8 +88,7 @@ class ImportancePattern:
     relative_final: np.ndarray  # (seeds, blocks, matrices) last scores, over each run's mean
     by_block: np.ndarray  # (seeds, blocks) mean relative score of a block
     by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
-    # log2 of the mean attention score over the mean MLP score, one value a seed; empty if a group is absent or scores
-    # nothing
+    # log2 of the mean attention score over the mean MLP score, by seed; none where a group is absent or scores nothing
     attention_over_mlp: tuple[float, ...]
     agreement_between_seeds: float | None  # mean Spearman's rho over pairs of seeds, or None
 
@@ -167,13 +158,8 @@ def kendalls_w(scores: ArrayLike) -> float | None:
 
     Returns:
         None for fewer than 2 judges or 3 things, or if a judge makes no difference between things.
-
-    Raises:
-        ValueError: for scores that are no finite (m, n) array.
     """
     data = np.asarray(scores, dtype=np.float64)
-    if data.ndim != 2 or not np.isfinite(data).all():
-        raise ValueError("expected a two-dimensional array of finite scores")
     judges, things = data.shape
     if judges < 2 or things < 3 or (np.ptp(data, axis=1) == 0).any():
         return None
@@ -209,7 +195,7 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     `rho` is Spearman's of the mean final relative scores of the `sites` that both have; None if one of both is
     constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
     """
-    comparable: list[tuple[Study, ExperimentConfig, AdaLoraConfig, dict[str, float]]] = []
+    comparable: list[tuple[Study, str, tuple[object, ...], dict[str, float]]] = []
     for study, patterns in scored:
         for pattern in patterns:
             section = pattern.experiment.section(AdaLoraConfig)
@@ -217,23 +203,20 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
                 mean = np.mean(pattern.relative_final, axis=0)  # (B, M)
                 by_site = {site.name: pattern.grid.pick(mean, site) for site in pattern.grid.sites}
                 known = {name: value for name, value in by_site.items() if np.isfinite(value)}
-                comparable.append((study, pattern.experiment, section, known))
+                kind = section.importance_metric, section.allocation_strategy, pattern.experiment.method, study.smoke
+                comparable.append((study, pattern.experiment.name, kind, known))
     rows = []
-    for (study, a, own, scores), (other, b, its, other_scores) in combinations(comparable, 2):
-        same = (a.method, study.smoke) == (b.method, other.smoke) and (
-            own.importance_metric,
-            own.allocation_strategy,
-        ) == (its.importance_metric, its.allocation_strategy)
+    for (study, name, kind, scores), (other, other_name, other_kind, other_scores) in combinations(comparable, 2):
         shared = sorted(scores.keys() & other_scores.keys())
-        if study.label == other.label or not same or not shared:
+        if study.label == other.label or kind != other_kind or not shared:
             continue
         rows.append(
             {
                 "study": study.label,
-                "experiment": a.name,
+                "experiment": name,
                 "other_study": other.label,
-                "other_experiment": b.name,
-                "metric": own.importance_metric,
+                "other_experiment": other_name,
+                "metric": kind[0],
                 "images": _images(study),
                 "other_images": _images(other),
                 # 1 or 0; with another one sites share no more than a name
@@ -318,11 +301,22 @@ def _ranks(run: Run) -> list[list[int]]:
     return [[entry.ranks.get(name, 0) for name in names] for entry in run.record.rank_history]
 
 
+def rank_gini(run: Run) -> float | None:
+    """Return how concentrated a run's final ranks are; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return gini(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
+def rank_entropy(run: Run) -> float | None:
+    """Return how even a run's final ranks are, over the largest entropy; None without ranks on two sites."""
+    ranks = list(run.final_ranks().values())
+    return normalized_entropy(ranks) if len(ranks) > 1 and sum(ranks) > 0 else None
+
+
 def _run_row(run: Run) -> dict[str, Any]:
     """Return where one run's budget went."""
     ranks, last = _ranks(run), run.record.rank_history[-1]
     final = ranks[-1]
-    spread = sum(final) > 0 and len(final) > 1
     return {
         "experiment": run.experiment.name,
         "seed": run.seed,
@@ -332,8 +326,8 @@ def _run_row(run: Run) -> dict[str, Any]:
         "used": sum(final),  # ranks at the end
         "sites": len(final),
         "sites_without_rank": sum(rank == 0 for rank in final),
-        "gini": gini(final) if spread else None,  # concentration of the final ranks over sites, 0 for equal ranks
-        "evenness": normalized_entropy(final) if spread else None,  # 1 for equal ranks
+        "gini": rank_gini(run),  # concentration of the final ranks over sites, 0 for equal ranks
+        "evenness": rank_entropy(run),  # 1 for equal ranks
         "updates": len(ranks) - 1,
         "moved": " ".join(str(moved_ranks(before, after)) for before, after in pairwise(ranks)),  # at each update
     }
@@ -424,73 +418,3 @@ def fixed_lora_line(study: Study, run: Run) -> list[tuple[float, float]]:
         for other in study.of(lora.name)
         if other.seed == run.seed and same_problem(other) == same_problem(run)
     )
-
-
-# --- whether it paid to score -----------------------------------------------------------------------------------------
-
-Control = Literal["uniform", "random"]
-CONTROLS: tuple[Control, ...] = get_args(Control)
-
-_OF_THE_SCORES = {
-    "importance_metric",
-    "importance_gradient",
-    "sensitivity_beta",
-    "uncertainty_beta",
-    "allocation_strategy",
-    "top_k",
-    "threshold_tau",
-}
-
-
-@dataclass(frozen=True)
-class AgainstControl:
-    """One experiment with scored ranks against one control."""
-
-    experiment: str
-    control: Control  # which kind
-    control_experiment: str | None  # the experiment that was found; None if the study has none
-    same_strategy: bool  # whether both share the strategy
-    accuracy: Estimate  # difference in test accuracy, paired by seed
-    # mean trainable parameters in the end over the control's, 1 at equal cost. An equal budget in ranks need not be
-    # equal in parameters, since matrices differ in size
-    parameters_ratio: float | None
-
-
-def against_controls(study: Study) -> tuple[AgainstControl, ...]:
-    """Compare each experiment whose ranks follow scores with its controls; corrected over experiments, by control."""
-    adaptive = study.with_method("adalora", "qa_adalora")
-    scored = [e for e in adaptive if e.need(AdaLoraConfig).importance_metric not in CONTROLS]
-    rows: list[AgainstControl] = []
-    for kind in CONTROLS:
-        pairs = []
-        for e in scored:
-            controls = [c for c in adaptive if c.need(AdaLoraConfig).importance_metric == kind and _cost(c) == _cost(e)]
-            controls.sort(key=lambda control: _strategy(control) != _strategy(e))
-            pairs.append((e, next(iter(controls), None)))
-        family = decide([_compare(study, e, control, kind) for e, control in pairs], study.untested)
-        for (e, control), accuracy in zip(pairs, family, strict=True):
-            row = AgainstControl(e.name, kind, None, False, accuracy, None)
-            if control is not None:
-                own, other = (fmean(r.parameters.final for r in study.of(each.name)) for each in (e, control))
-                same = _strategy(control) == _strategy(e)
-                row = replace(row, control_experiment=control.name, same_strategy=same, parameters_ratio=own / other)
-            rows.append(row)
-    return tuple(rows)
-
-
-def _cost(experiment: ExperimentConfig) -> tuple[object, ...]:
-    """Return everything that a control must share."""
-    settings = experiment.need(AdaLoraConfig).model_dump(exclude=_OF_THE_SCORES)
-    return experiment.method, experiment.training, experiment.section(QaLoraConfig), settings
-
-
-def _strategy(experiment: ExperimentConfig) -> tuple[object, ...]:
-    section = experiment.need(AdaLoraConfig)
-    return section.allocation_strategy, section.top_k, section.threshold_tau
-
-
-def _compare(study: Study, experiment: ExperimentConfig, control: ExperimentConfig | None, kind: Control) -> Estimate:
-    if control is None:
-        note = f"the study has no finished experiment with importance_metric: {kind} and the same budget and training"
-        return Estimate(name=experiment.name, reference=f"{kind} importance", note=note)
-    return compare(study.of(experiment.name), study.of(control.name), experiment.name, control.name, accuracy_on_test)

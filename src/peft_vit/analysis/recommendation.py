@@ -48,7 +48,6 @@ from peft_vit.analysis.comparison import (
     Question,
     compare,
     decide,
-    is_time,
     method_results,
 )
 from peft_vit.analysis.stopping import ENDS, at_last_look, sequential_results
@@ -356,7 +355,7 @@ def _rate(result: MethodResult, limits: Limits, latency_batch: int | None, expor
 
 
 def _mean_time(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if is_time(value)]
+    known = [value for value in values if value]
     return fmean(known) if len(known) == len(values) else None
 
 

@@ -50,11 +50,8 @@ def equal_width_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) 
     """Return (n,) predictions by confidence: bin m of M holds those in ((m - 1) / M, m / M], the first one 0 too.
 
     Source: Guo et al. 2017, arXiv 1706.04599, figure 1; the same bins as the ECE of the records.
-
-    Raises:
-        ValueError: for no predictions, unequal lengths, or a confidence outside 0 to 1.
     """
-    p, hit = _checked(confidence, right)
+    p, hit = np.asarray(confidence), np.asarray(right)
     index = np.clip(np.ceil(p * bins).astype(np.int64) - 1, 0, bins - 1)
     return tuple(_bin(p[index == m], hit[index == m], m / bins, (m + 1) / bins) for m in range(bins))
 
@@ -64,12 +61,12 @@ def equal_count_bins(confidence: ArrayLike, right: ArrayLike, bins: int = BINS) 
 
     A prediction of midrank r among n by confidence goes to bin floor((r - 1/2) M / n): equal confidences stay together,
     so the bins do not depend on the order of the images. Source: Nguyen & O'Connor 2015, arXiv 1508.05154, adaptive
-    binning; Nixon et al. 2019, arXiv 1904.01685. Errors as in `equal_width_bins`.
+    binning; Nixon et al. 2019, arXiv 1904.01685.
     """
-    p, hit = _checked(confidence, right)
+    p, hit = np.asarray(confidence), np.asarray(right)
     index = np.floor((scipy.stats.rankdata(p) - 0.5) * bins / p.size).astype(np.int64)
-    groups = [(p[index == m], hit[index == m]) for m in np.unique(index)]
-    return tuple(_bin(inside, hits, float(inside.min()), float(inside.max())) for inside, hits in groups)
+    groups = [index == m for m in np.unique(index)]
+    return tuple(_bin(p[own], hit[own], float(p[own].min()), float(p[own].max())) for own in groups)
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
@@ -80,17 +77,6 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     """
     gaps = [b.count * abs((b.accuracy or 0.0) - (b.confidence or 0.0)) for b in bins]  # an empty one has neither
     return math.fsum(gaps) / sum(b.count for b in bins)
-
-
-def confidence_brier(confidence: ArrayLike, right: ArrayLike) -> float:
-    """Return the mean squared error of the confidence in the answer, ``mean (p - [right])^2``.
-
-    With two classes it is Brier's score of the probability of one class (half of his sum over both). With more classes
-    his sum needs all their probabilities, which records do not hold; this one then scores the forecast "my answer is
-    right". Source: Brier, Monthly Weather Review 78 (1950).
-    """
-    p, hit = _checked(confidence, right)
-    return math.fsum((p - hit) ** 2) / p.size
 
 
 def _of_predictions(measure: Callable[[Any, Any], float]) -> Callable[[Run], float | None]:
@@ -107,7 +93,10 @@ MEASURES: dict[Measure, Callable[[Run], float | None]] = {
     "nll": lambda run: run.test.nll,
     "ece": lambda run: run.test.ece,
     "adaptive_ece": _of_predictions(lambda p, hit: calibration_error(equal_count_bins(p, hit))),
-    "brier": _of_predictions(confidence_brier),
+    # Mean squared error of the confidence in the answer. With two classes it is Brier's score of the probability of one
+    # class (half of his sum over both). With more his sum needs all probabilities, which records do not hold; this then
+    # scores the forecast "my answer is right". Source: Brier, Monthly Weather Review 78 (1950).
+    "brier": _of_predictions(lambda p, hit: math.fsum((p - hit) ** 2) / p.size),
 }
 # mean confidence minus accuracy
 OVERCONFIDENCE = _of_predictions(lambda p, hit: math.fsum(p - hit) / p.size)
@@ -137,15 +126,6 @@ def _predictions(run: Run) -> tuple[NDArray[np.float64], NDArray[np.bool_]] | No
         return None
     right = np.asarray(predictions.predicted) == np.asarray(predictions.labels)
     return np.asarray(predictions.probability, dtype=np.float64), right
-
-
-def _checked(confidence: ArrayLike, right: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    p, hit = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.bool_)
-    if p.ndim != 1 or p.shape != hit.shape or p.size == 0:
-        raise ValueError(f"expected as many confidences as answers and at least one, got {p.size} and {hit.size}")
-    if not ((p >= 0) & (p <= 1)).all():
-        raise ValueError("expected confidences between 0 and 1")
-    return p, hit
 
 
 def _bin(p: NDArray[np.float64], hit: NDArray[np.bool_], low: float, high: float) -> Bin:

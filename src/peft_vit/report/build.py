@@ -86,7 +86,7 @@ def _sections(
         drawn, note = leading(mapped, means, MAPS)
         allocated = [rank_maps(drawn, note and note + _EVERY_RUN)]
     if analysis.allocation:
-        allocated += layer_tables.allocation_tables(analysis.allocation, analysis.against_controls)
+        allocated += layer_tables.allocation_tables(analysis.allocation)
     quantized: list[Block] = [Paragraph("No finished run of this study quantized the backbone.")]
     if analysis.quantization:
         quantized = [*quantization_tables.quantization_tables(analysis.quantization)]

@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from peft_vit.analysis import AgainstControl, Allocation, ImportancePattern
+from peft_vit.analysis import Allocation, ImportancePattern
 from peft_vit.analysis.comparison import SAME_SIZE, known_mean
 from peft_vit.analysis.layers import SETTLED_AT, seed_agreements
-from peft_vit.report.document import Block, Paragraph, Table
-from peft_vit.report.formatting import count, fixed, joined, known, number_interval, percent, plain, points_interval
+from peft_vit.report.document import Table
+from peft_vit.report.formatting import count, fixed, known, number_interval, percent, plain
 from peft_vit.report.method_tables import differences_table
-from peft_vit.report.tables import (
-    FAMILY_NOTE,
-    OVER_SEEDS,
-    Column,
-    cross_table,
-    interval_columns,
-    own_interval_columns,
-    table,
-    tested,
-)
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, cross_table, interval_columns, table
 
 
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
@@ -121,7 +111,7 @@ def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def allocation_tables(allocations: Sequence[Allocation], against_controls: Sequence[AgainstControl]) -> Iterator[Block]:
+def allocation_tables(allocations: Sequence[Allocation]) -> Iterator[Table]:
     """Yield whether adaptive ranks paid, where they went and how they moved; of one experiment at least."""
     yield differences_table(
         "allocation_against_fixed",
@@ -131,7 +121,6 @@ def allocation_tables(allocations: Sequence[Allocation], against_controls: Seque
         "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
         f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
     )
-    yield from _against_controls(against_controls)
     yield cross_table(
         "rank_by_matrix",
         "Mean final rank by matrix type",
@@ -151,46 +140,6 @@ def allocation_tables(allocations: Sequence[Allocation], against_controls: Seque
     )
     yield _final_ranks(allocations)
     yield _allocation_course(allocations)
-
-
-def _against_controls(rows: Sequence[AgainstControl]) -> Iterator[Block]:
-    """Yield the comparisons with controls that the study has, and in a sentence each which it lacks."""
-    if compared := [row for row in rows if row.control_experiment is not None]:
-        yield table(
-            "allocation_against_controls",
-            "Scored ranks against uniform and random ones at equal cost",
-            compared,
-            [
-                "experiment",
-                "control",
-                Column(
-                    "its experiment",
-                    lambda r: r.control_experiment + ("" if r.same_strategy else " (another strategy)"),
-                ),
-                Column("", "control_experiment"),
-                Column("", lambda r: int(r.same_strategy), data="same_strategy"),
-                Column(
-                    "difference (points)",
-                    "accuracy.interval",
-                    points_interval,
-                    partial(own_interval_columns, "difference"),
-                    none=points_interval(None),
-                ),
-                Column("n", lambda r: len(r.accuracy.by_seed)),
-                Column("more accurate?", "accuracy.verdict", data="verdict"),
-                Column("test", "accuracy", tested, lambda c: {"p_holm": c.adjusted_p, "note": c.note}),
-                Column("parameters, ratio", "parameters_ratio", fixed),
-            ],
-            "A control has the same budget, course, training and targets, but importance_metric: uniform or random. "
-            "Difference in test accuracy, paired by seed. Equal ranks need not be equal parameters, since matrices "
-            "differ in size. The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over the rows "
-            f"of one control. {OVER_SEEDS}",
-        )
-    missing: dict[str, list[str]] = {}
-    for row in rows:
-        if row.control_experiment is None:
-            missing.setdefault(row.accuracy.note, []).append(plain(row.experiment))
-    yield from (Paragraph(f"Not compared, as {reason}: {joined(own)}.") for reason, own in missing.items())
 
 
 def _final_ranks(allocations: Sequence[Allocation]) -> Table:

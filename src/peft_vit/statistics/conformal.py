@@ -29,11 +29,8 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     Args:
         logits: (N, classes), held out.
         labels: (N,) true classes.
-
-    Raises:
-        ValueError: for no images, unequal lengths, labels that are no class, or logits that are not finite.
     """
-    z, y = _checked(logits, labels)
+    z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     own = z[np.arange(len(y)), y]  # (N,)
 
     def slope(inverse: float) -> float:
@@ -60,14 +57,9 @@ def conformal_quantile(scores: ArrayLike, coverage: float, images: ArrayLike | N
         scores: (m,), large where the true class fits badly.
         coverage: between 0 and 1.
         images: (m,) which image each score is of; none: each of another.
-
-    Raises:
-        ValueError: for no scores, or unequal lengths.
     """
     s = np.asarray(scores, dtype=np.float64)
     which = np.arange(s.size) if images is None else np.asarray(images)
-    if s.ndim != 1 or s.size == 0 or which.shape != s.shape:
-        raise ValueError(f"expected as many images as scores and at least one, got {which.size} and {s.size}")
     weight, count = _weights(which)
     order = np.argsort(s, kind="stable")
     below = np.cumsum(weight[order])  # images with a score up to it
@@ -91,7 +83,7 @@ def prediction_sets(probability: ArrayLike, quantile: float) -> NDArray[np.bool_
 
 def class_scores(probability: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     """Return 1 - (the probability of the true class), (N,), of probabilities (N, classes)."""
-    p, y = _checked(probability, labels)
+    p, y = np.asarray(probability), np.asarray(labels)
     return np.asarray(1 - p[np.arange(len(y)), y])
 
 
@@ -109,12 +101,8 @@ def fold_coverage(
         images: (m,) which image each row is of.
         runs: (m,) which run predicted it.
         coverage: that was asked.
-
-    Raises:
-        ValueError: as `conformal_quantile`; also where one run held out every image.
     """
-    p, y = _checked(probability, labels)
-    which, by = np.asarray(images), np.asarray(runs)
+    p, y, which, by = (np.asarray(column) for column in (probability, labels, images, runs))
     scores = class_scores(p, y)
     covered, sizes = np.zeros(len(y)), np.zeros(len(y))
     for run in np.unique(by):
@@ -131,14 +119,3 @@ def _weights(images: np.ndarray) -> tuple[NDArray[np.float64], int]:
     """Return (m,) weights of rows such that each image has 1, and the number of images."""
     _, place, times = np.unique(images, return_inverse=True, return_counts=True)
     return 1 / times[place], len(times)
-
-
-def _checked(values: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    z, y = np.asarray(values, dtype=np.float64), np.asarray(labels, dtype=np.int64)
-    if z.ndim != 2 or y.shape != z.shape[:1] or not y.size:
-        raise ValueError(f"expected rows of classes and a label each, got {z.shape} and {y.shape}")
-    if not np.isfinite(z).all():
-        raise ValueError("expected finite values")
-    if y.min() < 0 or y.max() >= z.shape[1]:
-        raise ValueError(f"expected labels from 0 to {z.shape[1] - 1}, got {y.min()} to {y.max()}")
-    return z, y

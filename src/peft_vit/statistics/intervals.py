@@ -120,12 +120,7 @@ def proportion_interval(successes: float, n: int) -> Interval:
     population would change. It says nothing about other seeds.
 
     Assumption: images are independent. Source: Wilson, JASA 22 (1927).
-
-    Raises:
-        ValueError: unless 0 <= successes <= n and n > 0.
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise ValueError(f"expected 0 <= successes <= n and n > 0, got {successes} of {n}")
     share, z = successes / n, float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -159,12 +154,7 @@ def paired_proportions(losses: int, gains: int, n: int) -> Interval:
 
     Assumption: cases are independent. Source: Bonett & Price, Journal of Educational and Behavioral Statistics 37
     (2012), adjusted Wald interval.
-
-    Raises:
-        ValueError: unless losses and gains are not negative, and their sum is at most n > 0.
     """
-    if n < 1 or min(losses, gains) < 0 or losses + gains > n:
-        raise ValueError(f"expected losses and gains of n > 0 cases, got {losses} and {gains} of {n}")
     lost, gained = (losses + 1) / (n + 2), (gains + 1) / (n + 2)
     center = lost - gained
     z = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2))

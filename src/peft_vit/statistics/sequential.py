@@ -178,10 +178,8 @@ def follow(differences: Mapping[str, Sequence[float]], rule: StoppingRule) -> tu
         counts images.
 
     Raises:
-        ValueError: for no comparisons, values that are not finite, or more pairs than the rule declares.
+        ValueError: for values that are not finite, or more pairs than the rule declares.
     """
-    if not differences:
-        raise ValueError("expected at least one comparison")
     comparisons = [_comparison(name, values, rule) for name, values in differences.items()]
     for k in range(len(rule.looks)):
         _look(comparisons, rule, k)

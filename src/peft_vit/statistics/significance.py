@@ -113,12 +113,7 @@ def wilcoxon_against_each(rivals: Sequence[ArrayLike]) -> tuple[Significance, Si
 
     Returns:
         The test that can show "leads every rival", and the one that can show "some rival leads".
-
-    Raises:
-        ValueError: for no rival, or values that are not finite.
     """
-    if not rivals:
-        raise ValueError("expected at least one rival")
     tests = [wilcoxon(values) for values in rivals]
     towards = [_points(values, test) for values, test in zip(rivals, tests, strict=True)]
     least = min(tests, key=lambda test: test.n)

@@ -29,12 +29,6 @@ def test_the_front_is_what_nothing_dominates(pairs) -> None:
     assert list(pareto_front([cost for cost, _ in pairs], [value for _, value in pairs])) == expected
 
 
-@pytest.mark.parametrize(("values", "words"), [([1], "2 and 1"), ([1, float("nan")], "NaN")])
-def test_unequal_lengths_and_nan_are_refused(values, words) -> None:
-    with pytest.raises(ValueError, match=words):
-        pareto_front([1, 2], values)
-
-
 def lora(name: str, seed: int, accuracy: float, final: int, validation: float | None = None) -> RunRecord:
     changes: dict[str, Any] = dict(planted.counts(final))
     if validation is not None:

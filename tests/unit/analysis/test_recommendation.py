@@ -189,7 +189,7 @@ def test_times_are_compared_on_one_machine_only() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
     assert asked(made, {"--max-seconds": 0.75}).outcome == "smaller"
     assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
-    unknown = made[0].model_copy(update={"seconds_per_step": float("nan")})
+    unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
     found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
     assert [(one.name, one.violations[0].value) for one in found.outside] == [(BEST, None)], (
         "what is not known is no pass"

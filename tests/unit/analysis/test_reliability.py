@@ -1,6 +1,5 @@
 """Calibration against plain loops, scikit-learn and planted confidences."""
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,6 @@ from peft_vit.analysis.reliability import (
     Bin,
     calibration,
     calibration_error,
-    confidence_brier,
     equal_count_bins,
     equal_width_bins,
 )
@@ -78,16 +76,9 @@ def test_brier_equals_scikit_learn_for_two_classes() -> None:
     label = rng.random(400) < positive
     predicted = positive > 0.5
     confidence = np.maximum(positive, 1 - positive)
-    assert confidence_brier(confidence, predicted == label) == pytest.approx(
-        brier_score_loss(label, positive), abs=1e-12
-    )
-
-
-@pytest.mark.parametrize(("p", "hit"), [([], []), ([0.5], [True, False]), ([1.2], [True]), ([math.nan], [True])])
-def test_what_is_no_confidence_is_refused(p, hit) -> None:
-    for of in (equal_width_bins, equal_count_bins, confidence_brier):
-        with pytest.raises(ValueError, match="expected"):
-            of(p, hit)
+    columns = {"labels": label.tolist(), "predicted": predicted.tolist(), "probability": confidence.tolist()}
+    (run,) = planted.study_of([recorded("lora_r8", 0, Predictions(images=list(range(400)), **columns))]).runs
+    assert MEASURES["brier"](run) == pytest.approx(brier_score_loss(label, positive), abs=1e-12)
 
 
 def predictions(right: int, wrong: int, confidence: float) -> Predictions:

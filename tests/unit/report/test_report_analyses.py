@@ -104,25 +104,6 @@ def test_calibration_names_runs_without_predictions() -> None:
     assert rows["lora_r8"][5] == "0.400 [no interval]", "0.9 is 0.4 above the one right of two"
 
 
-def test_a_control_that_some_experiments_have_stands_in_the_table_and_the_others_are_named() -> None:
-    scored = {
-        "total_rank_budget": 288,
-        "allocation_strategy": "proportional",
-        "update_frequency": 6,
-        "warmup_steps": 12,
-    }
-    uniform = planted.experiments_of(
-        {"name": "u", "method": "adalora", "adalora": {**scored, "importance_metric": "uniform"}}
-    )["u"]
-    names = ("adalora_proportional_magnitude", "adalora_top_k_fisher")
-    records = [planted.record(e, seed, 0.8) for e in (uniform, *(EXPERIMENTS[n] for n in names)) for seed in (0, 1)]
-    blocks = blocks_of(records)
-    assert tables(blocks)["allocation_against_controls"].rows[0][:3] == (names[0], "uniform", "u")
-    assert any(
-        "importance_metric: random" in text and all(name in text for name in names) for text in paragraphs(blocks)
-    )
-
-
 def test_the_budget_stands_in_its_unit() -> None:
     ranks = EXPERIMENTS["adalora_proportional_magnitude"]
     assert ranks.adalora is not None

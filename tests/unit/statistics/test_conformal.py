@@ -143,18 +143,3 @@ def test_coverage_on_folds_uses_no_score_of_the_own_images() -> None:
         sizes.setdefault(int(images[row]), []).append(len(inside))
     expected = [np.mean([np.mean(values) for values in found.values()]) for found in (held, sizes)]
     assert fold_coverage(p, labels, images, runs, 0.8) == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("call", "says"),
-    [
-        (lambda: fit_temperature(np.zeros((2, 3)), [0]), "a label each"),
-        (lambda: fit_temperature(np.zeros((2, 3)), [0, 3]), "labels from 0 to 2, got 0 to 3"),
-        (lambda: fit_temperature([[np.nan, 0.0]], [0]), "finite"),
-        (lambda: conformal_quantile([], 0.9), "at least one"),
-        (lambda: conformal_quantile([0.1], 0.5, [1, 2]), "as many images as scores"),
-    ],
-)
-def test_wrong_arguments_are_refused(call, says) -> None:
-    with pytest.raises(ValueError, match=says):
-        call()

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from peft_vit.statistics import mean_interval, paired_proportions, proportion_interval
+from peft_vit.statistics import mean_interval, paired_proportions
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -10,20 +10,10 @@ def test_one_seed_has_no_interval() -> None:
     assert (interval.estimate, interval.low, interval.high, interval.n) == (0.8, None, None, 1)
 
 
-@pytest.mark.parametrize(
-    ("interval", "words"),
-    [
-        *((lambda values=values: mean_interval(values), "finite") for values in ([], [np.nan, 1.0], [np.inf], [[1.0]])),
-        (lambda: proportion_interval(11, 10), "successes"),
-        *(
-            (lambda counts=counts: paired_proportions(*counts), "losses and gains")
-            for counts in ((1, 1, 1), (-1, 1, 5), (0, 0, 0))
-        ),
-    ],
-)
-def test_what_has_no_interval_is_refused(interval, words) -> None:
-    with pytest.raises(ValueError, match=words):
-        interval()
+@pytest.mark.parametrize("values", [[], [np.nan, 1.0], [np.inf], [[1.0]]])
+def test_what_has_no_interval_is_refused(values) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        mean_interval(values)
 
 
 def test_paired_proportions_are_the_published_formula() -> None:
