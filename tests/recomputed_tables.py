@@ -168,11 +168,11 @@ def cost(led: Ledger, _: str) -> list[Row]:
 
 def of_metrics(*measures: str) -> Callable[[Ledger, str], list[Row]]:
     def rows(led: Ledger, _: str) -> list[Row]:
-        found: list[Row] = [{"experiment": name} for name in led.runs]
-        for row in found:
+        table: list[Row] = [{"experiment": name} for name in led.runs]
+        for row in table:
             for measure in measures:
                 row.update(interval(measure, led.over_seeds(row["experiment"], of(f"test.{measure}")), f"{measure}_n"))
-        return found
+        return table
 
     return rows
 
@@ -209,12 +209,12 @@ def rank_by_matrix(led: Ledger, _: str) -> list[Row]:
 def allocation_against_fixed(led: Ledger, _: str) -> list[Row]:
     family = []
     for name in sorted(led.with_section("adalora"), key=lambda n: (n.startswith("qa_"), n)):
-        found = {}
+        by_seed = {}
         for seed, record in led.runs[name].items():
             fixed = [led.runs[n][seed] for n in led.with_section("lora") if seed in led.runs[n]]
             x, y = zip(*sorted((math.log(r["parameters"]["final"]), on_test(r)) for r in fixed), strict=True)
-            found[seed] = on_test(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
-        family.append(({"experiment": name}, sorted(found), [found[seed] for seed in sorted(found)]))
+            by_seed[seed] = on_test(record) - np.interp(math.log(record["parameters"]["final"]), x, y)
+        family.append(({"experiment": name}, sorted(by_seed), [by_seed[seed] for seed in sorted(by_seed)]))
     return compared(family)
 
 
@@ -253,8 +253,8 @@ def quantization(led: Ledger, _: str) -> list[Row]:
 def quantization_cost(led: Ledger, _: str) -> list[Row]:
     def costs(name: str, prefix: str) -> Row:
         stored = led.mean(name, "bytes.frozen_bytes") + led.mean(name, "bytes.adapter_file_bytes")
-        measured = {key: led.mean(name, key) for key in ("own_memory_bytes", "seconds_per_step")}
-        return {prefix + key: value for key, value in {"stored_bytes": stored, **measured}.items()}
+        means = {key: led.mean(name, key) for key in ("own_memory_bytes", "seconds_per_step")}
+        return {prefix + key: value for key, value in {"stored_bytes": stored, **means}.items()}
 
     return [
         {"experiment": n, "bits_per_weight": led.mean(n, "quantization.bits_per_weight"), "same_machine": 1}

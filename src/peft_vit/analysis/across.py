@@ -280,12 +280,12 @@ def parse_pool(text: str, option: str) -> frozenset[PoolKind]:
     Raises:
         UserError: for a name that is none of POOL_KINDS; names the option.
     """
-    asked = [part.strip() for part in text.split(",")] if text else []
-    unknown = [name for name in asked if name not in POOL_KINDS]
+    names = [part.strip() for part in text.split(",")] if text else []
+    unknown = [name for name in names if name not in POOL_KINDS]
     if unknown:
         problem = f"{unknown[0]!r} is none of {', '.join(POOL_KINDS)}; name what may be pooled, with commas between"
         raise UserError(problem, field=option)
-    return frozenset(kind for kind in POOL_KINDS if kind in asked)
+    return frozenset(kind for kind in POOL_KINDS if kind in names)
 
 
 def differences(runs_of: RunsOf) -> dict[PoolKind, str]:
@@ -344,12 +344,12 @@ def _splits(runs_of: RunsOf) -> Iterator[str]:
 
 
 def _configurations(runs_of: RunsOf) -> Iterator[str]:
-    asked = dict.fromkeys(
+    settings_of = dict.fromkeys(
         (run.experiment.name, label, run.experiment.model_dump_json())
         for label, runs in runs_of.items()
         for run in runs
     )
-    by_name = grouped((name, (label, dict(_flat(json.loads(text))))) for name, label, text in asked)
+    by_name = grouped((name, (label, dict(_flat(json.loads(text))))) for name, label, text in settings_of)
     for name, own in sorted(by_name.items()):
         for field in sorted({field for _, settings in own for field in settings}):
             values = grouped((label, str(settings.get(field))) for label, settings in own)

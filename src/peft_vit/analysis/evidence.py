@@ -458,9 +458,9 @@ def between_seeds(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
 
 def _drawn_by_seed(a: Run, b: Run) -> bool:
     """Return whether two runs of one study differ in nothing but which images of one data set their seeds drew."""
-    asked = a.record.spec.data
-    by_seed = asked.tests_by_seed or asked.train_subset == "per_seed"
-    return by_seed and asked == b.record.spec.data and same_source(a) == same_source(b)
+    settings = a.record.spec.data
+    by_seed = settings.tests_by_seed or settings.train_subset == "per_seed"
+    return by_seed and settings == b.record.spec.data and same_source(a) == same_source(b)
 
 
 @each_run("whose scores or losses are all equal, not finite, or of too few sites", "importance_history", "removal")
@@ -492,13 +492,13 @@ def overhead_below(evidence: Evidence, of: Group, parts: Set[str]) -> tuple[Esti
 
     @each_run("whose records do not tell scoring from reallocation (older version)", "overhead_s", "steps")
     def measure(run: Run) -> float | None:
-        known, asked, taken_off = run.record.overhead_s, parts, both
+        known, counted, taken_off = run.record.overhead_s, parts, both
         if not both <= known.keys():
-            if asked != both or "allocation" not in known:
+            if counted != both or "allocation" not in known:
                 return None
-            asked = taken_off = {"allocation"}
+            counted = taken_off = {"allocation"}
         plain = math.fsum(row.seconds for row in run.record.steps) - math.fsum(known[name] for name in taken_off)
-        return None if plain <= 0 else OVERHEAD_LIMIT - math.fsum(known[name] for name in asked) / plain
+        return None if plain <= 0 else OVERHEAD_LIMIT - math.fsum(known[name] for name in counted) / plain
 
     return measure(evidence, of)
 

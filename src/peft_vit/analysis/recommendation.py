@@ -360,18 +360,18 @@ def _mean_time(values: Sequence[float | None]) -> float | None:
 
 
 def _require_times(study: Study, limits: Limits, measure: Measure, exported: ExportedLatency | None) -> None:
-    asked: list[str] = [option for option in _TIMED if option in limits]
-    asked += ["--smallest latency"] if measure == "latency" else []
-    of_latency = [option for option in asked if option != "--max-seconds"]
+    of_times: list[str] = [option for option in _TIMED if option in limits]
+    of_times += ["--smallest latency"] if measure == "latency" else []
+    of_latency = [option for option in of_times if option != "--max-seconds"]
     if exported is not None:  # timed on one machine
         if not of_latency:
             problem = "has no effect without --max-latency-ms or --smallest latency"
             raise UserError(problem, field="--bench")
-        asked = [option for option in asked if option == "--max-seconds"]
+        of_times = [option for option in of_times if option == "--max-seconds"]
     machines = {run.hardware for run in study.runs}
-    if asked and len(machines) > 1:
+    if of_times and len(machines) > 1:
         problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "
-        raise UserError(f"{problem}compare; ask without {' and '.join(asked)}", file=study.label)
+        raise UserError(f"{problem}compare; ask without {' and '.join(of_times)}", file=study.label)
     if of_latency and exported is None and smallest_latency_batch(study.runs) is None:
         problem = f"its records hold no latency; ask without {' and '.join(of_latency)}, or measure it"
         raise UserError(problem, file=study.label)

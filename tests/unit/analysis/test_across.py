@@ -58,15 +58,15 @@ def three(tmp_path: Path) -> Callable[..., Across]:
 
 
 def test_pooled_where_only_the_images_differ(three) -> None:
-    found = three()
-    assert found.reference == "lora_r8"
-    assert found.refusals == ()
-    (row,) = found.pooled
+    across = three()
+    assert across.reference == "lora_r8"
+    assert across.refusals == ()
+    (row,) = across.pooled
     assert (row.estimate.name, row.studies, row.ahead) == ("lora_r4", ("a", "b", "c"), 3)
     assert row.interval.estimate == pytest.approx(np.mean([np.mean(A), np.mean(B), np.mean(C)]), abs=1e-9)
     assert row.estimate.verdict == "supported"
     assert row.estimate.adjusted_p == row.estimate.significance.p_value, "a family of one"
-    by_study = {one.study: one.comparison for one in found.rows if one.name == "lora_r4"}
+    by_study = {row_.study: row_.comparison for row_ in across.rows if row_.name == "lora_r4"}
     for label, values in (("a", A), ("b", B), ("c", C)):
         comparison = by_study[label]
         assert list(comparison.by_seed.values()) == pytest.approx(values, abs=1e-9)
@@ -102,9 +102,9 @@ def test_what_differs_is_not_pooled_unless_asked_by_name_and_then_told(three, ca
 
 
 def test_seconds_of_other_hardware_are_not_pooled_but_accuracy_is(three) -> None:
-    found = three({"processor": "other"})
-    assert (len(found.pooled), found.times) == (1, ())
-    (refusal,) = found.refusals
+    across = three({"processor": "other"})
+    assert (len(across.pooled), across.times) == (1, ())
+    (refusal,) = across.refusals
     assert refusal.kind == "timings"
     assert "cpu on other, 2 processors, 2 threads in c" in refusal.reason
 
@@ -149,12 +149,12 @@ def test_precision_and_configuration_are_told_by_field(tmp_path) -> None:
         own = longer if run.spec.experiment.name == "lora_r4" else run.spec.experiment
         return planted.asking(run, precision="fp32", experiment=own)
 
-    found = compare_studies(pair(tmp_path, None, changed))
-    assert {refusal.kind: refusal.reason for refusal in found.refusals} == {
+    across = compare_studies(pair(tmp_path, None, changed))
+    assert {refusal.kind: refusal.reason for refusal in across.refusals} == {
         "configurations": "lora_r4.training.epochs: 3 in a, 9 in b",
         "precision": "bf16 in a; fp32 in b",
     }
-    assert (found.pooled, found.times) == ((), ())
+    assert (across.pooled, across.times) == ((), ())
 
 
 def test_the_same_split_by_seed_is_no_difference() -> None:
@@ -163,9 +163,9 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
     per_seed = {
         label: runs_of(
             [
-                one.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
-                for one in own
-                for seed in [one.spec.seed]
+                run.model_copy(update={"provenance": planted.provenance(seed, split_sha256=f"{seed:064x}")})
+                for run in own
+                for seed in [run.spec.seed]
             ]
         )
         for label, own in {"a": [a, b], "b": [c, d]}.items()
@@ -177,9 +177,9 @@ def test_the_same_split_by_seed_is_no_difference() -> None:
 
 def test_only_common_experiments_are_compared_and_others_named(tmp_path) -> None:
     first, second = records("a", {"lora_r4": A, "lora_r1": A}), records("b", {"lora_r4": B, "lora_r2": B}, images="c")
-    found = compare_studies(loaded(tmp_path, first, second))
-    assert found.alone == {"lora_r1": "a", "lora_r2": "b"}
-    assert {row.name for row in found.rows} == {"lora_r8", "lora_r4"}
+    across = compare_studies(loaded(tmp_path, first, second))
+    assert across.alone == {"lora_r1": "a", "lora_r2": "b"}
+    assert {row.name for row in across.rows} == {"lora_r8", "lora_r4"}
 
 
 def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
@@ -187,14 +187,14 @@ def test_without_a_common_reference_there_are_no_differences(tmp_path) -> None:
         return None if run.spec.experiment.name == "lora_r8" else run
 
     studies = pair(tmp_path, without, without, full_finetuning=A, adalora_top_k_fisher=B)
-    found = compare_studies(studies)
-    assert (found.reference, found.pooled) == (None, ())
-    assert all(row.comparison is None for row in found.rows)
+    across = compare_studies(studies)
+    assert (across.reference, across.pooled) == (None, ())
+    assert all(row.comparison is None for row in across.rows)
     against = compare_studies(studies, reference="full_finetuning")
     assert [row.estimate.name for row in against.pooled] == ["adalora_top_k_fisher"]
     with pytest.raises(UserError, match="--reference: 'lora_r8' has finished runs in fewer than two studies"):
         compare_studies(studies, reference="lora_r8")
-    assert [(one["metric"], one["rho"]) for one in found.agreements] == [("fisher", pytest.approx(1.0))]
+    assert [(row["metric"], row["rho"]) for row in across.agreements] == [("fisher", pytest.approx(1.0))]
 
 
 def test_pooled_p_values_are_corrected_over_the_table_in_which_a_row_without_a_test_counts(tmp_path) -> None:
@@ -230,18 +230,18 @@ def test_what_stands_twice_is_refused_by_name(tmp_path) -> None:
 
 
 def test_studies_of_one_name_are_told_apart_by_directory(tmp_path) -> None:
-    one = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
-    two = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
-    studies = load_across([one, two])
-    assert list(studies) == [f"a ({one})", f"a ({two})"]
+    first = planted.write(tmp_path / "one", records("a", {"adalora_top_k_fisher": A}))
+    second = planted.write(tmp_path / "two", records("a", {"adalora_top_k_fisher": B}, images="c"))
+    studies = load_across([first, second])
+    assert list(studies) == [f"a ({first})", f"a ({second})"]
     assert len(compare_studies(studies).agreements) == 1
 
 
 def test_a_study_without_a_finished_run_takes_no_reference_away(tmp_path) -> None:
     failed = planted.write(tmp_path / "c", [planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory", study="c")])
     pair(tmp_path)
-    found = compare_studies(load_across([tmp_path / "a", tmp_path / "b", failed]))
-    assert (found.reference, [row.studies for row in found.pooled]) == ("lora_r8", [("a", "b")])
+    across = compare_studies(load_across([tmp_path / "a", tmp_path / "b", failed]))
+    assert (across.reference, [row.studies for row in across.pooled]) == ("lora_r8", [("a", "b")])
 
 
 def test_what_can_not_be_compared_is_refused(tmp_path) -> None:

@@ -27,9 +27,9 @@ def test_six_seeds_decide_a_clear_difference(shift, expected) -> None:
 @pytest.mark.parametrize(("seeds", "verdict"), [(8, "not decided"), (9, "supported")])
 def test_a_larger_family_needs_more_seeds(seeds, verdict) -> None:
     study = planted.study_of(planted.quickstart(seeds=tuple(range(seeds)), spread=0.004))
-    found = {comparison.name: comparison for comparison in compare_all(study, "linear_probe")}
-    assert found["lora_r8"].verdict == verdict
-    assert found["lora_r8"].significance.minimum_n == 9, "eleven comparisons: 11 * 2 / 2^9 <= 0.05"
+    by_name = {comparison.name: comparison for comparison in compare_all(study, "linear_probe")}
+    assert by_name["lora_r8"].verdict == verdict
+    assert by_name["lora_r8"].significance.minimum_n == 9, "eleven comparisons: 11 * 2 / 2^9 <= 0.05"
 
 
 def test_only_common_seeds_are_paired_and_ties_are_ties_despite_floating_point() -> None:
@@ -84,23 +84,23 @@ def test_planted_differences_are_decided_and_the_others_are_not() -> None:
         "lora_r8": [0.80 + s + 0.002 * i for i, s in enumerate(steps)],
         "full_finetuning": [0.80 + s + 0.002 * (7 - i) for i, s in enumerate(steps)],
     }
-    found = all_pairs(planted.study_of(runs(accuracies)))
-    verdicts = {(c.name, c.reference): c.verdict for c in (pair.comparison for pair in found.pairs)}
+    pairs = all_pairs(planted.study_of(runs(accuracies)))
+    verdicts = {(c.name, c.reference): c.verdict for c in (pair.comparison for pair in pairs.pairs)}
     assert verdicts == {
         ("linear_probe", "full_finetuning"): "refuted",
         ("linear_probe", "lora_r8"): "refuted",
         ("full_finetuning", "lora_r8"): "not decided",
     }
-    assert len(found.decided) == 2
+    assert len(pairs.decided) == 2
 
 
 def test_the_family_is_all_pairs_in_any_order_and_too_many_are_counted_and_not_formed() -> None:
     records = planted.quickstart(seeds=tuple(range(11)), spread=0.002)
-    found, few = all_pairs(planted.study_of(records)), all_pairs(planted.study_of(records), most=65)
+    pairs, few = all_pairs(planted.study_of(records)), all_pairs(planted.study_of(records), most=65)
     needed = {
-        pair.comparison.significance.minimum_n for pair in found.pairs if pair.comparison.significance is not None
+        pair.comparison.significance.minimum_n for pair in pairs.pairs if pair.comparison.significance is not None
     }
     assert needed == {12}, "66 pairs: 66 * 2 / 2^12 <= 0.05 < 66 * 2 / 2^11"
-    assert found.decided == (), "eleven seeds are one too few"
+    assert pairs.decided == (), "eleven seeds are one too few"
     assert (few.pairs, few.not_formed, len(few.experiments)) == ((), 66, 12)
-    assert all_pairs(planted.study_of(records[::-1])) == found
+    assert all_pairs(planted.study_of(records[::-1])) == pairs

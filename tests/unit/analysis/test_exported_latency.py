@@ -73,18 +73,18 @@ def test_of_each_run_its_fastest_model_counts_at_the_smallest_batch_that_all_hav
         row(None, 0.1, batch=8),
         row("another/study/seed_0", 0.1, batch=8),
     ]
-    found = exported_latency(study, rows, FILE)
-    assert (found.batch, found.processor) == (8, "some processor")
-    assert found.rows == {BEST: (rows[2], rows[3]), SMALL: (rows[4],)}
-    assert [found.of(study.of(name)) for name in (BEST, SMALL, WORSE)] == [4.0, 2.0, None]
+    result = exported_latency(study, rows, FILE)
+    assert (result.batch, result.processor) == (8, "some processor")
+    assert result.rows == {BEST: (rows[2], rows[3]), SMALL: (rows[4],)}
+    assert [result.of(study.of(name)) for name in (BEST, SMALL, WORSE)] == [4.0, 2.0, None]
 
 
 def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> None:
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
-    found = asked(study, rows, {"--max-latency-ms": 0.02})
-    assert (found.outcome, found.chosen and found.chosen.name) == ("smaller", SMALL)
-    assert [(one.name, one.violations[0].value) for one in found.outside] == [(WORSE, None), (BEST, 0.030)]
-    text = "\n".join(block.text for block in recommendation_blocks(found) if block.kind == "paragraph")
+    result = asked(study, rows, {"--max-latency-ms": 0.02})
+    assert (result.outcome, result.chosen and result.chosen.name) == ("smaller", SMALL)
+    assert [(rated.name, rated.violations[0].value) for rated in result.outside] == [(WORSE, None), (BEST, 0.030)]
+    text = "\n".join(block.text for block in recommendation_blocks(result) if block.kind == "paragraph")
     assert "Latency is that of exported models in bench.json, batch 1, on some processor" in text
     assert f"{of(SMALL, 2)} by small.xml (12.0 ms, onnxruntime 1, threads: 2)" in text
     assert f"Not timed there: {WORSE}." in text
@@ -97,16 +97,16 @@ def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) 
     made[-1] = made[-1].model_copy(update={"provenance": planted.provenance(9, processor="another")})
     mixed = planted.study_of(made)
     rows = [row(of(name), seconds) for name, seconds in ((BEST, 0.03), (SMALL, 0.02), (WORSE, 0.01))]
-    found = asked(mixed, rows, {"--max-latency-ms": 0.025}, measure="latency")
-    assert found.chosen.name == SMALL
+    result = asked(mixed, rows, {"--max-latency-ms": 0.025}, measure="latency")
+    assert result.chosen.name == SMALL
     with pytest.raises(UserError, match=r"timed on 2 machines .*ask without --max-seconds$"):
         asked(mixed, rows, {"--max-latency-ms": 0.025, "--max-seconds": 1.0})
 
 
 def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
-    found = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], {}, measure="latency")
-    assert found.left_out == {WORSE: "has no exported model that was timed"}
-    assert [one.rated.name for one in found.candidates] == [SMALL]
+    result = asked(study, [row(of(BEST), 0.03), row(of(SMALL), 0.02)], {}, measure="latency")
+    assert result.left_out == {WORSE: "has no exported model that was timed"}
+    assert [rated.rated.name for rated in result.candidates] == [SMALL]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,8 @@ def test_attention_over_mlp() -> None:
 def test_ranks_by_chance_are_described_and_say_nothing_of_scores() -> None:
     adalora = ADALORA.adalora.model_copy(update={"importance_metric": "random"})
     by_chance = ADALORA.model_copy(update={"name": "by_chance", "adalora": adalora})
-    records = [run(one, seed) for one in (ADALORA, by_chance, EXPERIMENTS["lora_r4"]) for seed in range(2)]
+    experiments = (ADALORA, by_chance, EXPERIMENTS["lora_r4"])
+    records = [run(experiment, seed) for experiment in experiments for seed in range(2)]
     subjects: dict[str, set[str]] = {}
     for finding in findings_of(records):
         if finding.by_seed:
@@ -295,8 +296,8 @@ def test_courses_of_the_loss() -> None:
         run(made[name], 0, steps=planted.steps(1 - 0.01 * np.arange(48) + size * rng.normal(size=48)))
         for name, size in noise.items()
     ]
-    runs = {one.experiment.name: one for one in planted.study_of(records).runs}
-    late, rough = ({name: of(one) for name, one in runs.items()} for of in (late_loss_deviation, roughness))
+    runs = {run_.experiment.name: run_ for run_ in planted.study_of(records).runs}
+    late, rough = ({name: of(run_) for name, run_ in runs.items()} for of in (late_loss_deviation, roughness))
     steadier = {f.subject: values(f) for f in found(records, "schedule-steadies")}
     assert steadier["linear against base"] == pytest.approx((late["base"] - late["linear"],))
     assert steadier["cosine against base"] == pytest.approx((late["base"] - late["cosine"],))

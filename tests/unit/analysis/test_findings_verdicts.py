@@ -103,8 +103,8 @@ def test_within_a_margin(test, change, settings, expected) -> None:
 
 def test_values_without_spread_and_one_seed_show_no_equivalence() -> None:
     assert found([0.0, 0.0, 0.0], "equivalence", margin=0.01).outcome == "not decidable: the differences have no spread"
-    one = found([0.0], "noninferiority", margin=0.01)
-    assert (one.verdict, one.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
+    single = found([0.0], "noninferiority", margin=0.01)
+    assert (single.verdict, single.outcome) == ("not decided", "not decidable with n = 1, needs at least 2")
 
 
 def test_a_test_without_p_value_still_counts_in_its_family() -> None:

@@ -49,20 +49,20 @@ def test_planted_importance_is_found() -> None:
 
 def test_neither_the_unit_of_the_scores_matters_nor_does_one_seed_agree_with_another() -> None:
     small = [ImportanceEntry(step=12, scores=planted.scores_at(36, 0, factor=1e-9))]
-    one = pattern_of(planted.record(ADALORA, 0, 0.8, changes={"importance_history": small}))
+    pattern = pattern_of(planted.record(ADALORA, 0, 0.8, changes={"importance_history": small}))
     other = pattern_of(planted.record(ADALORA, 0, 0.8))
-    np.testing.assert_allclose(one.relative_final, other.relative_final, rtol=1e-12)
-    assert (one.agreement_between_seeds, one.by_matrix["query"].low) == (None, None)
-    (row,) = seed_agreements([one])
+    np.testing.assert_allclose(pattern.relative_final, other.relative_final, rtol=1e-12)
+    assert (pattern.agreement_between_seeds, pattern.by_matrix["query"].low) == (None, None)
+    (row,) = seed_agreements([pattern])
     assert [row[key] for key in ("kendalls_w", "kendalls_w_blocks", "kendalls_w_matrices")] == [None] * 3
 
 
 def test_scores_of_some_matrices_only_or_of_none() -> None:
     attention = {name: 1.0 for name in NAMES if "attn" in name}
-    found = planted.record(
+    record = planted.record(
         ADALORA, 0, 0.8, changes={"importance_history": [ImportanceEntry(step=36, scores=attention)]}
     )
-    pattern = pattern_of(found)
+    pattern = pattern_of(record)
     assert pattern.grid.matrices == ("query", "key", "value", "out")
     assert pattern.attention_over_mlp == ()
     assert importance_patterns(planted.study_of([scored(0, np.zeros(72))])) == ()
@@ -109,12 +109,12 @@ def test_seeds_that_agree_by_block_but_not_within() -> None:
     rng = np.random.default_rng(3)
     blocks = np.repeat(np.arange(1.0, 13.0), 6)  # the order of sites
     rows = np.array([blocks * 100 + np.tile(rng.permutation(6), 12) for _ in range(3)])
-    (one,) = seed_agreements([pattern_of(*(scored(seed, row) for seed, row in enumerate(rows)))])
+    (row_,) = seed_agreements([pattern_of(*(scored(seed, row) for seed, row in enumerate(rows)))])
     sites, matrices = (
         (1 + 2 * np.mean(stats.spearmanr(values.T).statistic[np.triu_indices(3, 1)])) / 3
         for values in (rows, rows.reshape(3, 12, 6).mean(axis=1))
     )
-    assert one == {
+    assert row_ == {
         "experiment": ADALORA.name,
         "seeds": 3,
         "sites": 72,
@@ -131,14 +131,14 @@ def agreements(*records: RunRecord) -> list[dict[str, Any]]:
 def test_two_studies_are_set_side_by_side() -> None:
     rng = np.random.default_rng(4)
     first, second = rng.random((2, 72)) + 0.1, rng.random((3, 72)) + 0.1
-    (one,) = agreements(
+    (agreement,) = agreements(
         *(scored(seed, row) for seed, row in enumerate(first)),
         *(scored(seed, row, study="two") for seed, row in enumerate(second)),
     )
     means = [np.mean([row / row.mean() for row in rows], axis=0) for rows in (first, second)]
-    assert one["rho"] == pytest.approx(stats.spearmanr(*means).statistic, abs=1e-12)
+    assert agreement["rho"] == pytest.approx(stats.spearmanr(*means).statistic, abs=1e-12)
     keys = ("study", "other_study", "sites", "metric", "same_backbone")
-    assert [one[key] for key in keys] == ["one", "two", 72, "magnitude", 1]
+    assert [agreement[key] for key in keys] == ["one", "two", 72, "magnitude", 1]
 
 
 def test_another_backbone_is_said_and_other_metrics_and_smoke_runs_make_no_row() -> None:

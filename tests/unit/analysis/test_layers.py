@@ -50,8 +50,8 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
     """Between 100 and 10,000 parameters the geometric middle, 1,000, has the mean accuracy; beyond, nothing has."""
     small = planted.record(EXPERIMENTS["lora_r1"], 0, 0.70, changes=planted.counts(100))
     adaptive = planted.record(ADALORA, 0, 0.78, changes=planted.counts(1_000))
-    one = allocation_of(small, planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)), adaptive)
-    assert one.against_fixed.by_seed == {0: pytest.approx(0.03)}
+    allocation = allocation_of(small, planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)), adaptive)
+    assert allocation.against_fixed.by_seed == {0: pytest.approx(0.03)}
     alone = allocation_of(small, adaptive).against_fixed
     assert (alone.interval, alone.by_seed) == (None, {})
     assert "left out" in alone.note
@@ -59,11 +59,11 @@ def test_adaptive_ranks_against_the_line_through_fixed_ranks() -> None:
 
 @pytest.mark.parametrize(("final", "paired"), [(9_901, True), (9_900, False), (10_100, True), (10_101, False)])
 def test_sizes_within_one_percent_are_equal(final, paired) -> None:
-    one = allocation_of(
+    allocation = allocation_of(
         planted.record(LORA, 0, 0.80, changes=planted.counts(10_000)),
         planted.record(ADALORA, 0, 0.78, changes=planted.counts(final)),
     )
-    assert one.against_fixed.by_seed == ({0: pytest.approx(-0.02)} if paired else {})
+    assert allocation.against_fixed.by_seed == ({0: pytest.approx(-0.02)} if paired else {})
 
 
 # --- low bits ---------------------------------------------------------------------------------------------------------

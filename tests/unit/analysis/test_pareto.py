@@ -91,12 +91,12 @@ def test_an_unrecorded_cost_is_named_and_one_that_nobody_has_makes_no_front() ->
 
 @pytest.mark.parametrize("change", [{"processor": "aarch64"}, {"threads": 8}, {"device": "cuda"}])
 def test_seconds_of_several_machines_are_not_compared(change) -> None:
-    found = fronts_of(
+    by_cost = fronts_of(
         [
             planted.record(EXPERIMENTS["lora_r1"], 0, 0.8),
             planted.record(EXPERIMENTS["lora_r2"], 0, 0.8, provenance_changes=change),
         ]
     )
-    assert found["seconds_per_step"].points == ()
-    assert "2 machines" in found["seconds_per_step"].refused
-    assert len(found["final_parameters"].points) == 2
+    assert by_cost["seconds_per_step"].points == ()
+    assert "2 machines" in by_cost["seconds_per_step"].refused
+    assert len(by_cost["final_parameters"].points) == 2

@@ -69,8 +69,8 @@ def test_references_are_ours_as_without_them(study, analysis) -> None:
     assert references(only_theirs) == ()
     ours = {a.experiment.name: a.against_fixed.by_seed for a in analysis.allocation}
     alone = analyze(without)
-    for one in alone.allocation:
-        assert ours[one.experiment.name] == one.against_fixed.by_seed
+    for allocation in alone.allocation:
+        assert ours[allocation.experiment.name] == allocation.against_fixed.by_seed
     quantized = [q.against_unquantized.by_seed for q in analysis.quantization]
     assert quantized == [q.against_unquantized.by_seed for q in alone.quantization]
 
@@ -117,9 +117,9 @@ def test_adaptive_ranks_on_low_bits_are_analyzed_by_rank_and_by_bits() -> None:
         low = planted.record(quantized, seed, 0.8)
         taken = {"quantization": low.quantization, "bits_history": low.bits_history}
         records.append(planted.asking(planted.record(adaptive, seed, 0.8, changes=taken), experiment=both))
-    found = analyze(planted.study_of([*planted.quickstart(), *records]))
-    assert found.study.experiments[-1].name == "both"
-    assert "both" in [row.experiment.name for row in found.allocation]
-    assert "both" in [row.experiment.name for row in found.quantization]
-    (document,) = study_documents([found])
+    analyzed = analyze(planted.study_of([*planted.quickstart(), *records]))
+    assert analyzed.study.experiments[-1].name == "both"
+    assert "both" in [row.experiment.name for row in analyzed.allocation]
+    assert "both" in [row.experiment.name for row in analyzed.quantization]
+    (document,) = study_documents([analyzed])
     assert {card.method: card.experiment for card in document.cards}["AdaLoRA + QA-LoRA"] == "both"

@@ -48,10 +48,10 @@ def asked(made: list[RunRecord], limits: Limits | None = None, margin: float = 0
 
 
 def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() -> None:
-    found = asked(records({BEST: 0.80, THIRD: 0.7999}))
-    assert (found.outcome, found.best.name, found.chosen.name) == ("smaller", BEST, THIRD)
-    assert found.chosen.stored_bytes < found.best.stored_bytes / 3
-    (tested,) = found.candidates
+    advice = asked(records({BEST: 0.80, THIRD: 0.7999}))
+    assert (advice.outcome, advice.best.name, advice.chosen.name) == ("smaller", BEST, THIRD)
+    assert advice.chosen.stored_bytes < advice.best.stored_bytes / 3
+    (tested,) = advice.candidates
     estimate = tested.estimate
     differences = np.round(list(estimate.by_seed.values()), 9)
     expected = stats.ttest_1samp(differences, -0.01, alternative="greater")
@@ -70,9 +70,9 @@ def test_equal_accuracy_at_a_third_of_the_bytes_is_recommended_with_ten_seeds() 
     ],
 )
 def test_what_does_not_decide(third, options, adjusted, needed) -> None:
-    found = asked(records({BEST: 0.80, THIRD: third}, **options))
-    assert (found.outcome, found.chosen) == ("not decided", None)
-    (candidate,) = found.candidates
+    advice = asked(records({BEST: 0.80, THIRD: third}, **options))
+    assert (advice.outcome, advice.chosen) == ("not decided", None)
+    (candidate,) = advice.candidates
     assert (candidate.estimate.adjusted_p is not None, candidate.needed_n is not None) == (adjusted, needed)
     assert not adjusted or candidate.estimate.adjusted_p > 0.05
     assert (candidate.estimate.interval.low is None) == (options.get("n") == 1)
@@ -80,28 +80,28 @@ def test_what_does_not_decide(third, options, adjusted, needed) -> None:
 
 def test_the_smallest_that_passes_is_named_and_not_the_first_tested_in_any_order_of_records() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75})
-    found, back = asked(made), asked(made[::-1])
-    assert [(one.rated.name, one.shown) for one in found.candidates] == [(TINY, False), (THIRD, True)]
-    assert found.chosen.name == THIRD
-    assert [one.estimate for one in found.candidates] == [one.estimate for one in back.candidates]
+    advice, back = asked(made), asked(made[::-1])
+    assert [(tested.rated.name, tested.shown) for tested in advice.candidates] == [(TINY, False), (THIRD, True)]
+    assert advice.chosen.name == THIRD
+    assert [tested.estimate for tested in advice.candidates] == [tested.estimate for tested in back.candidates]
 
 
 def test_a_best_that_is_the_smallest_needs_no_test() -> None:
-    found = asked(records({"linear_probe": 0.85, BEST: 0.80}))
-    assert (found.outcome, found.candidates, [rated.name for rated in found.larger]) == ("best", (), [BEST])
-    assert found.chosen is found.best
+    advice = asked(records({"linear_probe": 0.85, BEST: 0.80}))
+    assert (advice.outcome, advice.candidates, [rated.name for rated in advice.larger]) == ("best", (), [BEST])
+    assert advice.chosen is advice.best
     assert asked(records({BEST: 0.80, THIRD: 0.80})).best.name == THIRD, "a tie on validation is the smaller one's"
 
 
 def test_of_sizes_within_a_percent_validation_chooses() -> None:
     """A hundred bytes fewer are no reason to take what validation puts behind."""
-    one, other = "adalora_proportional_magnitude", "adalora_top_k_fisher"
-    made = records({BEST: 0.80, one: 0.7999, other: 0.7998})
-    found = asked([shrunk(run, other, by_bytes=100) for run in made])
-    assert [(tested.rated.name, tested.shown) for tested in found.candidates] == [(other, True), (one, True)]
-    assert (found.chosen.name, [rated.name for rated in found.as_small]) == (one, [other])
-    found = asked([shrunk(run, other, by_bytes=10**6) for run in made])
-    assert (found.chosen.name, found.as_small) == (other, ())
+    likelier, other = "adalora_proportional_magnitude", "adalora_top_k_fisher"
+    made = records({BEST: 0.80, likelier: 0.7999, other: 0.7998})
+    advice = asked([shrunk(run, other, by_bytes=100) for run in made])
+    assert [(tested.rated.name, tested.shown) for tested in advice.candidates] == [(other, True), (likelier, True)]
+    assert (advice.chosen.name, [rated.name for rated in advice.as_small]) == (likelier, [other])
+    advice = asked([shrunk(run, other, by_bytes=10**6) for run in made])
+    assert (advice.chosen.name, advice.as_small) == (other, ())
     alone = asked([shrunk(run, other, by_bytes=100) for run in made if run.spec.experiment.name != BEST])
     assert (alone.outcome, [rated.name for rated in alone.larger]) == ("best", [other]), "nor less than the best itself"
 
@@ -121,10 +121,10 @@ def test_validation_chooses_the_best_and_test_has_no_say() -> None:
 
 def test_a_candidate_that_cannot_be_tested_counts_in_the_family() -> None:
     alone, without_spread = records({BEST: 0.80, THIRD: 0.7999}), records({TINY: 0.7999}, spread=0.0)
-    unpaired = [one for one in records({TINY: 0.7999}, n=10) if one.spec.seed > 8]
-    (p_value,) = (one.estimate.adjusted_p for one in asked(alone).candidates)
-    for other in (without_spread, [planted.asking(one, seed=99) for one in unpaired]):
-        first, second = (one.estimate.adjusted_p for one in asked([*alone, *other]).candidates)
+    unpaired = [candidate for candidate in records({TINY: 0.7999}, n=10) if candidate.spec.seed > 8]
+    (p_value,) = (candidate.estimate.adjusted_p for candidate in asked(alone).candidates)
+    for other in (without_spread, [planted.asking(candidate, seed=99) for candidate in unpaired]):
+        first, second = (candidate.estimate.adjusted_p for candidate in asked([*alone, *other]).candidates)
         assert (first, second) == (None, pytest.approx(2 * p_value))
 
 
@@ -135,9 +135,9 @@ def test_pairs_are_those_of_common_seeds_on_the_same_images() -> None:
     (candidate,) = asked(list(made.values())).candidates
     assert list(candidate.estimate.by_seed) == [1, 2, 3, 5, 6, 7, 8, 9]
     assert "1 pair(s) refused" in candidate.estimate.note
-    found = asked([run for (name, seed), run in made.items() if (name == BEST) == (seed < 5)])
-    (candidate,) = found.candidates
-    assert (found.outcome, candidate.estimate.by_seed, candidate.estimate.interval) == ("not decided", {}, None)
+    advice = asked([run for (name, seed), run in made.items() if (name == BEST) == (seed < 5)])
+    (candidate,) = advice.candidates
+    assert (advice.outcome, candidate.estimate.by_seed, candidate.estimate.interval) == ("not decided", {}, None)
     assert candidate.estimate.note == "no pair of runs with the same seed"
 
 
@@ -153,10 +153,10 @@ def test_failed_runs_and_experiments_of_two_configurations_are_left_out_by_name(
 
 def test_limits_leave_out_and_say_what_is_nearest() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999, TINY: 0.75, "linear_probe": 0.7})
-    found = asked(made, {"--max-bytes": 20e6})
-    assert [one.rated.name for one in found.candidates] == [TINY]
-    assert found.outcome == "not decided"
-    assert {one.name for one in found.outside} == {BEST, THIRD, "linear_probe"}
+    advice = asked(made, {"--max-bytes": 20e6})
+    assert [candidate.rated.name for candidate in advice.candidates] == [TINY]
+    assert advice.outcome == "not decided"
+    assert {rated.name for rated in advice.outside} == {BEST, THIRD, "linear_probe"}
     nothing = asked(made, {"--max-bytes": 1e6, "--max-params": 100})
     assert (nothing.outcome, nothing.chosen) == ("nothing within", None)
     nearest = smallest_that_exists(nothing)
@@ -173,9 +173,9 @@ def test_a_limit_binds_the_largest_run_and_order_goes_by_the_mean() -> None:
     larger = sizes.model_copy(update={"adapter_file_bytes": sizes.adapter_file_bytes + 10**6})
     made[-1] = made[-1].model_copy(update={"bytes": larger})
     limit = float(sizes.frozen_bytes + sizes.adapter_file_bytes)
-    found = asked(made, {"--max-bytes": limit})
-    assert found.outcome == "nothing within"
-    (third,) = [one for one in found.outside if one.name == THIRD]
+    advice = asked(made, {"--max-bytes": limit})
+    assert advice.outcome == "nothing within"
+    (third,) = [rated for rated in advice.outside if rated.name == THIRD]
     assert third.stored_bytes == limit + 1e5
     assert asked(made, {"--max-bytes": limit + 10**6}).outcome == "smaller"
 
@@ -190,8 +190,8 @@ def test_times_are_compared_on_one_machine_only() -> None:
     assert asked(made, {"--max-seconds": 0.75}).outcome == "smaller"
     assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
-    found = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
-    assert [(one.name, one.violations[0].value) for one in found.outside] == [(BEST, None)], (
+    advice = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
+    assert [(rated.name, rated.violations[0].value) for rated in advice.outside] == [(BEST, None)], (
         "what is not known is no pass"
     )
     moved = planted.provenance(9, processor="another")
@@ -208,10 +208,10 @@ def test_latency_where_it_was_measured() -> None:
     with pytest.raises(UserError, match="hold no latency; ask without --smallest latency"):
         asked(made, measure="latency")
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
-    timed = [one.model_copy(update={"latency_s": slow[one.spec.experiment.name]}) for one in made]
-    found = asked(timed, {"--max-latency-ms": 0.015})
-    assert (found.outcome, [one.name for one in found.outside]) == ("best", [THIRD])
-    half = [one.model_copy(update={"latency_s": {}}) if one.spec.experiment.name == THIRD else one for one in timed]
+    timed = [run.model_copy(update={"latency_s": slow[run.spec.experiment.name]}) for run in made]
+    advice = asked(timed, {"--max-latency-ms": 0.015})
+    assert (advice.outcome, [run.name for run in advice.outside]) == ("best", [THIRD])
+    half = [run.model_copy(update={"latency_s": {}}) if run.spec.experiment.name == THIRD else run for run in timed]
     assert asked(half, measure="latency").left_out == {THIRD: "has runs without a recorded latency"}
 
 
@@ -302,9 +302,9 @@ def simulated(true: list[float], *, shared: float, seed: int) -> np.ndarray:
 
 def shown(differences: np.ndarray) -> list[bool]:
     """Return which candidates, (candidates, seeds), are shown to lose less than the margin."""
-    asked = Question("noninferiority", MARGIN)
-    family = [estimated("candidate", dict(enumerate(values)), question=asked) for values in differences]
-    return [one.verdict == "supported" for one in decide(family)]
+    question = Question("noninferiority", MARGIN)
+    family = [estimated("candidate", dict(enumerate(values)), question=question) for values in differences]
+    return [estimate.verdict == "supported" for estimate in decide(family)]
 
 
 # Where the error rate is largest: all candidates lose exactly the margin. Then with one that is truly good among them.
@@ -313,7 +313,7 @@ def shown(differences: np.ndarray) -> list[bool]:
 def test_what_loses_the_margin_is_recommended_at_most_as_often_as_the_level(true, shared) -> None:
     differences = simulated(true, shared=shared, seed=3)
     inferior = {i for i, value in enumerate(true) if value <= -MARGIN}
-    wrong = sum(any(np.array(shown(one))[sorted(inferior)]) for one in differences)
+    wrong = sum(any(np.array(shown(trial))[sorted(inferior)]) for trial in differences)
     assert wrong / TRIALS <= ALPHA + 3 * np.sqrt(ALPHA * (1 - ALPHA) / TRIALS)
 
 
@@ -332,5 +332,5 @@ def test_a_best_chosen_on_validation_does_not_raise_the_error_rate() -> None:
 
 def test_a_good_candidate_is_found() -> None:
     differences = simulated([-0.013, 0.01], shared=0.5, seed=4)
-    found = [shown(one) for one in differences[:100]]
-    assert sum(good and not inferior for inferior, good in found) > 80
+    advice = [shown(trial) for trial in differences[:100]]
+    assert sum(good and not inferior for inferior, good in advice) > 80

@@ -34,14 +34,14 @@ def drawn(n: int, seed: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray
 def checked(bins: tuple[Bin, ...], groups: list[list[tuple[float, bool]]]) -> None:
     """Hold bins and their error against a plain loop: the gap of each group, weighted with its share."""
     n, error = sum(map(len, groups)), 0.0
-    assert [one.count for one in bins] == [len(group) for group in groups]
-    for one, group in zip(bins, groups, strict=True):
+    assert [bin_.count for bin_ in bins] == [len(group) for group in groups]
+    for bin_, group in zip(bins, groups, strict=True):
         if not group:
-            assert (one.confidence, one.accuracy) == (None, None)
+            assert (bin_.confidence, bin_.accuracy) == (None, None)
             continue
         confidence, accuracy = (sum(values) / len(group) for values in zip(*group, strict=True))
-        assert (one.confidence, one.accuracy) == pytest.approx((confidence, accuracy), abs=1e-12)
-        assert one.low - 1e-12 <= confidence <= one.high + 1e-12
+        assert (bin_.confidence, bin_.accuracy) == pytest.approx((confidence, accuracy), abs=1e-12)
+        assert bin_.low - 1e-12 <= confidence <= bin_.high + 1e-12
         error += len(group) / n * abs(accuracy - confidence)
     assert calibration_error(bins) == pytest.approx(error, abs=1e-12)
 
@@ -98,22 +98,22 @@ def recorded(name: str, seed: int, predicted: Predictions | None, **test: float)
 def test_planted_overconfidence_is_found() -> None:
     # 7 of 10 right at confidence 0.9, then 8 of 10: accuracy 0.75 over both.
     records = [recorded("lora_r8", 0, predictions(7, 3, 0.9)), recorded("lora_r8", 1, predictions(8, 2, 0.9))]
-    (one,) = calibration(planted.study_of(records))
+    (pooled,) = calibration(planted.study_of(records))
     measured = (OVERCONFIDENCE, MEASURES["adaptive_ece"], MEASURES["brier"])
     means = [np.mean([of(run) for run in planted.study_of(records).runs]) for of in measured]
     # (7 * 0.01 + 3 * 0.81) / 10 = 0.25; (8 * 0.01 + 2 * 0.81) / 10 = 0.17
     assert means == pytest.approx([0.15, 0.15, 0.21])
-    (filled,) = [b for b in one.bins if b.count]
+    (filled,) = [b for b in pooled.bins if b.count]
     assert (filled.count, filled.accuracy) == (20, 0.75)
     assert filled.confidence == pytest.approx(0.9)
-    assert (one.seeds, one.without) == ((0, 1), ())
+    assert (pooled.seeds, pooled.without) == ((0, 1), ())
 
 
 def test_records_without_predictions_are_named() -> None:
     empty = Predictions(images=[], labels=[], predicted=[], probability=[])
     some = [recorded("lora_r8", seed, of) for seed, of in enumerate((None, empty, predictions(1, 1, 0.5)))]
-    (one,) = calibration(planted.study_of(some))
-    assert (one.seeds, one.without) == ((2,), (0, 1))
+    (row,) = calibration(planted.study_of(some))
+    assert (row.seeds, row.without) == ((2,), (0, 1))
     study = planted.study_of([*some[:2], *(recorded("lora_r2", seed, None) for seed in range(2))])
     none = calibration(study)[-1]
     assert (MEASURES["brier"](study.runs[0]), none.bins, none.without) == (None, (), (0, 1))

@@ -48,14 +48,14 @@ def test_pairs_count_in_the_declared_order_up_to_the_first_seed_that_lacks_a_run
 ) -> None:
     made = [record(n, s) for n in NAMES for s in SEEDS if (n, s) != (name, seed)]
     made += [record(name, seed, provenance_changes={"split_sha256": "e" * 64})] if moved and name else []
-    found = paired(configuration(), planted.study_of(made), "lora_r4")
-    assert list(found) == list(SEEDS[:left])
-    assert list(found.values()) == pytest.approx([difference("lora_r4", seed) for seed in found])
+    by_seed = paired(configuration(), planted.study_of(made), "lora_r4")
+    assert list(by_seed) == list(SEEDS[:left])
+    assert list(by_seed.values()) == pytest.approx([difference("lora_r4", seed) for seed in by_seed])
 
 
 def test_a_study_that_is_not_begun_is_open() -> None:
-    found = follow_study(configuration(), None)
-    assert [(one.name, one.looks, one.stopped, one.next_look) for one in found] == [
+    results = follow_study(configuration(), None)
+    assert [(result.name, result.looks, result.stopped, result.next_look) for result in results] == [
         ("lora_r4", (), None, 2),
         ("lora_r2", (), None, 2),
     ]
@@ -87,9 +87,9 @@ def test_the_correlation_of_folds_does_not_depend_on_what_else_is_done() -> None
     sizes = {seed: {"train": 512 - place, "validation": 400, "test": 600} for place, seed in enumerate(SEEDS)}
     made = [record(n, s).model_copy(update={"split_sizes": sizes[s]}) for n in NAMES for s in SEEDS]
     whole = follow_study(configuration(data={"folds": 5}), planted.study_of(made))
-    some = [one for one in made if one.spec.seed in SEEDS[:2]]
+    some = [result for result in made if result.spec.seed in SEEDS[:2]]
     part = follow_study(configuration(data={"folds": 5}), planted.study_of(some))
-    assert [one.looks[0] for one in part] == [one.looks[0] for one in whole]
+    assert [result.looks[0] for result in part] == [result.looks[0] for result in whole]
 
 
 def test_balanced_accuracy_is_compared_if_it_is_asked_for() -> None:
@@ -97,8 +97,8 @@ def test_balanced_accuracy_is_compared_if_it_is_asked_for() -> None:
     for name in NAMES:
         for place, seed in enumerate(SEEDS):
             balanced = 0.6 + (0.01 * place if name == "lora_r4" else 0.0)
-            one = record(name, seed)
-            test = one.test.model_copy(update={"balanced_accuracy": balanced})
-            made.append(one.model_copy(update={"test": test}))
-    found = paired(configuration(metric="balanced_accuracy"), planted.study_of(made), "lora_r4")
-    assert list(found.values()) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
+            whole = record(name, seed)
+            test = whole.test.model_copy(update={"balanced_accuracy": balanced})
+            made.append(whole.model_copy(update={"test": test}))
+    by_seed = paired(configuration(metric="balanced_accuracy"), planted.study_of(made), "lora_r4")
+    assert list(by_seed.values()) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])

@@ -74,10 +74,10 @@ def planted_study(**changes: Any) -> StudyConfig:
         | {"validation_images": 20, "train_subset": "per_seed"},
         "measures": {"latency_batches": [1, 8]},
         "experiments": [
-            one
-            if METHOD_KINDS[one["method"]].trains == "head"
-            else {**one, "training": {"epochs": 3, "learning_rate": 1e-3, **one.get("training", {})}}
-            for one in EXPERIMENTS
+            experiment
+            if METHOD_KINDS[experiment["method"]].trains == "head"
+            else {**experiment, "training": {"epochs": 3, "learning_rate": 1e-3, **experiment.get("training", {})}}
+            for experiment in EXPERIMENTS
         ],
         **changes,
     }
@@ -90,10 +90,10 @@ def spec_of(study: StudyConfig, place: int) -> RunSpec:
 
 
 def test_every_method_is_among_the_experiments() -> None:
-    assert {one["method"] for one in EXPERIMENTS} >= METHOD_KINDS.keys() - {"peft"}
+    assert {experiment["method"] for experiment in EXPERIMENTS} >= METHOD_KINDS.keys() - {"peft"}
 
 
-@pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[one["name"] for one in EXPERIMENTS])
+@pytest.mark.parametrize("place", range(len(EXPERIMENTS)), ids=[experiment["name"] for experiment in EXPERIMENTS])
 def test_the_file_says_what_the_record_says(place, tmp_path) -> None:
     study = planted_study()
     record = planted.record(planted.experiments()["linear_probe"], 3, 0.8)

@@ -33,10 +33,10 @@ def test_temperature_has_the_least_likelihood_of_a_fine_grid(scale) -> None:
     rng = np.random.default_rng(3)
     truth = rng.normal(size=(400, 4))
     labels = np.array([rng.choice(4, p=row) for row in probabilities(truth, 1.0)])
-    found = fit_temperature(scale * truth, labels)
-    grid = np.geomspace(found / 1.2, found * 1.2, 201)  # its middle is what was found
-    assert np.argmin([mean_nll(scale * truth, labels, one) for one in grid]) == 100
-    assert found == pytest.approx(scale, rel=0.25)  # what was planted
+    temperature = fit_temperature(scale * truth, labels)
+    grid = np.geomspace(temperature / 1.2, temperature * 1.2, 201)  # its middle is what was found
+    assert np.argmin([mean_nll(scale * truth, labels, candidate) for candidate in grid]) == 100
+    assert temperature == pytest.approx(scale, rel=0.25)  # what was planted
 
 
 def test_temperature_ends_where_likelihood_would_go_on() -> None:

@@ -18,10 +18,10 @@ def test_what_has_no_interval_is_refused(values) -> None:
 
 def test_paired_proportions_are_the_published_formula() -> None:
     """By hand: 10 cases lost and 3 gained of 50 are (11 - 4) / 52, with a variance of (15 / 52 - (7 / 52)^2) / 52."""
-    found = paired_proportions(10, 3, 50)
+    interval = paired_proportions(10, 3, 50)
     half = 1.959964 * ((15 / 52 - (7 / 52) ** 2) / 52) ** 0.5
-    assert (found.estimate, found.n, found.confidence) == (0.14, 50, 0.95)
-    assert (found.low, found.high) == pytest.approx((7 / 52 - half, 7 / 52 + half))
+    assert (interval.estimate, interval.n, interval.confidence) == (0.14, 50, 0.95)
+    assert (interval.low, interval.high) == pytest.approx((7 / 52 - half, 7 / 52 + half))
 
 
 def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_changes() -> None:
@@ -30,10 +30,10 @@ def test_paired_proportions_cover_at_their_nominal_rate_where_hardly_a_case_chan
     covered = 0.0
     for losses in range(n + 1):
         for gains in range(n + 1 - losses):
-            found = paired_proportions(losses, gains, n)
-            assert found.low is not None
-            assert found.high is not None
-            if found.low <= lost - gained <= found.high:
+            interval = paired_proportions(losses, gains, n)
+            assert interval.low is not None
+            assert interval.high is not None
+            if interval.low <= lost - gained <= interval.high:
                 rest = n - losses - gains
                 covered += float(stats.multinomial.pmf([losses, gains, rest], n, [lost, gained, 1 - lost - gained]))
     assert 0.95 <= covered <= 0.99

@@ -97,21 +97,21 @@ def test_too_few_images_show_nothing_and_are_given_up() -> None:
 def test_an_image_more_or_less_makes_no_leap() -> None:
     """The p-value of one image lost or gained lies beside that of none, though folds scatter only with one."""
     fold = 400 // 5
-    found = {}
+    p_value_of = {}
     for images in (-1, 0, 1):
         (course,) = follow({"one": [images / fold, 0.0, 0.0, 0.0, 0.0]}, RULE)
         assert course.looks[0].noninferiority is not None
-        found[images] = course.looks[0].noninferiority.p_value
-    assert found[-1] > found[0] > found[1] / 2 > 0
-    assert found[-1] < 6 * found[0]
+        p_value_of[images] = course.looks[0].noninferiority.p_value
+    assert p_value_of[-1] > p_value_of[0] > p_value_of[1] / 2 > 0
+    assert p_value_of[-1] < 6 * p_value_of[0]
 
 
 def test_several_share_the_level_of_images_too() -> None:
     equal = {f"equal {i}": [0.0] * 15 for i in range(4)}
-    assert {one.noninferiority for one in follow(equal, RULE)} == {"not decided"}  # one of them would be supported
-    assert {one.noninferiority for one in follow(equal, replace(RULE, images=500))} == {"supported"}
+    assert {result.noninferiority for result in follow(equal, RULE)} == {"not decided"}  # one alone would be supported
+    assert {result.noninferiority for result in follow(equal, replace(RULE, images=500))} == {"supported"}
     beside = {"clear": [0.04, 0.05, 0.045] * 5, "equal": [0.0] * 15}
-    assert [one.noninferiority for one in follow(beside, RULE)] == ["supported", "supported"]  # Holm hands it on
+    assert [result.noninferiority for result in follow(beside, RULE)] == ["supported", "supported"]  # Holm hands it on
 
 
 def test_a_constant_loss_is_refuted_if_images_can() -> None:

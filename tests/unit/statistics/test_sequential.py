@@ -140,14 +140,14 @@ def test_a_verdict_is_a_bound_that_was_met(mean, seed, form) -> None:
     """Of a comparison alone, whose bounds never move; among several, those of looks before can still fall."""
     values = list(np.random.default_rng(seed).normal(mean, 0.01, 30))
     (course,) = follow({"a": values}, StoppingRule("both", 0.01, LOOKS, form=form))  # type: ignore[arg-type]
-    for asked in ("superiority", "noninferiority"):
-        tests = [(look.difference, getattr(look, asked)) for look in course.looks]
+    for question in ("superiority", "noninferiority"):
+        tests = [(look.difference, getattr(look, question)) for look in course.looks]
         above = [difference >= test.upper_bound for difference, test in tests]
         below = [difference <= test.lower_bound for difference, test in tests]
         assert [any(above[: k + 1]) for k in range(len(tests))] == [test.p_value <= 0.05 for _, test in tests]
         assert [any(below[: k + 1]) for k in range(len(tests))] == [test.opposite_p_value <= 0.05 for _, test in tests]
         expected = "supported" if any(above) else "refuted" if any(below) else "not decided"
-        assert getattr(course, asked) == expected
+        assert getattr(course, question) == expected
 
 
 def test_no_difference_stops_for_futility_unless_that_is_off() -> None:

@@ -39,6 +39,6 @@ def test_minimum_n_of_a_family_is_where_holm_lets_the_extreme_outcome_pass(compa
     "test", [lambda x: equivalence(x, 2.0), lambda x: noninferiority(x, 0.1), lambda x: beyond_margin(x, 0.1)]
 )
 def test_two_pairs_can_pass_any_family_under_a_t_test(test) -> None:
-    found = test([1.0, 1.0 + 1e-9])
-    assert (found.minimum_n, found.decidable) == (2, True)
-    assert holm([found.p_value, *[1.0] * 999])[0] < 0.05
+    significance = test([1.0, 1.0 + 1e-9])
+    assert (significance.minimum_n, significance.decidable) == (2, True)
+    assert holm([significance.p_value, *[1.0] * 999])[0] < 0.05

@@ -73,10 +73,10 @@ def planted(kind: str, n: int, seed: int = 0) -> np.ndarray:
 )
 def test_equal_methods_are_told_apart_no_more_often_than_alpha(kind) -> None:
     """Signs are random given the sizes, so the test holds its level whatever the variances are."""
-    found = superiority(planted(kind, 8), wilcoxon)
-    assert is_at_most((found["supported"] + found["refuted"]) / STUDIES, ALPHA)
-    assert is_at_most(found["supported"] / STUDIES, ALPHA / 2)
-    assert is_at_most(found["refuted"] / STUDIES, ALPHA / 2)
+    counted = superiority(planted(kind, 8), wilcoxon)
+    assert is_at_most((counted["supported"] + counted["refuted"]) / STUDIES, ALPHA)
+    assert is_at_most(counted["supported"] / STUDIES, ALPHA / 2)
+    assert is_at_most(counted["refuted"] / STUDIES, ALPHA / 2)
 
 
 def test_exact_wilcoxon_errs_as_often_as_its_distribution_says() -> None:
@@ -84,16 +84,16 @@ def test_exact_wilcoxon_errs_as_often_as_its_distribution_says() -> None:
     ranks = ((np.arange(2**10)[:, None] >> np.arange(10)) & 1) @ np.arange(1, 11)
     tails = [2 * np.mean(ranks <= limit) for limit in range(20)]
     level = max(tail for tail in tails if tail <= ALPHA)
-    found = superiority(planted("normal", 10), wilcoxon)
-    assert is_rate(found["supported"] / STUDIES, level / 2)
-    assert is_rate(found["refuted"] / STUDIES, level / 2)
+    counted = superiority(planted("normal", 10), wilcoxon)
+    assert is_rate(counted["supported"] / STUDIES, level / 2)
+    assert is_rate(counted["refuted"] / STUDIES, level / 2)
 
 
 @pytest.mark.parametrize(("shift", "right", "wrong"), [(2.0, "supported", "refuted"), (-2.0, "refuted", "supported")])
 def test_a_large_effect_is_found_and_never_in_the_wrong_direction(shift, right, wrong) -> None:
-    found = superiority(planted("normal", 10) + shift, wilcoxon)
-    assert found[right] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
-    assert found[wrong] == 0
+    counted = superiority(planted("normal", 10) + shift, wilcoxon)
+    assert counted[right] / STUDIES > 0.98  # the t test's power at d = 2 is 0.9997, Wilcoxon's efficiency 95 %
+    assert counted[wrong] == 0
 
 
 @pytest.mark.parametrize("equal", [0, 2])
@@ -105,7 +105,7 @@ def test_a_family_of_comparisons_errs_at_most_as_often_as_one(equal) -> None:
         tests = [replace(wilcoxon(row), minimum_n=7) for row in study]
         adjusted = holm([test.p_value for test in tests])
         verdicts = [verdict(row.mean(), *pair) for row, *pair in zip(study, tests, adjusted, strict=True)]
-        wrong += any(found != "not decided" for found in verdicts[equal:])
+        wrong += any(counted != "not decided" for counted in verdicts[equal:])
     assert is_at_most(wrong / STUDIES, ALPHA)
 
 
@@ -135,30 +135,30 @@ def inside(mean: float, margin: float, n: int) -> float:
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.0, 1.0, 2.0, 4.0, -2.0])
 def test_equivalence_within_two_standard_deviations(n, mean) -> None:
-    found = within_margin(planted("normal", n) + mean, 2.0, equivalence, beyond_margin)
-    assert is_rate(found["supported"] / STUDIES, inside(mean, 2.0, n))
+    counted = within_margin(planted("normal", n) + mean, 2.0, equivalence, beyond_margin)
+    assert is_rate(counted["supported"] / STUDIES, inside(mean, 2.0, n))
     refuted = above(mean, 2.0, n, ALPHA / 2) + above(-mean, 2.0, n, ALPHA / 2)
-    assert is_rate(found["refuted"] / STUDIES, refuted)
+    assert is_rate(counted["refuted"] / STUDIES, refuted)
     if abs(mean) >= 2:
-        assert is_at_most(found["supported"] / STUDIES, ALPHA)
+        assert is_at_most(counted["supported"] / STUDIES, ALPHA)
     if abs(mean) <= 2:
-        assert is_at_most(found["refuted"] / STUDIES, ALPHA)
+        assert is_at_most(counted["refuted"] / STUDIES, ALPHA)
 
 
 @pytest.mark.parametrize("n", [3, 8])
 @pytest.mark.parametrize("mean", [0.5, 0.0, -1.0, -2.5])
 def test_noninferiority_by_one_standard_deviation(n, mean) -> None:
-    found = within_margin(planted("normal", n) + mean, 1.0, noninferiority, inferiority)
-    assert is_rate(found["supported"] / STUDIES, above(mean, -1.0, n))
-    assert is_rate(found["refuted"] / STUDIES, above(-mean, 1.0, n))
+    counted = within_margin(planted("normal", n) + mean, 1.0, noninferiority, inferiority)
+    assert is_rate(counted["supported"] / STUDIES, above(mean, -1.0, n))
+    assert is_rate(counted["refuted"] / STUDIES, above(-mean, 1.0, n))
 
 
 def test_ties_at_the_margin_are_no_proof() -> None:
     """Whole images of 600, half of them at the margin of 1 image and around it: the level holds nearly."""
     differences = planted("ties", 8) + 8 / 600
-    found = within_margin(differences, 8 / 600, equivalence, beyond_margin)
-    assert is_at_most(found["supported"] / STUDIES, ALPHA)
-    assert is_at_most(found["refuted"] / STUDIES, ALPHA / 2)
+    counted = within_margin(differences, 8 / 600, equivalence, beyond_margin)
+    assert is_at_most(counted["supported"] / STUDIES, ALPHA)
+    assert is_at_most(counted["refuted"] / STUDIES, ALPHA / 2)
 
 
 @pytest.mark.parametrize(
