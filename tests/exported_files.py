@@ -46,9 +46,9 @@ def compared(model: nn.Module, file: Path, batch: int) -> tuple[float, float]:
     images = torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = model(images)
-    found = open_exported(file).logits(images)
-    same = (found.argmax(1) == expected.argmax(1)).float().mean()
-    return float((found - expected).abs().max() / expected.abs().max()), float(same)
+    logits = open_exported(file).logits(images)
+    same = (logits.argmax(1) == expected.argmax(1)).float().mean()
+    return float((logits - expected).abs().max() / expected.abs().max()), float(same)
 
 
 def damaged(content: bytes, data: Any) -> bytes:

@@ -42,17 +42,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """Let each file take known seconds, times threads and batch, with one slow call; return what was asked for."""
-    asked: list[tuple[Any, ...]] = []
+    requests: list[tuple[Any, ...]] = []
 
-    def known(file: Path, batches: Any, *, threads: int, rounds: int, weights: str | None) -> dict[int, Calls]:
-        asked.append((file.name, tuple(batches), threads, rounds, weights))
+    def known(file: Path, batches: Any, *, threads: int, rounds: int) -> dict[int, Calls]:
+        requests.append((file.name, tuple(batches), threads, rounds))
         usual = SECONDS.get(file.name, 6.0)
         each = {batch: [usual * batch / threads] * (rounds - 1) + [1000.0] for batch in batches}
         return {batch: Calls(tuple(values), tuple(values)) for batch, values in each.items()}
 
     monkeypatch.setattr(benching, "time_alone", known)
     monkeypatch.setattr(benching, "cpu_count", lambda: 4)
-    return asked
+    return requests
 
 
 def rows_of(file: Path) -> dict[tuple[str, int, int], BenchRow]:
@@ -62,7 +62,7 @@ def rows_of(file: Path) -> dict[tuple[str, int, int], BenchRow]:
 def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_path, command) -> None:
     models = [exported / name for name in ("int4.onnx", "float.xml", "int4.safetensors")]
     output = tmp_path / "bench.json"
-    said = command(
+    printed = command(
         "bench", *models, "--batch", "2,1", "--threads", 1, "--rounds", 3, "--repeats", 1, "--output", output
     )
     rows = rows_of(output)
@@ -74,9 +74,9 @@ def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_
         assert row.low_s <= row.median_s <= row.high_s
         assert (row.calls, row.over) == (3, str(exported / "float.xml"))
         assert row.run == CARD.run
-        assert name in said.out
+        assert name in printed.out
     sizes = {name: row.bytes for (name, _, _), row in rows.items()}
-    assert sizes["float.xml"] == sum((exported / f"float.{suffix}").stat().st_size for suffix in ("xml", "bin"))
+    assert sizes["float.xml"] == sum((exported / f"float.{ending}").stat().st_size for ending in ("xml", "bin"))
     assert sizes["int4.onnx"] == models[0].stat().st_size
     assert [row.runtime.split()[0] for row in rows.values()][:3] == ["onnxruntime", "openvino", "torch"]
 
@@ -85,14 +85,14 @@ def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, pla
     names, output = [*SECONDS], tmp_path / "bench.json"
     models = [exported / name for name in names]
     options = ("--batch", 1, "--batch", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2, "--output", output)
-    said = command("bench", *models, *options)
-    assert planted == [(name, (1, 8), threads, 5, None) for _ in range(2) for threads in (1, 2) for name in names]
+    printed = command("bench", *models, *options)
+    assert planted == [(name, (1, 8), threads, 5) for _ in range(2) for threads in (1, 2) for name in names]
     rows = rows_of(output)
     assert list(rows) == [(name, batch, threads) for threads in (1, 2) for batch in (1, 8) for name in names]
     for (name, batch, threads), row in rows.items():
         assert row.median_s == SECONDS[name] * batch / threads
         assert (row.calls, row.ratio, row.over) == (10, SECONDS[name] / 2, str(exported / "float.xml"))
-    line = next(text for text in said.out.splitlines() if "int4.safetensors" in text)
+    line = next(line for line in printed.out.splitlines() if "int4.safetensors" in line)
     assert line.split()[-2:] == ["4.500", "0.1"]
 
 
@@ -107,15 +107,14 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
     assert packed.bytes < made.bytes / 2
 
 
-def test_a_run_with_float_weights_is_float32_itself_and_peft_folders_take_weights(
-    run_of, weights, planted, tmp_path, command
+def test_a_run_with_float_weights_is_float32_itself_and_a_peft_folder_is_none(
+    run_of, planted, tmp_path, command, refused
 ) -> None:
     command("export", run_of("lora"), "--output", tmp_path / "adapter")
-    output = tmp_path / "bench.json"
-    command("bench", run_of("lora"), tmp_path / "adapter", "--weights", weights, "--output", output)
-    assert planted[:2] == [("0.safetensors", (1,), 4, 20, None), ("adapter", (1,), 4, 20, str(weights))]
-    whole, adapter = read_bench(output)
-    assert (whole.ratio, adapter.format, adapter.over) == (1.0, "peft", str(run_of("lora")))
+    command("bench", run_of("lora"), "--output", tmp_path / "bench.json")
+    assert planted[:1] == [("0.safetensors", (1,), 4, 20)]
+    assert [row.ratio for row in read_bench(tmp_path / "bench.json")] == [1.0]
+    assert "adapter: is an adapter without its base" in refused("bench", tmp_path / "adapter")
 
 
 def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted, tmp_path, refused, without) -> None:
@@ -123,16 +122,15 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     unknown.write_text("no model")
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
-    for arguments, said in (
+    for arguments, stated in (
         ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a PEFT folder"),
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
         ((model, "--batch", "1,0"), "--batch: "),
         ((model, "--threads", 5), "--threads: expected at most 4"),
-        ((model, "--weights", "hub"), "--weights: has no effect here"),
         ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
         ((model, changed), "was changed after it was written"),
     ):
-        assert said in refused("bench", *arguments)
+        assert stated in refused("bench", *arguments)
     without("onnxruntime")
     line = refused("bench", exported / "int4.safetensors")
     assert "no float32 model is named, and none can be made: ONNX export needs" in line

@@ -99,7 +99,7 @@ def test_peft_loads_an_export_over_the_plain_model_and_so_do_we(run_of, model, t
     plain = build_model(Architecture("timm", model), 32, 3)
     plain.load_state_dict(start.model.state_dict())
     past = [module for module in plain.modules() if getattr(module, "q_bias", None) is not None]
-    assert any("qkv_bias_separate" in str(warning.message) for warning in caught) == bool(past)
+    assert any("qkv_bias_separate" in str(entry.message) for entry in caught) == bool(past)
     for attention in past:  # docs/reference/backbones.md: timm would go past PEFT's layer
         attention.qkv_bias_separate = True
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "out").eval()
@@ -115,13 +115,13 @@ def test_peft_loads_an_export_over_the_plain_model_and_so_do_we(run_of, model, t
 @cases("int4_adaptive", "full", "mixed", everywhere=("int4_adaptive",), quick=("int4_adaptive",))
 def test_a_stopped_run_comes_to_the_same_end(run_of, model, tmp_path, name) -> None:
     whole = read_record(run_of(name, model) / "record.json")
-    told: list[int] = []
+    steps: list[int] = []
     with pytest.raises(Interrupted):
         run_one(
             whole.spec,
             checkpoints=Checkpoints(tmp_path, 0),
-            should_stop=lambda: bool(told) and told[-1] >= 3,
-            on_progress=lambda progress: told.append(progress.step),
+            should_stop=lambda: bool(steps) and steps[-1] >= 3,
+            on_progress=lambda progress: steps.append(progress.step),
         )
     again = run_one(whole.spec, checkpoints=Checkpoints(tmp_path, 0)).record
     assert again.error is None
@@ -171,12 +171,12 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
 def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    asked = ("check", "tiny_pool", "--image-size", 32)
-    printed = command(*asked, "--openvino").out
+    arguments = ("check", "tiny_pool", "--image-size", 32)
+    printed = command(*arguments, "--openvino").out
     assert "ONNX: differs by" in printed
     assert "OpenVINO: differs by" in printed
     without("openvino")
-    assert "pip install 'peft-vit[openvino]'" in refused(*asked, "--openvino")
+    assert "pip install 'peft-vit[openvino]'" in refused(*arguments, "--openvino")
 
 
 def _predicted(printed: str) -> dict[Path, tuple[str, float]]:

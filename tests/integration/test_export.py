@@ -100,9 +100,12 @@ def test_a_folder_that_is_no_good_run(run_of, run_dir, refusal) -> None:
     shutil.copy(run_of("lora") / ADAPTER_FILE, run_dir)
     record = (run_dir / RECORD_FILE).read_text()
     content = json.loads(record)
-    for names, said in (([], f"{RECORD_FILE}: class_names: holds no class"), (["a"] * 2, f"or {RECORD_FILE} is wrong")):
+    for names, stated in (
+        ([], f"{RECORD_FILE}: class_names: holds no class"),
+        (["a"] * 2, f"or {RECORD_FILE} is wrong"),
+    ):
         (run_dir / RECORD_FILE).write_text(json.dumps(content | {"class_names": names}))
-        assert said in refusal(run_dir)
+        assert stated in refusal(run_dir)
     (run_dir / RECORD_FILE).write_text(record.replace(".safetensors", ".safetensozs"))
     line = refusal(run_dir)
     assert ".safetensozs: backbone.file: expected a .safetensors, .pth or .pt file" in line

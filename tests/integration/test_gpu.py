@@ -61,19 +61,19 @@ def allocated_bytes(device: torch.device, *holders: Any) -> int:
     gc.collect()
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    sizes: dict[int, int] = {}
+    storages: dict[int, int] = {}
     pending: list[Any] = list(holders)
     while pending:
         holder = pending.pop()
         if isinstance(holder, torch.Tensor):
-            sizes[holder.untyped_storage().data_ptr()] = holder.untyped_storage().nbytes()
+            storages[holder.untyped_storage().data_ptr()] = holder.untyped_storage().nbytes()
         elif isinstance(holder, nn.Module):
             pending += [*holder.parameters(), *(getattr(layer, "quantized", None) for layer in holder.modules())]
         elif isinstance(holder, torch.optim.Optimizer):
             pending += [value for state in holder.state.values() for value in state.values()]
         elif isinstance(holder, QuantizedTensor):
             pending += holder.tensors().values()
-    return sum(sizes.values())
+    return sum(storages.values())
 
 
 def nbytes(model: nn.Module) -> int:
@@ -91,7 +91,7 @@ def test_bf16_follows_fp32_on_the_cpu(run: Run, run_of: Callable[[str], Path], d
     assert losses(record) != losses(expected)  # it did compute in bf16
     assert record.validation.nll == pytest.approx(expected.validation.nll, rel=0.1)
     assert record.parameters == expected.parameters or "adaptive" in name
-    ranks, expected_ranks = (run.rank_history[-1].ranks for run in (record, expected))
+    ranks, expected_ranks = (each.rank_history[-1].ranks for each in (record, expected))
     assert sum(ranks.values()) == sum(expected_ranks.values())
     if record.quantization is not None and expected.quantization is not None:  # codes do not depend on the device
         assert record.quantization.relative_error == expected.quantization.relative_error
@@ -108,7 +108,7 @@ def test_fp32_agrees_with_the_cpu(run: Run, run_of: Callable[[str], Path], name:
     expected = read_record(reference / RECORD_FILE)
     assert losses(record) == pytest.approx(losses(expected), rel=0.01)
     assert record.test.nll == pytest.approx(expected.test.nll, rel=0.02)
-    there, here = (load_file(place / "adapter.safetensors") for place in (folder, reference))
+    there, here = (load_file(folder_of / "adapter.safetensors") for folder_of in (folder, reference))
     if "adaptive" not in name:  # a close call on a rank may end otherwise
         assert there.keys() == here.keys()
         off = sum(float((there[key].float() - tensor.float()).square().sum()) for key, tensor in here.items())
@@ -120,7 +120,7 @@ def test_a_step_on_the_device_leaves_nothing_on_the_cpu(tiny_vit: Any, batch: An
     model = tiny_vit().to(device)
     trainer = QALoRATrainer(model, config(rank=2), 8)
     images, labels = (tensor.to(device) for tensor in batch)
-    optimizer = torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad])
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     with torch.autocast(device.type, torch.bfloat16):
         loss = F.cross_entropy(model(images), labels)
     assert np.isfinite(trainer.training_step(model, optimizer, loss, 1)["loss"])
@@ -137,7 +137,7 @@ def test_resizing_frees_and_takes_memory(tiny_vit: Any, batch: Any, device: torc
     model = tiny_vit().to(device)
     attach_adapters(model, find_sites(model), 32, scale=1.0, seed=0)
     images, labels = (tensor.to(device) for tensor in batch)
-    optimizer = torch.optim.AdamW([tensor for tensor in model.parameters() if tensor.requires_grad])
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
 
     def step() -> None:
         F.cross_entropy(model(images), labels).backward()
@@ -145,7 +145,7 @@ def test_resizing_frees_and_takes_memory(tiny_vit: Any, batch: Any, device: torc
         optimizer.zero_grad(set_to_none=True)
 
     def resize(rank: int) -> None:
-        scores = {name: torch.arange(float(layer.rank)) for name, layer in site_adapters(model).items()}
+        scores = {name: torch.arange(float(adapter.rank)) for name, adapter in site_adapters(model).items()}
         resize_adapters(model, optimizer, dict.fromkeys(scores, rank), scores)
 
     step()
@@ -169,7 +169,9 @@ def test_packing_frees_the_float_weights(tiny_vit: Any, batch: Any, device: torc
     before = allocated_bytes(device, model)
     weights = sum(model.get_submodule(site.module).weight[site.span].nbytes for site in find_sites(model))
     QALoRATrainer(model, config(rank=2), 8)
-    packed = sum(layer.quantized.nbytes for layer in model.modules() if getattr(layer, "quantized", None) is not None)
+    packed = sum(
+        module.quantized.nbytes for module in model.modules() if getattr(module, "quantized", None) is not None
+    )
     assert packed < weights / 4
-    adapters = sum(p.nbytes for layer in site_adapters(model).values() for p in layer.parameters())
+    adapters = sum(p.nbytes for adapter in site_adapters(model).values() for p in adapter.parameters())
     assert before - allocated_bytes(device, model) == pytest.approx(weights - packed - adapters, rel=0.1)

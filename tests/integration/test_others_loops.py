@@ -82,7 +82,7 @@ def test_peft_layers_stand_on_quantized_weights(tiny_vit, batch) -> None:
     trainer = QALoRATrainer(model, settings(), STEPS)
     bases = dict(adapted_modules(model))
     assert len(bases) == 8
-    assert all(isinstance(one, AdaptedLinear) and one.weight is None and not one.sites for one in bases.values())
+    assert all(isinstance(base, AdaptedLinear) and base.weight is None and not base.sites for base in bases.values())
     assert trainer.relative_error.keys() == {
         name.split("base_model.model.")[1][: -len(".base_layer")] for name in bases
     }
@@ -105,8 +105,8 @@ def test_gradients_on_a_wrapped_model_equal_plain_autograd_times_the_factor(tiny
     trainer = QALoRATrainer(model, settings(gradient_scaling_factor=3.0), STEPS)
     for name, module in adapted_modules(model):
         reference.get_submodule(name).weight.data.copy_(module.quantized.dequantize())
-    for one in (model, reference):
-        F.cross_entropy(one(batch[0]), batch[1]).backward()
+    for each in (model, reference):
+        F.cross_entropy(each(batch[0]), batch[1]).backward()
     trainer.before_step(model, 1)
     compared = 0
     for name, parameter in reference.named_parameters():

@@ -25,9 +25,9 @@ def study_of(folder: Path, images: Path, **backbone: str) -> Path:
 def test_a_run_is_restored_on_the_files_that_it_was_trained_with_alone(command, refused, images, tmp_path) -> None:
     model, out = tmp_path / "model", tmp_path / "out"
     tiny_transformers.folder_of("vit", model)
-    said = command("run", study_of(model, images), "--output", out).err
-    assert "Loading weights" not in said  # as transformers does of a head that does not fit, which is no fault
-    assert "MISMATCH" not in said
+    printed = command("run", study_of(model, images), "--output", out).err
+    assert "Loading weights" not in printed  # as transformers does of a head that does not fit, which is no fault
+    assert "MISMATCH" not in printed
     restore_run(out / "tiny" / "lora" / "seed_0")
     doubled = {name: 2 * tensor for name, tensor in load_file(model / "model.safetensors").items()}
     changes = {

@@ -23,7 +23,7 @@ from peft_vit.backbones import Backbone, apply_temperature
 from peft_vit.data import load_data
 from peft_vit.evaluation import predict
 from peft_vit.records import RunRecord, read_records, write_atomically
-from peft_vit.runs.measures import leave_out_updates, removal_images
+from peft_vit.runs.removal_and_latency import leave_out_updates, removal_images
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import fit_temperature, mean_interval, spearman
 from peft_vit.training import RuntimeConfig

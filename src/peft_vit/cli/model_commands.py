@@ -94,12 +94,9 @@ def export(request: ExportRequest) -> None:
 
 def _print_export(done: Exported, file: Path) -> None:
     print(_MERGED[done.merged.how])
-    for stored, errors in done.merged.errors.items():
+    if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
-        what = stored if stored == "codes" else f"{stored} offsets"
-        print(f"  with {what}: relative error of the weights at most {errors[worst]:.1e} ({worst})")
-    if done.merged.offset_dtype is not None:
-        print(f"  stored: {done.merged.offset_dtype} offsets, as the run was configured")
+        print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
     compared = done.comparison
     if compared is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
@@ -158,7 +155,7 @@ def predict(
 def bench(
     models: Annotated[
         list[Path],
-        typer.Argument(help="what `predict` takes; of a run's folder its merged model is timed", show_default=False),
+        typer.Argument(help="exported models; of a run's folder its merged model is timed", show_default=False),
     ],
     batch: Annotated[list[str], typer.Option(help="images a call: 1,32, or the option again")] = ["1"],  # noqa: B006
     threads: Annotated[
@@ -166,7 +163,6 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="calls that are timed in a process, of each batch size")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="processes of each model, all models in turn")] = 3,
-    weights: Annotated[str | None, typer.Option(help="of PEFT folders' bases, as with `predict`")] = None,
     output: Annotated[
         Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
     ] = None,
@@ -193,7 +189,6 @@ def bench(
             threads=counts,
             rounds=rounds,
             repeats=repeats,
-            weights=weights,
             on_start=lambda what: status.update(Text(printable(what))),
         )
     print_with_rows([bench_table(rows, repeats)], [row.model_dump() for row in rows], output)
@@ -252,16 +247,10 @@ def check(
     formats = ("onnx", "openvino") if openvino else ("onnx",)
     checked = check_architecture(architecture_of(backbone), image_size, formats=formats, peft=peft)
     rows = [
-        (
-            site_check.site.name,
-            f"{site_check.site.out_features} x {site_check.site.in_features}",
-            site_check.site.tokens,
-            site_check.effect.fault or f"{site_check.effect.gradient:.1e}",
-            f"{site_check.merge_error:.0e}",
-        )
-        for site_check in checked.sites
+        (site.name, f"{site.out_features} x {site.in_features}", site.tokens, effect.fault or f"{effect.gradient:.1e}")
+        for site, effect in checked.sites
     ]
-    _print_table(("site", "shape", "tokens", "gradient", "merge error"), rows)
+    _print_table(("site", "shape", "tokens", "gradient"), rows)
     print(f"{checked.effective} of {len(checked.sites)} sites act")
     print(f"merged weights in a plain model: {checked.merged}")
     for name, outcome in checked.files.items():

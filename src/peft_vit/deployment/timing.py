@@ -26,9 +26,7 @@ class Calls(NamedTuple):
     processor_s: tuple[float, ...]  # of all threads; on a busy machine it says more, if there is one thread
 
 
-def time_alone(
-    file: Path, batches: Sequence[int], *, threads: int, rounds: int, weights: str | None = None
-) -> dict[int, Calls]:
+def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int) -> dict[int, Calls]:
     """Start a process, open a model there, and time its calls on random images, a batch size after the other.
 
     Args:
@@ -36,7 +34,6 @@ def time_alone(
         batches: numbers of images a call.
         threads: that the runtime may use.
         rounds: calls that are timed, of each batch size.
-        weights: of a PEFT folder's base, see `open_peft`.
 
     Returns:
         the calls by batch size.
@@ -47,21 +44,21 @@ def time_alone(
     from peft_vit.deployment.openvino_file import SETTINGS
     from peft_vit.errors import UserError
 
-    job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds, "weights": weights}
+    job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds}
     # -P: what lies beside this file is not found as modules of its own
     command = [sys.executable, "-P", __file__, json.dumps(job | {"openvino": SETTINGS})]
     done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
         raise UserError(f"can't be timed with {threads} threads ({reason})", file=file)
-    measured = json.loads(done.stdout.splitlines()[-1])
-    return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in measured}
+    timings = json.loads(done.stdout.splitlines()[-1])
+    return {int(batch): Calls(tuple(wall), tuple(processor)) for batch, wall, processor in timings}
 
 
 def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
     openers = {".onnx": _open_onnx, ".xml": _open_openvino}
     call, side = openers.get(Path(job["file"]).suffix, _open_torch)(job)
-    measured = []
+    timings = []
     for batch in job["batches"]:
         images = np.random.default_rng(0).standard_normal((batch, 3, side, side), dtype=np.float32)
         wall, processor = [], []
@@ -70,8 +67,8 @@ def _measure(job: dict[str, Any]) -> list[tuple[int, list[float], list[float]]]:
             call(images)
             wall.append(time.perf_counter() - started)
             processor.append(time.process_time() - worked)
-        measured.append((batch, wall[_WARM_UP:], processor[_WARM_UP:]))
-    return measured
+        timings.append((batch, wall[_WARM_UP:], processor[_WARM_UP:]))
+    return timings
 
 
 _Opened = tuple[Callable[[np.ndarray], Any], int]  # images (B, 3, S, S) -> logits; S
@@ -102,7 +99,7 @@ def _open_torch(job: dict[str, Any]) -> _Opened:
     from peft_vit.deployment import open_exported
 
     torch.set_num_threads(job["threads"])
-    classifier = open_exported(Path(job["file"]), job["weights"])
+    classifier = open_exported(Path(job["file"]))
     return lambda images: classifier.logits(torch.from_numpy(images)), classifier.card.image_size
 
 

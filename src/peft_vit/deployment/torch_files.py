@@ -37,7 +37,7 @@ from peft_vit.config import QuantizationType
 from peft_vit.deployment.model_card import HEADER, Classifier, Format, Header, ModelCard, Strict, write_exported
 from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
-from peft_vit.quantization.formats import SCALE_DTYPES, dtype_name
+from peft_vit.quantization.formats import dtype_name
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
 
@@ -49,22 +49,19 @@ class Merged:
     Attributes:
         model: of timm; its quantized layers compute on packed weights.
         how: float weights took the updates exactly; the groups' offsets took them; or the sums were quantized anew.
-        errors: by what offsets are stored in ("float32", "float16") and by layer,
-            ||W_merged - W_trained||_F / ||W_trained||_F; re-quantized: under "codes"; float weights: none.
-        offset_dtype: which of both the model has; None: no offset took an update.
+        errors: by quantized layer, ||W_merged - W_trained||_F / ||W_trained||_F.
     """
 
     model: nn.Module
     how: Literal["float", "offsets", "codes"]
-    errors: dict[str, dict[str, float]]
-    offset_dtype: str | None = None
+    errors: dict[str, float]
 
 
 def merge(model: nn.Module, card: ModelCard) -> Merged:
     """Merge every adapter; the given model stays as it is.
 
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
-    the format's dtype (the error is given for both dtypes), or, without groups, the sum is quantized anew.
+    the format's dtype, or, without groups, the sum is quantized anew.
 
     Raises:
         UserError: if float weights are still in use beside quantized ones, or an offset overflows.
@@ -72,13 +69,10 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]
     if not layers:
         return Merged(with_float_weights(model, card), "float", {})
+    merged = copy.deepcopy(model)
     if all(adapter.pool == 1 for layer in layers for _, adapter in layer.adapters()):
-        merged = copy.deepcopy(model)
-        return Merged(merged, "codes", {"codes": merge_by_requantizing(merged)})
-    copies = {dtype: copy.deepcopy(model) for dtype in SCALE_DTYPES}
-    errors = {dtype_name(dtype): merge_into_offsets(merged, offset_dtype=dtype) for dtype, merged in copies.items()}
-    (stored,) = {weight.format.scale_dtype for weight in packed_weights(model).values()}
-    return Merged(copies[stored], "offsets", errors, dtype_name(stored))
+        return Merged(merged, "codes", merge_by_requantizing(merged))
+    return Merged(merged, "offsets", merge_into_offsets(merged))
 
 
 def check_merged(model: nn.Module) -> None:

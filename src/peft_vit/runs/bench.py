@@ -15,13 +15,13 @@ import numpy as np
 from peft_vit.adapters.peft_format import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
 from peft_vit.config import EXPORTS, exported_bytes, exported_format
-from peft_vit.deployment import ModelCard, export_onnx, merge, save_low_bit
+from peft_vit.deployment import ModelCard, export_onnx, merge, open_exported, save_low_bit
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records import RECORD_FILE, BenchRow
 from peft_vit.runs.machine import cpu_count, processor_name
-from peft_vit.runs.restore import open_model, restore_run
+from peft_vit.runs.restore import restore_run
 
 MADE = "float32 made here"
 _FLOAT32_BYTES = 4
@@ -38,7 +38,9 @@ class _Model(NamedTuple):
 
     @property
     def format(self) -> str:
-        return exported_format(self.file) or "peft"
+        format = exported_format(self.file)
+        assert format is not None
+        return format
 
     @property
     def is_float32(self) -> bool:
@@ -54,7 +56,6 @@ def bench(
     threads: Sequence[int] = (),
     rounds: int = 20,
     repeats: int = 3,
-    weights: str | None = None,
     on_start: Callable[[str], None] = lambda _: None,
 ) -> list[BenchRow]:
     """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
@@ -63,13 +64,12 @@ def bench(
     with random weights, which take the same time as trained ones, and timed beside them.
 
     Args:
-        models: .onnx, .xml or .safetensors files, PEFT folders, or runs' folders, whose merged models are timed as
-            .safetensors files.
+        models: what `peft-vit export` has written but for PEFT folders, or runs' folders, whose merged models are timed
+            as .safetensors files.
         batches: images a call.
         threads: of a process; default: as many as processors.
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
-        weights: of the PEFT folders' bases, see `deployment.open_peft`.
         on_start: called with what is timed now.
 
     Raises:
@@ -78,10 +78,8 @@ def bench(
     threads = tuple(threads) or (cpu_count(),)
     if max(threads) > cpu_count():
         raise UserError(f"expected at most {cpu_count()}, the processors here; got {max(threads)}", field="--threads")
-    if weights is not None and not any(map(_is_peft, models)):
-        raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
     with tempfile.TemporaryDirectory() as folder:
-        opened = [_opened(path, weights, Path(folder)) for path in models]
+        opened = [_opened(path, Path(folder)) for path in models]
         if not any(model.is_float32 for model in opened):
             opened = [_float32_like(opened[0], Path(folder)), *opened]
         calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
@@ -89,21 +87,18 @@ def bench(
             for count in threads:
                 for place, model in enumerate(opened):
                     on_start(f"{model.name}, threads: {count}")
-                    own = weights if _is_peft(model.file) else None
-                    timed = time_alone(model.file, batches, threads=count, rounds=rounds, weights=own)
+                    timed = time_alone(model.file, batches, threads=count, rounds=rounds)
                     for batch, timings in timed.items():
                         calls.setdefault((count, batch, place), []).append(timings)
         return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
 
 
-def _is_peft(path: Path) -> bool:
-    return os.path.isfile(path / CONFIG_FILE)
-
-
-def _opened(path: Path, weights: str | None, folder: Path) -> _Model:
+def _opened(path: Path, folder: Path) -> _Model:
     """Open a model as `predict` does, which checks its hash, and merge a run's."""
+    if os.path.isfile(path / CONFIG_FILE):
+        raise UserError("is an adapter without its base; name its run's folder, whose merged model is timed", file=path)
     if not os.path.isfile(path / RECORD_FILE):
-        card = open_model(path, weights if _is_peft(path) else None).card
+        card = open_exported(path).card
         return _Model(str(path), path, card, card.run)
     run = restore_run(path)
     file = folder / f"{len(os.listdir(folder))}.safetensors"
@@ -135,7 +130,7 @@ def _rows(
         model, median = models[place], medians[key]
         fastest = min(base, key=lambda other: medians[count, batch, other])
         low, high = np.quantile(seconds[key], (0.25, 0.75))
-        runtime = EXPORTS[model.format].runtime if model.format in EXPORTS else "torch"
+        runtime = EXPORTS[model.format].runtime
         rows.append(
             BenchRow(
                 file=model.name,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks
@@ -32,8 +32,8 @@ from peft_vit.errors import (
     SilentNoEffectWarning,
     UnderflowWarning,
     UserError,
-    first_fault,
     is_out_of_memory,
+    one_line,
     printable,
 )
 from peft_vit.evaluation import (
@@ -69,7 +69,7 @@ from peft_vit.runs.machine import (
     processor_name,
     resolve_device,
 )
-from peft_vit.runs.measures import take_measures
+from peft_vit.runs.removal_and_latency import take_measures
 from peft_vit.training import (
     Calibration,
     CheckpointKeeper,
@@ -154,10 +154,10 @@ def run_one(
             plain = isinstance(error, UserError) and not isinstance(error, DivergedError)
             kind = _kind(error)
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
-            if kind == "error" and not plain and attempt.source is not None:
+            if kind == "error" and attempt.trains_on:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
-                reason += f" (the run had gone on from {attempt.source}; if that was changed, remove the checkpoint-* "
-                reason += "folders there, and it starts anew)"
+                remedy = "if that was changed, remove the checkpoint-* folders there, and it starts anew"
+                reason = f"{' '.join(reason.split())} (the run had gone on from {attempt.source}; {remedy})"
             record = RunRecord(
                 spec=spec,
                 status="failed",
@@ -238,7 +238,6 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     context = HookContext(
         calibration_batch=calibration.batch,
         class_weights=loss_weights(experiment.training, data, device),
-        steps=result.steps,
         float_weights=lambda: dict(load().model.state_dict()),
         overhead=overhead,
     )
@@ -448,11 +447,8 @@ class Attempt:
             self.source = state.source
             try:
                 known, self._training = Known.model_validate(state["run"]), State(state["training"])
-                self._training.source = state.source
-            except ValidationError as error:
-                raise self._foreign(*first_fault(error)) from None
             except (LookupError, TypeError, ValueError) as error:
-                raise self._foreign("state", f"{type(error).__name__}: {error}") from None
+                raise self._foreign("state", f"{type(error).__name__}: {one_line(error)}") from None
             if known.spec_digest != self.known.spec_digest:
                 raise self._foreign("spec_digest", "it was made with another configuration")
             self.known, self.overhead = known, Overhead(known.overhead_s)
@@ -482,7 +478,7 @@ class Attempt:
             warnings.warn(f"{text}have rounded otherwise", CheckpointWarning, stacklevel=2)
         return first
 
-    def _foreign(self, field: str | None, reason: str) -> UserError:
+    def _foreign(self, field: str, reason: str) -> UserError:
         return UserError(
             f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
             "there, and the run starts anew",
@@ -498,6 +494,11 @@ class Attempt:
     def goes_on(self) -> bool:
         """Return whether an earlier attempt has begun to train."""
         return self.source is not None
+
+    @property
+    def trains_on(self) -> bool:
+        """Return whether a training was gone on with."""
+        return self.source is not None and self._training is None
 
     def take_training(self) -> State | None:
         """Hand out the training's state, once: nothing of it is held here while the training goes on."""

@@ -2,10 +2,8 @@
 
 A CPU computes in bf16 with the instructions AVX512_BF16 or AMX (Intel 64 and IA-32 Architectures Software Developer's
 Manual, volume 1); without them oneDNN, which computes PyTorch's products, emulates it, which costs more than it saves
-(oneDNN developer guide, "Data Types"). ONEDNN_MAX_CPU_ISA, earlier DNNL_MAX_CPU_ISA, keeps oneDNN from newer
-instructions (the same, "CPU Dispatcher Control"). ATEN_CPU_CAPABILITY does not: it limits PyTorch's own kernels, and a
-product in bf16 took 2.8 ms without it, 3.0 with avx2 and 2.8 with default, where fp32 took 10.4 and emulated bf16 62.
-GPUs of NVIDIA compute in bf16 from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide).
+(oneDNN developer guide, "Data Types"): a product in bf16 took 2.8 ms where fp32 took 10.4 and emulated bf16 62. GPUs of
+NVIDIA compute in bf16 from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide).
 """
 
 from __future__ import annotations
@@ -31,12 +29,9 @@ from peft_vit.errors import UserError
 
 _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
 _CPUINFO = Path("/proc/cpuinfo")
-_INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}  # as Linux and PyTorch spell them, and as people do
-# Of those that speed up products of matrices, on x86 and on Arm.
+_INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}  # as Linux spells them, and as people do
+# Of those that speed up products of matrices.
 _FASTER = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
-_FASTER_ON_ARM = ("asimd", "asimddp", "bf16", "i8mm", "sve")
-# Limits of oneDNN, by rising instructions, that leave out bf16 products; AVX2_VNNI_2 only converts from and to bf16.
-_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
@@ -115,35 +110,24 @@ def bf16_support(device: torch.device) -> Bf16Support:
 
 
 def _cpu_support() -> Bf16Support:
-    native = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_flags()]
+    native = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_info("flags").split()]
     if not native:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
-    has = f"this CPU has {' and '.join(native)} instructions"
-    if not torch.backends.mkldnn.is_available():
-        return Bf16Support(False, f"{has}, but this PyTorch comes without oneDNN, which would use them")
-    for variable in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        limit = os.environ.get(variable)
-        if limit is not None:  # oneDNN reads the second only in the absence of the first
-            usable = limit.upper() not in _WITHOUT_BF16
-            return Bf16Support(usable, has if usable else f"{has}, but {variable}={limit} leaves them out")
-    return Bf16Support(True, has)
+    return Bf16Support(True, f"this CPU has {' and '.join(native)} instructions")
 
 
 def instruction_sets() -> list[str]:
     """Return which of the instructions for products of matrices this processor has, as Linux spells them."""
-    return [flag for flag in (*_FASTER, *_FASTER_ON_ARM) if flag in _cpu_flags()]
+    return [flag for flag in _FASTER if flag in _cpu_info("flags").split()]
 
 
-def _cpu_flags() -> set[str]:
-    """Return the processor's flags as Linux tells them, elsewhere as PyTorch does; none if it is too old for that."""
+def _cpu_info(key: str) -> str:
+    """Return what Linux says of the first processor; nothing elsewhere."""
     try:
-        line = re.search(r"^flags\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
+        line = re.search(rf"^{key}\s*:(.*)$", _CPUINFO.read_text(), re.MULTILINE)
     except OSError:
-        line = None
-    if line is not None:
-        return set(line[1].split())
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return {name for name, there in capabilities.items() if there is True}
+        return ""
+    return "" if line is None else line[1].strip()
 
 
 def package_versions(library: Library = "timm") -> dict[str, str]:
@@ -183,12 +167,7 @@ def loaded_git_state() -> tuple[str | None, bool | None]:
 @functools.cache
 def processor_name() -> str:
     """Return the processor's model name."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def cpu_count() -> int:

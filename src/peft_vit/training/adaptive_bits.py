@@ -142,24 +142,17 @@ def _options(config: QaLoraConfig, sites: Sequence[Site]) -> _Options:
     one_rank = min((group[1] for group in rank_bytes.values()), default=0)
     if settings.average_bits is not None:
         to_bits = 8 / sum(site.out_features * site.in_features for site in modules.values())
-        budget = math.floor(settings.average_bits / to_bits)
-        fits = least * to_bits <= settings.average_bits < most * to_bits
-        field, given, lower = (
-            "average_bits",
-            f"{settings.average_bits}",
-            f"{math.ceil(least * to_bits * 1000) / 1000:.3f}",
-        )
-        upper = f"{most * to_bits:.3f} bits"
+        field, given, lower, upper = "average_bits", settings.average_bits, least * to_bits, most * to_bits
+        budget = math.floor(given / to_bits)
     else:
         assert settings.total_byte_budget is not None
+        field, given, lower, upper = "total_byte_budget", settings.total_byte_budget, least + one_rank, most
         budget = settings.total_byte_budget
-        fits = least + one_rank <= budget < most
-        field, given, lower, upper = "total_byte_budget", f"{budget}", f"{least + one_rank}", f"{most} bytes"
-    if not fits:
+    if not lower <= given < upper:
         smallest, largest = (", one rank", " and rank") if rank_bytes else ("", "")
         raise UserError(
-            f"expected at least {lower} (every layer at the smallest type{smallest}) and less than {upper} (at the "
-            f"largest{largest}), got {given}",
+            f"expected at least {lower:.10g} (every layer at the smallest type{smallest}) and less than {upper:.10g} "
+            f"(at the largest{largest}), got {given}",
             field=f"qa_lora.adaptive_bits.{field}",
         )
     return _Options(dict.fromkeys(modules, candidates), format_bytes, rank_bytes, budget)
@@ -209,6 +202,7 @@ def choose(
     # Losses and sizes are counted from those of the group's largest and smallest option, so that what differs between
     # choices is not lost beside what they share; sizes in their greatest common divisor.
     options = [(group, place) for group, places in enumerate(useful) for place in places]
+    # (options,) each
     extra_loss = np.array([losses[group][place] - losses[group][useful[group][-1]] for group, place in options])
     extra_size = np.array([sizes[group][place] - sizes[group][useful[group][0]] for group, place in options])
     floor = math.fsum(losses[group][places[-1]] for group, places in enumerate(useful))
@@ -217,6 +211,7 @@ def choose(
     chosen = [places[-1] for places in useful]  # the largest options, if they fit
     if sum(sizes[group][places[-1]] - sizes[group][places[0]] for group, places in enumerate(useful)) > room:
         unit = math.gcd(*extra_size.tolist())
+        # (groups, options): 1 where an option is of a group
         rows = scipy.sparse.coo_array((np.ones(len(options)), ([group for group, _ in options], range(len(options)))))
         result = scipy.optimize.milp(
             extra_loss / most * _LOSS_SCALE,  # in this order: the losses may be as small as floats can be
@@ -241,8 +236,8 @@ def choose(
 
 def _undominated(losses: Sequence[float], sizes: Sequence[int]) -> list[int]:
     """Return the options from the smallest on, each with less loss than every smaller or equal one."""
-    kept: list[int] = []
+    undominated: list[int] = []
     for place in sorted(range(len(sizes)), key=lambda place: (sizes[place], losses[place], place)):
-        if not kept or losses[place] < losses[kept[-1]]:
-            kept.append(place)
-    return kept
+        if not undominated or losses[place] < losses[undominated[-1]]:
+            undominated.append(place)
+    return undominated

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import tempfile
@@ -29,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -43,7 +41,7 @@ from peft_vit.safe_io import read_bytes, sha256_of
 
 TENSORS_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
-_FORMAT = 3
+_FORMAT = 4
 _KEPT = 2
 _UNFINISHED = ".checkpoint-"  # begins the names of folders that are being written
 _SHARE = 100  # of a run's time that checkpoints may take: one part in so many
@@ -74,8 +72,6 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     check_tensors(places, tensors)
     parameters = dict(model.named_parameters())
     for name, place in places.items():
-        if tensors[name].dtype != place.dtype:
-            raise ValueError(f"{name} is {tensors[name].dtype}, not {place.dtype}")
         # Not copied into the old place: how it lies in memory decides how products round.
         parameters.get(name, place).data = tensors[name].to(place.device)
 
@@ -116,35 +112,22 @@ def tensors_sha256(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | No
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         dense = tensor.detach().cpu().contiguous()
-        flat = dense.as_strided((dense.numel(),), (1,))  # where a size is 1, any stride counts as contiguous
+        flat = dense.as_strided((dense.numel(),), (1,))  # (n,); where a size is 1, any stride counts as contiguous
         digest.update(flat.view(torch.uint8).numpy().data)  # numpy knows no bfloat16
     return digest.hexdigest()
 
 
 def generators_state() -> dict[str, Any]:
-    """Return where every global random generator stands: torch's on each device, numpy's and Python's."""
-    kind, key, *rest = np.random.get_state(legacy=True)
-    assert isinstance(key, np.ndarray)
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        "python": random.getstate(),
-        "numpy": [kind, key.tolist(), *rest],
-    }
+    """Return where torch's generators stand, from which dropout draws; all else draws from generators of its own."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
 
 
 def load_generators_state(state: Mapping[str, Any]) -> None:
-    """Set every global random generator that is there; a device that is gone keeps nothing."""
+    """Set torch's generators; a device that is gone keeps nothing."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         for index, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(generator, index)
-    if torch.backends.mps.is_available() and state["mps"] is not None:
-        torch.mps.set_rng_state(state["mps"])
-    random.setstate(state["python"])
-    kind, key, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
 
 
 # --- which checkpoints there are --------------------------------------------------------------------------------------
@@ -264,7 +247,7 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> None:
             code = None if number is None else int(number[1])
             raise OSError(code, str(error) if code is None else os.strerror(code), str(unfinished)) from None
         digest = sha256_of(unfinished / TENSORS_FILE)
-        saved = {"format": _FORMAT, "step": step, "tensors": len(dense), "tensors_sha256": digest, "state": packed}
+        saved = {"format": _FORMAT, "step": step, "tensors_sha256": digest, "state": packed}
         # Not sorted: what is added up in the order of a mapping must come back in that order.
         (unfinished / STATE_FILE).write_text(json.dumps({"sha256": _digest(saved), **saved}), encoding="utf-8")
         for written in (unfinished / TENSORS_FILE, unfinished / STATE_FILE, unfinished):
@@ -296,13 +279,11 @@ def read_checkpoint(path: Path) -> State:
             raise UserError("is not what was written: SHA-256 differs", file=file)
         if path.name != f"checkpoint-{saved['step']}":
             raise UserError(f"is of step {saved['step']}", file=file, field="step")
-        count, digest, packed = saved["tensors"], saved["tensors_sha256"], saved["state"]
+        digest, packed = saved["tensors_sha256"], saved["state"]
     with _readable(tensors_file, "safetensors file"):
         if sha256_of(tensors_file) != digest:
             raise UserError(f"is not what its {STATE_FILE} says: SHA-256 differs", file=tensors_file)
         tensors = load_file(tensors_file)
-        if len(tensors) != count or tensors.keys() != {str(number) for number in range(len(tensors))}:
-            raise UserError(f"names other tensors than {STATE_FILE}", file=tensors_file)
     with _readable(file, f"state beside {TENSORS_FILE}"):
         state = State(_unpacked(packed, tensors))
     state.source = path

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from peft_vit.config import Precision
 from peft_vit.data import Data
-from peft_vit.records import StepRow
 
 
 class Overhead(dict[str, float]):
@@ -67,7 +66,6 @@ class HookContext:
             labels (count,).
         class_weights: of the loss, (classes,); None if all are 1.
         loss: the mean loss of training, of logits (B, classes) and labels (B,).
-        steps: the rows of the steps that were taken; none before training.
         float_weights: returns the backbone's weights by name, as they were before anything was quantized.
         overhead: takes the seconds of what hooks measure.
     """
@@ -75,7 +73,6 @@ class HookContext:
     calibration_batch: Callable[[int], tuple[Tensor, Tensor]]
     class_weights: Tensor | None = None
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
-    steps: Sequence[StepRow] = ()
     float_weights: Callable[[], Mapping[str, Tensor]] = dict
     overhead: Overhead = field(default_factory=Overhead)
 

@@ -208,8 +208,6 @@ def fit_probe(
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
     """
-    if validation is None and len(l2) > 1:
-        raise ValueError(f"of {len(l2)} strengths validation chooses, and there are no images for it")
     ordered = sorted(l2, reverse=True)  # each fit goes on from the one before, strong to weak
     sample_weights = None if class_weights is None else class_weights[train.labels]
     trial = deepcopy(head)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from operator import index
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from peft_vit.adapters import adapted_modules, current_ranks, restore_trained, set_ranks, site_adapters, trained_tensors
-from peft_vit.adapters.peft_layers import peft_layers, peft_ranks
+from peft_vit.adapters import (
+    adapted_modules,
+    current_ranks,
+    restore_trained,
+    set_ranks,
+    site_adapters,
+    trained_tensors,
+    update_ranks,
+)
 from peft_vit.backbones import Backbone, apply_temperature, freeze_batch_norm
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
-from peft_vit.errors import DivergedError, UserError, is_out_of_memory, named
+from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import autocast, measure, optimizer_bytes, predict, trainable_parameters
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.checkpoint import (
@@ -128,7 +132,7 @@ def train(
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
-        UserError: if the state to go on from is not one of this training's.
+        UserError: if the state to go on from is of a model with other sites or shapes.
     """
     overhead = Overhead() if overhead is None else overhead
     fresh = resume is None
@@ -142,11 +146,10 @@ def train(
             hook.begin(model, context)
     training = TrainingState(model, data, config, runtime, hooks, overhead, resume)
     del resume  # or its tensors would stay in memory when ranks or better weights have taken their place
-    progress = _progress_of(model)
 
     def report() -> None:
         if on_progress is not None:
-            on_progress(progress(training))
+            on_progress(training.progress())
 
     def between() -> None:
         if between_steps is not None:
@@ -200,17 +203,14 @@ class TrainingState:
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._best = BestState()
         if resume is not None:
-            with _of_this_run(resume):
-                load_model_state(model, resume["model"])
+            load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
         self._scheduler, self._decay = build_scheduler(self._optimizer, config, self.end)
         if resume is not None:
-            with _of_this_run(resume):
-                self._load_state_dict(resume)
+            self._load_state_dict(resume)
         call_each(hooks, "attach", overhead, model, self._optimizer)
         if resume is not None:  # last: whatever was built anew may have drawn from them
-            with _of_this_run(resume):
-                load_generators_state(resume["generators"])
+            load_generators_state(resume["generators"])
 
     @property
     def steps(self) -> int:
@@ -304,6 +304,21 @@ class TrainingState:
         if self._config.patience is not None and self._best.stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
 
+    def progress(self) -> Progress:
+        """Return what a watcher gets after a step."""
+        ranks = update_ranks(self.model).values()
+        layers = [layer for _, layer in adapted_modules(self.model) if layer.quantized is not None]
+        weights = sum(layer.in_features * layer.out_features for layer in layers)
+        held = [part for layer in layers for part in (layer.quantized, layer.weight) if part is not None]
+        return Progress(
+            step=self.steps,
+            total_steps=self.end,
+            loss=self.result.steps[-1].loss,
+            validation_accuracy=self.result.evaluations[-1].metrics.accuracy if self.result.evaluations else None,
+            mean_rank=sum(ranks) / len(ranks) if ranks else None,
+            mean_bits=8 * sum(part.nbytes for part in held) / weights if layers else None,
+        )
+
     def finish(self) -> TrainingResult:
         """Take the chosen weights, those of the last step if nothing was validated, and return what happened."""
         result = self.result
@@ -312,10 +327,6 @@ class TrainingState:
         result.optimizer_sha256 = optimizer_sha256(self._optimizer)
         if self.validates:
             result.chosen = self._best.restore(self.model)
-        elif not all(hook.deployable(self.steps) for hook in self._hooks):
-            raise RuntimeError(
-                "the last step's state is not deployable; the schedule was not checked against the steps"
-            )
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
         return result
 
@@ -339,28 +350,14 @@ class TrainingState:
     def _load_state_dict(self, state: State) -> None:
         load_optimizer_state(self._optimizer, state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
-        self._best.load_state_dict(state["best"], state.source)
+        self._best.load_state_dict(state["best"])
         self.result.steps = [StepRow.model_validate(row) for row in state["steps"]]
         self.result.evaluations = [Evaluation.model_validate(evaluation) for evaluation in state["evaluations"]]
-        self.result.initial_parameters = index(state["initial_parameters"])
-        self.result.peak_parameters = index(state["peak_parameters"])
-        self.end = index(state["end"])
+        self.result.initial_parameters = state["initial_parameters"]
+        self.result.peak_parameters = state["peak_parameters"]
+        self.end = state["end"]
         for hook, of_hook in zip(self._hooks, state["hooks"], strict=True):
             hook.load_state_dict(of_hook, self.model)
-
-
-@contextmanager
-def _of_this_run(state: State) -> Iterator[None]:
-    """Refuse a state that can't be loaded within."""
-    try:
-        with named(state.source):
-            yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        if is_out_of_memory(error):  # says nothing of the state
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        message = f"is not of this run ({reason}); remove it and the run starts anew"
-        raise UserError(message, file=state.source, field="state") from None
 
 
 class BestState:
@@ -371,7 +368,6 @@ class BestState:
         self.stale = 0  # deployable evaluations since the best one
         self._ranks: dict[str, int] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._source: Path | None = None  # the checkpoint that they came from, if they did
 
     def offer(self, evaluation: Evaluation, model: nn.Module, *, without_updates: bool = False) -> None:
         """Take a state if it is better; without updates its sites have no rank, which is within every budget."""
@@ -380,7 +376,7 @@ class BestState:
         self.stale += 1
         if self.evaluation is not None and _quality(evaluation) <= _quality(self.evaluation):
             return
-        self.evaluation, self.stale, self._source = evaluation, 0, None
+        self.evaluation, self.stale = evaluation, 0
         tensors, self._ranks = trained_tensors(model), current_ranks(model)
         if without_updates:
             self._ranks = dict.fromkeys(self._ranks, 0)
@@ -393,8 +389,8 @@ class BestState:
         """Bring a model to the best state, and return its evaluation."""
         if self.evaluation is None:
             raise RuntimeError("no validation found a deployable state; the schedule was not checked against the steps")
-        set_ranks(model, self._ranks, file=self._source)
-        restore_trained(model, self._tensors, file=self._source)
+        set_ranks(model, self._ranks)
+        restore_trained(model, self._tensors)
         return self.evaluation
 
     def state_dict(self) -> dict[str, Any]:
@@ -402,37 +398,12 @@ class BestState:
         evaluation = None if self.evaluation is None else self.evaluation.model_dump(mode="json")
         return {"evaluation": evaluation, "stale": self.stale, "ranks": self._ranks, "tensors": self._tensors}
 
-    def load_state_dict(self, state: Mapping[str, Any], source: Path | None) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
         if state["evaluation"] is not None:
             self.evaluation = Evaluation.model_validate(state["evaluation"])
-        self.stale, self._tensors, self._source = index(state["stale"]), dict(state["tensors"]), source
-        self._ranks = {name: index(rank) for name, rank in state["ranks"].items()}
+        self.stale, self._tensors, self._ranks = state["stale"], dict(state["tensors"]), dict(state["ranks"])
 
 
 def _quality(evaluation: Evaluation) -> tuple[float, float]:
     return evaluation.metrics.accuracy, -evaluation.metrics.nll
-
-
-def _progress_of(model: nn.Module) -> Callable[[TrainingState], Progress]:
-    """Return what tells a watcher of a training's last step; what does not move in a model is looked up once."""
-    adapters = list(site_adapters(model).values())
-    masked_by_peft = bool(peft_layers(model)) and not adapters  # PEFT's AdaLoRA only masks triplets
-    layers = [layer for _, layer in adapted_modules(model) if layer.quantized is not None]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    packed_bytes = sum(layer.quantized.nbytes for layer in layers if layer.quantized is not None)
-
-    def progress(training: TrainingState) -> Progress:
-        result = training.result
-        ranks = list(peft_ranks(model).values()) if masked_by_peft else [adapter.rank for adapter in adapters]
-        float_bytes = sum(layer.weight.nbytes for layer in layers if layer.weight is not None)
-        return Progress(
-            step=training.steps,
-            total_steps=training.end,
-            loss=result.steps[-1].loss,
-            validation_accuracy=result.evaluations[-1].metrics.accuracy if result.evaluations else None,
-            mean_rank=sum(ranks) / len(ranks) if ranks else None,
-            mean_bits=8 * (packed_bytes + float_bytes) / weights if layers else None,
-        )
-
-    return progress

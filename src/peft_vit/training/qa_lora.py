@@ -34,7 +34,6 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.evaluation import model_size
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.records import BitsEntry, QuantizationSummary
-from peft_vit.records.migrations import migrated
 from peft_vit.training.checkpoint import tensors_sha256
 from peft_vit.training.hooks import Hook, HookContext
 from peft_vit.training.optimization import blocks_of, optimization_step, recomputed
@@ -280,7 +279,6 @@ class QALoRATrainer(Hook):
         Raises:
             UserError: if the reference is not that of this model, or images were given without float weights.
         """
-        self._warn_if_unused()
         layers = quantized_layers(model)
         errors = np.array(list(self.relative_error.values()))
         row = {
@@ -290,7 +288,7 @@ class QALoRATrainer(Hook):
             "quantized_share": self.share,
         }
         if reference is None:
-            held = {name: layer.module.weight for name, layer in layers.items()}
+            held = {f"{name}.weight": layer.module.weight for name, layer in layers.items()}
             reference = {name: weight for name, weight in held.items() if weight is not None}
         if reference:
             row |= error_removed(model, layers, float_weights(layers, reference, self.relative_error), images)
@@ -299,16 +297,10 @@ class QALoRATrainer(Hook):
         self.balance_history.append({"step": self.share_history[-1]["step"], **row})
         return row
 
-    def _warn_if_unused(self) -> None:
-        if self.config.quantization_schedule != "constant" and len(self.share_history) == 1:
-            text = "no training_step was taken, so the schedule has not moved and the weights are still float"
-            warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
-
     # --- what is kept -------------------------------------------------------------------------------------------------
 
     def export_quantization_data(self) -> dict[str, Any]:
         """Return schedule, errors, bits and balance by step, as plain values ready for JSON."""
-        self._warn_if_unused()
         return {
             "config": self.config.model_dump(mode="json"),
             "schedule": [dict(row) for row in self.share_history],
@@ -337,8 +329,7 @@ class QALoRATrainer(Hook):
         """Go on from where `state_dict` was taken; `model` is the one given at the start, with its adapters loaded.
 
         Raises:
-            UserError: if the state belongs to another configuration, length of run, or other weights, or was made with
-                a setting that went.
+            UserError: if the state belongs to another configuration, length of run, or other weights.
         """
         layers, made_with = quantized_layers(model), state["made_with"]
         if self.config.keeps_codes:
@@ -348,9 +339,6 @@ class QALoRATrainer(Hook):
                 error = made_with["relative_error"][name]
                 self._error_norm[name] *= error / self.relative_error[name] if error else 0.0
                 self.relative_error[name] = error
-        # A state of an earlier version spells out settings that went.
-        experiment = migrated({"experiment": {"qa_lora": made_with.get("config")}})["experiment"]
-        made_with = {**made_with, "config": experiment["qa_lora"]}
         for key, value in self._made_with().items():
             if made_with.get(key) != value:
                 message = "the state was made with another one; build the trainer as it was built then"

@@ -113,11 +113,7 @@ def check_ranks(sites: Sequence[Site], ranks: Mapping[str, int] | int, pool: int
     for site in sites:
         if site.in_features % pool:
             common = math.gcd(*(site.in_features for site in sites))
-            sizes = [str(size) for size in range(2, common + 1) if common % size == 0]
-            remedy = f"use one of {', '.join(sizes)}"
-            if not sizes:
-                remedy = "no size divides those of all sites: use_group_quantization: false, or other targets"
-            message = f"{pool} does not divide the {site.in_features} inputs of {site.name}; {remedy}"
+            message = f"{pool} does not divide the {site.in_features} inputs of {site.name}; use a divisor of {common}"
             raise UserError(message, field="qa_lora.group_size")
         rank = ranks if isinstance(ranks, int) else ranks[site.name]
         largest = min(site.out_features, site.in_features // pool)
@@ -280,11 +276,11 @@ def float_weights(
 ) -> dict[str, Tensor]:
     """Return the weight (out, in) of each layer before quantization, from a state dict of the plain model.
 
-    It holds `<layer>.weight`, or `<layer>`, for each; the errors are those of when the layers were quantized.
+    It holds `<layer>.weight` for each; the errors are those of when the layers were quantized.
     """
     weights = {}
     for name, (module, _) in layers.items():
-        weight = reference.get(f"{name}.weight", reference.get(name))
+        weight = reference.get(f"{name}.weight")
         assert module.quantized is not None
         if weight is None or weight.shape != module.quantized.shape:
             given = "nothing" if weight is None else f"shape {tuple(weight.shape)}"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +16,7 @@ from peft_vit.allocation import AdaLoRAController, CalibrationBatch, check_fishe
 from peft_vit.backbones import Site
 from peft_vit.config import PeftAdaLoraConfig, StartingRanksConfig
 from peft_vit.errors import UserError
-from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry, StepRow
+from peft_vit.records import FisherCheck, ImportanceEntry, ProbeEntry, RankEntry
 from peft_vit.training.hooks import Hook, HookContext
 
 _FISHER_IMAGES = 32  # of the calibration batch
@@ -54,11 +51,6 @@ class StartingRanks(Hook):
         set_ranks(model, self._ranks)
         check_gradients(model)
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse a training that has not called `begin`: no site would have a rank."""
-        if not self._ranks:
-            raise RuntimeError("ranks were not chosen; call begin before the optimizer is built")
-
     def state_dict(self) -> dict[str, Any]:
         """Return what was chosen."""
         return {"ranks": self._ranks, "scores": self._scores}
@@ -91,7 +83,6 @@ class AllocationHook(Hook):
     def __init__(self, controller: AdaLoRAController) -> None:
         self.controller = controller
         self._scores: dict[str, float] = {}
-        self._own_s: dict[int, float] = defaultdict(float)  # by step
         self._fisher_check: FisherCheck | None = None
         self._with_penalty = controller.config.importance_gradient == "task_and_penalty"
         weight = controller.config.orthogonality_weight
@@ -122,56 +113,33 @@ class AllocationHook(Hook):
             self._score(model, step)
 
     def _score(self, model: nn.Module, step: int) -> None:
-        started = time.perf_counter()
         self._scores = self.controller.update_importance_scores(model, step)
-        self._own_s[step] += time.perf_counter() - started
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Decide the ranks and apply them."""
-        started = time.perf_counter()
         self.controller.apply_ranks(model, optimizer, self.controller.reallocate_ranks(self._scores, step))
-        self._own_s[step] += time.perf_counter() - started
 
     def deployable(self, step: int) -> bool:
         """Say whether the last decision has been taken, so that the final budget is met."""
         return step >= self.controller.schedule.last_update
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the controller's state, and what its own part of each step has cost so far."""
-        return {"controller": self.controller.state_dict(), "own_s": dict(self._own_s)}
+        """Return the controller's state."""
+        return self.controller.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
         """Go on from such a state."""
-        self.controller.load_state_dict(state["controller"])
-        self._own_s = defaultdict(float, state["own_s"])
-
-    def probing_s(self, steps: Sequence[StepRow]) -> float | None:
-        """Return an estimate of the seconds by which forward and backward pass took longer in steps with probes.
-
-        That is, over the median of the steps without, and at least 0. Scoring, deciding and resizing are left out of
-        all steps: they are counted as this hook's own time. None if no step was probed, or every step was, so that
-        there is nothing to compare with.
-        """
-        probed = {entry["step"] for entry in self.controller.probe_history}
-        seconds = {row.step: row.seconds - self._own_s.get(row.step, 0.0) for row in steps}
-        plain = [value for step, value in seconds.items() if step not in probed]
-        if not probed or not plain:
-            return None
-        usual = statistics.median(plain)
-        return max(0.0, sum(value - usual for step, value in seconds.items() if step in probed))
+        self.controller.load_state_dict(dict(state))
 
     def finish(self, model: nn.Module, context: HookContext) -> None:
         """Compare the score `fisher` with the empirical Fisher, if ranks were decided by it."""
-        probing_s = self.probing_s(context.steps)
-        if probing_s is not None:
-            context.overhead["probes"] = probing_s
         if self.controller.config.importance_metric == "fisher":
             with context.overhead.of("fisher_check"):
                 images, labels = context.calibration_batch(_FISHER_IMAGES)
                 self._fisher_check = check_fisher(model, images, labels, class_weights=context.class_weights)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
-        """Return ranks, scores and probes by step, and how the score `fisher` compares with the Fisher."""
+        """Return ranks, scores and gradient probes by step, and how the score `fisher` compares with the Fisher."""
         return {
             "rank_history": [RankEntry(**entry) for entry in self.controller.rank_history],
             "importance_history": [ImportanceEntry(**entry) for entry in self.controller.score_history],
@@ -218,10 +186,6 @@ class PeftAdaLoraHook(Hook):
         budget = config.initial_rank * len(peft_layers(model))
         self.rank_history: list[dict[str, Any]] = [{"step": 0, "budget": budget, "ranks": peft_ranks(model)}]
 
-    @property
-    def _finalized(self) -> bool:
-        return self.rank_history[-1]["step"] == self.last_update
-
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
         """Return weight * mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F.
 
@@ -244,21 +208,13 @@ class PeftAdaLoraHook(Hook):
         self.tuner.update_and_allocate(step)
         if step == self.last_update or (due and step < self.last_update):
             self.rank_history.append({"step": step, "budget": budget, "ranks": peft_ranks(model)})
-        if step == self.last_update:
-            self._check_mask(model)
-
-    def _check_mask(self, model: nn.Module) -> None:
-        """Refuse a final mask that is not there, or that took everything: PEFT masks ties with the weakest."""
-        budget, left = self.rank_history[-1]["budget"], sum(peft_ranks(model).values())
-        used = sum(int((layer.lora_E[ADAPTER] != 0).sum()) for layer in peft_layers(model).values())
-        if not 0 < left <= budget or used > budget:
-            raise RuntimeError(
-                f"PEFT's final mask left {left} triplets, {used} of them in use, of {budget} at step {self.last_update}"
-            )
+        if step == self.last_update and not any(self.rank_history[-1]["ranks"].values()):
+            # It masks ties with the weakest: where all scores are equal, all.
+            raise RuntimeError(f"PEFT's final mask at step {step} left 0 triplets of {budget}")
 
     def deployable(self, step: int) -> bool:
         """Say whether the final mask has been applied; from then on PEFT applies it after every step."""
-        return self._finalized and step >= self.last_update
+        return step >= self.last_update
 
     def state_dict(self) -> dict[str, Any]:
         """Return PEFT's smoothed scores and its latest mask."""
@@ -276,16 +232,6 @@ class PeftAdaLoraHook(Hook):
             setattr(self.tuner.rankallocator, name, scores)
         self.tuner.peft_config[ADAPTER].rank_pattern = copy.deepcopy(state["mask"])
         self.rank_history = copy.deepcopy(state["rank_history"])
-
-    def finish(self, model: nn.Module, context: HookContext) -> None:
-        """Make sure that the model stands under the final mask.
-
-        Raises:
-            RuntimeError: if PEFT never finalized, or a masked triplet is in use again.
-        """
-        if not self._finalized:
-            raise RuntimeError(f"PEFT's AdaLoRA was not finalized: step {self.last_update} did not come")
-        self._check_mask(model)
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks by step."""

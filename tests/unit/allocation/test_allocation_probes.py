@@ -11,8 +11,6 @@ from peft_vit.allocation import AdaLoRAController
 from peft_vit.allocation.importance import PROBE_TRIPLETS, attach_probes, probed_scores, take_probes
 from peft_vit.backbones import find_sites
 from peft_vit.evaluation import trainable_parameters
-from peft_vit.records import StepRow
-from peft_vit.training import AllocationHook
 
 pytestmark = pytest.mark.part("importance analysis")
 
@@ -205,31 +203,3 @@ def test_evaluation_between_two_steps_does_not_carry_the_probes(tiny_vit, batch,
     assert not probed
     assert torch.equal(model(batch[0]), plain)
     assert len(probed) == 12
-
-
-def test_what_probes_cost_is_counted_over_steps_without(tiny_vit, batch) -> None:
-    model, controller, optimizer = without_rank(tiny_vit)
-    hook = AllocationHook(controller)
-    rows = [
-        StepRow(step=step, loss=1.0, learning_rate=0.1, gradient_norm=1.0, seconds=seconds)
-        for step, seconds in enumerate((9.0, 1.0, 1.5, 1.0, 1.25, 1.0, 1.5), start=1)
-    ]
-    assert hook.probing_s(rows) is None  # there were none
-    for step in range(1, 8):
-        backward(model, batch)
-        hook.after_backward(model, step)
-        hook.before_step(model, step)
-        optimizer.step()
-        hook.after_step(model, optimizer, step)
-        optimizer.zero_grad()
-    assert all(hook._own_s[step] > 0 for step in range(1, 8))
-    for own_s, expected in (
-        ({}, 0.5 + 0.25 + 0.5),
-        ({3: 0.25}, 1.0),  # of step 3 a quarter of a second was scoring, deciding and resizing
-        (dict.fromkeys((2, 4, 6), 0.5), 1.25 + 3 * 0.5),  # of the steps without probes too
-        ({3: 1.25, 5: 0.75, 7: 0.75}, 0),  # an estimate: the probed steps were faster than the median
-    ):
-        hook._own_s = own_s
-        assert hook.probing_s(rows) == pytest.approx(expected)
-    hook._own_s = {}
-    assert hook.probing_s([row for row in rows if row.step in (3, 5, 7)]) is None

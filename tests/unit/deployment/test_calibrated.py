@@ -32,15 +32,15 @@ def image(tmp_path: Path) -> Path:
 
 def predicted(card: ModelCard, image: Path, coverage: float | None = None):
     classifier = Classifier(lambda images: torch.tensor([LOGITS] * len(images)), card)
-    (found,) = predict_files(classifier, [image], coverage)
-    return found
+    (prediction,) = predict_files(classifier, [image], coverage)
+    return prediction
 
 
 def test_probabilities_are_calibrated_where_the_file_says_how(image: Path) -> None:
     assert predicted(CARD, image).probability == pytest.approx(probability(LOGITS, 1.0)[1])
-    found = predicted(CALIBRATED, image)
-    assert found.probability == pytest.approx(probability(LOGITS, 2.0)[1])
-    assert (found.class_name, found.classes) == ("b", ())
+    prediction = predicted(CALIBRATED, image)
+    assert prediction.probability == pytest.approx(probability(LOGITS, 2.0)[1])
+    assert (prediction.class_name, prediction.classes) == ("b", ())
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_probabilities_are_calibrated_where_the_file_says_how(image: Path) -> No
 def test_sets_follow_the_next_threshold_and_begin_with_the_most_probable(
     image: Path, coverage: float, classes: str
 ) -> None:
-    found = predicted(CALIBRATED, image, coverage)
+    prediction = predicted(CALIBRATED, image, coverage)
     p = dict(zip("abcde", probability(LOGITS, 2.0), strict=True))
-    assert [name for name, _ in found.classes] == list(classes)
-    assert [value for _, value in found.classes] == pytest.approx([p[name] for name in classes])
+    assert [name for name, _ in prediction.classes] == list(classes)
+    assert [value for _, value in prediction.classes] == pytest.approx([p[name] for name in classes])
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_a_coverage_without_threshold_is_refused(card: ModelCard, coverage: floa
 
 def test_few_images_have_no_thresholds_for_high_coverages() -> None:
     rng = np.random.default_rng(0)
-    found = Calibrated.on(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
-    assert found.images == 9
-    assert found.coverages == tuple(percent / 100 for percent in range(80, 91))  # (9 + 1) 0.91 is above 9
-    assert list(found.thresholds) == sorted(found.thresholds)
+    calibrated = Calibrated.on(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
+    assert calibrated.images == 9
+    assert calibrated.coverages == tuple(percent / 100 for percent in range(80, 91))  # (9 + 1) 0.91 is above 9
+    assert list(calibrated.thresholds) == sorted(calibrated.thresholds)
 
 
 def test_cards_of_before_read_and_write_as_they_did() -> None:

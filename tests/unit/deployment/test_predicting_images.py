@@ -45,8 +45,10 @@ def test_predict_sees_what_training_sees(tmp_path: Path, monkeypatch: pytest.Mon
         seen.append(images)
         return torch.zeros(len(images), len(CARD.class_names))
 
-    found = list(predict_files(Classifier(logits, CARD.model_copy(update={"channels": 3})), [tmp_path / "images"]))
-    assert [one.file.name for one in found] == [name.split("/")[1] for name in index.names]
+    predictions = list(
+        predict_files(Classifier(logits, CARD.model_copy(update={"channels": 3})), [tmp_path / "images"])
+    )
+    assert [prediction.file.name for prediction in predictions] == [name.split("/")[1] for name in index.names]
     expected = normalised(torch.from_numpy(trained).permute(0, 3, 1, 2), CARD.mean, CARD.std)
     assert torch.equal(torch.cat(seen), expected)
     assert len(torch.unique(expected[3])) > 100  # 16 bits are no clipped white
@@ -57,6 +59,6 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, unreadable: Cal
     unreadable(tmp_path / "dog")
     classifier = Classifier(lambda images: torch.zeros(len(images), len(CARD.class_names)), CARD)
     *predicted, refused = predict_files(classifier, [tmp_path])
-    assert [one.file for one in predicted] == sorted((tmp_path / "cat").iterdir())
+    assert [prediction.file for prediction in predicted] == sorted((tmp_path / "cat").iterdir())
     assert isinstance(refused, UserError)
     assert str(refused) == f"{tmp_path / 'dog'}: can't be read (Permission denied); make it readable"

@@ -94,23 +94,23 @@ def in_two_batches(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None:
     model = adapted(method)
-    found = measure_ablation(model, in_two_batches(batch), device=CPU, precision="fp32")
+    removal = measure_ablation(model, in_two_batches(batch), device=CPU, precision="fp32")
     sites = [name for name, rank in update_ranks(model).items() if rank]
     assert ("blocks.1.mlp.fc2" in sites) == (METHODS[method] is not lora)
     loss, accuracy = loss_and_accuracy(model, *batch)
-    assert (found.images, found.accuracy) == (6, accuracy)
-    assert found.loss == pytest.approx(loss, abs=1e-6)
-    assert list(found.site_loss_rise) == sites
+    assert (removal.images, removal.accuracy) == (6, accuracy)
+    assert removal.loss == pytest.approx(loss, abs=1e-6)
+    assert list(removal.site_loss_rise) == sites
     for name in sites:
         expected, _ = loss_and_accuracy(zeroed(model, [name]), *batch)
-        assert found.site_loss_rise[name] == pytest.approx(expected - loss, abs=1e-5)
-    assert max(map(abs, found.site_loss_rise.values())) > 0.01  # there was something to lose
-    assert list(found.group_loss_rise) == list(found.group_accuracy) == ["attention", "mlp", "all"]
-    for group, rise in found.group_loss_rise.items():
+        assert removal.site_loss_rise[name] == pytest.approx(expected - loss, abs=1e-5)
+    assert max(map(abs, removal.site_loss_rise.values())) > 0.01  # there was something to lose
+    assert list(removal.group_loss_rise) == list(removal.group_accuracy) == ["attention", "mlp", "all"]
+    for group, rise in removal.group_loss_rise.items():
         members = [name for name in sites if name.rsplit(".", 1)[1] in GROUPS.get(group, name)]
         expected, left = loss_and_accuracy(zeroed(model, members), *batch)
         assert rise == pytest.approx(expected - loss, abs=1e-5)
-        assert found.group_accuracy[group] == left
+        assert removal.group_accuracy[group] == left
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -132,10 +132,12 @@ def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: st
         name: float(-log_softmax(np.concatenate(parts).astype(np.float64), 1)[np.arange(6), labels].mean())
         for name, parts in logits.items()
     }
-    found = measure_ablation(model, in_two_batches(batch), device=CPU, precision=precision)
+    removal = measure_ablation(model, in_two_batches(batch), device=CPU, precision=precision)
     # The log of a sum may round otherwise in another library; 1e-14 is far below what another bit of a logit moves.
-    assert found.loss == pytest.approx(losses.pop(""), abs=1e-14)
-    assert found.site_loss_rise == pytest.approx({name: loss - found.loss for name, loss in losses.items()}, abs=1e-14)
+    assert removal.loss == pytest.approx(losses.pop(""), abs=1e-14)
+    assert removal.site_loss_rise == pytest.approx(
+        {name: loss - removal.loss for name, loss in losses.items()}, abs=1e-14
+    )
 
 
 def test_the_walk_passes_each_block_as_often_as_it_has_to(adapted, batch) -> None:
@@ -153,12 +155,12 @@ def test_groups_without_a_site_are_left_out(tiny_vit, batch, fill_adapters, rank
     model = tiny_vit()
     attach_adapters(model, find_sites(model, ("query", "value")), rank, scale=2.0, seed=0)
     fill_adapters(model)
-    found = measure_ablation(model, [batch], device=CPU, precision="fp32")
+    removal = measure_ablation(model, [batch], device=CPU, precision="fp32")
     loss, accuracy = loss_and_accuracy(model, *batch)
-    assert (found.loss, found.accuracy, found.images) == (pytest.approx(loss, abs=1e-6), accuracy, 6)
-    assert list(found.group_loss_rise) == list(found.group_accuracy) == groups
-    assert len(set(found.group_loss_rise.values())) == rank  # both groups are the same sites
-    assert len(found.site_loss_rise) == 4 * rank
+    assert (removal.loss, removal.accuracy, removal.images) == (pytest.approx(loss, abs=1e-6), accuracy, 6)
+    assert list(removal.group_loss_rise) == list(removal.group_accuracy) == groups
+    assert len(set(removal.group_loss_rise.values())) == rank  # both groups are the same sites
+    assert len(removal.site_loss_rise) == 4 * rank
 
 
 @pytest.mark.parametrize("method", ["adalora svd", "qa_adalora", "peft_lora", "peft_adalora"])

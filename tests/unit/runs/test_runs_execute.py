@@ -54,7 +54,7 @@ def test_methods_are_paired_within_a_seed_whose_split_each_seed_draws(study, tmp
         assert (p.random_weights, p.threads) == (True, 1)
     for drawn in (draws, splits):
         (first,), (second,) = drawn[0], drawn[1]
-        assert all(one != other for one, other in zip(first, second, strict=True))
+        assert all(before != after for before, after in zip(first, second, strict=True))
 
 
 @pytest.mark.part("controller")

@@ -34,10 +34,10 @@ def test_a_probe_is_a_run(study, tmp_path, monkeypatch, method) -> None:
     assert {row.learning_rate for row in record.steps} == {0.0}
     losses = [row.loss for row in record.steps]
     assert losses == sorted(losses, reverse=True)  # the weaker the penalty, the better the fit
-    assert [one.metrics for one in record.evaluations] == list(fit.validation)
+    assert [evaluation.metrics for evaluation in record.evaluations] == list(fit.validation)
     assert record.chosen_step == 1 + fit.l2.index(fit.chosen_l2)
     assert record.validation == fit.chosen
-    best = max(fit.validation, key=lambda one: (one.accuracy, -one.nll))
+    best = max(fit.validation, key=lambda metrics: (metrics.accuracy, -metrics.nll))
     assert record.validation == best
     assert {"features", "probe"} <= record.overhead_s.keys()
     assert record.parameters.final == record.parameters.peak == record.parameters.head == 10 * 65
@@ -65,8 +65,10 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     assert start.metrics.accuracy == record.head_fit.chosen.accuracy
     assert start.metrics.nll < record.head_fit.chosen.nll  # by its temperature, which moves no prediction
     assert record.steps[0].loss > np.log(10) / 4 > start.metrics.nll / 4  # its logits are divided after it
-    assert [one.step for one in rest] == [3, 6]
-    assert max(one.metrics.accuracy for one in rest) < start.metrics.accuracy  # or the test would show nothing
+    assert [evaluation.step for evaluation in rest] == [3, 6]
+    assert (
+        max(evaluation.metrics.accuracy for evaluation in rest) < start.metrics.accuracy
+    )  # or the test would show nothing
     assert record.chosen_step == 0
     assert record.validation == start.metrics
     run = restored(record, tmp_path)
@@ -100,6 +102,10 @@ def test_weights_that_are_still_to_be_packed_are_not_offered(study, tmp_path) ->
     """A head fitted to float weights, under a schedule that packs them only later, would be deployed on others."""
     fading = {"quantization_schedule": "linear", "quantization_end_step": 5}
     record = do(with_settings(study("qa_lora", **DESTROYS), "qa_lora", **fading), tmp_path)
-    assert [(one.step, one.deployable) for one in record.evaluations] == [(0, False), (3, False), (6, True)]
+    assert [(evaluation.step, evaluation.deployable) for evaluation in record.evaluations] == [
+        (0, False),
+        (3, False),
+        (6, True),
+    ]
     assert record.chosen_step == 6
     restored(record, tmp_path)

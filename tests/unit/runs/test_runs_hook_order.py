@@ -33,12 +33,12 @@ def scores_and_moves(
     fill_adapters(model)
     (allocation,) = (hook for hook in hooks if isinstance(hook, AllocationHook))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.0)
-    found, norms = [], []
+    scores, norms = [], []
     for step in range(1, STEPS - 2):  # before ranks change
         loss = F.cross_entropy(model(batch[0]), batch[1])
         norms.append(optimization_step(model, optimizer, loss, step, hooks=hooks).gradient_norm)
-        found.append(dict(allocation._scores))
-    return found, norms
+        scores.append(dict(allocation._scores))
+    return scores, norms
 
 
 @pytest.mark.parametrize("gradient", ["task", "task_and_penalty"])

@@ -37,13 +37,13 @@ def spec_of(study, tmp_path):
 
 def interrupted(spec, folder, step: int) -> None:
     """Carry a run on until so many steps are done, and leave a checkpoint of them."""
-    told = []
+    steps = []
     with pytest.raises(Interrupted) as stopped:
         run_one(
             spec,
             checkpoints=Checkpoints(folder, 0),
-            should_stop=lambda: bool(told) and told[-1] >= step,
-            on_progress=lambda progress: told.append(progress.step),
+            should_stop=lambda: bool(steps) and steps[-1] >= step,
+            on_progress=lambda progress: steps.append(progress.step),
         )
     assert stopped.value.step == step
     assert max(checkpoint_folders(folder)) == step
@@ -51,12 +51,12 @@ def interrupted(spec, folder, step: int) -> None:
 
 def resumed(spec, folder, first_step: int):
     """Carry a run on to its end, and check which step it did first."""
-    told = []
+    steps = []
     finished = run_one(
-        spec, checkpoints=Checkpoints(folder, 0), on_progress=lambda progress: told.append(progress.step)
+        spec, checkpoints=Checkpoints(folder, 0), on_progress=lambda progress: steps.append(progress.step)
     )
     assert finished.record.error is None
-    assert told[0] == first_step
+    assert steps[0] == first_step
     return finished
 
 
@@ -177,8 +177,8 @@ def test_other_tools_are_said_and_kept_in_the_record(spec_of, tmp_path, other_pr
     other_provenance(field, {"torch": "99.0"} if field == "packages" else "another")
     with pytest.warns(CheckpointWarning, match="the run went on from step 2 with "):
         record = resumed(spec, tmp_path, 3).record
-    (said,) = record.warnings
-    assert ("torch 99.0" if field == "packages" else f"{field} another") in said
+    (warning,) = record.warnings
+    assert ("torch 99.0" if field == "packages" else f"{field} another") in warning
     assert record.provenance is not None
     assert getattr(record.provenance, field) not in ("another", {"torch": "99.0"})  # it is where the run began
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from done_runs import do_one, restored, specs, with_settings
+from done_runs import do_one, restored, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.backbones import load_run_backbone
 from peft_vit.config import StartingRanksConfig
-from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.training import StartingRanks
 
 pytestmark = pytest.mark.part("controller")
@@ -50,11 +49,3 @@ def test_a_run_below_one_rank_a_site_sees_the_probes_head_and_is_recorded_and_re
     assert record.parameters.initial == record.parameters.head + values
 
     assert current_ranks(restored(record, tmp_path).model) == entry.ranks
-
-
-def test_a_loop_that_never_begins_is_refused(ruled, tiny_vit, tmp_path) -> None:
-    model = tiny_vit()
-    (spec,) = specs(ruled(rule="even", budget=9), tmp_path)
-    (hook,) = METHODS[spec.experiment.method].prepare(model, spec.experiment, PrepareContext(total_steps=6, seed=0))
-    with pytest.raises(RuntimeError, match="call begin"):
-        hook.attach(model, torch.optim.SGD(model.parameters(), 0.1))

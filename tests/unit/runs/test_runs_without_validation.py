@@ -69,7 +69,10 @@ def test_it_is_the_model_of_the_last_step(study, tmp_path, monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         offer = loop.BestState.offer
-        at_end = lambda self, one, *rest, **named: offer(self, one, *rest, **named) if one.step == 6 else None  # noqa: E731
+
+        def at_end(self, evaluation, *rest, **named):
+            return offer(self, evaluation, *rest, **named) if evaluation.step == 6 else None
+
         patch.setattr(loop.BestState, "offer", at_end)
         watched = run_one(spec)
     monkeypatch.setattr(run_module, "load_data", without_validation)
@@ -111,7 +114,7 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     values = (rng.normal(size=(200, 40)) + 0.3 * labels[:, None] * (np.arange(40) < 3)).astype(np.float32)
     flipped = values + rng.normal(0, 0.1, values.shape).astype(np.float32)
     train = Features(np.concatenate([values, flipped]), np.tile(labels, 2))
-    found = held_out_temperature(train, 200, 0.001, seed=3)
+    temperature = held_out_temperature(train, 200, 0.001, seed=3)
     logits = np.empty((200, 2))
     for fold in range(5):
         out = (np.arange(200) // 2) % 5 == fold
@@ -123,9 +126,9 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
         logits[out] = np.stack([-margin / 2, margin / 2], 1)
     grid = np.exp(np.linspace(-2, 4, 300))
     losses = [float(cross_entropy(torch.from_numpy(logits / t), torch.from_numpy(labels))) for t in grid]
-    assert found == pytest.approx(grid[int(np.argmin(losses))], rel=0.35)  # other folds, and as many images
-    assert found > 1.5
-    assert held_out_temperature(train, 200, 1.0, seed=3) < found
+    assert temperature == pytest.approx(grid[int(np.argmin(losses))], rel=0.35)  # other folds, and as many images
+    assert temperature > 1.5
+    assert held_out_temperature(train, 200, 1.0, seed=3) < temperature
     alone = Features(values[:5], np.array([0, 0, 0, 0, 1]))
     with pytest.raises(UserError, match="needs two training images of each class"):
         held_out_temperature(alone, 5, 0.1)
@@ -140,13 +143,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("methods", "training", "measures", "said"), REFUSED)
-def test_what_needs_validation_images_is_refused(study, methods, training, measures, said) -> None:
+@pytest.mark.parametrize(("methods", "training", "measures", "stated"), REFUSED)
+def test_what_needs_validation_images_is_refused(study, methods, training, measures, stated) -> None:
     config = study(*methods, **training)
     content = json.loads(config.model_dump_json())
     content["measures"] |= measures
     content["data"]["validation_images"] = 0
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(ValidationError, match=stated):
         StudyConfig.model_validate_json(json.dumps(content))
     content["data"]["validation_images"] = 20
     StudyConfig.model_validate_json(json.dumps(content))

@@ -66,8 +66,8 @@ def test_types_are_the_best_of_all_within_the_bytes(tiny_vit, batch, by, share) 
     assert chosen.ranks is record.ranks is None
     trainer = QALoRATrainer(model, settings, 4, formats=chosen.formats)
     stored = {name: module.quantized for name, module in adapted_modules(model)}
-    assert {name: one.format.type for name, one in stored.items()} == record.types
-    assert sum(one.nbytes for one in stored.values()) == record.spent_bytes <= budget
+    assert {name: weight.format.type for name, weight in stored.items()} == record.types
+    assert sum(weight.nbytes for weight in stored.values()) == record.spent_bytes <= budget
     assert trainer.bits_history[0]["bits_per_weight"] == {name: bits[type] + 2 for name, type in record.types.items()}
 
 
@@ -121,7 +121,7 @@ def test_bits_and_ranks_are_the_best_of_all_within_the_bytes(tiny_vit, batch) ->
     assert any(chosen.ranks.values())
     QALoRATrainer(model, settings, 4, formats=chosen.formats, ranks=chosen.ranks)
     assert current_ranks(model) == chosen.ranks
-    adapters = sum(p.nbytes for one in site_adapters(model).values() for p in one.parameters())
+    adapters = sum(p.nbytes for adapter in site_adapters(model).values() for p in adapter.parameters())
     packed = sum(module.quantized.nbytes for _, module in adapted_modules(model))
     assert packed + adapters == record.spent_bytes <= budget
 

@@ -46,21 +46,21 @@ def state(step: int = 1) -> State:
     return State(model=tensors, values=values, hooks=[odd])
 
 
-def assert_same(one, other) -> None:
+def assert_same(value, other) -> None:
     """Check that two states are equal, in the order of their mappings and in how their tensors lie."""
-    assert type(one) is type(other) or {type(one), type(other)} == {dict, State}
-    if isinstance(one, torch.Tensor):
-        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
-        assert torch.equal(one, other)
-    elif isinstance(one, dict | list | tuple):
-        assert len(one) == len(other)
-        if isinstance(one, dict):
-            assert list(one) == list(other)
-            one, other = one.values(), other.values()
-        for part, peer in zip(one, other, strict=True):
+    assert type(value) is type(other) or {type(value), type(other)} == {dict, State}
+    if isinstance(value, torch.Tensor):
+        assert (value.dtype, value.shape, value.stride()) == (other.dtype, other.shape, other.stride())
+        assert torch.equal(value, other)
+    elif isinstance(value, dict | list | tuple):
+        assert len(value) == len(other)
+        if isinstance(value, dict):
+            assert list(value) == list(other)
+            value, other = value.values(), other.values()
+        for part, peer in zip(value, other, strict=True):
             assert_same(part, peer)
     else:
-        assert repr(one) == repr(other)  # NaN equals NaN so
+        assert repr(value) == repr(other)  # NaN equals NaN so
 
 
 def written(folder: Path, *steps: int) -> None:
@@ -81,9 +81,9 @@ def newest(folder: Path) -> tuple[int, State | None, list[str]]:
     keeper = CheckpointKeeper(Checkpoints(folder))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = keeper.newest()
+        state_read = keeper.newest()
     assert {entry.category for entry in caught} <= {CheckpointWarning}
-    return keeper.step, found, [str(entry.message) for entry in caught]
+    return keeper.step, state_read, [str(entry.message) for entry in caught]
 
 
 # --- whole ------------------------------------------------------------------------------------------------------------
@@ -368,14 +368,14 @@ def nth(patch: pytest.MonkeyPatch, name: str, count: int, then) -> list[int]:
 
 def points() -> list[tuple[str, int]]:
     """Return every call that writing one checkpoint makes."""
-    found = []
+    calls = []
     for name in CALLS:
         with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
             written(Path(folder), 7)
             made = nth(patch, name, -1, None)
             written(Path(folder), 8)
-            found += [(name, count) for count in range(1, made[0] + 1)]
-    return found
+            calls += [(name, count) for count in range(1, made[0] + 1)]
+    return calls
 
 
 @pytest.mark.parametrize(("name", "count"), points())

@@ -30,9 +30,9 @@ def as_mae(name: str, blocks: int) -> int:
 @pytest.mark.parametrize("model", ["test_vit", "vit_tiny_patch16_224"])
 def test_a_plain_model_has_the_rates_of_mae_and_of_timm_but_for_the_last_norm(model) -> None:
     made = random_model(model)
-    found = rates(made)
+    rate_of = rates(made)
     depth = len(Backbone(made).blocks)
-    assert found == pytest.approx(
+    assert rate_of == pytest.approx(
         {name: DECAY ** (depth + 1 - as_mae(name, depth)) for name, _ in made.named_parameters()}
     )
     names = {id(parameter): name for name, parameter in made.named_parameters()}
@@ -40,28 +40,28 @@ def test_a_plain_model_has_the_rates_of_mae_and_of_timm_but_for_the_last_norm(mo
         for parameter in group["params"]:
             name = names[id(parameter)]
             if not name.startswith(("norm", "fc_norm")):  # timm has it with the last block, BEiT and MAE with the head
-                assert found[name] == pytest.approx(group["lr_scale"]), name
+                assert rate_of[name] == pytest.approx(group["lr_scale"]), name
 
 
 @pytest.mark.parametrize("model", [*TINY_FAMILIES, "pvt_v2_b0"])  # the last is of no family that is described
 def test_every_family_has_every_parameter_once_and_blocks_rise_to_the_head(model) -> None:
     made = random_model(model)
-    found = rates(made)
-    assert found.keys() == dict(made.named_parameters()).keys()
+    rate_of = rates(made)
+    assert rate_of.keys() == dict(made.named_parameters()).keys()
     blocks = Backbone(made).blocks
     for place, block in enumerate(blocks):
-        (rate,) = {rate for name, rate in found.items() if name.startswith(f"{block}.")}
+        (rate,) = {rate for name, rate in rate_of.items() if name.startswith(f"{block}.")}
         assert rate == pytest.approx(DECAY ** (len(blocks) - place))
-    assert {rate for name, rate in found.items() if Backbone(made).is_of_head(name)} == {1.0}
-    first = [name for name in found if name.startswith(("patch_embed", "embeds", "cls_token", "pos_embed"))]
+    assert {rate for name, rate in rate_of.items() if Backbone(made).is_of_head(name)} == {1.0}
+    first = [name for name in rate_of if name.startswith(("patch_embed", "embeds", "cls_token", "pos_embed"))]
     assert first
-    assert all(found[name] == pytest.approx(DECAY ** (len(blocks) + 1)) for name in first)
+    assert all(rate_of[name] == pytest.approx(DECAY ** (len(blocks) + 1)) for name in first)
 
 
 def test_what_joins_two_stages_goes_with_the_block_that_it_feeds() -> None:
-    found = rates(random_model("tiny_swin"))
-    joins = {rate for name, rate in found.items() if "downsample" in name}
-    assert joins == {found["layers.1.blocks.0.mlp.fc1.weight"]}
+    rate_of = rates(random_model("tiny_swin"))
+    joins = {rate for name, rate in rate_of.items() if "downsample" in name}
+    assert joins == {rate_of["layers.1.blocks.0.mlp.fc1.weight"]}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

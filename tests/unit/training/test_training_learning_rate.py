@@ -107,7 +107,7 @@ def rates(result) -> list[float]:
 
 def test_patience_with_a_constant_rate_ends_at_once(trained) -> None:
     result = trained(6, schedule="constant")
-    assert [one.step for one in result.evaluations] == [2, 4, 6, 8, 10]  # 8 and 10 bring no gain
+    assert [evaluation.step for evaluation in result.evaluations] == [2, 4, 6, 8, 10]  # 8 and 10 bring no gain
     assert (len(result.steps), result.chosen.step) == (10, 6)
     assert rates(result) == pytest.approx([1.0] * 10)
 
@@ -115,7 +115,7 @@ def test_patience_with_a_constant_rate_ends_at_once(trained) -> None:
 def test_patience_brings_the_rate_down(trained) -> None:
     result = trained(14, schedule="warmup_stable_decay")
     # 16 and 18 bring no gain; the way down takes a quarter of 18 steps, and the last step is validated.
-    assert [one.step for one in result.evaluations] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+    assert [evaluation.step for evaluation in result.evaluations] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
     assert rates(result)[3:18] == pytest.approx([1.0] * 15)
     assert rates(result)[19:] == pytest.approx([3 / 5, 2 / 5, 1 / 5])
     assert result.chosen.step == 14
@@ -131,7 +131,7 @@ def test_without_a_reason_to_end_it_comes_down_in_time(trained) -> None:
 
 def test_validations_of_what_can_t_be_chosen_do_not_count(trained) -> None:
     result = trained(2, Late(13), schedule="constant")
-    assert [one.deployable for one in result.evaluations] == [False] * 6 + [True] * 3
+    assert [evaluation.deployable for evaluation in result.evaluations] == [False] * 6 + [True] * 3
     assert (len(result.steps), result.chosen.step) == (18, 14)
 
 
@@ -148,4 +148,6 @@ def test_steps_and_validations_are_those_asked_for(trained, settings, steps, val
     settings = {"patience": None, "schedule": "constant", **settings}
     result = trained(99, **settings)
     assert len(result.steps) == steps == config(**settings).total_steps(18)
-    assert [one.step for one in result.evaluations] == validated == config(**settings).validation_steps(18)
+    assert (
+        [evaluation.step for evaluation in result.evaluations] == validated == config(**settings).validation_steps(18)
+    )

@@ -54,7 +54,7 @@ def test_it_is_the_optimum_that_another_solver_finds(runtime, classes, weighted,
     mean, spread = x.mean(0), x.std(0)
     weights = np.ones(len(x)) if by_class is None else by_class[train.labels]
     arguments = (x - mean) / spread, train.labels, weights, l2, classes
-    found = minimize(
+    optimum = minimize(
         softmax_objective,
         np.zeros(7 * classes),
         arguments,
@@ -62,27 +62,27 @@ def test_it_is_the_optimum_that_another_solver_finds(runtime, classes, weighted,
         jac=True,
         options={"maxiter": 20_000, "maxfun": 20_000, "ftol": 0, "gtol": 1e-10},
     )
-    assert np.linalg.norm(softmax_objective(found.x, *arguments)[1]) < 1e-7
-    weight, bias = found.x[:-classes].reshape(classes, -1), found.x[-classes:]
-    for one in (train, other):  # the head takes features as they are: the standardization is folded into it
-        expected = ((one.values - mean) / spread) @ weight.T + bias
-        ours = one.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
+    assert np.linalg.norm(softmax_objective(optimum.x, *arguments)[1]) < 1e-7
+    weight, bias = optimum.x[:-classes].reshape(classes, -1), optimum.x[-classes:]
+    for split in (train, other):  # the head takes features as they are: the standardization is folded into it
+        expected = ((split.values - mean) / spread) @ weight.T + bias
+        ours = split.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
         np.testing.assert_allclose(centred(ours), centred(expected), rtol=0, atol=1e-5)
 
     assert probe.fit.gradient_norm < 1e-5
     unfolded = probe.weight.double().numpy() * spread
     at = np.concatenate([unfolded.ravel(), probe.bias.double().numpy() + probe.weight.double().numpy() @ mean])
     assert np.linalg.norm(softmax_objective(at, *arguments)[1]) < 1e-5
-    task_loss = found.fun - l2 / 2 * (weight**2).sum()
+    task_loss = optimum.fun - l2 / 2 * (weight**2).sum()
     assert probe.steps[0].loss == pytest.approx(task_loss, abs=1e-6)
 
 
 def test_a_constant_feature_does_no_harm(runtime) -> None:
     train, validation = features(3), features(3, seed=1)
 
-    def with_constant(one: Features, value: float) -> Features:
-        column = np.full((len(one.labels), 1), value, np.float32)
-        return Features(np.concatenate([one.values, column], 1), one.labels)
+    def with_constant(features: Features, value: float) -> Features:
+        column = np.full((len(features.labels), 1), value, np.float32)
+        return Features(np.concatenate([features.values, column], 1), features.labels)
 
     without = fit_probe(train, validation, nn.Linear(6, 3), runtime, l2=(0.1,))
     probe = fit_probe(with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), runtime, l2=(0.1,))
@@ -97,20 +97,20 @@ def test_validation_chooses_the_strength(runtime) -> None:
     values = rng.normal(size=(60, 40)).astype(np.float32)
     noise = Features(values, (rng.random(60) < 0.3).astype(np.int64))
     majority = Features(rng.normal(size=(60, 40)).astype(np.float32), np.arange(60) // 55)
-    told = Features(values, (values[:, 0] + values[:, 1] > 0.6).astype(np.int64))
+    split = Features(values, (values[:, 0] + values[:, 1] > 0.6).astype(np.int64))
     strengths = (1e-3, 1e3)
     head = nn.Linear(40, 2)
     before = head.weight.clone()
     assert fit_probe(noise, majority, head, runtime, l2=strengths).fit.chosen_l2 == 1e3
-    probe = fit_probe(told, told, head, runtime, l2=strengths)
+    probe = fit_probe(split, split, head, runtime, l2=strengths)
     assert probe.fit.chosen_l2 == 1e-3
     assert probe.fit.l2 == (1e3, 1e-3)
     assert probe.chosen.metrics == probe.fit.chosen
-    assert [one.metrics for one in probe.evaluations] == list(probe.fit.validation)
+    assert [evaluation.metrics for evaluation in probe.evaluations] == list(probe.fit.validation)
     assert torch.equal(head.weight, before)
     apart = Features(np.repeat([[-9.0], [9.0]], 30, 0).astype(np.float32), np.repeat([0, 1], 30))
     equal = fit_probe(apart, apart, nn.Linear(1, 2), runtime, l2=(0.01, 0.1))
-    assert [one.accuracy for one in equal.fit.validation] == [1.0, 1.0]
+    assert [metrics.accuracy for metrics in equal.fit.validation] == [1.0, 1.0]
     assert equal.fit.chosen_l2 == 0.01  # the lower NLL
     probe.set_head(head)
     assert torch.equal(head.weight, probe.weight)
@@ -166,11 +166,11 @@ def test_flips_are_those_of_the_pixels(tiny_vit, images, runtime, flips, ways) -
     axes = FLIP_AXES[flips]
     assert len(set(axes)) == ways
     assert axes[0] == ()
-    found = [head_inputs(model, images, runtime, 4, one) for one in axes]
-    for one, values in zip(axes, found, strict=True):
-        pixels = np.flip(images.pixels, [{-1: 2, -2: 1}[axis] for axis in one]).copy()
+    inputs = [head_inputs(model, images, runtime, 4, flipped) for flipped in axes]
+    for flipped, values in zip(axes, inputs, strict=True):
+        pixels = np.flip(images.pixels, [{-1: 2, -2: 1}[axis] for axis in flipped]).copy()
         assert np.array_equal(values, head_inputs(model, LabelledImages(pixels, images.labels), runtime, 4))
-    assert all(not np.allclose(found[0], other) for other in found[1:])
+    assert all(not np.allclose(inputs[0], other) for other in inputs[1:])
 
 
 def test_logits_have_the_setting_s_precision(runtime) -> None:
@@ -203,7 +203,7 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     head = nn.Linear(40, classes)
     probe = fit_probe(train, validation, head, runtime, l2=(1e-4,))  # 30 points in 40 dimensions: separated
     assert probe.steps[0].loss < 0.01
-    found = probe.temperature(validation)
+    temperature = probe.temperature(validation)
     logits = validation.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()
 
     def nll(temperature: float) -> float:
@@ -211,10 +211,10 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
         return float(np.mean(logsumexp(scaled, axis=1) - scaled[np.arange(len(scaled)), validation.labels]))
 
     grid = np.exp(np.linspace(np.log(0.1), np.log(100), 2000))
-    assert found == pytest.approx(grid[np.argmin([nll(one) for one in grid])], rel=0.01)
-    assert found > 1.5
-    assert_cooled_to_half_a_guess(probe, train, found)
-    probe.set_head(head, found)
+    assert temperature == pytest.approx(grid[np.argmin([nll(candidate) for candidate in grid])], rel=0.01)
+    assert temperature > 1.5
+    assert_cooled_to_half_a_guess(probe, train, temperature)
+    probe.set_head(head, temperature)
     with torch.no_grad():
         again = head(torch.from_numpy(validation.values)).numpy()
-    assert again == pytest.approx(logits / found, abs=1e-4)
+    assert again == pytest.approx(logits / temperature, abs=1e-4)

@@ -214,7 +214,6 @@ def test_probed_steps_are_no_part_of_the_trained_parameters(tiny_vit, data, runt
     counted = [sum(entry["ranks"].values()) for entry in hook.controller.rank_history]
     assert counted == [8] * 5
     assert result.peak_parameters <= 8 * (128 + 64) + 5 * 65  # the widest sites of 64 x 128, and the head
-    assert isinstance(hook.probing_s(result.steps), float)
 
 
 def test_bf16_trains_float32_parameters(tiny_vit, data, runtime) -> None:
@@ -233,15 +232,15 @@ def test_batch_norm_keeps_the_statistics_of_pretraining(data, runtime, method) -
     model = random_model("tiny_hybrid")
     if method == "lora":
         lora(model)
-    statistics = {name: one.clone() for name, one in model.named_buffers() if "running" in name}
+    statistics = {name: tensor.clone() for name, tensor in model.named_buffers() if "running" in name}
     assert statistics
-    before = {name: one.detach().clone() for name, one in model.named_parameters() if ".bn.weight" in name}
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters() if ".bn.weight" in name}
     seen = []
     norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
     norm.register_forward_hook(lambda module, _, __: seen.append(module.training))
     train(model, data(), config(epochs=1), runtime, seed=4)
-    assert all(torch.equal(dict(model.named_buffers())[name], one) for name, one in statistics.items())
+    assert all(torch.equal(dict(model.named_buffers())[name], tensor) for name, tensor in statistics.items())
     assert seen
     assert not any(seen)
-    moved = [not torch.equal(dict(model.named_parameters())[name], one) for name, one in before.items()]
+    moved = [not torch.equal(dict(model.named_parameters())[name], tensor) for name, tensor in before.items()]
     assert moved == [method == "full"] * len(moved)

@@ -54,9 +54,9 @@ SHARES = np.random.default_rng(4).dirichlet(np.ones(3), size=9)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
 def test_smoothed_labels_and_shares_are_those_of_torch_and_timm(smoothing) -> None:
     logits, labels = torch.tensor(LOGITS), torch.tensor(LABELS)
-    found = weighted_cross_entropy(logits, labels, None, smoothing)
-    torch.testing.assert_close(found, nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
-    torch.testing.assert_close(found, LabelSmoothingCrossEntropy(smoothing)(logits, labels))
+    loss = weighted_cross_entropy(logits, labels, None, smoothing)
+    torch.testing.assert_close(loss, nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, labels))
+    torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(smoothing)(logits, labels))
     smoothed = torch.tensor((1 - smoothing) * SHARES + smoothing / 3)
     torch.testing.assert_close(
         weighted_cross_entropy(logits, torch.tensor(SHARES), None, smoothing),

@@ -27,7 +27,7 @@ class Gradients(Hook):
 
     def after_backward(self, model, step) -> None:
         trained = model.named_parameters()
-        self.seen.append({name: one.grad.clone() for name, one in trained if one.grad is not None})
+        self.seen.append({name: parameter.grad.clone() for name, parameter in trained if parameter.grad is not None})
 
 
 @pytest.fixture
@@ -65,15 +65,15 @@ def numbers_of(row: StepRow) -> dict[str, float]:
 )
 def test_hooks_see_the_gradient_of_the_whole_batch(trained, training, micro_batch_size) -> None:
     whole, (seen_whole,), expected = trained(lora, None, epochs=1, **training)
-    parts, (seen_parts,), found = trained(lora, micro_batch_size, epochs=1, **training)
+    parts, (seen_parts,), result = trained(lora, micro_batch_size, epochs=1, **training)
     assert seen_whole.images == [8, 8, 5]
     assert sum(seen_parts.images) == IMAGES
     assert max(seen_parts.images) == micro_batch_size
-    for one, other in zip(seen_whole.seen, seen_parts.seen, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-6)
-    for row, other in zip(expected.steps, found.steps, strict=True):
+    for gradients, in_parts in zip(seen_whole.seen, seen_parts.seen, strict=True):
+        torch.testing.assert_close(in_parts, gradients, rtol=1e-3, atol=1e-6)
+    for row, other in zip(expected.steps, result.steps, strict=True):
         assert numbers_of(other) == pytest.approx(numbers_of(row), rel=1e-4)
-    assert found.chosen.metrics.nll == pytest.approx(expected.chosen.metrics.nll, rel=1e-4)
+    assert result.chosen.metrics.nll == pytest.approx(expected.chosen.metrics.nll, rel=1e-4)
     torch.testing.assert_close(trained_tensors(parts), trained_tensors(whole), rtol=1e-3, atol=1e-6)
 
 
@@ -84,23 +84,23 @@ def test_every_metric_scores_as_with_the_whole_batch(trained, metric) -> None:
     training = {"class_weights": True, "label_smoothing": 0.1, "augmentation": ["mixup"]}
     _, (whole, _), _ = trained(prepare, None, **training)
     _, (parts, _), _ = trained(prepare, 4, **training)
-    expected, found = whole.controller, parts.controller
-    assert found.rank_history == expected.rank_history
-    assert found.probe_history == expected.probe_history
-    assert bool(found.probe_history) == (METRICS[metric].probe_power is not None)
-    assert len(found.score_history) == len(expected.score_history) > 2
-    for one, other in zip(expected.score_history, found.score_history, strict=True):
-        assert other["scores"] == pytest.approx(one["scores"], **CLOSE)
+    expected, controller = whole.controller, parts.controller
+    assert controller.rank_history == expected.rank_history
+    assert controller.probe_history == expected.probe_history
+    assert bool(controller.probe_history) == (METRICS[metric].probe_power is not None)
+    assert len(controller.score_history) == len(expected.score_history) > 2
+    for scores, in_parts in zip(expected.score_history, controller.score_history, strict=True):
+        assert in_parts["scores"] == pytest.approx(scores["scores"], **CLOSE)
     if METRICS[metric].reads_gradient:
-        assert len({score for score in found.score_history[-1]["scores"].values() if score > 0}) > 9
+        assert len({score for score in controller.score_history[-1]["scores"].values() if score > 0}) > 9
 
 
 def tensors_of(state) -> list[torch.Tensor]:
     """Return the tensors of a state, in its order, after one value so that there is one."""
-    found = [torch.zeros(1)]
+    tensors = [torch.zeros(1)]
     for part in state.values() if isinstance(state, dict) else ():
-        found += [part] if isinstance(part, torch.Tensor) else tensors_of(part)[1:]
-    return found
+        tensors += [part] if isinstance(part, torch.Tensor) else tensors_of(part)[1:]
+    return tensors
 
 
 @pytest.mark.parametrize(
@@ -110,13 +110,13 @@ def test_every_method_takes_the_steps_of_the_whole_batch(trained, method) -> Non
     if method.startswith("peft"):
         pytest.importorskip("peft")
     whole, hooks, expected = trained(METHODS[method], None)
-    parts, theirs, found = trained(METHODS[method], 4)
-    for row, other in zip(expected.steps, found.steps, strict=True):
+    parts, theirs, result = trained(METHODS[method], 4)
+    for row, other in zip(expected.steps, result.steps, strict=True):
         assert numbers_of(other) == pytest.approx(numbers_of(row), **CLOSE)
     assert current_ranks(parts) == current_ranks(whole)
     torch.testing.assert_close(trained_tensors(parts), trained_tensors(whole), rtol=1e-2, atol=1e-5)
     for hook, other in zip(hooks[:-1], theirs[:-1], strict=True):
         if hasattr(hook, "rank_history"):  # PEFT's masks
             assert other.rank_history == hook.rank_history
-        tensors = [torch.nn.utils.parameters_to_vector(tensors_of(one.state_dict())) for one in (other, hook)]
+        tensors = [torch.nn.utils.parameters_to_vector(tensors_of(each.state_dict())) for each in (other, hook)]
         torch.testing.assert_close(*tensors, rtol=1e-2, atol=1e-6)

@@ -55,8 +55,8 @@ def stored_bits(model) -> float:
     bits = weights = 0
     for _, layer in adapted_modules(model):
         floats = [] if layer.weight is None else [layer.weight]
-        kept = [layer.quantized.codes, layer.quantized.scales, layer.quantized.offsets, *floats]
-        bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in kept)
+        stored = [layer.quantized.codes, layer.quantized.scales, layer.quantized.offsets, *floats]
+        bits += sum(8 * tensor.element_size() * tensor.numel() for tensor in stored)
         weights += layer.in_features * layer.out_features
     return bits / weights
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapted_modules, merged_state_dict
-from peft_vit.errors import SilentNoEffectWarning
 from peft_vit.evaluation import frozen_bytes
 from peft_vit.training.qa_lora import end_step, quantized_share
 
@@ -136,12 +135,6 @@ def test_clipping_comes_after_scaling(tiny_vit, batch, fill_adapters) -> None:
     assert same_norm == norm
     for name, change in clipped.items():
         torch.testing.assert_close(change, moved[name] / 7, rtol=1e-3, atol=1e-6)
-
-
-def test_a_schedule_that_never_moved_is_said(tiny_vit) -> None:
-    trainer = QALoRATrainer(model := tiny_vit(), linear(), 10)
-    with pytest.warns(SilentNoEffectWarning, match="no training_step was taken"):
-        trainer.validate_quantization_adaptation_balance(model)
 
 
 def test_a_change_of_type_leaves_packed_weights_as_they_are(tiny_vit, batch) -> None:

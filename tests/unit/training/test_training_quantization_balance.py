@@ -128,7 +128,7 @@ def test_scale_and_pace_are_bounded_and_a_managed_schedule_ends_at_exactly_one(
         parts.append(part)
     assert parts == sorted(parts)
     assert parts[-1] == 1.0
-    assert all(0 < one < 1 for one in parts[:-1])
+    assert all(0 < part < 1 for part in parts[:-1])
 
 
 def test_scale_and_pace_follow_the_ratio() -> None:

@@ -43,7 +43,7 @@ def test_adaptive_bits_need_formats(tiny_vit) -> None:
 def test_adapters_that_are_there_are_taken_as_they_are(tiny_vit, batch, fill_adapters) -> None:
     model, fresh = with_adapters(tiny_vit()), tiny_vit()
     fill_adapters(model)
-    before = {name: (one.lora_A, one.lora_A.clone()) for name, one in site_adapters(model).items()}
+    before = {name: (adapter.lora_A, adapter.lora_A.clone()) for name, adapter in site_adapters(model).items()}
     QALoRATrainer(model, config(), 8)
     for name, adapter in site_adapters(model).items():
         assert adapter.lora_A is before[name][0]
@@ -71,5 +71,5 @@ def test_the_controllers_adapters_are_pooled_over_the_groups(tiny_vit) -> None:
         final_steps=2,
     )
     controller = AdaLoRAController(model := tiny_vit(), settings, 8, pool=16)
-    assert {one.pool for one in site_adapters(model).values()} == {16}
+    assert {adapter.pool for adapter in site_adapters(model).values()} == {16}
     assert controller.bounds.maximum.tolist() == [4, 4, 4, 4, 4, 8] * 2  # 64 / 16 and 128 / 16 groups

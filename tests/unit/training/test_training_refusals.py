@@ -142,8 +142,8 @@ def test_it_is_refused_in_one_line_with_its_field(tiny_vit, case: str) -> None:
     [
         ({"total_byte_budget": 32767}, "total_byte_budget", ("32768", "81920")),
         ({"total_byte_budget": 81920}, "total_byte_budget", ("32768", "81920")),
-        ({"average_bits": 3.9}, "average_bits", ("4.000", "10.000")),
-        ({"average_bits": 10.0}, "average_bits", ("4.000", "10.000")),
+        ({"average_bits": 3.9}, "average_bits", ("4 ", "10 ")),
+        ({"average_bits": 10.0}, "average_bits", ("4 ", "10 ")),
         ({"total_byte_budget": 33_000, "ranks": True}, "total_byte_budget", ("33040", "one rank")),
     ],
 )
@@ -157,31 +157,16 @@ def test_budgets_that_leave_nothing_to_choose(tiny_vit, batch, settings, field, 
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "remedy"),
-    [
-        ("swin_tiny_patch4_window7_224", 64, "64 does not divide the 96 inputs .*; use one of 2, 3, 4, .*, 48, 96$"),
-        ("vit_so400m_patch14_siglip_224", 32, "32 does not divide the 4304 inputs .*; use one of 2, 4, 8, 16$"),
-    ],
+    ("name", "group", "common"), [("swin_tiny_patch4_window7_224", 64, 96), ("vit_so400m_patch14_siglip_224", 32, 16)]
 )
-def test_groups_that_do_not_divide_are_refused_with_those_that_divide_all_sites(name, group, remedy) -> None:
+def test_groups_that_do_not_divide_are_refused_with_what_all_sites_share(name, group, common) -> None:
     sites = describe(BackboneConfig(model=name, weights="random"), 224).sites
-    with pytest.raises(UserError, match=remedy) as caught:
+    with pytest.raises(UserError, match=rf"{group} does not divide .* inputs .* use a divisor of {common}$"):
         check_ranks(sites, 0, group)
-    for size in map(int, caught.value.message.rpartition("use one of ")[2].split(", ")):
-        check_ranks(sites, 1, size)
+    check_ranks(sites, 1, common)
 
 
 def test_a_limit_that_nobody_has_met_yet_is_no_training(tiny_vit, data, runtime) -> None:
     limited = TrainingConfig(epochs=1, batch_size=8, learning_rate=3e-3, memory_limit="1GB")
     with pytest.raises(UserError, match=r"^training\.memory_limit: is kept where a study is planned"):
         train(tiny_vit(), data(), limited, runtime, seed=4)
-
-
-def test_a_state_of_0_2_0_goes_on_where_what_went_did_nothing(tiny_vit) -> None:
-    trainer = QALoRATrainer(model := tiny_vit(), scheduled(rank=2), 8)
-    state = trainer.state_dict()
-    state["made_with"]["config"] |= {"start": "zero", "loftq_iterations": 1}
-    trainer.load_state_dict(state, model)
-    state["made_with"]["config"]["start"] = "loftq"
-    with pytest.raises(UserError, match=r"^experiment\.qa_lora\.start: loftq is .* peft-vit 0\.2\.0 reads it"):
-        trainer.load_state_dict(state, model)

@@ -1,11 +1,7 @@
 """A training that is built anew from its state, at any step, equals one that was not interrupted, bit for bit."""
 
-import functools
-import operator
-import random
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from prepared_methods import METHODS, STEPS
@@ -48,8 +44,8 @@ CASES = [
     ("growing", TRAININGS["sgd"]),
     ("lora", TRAININGS["constant"] | {"class_weights": True}),
     ("growing", TRAININGS["constant"]),
-    *(("lora", {"augmentation": [one, "flip"]}) for one in IMAGES),
-    *(("lora", {"augmentation": [one]}) for one in MIXES),
+    *(("lora", {"augmentation": [change, "flip"]}) for change in IMAGES),
+    *(("lora", {"augmentation": [change]}) for change in MIXES),
     ("lora", {"augmentation": ["flip", *IMAGES, *MIXES], "class_weights": True, "label_smoothing": 0.1}),
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
     *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
@@ -94,10 +90,8 @@ class Run:
 
 
 def unsettle() -> None:
-    """Leave the global generators elsewhere, as another process would."""
+    """Leave torch's generator elsewhere, as another process would."""
     torch.manual_seed(99)
-    np.random.seed(99)
-    random.seed(99)
 
 
 def left(model, hooks, result) -> dict:
@@ -113,7 +107,7 @@ def left(model, hooks, result) -> dict:
         "optimizer": result.optimizer_sha256,
         "model": tensors_sha256(tensors),
         "strides": {name: tensor.stride() for name, tensor in tensors.items()},
-        "hooks": [printed({key: part for key, part in hook.state_dict().items() if key != "own_s"}) for hook in hooks],
+        "hooks": [printed(hook.state_dict()) for hook in hooks],
     }
 
 
@@ -146,9 +140,9 @@ def test_interrupted_it_equals_one_that_was_not(make, method, training) -> None:
         assert "probe_history" in whole["hooks"][0]
 
 
-@pytest.mark.parametrize("one", [*IMAGES, *MIXES])
-def test_each_augmentation_makes_another_training(make, one) -> None:
-    assert make("lora", augmentation=[one]).once()["model"] != make("lora", augmentation=[]).once()["model"]
+@pytest.mark.parametrize("change", [*IMAGES, *MIXES])
+def test_each_augmentation_makes_another_training(make, change) -> None:
+    assert make("lora", augmentation=[change]).once()["model"] != make("lora", augmentation=[]).once()["model"]
 
 
 EARLY_END = {"validate_every": 1, "patience": 1, "learning_rate": 1.0, "clip_norm": None, "optimizer": "sgd"}
@@ -171,42 +165,8 @@ def test_an_end_that_patience_brought_nearer_is_kept(make, method, schedule) -> 
 def test_the_validation_before_the_first_step_is_kept(make) -> None:
     run = make("adalora", head_start="probe", learning_rate=1.0, clip_norm=None, schedule="constant")
     whole = run.once()
-    assert [one.step for one in whole["evaluations"]] == [0, 3, 6, 9, 12]
+    assert [evaluation.step for evaluation in whole["evaluations"]] == [0, 3, 6, 9, 12]
     assert run.interrupted(1, 4, STEPS) == whole
-
-
-PARTS = ("model", "optimizer", "scheduler", "best", "hooks", "steps", "evaluations", "end", "generators")
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        *(((part,), None) for part in PARTS),
-        (("generators", "numpy", 1, 0), 2**40),
-        (("best", "ranks"), {"a": "1"}),
-        (("best", "ranks"), None),
-        (("optimizer", "state", "last", "exp_avg"), torch.zeros(3)),
-    ],
-)
-def test_a_state_with_other_values_is_refused_in_one_line(make, path, value) -> None:
-    run = make("growing")
-    run.once(None, 5)
-    state = read_checkpoint(run.folder / "checkpoint-5")
-    *parts, last = path
-    moments = state["optimizer"]["state"]
-    parts = [max(moments) if part == "last" else part for part in parts]
-    functools.reduce(operator.getitem, parts, state)[last] = value
-    with pytest.raises(UserError, match="checkpoint-5: state: is not of this run ") as caught:
-        run.once(state)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_want_of_memory_is_no_fault_of_the_state(make, monkeypatch) -> None:
-    run = make("lora")
-    run.once(None, 5)
-    monkeypatch.setattr("peft_vit.training.loop.load_model_state", lambda *arguments: torch.empty(1 << 50))
-    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
-        run.once(read_checkpoint(run.folder / "checkpoint-5"))
 
 
 def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
@@ -235,23 +195,22 @@ def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
     assert not any(there)
 
 
-@pytest.mark.parametrize("change", ["lora", "full", "dtype", "ranks"])
-def test_a_state_of_another_training_is_refused(make, change) -> None:
+@pytest.mark.parametrize("other", ["lora", "full"])
+def test_a_state_of_another_training_is_refused(make, other) -> None:
+    make("growing").once(None, 5)
+    run = make(other)
+    with pytest.raises((UserError, ValueError), match=r"other sites|another configuration|zip"):
+        run.once(read_checkpoint(run.folder / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), torch.zeros(2, 2)])
+def test_moments_of_other_shapes_are_refused(make, value) -> None:
     run = make("growing")
     run.once(None, 5)
     state = read_checkpoint(run.folder / "checkpoint-5")
-    reason = r"is not of this run|sites"
-    if change == "dtype":
-        tensors = state["model"]["tensors"]
-        tensors |= {name: tensor.double() for name, tensor in tensors.items()}
-    elif change == "ranks":  # of the best weights, better than all that come
-        metrics = {"n": 1, "accuracy": 1.0, "balanced_accuracy": 1.0, "auroc": None, "nll": 0.0, "ece": 0.0}
-        evaluation = {"step": 5, "epoch": 2, "deployable": True, "metrics": metrics}
-        state["best"] |= {"ranks": dict.fromkeys(state["model"]["ranks"], 2**31), "evaluation": evaluation}
-        reason = r"checkpoint-5: ranks\[.*\]: expected 0 to "
-    else:
-        run = make(change)
-    with pytest.raises(UserError, match=reason):
+    moments = state["optimizer"]["state"]
+    moments[max(moments)]["exp_avg"] = value
+    with pytest.raises(ValueError, match=r"exp_avg of parameter .* has the shape"):
         run.once(state)
 
 
@@ -286,25 +245,18 @@ def test_the_best_weights_so_far_come_back(make) -> None:
 
 def test_buffers_that_training_moves_are_kept(tiny_vit) -> None:
     model, other = tiny_vit(), tiny_vit()
-    for one in (model, other):
-        one.add_module("normed", torch.nn.BatchNorm1d(3))
+    for changed in (model, other):
+        changed.add_module("normed", torch.nn.BatchNorm1d(3))
     model.normed(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)))
     state = model_state(model)
-    load_model_state(other, {**state, "tensors": {name: one.clone() for name, one in state["tensors"].items()}})
+    load_model_state(other, {**state, "tensors": {name: tensor.clone() for name, tensor in state["tensors"].items()}})
     assert torch.equal(other.normed.running_mean, model.normed.running_mean)
     assert int(other.normed.num_batches_tracked) == 1
 
 
-def test_every_global_generator_goes_on_where_it_was(tmp_path) -> None:
+def test_the_global_generator_goes_on_where_it_was(tmp_path) -> None:
     def draw() -> list:
-        return [
-            torch.rand(3).tolist(),
-            torch.randn(1).item(),
-            np.random.rand(),
-            np.random.randn(),
-            random.random(),
-            random.gauss(0, 1),
-        ]
+        return [*torch.rand(3).tolist(), torch.randn(1).item()]
 
     saved = generators_state()
     try:

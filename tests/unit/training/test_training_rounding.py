@@ -56,30 +56,30 @@ def test_each_layer_is_rounded_on_what_the_quantized_ones_before_it_make_of_the_
 
 def test_a_replayed_pass_gives_what_a_plain_one_does(tiny_vit, images) -> None:
     model = tiny_vit().eval()
-    one = ReplayedPass(Backbone(model), lambda: model(images))
+    replayed = ReplayedPass(Backbone(model), lambda: model(images))
     with torch.no_grad():
         for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc2", "blocks.1.attn.proj", "blocks.1.attn.proj", "head"):
-            found = one.inputs(model.get_submodule(name))[0]
+            inputs = replayed.inputs(model.get_submodule(name))[0]
             expected = inputs_of(model, name, images)
-            torch.testing.assert_close(found.flatten(0, -2).double(), expected)
+            torch.testing.assert_close(inputs.flatten(0, -2).double(), expected)
         with pytest.raises(LookupError):
-            one.inputs(torch.nn.Linear(2, 2))
+            replayed.inputs(torch.nn.Linear(2, 2))
 
 
 def test_the_same_images_give_the_same_codes_and_a_state_brings_its_own(tiny_vit, images) -> None:
     settings = scheduled(rounding="gptq", rank=2)
     first, second = tiny_vit(), tiny_vit()
-    trainer, again = (QALoRATrainer(one, settings, 8, images=images) for one in (first, second))
-    codes = {name: one.quantized.codes for name, one in adapted_modules(first)}
-    assert all(torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(second))
+    trainer, again = (QALoRATrainer(model, settings, 8, images=images) for model in (first, second))
+    codes = {name: module.quantized.codes for name, module in adapted_modules(first)}
+    assert all(torch.equal(module.quantized.codes, codes[name]) for name, module in adapted_modules(second))
     assert trainer.features_depend_on() == again.features_depend_on()
 
     third = tiny_vit()
     other = QALoRATrainer(third, settings, 8, images=images.flip(0) + 1)  # as if rounded on another machine
-    assert any(not torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(third))
+    assert any(not torch.equal(module.quantized.codes, codes[name]) for name, module in adapted_modules(third))
     assert trainer.features_depend_on() != other.features_depend_on()
     other.load_state_dict(trainer.state_dict(), third)
-    assert all(torch.equal(one.quantized.codes, codes[name]) for name, one in adapted_modules(third))
+    assert all(torch.equal(module.quantized.codes, codes[name]) for name, module in adapted_modules(third))
     assert other.relative_error == trainer.relative_error
     assert other._error_norm == pytest.approx(trainer._error_norm)
     assert other.features_depend_on() == trainer.features_depend_on()
@@ -90,6 +90,6 @@ def test_a_probe_on_rows_with_one_scale_keeps_its_codes_when_merged(tiny_vit, im
     settings = config(rounding="gptq", use_group_quantization=False, group_size=32)
     no_ranks = dict.fromkeys((site.name for site in Backbone(model).sites), 0)
     QALoRATrainer(model, settings, 8, images=images, ranks=no_ranks)
-    before = {name: one.quantized.codes for name, one in adapted_modules(model)}
+    before = {name: module.quantized.codes for name, module in adapted_modules(model)}
     assert set(merge_by_requantizing(model).values()) == {0.0}
-    assert all(torch.equal(one.quantized.codes, before[name]) for name, one in adapted_modules(model))
+    assert all(torch.equal(module.quantized.codes, before[name]) for name, module in adapted_modules(model))
