@@ -20,7 +20,7 @@ from peft_vit.report.tables import (
     Column,
     comparison_values,
     csv_rows,
-    ends,
+    interval_columns,
     mean_of,
     table,
     to_thousandths,
@@ -76,7 +76,7 @@ def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "test accuracy",
                 lambda q: mean_interval([run.test.accuracy for run in q.runs]),
                 percent_interval,
-                partial(ends, "test_accuracy"),
+                partial(interval_columns, "test_accuracy"),
             ),
             Column(
                 "against float (points)",
@@ -139,7 +139,7 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **own,
                 "measure": measure,
                 "float_reference": compared.reference,
-                **ends("difference", compared.interval),
+                **interval_columns("difference", compared.interval),
                 **comparison_values(compared),
             }
             for q, own in zip(impacts, csv_rows(impacts, settings), strict=True)
