@@ -196,6 +196,7 @@ def study_agreements(scored: Sequence[tuple[Study, Sequence[ImportancePattern]]]
     constant. Smoke studies are set against no real ones. Experiments without shared sites make no row.
     """
     comparable: list[tuple[Study, str, tuple[object, ...], dict[str, float]]] = []
+    kind: tuple[object, ...]  # what has to be equal
     for study, patterns in scored:
         for pattern in patterns:
             section = pattern.experiment.section(AdaLoraConfig)
