@@ -250,20 +250,6 @@ def quantization(led: Ledger, _: str) -> list[Row]:
     return rows
 
 
-def quantization_cost(led: Ledger, _: str) -> list[Row]:
-    def costs(name: str, prefix: str) -> Row:
-        stored = led.mean(name, "bytes.frozen_bytes") + led.mean(name, "bytes.adapter_file_bytes")
-        means = {key: led.mean(name, key) for key in ("own_memory_bytes", "seconds_per_step")}
-        return {prefix + key: value for key, value in {"stored_bytes": stored, **means}.items()}
-
-    return [
-        {"experiment": n, "bits_per_weight": led.mean(n, "quantization.bits_per_weight"), "same_machine": 1}
-        | costs(n, "")
-        | costs("lora_r8", "float_")
-        for n in led.with_section("qa_lora")
-    ]
-
-
 def quantization_against_float(led: Ledger, _: str) -> list[Row]:
     rows = []
     for measure in ("accuracy", "nll"):
@@ -285,7 +271,6 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
     "quality": of_metrics("balanced_accuracy", "auroc"),
     "quantization": quantization,
     "quantization_against_float": quantization_against_float,
-    "quantization_cost": quantization_cost,
     "rank_by_matrix": rank_by_matrix,
 }
 

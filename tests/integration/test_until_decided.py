@@ -280,7 +280,6 @@ def test_the_report_draws_courses_against_their_bounds(command, stopped, tmp_pat
         ("difference_low", lambda look: look.low),
         ("superiority_upper_bound", lambda look: look.superiority.upper_bound),
         ("noninferiority_lower_bound", lambda look: look.noninferiority.lower_bound),
-        ("superiority_p", lambda look: look.superiority.p_value),
     ):
         assert [float(row[name]) for row in rows] == pytest.approx([value(look) for look in looks])
     assert "12 pairs: +0.3 [" in (tmp_path / "report.html").read_text()  # what a pointer is told

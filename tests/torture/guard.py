@@ -44,7 +44,7 @@ def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpicklin
         report: told each of it as one line.
         unpickling: report it too; worker processes are handed their work so, and from nobody else.
     """
-    asked = {*_ASKS, "pickle.find_class"} if unpickling else _ASKS
+    watched = {*_ASKS, "pickle.find_class"} if unpickling else _ASKS
     roots = tuple(os.path.realpath(root) + os.sep for root in allowed)
     busy = False
 
@@ -56,7 +56,7 @@ def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpicklin
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal busy
-        if busy or (event != "open" and event not in _STARTS and event not in asked and event not in _CHANGES):
+        if busy or (event != "open" and event not in _STARTS and event not in watched and event not in _CHANGES):
             return
         busy = True
         try:
@@ -66,7 +66,7 @@ def install(allowed: Sequence[Path], report: Callable[[str], None], *, unpicklin
             elif event in _CHANGES:
                 bad = any(is_outside(arguments[index]) for index in _CHANGES[event])
             else:
-                bad = event in asked or os.path.basename(str(arguments[0] if arguments else "")) not in _PROGRAMS
+                bad = event in watched or os.path.basename(str(arguments[0] if arguments else "")) not in _PROGRAMS
             if bad:
                 report(f"{event} {arguments!r}"[:500])
         finally:

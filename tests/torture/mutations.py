@@ -39,7 +39,7 @@ def nasty_texts(outside: str, marker: str) -> tuple[str, ...]:
         marker: a folder that comes to be if one of them is run.
     """
     code = (
-        *(f"!!python/object/{how}:os.mkdir [{marker}]" for how in ("apply", "new")),
+        *(f"!!python/object/{tag}:os.mkdir [{marker}]" for tag in ("apply", "new")),
         *(form.replace("*", f"mkdir {marker}") for form in ("$(*)", "`*`", "; *")),
         f"__import__('os').mkdir('{marker}')",
         f"cos\nmkdir\n(V{marker}\ntR.",

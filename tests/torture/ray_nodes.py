@@ -129,8 +129,8 @@ def torture(folder: Path, options: argparse.Namespace, tally: harness.Tally) -> 
             delay_s = rng.uniform(0, longest_s / 2)
             met, fault, retried = trial(cluster, folder / str(number), delay_s, expected)
             if met or fault:
-                how = f"removed after {delay_s:.1f} s, {'retried' if retried else 'not retried'}"
-                tally.add(KIND, f"--seed {options.seed}, {number}: {how}", fault)
+                outcome = f"removed after {delay_s:.1f} s, {'retried' if retried else 'not retried'}"
+                tally.add(KIND, f"--seed {options.seed}, {number}: {outcome}", fault)
 
 
 if __name__ == "__main__":

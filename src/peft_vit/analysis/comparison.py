@@ -409,7 +409,7 @@ def pareto_front(costs: Sequence[float], values: Sequence[float]) -> tuple[bool,
     cost, value = np.asarray(costs), np.asarray(values)
     no_worse = (cost <= cost[:, None]) & (value >= value[:, None])  # (n, n) the column's pair than the row's
     better = (cost < cost[:, None]) | (value > value[:, None])
-    return tuple((~(no_worse & better).any(axis=1)).tolist())
+    return tuple(not any(dominated_by) for dominated_by in (no_worse & better).tolist())
 
 
 def fronts(study: Study, methods: Sequence[MethodResult]) -> tuple[Front, ...]:

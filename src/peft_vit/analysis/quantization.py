@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide, known_mean
+from peft_vit.analysis.comparison import Estimate, accuracy_on_test, compare, decide
 from peft_vit.analysis.convergence import late_loss_deviation, roughness
 from peft_vit.analysis.studies import Run, Study
 from peft_vit.config import AdaLoraConfig, ExperimentConfig, LoraConfig, QaLoraConfig
@@ -56,11 +56,6 @@ class QuantizationImpact:
     def against_unquantized(self) -> Estimate:
         """Return the difference in test accuracy."""
         return self.against_float["accuracy"]
-
-    @property
-    def same_machine(self) -> bool:
-        """Return whether both ran on one machine with as many threads, so that seconds and memory compare."""
-        return len({run.hardware for run in (*self.runs, *self.twin)}) == 1
 
     @cached_property
     def model(self) -> ModelBytes | None:
@@ -129,21 +124,6 @@ def _compare(
         ranks = "AdaLoRA with the same adalora section"
     note = f"the study has no float {ranks} and training"
     return Estimate(name=experiment.name, reference="unquantized LoRA of equal rank", note=note)
-
-
-def costs(runs: Sequence[Run]) -> dict[str, float | None]:
-    """Return what runs took by name, means over seeds: None where no run recorded it.
-
-    `stored_bytes` is everything frozen and the adapter file, `seconds_per_step` is of training, and
-    `latency_s_batch_<n>` of a forward pass, for the batch sizes that all runs measured.
-    """
-    sizes = set.intersection(*(set(run.record.latency_s) for run in runs)) if runs else set()
-    return {
-        "stored_bytes": known_mean(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
-        "own_memory_bytes": known_mean(run.record.own_memory_bytes for run in runs),
-        "seconds_per_step": known_mean(run.record.seconds_per_step for run in runs),
-        **{f"latency_s_batch_{n}": fmean(run.record.latency_s[n] for run in runs) for n in sorted(sizes)},
-    }
 
 
 def layers_bits(runs: Sequence[Run]) -> float:

@@ -48,17 +48,17 @@ from peft_vit.statistics import Interval
 
 _ROW_IN = 0.31
 ROWS = 40
-_Look = dict[str, Any]  # of artists, as matplotlib names it
-_INTERVAL: _Look = {"lw": 2.2, "alpha": 0.45}
-_MARGIN: _Look = {"color": GRID, "alpha": 0.6, "lw": 0}
+_Style = dict[str, Any]  # of artists, as matplotlib names it
+_INTERVAL: _Style = {"lw": 2.2, "alpha": 0.45}
+_MARGIN: _Style = {"color": GRID, "alpha": 0.6, "lw": 0}
 
 
 # How a row of accuracies and one of paired differences look.
-_MEANS: dict[bool, _Look] = {
+_MEANS: dict[bool, _Style] = {
     False: {"marker": "D", "ms": 5, "mec": PAPER, "mew": 0.6},
     True: {"marker": "s", "ms": 5.5, "mew": 1.2},
 }
-_SEEDS: dict[bool, _Look] = {False: {"ms": 4.5, "mew": 1.1}, True: {"ms": 3.5, "mew": 0.9}}
+_SEEDS: dict[bool, _Style] = {False: {"ms": 4.5, "mew": 1.1}, True: {"ms": 3.5, "mew": 0.9}}
 
 
 def _rows(
@@ -75,14 +75,14 @@ def _rows(
 
     Estimates are shares, accuracies in percent or, if `paired`, differences in points.
     """
-    mean_look, unit = _MEANS[paired], " points" if paired else " %"
+    mean_style, unit = _MEANS[paired], " points" if paired else " %"
     write = signed if paired else partial(fixed, decimals=1)
     for at, estimate in enumerate(estimates):
         name, interval, color = estimate.name, estimate.interval, colors[estimate.name]
         seeds = [100 * value for value in estimate.by_seed.values()]
         assert interval is not None
         mean = 100 * interval.estimate
-        canvas.series(name, color, mean_look["marker"])
+        canvas.series(name, color, mean_style["marker"])
         if interval.low is not None and interval.high is not None:
             ends = np.clip([100 * interval.low, 100 * interval.high], *limits)
             canvas.plot(name, axes, ends, [at, at], color=color, **_INTERVAL, solid_capstyle="butt", zorder=2)
@@ -90,16 +90,16 @@ def _rows(
                 if end == limit:
                     canvas.plot(name, axes, [end], [at], marker=arrow, ms=6, color=color, clip_on=False, zorder=3)
         texts = [f"seed {seed}: {write(100 * value)}{unit}" for seed, value in estimate.by_seed.items()]
-        look = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
-        canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **look)
+        style = {"marker": "o", "ls": "", "mfc": PAPER, "mec": color, "zorder": 3} | _SEEDS[paired]
+        canvas.plot(name, axes, seeds, [at] * len(seeds), texts, **style)
         text = f"mean, {counted(len(seeds), 'seed')}: {percent_interval(interval)}"
         if paired:
             text = f"mean of {len(seeds)} pair{'' if len(seeds) == 1 else 's'}: {points_interval(interval)} points\n"
             text += f"more accurate? {estimate.verdict}"
         face = PAPER if paired and estimate.verdict == Verdict.NOT_DECIDED else color
-        look = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | mean_look
-        canvas.plot(name, axes, [mean], [at], [text], **look)
-        beside: _Look = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
+        style = {"color": color, "mec": color, "mfc": face, "ls": "", "zorder": 4} | mean_style
+        canvas.plot(name, axes, [mean], [at], [text], **style)
+        beside: _Style = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         canvas.add(name, axes.annotate(write(mean), (1.0, at), xycoords=("axes fraction", "data"), **beside))
     axes.set_xlim(*limits)
     axes.set_ylim(len(estimates) - 0.4, -0.6)
@@ -109,11 +109,11 @@ def _rows(
     canvas.legend(legend, (2, 4), handletextpad=0.4)
 
 
-def _entry(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], **{"color": MUTED, "mec": MUTED, "ls": ""} | look, label=label)
+def _entry(label: str, **style: Any) -> Line2D:
+    return Line2D([], [], **{"color": MUTED, "mec": MUTED, "ls": ""} | style, label=label)
 
 
-def _ends(interval: Interval | None) -> dict[str, Raw]:
+def _interval_values(interval: Interval | None) -> dict[str, Raw]:
     assert interval is not None
     return {"mean": interval.estimate, "low": interval.low, "high": interval.high}
 
@@ -131,7 +131,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         _entry("mean", marker="D", ms=5),
         _entry("95 % interval", ls="-", **_INTERVAL),
     ]
-    dashes: _Look = {"color": INK, "lw": 1, "ls": DASHED}
+    dashes: _Style = {"color": INK, "lw": 1, "ls": DASHED}
     if line:
         legend.append(_entry(f"majority class, {'on average ' if differs else ''}{fixed(line, 1)} %", **dashes))
     values = [100 * value for m in drawn for value in m.by_seed.values()] + ([line] if line else [])
@@ -162,7 +162,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
             "method": m.experiment.method,
             "seed": seed,
             "test_accuracy": value,
-            **_ends(m.test_accuracy),
+            **_interval_values(m.test_accuracy),
             "seeds": len(m.runs),
             "majority_accuracy": majority.get(seed),
         }
@@ -226,7 +226,7 @@ def _forest(analysis: Analysis, reference: str, estimates: Sequence[Estimate], m
             "reference": reference,
             "seed": seed,
             "difference": value,
-            **_ends(estimate.interval),
+            **_interval_values(estimate.interval),
             "verdict": estimate.verdict,
             "margin": margin,
         }
@@ -326,11 +326,11 @@ def _scatter(
         span = [min(seeds), max(seeds)]
         canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
         texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
-        look = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
-        canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **look)
+        style = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
+        canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **style)
         texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{cost}"]
-        look = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
-        canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **look)
+        style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
+        canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **style)
     # Moved artists do not count for the limits on their own.
     axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed.values()])
     axes.margins(x=0.1, y=0.08)

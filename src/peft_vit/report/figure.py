@@ -94,8 +94,6 @@ _SMALL: dict[Any, Any] = {
     "legend.handlelength": 1.4,
 }
 
-SINGLE_SEEDS = 10  # lines; with more, a band from the lowest to the highest stands for them
-
 
 class Canvas:
     """A figure while it is painted, and what it tells the page: which artists belong together, what stands where.
@@ -129,9 +127,11 @@ class Canvas:
         artist.set_gid(f"series{index}-{sum(series == index for series, _, _ in self._added)}")
         self._added.append((index, artist, texts))
 
-    def plot(self, name: str, axes: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str] = (), **look: Any) -> Line2D:
+    def plot(
+        self, name: str, axes: Axes, x: ArrayLike, y: ArrayLike, texts: Sequence[str] = (), **style: Any
+    ) -> Line2D:
         """Draw a line or markers into a declared series; arguments as those of `add` and of `Axes.plot`."""
-        (line,) = axes.plot(x, y, **look)
+        (line,) = axes.plot(x, y, **style)
         self.add(name, line, texts)
         return line
 
@@ -256,7 +256,7 @@ def publication_files(drawing: Drawing) -> Iterator[tuple[str, bytes]]:
                 yield f"_{columns}_column.{ending}", _saved(canvas, ending, **options)
 
 
-def line_look(index: int) -> dict[str, Any]:
+def line_style(index: int) -> dict[str, Any]:
     """Return color and dashes of a diagram's line; all lines differ up to 24."""
     turn, place = divmod(index, len(LINE_COLORS))
     return {"color": LINE_COLORS[place], "ls": _DASHES[turn % len(_DASHES)]}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peft_vit.analysis.findings import Conclusion, Finding, conclude
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import number_interval, plain, points_interval, scaled
-from peft_vit.report.tables import OVER_SEEDS, Column, table
+from peft_vit.report.tables import OVER_SEEDS, Column, csv_rows, table
 
 HOW = (
     "Each sentence is worded so that a positive estimate supports it. 'Not decided' means that these runs cannot tell, "
@@ -37,18 +37,7 @@ def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
         "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
         "The table below has the estimates.",
     )
-    details = table(
-        "findings",
-        "Findings by experiment",
-        [
-            {"sentence": plain(f.sentence.text), "experiment or pair": f.subject, "verdict": f.verdict, **numbers(f)}
-            for f in detailed
-        ],
-        None,
-        HOW,
-        data=finding_rows(detailed),
-        folded=True,
-    )
+    details = table("findings", "Findings by experiment", detailed, _FINDING, HOW, folded=True)
     without_data = table(
         "without_data",
         "Sentences without data in these records",
@@ -87,29 +76,30 @@ def estimate_of(finding: Finding) -> str:
     return f"{number_interval(interval)} {unit}"
 
 
+_FINDING = [
+    Column("", "study"),
+    Column("", "sentence.id", data="id"),
+    Column("sentence", "sentence.text", plain, "sentence"),
+    Column("experiment or pair", "subject", data="subject"),
+    Column("verdict", "verdict"),
+    Column("", "interval.estimate", data="estimate"),
+    Column("", "interval.low", data="low"),
+    Column("", "interval.high", data="high"),
+    Column("", "sentence.unit", data="unit"),
+    Column("", lambda finding: len(finding.by_seed), data="n"),
+    *(Column("", name) for name in ("n_of", "test")),
+    Column("", "sentence.margin", data="margin"),
+    Column("", "adjusted_p", data="p_holm"),
+    Column("", "opposite_p", data="p_holm_opposite"),
+    *(Column("", name) for name in ("outcome", "note")),
+    Column("estimate", estimate_of, data=""),
+    Column("n", lambda finding: numbers(finding)["n"], data=""),
+    Column("test", lambda finding: numbers(finding)["test"], data=""),
+    Column("", "sentence.refuted_by", data="refuted_by"),
+    Column("", "sentence.source", data="source"),
+]
+
+
 def finding_rows(findings: Sequence[Finding]) -> list[dict[str, Raw]]:
     """Return findings as rows in full precision."""
-    return [
-        {
-            "study": f.study,
-            "id": f.sentence.id,
-            "sentence": f.sentence.text,
-            "subject": f.subject,
-            "verdict": f.verdict,
-            "estimate": None if f.interval is None else f.interval.estimate,
-            "low": None if f.interval is None else f.interval.low,
-            "high": None if f.interval is None else f.interval.high,
-            "unit": f.sentence.unit,
-            "n": len(f.by_seed),
-            "n_of": f.n_of,
-            "test": f.test,
-            "margin": f.sentence.margin,
-            "p_holm": f.adjusted_p,
-            "p_holm_opposite": f.opposite_p,
-            "outcome": f.outcome,
-            "note": f.note,
-            "refuted_by": f.sentence.refuted_by,
-            "source": f.sentence.source,
-        }
-        for f in findings
-    ]
+    return csv_rows(findings, _FINDING)

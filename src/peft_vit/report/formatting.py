@@ -54,7 +54,7 @@ def points(share: float) -> str:
 
 def percent_interval(interval: Interval) -> str:
     """Return a share with its interval, e.g. ``80.3 % [76.1, 84.5]``."""
-    return f"{percent(interval.estimate)} {_ends(interval, lambda end: fixed(100 * end, 1))}"
+    return f"{percent(interval.estimate)} {_bounds(interval, lambda end: fixed(100 * end, 1))}"
 
 
 def margin_in_points(share: float) -> str:
@@ -64,22 +64,22 @@ def margin_in_points(share: float) -> str:
 
 def points_interval(interval: Interval | None) -> str:
     """Return a difference of shares in points with its interval, e.g. ``+4.6 [-1.0, +10.2]``."""
-    return "not computed" if interval is None else f"{points(interval.estimate)} {_ends(interval, points)}"
+    return "not computed" if interval is None else f"{points(interval.estimate)} {_bounds(interval, points)}"
 
 
 def scaled(interval: Interval, factor: float) -> Interval:
     """Return a number and its interval in another unit; a factor below 0 turns it round."""
-    ends = (interval.low, interval.high) if factor > 0 else (interval.high, interval.low)
-    low, high = (None if end is None else factor * end for end in ends)
+    bounds = (interval.low, interval.high) if factor > 0 else (interval.high, interval.low)
+    low, high = (None if end is None else factor * end for end in bounds)
     return replace(interval, estimate=factor * interval.estimate, low=low, high=high)
 
 
 def number_interval(interval: Interval, decimals: int = 2) -> str:
     """Return a number with its interval."""
-    return f"{fixed(interval.estimate, decimals)} {_ends(interval, lambda end: fixed(end, decimals))}"
+    return f"{fixed(interval.estimate, decimals)} {_bounds(interval, lambda end: fixed(end, decimals))}"
 
 
-def _ends(interval: Interval, write: Callable[[float], str]) -> str:
+def _bounds(interval: Interval, write: Callable[[float], str]) -> str:
     if interval.low is None or interval.high is None:
         return "[no interval]"
     return f"[{write(interval.low)}, {write(interval.high)}]"

@@ -65,6 +65,7 @@ def _empty_cells(grids: Iterable[Grid]) -> str:
 def _color_bar(part: SubFigure, norm: Normalize, axes: Axes | list[Axes], label: str) -> None:
     bar = part.colorbar(ScalarMappable(norm, _COLORS), ax=axes, pad=0.02, aspect=24)
     bar.outline.set_visible(False)
+    assert bar.solids is not None
     bar.solids.set(rasterized=False, edgecolor="face")  # equal images would share an id
     bar.set_label(label)
     bar.ax.tick_params(length=0)

@@ -13,7 +13,7 @@ from peft_vit.analysis.layers import SETTLED_AT, seed_agreements
 from peft_vit.report.document import Table
 from peft_vit.report.formatting import count, fixed, known, number_interval, percent, plain
 from peft_vit.report.method_tables import differences_table
-from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, crossed, ends, table
+from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, cross_table, interval_columns, table
 
 
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
@@ -36,7 +36,7 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         {
             "experiment": p.experiment.name,
             "matrix": matrix,
-            **ends("relative_score", interval),
+            **interval_columns("relative_score", interval),
             "log2_attention_over_mlp": ratio,
             "agreement_between_seeds": p.agreement_between_seeds,
         }
@@ -51,7 +51,7 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         }
         for p, ratio in zip(patterns, ratios, strict=True)
     }
-    return crossed(
+    return cross_table(
         "importance_by_matrix",
         "Relative score by matrix type",
         "matrix",
@@ -121,7 +121,7 @@ def allocation_tables(allocations: Sequence[Allocation]) -> Iterator[Table]:
         "runs at the same number of trainable parameters (linear in its logarithm, no extrapolation; "
         f"within {100 * SAME_SIZE:.0f} % is equal). {FAMILY_NOTE}",
     )
-    yield crossed(
+    yield cross_table(
         "rank_by_matrix",
         "Mean final rank by matrix type",
         "matrix",
@@ -133,7 +133,7 @@ def allocation_tables(allocations: Sequence[Allocation]) -> Iterator[Table]:
         },
         f"Mean over the sites of a type. {OVER_SEEDS}",
         data=(
-            {"experiment": a.experiment.name, "matrix": matrix, **ends("mean_rank", interval)}
+            {"experiment": a.experiment.name, "matrix": matrix, **interval_columns("mean_rank", interval)}
             for a in allocations
             for matrix, interval in a.rank_by_matrix.items()
         ),

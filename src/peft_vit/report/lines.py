@@ -21,28 +21,43 @@ from peft_vit.report.figure import (
     MARKERS,
     METHOD_COLORS,
     MUTED,
-    SINGLE_SEEDS,
     Canvas,
     draw,
     leading,
-    line_look,
+    line_style,
     quiet_grid,
     selection_note,
 )
-from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, signed
+from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
-from peft_vit.report.tables import ends
+from peft_vit.report.tables import interval_columns
 from peft_vit.statistics.sequential import SequentialResult
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
 PER_METHOD = 8  # a row has room for so many names
-VERTICES = 12_000  # of all lines together
+STEPS = 4_000  # of all curves together
 _MEASURES = ("training loss", "validation NLL")
-_Line = tuple[np.ndarray, np.ndarray]  # steps and values, (steps,) each
-# The lines of one experiment and measure by what they are of: "mean", where all seeds recorded the same steps, and
-# "seed 3" and so on, or of many seeds "lowest" and "highest".
-_Lines = dict[str, _Line]
+
+
+class Curve(NamedTuple):
+    """What the seeds of an experiment recorded at the steps that all of them share, (steps,) each."""
+
+    steps: np.ndarray
+    mean: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+
+    @classmethod
+    def of(cls, by_seed: Sequence[Mapping[int, float]]) -> Curve:
+        """Return the curve over seeds of values by step."""
+        steps = sorted(set.intersection(*map(set, by_seed)))
+        values = np.array([[of[step] for step in steps] for of in by_seed], dtype=np.float64)  # (seeds, steps)
+        return cls(np.array(steps), values.mean(axis=0), values.min(axis=0), values.max(axis=0))
+
+    def thinned(self, stride: int) -> Curve:
+        """Return every so many-th step, the last among them."""
+        return Curve(*(values[::-stride][::-1] for values in self))
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
@@ -69,30 +84,24 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     for e in recorded:
         rows.setdefault(e.method, []).append(e.name)
     rows = {method: leading(names, validation, PER_METHOD, str)[0] for method, names in rows.items()}
-    curves: dict[str, tuple[_Lines, _Lines]] = {}
+    curves: dict[str, tuple[Curve, Curve]] = {}
     for name in (name for names in rows.values() for name in names):
-        train, validated = {}, {}
-        for run in runs[name]:
-            recorded_steps, evaluations, of = run.record.steps, run.record.evaluations, f"seed {run.seed}"
-            losses = smoothed([row.loss for row in recorded_steps], window)
-            train[of] = np.array([row.step for row in recorded_steps]), losses
-            nll = np.array([e.metrics.nll for e in evaluations], dtype=np.float64)
-            validated[of] = np.array([e.step for e in evaluations]), nll
-        curves[name] = _with_mean(train), _with_mean(validated)
-    vertices = sum(steps.size for pair in curves.values() for lines in pair for steps, _ in lines.values())
-    stride = max(1, -(-vertices // VERTICES))  # every so many-th vertex of each line is few enough to draw
-    for pair in curves.values():
-        for lines in pair:
-            for of, (steps, values) in lines.items():
-                drawn = np.unique([*range(0, steps.size, stride), *range(steps.size)[-1:]]).astype(int)
-                lines[of] = steps[drawn], values[drawn]
+        train, validated = [], []
+        for record in (run.record for run in runs[name]):
+            losses = smoothed([row.loss for row in record.steps], window).tolist()
+            train.append(dict(zip((row.step for row in record.steps), losses, strict=True)))
+            validated.append({evaluation.step: evaluation.metrics.nll for evaluation in record.evaluations})
+        curves[name] = Curve.of(train), Curve.of(validated)
+    steps = sum(curve.steps.size for pair in curves.values() for curve in pair)
+    stride = max(1, -(-steps // STEPS))
+    curves = {name: (train.thinned(stride), own.thinned(stride)) for name, (train, own) in curves.items()}
 
     def paint(canvas: Canvas) -> None:
         for (method, names), panels in zip(rows.items(), _panels(canvas, len(rows)), strict=True):
             for index, name in enumerate(names):
-                canvas.series(name, line_look(index)["color"], "")
-                for axes, measure, lines in zip(panels, _MEASURES, curves[name], strict=True):
-                    _draw_curve(axes, canvas, name, index, measure, lines, len(runs[name]))
+                canvas.series(name, line_style(index)["color"], "")
+                for axes, measure, curve in zip(panels, _MEASURES, curves[name], strict=True):
+                    _draw_curve(axes, canvas, name, line_style(index), measure, curve, len(runs[name]))
             left, right = panels
             left.set_ylabel(METHOD_KINDS[method].title)
             if canvas.narrow:  # the names of the lines stand below a row, else beside it
@@ -104,36 +113,24 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     right_panel = "negative log-likelihood on the validation images after each epoch"
     if not any(run.record.evaluations for run in study.runs):
         right_panel = "nothing, as there are no validation images"
-    seeds = {False: "thin: single seeds", True: f"band: lowest to highest of more than {SINGLE_SEEDS} seeds"}
-    kinds = sorted({"lowest" in lines for pair in curves.values() for lines in pair})
-    thinned = f" To keep the page small, one point in {stride} of each line is drawn, the last too."
+    fewer = f" To keep the page small, one point in {stride} of each line is drawn, the last too."
     note = selection_note(len(curves), len(recorded)).replace("on validation", "on validation, by row")
     caption = (
         f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        f"Right: {right_panel}. Thick: mean over seeds; {'; '.join(seeds[kind] for kind in kinds)}. "
-        f"All rows of a column share one scale.{thinned if stride > 1 else ''}{note}"
+        f"Right: {right_panel}. Line: mean over seeds; band: lowest to highest. "
+        f"All rows of a column share one scale.{fewer if stride > 1 else ''}{note}"
     )
     entries = max(map(len, rows.values()))
     height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
     narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
+    columns = ("step", "mean", "lowest", "highest")
     data: list[dict[str, Raw]] = [
-        {"experiment": name, "measure": measure, "of": of, "step": int(step), "value": float(value)}
+        {"experiment": name, "measure": measure} | {c: v.item() for c, v in zip(columns, values, strict=True)}
         for name, pair in curves.items()
-        for measure, lines in zip(_MEASURES, pair, strict=True)
-        for of, line in lines.items()
-        for step, value in zip(*line, strict=True)
+        for measure, curve in zip(_MEASURES, pair, strict=True)
+        for values in zip(*curve, strict=True)
     ]
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
-
-
-def _with_mean(by_seed: _Lines) -> _Lines:
-    if len({tuple(steps) for steps, _ in by_seed.values()}) > 1:  # a mean needs the same steps in every seed
-        return by_seed
-    steps = next(iter(by_seed.values()))[0]
-    values = np.stack([line for _, line in by_seed.values()])  # (seeds, steps)
-    if len(by_seed) > SINGLE_SEEDS:
-        by_seed = {"lowest": (steps, values.min(axis=0)), "highest": (steps, values.max(axis=0))}
-    return {"mean": (steps, values.mean(axis=0))} | by_seed
 
 
 def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
@@ -156,24 +153,15 @@ def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
     return [(left, right) for left, right in panels]
 
 
-def _draw_curve(axes: Axes, canvas: Canvas, name: str, index: int, measure: str, lines: _Lines, seeds: int) -> None:
-    look, has_mean = line_look(index), "mean" in lines
-    if "lowest" in lines:
-        (steps, low), (_, high) = lines["lowest"], lines["highest"]
-        canvas.add(name, axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0))
-
-    def line(of: str, who: str, **more: Any) -> None:
-        steps, values = lines[of]
-        texts = [f"step {s}: {fixed(float(v), 3)}\n{measure} (nats), {who}" for s, v in zip(steps, values, strict=True)]
-        canvas.plot(name, axes, steps, values, texts if who else [], **look, **more)
-
-    for of in [of for of in lines if of.startswith("seed")]:
-        line(of, "" if has_mean else of, lw=0.7, alpha=0.4)
-    if has_mean:
-        marker = "o" if measure == "validation NLL" else ""
-        line("mean", f"mean, {counted(seeds, 'seed')}", lw=1.6, marker=marker, ms=3.5, label=name)
-    else:
-        axes.plot([], [], **look, lw=1.6, label=name)
+def _draw_curve(
+    axes: Axes, canvas: Canvas, name: str, style: Mapping[str, Any], measure: str, curve: Curve, seeds: int
+) -> None:
+    steps, mean, lowest, highest = curve
+    canvas.add(name, axes.fill_between(steps, lowest, highest, color=style["color"], alpha=0.15, lw=0))
+    of = f"{measure} (nats), mean, {counted(seeds, 'seed')}"
+    texts = [f"step {step}: {fixed(float(value), 3)}\n{of}" for step, value in zip(steps, mean, strict=True)]
+    marker = "o" if measure == "validation NLL" else ""
+    canvas.plot(name, axes, steps, mean, texts, **style, lw=1.6, marker=marker, ms=3.5, label=name)
 
 
 class Line(NamedTuple):
@@ -223,8 +211,8 @@ def draw_reliability(
         axes, handles = canvas.figure.add_subplot(), []
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
         for index, line in enumerate(drawn):
-            look = line_look(index) | {"marker": MARKERS[index % len(MARKERS)]}
-            canvas.series(line.name, look["color"], look["marker"])
+            style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
+            canvas.series(line.name, style["color"], style["marker"])
             filled = [b for b in line.bins if b.count]
             x = [100 * (b.confidence or 0.0) for b in filled]
             y = [100 * (b.accuracy or 0.0) for b in filled]
@@ -232,7 +220,7 @@ def draw_reliability(
                 f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
                 for sure, right, b in zip(x, y, filled, strict=True)
             ]
-            handles.append(canvas.plot(line.name, axes, x, y, texts, **look, lw=1.4, ms=4, label=line.name, zorder=2))
+            handles.append(canvas.plot(line.name, axes, x, y, texts, **style, lw=1.4, ms=4, label=line.name, zorder=2))
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
         axes.set_ylim(0, 102)
@@ -331,14 +319,13 @@ def stopping_figure(
     data: list[dict[str, Raw]] = []
     for result in results:
         for look in result.looks:
-            difference = ends("difference", repeated_interval(look, stopping))
+            difference = interval_columns("difference", repeated_interval(look, stopping))
             del difference["n"]
             row: dict[str, Raw] = {"experiment": result.name, "control": stopping.control, "pairs": look.pairs}
             row |= difference
             for field in QUESTIONS:
                 if (test := getattr(look, field)) is not None:
                     row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}
-                    row |= {f"{field}_p": test.p_value, f"{field}_opposite_p": test.opposite_p_value}
                     row[field] = getattr(result, field)
             data.append(row | {"stopped": result.stopped})
     return draw("courses", title, caption, height, paint, data, narrow)
@@ -358,15 +345,10 @@ def _stopping_panel(
             axes.plot(pairs, points, color=INK, lw=1, ls=_DASHES[field], marker="_", ms=7, zorder=2)
             heights += [abs(point) for point in points[-1:] if not math.isnan(point)]
     canvas.series(name, color, "o")
-    texts = []
+    texts = [
+        f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points" for look in result.looks
+    ]
     for look in result.looks:
-        lines = [f"{look.pairs} pairs: {points_interval(repeated_interval(look, stopping))} points"]
-        for field, words in QUESTIONS.items():
-            if (test := getattr(look, field)) is not None:
-                limits = (_finite(getattr(test, side)) for side in _SIDES)
-                takes, opposite = ("more pairs" if limit is None else signed(100 * limit) for limit in limits)
-                lines.append(f"{words}? takes {takes}, the opposite {opposite}; p = {fixed(test.p_value, 3)}")
-        texts.append("\n".join(lines))
         if math.isfinite(look.high - look.low):
             ends_of = [100 * look.low, 100 * look.high]
             canvas.plot(name, axes, [look.pairs] * 2, ends_of, color=color, lw=2.2, alpha=0.35, zorder=3)

@@ -33,10 +33,10 @@ from peft_vit.report.tables import (
     Column,
     comparison_values,
     csv_rows,
-    ends,
+    interval_columns,
     interval_of,
     mean_of,
-    measured,
+    own_interval_columns,
     table,
     tested,
     to_thousandths,
@@ -62,7 +62,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
         [
             EXPERIMENT,
             Column("", "experiment.method", data="method"),
-            Column("test accuracy", "test_accuracy", percent_interval, partial(ends, "test_accuracy")),
+            Column("test accuracy", "test_accuracy", percent_interval, partial(interval_columns, "test_accuracy")),
             _RUNS,
             Column(
                 "each seed (%)",
@@ -204,7 +204,7 @@ def differences_table(slug: str, title: str, comparisons: Sequence[Estimate], no
                 "difference (points)",
                 "interval",
                 points_interval,
-                partial(ends, "difference"),
+                partial(interval_columns, "difference"),
                 none=points_interval(None),
             ),
             Column(
@@ -288,13 +288,13 @@ def _pair_data(pair: Pair) -> dict[str, Raw]:
     return {
         "experiment": comparison.name,
         "reference": comparison.reference,
-        **measured("difference", comparison.interval),
+        **own_interval_columns("difference", comparison.interval),
         **comparison_values(comparison),
         "cohens_d": None if effect is None else effect.d,
         "cohens_d_low": None if effect is None else effect.low,
         "cohens_d_high": None if effect is None else effect.high,
         "hedges_g": None if effect is None else effect.g,
-        **measured("improvement", pair.improvement),
+        **own_interval_columns("improvement", pair.improvement),
     }
 
 
@@ -304,12 +304,12 @@ _FRONT = [
     Column("takes", lambda row: COSTS[row["front"]].write(row["cost"])),
     Column("", "cost", data="value"),
     Column("validation", "validation_accuracy", percent),
-    Column("test accuracy", "test_accuracy", percent_interval, partial(measured, "test_accuracy")),
+    Column("test accuracy", "test_accuracy", percent_interval, partial(own_interval_columns, "test_accuracy")),
     Column("", lambda row: int(row["on_front"]), data="on_front"),
     Column("", lambda row: int(row["on_test_front"]), data="on_test_front"),
     Column("", "lead.reference", data="before"),
     Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), ""),
-    Column("", "lead.interval", data=partial(measured, "lead")),
+    Column("", "lead.interval", data=partial(own_interval_columns, "lead")),
     Column("", "lead.adjusted_p", data="p_holm"),
     Column("more accurate?", "lead.verdict", data="verdict", none="cheapest"),
     Column("test", "lead", tested, ""),
@@ -368,7 +368,7 @@ def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig
                 "difference (points)",
                 lambda result: repeated_interval(result.looks[-1], stopping) if result.looks else None,
                 points_interval,
-                partial(ends, "difference"),
+                partial(interval_columns, "difference"),
                 none=points_interval(None),
             ),
             *(

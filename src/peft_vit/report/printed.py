@@ -91,8 +91,8 @@ def print_with_rows(
 def check_rows_file(output: Path | None, endings: Sequence[str] = ENDINGS) -> None:
     """Refuse another ending than these."""
     if output is not None and output.suffix.lower() not in endings:
-        problem = f"expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}"
-        raise UserError(problem, file=output, field="--output")
+        expected = f"expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}"
+        raise UserError(expected, file=output, field="--output")
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], output: Path, columns: Mapping[str, str | None]) -> None:

@@ -193,12 +193,12 @@ def _savings(advice: Recommendation, chosen: Rated) -> Iterator[str]:
 
 def _tested_table(advice: Recommendation) -> Table:
     margin, interval = margin_in_points(advice.margin), f"{100 * advice.confidence:.4g} %"
-    how = (
+    method = (
         f"One-sided non-inferiority t test against {margin} at 5 %, {_family(advice)}. The {interval} t "
         "intervals hold for all candidates at once. 'Would do': 80 % power, if mean and spread stayed what they are."
     )
     if advice.study.stopping is not None:
-        how = (
+        method = (
             f"Looks at declared numbers of seeds asked for a loss below {margin}, at "
             f"{100 * advice.study.stopping.level:g} % one-sided over all looks and comparisons; the repeated "
             f"{interval} intervals hold over all looks."
@@ -219,7 +219,7 @@ def _tested_table(advice: Recommendation) -> Table:
                 lambda c: _verdict(c, advice) + (f" ({c.estimate.note})" if c.estimate.note else ""),
             ),
         ],
-        f"Test accuracy, candidate minus {advice.best.name}, n pairs by seed; negative is a loss. {how}",
+        f"Test accuracy, candidate minus {advice.best.name}, n pairs by seed; negative is a loss. {method}",
     )
 
 

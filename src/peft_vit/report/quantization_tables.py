@@ -1,4 +1,4 @@
-"""Tables of low bits: what they cost in accuracy and steadiness, what they take, and where the bytes are."""
+"""Tables of low bits: what they cost in accuracy and steadiness, and what they take."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 
 from peft_vit.analysis import QuantizationImpact, Run
 from peft_vit.analysis.comparison import outcome
-from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, costs, layers_bits
+from peft_vit.analysis.quantization import FLOAT16_BITS, FLOAT32_BITS, layers_bits
 from peft_vit.report.document import Table
-from peft_vit.report.formatting import COSTS, fixed, megabytes, percent_interval, points_interval
+from peft_vit.report.formatting import fixed, megabytes, percent_interval, points_interval
 from peft_vit.report.tables import (
     EXPERIMENT,
     FAMILY_NOTE,
@@ -20,7 +20,7 @@ from peft_vit.report.tables import (
     Column,
     comparison_values,
     csv_rows,
-    ends,
+    interval_columns,
     mean_of,
     table,
     to_thousandths,
@@ -32,7 +32,6 @@ def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table
     """Yield every table of experiments on quantized weights, one at least."""
     yield _accuracy_table(impacts)
     yield _against_float_table(impacts)
-    yield _cost_table(impacts)
     yield _size_table(impacts)
 
 
@@ -76,7 +75,7 @@ def _accuracy_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 "test accuracy",
                 lambda q: mean_interval([run.test.accuracy for run in q.runs]),
                 percent_interval,
-                partial(ends, "test_accuracy"),
+                partial(interval_columns, "test_accuracy"),
             ),
             Column(
                 "against float (points)",
@@ -139,55 +138,12 @@ def _against_float_table(impacts: Sequence[QuantizationImpact]) -> Table:
                 **own,
                 "measure": measure,
                 "float_reference": compared.reference,
-                **ends("difference", compared.interval),
+                **interval_columns("difference", compared.interval),
                 **comparison_values(compared),
             }
             for q, own in zip(impacts, csv_rows(impacts, settings), strict=True)
             for measure, compared in q.against_float.items()
         ),
-    )
-
-
-def _cost_table(impacts: Sequence[QuantizationImpact]) -> Table:
-    rows = [
-        {
-            "experiment": q.experiment.name,
-            "bits_per_weight": layers_bits(q.runs),
-            "float_reference": q.against_unquantized.reference if q.twin else None,
-            "same_machine": int(q.same_machine),
-            **costs(q.runs),
-            **{f"float_{name}": value for name, value in costs(q.twin).items()},
-        }
-        for q in impacts
-    ]
-
-    def with_factor(title: str, name: str, show: Callable[[float], str]) -> Column:
-        def text(row: dict[str, Any]) -> str | None:
-            own, other = row.get(name), row.get(f"float_{name}")
-            if own is None or not other or not (row["same_machine"] or name == "stored_bytes"):
-                return None if own is None else show(own)
-            return f"{show(own)} (× {fixed(own / other)})"
-
-        return Column(title, text)
-
-    return table(
-        "quantization_cost",
-        "What low bits take, against the same LoRA on float weights",
-        rows,
-        [
-            "experiment",
-            Column("bits a weight, layers", "bits_per_weight", fixed),
-            with_factor("to store", "stored_bytes", megabytes),
-            with_factor("memory of a run", "own_memory_bytes", megabytes),
-            with_factor("a step", "seconds_per_step", COSTS["seconds_per_step"].write),
-            with_factor("latency, 1 image", "latency_s_batch_1", COSTS["latency_s"].write),
-            Column("float twin", "float_reference", none="none in this study"),
-        ],
-        "Means over seeds; in brackets the factor on the float twin's, below 1 is less. To store: everything "
-        "frozen, and the adapter file. Weights are unpacked when they are used, so fewer bits need not be faster. "
-        "No factor of memory and seconds where the two ran on different machines or numbers of threads. Latency "
-        "of other batch sizes: CSV. – : not recorded.",
-        data=rows,
     )
 
 

@@ -15,7 +15,7 @@ from peft_vit.extras import require_extra
 from peft_vit.records import RUN_COLUMNS, history_rows, run_row
 from peft_vit.report.method_tables import accuracy_table, comparison_table
 from peft_vit.report.printed import check_rows_file, frame, write_rows
-from peft_vit.report.tables import comparison_values, ends
+from peft_vit.report.tables import comparison_values, interval_columns
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -76,9 +76,9 @@ def read_tables(directory: Path) -> ResultTables:
     from pandas import DataFrame
 
     results = read_results(directory)
-    for problem in results.problems:
-        if problem.left_out:
-            warnings.warn(problem.line(directory), stacklevel=3)
+    for fault in results.problems:
+        if fault.left_out:
+            warnings.warn(fault.line(directory), stacklevel=3)
     runs, ranks, comparisons, html = [], [], [], []
     for study in results.studies:
         compared = compare_with_references(study)
@@ -88,7 +88,7 @@ def read_tables(directory: Path) -> ResultTables:
             ranks += [row for row in rows if row["step"] == rows[-1]["step"]]
         comparisons += [
             {"study": study.name, "smoke": study.smoke, "experiment": c.name, "reference": c.reference}
-            | ends("difference", c.interval)
+            | interval_columns("difference", c.interval)
             | comparison_values(c)
             for c in compared
         ]

@@ -108,7 +108,7 @@ def csv_rows(rows: Iterable[Any], columns: Sequence[Column]) -> list[dict[str, R
     return [{name: value for c in columns for name, value in c.values(row).items()} for row in rows]
 
 
-def crossed(
+def cross_table(
     slug: str,
     title: str,
     first: str,
@@ -138,19 +138,19 @@ def mean_of(title: str, key: str, of: Callable[[Run], float | None], show: Calla
 
 def interval_of(title: str, key: str, of: Callable[[Run], float | None], show: Callable[[Any], str]) -> Column:
     """Return that mean with its interval over seeds."""
-    return Column(title, lambda row: known_interval(map(of, row.runs)), show, partial(measured, key))
+    return Column(title, lambda row: known_interval(map(of, row.runs)), show, partial(own_interval_columns, key))
 
 
-def ends(name: str, interval: Interval | None) -> dict[str, Raw]:
+def interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
     """Return an interval as columns of a CSV file."""
     if interval is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None, "n": 0}
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high, "n": interval.n}
 
 
-def measured(name: str, interval: Interval | None) -> dict[str, Raw]:
+def own_interval_columns(name: str, interval: Interval | None) -> dict[str, Raw]:
     """Return an interval as columns of a CSV file in which several stand beside one another: its n is named too."""
-    return {f"{name}_n" if key == "n" else key: value for key, value in ends(name, interval).items()}
+    return {f"{name}_n" if key == "n" else key: value for key, value in interval_columns(name, interval).items()}
 
 
 def comparison_values(comparison: Estimate) -> dict[str, Raw]:

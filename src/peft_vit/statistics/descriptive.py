@@ -26,7 +26,7 @@ def normalized_entropy(amounts: ArrayLike) -> float:
     Source: Shannon, Bell System Technical Journal 27 (1948); the ratio is Pielou's evenness (1966).
     Amounts as in `gini`, of two sites or more: for one, evenness has no meaning.
     """
-    return float(scipy.stats.entropy(amounts) / np.log(len(amounts))) + 0.0  # + 0.0 turns -0.0 into 0.0
+    return float(scipy.stats.entropy(amounts) / np.log(np.size(amounts))) + 0.0  # + 0.0 turns -0.0 into 0.0
 
 
 def spearman(left: ArrayLike, right: ArrayLike) -> float | None:

@@ -26,7 +26,7 @@ from peft_vit.report.formatting import (
     points_interval,
 )
 from peft_vit.report.lines import stopping_blocks
-from peft_vit.report.tables import Column, measured, table
+from peft_vit.report.tables import Column, own_interval_columns, table
 from peft_vit.statistics import Interval
 from peft_vit.statistics.sequential import Look
 from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure
@@ -81,7 +81,7 @@ def sealed_blocks(summary: TuningSummary, pictures: Pictures | None) -> Iterator
         [
             Column("Class", lambda one: plain(one.name), data="class"),
             Column("Images", "images", count),
-            Column("Found", "found", percent_interval, partial(measured, "found")),
+            Column("Found", "found", percent_interval, partial(own_interval_columns, "found")),
             Column("Called so", "predicted", count),
             Column("Right of these", "precision", percent),
         ],
@@ -235,7 +235,7 @@ def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
             Column("Coverage asked", "asked", percent),
             Column("On folds", "folds", percent),
             Column("Classes in a set", "folds_size", fixed),
-            Column("On sealed images", "sealed", percent_interval, partial(measured, "sealed")),
+            Column("On sealed images", "sealed", percent_interval, partial(own_interval_columns, "sealed")),
             Column("Classes in a set there", "sealed_size", fixed),
         ],
         f"How often `predict --coverage` holds the true class. Thresholds come from {calibrated.images} images of "

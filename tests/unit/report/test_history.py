@@ -22,7 +22,7 @@ KEPT = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_to
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    records = [one for one in planted.quickstart((0, 3)) if one.spec.experiment.name in KEPT]
+    records = [record for record in planted.quickstart((0, 3)) if record.spec.experiment.name in KEPT]
     smoke = planted.record(planted.experiments()[KEPT[2]], 0, 0.5, smoke=True, study="trial")
     failed = planted.failed(planted.experiments()["lora_r1"], 0, "stopped")
     return planted.write(tmp_path_factory.mktemp("results"), [*records, smoke, failed])
@@ -100,10 +100,10 @@ def test_each_format_reads_back_to_the_same_rows(results: Path, tmp_path: Path, 
 
 def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
     table = pd.DataFrame(history_table(results)).query("not smoke")
-    (study,) = (one for one in load_studies(results) if not one.smoke)
-    found = allocations(study)
-    assert [one.experiment.name for one in found] == list(KEPT[2:])
-    for allocation in found:
+    (study,) = (study for study in load_studies(results) if not study.smoke)
+    allocated = allocations(study)
+    assert [allocation.experiment.name for allocation in allocated] == list(KEPT[2:])
+    for allocation in allocated:
         own = table[table.experiment == allocation.experiment.name]
         for entry in allocation.maps:
             drawn = own[own.step == entry.step].pivot_table("rank", "block", "matrix", "mean")
@@ -115,7 +115,7 @@ def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "file", "named"),
+    ("source", "file", "named"),
     [
         (
             ".",
@@ -129,12 +129,12 @@ def test_the_maps_of_ranks_and_scores_are_in_the_table(results: Path) -> None:
     ],
 )
 def test_what_keeps_a_file_from_being_written_is_one_line(
-    results: Path, tmp_path: Path, without, asked: str, file: str, named: str
+    results: Path, tmp_path: Path, without, source: str, file: str, named: str
 ) -> None:
     without("pyarrow")
     (tmp_path / "taken.csv").mkdir()
     with pytest.raises(UserError, match=named):
-        export_history(results / asked, tmp_path / file)
+        export_history(results / source, tmp_path / file)
     assert not (tmp_path / file).is_file()
 
 
@@ -143,6 +143,6 @@ def test_the_command(results: Path, tmp_path: Path, capsys) -> None:
         with pytest.raises(SystemExit) as stop:
             main(["export", str(results), "--format", "history", "--output", str(tmp_path / name)])
         assert stop.value.code == code
-    said = capsys.readouterr()
-    assert said.out == f"{len(history_table(results))} rows: {tmp_path / 'history.csv'}\n"
-    assert said.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == f"{len(history_table(results))} rows: {tmp_path / 'history.csv'}\n"
+    assert printed.err.count("\n") == 1

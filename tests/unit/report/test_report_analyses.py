@@ -38,7 +38,7 @@ def tables(blocks: Iterable[Block]) -> dict[str, Table]:
     return {block.slug: block for block in blocks if isinstance(block, Table)}
 
 
-def said(blocks: Iterable[Block]) -> list[str]:
+def paragraphs(blocks: Iterable[Block]) -> list[str]:
     return [block.text for block in blocks if isinstance(block, Paragraph)]
 
 
@@ -52,8 +52,8 @@ def as_text(block: Block) -> str:
 
 def test_what_every_table_says_and_which_columns_its_file_has() -> None:
     """Of every method with two seeds; `test_report_numbers` computes what the files hold a second time."""
-    kept = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher", NF4.name, INT8.name)
-    records = [record for record in planted.quickstart() if record.spec.experiment.name in kept]
+    names = ("linear_probe", "lora_r8", "adalora_proportional_magnitude", "adalora_top_k_fisher", NF4.name, INT8.name)
+    records = [record for record in planted.quickstart() if record.spec.experiment.name in names]
     check_golden("report_tables.txt", "\n".join(filter(None, map(as_text, blocks_of(records)))))
 
 
@@ -75,7 +75,7 @@ def test_the_better_one_stands_first_among_decided_pairs_and_the_file_has_all() 
     assert len(pairs.data) == 3
     few = tables(pair_blocks(all_pairs(planted.study_of(three(2)))))["all_pairs"]
     assert (few.rows, "at least 7 seeds" in few.note) == ((), True), "3 x 2 / 2^7 <= 0.05 < 3 x 2 / 2^6"
-    (refused,) = said(pair_blocks(all_pairs(planted.study_of(three(2)), most=2)))
+    (refused,) = paragraphs(pair_blocks(all_pairs(planted.study_of(three(2)), most=2)))
     assert "3 experiments make 3 pairs" in refused
 
 
@@ -84,7 +84,9 @@ def test_other_machines_are_said_in_place_of_a_front() -> None:
         planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
         planted.record(EXPERIMENTS["lora_r8"], 0, 0.8, provenance_changes={"threads": 8}),
     ]
-    assert any("No Pareto front of seconds a step" in text for text in said(front_blocks(analysis_of(records).fronts)))
+    assert any(
+        "No Pareto front of seconds a step" in text for text in paragraphs(front_blocks(analysis_of(records).fronts))
+    )
 
 
 def test_calibration_names_runs_without_predictions() -> None:
@@ -94,9 +96,9 @@ def test_calibration_names_runs_without_predictions() -> None:
         planted.record(EXPERIMENTS["lora_r8"], 1, 0.8),
         planted.record(EXPERIMENTS["lora_r2"], 0, 0.8),
     ]
-    found = analysis_of(records)
-    blocks = list(calibration_blocks(found.methods, found.calibration))
-    assert "lora_r2, lora_r8 (1 of 2)" in said(blocks)[0]
+    made = analysis_of(records)
+    blocks = list(calibration_blocks(made.methods, made.calibration))
+    assert "lora_r2, lora_r8 (1 of 2)" in paragraphs(blocks)[0]
     rows = {row[0]: row for row in tables(blocks)["calibration"].rows}
     assert rows["lora_r2"][3:6] == ("–", "–", "–")
     assert rows["lora_r8"][5] == "0.400 [no interval]", "0.9 is 0.4 above the one right of two"
@@ -110,8 +112,8 @@ def test_the_budget_stands_in_its_unit() -> None:
     one_each = dict.fromkeys((site.name for site in planted.sites()), 1)
     entry = RankEntry(step=0, budget=83_000, ranks=one_each, unit="parameters", cost=82_944)  # 72 x 1,152
     changed = planted.record(in_parameters, 0, 0.8, changes={"rank_history": [entry]})
-    found = tables(blocks_of([planted.record(ranks, 0, 0.8), changed]))["allocation"]
-    assert {row[0]: row[2] for row in found.rows} == {
+    made = tables(blocks_of([planted.record(ranks, 0, 0.8), changed]))["allocation"]
+    assert {row[0]: row[2] for row in made.rows} == {
         ranks.name: "288 / 288",
         "in_parameters": "72 ranks: 82,944 / 83,000 parameters",
     }
@@ -122,12 +124,12 @@ def test_claimed_and_measured_sizes_stand_side_by_side_and_older_records_say_wha
     assert old.quantization is not None
     older = {"quantization": old.quantization.model_copy(update={"size": None}), "bits_history": []}
     impacts = analysis_of([planted.record(NF4, 0, 0.8), planted.record(INT8, 0, 0.8, changes=older)]).quantization
-    found, weights = tables(quantization_tables(impacts)), 21_233_664  # of the quantized layers
+    made, weights = tables(quantization_tables(impacts)), 21_233_664  # of the quantized layers
     total = weights * 5 / 8 + planted.LEFT_IN_FLOAT + 3080
     bits = 8 * total / (planted.BACKBONE_PARAMETERS + 770)
     model = (f"{bits:.2f}", f"{32 / bits:.1f} ×", f"{16 / bits:.1f} ×")
     stored = (f"{total / 1e6:.1f} MB", f"{(total + 9000) / 1e6:.1f} MB", "900.0 MB")
-    assert found["size"].rows == (
+    assert made["size"].rows == (
         (NF4.name, "8.0 ×", "5.00", "6.4 ×", "3.2 ×", *model, *stored),
         (INT8.name, "4.0 ×", "9.00", "3.6 ×", "1.8 ×", "–", "–", "–", "–", "–", "900.0 MB"),
     )
@@ -141,11 +143,11 @@ def test_comparisons_that_stop_stand_with_what_was_asked_of_them(asked: str, que
     margin = {} if asked == "superiority" else {"margin": 1.0}
     stopping = StoppingConfig.model_validate({"control": "base", "asked": asked, "looks": (2, 4), **margin})
     rule = stopping_rule(stopping, 4)
-    found = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping)
-    assert found.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
-    assert [(row[1], row[-1]) for row in found.rows] == [("4", "decided"), ("0", "open")]
-    assert set(found.rows[1][3:-1]) == {"not decided"}
-    assert found.data[0]["control"] == "base"
+    made = stopping_table(follow({"ahead": [0.05, 0.06, 0.05, 0.06], "open": []}, rule), stopping)
+    assert made.columns == ("experiment", "pairs", "difference (points)", *questions, "state")
+    assert [(row[1], row[-1]) for row in made.rows] == [("4", "decided"), ("0", "open")]
+    assert set(made.rows[1][3:-1]) == {"not decided"}
+    assert made.data[0]["control"] == "base"
 
 
 MAJORITY = {0: 0.685, 1: 0.682, 2: 0.69}  # a mean of 0.6857

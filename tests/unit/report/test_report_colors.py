@@ -31,19 +31,19 @@ def lab(colors: NDArray[np.uint8], deficiency: Deficiency | None) -> NDArray[np.
     image = colors[None]
     if deficiency is not None:
         image = Simulator_Machado2009().simulate_cvd(image, deficiency, severity=1.0)
-    found = np.asarray(ImageCms.applyTransform(Image.fromarray(image), _TO_LAB))[0]  # a and b are signed bytes
-    return np.column_stack([found[:, 0] * (100 / 255), found[:, 1:].astype(np.int8)])
+    converted = np.asarray(ImageCms.applyTransform(Image.fromarray(image), _TO_LAB))[0]  # a and b are signed bytes
+    return np.column_stack([converted[:, 0] * (100 / 255), converted[:, 1:].astype(np.int8)])
 
 
 def rgb(color: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(color.removeprefix("#")))
 
 
-def contrast(one: str, other: str) -> float:
+def contrast(first: str, other: str) -> float:
     """Return the ratio of WCAG 2.2: 4.5 and more is level AA for text."""
     linear = [
         np.where((c := np.array(rgb(x)) / 255) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-        for x in (one, other)
+        for x in (first, other)
     ]
     dark, bright = sorted(float(channels @ (0.2126, 0.7152, 0.0722)) for channels in linear)
     return (bright + 0.05) / (dark + 0.05)
@@ -87,4 +87,4 @@ def test_a_dozen_experiments_have_markers_of_their_own() -> None:
     """So that no two of them are told apart by color alone."""
     drawing = accuracy_against("final_parameters", method_results(planted.study_of(planted.quickstart())))
     assert len(drawing.series) == 12
-    assert len({one.glyph for one in drawing.series}) == 12
+    assert len({series.glyph for series in drawing.series}) == 12

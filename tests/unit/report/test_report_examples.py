@@ -50,21 +50,21 @@ COUNTS = {0: [28, 9, 1, 2], 1: [39, 1, 0, 0]}
 
 
 def examples(records: list[RunRecord], best: str = "lora_r8") -> ImageExamples:
-    found = image_examples(planted.study_of(records), best)
-    assert isinstance(found, ImageExamples)
-    return found
+    chosen = image_examples(planted.study_of(records), best)
+    assert isinstance(chosen, ImageExamples)
+    return chosen
 
 
 def test_the_four_groups_are_counted_for_every_seed_and_what_is_shown_follows_from_the_rule() -> None:
-    found = examples(RECORDS)
-    assert (found.best, found.baseline, found.seeds) == ("lora_r8", "linear_probe", (0, 1))
-    assert {seed: list(counts.values()) for seed, counts in found.counts.items()} == COUNTS
+    chosen = examples(RECORDS)
+    assert (chosen.best, chosen.baseline, chosen.seeds) == ("lora_r8", "linear_probe", (0, 1))
+    assert {seed: list(counts.values()) for seed, counts in chosen.counts.items()} == COUNTS
     best, baseline = RECORDS[1].predictions, RECORDS[0].predictions
     assert best is not None
     assert baseline is not None
     gap = np.abs(np.array(best.probability) - np.array(baseline.probability))
     only_best = sorted(range(3, 12), key=lambda i: (-gap[i], POSITIONS[i]))[:6]
-    shown = [[image.position for image in found.shown(group)] for group in GROUPS]
+    shown = [[image.position for image in chosen.shown(group)] for group in GROUPS]
     assert shown[1:3] == [[POSITIONS[i] for i in only_best], [POSITIONS[2]]]
     assert (len(shown[0]), set(shown[3])) == (MOST_SHOWN, {POSITIONS[0], POSITIONS[1]})
 
@@ -84,8 +84,8 @@ def changed(record: RunRecord, **changes: object) -> RunRecord:
 
 def test_runs_on_different_images_or_without_whole_predictions_are_left_out_by_name() -> None:
     other = changed(RECORDS[2], images=[p + 1 for p in POSITIONS])
-    found = examples([*RECORDS[:2], other, RECORDS[3]])
-    assert (found.seeds, found.left_out) == ((0,), ("seed 1: the two runs were tested on different images",))
+    chosen = examples([*RECORDS[:2], other, RECORDS[3]])
+    assert (chosen.seeds, chosen.left_out) == ((0,), ("seed 1: the two runs were tested on different images",))
     none = [record.model_copy(update={"predictions": None}) for record in RECORDS]
     nothing = {"images": [], "labels": [], "predicted": [], "probability": []}
     for records, why in (
@@ -93,9 +93,9 @@ def test_runs_on_different_images_or_without_whole_predictions_are_left_out_by_n
         (none, "seeds 0, 1: the records do not hold predictions"),  # one reason, said once
         ([changed(record, **nothing) for record in RECORDS[:2]], "seed 0: the predictions are not"),
     ):
-        said = image_examples(planted.study_of(records), "lora_r8")
-        assert isinstance(said, str)
-        assert said.startswith(why)
+        reason = image_examples(planted.study_of(records), "lora_r8")
+        assert isinstance(reason, str)
+        assert reason.startswith(why)
 
 
 def grey(position: int) -> bytes:

@@ -15,12 +15,10 @@ import pytest
 import unfinished
 from golden import check_golden
 
-from peft_vit.analysis import analyze
 from peft_vit.cli import main
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.report import ReportFiles, build_report
-from peft_vit.report.build import study_documents
 from peft_vit.report.document import SECTION_TITLES
 
 FIGURES = {
@@ -47,7 +45,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
 
 @pytest.fixture(scope="module")
 def linear_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the results of one run, on which most can't be said."""
+    """Return the results of one run, on which most can't be printed."""
     return planted.write(tmp_path_factory.mktemp("linear") / "results", LINEAR_ONLY)
 
 
@@ -124,14 +122,6 @@ def test_markdown_has_exactly_the_five_sections(built: ReportFiles) -> None:
         assert (built.markdown.parent / path).is_file()
 
 
-def test_what_is_looked_up_is_folded_and_the_main_tables_are_not(few: list[RunRecord]) -> None:
-    (document,) = study_documents([analyze(planted.study_of(few))])
-    folded = {table.slug for table in document.tables() if table.folded}
-    open_ones = {table.slug for table in document.tables()} - folded
-    assert {"quality", "calibration", "allocation", "findings"} <= folded
-    assert {"accuracy", "all_pairs", "cost", "verdicts"} <= open_ones
-
-
 def test_findings_have_estimates_in_full_precision(tmp_path: Path) -> None:
     accuracy = {"linear_probe": 450, "full_finetuning": 470, "lora_r4": 465, "lora_r8": 480}
     records = [
@@ -181,10 +171,10 @@ def test_smoke_and_real_studies_stand_apart_with_the_notice_above_the_numbers(tm
 def test_hostile_names_are_escaped_everywhere(tmp_path: Path) -> None:
     base = planted.record(EXPERIMENTS["linear_probe"], 0, 0.7, provenance_changes={"weights_name": HOSTILE})
     record = base.model_copy(update={"class_names": [HOSTILE, "b"]})
-    for place, one in enumerate((record, planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE))):
+    for place, record_ in enumerate((record, planted.failed(EXPERIMENTS["lora_r8"], 0, HOSTILE))):
         file = tmp_path / "results" / str(place) / "record.json"
         file.parent.mkdir(parents=True)
-        file.write_text(one.model_dump_json())
+        file.write_text(record_.model_dump_json())
     markdown, page = texts(tmp_path / "results", tmp_path / "report")
     assert Page(page).scripts.count(None) == 1, "ours, and no other"
     assert "<script" not in markdown
@@ -219,10 +209,10 @@ def test_what_is_left_out_is_told_above_every_number_and_by_the_command(format: 
         return int(ended.value.code or 0)
 
     assert code() == 1
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     markdown, left_out = (out / "analysis_summary.md").read_text(), f"Left out: {unfinished.BAD}: "
-    assert "analysis_summary.md" in said.out
-    (line,) = said.err.splitlines()
+    assert "analysis_summary.md" in printed.out
+    (line,) = printed.err.splitlines()
     assert line.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
     assert markdown.index(left_out) < markdown.index("70.0")
     if format == "html":
@@ -275,7 +265,7 @@ def test_a_study_that_is_not_done_says_what_was_planned_and_how_to_go_on(name: s
     folded = re.findall(r"<details><summary>[^<]*failed</summary>.*?</details>", page, re.DOTALL)
     assert len(folded) == {"goes_on": 1, "nothing_finished": 2, "only_its_file": 0}[name]
     if name == "nothing_finished":
-        assert all("    x = &lt;b&gt;1&lt;/b&gt; [2J\nMemoryError</pre>" in one for one in folded)
+        assert all("    x = &lt;b&gt;1&lt;/b&gt; [2J\nMemoryError</pre>" in details for details in folded)
 
 
 @pytest.mark.parametrize(
@@ -329,9 +319,9 @@ build_report(Path(sys.argv[1]), Path(sys.argv[2]), publication=True)
 
 @pytest.mark.slow
 def test_two_processes_with_other_hashes_write_the_same_bytes(few: list[RunRecord], tmp_path: Path) -> None:
-    kept = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
+    records = [r for r in few if r.spec.experiment.name in {"linear_probe", "adalora_top_k_fisher"}]
     broken = planted.failed(EXPERIMENTS["lora_r4"], 0, "out of memory")
-    results = unfinished.planned(tmp_path / "out", [*kept, broken], {})
+    results = unfinished.planned(tmp_path / "out", [*records, broken], {})
     (results / "metrics.csv").write_text("1")
     (results / "quickstart" / "lora_r2" / "seed_0").mkdir(parents=True)
     (results / "quickstart" / "lora_r2" / "seed_0" / "record.json").write_bytes(TORN)

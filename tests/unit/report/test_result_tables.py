@@ -90,7 +90,7 @@ def test_failed_runs_stay_and_nothing_breaks_out_of_the_html(tmp_path: Path) -> 
 def test_what_is_left_out_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=f"left out: .*{unfinished.BAD}") as warned:
         results = peft_vit.load_results(unfinished.results_with(tmp_path, b"[]"))
-    assert [Path(one.filename).name for one in warned] == [Path(__file__).name]
+    assert [Path(warning.filename).name for warning in warned] == [Path(__file__).name]
     assert results.notices[0].startswith("quickstart: Left out: ")
 
 
