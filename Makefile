@@ -47,6 +47,7 @@ test-avx2: setup ## run the tests of the numerical core as a processor without A
 torture: setup ## break files and kill runs for hours; results add up over calls and are told in docs/explanation/reliability.md
 	-$(BIN)/python tests/torture/mutated_files.py --trials 10000 --commands 100
 	-$(BIN)/python tests/torture/killed_runs.py --forked 160 --fresh 40
+	-$(BIN)/python tests/torture/killed_allocations.py
 	-$(BIN)/python tests/torture/two_commands.py --drivers 100 --commands 10
 	-$(BIN)/python tests/torture/full_disks.py --trials 60
 	-$(BIN)/python tests/torture/ray_nodes.py --trials 10

@@ -97,6 +97,7 @@ def test_what_a_refusal_lacks_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     ("tool", "options", "kinds", "trials"),
     [
         ("killed_runs.py", ["--forked", "4", "--methods", "adalora", "lora", "--seed", "5"], "forked command, .*", 4),
+        ("killed_allocations.py", ["--only", "growing", "--steps", "3", "9"], "growing", 4),
         ("two_commands.py", ["--drivers", "2", "--commands", "1"], "forked drivers|fresh commands", 3),
         ("full_disks.py", ["--trials", "4", "--methods", "adalora", "--seed", "1"], "[a-z.' ]+", 4),
     ],

@@ -155,6 +155,12 @@ def write_events(file: Path) -> None:
     Watch.on_event = on_event  # type: ignore[method-assign, assignment]
 
 
+def fork(action: Callable[[], None], log: Path) -> Command:
+    """Do something in a forked child, with everything imported."""
+    _import_all()
+    return _start(action, log)
+
+
 def _let_go(pipe: int) -> None:
     """Give up every file of the driver's but a pipe, as a spawned worker has none: a lock would live on in a copy."""
     null = os.open(os.devnull, os.O_RDWR)

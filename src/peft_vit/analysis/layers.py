@@ -86,7 +86,6 @@ class ImportancePattern:
     grid: Grid  # where each site stands
     raw_final: np.ndarray  # (blocks, matrices) mean over seeds of the last scores, in the metric's own unit
     relative_final: np.ndarray  # (seeds, blocks, matrices) last scores, over each run's mean
-    by_block: np.ndarray  # (seeds, blocks) mean relative score of a block
     by_matrix: dict[str, Interval]  # matrix type -> mean relative score, interval over seeds
     # log2 of the mean attention score over the mean MLP score, by seed; none where a group is absent or scores nothing
     attention_over_mlp: tuple[float, ...]
@@ -126,7 +125,6 @@ def _pattern(experiment: ExperimentConfig, runs: list[Run]) -> ImportancePattern
         grid=grid,
         raw_final=np.mean(raw, axis=0),
         relative_final=relative,
-        by_block=np.stack([row_means(scores) for scores in relative]),
         by_matrix=by_matrix,
         attention_over_mlp=over_mlp,
         agreement_between_seeds=known_mean(between),
@@ -174,8 +172,9 @@ def seed_agreements(patterns: Sequence[ImportancePattern]) -> list[dict[str, Any
     rows = []
     for pattern in patterns:
         relative = pattern.relative_final.reshape(len(pattern.seeds), -1)  # (S, B * M)
+        by_block = np.stack([row_means(of) for of in pattern.relative_final])  # (S, B)
         by_matrix = np.stack([row_means(of.T) for of in pattern.relative_final])  # (S, M)
-        sites, blocks, matrices = (of[:, np.isfinite(of).all(axis=0)] for of in (relative, pattern.by_block, by_matrix))
+        sites, blocks, matrices = (of[:, np.isfinite(of).all(axis=0)] for of in (relative, by_block, by_matrix))
         rows.append(
             {
                 "experiment": pattern.experiment.name,

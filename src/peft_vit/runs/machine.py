@@ -2,8 +2,9 @@
 
 A CPU computes in bf16 with the instructions AVX512_BF16 or AMX (Intel 64 and IA-32 Architectures Software Developer's
 Manual, volume 1); without them oneDNN, which computes PyTorch's products, emulates it, which costs more than it saves
-(oneDNN developer guide, "Data Types"): a product in bf16 took 2.8 ms where fp32 took 10.4 and emulated bf16 62. GPUs of
-NVIDIA compute in bf16 from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide).
+(oneDNN developer guide, "Data Types"): a product in bf16 took 2.8 ms where fp32 took 10.4 and emulated bf16 62.
+ONEDNN_MAX_CPU_ISA keeps it from newer instructions (the same, "CPU Dispatcher Control"). GPUs of NVIDIA compute in bf16
+from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide).
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 _INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}  # as Linux spells them, and as people do
 # Of those that speed up products of matrices.
 _FASTER = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+# Limits of oneDNN, by rising instructions, that leave out bf16 products; AVX2_VNNI_2 only converts from and to bf16.
+_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,11 @@ def _cpu_support() -> Bf16Support:
     native = [name for flag, name in _INSTRUCTIONS.items() if flag in _cpu_info("flags").split()]
     if not native:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
-    return Bf16Support(True, f"this CPU has {' and '.join(native)} instructions")
+    has = f"this CPU has {' and '.join(native)} instructions"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    if limit.upper() in _WITHOUT_BF16:
+        return Bf16Support(False, f"{has}, but ONEDNN_MAX_CPU_ISA={limit} leaves them out")
+    return Bf16Support(True, has)
 
 
 def instruction_sets() -> list[str]:

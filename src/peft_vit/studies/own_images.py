@@ -68,7 +68,7 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
     data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
     shape = describe(forecast.backbone, data["image_size"])
-    steps = request.steps or before.get(request.experiment) or forecast.most_steps(shape)
+    steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
     study = _study(request, data, experiment_for(request, counts, shape, steps))
     return study, forecast.line(shape, data["image_size"], steps)
 
@@ -121,7 +121,8 @@ class _Forecast:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
         architecture = architecture_of(self.backbone)
         patch, native = size_step_of(architecture), native_size(architecture)
-        steps = 0 if self.request.is_probe else self.request.steps or _WISHED_STEPS
+        wished = _requested_steps(self.request, self.counts) or _WISHED_STEPS
+        steps = 0 if self.request.is_probe else wished
         at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
         room = available_memory_bytes()
         if self.request.memory_limit is not None:
@@ -162,11 +163,17 @@ class _Forecast:
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and whether the minutes are too few for it."""
-        length = "" if self.request.is_probe else f", up to {steps} steps, fewer if validation stops to gain"
+        length = f", up to {steps} steps, fewer if validation stops to gain" if self.request.epochs is None else ""
+        length = "" if self.request.is_probe else length or f", {steps} steps"
         line = f"Images of {image_size} px{length}."
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
+
+
+def _requested_steps(request: TrainRequest, counts: Counts) -> int | None:
+    """Return the steps that were asked for, outright or in epochs."""
+    return request.steps if request.epochs is None else request.epochs * -(-counts.train // request.batch_size)
 
 
 def experiment_for(request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int) -> dict[str, Any]:
@@ -186,9 +193,12 @@ def experiment_for(request: TrainRequest, counts: Counts, shape: BackboneShape, 
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
         limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
-        every = min(validate_every(counts.validation, request.batch_size), steps)
-        schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
-        training |= {"steps": steps, "validate_every": every, **schedule}
+        if request.epochs is not None:
+            training["epochs"] = request.epochs
+        else:
+            every = min(validate_every(counts.validation, request.batch_size), steps)
+            schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
+            training |= {"steps": steps, "validate_every": every, **schedule}
     sections = method.defaults(options) if request.start is None else {"lora": {"start": str(request.start)}}
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 

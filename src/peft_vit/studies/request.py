@@ -144,8 +144,11 @@ class TrainRequest(Request):
         description="side in pixels, a multiple of the patch size; default: the model's own, or what time allows",
     )
     minutes: float = Field(default=10.0, ge=0.1, description="the longest that the run may take on this machine, about")
-    steps: Annotated[int | None, _WITH_STEPS] = Field(
+    steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
         default=None, ge=1, description="optimiser steps at most; default: what the minutes allow"
+    )
+    epochs: Annotated[int | None, _WITH_STEPS] = Field(
+        default=None, ge=1, description="in place of steps: exactly as many, however validation goes"
     )
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(default=None, gt=0, description="default: by method")
     batch_size: int = Field(default=32, ge=1, description="images a step")

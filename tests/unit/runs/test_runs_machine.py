@@ -22,6 +22,11 @@ SAPPHIRE_RAPIDS = "avx2 avx512f avx512bw avx512_bf16 amx_bf16 avx512_fp16 amx_ti
 ZEN_4, ZEN_3 = "avx2 avx512f avx512bw avx512_bf16 avx512_vnni", "avx avx2 fma"
 
 
+@pytest.fixture(autouse=True)
+def _no_limit(monkeypatch) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+
 @pytest.fixture
 def processor(tmp_path, monkeypatch):
     """Let Linux tell other flags of the processor."""
@@ -58,6 +63,18 @@ def machine(monkeypatch):
 def test_a_processor_is_known_by_its_flags(processor, flags: str, native: bool, reason: str) -> None:
     processor(flags)
     assert bf16_support(CPU) == Bf16Support(native, reason)
+
+
+def test_a_limit_on_instructions_counts(processor, monkeypatch) -> None:
+    processor(ZEN_4)
+    without_bf16 = ("AVX2", "avx2", "SSE41", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+    with_bf16 = ("AVX512_CORE_BF16", "AVX512_CORE_AMX", "DEFAULT", "ALL", "no_such_limit")
+    for limit in (*without_bf16, *with_bf16):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        support = bf16_support(CPU)
+        assert support.native == (limit in with_bf16), limit
+        reason = "instructions" if support.native else f"but ONEDNN_MAX_CPU_ISA={limit} leaves them out"
+        assert support.reason.endswith(reason)
 
 
 def test_where_linux_tells_no_flags_nothing_is_known(monkeypatch, tmp_path) -> None:

