@@ -26,11 +26,11 @@ from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.probes import BackboneChoice
 from peft_vit.tuning.race import RaceResult
 from peft_vit.tuning.rates import RATES
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.running import Outcome, Outcomes
 from peft_vit.tuning.schedule import Schedule
 from peft_vit.tuning.stages import choose_rates, prepare_race
 from peft_vit.tuning.state import State, TuneFile
+from peft_vit.tuning.tune_request import TuneRequest
 
 MARGIN = 1.0  # points
 _COUNTS = (205, 205)  # images outside the holdout: 512 labels, of which a fifth is

@@ -276,7 +276,7 @@ RECOMPUTED: dict[str, Callable[[Ledger, str], list[Row]]] = {
 
 # Where the numbers of a table, or of "table: column", are tested instead.
 _ELSEWHERE = {
-    "planted truth in tests/unit/analysis": "importance_by_matrix size",
+    "planted truth in tests/unit/analysis": "bits_by_layer importance_by_matrix quantization_balance size",
     "planted truth in tests/unit/analysis, columns in test_report_numbers.py": "allocation",
     "by hand in tests/unit/analysis": "findings verdicts allocation_course importance_across_studies",
     "by hand and by linregress in tests/unit/analysis/test_convergence.py, columns as above": "convergence",

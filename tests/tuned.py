@@ -16,8 +16,8 @@ from peft_vit.analysis.stopping import sequential_results
 from peft_vit.data import images_file, inspect_images
 from peft_vit.records import write_study_file
 from peft_vit.studies.scheduler import study_file
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
+from peft_vit.tuning.tune_request import TuneRequest
 
 FOLDS = 2
 MODEL = "tiny_pool"

@@ -148,7 +148,7 @@ def tune(
     require_extra("tune", "tune")
     from peft_vit.tuning import pipeline
     from peft_vit.tuning.output import output_files_in
-    from peft_vit.tuning.request import TuneRequest
+    from peft_vit.tuning.tune_request import TuneRequest
 
     with named_as_parameters(TuneRequest):
         request = TuneRequest.of(images=images, output=output, **settings)

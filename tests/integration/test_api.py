@@ -9,7 +9,7 @@ from PIL import Image
 
 import peft_vit
 from peft_vit.errors import UserError
-from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
 

@@ -21,10 +21,10 @@ from peft_vit.records import read_study_file
 from peft_vit.tuning import stages
 from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.running import Outcome, Outcomes
 from peft_vit.tuning.state import State
+from peft_vit.tuning.tune_request import TuneRequest
 
 TRUTH = {
     "probe_int2": 0.6,

@@ -28,9 +28,9 @@ from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning import forms, pipeline
 from peft_vit.tuning.output import output_files_in, write_output
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
+from peft_vit.tuning.tune_request import TuneRequest
 
 pytestmark = pytest.mark.part("runner")
 

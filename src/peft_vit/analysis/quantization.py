@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,11 @@ class QuantizationImpact:
         return dict(sorted(_means([summary.relative_error for summary in _summaries(self.runs)]).items()))
 
     @property
+    def bits_by_layer(self) -> dict[str, float]:
+        """Return module -> stored bits a weight in the end, mean over seeds."""
+        return _means([run.record.bits_history[-1].bits_per_weight for run in self.runs if run.record.bits_history])
+
+    @property
     def claimed(self) -> float | None:
         """Return float32 over the bits of a code, as if that were all; None if neither settings nor records tell."""
         if self.settings.quantization_bits is not None:
@@ -76,6 +82,17 @@ class QuantizationImpact:
         if not layers:
             return None
         return FLOAT32_BITS * sum(layer.weights for layer in layers) / (8 * sum(layer.codes_bytes for layer in layers))
+
+    def balance(self) -> dict[str, list[dict[str, Any]]]:
+        """Return by measure of the balance check its value at every step: mean over the seeds that measured it then."""
+        measured: dict[str, dict[int, list[float]]] = {}
+        for row in (row for summary in _summaries(self.runs) for row in summary.balance):
+            for name in row.keys() - {"step"}:
+                measured.setdefault(name, {}).setdefault(int(row["step"]), []).append(row[name])
+        return {
+            name: [{"step": step, "mean": fmean(values), "n": len(values)} for step, values in sorted(steps.items())]
+            for name, steps in sorted(measured.items(), key=lambda of: (min(of[1]), of[0]))
+        }
 
 
 def quantization_impacts(study: Study) -> tuple[QuantizationImpact, ...]:

@@ -15,7 +15,7 @@ import typer
 from peft_vit.cli.app import app, command
 from peft_vit.errors import UserError
 from peft_vit.studies.request import RunRequest, StudiesRequest, TrainRequest
-from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 if TYPE_CHECKING:
     from peft_vit.records import RunRecord

@@ -1,4 +1,4 @@
-"""Tables of low bits: what they cost in accuracy and steadiness, and what they take."""
+"""Tables of low bits: what they cost in accuracy and steadiness, what they take, and where they are."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from peft_vit.report.tables import (
     OVER_SEEDS,
     Column,
     comparison_values,
+    cross_table,
     csv_rows,
     interval_columns,
     mean_of,
@@ -29,10 +30,11 @@ from peft_vit.statistics import mean_interval
 
 
 def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table]:
-    """Yield every table of experiments on quantized weights, one at least."""
+    """Yield every table of experiments on quantized weights, one at least; of layers and balance where recorded."""
     yield _accuracy_table(impacts)
     yield _against_float_table(impacts)
     yield _size_table(impacts)
+    yield from (made for made in (_layers_table(impacts), _balance_table(impacts)) if made.rows)
 
 
 _SETTINGS = [
@@ -183,4 +185,63 @@ def _size_table(impacts: Sequence[QuantizationImpact]) -> Table:
         "storages of the low-bit model; file: the same as safetensors. Memory of a run: what training "
         "added to its process's memory at most, model and activations included. Means over seeds. – : not in these "
         "(older) records.",
+    )
+
+
+def _layers_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    by_kind: dict[str, dict[str, list[float]]] = {}  # kind of layer -> experiment -> bits of its layers
+    for q in impacts:
+        for name, bits in q.bits_by_layer.items():
+            by_kind.setdefault(name.rpartition(".")[2], {}).setdefault(q.experiment.name, []).append(bits)
+    texts = {
+        kind: {name: " to ".join(dict.fromkeys((fixed(min(b)), fixed(max(b))))) for name, b in of.items()}
+        for kind, of in by_kind.items()
+    }
+    return cross_table(
+        "bits_by_layer",
+        "Bits a weight by layer",
+        "experiment",
+        texts,
+        "Scales and offsets included; from the smallest to the largest over the blocks. The CSV has every layer.",
+        keys=[q.experiment.name for q in impacts],
+        data=(
+            {
+                "experiment": q.experiment.name,
+                "layer": name,
+                "bits_per_weight": bits,
+                "relative_error": q.relative_errors.get(name),
+            }
+            for q in impacts
+            for name, bits in q.bits_by_layer.items()
+        ),
+        folded=True,
+    )
+
+
+def _balance_table(impacts: Sequence[QuantizationImpact]) -> Table:
+    """Return the measures of the balance at the first, the middle and the last check; the CSV file has every one."""
+
+    def text(at: dict[str, Any]) -> str:
+        return f"{at['mean']:.4g} (step {at['step']})"
+
+    checks = [(q.experiment.name, *measured) for q in impacts for measured in q.balance().items()]
+    return table(
+        "quantization_balance",
+        "Balance of quantization and adaptation",
+        [
+            {
+                "experiment": experiment,
+                "measure": measure,
+                "first check": text(own[0]),
+                "in between": text(own[len(own) // 2]) if len(own) > 2 else "–",
+                "last check": text(own[-1]) if len(own) > 1 else "–",
+            }
+            for experiment, measure, own in checks
+        ],
+        None,
+        "As recorded by the balance check, mean over the seeds that measured it then. The CSV has every check.",
+        data=[
+            {"experiment": experiment, "measure": measure, **at} for experiment, measure, own in checks for at in own
+        ],
+        folded=True,
     )

@@ -72,12 +72,12 @@ def licence(study: Study, dataset: str) -> str:
 
 def _split(run: Run) -> str:
     data = run.record.spec.data
-    how = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
+    drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
     if data.folds is not None:
-        how = f"each seed tests one of {data.folds} folds, new ones for each repetition"
+        drawn = f"each seed tests one of {data.folds} folds, new ones for each repetition"
     elif data.test_split == "per_seed":
-        how = "test, validation and training images drawn per seed"
-    return f"{joined(f'{size:,} {name}' for name, size in run.record.split_sizes.items())}; {how}"
+        drawn = "test, validation and training images drawn per seed"
+    return f"{joined(f'{size:,} {name}' for name, size in run.record.split_sizes.items())}; {drawn}"
 
 
 def _classes(runs: Sequence[Run]) -> Iterator[str]:
@@ -87,8 +87,8 @@ def _classes(runs: Sequence[Run]) -> Iterator[str]:
         shares = [share for share in known if share is not None]
         text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
         if shares:
-            ends = dict.fromkeys(fixed(100 * share, 1) for share in (min(shares), max(shares)))
-            text += f"; the most frequent has {' to '.join(ends)} % of the test images"
+            extremes = dict.fromkeys(fixed(100 * share, 1) for share in (min(shares), max(shares)))
+            text += f"; the most frequent has {' to '.join(extremes)} % of the test images"
         yield text
 
 
@@ -251,8 +251,8 @@ def progress(study: Study) -> tuple[Block, ...]:
         sentences.append(
             "For runs that are left out, first do what the notice above says; what was moved away runs again."
         )
-    how = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
-    return (_not_done_table(study, runs), how)
+    next_step = Paragraph(" ".join([*sentences, "peft-vit status DIR says how far it is."]))
+    return (_not_done_table(study, runs), next_step)
 
 
 def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:

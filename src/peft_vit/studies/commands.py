@@ -16,9 +16,9 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import STUDY_FILE, read_study_file
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
-from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
+from peft_vit.studies.scheduler import Deadline
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.statistics.sequential import SequentialResult

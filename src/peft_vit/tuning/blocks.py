@@ -31,9 +31,9 @@ from peft_vit.statistics import Interval
 from peft_vit.statistics.sequential import Look
 from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure
 from peft_vit.tuning.forms import Exports, Form
-from peft_vit.tuning.machine import said_ms
 from peft_vit.tuning.result import Candidate, Choice
 from peft_vit.tuning.sealed import Mistake, Sealed
+from peft_vit.tuning.throughput import said_ms
 
 SHOWN_MISTAKES = 18  # as pictures
 # From positions of images to PNG files; raises UserError if the images are not at hand.

@@ -11,10 +11,10 @@ from typing import Any, get_args
 from peft_vit.backbones import BackboneShape, check_weights, describe
 from peft_vit.config import BackboneConfig, Flips, WeightsSource, named_backbone
 from peft_vit.errors import UserError
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
+from peft_vit.tuning.tune_request import TuneRequest
 
 FOLDS = 5
 _MOST_VALIDATION = 500

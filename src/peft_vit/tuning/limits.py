@@ -18,7 +18,7 @@ from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.tuning.candidates import KINDS, Design, Kind
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 MEMORY_LIMIT = "--memory-limit"
 _ROUNDS = 10  # calls that are timed

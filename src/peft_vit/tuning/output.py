@@ -21,10 +21,10 @@ from peft_vit.tuning.card import write_card
 from peft_vit.tuning.figures import fonts_for, no_font
 from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import tuning_document
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 from peft_vit.tuning.state import TUNE_FILE
+from peft_vit.tuning.tune_request import TuneRequest
 
 MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE = "model", "figures", "config.yaml", "card.md"
 

@@ -13,9 +13,7 @@ from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
 from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
-from peft_vit.tuning.machine import MeasureThroughput, measure_throughput
 from peft_vit.tuning.output import check_output, write_output
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.result import Choice, Metric
 from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.stages import (
@@ -28,6 +26,8 @@ from peft_vit.tuning.stages import (
     prepare_race,
 )
 from peft_vit.tuning.state import State
+from peft_vit.tuning.throughput import MeasureThroughput, measure_throughput
+from peft_vit.tuning.tune_request import TuneRequest
 
 
 def study_runner(state: State, metric: Metric) -> Runner:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 Metric = Literal["accuracy", "balanced_accuracy"]
 

@@ -14,11 +14,10 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
-from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
-from peft_vit.studies.scheduler import drive
+from peft_vit.studies.scheduler import Deadline, drive
 from peft_vit.tuning.result import Metric
 
 

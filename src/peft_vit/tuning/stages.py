@@ -18,13 +18,13 @@ from peft_vit.tuning.contest import contestants
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, within_bytes, within_latency, within_memory
-from peft_vit.tuning.machine import NOT_MEASURED, MeasureThroughput, measured, said_ms, throughput_of
 from peft_vit.tuning.probes import BackboneChoice, probe_all, sizes_of, worth_trying
 from peft_vit.tuning.race import LOOKS, RaceResult, Scores, images_that_count, race, rule_of
 from peft_vit.tuning.rates import BestRate, find_rates
 from peft_vit.tuning.result import Candidate, ProbeResult, RateResult
 from peft_vit.tuning.running import Outcome, Outcomes
 from peft_vit.tuning.schedule import LEAST_STEPS, Schedule, refuse_little_time, run_s, schedule, step_s
+from peft_vit.tuning.throughput import NOT_MEASURED, MeasureThroughput, measured, said_ms, throughput_of
 
 _LEAST_MEASURED_S = 20.0
 _RACE_SEEDS = tuple(range(FOLDS, FOLDS + LOOKS[-1]))  # repetition 0 has chosen sizes and rates

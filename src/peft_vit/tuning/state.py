@@ -16,7 +16,7 @@ from peft_vit.errors import UserError, checked
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
-from peft_vit.tuning.request import TuneRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 TUNE_FILE = "tune.json"
 SHARES = {  # of the time; what a stage leaves is the race's

@@ -79,6 +79,8 @@ def test_what_low_bits_save_counts_everything() -> None:
     assert nf4.model.total == pytest.approx(21_233_664 * 5 / 8 + left)
     assert nf4.model.bits_per_weight == pytest.approx(8 * (21_233_664 * 5 / 8 + left) / weights)
     assert nf4.model.file == nf4.model.live + 9000
+    assert nf4.bits_by_layer == dict.fromkeys(nf4.relative_errors, 5.0)
+    assert len(nf4.bits_by_layer) == 48
 
 
 def test_offsets_that_merging_adds_count_and_older_records_have_no_model_size() -> None:
@@ -126,3 +128,17 @@ def test_a_rougher_quantized_run_is_told_against_its_float_twin_and_one_that_is_
     for measure in ("roughness", "late_deviation"):
         assert against[measure].by_seed == pytest.approx({0: math.sqrt(6), 1: math.sqrt(6)})
     assert against["nll"].by_seed == {0: 0, 1: 0, 2: 0}
+
+
+def test_balance_at_every_step_with_how_many_seeds_measured_it() -> None:
+    whole = planted.record(NF4, 0, 0.79).quantization
+    assert whole is not None
+    rows = ([{"step": 4.0, "a": 1.0}, {"step": 8.0, "a": 2.0, "b": 5.0}], [{"step": 8.0, "a": 4.0}])
+    records = [
+        planted.record(NF4, seed, 0.8, changes={"quantization": whole.model_copy(update={"balance": balance})})
+        for seed, balance in enumerate(rows)
+    ]
+    assert impact_of(*records).balance() == {
+        "a": [{"step": 4, "mean": 1.0, "n": 1}, {"step": 8, "mean": 3.0, "n": 2}],
+        "b": [{"step": 8, "mean": 5.0, "n": 1}],
+    }

@@ -133,6 +133,10 @@ def test_claimed_and_measured_sizes_stand_side_by_side_and_older_records_say_wha
         (NF4.name, "8.0 ×", "5.00", "6.4 ×", "3.2 ×", *model, *stored),
         (INT8.name, "4.0 ×", "9.00", "3.6 ×", "1.8 ×", "–", "–", "–", "–", "–", "900.0 MB"),
     )
+    layers = [row for row in made["bits_by_layer"].data if row["experiment"] == NF4.name]
+    assert [row["bits_per_weight"] for row in layers] == [5.0] * 48
+    errors = [row["relative_error"] for row in layers]
+    assert errors == sorted(errors)
 
 
 @pytest.mark.parametrize(

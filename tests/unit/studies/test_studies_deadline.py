@@ -12,8 +12,8 @@ from peft_vit.cli.model_commands import EXAMPLES
 from peft_vit.config import load_study
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records.progress import look_at, study_lock, study_status
-from peft_vit.studies.deadline import Deadline
 from peft_vit.studies.executors import Event, Notice, RunEnded, RunInterrupted, RunStarted
+from peft_vit.studies.scheduler import Deadline
 from peft_vit.studies.scheduler import drive as drive_study
 
 pytestmark = pytest.mark.part("runner")

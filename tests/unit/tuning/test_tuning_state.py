@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.tuning.request import TuneRequest
 from peft_vit.tuning.state import State, TuneFile
+from peft_vit.tuning.tune_request import TuneRequest
 
 
 def test_what_more_minutes_do_not_change_is_said() -> None:
