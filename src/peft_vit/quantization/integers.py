@@ -16,6 +16,7 @@ process looks once whether the largest values come out right, and weights take 7
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor
 
 from peft_vit.errors import UserError
+from peft_vit.quantization.tensor import QuantizedTensor
 
 LARGEST = 127  # of a code of activations, and of a weight's where products are exact
 _LARGEST_OF_7_BITS = 64
+_WHOLE = 1e-6  # of a number that counts as whole, so that nothing but float rounding is lost
 _ROWS = 32  # of the check; kernels differ by the number of rows, and few take the plainest one
 
 
@@ -48,6 +51,23 @@ class IntegerWeight:
         scales = (weight.detach().abs().amax(1).float() / largest).clamp_min_(torch.finfo(torch.float32).tiny)  # (out,)
         codes = (weight.detach() / scales.unsqueeze(1)).round_().clamp_(-largest, largest).to(torch.int8)  # (out, in)
         return cls(codes, scales)
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedTensor) -> IntegerWeight:
+        """Return a packed weight as it is, where each group's scale is a whole number of times its row's smallest one.
+
+        So it is of integers with one scale a row, and of groups like QServe's (arXiv 2405.04532, sec. 4.1). Others are
+        rounded to the nearest codes.
+        """
+        weight = quantized.dequantize()
+        scales = quantized.scales.float()  # (out, groups)
+        unit = scales.masked_fill(scales == 0, math.inf).amin(1)  # (out,); infinite where a row is constant
+        codes = weight / unit.unsqueeze(1)  # (out, in)
+        whole = codes.round()
+        near = bool(((codes - whole).abs() <= _WHOLE * whole.abs()).all())
+        if near and whole.abs().max() <= largest_code(weight.shape[1], weight.device.type) and unit.isfinite().all():
+            return cls(whole.to(torch.int8), unit)
+        return cls.from_float(weight)
 
     @property
     def nbytes(self) -> int:

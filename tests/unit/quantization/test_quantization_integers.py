@@ -1,9 +1,11 @@
 """Weights and rows in 8-bit integers: products are integers' exactly; weights take 7 bits where 8 would saturate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from peft_vit.quantization import integers
+from peft_vit.quantization import QuantizationFormat, integers, quantize
 from peft_vit.quantization.integers import IntegerWeight, bits_of_weights, largest_code, quantize_rows
 
 
@@ -61,3 +63,30 @@ def test_what_is_an_integer_grid_already_stays_as_it_is() -> None:
     rounded = IntegerWeight.from_float(codes * scales)
     assert torch.equal(rounded.codes.long(), codes)
     torch.testing.assert_close(rounded.dequantize(), codes * scales)
+
+
+@pytest.mark.parametrize("type", ["int2", "int3", "int4", "int8"])
+def test_packed_integers_with_one_scale_a_row_are_multiplied_as_they_are(type) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
+    packed = quantize(weight, QuantizationFormat(type, group_size=None, offset=False))
+    integers = IntegerWeight.from_quantized(packed)
+    if largest_code(64, "cpu") == 127 or type != "int8":  # codes of 8 bits are rounded to 7 where products saturate
+        torch.testing.assert_close(integers.dequantize(), packed.dequantize(), rtol=1e-6, atol=0)
+        assert int(integers.codes.abs().max()) < 2 ** (int(type[3:]) - 1)
+
+
+def test_groups_whose_scales_are_whole_numbers_of_times_the_smallest_are_exact_and_others_near() -> None:
+    generator = torch.Generator().manual_seed(4)
+    packed = quantize(
+        torch.randn(24, 64, generator=generator),
+        QuantizationFormat("int4", group_size=16, offset=False, scale_dtype=torch.float32),
+    )
+    times = torch.randint(1, 9, packed.scales.shape, generator=generator)
+    times[:, 0] = 1
+    whole = replace(packed, stored_scales=(torch.rand(24, 1, generator=generator) + 0.1) * times)
+    integers = IntegerWeight.from_quantized(whole)
+    torch.testing.assert_close(integers.dequantize(), whole.dequantize(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(integers.codes.float(), (whole.dequantize() / whole.scales[:, :1]).round())
+    near = IntegerWeight.from_quantized(packed)
+    error = (near.dequantize() - packed.dequantize()).norm() / packed.dequantize().norm()
+    assert 0 < error < 0.015
