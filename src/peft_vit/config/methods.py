@@ -431,8 +431,8 @@ class MethodKind:
     def without_integers(self) -> str | None:
         """Return why frozen products can't be made in integers; None if they can."""
         if self.trains == "everything":
-            return "none is frozen"
-        return "they are PEFT's" if self.name.startswith("peft") else None
+            return "no layer is frozen"
+        return "the layers are PEFT's" if self.name.startswith("peft") else None
 
     def refuse_unread(self, experiment: BaseModel, info: ValidationInfo) -> None:
         """Refuse settings that have no effect with the method, in a validator of the experiment."""

@@ -283,7 +283,7 @@ class _Experiment(Frozen):
                 "training of experiments with method: full alone"
             )
         if training.compute == "int8" and (reason := self.kind.without_integers):
-            problems["compute"] = f"int8 multiplies frozen layers, but with method: {self.method} {reason}; remove it"
+            problems["compute"] = f"int8 has no effect with method: {self.method}, since {reason}; remove it"
         refuse(self, {f"training.{name}": message for name, message in problems.items()})
         self.kind.refuse_unread(self, info)
         return self

@@ -206,7 +206,7 @@ class TrainRequest(Request):
         if fault := micro_batch_fault(self.micro_batch_size, self.batch_size):
             refuse(self, {"micro_batch_size": fault})
         if self.compute == "int8" and (reason := METHOD_KINDS[self.method].without_integers):
-            refuse(self, {"compute": f"int8 multiplies frozen layers, but with {self.method} {reason}; leave it out"})
+            refuse(self, {"compute": f"int8 has no effect with --method {self.method}, since {reason}; leave it out"})
         limited, checkpointing = self.memory_limit is not None, self.activation_checkpointing
         if checkpointing == "adaptive" and not limited:
             refuse(self, {"activation_checkpointing": "adaptive needs --memory-limit; add it, as in 1GB"})

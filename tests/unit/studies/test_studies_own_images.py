@@ -148,6 +148,8 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
         for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
     },
     "rank and budget": ({"rank": 4, "budget": 9}, "--budget"),
+    "int8 of full": ({"method": "full", "compute": "int8"}, "no effect with --method full, since no layer is frozen"),
+    "int8 of PEFT": ({"method": "peft_lora", "compute": "int8"}, "since the layers are PEFT's"),
     "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
     "limit without unit": ({"memory_limit": "1"}, "'1' is not a size above 0 with its unit"),
     "limit": ({"activation_checkpointing": "none", "memory_limit": "1GB"}, "none does not go with --memory-limit"),

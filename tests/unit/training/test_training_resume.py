@@ -6,7 +6,7 @@ import pytest
 import torch
 from prepared_methods import METHODS, STEPS
 
-from peft_vit.adapters import current_ranks, trained_tensors
+from peft_vit.adapters import current_ranks, trained_tensors, use_integer_products
 from peft_vit.config import TrainingConfig
 from peft_vit.errors import UserError
 from peft_vit.training import State, train
@@ -50,6 +50,9 @@ CASES = [
     ("full", {"layer_decay": 0.5, "warmup_share": 0.2}),
     *((method, {"micro_batch_size": 4}) for method in ("growing", "qa_lora", "peft_adalora")),
     *((method, {"activation_checkpointing": "blocks"}) for method in ("growing", "qa_adalora")),
+    *((method, {"compute": "int8"}) for method in ("lora", "growing", "qa_lora", "qa_adalora")),
+    ("growing", {"compute": "int8", "activation_checkpointing": "blocks", "micro_batch_size": 4}),
+    ("lora", {"activation_checkpointing": "light"}),
     ("qa_adalora", {"activation_checkpointing": "adaptive", "recomputed_blocks": 1, "micro_batch_size": 4}),
 ]
 
@@ -66,6 +69,8 @@ class Run:
         tiny_vit, data, runtime = self.made
         model = tiny_vit()
         hooks = METHODS[self.method](model)
+        if self.training.compute == "int8":
+            use_integer_products(model)
 
         def pause(step, state) -> None:
             if step == stop_at:
