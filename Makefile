@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help setup demo smoke test test-research test-all test-gpu test-avx2 torture bench wheel docs site check sizes format clean
+.PHONY: help setup demo smoke test test-research test-all test-gpu test-avx2 torture bench bench-quick wheel docs site check sizes format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,6 +65,9 @@ bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/interval_coverage.py
+
+bench-quick: setup ## compare steps and passes with PEFT's and the frozen model's, in four minutes; fails if one became slower
+	$(BIN)/python benchmarks/quick.py
 
 wheel: ## build the wheel, install it away from here with each Python found, run a smoke study and its report
 	.ci/wheel $(PYTHONS)
