@@ -25,8 +25,8 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import attach_adapters, use_integer_products  # noqa: E402
-from peft_vit.backbones import Architecture, choose_attention, find_sites  # noqa: E402
+from peft_vit.adapters import attach_adapters  # noqa: E402
+from peft_vit.backbones import Architecture, find_sites  # noqa: E402
 from peft_vit.deployment import export_onnx, merge, open_exported  # noqa: E402
 from peft_vit.deployment.check import card_of_random  # noqa: E402
 from peft_vit.quantization.integers import bits_of_weights  # noqa: E402
@@ -81,15 +81,7 @@ def steps(size: int) -> dict[str, Callable[[], Any]]:
 
 def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """Return a forward pass of each form of a model."""
-    bf16 = bf16_support(sides.DEVICE).native
-    plain, integers = (sides.vit(size).eval().requires_grad_(False) for _ in range(2))
-    use_integer_products(integers)
-    choose_attention(integers, sides.DEVICE, "bf16" if bf16 else "fp32")
     images = torch.randn(sides.BATCH, 3, size, size)
-
-    def features(model: nn.Module, *, in_bf16: bool) -> None:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
-            model.forward_features(images)  # type: ignore[operator]
 
     def exported(name: str, model: nn.Module) -> Callable[[], Any]:
         card = card_of_random(Architecture("timm", sides.MODEL), size, ("0", "1"), "quick")
@@ -103,8 +95,8 @@ def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     (trainer,) = packed.hooks
     assert isinstance(trainer, QALoRATrainer)
     return {
-        "features, fp32": lambda: features(plain, in_bf16=False),
-        "features, int8": lambda: features(integers, in_bf16=bf16),
+        "features, fp32": sides.features(size),
+        "features, int8": sides.features(size, integers=True),
         "ONNX, float32": exported("float32.onnx", adapted),
         "ONNX, nf4 small": exported("nf4.onnx", packed.model),
     }

@@ -16,6 +16,8 @@ from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import Architecture, choose_attention, find_sites
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
+from peft_vit.evaluation.halves import forward_in_halves, loss_in_halves, takes_halves
+from peft_vit.runs.machine import bf16_support
 from peft_vit.training import AllocationHook, Hook, QALoRATrainer, optimization_step
 from peft_vit.training.optimization import build_optimizer
 
@@ -38,7 +40,7 @@ class Side:
         bf16: run the forward pass under autocast.
         image_size: in pixels.
         hooks: of our own methods.
-        own_loop: build the optimizer as our training loop does; else as a user writes it, torch's default.
+        own_loop: build the optimizer and pass a batch in halves as our training loop does; else as a user writes it.
         after_step: what another library wants to be told, after the optimizer's step, with the step's number.
         penalty: a term that another library leaves to the training loop.
     """
@@ -68,6 +70,7 @@ class Side:
         self.images = torch.randn(BATCH, 3, image_size, image_size, generator=generator).to(DEVICE)
         self.labels = torch.randint(0, 2, (BATCH,), generator=generator).to(DEVICE)
         self.steps = 0
+        self.halves = own_loop and takes_halves(model, DEVICE)
 
     def step(self) -> None:
         """Do forward, backward, clipping, the optimizer's step, and what the method adds; wait until it is done."""
@@ -75,11 +78,17 @@ class Side:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
+            logits = self.model(images)
+        return nn.functional.cross_entropy(logits.float(), labels) * (len(images) / len(self.images))
+
     def _step(self) -> None:
         self.steps += 1
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(self.images)
-        loss = nn.functional.cross_entropy(logits.float(), self.labels)
+        if self.halves:
+            loss = loss_in_halves(self._loss, self.images, self.labels)
+        else:
+            loss = self._loss(self.images, self.labels)
         if self.penalty is not None:
             loss = loss + self.penalty()
         if self.after_step is None:
@@ -185,6 +194,26 @@ def peft_qlora(image_size: int, *, bf16: bool, name: str = MODEL) -> Side:
 def bnb_layers(model: nn.Module) -> list[bitsandbytes.nn.Linear4bit]:
     """Return the packed layers of bitsandbytes."""
     return [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+
+
+def features(image_size: int, *, integers: bool = False) -> Callable[[], Any]:
+    """Return a pass of a frozen backbone: timm's in float32, or ours with products in int8."""
+    model = vit(image_size).eval().requires_grad_(False)
+    images = torch.randn(BATCH, 3, image_size, image_size, device=DEVICE)
+    bf16 = integers and bf16_support(DEVICE).native
+    if integers:
+        use_integer_products(model)
+        choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
+
+    def forward(part: Tensor) -> Tensor:
+        with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
+            result: Tensor = model.forward_features(part)
+        return result
+
+    def run() -> None:
+        (forward_in_halves(forward, images, DEVICE) if integers else forward(images)).cpu()  # waits for a GPU
+
+    return run
 
 
 def qa_lora(

@@ -21,8 +21,8 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from peft_vit.adapters import merged_state_dict, use_integer_products  # noqa: E402
-from peft_vit.backbones import choose_attention, load_backbone  # noqa: E402
+from peft_vit.adapters import merged_state_dict  # noqa: E402
+from peft_vit.backbones import load_backbone  # noqa: E402
 from peft_vit.config import BackboneConfig  # noqa: E402
 from peft_vit.runs.machine import bf16_support  # noqa: E402
 
@@ -67,21 +67,8 @@ def int8_steps(size: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def features(size: int, rounds: int) -> list[dict[str, Any]]:
-    """Compare the forward pass of a frozen backbone in float32 and with products in int8."""
-    bf16 = bf16_support(sides.DEVICE).native
-    plain, integers = sides.vit(size).eval().requires_grad_(False), sides.vit(size).eval().requires_grad_(False)
-    use_integer_products(integers)
-    choose_attention(integers, sides.DEVICE, "bf16" if bf16 else "fp32")
-    images = torch.randn(sides.BATCH, 3, size, size, device=sides.DEVICE)
-
-    def forward(model: nn.Module, *, in_bf16: bool) -> Any:
-        with torch.inference_mode(), torch.autocast(sides.DEVICE.type, torch.bfloat16, enabled=in_bf16):
-            return model.forward_features(images).cpu()  # type: ignore[operator]
-
-    calls = {
-        "float32": lambda: forward(plain, in_bf16=False),
-        "products in int8": lambda: forward(integers, in_bf16=bf16),
-    }
+    """Compare passes of a frozen backbone: timm's in float32, and ours with products in int8."""
+    calls = {"float32": sides.features(size), "products in int8": sides.features(size, integers=True)}
     return table(f"Features of frozen images, {size} px", in_turn(calls, 3 * rounds), "float32")
 
 

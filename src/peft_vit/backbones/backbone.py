@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -144,11 +145,18 @@ class Backbone:
     def features(self, images: Tensor) -> Tensor:
         """Return what the head sees, (B, width), of normalised images (B, 3, S, S); of several layers side by side.
 
-        If the model makes other passes within its own, what counts is the head's last call.
+        If the model makes other passes within its own, what counts is the head's last call. Other threads may do so
+        at the same time.
         """
         layers = {str(place): layer for place, layer in enumerate(linear_layers(self.head))}
         seen: dict[str, Tensor] = {}
-        with watching(layers, seen.__setitem__):
+        thread = threading.get_ident()
+
+        def see(place: str, inputs: Tensor) -> None:
+            if threading.get_ident() == thread:
+                seen[place] = inputs
+
+        with watching(layers, see):
             self.model(images)
         return torch.cat([seen[place] for place in layers], dim=-1)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import adapted_sites, update_ranks, without_updates
 from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
 from peft_vit.config import Precision
+from peft_vit.evaluation.halves import forward_in_halves
 from peft_vit.records import AdapterRemoval, Metrics, Predictions, Role
 
 ECE_BINS = 15
@@ -139,11 +140,15 @@ def predict(
 ) -> LogitsAndLabels:
     """Return logits (N, classes) and labels (N,) over all batches, in their order."""
     logits, labels = [], []
+
+    def forward(images: Tensor) -> Tensor:
+        with autocast(device, precision):
+            output: Tensor = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
+        return output
+
     with evaluating(model):
         for images, targets in batches:
-            with autocast(device, precision):
-                output = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
-            logits.append(output.float().cpu().numpy())
+            logits.append(forward_in_halves(forward, images, device).float().cpu().numpy())
             labels.append(targets.numpy())
     return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
 

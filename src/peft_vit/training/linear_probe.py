@@ -30,6 +30,7 @@ from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
 from peft_vit.evaluation import autocast, measure
+from peft_vit.evaluation.halves import forward_in_halves
 from peft_vit.records import Evaluation, HeadFit, StepRow
 from peft_vit.seeding import numpy_generator
 from peft_vit.training.hooks import RuntimeConfig
@@ -171,12 +172,16 @@ def head_inputs(
     """
     features = []
     backbone = Backbone(model)
+
+    def forward(batch: Tensor) -> Tensor:
+        with autocast(runtime.device, runtime.precision):
+            return backbone.features(batch.to(runtime.device))  # (B, 3, S, S) -> (B, D)
+
     with evaluating(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])
-            with autocast(runtime.device, runtime.precision):
-                of_batch = backbone.features(filled.to(runtime.device))  # (batch_size, 3, S, S) -> (batch_size, D)
+            of_batch = forward_in_halves(forward, filled, runtime.device)  # (batch_size, D)
             features.append(of_batch.float().cpu().numpy()[: len(batch)])  # (B, D)
     return np.concatenate(features)  # (N, D)
 

@@ -27,6 +27,7 @@ from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError
 from peft_vit.evaluation import autocast, measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.evaluation.halves import loss_in_halves, takes_halves
 from peft_vit.records import Evaluation, StepRow
 from peft_vit.training.checkpoint import (
     State,
@@ -204,6 +205,7 @@ class TrainingState:
         if config.activation_checkpointing in ("light", "adaptive"):
             remember_sources(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
+        self._halves = takes_halves(model, runtime.device)
         self._best = BestState()
         if resume is not None:
             load_model_state(model, resume["model"])
@@ -280,11 +282,17 @@ class TrainingState:
         The last batch of an epoch may be smaller, and its last micro-batch too.
         """
         device, at_once, smoothing = self._runtime.device, self._config.images_at_once, self._config.label_smoothing
-        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            with autocast(device, self._runtime.precision), recomputed(self._recomputed):
+
+        def loss_of(x: Tensor, targets: Tensor) -> Tensor:
+            with autocast(device, self._runtime.precision):
                 logits = self.model(x.to(device))  # (M, classes)
             mean = weighted_cross_entropy(logits.float(), targets.to(device), self._class_weights, smoothing)
-            yield mean * (len(x) / len(images))
+            return mean * (len(x) / len(images))
+
+        for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
+            with recomputed(self._recomputed):
+                loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
+            yield loss
 
     def validate(self) -> None:
         """Evaluate on the validation split, and remember the weights if they are the best so far.
