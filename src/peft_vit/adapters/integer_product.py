@@ -12,6 +12,7 @@ All that goes over (N, out) or (N, in) is done a few rows at a time, which stay 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.quantization.integers import IntegerWeight, quantize_rows
 
+_MEMORY = threading.local()
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
 
 
@@ -74,53 +76,84 @@ class _IntegerProduct(torch.autograd.Function):
         codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
         scales = torch.empty(len(rows), 1, device=x.device)
         for part in _parts(len(rows), rows.shape[1]):
-            codes[part], scales[part] = quantize_rows(rows[part])
-        inner: tuple[Tensor, ...] = ()
+            values = _memory("values", rows[part].shape, torch.float32, x.device).copy_(rows[part])
+            _, scales[part] = quantize_rows(values, codes[part])
+        left, right, inner = None, None, None
         if factors:
-            rights = torch.cat(factors[1::2]).to(dtype)  # (sum of ranks, in)
-            inner = (rights @ codes.to(dtype).T).mul_(scales.T).split([len(right) for right in factors[1::2]])  # (r, N)
-        lefts = [left.T.to(dtype) for left in factors[::2]]  # (r, out_s)
+            left, right = _joined(factors, spans, len(weight.codes), dtype)
+            inner = (right @ codes.to(dtype).T).mul_(scales.T)  # (R, N)
         y = torch.empty(len(rows), len(weight.codes), dtype=dtype, device=x.device)  # (N, out)
         for part in _parts(len(rows), y.shape[1]):
-            product = torch._int_mm(codes[part], weight.codes.T).float().mul_(scales[part])  # (n, out)
-            if bias is None:
-                product.mul_(weight.scales)
-            else:
-                torch.addcmul(bias.float(), product, weight.scales, out=product)
-            y[part] = product
-            for span, left, of_update in zip(spans, lefts, inner, strict=True):
-                y[part, span].addmm_(of_update[:, part].T, left)  # (n, r) @ (r, out_s)
-        ctx.save_for_backward(codes, scales, *inner, *factors)
+            shape = y[part].shape
+            sums = _memory("sums", shape, torch.int32, x.device)
+            torch._int_mm(codes[part], weight.codes.T, out=sums)
+            product = _memory("product", shape, torch.float32, x.device).copy_(sums).mul_(scales[part])  # (n, out)
+            y[part] = product.mul_(weight.scales) if bias is None else bias.addcmul(product, weight.scales)
+            if inner is not None:
+                y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
+        ctx.save_for_backward(codes, scales, left, right, inner)
         ctx.weight, ctx.spans, ctx.shape, ctx.dtype = weight, spans, x.shape, x.dtype
+        ctx.ranks = [len(factor) for factor in factors[1::2]]
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        count, weight = len(ctx.spans), ctx.weight
-        codes, scales, *rest = ctx.saved_tensors
-        inner, factors = rest[:count], rest[count:]
+        weight = ctx.weight
+        codes, scales, left, right, inner = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, out)
-        dtype = gradient.dtype
+        dtype, outer = gradient.dtype, None
         to_factors: list[Tensor] = []
-        if factors:
-            outer = torch.cat(  # (sum of ranks, N): the gradients of the inner products
-                [left.T.to(dtype) @ gradient[:, span].T for span, left in zip(ctx.spans, factors[::2], strict=True)]
-            )
-            to_rights = ((outer * scales.T.to(dtype)) @ codes.to(dtype)).split([len(part) for part in inner])  # (r, in)
-            for span, of_update, to_right in zip(ctx.spans, inner, to_rights, strict=True):
-                to_factors += [(of_update @ gradient[:, span]).T.float(), to_right.float()]  # (out_s, r), (r, in)
+        if inner is not None:
+            outer = left @ gradient.T  # (R, out) @ (out, N): the gradient of the inner products
+            to_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
+            to_rights = ((outer * scales.T.to(dtype)) @ codes.to(dtype)).split(ctx.ranks)  # (R, N) @ (N, in)
+            for span, to_left, to_right in zip(ctx.spans, to_lefts, to_rights, strict=True):
+                to_factors += [to_left[:, span].T.float(), to_right.float()]  # (out_s, r), (r, in)
         to_x = None
         if ctx.needs_input_grad[0]:
             to_x = torch.empty(codes.shape, dtype=ctx.dtype, device=codes.device)  # (N, in)
-            rights = torch.cat(factors[1::2]).to(dtype) if factors else None  # (sum of ranks, in)
+            if outer is not None:
+                outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
             for part in _parts(len(gradient), max(gradient.shape[1], to_x.shape[1])):
-                scaled, of_rows = quantize_rows(gradient[part].float() * weight.scales)  # (n, out), (n, 1)
-                product = torch._int_mm(scaled, weight.codes).float().mul_(of_rows).to(dtype)  # (n, in)
-                to_x[part] = product if rights is None else product.addmm_(outer[:, part].T, rights)
+                shape = gradient[part].shape  # (n, out)
+                scaled = _memory("values", shape, torch.float32, codes.device).copy_(gradient[part])
+                of_gradient, of_rows = quantize_rows(
+                    scaled.mul_(weight.scales), _memory("codes", shape, torch.int8, codes.device)
+                )
+                sums = _memory("sums", to_x[part].shape, torch.int32, codes.device)
+                torch._int_mm(of_gradient, weight.codes, out=sums)  # (n, in)
+                to_x[part] = _memory("product", sums.shape, torch.float32, codes.device).copy_(sums).mul_(of_rows)
+                if outer is not None:
+                    to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
             to_x = to_x.view(ctx.shape)
         to_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
         return to_x, None, to_bias, None, None, *to_factors
+
+
+def _joined(
+    factors: Sequence[Tensor], spans: Sequence[slice], outputs: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of all updates as one, (R, out) with zeros where an update has no rows, and (R, in)."""
+    right = torch.cat(factors[1::2]).to(dtype) if len(spans) > 1 else factors[1].to(dtype)
+    if len(spans) == 1 and len(factors[0]) == outputs:
+        return factors[0].T.to(dtype), right
+    left = torch.zeros(len(right), outputs, dtype=dtype, device=right.device)
+    start = 0
+    for span, of_update in zip(spans, factors[::2], strict=True):
+        rank = of_update.shape[1]
+        left[start : start + rank, span] = of_update.T
+        start += rank
+    return left, right
+
+
+def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory of this thread that is used again and again, and so is in the processor's cache already."""
+    kept: dict[str, Tensor] = vars(_MEMORY)
+    key = f"{name} {dtype} {device}"
+    if key not in kept or kept[key].numel() < shape.numel():
+        kept[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
+    return kept[key][: shape.numel()].view(shape)
 
 
 def _parts(rows: int, width: int) -> Iterator[slice]:

@@ -79,11 +79,18 @@ class IntegerWeight:
         return self.codes * self.scales.unsqueeze(1)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes (N, width) int8 and scales (N, 1) float32 of rows in float, rounded to the nearest code."""
-    x = x.float()
-    scales = x.abs().amax(-1, keepdim=True).div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)  # (N, 1)
-    return (x * scales.reciprocal()).round_().to(torch.int8), scales
+def quantize_rows(x: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes (N, width) int8 and scales (N, 1) float32 of rows in float, rounded to the nearest code.
+
+    Args:
+        x: (N, width); where `codes` are given it is overwritten.
+        codes: where they are written; None: in new memory.
+    """
+    scaled = x.float().clone() if codes is None else x
+    largest = torch.maximum(scaled.amax(-1, keepdim=True), scaled.amin(-1, keepdim=True).neg_())  # no |x| in memory
+    scales = largest.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
+    scaled.mul_(scales.reciprocal()).round_()
+    return (scaled.to(torch.int8) if codes is None else codes.copy_(scaled)), scales
 
 
 def has_integer_products(device: torch.device | str) -> bool:
