@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import bitsandbytes
@@ -15,6 +16,7 @@ from peft_vit.adapters import attach_adapters, current_ranks, use_integer_produc
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import Architecture, choose_attention, find_sites
 from peft_vit.backbones.catalog import build_model
+from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import AdaLoraConfig, QaLoraConfig, TrainingConfig
 from peft_vit.evaluation.halves import forward_in_halves, loss_in_halves, takes_halves
 from peft_vit.runs.machine import bf16_support
@@ -70,6 +72,7 @@ class Side:
         self.images = torch.randn(BATCH, 3, image_size, image_size, generator=generator).to(DEVICE)
         self.labels = torch.randint(0, 2, (BATCH,), generator=generator).to(DEVICE)
         self.steps = 0
+        self.own_loop = own_loop
         self.halves = own_loop and takes_halves(model, DEVICE)
 
     def step(self) -> None:
@@ -85,10 +88,11 @@ class Side:
 
     def _step(self) -> None:
         self.steps += 1
-        if self.halves:
-            loss = loss_in_halves(self._loss, self.images, self.labels)
-        else:
-            loss = self._loss(self.images, self.labels)
+        with class_token_alone(self.model) if self.own_loop else nullcontext():
+            if self.halves:
+                loss = loss_in_halves(self._loss, self.images, self.labels)
+            else:
+                loss = self._loss(self.images, self.labels)
         if self.penalty is not None:
             loss = loss + self.penalty()
         if self.after_step is None:
@@ -211,7 +215,8 @@ def features(image_size: int, *, integers: bool = False) -> Callable[[], Any]:
         return result
 
     def run() -> None:
-        (forward_in_halves(forward, images, DEVICE) if integers else forward(images)).cpu()  # waits for a GPU
+        with class_token_alone(model) if integers else nullcontext():
+            (forward_in_halves(forward, images, DEVICE) if integers else forward(images)).cpu()  # waits for a GPU
 
     return run
 

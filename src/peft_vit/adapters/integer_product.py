@@ -89,7 +89,7 @@ class _IntegerProduct(torch.autograd.Function):
             torch._int_mm(codes[part], weight.codes.T, out=sums)
             product = _memory("product", shape, torch.float32, x.device).copy_(sums).mul_(scales[part])  # (n, out)
             y[part] = product.mul_(weight.scales) if bias is None else bias.addcmul(product, weight.scales)
-            if inner is not None:
+            if inner is not None and left is not None:
                 y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
         ctx.save_for_backward(codes, scales, left, right, inner)
         ctx.weight, ctx.spans, ctx.shape, ctx.dtype = weight, spans, x.shape, x.dtype
@@ -135,7 +135,7 @@ def _joined(
     factors: Sequence[Tensor], spans: Sequence[slice], outputs: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of all updates as one, (R, out) with zeros where an update has no rows, and (R, in)."""
-    right = torch.cat(factors[1::2]).to(dtype) if len(spans) > 1 else factors[1].to(dtype)
+    right = torch.cat(list(factors[1::2])).to(dtype) if len(spans) > 1 else factors[1].to(dtype)
     if len(spans) == 1 and len(factors[0]) == outputs:
         return factors[0].T.to(dtype), right
     left = torch.zeros(len(right), outputs, dtype=dtype, device=right.device)
@@ -157,7 +157,7 @@ def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
 
 
 def _parts(rows: int, width: int) -> Iterator[slice]:
-    """Yield the rows that are taken at a time."""
-    step = max(32, _VALUES_AT_ONCE // width)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    """Yield the rows that are taken at a time, about as many each time."""
+    count = max(1, round(rows * width / _VALUES_AT_ONCE))
+    for part in range(count):
+        yield slice(part * rows // count, (part + 1) * rows // count)

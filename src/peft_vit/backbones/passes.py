@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -38,6 +40,38 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None
             handle = module.register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def class_token_alone(model: nn.Module) -> Iterator[None]:
+    """For a while, let the last block compute the class token alone, where that is all that the head reads.
+
+    Its other tokens are read by their keys and values only. So the output of attention, the MLP and the norm after it
+    are computed for one token, forward and backward. It is for timm's VisionTransformer with plain blocks; what others
+    compute stays.
+    """
+    place = next((part for part in model.modules() if type(part) is VisionTransformer), None)
+    last = None if place is None else place.blocks[-1]
+    if place is None or place.global_pool != "token" or place.attn_pool is not None or type(last) is not Block:
+        yield
+        return
+    before = vars(last).get("forward")
+    handle = last.attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) -> (B, 1, D)
+    vars(last)["forward"] = partial(_class_token, last)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if before is None:
+            del vars(last)["forward"]
+        else:
+            vars(last)["forward"] = before
+
+
+def _class_token(block: Block, x: Tensor) -> Tensor:
+    """Return what timm's block does, of the first token alone: (B, N, D) -> (B, 1, D)."""
+    x = x[:, :1] + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
 def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], None]) -> Tensor:

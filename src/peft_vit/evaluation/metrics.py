@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_sites, update_ranks, without_updates
 from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
+from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import Precision
 from peft_vit.evaluation.halves import forward_in_halves
 from peft_vit.records import AdapterRemoval, Metrics, Predictions, Role
@@ -146,7 +147,7 @@ def predict(
             output: Tensor = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
         return output
 
-    with evaluating(model):
+    with evaluating(model), class_token_alone(model):
         for images, targets in batches:
             logits.append(forward_in_halves(forward, images, device).float().cpu().numpy())
             labels.append(targets.numpy())

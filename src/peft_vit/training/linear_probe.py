@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.backbones import Backbone, Head, evaluating, fill_head
+from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
@@ -177,7 +178,7 @@ def head_inputs(
         with autocast(runtime.device, runtime.precision):
             return backbone.features(batch.to(runtime.device))  # (B, 3, S, S) -> (B, D)
 
-    with evaluating(model):
+    with evaluating(model), class_token_alone(model):
         for batch, _ in images.ordered_batches(batch_size, runtime.mean, runtime.std):
             flipped = batch.flip(axes) if axes else batch  # (B, 3, S, S)
             filled = torch.cat([flipped, flipped[-1:].expand(batch_size - len(flipped), -1, -1, -1)])

@@ -23,6 +23,7 @@ from peft_vit.adapters import (
     update_ranks,
 )
 from peft_vit.backbones import Backbone, apply_temperature, freeze_batch_norm
+from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError
@@ -290,7 +291,7 @@ class TrainingState:
             return mean * (len(x) / len(images))
 
         for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
-            with recomputed(self._recomputed):
+            with class_token_alone(self.model), recomputed(self._recomputed):
                 loss = loss_in_halves(loss_of, x, targets) if self._halves and len(x) > 1 else loss_of(x, targets)
             yield loss
 
