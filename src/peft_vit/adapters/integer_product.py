@@ -152,7 +152,8 @@ def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     kept: dict[str, Tensor] = vars(_MEMORY)
     key = f"{name} {dtype} {device}"
     if key not in kept or kept[key].numel() < shape.numel():
-        kept[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or it could be used in that mode alone
+            kept[key] = torch.empty(shape.numel(), dtype=dtype, device=device)
     return kept[key][: shape.numel()].view(shape)
 
 

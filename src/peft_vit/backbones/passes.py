@@ -56,12 +56,10 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
         yield
         return
     before = vars(last).get("forward")
-    handle = last.attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) -> (B, 1, D)
     vars(last)["forward"] = partial(_class_token, last)
     try:
         yield
     finally:
-        handle.remove()
         if before is None:
             del vars(last)["forward"]
         else:
@@ -70,7 +68,12 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
 
 def _class_token(block: Block, x: Tensor) -> Tensor:
     """Return what timm's block does, of the first token alone: (B, N, D) -> (B, 1, D)."""
-    x = x[:, :1] + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+    handle = block.attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) -> (B, 1, D)
+    try:
+        attended = block.attn(block.norm1(x))
+    finally:
+        handle.remove()
+    x = x[:, :1] + block.drop_path1(block.ls1(attended))
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 

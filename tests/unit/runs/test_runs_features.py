@@ -20,6 +20,7 @@ PROVENANCE = {
     "config_sha256": None,
     "data_sha256": "d" * 64,
     "device": "cpu",
+    "integer_bits": None,
     "packages": {"timm": "1"},
     "processor": "p",
 }
@@ -128,6 +129,7 @@ PROVENANCES = {
     "data": {"data_sha256": "e" * 64},
     "device": {"device": "cuda"},
     "processor": {"processor": "q"},
+    "bits of integers": {"integer_bits": 7},
     "timm": {"packages": {"timm": "2"}},
     "transformers": {"packages": {"timm": "1", "transformers": "5"}},
 }
