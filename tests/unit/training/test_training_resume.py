@@ -145,6 +145,24 @@ def test_interrupted_it_equals_one_that_was_not(make, method, training) -> None:
         assert "probe_history" in whole["hooks"][0]
 
 
+@pytest.mark.parametrize(
+    ("method", "training"),
+    [("lora", {"compute": "int8"}), ("growing", {"activation_checkpointing": "blocks"}), ("qa_adalora", {})],
+)
+def test_on_two_threads_that_take_half_of_a_batch_each_too(make, method, training) -> None:
+    alone = make(method, **training).once()
+    torch.set_num_threads(2)
+    try:
+        run = make(method, **training)
+        whole, again = run.once(), run.interrupted(4, 8, 11)
+    finally:
+        torch.set_num_threads(1)
+    assert again == whole
+    losses, of_one = ([row["loss"] for row in left["steps"]] for left in (whole, alone))
+    assert losses != of_one  # gradients were added up otherwise
+    assert losses == pytest.approx(of_one, rel=0.02)
+
+
 @pytest.mark.parametrize("change", [*IMAGES, *MIXES])
 def test_each_augmentation_makes_another_training(make, change) -> None:
     assert make("lora", augmentation=[change]).once()["model"] != make("lora", augmentation=[]).once()["model"]
