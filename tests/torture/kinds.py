@@ -268,7 +268,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             file,
             spoil,
             _decoding(name, _path_of(configuration), configuration),
-            ("plan", configuration, "--no-profile", "--output", sound.out),
+            ("plan", configuration, "--output", sound.out),
             names=(configuration,),
         )
         for name, file, spoil in files

@@ -129,7 +129,20 @@ def open_splits(path: str, subset: str | None) -> dict[str, Dataset]:
         except Exception as error:  # a foreign set can fail in any way; the user needs one line
             field = "data.hub_subset" if "config" in str(error).lower() else "data.path"
             message = f"can't be read by the library datasets ({_reason(error)})"
-            raise UserError(message, file=path, field=field) from None
+            raise UserError(message, file=_damaged(place) or path, field=field) from None
+
+
+def _damaged(place: Path) -> Path | None:
+    """Return the first Parquet file at or below a place that can't be read; the library's errors name none."""
+    from pyarrow.parquet import ParquetFile
+
+    for file in [place] if place.suffix == ".parquet" else sorted(place.rglob("*.parquet")):
+        try:
+            for _ in ParquetFile(file).iter_batches():
+                pass
+        except Exception:  # of whatever kind, the library's own error is told
+            return file
+    return None
 
 
 def _reason(error: BaseException) -> str:
