@@ -269,7 +269,7 @@ def data_sets(sound: SoundFiles, nasty: Nasty) -> list[Target]:
             spoil,
             _decoding(name, _path_of(configuration), configuration),
             ("plan", configuration, "--output", sound.out),
-            names=(configuration,),
+            names=(configuration, *([folder / "hf"] if name == "hf" else [])),  # and the row, of an image in a table
         )
         for name, file, spoil in files
         for configuration in [folder / f"{name}.yaml"]

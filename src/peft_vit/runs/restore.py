@@ -147,4 +147,6 @@ def done_record(run_dir: Path) -> RunRecord:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")
     if not record.class_names:
         raise UserError("holds no class; rerun this run", file=run_dir / RECORD_FILE, field="class_names")
+    if not {"train", "validation", "test"} <= record.split_sizes.keys():
+        raise UserError("lacks a split; rerun this run", file=run_dir / RECORD_FILE, field="split_sizes")
     return record
