@@ -29,6 +29,7 @@ import sides  # noqa: E402
 import torch  # noqa: E402
 
 from peft_vit.evaluation.footprint import peak_memory_bytes, reset_peak_memory  # noqa: E402
+from peft_vit.runs.machine import bf16_support  # noqa: E402
 from peft_vit.training.optimization import blocks_of, recomputed  # noqa: E402
 
 STEPS = 6
@@ -36,16 +37,21 @@ SMALL_SIDES = {
     "floor": lambda bf16: sides.floor(112, bf16=bf16),
     "PEFT LoRA r=8": lambda bf16: sides.peft_lora(112, bf16=bf16),
     "peft-vit LoRA r=8": lambda bf16: sides.lora(112, bf16=bf16),
+    "peft-vit LoRA r=8, light": lambda bf16: sides.lora(112, bf16=bf16, light=True),
+    "peft-vit LoRA r=8, int8": lambda bf16: sides.lora(112, bf16=bf16, integers=True),
     "PEFT AdaLoRA 12 -> 8": lambda bf16: sides.peft_adalora(112, bf16=bf16, total_steps=48),
     "peft-vit AdaLoRA 12 -> 8": lambda bf16: sides.adalora(112, bf16=bf16, total_steps=48)[0],
 }
 LARGE_MODEL, LARGE_SIZE, LARGE_BATCH = "vit_base_patch16_224", 224, 8
+NATIVE = bf16_support(sides.DEVICE).native
 Build = Callable[[], sides.Side]
 LARGE_BUILDS: dict[str, Build] = {
     "floor": lambda: sides.floor(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
     "PEFT LoRA r=8": lambda: sides.peft_lora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
     "PEFT over bitsandbytes nf4": lambda: sides.peft_qlora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
     "peft-vit LoRA r=8": lambda: sides.lora(LARGE_SIZE, bf16=False, name=LARGE_MODEL),
+    "peft-vit LoRA r=8, light": lambda: sides.lora(LARGE_SIZE, bf16=False, light=True, name=LARGE_MODEL),
+    "peft-vit LoRA r=8, int8": lambda: sides.lora(LARGE_SIZE, bf16=NATIVE, integers=True, name=LARGE_MODEL),
     "peft-vit QA-LoRA nf4": lambda: sides.qa_lora(LARGE_SIZE, bf16=False, type="nf4", name=LARGE_MODEL),
 }
 AGAIN = ", blocks"  # computed again in the backward pass
@@ -59,16 +65,16 @@ LARGE_SIDES = {
 
 def recompute(side: sides.Side) -> None:
     """Let a side's forward passes keep no more than its blocks' inputs, by this package's means or by timm's own."""
-    forward = side.model.forward
     if isinstance(side.model, sides.peft.PeftModel):
         side.model.base_model.model.set_grad_checkpointing(True)
         return
+    step = side.step
 
-    def call(*inputs: Any) -> Any:
-        with recomputed(blocks_of(side.model)):
-            return forward(*inputs)
+    def step_recomputing() -> None:
+        with recomputed(blocks_of(side.model)):  # around both halves of a batch
+            step()
 
-    side.model.forward = call
+    side.step = step_recomputing  # type: ignore[method-assign]
 
 
 def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import attach_adapters, current_ranks, use_integer_products
+from peft_vit.adapters import attach_adapters, current_ranks, remember_sources, use_integer_products
 from peft_vit.allocation import AdaLoRAController
 from peft_vit.backbones import Architecture, choose_attention, find_sites
 from peft_vit.backbones.catalog import build_model
@@ -128,13 +128,15 @@ def lora(
     *,
     bf16: bool,
     integers: bool = False,
+    light: bool = False,
     mean_rank: float = RANK,
     name: str = MODEL,
     model: nn.Module | None = None,
 ) -> Side:
     """Return our fixed-rank LoRA; a mean rank that is no whole number is spread evenly over the sites.
 
-    `integers` multiplies frozen weights in int8. A model may be given, say with real weights.
+    `integers` multiplies frozen weights in int8, `light` computes outputs of norms and activations again. A model may
+    be given, say with real weights.
     """
     model = vit(image_size, name) if model is None else model
     choose_attention(model, DEVICE, "bf16" if bf16 else "fp32")
@@ -144,6 +146,8 @@ def lora(
     attach_adapters(model, sites, ranks, scale=SCALE, seed=0)
     if integers:
         use_integer_products(model)
+    if light:
+        remember_sources(model)
     return Side(model, bf16=bf16, image_size=image_size, own_loop=True)
 
 
