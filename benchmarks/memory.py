@@ -22,7 +22,6 @@ with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCAT
 import statistics  # noqa: E402 - torch must be loaded under the allocator
 import time  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from typing import Any  # noqa: E402
 
 import psutil  # noqa: E402
 import sides  # noqa: E402
