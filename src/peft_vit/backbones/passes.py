@@ -66,15 +66,16 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
             vars(last)["forward"] = before
 
 
-def _class_token(block: Block, x: Tensor) -> Tensor:
-    """Return what timm's block does, of the first token alone: (B, N, D) -> (B, 1, D)."""
+def _class_token(block: Any, x: Tensor) -> Tensor:
+    """Return what timm's `Block` does, of the first token alone: (B, N, D) -> (B, 1, D)."""
     handle = block.attn.proj.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :1],))  # (B, N, D) -> (B, 1, D)
     try:
         attended = block.attn(block.norm1(x))
     finally:
         handle.remove()
     x = x[:, :1] + block.drop_path1(block.ls1(attended))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    result: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return result
 
 
 def visit_blocks(backbone: Backbone, run: Rest, visit: Callable[[int, Rest], None]) -> Tensor:
