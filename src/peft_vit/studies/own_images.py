@@ -26,6 +26,7 @@ _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 _PATIENCE_STEPS = 150
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
+_WORTH_A_LINE_S = 30
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
@@ -119,13 +120,15 @@ class _Forecast:
         rates = {way: product_rate(shape, device, precision, request.threads, way) for way in computes}
         self.compute = max(computes, key=lambda way: rates[way])
         self.throughput = Throughput.estimated(rates[self.compute])
+        self._in_float = Throughput.estimated(rates.get("float", rates[self.compute]))
 
-    def seconds(self, shape: BackboneShape, steps: int) -> float:
+    def seconds(self, shape: BackboneShape, steps: int, throughput: Throughput | None = None) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
-        step_s = self.throughput.step_s(shape, self.request.method, self.request.batch_size, self._recomputed(shape))
+        throughput = throughput or self.throughput
+        step_s = throughput.step_s(shape, self.request.method, self.request.batch_size, self._recomputed(shape))
         validations = 2 + steps // validate_every(self.counts.validation, self.request.batch_size)
         images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
-        return self.throughput.start_s + steps * step_s + images * self.throughput.image_s(shape)
+        return throughput.start_s + steps * step_s + images * throughput.image_s(shape)
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
@@ -176,6 +179,9 @@ class _Forecast:
         length = f", up to {steps} steps, fewer if validation stops to gain" if self.request.epochs is None else ""
         length = "" if self.request.is_probe else length or f", {steps} steps"
         line = f"Images of {image_size} px{length}."
+        saved_s = self.seconds(shape, steps, self._in_float) - self.seconds(shape, steps)
+        if saved_s >= _WORTH_A_LINE_S:
+            line += f" Frozen layers multiply 8-bit integers, which saves about {saved_s / 60:.1f} minutes."
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line

@@ -243,6 +243,30 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     assert training_of(asked(minutes=2)).steps >= steps[-1]
 
 
+@pytest.mark.parametrize(
+    ("method", "requested", "faster", "chosen"),
+    [
+        ("lora", "auto", 3.0, "int8"),
+        ("lora", "auto", 0.8, "float"),
+        ("lora", "float", 3.0, "float"),
+        ("lora", "int8", 0.8, "int8"),
+        ("full", "auto", 3.0, "float"),
+    ],
+)
+def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
+    asked, pace, monkeypatch, method, requested, faster, chosen
+) -> None:
+    pace(FAST)
+    rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
+    monkeypatch.setattr(own_images, "product_rate", lambda *given: rates[given[4]])
+    study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
+    assert study.experiments[0].training.compute == chosen
+    saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
+    assert bool(saves) == (chosen == "int8" and requested == "auto")
+    again, _ = study_of(asked(method, steps=60, image_size=64), study)
+    assert again.experiments[0].training.compute == chosen  # whatever is faster then
+
+
 def test_little_memory_means_small_images(asked, pace) -> None:
     pace(FAST, memory=1 << 27)
     small = size_of(asked())
