@@ -82,7 +82,8 @@ class _IntegerProduct(torch.autograd.Function):
         if factors:
             left, right = _joined(factors, spans, len(weight.codes), dtype)
             inner = (right @ codes.to(dtype).T).mul_(scales.T)  # (R, N)
-        y = torch.empty(len(rows), len(weight.codes), dtype=dtype, device=x.device)  # (N, out)
+        outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
+        y = outputs.view(len(rows), len(weight.codes))  # (N, out), of the same memory
         for part in _parts(len(rows), y.shape[1]):
             shape = y[part].shape
             sums = _memory("sums", shape, torch.int32, x.device)
@@ -94,7 +95,7 @@ class _IntegerProduct(torch.autograd.Function):
         ctx.save_for_backward(codes, scales, left, right, inner)
         ctx.weight, ctx.spans, ctx.shape, ctx.dtype = weight, spans, x.shape, x.dtype
         ctx.ranks = [len(factor) for factor in factors[1::2]]
-        return y.view(*x.shape[:-1], -1)
+        return outputs  # no view, since some models add to it in place
 
     @staticmethod
     @once_differentiable

@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from tiny_models import TINY_FAMILIES, random_model
 from torch import nn
 from torch.nn import functional as F
 
 from peft_vit.adapters import attach_adapters, use_integer_products
 from peft_vit.backbones import Backbone, find_sites
+from peft_vit.backbones.passes import class_token_alone
 from peft_vit.evaluation.halves import forward_in_halves, in_halves, loss_in_halves, takes_halves
 
 CPU = torch.device("cpu")
@@ -51,6 +53,23 @@ def test_gradients_are_those_of_the_whole_and_repeat_to_the_bit(two_threads, tin
     for _ in range(10):
         again = gradients(model, some, halves=True)
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", TINY_FAMILIES)
+def test_every_family_passes_in_halves_and_in_integers(two_threads, name, batch) -> None:
+    model = random_model(name).train()
+    attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+    in_float = model(batch[0]).detach()
+    bits = use_integer_products(model)
+    assert bits in (7, 8)
+    assert (model(batch[0]) - in_float).norm() < 0.2 * in_float.norm()
+    with class_token_alone(model):
+        whole, first = gradients(model, batch, halves=False), gradients(model, batch, halves=True)
+        again = gradients(model, batch, halves=True)
+    assert all(torch.equal(again[parameter], gradient) for parameter, gradient in first.items())
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for parameter, gradient in whole.items():
+        torch.testing.assert_close(first[parameter], gradient, rtol=0.02, atol=5e-3 * largest)
 
 
 def test_threads_have_their_share_and_the_caller_keeps_its_own(two_threads) -> None:
