@@ -263,7 +263,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
     assert bool(saves) == (chosen == "int8" and requested == "auto")
-    again, _ = study_of(asked(method, steps=60, image_size=64), study)
+    again, _ = study_of(asked(method, compute=requested, steps=60, image_size=64), study)
     assert again.experiments[0].training.compute == chosen  # whatever is faster then
 
 
