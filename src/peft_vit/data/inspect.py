@@ -163,9 +163,6 @@ def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
     Returns:
         Equal numbers for images of one group, (N,) int64.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     count = len(thumbnails)
     groups = np.arange(count, dtype=np.int64)
     for first in range(start, count, _BLOCK):
@@ -178,7 +175,10 @@ def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
                 a, b = (_detail(thumbnails[pairs[:, side]]) for side in (0, 1))  # (M, 196) each
                 norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
                 pairs = pairs[(a * b).sum(1) >= _LEAST_DETAIL_CORRELATION * norms]
-                if len(pairs):
+                if len(pairs):  # which are few sets' images: the libraries take memory in every worker
+                    from scipy.sparse import coo_array
+                    from scipy.sparse.csgraph import connected_components
+
                     links = coo_array((np.ones(len(pairs), dtype=bool), groups[pairs].T), shape=(count, count))
                     groups = connected_components(links, directed=False)[1][groups].astype(np.int64)
     return groups
