@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, Self, TypeAlias, cast
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +89,10 @@ class AdaptedLinear(nn.Module):
         version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
         made_from = (version, self.quantized, self.quantized_share)
         if self._integers is None or self._integers[0] != made_from:
-            packed = self.quantized is not None and (self.weight is None or self.quantized_share == 1)
-            integers = (
-                IntegerWeight.from_quantized(cast(QuantizedTensor, self.quantized))
-                if packed
-                else IntegerWeight.from_float(self.frozen_weight())
-            )
+            if self.quantized is not None and (self.weight is None or self.quantized_share == 1):
+                integers = IntegerWeight.from_quantized(self.quantized)
+            else:
+                integers = IntegerWeight.from_float(self.frozen_weight())
             self._integers = (made_from, integers)
         return self._integers[1]
 

@@ -43,6 +43,22 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None
 
 
 @contextmanager
+def own_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules a `forward` of their own for a while; the modules, their names and their hooks stay."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del vars(module)["forward"]
+            else:  # another library had put one there
+                vars(module)["forward"] = own
+
+
+@contextmanager
 def class_token_alone(model: nn.Module) -> Iterator[None]:
     """For a while, let the last block compute the class token alone, where that is all that the head reads.
 
@@ -50,20 +66,15 @@ def class_token_alone(model: nn.Module) -> Iterator[None]:
     are computed for one token, forward and backward. It is for timm's VisionTransformer with plain blocks; what others
     compute stays.
     """
-    place = next((part for part in model.modules() if type(part) is VisionTransformer), None)
-    last = None if place is None else place.blocks[-1]
-    if place is None or place.global_pool != "token" or place.attn_pool is not None or type(last) is not Block:
+    vit = next((part for part in model.modules() if type(part) is VisionTransformer), None)
+    last = None if vit is None else vit.blocks[-1]
+    reads_it_alone = vit is not None and vit.global_pool == "token" and vit.attn_pool is None
+    # A forward that another library has put there is not known to do what timm's does.
+    if reads_it_alone and type(last) is Block and "forward" not in vars(last):
+        with own_forwards({last: partial(_class_token, last)}):
+            yield
+    else:
         yield
-        return
-    before = vars(last).get("forward")
-    vars(last)["forward"] = partial(_class_token, last)
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(last)["forward"]
-        else:
-            vars(last)["forward"] = before
 
 
 def _class_token(block: Any, x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ computing it again saves nothing. Where stages differ, as in Swin and Hiera, the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_vit.adapters.adapted_product import saving_first
 from peft_vit.backbones import Backbone
+from peft_vit.backbones.passes import own_forwards
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data
 from peft_vit.errors import DivergedError, UserError
@@ -231,22 +232,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [backbone.model.get_submodule(name) for name in backbone.blocks]
 
 
-@contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def recomputed(blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Let a forward pass within keep each block's inputs alone; its backward pass, wherever it is, computes the rest.
 
     The gradients are those without, bit for bit: the same operations on the same values, with torch's generators as
     they were, so that a dropout drops the same. Modules, their names and their hooks stay: for a while a block has a
     `forward` of its own. Calls under `no_grad` compute as always.
     """
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        vars(block)["forward"] = partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False)
-    try:
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
-                del vars(block)["forward"]
-            else:  # another library had put one there
-                vars(block)["forward"] = own
+    return own_forwards(
+        {block: partial(checkpoint, partial(saving_first, block.forward), use_reentrant=False) for block in blocks}
+    )

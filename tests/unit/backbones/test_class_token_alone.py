@@ -54,3 +54,13 @@ def test_where_the_head_reads_more_all_tokens_are_computed(name, settings) -> No
         expected = model(images)
         with class_token_alone(model):
             assert torch.equal(model(images), expected)
+
+
+def test_a_forward_of_another_library_stays(tiny_vit, batch) -> None:
+    model = tiny_vit().eval()
+    block, calls = model.blocks[-1], []
+    plain = block.forward
+    block.forward = lambda x: calls.append(x.shape[1]) or plain(x)
+    with class_token_alone(model):
+        model(batch[0])
+    assert calls == [17]
