@@ -49,10 +49,10 @@ STEPS = (
     Bound("LoRA, fp32", "floor", 1.12, 1.12),
     Bound("LoRA, fp32", "PEFT LoRA, fp32", 0.90, 0.90),
     Bound("LoRA, bf16", "PEFT LoRA, bf16", 0.72, 0.72),
-    Bound("LoRA, int8", "floor", 0.50, 0.85),
-    Bound("QA-LoRA nf4, fp32", "floor", 1.10, 1.10),
+    Bound("LoRA, int8", "floor", 0.60, 0.85),
+    Bound("QA-LoRA nf4, fp32", "floor", 1.15, 1.15),
     Bound("QA-LoRA nf4, fp32", "PEFT NF4, fp32", 0.88, 0.88),
-    Bound("QA-LoRA int4, int8", "floor", 0.55, 0.95),
+    Bound("QA-LoRA int4, int8", "floor", 0.62, 0.95),
 )
 PASSES = (
     Bound("features, int8", "features, fp32", 0.45, 0.65),
