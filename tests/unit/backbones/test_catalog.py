@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import pytest
 import timm
+import torch
 
-from peft_vit.backbones import MODELS, describe
+from peft_vit.backbones import MODELS, Architecture, Backbone, describe, native_size, size_step_of
+from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
+
+ROWS = Path(__file__).parents[3] / "benchmarks" / "results" / "backbones.csv"
+LISTED = {
+    row["model"]: row["module"]
+    for row in csv.DictReader(ROWS.read_text(encoding="utf-8").splitlines())
+    if row["module"] != "transformers"
+}
+ONE_A_FAMILY = {module: name for name, module in LISTED.items()}
+# Found by tokens, and the step of their sizes: some take no size but their own; patches of 14 px merged two by two.
+OTHERS = {
+    "davit_tiny": 32,
+    "pvt_v2_b0": 32,
+    "cait_xxs24_224": 32,
+    "crossvit_9_240": 240,
+    "efficientformer_l1": 224,
+    "deepseek_vit_412m": 56,
+}
 
 
 def _config(model: str) -> BackboneConfig:
@@ -56,3 +78,29 @@ def test_values_at_the_matrices_by_hand() -> None:
     blocks = sum(n * 16 * 56**2 // 4**stage * 96 * 2**stage for stage, n in enumerate((2, 2, 6, 2)))
     merges = sum(56**2 // 4**stage * 96 * 2 ** (stage - 1) * (4 + 2) for stage in (1, 2, 3))
     assert sum(describe(_config("swin_tiny_patch4_window7_224"), 224).values_by_block) == blocks + merges
+
+
+def takes_sizes_that_are_chosen(name: str) -> bool:
+    architecture = Architecture("timm", name)
+    step, native = size_step_of(architecture), native_size(architecture)
+    for size in {max(step, -(-64 // step) * step), max(step, (native - 1) // step * step), native}:
+        with torch.device("meta"):
+            model = build_model(architecture, size, 2, shallow=name not in OTHERS).eval()
+            logits = model(torch.zeros(1, *Backbone(model).input_size))  # (1, 3, S, S) -> (1, 2)
+        assert logits.shape == (1, 2), size
+    return True
+
+
+@pytest.mark.parametrize("name", [*ONE_A_FAMILY.values(), *OTHERS])
+def test_a_model_of_each_family_takes_the_sizes_that_are_chosen(name: str) -> None:
+    assert takes_sizes_that_are_chosen(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LISTED)
+def test_each_model_takes_the_sizes_that_are_chosen(name: str) -> None:
+    assert takes_sizes_that_are_chosen(name)
+
+
+def test_a_model_whose_stages_divide_images_has_no_sizes_of_a_few_pixels() -> None:
+    assert {name: size_step_of(Architecture("timm", name)) for name in OTHERS} == OTHERS

@@ -12,6 +12,7 @@ heads.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections import Counter
@@ -41,6 +42,7 @@ _KINDS = {  # what matrices are called in timm and in transformers, by the name 
     "gate_proj": "gate",
     "down_proj": "fc2",
 }
+_STEPS = (32, 56)  # of an image's side, in pixels; 56 where patches have 14
 _FOUND = "_peft_vit_linears_on_tokens"  # attribute of a model: what was found before adapters took the layers' places
 
 
@@ -208,6 +210,27 @@ def _build(name: str, image_size: int, num_classes: int, **settings: Any) -> nn.
     return model
 
 
+def _size_step(model: Any) -> int:
+    """Return 32 px, the total stride of most models with stages, or what else a model of this class takes.
+
+    A model that takes no other size than its own has that one.
+    """
+    return _tried_step(model.pretrained_cfg["architecture"], model.default_cfg["input_size"][1])
+
+
+@functools.cache
+def _tried_step(name: str, native: int) -> int:
+    def takes(size: int) -> bool:
+        try:
+            with torch.device("meta"):
+                _shapes(_build(name, size, 1), (1, 3, size, size))
+        except Exception:  # what a model says of a size that its stages do not divide
+            return False
+        return True
+
+    return next((step for step in _STEPS if takes(2 * step) and takes((native - 1) // step * step)), native)
+
+
 def _fit_weights(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Let the module of timm that a model's class comes from rename other projects' tensors, if it does."""
     fit = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -218,7 +241,8 @@ TIMM_OTHER = Family(
     nn.Module,
     fit_weights=_fit_weights,
     build=_build,
-    size_step=lambda model: 1,  # a forward pass tells which sizes a model takes
+    size_step=_size_step,
+    sizes_are_tried=True,
     shallow={},
     **BY_TOKENS,
 )

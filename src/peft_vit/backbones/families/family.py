@@ -86,6 +86,7 @@ class Family:
         shallow: settings of the class for two blocks a stage.
         in_turn: the blocks are called one after the other, each with what the one before has returned.
         size_step: what the side of an image has to be a multiple of, in pixels.
+        sizes_are_tried: other sides may do too, and a forward pass tells; those of `size_step` do in any case.
     """
 
     model_class: type[nn.Module]
@@ -96,5 +97,6 @@ class Family:
     input_size: Callable[[nn.Module], tuple[int, int, int]] = input_of_patches
     build: Callable[..., nn.Module] = build
     size_step: Callable[[nn.Module], int] = patch_size
+    sizes_are_tried: bool = False
     shallow: Mapping[str, Any] = field(default_factory=lambda: {"depth": 2})
     in_turn: bool = True
