@@ -2,11 +2,13 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny_transformers
 import torch
+from exported_files import logits_of
 from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
 from torch import nn
@@ -16,7 +18,7 @@ from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import Architecture, load_backbone
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
-from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, open_exported, save_low_bit
+from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, save_low_bit
 from peft_vit.records import outcome_digest, read_record
 from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
@@ -72,7 +74,7 @@ def test_onnxruntime_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_onnx(merged.model, tmp_path / "model.onnx", run.card)
-    predict = open_exported(tmp_path / "model.onnx").logits
+    predict = partial(logits_of, tmp_path / "model.onnx")
     torch.testing.assert_close(predict(IMAGES), logits(merged.model), rtol=0, atol=1e-4)
 
 
@@ -83,7 +85,7 @@ def test_openvino_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_openvino(merged.model, tmp_path / "model.xml", run.card)
-    predict = open_exported(tmp_path / "model.xml").logits
+    predict = partial(logits_of, tmp_path / "model.xml")
     expected = logits(merged.model)
     # Offsets are rounded once more, as zero points in float16.
     torch.testing.assert_close(predict(IMAGES), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
