@@ -166,8 +166,11 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
             assert predicted.keys() == wanted.keys()
             assert all(predicted[at][0] == wanted[at][0] for at in files)
             assert all(predicted[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
-        printed = command("export", run_dir, "--format", "pretrained", "--output", tmp_path / f"{name}.pretrained").out
+        folder = tmp_path / f"{name}.pretrained"
+        printed = command("export", run_dir, "--format", "pretrained", "--output", folder).out
         assert "100.00 % of predictions equal" in printed
+        predicted = _predicted(command("predict", folder, *files).out)
+        assert {at: said[0] for at, said in predicted.items()} == {at: said[0] for at, said in wanted.items()}
 
 
 def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -> None:
@@ -182,5 +185,6 @@ def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -
 
 
 def _predicted(printed: str) -> dict[Path, tuple[str, float]]:
-    rows = [line.split("\t") for line in printed.splitlines()]
+    header, *rows = [line.split("\t") for line in printed.splitlines()]
+    assert header == ["file", "class", "probability"]
     return {Path(file): (name, float(probability)) for file, name, probability in rows}

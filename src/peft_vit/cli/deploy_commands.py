@@ -221,9 +221,9 @@ def predict(request: PredictRequest) -> None:
     Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
     """
     format = request.chosen_format()
-    from peft_vit.deployment import check_coverage, find_images, open_exported, predict_files
+    from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
 
-    images = find_images(request.images)
+    images = image_files(request.images)
     if exported_format(request.model):
         classifier = open_exported(request.model, request.weights)
     else:

@@ -8,7 +8,7 @@ from peft_vit.deployment.predicting import (
     ImageFile,
     Prediction,
     check_coverage,
-    find_images,
+    image_files,
     open_exported,
     predict_files,
     predict_images,

@@ -90,7 +90,7 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
         return opened
 
 
-def find_images(paths: Iterable[Path]) -> list[ImageFile | UserError]:
+def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
     """Return the images that paths name, those of folders, of folders below and of zips in the order of their names.
 
     Links are followed, a folder once. Hidden files are left out, as in training, and files of a folder that are not
@@ -147,16 +147,16 @@ def predict_files(
 
     Args:
         classifier: what is asked.
-        images: paths, see `find_images`, or what it has found; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
+        images: paths, see `image_files`, or what it has found; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
         coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
         top: how many of the most probable classes are told.
 
     Raises:
-        UserError: as `find_images`.
+        UserError: as `image_files`.
     """
     card = classifier.card
     temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
-    remaining = (found for image in images for found in (find_images([image]) if isinstance(image, Path) else [image]))
+    remaining = (found for image in images for found in (image_files([image]) if isinstance(image, Path) else [image]))
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(image, card) for image in chunk]
         rows: Iterator[NDArray[np.float64]] = iter(())
