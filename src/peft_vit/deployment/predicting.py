@@ -121,7 +121,10 @@ def _on_disk(file: Path) -> ImageFile:
 
 
 def _in_zip(path: Path) -> list[ImageFile | UserError]:
-    tree = open_tree(path)
+    try:
+        tree = open_tree(path)
+    except UserError as error:  # without the key that names a configuration's folder
+        raise UserError(error.message, file=error.file) from None
     return [ImageFile(path / name, lambda name=name: tree.read(name)) for name in tree.names if is_image(name)]  # type: ignore[misc]
 
 
