@@ -218,7 +218,8 @@ def made_up(monkeypatch, run_of):
     """Write files of made-up sizes, which take made-up seconds."""
     taken = {}
 
-    def write(_run, file: Path, _format, options, _calibrated):
+    def write(_run, file: Path, _format, options, _calibrated, *, overwrite):
+        assert overwrite  # an earlier attempt may have written there
         kind = options.activations or options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
         taken[str(file)] = kind
