@@ -116,9 +116,9 @@ def train(
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
     What `training.metric` names chooses on validation; of equal ones the lower NLL. Without validation images the last
-    step's model is taken, whatever it is worth. The test split is not touched. With `probe` the model as it is before the
-    first step, with its updates left out, is the first that may be chosen: what comes back is never below that on
-    validation, whatever a forward pass would round to.
+    step's model is taken, whatever it is worth. The test split is not touched. With `probe` the model as it is before
+    the first step, with its updates left out, is the first that may be chosen: what comes back is never below that on
+    validation, however a forward pass would round.
 
     Args:
         model: with adapters attached, on the runtime's device.

@@ -126,8 +126,9 @@ def test_where_classes_count_the_same_another_penalty_is_chosen(runtime) -> None
     uneven = Features(
         validation.values[rare | (validation.labels == 0)], validation.labels[rare | (validation.labels == 0)]
     )
+    both = (ACCURACY, BALANCED_ACCURACY)
     weighted = {"class_weights": np.array([0.05, 1.95]), "l2": (1e-3, 1e-1, 10.0, 1e3)}
-    fits = {metric: fit_probe(train, uneven, nn.Linear(40, 2), runtime, metric, **weighted).fit for metric in METRICS}
+    fits = {metric: fit_probe(train, uneven, nn.Linear(40, 2), runtime, metric, **weighted).fit for metric in both}
     for metric, fit in fits.items():
         assert fit.chosen == max(fit.validation, key=metric.quality)
     assert fits[ACCURACY].chosen_l2 != fits[BALANCED_ACCURACY].chosen_l2
