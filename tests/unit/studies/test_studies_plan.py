@@ -12,8 +12,8 @@ from peft_vit.data import ImageIndex, make_splits
 from peft_vit.errors import UserError
 from peft_vit.records import read_record, run_folder, write_record, write_study_file
 from peft_vit.studies.plan import plan_study, smoke_study
-from peft_vit.tasks import metric_of
 from peft_vit.studies.scheduler import study_file
+from peft_vit.tasks import metric_of
 
 pytestmark = pytest.mark.part("runner")
 
