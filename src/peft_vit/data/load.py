@@ -40,7 +40,7 @@ class Data:
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
 
 
-def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
+def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool = True) -> Data:
     """Open, split, decode (or find in the cache) what one run needs.
 
     The test images are decoded here as well, so that a broken file shows before training, not after it.
@@ -49,6 +49,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         config: which images, at which size, how many.
         seed: the run's seed; only matters with `folds`, `test_split: per_seed` or `train_subset: per_seed`.
         smoke: take made-up images, see `open_index`; pair it with `smoke_config`.
+        test: False: none of the test images is there.
 
     Raises:
         UserError: see `open_index`, `make_splits`, `cached_pixels`, `image_warnings`.
@@ -60,12 +61,13 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         pixels, places = split_pixels(index, rows, splits.divided, config.image_size)
         return LabelledImages(pixels, index.labels[rows], rows, places)
 
-    train, validation, test = (images(rows) for rows in splits.parts)
+    of_test = splits.test if test else splits.test[:0]
+    train, validation, tested = map(images, (splits.train, splits.validation, of_test))
     return Data(
         class_names=index.class_names,
         train=train,
         validation=validation,
-        test=HoldoutImages(test, index.class_counts(splits.test)),
+        test=HoldoutImages(tested, index.class_counts(of_test)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
         task=index.task,

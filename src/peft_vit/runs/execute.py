@@ -211,7 +211,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     model.to(device)  # those that are packed come packed
     integer_bits = use_integer_products(model) if experiment.training.compute == "int8" else None
     # Now that the head is the one that training starts from.
-    provenance = attempt.begin(_provenance(spec, data, backbone, device, integer_bits))
+    provenance = attempt.begin(provenance_of(spec, data, backbone, device, integer_bits))
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
@@ -350,9 +350,10 @@ def _train_and_test(
     return result, {"test": data.task.measure(logits, labels), "predictions": predicted}
 
 
-def _provenance(
+def provenance_of(
     spec: RunSpec, data: Data, backbone: LoadedBackbone, device: torch.device, integer_bits: Literal[7, 8] | None
 ) -> Provenance:
+    """Return what a run is made of, and what carries it out."""
     commit, dirty = loaded_git_state()
     start = spec.experiment.start
     steps = 0 if spec.experiment.is_probe else spec.experiment.total_steps(len(data.train))

@@ -30,7 +30,7 @@ from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
 from peft_vit.evaluation import autocast
 from peft_vit.evaluation.halves import forward_in_halves
-from peft_vit.records import Evaluation, HeadFit, StepRow
+from peft_vit.records import Evaluation, HeadFit, Metrics, StepRow
 from peft_vit.seeding import numpy_generator
 from peft_vit.tasks import CLASSIFICATION, DecidingMetric, Task
 from peft_vit.tasks.task import Floats, Labels
@@ -112,15 +112,40 @@ def held_out_temperature(
 ) -> float:
     """Return the temperature of a probe without validation images: of logits that heads have on images left out.
 
-    A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
-    which training shows them, and predicts the fold's as they are.
-
     Args:
         train: of n images in each of w ways, one way after the other, (w n, D).
         images: n.
         l2: strength of the penalty.
         class_weights: on the loss, (classes,); None: all 1.
         seed: of the folds.
+    """
+    (logits,) = _held_out_logits(train, images, [l2], class_weights, seed)  # (n, classes)
+    return train.task.temperature(torch.from_numpy(logits), torch.from_numpy(train.labels[:images]))
+
+
+def held_out_metrics(
+    train: Features, metric: DecidingMetric, *, class_weights: Floats | None = None, l2: Sequence[float] = PROBE_L2
+) -> Metrics:
+    """Return what a probe has on images left out of its fit, at the strength that is best on them.
+
+    Args:
+        train: of n images, (n, D).
+        metric: that says what is best.
+        class_weights: on the loss, (classes,); None: all 1.
+        l2: the strengths.
+    """
+    ordered = sorted(l2, reverse=True)
+    held_out = _held_out_logits(train, len(train.labels), ordered, class_weights, seed=0)
+    return max((train.task.measure(logits, train.labels) for logits in held_out), key=metric.quality)
+
+
+def _held_out_logits(
+    train: Features, images: int, strengths: Sequence[float], class_weights: Floats | None, seed: int
+) -> list[Floats]:
+    """Return logits (n, classes) of images by heads that were not fitted to them, for each strength.
+
+    A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
+    which training shows them, and predicts the fold's as they are.
     """
     labels, task = train.labels[:images], train.task
     strata = task.strata(labels)
@@ -130,15 +155,15 @@ def held_out_temperature(
         raise UserError(message, field="training.head_start")
     folds = min(_FOLDS, int(counts.min()))
     fold_of = deal_folds(strata, np.arange(images), folds, numpy_generator(seed, "held_out"))
-    logits, held_out = [], []  # of each fold
+    logits: list[list[Floats]] = [[] for _ in strengths]
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
         rest = Features(train.values[fitted], train.labels[fitted], task)  # all but the fold, in every way
-        ((weight, bias, *_),) = _fits(rest, [l2], class_weights)  # (classes, D), (classes,)
-        held_out.append(np.flatnonzero(fold_of == fold))
-        logits.append(train.values[held_out[-1]].astype(np.float64) @ weight.T + bias)  # (images of the fold, classes)
-    in_order = np.argsort(np.concatenate(held_out))  # (n,)
-    return task.temperature(torch.from_numpy(np.concatenate(logits)[in_order]), torch.from_numpy(labels))
+        own = train.values[:images][fold_of == fold].astype(np.float64)  # (images of the fold, D)
+        for of_strength, (weight, bias, *_) in zip(logits, _fits(rest, strengths, class_weights), strict=True):
+            of_strength.append(own @ weight.T + bias)  # (images of the fold, classes)
+    in_order = np.argsort(np.argsort(fold_of, kind="stable"))  # (n,)
+    return [np.concatenate(of_strength)[in_order] for of_strength in logits]
 
 
 @torch.inference_mode()

@@ -150,13 +150,13 @@ def test_a_checkpoint_of_other_images_is_refused(spec_of, tmp_path, monkeypatch)
 @pytest.fixture
 def other_provenance(monkeypatch):
     """Let runs find another value of one field where they start."""
-    provenance = run_module._provenance
+    provenance = run_module.provenance_of
 
     def set_to(field: str, value) -> None:
         def changed(*arguments):
             return provenance(*arguments).model_copy(update={field: value})
 
-        monkeypatch.setattr(run_module, "_provenance", changed)
+        monkeypatch.setattr(run_module, "provenance_of", changed)
 
     return set_to
 

@@ -1,0 +1,107 @@
+"""A regression on frozen features at several image sizes: where training is worth its time, and what it has to beat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from peft_vit.adapters import use_integer_products
+from peft_vit.backbones import Architecture, Backbone, choose_attention, load_run_backbone, native_size, size_step_of
+from peft_vit.data import load_data
+from peft_vit.forecasting.time_limit import Pace
+from peft_vit.records import RunSpec
+from peft_vit.runs.execute import provenance_of
+from peft_vit.runs.head_init import SharedFeatures
+from peft_vit.runs.machine import resolve_device
+from peft_vit.tasks import metric_of
+from peft_vit.training import Features, RuntimeConfig, fit_probe, held_out_metrics, loss_weights
+
+_SMALLEST, _LARGEST = 56, 640  # pixels
+_FEW = 1500  # images, up to which folds are worth their fits
+
+
+@dataclass(frozen=True)
+class SizeTrial:
+    """What a regression has at an image size.
+
+    Attributes:
+        image_size: in pixels.
+        value: of the metric that decides, on images left out of the fit.
+    """
+
+    image_size: int
+    value: float
+
+
+def sizes_to_try(architecture: Architecture) -> list[int]:
+    """Return image sizes that a model takes, rising by about the square root of 2 up to its own, which is the last."""
+    step, native = size_step_of(architecture), native_size(architecture)
+    smallest = max(_SMALLEST, 2 * step)
+    wished = [smallest * 2 ** (power / 2) for power in range(12)]
+    sizes = {round(side / step) * step for side in wished if side < min(native, _LARGEST) / 1.1}
+    return sorted({*sizes, *([native] if native <= _LARGEST else [])}) or [native]
+
+
+def try_sizes(
+    spec_of: Callable[[int], RunSpec],
+    expected_s: Mapping[int, float],
+    limit_s: float,
+    on_trial: Callable[[SizeTrial], None],
+) -> list[SizeTrial]:
+    """Fit regressions at rising sizes while the next one is expected to end in time; at least at the first.
+
+    Images that train and validate are read, none that test. Features stay in the cache, where the run finds them.
+
+    Args:
+        spec_of: a run of the method `linear` at a size.
+        expected_s: what each size takes, rising, in pixels; where the first ones take longer, so will the next.
+        limit_s: for all of them.
+        on_trial: is told each one.
+
+    Raises:
+        UserError: as `load_data`, `load_run_backbone`.
+    """
+    trials: list[SizeTrial] = []
+    started = time.perf_counter()
+    pace = Pace()
+    for size, seconds in expected_s.items():
+        began = time.perf_counter()
+        if trials and began - started + max(1.0, pace.factor) * seconds > limit_s:
+            break
+        trials.append(_trial(spec_of(size)))
+        on_trial(trials[-1])
+        pace.add(time.perf_counter() - began, seconds)
+    return trials
+
+
+def _trial(spec: RunSpec) -> SizeTrial:
+    torch.set_num_threads(spec.threads)
+    device = resolve_device(spec.device)
+    data = load_data(spec.data, spec.seed, smoke=spec.smoke, test=False)
+    backbone = load_run_backbone(spec, data.task.head_width(data.class_names))
+    model = backbone.model.to(device)
+    choose_attention(model, device, spec.precision)
+    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
+    integer_bits = use_integer_products(model) if spec.experiment.training.compute == "int8" else None
+    shared = SharedFeatures(model, spec, provenance_of(spec, data, backbone, device, integer_bits), [], runtime)
+    train, validation = shared.of(data.train), shared.of(data.validation)
+    weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
+    class_weights = None if weights is None else weights.double().numpy()
+    metric, strengths = metric_of(spec), spec.experiment.probe_l2
+    if len(train.labels) + len(validation.labels) <= _FEW:
+        both = Features(
+            np.concatenate([train.values, validation.values]),  # (N + V, D)
+            np.concatenate([train.labels, validation.labels]),
+            data.task,
+        )
+        metrics = held_out_metrics(both, metric, class_weights=class_weights, l2=strengths)
+    else:
+        head = Backbone(model).head
+        probe = fit_probe(train, validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
+        assert probe.chosen is not None
+        metrics = probe.chosen.metrics
+    return SizeTrial(spec.data.image_size, metric.of(metrics))
