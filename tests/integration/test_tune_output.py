@@ -150,7 +150,7 @@ def test_numbers_on_the_sealed_images(choice, left) -> None:
     assert found.confusion.tolist() == [[pairs.count((a, b)) for b in range(3)] for a in range(3)]
     assert [one.images for one in found.classes] == [truth.count(k) for k in range(3)]
     assert [one.predicted for one in found.classes] == [said.count(k) for k in range(3)]
-    assert found.balanced_accuracy == pytest.approx(record.test.balanced_accuracy)
+    assert found.balanced_accuracy.estimate == pytest.approx(record.test.balanced_accuracy)
     assert found.calibration.ece[0] == pytest.approx(record.test.ece, abs=1e-6)
     assert found.calibration.nll[0] == pytest.approx(record.test.nll, abs=1e-6)
     assert found.on_folds.nll[1] <= found.on_folds.nll[0]
