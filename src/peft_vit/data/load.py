@@ -35,6 +35,7 @@ class Data:
     test: HoldoutImages
     data_sha256: str
     split_sha256: str
+    test_files: list[str] | None = None  # names of somebody's own, relative to their folder
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
 
 
@@ -66,6 +67,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         test=HoldoutImages(test, len(index.class_names)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
+        test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
         warnings=image_warnings(index, splits, config.image_size),
     )
 
