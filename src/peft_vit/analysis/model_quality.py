@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from peft_vit.analysis.reliability import Bin, equal_count_bins
 from peft_vit.records import Predictions, RunRecord
-from peft_vit.statistics import Interval, mean_proportion_interval, proportion_interval
+from peft_vit.statistics import Interval, mean_of_proportions, proportion_interval
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3
@@ -120,7 +120,7 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
     sure = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
     return ModelQuality(
         accuracy=proportion_interval(int(hits.sum()), len(labels)),
-        balanced_accuracy=mean_proportion_interval(hits[totals > 0], totals[totals > 0]),
+        balanced_accuracy=mean_of_proportions(hits[totals > 0], totals[totals > 0]),
         majority=float(totals.max() / len(labels)),
         classes=tuple(_class(name, place, confusion) for place, name in enumerate(names)),
         confusion=confusion,

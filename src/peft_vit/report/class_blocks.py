@@ -248,7 +248,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
 
 
 def _said(image: PredictedImage) -> tuple[str, ...]:
-    said = f"{'✓' if image.right else '✗'} {plain(image.predicted)}"
+    said = f"{'✓' if image.right else '✗'}\u00a0{plain(image.predicted)}"
     return (said, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
 
 

@@ -17,7 +17,7 @@ from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.report.document import MODEL_PARTS, Block, Card, Facts, Paragraph, StudyDocument
-from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain, points
+from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain
 from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
 from peft_vit.report.summary import run_provenance
@@ -208,7 +208,7 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
     quality, (low, high) = summary.quality, ends(summary.value)
-    other = f"most frequent class: {percent(quality.majority)}"
+    other = f"always the same class: {percent(quality.majority)}"
     if summary.metric == "balanced_accuracy":
         other = f"of all images: {percent(quality.accuracy.estimate)}"
     name, images = summary.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
@@ -249,7 +249,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
     yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
     if summary.metric == "balanced_accuracy":
         yield (
-            "Classes are uneven, so balanced accuracy counts, the mean over the classes of what is found: "
+            "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
             f"{percent(summary.value.estimate)}."
         )
     yield f"On other images of the same kind expect {low} to {high} % ({summary.words}, 95 % interval)."
@@ -289,12 +289,10 @@ def _gain(summary: ModelSummary) -> str:
     if fit is None or fit.chosen is None or record.validation is None:
         return ""
     own, start = (getattr(metrics, summary.metric) for metrics in (record.validation, fit.chosen))
+    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
     if own <= start:
-        return f"Training gained nothing on the linear probe: both have {percent(start)} on validation."
-    return (
-        f"Training gained {points(own - start)} points on the linear probe, on the {count(fit.chosen.n)} validation "
-        "images that also chose the step."
-    )
+        return f"Training gained nothing on the linear probe, {where}."
+    return f"Training gained {fixed(100 * (own - start), 1)} points on the linear probe, {where}."
 
 
 # --- sections ---
@@ -305,7 +303,7 @@ def _belief(quality: ModelQuality) -> Iterator[Block]:
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     said = f"It says {percent(sure)} on average and is right on {percent(right)}"
     if low <= sure <= high:
-        yield Paragraph(f"{said}: its probabilities hold on the whole.")
+        yield Paragraph(f"{said}: its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
     else:
         yield Paragraph(
             f"{said}: it is too {'sure' if sure > right else 'careful'} by {fixed(100 * abs(sure - right), 1)} points."
@@ -331,7 +329,13 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
 def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
     spec, origin, sizes = record.spec, record.provenance, record.split_sizes
     training, kind = spec.experiment.training, spec.experiment.kind
-    yield "Method", kind.title
+    ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
+    each = ""
+    if ranks:
+        each = (
+            f", rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "") + f" on {len(ranks)} matrices"
+        )
+    yield "Method", kind.title + each
     yield "Backbone", spec.backbone.model
     if origin is not None:
         yield "Weights", plain(origin.weights_name) + (": not pretrained" if origin.random_weights else "")

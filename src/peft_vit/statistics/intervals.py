@@ -127,25 +127,21 @@ def proportion_interval(successes: float, n: int) -> Interval:
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
-def mean_proportion_interval(successes: ArrayLike, counts: ArrayLike) -> Interval:
-    """Return the mean of K independent shares with its interval, as of balanced accuracy: the classes' mean recall.
+def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
+    """Return the mean of (K,) shares of separate groups, each counting the same, and its interval from Wilson's.
 
-    Ends are ``p -+ sqrt(sum_k (p_k - end_k)^2) / K`` with Wilson's ends of each share, so that there is a spread also
-    where every share is 0 or 1. It describes what another draw of as many images of each class would change.
-
-    Args:
-        successes: of each share, (K,).
-        counts: what each is out of, (K,), at least 1.
+    For balanced accuracy the groups are the classes, and the interval describes what another draw of as many test
+    images of each class would change. With the ends l and u of Wilson's intervals of the shares p it reaches
+    ``sqrt(sum (p - l)^2) / K`` below the mean and ``sqrt(sum (u - p)^2) / K`` above: of one group it is Wilson's.
 
     Assumption: images are independent. Source: Zou, Huang & Zhang, Computational Statistics & Data Analysis 53 (2009).
     """
-    shares = [proportion_interval(hits, n) for hits, n in zip(np.asarray(successes), np.asarray(counts), strict=True)]
+    counts = np.asarray(cases)
+    shares = [proportion_interval(*pair) for pair in zip(np.asarray(successes).tolist(), counts.tolist(), strict=True)]
+    below = math.hypot(*(share.estimate - (share.low or 0.0) for share in shares)) / len(shares)
+    above = math.hypot(*((share.high or 0.0) - share.estimate for share in shares)) / len(shares)
     mean = math.fsum(share.estimate for share in shares) / len(shares)
-    below, above = (
-        math.sqrt(math.fsum((share.estimate - (getattr(share, end) or 0.0)) ** 2 for share in shares)) / len(shares)
-        for end in ("low", "high")
-    )
-    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above), int(np.sum(counts)), CONFIDENCE)
+    return Interval(mean, mean - below, mean + above, int(counts.sum()), CONFIDENCE)
 
 
 def paired_improvement(differences: ArrayLike) -> Interval:
