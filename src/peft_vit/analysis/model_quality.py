@@ -95,10 +95,15 @@ class ModelQuality:
         return equal_count_bins(sure, right, bins)
 
     def some(self, right: bool, most: int) -> list[PredictedImage]:
-        """Return up to so many images on which it is right, or wrong, drawn without looking; always the same ones."""
+        """Return up to so many images on which it is right, or wrong, drawn blindly from one class after the other."""
         own = [image for image in self.images if image.right == right]
-        drawn = np.random.default_rng(int(right)).permutation(len(own))[:most]
-        return [own[place] for place in sorted(drawn.tolist())]
+        rounds: dict[str, int] = {}
+        turns = []
+        for place in np.random.default_rng(0).permutation(len(own)).tolist():
+            truth = own[place].truth
+            rounds[truth] = rounds.get(truth, 0) + 1
+            turns.append((rounds[truth], len(turns), place))
+        return [own[place] for place in sorted(place for _, _, place in sorted(turns)[:most])]
 
 
 def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> ModelQuality | None:

@@ -207,10 +207,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
             groups.append(
                 (title, tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True)))
             )
-    caption = (
-        "Test images, drawn at random from the right ones and from the wrong ones. Percent: the model's probability "
-        "for what it says."
-    )
+    caption = "Test images, drawn at random, class by class. Percent: the probability that the model gave to what it said."
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
 

@@ -178,7 +178,7 @@ def learning_curves(record: RunRecord, metric: str) -> Drawing | None:
             canvas.series("linear probe", other, "")
             line = canvas.plot("linear probe", right, [0, steps[-1]], [100 * start] * 2, color=other, ls=DASHED, lw=1.4)
             line.set_label("linear probe")
-            right.legend(loc="lower right")
+            right.legend(loc="best")
         for axes in (left, right):
             axes.set_xlabel("step")
             quiet_grid(axes)

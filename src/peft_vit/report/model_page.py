@@ -261,8 +261,6 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
             f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
             f"{most.of} images)."
         )
-    else:
-        yield "It makes no mistake on the test images."
     if summary.use:
         yield f"To use it: {plain(summary.use)} IMAGES"
 

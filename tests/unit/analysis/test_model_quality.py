@@ -73,6 +73,7 @@ def test_some_images_are_drawn_without_looking_and_always_the_same() -> None:
         assert len(shown) == 6
         assert all(image.right == right for image in shown)
         assert shown == quality.some(right, 6)
+        assert [sum(image.truth == name for image in shown) for name in NAMES] == [2, 2, 2, 0]
     assert len(quality.some(False, 1000)) == len(quality.mistakes)
 
 
