@@ -207,7 +207,7 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
             groups.append(
                 (title, tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True)))
             )
-    caption = "Test images, drawn at random, class by class. Percent: the probability that the model gave to what it said."
+    caption = "Test images, drawn at random, class by class. Percent: how sure the model was of what it said."
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
 
