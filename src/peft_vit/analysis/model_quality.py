@@ -10,7 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from peft_vit.analysis.reliability import Bin, equal_count_bins
 from peft_vit.records import Predictions, RunRecord
-from peft_vit.statistics import Interval, mean_of_proportions, proportion_interval
+from peft_vit.statistics import Interval, proportion_interval
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 MOST_BINS, IN_A_BIN = 10, 20  # of a reliability curve: bins, and images in each at least
 _LEAST_BINS = 3
@@ -121,12 +122,11 @@ def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> Mo
     names = [*record.class_names, *(f"class {place}" for place in range(len(record.class_names), k))]
     confusion = np.zeros((k, k), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    hits, totals = np.diag(confusion), confusion.sum(1)  # (k,)
     sure = np.asarray(predictions.probability if probability is None else probability, dtype=np.float64)
     return ModelQuality(
-        accuracy=proportion_interval(int(hits.sum()), len(labels)),
-        balanced_accuracy=mean_of_proportions(hits[totals > 0], totals[totals > 0]),
-        majority=float(totals.max() / len(labels)),
+        accuracy=ACCURACY.interval(labels, predicted),
+        balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),
+        majority=float(confusion.sum(1).max() / len(labels)),
         classes=tuple(_class(name, place, confusion) for place, name in enumerate(names)),
         confusion=confusion,
         images=tuple(_images(predictions, names, sure)),

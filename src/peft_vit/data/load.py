@@ -20,6 +20,7 @@ from peft_vit.data.splits import make_splits
 from peft_vit.errors import UserError
 from peft_vit.packages import no_downloads
 from peft_vit.records import RunRecord
+from peft_vit.tasks import CLASSIFICATION, Task
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
@@ -36,6 +37,7 @@ class Data:
     data_sha256: str
     split_sha256: str
     test_files: list[str] | None = None  # names of somebody's own, relative to their folder
+    task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
 
 
@@ -64,10 +66,11 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         class_names=index.class_names,
         train=train,
         validation=validation,
-        test=HoldoutImages(test, len(index.class_names)),
+        test=HoldoutImages(test, index.class_counts(splits.test)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
         test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
+        task=index.task,
         warnings=image_warnings(index, splits, config.image_size),
     )
 

@@ -22,15 +22,8 @@ from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
 from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
-from peft_vit.report.model_page import (
-    CARD_FILE,
-    ModelSummary,
-    card_head,
-    card_text,
-    deciding_metric,
-    images_name,
-    model_document,
-)
+from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, images_name, model_document
+from peft_vit.tasks import metric_of
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -211,7 +204,7 @@ def _only_model(results: Results) -> ModelSummary | None:
     if quality is None:
         return None
     file = next(results.directory.rglob(RECORD_FILE))
-    return ModelSummary(record, quality, deciding_metric(record, quality), f"peft-vit predict {file.parent}")
+    return ModelSummary(record, quality, metric_of(record.spec), f"peft-vit predict {file.parent}")
 
 
 def write_report(

@@ -35,6 +35,7 @@ from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import interval_columns
 from peft_vit.statistics import proportion_interval
 from peft_vit.statistics.sequential import SequentialResult
+from peft_vit.tasks import DecidingMetric
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
@@ -136,12 +137,12 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
 
 
-def learning_curves(record: RunRecord, metric: str) -> Drawing | None:
+def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None:
     """Draw one run: training loss at the left, the metric on validation at the right; None if it took no steps.
 
     Args:
         record: of a finished run.
-        metric: accuracy or balanced_accuracy.
+        metric: what decides.
     """
     if record.spec.experiment.is_probe or len(record.steps) < 2:
         return None
@@ -149,10 +150,10 @@ def learning_curves(record: RunRecord, metric: str) -> Drawing | None:
     stride = max(1, -(-len(record.steps) // STEPS))
     loss = smoothed([row.loss for row in record.steps], window)
     steps, losses = [row.step for row in record.steps][::stride], loss.tolist()[::stride]
-    shares = {row.step: getattr(row.metrics, metric) for row in record.evaluations}
+    shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
     probe = None if record.head_fit is None or record.head_fit.chosen is None else record.head_fit.chosen
-    start = None if probe is None else getattr(probe, metric)
-    words = metric.replace("_", " ")
+    start = None if probe is None else metric.of(probe)
+    words = metric.words
     color, other = LINE_COLORS[0], LINE_COLORS[1]
 
     def paint(canvas: Canvas) -> None:

@@ -22,6 +22,7 @@ from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
 from peft_vit.report.summary import run_provenance
 from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.tasks import DecidingMetric
 
 CARD_FILE = "card.md"
 EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
@@ -34,7 +35,6 @@ EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "How it was made",
 )
 ORDER = (EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE)
-_LARGEST_IMBALANCE = 3.0
 _FIRST = 8  # classes that are named
 
 
@@ -45,33 +45,21 @@ class ModelSummary:
     Attributes:
         record: of its run, which is finished.
         quality: on its test images.
-        metric: what decides: accuracy or balanced_accuracy.
+        metric: what decides.
         use: the command that predicts with it, without the images.
     """
 
     record: RunRecord
     quality: ModelQuality
-    metric: str
+    metric: DecidingMetric
     use: str
-
-    @property
-    def words(self) -> str:
-        """Return the name of what decides."""
-        return self.metric.replace("_", " ")
 
     @property
     def value(self) -> Interval:
         """Return what decides, on test."""
-        interval: Interval = getattr(self.quality, self.metric)
-        return interval
-
-
-def deciding_metric(record: RunRecord, quality: ModelQuality) -> str:
-    """Return what decides for a run's images: balanced accuracy where classes are uneven."""
-    totals = quality.confusion.sum(1)
-    tested = totals[totals > 0]
-    uneven = record.spec.experiment.training.class_weights or tested.max() > _LARGEST_IMBALANCE * tested.min()
-    return "balanced_accuracy" if uneven else "accuracy"
+        predictions = self.record.predictions
+        assert predictions is not None
+        return self.metric.interval(np.asarray(predictions.labels), np.asarray(predictions.predicted))
 
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
@@ -180,9 +168,9 @@ def _alerts(summary: ModelSummary) -> Iterator[str]:
             "with pretrained weights."
         )
     constant = 1 / int((quality.confusion.sum(1) > 0).sum())
-    if summary.metric == "balanced_accuracy" and summary.value.estimate <= constant:
+    if summary.metric.equal_classes and summary.value.estimate <= constant:
         yield f"It is no better than naming one class for every image, which has {percent(constant)}. Do not use it."
-    elif summary.metric == "accuracy" and quality.accuracy.estimate <= quality.majority:
+    elif not summary.metric.equal_classes and quality.accuracy.estimate <= quality.majority:
         yield (
             f"It is no better than always naming the most frequent class, which has {percent(quality.majority)}. "
             "Do not use it."
@@ -209,9 +197,9 @@ def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
     quality, (low, high) = summary.quality, ends(summary.value)
     other = f"always the same class: {percent(quality.majority)}"
-    if summary.metric == "balanced_accuracy":
+    if summary.metric.equal_classes:
         other = f"of all images: {percent(quality.accuracy.estimate)}"
-    name, images = summary.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
+    name, images = summary.metric.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
     return Card(name, images, percent(summary.value.estimate), (f"95 %: {low} to {high} %", other))
 
 
@@ -231,11 +219,11 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
         return
     title, what = "Linear probe", "without fine-tuning"
     if test is not None:
-        yield Card(title, what, percent(getattr(test.metrics, summary.metric)), ("on the same test images",))
+        yield Card(title, what, percent(summary.metric.of(test.metrics)), ("on the same test images",))
     elif fit is not None and fit.chosen is not None and record.validation is not None:
-        own = getattr(record.validation, summary.metric)
+        own = summary.metric.of(record.validation)
         lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {percent(own)}")
-        yield Card(title, what, percent(getattr(fit.chosen, summary.metric)), lines)
+        yield Card(title, what, percent(summary.metric.of(fit.chosen)), lines)
 
 
 def ends(interval: Interval) -> tuple[str, str]:
@@ -247,12 +235,12 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
     quality, n = summary.quality, summary.quality.accuracy.n
     low, high = ends(summary.value)
     yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
-    if summary.metric == "balanced_accuracy":
+    if summary.metric.equal_classes:
         yield (
             "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
             f"{percent(summary.value.estimate)}."
         )
-    yield f"On other images of the same kind expect {low} to {high} % ({summary.words}, 95 % interval)."
+    yield f"On other images of the same kind expect {low} to {high} % ({summary.metric.words}, 95 % interval)."
     if gain := _gain(summary):
         yield gain
     if quality.confusions:
@@ -286,7 +274,7 @@ def _gain(summary: ModelSummary) -> str:
         return f"Training gained {more - less} images: {before}.{chance}"
     if fit is None or fit.chosen is None or record.validation is None:
         return ""
-    own, start = (getattr(metrics, summary.metric) for metrics in (record.validation, fit.chosen))
+    own, start = (summary.metric.of(metrics) for metrics in (record.validation, fit.chosen))
     where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
     if own <= start:
         return f"Training gained nothing on the linear probe, {where}."

@@ -22,7 +22,7 @@ from peft_vit.report.formatting import (
 from peft_vit.report.model_page import BELIEF, IMAGES, MADE, ModelSummary, accuracy_card, labels_card, model_document
 from peft_vit.report.summary import run_provenance
 from peft_vit.statistics import Interval
-from peft_vit.tuning.blocks import TuningSummary, calibration_blocks, compared_blocks, forms_table, metric
+from peft_vit.tuning.blocks import TuningSummary, calibration_blocks, compared_blocks, forms_table
 from peft_vit.tuning.result import Choice
 
 _AT = 0.9  # coverage that stands at the top
@@ -90,7 +90,7 @@ def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
     yield "Images", str(request.images)
     yield (
         "Promise",
-        f"loses less than {margin_in_points(request.margin_share)} of {metric(choice)} against the reference",
+        f"loses less than {margin_in_points(request.margin_share)} of {choice.metric.words} against the reference",
     )
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)

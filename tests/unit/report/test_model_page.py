@@ -39,6 +39,10 @@ def record_of(
     start = planted.metrics(0.70, 40)
     fit = HeadFit(l2=(0.1,), validation=(start,), chosen_l2=0.1, gradient_norm=0.0, images=120)
     record = planted.record(planted.experiments()[experiment], 0, 0.8)
+    if max(counts) > 3 * min(counts):
+        training = record.spec.experiment.training.model_copy(update={"metric": "balanced_accuracy"})
+        balanced = record.spec.experiment.model_copy(update={"training": training})
+        record = record.model_copy(update={"spec": record.spec.model_copy(update={"experiment": balanced})})
     spec = record.spec.model_copy(
         update={"data": record.spec.data.model_copy(update={"dataset": "image-folder", "path": "photos"})}
     )
