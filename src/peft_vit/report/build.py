@@ -200,7 +200,9 @@ def _only_model(results: Results) -> ModelSummary | None:
     runs = [run for study in results.studies for run in study.runs]
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
         return None
-    record, quality = runs[0].record, model_quality(runs[0].record)
+    record = runs[0].record
+    calibrated = getattr(record, "tested_calibration", None)
+    quality = model_quality(record, None if calibrated is None else calibrated.probability)
     if quality is None:
         return None
     file = next(results.directory.rglob(RECORD_FILE))

@@ -84,7 +84,7 @@ def block_text(block: Block, document: StudyDocument, figure_path: FigurePath) -
         return _rows(("", ""), block.rows)
     title, caption = escaped(block.title), escaped(block.caption)
     if isinstance(block, Gallery):
-        return f"{title}: the pictures stand in report.html. {caption}"
+        return f"{title or 'Examples'}: the pictures stand in report.html. {caption}"
     return f"![{title}]({figure_path(document, block)})\n\n{title}. {caption}"
 
 

@@ -21,6 +21,7 @@ from peft_vit.report.formatting import count, fixed, joined, megabytes, percent,
 from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
 from peft_vit.report.summary import run_provenance
+from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval, paired_proportions
 from peft_vit.tasks import DecidingMetric
 
@@ -76,7 +77,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         EXAMPLES: () if examples is None else (examples,),
         CLASSES: tuple(class_blocks(quality)),
         MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
-        BELIEF: tuple(_belief(quality)),
+        BELIEF: tuple(_belief(record, quality)),
         TRAINING: () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
@@ -284,7 +285,7 @@ def _gain(summary: ModelSummary) -> str:
 # --- sections ---
 
 
-def _belief(quality: ModelQuality) -> Iterator[Block]:
+def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
     sure, right = quality.mean_confidence, quality.accuracy.estimate
     low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
     said = f"It says {percent(sure)} on average and is right on {percent(right)}"
@@ -300,6 +301,38 @@ def _belief(quality: ModelQuality) -> Iterator[Block]:
             "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
         )
         yield draw_reliability([Line("test images", bins)], caption, "images", with_intervals=True)
+    yield from _calibration(record)
+
+
+def _calibration(record: RunRecord) -> Iterator[Block]:
+    """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
+    calibrated, tested = (getattr(record, name, None) for name in ("calibrated", "tested_calibration"))
+    if calibrated is None or tested is None:
+        return
+    yield Paragraph(
+        f"Probabilities are calibrated on {count(calibrated.images)} images that training has not fitted: logits are "
+        f"divided by {fixed(calibrated.temperature)}. All of this page's are."
+    )
+    if tested.covered:
+        yield table(
+            "coverage",
+            "Prediction sets",
+            [
+                {"asked": asked, "held": held, "classes": tested.set_size[asked]}
+                for asked, held in tested.covered.items()
+            ],
+            [
+                Column("Coverage asked", "asked", percent),
+                Column("Sets that hold the class", "held", percent),
+                Column("Classes in a set", "classes", fixed),
+            ],
+            "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
+        )
+    if tested.unlike is not None:
+        yield Paragraph(
+            "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "
+            f"not, it says so of {count(tested.unlike)}: these are false alarms."
+        )
 
 
 def _images(summary: ModelSummary) -> Iterator[Block]:
@@ -307,6 +340,15 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
     if untested := [plain(found.name) for found in quality.classes if not found.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
+    if left_out := getattr(record, "left_out", {}):
+        yield table(
+            "left_out",
+            f"{count(len(left_out))} file{'s' * (len(left_out) > 1)} left out",
+            [{"File": plain(name), "Why": plain(why)} for name, why in left_out.items()],
+            None,
+            "Nothing was trained on them or tested with them.",
+            folded=len(left_out) > _FIRST,
+        )
     for text in record.warnings:
         if text.startswith(DataWarning.PREFIX):
             yield Paragraph(f"{plain(text.removeprefix(DataWarning.PREFIX))}.")
