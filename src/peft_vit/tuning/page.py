@@ -67,7 +67,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
         sections=page.sections | sections,
         order=(*page.order[:place], COMPARED, BELIEF, FORMS, *page.order[place + 1 :]),
         not_shown=tuple(_not_shown(summary)),
-        runs=tuple(replace(run_provenance(record), title=name) for name, record in summary.records.items()),
+        runs=tuple(run_provenance(record)._replace(title=name) for name, record in summary.records.items()),
     )
 
 
