@@ -144,7 +144,7 @@ def test_weights_are_small_enough_for_sums_of_pairs_in_16_bits(in_8_bits, tmp_pa
     for node in products:
         weights = onnx.numpy_helper.to_array(tensors[node.input[1]])
         assert weights.dtype == np.int8
-        assert np.abs(weights.astype(int)).max() == 64
+        assert 0 < np.abs(weights.astype(int)).max() <= 64
         assert np.iinfo(np.int16).max >= 255 * 2 * 64
 
 
