@@ -189,7 +189,7 @@ def _keep_in_file(layers: Sequence[AdaptedLinear]) -> None:
     try:
         with tempfile.TemporaryFile() as file:
             for weight in weights:
-                file.write(weight.detach().contiguous().view(torch.uint8).numpy())
+                file.write(weight.detach().contiguous().view(torch.uint8).numpy().data)
             file.flush()
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the weights
     except OSError:

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from peft_vit.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.quantization.integers import IntegerWeight, quantize_rows
+from peft_vit.quantization.integers import IntegerWeight, int8_product, quantize_rows
 
 _MEMORY = threading.local()
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
@@ -89,10 +89,10 @@ class _IntegerProduct(torch.autograd.Function):
             inner = (right @ codes.to(dtype).T).mul_(scales.T)  # (R, N)
         outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
         y = outputs.view(len(rows), len(weight.codes))  # (N, out), of the same memory
-        for part in _parts(len(rows), y.shape[1]):
+        for part in _parts(rows, y.shape[1]):
             shape = y[part].shape
             sums = _memory("sums", shape, torch.int32, x.device)
-            torch._int_mm(codes[part], weight.codes.T, out=sums)
+            int8_product(codes[part], weight.codes.T, sums)
             product = _memory("product", shape, torch.float32, x.device).copy_(sums).mul_(scales[part])  # (n, out)
             y[part] = product.mul_(weight.scales) if bias is None else bias.addcmul(product, weight.scales)
             if inner is not None and left is not None:
@@ -125,14 +125,14 @@ class _IntegerProduct(torch.autograd.Function):
             to_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
             if outer is not None:
                 outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
-            for part in _parts(len(gradient), max(gradient.shape[1], to_x.shape[1])):
+            for part in _parts(gradient, max(gradient.shape[1], to_x.shape[1])):
                 shape = gradient[part].shape  # (n, out)
                 scaled = _memory("values", shape, torch.float32, device).copy_(gradient[part])
                 of_gradient, of_rows = quantize_rows(
                     scaled.mul_(weight.scales), _memory("codes", shape, torch.int8, device)
                 )
                 sums = _memory("sums", to_x[part].shape, torch.int32, device)
-                torch._int_mm(of_gradient, weight.codes, out=sums)  # (n, in)
+                int8_product(of_gradient, weight.codes, sums)  # (n, in)
                 to_x[part] = _memory("product", sums.shape, torch.float32, device).copy_(sums).mul_(of_rows)
                 if outer is not None:
                     to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
@@ -150,7 +150,7 @@ def _rounded(rows: Tensor, function: Callable[[Tensor], Tensor] | None = None) -
     """Return codes (N, in) and scales (N, 1) of rows, or of what a function makes of them, some rows at a time."""
     codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
     scales = torch.empty(len(rows), 1, device=rows.device)
-    for part in _parts(len(rows), rows.shape[1]):
+    for part in _parts(rows, rows.shape[1]):
         x = rows[part] if function is None else function(rows[part])
         values = _memory("values", x.shape, torch.float32, x.device).copy_(x)
         _, scales[part] = quantize_rows(values, codes[part])
@@ -183,8 +183,9 @@ def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     return kept[key][: shape.numel()].view(shape)
 
 
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    """Yield the rows that are taken at a time, about as many each time."""
-    count = max(1, round(rows * width / _VALUES_AT_ONCE))
+def _parts(x: Tensor, width: int) -> Iterator[slice]:
+    """Yield the rows that are taken at a time, about as many each time; elsewhere than on a CPU all of them."""
+    rows = len(x)
+    count = max(1, round(rows * width / _VALUES_AT_ONCE)) if x.device.type == "cpu" else 1
     for part in range(count):
         yield slice(part * rows // count, (part + 1) * rows // count)
