@@ -99,6 +99,20 @@ def quantize_rows(x: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tenso
     return (scaled.to(torch.int8) if codes is None else codes.copy_(scaled)), scales
 
 
+def int8_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write left (N, K) @ right (K, M), int8, into `out` (N, M) int32.
+
+    CUDA takes more than 16 rows, and K and M in multiples of 8 (torch, aten/src/ATen/native/cuda/Blas.cpp, `_int_mm`):
+    zeros fill them up.
+    """
+    if left.device.type == "cpu":
+        return torch._int_mm(left, right, out=out)
+    rows, inner, columns = max(0, 17 - len(left)), -left.shape[1] % 8, -right.shape[1] % 8
+    pad = torch.nn.functional.pad
+    padded = torch._int_mm(pad(left, (0, inner, 0, rows)), pad(right, (0, columns, 0, inner)))
+    return out.copy_(padded[: len(left), : right.shape[1]])
+
+
 def has_integer_products(device: torch.device | str) -> bool:
     """Return whether a device multiplies 8-bit integers at all."""
     kind = torch.device(device).type
