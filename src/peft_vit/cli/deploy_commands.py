@@ -71,8 +71,8 @@ class ExportRequest(Request):
         OnlyWith(format="onnx"),
     ] = Field(
         default=None,
-        description="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
-        "not exact",
+        description="onnx: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
+        "faster, and not exact",
     )
     accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
         default=None,
@@ -151,6 +151,8 @@ def _print_export(done: Exported) -> None:
     if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.activations == "int8":
+        print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
     if compared is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")

@@ -125,12 +125,17 @@ class ModelCard(Strict):
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
     calibrated: Calibrated | None = None  # None: probabilities are softmax(logits), and there are no sets
+    integer_bits: Literal[7, 8] | None = None  # of weights that are multiplied in 8-bit integers; None: none are
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
         fields: dict[str, Any] = write(self)
-        later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None}
+        later = {
+            "library": "timm",
+            "interpolation": "bicubic",
+            **dict.fromkeys(("config", "calibrated", "integer_bits")),
+        }
         return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
     @property

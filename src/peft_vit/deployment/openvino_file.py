@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, packed_weights
+from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.deployment.model_card import HEADER, UNSIGNED, Header, ModelCard, write_exported
 from peft_vit.deployment.onnx_file import onnx_graph
 from peft_vit.deployment.runtimes import openvino_digest
@@ -157,7 +157,8 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
         weight = weight_node(packed[node.get_attribute("layer")])
         return opset13.matmul(node.get_input(0), weight, False, True).outputs()
 
-    proto = onnx_graph(model, image_size, PackedPlace)
+    layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
+    proto = onnx_graph(model, image_size, {name: PackedPlace(layer, name) for name, layer in layers.items()})
     # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
     fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
     core = openvino.Core()

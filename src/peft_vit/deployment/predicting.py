@@ -243,10 +243,8 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         ):
             decoded = Image.fromarray(image)
         else:
-            raise UserError(
-                f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {image.shape} {image.dtype}",
-                field="images",
-            )
+            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error

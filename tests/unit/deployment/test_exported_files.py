@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,15 +59,11 @@ def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-IN_8_BITS = partial(export_onnx, input_ranges={})
-
-
 @pytest.mark.parametrize(
     ("export", "kind", "group", "fault"),
     [
         (export_onnx, "int4", 8, r"qkv has groups of 8 inputs"),
         (export_onnx, "nf3", 16, r"qkv is in nf3.*--runtime fast, or train with int3"),
-        (IN_8_BITS, "int2", 16, r"qkv is in int2.*--runtime fast"),
         (export_openvino, "fp4", 32, r"qkv is in fp4.*export onnx or safetensors"),
         (export_openvino, "nf3", 32, r"qkv is in nf3.*export onnx or safetensors"),
     ],
