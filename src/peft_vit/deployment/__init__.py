@@ -1,6 +1,6 @@
 """From a trained model to files that run elsewhere: merging, safetensors, ONNX, OpenVINO, and predictions from them."""
 
-from peft_vit.deployment.model_card import Calibrated, Classifier, ModelCard
+from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, input_ranges
 from peft_vit.deployment.openvino_file import export_openvino
 from peft_vit.deployment.predicting import (

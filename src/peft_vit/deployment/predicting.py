@@ -23,7 +23,7 @@ from peft_vit.deployment.model_card import Classifier, Format, ModelCard, read_j
 from peft_vit.deployment.torch_files import torch_classifier
 from peft_vit.errors import UserError, agreeing_with, named, os_fault
 from peft_vit.safe_io import read_bytes
-from peft_vit.statistics import probabilities
+from peft_vit.statistics import prediction_sets, probabilities
 
 _BATCH = 32
 _Image: TypeAlias = Path | NDArray[np.uint8]
@@ -153,7 +153,8 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     """
     if card.calibrated is None:
         raise UserError(
-            "is of models that `peft-vit tune` has made, and this one holds no thresholds; leave it out",
+            "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
+            "images, or was made by an earlier version; leave it out",
             field="coverage",
         )
     card.calibrated.threshold(coverage)
@@ -166,7 +167,7 @@ def _prediction(file: Path | None, row: NDArray[np.float64], card: ModelCard, co
     if coverage is not None:
         check_coverage(card, coverage)
         assert card.calibrated is not None
-        inside = np.flatnonzero(card.calibrated.sets(row[None], coverage)[0])
+        inside = np.flatnonzero(prediction_sets(row[None], card.calibrated.threshold(coverage))[0])
         classes = tuple((card.class_names[k], float(row[k])) for k in sorted(inside, key=lambda k: (-row[k], k)))
     return Prediction(file, card.class_names[best], float(row[best]), classes)
 

@@ -1,5 +1,6 @@
 """Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
 
+from peft_vit.evaluation.calibration import calibrate
 from peft_vit.evaluation.footprint import (
     MemoryWatch,
     available_memory_bytes,
@@ -22,5 +23,6 @@ from peft_vit.evaluation.metrics import (
     measure,
     measure_ablation,
     predict,
+    predict_with_middle,
     predictions,
 )

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -25,7 +26,7 @@ from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
 from peft_vit.config import QaLoraConfig
-from peft_vit.data import Data, load_data
+from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
     DivergedError,
@@ -43,6 +44,7 @@ from peft_vit.evaluation import (
     head_parameters,
     measure,
     predict,
+    predict_with_middle,
     predictions,
     trainable_bytes,
     trainable_parameters,
@@ -60,6 +62,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
+from peft_vit.runs.calibration import Outputs, calibration_of, known_images
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.machine import (
     cpu_count,
@@ -117,10 +120,12 @@ class Finished:
     Attributes:
         record: what happened.
         adapter: content of the adapter file; None if the run failed.
+        features: content of the file of training features; None: there is none.
     """
 
     record: RunRecord
     adapter: bytes | None
+    features: bytes | None = None
 
 
 def run_one(
@@ -146,8 +151,9 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, attempt, on_progress)
-            finished = Finished(RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome), adapter)
+            outcome, adapter, features = _execute(spec, attempt, on_progress)
+            record = RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome)
+            finished = Finished(record, adapter, features)
         except Interrupted:
             raise
         except Exception as error:
@@ -187,8 +193,10 @@ def _kind(error: Exception) -> Failure:
 # --- one walk from the specification to what the record holds ---------------------------------------------------------
 
 
-def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> tuple[dict[str, Any], bytes]:
-    """Return what the record holds beside what the attempt knows, and the content of the adapter file."""
+def _execute(
+    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None
+) -> tuple[dict[str, Any], bytes, bytes | None]:
+    """Return what the record holds beside what the attempt knows, and the content of adapter and features file."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
         load_peft()
@@ -222,7 +230,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     ranks = update_ranks(model)
     memory.prepared()
 
-    result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    result, tested, features = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
@@ -275,7 +283,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         **take_measures(model, backbone, data, spec, runtime, overhead),
     }
     attempt.update()
-    return outcome, content
+    return outcome, content, features
 
 
 def _prepare(
@@ -309,8 +317,8 @@ def _train_and_test(
     hooks: list[Hook],
     attempt: Attempt,
     on_progress: OnProgress | None,
-) -> tuple[TrainingResult, dict[str, Any]]:
-    """Return what training saw, and what the record holds of the test split, which is read this once."""
+) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
+    """Return what training saw, what the record holds of test images, read this once, and the features file."""
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature = Backbone(model).head, 1.0
     assert attempt.known.provenance is not None
@@ -328,8 +336,6 @@ def _train_and_test(
             initial_parameters=fitted,
             peak_parameters=fitted,
         )
-        images = data.test.open()
-        logits, labels = head_logits(head, features.of(images).values, runtime), images.labels
     else:
         result = train(
             model,
@@ -344,11 +350,28 @@ def _train_and_test(
             overhead=attempt.overhead,
             temperature=temperature,
         )
-        images = data.test.open()
+
+    def outputs(images: LabelledImages) -> Outputs:
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
-        logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
-    predicted = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
-    return result, {"test": measure(logits, labels), "predictions": predicted}
+        where = {"device": runtime.device, "precision": runtime.precision}
+        if spec.measures.features:
+            found = Outputs(*predict_with_middle(model, batches, **where))
+        elif is_probe:
+            found = Outputs(np.empty((0, 0), np.float32), images.labels, None)
+        else:
+            found = Outputs(*predict(model, batches, **where), None)
+        if is_probe:  # its logits are of the features that it was fitted to
+            return found._replace(logits=head_logits(head, features.of(images).values, runtime))
+        return found
+
+    images = data.test.open()
+    test, calibration, content = outputs(images), {}, None
+    if len(data.validation):
+        with attempt.overhead.of("calibration"):
+            known = outputs(known_images(data.train, spec.seed)).middle if spec.measures.features else None
+            calibration, content = calibration_of(outputs(data.validation), test, known)
+    predicted = predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
+    return result, {"test": measure(test.logits, test.labels), "predictions": predicted, **calibration}, content
 
 
 def _provenance(

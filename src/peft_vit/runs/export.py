@@ -17,7 +17,6 @@ from peft_vit.adapters.peft_format import export_peft
 from peft_vit.config import EXPORTS
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
-    Calibrated,
     Classifier,
     Merged,
     ModelCard,
@@ -34,6 +33,7 @@ from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
+from peft_vit.records import Calibrated
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.statistics import Interval, paired_proportions
 
@@ -124,7 +124,7 @@ def export_run_to_file(
         file: ends as the format says, and is replaced if it exists; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
-        calibrated: what the file says of how far it can be believed.
+        calibrated: what the file says of how far it can be believed; None: what the run found.
 
     Raises:
         UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
@@ -140,7 +140,7 @@ def export_run_to_file(
     if options.runtime or int8:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    card = run.card.model_copy(update={"calibrated": calibrated})
+    card = run.card if calibrated is None else run.card.model_copy(update={"calibrated": calibrated})
     ways = format_named(format)
     if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime)

@@ -35,7 +35,8 @@ class RestoredRun:
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        return model_card(self.record.spec, self.backbone, self.record.class_names)
+        card = model_card(self.record.spec, self.backbone, self.record.class_names)
+        return card.model_copy(update={"calibrated": self.record.calibrated})
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""

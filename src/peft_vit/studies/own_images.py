@@ -231,6 +231,7 @@ def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, An
         "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
+        "measures": {"features": True},
     }
     return study_from_mapping(mapping, file=request.images)
 
