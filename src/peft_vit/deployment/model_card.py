@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from peft_vit.config import Interpolation, Library
 from peft_vit.errors import UserError, checked, os_fault
-from peft_vit.records import Calibrated, write_atomically
+from peft_vit.records import Calibrated, Unlike, write_atomically
 
 if TYPE_CHECKING:
     from peft_vit.backbones import Architecture
@@ -50,12 +50,13 @@ class ModelCard(Strict):
     std: tuple[_Positive, _Positive, _Positive]
     class_names: tuple[str, ...] = Field(min_length=1)
     calibrated: Calibrated | None = None  # None: probabilities are softmax(logits), and there are no sets
+    unlike: Unlike | None = None  # None: nothing says when an image is unlike those of training
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what came later where it says nothing: files hold hashes of their cards."""
         fields: dict[str, Any] = write(self)
-        later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None}
+        later = {"library": "timm", "config": None, "interpolation": "bicubic", "calibrated": None, "unlike": None}
         return {key: value for key, value in fields.items() if key not in later or value != later[key]}
 
     @property
@@ -105,6 +106,8 @@ class Classifier:
 
     logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]  # normalised images (B, 3, S, S) -> (B, classes)
     card: ModelCard
+    # The same, and (B,) distances to the nearest training image; where card.unlike says what they mean.
+    with_distances: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
 
 
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:

@@ -8,14 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
 from peft_vit.data import LabelledImages, stratified_draw
+from peft_vit.deployment.known_images import neighbours_bytes, read_neighbours
 from peft_vit.errors import UserError, os_fault
 from peft_vit.evaluation import calibrate
-from peft_vit.records import FEATURES_FILE, FEWEST_HELD_OUT, Calibrated, RunRecord, TestedCalibration, Unlike
-from peft_vit.safe_io import read_bytes
+from peft_vit.records import (
+    FEATURES_FILE,
+    FEWEST_HELD_OUT,
+    RECORD_FILE,
+    Calibrated,
+    RunRecord,
+    TestedCalibration,
+    Unlike,
+)
+from peft_vit.safe_io import sha256_of
 from peft_vit.seeding import numpy_generator
 from peft_vit.statistics import (
     Neighbours,
@@ -25,6 +32,7 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
+from peft_vit.tasks import Task
 
 MOST_KNOWN = 2000  # training images whose features are kept
 LIKE = 0.95  # share of images like the held-out ones that are not flagged
@@ -42,11 +50,11 @@ class Outputs(NamedTuple):
     middle: NDArray[np.float32] | None  # (N, D), see `Backbone.logits_and_middle`; None: not asked for
 
 
-def known_images(train: LabelledImages, seed: int) -> LabelledImages:
+def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages:
     """Return the training images whose features are kept: all, or `MOST_KNOWN`, each class with its share."""
     rng = numpy_generator(seed, "features")
     count = min(MOST_KNOWN, len(train))
-    return train.chosen(stratified_draw(np.arange(len(train), dtype=np.int64), train.labels, count, rng))
+    return train.chosen(stratified_draw(np.arange(len(train), dtype=np.int64), task.strata(train.labels), count, rng))
 
 
 def calibration_of(
@@ -65,7 +73,7 @@ def calibration_of(
         neighbours = Neighbours.of(known)
         threshold = conformal_quantile(neighbours.distances(validation.middle), LIKE)
         unlike = Unlike(images=len(validation.labels), threshold=threshold)
-        content = save({"mean": neighbours.mean, "spread": neighbours.spread, "codes": neighbours.codes})
+        content = neighbours_bytes(neighbours)
         if test.middle is not None:
             flagged = int((neighbours.distances(test.middle) > threshold).sum())
     fields = {
@@ -91,7 +99,7 @@ def _tested(calibrated: Calibrated, test: Outputs, flagged: int | None) -> Teste
     )
 
 
-def read_neighbours(run_dir: Path, record: RunRecord) -> Neighbours | None:
+def known_of(run_dir: Path, record: RunRecord) -> Neighbours | None:
     """Return the training features that lie beside a record; None if it names none.
 
     Raises:
@@ -101,14 +109,8 @@ def read_neighbours(run_dir: Path, record: RunRecord) -> Neighbours | None:
         return None
     file, remedy = run_dir / FEATURES_FILE, "move or rerun the whole run"
     with os_fault("can't be read", file, remedy=remedy):
-        content = read_bytes(file, None)
-    if (digest := hashlib.sha256(content).hexdigest()) != record.features_sha256:
-        raise UserError(
-            f"has SHA-256 {digest}, the record says {record.features_sha256}; rerun this run",
-            file=file,
-            field="features_sha256",
-        )
-    try:
-        return Neighbours(**load(content))
-    except (SafetensorError, TypeError) as error:
-        raise UserError(f"holds no features ({error}); {remedy}", file=file) from None
+        digest = sha256_of(file)
+    if digest != record.features_sha256:
+        message = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.features_sha256}; rerun this run"
+        raise UserError(message, file=file, field="features_sha256")
+    return read_neighbours(file)

@@ -42,10 +42,8 @@ from peft_vit.evaluation import (
     frozen_bytes,
     give_memory_back,
     head_parameters,
-    measure,
     predict,
     predict_with_middle,
-    predictions,
     trainable_bytes,
     trainable_parameters,
 )
@@ -209,7 +207,7 @@ def _execute(
     overhead = attempt.read()
 
     packed_targets = packed_at_once(experiment)
-    load = partial(load_run_backbone, spec, len(data.class_names), mapped=packed_targets)
+    load = partial(load_run_backbone, spec, data.task.head_width(data.class_names), mapped=packed_targets)
     backbone = load()
     model = backbone.model if packed_targets is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)
@@ -320,11 +318,11 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
     """Return what training saw, what the record holds of test images, read this once, and the features file."""
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
-    head, temperature = Backbone(model).head, 1.0
+    head, temperature, probed = Backbone(model).head, 1.0, None
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
-        probe, temperature = init_head(head, features, data, spec, runtime, attempt.overhead)
+        probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
     if is_probe:
         fitted = trainable_parameters(model)
@@ -348,6 +346,7 @@ def _train_and_test(
             between_steps=attempt.between_steps,
             resume=attempt.take_training(),
             overhead=attempt.overhead,
+            probe=probed,
             temperature=temperature,
         )
 
@@ -368,10 +367,11 @@ def _train_and_test(
     test, calibration, content = outputs(images), {}, None
     if len(data.validation):
         with attempt.overhead.of("calibration"):
-            known = outputs(known_images(data.train, spec.seed)).middle if spec.measures.features else None
+            known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
             calibration, content = calibration_of(outputs(data.validation), test, known)
-    predicted = predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
-    return result, {"test": measure(test.logits, test.labels), "predictions": predicted, **calibration}, content
+    predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
+    measured = data.task.measure(test.logits, test.labels)
+    return result, {"test": measured, "predictions": predicted, **calibration}, content
 
 
 def _provenance(
@@ -408,8 +408,8 @@ def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
     if len(data.validation):
-        most = torch.bincount(torch.from_numpy(data.validation.labels)).max().item()
-        majority = {"validation": most / len(data.validation), **majority}
+        most = data.task.counts(data.validation.labels, len(data.class_names)).max()
+        majority = {"validation": float(most / len(data.validation)), **majority}
     return majority
 
 
