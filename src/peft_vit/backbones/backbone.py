@@ -159,7 +159,7 @@ class Backbone:
 
         That is what comes to the middle block: the class token, or the tokens' mean where there is none. There images
         of other kinds lie farther from those of training than in front of the head, whose features leave out whatever
-        does not tell pretraining's classes (docs/explanation/unlike_images.md).
+        does not tell pretraining's classes (docs/explanation/probabilities.md).
         """
         name = self.blocks[len(self.blocks) // 2]
         logits, seen = self._watched(images, {name: self.model.get_submodule(name)})

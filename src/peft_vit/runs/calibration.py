@@ -36,7 +36,7 @@ from peft_vit.tasks import Task
 
 MOST_KNOWN = 2000  # training images whose features are kept
 LIKE = 0.95  # share of images like the held-out ones that are not flagged
-# Of temperatures that were best on test images, see docs/explanation/unlike_images.md. Validation images chose the step
+# Of temperatures that were best on test images, see docs/explanation/probabilities.md. Validation images chose the step
 # and look better than others do; a few of them would make a model too sure.
 PRIOR = TemperaturePrior(median=1.5, spread=0.35)
 _SHOWN = (0.8, 0.9, 0.95, 0.99)
