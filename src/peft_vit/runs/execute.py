@@ -24,7 +24,7 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.config import QaLoraConfig
 from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
@@ -370,6 +370,7 @@ def _train_and_test(
             known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
             calibration, content = calibration_of(outputs(data.validation), test, known)
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
+    predicted = predicted.model_copy(update={"files": data.test_files})
     measured = data.task.measure(test.logits, test.labels)
     return result, {"test": measured, "predictions": predicted, **calibration}, content
 
@@ -394,6 +395,7 @@ def _provenance(
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
         config_sha256=backbone.architecture.config_sha256,
+        weights_licence=weights_licence(spec.backbone),
         random_weights=backbone.random_weights,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,
