@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -172,7 +172,7 @@ class Backbone:
         known = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
         return math.isqrt(tokens) ** 2 != tokens and not known.isdisjoint(_CLASS_TOKENS)
 
-    def _watched(self, images: Tensor, modules: dict[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _watched(self, images: Tensor, modules: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the model's output, and what came to each of some modules, at its last call."""
         seen: dict[str, Tensor] = {}
         thread = threading.get_ident()

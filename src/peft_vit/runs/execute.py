@@ -352,19 +352,19 @@ def _train_and_test(
 
     def outputs(images: LabelledImages) -> Outputs:
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
-        where = {"device": runtime.device, "precision": runtime.precision}
         if spec.measures.features:
-            found = Outputs(*predict_with_middle(model, batches, **where))
+            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
         elif is_probe:
             found = Outputs(np.empty((0, 0), np.float32), images.labels, None)
         else:
-            found = Outputs(*predict(model, batches, **where), None)
+            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
             return found._replace(logits=head_logits(head, features.of(images).values, runtime))
         return found
 
     images = data.test.open()
-    test, calibration, content = outputs(images), {}, None
+    test, content = outputs(images), None
+    calibration: dict[str, Any] = {}
     if len(data.validation):
         with attempt.overhead.of("calibration"):
             known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
