@@ -28,9 +28,11 @@ from peft_vit.errors import UserError, printable
 from peft_vit.records.schema import StudyFile
 from peft_vit.records.storage import (
     ADAPTER_FILE,
+    LATEST,
     RECORD_FILE,
     STUDY_FILE,
     checkpoint_folders,
+    followed,
     make_folder,
     read_study_file,
 )
@@ -398,8 +400,10 @@ def find_studies(directory: Path) -> list[Path]:
     Raises:
         UserError: if there is none.
     """
+    directory = followed(directory)
     require_directory(directory)
-    for folders in ([directory], sorted(directory.iterdir())):
+    beside = [place for place in sorted(directory.iterdir()) if place.name != LATEST]
+    for folders in ([directory], beside):
         if studies := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
             return studies
     raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)
