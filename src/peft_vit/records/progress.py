@@ -130,7 +130,7 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         descriptor = _acquire(folder)
     except OSError as error:
-        _remove_empty(missing)
+        remove_empty(missing)
         reason = f"can't be written to ({error.strerror}); make it writable or choose another --output"
         raise UserError(reason, file=folder) from None
     try:
@@ -138,7 +138,7 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
             yield StudyLock(folder)
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
-        _remove_empty(missing)
+        remove_empty(missing)
         os.close(descriptor)
 
 
@@ -194,7 +194,8 @@ def _taken(folder: Path, by: str) -> UserError:
     return UserError(f"another command works on this study, {by}; wait for its end, or stop it", file=folder)
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, in their order, that hold nothing."""
     for folder in folders:
         with suppress(OSError):  # somebody else has put something there, or it was never made
             folder.rmdir()

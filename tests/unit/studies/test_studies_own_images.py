@@ -263,8 +263,6 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
     assert bool(saves) == (chosen == "int8" and requested == "auto")
-    again, _ = study_of(asked(method, compute=requested, steps=60, image_size=64), study)
-    assert again.experiments[0].training.compute == chosen  # whatever is faster then
 
 
 def test_little_memory_means_small_images(asked, pace) -> None:
@@ -297,19 +295,6 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     assert "fewer" not in line  # one_cycle goes on to its end
     assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
     assert training_of(asked(steps=30)).steps == 30
-
-
-def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
-    first, _ = study_of(asked())
-    pace(SLOW)
-    again, _ = study_of(asked(minutes=1), first)
-    assert again == first
-    assert study_of(asked(minutes=1))[0] != first
-    other, _ = study_of(asked("full", minutes=10), first)  # beside it, on images of the same size
-    assert other.data == first.data
-    assert other.experiments[0].training.steps < first.experiments[0].training.steps
-    said, _ = study_of(asked(steps=30, image_size=32), first)
-    assert (said.data.image_size, said.experiments[0].training.steps) == (32, 30)
 
 
 def test_validation_takes_its_share_and_never_more_than_the_run(asked, many) -> None:
