@@ -185,9 +185,10 @@ def report(
 
     Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
     """
+    from peft_vit.records import followed
     from peft_vit.report import build_report
 
-    page = format == "html"
+    results_dir, page = followed(results_dir), format == "html"
     files = build_report(
         results_dir,
         output or results_dir / ("report" if page else "analysis"),

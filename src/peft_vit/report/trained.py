@@ -35,7 +35,7 @@ def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> l
     """
     assert record.test is not None
     place = shlex.quote(str(folder))
-    lines = [f"Test accuracy {_percent(test_accuracy(record))}, on {record.test.n} images that nothing was chosen by."]
+    lines = [f"Test accuracy {_percent(test_accuracy(record))}, on {record.test.n} images that training has not seen."]
     if (probe := record.probe_test) is not None:
         own = proportion_interval(probe.metrics.accuracy * probe.metrics.n, probe.metrics.n)
         lines += [f"A {_PROBE} has {_percent(own)}.", _gain(record)]

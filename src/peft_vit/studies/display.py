@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -155,7 +156,7 @@ class Watch:
     ) -> None:
         self._until, self._alone = until, alone
         self._every_s = _ALONE_EVERY_S if alone else _PLAIN_EVERY_S
-        self._since = time.monotonic()
+        self._since = self._said_at = time.monotonic()
         self._over = threading.Event()
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
@@ -183,9 +184,13 @@ class Watch:
 
     def _break_silence(self) -> None:
         """Say every so often how far runs are that tell of nothing, as one that is read in or computes features."""
-        while not self._over.wait(min(1.0, self._every_s)):
-            for running in list(self._running.values()):
-                self._say_progress(running, time.monotonic())
+        with suppress(OSError, SystemExit):  # nobody reads any more
+            while not self._over.wait(min(1.0, self._every_s)):
+                now, under_way = time.monotonic(), list(self._running.values())
+                for running in under_way:
+                    self._say_progress(running, now)
+                if self._alone and not under_way and now - self._said_at >= self._every_s:
+                    self._say("reading the images")
 
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
@@ -223,6 +228,7 @@ class Watch:
     def _say(self, line: str, run: PlannedRun | None = None) -> None:
         if run is not None and not self._alone:
             line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
+        self._said_at = time.monotonic()
         self._console.print(Text(line), soft_wrap=True)
 
     def _progress(self, running: _Running, progress: Progress, now: float) -> None:
@@ -235,7 +241,7 @@ class Watch:
             if self._live is not None or now - running.printed_at < self._every_s:
                 return
             running.printed_at = now
-        said = "before its first step"
+        said = "getting ready (weights, features of the images)"
         if running.latest is not None:
             step, *values = _cells(running.latest)
             names = ("loss", "validation", "mean rank", "mean bits")
