@@ -70,6 +70,7 @@ from peft_vit.config.training import (
     Cutmix,
     Flip,
     Flips,
+    MetricName,
     Mixup,
     RandAugment,
     RandomResizedCrop,

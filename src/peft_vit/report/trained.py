@@ -10,19 +10,19 @@ from typing import Self
 
 import numpy as np
 
-from peft_vit.records import RunRecord
+from peft_vit.records import ProbeTest, RunRecord
 from peft_vit.report.document import Table
-from peft_vit.report.formatting import known, percent, points, signed
+from peft_vit.report.formatting import known, percent, points
 from peft_vit.report.tables import Column, table
-from peft_vit.statistics import Interval, paired_proportions, proportion_interval
+from peft_vit.statistics import Interval
+from peft_vit.tasks import metric_of
 
-_PROBE = "logistic regression on the same frozen features"
 
-
-def test_accuracy(record: RunRecord) -> Interval:
-    """Return the accuracy of a finished run on the test images, with its interval."""
-    assert record.test is not None
-    return proportion_interval(record.test.accuracy * record.test.n, record.test.n)
+def test_score(record: RunRecord) -> Interval:
+    """Return what decides in a finished run, on the test images, with its interval."""
+    own = record.predictions
+    assert own is not None
+    return metric_of(record.spec).interval(np.array(own.labels), np.array(own.predicted))
 
 
 def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> list[str]:
@@ -33,36 +33,34 @@ def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> l
         folder: of the run, or of the call that made it.
         page: on the model, if one was written.
     """
-    assert record.test is not None
-    place = shlex.quote(str(folder))
-    lines = [f"Test accuracy {_percent(test_accuracy(record))}, on {record.test.n} images that training has not seen."]
-    if (probe := record.probe_test) is not None:
-        own = proportion_interval(probe.metrics.accuracy * probe.metrics.n, probe.metrics.n)
-        lines += [f"A {_PROBE} has {_percent(own)}.", _gain(record)]
-    lines += [
+    score, place = test_score(record), shlex.quote(str(folder))
+    lines = [f"Test {metric_of(record.spec).words} {_percent(score)}, on {score.n} images that training has not seen."]
+    if record.probe_test is not None:
+        lines += _beside_the_probe(record, record.probe_test)
+    return [
+        *lines,
         f"Time: {record.seconds:.0f} s.",
         f"Model: {folder}",
         f"Page: {page}" if page is not None else f"Page: peft-vit report {place}",
         f"To predict: peft-vit predict {place} PHOTO.jpg",
     ]
-    return lines
 
 
-def _gain(record: RunRecord) -> str:
-    """Return in words whether training gained on the probe, on the same test images."""
+def _beside_the_probe(record: RunRecord, probe: ProbeTest) -> list[str]:
+    """Return what the probe has on the same test images, and in words whether training gained on it."""
     assert record.predictions is not None
-    assert record.probe_test is not None
+    metric, labels, before = metric_of(record.spec), np.array(record.predictions.labels), np.array(probe.predicted)
+    of_probe = f"A logistic regression on the same frozen features has {_percent(metric.interval(labels, before))}."
     if record.chosen_step == 0:
-        return "Training has gained nothing on it on validation images, so the model is this regression."
-    labels, before = np.array(record.predictions.labels), np.array(record.probe_test.predicted)
-    right, was_right = np.array(record.predictions.predicted) == labels, before == labels
-    gain = paired_proportions(int((right & ~was_right).sum()), int((was_right & ~right).sum()), len(labels))
+        none = "Training has gained nothing on it on validation images, so the model is this regression."
+        return [of_probe, none]
+    gain = metric.gain(labels, before, np.array(record.predictions.predicted))
     assert gain.low is not None
     assert gain.high is not None
-    size = f"{points(gain.estimate)} points ({signed(100 * gain.low)} to {signed(100 * gain.high)})"
+    size = f"{points(gain.estimate)} points ({points(gain.low)} to {points(gain.high)})"
     if gain.low > 0:
-        return f"Training gained on it: {size}."
-    return f"Training lost against it: {size}." if gain.high < 0 else f"No clear difference between the two: {size}."
+        return [of_probe, f"Training gained on it: {size}."]
+    return [of_probe, f"Training lost against it: {size}." if gain.high < 0 else f"No clear difference: {size}."]
 
 
 def _percent(interval: Interval) -> str:
@@ -79,7 +77,8 @@ class TrainRow:
     method: str
     settings: str  # as they were typed
     state: str
-    test_accuracy: float | None = None
+    metric: str | None = None  # that decides
+    test: float | None = None
     low: float | None = None  # of its 95 % interval
     high: float | None = None
     test_images: int | None = None
@@ -93,9 +92,18 @@ class TrainRow:
         minutes = record.seconds / 60
         if record.test is None:
             return cls(folder.name, method, settings, state, minutes=minutes)
-        score = test_accuracy(record)
-        values = (score.estimate, score.low, score.high, record.test.n, minutes)
-        return cls(folder.name, method, settings, state, *values)
+        score, metric = test_score(record), metric_of(record.spec).name
+        return cls(
+            folder.name, method, settings, state, metric, score.estimate, score.low, score.high, score.n, minutes
+        )
+
+    def test_text(self) -> str:
+        """Return what decides with its interval: accuracy 80.0 % (71.1 to 86.7)."""
+        assert self.metric is not None
+        assert self.test is not None
+        assert self.low is not None
+        assert self.high is not None
+        return f"{self.metric.replace('_', ' ')} {percent(self.test)} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 def train_runs_table(rows: Sequence[TrainRow]) -> Table:
@@ -108,14 +116,9 @@ def train_runs_table(rows: Sequence[TrainRow]) -> Table:
             "run",
             "method",
             Column("settings", "settings", lambda settings: settings or "defaults"),
-            Column(
-                "test accuracy",
-                lambda row: known(
-                    row.test_accuracy, lambda share: f"{percent(share)} ({100 * row.low:.1f} to {100 * row.high:.1f})"
-                ),
-            ),
+            Column("test", lambda row: known(row.test, lambda _: row.test_text())),
             Column("minutes", "minutes", lambda minutes: known(minutes, lambda value: f"{value:.1f}")),
             "state",
         ],
-        "Accuracy with its 95 % interval: what other test images would change.",
+        "In brackets the 95 % interval: what other test images would change.",
     )
