@@ -31,6 +31,7 @@ class StoppedByHand:
     def __init__(self, workers: int, results_dir: Path, checkpoint_every_s: float) -> None:
         self._results_dir = results_dir
         self._events: deque[Event] = deque()
+        self._pressed = False
 
     def submit(self, run) -> None:
         self._events.append(RunStarted(run, "this process"))
@@ -38,12 +39,14 @@ class StoppedByHand:
         def on_progress(progress) -> None:
             self._events.append(RunProgress(run, progress))
             if progress.step == self.stop_at:
+                self._pressed = True
                 os.kill(os.getpid(), signal.SIGINT)
 
         checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), 600)
         try:
-            stop = lambda: len(self._events) - 1 == self.stop_at  # noqa: E731
-            done = run_one(run.spec, on_progress=on_progress, checkpoints=checkpoints, should_stop=stop)
+            done = run_one(
+                run.spec, on_progress=on_progress, checkpoints=checkpoints, should_stop=lambda: self._pressed
+            )
             self._events.append(RunEnded(run, done.record, done.adapter))
         except Interrupted as interrupted:
             self._events.append(RunInterrupted(run, interrupted.step))

@@ -255,6 +255,7 @@ class TrainRequest(Request):
             "epochs": "{} epochs",
             "minutes": "{:g} min",
             "seed": "seed {}",
+            "smoke": "smoke",
         }
         values = {name: getattr(self, name) for name in short}
         set_ = [short[name].format(v) for name, v in values.items() if v != type(self).model_fields[name].default]

@@ -41,9 +41,9 @@ def test_the_answer_comes_first_and_commands_can_be_copied() -> None:
 @pytest.mark.parametrize(
     ("wrong", "probe_wrong", "chosen_step", "said"),
     [
-        (10, range(30), 5, "Training gained on it: +20.0 points (+11.3 to +27.9)."),
-        (30, range(10), 5, "Training lost against it: −20.0 points (−27.9 to −11.3)."),
-        (10, range(5, 17), 5, "No clear difference: +2.0 points (−5.1 to +9.0)."),
+        (10, range(30), 5, "Training gained on it: +20.0 points (+11.4 to +27.8)."),
+        (30, range(10), 5, "Training lost against it: −20.0 points (−27.8 to −11.4)."),
+        (10, range(5, 17), 5, "No clear difference: +2.0 points (−5.2 to +9.1)."),
         (10, range(10), 0, "Training has gained nothing on it on validation images, so the model is this regression."),
     ],
 )
