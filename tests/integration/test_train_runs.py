@@ -120,9 +120,9 @@ def test_where_no_links_can_be_made_a_file_says_which_call_was_the_last(images, 
     for seed in (0, 1):
         command("train", images, *asked, "--seed", seed, "--output", out)
     latest = out / "latest"
-    assert latest.read_text() == "0002-linear-32px-test-vit-seed-1\n"
+    assert latest.read_text() == "0002-linear-32px-seed-1-test-vit\n"
     assert command("predict", latest, images / "class_0" / "00.png").out
-    assert command("status", latest).out.startswith("0002-linear-32px-test-vit-seed-1: 1 planned = 1 done")
+    assert command("status", latest).out.startswith("0002-linear-32px-seed-1-test-vit: 1 planned = 1 done")
     assert len(load_results(latest).runs) == 1
     command("report", latest, "--format", "md")
     assert (followed(latest) / "analysis" / "analysis_summary.md").is_file()

@@ -108,7 +108,9 @@ class Budget:
     unit: Literal["ranks", "bytes"]
 
     def __str__(self) -> str:
-        return f"{self.number}B" if self.unit == "bytes" else str(self.number)
+        if self.unit == "ranks":
+            return str(self.number)
+        return f"{self.number // 1000}kB" if self.number % 1000 == 0 else f"{self.number}B"
 
     @classmethod
     def of(cls, written: Any) -> Any:
@@ -249,13 +251,13 @@ class TrainRequest(Request):
             "budget": "budget {}",
             "image_size": "{}px",
             "shots": "{} shots",
-            "model": "{}",
             "start": "from {0.name}",
             "steps": "{} steps",
             "epochs": "{} epochs",
             "minutes": "{:g} min",
             "seed": "seed {}",
             "smoke": "smoke",
+            "model": "{}",
         }
         values = {name: getattr(self, name) for name in short}
         set_ = [short[name].format(v) for name, v in values.items() if v != type(self).model_fields[name].default]

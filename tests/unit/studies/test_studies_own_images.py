@@ -337,3 +337,22 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         if method == "qa_lora":
             assert packing.rank == rank
         METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)
+
+
+# --- what a call is called ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "typed"),
+    [
+        ({}, "lora", ""),
+        ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
+        ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
+        ({"start": "a/My_Adapter", "threads": 1}, "lora-from-my-adapter", "--init-adapter a/My_Adapter --threads 1"),
+        ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
+    ],
+)
+def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label, typed) -> None:
+    request = TrainRequest.of(images="photos", **settings)
+    assert (request.label, request.settings) == (label, typed)
+    assert TrainRequest.model_validate_json(request.model_dump_json()) == request
