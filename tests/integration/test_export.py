@@ -69,7 +69,7 @@ def refusal(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 
     def call(run_dir: Path, output: Path = tmp_path / "out") -> str:
         before = sorted(output.rglob("*"))
-        line = refused("export", run_dir, "--output", output)
+        line = refused("export", run_dir, "--format", "peft", "--output", output)
         assert sorted(output.rglob("*")) == before
         return line
 
