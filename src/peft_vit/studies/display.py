@@ -75,8 +75,6 @@ def plan_notes(plan: Plan) -> list[Text]:
         notes.append(Text(smoke, style=_WARNING))
     elif study.backbone.weights == "random":
         notes.append(Text("RANDOM WEIGHTS: nothing is pretrained in this study.", style=_WARNING))
-    if precision.note is not None:
-        notes.append(Text(precision.note))
     if precision.emulated and plan.pending:
         notes.append(Text(f"BF16 MAY BE SLOW HERE: {precision.support.reason}.", style=_WARNING))
     if study.execution.workers * study.threads > cpu_count():
@@ -93,7 +91,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
-    print_lines([f"Images: {plan.licence}", *plan_notes(plan)], console)
+    precision = [] if plan.precision.note is None else [plan.precision.note]
+    print_lines([f"Images: {plan.licence}", *precision, *plan_notes(plan)], console)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
