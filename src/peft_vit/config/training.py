@@ -268,7 +268,7 @@ class TrainingConfig(Settings):
     probe_l2: float | None = Field(
         default=None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
     )
-    metric: MetricName | Literal["auto"] = Field(
+    metric: Literal["auto", "accuracy", "balanced_accuracy"] = Field(
         default="accuracy",
         description="what validation chooses steps and the probe's penalty by; auto: balanced_accuracy where a class "
         "has more than three times as many images as another, else accuracy; settled when planned",
