@@ -241,7 +241,8 @@ class TrainRequest(Request):
         """Return what was set beside images, method and output, as it is typed."""
         fields = type(self).model_fields
         values = {name: getattr(self, name) for name in fields if name not in ("images", "method", "output")}
-        return " ".join(self.spelled(name, v) for name, v in values.items() if v != fields[name].default)
+        changed = {name: value for name, value in values.items() if value != fields[name].default}
+        return " ".join(self.spelled(n, f"{v:g}" if isinstance(v, float) else v) for n, v in changed.items())
 
     @property
     def label(self) -> str:
