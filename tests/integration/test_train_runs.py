@@ -40,7 +40,7 @@ class StoppedByHand:
             self._events.append(RunProgress(run, progress))
             if progress.step == self.stop_at:
                 self._pressed = True
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)  # as Ctrl-C, which a background process ignores
 
         checkpoints = Checkpoints(run_folder(self._results_dir, run.spec), 600)
         try:
