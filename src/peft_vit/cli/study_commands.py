@@ -103,7 +103,7 @@ def runs(
     from peft_vit.studies.train_runs import train_runs
 
     check_rows_file(output)
-    calls = train_runs(directory)
+    calls = train_runs(directory) if directory.is_dir() else []
     if not calls:
         raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
     several = len({call.asked.request.images for call in calls}) > 1

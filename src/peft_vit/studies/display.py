@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from peft_vit.config import StudyConfig
-from peft_vit.errors import printable
+from peft_vit.errors import DataWarning, printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
@@ -212,7 +212,8 @@ class Watch:
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
-                    self._say(f"warning: {warning}", run)
+                    if not (self._alone and warning.startswith(DataWarning.PREFIX)):  # which the plan's notes have said
+                        self._say(f"warning: {warning}", run)
                 outcome = self._outcome(run, event.record)
                 if not self._alone:
                     self._say(outcome, run)

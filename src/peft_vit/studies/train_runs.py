@@ -113,13 +113,7 @@ class TrainRun:
 
 
 def train_runs(output: Path) -> list[TrainRun]:
-    """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over.
-
-    Raises:
-        UserError: if the directory does not exist.
-    """
-    output = followed(output)
-    require_directory(output)
+    """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
     runs = {}
     for folder in output.iterdir():
         if (match := _NUMBERED.fullmatch(folder.name)) is not None and not folder.is_symlink():
