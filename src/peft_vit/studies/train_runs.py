@@ -14,17 +14,8 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.errors import os_fault
-from peft_vit.records import RECORD_FILE, RunRecord, checkpoint_folders, followed, make_folder, read_record, write_whole
-from peft_vit.records.progress import (
-    RunStatus,
-    StudyLock,
-    look_at,
-    owner_of,
-    remove_empty,
-    require_directory,
-    run_status,
-    study_lock,
-)
+from peft_vit.records import RECORD_FILE, RunRecord, checkpoint_folders, make_folder, read_record, write_whole
+from peft_vit.records.progress import RunStatus, StudyLock, look_at, owner_of, remove_empty, run_status, study_lock
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.request import TrainRequest
 
