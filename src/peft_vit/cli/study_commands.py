@@ -82,7 +82,26 @@ def train(request: TrainRequest) -> None:
         raise typer.Exit(1)
     from peft_vit.report.trained import result_lines
 
-    print("\n".join(["", *result_lines(record, run.folder)]))
+    page = _page_of(run.folder)
+    print("\n".join(["", *result_lines(record, run.folder, page)]))
+
+
+def _page_of(folder: Path) -> Path | None:
+    """Return the page of a call's model, written if there is none yet; None if it can't be written here."""
+    from peft_vit.extras import missing_packages
+    from peft_vit.records import HTML_FILE
+
+    file = folder / "report" / HTML_FILE
+    if file.is_file():
+        return file
+    if missing_packages("report"):
+        return None
+    from peft_vit.report import build_report
+
+    try:
+        return build_report(folder, file.parent, thumbnails=_thumbnails).html
+    except UserError:  # the model is there all the same
+        return None
 
 
 @app.command()
