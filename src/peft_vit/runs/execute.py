@@ -55,6 +55,7 @@ from peft_vit.records import (
     Failure,
     HeadFit,
     ParameterCounts,
+    ProbeTest,
     Provenance,
     RankEntry,
     RunRecord,
@@ -316,14 +317,25 @@ def _train_and_test(
     attempt: Attempt,
     on_progress: OnProgress | None,
 ) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
-    """Return what training saw, what the record holds of test images, read this once, and the features file."""
+    """Return what training saw, what the record holds of the test split, read this once, and the features file.
+
+    With a probe to start from that is before training, while its features can be had; training can't reach the images.
+    """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
+    images: LabelledImages | None = None
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
         probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
+        if not is_probe:
+            images = data.test.open()
+            with attempt.overhead.of("features"):
+                values = features.of(images).values
+            logits = head_logits(head, values, runtime)
+            metrics = data.task.measure(logits, images.labels)
+            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=logits.argmax(1).tolist())
     if is_probe:
         fitted = trainable_parameters(model)
         result = TrainingResult(
@@ -350,19 +362,19 @@ def _train_and_test(
             temperature=temperature,
         )
 
-    def outputs(images: LabelledImages) -> Outputs:
-        batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
+    def outputs(of: LabelledImages) -> Outputs:
+        batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         if spec.measures.features:
             found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
         elif is_probe:
-            found = Outputs(np.empty((0, 0), np.float32), images.labels, None)
+            found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
         else:
             found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
         if is_probe:  # its logits are of the features that it was fitted to
-            return found._replace(logits=head_logits(head, features.of(images).values, runtime))
+            return found._replace(logits=head_logits(head, features.of(of).values, runtime))
         return found
 
-    images = data.test.open()
+    images = images or data.test.open()
     test, content = outputs(images), None
     calibration: dict[str, Any] = {}
     if len(data.validation):
@@ -428,6 +440,7 @@ class Known(BaseModel):
     provenance: Provenance | None = None  # what training began with
     bit_allocation: BitAllocation | None = None
     head_fit: HeadFit | None = None
+    probe_test: ProbeTest | None = None
     seconds: float = 0.0  # what came after an attempt's last checkpoint is lost
     overhead_s: dict[str, float] = {"checkpoints": 0.0}
     warnings: list[str] = []
