@@ -54,14 +54,16 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.backbones import Backbone
+from peft_vit.deployment.known_images import WithDistance
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, write_exported
-from peft_vit.deployment.runtimes import INPUT, OPSET, OUTPUT, ZERO, onnx_digest
+from peft_vit.deployment.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_digest
 from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight
 from peft_vit.quantization.packing import field_bits
+from peft_vit.statistics import Neighbours
 
 OnnxRuntime = Literal["small", "fast"]
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take
@@ -246,6 +248,7 @@ def export_onnx(
     model: nn.Module,
     file: Path,
     card: ModelCard,
+    known: Neighbours | None = None,
     *,
     runtime: OnnxRuntime = "small",
     activations: Literal["int8"] | None = None,
@@ -258,6 +261,7 @@ def export_onnx(
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
         activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. In place of `runtime`.
+        known: features of training images: a second output, `distance` (B,), tells how far an image is from these.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
@@ -279,19 +283,22 @@ def export_onnx(
         replaced = {name: ExpandedLinear(layer) for name, layer in packed.items()}
     else:
         replaced = {name: OnnxLinear(layer, name) for name, layer in packed.items()}
-    proto = onnx_graph(model, card.image_size, replaced)
+    proto = onnx_graph(model, card.image_size, replaced, known)
     header = Header(card=card)
     proto.metadata_props.add(key=HEADER, value=header.signed(onnx_digest(card, proto)))
     write_exported(file, proto.SerializeToString())
 
 
-def onnx_graph(model: nn.Module, image_size: int, replaced: Mapping[str, nn.Module]) -> Any:
+def onnx_graph(
+    model: nn.Module, image_size: int, replaced: Mapping[str, nn.Module], known: Neighbours | None = None
+) -> Any:
     """Return a merged model as onnx.ModelProto; the model stays as it is.
 
     Args:
         model: what `export_onnx` takes.
         image_size: of its square images, in pixels.
         replaced: what is exported in place of layers, by their names.
+        known: see `export_onnx`.
     """
     model = copy.deepcopy(model).eval()
     for name, module in replaced.items():
@@ -302,13 +309,13 @@ def onnx_graph(model: nn.Module, image_size: int, replaced: Mapping[str, nn.Modu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
-            model,
+            model if known is None else WithDistance(model, known).eval(),
             (torch.zeros(2, 3, image_size, image_size),),
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT] if known is None else [OUTPUT, DISTANCE],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )

@@ -7,6 +7,7 @@ import hashlib
 import html
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.extras import load_openvino, require_extra
 from peft_vit.safe_io import read_bytes
 
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
 OPSET = 20
 ZERO = 128  # what stands for 0 among the inputs' codes
 LARGEST_CODE, LARGEST_WEIGHT = 127, 64  # of 8 and 7 bits, as in `quantization.integers`, which needs torch
@@ -67,7 +68,17 @@ def open_onnx(file: Path) -> Classifier:
             "predictions can be wrong; export the run without --activations int8",
             stacklevel=2,
         )
-    return Classifier(lambda images: session.run([OUTPUT], {INPUT: images})[0], header.card)
+    return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card)
+
+
+def _classifier(run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard) -> Classifier:
+    """Return a classifier of what computes outputs by their names."""
+
+    def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, distances = run([OUTPUT, DISTANCE], images)
+        return logits, distances
+
+    return Classifier(lambda images: run([OUTPUT], images)[0], card, None if card.unlike is None else both)
 
 
 @functools.cache
@@ -148,4 +159,9 @@ def open_openvino(file: Path) -> Classifier:
         compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
     except Exception as error:  # OpenVINO's errors share no public class
         raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
-    return Classifier(lambda images: compiled({INPUT: images})[0], header.card)
+
+    def run(names: list[str], images: np.ndarray) -> list[np.ndarray]:
+        outputs = compiled({INPUT: images})
+        return [outputs[name] for name in names]
+
+    return _classifier(run, header.card)
