@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from small_methods import EXPERIMENTS
 from tiny_models import CARD
 
-from peft_vit.deployment import Calibrated, open_exported, save_low_bit
+from peft_vit.deployment import open_exported, save_low_bit
+from peft_vit.records import Calibrated
 from peft_vit.runs import export
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import paired_proportions

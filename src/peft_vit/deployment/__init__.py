@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.deployment.model_card import Calibrated, Classifier, ModelCard
+from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.deployment.predicting import (
     ImageFile,
     Prediction,

@@ -54,13 +54,15 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.backbones import watching
+from peft_vit.deployment.known_images import WithDistance
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, write_exported
-from peft_vit.deployment.runtimes import INPUT, OUTPUT, onnx_digest
+from peft_vit.deployment.runtimes import DISTANCE, INPUT, OUTPUT, onnx_digest
 from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.packing import field_bits
+from peft_vit.statistics import Neighbours
 
 OnnxRuntime = Literal["small", "fast"]
 _OPSET = 20
@@ -273,6 +275,7 @@ def export_onnx(
     model: nn.Module,
     file: Path,
     card: ModelCard,
+    known: Neighbours | None = None,
     *,
     runtime: OnnxRuntime = "small",
     input_ranges: Mapping[str, Range] | None = None,
@@ -286,6 +289,7 @@ def export_onnx(
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
         input_ranges: of every packed layer (`input_ranges`): they are multiplied in 8 bits. In place of
             `runtime`.
+        known: features of training images: a second output, `distance` (B,), tells how far an image is from these.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
@@ -301,7 +305,7 @@ def export_onnx(
             return Int8Linear(layer, input_ranges[name])
         return ExpandedLinear(layer) if runtime == "fast" else OnnxLinear(layer, name)
 
-    proto = onnx_graph(model, card.image_size, exported)
+    proto = onnx_graph(model, card.image_size, exported, known)
     header = Header(card=card)
     proto.metadata_props.add(key=HEADER, value=header.signed(onnx_digest(card, proto)))
     write_exported(file, proto.SerializeToString())
@@ -317,13 +321,19 @@ def check_int8(model: nn.Module) -> None:
             )
 
 
-def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinear, str], nn.Module]) -> Any:
+def onnx_graph(
+    model: nn.Module,
+    image_size: int,
+    packed: Callable[[AdaptedLinear, str], nn.Module],
+    known: Neighbours | None = None,
+) -> Any:
     """Return a merged model as onnx.ModelProto; the model stays as it is.
 
     Args:
         model: what `export_onnx` takes.
         image_size: of its square images, in pixels.
         packed: makes what is exported in place of a packed layer, from the layer and its name.
+        known: see `export_onnx`.
     """
     model = copy.deepcopy(model).eval()
     for name, module in list(adapted_modules(model)):
@@ -335,13 +345,13 @@ def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinea
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
-            model,
+            model if known is None else WithDistance(model, known).eval(),
             (torch.zeros(2, 3, image_size, image_size),),
             dynamo=True,
             opset_version=_OPSET,
             verbose=False,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT] if known is None else [OUTPUT, DISTANCE],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from peft_vit.deployment.model_card import HEADER, UNSIGNED, Classifier, Header, ModelCard
 from peft_vit.errors import UserError, one_line, os_fault
 from peft_vit.extras import load_openvino, require_extra
 from peft_vit.safe_io import read_bytes
 
-INPUT, OUTPUT = "images", "logits"
+INPUT, OUTPUT, DISTANCE = "images", "logits", "distance"
 # Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -53,7 +56,17 @@ def open_onnx(file: Path) -> Classifier:
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors share no public class
         raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
-    return Classifier(lambda images: session.run([OUTPUT], {INPUT: images})[0], header.card)
+    return _classifier(lambda names, images: session.run(names, {INPUT: images}), header.card)
+
+
+def _classifier(run: Callable[[list[str], np.ndarray], Sequence[np.ndarray]], card: ModelCard) -> Classifier:
+    """Return a classifier of what computes outputs by their names."""
+
+    def both(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        logits, distances = run([OUTPUT, DISTANCE], images)
+        return logits, distances
+
+    return Classifier(lambda images: run([OUTPUT], images)[0], card, None if card.unlike is None else both)
 
 
 def _names_other_files(message: Any) -> bool:
@@ -101,4 +114,9 @@ def open_openvino(file: Path) -> Classifier:
         compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
     except Exception as error:  # OpenVINO's errors share no public class
         raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
-    return Classifier(lambda images: compiled({INPUT: images})[0], header.card)
+
+    def run(names: list[str], images: np.ndarray) -> list[np.ndarray]:
+        outputs = compiled({INPUT: images})
+        return [outputs[name] for name in names]
+
+    return _classifier(run, header.card)

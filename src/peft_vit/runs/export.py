@@ -17,7 +17,6 @@ from peft_vit.adapters.peft_format import export_peft
 from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
-    Calibrated,
     Classifier,
     Merged,
     ModelCard,
@@ -30,10 +29,12 @@ from peft_vit.deployment import (
     torch_classifier,
     writer_of,
 )
+from peft_vit.deployment.known_images import neighbours_bytes
 from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
+from peft_vit.records import FEATURES_FILE, Calibrated
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
@@ -115,6 +116,8 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     run = restore_run(run_dir)
     with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
         export_peft(run.model, made, run.card.model_dump(mode="json"))
+        if run.known is not None:
+            write_exported(made / FEATURES_FILE, neighbours_bytes(run.known))
     return run.card
 
 
@@ -144,7 +147,7 @@ def export_run_to_file(
         file: ends as the format says; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
-        calibrated: what the file says of how far it can be believed.
+        calibrated: what the file says of how far it can be believed; None: what the run found.
         overwrite: take the place of what is there; of a folder only of an earlier export.
 
     Raises:
@@ -162,14 +165,14 @@ def export_run_to_file(
     if options.runtime or int8:
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
-    card = run.card.model_copy(update={"calibrated": calibrated})
+    card = run.card if calibrated is None else run.card.model_copy(update={"calibrated": calibrated})
     if options.runtime is not None:
-        export_onnx(merged.model, file, card, runtime=options.runtime)
+        export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
     elif not int8 and kind.ending:
-        writer_of(format)(merged.model, file, card)
+        writer_of(format)(merged.model, file, card, run.known)
     elif not int8:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            writer_of(format)(merged.model, made, card)
+            writer_of(format)(merged.model, made, card, run.known)
     try:
         data = run.load_data()
     except UserError as error:
@@ -229,7 +232,7 @@ def _try_int8(
     ranges = input_ranges(merged, (batch for batch, _ in calibration))
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, input_ranges=ranges)
+        export_onnx(merged, trial, card, input_ranges=ranges, known=run.known)
         return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
 
 

@@ -29,7 +29,7 @@ Written = tuple[nn.Module, dict[str, Path]]
 
 def write(model: nn.Module, name: str, folder: Path) -> Path:
     file = folder / f"model{EXPORTS[name].ending}"
-    writer_of(name)(model, file, CARD)
+    writer_of(name)(model, file, CARD, None)
     return file
 
 
@@ -104,7 +104,7 @@ def test_a_cut_or_altered_file_is_refused(written: Written, tmp_path: Path, name
 
 def test_a_folder_of_timm_is_the_model_and_refused_when_a_file_in_it_was_changed(tmp_path: Path) -> None:
     model, folder = random_model("test_vit").eval(), tmp_path / "folder"
-    writer_of("pretrained")(model, folder, CARD)
+    writer_of("pretrained")(model, folder, CARD, None)
     assert compared(model, folder, 3)[0] <= 1e-5
     assert open_exported(folder).card == CARD
     for file in sorted(folder.iterdir()):
