@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -23,9 +24,9 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.config import QaLoraConfig
-from peft_vit.data import Data, load_data
+from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
     DivergedError,
@@ -42,6 +43,7 @@ from peft_vit.evaluation import (
     give_memory_back,
     head_parameters,
     predict,
+    predict_with_middle,
     trainable_bytes,
     trainable_parameters,
 )
@@ -53,11 +55,13 @@ from peft_vit.records import (
     Failure,
     HeadFit,
     ParameterCounts,
+    ProbeTest,
     Provenance,
     RankEntry,
     RunRecord,
     RunSpec,
 )
+from peft_vit.runs.calibration import Outputs, calibration_of, known_images
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.machine import (
     cpu_count,
@@ -115,10 +119,12 @@ class Finished:
     Attributes:
         record: what happened.
         adapter: content of the adapter file; None if the run failed.
+        features: content of the file of training features; None: there is none.
     """
 
     record: RunRecord
     adapter: bytes | None
+    features: bytes | None = None
 
 
 def run_one(
@@ -144,8 +150,9 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, attempt, on_progress)
-            finished = Finished(RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome), adapter)
+            outcome, adapter, features = _execute(spec, attempt, on_progress)
+            record = RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome)
+            finished = Finished(record, adapter, features)
         except Interrupted:
             raise
         except Exception as error:
@@ -185,8 +192,10 @@ def _kind(error: Exception) -> Failure:
 # --- one walk from the specification to what the record holds ---------------------------------------------------------
 
 
-def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> tuple[dict[str, Any], bytes]:
-    """Return what the record holds beside what the attempt knows, and the content of the adapter file."""
+def _execute(
+    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None
+) -> tuple[dict[str, Any], bytes, bytes | None]:
+    """Return what the record holds beside what the attempt knows, and the content of adapter and features file."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
         load_peft()
@@ -220,7 +229,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     ranks = update_ranks(model)
     memory.prepared()
 
-    result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    result, tested, features = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
@@ -273,7 +282,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         **take_measures(model, backbone, data, spec, runtime, overhead),
     }
     attempt.update()
-    return outcome, content
+    return outcome, content, features
 
 
 def _prepare(
@@ -307,15 +316,26 @@ def _train_and_test(
     hooks: list[Hook],
     attempt: Attempt,
     on_progress: OnProgress | None,
-) -> tuple[TrainingResult, dict[str, Any]]:
-    """Return what training saw, and what the record holds of the test split, which is read this once."""
+) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
+    """Return what training saw, what the record holds of the test split, read this once, and the features file.
+
+    With a probe to start from that is before training, while its features can be had; training can't reach the images.
+    """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
+    images: LabelledImages | None = None
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
         probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
+        if not is_probe:
+            images = data.test.open()
+            with attempt.overhead.of("features"):
+                values = features.of(images).values
+            logits = head_logits(head, values, runtime)
+            metrics = data.task.measure(logits, images.labels)
+            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=logits.argmax(1).tolist())
     if is_probe:
         fitted = trainable_parameters(model)
         result = TrainingResult(
@@ -326,8 +346,6 @@ def _train_and_test(
             initial_parameters=fitted,
             peak_parameters=fitted,
         )
-        images = data.test.open()
-        logits, labels = head_logits(head, features.of(images).values, runtime), images.labels
     else:
         result = train(
             model,
@@ -343,11 +361,30 @@ def _train_and_test(
             probe=probed,
             temperature=temperature,
         )
-        images = data.test.open()
-        batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
-        logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
-    predicted = data.task.predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
-    return result, {"test": data.task.measure(logits, labels), "predictions": predicted}
+
+    def outputs(of: LabelledImages) -> Outputs:
+        batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
+        if spec.measures.features:
+            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
+        elif is_probe:
+            found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
+        else:
+            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
+        if is_probe:  # its logits are of the features that it was fitted to
+            return found._replace(logits=head_logits(head, features.of(of).values, runtime))
+        return found
+
+    images = images or data.test.open()
+    test, content = outputs(images), None
+    calibration: dict[str, Any] = {}
+    if len(data.validation):
+        with attempt.overhead.of("calibration"):
+            known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
+            calibration, content = calibration_of(outputs(data.validation), test, known)
+    predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
+    predicted = predicted.model_copy(update={"files": data.test_files})
+    measured = data.task.measure(test.logits, test.labels)
+    return result, {"test": measured, "predictions": predicted, **calibration}, content
 
 
 def provenance_of(
@@ -371,6 +408,7 @@ def provenance_of(
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
         config_sha256=backbone.architecture.config_sha256,
+        weights_licence=weights_licence(spec.backbone),
         random_weights=backbone.random_weights,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,
@@ -403,6 +441,7 @@ class Known(BaseModel):
     provenance: Provenance | None = None  # what training began with
     bit_allocation: BitAllocation | None = None
     head_fit: HeadFit | None = None
+    probe_test: ProbeTest | None = None
     seconds: float = 0.0  # what came after an attempt's last checkpoint is lost
     overhead_s: dict[str, float] = {"checkpoints": 0.0}
     warnings: list[str] = []

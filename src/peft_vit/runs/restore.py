@@ -20,8 +20,10 @@ from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_clas
 from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
+from peft_vit.runs.calibration import known_of
 from peft_vit.safe_io import sha256_of
+from peft_vit.statistics import Neighbours
 from peft_vit.tasks import TASKS
 
 
@@ -32,11 +34,13 @@ class RestoredRun:
     record: RunRecord
     backbone: LoadedBackbone
     model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
+    known: Neighbours | None  # features of training images; None: the run kept none
 
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        return model_card(self.record.spec, self.backbone, self.record.class_names)
+        card = model_card(self.record.spec, self.backbone, self.record.class_names)
+        return card.model_copy(update={"calibrated": self.record.calibrated, "unlike": self.record.unlike})
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""
@@ -71,18 +75,25 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     Raises:
         UserError: if it is none of these, or is damaged.
     """
-    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
-        run = restore_run(path)
-        return torch_classifier(run.model, run.card)
+    folder = single_run(path)
+    if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
+        run = restore_run(folder)
+        return torch_classifier(run.model, run.card, run.known)
+    if folder != path:
+        done_record(folder)  # says what is missing
     return open_exported(path, weights)
 
 
 def restore_run(run_dir: Path) -> RestoredRun:
     """Build a run's backbone again, prepare it as its method says, and load what was trained.
 
+    Args:
+        run_dir: of the run, or of the call of `peft-vit train` that made it.
+
     Raises:
         UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
     """
+    run_dir = single_run(run_dir)
     record = done_record(run_dir)
     spec, provenance = record.spec, record.provenance
     assert provenance is not None
@@ -122,7 +133,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
     if spec.experiment.training.compute == "int8":
         use_integer_products(backbone.model)
-    return RestoredRun(record, backbone, backbone.model.eval())
+    return RestoredRun(record, backbone, backbone.model.eval(), known_of(run_dir, record))
 
 
 def prepare_as_saved(
@@ -145,6 +156,10 @@ def prepare_as_saved(
 
 def done_record(run_dir: Path) -> RunRecord:
     """Return the record of a run that came to an end and can be restored."""
+    run_dir = single_run(run_dir)
+    if not os.path.lexists(run_dir / RECORD_FILE):
+        reason = f"has no {RECORD_FILE}: no run, or one that was interrupted, and its command given again goes on"
+        raise UserError(reason, file=run_dir)
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")

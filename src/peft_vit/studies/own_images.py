@@ -18,7 +18,7 @@ from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.quantization.integers import check_integers, has_integer_products
 from peft_vit.runs.machine import choose_precision, resolve_device
-from peft_vit.studies.request import STUDY_NAME, TrainRequest
+from peft_vit.studies.request import TrainRequest
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
@@ -40,7 +40,16 @@ class Counts:
     test: int
 
 
-def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+def open_images(request: TrainRequest) -> ImageIndex:
+    """Return the images that are asked for; raises UserError if they can't be read."""
+    return open_index(
+        _study(request, "check", _data(request), {"name": "check", "method": "linear", "training": {}}).data
+    )
+
+
+def study_of(
+    request: TrainRequest, name: str = "own-images", index: ImageIndex | None = None
+) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
@@ -48,32 +57,23 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
 
     Args:
         request: of the command, or in Python.
-        earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
+        name: of the study.
+        index: of its images, if they were opened.
 
     Raises:
         UserError: if the folder can't be read or holds too few images, or the time is too short.
     """
-    data: dict[str, Any] = {
-        "dataset": "image-folder",
-        "path": str(request.images),
-        "image_size": 224,
-        "validation_images": 2,
-        "test_images": 2,
-    }
-    index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
-    counts = count_images(request, index)
+    index = index or open_images(request)
+    data, counts = _data(request), count_images(request, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     forecast = _Forecast(request, counts)
-    before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
-    computed = {} if earlier is None else {own.name: own.training.compute for own in earlier.experiments}
-    data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
+    data["image_size"] = request.image_size or forecast.largest_size()
     shape = describe(forecast.backbone, data["image_size"])
-    steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
-    compute = computed.get(request.experiment, forecast.compute) if request.compute == "auto" else forecast.compute
-    study = _study(request, data, experiment_for(request, counts, shape, steps, compute))
+    steps = _requested_steps(request, counts) or forecast.most_steps(shape)
+    study = _study(request, name, data, experiment_for(request, counts, shape, steps, forecast.compute))
     return study, forecast.line(shape, data["image_size"], steps)
 
 
@@ -221,9 +221,15 @@ def experiment_for(
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
-def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+def _data(request: TrainRequest) -> dict[str, Any]:
+    path = str(request.images)
+    sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}  # until they are chosen
+    return {"dataset": "image-folder", "path": path, **sizes}
+
+
+def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
-        "name": STUDY_NAME,
+        "name": name,
         "seeds": [request.seed],
         "threads": request.threads,
         "precision": request.precision,
@@ -231,6 +237,7 @@ def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, An
         "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
+        "measures": {"features": True},
     }
     return study_from_mapping(mapping, file=request.images)
 

@@ -24,7 +24,6 @@ def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on(
 def test_a_value_is_said_with_what_it_is_of() -> None:
     metrics = Metrics(n=4, accuracy=0.75, balanced_accuracy=0.5, auroc=None, nll=0.3, ece=0.1)
     assert [metric.text(metric.of(metrics)) for metric in (ACCURACY, BALANCED_ACCURACY)] == ["75.0%", "50.0% balanced"]
-    assert CLASSIFICATION.answer(["cat", "dog"], 1, 0.9312) == "dog, 93.1 %"
 
 
 def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
@@ -41,3 +40,19 @@ def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
     assert balanced.high - balanced.low > plain.high - plain.low  # the rare class is known least
     one = mean_of_proportions([7], [9])
     assert (one.low, one.high) == pytest.approx(proportion_confint(7, 9, method="wilson"))
+
+
+def test_a_gain_is_the_difference_of_two_values_on_the_same_images() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 2], [90, 30])
+    before, after = (np.where(rng.random(120) < share, labels, 1) for share in (0.6, 0.8))
+    for metric in (ACCURACY, BALANCED_ACCURACY):
+        gain = metric.gain(labels, before, after)
+        values = [metric.interval(labels, predicted).estimate for predicted in (before, after)]
+        assert gain.estimate == pytest.approx(values[1] - values[0])
+        assert gain.low < gain.estimate < gain.high
+    alone = labels == 0  # of one class both metrics are one
+    plain, balanced = (m.gain(labels[alone], before[alone], after[alone]) for m in (ACCURACY, BALANCED_ACCURACY))
+    assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high))
+    none = ACCURACY.gain(labels, before, before)
+    assert none.low == pytest.approx(-none.high) != 0
