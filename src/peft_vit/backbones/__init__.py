@@ -28,5 +28,6 @@ from peft_vit.backbones.weights import (
     load_backbone,
     load_run_backbone,
     read_weights,
+    source_of,
     weights_licence,
 )

