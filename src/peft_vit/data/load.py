@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 import numpy as np
@@ -36,6 +36,7 @@ class Data:
     data_sha256: str
     split_sha256: str
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
 
 
 def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
@@ -67,6 +68,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
         warnings=image_warnings(index, splits, config.image_size),
+        left_out=index.left_out,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError, named
+from peft_vit.errors import UserError, named, printable
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import STUDY_FILE, read_study_file
 from peft_vit.records.progress import StudyLock, study_lock, study_status
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoeve
     from peft_vit.studies.plan import Plan
 
 _log = partial(print, flush=True)
+IMAGES_FILE = "images.json"  # which images a `train` uses, beside its runs
 
 
 @dataclass(frozen=True)
@@ -82,21 +83,32 @@ def run_studies(request: RunRequest) -> dict[str, str]:
 
 def run_on_own_images(request: TrainRequest) -> dict[str, str]:
     """Do one run on somebody's own images, beside those that the output holds already; as `run_studies`."""
-    from peft_vit.studies.display import print_plan
-    from peft_vit.studies.own_images import STUDY_NAME, refuse_among_images, study_of
+    _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+    from peft_vit.studies.display import decoding_progress, print_plan
+    from peft_vit.studies.own_images import STUDY_NAME, open_images, refuse_among_images, study_of
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
 
     refuse_among_images(request.images, request.output)
     with _locked(request.output, [STUDY_NAME]) as (lock,):
-        earlier = read_study_file(lock.folder)
-        study, line = study_of(request, None if earlier is None else earlier.configuration)
-        print(line)
-        measure = partial(measure_step, log=_log)
-        plan = plan_study(
-            study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
-        )
-        print_plan(plan)
+        begun = read_study_file(lock.folder)
+        earlier = None if begun is None else begun.configuration
+        with ExitStack() as stack:
+            with decoding_progress() as on_progress:
+                images = stack.enter_context(open_images(request, earlier, on_progress))
+            for line in images.lines:
+                _log(printable(line))
+            file = lock.folder / IMAGES_FILE
+            images.write(file)
+            study, line = study_of(request, earlier, images, file)
+            print(line)
+            measure = partial(measure_step, log=_log)
+            plan = plan_study(
+                study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
+            )
+            print_plan(plan)
+            if not request.smoke:
+                images.keep_pixels(plan.study)
         return _drive(plan, lock)
 
 

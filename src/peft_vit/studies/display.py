@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.progress import Progress as Bar
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -25,6 +29,7 @@ from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.training import Progress
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
+_DECODING_EVERY_S = 10.0  # between two lines on images, where the output is no terminal
 _PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
@@ -49,7 +54,27 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
-# --- before: the plan -------------------------------------------------------------------------------------------------
+# --- before: images, and the plan -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def decoding_progress(console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Give what is told how many images are decoded: a bar on a terminal, else a line now and then."""
+    console = open_console() if console is None else console
+    if console.is_terminal and not console.is_dumb_terminal:
+        with Bar("Reading images", BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, count: bar.update(task, completed=done, total=count)
+        return
+    said_at = time.monotonic()
+
+    def on_progress(done: int, count: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= _DECODING_EVERY_S:
+            said_at = time.monotonic()
+            console.print(f"{done:,} of {count:,} images are read.")
+
+    yield on_progress
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:

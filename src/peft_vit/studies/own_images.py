@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_vit.backbones import BackboneShape, architecture_of, describe, native_size, size_step_of
+from peft_vit.backbones import BackboneShape, architecture_of, describe, interpolation_of, native_size, size_step_of
 from peft_vit.config import BackboneConfig, Compute, StudyConfig, bytes_of, named_backbone, study_from_mapping
-from peft_vit.data import ImageIndex, open_index
+from peft_vit.data import (
+    ImageIndex,
+    ImagesFile,
+    PixelStore,
+    existing,
+    find_images,
+    images_file,
+    index_inspected,
+    inspect_images,
+    make_splits,
+    open_index,
+)
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.quantization.integers import check_integers, has_integer_products
+from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import STUDY_NAME, TrainRequest
 
@@ -40,7 +55,69 @@ class Counts:
     test: int
 
 
-def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple[StudyConfig, str]:
+@dataclass(frozen=True)
+class OwnImages:
+    """A person's images after they were inspected.
+
+    Attributes:
+        index: of those that are used.
+        content: of the file that says which these are.
+        dataset: how a configuration calls their kind.
+        path: likewise, of the folder, zip or table.
+        image_size: side in pixels that was chosen.
+        lines: what to know of them.
+        store: holds what was decoded.
+    """
+
+    index: ImageIndex
+    content: ImagesFile
+    dataset: str
+    path: Path
+    image_size: int
+    lines: list[str]
+    store: PixelStore
+
+    def write(self, file: Path) -> None:
+        """Write the file that a study names as `data.images_file`."""
+        write_whole(file, self.content.model_dump_json(indent=1).encode())
+
+    def keep_pixels(self, study: StudyConfig) -> None:
+        """Put what was decoded where the study's runs find it."""
+        index = open_index(study.data)
+        self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+
+
+@contextmanager
+def open_images(
+    request: TrainRequest, earlier: StudyConfig | None = None, on_progress: Callable[[int, int], None] | None = None
+) -> Iterator[OwnImages]:
+    """Find somebody's images, choose their size, and decode each once; what can't be read is left out.
+
+    Args:
+        request: of the command, or in Python.
+        earlier: what the results directory holds; its size stays.
+        on_progress: told how many images are decoded, and of how many.
+
+    Raises:
+        UserError: see `find_images` and `inspect_images`.
+    """
+    images = find_images(existing(str(request.images)))
+    own = None if images.files.is_test is None else sum(images.files.is_test)
+    classes = images.files.classes
+    size = request.image_size or (None if earlier is None else earlier.data.image_size)
+    size = size or _Forecast(request, _share(request, len(classes), len(set(classes.values())), own)).largest_size()
+    interpolation = interpolation_of(architecture_of(_backbone(request)))
+    with PixelStore([] if request.smoke else [size], interpolation) as store:
+        inspection = inspect_images(images, least=1, strict=request.strict, store=store, on_progress=on_progress)
+        content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
+        lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
+        index = index_inspected(images, content, request.images)
+        yield OwnImages(index, content, images.dataset, images.path, size, lines, store)
+
+
+def study_of(
+    request: TrainRequest, earlier: StudyConfig | None = None, images: OwnImages | None = None, file: Path | None = None
+) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen.
 
     A fifth of the images validates, a fifth tests, at most 500 and 2,000. Where the folder has its own test split, a
@@ -49,6 +126,8 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
     Args:
         request: of the command, or in Python.
         earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
+        images: of the request, see `open_images`; None: every file of the folder is an image.
+        file: where it was written which of them are used.
 
     Raises:
         UserError: if the folder can't be read or holds too few images, or the time is too short.
@@ -60,7 +139,11 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
         "validation_images": 2,
         "test_images": 2,
     }
-    index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
+    if images is None:
+        index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
+    else:
+        index = images.index
+        data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
     counts = count_images(request, index)
     data["validation_images"] = counts.validation
     data["test_images"] = counts.test if index.official_test is None else None
@@ -69,7 +152,8 @@ def study_of(request: TrainRequest, earlier: StudyConfig | None = None) -> tuple
     forecast = _Forecast(request, counts)
     before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
     computed = {} if earlier is None else {own.name: own.training.compute for own in earlier.experiments}
-    data["image_size"] = request.image_size or (forecast.largest_size() if earlier is None else earlier.data.image_size)
+    size = request.image_size or (None if earlier is None else earlier.data.image_size)
+    data["image_size"] = size or (forecast.largest_size() if images is None else images.image_size)
     shape = describe(forecast.backbone, data["image_size"])
     steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
     compute = computed.get(request.experiment, forecast.compute) if request.compute == "auto" else forecast.compute
@@ -91,8 +175,11 @@ def refuse_among_images(folder: Path, output: Path) -> None:
 
 def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
-    images, classes = len(index.labels), len(index.class_names)
     own = None if index.official_test is None else int(index.official_test.sum())
+    return _share(request, len(index.labels), len(index.class_names), own)
+
+
+def _share(request: TrainRequest, images: int, classes: int, own: int | None) -> Counts:
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = fifth if own is None else own
