@@ -82,12 +82,13 @@ def steps(size: int) -> dict[str, Callable[[], Any]]:
 def passes(size: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """Return a forward pass of each form of a model."""
     images = torch.randn(sides.BATCH, 3, size, size)
+    pixels = images.numpy()
 
     def exported(name: str, model: nn.Module) -> Callable[[], Any]:
         card = card_of_random(Architecture("timm", sides.MODEL), size, ("0", "1"), "quick")
         export_onnx(merge(model.eval(), card).model, folder / name, card)
         runtime = open_exported(folder / name)
-        return lambda: runtime.logits(images)
+        return lambda: runtime.logits(pixels)
 
     adapted = sides.vit(size)
     attach_adapters(adapted, find_sites(adapted), sides.RANK, scale=sides.SCALE, seed=0)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from peft_vit.forecasting.time_limit import Limit
+from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.probes import BackboneChoice
 from peft_vit.tuning.race import RaceResult
@@ -116,7 +117,7 @@ def one_tuning(
         return runner.now
 
     state = State(request, lambda _: None, Limit(minutes, 0.0, clock), TuneFile(asked={}), clock)
-    context = TuningContext(state, runner, None, Path("images.json"), _COUNTS, "accuracy")
+    context = TuningContext(state, runner, None, Path("images.json"), _COUNTS, ACCURACY)
     kinds = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")
     backbone = BackboneChoice(_MODEL, _SIZE, Schedule(kinds, races=20, steps=48, validate_every=10, run_s=30.0))
     found, _ = choose_rates(context, backbone, {})

@@ -16,6 +16,7 @@ from peft_vit.analysis.stopping import sequential_results
 from peft_vit.data import images_file, inspect_images
 from peft_vit.records import write_study_file
 from peft_vit.studies.scheduler import study_file
+from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -55,7 +56,7 @@ def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", 
         request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": (MODEL,), **asked}),
         seen=seen,
         images_file=holdout,
-        metric="accuracy",
+        metric=ACCURACY,
         model=MODEL,
         image_size=32,
         probes=(

@@ -9,6 +9,9 @@ import errno
 import hashlib
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path, PurePosixPath
 
@@ -83,3 +86,49 @@ def folder_below(root: Path, relative: str) -> Path:
         if os.path.islink(folder):
             raise UserError("is a link, and results go into real folders only; put the folder itself here", file=folder)
     return folder
+
+
+def refuse_existing(
+    output: Path, *, is_folder: bool = False, overwrite: bool = False, marks: tuple[str, ...] = ()
+) -> None:
+    """Refuse to write where something is: a file, or a folder that holds anything.
+
+    Args:
+        output: the file or the folder that is to be written.
+        is_folder: which of the two.
+        overwrite: all the same, but no file in place of a folder or the other way round.
+        marks: files of which a folder has to hold one, or it is not overwritten: somebody's own would be gone.
+
+    Raises:
+        UserError: if it is refused.
+    """
+    if not os.path.lexists(output):
+        return
+    fault = ""
+    if os.path.isdir(output) != is_folder:
+        fault = f"is a {'file' if is_folder else 'folder'}, which a {'folder' if is_folder else 'file'} can't replace"
+    elif is_folder and not os.listdir(output):
+        return
+    elif not overwrite:
+        fault = f"{'holds files' if is_folder else 'exists'} already; give another name, or --overwrite"
+    elif marks and not any(os.path.lexists(output / mark) for mark in marks):
+        fault = "holds files that no export has written, which --overwrite leaves alone"
+    if fault:
+        raise UserError(fault if "; " in fault else f"{fault}; give another name", file=output, field="--output")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a new folder that takes the target's name, and the place of what was there, once everything is written.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as place:
+        made = Path(place, "new")
+        made.mkdir()
+        yield made
+        if os.path.lexists(target):
+            target.rename(Path(place, "old"))
+        made.rename(target)

@@ -110,7 +110,7 @@ def test_of_runs_the_merged_model_is_timed_and_float32_is_made(run_of, planted, 
 def test_a_run_with_float_weights_is_float32_itself_and_a_peft_folder_is_none(
     run_of, planted, tmp_path, command, refused
 ) -> None:
-    command("export", run_of("lora"), "--output", tmp_path / "adapter")
+    command("export", run_of("lora"), "--format", "peft", "--output", tmp_path / "adapter")
     command("bench", run_of("lora"), "--output", tmp_path / "bench.json")
     assert planted[:1] == [("0.safetensors", (1,), 4, 20)]
     assert [row.ratio for row in read_bench(tmp_path / "bench.json")] == [1.0]

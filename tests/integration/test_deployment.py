@@ -59,7 +59,7 @@ def predicted_elsewhere(models: list[tuple[object, ...]], *images: Path) -> list
     done = subprocess.run(
         [sys.executable, "-c", program, json.dumps(arguments)], check=True, capture_output=True, text=True
     )
-    tables = [part.splitlines() for part in done.stdout.split("next\n")[:-1]]
+    tables = [part.splitlines()[1:] for part in done.stdout.split("next\n")[:-1]]
     rows = [[line.split("\t") for line in lines] for lines in tables]
     return [{Path(file): (name, float(probability)) for file, name, probability in table} for table in rows]
 
@@ -79,7 +79,7 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
             models.append((file,))
             sources.append(name)
         if name in ("lora", "theirs"):
-            command("export", run_dir, "--output", tmp_path / name)
+            command("export", run_dir, "--format", "peft", "--output", tmp_path / name)
             models.append((tmp_path / name, "--weights", weights))
             sources.append(name)
     files = sorted(images.rglob("*.png"))
@@ -96,19 +96,20 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
 
 
 CALLS = (
-    ("int4", "test_vit", "--format safetensors --output a.safetensors"),
+    ("int4", "test_vit", "--output a.safetensors"),
     ("by_row", "test_vit", "--format safetensors --output b.safetensors"),
-    ("int4", "tiny_pool", "--format onnx --runtime fast --output c.onnx"),
+    ("int4", "tiny_pool", "--runtime fast --output c.onnx"),
     ("int4", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx"),
-    ("lora", "test_vit", "--output e"),
+    ("lora", "test_vit", "--format peft --output e"),
+    ("lora", "test_vit", "--format pretrained --output g"),
 )
 
 
-def test_what_exports_say(run_of, images, tmp_path, command, refused, monkeypatch) -> None:
+def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, monkeypatch) -> None:
     """Of merged offsets, of weights that are quantized anew, of products in 8 bits, and where no images are there."""
     monkeypatch.chdir(tmp_path)
     outputs = [command("export", run_of(name, model), *options.split()).out for name, model, options in CALLS]
-    merged, anew, fast, int8, _ = outputs
+    merged, anew, fast, int8, _, _ = outputs
     images.rename(images.with_name("hidden"))
     try:
         without = ("export", run_of("lora"), "--format", "safetensors", "--output", "f.safetensors")
@@ -130,34 +131,32 @@ def test_what_exports_say(run_of, images, tmp_path, command, refused, monkeypatc
     lost, low, high = map(float, re.findall(r"Lost: (\S+) points .* interval (\S+) to (\S+)\)", int8)[0])
     assert lost == pytest.approx(before - after, abs=0.02)
     assert low < lost < high
-    assert command("predict", "d.onnx", images / "class_0" / "00.png").out.count("\t") == 2
+    program = "import sys; from peft_vit.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", program, "predict", "d.onnx", str(images / "class_0" / "00.png")]
+    by_onnx = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    assert by_onnx.stdout.count("\t") == 4
+    for exported in ("e", "g"):
+        options = ("--weights", weights) if exported == "e" else ()
+        assert command("predict", exported, images, *options).out == command("predict", run_of("lora"), images).out
     titles = [f"$ {name} {options}" for name, _, options in CALLS] + ["$ lora, its images are not there"]
     text = "".join(f"{title}\n{output}" for title, output in zip(titles, outputs, strict=True)).replace(
         str(images), "IMAGES"
     )
+    text = text.replace(str(tmp_path), "HERE")
     text = re.sub(r"\((blocks|attn_pool)\.[a-z0-9._]+\)", "(MODULE)", text)
     check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "N", text))
-
-
-def test_bad_images_are_named_and_the_others_predicted(run_of, images, tmp_path, command) -> None:
-    good = images / "class_0" / "00.png"
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.png").write_text("no image")
-    bad = [tmp_path / "text.png", tmp_path / "nowhere.png", tmp_path / "empty"]
-    printed = command("predict", run_of("lora"), bad[0], good, *bad[1:], good, code=1)
-    assert [line.split("\t")[0] for line in printed.out.splitlines()] == [str(good), str(good)]
-    assert [str(path) in line for path, line in zip(bad, printed.err.splitlines(), strict=True)] == [True] * 3
 
 
 def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, command) -> None:
     names = ("\x1b[2Ja", "two\nlines\tand a tab", "\u202egnp")
     card = CARD.model_copy(update={"class_names": names})
     save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), tmp_path / "model.safetensors", card)
+    (tmp_path / "bad\x9b.png").write_text("no image")
     files = [tmp_path / name for name in ("\x1b]0;title\x07.png", "a\nb.png", "\udce9.png", "bad\x9b.png")]
     for file in files[:3]:
         shutil.copy(images / "class_0" / "00.png", file)
     printed = command("predict", tmp_path / "model.safetensors", *files, code=1)
-    assert [len(line.split("\t")) for line in printed.out.splitlines()] == [3, 3, 3]
+    assert [len(line.split("\t")) for line in printed.out.splitlines()] == [3, 3, 3, 3]
     assert all(line.replace("\t", "").isprintable() for line in (printed.out + printed.err).splitlines())
     assert r"\x9b" in printed.err
 
@@ -171,7 +170,7 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     assert "cut.onnx" in refusal(tmp_path / "cut.onnx")
     assert "--weights" in refusal(tmp_path / "cut.onnx", "--weights", "hub")
     exported = tmp_path / "peft"
-    command("export", run_of("lora"), "--output", exported)
+    command("export", run_of("lora"), "--format", "peft", "--output", exported)
     assert "--weights" in refusal(exported)
     save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "other.safetensors")
     assert "name the right ones" in refusal(exported, "--weights", tmp_path / "other.safetensors")
@@ -196,7 +195,7 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
     monkeypatch.setattr(export, "_try_int8", lambda *_: (loses, b"the new file"))
     file = tmp_path / "model.onnx"
     file.write_bytes(b"as before")
-    arguments = ("export", run_of("int4"), "--format", "onnx", "--output", file, *INT8)
+    arguments = ("export", run_of("int4"), "--output", file, "--overwrite", *INT8)
     line = refused(*arguments)
     assert "--activations: int8 loses 1.00 points of accuracy on 400 validation images" in line
     assert line.endswith("--accept-loss 1")
@@ -221,6 +220,11 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
         ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
         ("int2", "onnx", INT8, "blocks.0.attn.qkv is in int2, and int8 takes codes of 3, 4 or 8 bits"),
         ("lora", "onnx", ("--output", "x.bin"), "ends in .onnx"),
+        ("lora", "", (), "model: --output: expected a name that ends in .onnx, .xml or .safetensors; or give --format"),
+        ("lora", "", ("--output", "model2"), "model2: --output: expected a name that ends in"),
+        ("lora", "peft", ("--output", "model2.onnx"), "its name is that of ONNX, and --format is peft"),
+        ("lora", "safetensors", ("--output", "model2.onnx"), "expected a name that ends in .safetensors"),
+        ("lora", "", ("--output", "x.xml", "--runtime", "fast"), "--runtime: has no effect with --format openvino"),
         *(("int4", "onnx", (*INT8, "--accept-loss", points), "--accept-loss") for points in ("-1", "nan", "101")),
     ],
 )
@@ -231,8 +235,9 @@ def test_options_without_effect_are_refused(
     int2 = int4 | {"qa_lora": int4["qa_lora"] | {"quantization_bits": 2, "quantization_type": "int2"}}
     monkeypatch.setitem(EXPERIMENTS, "int2", int2)
     monkeypatch.chdir(tmp_path)
-    ending = {"openvino": "xml", "history": "csv"}.get(format, format)
-    assert stated in refused("export", run_of(run), "--format", format, "--output", f"model.{ending}", *options)
+    ending = {"openvino": ".xml", "history": ".csv", "peft": "", "": ""}.get(format, f".{format}")
+    chosen = ("--format", format) if format else ()
+    assert stated in refused("export", run_of(run), *chosen, "--output", f"model{ending}", *options)
     assert not list(tmp_path.iterdir())
 
 
@@ -248,13 +253,42 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
     file, image = tmp_path / f"model.{format}", images / "class_1" / "00.png"
     export.export_run_to_file(run, file, format, calibrated=KNOWN)
     assert open_exported(file).card.calibrated == KNOWN
-    name, label, sure = command("predict", file, image).out.split("\t")
-    assert name == str(image)
-    assert float(sure) < float(command("predict", run, image).out.split("\t")[2])  # calibrated: not so sure
-    _, *fields = command("predict", file, image, "--coverage", "0.9").out.strip().split("\t")
-    assert fields[0] == label
-    assert sorted(fields[::2]) == ["class_0", "class_1", "class_2"]  # 1 - p is below 0.999 for all
-    assert [float(p) for p in fields[1::2]] == sorted((float(p) for p in fields[1::2]), reverse=True)
-    assert sum(float(p) for p in fields[1::2]) == pytest.approx(1, abs=2e-4)
+    (said,) = json.loads(command("predict", file, image, "--coverage", "0.9", "--format", "json").out)
+    (by_run,) = json.loads(command("predict", run, image, "--format", "json").out)
+    assert said["file"] == str(image)
+    assert said["probability"] < by_run["probability"]  # calibrated: not so sure
+    assert said["set"][0] == said["class"] == by_run["class"]
+    assert sorted(said["set"]) == ["class_0", "class_1", "class_2"]  # 1 - p is below 0.999 for all
     assert "coverage: expected 0.8 to 0.9, " in refused("predict", file, image, "--coverage", "0.95")
     assert "coverage: is of models that `peft-vit tune` has made" in refused("predict", run, image, "--coverage", "0.9")
+
+
+# --- nothing is written over ---
+
+
+@pytest.mark.parametrize("format", ["safetensors", "peft", "pretrained", "history", "tensorboard"])
+def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, command, refused, format) -> None:
+    ending = {"safetensors": ".safetensors", "history": ".csv"}.get(format, "")
+    output = tmp_path / f"out{ending}"
+    arguments = ("export", run_of("adaptive"), "--format", format, "--output", output)
+    command(*arguments)
+    (others := tmp_path / "others").mkdir()
+    (others / "thesis.txt").write_text("mine")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    assert "give another name, or --overwrite" in refused(*arguments)
+    if format in ("peft", "pretrained"):
+        line = refused(*arguments, "--output", others, "--overwrite")
+        assert line.endswith(
+            "holds files that no export has written, which --overwrite leaves alone; give another name"
+        )
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    command(*arguments, "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("others", output.name))
+
+
+def test_without_a_name_the_file_lies_in_the_runs_folder(run_of, images, tmp_path, command, refused) -> None:
+    run = Path(shutil.copytree(run_of("lora"), tmp_path / "a run"))
+    said = command("export", run, "--format", "safetensors").out.splitlines()
+    assert said[-1] == f"Next: peft-vit predict '{run / 'model.safetensors'}' IMAGES"
+    assert command("predict", run / "model.safetensors", images).out == command("predict", run, images).out
+    assert "--output: is missing, which --format history needs; add it" in refused("export", run, "--format", "history")

@@ -2,11 +2,13 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny_transformers
 import torch
+from exported_files import logits_of
 from small_methods import ADALORA, EXPERIMENTS
 from tiny_models import TINY_EVAS
 from torch import nn
@@ -16,7 +18,7 @@ from peft_vit.adapters.peft_format import import_peft
 from peft_vit.backbones import Architecture, load_backbone
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import BackboneConfig
-from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, open_exported, save_low_bit
+from peft_vit.deployment import export_onnx, export_openvino, load_low_bit, merge, save_low_bit
 from peft_vit.records import outcome_digest, read_record
 from peft_vit.runs import run_one
 from peft_vit.runs.restore import restore_run
@@ -72,7 +74,7 @@ def test_onnxruntime_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_onnx(merged.model, tmp_path / "model.onnx", run.card)
-    predict = open_exported(tmp_path / "model.onnx").logits
+    predict = partial(logits_of, tmp_path / "model.onnx")
     torch.testing.assert_close(predict(IMAGES), logits(merged.model), rtol=0, atol=1e-4)
 
 
@@ -83,7 +85,7 @@ def test_openvino_computes_the_same(run_of, model, tmp_path, name) -> None:
     run = restore_run(run_of(name, model))
     merged = merge(run.model, run.card)
     export_openvino(merged.model, tmp_path / "model.xml", run.card)
-    predict = open_exported(tmp_path / "model.xml").logits
+    predict = partial(logits_of, tmp_path / "model.xml")
     expected = logits(merged.model)
     # Offsets are rounded once more, as zero points in float16.
     torch.testing.assert_close(predict(IMAGES), expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
@@ -164,8 +166,11 @@ def test_from_a_study_to_predictions(images, tmp_path, command, model) -> None:
             assert predicted.keys() == wanted.keys()
             assert all(predicted[at][0] == wanted[at][0] for at in files)
             assert all(predicted[at][1] == pytest.approx(wanted[at][1], abs=2e-3) for at in files)
-        printed = command("export", run_dir, "--format", "pretrained", "--output", tmp_path / f"{name}.pretrained").out
+        folder = tmp_path / f"{name}.pretrained"
+        printed = command("export", run_dir, "--format", "pretrained", "--output", folder).out
         assert "100.00 % of predictions equal" in printed
+        predicted = _predicted(command("predict", folder, *files).out)
+        assert {at: said[0] for at, said in predicted.items()} == {at: said[0] for at, said in wanted.items()}
 
 
 def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -> None:
@@ -180,5 +185,6 @@ def test_check_tries_openvino_where_it_is_asked_for(command, refused, without) -
 
 
 def _predicted(printed: str) -> dict[Path, tuple[str, float]]:
-    rows = [line.split("\t") for line in printed.splitlines()]
+    header, *rows = [line.split("\t") for line in printed.splitlines()]
+    assert header == ["file", "class", "probability"]
     return {Path(file): (name, float(probability)) for file, name, probability in rows}

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_vit.data import load_data
-from peft_vit.evaluation import measure, predict
+from peft_vit.evaluation import predict
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, read_record
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.safe_io import sha256_of
+from peft_vit.tasks import CLASSIFICATION
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("cache")
@@ -33,7 +34,9 @@ def metrics_on_test(model: torch.nn.Module, run_dir: Path) -> dict[str, float]:
     spec = read_record(run_dir / RECORD_FILE).spec
     cfg = timm.get_pretrained_cfg("test_vit")
     batches = load_data(spec.data, spec.seed, smoke=False).test.open().ordered_batches(32, cfg.mean, cfg.std)
-    return measure(*predict(model, batches, device=torch.device("cpu"), precision="fp32")).model_dump(exclude_none=True)
+    return CLASSIFICATION.measure(*predict(model, batches, device=torch.device("cpu"), precision="fp32")).model_dump(
+        exclude_none=True
+    )
 
 
 @pytest.mark.parametrize("name", ["full", "nf4", "packed_linear", "dora"])  # the others below and in test_deployment.py
@@ -66,7 +69,7 @@ def refusal(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 
     def call(run_dir: Path, output: Path = tmp_path / "out") -> str:
         before = sorted(output.rglob("*"))
-        line = refused("export", run_dir, "--output", output)
+        line = refused("export", run_dir, "--format", "peft", "--output", output)
         assert sorted(output.rglob("*")) == before
         return line
 

@@ -58,11 +58,13 @@ def test_its_reader_finds_what_the_records_say(results, tmp_path) -> None:
         assert set(scalars["train/loss"]) == set(range(1, 7))
 
 
-def test_a_study_that_goes_on_is_exported_again(results, tmp_path, command) -> None:
+def test_a_study_that_goes_on_is_exported_again(results, tmp_path, command, refused) -> None:
     export_to_tensorboard(results / "tiny" / NAMES[0], tmp_path / "logs")
     (first,) = (tmp_path / "logs").rglob("*tfevents*")
     before = first.read_bytes()
-    said = command("export", results, "--format", "tensorboard", "--output", tmp_path / "logs").out
+    arguments = ("export", results, "--format", "tensorboard", "--output", tmp_path / "logs")
+    assert "holds files already" in refused(*arguments)
+    said = command(*arguments, "--overwrite").out
     assert said == f"2 runs: {tmp_path / 'logs'}\nNext: tensorboard --logdir {tmp_path / 'logs'}\n"
     assert len(list((tmp_path / "logs").rglob("*tfevents*"))) == 2
     assert (first.name, first.read_bytes()) == (EVENTS_FILE, before)

@@ -41,7 +41,7 @@ def test_a_run_is_restored_on_the_files_that_it_was_trained_with_alone(command, 
             (model / name).write_text(json.dumps(json.loads(content) | values))
         else:
             save_file(doubled, model / name, metadata={"format": "pt"})
-        line = refused("export", out / "tiny" / "lora" / "seed_0", "--output", tmp_path / "adapter")
+        line = refused("export", out / "tiny" / "lora" / "seed_0", "--format", "peft", "--output", tmp_path / "adapter")
         fault = "config.json or preprocessor_config.json" if values else "the run was trained on"
         assert fault in line, name
         (model / name).write_bytes(content)

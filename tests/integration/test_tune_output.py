@@ -92,7 +92,7 @@ def test_the_file_predicts_as_the_run_did_and_says_how_far_to_believe_it(choice,
     record, model = final(choice, "linear"), open_exported(left[0].model)
     sealed = load_data(record.spec.data, 0).test.open()
     ((pixels, labels),) = sealed.ordered_batches(100, model.card.mean, model.card.std)
-    np.testing.assert_allclose(model.logits(pixels).numpy(), record.predictions.logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(model.logits(pixels.numpy()), record.predictions.logits, rtol=0, atol=1e-4)
     assert labels.tolist() == record.predictions.labels
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
 
@@ -218,7 +218,8 @@ def made_up(monkeypatch, run_of):
     """Write files of made-up sizes, which take made-up seconds."""
     taken = {}
 
-    def write(_run, file: Path, _format, options, _calibrated):
+    def write(_run, file: Path, _format, options, _calibrated, *, overwrite):
+        assert overwrite  # an earlier attempt may have written there
         kind = options.activations or options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
         taken[str(file)] = kind

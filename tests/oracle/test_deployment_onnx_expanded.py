@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exported_files import compared, packed, packed_model
+from exported_files import compared, logits_of, packed, packed_model
 from tiny_models import CARD
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.config import NUMBER_FORMATS
-from peft_vit.deployment import export_onnx, input_ranges, open_exported
+from peft_vit.deployment import export_onnx, input_ranges
 from peft_vit.deployment.onnx_file import ExpandedLinear, Int8Linear, onnx_graph, step_and_zero
 from peft_vit.quantization import QuantizationFormat
 from peft_vit.quantization.packing import field_bits
@@ -138,9 +138,8 @@ def test_weights_are_small_enough_for_sums_of_pairs_in_16_bits(in_8_bits, tmp_pa
 def test_a_model_in_8_bits_is_near_and_does_not_depend_on_the_batch(in_8_bits) -> None:
     error, _ = compared(*in_8_bits, 100)
     assert 1e-4 < error < 0.2  # not exact; random weights amplify what is lost
-    logits = open_exported(in_8_bits[1]).logits
     images = images_like(8)
-    torch.testing.assert_close(logits(images)[:1], logits(images[:1]))
+    torch.testing.assert_close(logits_of(in_8_bits[1], images)[:1], logits_of(in_8_bits[1], images[:1]))
 
 
 def test_ranges_are_those_of_the_inputs() -> None:

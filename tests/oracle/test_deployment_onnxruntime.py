@@ -10,7 +10,8 @@ from torch import nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules
 from peft_vit.deployment import export_onnx, open_exported
-from peft_vit.deployment.onnx_file import HEADER, Header, onnx_digest
+from peft_vit.deployment.model_card import HEADER, Header
+from peft_vit.deployment.runtimes import onnx_digest
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 

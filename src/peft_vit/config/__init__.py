@@ -27,14 +27,17 @@ from peft_vit.config.methods import (
 )
 from peft_vit.config.registries import (
     BITS_OF_TYPE,
+    CARD_FILE,
     DATASETS,
     EXPORTS,
     NUMBER_FORMATS,
+    PEFT_FILE,
     DatasetInfo,
     ExportFormat,
     QuantizationType,
     exported_bytes,
     exported_format,
+    format_of_name,
     licence_of,
 )
 from peft_vit.config.study import (
@@ -70,6 +73,7 @@ from peft_vit.config.training import (
     Cutmix,
     Flip,
     Flips,
+    MetricName,
     Mixup,
     RandAugment,
     RandomResizedCrop,

@@ -5,6 +5,7 @@ How a set is read stands in the module of `data` that its entry names, how a for
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -122,7 +123,8 @@ class ExportFormat:
 
     title: str
     what: str  # its file is
-    module: str  # of `deployment`, whose FORMATS write and open it
+    writer: str  # of `deployment`: module and function, (model, path, card) -> None
+    opener: str  # likewise, path -> Classifier
     ending: str = ""  # of its file; "": it is a folder
     beside: tuple[str, ...] = ()  # endings of files that lie beside that
     runtime: str = "torch"  # the package that computes
@@ -137,21 +139,55 @@ class ExportFormat:
 
 EXPORTS: dict[str, ExportFormat] = {
     "onnx": ExportFormat(
-        "ONNX", "the whole model for onnxruntime", "onnx_file", ".onnx", runtime="onnxruntime", extra="onnx"
+        "ONNX",
+        "the whole model for onnxruntime",
+        "onnx_file.export_onnx",
+        "runtimes.open_onnx",
+        ".onnx",
+        runtime="onnxruntime",
+        extra="onnx",
     ),
     "openvino": ExportFormat(
-        "OpenVINO", "the same for OpenVINO", "openvino_file", ".xml", (".bin",), runtime="openvino", extra="openvino"
+        "OpenVINO",
+        "the same for OpenVINO",
+        "openvino_file.export_openvino",
+        "runtimes.open_openvino",
+        ".xml",
+        (".bin",),
+        runtime="openvino",
+        extra="openvino",
     ),
     "safetensors": ExportFormat(
-        "safetensors", "the whole model, quantized layers packed", "torch_files", ".safetensors"
+        "safetensors",
+        "the whole model, quantized layers packed",
+        "torch_files.save_low_bit",
+        "torch_files.open_low_bit",
+        ".safetensors",
     ),
     "pretrained": ExportFormat(
-        "timm or transformers", "a folder that timm or transformers loads, all weights as floats", "torch_files"
+        "timm or transformers",
+        "a folder that timm or transformers loads, all weights as floats",
+        "torch_files.save_pretrained",
+        "torch_files.open_pretrained",
     ),
 }
 
 
+CARD_FILE = "peft_vit.json"  # in an exported folder: what its model is, and how images become its input
+PEFT_FILE = "adapter_config.json"  # by which PEFT knows a folder of its own
+
+
 def exported_format(path: Path) -> str | None:
+    """Return the format of a file by the ending of its name, or of a folder by the files in it; None if it is none's.
+
+    A folder with an adapter alone is "peft", which is no whole model and not among EXPORTS.
+    """
+    if os.path.isfile(path / PEFT_FILE):  # unlike Path.is_file, also False for an impossible name
+        return "peft"
+    return "pretrained" if os.path.isfile(path / CARD_FILE) else format_of_name(path)
+
+
+def format_of_name(path: Path) -> str | None:
     """Return the format of a file by the ending of its name; None if it is none's."""
     return next((name for name, kind in EXPORTS.items() if kind.ending and kind.ending == path.suffix), None)
 

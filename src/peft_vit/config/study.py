@@ -19,7 +19,7 @@ from pydantic import (
 
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.config.registries import DATASETS
-from peft_vit.config.training import TrainingConfig
+from peft_vit.config.training import MetricName, TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
 
@@ -197,7 +197,7 @@ class DataConfig(Settings):
 
 
 # What a probe reads of `training`; the rest says how steps are taken, and it takes none.
-PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "compute", "probe_l2"})
+PROBE_READS = frozenset({"augmentation", "batch_size", "class_weights", "compute", "metric", "probe_l2"})
 NO_EFFECT_ON_PROBES = "has no effect on a linear probe, which is fitted to each image and its flips; remove it"
 S = TypeVar("S", bound=Frozen)
 
@@ -330,7 +330,6 @@ class MeasuresConfig(Frozen):
 
 Spending = Literal["obrien-fleming", "pocock"]
 Asked = Literal["superiority", "non-inferiority", "both"]
-ComparedBy = Literal["accuracy", "balanced_accuracy"]
 FEWEST_PAIRS = 2  # one pair has no spread: a look at it decides nothing
 
 
@@ -354,7 +353,7 @@ class StoppingConfig(Settings):
     images: Annotated[int | None, OnlyWith(asked="non-inferiority")] = Field(
         default=None, ge=1, description="different images of all folds, which limit what folds without scatter show"
     )
-    metric: ComparedBy = Field(default="accuracy", description="on the test images")
+    metric: MetricName = Field(default="accuracy", description="on the test images")
 
     @model_validator(mode="after")
     def _says_what_it_needs(self) -> Self:

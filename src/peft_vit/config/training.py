@@ -20,6 +20,7 @@ from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
 
 Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
+MetricName = Literal["accuracy", "balanced_accuracy"]  # that may decide, see `tasks`
 
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
@@ -266,6 +267,11 @@ class TrainingConfig(Settings):
     )
     probe_l2: float | None = Field(
         default=None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
+    )
+    metric: Literal["auto", "accuracy", "balanced_accuracy"] = Field(
+        default="accuracy",
+        description="what validation chooses steps and the probe's penalty by; auto: balanced_accuracy where a class "
+        "has more than three times as many images as another, else accuracy; settled when planned",
     )
 
     @model_validator(mode="after")

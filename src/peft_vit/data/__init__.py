@@ -1,10 +1,30 @@
 """Labelled images: data sets, splits, decode-once cache, batches, and a test split that is read once."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from peft_vit.data.files import IMAGE_SUFFIXES, existing
 from peft_vit.data.folders import Images, find_images, index_inspected
-from peft_vit.data.images import HoldoutImages, LabelledImages, check_augmentation, mixed, normalised
 from peft_vit.data.index import ImageIndex, ImagesFile
-from peft_vit.data.inspect import Inspection, PixelStore, image_warnings, images_file, inspect_images
-from peft_vit.data.load import Data, load_data, open_index, smoke_config, thumbnails, thumbnails_of
 from peft_vit.data.pixels import decode_image, to_pixels
-from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw
+
+if TYPE_CHECKING:
+    from peft_vit.data.images import HoldoutImages, LabelledImages, check_augmentation, mixed, normalised
+    from peft_vit.data.inspect import Inspection, PixelStore, image_warnings, images_file, inspect_images
+    from peft_vit.data.load import Data, load_data, open_index, smoke_config, thumbnails, thumbnails_of
+    from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw
+
+_WITH_TORCH = {
+    "images": ("HoldoutImages", "LabelledImages", "check_augmentation", "mixed", "normalised"),
+    "inspect": ("Inspection", "PixelStore", "image_warnings", "images_file", "inspect_images"),
+    "load": ("Data", "load_data", "open_index", "smoke_config", "thumbnails", "thumbnails_of"),
+    "splits": ("Splits", "class_gaps", "deal_folds", "make_splits", "stratified_draw"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: predicting from a file for another runtime needs no torch."""
+    for module, names in _WITH_TORCH.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

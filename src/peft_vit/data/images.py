@@ -134,13 +134,13 @@ class HoldoutImages:
 
     Args:
         images: the test images.
-        class_count: number of classes K of the data set.
+        class_counts: of each class of the data set, (K,) int64.
     """
 
-    def __init__(self, images: LabelledImages, class_count: int) -> None:
+    def __init__(self, images: LabelledImages, class_counts: np.ndarray) -> None:
         self.__images: LabelledImages | None = images
         self.__size = len(images)
-        self.__class_counts = np.bincount(images.labels, minlength=class_count)
+        self.__class_counts = class_counts
 
     def __len__(self) -> int:
         return self.__size

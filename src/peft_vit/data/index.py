@@ -17,6 +17,7 @@ from peft_vit.config import Interpolation
 from peft_vit.errors import CONTROL_CHARACTER, UserError, checked, os_fault
 from peft_vit.safe_io import read_bytes
 from peft_vit.settings import Frozen
+from peft_vit.tasks import CLASSIFICATION, Task
 
 _LONGEST_CLASS_NAME = 255
 _REMEDY = "look at the images again"
@@ -32,7 +33,7 @@ class ImageIndex:
         official_test: the data set's own test split, (N,) bool; None if it has none.
         sha256: of the source's content: the wheel or archive, or names and contents of all files used.
         read: decodes image i; raises UserError naming the file if it is broken.
-        own_strata: what splits are stratified by, (N,) int64, label x module type for elpv; None: labels.
+        own_strata: what splits are stratified by, (N,) int64, label x module type for elpv; None: as the task says.
         name: the data set's name in the configuration.
         licence: of the images.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
@@ -43,6 +44,7 @@ class ImageIndex:
         interpolation: of resizing.
         notes: what was left out of it, each in a line.
         left_out: why, by the names of files that an inspection has left out.
+        task: what is learned of the images, which says what labels are.
     """
 
     labels: np.ndarray
@@ -61,11 +63,16 @@ class ImageIndex:
     interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    task: Task = CLASSIFICATION
 
     @property
     def strata(self) -> np.ndarray:
         """Return what splits are stratified by, (N,) int64."""
-        return self.labels if self.own_strata is None else self.own_strata
+        return self.task.strata(self.labels) if self.own_strata is None else self.own_strata
+
+    def class_counts(self, rows: np.ndarray) -> np.ndarray:
+        """Return the number of images of each class among some, (K,) int64."""
+        return self.task.counts(self.labels[rows], len(self.class_names))
 
     @property
     def groups(self) -> np.ndarray:

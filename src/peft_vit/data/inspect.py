@@ -62,6 +62,8 @@ from peft_vit.packages import cache_dir
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 from peft_vit.seeding import numpy_generator
+from peft_vit.tasks import CLASSIFICATION, DecidingMetric
+from peft_vit.tasks.classification import LARGEST_IMBALANCE
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
@@ -224,7 +226,6 @@ def _detail(thumbnails: np.ndarray) -> np.ndarray:
 
 # --- a folder ---------------------------------------------------------------------------------------------------------
 
-LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess is right in three of four at least
 _HOLDOUT_SHARE = 0.2  # of the different images, if the folder has no test split of its own
 _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for training, validation and test
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
@@ -277,9 +278,9 @@ class Inspection:
         return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
 
     @property
-    def balanced(self) -> bool:
-        """Return whether accuracy decides; where it does not, balanced accuracy does."""
-        return bool(self.chosen_counts.max() <= LARGEST_IMBALANCE * self.chosen_counts.min())
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return CLASSIFICATION.deciding(self.chosen_counts)
 
     def lines(self) -> list[str]:
         """Return what there is to know, each in a line."""
@@ -288,9 +289,9 @@ class Inspection:
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():
             times = "all classes have as many images"
-        balance = f"accuracy decides: {times}; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
-        if not self.balanced:
-            balance = f"balanced accuracy decides: {times}, more than {LARGEST_IMBALANCE:g}"
+        even = f"; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
+        balance = f"{self.metric.words} decides: {times}"
+        balance += f", more than {LARGEST_IMBALANCE:g}" if self.metric.equal_classes else even
         return [*self._of_images(), *self._of_copies(), balance]
 
     def remarks(self) -> list[str]:

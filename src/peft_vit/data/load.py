@@ -20,6 +20,7 @@ from peft_vit.data.splits import make_splits
 from peft_vit.errors import UserError
 from peft_vit.packages import no_downloads
 from peft_vit.records import RunRecord
+from peft_vit.tasks import CLASSIFICATION, Task
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
@@ -35,6 +36,7 @@ class Data:
     test: HoldoutImages
     data_sha256: str
     split_sha256: str
+    task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
 
@@ -64,9 +66,10 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         class_names=index.class_names,
         train=train,
         validation=validation,
-        test=HoldoutImages(test, len(index.class_names)),
+        test=HoldoutImages(test, index.class_counts(splits.test)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
+        task=index.task,
         warnings=image_warnings(index, splits, config.image_size),
         left_out=index.left_out,
     )

@@ -132,7 +132,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
     """Return training images out of what remains beside test and validation, some of every class."""
     per_seed = config.train_subset == "per_seed"
     rng = _generator("train_subset", config.split_seed, seed if per_seed else None)
-    remaining = np.bincount(index.labels[pool], minlength=len(index.class_names))  # (K,)
+    remaining = index.class_counts(pool)  # (K,)
     if (shots := config.shots_per_class) is not None:
         scarce = int(np.argmin(remaining))
         of_class = f"images of class '{index.class_names[scarce]}' remain beside test and validation"
@@ -144,7 +144,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         message = f"per_seed has no effect, all {len(pool)} images that remain are trained on"
         raise UserError(f"{message}; lower data.train_images or say fixed", field="data.train_subset")
     train = stratified_draw(pool, index.strata, count, rng)
-    drawn = np.bincount(index.labels[train], minlength=len(remaining))  # (K,)
+    drawn = index.class_counts(train)  # (K,)
     if not drawn.all():
         missing = int(np.argmin(drawn))
         raise UserError(
@@ -191,7 +191,7 @@ def class_gaps(index: ImageIndex, splits: Splits) -> list[str]:
     """Return a warning for each split that lacks a class: balanced accuracy is then a mean over the others."""
     gaps = []
     for name, rows in (("validation", splits.validation), ("test", splits.test)):
-        counts = np.bincount(index.labels[rows], minlength=len(index.class_names))
+        counts = index.class_counts(rows)
         missing = [f"'{index.class_names[label]}'" for label in np.flatnonzero(counts == 0)]
         if missing and len(rows):
             more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

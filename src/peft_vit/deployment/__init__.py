@@ -1,22 +1,51 @@
 """From a trained model to files that run elsewhere: merging, safetensors, ONNX, OpenVINO, and predictions from them."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from peft_vit.deployment.model_card import Calibrated, Classifier, ModelCard
-from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, input_ranges
-from peft_vit.deployment.openvino_file import export_openvino
 from peft_vit.deployment.predicting import (
+    ImageFile,
     Prediction,
     check_coverage,
-    format_named,
+    image_files,
     open_exported,
     predict_files,
     predict_images,
+    writer_of,
 )
-from peft_vit.deployment.torch_files import (
-    Merged,
-    load_low_bit,
-    load_pretrained,
-    merge,
-    save_low_bit,
-    save_pretrained,
-    torch_classifier,
-)
+
+if TYPE_CHECKING:
+    from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, input_ranges
+    from peft_vit.deployment.openvino_file import export_openvino
+    from peft_vit.deployment.torch_files import (
+        Merged,
+        load_low_bit,
+        load_pretrained,
+        merge,
+        save_low_bit,
+        save_pretrained,
+        torch_classifier,
+    )
+
+_WITH_TORCH = {
+    "onnx_file": ("OnnxRuntime", "check_int8", "export_onnx", "input_ranges"),
+    "openvino_file": ("export_openvino",),
+    "torch_files": (
+        "Merged",
+        "load_low_bit",
+        "load_pretrained",
+        "merge",
+        "save_low_bit",
+        "save_pretrained",
+        "torch_classifier",
+    ),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: predicting from a file for another runtime needs no torch."""
+    for module, names in _WITH_TORCH.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

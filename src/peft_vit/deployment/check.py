@@ -22,7 +22,7 @@ from peft_vit.backbones import Architecture, Backbone, Site, find_sites, fused_s
 from peft_vit.backbones.catalog import build_model
 from peft_vit.config import EXPORTS
 from peft_vit.deployment.model_card import ModelCard
-from peft_vit.deployment.predicting import format_named, open_exported
+from peft_vit.deployment.predicting import open_exported, writer_of
 from peft_vit.errors import first_line
 from peft_vit.extras import require_extra
 
@@ -125,8 +125,8 @@ def check_architecture(
     def by_file(name: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"model{EXPORTS[name].ending}"
-            format_named(name).write(plain(), file, card)
-            return open_exported(file).logits(images)
+            writer_of(name)(plain(), file, card)
+            return torch.from_numpy(open_exported(file).logits(images.numpy()))
 
     def by_peft() -> Tensor:
         load_peft()

@@ -10,18 +10,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
-from torch import Tensor, nn
 
-from peft_vit.backbones import Architecture
 from peft_vit.config import Interpolation, Library
 from peft_vit.errors import UserError, checked, os_fault
 from peft_vit.records import write_atomically
 from peft_vit.statistics import class_scores, conformal_quantile, fit_temperature, prediction_sets, probabilities
+
+if TYPE_CHECKING:
+    from peft_vit.backbones import Architecture
 
 HEADER = "peft_vit_model"  # key of a file's metadata
 UNSIGNED = "0" * 64  # in place of the hash while it is computed
@@ -135,6 +136,8 @@ class ModelCard(Strict):
     @property
     def architecture(self) -> Architecture:
         """Return what the model is built from."""
+        from peft_vit.backbones import Architecture  # with torch, which a file for another runtime does not need
+
         return Architecture(self.library, self.model, self.config)
 
 
@@ -175,15 +178,8 @@ class Header(Strict):
 class Classifier:
     """A trained model from whatever file, ready to be asked."""
 
-    logits: Callable[[Tensor], Tensor]  # normalised images (B, 3, S, S) float32 -> (B, classes)
+    logits: Callable[[NDArray[np.float32]], NDArray[np.float32]]  # normalised images (B, 3, S, S) -> (B, classes)
     card: ModelCard
-
-
-class Format(NamedTuple):
-    """How a format of `config.EXPORTS` is written and opened; a folder that holds no card is opened with the given."""
-
-    write: Callable[[nn.Module, Path, ModelCard], None]
-    open: Callable[[Path, ModelCard | None], Classifier]
 
 
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:

@@ -43,7 +43,6 @@ more than 4; MatMulNBits with accuracy_level 4, which needs no expanding, 0.95 i
 from __future__ import annotations
 
 import copy
-import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -55,15 +54,14 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.backbones import watching
-from peft_vit.deployment.model_card import HEADER, Classifier, Format, Header, ModelCard, write_exported
+from peft_vit.deployment.model_card import HEADER, Header, ModelCard, write_exported
+from peft_vit.deployment.runtimes import INPUT, OUTPUT, onnx_digest
 from peft_vit.deployment.torch_files import check_merged
-from peft_vit.errors import UserError, one_line
+from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.packing import field_bits
-from peft_vit.safe_io import read_bytes
 
-INPUT, OUTPUT = "images", "logits"
 OnnxRuntime = Literal["small", "fast"]
 _OPSET = 20
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take
@@ -367,58 +365,3 @@ def _all_true(values: Any) -> Any:
     op: Any = opset20
 
     return op.Cast(op.ReduceMin(op.Cast(values, to=TensorProto.INT32), keepdims=0), to=TensorProto.BOOL)
-
-
-def onnx_digest(card: ModelCard, proto: Any) -> str:
-    """Return the SHA-256 over the card and the model without its metadata, which are taken out of `proto`."""
-    del proto.metadata_props[:]
-    digest = hashlib.sha256(card.model_dump_json().encode())
-    digest.update(proto.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def open_onnx(file: Path) -> Classifier:
-    """Return the classifier in a file, by onnxruntime.
-
-    Raises:
-        UserError: if the file is cut off, was changed after it was written, was not written by this package, or
-            onnxruntime is missing or can't run it.
-    """
-    require_extra("onnx", packages=("onnx", "onnxruntime"), file=file)
-    import onnx
-    import onnxruntime
-
-    try:
-        content = read_bytes(file, None)
-        proto = onnx.load_from_string(content)
-        text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
-    except Exception as error:  # a damaged file can fail in any way; the user needs one line
-        raise UserError(f"is not a readable ONNX file ({error}); export the run again", file=file) from None
-    header = Header.read(text, file, "onnx")
-    if _names_other_files(proto):
-        raise UserError(
-            "keeps numbers in other files, which could be any of this machine; export the run again", file=file
-        )
-    header.check(onnx_digest(header.card, proto), file)
-    try:
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors share no public class
-        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
-    return Classifier(lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0]), header.card)
-
-
-def _names_other_files(message: Any) -> bool:
-    """Tell whether a tensor anywhere in a model lies outside of it."""
-    from onnx import TensorProto
-
-    if isinstance(message, TensorProto):
-        return bool(message.data_location == TensorProto.EXTERNAL or message.external_data)
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            parts = [value] if hasattr(value, "ListFields") else value
-            if any(_names_other_files(part) for part in parts):
-                return True
-    return False
-
-
-FORMATS = {"onnx": Format(export_onnx, lambda file, _: open_onnx(file))}

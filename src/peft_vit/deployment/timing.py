@@ -41,7 +41,7 @@ def time_alone(file: Path, batches: Sequence[int], *, threads: int, rounds: int)
     Raises:
         UserError: if the process fails, which a runtime or the lack of memory can bring about.
     """
-    from peft_vit.deployment.openvino_file import SETTINGS
+    from peft_vit.deployment.runtimes import SETTINGS
     from peft_vit.errors import UserError
 
     job = {"file": str(file), "batches": list(batches), "threads": threads, "rounds": rounds}
@@ -100,7 +100,7 @@ def _open_torch(job: dict[str, Any]) -> _Opened:
 
     torch.set_num_threads(job["threads"])
     classifier = open_exported(Path(job["file"]))
-    return lambda images: classifier.logits(torch.from_numpy(images)), classifier.card.image_size
+    return classifier.logits, classifier.card.image_size
 
 
 if __name__ == "__main__":

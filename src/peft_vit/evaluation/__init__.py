@@ -1,4 +1,4 @@
-"""Quality of predictions, what single updates bring to it, and what a model weighs and takes."""
+"""Predictions, what single updates bring to their quality, and what a model weighs and takes."""
 
 from peft_vit.evaluation.footprint import (
     MemoryWatch,
@@ -15,12 +15,4 @@ from peft_vit.evaluation.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.evaluation.metrics import (
-    autocast,
-    expected_calibration_error,
-    forward_s,
-    measure,
-    measure_ablation,
-    predict,
-    predictions,
-)
+from peft_vit.evaluation.metrics import autocast, forward_s, measure_ablation, predict

@@ -1,4 +1,4 @@
-"""How good predictions are, how long they take, and what each update is worth to them.
+"""Predictions: how long they take, and what each update is worth to them.
 
 Leaving the update of a site out and looking at the loss is the ablation that importance scores claim to predict
 (Molchanov et al. 2019, arXiv 1906.10771, sec. 3.1, where the squared rise of the loss defines importance).
@@ -21,9 +21,9 @@ from peft_vit.backbones import Backbone, Site, evaluating, visit_blocks
 from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import Precision
 from peft_vit.evaluation.halves import forward_in_halves
-from peft_vit.records import AdapterRemoval, Metrics, Predictions, Role
+from peft_vit.records import AdapterRemoval, Role
+from peft_vit.tasks import CLASSIFICATION, Task
 
-ECE_BINS = 15
 WARMUP_PASSES = 5
 TIMED_PASSES = 20
 GROUPS: dict[str, tuple[Role, ...]] = {
@@ -35,96 +35,6 @@ GROUPS: dict[str, tuple[Role, ...]] = {
 LogitsAndLabels: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 _LeftOut = frozenset[str]  # names of sites
 _WITH_ALL: _LeftOut = frozenset()
-
-
-# --- measures of logits -----------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return log probabilities (N, classes) in float64, without scipy, which no training process loads."""
-    shifted = logits - logits.max(1, keepdims=True)  # (N, classes)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return result
-
-
-def expected_calibration_error(
-    confidence: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = ECE_BINS
-) -> float:
-    """Return the mean gap between confidence and accuracy over equal-width bins (Guo et al. 2017, arXiv 1706.04599).
-
-    Args:
-        confidence: probability of the predicted class, (N,) in [0, 1].
-        correct: whether the prediction is right, (N,).
-        bins: number of bins; bin m holds confidences in ((m - 1) / bins, m / bins].
-    """
-    index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (N,)
-    gaps = np.bincount(index, weights=correct.astype(float) - confidence, minlength=bins)  # (N,) -> (bins,)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
-def balanced_accuracy(predicted: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
-    """Return the mean, over the classes that are among the labels (N,), of the share of their images that is found."""
-    _, places, images = np.unique(labels, return_inverse=True, return_counts=True)  # (N,) -> (classes,)
-    hits = np.bincount(places[predicted == labels], minlength=len(images))  # (classes,)
-    return float(np.mean(hits / images))
-
-
-def area_under_roc(scores: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Return the share of pairs of a 1 and a 0 in which the 1 has the higher score; equal scores count half.
-
-    That is the area under the receiver operating characteristic (Hanley and McNeil, Radiology 143, 1982, p. 29).
-
-    Args:
-        scores: (N,), finite.
-        labels: (N,), 0 or 1, both present.
-    """
-    _, places = np.unique(scores, return_inverse=True)  # (N,), from the lowest score on
-    ones = np.bincount(places[labels == 1], minlength=places.max() + 1)  # by score
-    zeros = np.bincount(places[labels == 0], minlength=places.max() + 1)
-    below = np.cumsum(zeros) - zeros  # (scores,): zeros with a lower score
-    return float(np.sum(ones * (2 * below + zeros)) / (2 * ones.sum() * zeros.sum()))
-
-
-def measure(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> Metrics:
-    """Return every measure of a split, from finite logits (N, classes) and labels (N,).
-
-    Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC is
-    None unless there are two classes and both have images.
-    """
-    log_probability = log_softmax(logits.astype(np.float64))
-    probability = np.exp(log_probability)  # (N, classes)
-    predicted = log_probability.argmax(1)  # (N,)
-    correct = predicted == labels
-    binary = logits.shape[1] == 2 and len(np.unique(labels)) == 2
-    return Metrics(
-        n=len(labels),
-        accuracy=float(correct.mean()),
-        balanced_accuracy=balanced_accuracy(predicted, labels),
-        auroc=area_under_roc(log_probability[:, 1] - log_probability[:, 0], labels) if binary else None,
-        nll=float(-log_probability[np.arange(len(labels)), labels].mean()),
-        ece=expected_calibration_error(probability.max(1), correct),
-    )
-
-
-def predictions(
-    logits: NDArray[np.float32], labels: NDArray[np.int64], positions: NDArray[np.int64], *, keep_logits: bool = False
-) -> Predictions:
-    """Return the most probable class of each image and its probability; of equal ones the first.
-
-    Args:
-        logits: (N, classes), finite.
-        labels: (N,).
-        positions: (N,) in the data set.
-        keep_logits: with them.
-    """
-    log_probability = log_softmax(logits.astype(np.float64))
-    return Predictions(
-        images=positions.tolist(),
-        labels=labels.tolist(),
-        predicted=log_probability.argmax(1).tolist(),
-        probability=np.exp(log_probability.max(1)).tolist(),
-        logits=[[float(str(z)) for z in row] for row in logits] if keep_logits else None,  # as short as float32 is
-    )
 
 
 # --- forward passes ---------------------------------------------------------------------------------------------------
@@ -182,7 +92,12 @@ def forward_s(model: nn.Module, images: Tensor, *, precision: Precision) -> floa
 
 
 def measure_ablation(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    precision: Precision,
+    task: Task = CLASSIFICATION,
 ) -> AdapterRemoval:
     """Measure loss and accuracy with every update, then without each one, and without those of each group.
 
@@ -194,6 +109,7 @@ def measure_ablation(
         batches: images and labels, as for `predict`; at least one.
         device: where the model is.
         precision: of the forward pass.
+        task: that the model learned.
     """
     ranks = update_ranks(model)
     sites = {name: site for name, site in adapted_sites(model).items() if ranks.get(name)}
@@ -211,7 +127,7 @@ def measure_ablation(
                     outputs[case].append(logits.float().cpu().numpy())
             labels.append(targets.numpy())
     truth = np.concatenate(labels)  # (N,)
-    metrics = {case: measure(np.concatenate(logits), truth) for case, logits in outputs.items()}
+    metrics = {case: task.measure(np.concatenate(logits), truth) for case, logits in outputs.items()}
     loss = metrics[_WITH_ALL].nll
     return AdapterRemoval(
         images=len(truth),

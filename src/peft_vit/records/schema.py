@@ -44,6 +44,7 @@ RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 Role = Literal["attention", "mlp", "other"]  # of a matrix in its block
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
+TaskName = Literal["classification"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -77,6 +78,7 @@ _LATER_OF_EXPERIMENT = {
         "recomputed_blocks",
         "memory_limit",
         "probe_l2",
+        "metric",
     ),
 }
 
@@ -98,6 +100,7 @@ class RunSpec(_Value):
     threads: int
     smoke: bool = False
     measures: MeasuresConfig = MeasuresConfig()
+    task: TaskName = Field(default="classification", exclude_if=lambda task: task == "classification")
 
     @property
     def name(self) -> str:

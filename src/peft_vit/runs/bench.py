@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from peft_vit.adapters.peft_format import CONFIG_FILE
 from peft_vit.backbones.catalog import create_model, create_skeleton
 from peft_vit.config import EXPORTS, exported_bytes, exported_format
 from peft_vit.deployment import ModelCard, export_onnx, merge, open_exported, save_low_bit
@@ -95,7 +94,7 @@ def bench(
 
 def _opened(path: Path, folder: Path) -> _Model:
     """Open a model as `predict` does, which checks its hash, and merge a run's."""
-    if os.path.isfile(path / CONFIG_FILE):
+    if exported_format(path) == "peft":
         raise UserError("is an adapter without its base; name its run's folder, whose merged model is timed", file=path)
     if not os.path.isfile(path / RECORD_FILE):
         card = open_exported(path).card

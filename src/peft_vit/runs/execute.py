@@ -41,9 +41,7 @@ from peft_vit.evaluation import (
     frozen_bytes,
     give_memory_back,
     head_parameters,
-    measure,
     predict,
-    predictions,
     trainable_bytes,
     trainable_parameters,
 )
@@ -201,7 +199,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     overhead = attempt.read()
 
     packed_targets = packed_at_once(experiment)
-    load = partial(load_run_backbone, spec, len(data.class_names), mapped=packed_targets)
+    load = partial(load_run_backbone, spec, data.task.head_width(data.class_names), mapped=packed_targets)
     backbone = load()
     model = backbone.model if packed_targets is not None else backbone.model.to(device)
     choose_attention(model, device, spec.precision)
@@ -313,11 +311,11 @@ def _train_and_test(
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Return what training saw, and what the record holds of the test split, which is read this once."""
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
-    head, temperature = Backbone(model).head, 1.0
+    head, temperature, probed = Backbone(model).head, 1.0, None
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
-        probe, temperature = init_head(head, features, data, spec, runtime, attempt.overhead)
+        probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
     if is_probe:
         fitted = trainable_parameters(model)
@@ -343,13 +341,14 @@ def _train_and_test(
             between_steps=attempt.between_steps,
             resume=attempt.take_training(),
             overhead=attempt.overhead,
+            probe=probed,
             temperature=temperature,
         )
         images = data.test.open()
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
-    predicted = predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
-    return result, {"test": measure(logits, labels), "predictions": predicted}
+    predicted = data.task.predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
+    return result, {"test": data.task.measure(logits, labels), "predictions": predicted}
 
 
 def _provenance(
@@ -386,8 +385,8 @@ def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
     if len(data.validation):
-        most = torch.bincount(torch.from_numpy(data.validation.labels)).max().item()
-        majority = {"validation": most / len(data.validation), **majority}
+        most = data.task.counts(data.validation.labels, len(data.class_names)).max()
+        majority = {"validation": float(most / len(data.validation)), **majority}
     return majority
 
 

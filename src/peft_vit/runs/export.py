@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.config import EXPORTS
+from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
     Calibrated,
@@ -24,21 +24,23 @@ from peft_vit.deployment import (
     OnnxRuntime,
     check_int8,
     export_onnx,
-    format_named,
     input_ranges,
     merge,
     open_exported,
     torch_classifier,
+    writer_of,
 )
 from peft_vit.deployment.model_card import write_exported
-from peft_vit.errors import UserError
+from peft_vit.errors import UserError, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
+from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
 
 _COMPARED_AT_ONCE = 32
 _CALIBRATED_ON = 128  # training images, for the ranges of activations
+_ELSEWHERE = "choose another place"
 LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
 _Split: TypeAlias = Literal["validation", "training", "test"]
@@ -92,16 +94,18 @@ class OnnxOptions:
     accept_loss: float | None = None
 
 
-def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
-    """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them.
+def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = False) -> ModelCard:
+    """Write a run's adapter and head in PEFT's format, with peft_vit.json beside them, and return what that holds.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        output_dir: created; must be empty.
+        output_dir: new or empty.
+        overwrite: take the place of an earlier export.
 
     Raises:
-        UserError: if the run can't be restored, or its method has no PEFT counterpart.
+        UserError: if the run can't be restored, its method has no PEFT counterpart, or something is in the way.
     """
+    _check_room(output_dir, None, overwrite)
     if why := METHODS[done_record(run_dir).spec.experiment.method].why_not_peft:
         raise UserError(
             f"{why}; use --format safetensors, onnx or openvino, or export a run of lora, adalora or linear, or "
@@ -109,11 +113,27 @@ def export_run_to_peft(run_dir: Path, output_dir: Path) -> None:
             file=run_dir,
         )
     run = restore_run(run_dir)
-    export_peft(run.model, output_dir, run.card.model_dump(mode="json"))
+    with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
+        export_peft(run.model, made, run.card.model_dump(mode="json"))
+    return run.card
+
+
+def _check_room(output: Path, kind: ExportFormat | None, overwrite: bool) -> None:
+    """Refuse to write over what is there; None: PEFT's folder."""
+    is_folder = kind is None or not kind.ending
+    marks = (CARD_FILE, PEFT_FILE) if is_folder else ()
+    for place in (output, *(output.with_suffix(ending) for ending in (kind.beside if kind else ()))):
+        refuse_existing(place, is_folder=is_folder, overwrite=overwrite, marks=marks)
 
 
 def export_run_to_file(
-    run_dir: Path, file: Path, format: str, options: OnnxOptions = OnnxOptions(), calibrated: Calibrated | None = None
+    run_dir: Path,
+    file: Path,
+    format: str,
+    options: OnnxOptions = OnnxOptions(),
+    calibrated: Calibrated | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
@@ -121,18 +141,20 @@ def export_run_to_file(
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
-        file: ends as the format says, and is replaced if it exists; of pretrained a folder, new or empty.
+        file: ends as the format says; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
         calibrated: what the file says of how far it can be believed.
+        overwrite: take the place of what is there; of a folder only of an earlier export.
 
     Raises:
-        UserError: if the run can't be restored, an option has no effect on it, activations in 8 bits lose too much or
-            its images are not there to tell, or the file can't be written.
+        UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in
+            8 bits lose too much or its images are not there to tell, or the file can't be written.
     """
     kind = EXPORTS[format]
     if kind.ending and file.suffix != kind.ending:
         raise UserError(f"expected a name that ends in {kind.ending}", file=file, field="--output")
+    _check_room(file, kind, overwrite)
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
     run = restore_run(run_dir)
@@ -141,11 +163,13 @@ def export_run_to_file(
         _check_packed(run, run_dir, options)
     merged = merge(run.model, run.card)
     card = run.card.model_copy(update={"calibrated": calibrated})
-    ways = format_named(format)
     if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime)
+    elif not int8 and kind.ending:
+        writer_of(format)(merged.model, file, card)
     elif not int8:
-        ways.write(merged.model, file, card)
+        with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
+            writer_of(format)(merged.model, made, card)
     try:
         data = run.load_data()
     except UserError as error:
@@ -156,7 +180,7 @@ def export_run_to_file(
     split: _Split = "validation" if len(data.validation) else "training"
     images = data.validation if split == "validation" else _spread(data.train, _CALIBRATED_ON)
     if not int8:
-        comparison = compare(torch_classifier(run.model, card), ways.open(file, card), images, split)
+        comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
         return Exported(merged, comparison)
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
@@ -220,7 +244,8 @@ def compare(trained: Classifier, exported: Classifier, images: LabelledImages, s
     labels = []
     card = trained.card
     for batch, targets in images.ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std):
-        logits.append((trained.logits(batch), exported.logits(batch)))
+        pixels = batch.numpy()
+        logits.append((torch.from_numpy(trained.logits(pixels)), torch.from_numpy(exported.logits(pixels))))
         labels.append(targets)
     before, after = (torch.cat(side) for side in zip(*logits, strict=True))  # (N, classes)
     truth = torch.cat(labels)  # (N,)

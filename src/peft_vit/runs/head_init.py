@@ -20,8 +20,10 @@ from peft_vit.backbones import Head
 from peft_vit.data import Data, LabelledImages
 from peft_vit.data.pixels import FORMAT_VERSION
 from peft_vit.packages import cache_dir
-from peft_vit.records import Provenance, RunSpec, write_atomically
+from peft_vit.records import Metrics, Provenance, RunSpec, write_atomically
+from peft_vit.runs.machine import instruction_limits
 from peft_vit.safe_io import read_bytes
+from peft_vit.tasks import TASKS
 from peft_vit.training import (
     FLIP_AXES,
     Features,
@@ -31,6 +33,7 @@ from peft_vit.training import (
     RuntimeConfig,
     fit_probe,
     head_inputs,
+    head_logits,
     held_out_temperature,
     loss_weights,
 )
@@ -43,11 +46,13 @@ _BATCH = 32
 
 def init_head(
     head: Head, features: SharedFeatures, data: Data, spec: RunSpec, runtime: RuntimeConfig, overhead: Overhead
-) -> tuple[LinearProbe, float]:
+) -> tuple[LinearProbe, float, Metrics | None]:
     """Fit the head of a prepared model, with updates as they start, and put it in its place.
 
     Returns:
-        The probe, and what its logits are divided by in training, see `LinearProbe.training_temperature`.
+        The probe, what its logits are divided by in training, see `LinearProbe.training_temperature`, and how good the
+        head is on validation images, by the very logits that the probe was chosen by: a model in bf16 rounds otherwise
+        with another head or batch, and would count another image. None: there are no such images, or no training.
     """
     with overhead.of("features"):
         of_training = features.of_training(data.train)
@@ -56,17 +61,22 @@ def init_head(
         weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
         class_weights = None if weights is None else weights.double().numpy()
         strengths = spec.experiment.probe_l2
-        probe = fit_probe(of_training, of_validation, head, runtime, class_weights=class_weights, l2=strengths)
+        metric = data.task.metric(spec.experiment.training.metric)
+        probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
         if spec.experiment.is_probe:
             probe.set_head(head)
-            return probe, 1.0
+            return probe, 1.0, None
+        metrics = None
         if of_validation is not None:
             temperature = probe.temperature(of_validation)
+            probe.set_head(head)
+            logits = head_logits(head, of_validation.values, runtime).astype(np.float64)  # (N, classes)
+            metrics = data.task.measure(logits / temperature, of_validation.labels)
         else:
             images, l2 = len(data.train), probe.fit.chosen_l2
             temperature = held_out_temperature(of_training, images, l2, class_weights=class_weights, seed=spec.seed)
         probe.set_head(head, temperature)
-        return probe, probe.training_temperature(of_training, temperature)
+        return probe, probe.training_temperature(of_training, temperature), metrics
 
 
 class SharedFeatures:
@@ -81,17 +91,19 @@ class SharedFeatures:
         self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[Hook], runtime: RuntimeConfig
     ) -> None:
         self._model, self._runtime = model, runtime
+        self._task = TASKS[spec.task]
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file = _place(spec, provenance, hooks)
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""
         values = [self._values(images, way, axes) for way, axes in enumerate(self._ways)]
-        return Features(np.concatenate(values), np.tile(images.labels, len(self._ways)))  # (ways N, D), (ways N,)
+        labels = np.concatenate([images.labels] * len(self._ways))  # (ways N,)
+        return Features(np.concatenate(values), labels, self._task)  # (ways N, D)
 
     def of(self, images: LabelledImages) -> Features:
         """Return the features of images as they are."""
-        return Features(self._values(images, 0, ()), images.labels)
+        return Features(self._values(images, 0, ()), images.labels, self._task)
 
     def _values(self, images: LabelledImages, way: int, axes: tuple[int, ...]) -> NDArray[np.float32]:
         wanted = _WAYS * images.positions + way
@@ -146,6 +158,7 @@ def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | N
         "torch": torch.__version__,
         "timm": provenance.packages.get("timm"),
         "processor": provenance.processor,
+        "instructions": instruction_limits(),
     }
     if spec.data.interpolation is not None:
         depends_on["interpolation"] = spec.data.interpolation

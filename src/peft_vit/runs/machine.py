@@ -117,10 +117,22 @@ def _cpu_support() -> Bf16Support:
     if not native:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
     has = f"this CPU has {' and '.join(native)} instructions"
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
-    if limit.upper() in _WITHOUT_BF16:
+    limit = _onednn_limit()
+    if limit in _WITHOUT_BF16:
         return Bf16Support(False, f"{has}, but ONEDNN_MAX_CPU_ISA={limit} leaves them out")
     return Bf16Support(True, has)
+
+
+def instruction_limits() -> list[str]:
+    """Return which instructions products are computed with here, beside the processor: PyTorch's, and oneDNN's limit.
+
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA keep them from others that the processor has, and sums round otherwise.
+    """
+    return [torch.backends.cpu.get_cpu_capability(), _onednn_limit()]
+
+
+def _onednn_limit() -> str:
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
 
 
 def instruction_sets() -> list[str]:

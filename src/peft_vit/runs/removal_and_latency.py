@@ -21,6 +21,7 @@ from peft_vit.evaluation import forward_s, measure_ablation
 from peft_vit.records import AdapterRemoval, RunSpec
 from peft_vit.runs.restore import model_card
 from peft_vit.seeding import numpy_generator
+from peft_vit.tasks import CLASSIFICATION, Task
 from peft_vit.training import Overhead, RuntimeConfig
 
 _BATCH = 32  # images of a forward pass without an update
@@ -48,16 +49,20 @@ def leave_out_updates(model: nn.Module, data: Data, spec: RunSpec, runtime: Runt
             SilentNoEffectWarning("measures.removal_images has no effect: no site has any rank left"), stacklevel=2
         )
         return None
-    images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images)
+    images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images, data.task)
     batches = images.ordered_batches(_BATCH, runtime.mean, runtime.std)
-    return measure_ablation(model, batches, device=runtime.device, precision=runtime.precision)
+    return measure_ablation(model, batches, device=runtime.device, precision=runtime.precision, task=data.task)
 
 
-def removal_images(validation: LabelledImages, split_seed: int, count: int) -> LabelledImages:
+def removal_images(
+    validation: LabelledImages, split_seed: int, count: int, task: Task = CLASSIFICATION
+) -> LabelledImages:
     """Return so many validation images: the same in every run with this split, each class with its share."""
     everything = np.arange(len(validation), dtype=np.int64)
     rng = numpy_generator(split_seed, "removal")
-    return validation.chosen(stratified_draw(everything, validation.labels, min(count, len(validation)), rng))
+    return validation.chosen(
+        stratified_draw(everything, task.strata(validation.labels), min(count, len(validation)), rng)
+    )
 
 
 def time_forward(

@@ -22,6 +22,7 @@ from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
 from peft_vit.safe_io import sha256_of
+from peft_vit.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def restore_run(run_dir: Path) -> RestoredRun:
         message = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.adapter_sha256}; rerun this run"
         raise UserError(message, file=file, field="adapter_sha256")
     with agreeing_with(run_dir / RECORD_FILE):
-        backbone = load_run_backbone(spec, len(record.class_names), mapped=packed_at_once(spec.experiment))
+        backbone = load_run_backbone(
+            spec, TASKS[spec.task].head_width(record.class_names), mapped=packed_at_once(spec.experiment)
+        )
     changed = ""
     if backbone.weights_sha256 != provenance.weights_sha256:
         changed = (

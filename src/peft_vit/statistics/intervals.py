@@ -127,6 +127,23 @@ def proportion_interval(successes: float, n: int) -> Interval:
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
+def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
+    """Return the mean of (K,) shares of separate groups, each counting the same, and its interval from Wilson's.
+
+    For balanced accuracy the groups are the classes, and the interval describes what another draw of as many test
+    images of each class would change. With the ends l and u of Wilson's intervals of the shares p it reaches
+    ``sqrt(sum (p - l)^2) / K`` below the mean and ``sqrt(sum (u - p)^2) / K`` above: of one group it is Wilson's.
+
+    Assumption: images are independent. Source: Zou, Huang & Zhang, Computational Statistics & Data Analysis 53 (2009).
+    """
+    counts = np.asarray(cases)
+    shares = [proportion_interval(*pair) for pair in zip(np.asarray(successes).tolist(), counts.tolist(), strict=True)]
+    below = math.hypot(*(share.estimate - (share.low or 0.0) for share in shares)) / len(shares)
+    above = math.hypot(*((share.high or 0.0) - share.estimate for share in shares)) / len(shares)
+    mean = math.fsum(share.estimate for share in shares) / len(shares)
+    return Interval(mean, mean - below, mean + above, int(counts.sum()), CONFIDENCE)
+
+
 def paired_improvement(differences: ArrayLike) -> Interval:
     """Return the share of (n,) paired differences that are positive, ties counted as half, with Wilson's interval.
 

@@ -26,6 +26,7 @@ from peft_vit.runs.machine import cpu_count
 from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted, StudyEvent
 from peft_vit.studies.plan import Plan, PlannedRun
+from peft_vit.tasks import metric_of
 from peft_vit.training import Progress
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
@@ -225,7 +226,7 @@ class Watch:
         running.latest = progress
         if self._live is None and now - running.printed_at >= _PLAIN_EVERY_S:
             running.printed_at = now
-            step, *values = _cells(progress)
+            step, *values = _cells(progress, running.run)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
             left = duration(running.left_s(now, self._pace.factor))
@@ -238,9 +239,10 @@ class Watch:
         left = f"; about {duration(self._left_s())} left" if self._waiting or self._running else ""
         validation = ""
         if record.validation is not None:
+            metric = metric_of(record.spec)
             probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
-            its = "" if probe is None else f" (its linear probe {probe.accuracy:.1%})"  # on the same images
-            validation = f"validation {record.validation.accuracy:.1%}{its}, "
+            its = "" if probe is None else f" (its linear probe {metric.of(probe):.1%})"  # on the same images
+            validation = f"validation {metric.text(metric.of(record.validation))}{its}, "
         memory = f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB"
         return f"{validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, {memory}{left}"
 
@@ -265,18 +267,19 @@ class Watch:
         table = Table(run, *numbers, box=None, pad_edge=False, header_style="dim")
         for name, running in list(self._running.items()):
             latest = running.latest
-            cells = [_UNKNOWN] * 5 if latest is None else _cells(latest)
+            cells = [_UNKNOWN] * 5 if latest is None else _cells(latest, running.run)
             table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
         total = f"{self._ended()} of {self._count} runs ended, about {duration(self._left_s())} left"
         return Group(*([table] if table.row_count else []), Text(total, style="bold"))
 
 
-def _cells(progress: Progress) -> list[str]:
-    """Return step, loss, validation accuracy, mean rank and mean bits."""
+def _cells(progress: Progress, run: PlannedRun) -> list[str]:
+    """Return step, loss, what decides on validation, mean rank and mean bits."""
+    score = progress.validation_score
     return [
         f"{progress.step}/{progress.total_steps}",
         f"{progress.loss:.3f}",
-        _UNKNOWN if progress.validation_accuracy is None else f"{progress.validation_accuracy:.1%}",
+        _UNKNOWN if score is None else metric_of(run.spec).text(score),
         _UNKNOWN if progress.mean_rank is None else f"{progress.mean_rank:.1f}",
         _UNKNOWN if progress.mean_bits is None else f"{progress.mean_bits:.1f}",
     ]

@@ -283,7 +283,7 @@ def experiment_for(
     request: TrainRequest, counts: Counts, shape: BackboneShape, steps: int, compute: Compute = "float"
 ) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
-    training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute}
+    training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute, "metric": "auto"}
     method, budget = METHODS[request.method], request.budget
     options = TrainOptions(
         rank=request.rank,

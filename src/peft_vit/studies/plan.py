@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
+import numpy as np
+
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import (
@@ -143,6 +145,7 @@ def plan_study(
         precision = decide_precision(study, before)
         study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
         index = open_index(study.data, smoke=smoke)
+        study = _with_metrics(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
         go_on(results_dir / study.name, before, requested, source=str(file or "asked for"), part=part)
         splits = splits_of(index, study)
@@ -217,6 +220,19 @@ def _within_memory(
         return training
 
     return with_decided(study, decide_measured), choices
+
+
+def _with_metrics(study: StudyConfig, index: ImageIndex) -> StudyConfig:
+    """Return the study with what `metric: auto` is for these images, those of their own test split left out."""
+    chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
+    settled = {"metric": index.task.deciding(index.class_counts(chosen_on)).name}
+    experiments = (
+        own.model_copy(update={"training": own.training.model_copy(update=settled)})
+        if own.training.metric == "auto"
+        else own
+        for own in study.experiments
+    )
+    return study.model_copy(update={"experiments": tuple(experiments)})
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:

@@ -1,15 +1,13 @@
-"""The linear probe: multinomial logistic regression on what the head of a frozen backbone sees.
+"""The linear probe: the best linear head for what the head of a frozen backbone sees.
 
 For images i = 1..n with features x_i, standardized over the training images to z_i, labels y_i and weights w_i, it
 minimizes
 
-    sum_i w_i CE(W z_i + b, y_i) / sum_i w_i + (l2 / 2) ||W||_F^2,    w_i = 1, or n / (classes n_{y_i})
+    sum_i w_i loss(W z_i + b, y_i) / sum_i w_i + (l2 / 2) ||W||_F^2,    w_i = 1, or by the class
 
-to convergence by L-BFGS (scikit-learn's LogisticRegression, whose C is 1 / (l2 sum w)). Each l2 of a list is tried, and
-validation accuracy chooses; of equal ones the lower NLL, then the stronger penalty; without validation images the list
-has one. The standardization is folded into
-the head afterwards, so that the model needs nothing new. With two classes scikit-learn fits one row for the difference
-of the logits; W has half of it and its negative as rows, whose ||W||_F^2 is half of that row's: C is twice as large.
+as the task does it: of classification, cross entropy to convergence. Each l2 of a list is tried, and what decides
+chooses on validation images; of equal ones the lower NLL, then the stronger penalty; without such images the list has
+one. The standardization is folded into the head afterwards, so that the model needs nothing new.
 """
 
 from __future__ import annotations
@@ -30,18 +28,15 @@ from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import PROBE_L2
 from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
-from peft_vit.evaluation import autocast, measure
+from peft_vit.evaluation import autocast
 from peft_vit.evaluation.halves import forward_in_halves
 from peft_vit.records import Evaluation, HeadFit, StepRow
 from peft_vit.seeding import numpy_generator
+from peft_vit.tasks import CLASSIFICATION, DecidingMetric, Task
+from peft_vit.tasks.task import Floats, Labels
 from peft_vit.training.hooks import RuntimeConfig
 
-Floats = NDArray[np.float64]
-_LARGEST_GRADIENT = 1e-7  # at which the fit has converged; L-BFGS ends there or at its most iterations
-_MOST_ITERATIONS = 10_000
 _FOLDS = 5
-# Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
-_LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 # The axes of each of the equally likely ways in which an image is shown in training.
 FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
@@ -52,15 +47,11 @@ FLIP_AXES: dict[str, tuple[tuple[int, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Features:
-    """What the head sees of images, and their classes.
-
-    Attributes:
-        values: (N, D) float32.
-        labels: (N,) int64.
-    """
+    """What the head sees of images, (N, D) float32, and their labels, as the task has them."""
 
     values: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: Labels
+    task: Task = CLASSIFICATION
 
 
 @dataclass(frozen=True)
@@ -101,36 +92,23 @@ class LinearProbe:
         With this temperature a head that separates few training images is as sure as it deserves, and predicts the
         same classes.
         """
-        return _temperature(self._logits(validation), torch.from_numpy(validation.labels))
+        return validation.task.temperature(self._logits(validation), torch.from_numpy(validation.labels))
 
     def training_temperature(self, train: Features, temperature: float) -> float:
         """Return what logits are divided by beyond a temperature while training: a power of two, undone to the bit.
 
         The features of a model hardly change under a head that is sure of its training images, since all gradients are
-        products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far). So it is the least with which
-        the loss on them is at least half of what guessing costs, log(classes) / 2. The predicted classes stay the same.
+        products with p - y (Ren et al., arXiv 2302.05779, who fit such a head less far).
         """
-        logits, labels, factor = self._logits(train) / temperature, torch.from_numpy(train.labels), 1.0
-        while nn.functional.cross_entropy(logits / factor, labels) < math.log(len(self.bias)) / 2:
-            factor *= 2
-        return factor
+        return train.task.training_temperature(self._logits(train) / temperature, torch.from_numpy(train.labels))
 
     def _logits(self, features: Features) -> Tensor:
         values = torch.from_numpy(features.values).double()
         return values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
 
 
-def _temperature(logits: Tensor, labels: Tensor) -> float:
-    from scipy.optimize import minimize_scalar
-
-    def nll(log_temperature: float) -> float:
-        return float(nn.functional.cross_entropy(logits / math.exp(log_temperature), labels))
-
-    return math.exp(float(minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded").x))
-
-
 def held_out_temperature(
-    train: Features, images: int, l2: float, *, class_weights: NDArray[np.float64] | None = None, seed: int = 0
+    train: Features, images: int, l2: float, *, class_weights: Floats | None = None, seed: int = 0
 ) -> float:
     """Return the temperature of a probe without validation images: of logits that heads have on images left out.
 
@@ -144,22 +122,23 @@ def held_out_temperature(
         class_weights: on the loss, (classes,); None: all 1.
         seed: of the folds.
     """
-    labels = train.labels[:images]
-    counts = np.bincount(labels)  # (n,) -> (classes,)
+    labels, task = train.labels[:images], train.task
+    strata = task.strata(labels)
+    counts = np.unique(strata, return_counts=True)[1]  # (n,) -> (strata,)
     if counts.min() < 2:
         message = "probe needs two training images of each class where none validate; add images, or start at random"
         raise UserError(message, field="training.head_start")
     folds = min(_FOLDS, int(counts.min()))
-    fold_of = deal_folds(labels, np.arange(images), folds, numpy_generator(seed, "held_out"))
-    logits = np.empty((images, len(counts)))  # (n, classes)
+    fold_of = deal_folds(strata, np.arange(images), folds, numpy_generator(seed, "held_out"))
+    logits, held_out = [], []  # of each fold
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)
-        rest = Features(train.values[fitted], train.labels[fitted])  # all but the fold, in every way
-        weights = None if class_weights is None else class_weights[rest.labels]
-        ((weight, bias, *_),) = _fits(rest, len(counts), [l2], weights)  # (classes, D), (classes,)
-        held_out = fold_of == fold  # (n,)
-        logits[held_out] = train.values[:images][held_out].astype(np.float64) @ weight.T + bias
-    return _temperature(torch.from_numpy(logits), torch.from_numpy(labels))
+        rest = Features(train.values[fitted], train.labels[fitted], task)  # all but the fold, in every way
+        ((weight, bias, *_),) = _fits(rest, [l2], class_weights)  # (classes, D), (classes,)
+        held_out.append(np.flatnonzero(fold_of == fold))
+        logits.append(train.values[held_out[-1]].astype(np.float64) @ weight.T + bias)  # (images of the fold, classes)
+    in_order = np.argsort(np.concatenate(held_out))  # (n,)
+    return task.temperature(torch.from_numpy(np.concatenate(logits)[in_order]), torch.from_numpy(labels))
 
 
 @torch.inference_mode()
@@ -200,8 +179,9 @@ def fit_probe(
     validation: Features | None,
     head: Head,
     runtime: RuntimeConfig,
+    metric: DecidingMetric,
     *,
-    class_weights: NDArray[np.float64] | None = None,
+    class_weights: Floats | None = None,
     l2: Sequence[float] = PROBE_L2,
 ) -> LinearProbe:
     """Fit a head at each strength, and return the one that validation prefers; the given head is left as it is.
@@ -211,24 +191,22 @@ def fit_probe(
         validation: what chooses; None: there is one strength.
         head: of the model; says where and in what type logits are computed.
         runtime: likewise, its precision.
+        metric: by which validation chooses.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
     """
     ordered = sorted(l2, reverse=True)  # each fit goes on from the one before, strong to weak
-    sample_weights = None if class_weights is None else class_weights[train.labels]
     trial = deepcopy(head)
     fits, steps, evaluations = [], [], []
-    for place, (W, b, loss, gradient, seconds) in enumerate(
-        _fits(train, head.out_features, ordered, sample_weights), start=1
-    ):
+    for place, (W, b, loss, gradient, seconds) in enumerate(_fits(train, ordered, class_weights), start=1):
         weight, bias = torch.from_numpy(W).float(), torch.from_numpy(b).float()  # (classes, D), (classes,)
         fits.append((weight, bias))
         steps.append(StepRow(step=place, loss=loss, learning_rate=0.0, gradient_norm=gradient, seconds=seconds))
         if validation is not None:
             fill_head(trial, weight, bias)
-            metrics = measure(head_logits(trial, validation.values, runtime), validation.labels)
+            metrics = validation.task.measure(head_logits(trial, validation.values, runtime), validation.labels)
             evaluations.append(Evaluation(step=place, epoch=0, deployable=True, metrics=metrics))
-    quality = [(evaluation.metrics.accuracy, -evaluation.metrics.nll) for evaluation in evaluations]
+    quality = [metric.quality(evaluation.metrics) for evaluation in evaluations]
     best = max(range(len(quality)), key=quality.__getitem__, default=0)  # of equal ones the first, the strongest
     fit = HeadFit(
         l2=tuple(ordered),
@@ -241,32 +219,22 @@ def fit_probe(
 
 
 def _fits(
-    train: Features, classes: int, strengths: Sequence[float], sample_weights: Floats | None
+    train: Features, strengths: Sequence[float], class_weights: Floats | None
 ) -> Iterator[tuple[Floats, Floats, float, float, float]]:
     """Yield W (classes, D), b (classes,), mean loss, norm of the objective's gradient and seconds, by strength."""
-    from sklearn.linear_model import LogisticRegression  # only here: it takes 100 MB of memory
-    from threadpoolctl import threadpool_limits
-
-    values = train.values.astype(np.float64)
+    values, task = train.values.astype(np.float64), train.task
     centre, spread = values.mean(0), values.std(0)  # (D,)
     spread[spread <= 1e-12 * np.abs(centre).max()] = 1.0  # a constant feature tells nothing, and must not divide
     z = (values - centre) / spread  # (N, D)
-    weights = np.ones(len(z)) if sample_weights is None else sample_weights
-    model = LogisticRegression(tol=_LARGEST_GRADIENT, max_iter=_MOST_ITERATIONS, warm_start=True)
-    for l2 in strengths:
-        started = time.perf_counter()
-        model.set_params(C=(2.0 if classes == 2 else 1.0) / (l2 * weights.sum()))
-        with threadpool_limits(1):  # two threads wait for each other at products this small, at worst for long
-            model.fit(z, train.labels, sample_weight=weights)
-        weight, bias = model.coef_, model.intercept_  # (classes, D), (classes,); (1, D), (1,) of two
-        if classes == 2:
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2  # (2, D), (2,)
+    weights = np.ones(len(z)) if class_weights is None else task.image_weights(train.labels, class_weights)  # (N,)
+    started = time.perf_counter()
+    for l2, (weight, bias) in zip(strengths, task.linear_heads(z, train.labels, strengths, weights), strict=True):
         # Without the penalty the mean weighted loss, with it the gradient.
         W, b = (torch.from_numpy(array).double().requires_grad_() for array in (weight, bias))
-        logits = torch.from_numpy(z) @ W.T + b  # (N, classes)
-        losses = nn.functional.cross_entropy(logits, torch.from_numpy(train.labels), reduction="none")  # (N,)
+        losses = task.losses(torch.from_numpy(z) @ W.T + b, torch.from_numpy(train.labels))  # (N, classes) -> (N,)
         loss = (torch.from_numpy(weights / weights.sum()) * losses).sum()
         by_weight, by_bias = torch.autograd.grad(loss + l2 / 2 * W.square().sum(), [W, b])
         gradient = math.hypot(float(by_weight.norm()), float(by_bias.norm()))
         folded = weight / spread
         yield folded, bias - folded @ centre, loss.item(), gradient, time.perf_counter() - started
+        started = time.perf_counter()

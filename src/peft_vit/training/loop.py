@@ -27,9 +27,10 @@ from peft_vit.backbones.passes import class_token_alone
 from peft_vit.config import TrainingConfig
 from peft_vit.data import Data, mixed
 from peft_vit.errors import DivergedError, UserError
-from peft_vit.evaluation import autocast, measure, optimizer_bytes, predict, trainable_parameters
+from peft_vit.evaluation import autocast, optimizer_bytes, predict, trainable_parameters
 from peft_vit.evaluation.halves import loss_in_halves, takes_halves
-from peft_vit.records import Evaluation, StepRow
+from peft_vit.records import Evaluation, Metrics, StepRow
+from peft_vit.tasks import DecidingMetric
 from peft_vit.training.checkpoint import (
     State,
     generators_state,
@@ -47,7 +48,6 @@ from peft_vit.training.optimization import (
     loss_weights,
     optimization_step,
     recomputed,
-    weighted_cross_entropy,
 )
 
 
@@ -79,7 +79,7 @@ class Progress:
         step: done so far.
         total_steps: of the run.
         loss: of this step's batch, without penalties.
-        validation_accuracy: at the latest validation; None before the first.
+        validation_score: what decides, at the latest validation; None before the first.
         mean_rank: over the adapted sites; None without any.
         mean_bits: stored bits a weight of the quantized layers, scales, offsets and, as long as the schedule keeps it,
             the float weight included; None without any.
@@ -88,7 +88,7 @@ class Progress:
     step: int
     total_steps: int
     loss: float
-    validation_accuracy: float | None
+    validation_score: float | None
     mean_rank: float | None = None
     mean_bits: float | None = None
 
@@ -110,14 +110,15 @@ def train(
     between_steps: Callable[[int, Callable[[], State]], None] | None = None,
     resume: State | None = None,
     overhead: Overhead | None = None,
+    probe: Metrics | None = None,
     temperature: float = 1.0,
 ) -> TrainingResult:
     """Train, evaluate now and then, and leave the model in the deployable state that validation prefers.
 
-    Validation accuracy chooses; of equal ones the lower NLL. Without validation images the last step's model is taken,
-    whatever it is worth. The test split is not touched. With `head_start: probe` the model as it is before the first
-    step, with its updates left out, is the first that may be chosen: training never returns less, on validation, than
-    the head it started from.
+    What `training.metric` names chooses on validation; of equal ones the lower NLL. Without validation images the last
+    step's model is taken, whatever it is worth. The test split is not touched. With `probe` the model as it is before
+    the first step, with its updates left out, is the first that may be chosen: what comes back is never below that on
+    validation, however a forward pass would round.
 
     Args:
         model: with adapters attached, on the runtime's device.
@@ -131,7 +132,8 @@ def train(
             the first step, and after the last one of an epoch only when it was validated. It may raise.
         resume: such a state, to go on from; model and hooks are those of the start.
         overhead: takes the seconds of validation and hooks.
-        temperature: what the head's logits are divided by, but where the model before the first step is validated.
+        probe: how good the model is on validation before the first step; None: it may not be chosen.
+        temperature: what the head's logits are divided by in training, beyond what that was measured with.
 
     Raises:
         DivergedError: if loss, gradient or predictions are no longer finite.
@@ -143,7 +145,7 @@ def train(
     if fresh:
         apply_temperature(head, temperature)
         weights = loss_weights(config, data, runtime.device)
-        loss = partial(weighted_cross_entropy, weights=weights, label_smoothing=config.label_smoothing)
+        loss = partial(data.task.loss, weights=weights, label_smoothing=config.label_smoothing)
         context = HookContext(Calibration(data, runtime, seed).batch, weights, loss, overhead=overhead)
         for hook in hooks:
             hook.begin(model, context)
@@ -158,9 +160,9 @@ def train(
         if between_steps is not None:
             between_steps(training.steps, training.state_dict)
 
-    if fresh and config.head_start == "probe" and training.validates:
+    if fresh and probe is not None:
         apply_temperature(head, 1 / temperature)
-        training.validate()
+        training.offer(probe)
         apply_temperature(head, temperature)
     model.train()
     freeze_batch_norm(model)
@@ -207,7 +209,8 @@ class TrainingState:
             remember_sources(model)
         self._recomputed = blocks[: config.recomputed_of(len(blocks))]
         self._halves = takes_halves(model, runtime.device)
-        self._best = BestState()
+        self._metric = data.task.metric(config.metric)
+        self._best = BestState(self._metric)
         if resume is not None:
             load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
@@ -233,7 +236,7 @@ class TrainingState:
 
         Images are (B, 3, S, S), labels (B,), or shares of each class (B, classes) where batches are mixed.
         """
-        augmentation, classes = self._config.augmentation, len(self._data.class_names)
+        augmentation, classes = self._config.augmentation, self._data.task.head_width(self._data.class_names)
         while not self.ended:
             epoch = self._data.train.shuffled_batches(
                 self._config.batch_size,
@@ -287,7 +290,7 @@ class TrainingState:
         def loss_of(x: Tensor, targets: Tensor) -> Tensor:
             with autocast(device, self._runtime.precision):
                 logits = self.model(x.to(device))  # (M, classes)
-            mean = weighted_cross_entropy(logits.float(), targets.to(device), self._class_weights, smoothing)
+            mean = self._data.task.loss(logits.float(), targets.to(device), self._class_weights, smoothing)
             return mean * (len(x) / len(images))
 
         for x, targets in zip(images.split(at_once), labels.split(at_once), strict=True):  # (M, 3, S, S), (M, ...)
@@ -307,14 +310,19 @@ class TrainingState:
             logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
-            within_budget = all(hook.deployable(steps) for hook in self._hooks)
-            deployable = within_budget if steps else all(hook.start_deployable() for hook in self._hooks)
-            epoch = -(-steps // self._epoch_steps)  # of the last step, from 1; 0 before the first
-            evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=measure(logits, labels))
-            self.result.evaluations.append(evaluation)
-            self._best.offer(evaluation, self.model, without_updates=not within_budget)
+            self.offer(self._data.task.measure(logits, labels))
         if self._config.patience is not None and self._best.stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
+
+    def offer(self, metrics: Metrics) -> None:
+        """Take note of how good the model is on validation now, and remember the weights if it is the best so far."""
+        steps = self.steps
+        within_budget = all(hook.deployable(steps) for hook in self._hooks)
+        deployable = within_budget if steps else all(hook.start_deployable() for hook in self._hooks)
+        epoch = -(-steps // self._epoch_steps)  # of the last step, from 1; 0 before the first
+        evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=metrics)
+        self.result.evaluations.append(evaluation)
+        self._best.offer(evaluation, self.model, without_updates=not within_budget)
 
     def progress(self) -> Progress:
         """Return what a watcher gets after a step."""
@@ -326,7 +334,7 @@ class TrainingState:
             step=self.steps,
             total_steps=self.end,
             loss=self.result.steps[-1].loss,
-            validation_accuracy=self.result.evaluations[-1].metrics.accuracy if self.result.evaluations else None,
+            validation_score=self._metric.of(self.result.evaluations[-1].metrics) if self.result.evaluations else None,
             mean_rank=sum(ranks) / len(ranks) if ranks else None,
             mean_bits=8 * sum(part.nbytes for part in held) / weights if layers else None,
         )
@@ -373,9 +381,10 @@ class TrainingState:
 
 
 class BestState:
-    """Keeps a copy of what was trained, in the best deployable state so far."""
+    """Keeps a copy of what was trained, in the best deployable state so far by what decides."""
 
-    def __init__(self) -> None:
+    def __init__(self, metric: DecidingMetric) -> None:
+        self._quality = metric.quality
         self.evaluation: Evaluation | None = None
         self.stale = 0  # deployable evaluations since the best one
         self._ranks: dict[str, int] = {}
@@ -386,8 +395,10 @@ class BestState:
         if not evaluation.deployable:
             return
         self.stale += 1
-        if self.evaluation is not None and _quality(evaluation) <= _quality(self.evaluation):
-            return
+        if self.evaluation is not None:
+            best = self._quality(self.evaluation.metrics)
+            if self._quality(evaluation.metrics) <= best:
+                return
         self.evaluation, self.stale = evaluation, 0
         tensors, self._ranks = trained_tensors(model), current_ranks(model)
         if without_updates:
@@ -415,7 +426,3 @@ class BestState:
         if state["evaluation"] is not None:
             self.evaluation = Evaluation.model_validate(state["evaluation"])
         self.stale, self._tensors, self._ranks = state["stale"], dict(state["tensors"]), dict(state["ranks"])
-
-
-def _quality(evaluation: Evaluation) -> tuple[float, float]:
-    return evaluation.metrics.accuracy, -evaluation.metrics.nll

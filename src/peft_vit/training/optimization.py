@@ -1,10 +1,11 @@
-"""The task loss, the optimiser and its rates, one step of it, and activation checkpointing: the same for every method.
+"""The loss's weights, the optimiser and its rates, one step of it, and activation checkpointing.
 
-What a method adds comes in by hooks. Activation checkpointing (Chen et al., arXiv 1604.06174) computes blocks again for
-their gradients. Where not all blocks are, it is the first ones. A step needs the most memory when its backward pass
-begins, and then that of one block after the other falls away. What the first blocks take when they are computed again
-comes once the later ones are gone; the last block's would come on top of all that the others have kept, so that
-computing it again saves nothing. Where stages differ, as in Swin and Hiera, the first blocks also keep the most.
+They are the same for every method; what one adds comes in by hooks. Activation checkpointing (Chen et al., arXiv
+1604.06174) computes blocks again for their gradients. Where not all blocks are, it is the first ones. A step needs the
+most memory when its backward pass begins, and then that of one block after the other falls away. What the first blocks
+take when they are computed again comes once the later ones are gone; the last block's would come on top of all that the
+others have kept, so that computing it again saves nothing. Where stages differ, as in Swin and Hiera, the first blocks
+also keep the most.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, OneCycleLR
 from torch.utils.checkpoint import checkpoint
 
@@ -36,39 +35,12 @@ _ONE_CYCLE_SHARE = 0.3  # of the steps, for the way up
 _DECAY_SHARE = 0.25  # of the steps before the decay
 
 
-def class_weights(labels: np.ndarray, classes: int) -> Tensor:
-    """Return n / (classes * n_c) for each class c, (classes,); over the images they average to 1."""
-    counts = np.bincount(labels, minlength=classes)  # (N,) -> (classes,)
-    return torch.tensor(len(labels) / (classes * counts), dtype=torch.float32)
-
-
 def loss_weights(config: TrainingConfig, data: Data, device: torch.device) -> Tensor | None:
     """Return the loss's weights (classes,) on the device, None where a study asks for none."""
-    return class_weights(data.train.labels, len(data.class_names)).to(device) if config.class_weights else None
-
-
-def weighted_cross_entropy(
-    logits: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0
-) -> Tensor:
-    """Return sum_n sum_c w[c] t[n, c] (-log p[n, c]) / N, the cross entropy with class weights w and targets t.
-
-    With a label y_n, t[n, y_n] is 1; smoothing (arXiv 1512.00567) makes it (1 - s) t + s / classes. A mixed image has
-    shares of two classes, and each share has the weight of its class.
-
-    torch's weighted mean divides by the batch's own weights, sum_n w[y_n], in place of N: in a batch of one the weight
-    cancels, and an image counts the less the more its batch weighs. Divided by N, an image's weight is the same in any
-    batch.
-
-    Args:
-        logits: (N, classes).
-        labels: (N,) int64, or shares of each class (N, classes) that add up to 1.
-        weights: (classes,), see `class_weights`, or None: all 1.
-        label_smoothing: s, from 0 to below 1.
-    """
-    if weights is None:
-        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    total = F.cross_entropy(logits, labels, weight=weights, reduction="sum", label_smoothing=label_smoothing)
-    return total / len(labels)
+    if not config.class_weights:
+        return None
+    weights = data.task.loss_weights(data.task.counts(data.train.labels, len(data.class_names)))
+    return torch.tensor(weights, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,6 @@ class TuningSummary:
         return self.records[self.choice.chosen]
 
 
-def metric(choice: Choice) -> str:
-    """Return the name of what decides."""
-    return choice.metric.replace("_", " ")
-
-
 def sealed_blocks(summary: TuningSummary, pictures: Pictures | None) -> Iterator[Block]:
     """Yield accuracy by class, what was taken for what, and the worst mistakes."""
     sealed, names = summary.sealed, summary.chosen.class_names
@@ -135,7 +130,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
         choice.candidates,
         _candidate_columns(choice),
         "On images of repeated folds, each predicted by a model that was not trained on it. Difference to the "
-        f"reference in points of {metric(choice)}, with the interval that accounts for the looks. Loses less than "
+        f"reference in points of {choice.metric.words}, with the interval that accounts for the looks. Loses less than "
         f"{margin}: supported, refuted or not decided, at 5 % for all comparisons together.",
     )
     yield from _courses(choice)
@@ -147,7 +142,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             [
                 Column("Model", "model"),
                 Column("Pixels", "image_size"),
-                Column(f"{metric(choice).capitalize()} on folds", "score", percent),
+                Column(f"{choice.metric.words.capitalize()} on folds", "score", percent),
                 Column("Flips", "flips", data=""),
                 Column("An image", "image_s", said_ms),
                 Column("Why", lambda one: f"{'taken: ' if one.chosen else ''}{plain(one.why)}"),

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft_vit.backbones import BackboneShape, fused_sites
 from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
 from peft_vit.methods import METHODS, TrainOptions
+from peft_vit.tasks import DecidingMetric
 
 Kind = Literal["lora", "lora_nf4", "lora_int8", "adalora", "lora_int2"]
 KINDS: tuple[Kind, ...] = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")  # with little time, the first ones
@@ -121,7 +122,7 @@ def training_of(
     steps: int,
     validate_every: int,
     batch_size: int,
-    class_weights: bool,
+    metric: DecidingMetric,
     flips: Flips,
     memory: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -136,11 +137,11 @@ def training_of(
         steps: of the run.
         validate_every: steps.
         batch_size: images.
-        class_weights: whether classes are out of balance.
+        metric: what decides.
         flips: of training images.
         memory: settings that keep within a limit of memory.
     """
-    shared = shared_training(batch_size, flips, class_weights=class_weights)
+    shared = shared_training(batch_size, flips, metric=metric)
     if design_kind is None:
         return shared
     return {
@@ -153,8 +154,8 @@ def training_of(
     }
 
 
-def shared_training(batch_size: int, flips: Flips, *, class_weights: bool) -> dict[str, Any]:
+def shared_training(batch_size: int, flips: Flips, *, metric: DecidingMetric) -> dict[str, Any]:
     """Return what every section `training` of a tuning says, a probe's too."""
     augmentation = [one.model_dump(mode="json") for one in AUGMENTATION_OF_FLIPS[flips]]
-    weights = {"class_weights": True} if class_weights else {}
-    return {"batch_size": batch_size, "augmentation": augmentation, **weights}
+    decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}
+    return {"batch_size": batch_size, "augmentation": augmentation, **decides}

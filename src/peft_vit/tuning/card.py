@@ -33,7 +33,10 @@ def _metadata(summary: TuningSummary) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     name = summary.choice.request.images.name or "images"
-    values = {"accuracy": summary.sealed.accuracy.estimate, "balanced_accuracy": summary.sealed.balanced_accuracy}
+    values = {
+        "accuracy": summary.sealed.accuracy.estimate,
+        "balanced_accuracy": summary.sealed.balanced_accuracy.estimate,
+    }
     results = [
         EvalResult(
             task_type="image-classification",

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from peft_vit.backbones import BackboneShape, check_weights, describe
 from peft_vit.config import BackboneConfig, Flips, WeightsSource, named_backbone
 from peft_vit.errors import UserError
-from peft_vit.tuning.result import Metric
+from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
@@ -41,7 +41,7 @@ class TuningContext:
     seen: Any
     images_file: Path
     counts: tuple[int, ...]
-    metric: Metric
+    metric: DecidingMetric
     different: int | None = None
     sealed_images: int = 0
 
@@ -82,11 +82,6 @@ class TuningContext:
     def batch_size(self) -> int:
         """Return the images of a step."""
         return min(_BATCH, max(1, self.train_images))
-
-    @property
-    def class_weights(self) -> bool:
-        """Return whether the loss weighs classes equally, as balanced accuracy does."""
-        return self.metric == "balanced_accuracy"
 
     @property
     def flips(self) -> Flips:

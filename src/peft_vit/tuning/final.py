@@ -79,7 +79,7 @@ def fixed_training(
 ) -> dict[str, Any]:
     """Return the section `training` of a run in which nothing validates; rate None: of a probe; steps: on the folds."""
     strengths = [one.l2 for one in folds if one.l2 is not None]
-    training = shared_training(context.batch_size, context.flips, class_weights=context.class_weights)
+    training = shared_training(context.batch_size, context.flips, metric=context.metric)
     training["probe_l2"] = statistics.median_low(strengths)
     if rate is None:
         return training

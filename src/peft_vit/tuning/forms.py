@@ -216,7 +216,7 @@ def _written(way: _Way, run_dir: Path, file: Path, calibrated: Calibrated) -> Fo
     if way.form.left_out:
         return way.form
     try:
-        done = export_run_to_file(run_dir, file, way.format, way.options, calibrated)
+        done = export_run_to_file(run_dir, file, way.format, way.options, calibrated, overwrite=True)
     except UserError as error:  # a format that one of the runtimes has not
         return replace(way.form, left_out=error.message)
     return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)

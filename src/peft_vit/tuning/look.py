@@ -13,14 +13,14 @@ from peft_vit.data import images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
+from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import TuningContext
-from peft_vit.tuning.result import Metric
 from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
 
 IMAGES_FILE = "images.json"
 _SURE_S = 3.0  # of decoding, until it is known how long it takes
-MakeRunner = Callable[[State, Metric], Runner]
+MakeRunner = Callable[[State, DecidingMetric], Runner]
 
 
 def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
@@ -47,10 +47,9 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
     own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
     state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
-    metric: Metric = "accuracy" if seen.balanced else "balanced_accuracy"
     different = len(np.unique(seen.groups[used]))
-    runner = make_runner(state, metric)
-    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
+    runner = make_runner(state, seen.metric)
+    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), seen.metric, different, len(sealed))
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

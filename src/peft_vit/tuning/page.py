@@ -25,7 +25,6 @@ from peft_vit.tuning.blocks import (
     calibration_blocks,
     compared_blocks,
     forms_table,
-    metric,
     sealed_blocks,
 )
 from peft_vit.tuning.result import Choice
@@ -103,7 +102,7 @@ def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
     yield "Images", str(request.images)
     yield (
         "Promise",
-        f"loses less than {margin_in_points(request.margin_share)} of {metric(choice)} against the reference",
+        f"loses less than {margin_in_points(request.margin_share)} of {choice.metric.words} against the reference",
     )
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)
@@ -129,7 +128,7 @@ def _cards(summary: TuningSummary) -> Iterator[Card]:
         percent(interval.estimate),
         (
             f"95 %: {fixed(100 * interval.low, 1)} to {fixed(100 * interval.high, 1)}",
-            f"balanced: {percent(sealed.balanced_accuracy)}",
+            f"balanced: {percent_interval(sealed.balanced_accuracy)}",
             f"largest class: {percent(sealed.majority)}",
         ),
     )

@@ -11,10 +11,11 @@ from typing import Any
 
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
+from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
 from peft_vit.tuning.output import check_output, write_output
-from peft_vit.tuning.result import Choice, Metric
+from peft_vit.tuning.result import Choice
 from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.stages import (
     choose_backbone,
@@ -30,7 +31,7 @@ from peft_vit.tuning.throughput import MeasureThroughput, measure_throughput
 from peft_vit.tuning.tune_request import TuneRequest
 
 
-def study_runner(state: State, metric: Metric) -> Runner:
+def study_runner(state: State, metric: DecidingMetric) -> Runner:
     """Return what does runs as studies below the output."""
     return StudyRunner(state.studies, metric, state.request.executor, state.tell)
 

@@ -140,7 +140,7 @@ def _probe(context: TuningContext, flips: Flips) -> dict[str, Any]:
         steps=0,
         validate_every=1,
         batch_size=context.batch_size,
-        class_weights=context.class_weights,
+        metric=context.metric,
         flips=flips,
         memory={},
     )

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peft_vit.statistics.sequential import SequentialResult, StoppingRule, follow, next_look
-from peft_vit.tuning.result import Candidate, Metric
+from peft_vit.tasks import DecidingMetric
+from peft_vit.tuning.result import Candidate
 
 LOOKS = (5, 10, 15)  # pairs: whole repetitions of five folds
 Scores = Mapping[str, Sequence[float]]  # by candidate, of the folds in their order, as far as they are done
@@ -48,7 +49,7 @@ def rule_of(margin_share: float, correlation: float, images: int) -> StoppingRul
     return StoppingRule("non-inferiority", margin_share, LOOKS, correlation=correlation, images=images)
 
 
-def images_that_count(counts: Sequence[int], different: int | None, metric: Metric) -> int:
+def images_that_count(counts: Sequence[int], different: int | None, metric: DecidingMetric) -> int:
     """Return how many images limit what the folds can show, see `StoppingRule.images`: copies count once.
 
     Of balanced accuracy each class is as good as the rarest: of C classes with n images and more, in which shares of
@@ -60,7 +61,7 @@ def images_that_count(counts: Sequence[int], different: int | None, metric: Metr
         metric: what decides.
     """
     images = sum(counts)
-    counted = images if metric == "accuracy" else len(counts) * min(counts)
+    counted = len(counts) * min(counts) if metric.equal_classes else images
     return max(1, counted * (images if different is None else different) // images)
 
 

@@ -76,7 +76,7 @@ def find_rates(
                     steps=some,
                     validate_every=validate_every,
                     batch_size=context.batch_size,
-                    class_weights=context.class_weights,
+                    metric=context.metric,
                     flips=context.flips,
                     memory=memory,
                 )

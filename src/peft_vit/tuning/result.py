@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.tune_request import TuneRequest
-
-Metric = Literal["accuracy", "balanced_accuracy"]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Choice:
     request: TuneRequest
     seen: Any
     images_file: Path
-    metric: Metric
+    metric: DecidingMetric
     model: str
     image_size: int
     probes: tuple[ProbeResult, ...]

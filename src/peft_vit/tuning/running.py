@@ -18,7 +18,7 @@ from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetrie
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import Deadline, drive
-from peft_vit.tuning.result import Metric
+from peft_vit.tasks import DecidingMetric
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StudyRunner:
     """
 
     results_dir: Path
-    metric: Metric
+    metric: DecidingMetric
     executor: ExecutorName
     tell: Callable[[str], None]
 
@@ -111,9 +111,9 @@ class StudyRunner:
             if record.status != "done" or record.test is None:
                 continue
             found[run.spec.experiment.name, run.spec.seed] = Outcome(
-                validation=None if record.validation is None else getattr(record.validation, self.metric),
+                validation=None if record.validation is None else self.metric.of(record.validation),
                 nll=None if record.validation is None else record.validation.nll,
-                test=getattr(record.test, self.metric),
+                test=self.metric.of(record.test),
                 gain=_gain(record, self.metric),
                 l2=None if record.head_fit is None else record.head_fit.chosen_l2,
                 seconds=record.seconds,
@@ -131,14 +131,12 @@ class StudyRunner:
             if record.status == "failed" or record.test is None:
                 self.tell(f"  {name} failed: {record.error}")
             else:
-                validation = (
-                    "" if record.validation is None else f"validation {getattr(record.validation, self.metric):.1%}, "
-                )
-                self.tell(f"  {name}: {validation}{record.seconds:.0f} s")
+                own = "" if record.validation is None else self.metric.text(self.metric.of(record.validation))
+                self.tell(f"  {name}: {own and f'validation {own}, '}{record.seconds:.0f} s")
 
 
-def _gain(record: RunRecord, metric: Metric) -> float:
+def _gain(record: RunRecord, metric: DecidingMetric) -> float:
     if not record.evaluations or record.evaluations[0].step:  # those of a probe are its strengths
         return 0.0
-    first, last = (getattr(record.evaluations[place].metrics, metric) for place in (0, -1))
-    return float(last - first)
+    first, last = (metric.of(record.evaluations[place].metrics) for place in (0, -1))
+    return metric.sign * (last - first)

@@ -14,6 +14,7 @@ from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import Predictions, RunRecord
 from peft_vit.statistics import Interval, fold_coverage, paired_proportions, prediction_sets, proportion_interval
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 SHOWN_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 _IN_A_BIN = 15  # images, at least, of a figure
@@ -75,7 +76,7 @@ class Sealed:
     """The chosen model on the sealed images, which its final run has read once."""
 
     accuracy: Interval  # of the population of images
-    balanced_accuracy: float
+    balanced_accuracy: Interval
     majority: float  # share of the most frequent class
     reference: Interval | None  # accuracy of the reference; None: that is the chosen one
     lost: Interval | None  # against the reference, of the same images
@@ -126,8 +127,8 @@ def measure_sealed(chosen: RunRecord, reference: RunRecord | None, folds: HeldOu
     sure = probability[np.arange(n), predicted]
     wrong = sorted(np.flatnonzero(~right).tolist(), key=lambda row: (-sure[row], predictions.images[row]))
     return Sealed(
-        accuracy=proportion_interval(int(right.sum()), n),
-        balanced_accuracy=float(np.mean([right[labels == one].mean() for one in np.unique(labels)])),
+        accuracy=ACCURACY.interval(labels, predicted),
+        balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),
         majority=float(np.bincount(labels).max() / n),
         reference=None if other is None else proportion_interval(int(other.sum()), n),
         lost=None if other is None else paired_proportions(int((other & ~right).sum()), int((right & ~other).sum()), n),

@@ -96,7 +96,7 @@ def _experiment(
         steps=steps,
         validate_every=validate_every(context.validation_images, context.batch_size),
         batch_size=context.batch_size,
-        class_weights=context.class_weights,
+        metric=context.metric,
         flips=context.flips,
         memory=memory or {},
     )
@@ -297,7 +297,7 @@ def prepare_race(
         "margin": request.margin,
         "looks": list(LOOKS),
         "images": _images(context),
-        "metric": context.metric,
+        "metric": context.metric.name,
     }
     study = context.study(
         "race",

@@ -17,8 +17,8 @@ from peft_vit.analysis.reliability import (
     equal_count_bins,
     equal_width_bins,
 )
-from peft_vit.evaluation.metrics import expected_calibration_error
 from peft_vit.records import Predictions, RunRecord
+from peft_vit.tasks.classification import expected_calibration_error
 
 EXPERIMENTS = planted.experiments()
 

@@ -61,7 +61,7 @@ def test_shuffled_batches_visit_every_image_once_in_the_stated_order():
 
 
 def holdout():
-    return HoldoutImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), class_count=4)
+    return HoldoutImages(LabelledImages(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 2, 2])), np.array([1, 0, 2, 0]))
 
 
 def test_holdout_opens_once_and_tells_size_and_class_counts_before_and_after():

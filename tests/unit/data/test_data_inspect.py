@@ -15,6 +15,7 @@ from peft_vit.config import DataConfig
 from peft_vit.data import images_file, inspect_images, load_data, make_splits, open_index
 from peft_vit.data import inspect as inspect_module
 from peft_vit.errors import UserError
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 
 def textured(seed, side=48, colours=3):
@@ -59,7 +60,7 @@ def test_what_is_there_is_counted_and_told(root):
     assert progress == [(i + 1, 23) for i in range(23)]
     assert seen.class_names == ("cat", "dog")
     assert np.bincount(seen.labels).tolist() == [12, 11]
-    assert (seen.left_out, seen.holdout, seen.balanced) == ({}, None, True)
+    assert (seen.left_out, seen.holdout, seen.metric) == ({}, None, ACCURACY)
     assert groups_of(seen) == [["cat/03.png", "cat/copy of 03.bmp"], ["cat/05.png", "cat/saved anew.jpg"]]
     assert seen.sides[seen.names.index("cat/saved anew.jpg")].tolist() == [96, 96]
     save(root / "dog" / "brighter.png", textured(7) + np.uint8(20))
@@ -67,14 +68,14 @@ def test_what_is_there_is_counted_and_told(root):
         save(root / "cat" / f"more{i}.png", textured(1000 + i))
         (root / "dog" / f"{i}.txt").write_text("no image")
     more = inspect_images(root)
-    assert more.balanced  # below three times as many
+    assert more.metric is ACCURACY  # below three times as many
     save(root / "cat" / "one more.png", textured(2000))
     for i in range(13):
         save(root / f"class {i}" / "00.png", textured(3000 + i))
         for k in range(9):
             save(root / f"class {i}" / f"{k + 1:02}.png", textured(4000 + 10 * i + k))
     many = inspect_images(root)
-    assert not many.balanced
+    assert many.metric is BALANCED_ACCURACY
     parts = (seen.lines(), more.lines(), many.lines())
     check_golden("data/inspection.txt", "\n\n".join("\n".join(lines) for lines in parts) + "\n")
 
@@ -250,7 +251,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
                 far = 1000 if place == "test" else 0
                 save(root / place / name / f"{i:02}.png", textured(far + 100 * label + i))
     seen = inspect_images(root)
-    assert seen.balanced
+    assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
     assert "accuracy decides: all classes have as many images" in "\n".join(seen.lines())

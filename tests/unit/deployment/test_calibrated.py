@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tiny_models import CARD
 
@@ -31,7 +30,7 @@ def image(tmp_path: Path) -> Path:
 
 
 def predicted(card: ModelCard, image: Path, coverage: float | None = None):
-    classifier = Classifier(lambda images: torch.tensor([LOGITS] * len(images)), card)
+    classifier = Classifier(lambda images: np.array([LOGITS] * len(images), np.float32), card)
     (prediction,) = predict_files(classifier, [image], coverage)
     return prediction
 

@@ -16,7 +16,7 @@ from torch import nn
 from peft_vit.adapters import attach_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.config import EXPORTS
-from peft_vit.deployment import export_onnx, export_openvino, format_named, open_exported
+from peft_vit.deployment import export_onnx, export_openvino, open_exported, writer_of
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -29,7 +29,7 @@ Written = tuple[nn.Module, dict[str, Path]]
 
 def write(model: nn.Module, name: str, folder: Path) -> Path:
     file = folder / f"model{EXPORTS[name].ending}"
-    format_named(name).write(model, file, CARD)
+    writer_of(name)(model, file, CARD)
     return file
 
 
@@ -100,6 +100,23 @@ def test_a_cut_or_altered_file_is_refused(written: Written, tmp_path: Path, name
     with pytest.raises(UserError, match=rf"{re.escape(source.name)}") as refused:
         open_exported(tmp_path / source.name)
     assert "\n" not in str(refused.value)
+
+
+def test_a_folder_of_timm_is_the_model_and_refused_when_a_file_in_it_was_changed(tmp_path: Path) -> None:
+    model, folder = random_model("test_vit").eval(), tmp_path / "folder"
+    writer_of("pretrained")(model, folder, CARD)
+    assert compared(model, folder, 3)[0] <= 1e-5
+    assert open_exported(folder).card == CARD
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        file.write_bytes(content.replace(b"0.3", b"0.4", 1) if file.suffix == ".json" else content[:-1] + b"!")
+        with pytest.raises(UserError, match=r"folder: was changed after it was written"):
+            open_exported(folder)
+        file.unlink()
+        with pytest.raises(UserError):
+            open_exported(folder)
+        file.write_bytes(content)
+    assert len(list(folder.iterdir())) == 3
 
 
 def test_a_missing_half_is_named(written: Written, tmp_path: Path) -> None:

@@ -41,9 +41,9 @@ def test_predict_sees_what_training_sees(tmp_path: Path, monkeypatch: pytest.Mon
     trained = np.stack([to_pixels(index.read(i), CARD.image_size, 3) for i in range(6)])  # (6, S, S, 3)
     seen = []
 
-    def logits(images: torch.Tensor) -> torch.Tensor:
-        seen.append(images)
-        return torch.zeros(len(images), len(CARD.class_names))
+    def logits(images: np.ndarray) -> np.ndarray:
+        seen.append(torch.from_numpy(images))
+        return np.zeros((len(images), len(CARD.class_names)), np.float32)
 
     predictions = list(
         predict_files(Classifier(logits, CARD.model_copy(update={"channels": 3})), [tmp_path / "images"])
@@ -57,7 +57,7 @@ def test_predict_sees_what_training_sees(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, unreadable: Callable[[Path], None]) -> None:
     write_images(tmp_path)
     unreadable(tmp_path / "dog")
-    classifier = Classifier(lambda images: torch.zeros(len(images), len(CARD.class_names)), CARD)
+    classifier = Classifier(lambda images: np.zeros((len(images), len(CARD.class_names)), np.float32), CARD)
     *predicted, refused = predict_files(classifier, [tmp_path])
     assert [prediction.file for prediction in predicted] == sorted((tmp_path / "cat").iterdir())
     assert isinstance(refused, UserError)

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import CARD, random_model
 
 from peft_vit.deployment import export_onnx, export_openvino, save_low_bit, timing
-from peft_vit.deployment.openvino_file import SETTINGS
+from peft_vit.deployment.runtimes import SETTINGS
 from peft_vit.errors import UserError
 
 pytest.importorskip("onnxscript")

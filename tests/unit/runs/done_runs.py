@@ -11,11 +11,12 @@ from peft_vit.adapters import adapted_modules, load_trained
 from peft_vit.backbones import LoadedBackbone, load_backbone
 from peft_vit.config import StudyConfig
 from peft_vit.data import load_data
-from peft_vit.evaluation import measure, predict
+from peft_vit.evaluation import predict
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.records import ADAPTER_FILE, RunRecord, RunSpec, run_folder
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.studies.plan import plan_study
+from peft_vit.tasks import CLASSIFICATION
 
 
 def with_settings(config: StudyConfig, section: str, **changes: Any) -> StudyConfig:
@@ -60,7 +61,7 @@ def restored(record: RunRecord, folder: Path) -> RestoredRun:
     np.testing.assert_allclose(probability, record.predictions.probability, rtol=0, atol=1e-5)
     # A probe's logits were computed from features; beside integers, updates are thin products, which batches round.
     if record.head_fit is None and record.spec.experiment.training.compute == "float":
-        assert measure(logits, labels) == record.test
+        assert CLASSIFICATION.measure(logits, labels) == record.test
     return run
 
 

@@ -148,6 +148,19 @@ def test_what_differs_is_not_shared(counted, spec, images, tmp_path, change) -> 
     assert counted.passes == len(files(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("limit", ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"])
+def test_what_other_instructions_have_computed_is_not_taken(
+    counted, spec, images, tmp_path, monkeypatch, limit
+) -> None:
+    counted.features(spec).of(images)
+    if limit == "ATEN_CPU_CAPABILITY":  # PyTorch reads it when it is loaded
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    else:
+        monkeypatch.setenv(limit, "AVX")
+    counted.features(spec).of(images)
+    assert counted.passes == len(files(tmp_path)) == 2
+
+
 def test_weights_that_are_packed_alike_are_shared_and_others_are_not(counted, spec, images, tmp_path, tiny_vit) -> None:
     counted.features(spec).of(images)
     for settings in (

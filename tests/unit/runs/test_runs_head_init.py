@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import torch
 from done_runs import do_one as do
-from done_runs import restored, with_settings
+from done_runs import restored, with_data, with_settings
 
 from peft_vit.adapters import current_ranks
 from peft_vit.config import PROBE_L2
 from peft_vit.data import HoldoutImages, load_data
 from peft_vit.evaluation import predict
+from peft_vit.records import run_folder
 from peft_vit.runs import execute as run_module
+from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
 DESTROYS = {"head_start": "probe", "learning_rate": 1.0, "clip_norm": None, "schedule": "constant"}
@@ -79,6 +81,20 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     if method == "adalora":
         assert set(current_ranks(model).values()) == {0}
         assert record.parameters.final == record.parameters.head
+
+
+def test_in_bf16_the_start_counts_as_many_images_as_its_probe(study, tmp_path) -> None:
+    """A model in bf16 rounds the logits of the head with a temperature otherwise than the probe's, and ties fall."""
+    config = with_data(study("lora", **DESTROYS), validation_images=600)
+    record = do(config.model_copy(update={"precision": "bf16"}), tmp_path)
+    probe, start = record.head_fit.chosen, record.evaluations[0].metrics
+    assert (start.accuracy, start.balanced_accuracy) == (probe.accuracy, probe.balanced_accuracy)
+    assert (record.chosen_step, record.validation) == (0, start)
+    run = restore_run(run_folder(tmp_path, record.spec))
+    batches = load_data(record.spec.data, 0).validation.ordered_batches(8, run.backbone.mean, run.backbone.std)
+    logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="bf16")
+    print("PASS", (logits.argmax(1) == labels).mean(), probe.accuracy)
+    assert (logits.argmax(1) == labels).mean() != probe.accuracy  # or the test would show nothing
 
 
 @pytest.mark.slow

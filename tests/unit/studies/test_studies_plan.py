@@ -13,6 +13,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import read_record, run_folder, write_record, write_study_file
 from peft_vit.studies.plan import plan_study, smoke_study
 from peft_vit.studies.scheduler import study_file
+from peft_vit.tasks import metric_of
 
 pytestmark = pytest.mark.part("runner")
 
@@ -117,6 +118,21 @@ def test_a_plan_says_which_class_is_in_no_split_and_with_which_seeds(study, tmp_
             f"(seen with seed {', '.join(lacking)})"
         )
     assert sorted(planned(config, tmp_path).notices) == notices
+
+
+def test_auto_is_the_metric_that_the_images_ask_for_whatever_is_trained_on(study, tmp_path, monkeypatch) -> None:
+    for few, decides in ((10, "accuracy"), (9, "balanced_accuracy")):
+        toy(monkeypatch, few, 30)
+        sizes = {"train_images": None, "validation_images": 4, "test_images": 4, "shots_per_class": 2}
+        for asked, settled in (("auto", decides), ("accuracy", "accuracy"), (None, "accuracy")):
+            training = {} if asked is None else {"metric": asked}
+            config = with_data(study("linear", **training), [0], train_subset="per_seed", **sizes)
+            plan = planned(config, tmp_path)
+            assert plan.study.experiments[0].training.metric == settled
+            assert metric_of(plan.runs[0].spec).name == settled
+            plain = with_data(study("linear"), [0], train_subset="per_seed", **sizes)
+            same = plan.runs[0].spec.digest() == planned(plain, tmp_path).runs[0].spec.digest()
+            assert same == (settled == "accuracy")  # so runs of before stay what they are
 
 
 def test_a_plan_refuses_what_its_first_run_would(study, tmp_path) -> None:

@@ -23,7 +23,14 @@ def data() -> Callable[..., Data]:
             return LabelledImages(levels.astype(np.uint8), labels.astype(np.int64))
 
         names = tuple(f"class {k}" for k in range(5))
-        return Data(names, split(train), split(validation), HoldoutImages(split(test), 5), "d" * 64, "s" * 64)
+        return Data(
+            names,
+            split(train),
+            split(validation),
+            HoldoutImages(split(test), np.bincount(split(test).labels, minlength=5)),
+            "d" * 64,
+            "s" * 64,
+        )
 
     return make
 

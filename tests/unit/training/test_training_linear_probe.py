@@ -12,6 +12,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import find_sites
 from peft_vit.data import LabelledImages
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.training import FLIP_AXES, Features, fit_probe, head_inputs, head_logits
 
 pytestmark = pytest.mark.part("runner")
@@ -48,7 +49,7 @@ def centred(logits):
 def test_it_is_the_optimum_that_another_solver_finds(runtime, classes, weighted, l2) -> None:
     train, other = features(classes), features(classes, count=40, seed=1)
     by_class = np.linspace(0.5, 2.5, classes) if weighted else None
-    probe = fit_probe(train, other, nn.Linear(6, classes), runtime, class_weights=by_class, l2=(l2,))
+    probe = fit_probe(train, other, nn.Linear(6, classes), runtime, ACCURACY, class_weights=by_class, l2=(l2,))
 
     x = train.values.astype(np.float64)
     mean, spread = x.mean(0), x.std(0)
@@ -84,8 +85,10 @@ def test_a_constant_feature_does_no_harm(runtime) -> None:
         column = np.full((len(features.labels), 1), value, np.float32)
         return Features(np.concatenate([features.values, column], 1), features.labels)
 
-    without = fit_probe(train, validation, nn.Linear(6, 3), runtime, l2=(0.1,))
-    probe = fit_probe(with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), runtime, l2=(0.1,))
+    without = fit_probe(train, validation, nn.Linear(6, 3), runtime, ACCURACY, l2=(0.1,))
+    probe = fit_probe(
+        with_constant(train, 1.1), with_constant(validation, 9.0), nn.Linear(7, 3), runtime, ACCURACY, l2=(0.1,)
+    )
     assert float(probe.weight[:, 6].abs().max()) < 1e-9
     torch.testing.assert_close(probe.weight[:, :6], without.weight, rtol=0, atol=1e-5)
     assert probe.chosen.metrics.accuracy == without.chosen.metrics.accuracy
@@ -101,19 +104,34 @@ def test_validation_chooses_the_strength(runtime) -> None:
     strengths = (1e-3, 1e3)
     head = nn.Linear(40, 2)
     before = head.weight.clone()
-    assert fit_probe(noise, majority, head, runtime, l2=strengths).fit.chosen_l2 == 1e3
-    probe = fit_probe(split, split, head, runtime, l2=strengths)
+    assert fit_probe(noise, majority, head, runtime, ACCURACY, l2=strengths).fit.chosen_l2 == 1e3
+    probe = fit_probe(split, split, head, runtime, ACCURACY, l2=strengths)
     assert probe.fit.chosen_l2 == 1e-3
     assert probe.fit.l2 == (1e3, 1e-3)
     assert probe.chosen.metrics == probe.fit.chosen
     assert [evaluation.metrics for evaluation in probe.evaluations] == list(probe.fit.validation)
     assert torch.equal(head.weight, before)
     apart = Features(np.repeat([[-9.0], [9.0]], 30, 0).astype(np.float32), np.repeat([0, 1], 30))
-    equal = fit_probe(apart, apart, nn.Linear(1, 2), runtime, l2=(0.01, 0.1))
+    equal = fit_probe(apart, apart, nn.Linear(1, 2), runtime, ACCURACY, l2=(0.01, 0.1))
     assert [metrics.accuracy for metrics in equal.fit.validation] == [1.0, 1.0]
     assert equal.fit.chosen_l2 == 0.01  # the lower NLL
     probe.set_head(head)
     assert torch.equal(head.weight, probe.weight)
+
+
+def test_where_classes_count_the_same_another_penalty_is_chosen(runtime) -> None:
+    train, validation = features(2, count=60, width=40), features(2, count=60, width=40, seed=1)
+    rare = validation.labels == 1
+    rare[np.flatnonzero(rare)[4:]] = False
+    uneven = Features(
+        validation.values[rare | (validation.labels == 0)], validation.labels[rare | (validation.labels == 0)]
+    )
+    both = (ACCURACY, BALANCED_ACCURACY)
+    weighted = {"class_weights": np.array([0.05, 1.95]), "l2": (1e-3, 1e-1, 10.0, 1e3)}
+    fits = {metric: fit_probe(train, uneven, nn.Linear(40, 2), runtime, metric, **weighted).fit for metric in both}
+    for metric, fit in fits.items():
+        assert fit.chosen == max(fit.validation, key=metric.quality)
+    assert fits[ACCURACY].chosen_l2 != fits[BALANCED_ACCURACY].chosen_l2
 
 
 # --- what the head sees -----------------------------------------------------------------------------------------------
@@ -201,7 +219,7 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     wrong = np.arange(len(clean.labels)) % 5 == 0  # a fifth of the labels: whoever is sure of all is punished
     validation = Features(clean.values, np.where(wrong, (clean.labels + 1) % classes, clean.labels))
     head = nn.Linear(40, classes)
-    probe = fit_probe(train, validation, head, runtime, l2=(1e-4,))  # 30 points in 40 dimensions: separated
+    probe = fit_probe(train, validation, head, runtime, ACCURACY, l2=(1e-4,))  # 30 points in 40 dimensions: separated
     assert probe.steps[0].loss < 0.01
     temperature = probe.temperature(validation)
     logits = validation.values.astype(np.float64) @ probe.weight.double().numpy().T + probe.bias.double().numpy()

@@ -10,11 +10,12 @@ from peft_vit import AdaLoraConfig, AdaLoRAController
 from peft_vit.adapters import attach_adapters, current_ranks, set_ranks
 from peft_vit.backbones import find_sites
 from peft_vit.config import AUGMENTATION_OF_FLIPS, TrainingConfig
-from peft_vit.evaluation import measure, predict, trainable_parameters
+from peft_vit.evaluation import predict, trainable_parameters
 from peft_vit.records import Evaluation, Metrics
-from peft_vit.training import AllocationHook, Hook, train
+from peft_vit.tasks import CLASSIFICATION
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.training import AllocationHook, Hook, loss_weights, train
 from peft_vit.training.loop import BestState
-from peft_vit.training.optimization import class_weights
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -66,7 +67,7 @@ def test_it_equals_a_plain_loop(tiny_vit, data, runtime, weighted) -> None:
     counts = np.bincount(images.train.labels)
     assert set(counts) == {3, 6}
     weights = torch.tensor(18 / (5 * counts), dtype=torch.float32)
-    torch.testing.assert_close(class_weights(images.train.labels, 5), weights)
+    torch.testing.assert_close(loss_weights(config(class_weights=True), images, runtime.device), weights)
     result = train(lora(tiny_vit()), images, config(class_weights=weighted), runtime, seed=4, hooks=[DeployableFrom(9)])
     expected = plain_loop(lora(tiny_vit()), images, runtime, weights if weighted else None)
     assert [row.loss for row in result.steps] == pytest.approx(expected, rel=1e-5)
@@ -88,9 +89,24 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         assert [evaluation.deployable for evaluation in result.evaluations] == [s >= earliest for s in (3, 6, 9)]
         assert result.chosen == max(allowed, key=lambda e: (e.metrics.accuracy, -e.metrics.nll))
         batches = images.validation.ordered_batches(32, runtime.mean, runtime.std)
-        assert measure(*predict(model, batches, device=runtime.device, precision="fp32")) == result.chosen.metrics
+        assert (
+            CLASSIFICATION.measure(*predict(model, batches, device=runtime.device, precision="fp32"))
+            == result.chosen.metrics
+        )
     with pytest.raises(RuntimeError, match="no validation found a deployable state"):
         train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
+
+
+def test_balanced_accuracy_chooses_and_counts_patience_where_it_decides() -> None:
+    rows = [(0.9, 0.5), (0.8, 0.6), (0.8, 0.6), (0.85, 0.55)]  # accuracy, balanced accuracy
+    chosen = {}
+    for metric in (ACCURACY, BALANCED_ACCURACY):
+        best = BestState(metric)
+        for step, (accuracy, balanced) in enumerate(rows):
+            metrics = Metrics(n=9, accuracy=accuracy, balanced_accuracy=balanced, auroc=None, nll=1.0 - step, ece=0.0)
+            best.offer(Evaluation(step=step, epoch=step, deployable=True, metrics=metrics), torch.nn.Linear(1, 1))
+        chosen[metric.name] = (best.evaluation.step, best.stale)
+    assert chosen == {"accuracy": (0, 3), "balanced_accuracy": (2, 1)}  # of equal ones the lower loss
 
 
 def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapters) -> None:
@@ -98,7 +114,7 @@ def test_an_earlier_choice_comes_back_with_its_ranks(tiny_vit, batch, fill_adapt
         metrics = Metrics(n=1, accuracy=accuracy, balanced_accuracy=accuracy, auroc=None, nll=1.0, ece=0.0)
         return Evaluation(step=step, epoch=step, deployable=True, metrics=metrics)
 
-    model, best = lora(tiny_vit()), BestState()
+    model, best = lora(tiny_vit()), BestState(ACCURACY)
     fill_adapters(model)
     ranks = current_ranks(model)
     with torch.no_grad():

@@ -42,7 +42,7 @@ def watched(model: VisionTransformer, data, runtime, method: str, read, **sectio
     reports = []
     train(model, data(), TRAINING, runtime, seed=0, hooks=hooks, on_progress=lambda p: reports.append((p, read(model))))
     assert [(p.step, p.total_steps) for p, _ in reports] == [(s, 9) for s in (1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9)]
-    assert [p.validation_accuracy is None for p, _ in reports] == [True] * 3 + [False] * 9
+    assert [p.validation_score is None for p, _ in reports] == [True] * 3 + [False] * 9
     return reports
 
 

@@ -9,6 +9,7 @@ from prepared_methods import METHODS, STEPS
 from peft_vit.adapters import current_ranks, trained_tensors, use_integer_products
 from peft_vit.config import TrainingConfig
 from peft_vit.errors import UserError
+from peft_vit.records import Metrics
 from peft_vit.training import State, train
 from peft_vit.training.checkpoint import (
     generators_state,
@@ -63,6 +64,7 @@ class Run:
     def __init__(self, tiny_vit, data, runtime, folder, method, training) -> None:
         self.made = tiny_vit, data, runtime
         self.folder, self.method, self.training = folder, method, config(**training)
+        self.probe = None  # or how good the model is before the first step
 
     def once(self, resume=None, stop_at=None):
         """Return the result and what it leaves, or None if it was stopped and a checkpoint was written."""
@@ -78,9 +80,8 @@ class Run:
                 raise Stopped
 
         try:
-            result = train(
-                model, data(), self.training, runtime, seed=4, hooks=hooks, between_steps=pause, resume=resume
-            )
+            named = {"hooks": hooks, "between_steps": pause, "resume": resume, "probe": self.probe}
+            result = train(model, data(), self.training, runtime, seed=4, **named)
         except Stopped:
             return None
         return left(model, hooks, result)
@@ -186,7 +187,8 @@ def test_an_end_that_patience_brought_nearer_is_kept(make, method, schedule) -> 
 
 
 def test_the_validation_before_the_first_step_is_kept(make) -> None:
-    run = make("adalora", head_start="probe", learning_rate=1.0, clip_norm=None, schedule="constant")
+    run = make("adalora", learning_rate=1.0, clip_norm=None, schedule="constant")
+    run.probe = Metrics(n=12, accuracy=0.5, balanced_accuracy=0.5, auroc=None, nll=1.0, ece=0.1)
     whole = run.once()
     assert [evaluation.step for evaluation in whole["evaluations"]] == [0, 3, 6, 9, 12]
     assert run.interrupted(1, 4, STEPS) == whole

@@ -10,6 +10,7 @@ from peft_vit.backbones.catalog import create_model
 from peft_vit.config import BackboneConfig, ExperimentConfig, LoraConfig
 from peft_vit.evaluation import model_size
 from peft_vit.methods import METHODS, PrepareContext
+from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.candidates import KINDS, designs, training_of
 from peft_vit.tuning.contest import contestants, reference_of
 from peft_vit.tuning.rates import BestRate
@@ -24,7 +25,7 @@ FOUND = {kind: BestRate(1e-3, 0.9, 0.3) for kind in KINDS}
 def configured(name: str) -> ExperimentConfig:
     design = next(one for one in DESIGNS if one.name == name)
     settings = {"learning_rate": 1e-3, "steps": 48, "validate_every": 10, "batch_size": 8, "flips": "both"}
-    training = training_of(design.kind, class_weights=False, memory={}, **settings)
+    training = training_of(design.kind, metric=ACCURACY, memory={}, **settings)
     return ExperimentConfig.model_validate_json(json.dumps(design.experiment(training)))
 
 

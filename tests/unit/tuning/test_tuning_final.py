@@ -9,6 +9,7 @@ import pytest
 
 from peft_vit.backbones import describe
 from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.candidates import designs
 from peft_vit.tuning.final import train_finally
 
@@ -32,7 +33,7 @@ def last_training(name: str, gains: list[float]) -> tuple[ExperimentConfig, list
         images=100,
         train_images=80,
         batch_size=8,
-        class_weights=False,
+        metric=ACCURACY,
         flips="none",
         request=SimpleNamespace(seed=0),
         state=SimpleNamespace(tell=told.append, unlimited=None, studies=Path("studies")),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 from peft_vit.tuning.race import LOOKS, RaceResult, best_guess, images_that_count, race, rule_of
 from peft_vit.tuning.result import Candidate
 
@@ -69,10 +70,10 @@ def test_on_easy_images_where_all_are_equal_the_smallest_is_shown() -> None:
 
 
 def test_images_count_once_and_classes_as_much_as_the_rarest() -> None:
-    assert images_that_count((300, 100), None, "accuracy") == 400
-    assert images_that_count((300, 100), 200, "accuracy") == 200  # each has a copy
-    assert images_that_count((300, 100), None, "balanced_accuracy") == 200
-    assert images_that_count((300, 100), 320, "balanced_accuracy") == 160
+    assert images_that_count((300, 100), None, ACCURACY) == 400
+    assert images_that_count((300, 100), 200, ACCURACY) == 200  # each has a copy
+    assert images_that_count((300, 100), None, BALANCED_ACCURACY) == 200
+    assert images_that_count((300, 100), 320, BALANCED_ACCURACY) == 160
 
 
 def test_one_that_fails_does_not_end_the_race_of_others_and_a_reference_alone_is_chosen() -> None:

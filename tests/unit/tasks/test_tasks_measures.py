@@ -5,8 +5,8 @@ import pytest
 from scipy.special import softmax
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from peft_vit.evaluation import expected_calibration_error, measure
-from peft_vit.evaluation.metrics import log_softmax
+from peft_vit.tasks import CLASSIFICATION
+from peft_vit.tasks.classification import expected_calibration_error, log_softmax
 
 pytestmark = pytest.mark.part("trainer")
 
@@ -27,7 +27,7 @@ def test_measures_are_scikit_learns(classes: int, decimals: int) -> None:
     rng = np.random.default_rng(classes)
     logits = np.round(2 * rng.normal(size=(200, classes)), decimals).astype(np.float32)  # ties, ever fewer
     labels = rng.choice(np.arange(classes) % 4, 200)  # of the fifth class there is no image
-    result = measure(logits, labels)
+    result = CLASSIFICATION.measure(logits, labels)
     probability = softmax(logits.astype(np.float64), axis=1)
     predicted = probability.argmax(1)
     assert (result.n, result.accuracy) == (200, np.mean(predicted == labels))
@@ -55,7 +55,7 @@ def test_a_confidence_on_an_edge_belongs_to_the_bin_below() -> None:
 
 def test_extreme_logits_and_one_class_stay_finite() -> None:
     logits = np.array([[1e4, -1e4], [-1e4, 1e4], [3e38, 0.0]], np.float32)
-    result = measure(logits, np.array([0, 0, 0]))
+    result = CLASSIFICATION.measure(logits, np.array([0, 0, 0]))
     assert np.isfinite(log_softmax(logits.astype(np.float64))).all()
     assert result.auroc is None  # one class only
     assert result.accuracy == pytest.approx(2 / 3)

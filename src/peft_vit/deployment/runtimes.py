@@ -1,0 +1,104 @@
+"""Exported files in their own runtimes, onnxruntime and OpenVINO, which need no torch: a first answer comes sooner."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import re
+from pathlib import Path
+from typing import Any
+
+from peft_vit.deployment.model_card import HEADER, UNSIGNED, Classifier, Header, ModelCard
+from peft_vit.errors import UserError, one_line, os_fault
+from peft_vit.extras import load_openvino, require_extra
+from peft_vit.safe_io import read_bytes
+
+INPUT, OUTPUT = "images", "logits"
+# Products in float32, also where a CPU has bfloat16, and no activations in 8 bits.
+SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
+
+
+def onnx_digest(card: ModelCard, proto: Any) -> str:
+    """Return the SHA-256 over the card and the model without its metadata, which are taken out of `proto`."""
+    del proto.metadata_props[:]
+    digest = hashlib.sha256(card.model_dump_json().encode())
+    digest.update(proto.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def open_onnx(file: Path) -> Classifier:
+    """Return the classifier in a file, by onnxruntime.
+
+    Raises:
+        UserError: if the file is cut off, was changed after it was written, was not written by this package, or
+            onnxruntime is missing or can't run it.
+    """
+    require_extra("onnx", packages=("onnx", "onnxruntime"), file=file)
+    import onnx
+    import onnxruntime
+
+    try:
+        content = read_bytes(file, None)
+        proto = onnx.load_from_string(content)
+        text = {entry.key: entry.value for entry in proto.metadata_props}.get(HEADER)
+    except Exception as error:  # a damaged file can fail in any way; the user needs one line
+        raise UserError(f"is not a readable ONNX file ({error}); export the run again", file=file) from None
+    header = Header.read(text, file, "onnx")
+    if _names_other_files(proto):
+        raise UserError(
+            "keeps numbers in other files, which could be any of this machine; export the run again", file=file
+        )
+    header.check(onnx_digest(header.card, proto), file)
+    try:
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no public class
+        raise UserError(f"onnxruntime {onnxruntime.__version__} can't run it ({one_line(error)})", file=file) from None
+    return Classifier(lambda images: session.run([OUTPUT], {INPUT: images})[0], header.card)
+
+
+def _names_other_files(message: Any) -> bool:
+    """Tell whether a tensor anywhere in a model lies outside of it."""
+    from onnx import TensorProto
+
+    if isinstance(message, TensorProto):
+        return bool(message.data_location == TensorProto.EXTERNAL or message.external_data)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            parts = [value] if hasattr(value, "ListFields") else value
+            if any(_names_other_files(part) for part in parts):
+                return True
+    return False
+
+
+def openvino_digest(description: bytes, weights: bytes) -> str:
+    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
+    return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
+
+
+def open_openvino(file: Path) -> Classifier:
+    """Return the classifier in a .xml and .bin file, by OpenVINO on the CPU.
+
+    Nothing of the file is given to OpenVINO before the hash is found right.
+
+    Raises:
+        UserError: if the .xml or .bin is cut off, was changed after it was written, was not written by this package, or
+            OpenVINO is missing or can't run it.
+    """
+    require_extra("openvino", packages=("openvino",), file=file)
+    beside = file.with_suffix(".bin")
+    parts = []
+    for part in (file, beside):
+        with os_fault("can't be read", part, remedy="export the run again"):
+            parts.append(read_bytes(part, None))
+    description, weights = parts
+    text = re.search(rb'<%b value="([^"]*)"' % HEADER.encode(), description)
+    header = Header.read(text and html.unescape(text[1].decode(errors="replace")), file, "openvino")
+    unsigned = description.replace(header.sha256.encode(), UNSIGNED.encode(), 1)
+    header.check(openvino_digest(unsigned, weights), file, beside)
+    openvino = load_openvino()
+    try:
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(description, weights), "CPU", SETTINGS)
+    except Exception as error:  # OpenVINO's errors share no public class
+        raise UserError(f"OpenVINO {openvino.__version__} can't run it ({one_line(error)})", file=file) from None
+    return Classifier(lambda images: compiled({INPUT: images})[0], header.card)

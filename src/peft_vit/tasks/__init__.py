@@ -1,0 +1,12 @@
+"""What is learned from images: a task is one object, and nothing else branches on which one it is."""
+
+from peft_vit.records import RunSpec
+from peft_vit.tasks.classification import CLASSIFICATION
+from peft_vit.tasks.task import DecidingMetric, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION,)}
+
+
+def metric_of(spec: RunSpec) -> DecidingMetric:
+    """Return what decides in a run that is planned: which step, which penalty of the probe, and what is told first."""
+    return TASKS[spec.task].metric(spec.experiment.training.metric)

@@ -1,0 +1,108 @@
+"""What `predict` prints and writes, of which images, and what it refuses before it opens the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from golden import check_golden
+from tiny_models import CARD
+
+from peft_vit.cli import deploy_commands
+from peft_vit.deployment import save_low_bit
+
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+@pytest.fixture(autouse=True)
+def here(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to a folder with a model and four images of two of its classes."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    card = CARD.model_copy(update={"class_names": ("class_0", "class_1", "the third"), "channels": 3})
+    save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), Path("model.safetensors"), card)
+    for name in ("class_0/00.png", "class_0/01.png", "class_1/00.png", "class_1/01.png"):
+        file = Path("photos", name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / name, file)
+    Path("photos/class_0/notes.txt").write_text("no image")
+    shutil.make_archive("zipped", "zip", "photos")
+    Path("flat").mkdir()
+    shutil.copy(images / "class_0/00.png", "flat/00.png")
+    Path("flat/text.png").write_text("no image")
+    Path("linked").mkdir()
+    Path("linked/class_1").symlink_to(tmp_path / "photos" / "class_1")
+    Path("linked/class_1_too").symlink_to(Path("linked").absolute())
+    Path("empty").mkdir()
+    return tmp_path
+
+
+CALLS = (
+    ("photos", 0),
+    ("photos --top 2", 0),
+    ("flat photos/class_1/00.png --format csv", 1),
+    ("zipped.zip --top 9 --format csv", 0),
+    ("linked --format json", 0),
+    ("flat/text.png --format json", 1),
+    ("photos --output said.csv", 0),
+    ("photos --top 3 --output said.json", 0),
+)
+
+
+def test_what_predict_says(command, here, monkeypatch) -> None:
+    document = []
+    for call, code in CALLS:
+        said = command("predict", "model.safetensors", *call.split(), code=code)
+        document += [f"$ predict {call}", said.out, *(f"! {line}" for line in said.err.splitlines())]
+    monkeypatch.setattr(deploy_commands, "_SAID_EVERY_S", 0.0)
+    document += ["$ predict flat, ten seconds an image", command("predict", "model.safetensors", "flat", code=1).err]
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
+    document += ["$ predict photos --top 2, on a terminal"]
+    document += [command("predict", "model.safetensors", "photos", "--top", 2).out]
+    text = re.sub(r"0\.\d+", "0.N", "\n".join(document))
+    check_golden("predict.txt", re.sub(r"\d+ s$", "N s", text, flags=re.MULTILINE))
+    table = pd.read_csv("said.csv")
+    assert table.columns.tolist() == ["file", "class", "probability"]
+    rows = json.loads(Path("said.json").read_text())
+    assert [row["probability"] for row in rows] == table["probability"].tolist()  # to the last bit
+    for row in rows:
+        assert row["probability"] > row["probability_2"] > row["probability_3"]
+        assert row["probability"] + row["probability_2"] + row["probability_3"] == pytest.approx(1)
+    assert sorted(row["file"] for row in rows) == [row["file"] for row in rows]
+
+
+def test_a_bar_is_shown_where_the_lines_go_elsewhere(command, monkeypatch) -> None:
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda _: True)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: False)
+    said = command("predict", "model.safetensors", "photos", "--output", "said.csv")
+    assert said.out == "4 images: said.csv\n"
+
+
+REFUSED = (
+    ("photos empty", "empty: holds no image (.png "),
+    ("nowhere", "nowhere: does not exist; name image files, folders of them, or a zip"),
+    ("photos --output said.txt", "said.txt: --output: expected a name that ends in .csv or .json"),
+    ("photos --output said.csv --format json", "--format: is json, and said.csv is csv; leave one of the two out"),
+    ("photos --top 0", "--top"),
+    ("photos --coverage 0.9", "coverage: is of models that"),
+    ("photos --weights hub", "--weights: has no effect here"),
+    ("flat/00.png no.zip", "no.zip: is neither a folder nor a zip"),
+)
+
+
+@pytest.mark.parametrize(("call", "stated"), REFUSED)
+def test_bad_input_is_refused_before_anything_is_predicted(command, call, stated) -> None:
+    Path("no.zip").write_text("none")
+    said = command("predict", "model.safetensors", *call.split(), code=2)
+    (line,) = said.err.splitlines()
+    assert stated in line
+    assert said.out == ""
+    assert not os.path.exists("said.csv")

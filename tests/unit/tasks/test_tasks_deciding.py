@@ -1,0 +1,43 @@
+"""What decides, and where it may lie with other test images."""
+
+import numpy as np
+import pytest
+from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
+
+from peft_vit.errors import UserError
+from peft_vit.records import Metrics
+from peft_vit.statistics import mean_of_proportions
+from peft_vit.tasks import CLASSIFICATION
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+
+pytestmark = pytest.mark.part("trainer")
+
+
+def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on() -> None:
+    assert CLASSIFICATION.deciding(np.array([30, 10, 20])) is ACCURACY
+    assert CLASSIFICATION.deciding(np.array([31, 10, 20])) is BALANCED_ACCURACY
+    assert CLASSIFICATION.metric("balanced_accuracy") is BALANCED_ACCURACY
+    with pytest.raises(UserError, match=r"training\.metric: auto is decided where a study is planned"):
+        CLASSIFICATION.metric("auto")
+
+
+def test_a_value_is_said_with_what_it_is_of() -> None:
+    metrics = Metrics(n=4, accuracy=0.75, balanced_accuracy=0.5, auroc=None, nll=0.3, ece=0.1)
+    assert [metric.text(metric.of(metrics)) for metric in (ACCURACY, BALANCED_ACCURACY)] == ["75.0%", "50.0% balanced"]
+    assert CLASSIFICATION.answer(["cat", "dog"], 1, 0.9312) == "dog, 93.1 %"
+
+
+def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 2], [90, 12])  # of class 1 there is no image
+    predicted = np.where(rng.random(102) < 0.8, labels, 1)
+    hits = [int((predicted[labels == k] == k).sum()) for k in (0, 2)]
+    plain, balanced = (metric.interval(labels, predicted) for metric in (ACCURACY, BALANCED_ACCURACY))
+    assert (plain.low, plain.high) == pytest.approx(proportion_confint(sum(hits), 102, method="wilson"))
+    # (p + q) / 2 is half of 1 + p - (1 - q): Newcombe's interval of a difference of two shares, moved and halved.
+    low, high = confint_proportions_2indep(hits[0], 90, 12 - hits[1], 12, method="newcomb", compare="diff")
+    assert (balanced.low, balanced.high) == pytest.approx(((1 + low) / 2, (1 + high) / 2))
+    assert balanced.estimate == pytest.approx((hits[0] / 90 + hits[1] / 12) / 2)
+    assert balanced.high - balanced.low > plain.high - plain.low  # the rare class is known least
+    one = mean_of_proportions([7], [9])
+    assert (one.low, one.high) == pytest.approx(proportion_confint(7, 9, method="wilson"))
