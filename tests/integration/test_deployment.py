@@ -144,7 +144,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     )
     text = text.replace(str(tmp_path), "HERE")
     text = re.sub(r"\((blocks|attn_pool)\.[a-z0-9._]+\)", "(MODULE)", text)
-    check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e-\d+)?", "N", text))
+    check_golden("exports.txt", re.sub(r"-?\d+(\.\d+)?(e[-+]\d+)?", "N", text))
 
 
 def test_names_of_others_do_nothing_to_the_terminal(images, tmp_path, command) -> None:

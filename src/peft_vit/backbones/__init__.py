@@ -28,4 +28,5 @@ from peft_vit.backbones.weights import (
     load_backbone,
     load_run_backbone,
     read_weights,
+    weights_licence,
 )

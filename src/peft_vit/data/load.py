@@ -36,6 +36,7 @@ class Data:
     test: HoldoutImages
     data_sha256: str
     split_sha256: str
+    test_files: list[str] | None = None  # names of somebody's own, relative to their folder
     task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
     left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
@@ -69,6 +70,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False) -> Data:
         test=HoldoutImages(test, index.class_counts(splits.test)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
+        test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
         task=index.task,
         warnings=image_warnings(index, splits, config.image_size),
         left_out=index.left_out,

@@ -125,7 +125,11 @@ def _in_zip(path: Path) -> list[ImageFile | UserError]:
         tree = open_tree(path)
     except UserError as error:  # without the key that names a configuration's folder
         raise UserError(error.message, file=error.file) from None
-    return [ImageFile(path / name, lambda name=name: tree.read(name)) for name in tree.names if is_image(name)]  # type: ignore[misc]
+
+    def member(name: str) -> ImageFile:
+        return ImageFile(path / name, lambda: tree.read(name))
+
+    return [member(name) for name in tree.names if is_image(name)]
 
 
 def _below(root: Path) -> list[ImageFile | UserError]:
@@ -159,7 +163,7 @@ def predict_files(
     """
     card = classifier.card
     temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
-    remaining = (found for image in images for found in (image_files([image]) if isinstance(image, Path) else [image]))
+    remaining = _each(images)
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(image, card) for image in chunk]
         rows: Iterator[NDArray[np.float64]] = iter(())
@@ -171,6 +175,14 @@ def predict_files(
                 yield array
             else:
                 yield _prediction(image.file if isinstance(image, ImageFile) else None, next(rows), card, coverage, top)
+
+
+def _each(images: Iterable[_Image]) -> Iterator[_Image]:
+    for image in images:
+        if isinstance(image, Path):
+            yield from image_files([image])
+        else:
+            yield image
 
 
 def predict_images(classifier: Classifier, images: Iterable[_Image], coverage: float | None = None) -> list[Prediction]:

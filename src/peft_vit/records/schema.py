@@ -355,6 +355,8 @@ class Predictions(_Value):
     labels: list[_Count]
     predicted: list[_Count]
     probability: list[_Share]  # of the predicted class
+    # Names of somebody's own files, relative to their folder; left out for published sets, and in older records.
+    files: list[str] | None = Field(default=None, exclude_if=lambda files: files is None)
     # (images, classes); with measures.logits. Left out where they were not asked for: outcomes have digests.
     logits: list[list[FiniteFloat]] | None = Field(default=None, exclude_if=lambda logits: logits is None)
 
@@ -362,6 +364,8 @@ class Predictions(_Value):
     def _one_of_each_an_image(self) -> Self:
         if len({len(self.images), len(self.labels), len(self.predicted), len(self.probability)}) > 1:
             raise ValueError("images, labels, predicted and probability differ in length")
+        if self.files is not None and len(self.files) != len(self.images):
+            raise ValueError("files: expected a name for each image")
         if self.logits is not None and (len(self.logits) != len(self.images) or len(set(map(len, self.logits))) > 1):
             raise ValueError("logits: expected a row for each image, and as many columns in each")
         return self
@@ -407,6 +411,7 @@ class Provenance(_Value):
     head_init_sha256: str
     data_order_sha256: str
     start_sha256: str | None = None  # of the PEFT adapter that training went on from
+    weights_licence: str | None = None  # None in older records
     integer_bits: Literal[7, 8] | None = None  # of weights with `compute: int8`; 7 where products of 8 are not exact
 
 

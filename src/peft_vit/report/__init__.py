@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 from peft_vit.extras import require_extra
 
 if TYPE_CHECKING:
-    from peft_vit.report.build import ReportFiles, build_report
+    from peft_vit.report.build import ReportFiles, build_report, write_model_page
     from peft_vit.report.example_images import Thumbnails
 
-__all__ = ["ReportFiles", "Thumbnails", "build_report"]
+__all__ = ["ReportFiles", "Thumbnails", "build_report", "write_model_page"]
 
 
 def __getattr__(name: str) -> Any:

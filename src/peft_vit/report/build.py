@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
+from peft_vit.analysis.model_quality import model_quality
 from peft_vit.errors import os_fault
-from peft_vit.records import HTML_FILE, as_csv, write_atomically
+from peft_vit.records import HTML_FILE, RECORD_FILE, as_csv, write_atomically
 from peft_vit.report import findings_tables, layer_tables, method_tables, quantization_tables, summary
 from peft_vit.report.accuracy_figures import accuracy_against, accuracy_by_method, forests
-from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Paragraph, StudyDocument
+from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, StudyDocument
 from peft_vit.report.example_images import Thumbnails, example_blocks
 from peft_vit.report.figure import DPI, PAGE_HEIGHT_IN, WIDTHS_IN, leading, publication_files, validation_means
 from peft_vit.report.formatting import plain
 from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
-from peft_vit.report.markdown import escaped, notice_parts, write_markdown
+from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
+from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, images_name, model_document
+from peft_vit.tasks import metric_of
 
-MARKDOWN_FILE = "analysis_summary.md"
+MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
 _EVERY_RUN = " `peft-vit export --format history` writes those of every run."
 
@@ -57,7 +60,7 @@ def study_documents(
             sections=_sections(analysis, own, thumbnails) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
             not_shown=summary.not_shown(study),
             runs=summary.run_details(study),
-            disclaimer=plain(study.disclaimer),
+            alerts=(plain(study.disclaimer),) if study.disclaimer else (),
         )
     return tuple(documents.values())
 
@@ -113,17 +116,27 @@ def _sections(
     return {title: tuple(blocks) for title, blocks in zip(SECTION_TITLES, contents, strict=True)}
 
 
-@dataclass(frozen=True)
-class ReportFiles:
-    """Where a report lies."""
+class WrittenFiles(NamedTuple):
+    """Where a page and what belongs to it lie."""
 
-    results: Results  # what it is on, and what was left out of it
     html: Path | None  # the page, complete in itself; None if only the summary was written
     markdown: Path  # the summary, which shows the PNG files
     figures: tuple[Path, ...]  # PNG and SVG files
     figure_data: tuple[Path, ...]  # CSV files with the values that are drawn, as the page offers them
     tables: tuple[Path, ...]  # CSV files with unrounded values
     publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
+
+
+class ReportFiles(NamedTuple):
+    """Where a report lies; see `WrittenFiles`."""
+
+    results: Results  # what it is on, and what was left out of it
+    html: Path | None
+    markdown: Path
+    figures: tuple[Path, ...]
+    figure_data: tuple[Path, ...]
+    tables: tuple[Path, ...]
+    publication: tuple[Path, ...]
 
 
 def build_report(
@@ -136,6 +149,8 @@ def build_report(
 ) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
+    Of a single run that is the page of its model, with card.md in place of analysis_summary.md.
+
     Args:
         results_dir: where records lie, at any depth.
         output_dir: where to write; files of an earlier report are replaced.
@@ -147,9 +162,66 @@ def build_report(
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = read_results(results_dir)
-    analyses = [analyze(study) for study in results.studies]
-    agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
-    documents = study_documents(analyses, agreements, thumbnails)
+    model = _only_model(results)
+    if model is not None:
+        pictures = None if thumbnails is None else partial(thumbnails, model.record)
+        documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
+        head = card_head(model, "peft-vit", images_name(model.record))
+        markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
+    else:
+        analyses = [analyze(study) for study in results.studies]
+        agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
+        documents = study_documents(analyses, agreements, thumbnails)
+        markdown = {MARKDOWN_FILE: write_markdown(documents, figure_path)}
+    return ReportFiles(results, *write_report(documents, markdown, output_dir, page=page, publication=publication))
+
+
+def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails: Thumbnails | None = None) -> Path:
+    """Write the page of one run's model, complete in one file, with card.md, figures and tables beside it.
+
+    Args:
+        run_folder: of a run, or of a `train` call.
+        output: a folder; default: `report` in that of the run.
+        thumbnails: gets pictures of test images, from where the images lie; None: no pictures.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: if there is no run that can be read; if the page can't be written.
+    """
+    html = build_report(run_folder, output or run_folder / REPORT_FOLDER, thumbnails=thumbnails).html
+    assert html is not None
+    return html
+
+
+def _only_model(results: Results) -> ModelSummary | None:
+    """Return the model of the only run that there is or was planned; None of studies of several runs."""
+    runs = [run for study in results.studies for run in study.runs]
+    if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
+        return None
+    record = runs[0].record
+    calibrated = getattr(record, "tested_calibration", None)
+    quality = model_quality(record, None if calibrated is None else calibrated.probability)
+    if quality is None:
+        return None
+    file = next(results.directory.rglob(RECORD_FILE))
+    return ModelSummary(record, quality, metric_of(record.spec), f"peft-vit predict {file.parent}")
+
+
+def write_report(
+    documents: Sequence[StudyDocument],
+    markdown: Mapping[str, str],
+    output_dir: Path,
+    *,
+    page: bool = True,
+    publication: bool = False,
+) -> WrittenFiles:
+    """Write documents that were made: the page, one Markdown file by its name, and every figure and table.
+
+    Raises:
+        UserError: if the output can't be written.
+    """
 
     def write(name: str, content: str | bytes) -> Path:
         file = output_dir / name
@@ -161,7 +233,7 @@ def build_report(
         figures, figure_data, tables, paper = [], [], [], []
         for document in documents:
             for drawing in document.drawings():
-                png = _figure_path(document, drawing)
+                png = figure_path(document, drawing)
                 stem = png.removesuffix(".png")
                 figures += [write(png, drawing.png), write(f"{stem}.svg", drawing.svg)]
                 figure_data.append(write(f"{stem}.csv", as_csv(drawing.data)))
@@ -170,14 +242,10 @@ def build_report(
                     paper += [write(own + ending, content) for ending, content in publication_files(drawing)]
             for table in document.tables():
                 tables.append(write(f"tables/{document.slug}_{table.slug}.csv", as_csv(table.data)))
-        markdown = write(MARKDOWN_FILE, write_markdown(documents, _figure_path))
+        (summary_file,) = (write(name, text) for name, text in markdown.items())
         if publication:
             paper.append(write("figures/publication/captions.md", captions(documents)))
-    return ReportFiles(results, html, markdown, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
-
-
-def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
-    return f"figures/{document.slug}_{drawing.slug}.png"
+    return WrittenFiles(html, summary_file, tuple(figures), tuple(figure_data), tuple(tables), tuple(paper))
 
 
 def captions(documents: Sequence[StudyDocument]) -> str:

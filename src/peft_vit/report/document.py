@@ -19,6 +19,11 @@ PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
 MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
 
 
+# What a page consists of, from the top: of a study, and of one model, whose answer comes before what was asked.
+STUDY_PARTS = ("nav", "asked", "answer", "warnings", "progress", "cards", "sections", "limits", "runs")
+MODEL_PARTS = ("cards", "answer", "nav", "sections", "limits", "warnings", "runs")
+
+
 @dataclass(frozen=True)
 class Paragraph:
     """One paragraph of text."""
@@ -81,6 +86,7 @@ class Picture(NamedTuple):
 
     png: bytes
     lines: tuple[str, ...]
+    right: bool | None = None  # whether a model is right on it; None: that is not asked
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,19 @@ class Gallery:
     title: str
     caption: str
     groups: tuple[tuple[str, tuple[Picture, ...]], ...]
+    small: bool = False
     kind: Literal["gallery"] = "gallery"
 
 
-Block = Paragraph | Table | Drawing | Gallery
+@dataclass(frozen=True)
+class Facts:
+    """Keys and values, such as settings."""
+
+    rows: tuple[tuple[str, str], ...]
+    kind: Literal["facts"] = "facts"
+
+
+Block = Paragraph | Table | Drawing | Gallery | Facts
 
 
 class Card(NamedTuple):
@@ -116,7 +131,7 @@ class RunDetails(NamedTuple):
 
 @dataclass(frozen=True)
 class StudyDocument:
-    """The report of one study, or of a tuning."""
+    """The report of one study, or of one model."""
 
     label: str  # the study's name as shown
     slug: str  # the name in files and anchors
@@ -132,12 +147,13 @@ class StudyDocument:
     cards_title: str = "Best of each method: chosen on validation, shown with its mean accuracy on test"
     order: tuple[str, ...] = PAGE_ORDER  # of the sections on a page
     main_facts: tuple[str, ...] = MAIN_FACTS
-    disclaimer: str = ""  # the notice that stands above every number; the page tells the others below the answer
+    alerts: tuple[str, ...] = ()  # those notices that stand above every number; the page tells the others further down
+    parts: tuple[str, ...] = STUDY_PARTS  # from the top
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return the notices but the disclaimer."""
-        return tuple(notice for notice in self.notices if notice != self.disclaimer)
+        """Return the notices but the alerts."""
+        return tuple(notice for notice in self.notices if notice not in self.alerts)
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

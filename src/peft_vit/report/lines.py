@@ -14,10 +14,12 @@ from peft_vit.analysis import Calibration, Study
 from peft_vit.analysis.reliability import Bin
 from peft_vit.analysis.stopping import ENDS, repeated_interval
 from peft_vit.config import METHOD_KINDS, StoppingConfig
+from peft_vit.records import RunRecord
 from peft_vit.report.document import Block, Drawing, Paragraph, Raw
 from peft_vit.report.figure import (
     DASHED,
     INK,
+    LINE_COLORS,
     MARKERS,
     METHOD_COLORS,
     MUTED,
@@ -28,10 +30,12 @@ from peft_vit.report.figure import (
     quiet_grid,
     selection_note,
 )
-from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval
+from peft_vit.report.formatting import counted, fixed, margin_in_points, percent, points_interval
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import interval_columns
+from peft_vit.statistics import proportion_interval
 from peft_vit.statistics.sequential import SequentialResult
+from peft_vit.tasks import DecidingMetric
 
 _ROW_IN = 1.65
 _ENTRY_IN = 0.16
@@ -133,6 +137,65 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
 
 
+def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None:
+    """Draw one run: training loss at the left, the metric on validation at the right; None if it took no steps.
+
+    Args:
+        record: of a finished run.
+        metric: what decides.
+    """
+    if record.spec.experiment.is_probe or len(record.steps) < 2:
+        return None
+    window = len(record.steps) // 20 * 2 + 1
+    stride = max(1, -(-len(record.steps) // STEPS))
+    loss = smoothed([row.loss for row in record.steps], window)
+    steps, losses = [row.step for row in record.steps][::stride], loss.tolist()[::stride]
+    shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
+    probe = None if record.head_fit is None or record.head_fit.chosen is None else record.head_fit.chosen
+    start = None if probe is None else metric.of(probe)
+    words = metric.words
+    color, other = LINE_COLORS[0], LINE_COLORS[1]
+
+    def paint(canvas: Canvas) -> None:
+        panels = canvas.figure.subplots(*((2, 1) if canvas.narrow else (1, 2)), squeeze=False).flat
+        left, right = panels
+        canvas.series("model", color, "o")
+        texts = [
+            f"step {step}: training loss {fixed(value, 3)} nats" for step, value in zip(steps, losses, strict=True)
+        ]
+        canvas.plot("model", left, steps, losses, texts, color=color, lw=1.6)
+        left.set_title("training loss (nats)")
+        if shares:
+            texts = [f"step {step}: {percent(share)}" for step, share in shares.items()]
+            x, y = list(shares), [100 * share for share in shares.values()]
+            canvas.plot("model", right, x, y, texts, color=color, lw=1.4, marker="o", ms=4)
+            right.set_title(f"{words} on validation (%)")
+        else:
+            right.set_axis_off()
+        if shares and record.chosen_step in shares:
+            at = record.chosen_step
+            right.plot([at], [100 * shares[at]], marker="o", ms=10, mfc="none", color=INK, ls="")
+        if shares and start is not None:
+            canvas.series("linear probe", other, "")
+            line = canvas.plot("linear probe", right, [0, steps[-1]], [100 * start] * 2, color=other, ls=DASHED, lw=1.4)
+            line.set_label("linear probe")
+            right.legend(loc="best")
+        for axes in (left, right):
+            axes.set_xlabel("step")
+            quiet_grid(axes)
+
+    caption = "Left: loss of the training batches" + (f", moving average over {window} steps." if window > 1 else ".")
+    if shares:
+        caption += f" Right: {words} on the {record.split_sizes['validation']:,} validation images"
+        caption += "; the ring marks the step that was kept." if record.chosen_step in shares else "."
+        caption += " Dashed: the linear probe, from which training started." if start is not None else ""
+    data: list[dict[str, Raw]] = [
+        {"step": step, "measure": "training loss", "value": value} for step, value in zip(steps, losses, strict=True)
+    ]
+    data += [{"step": step, "measure": f"validation {words}", "value": share} for step, share in shares.items()]
+    return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
+
+
 def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
     """Return the axes of each row; all of a column share their scales."""
     if canvas.narrow:  # each row has a legend below it, so a layout of its own
@@ -195,7 +258,12 @@ def reliability_diagram(calibrations: Sequence[Calibration], validation: Mapping
 
 
 def draw_reliability(
-    lines: Sequence[Line], caption: str, column: str, validation: Mapping[str, float] | None = None
+    lines: Sequence[Line],
+    caption: str,
+    column: str,
+    validation: Mapping[str, float] | None = None,
+    *,
+    with_intervals: bool = False,
 ) -> Drawing:
     """Draw how often predictions are right over how sure they are; at least one bin is not empty.
 
@@ -204,6 +272,7 @@ def draw_reliability(
         caption: how to read them.
         column: of their names in the data.
         validation: accuracy by name, which chooses what is drawn where there are many.
+        with_intervals: draw Wilson's 95 % interval of each bin's accuracy.
     """
     drawn, note = leading(lines, validation or {}, RELIABILITY_LINES, lambda line: line.name)
 
@@ -220,14 +289,20 @@ def draw_reliability(
                 f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
                 for sure, right, b in zip(x, y, filled, strict=True)
             ]
+            for at, b in zip(x, filled if with_intervals else [], strict=False):
+                ends = proportion_interval((b.accuracy or 0.0) * b.count, b.count)
+                ys = [100 * (ends.low or 0.0), 100 * (ends.high or 0.0)]
+                canvas.plot(line.name, axes, [at, at], ys, color=style["color"], lw=2.2, alpha=0.35, zorder=1)
             handles.append(canvas.plot(line.name, axes, x, y, texts, **style, lw=1.4, ms=4, label=line.name, zorder=2))
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
-        axes.set_ylim(0, 102)
+        bottoms = [100 * min(b.accuracy or 0.0, b.confidence or 0.0) for line in drawn for b in line.bins if b.count]
+        axes.set_ylim(max(0.0, 10 * (min(bottoms) // 10) - 20) if with_intervals else 0, 102)
         low = min((b.confidence or 0.0) for line in drawn for b in line.bins if b.count)
         axes.set_xlim(max(0.0, 100 * low - 4), 102)
         quiet_grid(axes)
-        canvas.name_experiments(handles)
+        if len(handles) > 1:
+            canvas.name_experiments(handles)
 
     data: list[dict[str, Raw]] = [
         {

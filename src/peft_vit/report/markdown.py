@@ -5,9 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Gallery, Paragraph, StudyDocument, Table
+from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Facts, Gallery, Paragraph, StudyDocument, Table
 
 FigurePath = Callable[[StudyDocument, Drawing], str]
+
+
+def figure_path(document: StudyDocument, drawing: Drawing) -> str:
+    """Return where a figure's PNG lies, relative to the page."""
+    return f"figures/{document.slug}_{drawing.slug}.png"
 
 
 def escaped(text: str) -> str:
@@ -41,13 +46,23 @@ def write_markdown(documents: Sequence[StudyDocument], figure_path: FigurePath) 
     return "\n\n".join(parts) + "\n"
 
 
+def section_parts(document: StudyDocument, figure_path: FigurePath) -> list[str]:
+    """Return the sections of one document, with their headings."""
+    parts = []
+    for title in document.order:
+        if document.sections[title]:
+            parts.append(f"## {title}")
+            parts += [block_text(block, document, figure_path) for block in document.sections[title]]
+    return parts
+
+
 def summary_parts(document: StudyDocument, figure_path: FigurePath) -> list[str]:
     """Return what stands above the sections: notices first."""
     return [
         *notice_parts(document),
-        _rows(("asked", ""), document.facts),
+        *([_rows(("asked", ""), document.facts)] if document.facts else []),
         f"**What came out**\n\n{_bullets(document.came_out)}",
-        f"**How sure**\n\n{_bullets(document.how_sure)}",
+        *([f"**How sure**\n\n{_bullets(document.how_sure)}"] if document.how_sure else []),
         *(block_text(block, document, figure_path) for block in document.progress),
         f"**What this does not show**\n\n{_bullets(document.not_shown)}",
     ]
@@ -65,9 +80,11 @@ def block_text(block: Block, document: StudyDocument, figure_path: FigurePath) -
     if isinstance(block, Table):
         rows = [_rows(block.columns, block.rows)] if block.rows else []
         return "\n\n".join((f"**{escaped(block.title)}**", *rows, escaped(block.note)))
+    if isinstance(block, Facts):
+        return _rows(("", ""), block.rows)
     title, caption = escaped(block.title), escaped(block.caption)
     if isinstance(block, Gallery):
-        return f"{title}: the pictures stand in report.html. {caption}"
+        return f"{title or 'Examples'}: the pictures stand in report.html. {caption}"
     return f"![{title}]({figure_path(document, block)})\n\n{title}. {caption}"
 
 

@@ -9,7 +9,7 @@ from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunSpec
+from peft_vit.records import RunRecord, RunSpec
 from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
@@ -282,7 +282,7 @@ def _not_done_table(study: Study, runs: list[RunStatus]) -> Table:
 
 def run_details(study: Study) -> tuple[RunDetails, ...]:
     """Return the provenance of every run, finished or failed."""
-    details = [RunDetails(f"{run.experiment.name}, seed {run.seed}", _provenance(run)) for run in study.runs]
+    details = [run_provenance(run.record) for run in study.runs]
     for record in study.failed:
         rows = (
             ("error", plain(record.error or "")),
@@ -299,10 +299,12 @@ def run_details(study: Study) -> tuple[RunDetails, ...]:
     return tuple(details)
 
 
-def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
-    record, origin = run.record, run.provenance
+def run_provenance(record: RunRecord) -> RunDetails:
+    """Return where a finished run comes from."""
+    origin, experiment = record.provenance, record.spec.experiment
+    assert origin is not None
     code = f"{origin.git_hash}{', with uncommitted changes' if origin.git_dirty else ''}"
-    sections = {name: getattr(run.experiment, name) for name in ("training", *run.experiment.kind.settings)}
+    sections = {name: getattr(experiment, name) for name in ("training", *experiment.kind.settings)}
     rows: tuple[tuple[str, object], ...] = (
         ("started", record.started_at),
         ("seconds", fixed(record.seconds, 1)),
@@ -321,4 +323,5 @@ def _provenance(run: Run) -> tuple[tuple[str, str], ...]:
         ("adapter", record.adapter_sha256 or "not saved"),
         ("configuration", "; ".join(f"{name} {own.model_dump_json()}" for name, own in sections.items() if own)),
     )
-    return tuple((key, plain(str(value))) for key, value in rows)
+    title = f"{experiment.name}, seed {record.spec.seed}"
+    return RunDetails(title, tuple((key, plain(str(value))) for key, value in rows))

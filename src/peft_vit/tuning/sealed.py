@@ -9,12 +9,12 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from peft_vit.analysis.model_quality import ModelQuality, model_quality
 from peft_vit.analysis.reliability import BINS, Bin, calibration_error, equal_count_bins, equal_width_bins
 from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
 from peft_vit.records import Predictions, RunRecord
 from peft_vit.statistics import Interval, fold_coverage, paired_proportions, prediction_sets, proportion_interval
-from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
 
 SHOWN_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 _IN_A_BIN = 15  # images, at least, of a figure
@@ -28,27 +28,6 @@ class HeldOut:
     labels: NDArray[np.int64]  # (m,)
     images: NDArray[np.int64]  # (m,) positions in the data set
     runs: NDArray[np.int64]  # (m,) seed of the run
-
-
-@dataclass(frozen=True)
-class ClassResult:
-    """One class on the sealed images."""
-
-    name: str
-    images: int  # that are of it
-    found: Interval | None  # share of them that are called so; None: there are none
-    predicted: int  # images that are called so
-    precision: float | None  # share of these that are of it; None: there are none
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A sealed image that is taken for another class."""
-
-    position: int  # in the data set
-    label: int
-    predicted: int
-    probability: float  # of what it is taken for, calibrated
 
 
 @dataclass(frozen=True)
@@ -75,14 +54,9 @@ class CoverageResult:
 class Sealed:
     """The chosen model on the sealed images, which its final run has read once."""
 
-    accuracy: Interval  # of the population of images
-    balanced_accuracy: Interval
-    majority: float  # share of the most frequent class
+    quality: ModelQuality  # probabilities calibrated
     reference: Interval | None  # accuracy of the reference; None: that is the chosen one
     lost: Interval | None  # against the reference, of the same images
-    classes: tuple[ClassResult, ...]
-    confusion: NDArray[np.int64]  # (true, predicted)
-    mistakes: tuple[Mistake, ...]  # the surest first
     calibration: CalibrationResult
     on_folds: CalibrationResult
     coverage_results: tuple[CoverageResult, ...]
@@ -119,24 +93,15 @@ def measure_sealed(chosen: RunRecord, reference: RunRecord | None, folds: HeldOu
     logits, predictions = _logits(chosen), chosen.predictions
     assert predictions is not None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
-    right, n, k = labels == predicted, len(labels), len(chosen.class_names)
-    confusion = np.zeros((k, k), dtype=np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    right, n = labels == predicted, len(labels)
     other = None if reference is None else _right(reference, predictions)
     probability = calibrated.probabilities(logits)
-    sure = probability[np.arange(n), predicted]
-    wrong = sorted(np.flatnonzero(~right).tolist(), key=lambda row: (-sure[row], predictions.images[row]))
+    quality = model_quality(chosen, probability[np.arange(n), predicted])
+    assert quality is not None
     return Sealed(
-        accuracy=ACCURACY.interval(labels, predicted),
-        balanced_accuracy=BALANCED_ACCURACY.interval(labels, predicted),
-        majority=float(np.bincount(labels).max() / n),
+        quality=quality,
         reference=None if other is None else proportion_interval(int(other.sum()), n),
         lost=None if other is None else paired_proportions(int((other & ~right).sum()), int((right & ~other).sum()), n),
-        classes=tuple(_class(name, place, confusion) for place, name in enumerate(chosen.class_names)),
-        confusion=confusion,
-        mistakes=tuple(
-            Mistake(predictions.images[row], int(labels[row]), int(predicted[row]), float(sure[row])) for row in wrong
-        ),
         calibration=_calibration(logits, labels, calibrated),
         on_folds=_calibration(folds.logits, folds.labels, calibrated),
         coverage_results=tuple(_coverage_results(probability, labels, folds, calibrated)),
@@ -159,12 +124,6 @@ def _right(reference: RunRecord, chosen: Predictions) -> NDArray[np.bool_]:
     assert found is not None
     assert found.images == chosen.images
     return np.asarray(found.labels) == np.asarray(found.predicted)
-
-
-def _class(name: str, place: int, confusion: NDArray[np.int64]) -> ClassResult:
-    hit, images, predicted = int(confusion[place, place]), int(confusion[place].sum()), int(confusion[:, place].sum())
-    found = proportion_interval(hit, images) if images else None
-    return ClassResult(name, images, found, predicted, hit / predicted if predicted else None)
 
 
 def _calibration(logits: NDArray[np.float64], labels: NDArray[np.int64], calibrated: Calibrated) -> CalibrationResult:

@@ -18,8 +18,8 @@ from PIL import Image, ImageCms
 
 from peft_vit.analysis import method_results
 from peft_vit.report.accuracy_figures import accuracy_against
+from peft_vit.report.class_blocks import _BRIGHT, _ON_BRIGHT, _ON_DARK
 from peft_vit.report.figure import INK, LINE_COLORS, METHOD_COLORS, MUTED, PAPER, SEQUENTIAL
-from peft_vit.tuning.figures import _BRIGHT, _ON_BRIGHT, _ON_DARK
 
 CLOSEST = 12.5  # Delta E of 1976; about 2 can be seen side by side
 _TO_LAB = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")

