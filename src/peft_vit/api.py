@@ -89,7 +89,7 @@ class Trained:
     """A run that is done.
 
     Attributes:
-        folder: of the run: its record and its adapter.
+        folder: of the call, which other functions and commands take; the run's record and adapter lie below it.
         record: what happened.
     """
 
@@ -105,12 +105,11 @@ class Trained:
 
     @cached_property
     def report(self) -> Report:
-        """The page on all runs of its study, which is written when it is first asked for."""
+        """The page, which is written when it is first asked for."""
         from peft_vit.data import thumbnails_of
         from peft_vit.report import build_report
 
-        results = self.folder.parents[2]
-        page = build_report(results, results / "report", thumbnails=thumbnails_of).html
+        page = build_report(self.folder, self.folder / "report", thumbnails=thumbnails_of).html
         assert page is not None
         return Report(page)
 
@@ -156,30 +155,35 @@ def tune(
     return Tuned(choice, output_files_in(request.output))
 
 
-def train(images: str | Path, method: str, *, output: str | Path = "peft-vit-runs", **settings: Any) -> Trained:
+def train(
+    images: str | Path, method: str = "lora", *, output: str | Path = "peft-vit-runs", **settings: Any
+) -> Trained:
     """Fine-tune on a folder of images with one method; a fifth of them validates, a fifth tests.
+
+    Each call makes a folder of its own, such as peft-vit-runs/0003-lora-r4. The same call again, on the same images,
+    returns what is there, or goes on where it was interrupted.
 
     Args:
         images: a folder of images per class.
         method: as `peft-vit train --method` takes it: linear, lora, adalora, ...
-        output: where record and adapter go.
+        output: where the folder goes.
         settings: other options of `peft-vit train`, with `_` for `-`: minutes, model, rank, seed, ...; `start` stands
             for --init-adapter.
 
     Raises:
         UserError: for bad input, in one line, or if the run fails.
     """
-    from peft_vit.records import RECORD_FILE, read_record
-    from peft_vit.studies.commands import run_on_own_images
+    from peft_vit.studies.commands import train_on_own_images
     from peft_vit.studies.request import TrainRequest
 
     with named_as_parameters(TrainRequest):
         request = TrainRequest.of(images=images, method=method, output=output, **settings)
-        failed = run_on_own_images(request)
-    if failed:
-        run, reason = next(iter(failed.items()))
-        raise UserError(reason, file=request.output / run)
-    return Trained(request.run_folder, read_record(request.run_folder / RECORD_FILE))
+        run = train_on_own_images(request)
+    record = run.record()
+    assert record is not None
+    if record.status == "failed":
+        raise UserError(record.error or "failed", file=run.folder)
+    return Trained(run.folder, record)
 
 
 def load_results(directory: str | Path) -> ResultTables:

@@ -16,7 +16,9 @@ SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "f
 
 @pytest.mark.usefixtures("in_this_process", "cache")
 def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
-    trained = peft_vit.train(str(images), "linear", output=tmp_path, weights=str(weights), **SETTINGS)
+    asked = {"output": tmp_path, "weights": str(weights), **SETTINGS}
+    trained = peft_vit.train(str(images), "linear", **asked)
+    assert trained.folder == tmp_path / "0001-linear-32px-test-vit"
     assert trained.record.test is not None
     assert trained.record.spec.experiment.method == "linear"
     array = np.asarray(Image.open(images / "class_1" / "00.png"))
@@ -25,9 +27,13 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     assert by_path.class_name in trained.record.class_names
     with pytest.raises(UserError, match="coverage: is of models that `peft-vit tune` has made"):
         trained.predict(array, coverage=0.9)
-    assert trained.report.path == tmp_path / "report" / "report.html"
+    assert peft_vit.train(images, "linear", **asked) == trained  # which is not done again
+    assert trained.report.path == trained.folder / "report" / "report.html"
     assert "linear" in trained.report.path.read_text()
     assert trained._repr_html_().startswith("<iframe srcdoc=")
+    with pytest.raises(UserError, match=r"0002-full-.*: DivergedError: the loss is nan at step"):
+        peft_vit.train(images, "full", **asked, steps=20, learning_rate=1e30)
+    assert peft_vit.load_results(tmp_path / "latest").runs["state"].tolist() == ["failed"]
 
 
 REFUSED = [  # the function, its arguments, the parameter that is named, and a part of what is said

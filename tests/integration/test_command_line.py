@@ -191,7 +191,7 @@ CALLS = (  # of a small study, the exit code, and whether results stay as they a
     ("export out/tiny/probe/seed_0 --format safetensors --output model.safetensors", 0, True),
     ("report out --format md --output report", 0, True),
     (f"train images --method linear {SMALL} --output own", 0, True),
-    ("predict own/own-images/linear/seed_0 images/class_0/00.png", 0, True),
+    ("predict own/latest images/class_0/00.png", 0, True),
 )
 
 

@@ -87,8 +87,8 @@ def test_training_goes_on_from_peft_and_back_to_it(adapter, images, weights, tmp
     asked = ("--method", "lora", "--init-adapter", adapter, *MODEL, "--weights", weights)
     length = ("--steps", "20", "--learning-rate", "1e-2", "--shots", "4")
     command("train", images, *asked, *length, "--output", tmp_path / "out")
-    run = tmp_path / "out" / "own-images" / "imported" / "seed_0"
-    record = read_record(run / "record.json")
+    (run,) = (tmp_path / "out").glob("0001-lora-*")
+    record = read_record(run / "imported" / "seed_0" / "record.json")
     assert (record.status, record.warnings) == ("done", [])
     assert record.spec.data.shots_per_class == 4
     assert record.provenance.start_sha256 == peft_sha256(adapter)

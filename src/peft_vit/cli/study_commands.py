@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +15,7 @@ import typer
 
 from peft_vit.cli.app import app, command
 from peft_vit.errors import UserError
-from peft_vit.studies.request import RunRequest, StudiesRequest, TrainRequest
+from peft_vit.studies.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
 from peft_vit.tuning.tune_request import TuneRequest
 
 if TYPE_CHECKING:
@@ -65,13 +66,77 @@ def status(
 def train(request: TrainRequest) -> None:
     """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
 
-    The head starts as the linear probe of the frozen backbone. Training goes on for as long as validation gains, within
-    the minutes; what it returns is never below the probe on validation. An adapter to go on from brings its own head.
-    Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    Each call makes a folder of its own, and `latest` beside it leads to it. The same call goes on where an earlier one
+    was interrupted. The head starts as the linear probe of the frozen backbone. Training goes on for as long as
+    validation gains, within the minutes; what it returns is never below the probe on validation. An adapter to go on
+    from brings its own head. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
-    from peft_vit.studies.commands import run_on_own_images
+    from peft_vit.studies.commands import train_on_own_images
 
-    _sum_up(run_on_own_images(request), request.output)
+    run = train_on_own_images(request)
+    record = run.record()
+    assert record is not None
+    if record.status == "failed":
+        again = f"the same command tries again in {run.folder}"
+        print(f"error: training failed: {record.error}; {again}", file=sys.stderr)
+        raise typer.Exit(1)
+    from peft_vit.report.trained import result_lines
+
+    page = _page_of(run.folder)
+    print("\n".join(["", *result_lines(record, run.folder, page)]))
+
+
+def _page_of(folder: Path) -> Path | None:
+    """Return the page of a call's model, written if there is none yet; None if it can't be written here."""
+    from peft_vit.extras import missing_packages
+    from peft_vit.records import HTML_FILE
+
+    file = folder / "report" / HTML_FILE
+    if file.is_file():
+        return file
+    if missing_packages("report"):
+        return None
+    from peft_vit.report import build_report
+
+    try:
+        return build_report(folder, file.parent, thumbnails=_thumbnails).html
+    except UserError:  # the model is there all the same
+        return None
+
+
+@app.command()
+def runs(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="what --output of `train` was", show_default=False)
+    ] = DEFAULT_OUTPUT,
+    output: Annotated[
+        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
+    ] = None,
+) -> None:
+    """List the calls of `train`, the newest last: settings, test accuracy with its 95 % interval, minutes, state.
+
+    Exit codes: 0 done, 2 bad input.
+    """
+    from peft_vit.report.printed import check_rows_file, print_with_rows
+    from peft_vit.report.trained import TrainRow, train_runs_table
+    from peft_vit.studies.train_runs import train_runs
+
+    check_rows_file(output)
+    calls = train_runs(directory) if directory.is_dir() else []
+    if not calls:
+        raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
+    several = len({call.asked.request.images for call in calls}) > 1
+    rows = [
+        TrainRow.of(
+            call.folder,
+            call.asked.request.method,
+            f"{call.asked.request.images} {call.asked.request.settings}" if several else call.asked.request.settings,
+            call.status_text(),
+            call.record(),
+        )
+        for call in calls
+    ]
+    print_with_rows([train_runs_table(rows)], [asdict(row) for row in rows], output)
 
 
 @command(TuneRequest)
@@ -141,9 +206,10 @@ def report(
 
     Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
     """
+    from peft_vit.records import followed
     from peft_vit.report import build_report
 
-    page = format == "html"
+    results_dir, page = followed(results_dir), format == "html"
     files = build_report(
         results_dir,
         output or results_dir / ("report" if page else "analysis"),

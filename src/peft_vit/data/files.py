@@ -26,7 +26,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".j
 _THREADS, _AHEAD = 8, 64  # of `in_threads`: at most, and items that may be done before they are asked for
 FETCH_AGAIN = "fetch it again"
 
-_Item, _Result = TypeVar("_Item"), TypeVar("_Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Hashes(NamedTuple):

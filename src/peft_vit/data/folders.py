@@ -62,6 +62,7 @@ def _index(
         sha256=hashed.sha256,
         read=lambda i: decode_image(lambda: tree.read(files[i]), tree.file(files[i])),
         names=files,
+        digests=[hashed.each[name] for name in files],
         contents=None if beside else numbered([hashed.each[name] for name in files])[1],
         own=not beside,
     )

@@ -38,6 +38,7 @@ class ImageIndex:
         licence: of the images.
         channels: 1 if every image is grey, else 3; how many the decoded cache stores.
         names: of the files, N of them; None: they are not files.
+        digests: of what each file holds, N of them; None: they are not files.
         contents: equal numbers for files with equal content, (N,) int64; None: not looked at.
         inspected: copies have been looked for, near ones too, and `contents` holds them all.
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
@@ -57,6 +58,7 @@ class ImageIndex:
     licence: str = ""
     channels: Literal[1, 3] = 3
     names: Sequence[str] | None = None
+    digests: Sequence[str] | None = None
     contents: np.ndarray | None = None
     inspected: bool = False
     own: bool = False

@@ -591,9 +591,9 @@ def _decoded_once(
     file = cache_dir() / "inspected" / f"{listing[:32]}.json"
     try:
         saved = json.loads(read_bytes(file))
-        arrays = [np.array(saved[name], dtype=np.int64) for name in ("copies", "groups", "sides")]
-        if [len(array) for array in arrays] == [len(names)] * 3:
-            return _Decoded(*arrays, dict(saved["faults"]), tuple(saved["animated"]))
+        copies, groups, sides = (np.array(saved[name], dtype=np.int64) for name in ("copies", "groups", "sides"))
+        if len(copies) == len(groups) == len(sides) == len(names):
+            return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
     except Exception:  # whatever was in its place, it is not this package's file
         pass
     decoded = _decoded(tree, names, store or PixelStore(()), on_progress)

@@ -60,7 +60,7 @@ _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, who
 @cache
 def _formats() -> tuple[str, ...]:
     """Return what is decoded here: AVIF where Pillow was built with it, HEIC with the package of the extra."""
-    formats = _FORMATS
+    formats: tuple[str, ...] = _FORMATS
     if features.check("avif"):
         formats += ("AVIF",)
     if not missing_packages("heic"):

@@ -28,9 +28,11 @@ from peft_vit.errors import UserError, printable
 from peft_vit.records.schema import StudyFile
 from peft_vit.records.storage import (
     ADAPTER_FILE,
+    LATEST,
     RECORD_FILE,
     STUDY_FILE,
     checkpoint_folders,
+    followed,
     make_folder,
     read_study_file,
 )
@@ -128,7 +130,7 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
         missing = [place for place in (folder, *folder.parents) if not place.exists()]
         descriptor = _acquire(folder)
     except OSError as error:
-        _remove_empty(missing)
+        remove_empty(missing)
         reason = f"can't be written to ({error.strerror}); make it writable or choose another --output"
         raise UserError(reason, file=folder) from None
     try:
@@ -136,7 +138,7 @@ def study_lock(folder: Path) -> Iterator[StudyLock]:
             yield StudyLock(folder)
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # before others can hold it; they look for it again then
-        _remove_empty(missing)
+        remove_empty(missing)
         os.close(descriptor)
 
 
@@ -192,7 +194,8 @@ def _taken(folder: Path, by: str) -> UserError:
     return UserError(f"another command works on this study, {by}; wait for its end, or stop it", file=folder)
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, in their order, that hold nothing."""
     for folder in folders:
         with suppress(OSError):  # somebody else has put something there, or it was never made
             folder.rmdir()
@@ -398,8 +401,10 @@ def find_studies(directory: Path) -> list[Path]:
     Raises:
         UserError: if there is none.
     """
+    directory = followed(directory)
     require_directory(directory)
-    for folders in ([directory], sorted(directory.iterdir())):
+    beside = [place for place in sorted(directory.iterdir()) if place.name != LATEST]
+    for folders in ([directory], beside):
         if studies := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
             return studies
     raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from peft_vit.errors import UserError
 from peft_vit.records.progress import StudyStatus, owner_of, require_directory, study_status
 from peft_vit.records.schema import RUN_NAME, RunRecord
-from peft_vit.records.storage import RECORD_FILE, STUDY_FILE, read_record
+from peft_vit.records.storage import RECORD_FILE, STUDY_FILE, followed, read_record
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def read_contents(directory: Path) -> Contents:
     Raises:
         UserError: if the directory does not exist, or if no record and no study.json in it can be read.
     """
+    directory = followed(directory)
     files, folders, problems = _walk(directory)
     studies, records = [], []
     for folder in folders:
@@ -102,7 +103,7 @@ def _nothing(directory: Path, problems: list[Problem]) -> UserError:
 def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
     """Find records and folders of studies, in the order of paths, and what can't be looked into.
 
-    Links to folders are not followed, as they may lead anywhere.
+    Links to folders are not followed, as they may lead anywhere; of one that stays in the directory nothing is missed.
 
     Raises:
         UserError: if the directory does not exist.
@@ -111,6 +112,7 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
     records: list[str] = []
     studies: list[str] = []
     problems: list[Problem] = []
+    root = os.path.realpath(directory)
 
     def unreadable(error: OSError) -> None:
         place = Path(os.path.relpath(error.filename, directory)).as_posix()
@@ -123,7 +125,8 @@ def _walk(directory: Path) -> tuple[list[str], list[str], list[Problem]]:
         if STUDY_FILE in files:
             studies.append(str(here))
         for name in folders:
-            if os.path.islink(os.path.join(place, name)):
+            link = os.path.join(place, name)
+            if os.path.islink(link) and not Path(os.path.realpath(link)).is_relative_to(root):
                 reason = "is a link to a folder, which is not followed; put the folder itself here if it is a result"
                 problems.append(Problem(str(here / name), reason, left_out=False))
     records.sort(key=lambda file: PurePosixPath(file).parts)

@@ -231,6 +231,13 @@ class HeadFit(_Value):
         return self.validation[self.l2.index(self.chosen_l2)] if self.validation else None
 
 
+class ProbeTest(_Value):
+    """What the probe that training started from predicts of the test images, which are those of `predictions`."""
+
+    metrics: Metrics
+    predicted: list[_Count]
+
+
 class RankEntry(_Value):
     """Ranks from this step on."""
 
@@ -439,6 +446,7 @@ class RunRecord(_Value):
     steps: list[StepRow] = []
     evaluations: list[Evaluation] = []
     head_fit: HeadFit | None = None  # of a probe, and of training that starts from one
+    probe_test: ProbeTest | None = None  # of training that starts from a probe; None in older records
     rank_history: list[RankEntry] = []
     importance_history: list[ImportanceEntry] = []
     probe_history: list[ProbeEntry] = []

@@ -7,14 +7,14 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json
 
-from peft_vit.errors import UserError, checked, named
+from peft_vit.errors import UserError, checked, named, os_fault
 from peft_vit.records.migrations import migrated, migrated_study
 from peft_vit.records.schema import BenchRow, RunRecord, RunSpec, StudyFile
 from peft_vit.safe_io import folder_below, read_bytes
@@ -23,6 +23,7 @@ STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
 HTML_FILE = "report.html"
+LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 
 
@@ -84,6 +85,34 @@ def run_folder(results_dir: Path, spec: RunSpec) -> Path:
         UserError: if a link stands in its way, which would lead out of the results directory.
     """
     return folder_below(results_dir, spec.run_id)
+
+
+def followed(path: Path) -> Path:
+    """Return a path, or where it leads if it is a `latest` that stands as a file for a link."""
+    if path.name == LATEST and os.path.isfile(path):
+        with named(path), os_fault("can't be read", path):
+            return folder_below(path.parent, read_bytes(path, 1 << 10).decode(errors="replace").strip())
+    return path
+
+
+def link_latest(folder: Path) -> None:
+    """Let `latest` beside a folder lead to it: a relative link, or where there are none a file that says its name."""
+    place = folder.parent / LATEST
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{LATEST}-") as temporary:
+        link = Path(temporary, LATEST)
+        try:
+            link.symlink_to(folder.name, target_is_directory=True)
+        except OSError:
+            link.write_text(f"{folder.name}\n")
+        with suppress(OSError):  # somebody's own folder of that name
+            link.replace(place)
+
+
+def single_run(path: Path) -> Path:
+    """Return the folder of a run: the path itself, or that of the one run in it, as `peft-vit train` makes it."""
+    path = followed(path)
+    study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
+    return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:

@@ -215,7 +215,7 @@ def labels_card(record: RunRecord) -> Card:
 def _probe_card(summary: ModelSummary) -> Iterator[Card]:
     """Yield the linear probe that training started from: on test where it was measured, else on validation."""
     record = summary.record
-    test, fit = getattr(record, "probe_test", None), record.head_fit
+    test, fit = record.probe_test, record.head_fit
     if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
         return
     title, what = "Linear probe", "without fine-tuning"
@@ -259,7 +259,7 @@ def _gain(summary: ModelSummary) -> str:
     record = summary.record
     if record.spec.experiment.is_probe:
         return "It is a linear probe: the backbone is as it was, and only the last layer was fitted."
-    test, fit = getattr(record, "probe_test", None), record.head_fit
+    test, fit = record.probe_test, record.head_fit
     if test is not None and record.predictions is not None:
         labels = np.asarray(record.predictions.labels)
         mine, its = (np.asarray(said) == labels for said in (record.predictions.predicted, test.predicted))

@@ -18,7 +18,7 @@ from peft_vit.deployment import ModelCard, export_onnx, merge, open_exported, sa
 from peft_vit.deployment.timing import Calls, time_alone
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
-from peft_vit.records import RECORD_FILE, BenchRow
+from peft_vit.records import RECORD_FILE, BenchRow, single_run
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.runs.restore import restore_run
 
@@ -96,7 +96,7 @@ def _opened(path: Path, folder: Path) -> _Model:
     """Open a model as `predict` does, which checks its hash, and merge a run's."""
     if exported_format(path) == "peft":
         raise UserError("is an adapter without its base; name its run's folder, whose merged model is timed", file=path)
-    if not os.path.isfile(path / RECORD_FILE):
+    if not os.path.isfile(single_run(path) / RECORD_FILE):
         card = open_exported(path).card
         return _Model(str(path), path, card, card.run)
     run = restore_run(path)

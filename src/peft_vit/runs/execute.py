@@ -25,7 +25,7 @@ from peft_vit.adapters.peft_format import doubts_about, peft_sha256
 from peft_vit.adapters.peft_tuner import load_peft
 from peft_vit.backbones import Backbone, LoadedBackbone, choose_attention, load_run_backbone, weights_licence
 from peft_vit.config import QaLoraConfig
-from peft_vit.data import Data, load_data
+from peft_vit.data import Data, LabelledImages, load_data
 from peft_vit.errors import (
     DataWarning,
     DivergedError,
@@ -53,6 +53,7 @@ from peft_vit.records import (
     Failure,
     HeadFit,
     ParameterCounts,
+    ProbeTest,
     Provenance,
     RankEntry,
     RunRecord,
@@ -309,14 +310,25 @@ def _train_and_test(
     attempt: Attempt,
     on_progress: OnProgress | None,
 ) -> tuple[TrainingResult, dict[str, Any]]:
-    """Return what training saw, and what the record holds of the test split, which is read this once."""
+    """Return what training saw, and what the record holds of the test split, which is read this once.
+
+    With a probe to start from that is before training, while its features can be had; training can't reach the images.
+    """
     training, is_probe = spec.experiment.training, spec.experiment.is_probe
     head, temperature, probed = Backbone(model).head, 1.0, None
+    images: LabelledImages | None = None
     assert attempt.known.provenance is not None
     features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
         probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
+        if not is_probe:
+            images = data.test.open()
+            with attempt.overhead.of("features"):
+                values = features.of(images).values
+            logits = head_logits(head, values, runtime)
+            metrics = data.task.measure(logits, images.labels)
+            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=logits.argmax(1).tolist())
     if is_probe:
         fitted = trainable_parameters(model)
         result = TrainingResult(
@@ -344,7 +356,7 @@ def _train_and_test(
             probe=probed,
             temperature=temperature,
         )
-        images = data.test.open()
+        images = images or data.test.open()
         batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
         logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
     predicted = data.task.predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
@@ -405,6 +417,7 @@ class Known(BaseModel):
     provenance: Provenance | None = None  # what training began with
     bit_allocation: BitAllocation | None = None
     head_fit: HeadFit | None = None
+    probe_test: ProbeTest | None = None
     seconds: float = 0.0  # what came after an attempt's last checkpoint is lost
     overhead_s: dict[str, float] = {"checkpoints": 0.0}
     warnings: list[str] = []

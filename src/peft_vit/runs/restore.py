@@ -20,7 +20,7 @@ from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_clas
 from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
 from peft_vit.safe_io import sha256_of
 from peft_vit.tasks import TASKS
 
@@ -71,18 +71,25 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     Raises:
         UserError: if it is none of these, or is damaged.
     """
-    if weights is None and os.path.isfile(path / RECORD_FILE):  # unlike Path.is_file, also False for an impossible name
-        run = restore_run(path)
+    folder = single_run(path)
+    if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
+        run = restore_run(folder)
         return torch_classifier(run.model, run.card)
+    if folder != path:
+        done_record(folder)  # says what is missing
     return open_exported(path, weights)
 
 
 def restore_run(run_dir: Path) -> RestoredRun:
     """Build a run's backbone again, prepare it as its method says, and load what was trained.
 
+    Args:
+        run_dir: of the run, or of the call of `peft-vit train` that made it.
+
     Raises:
         UserError: if the run failed, a file is missing or has changed, or the backbone's weights are others now.
     """
+    run_dir = single_run(run_dir)
     record = done_record(run_dir)
     spec, provenance = record.spec, record.provenance
     assert provenance is not None
@@ -145,6 +152,10 @@ def prepare_as_saved(
 
 def done_record(run_dir: Path) -> RunRecord:
     """Return the record of a run that came to an end and can be restored."""
+    run_dir = single_run(run_dir)
+    if not os.path.lexists(run_dir / RECORD_FILE):
+        reason = f"has no {RECORD_FILE}: no run, or one that was interrupted, and its command given again goes on"
+        raise UserError(reason, file=run_dir)
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:
         raise UserError(f"this run failed ({record.error}); rerun it", file=run_dir / RECORD_FILE, field="status")

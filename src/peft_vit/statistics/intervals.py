@@ -7,6 +7,7 @@ Functions of values raise ValueError for another shape than (n,), no values, or 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,21 +128,28 @@ def proportion_interval(successes: float, n: int) -> Interval:
     return Interval(share, max(0.0, center - half), min(1.0, center + half), n, CONFIDENCE)
 
 
+def mean_of_groups(shares: Sequence[Interval]) -> Interval:
+    """Return the mean of K estimates of separate groups, each counting the same, and its interval from theirs.
+
+    With the ends l and u of the intervals of the estimates p it reaches ``sqrt(sum (p - l)^2) / K`` below the mean and
+    ``sqrt(sum (u - p)^2) / K`` above: of one group it is that group's.
+
+    Assumption: groups are independent. Source: Zou, Huang & Zhang, Computational Statistics & Data Analysis 53 (2009).
+    """
+    below = math.hypot(*(share.estimate - (share.low or 0.0) for share in shares)) / len(shares)
+    above = math.hypot(*((share.high or 0.0) - share.estimate for share in shares)) / len(shares)
+    mean = math.fsum(share.estimate for share in shares) / len(shares)
+    return Interval(mean, mean - below, mean + above, sum(share.n for share in shares), CONFIDENCE)
+
+
 def mean_of_proportions(successes: ArrayLike, cases: ArrayLike) -> Interval:
     """Return the mean of (K,) shares of separate groups, each counting the same, and its interval from Wilson's.
 
     For balanced accuracy the groups are the classes, and the interval describes what another draw of as many test
-    images of each class would change. With the ends l and u of Wilson's intervals of the shares p it reaches
-    ``sqrt(sum (p - l)^2) / K`` below the mean and ``sqrt(sum (u - p)^2) / K`` above: of one group it is Wilson's.
-
-    Assumption: images are independent. Source: Zou, Huang & Zhang, Computational Statistics & Data Analysis 53 (2009).
+    images of each class would change; see `mean_of_groups`.
     """
-    counts = np.asarray(cases)
-    shares = [proportion_interval(*pair) for pair in zip(np.asarray(successes).tolist(), counts.tolist(), strict=True)]
-    below = math.hypot(*(share.estimate - (share.low or 0.0) for share in shares)) / len(shares)
-    above = math.hypot(*((share.high or 0.0) - share.estimate for share in shares)) / len(shares)
-    mean = math.fsum(share.estimate for share in shares) / len(shares)
-    return Interval(mean, mean - below, mean + above, int(counts.sum()), CONFIDENCE)
+    groups = zip(np.asarray(successes).tolist(), np.asarray(cases).tolist(), strict=True)
+    return mean_of_groups([proportion_interval(hits, n) for hits, n in groups])
 
 
 def paired_improvement(differences: ArrayLike) -> Interval:

@@ -11,21 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study
-from peft_vit.errors import UserError, named, printable
+from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import STUDY_FILE, read_study_file
+from peft_vit.records import STUDY_FILE, link_latest, read_study_file
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
 from peft_vit.studies.scheduler import Deadline
+from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, numbered_folder, write_request
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.statistics.sequential import SequentialResult
     from peft_vit.studies.plan import Plan
 
 _log = partial(print, flush=True)
-IMAGES_FILE = "images.json"  # which images a `train` uses, beside its runs
+IMAGES_FILE = "images.json"  # which images a `train` uses
 
 
 @dataclass(frozen=True)
@@ -81,35 +82,69 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         return failed
 
 
-def run_on_own_images(request: TrainRequest) -> dict[str, str]:
-    """Do one run on somebody's own images, beside those that the output holds already; as `run_studies`."""
+def train_on_own_images(request: TrainRequest) -> TrainRun:
+    """Do one run on somebody's own images, in a folder of its own; the same call goes on in its folder.
+
+    Returns:
+        The call, whose run is done or has failed.
+
+    Raises:
+        UserError, KeyboardInterrupt: as `run_studies`.
+    """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-    from peft_vit.studies.display import decoding_progress, print_plan
-    from peft_vit.studies.own_images import STUDY_NAME, open_images, refuse_among_images, study_of
+    from peft_vit.studies.display import decoding_progress, duration, plan_notes, print_lines
+    from peft_vit.studies.own_images import count_images, open_images, refuse_among_images, study_of
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
 
     refuse_among_images(request.images, request.output)
-    with _locked(request.output, [STUDY_NAME]) as (lock,):
-        begun = read_study_file(lock.folder)
-        earlier = None if begun is None else begun.configuration
-        with ExitStack() as stack:
-            with decoding_progress() as on_progress:
-                images = stack.enter_context(open_images(request, earlier, on_progress))
-            for line in images.lines:
-                _log(printable(line))
-            file = lock.folder / IMAGES_FILE
-            images.write(file)
-            study, line = study_of(request, earlier, images, file)
-            print(line)
-            measure = partial(measure_step, log=_log)
-            plan = plan_study(
-                study, request.output, file=request.images, smoke=request.smoke, part=True, measure_step=measure
-            )
-            print_plan(plan)
+    with ExitStack() as stack:
+        with decoding_progress() as on_progress:
+            images = stack.enter_context(open_images(request, on_progress))
+        print_lines(images.lines)
+        index = images.index
+        classes = [index.class_names[label] for label in index.labels]
+        asked = RequestFile.of(request, index.sha256, list(index.names or ()), classes, list(index.digests or ()))
+        run, changes = earlier_call(asked)
+        if run is not None and run.status().state == "done":
+            link_latest(run.folder)
+            _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
+            return run
+        with numbered_folder(request.output, request.label) if run is None else study_lock(run.folder) as lock:
+            begun, file = read_study_file(lock.folder), lock.folder.absolute() / IMAGES_FILE
+            if begun is None or request.smoke:  # whose file holds the compressed one
+                study, chosen = study_of(request, lock.folder.name, images, file)
+            else:
+                study, chosen = begun.configuration, ""
+            with ExitStack() as undo:
+                if begun is None:
+                    undo.callback(file.unlink, missing_ok=True)
+                    images.write(file)
+                plan = plan_study(
+                    study,
+                    request.output,
+                    file=request.images,
+                    smoke=request.smoke,
+                    measure_step=partial(measure_step, log=_log),
+                )
+                undo.pop_all()
             if not request.smoke:
                 images.keep_pixels(plan.study)
-        return _drive(plan, lock)
+            if run is None:
+                run = TrainRun(lock.folder, asked)
+                write_request(run.folder, asked)
+            link_latest(run.folder)
+            counts, several = (
+                count_images(request, index),
+                f"{len(index.labels)} images in {len(index.class_names)} classes",
+            )
+            shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
+            about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
+            start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
+            print_lines(filter(None, [f"{several}: {shares}", changes, chosen, *plan_notes(plan)]))
+            print_lines([f"{start} in {run.folder}; {about}"])
+            _drive(plan, lock, alone=True)
+        return run
 
 
 def run_until_decided(
@@ -178,7 +213,7 @@ def _locked(results_dir: Path, names: list[str]) -> Iterator[list[StudyLock]]:
 
 
 def _drive(
-    plan: Plan, lock: StudyLock, request: RunRequest | None = None, limit: Limit | None = None
+    plan: Plan, lock: StudyLock, request: RunRequest | None = None, limit: Limit | None = None, *, alone: bool = False
 ) -> dict[str, str]:
     """Do what a plan says is pending, and show it; see `drive`. Without a request processes of this machine do.
 
@@ -192,7 +227,7 @@ def _drive(
     name = request.executor
     make_executor = partial(open_executor, name, plan, results_dir, request.ray_address)
     deadline = None if limit is None else Deadline(plan, results_dir, limit, name)
-    with Watch(plan, until=None if limit is None else limit.over_at) as watch:
+    with Watch(plan, until=None if limit is None else limit.over_at, alone=alone) as watch:
         return drive(plan, lock, make_executor, watch.on_event, skip_failed=request.skip_failed, deadline=deadline)
 
 

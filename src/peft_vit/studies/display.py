@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -14,11 +15,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn
 from rich.progress import Progress as Bar
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from peft_vit.config import StudyConfig
-from peft_vit.errors import printable
+from peft_vit.errors import DataWarning, printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
@@ -30,8 +32,9 @@ from peft_vit.tasks import metric_of
 from peft_vit.training import Progress
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
-_DECODING_EVERY_S = 10.0  # between two lines on images, where the output is no terminal
-_PLAIN_EVERY_S = 30.0  # between two lines on one run, where the output is no terminal
+# Between two lines on one run, where the output is no terminal: of several runs, of one alone, of images.
+_PLAIN_EVERY_S, _ALONE_EVERY_S = 30.0, 10.0
+_BAR_WIDTH = 40  # columns
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
 _ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
@@ -55,6 +58,13 @@ def open_console() -> Console:
     return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
+def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:
+    """Print lines as they are: names of files, which they may quote, may look like markup."""
+    console = open_console() if console is None else console
+    for line in lines:
+        console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+
+
 # --- before: images, and the plan -------------------------------------------------------------------------------------
 
 
@@ -71,42 +81,40 @@ def decoding_progress(console: Console | None = None) -> Iterator[Callable[[int,
 
     def on_progress(done: int, count: int) -> None:
         nonlocal said_at
-        if time.monotonic() - said_at >= _DECODING_EVERY_S:
+        if time.monotonic() - said_at >= _ALONE_EVERY_S:
             said_at = time.monotonic()
             console.print(f"{done:,} of {count:,} images are read.")
 
     yield on_progress
 
 
+def plan_notes(plan: Plan) -> list[Text]:
+    """Return what to know of a plan before believing or awaiting a number."""
+    study, precision = plan.study, plan.precision
+    notes = []
+    if plan.runs[0].spec.smoke:
+        smoke = "SMOKE: random weights and synthetic images; no number below means anything."
+        notes.append(Text(smoke, style=_WARNING))
+    elif study.backbone.weights == "random":
+        notes.append(Text("RANDOM WEIGHTS: nothing is pretrained in this study.", style=_WARNING))
+    if precision.emulated and plan.pending:
+        notes.append(Text(f"BF16 MAY BE SLOW HERE: {precision.support.reason}.", style=_WARNING))
+    if study.execution.workers * study.threads > cpu_count():
+        at_once = f"workers x threads: {study.execution.workers} x {study.threads}"
+        notes.append(Text(f"{at_once} exceeds this machine's {cpu_count()} processors.", style=_WARNING))
+    return notes + [Text(line) for line in plan.memory] + [Text(printable(n), style=_WARNING) for n in plan.notices]
+
+
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print every run with what it will take, and what all together will."""
     console = open_console() if console is None else console
-
-    def show(text: str, style: str = "") -> None:  # names of files, which it may quote, may look like markup
-        console.print(Text(text, style=style), soft_wrap=True)
-
-    study, precision = plan.study, plan.precision
+    study, workers, pending = plan.study, plan.study.execution.workers, plan.pending
     console.print(
         f"[bold]{study.name}[/bold]: {study.backbone.model} ({study.backbone.weights} weights), {study.data.title} "
         f"at {study.data.image_size} px, {study.precision}, {counted(study.threads, 'thread')}"
     )
-    if plan.runs[0].spec.smoke:
-        show("SMOKE: random weights and synthetic images; no number below means anything.", _WARNING)
-    elif study.backbone.weights == "random":
-        show("RANDOM WEIGHTS: nothing is pretrained in this study.", _WARNING)
-    if precision.note is not None:
-        show(precision.note)
-    if precision.emulated and plan.pending:
-        show(f"BF16 MAY BE SLOW HERE: {precision.support.reason}.", _WARNING)
-    workers, pending = study.execution.workers, plan.pending
-    if workers * study.threads > cpu_count():
-        at_once = f"workers x threads: {workers} x {study.threads}"
-        show(f"{at_once} exceeds this machine's {cpu_count()} processors.", _WARNING)
-    console.print(f"Images: {plan.licence}")
-    for line in plan.memory:
-        show(line)
-    for notice in plan.notices:
-        show(printable(notice), _WARNING)
+    precision = [] if plan.precision.note is None else [plan.precision.note]
+    print_lines([f"Images: {plan.licence}", *precision, *plan_notes(plan)], console)
     numbers = (Column(name, justify="right") for name in ("steps", "seconds", "peak MB"))
     table = Table(Column("run", no_wrap=True), *numbers, "known from", "state")
     for run in plan.runs:
@@ -125,7 +133,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     if pending:
         peak = sum(sorted(run.estimate.peak_memory_bytes for run in pending)[-workers:]) / 1e9
         of = "at a time" if workers > 1 else "a run"
-        show(f"At most {peak:.1f} GB of memory {of} ({available_memory_bytes() / 1e9:.1f} GB are free here).")
+        free = f"{available_memory_bytes() / 1e9:.1f} GB are free here"
+        print_lines([f"At most {peak:.1f} GB of memory {of} ({free})."], console)
 
 
 # --- meanwhile --------------------------------------------------------------------------------------------------------
@@ -161,10 +170,16 @@ class Watch:
         plan: what is done.
         console: where to show it.
         until: when the study is stopped, done or not, on time.monotonic(); None: it is not.
+        alone: it is one run, whose name and whose end are told elsewhere.
     """
 
-    def __init__(self, plan: Plan, *, console: Console | None = None, until: float | None = None) -> None:
-        self._until = until
+    def __init__(
+        self, plan: Plan, *, console: Console | None = None, until: float | None = None, alone: bool = False
+    ) -> None:
+        self._until, self._alone = until, alone
+        self._every_s = _ALONE_EVERY_S if alone else _PLAIN_EVERY_S
+        self._since = self._said_at = time.monotonic()
+        self._over = threading.Event()
         self._workers = plan.study.execution.workers
         self._console = open_console() if console is None else console
         self._waiting = {run.spec.name: run for run in plan.pending}
@@ -172,18 +187,32 @@ class Watch:
         self._running: dict[str, _Running] = {}
         self._pace = Pace()
         self._live: Live | None = None
+        self._saying = threading.Lock()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal and not self._console.is_dumb_terminal and self._waiting:
             self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=4, transient=True)
             self._live.start()
+        elif self._waiting:
+            threading.Thread(target=self._break_silence, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._over.set()
         if self._live is not None:
             self._live.stop()
+
+    def _break_silence(self) -> None:
+        """Say every so often how far runs are that tell of nothing, as one that is read in or computes features."""
+        with suppress(OSError, SystemExit):  # nobody reads any more
+            while not self._over.wait(min(1.0, self._every_s)):
+                now, under_way = time.monotonic(), list(self._running.values())
+                for running in under_way:
+                    self._say_progress(running, now)
+                if self._alone and not under_way and now - self._said_at >= self._every_s:
+                    self._say("reading the images")
 
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
@@ -196,7 +225,7 @@ class Watch:
             case RunStarted():
                 self._waiting.pop(name, None)
                 self._running[name] = _Running(run, printed_at=now)
-                if self._live is None:
+                if self._live is None and not self._alone:
                     self._say(f"started on {event.worker}", run)
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
@@ -205,8 +234,11 @@ class Watch:
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
-                    self._say(f"warning: {warning}", run)
-                self._say(self._outcome(run, event.record), run)
+                    if not (self._alone and warning.startswith(DataWarning.PREFIX)):  # which the plan's notes have said
+                        self._say(f"warning: {warning}", run)
+                outcome = self._outcome(run, event.record)
+                if not self._alone:
+                    self._say(outcome, run)
             case RunRetried() | RunInterrupted():
                 self._running.pop(name, None)
                 self._waiting[name] = run
@@ -217,20 +249,28 @@ class Watch:
                 self._say(what, run)
 
     def _say(self, line: str, run: PlannedRun | None = None) -> None:
-        if run is not None:
+        if run is not None and not self._alone:
             line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
+        self._said_at = time.monotonic()
         self._console.print(Text(line), soft_wrap=True)
 
     def _progress(self, running: _Running, progress: Progress, now: float) -> None:
         running.first = running.first or (progress.step, now)
         running.latest = progress
-        if self._live is None and now - running.printed_at >= _PLAIN_EVERY_S:
+        self._say_progress(running, now)
+
+    def _say_progress(self, running: _Running, now: float) -> None:
+        with self._saying:
+            if self._live is not None or now - running.printed_at < self._every_s:
+                return
             running.printed_at = now
-            step, *values = _cells(progress, running.run)
+        said = "getting ready (weights, features of the images)"
+        if running.latest is not None:
+            step, *values = _cells(running.latest, running.run)
             names = ("loss", "validation", "mean rank", "mean bits")
             known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
-            left = duration(running.left_s(now, self._pace.factor))
-            self._say(f"{', '.join([f'step {step}', *known])}; {left} left", running.run)
+            said = ", ".join([f"step {step}", *known])
+        self._say(f"{said}; {duration(running.left_s(now, self._pace.factor))} left", running.run)
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
@@ -269,8 +309,12 @@ class Watch:
             latest = running.latest
             cells = [_UNKNOWN] * 5 if latest is None else _cells(latest, running.run)
             table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
-        total = f"{self._ended()} of {self._count} runs ended, about {duration(self._left_s())} left"
-        return Group(*([table] if table.row_count else []), Text(total, style="bold"))
+        left_s = self._left_s()
+        ended = "" if self._alone else f"{self._ended()} of {self._count} runs ended, "
+        total = Table.grid(padding=(0, 1))
+        share = (now - self._since) / max(1.0, now - self._since + left_s)
+        total.add_row(ProgressBar(1.0, share, _BAR_WIDTH), Text(f"{ended}about {duration(left_s)} left", style="bold"))
+        return Group(*([table] if table.row_count else []), total)
 
 
 def _cells(progress: Progress, run: PlannedRun) -> list[str]:

@@ -33,7 +33,7 @@ from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.quantization.integers import check_integers, has_integer_products
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
-from peft_vit.studies.request import STUDY_NAME, TrainRequest
+from peft_vit.studies.request import TrainRequest
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
@@ -88,14 +88,11 @@ class OwnImages:
 
 
 @contextmanager
-def open_images(
-    request: TrainRequest, earlier: StudyConfig | None = None, on_progress: Callable[[int, int], None] | None = None
-) -> Iterator[OwnImages]:
+def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] | None = None) -> Iterator[OwnImages]:
     """Find somebody's images, choose their size, and decode each once; what can't be read is left out.
 
     Args:
         request: of the command, or in Python.
-        earlier: what the results directory holds; its size stays.
         on_progress: told how many images are decoded, and of how many.
 
     Raises:
@@ -104,8 +101,8 @@ def open_images(
     images = find_images(existing(str(request.images)))
     own = None if images.files.is_test is None else sum(images.files.is_test)
     classes = images.files.classes
-    size = request.image_size or (None if earlier is None else earlier.data.image_size)
-    size = size or _Forecast(request, _share(request, len(classes), len(set(classes.values())), own)).largest_size()
+    counts = _share(request, len(classes), len(set(classes.values())), own)
+    size = request.image_size or _Forecast(request, counts).largest_size()
     interpolation = interpolation_of(architecture_of(_backbone(request)))
     with PixelStore([] if request.smoke else [size], interpolation) as store:
         inspection = inspect_images(images, least=1, strict=request.strict, store=store, on_progress=on_progress)
@@ -116,7 +113,7 @@ def open_images(
 
 
 def study_of(
-    request: TrainRequest, earlier: StudyConfig | None = None, images: OwnImages | None = None, file: Path | None = None
+    request: TrainRequest, name: str = "own-images", images: OwnImages | None = None, file: Path | None = None
 ) -> tuple[StudyConfig, str]:
     """Return the study, and a line that says what was chosen.
 
@@ -125,22 +122,16 @@ def study_of(
 
     Args:
         request: of the command, or in Python.
-        earlier: what the results directory holds; what was chosen then stays, so that the same command goes on.
+        name: of the study.
         images: of the request, see `open_images`; None: every file of the folder is an image.
         file: where it was written which of them are used.
 
     Raises:
         UserError: if the folder can't be read or holds too few images, or the time is too short.
     """
-    data: dict[str, Any] = {
-        "dataset": "image-folder",
-        "path": str(request.images),
-        "image_size": 224,
-        "validation_images": 2,
-        "test_images": 2,
-    }
+    data = _data(request)
     if images is None:
-        index = open_index(_study(request, data, {"name": "check", "method": "linear", "training": {}}).data)
+        index = open_index(_study(request, "check", data, {"name": "check", "method": "linear", "training": {}}).data)
     else:
         index = images.index
         data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
@@ -150,14 +141,11 @@ def study_of(
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     forecast = _Forecast(request, counts)
-    before = {} if earlier is None else {own.name: own.training.steps for own in earlier.experiments}
-    computed = {} if earlier is None else {own.name: own.training.compute for own in earlier.experiments}
-    size = request.image_size or (None if earlier is None else earlier.data.image_size)
-    data["image_size"] = size or (forecast.largest_size() if images is None else images.image_size)
+    size = request.image_size if images is None else images.image_size
+    data["image_size"] = size or forecast.largest_size()
     shape = describe(forecast.backbone, data["image_size"])
-    steps = _requested_steps(request, counts) or before.get(request.experiment) or forecast.most_steps(shape)
-    compute = computed.get(request.experiment, forecast.compute) if request.compute == "auto" else forecast.compute
-    study = _study(request, data, experiment_for(request, counts, shape, steps, compute))
+    steps = _requested_steps(request, counts) or forecast.most_steps(shape)
+    study = _study(request, name, data, experiment_for(request, counts, shape, steps, forecast.compute))
     return study, forecast.line(shape, data["image_size"], steps)
 
 
@@ -308,9 +296,15 @@ def experiment_for(
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
-def _study(request: TrainRequest, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
+def _data(request: TrainRequest) -> dict[str, Any]:
+    path = str(request.images)
+    sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}  # until they are chosen
+    return {"dataset": "image-folder", "path": path, **sizes}
+
+
+def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
-        "name": STUDY_NAME,
+        "name": name,
         "seeds": [request.seed],
         "threads": request.threads,
         "precision": request.precision,

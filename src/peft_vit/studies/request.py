@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 
 from peft_vit.config import (
     DEFAULT_MODEL,
@@ -26,7 +26,6 @@ from peft_vit.config import (
 from peft_vit.settings import OnlyWith, Option, Request, refuse
 from peft_vit.studies.executors import EXECUTORS, ExecutorName
 
-STUDY_NAME = "own-images"
 DEFAULT_OUTPUT = Path("peft-vit-runs")
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
@@ -93,6 +92,7 @@ class RunRequest(StudiesRequest):
 
 # --- somebody's own images --------------------------------------------------------------------------------------------
 
+_LONGEST_LABEL = 48  # letters; with a number before it, it is a study's name
 _WITH_STEPS = OnlyWith(
     method=tuple(name for name, kind in METHOD_KINDS.items() if kind.trains != "head"),
     remedy="leave it out: a probe takes no steps",
@@ -106,6 +106,11 @@ class Budget:
 
     number: int
     unit: Literal["ranks", "bytes"]
+
+    def __str__(self) -> str:
+        if self.unit == "ranks":
+            return str(self.number)
+        return f"{self.number // 1000}kB" if self.number % 1000 == 0 else f"{self.number}B"
 
     @classmethod
     def of(cls, written: Any) -> Any:
@@ -127,7 +132,7 @@ class TrainRequest(Request):
     images: Annotated[Path, Option(is_argument=True)] = Field(
         description="one folder of images per class, a zip of that, or a CSV or Parquet file of paths and labels"
     )
-    method: MethodName = Field(description="what to train")
+    method: MethodName = Field(default="lora", description="what to train")
     shots: int | None = Field(default=None, ge=1, description="training images per class; default: all that remain")
     library: Library = Field(default="timm", description="that the model comes from")
     model: str = Field(
@@ -174,6 +179,7 @@ class TrainRequest(Request):
     budget: Annotated[
         Budget | None,
         BeforeValidator(Budget.of),
+        PlainSerializer(str, when_used="json-unless-none"),
         Option(typed=str),
         OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
         _UNLESS_IMPORTED,
@@ -201,7 +207,7 @@ class TrainRequest(Request):
     )
     threads: int = Field(default=2, ge=1, description="of PyTorch")
     strict: bool = Field(default=False, description="refuse images with files that would be left out, with the list")
-    output: Path = Field(default=DEFAULT_OUTPUT, description="where the record and the adapter go")
+    output: Path = Field(default=DEFAULT_OUTPUT, description="where the folder of this call goes, beside earlier ones")
     smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
 
     @model_validator(mode="after")
@@ -234,6 +240,29 @@ class TrainRequest(Request):
         return METHOD_KINDS[self.method].trains == "head"
 
     @property
-    def run_folder(self) -> Path:
-        """Return where the run's record and adapter go."""
-        return self.output / STUDY_NAME / self.experiment / f"seed_{self.seed}"
+    def settings(self) -> str:
+        """Return what was set beside images, method and output, as it is typed."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in fields if name not in ("images", "method", "output")}
+        changed = {name: value for name, value in values.items() if value != fields[name].default}
+        return " ".join(self.spelled(n, f"{v:g}" if isinstance(v, float) else v) for n, v in changed.items())
+
+    @property
+    def label(self) -> str:
+        """Return the method and what says most of the rest, as part of a folder's name: lora-r4-112px."""
+        short = {
+            "rank": "r{}",
+            "budget": "budget {}",
+            "image_size": "{}px",
+            "shots": "{} shots",
+            "start": "from {0.name}",
+            "steps": "{} steps",
+            "epochs": "{} epochs",
+            "minutes": "{:g} min",
+            "seed": "seed {}",
+            "smoke": "smoke",
+            "model": "{}",
+        }
+        values = {name: getattr(self, name) for name in short}
+        set_ = [short[name].format(v) for name, v in values.items() if v != type(self).model_fields[name].default]
+        return re.sub(r"[^a-z0-9]+", "-", " ".join([self.method, *set_]).lower())[:_LONGEST_LABEL].strip("-")

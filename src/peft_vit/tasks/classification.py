@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peft_vit.errors import UserError
 from peft_vit.records import Metrics, Predictions
-from peft_vit.statistics import Interval, mean_of_proportions, proportion_interval
+from peft_vit.statistics import Interval, mean_of_groups, mean_of_proportions, paired_proportions, proportion_interval
 from peft_vit.tasks.task import DecidingMetric, Floats, Task
 
 if TYPE_CHECKING:
@@ -91,9 +91,19 @@ def _balanced_interval(labels: Classes, predicted: Classes) -> Interval:
     return mean_of_proportions(*_by_class(labels, predicted))
 
 
-ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval)
+def _accuracy_gain(labels: Classes, before: Classes, after: Classes) -> Interval:
+    was_right, is_right = before == labels, after == labels
+    return paired_proportions(int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum()), len(labels))
+
+
+def _balanced_gain(labels: Classes, before: Classes, after: Classes) -> Interval:
+    classes = (labels == label for label in np.unique(labels))  # (N,) each
+    return mean_of_groups([_accuracy_gain(labels[own], before[own], after[own]) for own in classes])
+
+
+ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval, _accuracy_gain)
 BALANCED_ACCURACY = DecidingMetric(
-    "balanced_accuracy", "balanced accuracy", _balanced_interval, suffix=" balanced", equal_classes=True
+    "balanced_accuracy", "balanced accuracy", _balanced_interval, _balanced_gain, suffix=" balanced", equal_classes=True
 )
 
 

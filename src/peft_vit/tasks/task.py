@@ -31,6 +31,7 @@ class DecidingMetric:
         name: what `training.metric` calls it, and its field of `Metrics`.
         words: what people call it.
         interval: of labels and what was predicted of them: its value, and where it may lie with other test images.
+        gain: of labels and what was predicted of them before and after: the value after minus the one before, likewise.
         suffix: said behind a value where one may take it for another metric.
         sign: 1 if the higher value is the better one, -1 if the lower one is.
         equal_classes: each class counts as much as any other, however many images it has.
@@ -39,6 +40,7 @@ class DecidingMetric:
     name: str
     words: str
     interval: Callable[[Labels, Labels], Interval]
+    gain: Callable[[Labels, Labels, Labels], Interval]
     suffix: str = ""
     sign: Literal[1, -1] = 1
     equal_classes: bool = False

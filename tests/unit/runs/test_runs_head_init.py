@@ -73,6 +73,8 @@ def test_the_start_is_the_probe_and_the_result_is_never_below_it(study, tmp_path
     )  # or the test would show nothing
     assert record.chosen_step == 0
     assert record.validation == start.metrics
+    assert record.probe_test.predicted == record.predictions.predicted
+    assert record.probe_test.metrics == record.test
     run = restored(record, tmp_path)
     model, images = run.model, load_data(record.spec.data, record.spec.seed).validation
     batches = images.ordered_batches(32, run.backbone.mean, run.backbone.std)
@@ -93,7 +95,6 @@ def test_in_bf16_the_start_counts_as_many_images_as_its_probe(study, tmp_path) -
     run = restore_run(run_folder(tmp_path, record.spec))
     batches = load_data(record.spec.data, 0).validation.ordered_batches(8, run.backbone.mean, run.backbone.std)
     logits, labels = predict(run.model, batches, device=torch.device("cpu"), precision="bf16")
-    print("PASS", (logits.argmax(1) == labels).mean(), probe.accuracy)
     assert (logits.argmax(1) == labels).mean() != probe.accuracy  # or the test would show nothing
 
 
@@ -109,6 +110,8 @@ def test_the_probe_of_float_weights_is_the_run_s_of_method_linear(study, tmp_pat
 def test_training_that_gains_is_taken(study, tmp_path) -> None:
     record = do(study("full", head_start="probe", epochs=8, learning_rate=1e-3), tmp_path)
     assert record.chosen_step > 0
+    assert record.probe_test.predicted == do(study("linear"), tmp_path / "probe").predictions.predicted
+    assert record.probe_test.predicted != record.predictions.predicted
     assert record.validation.accuracy >= record.head_fit.chosen.accuracy
     plain = do(study("full", epochs=8, learning_rate=1e-3), tmp_path / "plain")
     assert (plain.head_fit, plain.evaluations[0].step) == (None, 3)

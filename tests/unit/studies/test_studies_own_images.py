@@ -117,7 +117,7 @@ def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
         assert images.lines == ["1 file is left out:", "  cat/text.png: is not an image of a known format"]
         file = tmp_path.parent / f"{tmp_path.name}.json"
         images.write(file)
-        study, line = study_of(request, None, images, file)
+        study, line = study_of(request, "own-images", images, file)
         images.keep_pixels(study)
     assert line.startswith("Images of 160 px")
     assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
@@ -279,8 +279,6 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
     assert bool(saves) == (chosen == "int8" and requested == "auto")
-    again, _ = study_of(asked(method, compute=requested, steps=60, image_size=64), study)
-    assert again.experiments[0].training.compute == chosen  # whatever is faster then
 
 
 def test_little_memory_means_small_images(asked, pace) -> None:
@@ -313,19 +311,6 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     assert "fewer" not in line  # one_cycle goes on to its end
     assert re.search(r"This may take [\d,]+ minutes here, more than --minutes 10\.$", line)
     assert training_of(asked(steps=30)).steps == 30
-
-
-def test_the_same_command_again_keeps_what_was_chosen(asked, pace) -> None:
-    first, _ = study_of(asked())
-    pace(SLOW)
-    again, _ = study_of(asked(minutes=1), first)
-    assert again == first
-    assert study_of(asked(minutes=1))[0] != first
-    other, _ = study_of(asked("full", minutes=10), first)  # beside it, on images of the same size
-    assert other.data == first.data
-    assert other.experiments[0].training.steps < first.experiments[0].training.steps
-    said, _ = study_of(asked(steps=30, image_size=32), first)
-    assert (said.data.image_size, said.experiments[0].training.steps) == (32, 30)
 
 
 def test_validation_takes_its_share_and_never_more_than_the_run(asked, many) -> None:
@@ -368,3 +353,22 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         if method == "qa_lora":
             assert packing.rank == rank
         METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)
+
+
+# --- what a call is called ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "label", "typed"),
+    [
+        ({}, "lora", ""),
+        ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
+        ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
+        ({"start": "a/My_Adapter", "threads": 1}, "lora-from-my-adapter", "--init-adapter a/My_Adapter --threads 1"),
+        ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
+    ],
+)
+def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label, typed) -> None:
+    request = TrainRequest.of(images="photos", **settings)
+    assert (request.label, request.settings) == (label, typed)
+    assert TrainRequest.model_validate_json(request.model_dump_json()) == request

@@ -41,3 +41,19 @@ def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:
     assert balanced.high - balanced.low > plain.high - plain.low  # the rare class is known least
     one = mean_of_proportions([7], [9])
     assert (one.low, one.high) == pytest.approx(proportion_confint(7, 9, method="wilson"))
+
+
+def test_a_gain_is_the_difference_of_two_values_on_the_same_images() -> None:
+    rng = np.random.default_rng(1)
+    labels = np.repeat([0, 2], [90, 30])
+    before, after = (np.where(rng.random(120) < share, labels, 1) for share in (0.6, 0.8))
+    for metric in (ACCURACY, BALANCED_ACCURACY):
+        gain = metric.gain(labels, before, after)
+        values = [metric.interval(labels, predicted).estimate for predicted in (before, after)]
+        assert gain.estimate == pytest.approx(values[1] - values[0])
+        assert gain.low < gain.estimate < gain.high
+    alone = labels == 0  # of one class both metrics are one
+    plain, balanced = (m.gain(labels[alone], before[alone], after[alone]) for m in (ACCURACY, BALANCED_ACCURACY))
+    assert (balanced.low, balanced.high) == pytest.approx((plain.low, plain.high))
+    none = ACCURACY.gain(labels, before, before)
+    assert none.low == pytest.approx(-none.high) != 0

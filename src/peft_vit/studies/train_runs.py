@@ -1,0 +1,180 @@
+"""Calls of `peft-vit train`: each is a study of one run in a numbered folder, and a file says what was asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from peft_vit.errors import os_fault
+from peft_vit.records import RECORD_FILE, RunRecord, checkpoint_folders, make_folder, read_record, write_whole
+from peft_vit.records.progress import RunStatus, StudyLock, look_at, owner_of, remove_empty, run_status, study_lock
+from peft_vit.safe_io import read_bytes
+from peft_vit.studies.request import TrainRequest
+
+REQUEST_FILE = "request.json"
+_NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
+
+
+class RequestFile(BaseModel):
+    """Content of request.json.
+
+    Attributes:
+        request: as it was given.
+        data_sha256: of the images.
+        images: by name, the beginning of a digest of the file's class and content.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may say more
+
+    request: TrainRequest
+    data_sha256: str
+    images: dict[str, str]
+
+    @classmethod
+    def of(
+        cls, request: TrainRequest, data_sha256: str, names: list[str], classes: list[str], digests: list[str]
+    ) -> Self:
+        """Return what a call's file says: of the images, and of their N names, classes and contents."""
+        marks = (hashlib.sha256(f"{label}\0{digest}".encode()) for label, digest in zip(classes, digests, strict=True))
+        images = dict(zip(names, (mark.hexdigest()[:16] for mark in marks), strict=True))
+        return cls(request=request, data_sha256=data_sha256, images=images)
+
+    def asks_for_the_same(self, other: RequestFile) -> bool:
+        """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
+        ours, theirs = (
+            (
+                file.request.model_dump(exclude={"images", "output", "strict"}),
+                os.path.realpath(file.request.images.expanduser()),
+            )
+            for file in (self, other)
+        )
+        return ours == theirs
+
+    def changes_since(self, before: RequestFile) -> str:
+        """Return how the images differ from those of an earlier call: 2 added, 1 removed."""
+        counts = {
+            "added": len(self.images.keys() - before.images.keys()),
+            "removed": len(before.images.keys() - self.images.keys()),
+            "changed": sum(before.images.get(name, mark) != mark for name, mark in self.images.items()),
+        }
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """A call of `train`, and where its run lies."""
+
+    folder: Path
+    asked: RequestFile
+
+    @property
+    def run(self) -> str:
+        """Return the run's name in the folder."""
+        return f"{self.asked.request.experiment}/seed_{self.asked.request.seed}"
+
+    @property
+    def step(self) -> int:
+        """Return the step from which it goes on."""
+        return max(checkpoint_folders(self.folder / self.run), default=0)
+
+    def status(self) -> RunStatus:
+        """Return what has become of it."""
+        return run_status(self.folder, self.run, owner_of(self.folder), skipped=False)
+
+    def status_text(self) -> str:
+        """Return what has become of it in words: done, interrupted at step 40 of 100, failed: why."""
+        status = self.status()
+        if status.state == "failed":
+            return f"failed: {status.note}"
+        if status.state != "pending":
+            return status.state
+        attempt = look_at(self.folder, self.run).attempt
+        total = "" if attempt is None or attempt.total_steps is None else f" of {attempt.total_steps}"
+        return f"interrupted at step {self.step}{total}" if self.step else "interrupted before the first checkpoint"
+
+    def record(self) -> RunRecord | None:
+        """Return what happened; None before its end."""
+        file = self.folder / self.run / RECORD_FILE
+        return read_record(file) if file.exists() else None
+
+
+def train_runs(output: Path) -> list[TrainRun]:
+    """Return the calls whose folders lie in a directory, in their order; what is none of them is passed over."""
+    runs = {}
+    for folder in output.iterdir():
+        if (match := _NUMBERED.fullmatch(folder.name)) is not None and not folder.is_symlink():
+            with suppress(OSError, ValidationError):
+                asked = RequestFile.model_validate_json(read_bytes(folder / REQUEST_FILE))
+                runs[int(match[1]), folder.name] = TrainRun(folder, asked)
+    return [runs[key] for key in sorted(runs)]
+
+
+def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
+    """Return the latest call that asked for the same with the same images, to be gone on with.
+
+    Returns:
+        The call, or None: this is another one; and then, where only the images differ from an earlier call's, a line
+        that says how.
+    """
+    output = asked.request.output
+    alike = [run for run in train_runs(output) if run.asked.asks_for_the_same(asked)] if output.is_dir() else []
+    for run in reversed(alike):
+        if run.asked.data_sha256 == asked.data_sha256:
+            return run, ""
+    if not alike:
+        return None, ""
+    changes = asked.changes_since(alike[-1].asked) or "in their order or layout"
+    return None, f"The images have changed since {alike[-1].folder}: {changes}. So this is a new run."
+
+
+@contextmanager
+def numbered_folder(output: Path, label: str) -> Iterator[StudyLock]:
+    """Make the folder of a new call, and hold its lock; if nothing was written to it, it goes away again.
+
+    Raises:
+        UserError: if it can't be made.
+    """
+    missing = [place for place in (output, *output.parents) if not place.exists()]
+    folder = output
+    try:
+        with os_fault("can't be written to", output, remedy="make it writable or choose another --output"):
+            make_folder(output)
+            folder = _claimed(output, label)
+        with study_lock(folder) as lock:
+            yield lock
+    finally:
+        remove_empty([folder, *missing])
+
+
+def _claimed(output: Path, label: str) -> Path:
+    """Make the folder of the next number, which no other call takes: each first makes a hidden folder of that name."""
+
+    def numbers() -> set[int]:
+        return {int(match[1]) for place in output.iterdir() if (match := _NUMBERED.fullmatch(place.name))}
+
+    number = max(numbers(), default=0) + 1
+    while True:
+        claim = output / f".{number:04d}"
+        with suppress(FileExistsError):
+            claim.mkdir()
+            try:
+                if number not in numbers():
+                    folder = output / f"{number:04d}-{label}"
+                    folder.mkdir()
+                    return folder
+            finally:
+                claim.rmdir()
+        number += 1
+
+
+def write_request(folder: Path, asked: RequestFile) -> None:
+    """Write what was asked for; raises UserError if there is no room for it."""
+    write_whole(folder / REQUEST_FILE, (asked.model_dump_json(indent=1) + "\n").encode())

@@ -1,0 +1,54 @@
+"""What training came to is said in plain words, and never more than the test images bear out."""
+
+from pathlib import Path
+
+import planted
+import pytest
+
+from peft_vit.records import Metrics, Predictions, ProbeTest
+from peft_vit.report.trained import result_lines
+
+LORA = planted.experiments()["lora_r8"]
+N = 100
+
+
+def lines_of(wrong: int, probe_wrong: range | None, chosen_step: int = 5) -> list[str]:
+    """Return the lines on a model that has its first images wrong, and a probe that has those of a range wrong."""
+
+    def metrics(errors: int) -> Metrics:
+        right = 1 - errors / N
+        return Metrics(n=N, accuracy=right, balanced_accuracy=right, auroc=None, nll=0.5, ece=0.1)
+
+    predicted = [int(i < wrong) for i in range(N)]
+    own = Predictions(images=list(range(N)), labels=[0] * N, predicted=predicted, probability=[0.9] * N)
+    changes = {"test": metrics(wrong), "predictions": own, "chosen_step": chosen_step, "seconds": 95.4}
+    if probe_wrong is not None:
+        said = [int(i in probe_wrong) for i in range(N)]
+        changes["probe_test"] = ProbeTest(metrics=metrics(len(probe_wrong)), predicted=said)
+    return result_lines(planted.record(LORA, 0, 0.8, changes=changes), Path("my runs/0003-lora"))
+
+
+def test_the_answer_comes_first_and_commands_can_be_copied() -> None:
+    assert lines_of(20, None) == [
+        "Test accuracy 80.0 % (95 % interval 71.1 to 86.7), on 100 images that training has not seen.",
+        "Time: 95 s.",
+        "Model: my runs/0003-lora",
+        "Page: peft-vit report 'my runs/0003-lora'",
+        "To predict: peft-vit predict 'my runs/0003-lora' PHOTO.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "probe_wrong", "chosen_step", "said"),
+    [
+        (10, range(30), 5, "Training gained on it: +20.0 points (+11.4 to +27.8)."),
+        (30, range(10), 5, "Training lost against it: −20.0 points (−27.8 to −11.4)."),
+        (10, range(5, 17), 5, "No clear difference: +2.0 points (−5.2 to +9.1)."),
+        (10, range(10), 0, "Training has gained nothing on it on validation images, so the model is this regression."),
+    ],
+)
+def test_training_is_held_against_the_probe_on_the_same_images(wrong, probe_wrong, chosen_step, said) -> None:
+    _, probe, gain, *_ = lines_of(wrong, probe_wrong, chosen_step)
+    share = 100 - len(probe_wrong)
+    assert probe.startswith(f"A logistic regression on the same frozen features has {share}.0 % (95 % interval ")
+    assert gain == said
