@@ -70,15 +70,19 @@ def measured_alone(
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """Describe where the numbers come from; of a GPU by its name."""
+    """Describe where the numbers come from, and of which commit; a GPU by its name."""
     import peft
     import timm
     import torch
 
-    from peft_vit.runs.machine import cpu_count, processor_name
+    from peft_vit.runs.machine import cpu_count, git_state, instruction_sets, processor_name
 
+    commit, changed = git_state()
     return {
+        "commit": None if commit is None else f"{commit[:12]}{' and changes' if changed else ''}",
         "processor": processor_name(),
+        "instructions": instruction_sets(),
+        "limit": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         **({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}),
         "cores": cpu_count(),
         "threads": threads,

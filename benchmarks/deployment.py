@@ -35,7 +35,7 @@ from torch import Tensor, nn  # noqa: E402
 from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters  # noqa: E402
 from peft_vit.backbones import find_sites, load_backbone  # noqa: E402
 from peft_vit.config import BackboneConfig, exported_bytes  # noqa: E402
-from peft_vit.deployment import ModelCard, export_onnx, export_openvino, input_ranges, merge, open_exported  # noqa: E402
+from peft_vit.deployment import ModelCard, export_onnx, export_openvino, merge, open_exported  # noqa: E402
 from peft_vit.deployment.timing import time_alone  # noqa: E402
 from peft_vit.extras import load_openvino  # noqa: E402
 from peft_vit.quantization import QuantizationFormat, quantize  # noqa: E402
@@ -104,7 +104,7 @@ def exported(folder: Path, card: ModelCard, images: int) -> Iterator[tuple[str, 
             if way == "openvino":
                 export_openvino(merged, file, card)
             elif way == "activations":
-                export_onnx(merged, file, card, input_ranges=input_ranges(merged, noise(128, size, seed=2)))
+                export_onnx(merged, file, card, activations="int8")
             else:
                 export_onnx(merged, file, card, runtime="fast" if way == "fast" else "small")
             yield f"{kind} {way}", file, agreement(model, open_exported(file).logits, size, images)

@@ -167,7 +167,7 @@ class OtherEnd:
         if isinstance(message, Progress):
             return RunProgress(run, message)
         if isinstance(message, Finished):
-            return RunEnded(run, message.record, message.adapter)
+            return RunEnded(run, message.record, message.adapter, message.features)
         return RunStarted(run, "the benchmark")
 
     def stop(self) -> None:

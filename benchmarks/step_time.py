@@ -66,6 +66,24 @@ def int8_steps(size: int, rounds: int) -> list[dict[str, Any]]:
     )
 
 
+def other_shapes(rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Compare small batches in fp32, and ViT-B/16 at 224 px with products in int8, with the floor of each shape."""
+    bf16 = bf16_support(sides.DEVICE).native
+    usual, compared = sides.BATCH, {}
+    for name, size, batch in ((sides.MODEL, 112, 1), (sides.MODEL, 112, 8), ("vit_base_patch16_224", 224, 8)):
+        sides.BATCH = batch
+        calls = {
+            FLOOR: sides.floor(size, bf16=False, name=name).step,
+            "PEFT LoRA r=8": sides.peft_lora(size, bf16=False, name=name).step,
+            "peft-vit LoRA r=8": sides.lora(size, bf16=False, name=name).step,
+            "peft-vit LoRA r=8, int8": sides.lora(size, bf16=bf16, integers=True, name=name).step,
+        }
+        title = f"{name}, {size} px, batches of {batch}"
+        compared[title] = table(title, in_turn(calls, rounds * (8 // batch if batch < 8 else 1)), FLOOR)
+    sides.BATCH = usual
+    return compared
+
+
 def features(size: int, rounds: int) -> list[dict[str, Any]]:
     """Compare passes of a frozen backbone: timm's in float32, and ours with products in int8."""
     calls = {"float32": sides.features(size), "products in int8": sides.features(size, integers=True)}
@@ -140,6 +158,7 @@ def main() -> None:
             "int8": int8_steps(size, rounds),
             "features": features(size, rounds),
             "adalora_whole_run": whole_runs(size, options.run_steps),
+            "other_shapes": other_shapes(rounds),
             "by_rank": steps_by_rank(size, rounds),
             "merged_inference": merged_inference(size, rounds),
         },

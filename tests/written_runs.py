@@ -39,7 +39,7 @@ def plan_of(mapping: dict[str, Any], folder: Path) -> Plan:
 def run_and_write(spec: RunSpec, folder: Path) -> RunRecord:
     """Do one run in this process, write what came out, and return its record."""
     finished = run_one(spec)
-    write_result(folder, finished.record, finished.adapter)
+    write_result(folder, finished.record, finished.adapter, finished.features)
     return finished.record
 
 

@@ -31,6 +31,7 @@ Purpose = Literal[
     "color_jitter",
     "rand_augment",
     "mixing",
+    "features",
 ]
 
 

@@ -108,7 +108,7 @@ class InThisProcess:
             run = self._waiting.popleft()
             self._events.append(RunStarted(run, "this process"))
             done = run_one(run.spec, on_progress=lambda progress: self._events.append(RunProgress(run, progress)))
-            self._events.append(RunEnded(run, done.record, done.adapter))
+            self._events.append(RunEnded(run, done.record, done.adapter, done.features))
         return self._events.popleft() if self._events else None
 
     def stop(self) -> None:

@@ -16,10 +16,10 @@ import torch
 from golden import check_golden
 from PIL import Image
 from safetensors.torch import save_file
-from small_methods import EXPERIMENTS
 from tiny_models import CARD
 
-from peft_vit.deployment import Calibrated, open_exported, save_low_bit
+from peft_vit.deployment import open_exported, save_low_bit
+from peft_vit.records import Calibrated
 from peft_vit.runs import export
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import paired_proportions
@@ -100,6 +100,7 @@ CALLS = (
     ("by_row", "test_vit", "--format safetensors --output b.safetensors"),
     ("int4", "tiny_pool", "--runtime fast --output c.onnx"),
     ("int4", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx"),
+    ("lora", "test_vit", "--format onnx --activations int8 --accept-loss 100 --output d.onnx --overwrite"),
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
 )
@@ -109,7 +110,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     """Of merged offsets, of weights that are quantized anew, of products in 8 bits, and where no images are there."""
     monkeypatch.chdir(tmp_path)
     outputs = [command("export", run_of(name, model), *options.split()).out for name, model, options in CALLS]
-    merged, anew, fast, int8, _, _ = outputs
+    merged, anew, fast, int8, *_ = outputs
     images.rename(images.with_name("hidden"))
     try:
         without = ("export", run_of("lora"), "--format", "safetensors", "--output", "f.safetensors")
@@ -118,7 +119,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     finally:
         images.with_name("hidden").rename(images)
     assert Path("f.safetensors").is_file()
-    assert "--activations: is calibrated on the run's training images, and they are not there" in line
+    assert "--activations: needs the run's images, which tell what int8 loses, and they are not there" in line
     assert str(images) in line
     (error,) = re.findall(r"relative error of the weights at most (\S+)", merged)
     assert 1e-6 < float(error) < 5e-3
@@ -215,10 +216,8 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
         ("int4", "onnx", ("--runtime", "quick"), "'quick' is not one of 'small', 'fast'"),
         ("int4", "onnx", ("--activations", "int4"), "'int4' is not one of 'int8'"),
         ("lora", "onnx", ("--runtime", "fast"), "--runtime: has no effect on this run"),
-        ("lora", "onnx", INT8, "--activations: has no effect on this run"),
         ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
         ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
-        ("int2", "onnx", INT8, "blocks.0.attn.qkv is in int2, and int8 takes codes of 3, 4 or 8 bits"),
         ("lora", "onnx", ("--output", "x.bin"), "ends in .onnx"),
         ("lora", "", (), "model: --output: expected a name that ends in .onnx, .xml or .safetensors; or give --format"),
         ("lora", "", ("--output", "model2"), "model2: --output: expected a name that ends in"),
@@ -231,9 +230,6 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
 def test_options_without_effect_are_refused(
     run, format, options, stated, run_of, tmp_path, refused, monkeypatch
 ) -> None:
-    int4 = EXPERIMENTS["int4"]
-    int2 = int4 | {"qa_lora": int4["qa_lora"] | {"quantization_bits": 2, "quantization_type": "int2"}}
-    monkeypatch.setitem(EXPERIMENTS, "int2", int2)
     monkeypatch.chdir(tmp_path)
     ending = {"openvino": ".xml", "history": ".csv", "peft": "", "": ""}.get(format, f".{format}")
     chosen = ("--format", format) if format else ()

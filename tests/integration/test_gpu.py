@@ -21,6 +21,7 @@ from peft_vit import QALoRATrainer
 from peft_vit.adapters import adapter_bytes, attach_adapters, current_ranks, resize_adapters, site_adapters
 from peft_vit.backbones import find_sites
 from peft_vit.quantization import QuantizedTensor
+from peft_vit.quantization.integers import int8_product, largest_code
 from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.runs.restore import restore_run
 
@@ -50,6 +51,18 @@ def run(images: Path, weights: Path, tmp_path: Path) -> Run:
         return record, run_folder(folder, planned.spec)
 
     return do
+
+
+@pytest.mark.parametrize("shape", [(1, 384, 1536), (16, 100, 30), (65, 384, 10)])
+def test_products_of_8_bit_integers_are_exact(device: torch.device, shape: tuple[int, int, int]) -> None:
+    rows, inner, columns = shape
+    largest = largest_code(inner, device.type)
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-127, 128, (rows, inner), generator=generator, dtype=torch.int8)
+    right = torch.randint(-largest, largest + 1, (inner, columns), generator=generator, dtype=torch.int8)
+    out = torch.empty(rows, columns, dtype=torch.int32, device=device)
+    assert int8_product(left.to(device), right.to(device), out) is out
+    assert torch.equal(out.cpu().long(), left.long() @ right.long())
 
 
 def losses(record: RunRecord) -> list[float]:

@@ -92,7 +92,7 @@ REFUSED = (
     ("photos --output said.txt", "said.txt: --output: expected a name that ends in .csv or .json"),
     ("photos --output said.csv --format json", "--format: is json, and said.csv is csv; leave one of the two out"),
     ("photos --top 0", "--top"),
-    ("photos --coverage 0.9", "coverage: is of models that"),
+    ("photos --coverage 0.9", "coverage: needs thresholds from images that were not trained on"),
     ("photos --weights hub", "--weights: has no effect here"),
     ("flat/00.png no.zip", "no.zip: is neither a folder nor a zip"),
 )

@@ -125,7 +125,7 @@ def test_where_no_links_can_be_made_a_file_says_which_call_was_the_last(images, 
     assert command("status", latest).out.startswith("0002-linear-32px-seed-1-test-vit: 1 planned = 1 done")
     assert len(load_results(latest).runs) == 1
     command("report", latest, "--format", "md")
-    assert (followed(latest) / "analysis" / "analysis_summary.md").is_file()
+    assert (followed(latest) / "analysis" / "card.md").is_file()
     assert command("status", out).out.count("planned") == 2
 
 

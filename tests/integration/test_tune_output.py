@@ -21,9 +21,9 @@ import peft_vit
 from peft_vit.api import Tuned
 from peft_vit.config import load_study
 from peft_vit.data import load_data
-from peft_vit.deployment import Calibrated, open_exported
+from peft_vit.deployment import open_exported
 from peft_vit.errors import UserError
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, read_record, write_atomically
+from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning import forms, pipeline

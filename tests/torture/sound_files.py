@@ -140,7 +140,7 @@ def _do_runs(sound: SoundFiles) -> None:
             finished = run_one(planned.spec)
             if finished.adapter is None:
                 raise RuntimeError(finished.record.traceback)
-            store.ended(finished.record, finished.adapter)
+            store.ended(finished.record, finished.adapter, finished.features)
     mapping["experiments"] = mapping["experiments"][1:2]
     with _begun(mapping, sound.inputs / "interrupted.yaml", sound.interrupted) as (plan, store):
         (planned,) = plan.runs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator
+import mmap
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Self, TypeAlias
 
@@ -84,17 +86,27 @@ class AdaptedLinear(nn.Module):
     def _frozen(self) -> FrozenWeight:
         return FrozenWeight(self.weight, self.quantized, self.quantized_share)
 
+    @property
+    def _in_use(self) -> tuple[Any, ...]:
+        version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
+        return version, self.quantized, self.quantized_share
+
     def integer_weight(self) -> IntegerWeight:
         """Return the weight in use in 8-bit integers; they are kept until it changes."""
-        version = None if self.weight is None else (self.weight.data_ptr(), self.weight._version)
-        made_from = (version, self.quantized, self.quantized_share)
-        if self._integers is None or self._integers[0] != made_from:
+        if self._integers is None or self._integers[0] != self._in_use:
             if self.quantized is not None and (self.weight is None or self.quantized_share == 1):
                 integers = IntegerWeight.from_quantized(self.quantized)
             else:
                 integers = IntegerWeight.from_float(self.frozen_weight())
-            self._integers = (made_from, integers)
+            self._integers = (self._in_use, integers)
         return self._integers[1]
+
+    def move_float(self, values: Tensor) -> None:
+        """Put the float weight into other memory that holds the same values; integers that were made of it stay."""
+        assert self.weight is not None
+        integers = self.integer_weight()
+        self.weight.data = values
+        self._integers = (self._in_use, integers)
 
     def merged_weight(self) -> Tensor:
         """Return the weight with every update added, (out, in) float32."""
@@ -136,6 +148,9 @@ class AdaptedLinear(nn.Module):
 def use_integer_products(model: nn.Module) -> Literal[7, 8]:
     """Let all frozen linear layers of a model's blocks multiply 8-bit integers from here on, see `integer_product`.
 
+    On a CPU their float weights move into a temporary file that is mapped into memory. They take none until they are
+    read, say when the model is merged. If there is no room for the file, they stay where they are.
+
     Args:
         model: whose methods have put their adapters on, changed in place.
 
@@ -147,7 +162,7 @@ def use_integer_products(model: nn.Module) -> Literal[7, 8]:
     """
     device = next(model.parameters()).device
     check_integers(device)
-    bits: list[Literal[7, 8]] = []
+    layers: list[AdaptedLinear] = []
     for name in dict.fromkeys(site.module for site in Backbone.within(model).sites):
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad:
@@ -159,8 +174,31 @@ def use_integer_products(model: nn.Module) -> Literal[7, 8]:
                 f"int8 multiplies frozen linear layers, and {name} {reason}; use float", field="training.compute"
             )
         layer.multiplies_integers = True
-        bits.append(bits_of_weights(layer.in_features, device))
-    return min(bits)
+        layers.append(layer)
+    if device.type == "cpu":
+        _keep_in_file([layer for layer in layers if layer.weight is not None])
+    return min(bits_of_weights(layer.in_features, device) for layer in layers)
+
+
+def _keep_in_file(layers: Sequence[AdaptedLinear]) -> None:
+    weights = [layer.weight for layer in layers if layer.weight is not None]
+    if not weights:
+        return
+    for layer in layers:
+        layer.integer_weight()  # of what is in memory still
+    try:
+        with tempfile.TemporaryFile() as file:
+            for weight in weights:
+                file.write(weight.detach().contiguous().view(torch.uint8).numpy().data)
+            file.flush()
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # lives as long as the weights
+    except OSError:
+        return
+    start = 0
+    for layer, weight in zip(layers, weights, strict=True):
+        values = torch.frombuffer(mapped, dtype=weight.dtype, count=weight.numel(), offset=start)  # (out in,)
+        layer.move_float(values.view(weight.shape))  # (out, in)
+        start += weight.nbytes
 
 
 # --- what a model carries ---------------------------------------------------------------------------------------------

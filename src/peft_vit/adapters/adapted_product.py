@@ -32,7 +32,7 @@ from peft_vit.backbones import Backbone
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizedTensor
 
-_LEAST_VALUES = 1 << 17  # of an input: below, keeping it costs less than what computing it again takes to call
+LEAST_VALUES = 1 << 17  # of an input: below, keeping it costs less than what computing it again takes to call
 _VALUES_AT_ONCE = 3 << 18  # about as many of an input are computed again together: 3 MB in float32
 _COLUMNS = 64  # of which multiples are taken together
 _SAVES_FIRST: ContextVar[bool] = ContextVar("saves_first", default=False)  # see `saving_first`
@@ -135,7 +135,7 @@ def adapted_product(
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    source = source_of(x) if updates and x.numel() >= _LEAST_VALUES else None
+    source = source_of(x) if updates and x.numel() >= LEAST_VALUES else None
     with torch.autocast(device, enabled=False):
         spans = tuple(span for span, _ in updates)
         factors = [adapter.factors() for _, adapter in updates]

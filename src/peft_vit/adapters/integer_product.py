@@ -3,7 +3,8 @@
     y = x^ W^T + s (x^ A^T) B^T + bias,  x^ = t q the inputs as they were rounded, row by row,
 
 so that the adapters learn on what integer hardware computes, and of the inputs the codes are kept alone: a byte each.
-Rounding has the derivative 1. Adapters and their gradients are float products of few rows. With g = dL/dy (N, out):
+Where x = f(s), see `remember_sources`, they are made again of s, which f keeps in any case. Rounding has the
+derivative 1. Adapters and their gradients are float products of few rows. With g = dL/dy (N, out):
 
     dL/dx = g W + (g B) A, dL/dA = (g B)^T x^, dL/dB = g^T (x^ A^T).
 
@@ -13,15 +14,17 @@ All that goes over (N, out) or (N, in) is done a few rows at a time, which stay 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peft_vit.adapters.adapted_product import LEAST_VALUES, RowFunction, source_of
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
-from peft_vit.quantization.integers import IntegerWeight, quantize_rows
+from peft_vit.quantization.integers import IntegerWeight, int8_product, quantize_rows
 
 _MEMORY = threading.local()
 _VALUES_AT_ONCE = 3 << 17  # of a product: 1.6 MB in float32
@@ -50,14 +53,18 @@ def integer_product(
         Outputs (..., out).
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    source = source_of(x) if updates and x.numel() >= LEAST_VALUES else None
+    values = None if source is None else source.values.detach()
+    function = None if source is None else partial(_again, source.function, dtype, autocast)
     with torch.autocast(device, enabled=False):
         factors = []
         for _, adapter in updates:
             left, right = adapter.factors()  # (out_s, r), (r, in / pool)
             factors += [left, right if pool == 1 else right.repeat_interleave(pool, 1)]  # (r, in)
         spans = tuple(span for span, _ in updates)
-        result: Tensor = _IntegerProduct.apply(x, weight, bias, spans, dtype, *factors)
+        result: Tensor = _IntegerProduct.apply(x, weight, bias, spans, dtype, values, function, *factors)
     return result
 
 
@@ -70,30 +77,29 @@ class _IntegerProduct(torch.autograd.Function):
         bias: Tensor | None,
         spans: tuple[slice, ...],
         dtype: torch.dtype,
+        values: Tensor | None,
+        function: Callable[[Tensor], Tensor] | None,
         *factors: Tensor,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, in)
-        codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
-        scales = torch.empty(len(rows), 1, device=x.device)
-        for part in _parts(len(rows), rows.shape[1]):
-            values = _memory("values", rows[part].shape, torch.float32, x.device).copy_(rows[part])
-            _, scales[part] = quantize_rows(values, codes[part])
+        codes, scales = _rounded(rows)
         left, right, inner = None, None, None
         if factors:
             left, right = _joined(factors, spans, len(weight.codes), dtype)
             inner = (right @ codes.to(dtype).T).mul_(scales.T)  # (R, N)
         outputs = torch.empty(*x.shape[:-1], len(weight.codes), dtype=dtype, device=x.device)  # (..., out)
         y = outputs.view(len(rows), len(weight.codes))  # (N, out), of the same memory
-        for part in _parts(len(rows), y.shape[1]):
+        for part in _parts(rows, y.shape[1]):
             shape = y[part].shape
             sums = _memory("sums", shape, torch.int32, x.device)
-            torch._int_mm(codes[part], weight.codes.T, out=sums)
+            int8_product(codes[part], weight.codes.T, sums)
             product = _memory("product", shape, torch.float32, x.device).copy_(sums).mul_(scales[part])  # (n, out)
             y[part] = product.mul_(weight.scales) if bias is None else bias.addcmul(product, weight.scales)
             if inner is not None and left is not None:
                 y[part].addmm_(inner[:, part].T, left)  # (n, R) @ (R, out)
-        ctx.save_for_backward(codes, scales, left, right, inner)
-        ctx.weight, ctx.spans, ctx.shape, ctx.dtype = weight, spans, x.shape, x.dtype
+        kept = codes if factors and function is None else None
+        ctx.save_for_backward(kept, scales, left, right, inner, values)
+        ctx.weight, ctx.spans, ctx.shape, ctx.dtype, ctx.function = weight, spans, x.shape, x.dtype, function
         ctx.ranks = [len(factor) for factor in factors[1::2]]
         return outputs  # no view, since some models add to it in place
 
@@ -101,11 +107,13 @@ class _IntegerProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         weight = ctx.weight
-        codes, scales, left, right, inner = ctx.saved_tensors
+        codes, scales, left, right, inner, values = ctx.saved_tensors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])  # (N, out)
         dtype, outer = gradient.dtype, None
         to_factors: list[Tensor] = []
         if inner is not None:
+            if codes is None:
+                codes, _ = _rounded(values.reshape(-1, values.shape[-1]), ctx.function)
             outer = left @ gradient.T  # (R, out) @ (out, N): the gradient of the inner products
             to_lefts = (inner @ gradient).split(ctx.ranks)  # (R, N) @ (N, out)
             to_rights = ((outer * scales.T.to(dtype)) @ codes.to(dtype)).split(ctx.ranks)  # (R, N) @ (N, in)
@@ -113,23 +121,40 @@ class _IntegerProduct(torch.autograd.Function):
                 to_factors += [to_left[:, span].T.float(), to_right.float()]  # (out_s, r), (r, in)
         to_x = None
         if ctx.needs_input_grad[0]:
-            to_x = torch.empty(codes.shape, dtype=ctx.dtype, device=codes.device)  # (N, in)
+            device = gradient.device
+            to_x = torch.empty(len(gradient), ctx.shape[-1], dtype=ctx.dtype, device=device)  # (N, in)
             if outer is not None:
                 outer, right = outer.to(ctx.dtype), right.to(ctx.dtype)
-            for part in _parts(len(gradient), max(gradient.shape[1], to_x.shape[1])):
+            for part in _parts(gradient, max(gradient.shape[1], to_x.shape[1])):
                 shape = gradient[part].shape  # (n, out)
-                scaled = _memory("values", shape, torch.float32, codes.device).copy_(gradient[part])
+                scaled = _memory("values", shape, torch.float32, device).copy_(gradient[part])
                 of_gradient, of_rows = quantize_rows(
-                    scaled.mul_(weight.scales), _memory("codes", shape, torch.int8, codes.device)
+                    scaled.mul_(weight.scales), _memory("codes", shape, torch.int8, device)
                 )
-                sums = _memory("sums", to_x[part].shape, torch.int32, codes.device)
-                torch._int_mm(of_gradient, weight.codes, out=sums)  # (n, in)
-                to_x[part] = _memory("product", sums.shape, torch.float32, codes.device).copy_(sums).mul_(of_rows)
+                sums = _memory("sums", to_x[part].shape, torch.int32, device)
+                int8_product(of_gradient, weight.codes, sums)  # (n, in)
+                to_x[part] = _memory("product", sums.shape, torch.float32, device).copy_(sums).mul_(of_rows)
                 if outer is not None:
                     to_x[part].addmm_(outer[:, part].T, right)  # (n, R) @ (R, in)
             to_x = to_x.view(ctx.shape)
         to_bias = gradient.float().sum(0) if ctx.needs_input_grad[2] else None  # (out,)
-        return to_x, None, to_bias, None, None, *to_factors
+        return to_x, None, to_bias, None, None, None, None, *to_factors
+
+
+def _again(function: RowFunction, dtype: torch.dtype, autocast: bool, values: Tensor) -> Tensor:
+    with torch.autocast(values.device.type, dtype, enabled=autocast):
+        return function(values)
+
+
+def _rounded(rows: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Return codes (N, in) and scales (N, 1) of rows, or of what a function makes of them, some rows at a time."""
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    scales = torch.empty(len(rows), 1, device=rows.device)
+    for part in _parts(rows, rows.shape[1]):
+        x = rows[part] if function is None else function(rows[part])
+        values = _memory("values", x.shape, torch.float32, x.device).copy_(x)
+        _, scales[part] = quantize_rows(values, codes[part])
+    return codes, scales
 
 
 def _joined(
@@ -158,8 +183,9 @@ def _memory(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.devi
     return kept[key][: shape.numel()].view(shape)
 
 
-def _parts(rows: int, width: int) -> Iterator[slice]:
-    """Yield the rows that are taken at a time, about as many each time."""
-    count = max(1, round(rows * width / _VALUES_AT_ONCE))
+def _parts(x: Tensor, width: int) -> Iterator[slice]:
+    """Yield the rows that are taken at a time, about as many each time; elsewhere than on a CPU all of them."""
+    rows = len(x)
+    count = max(1, round(rows * width / _VALUES_AT_ONCE)) if x.device.type == "cpu" else 1
     for part in range(count):
         yield slice(part * rows // count, (part + 1) * rows // count)

@@ -99,7 +99,7 @@ class ModelQuality:
         """Return up to so many images on which it is right, or wrong, drawn blindly from one class after the other."""
         own = [image for image in self.images if image.right == right]
         rounds: dict[str, int] = {}
-        turns = []
+        turns: list[tuple[int, int, int]] = []
         for place in np.random.default_rng(0).permutation(len(own)).tolist():
             truth = own[place].truth
             rounds[truth] = rounds.get(truth, 0) + 1

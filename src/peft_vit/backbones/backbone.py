@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from peft_vit.errors import UserError
 _KNOWN = (
     "model of timm; one of transformers has to come from load_backbone(BackboneConfig(library='transformers', ...))"
 )
+_CLASS_TOKENS = frozenset({"cls_token", "class_token", "class_embedding"})  # as libraries call it
 _SHORT = 200  # tokens, for `choose_attention`
 # What one pass has counted, by input size and module; it goes with its model.
 _tokens: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], dict[str, int]]] = WeakKeyDictionary()
@@ -149,6 +151,29 @@ class Backbone:
         at the same time.
         """
         layers = {str(place): layer for place, layer in enumerate(linear_layers(self.head))}
+        _, seen = self._watched(images, layers)
+        return torch.cat([seen[place] for place in layers], dim=-1)
+
+    def logits_and_middle(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (B, classes) and what tells images of another kind, (B, D), of normalised images (B, 3, S, S).
+
+        That is what comes to the middle block: the class token, or the tokens' mean where there is none. There images
+        of other kinds lie farther from those of training than in front of the head, whose features leave out whatever
+        does not tell pretraining's classes (docs/explanation/probabilities.md).
+        """
+        name = self.blocks[len(self.blocks) // 2]
+        logits, seen = self._watched(images, {name: self.model.get_submodule(name)})
+        tokens = seen[name]  # (B, T, D), or (B, H, W, D)
+        middle = tokens[:, 0] if tokens.ndim == 3 and self._begins_with_class_token(tokens.shape[1]) else None
+        return logits, tokens.flatten(1, -2).mean(1) if middle is None else middle
+
+    def _begins_with_class_token(self, tokens: int) -> bool:
+        """Tell whether a block gets more tokens than the patches of a square, and the model has such a token."""
+        known = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
+        return math.isqrt(tokens) ** 2 != tokens and not known.isdisjoint(_CLASS_TOKENS)
+
+    def _watched(self, images: Tensor, modules: Mapping[str, nn.Module]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the model's output, and what came to each of some modules, at its last call."""
         seen: dict[str, Tensor] = {}
         thread = threading.get_ident()
 
@@ -156,9 +181,9 @@ class Backbone:
             if threading.get_ident() == thread:
                 seen[place] = inputs
 
-        with watching(layers, see):
-            self.model(images)
-        return torch.cat([seen[place] for place in layers], dim=-1)
+        with watching(modules, see):
+            output: Tensor = self.model(images)
+        return output, seen
 
     def prepare(self) -> bool:
         """Make the model compute each matrix by its module, so that what stands there instead has an effect.

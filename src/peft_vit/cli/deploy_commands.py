@@ -71,8 +71,8 @@ class ExportRequest(Request):
         OnlyWith(format="onnx"),
     ] = Field(
         default=None,
-        description="onnx, weights in 3 to 8 bits: multiply both in 8 bits, calibrated on training images; faster, and "
-        "not exact",
+        description="onnx: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
+        "faster, and not exact",
     )
     accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
         default=None,
@@ -151,6 +151,8 @@ def _print_export(done: Exported) -> None:
     if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.activations == "int8":
+        print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
     if compared is None:
         print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
@@ -187,9 +189,7 @@ class PredictRequest(Request):
     )
     top: int = Field(default=1, ge=1, description="how many of the most probable classes are printed")
     coverage: float | None = Field(
-        default=None,
-        description="as in 0.9: print also the set of classes that holds the true one so often; of models that `tune` "
-        "has made",
+        default=None, description="as in 0.9: print also the set of classes that holds the true one so often"
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
@@ -222,6 +222,7 @@ def predict(request: PredictRequest) -> None:
     """
     format = request.chosen_format()
     from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
+    from peft_vit.records import FEWEST_HELD_OUT
 
     images = image_files(request.images)
     if exported_format(request.model):
@@ -239,9 +240,14 @@ def predict(request: PredictRequest) -> None:
     numbered = ("", *(f"_{place}" for place in range(2, min(request.top, len(classes)) + 1)))
     columns = ["file", *(name + number for number in numbered for name in ("class", "probability"))]
     columns += [] if request.coverage is None else ["set"]
+    card = classifier.card
+    columns += [] if card.unlike is None else ["unlike"]
+    if card.unlike is None and card.calibrated is not None and card.calibrated.images < FEWEST_HELD_OUT:
+        reason = f"only {card.calibrated.images} validated the model, {FEWEST_HELD_OUT} are needed"
+        print(f"images unlike those of training are not told: {reason}", file=sys.stderr)
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
-    predicted = right = 0
+    predicted = right = unlike = 0
     with _progress(len(images), with_rows=not to_file) as advance:
         for outcome in predict_files(classifier, images, request.coverage, request.top):
             advance()
@@ -251,6 +257,7 @@ def predict(request: PredictRequest) -> None:
             assert outcome.file is not None
             predicted += 1
             right += outcome.class_name == outcome.file.parent.name
+            unlike += bool(outcome.unlike)
             printed.add(dict(zip(columns, _cells(outcome, request.coverage), strict=True)))
     printed.end()
     if request.output is not None:
@@ -262,6 +269,8 @@ def predict(request: PredictRequest) -> None:
         print(f"{predicted:,} images: {request.output}")
     if is_labelled and predicted:
         print(f"right on {right:,} of {predicted:,}, by the names of their folders", file=sys.stderr)
+    if unlike:
+        print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
 
@@ -271,12 +280,17 @@ def _cells(prediction: Prediction, coverage: float | None) -> list[Any]:
     cells: list[Any] = [printable(str(prediction.file))]
     for label, probability in prediction.top:
         cells += [printable(label), probability]
-    return cells if coverage is None else [*cells, [printable(label) for label, _ in prediction.classes]]
+    cells += [] if coverage is None else [[printable(label) for label, _ in prediction.classes]]
+    return cells if prediction.unlike is None else [*cells, prediction.unlike]
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row whose set is one text."""
-    return {name: "; ".join(cell) if isinstance(cell, list) else cell for name, cell in row.items()}
+    """Return a row whose set is one text, and whose truth is a word."""
+    words = {True: "yes", False: "no"}
+    return {
+        name: "; ".join(cell) if isinstance(cell, list) else words[cell] if isinstance(cell, bool) else cell
+        for name, cell in row.items()
+    }
 
 
 class _Rows:

@@ -326,6 +326,10 @@ class MeasuresConfig(Frozen):
         tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
     ] = Field(default=(), description="batch sizes at which a forward pass is timed")
     logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
+    features: bool = Field(
+        default=False,
+        description="keep features of training images, so that predict can say when an image is unlike all of them",
+    )
 
 
 Spending = Literal["obrien-fleming", "pocock"]

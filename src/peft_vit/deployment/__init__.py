@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.deployment.model_card import Calibrated, Classifier, ModelCard
+from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.deployment.predicting import (
     ImageFile,
     Prediction,
@@ -16,7 +16,7 @@ from peft_vit.deployment.predicting import (
 )
 
 if TYPE_CHECKING:
-    from peft_vit.deployment.onnx_file import OnnxRuntime, check_int8, export_onnx, input_ranges
+    from peft_vit.deployment.onnx_file import OnnxRuntime, export_onnx
     from peft_vit.deployment.openvino_file import export_openvino
     from peft_vit.deployment.torch_files import (
         Merged,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
 
 _WITH_TORCH = {
-    "onnx_file": ("OnnxRuntime", "check_int8", "export_onnx", "input_ranges"),
+    "onnx_file": ("OnnxRuntime", "export_onnx"),
     "openvino_file": ("export_openvino",),
     "torch_files": (
         "Merged",

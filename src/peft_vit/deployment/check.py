@@ -125,7 +125,7 @@ def check_architecture(
     def by_file(name: str) -> Tensor:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"model{EXPORTS[name].ending}"
-            writer_of(name)(plain(), file, card)
+            writer_of(name)(plain(), file, card, None)
             return torch.from_numpy(open_exported(file).logits(images.numpy()))
 
     def by_peft() -> Tensor:

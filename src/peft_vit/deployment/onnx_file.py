@@ -30,21 +30,21 @@ onnxruntime keeps what every operator has computed, so codes are stored in the o
 need few of them: loading takes about 20 bytes a weight for a moment, where a float32 file takes 6. torch's exporter
 folds too, where codes are few: up to 8,192 bytes of a matrix are in the file as floats.
 
-**In 8 bits** (`Int8Linear`): from the expanded weight to whole numbers, also when the file is loaded, and a product in
-8 bits: y = (q_x - z) a  (q_W s) + b, by onnxruntime's MatMulIntegerToFloat. Inputs are rounded to a step a and a zero
-point z of the layer, from the smallest and largest input that training images give, so what comes out for an image does
-not depend on the others of its batch. Weights are rounded to [-64, 64] with a step s for each output: without VNNI the
-CPU adds pairs of products of 8 bits in 16, and 255 * 64 * 2 is the largest that fits (onnxruntime's `reduce_range`).
-Against that, of ViT-S at 112 px and batch 1, one thread with AVX-512 VNNI, over float32's time: this 0.38; ranges of
-each call by DynamicQuantizeMatMul 0.38, but they depend on the batch; of each token 0.44; int8 inputs in place of uint8
-more than 4; MatMulNBits with accuracy_level 4, which needs no expanding, 0.95 in 4 and in 8 bits.
+**In 8 bits** (`Int8Linear`): the product that `training.compute: int8` makes (`quantization.integers`), step for step:
+y = t s (q C) + b with int8 codes q of the inputs and a scale t for each token, and codes C of the weights and a scale s
+for each output; sums are int32. onnxruntime's own dynamic quantization has one scale and zero point for a whole batch,
+so q comes from plain operators. It is stored as q + 128 with zero point 128, since int8 inputs took four times as long,
+and MatMulIntegerToFloat gives s (q C). Codes of packed weights are computed when the file is loaded, from the expanded
+weight; those of float weights are in the file. Weights take 7 bits, within [-64, 64]: without VNNI the CPU adds pairs
+of products in 16 bits, and 255 * 64 * 2 is the largest that fits (onnxruntime's `reduce_range`). Weights as uint8 would
+be exact with 8 bits on every processor, but have no VNNI kernel: a call takes nearly as long as float32's.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,24 +52,22 @@ import torch
 from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
-from peft_vit.backbones import watching
+from peft_vit.adapters import AdaptedLinear, adapted_modules
+from peft_vit.backbones import Backbone
+from peft_vit.deployment.known_images import WithDistance
 from peft_vit.deployment.model_card import HEADER, Header, ModelCard, write_exported
-from peft_vit.deployment.runtimes import INPUT, OUTPUT, onnx_digest
+from peft_vit.deployment.runtimes import DISTANCE, INPUT, OPSET, OUTPUT, ZERO, onnx_digest
 from peft_vit.deployment.torch_files import check_merged
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, pack_codes, unpack_codes
+from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight
 from peft_vit.quantization.packing import field_bits
+from peft_vit.statistics import Neighbours
 
 OnnxRuntime = Literal["small", "fast"]
-_OPSET = 20
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 128  # powers of two that the low-bit operators' CPU kernels take
 _BNB4_TYPE = {"fp4": 0, "nf4": 1}
-Range = tuple[float, float]  # the smallest and the largest of a layer's inputs
-_LARGEST_WEIGHT = 64
-_LARGEST_INPUT = 255
-_TINY = 1e-30  # in place of the step of weights that are all 0
 
 
 class OnnxLinear(nn.Module):
@@ -205,45 +203,39 @@ class ExpandedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A packed linear layer that is multiplied in 8 bits; its forward pass can only be exported.
+    """A frozen linear layer, packed or not, that is multiplied in 8 bits; its forward pass can only be exported."""
 
-    Args:
-        layer: packed.
-        inputs: the range of its inputs; what lies outside becomes its end.
-    """
-
-    def __init__(self, layer: AdaptedLinear, inputs: Range) -> None:
+    def __init__(self, layer: nn.Linear | AdaptedLinear) -> None:
         super().__init__()
-        assert layer.quantized is not None
-        self.weight = ExpandedWeight(layer.quantized)
-        step, zero = step_and_zero(inputs)
-        self.step = nn.Buffer(torch.tensor(step))
-        self.zero = nn.Buffer(torch.tensor(zero, dtype=torch.uint8))
+        packed = layer.quantized if isinstance(layer, AdaptedLinear) else None
+        if packed is None:
+            assert layer.weight is not None
+            integers = IntegerWeight.from_float(layer.weight, LARGEST_OF_7_BITS)
+        else:
+            integers = IntegerWeight.from_quantized(packed, LARGEST_OF_7_BITS)
+        self.expanded = None if packed is None else ExpandedWeight(packed)
+        self.codes = nn.Buffer(integers.codes.T.contiguous()) if packed is None else None  # (in, out)
+        self.scales = nn.Buffer(integers.scales)  # (out,)
         self.no_zeros = nn.Buffer(torch.zeros(layer.out_features, dtype=torch.int8))
-        self.bias = nn.Buffer(torch.zeros(layer.out_features)) if layer.bias is None else layer.bias
+        self.one = nn.Buffer(torch.ones(()))
+        self.zero = nn.Buffer(torch.tensor(ZERO, dtype=torch.uint8))
+        self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        weight = self.weight()  # (in, out)
-        steps = torch.maximum(weight.amax(0), -weight.amin(0)).clamp(min=_TINY) / _LARGEST_WEIGHT  # (out,)
-        whole = _quantized(weight, steps, self.no_zeros, axis=1)
-        return torch.onnx.ops.symbolic(
+        codes = self.codes if self.expanded is None else _quantized(self.expanded(), self.scales, self.no_zeros, axis=1)
+        largest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
+        scales = (largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # (..., 1)
+        inputs = _quantized(x * torch.div(self.one, scales), self.one, self.zero)  # Reciprocal may be approximate
+        y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulIntegerToFloat",
-            (_quantized(x, self.step, self.zero), whole, self.step, steps, self.zero, self.no_zeros, self.bias),
+            (inputs, codes, self.one, self.scales, self.zero, self.no_zeros),
             dtype=torch.float32,
-            shape=(*x.shape[:-1], self.bias.shape[0]),
+            shape=(*x.shape[:-1], len(self.scales)),
             version=1,
         )
-
-
-def step_and_zero(inputs: Range) -> tuple[float, int]:
-    """Return a and z, so that a (q - z), q = 0 to 255, covers a range and has an exact 0.
-
-    Source: Jacob et al., arXiv 1712.05877, section 2.1.
-    """
-    low, high = min(inputs[0], 0.0), max(inputs[1], 0.0)
-    step = (high - low) / _LARGEST_INPUT or 1.0
-    return step, round(-low / step)
+        y = y * scales
+        return y if self.bias is None else y + self.bias
 
 
 def _quantized(values: Tensor, steps: Tensor, zeros: Tensor, **attributes: int) -> Tensor:
@@ -252,30 +244,14 @@ def _quantized(values: Tensor, steps: Tensor, zeros: Tensor, **attributes: int) 
     )
 
 
-@torch.inference_mode()
-def input_ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Range]:
-    """Return the range of the inputs of every packed layer, by its name, over batches of images (B, 3, S, S)."""
-    seen: dict[str, Range] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        low, high = map(float, x.aminmax())
-        before = seen.get(name, (low, high))
-        seen[name] = (min(low, before[0]), max(high, before[1]))
-
-    packed = {name: module for name, module in adapted_modules(model) if module.quantized is not None}
-    with watching(packed, see):
-        for images in batches:
-            model(images)
-    return seen
-
-
 def export_onnx(
     model: nn.Module,
     file: Path,
     card: ModelCard,
+    known: Neighbours | None = None,
     *,
     runtime: OnnxRuntime = "small",
-    input_ranges: Mapping[str, Range] | None = None,
+    activations: Literal["int8"] | None = None,
 ) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
@@ -284,64 +260,62 @@ def export_onnx(
         file: replaced if it exists.
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
-        input_ranges: of every packed layer (`input_ranges`): they are multiplied in 8 bits. In place of
-            `runtime`.
+        activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. In place of `runtime`.
+        known: features of training images: a second output, `distance` (B,), tells how far an image is from these.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, small: a layer's groups are too small for
-            onnxruntime's operators, `input_ranges`: a layer is in int2, or the file can't be written.
+            onnxruntime's operators, or the file can't be written.
     """
     require_extra("onnx", "ONNX export")
     check_merged(model)
-    if input_ranges is not None:
-        check_int8(model)
-
-    def exported(layer: AdaptedLinear, name: str) -> nn.Module:
-        if input_ranges is not None:
-            return Int8Linear(layer, input_ranges[name])
-        return ExpandedLinear(layer) if runtime == "fast" else OnnxLinear(layer, name)
-
-    proto = onnx_graph(model, card.image_size, exported)
+    packed = {name: layer for name, layer in adapted_modules(model) if layer.quantized is not None}
+    if activations == "int8":
+        model = copy.deepcopy(model)
+        backbone = Backbone.within(model)
+        backbone.prepare()
+        layers = {name: model.get_submodule(name) for name in (*packed, *(site.module for site in backbone.sites))}
+        replaced: dict[str, nn.Module] = {
+            name: Int8Linear(layer) for name, layer in layers.items() if isinstance(layer, nn.Linear | AdaptedLinear)
+        }
+        card = card.model_copy(update={"integer_bits": 7})
+    elif runtime == "fast":
+        replaced = {name: ExpandedLinear(layer) for name, layer in packed.items()}
+    else:
+        replaced = {name: OnnxLinear(layer, name) for name, layer in packed.items()}
+    proto = onnx_graph(model, card.image_size, replaced, known)
     header = Header(card=card)
     proto.metadata_props.add(key=HEADER, value=header.signed(onnx_digest(card, proto)))
     write_exported(file, proto.SerializeToString())
 
 
-def check_int8(model: nn.Module) -> None:
-    """Refuse a model with a layer whose codes are not multiplied by activations in 8 bits."""
-    for name, weight in packed_weights(model).items():
-        if weight.format.bits == 2:
-            raise UserError(
-                f"{name} is in int2, and int8 takes codes of 3, 4 or 8 bits; leave it out, or take --runtime fast",
-                field="--activations",
-            )
-
-
-def onnx_graph(model: nn.Module, image_size: int, packed: Callable[[AdaptedLinear, str], nn.Module]) -> Any:
+def onnx_graph(
+    model: nn.Module, image_size: int, replaced: Mapping[str, nn.Module], known: Neighbours | None = None
+) -> Any:
     """Return a merged model as onnx.ModelProto; the model stays as it is.
 
     Args:
         model: what `export_onnx` takes.
         image_size: of its square images, in pixels.
-        packed: makes what is exported in place of a packed layer, from the layer and its name.
+        replaced: what is exported in place of layers, by their names.
+        known: see `export_onnx`.
     """
     model = copy.deepcopy(model).eval()
-    for name, module in list(adapted_modules(model)):
-        if module.quantized is not None:
-            model.set_submodule(name, packed(module, name))
+    for name, module in replaced.items():
+        model.set_submodule(name, module)
     for part in model.modules():
         if isinstance(part, MaskUnitAttention):
             setattr(part, "fused_attn", False)  # noqa: B010 - final for timm; the exporter takes no fused one of 5 D
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         program = torch.onnx.export(
-            model,
+            model if known is None else WithDistance(model, known).eval(),
             (torch.zeros(2, 3, image_size, image_size),),
             dynamo=True,
-            opset_version=_OPSET,
+            opset_version=OPSET,
             verbose=False,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT] if known is None else [OUTPUT, DISTANCE],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             custom_translation_table={torch.ops.aten._is_all_true.default: _all_true},
         )

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from peft_vit.adapters import AdaptedLinear, packed_weights
+from peft_vit.adapters import AdaptedLinear, adapted_modules, packed_weights
 from peft_vit.deployment.model_card import HEADER, UNSIGNED, Header, ModelCard, write_exported
 from peft_vit.deployment.onnx_file import onnx_graph
 from peft_vit.deployment.runtimes import openvino_digest
@@ -38,6 +38,7 @@ from peft_vit.errors import UserError
 from peft_vit.extras import load_openvino, require_extra
 from peft_vit.quantization import QuantizedTensor, pack_codes, unpack_codes
 from peft_vit.quantization.packing import field_bits
+from peft_vit.statistics import Neighbours
 
 DOMAIN, OPERATOR = "peft_vit", "PackedLinear"
 _INTEGERS = {2: "u2", 4: "i4", 8: "i8"}  # types of OpenVINO by bits of the field
@@ -111,13 +112,14 @@ def _stored(weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return codes, scales, narrow if bool(narrow.isfinite().all()) else zeros
 
 
-def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
+def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
     """Write a model with a batch of any size: `images` (B, 3, S, S) normalised float32, to `logits` (B, classes).
 
     Args:
         model: a Vision Transformer whose adapters are merged (`merge`), quantized or not; it stays as it is.
         file: ends in .xml, with the weights beside it in a file that ends in .bin; both are replaced if they exist.
         card: what the file says of the model.
+        known: see `export_onnx`.
 
     Raises:
         UserError: if a package is missing, the model carries adapters, a layer's format is none of OpenVINO's, or a
@@ -135,7 +137,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
                 "safetensors, or train with nf4 or an int type",
                 field="quantization_type",
             )
-    network = _network(model, card.image_size, packed)
+    network = _network(model, card.image_size, packed, known)
     network.set_rt_info(Header(card=card).model_dump_json(), [HEADER])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "model.xml"
@@ -146,7 +148,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard) -> None:
     write_exported(file, signed)
 
 
-def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor]) -> Any:
+def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTensor], known: Neighbours | None) -> Any:
     """Return OpenVINO's model, packed layers by their own codes."""
     openvino = load_openvino()
     from onnxscript.optimizer import fold_constants
@@ -157,7 +159,9 @@ def _network(model: nn.Module, image_size: int, packed: dict[str, QuantizedTenso
         weight = weight_node(packed[node.get_attribute("layer")])
         return opset13.matmul(node.get_input(0), weight, False, True).outputs()
 
-    proto = onnx_graph(model, image_size, PackedPlace)
+    layers = {name: layer for name, layer in adapted_modules(model) if name in packed}
+    places = {name: PackedPlace(layer, name) for name, layer in layers.items()}
+    proto = onnx_graph(model, image_size, places, known)
     # A position embedding that is resized (NaFlexViT's): OpenVINO would leave the antialiasing out.
     fold_constants(proto, should_fold=lambda node: True if node.op_type == "Resize" else None)
     core = openvino.Core()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -21,10 +21,12 @@ from peft_vit.data.folders import is_image
 from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.errors import UserError, named
 from peft_vit.safe_io import read_bytes
-from peft_vit.statistics import probabilities
+from peft_vit.statistics import prediction_sets, probabilities
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from peft_vit.statistics import Neighbours
 
 _BATCH = 32
 _Labels: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
@@ -49,6 +51,8 @@ class Prediction:
     probability: float
     classes: _Labels = ()  # its set, with a coverage
     top: _Labels = ()  # so many as were asked for
+    unlike: bool | None = None  # unlike all images that were trained on; None: the model can't tell
+    distance: float | None = None  # to the nearest of them
 
 
 def _function(place: str) -> Any:
@@ -56,9 +60,9 @@ def _function(place: str) -> Any:
     return getattr(import_module(f"peft_vit.deployment.{module}"), name)
 
 
-def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard], None]:
+def writer_of(format: str) -> Callable[[nn.Module, Path, ModelCard, Neighbours | None], None]:
     """Return what writes a merged model in a format of `config.EXPORTS`."""
-    writer: Callable[[nn.Module, Path, ModelCard], None] = _function(EXPORTS[format].writer)
+    writer: Callable[[nn.Module, Path, ModelCard, Neighbours | None], None] = _function(EXPORTS[format].writer)
     return writer
 
 
@@ -166,15 +170,24 @@ def predict_files(
     remaining = _each(images)
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(image, card) for image in chunk]
-        rows: Iterator[NDArray[np.float64]] = iter(())
+        rows: Iterator[tuple[NDArray[np.float64], float | None]] = iter(())
         if pixels := [array for array in read if isinstance(array, np.ndarray)]:
-            logits = classifier.logits(_normalised(np.stack(pixels), card))  # (B, classes)
-            rows = iter(probabilities(logits, temperature))
+            logits, distances = _outputs(classifier, _normalised(np.stack(pixels), card))
+            rows = zip(probabilities(logits, temperature), distances, strict=True)
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             else:
-                yield _prediction(image.file if isinstance(image, ImageFile) else None, next(rows), card, coverage, top)
+                file = image.file if isinstance(image, ImageFile) else None
+                yield _prediction(file, *next(rows), card, coverage, top)
+
+
+def _outputs(classifier: Classifier, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], Sequence[float | None]]:
+    """Return logits (B, classes), and the distance of each image if the model can tell."""
+    if classifier.with_distances is None:
+        return classifier.logits(images), [None] * len(images)
+    logits, distances = classifier.with_distances(images)
+    return logits, distances.tolist()
 
 
 def _each(images: Iterable[_Image]) -> Iterator[_Image]:
@@ -207,25 +220,32 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     """
     if card.calibrated is None:
         raise UserError(
-            "is of models that `peft-vit tune` has made, and this one holds no thresholds; leave it out",
+            "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
+            "images, or was made by an earlier version; leave it out",
             field="coverage",
         )
     card.calibrated.threshold(coverage)
 
 
 def _prediction(
-    file: Path | None, row: NDArray[np.float64], card: ModelCard, coverage: float | None, top: int
+    file: Path | None,
+    row: NDArray[np.float64],
+    distance: float | None,
+    card: ModelCard,
+    coverage: float | None,
+    top: int,
 ) -> Prediction:
-    """Return what probabilities (classes,) say."""
+    """Return what probabilities (classes,) and the distance to the nearest training image say."""
     ranked = np.argsort(-row, kind="stable")  # of equal ones the first class
     labels = [(card.class_names[k], float(row[k])) for k in ranked]
     classes: _Labels = ()
     if coverage is not None:
         check_coverage(card, coverage)
         assert card.calibrated is not None
-        inside = card.calibrated.sets(row[None], coverage)[0][ranked]  # (classes,)
+        inside = prediction_sets(row[None], card.calibrated.threshold(coverage))[0][ranked]  # (classes,)
         classes = tuple(label for label, is_in in zip(labels, inside, strict=True) if is_in)
-    return Prediction(file, *labels[0], classes, tuple(labels[:top]))
+    unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
+    return Prediction(file, *labels[0], classes, tuple(labels[:top]), unlike, distance)
 
 
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
@@ -243,10 +263,8 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         ):
             decoded = Image.fromarray(image)
         else:
-            raise UserError(
-                f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {image.shape} {image.dtype}",
-                field="images",
-            )
+            got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(f"expected an image as (H, W), (H, W, 3) or (H, W, 4) uint8, got {got}", field="images")
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error

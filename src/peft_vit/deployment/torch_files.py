@@ -39,14 +39,18 @@ from peft_vit.backbones import load_backbone
 from peft_vit.backbones.catalog import create_skeleton
 from peft_vit.backbones.families.transformers_models import TowerClassifier, inputs, quiet, vision_config
 from peft_vit.config import CARD_FILE, QuantizationType, named_backbone
+from peft_vit.deployment.known_images import WithDistance, neighbours_bytes, neighbours_from, parts_of, read_neighbours
 from peft_vit.deployment.model_card import HEADER, Classifier, Header, ModelCard, Strict, read_json, write_exported
 from peft_vit.errors import UserError, agreeing_with, named, one_line, os_fault
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor
 from peft_vit.quantization.formats import dtype_name
+from peft_vit.records import FEATURES_FILE
 from peft_vit.safe_io import read_bytes, sha256_of
+from peft_vit.statistics import Neighbours
 
 HEAD_FILE = "head.safetensors"  # of a tower of transformers: classifier.weight and classifier.bias
-_PRETRAINED_FILES = ("config.json", HEAD_FILE, "model.safetensors", "preprocessor_config.json")
+_KNOWN = "known_images."  # before the names of the arrays of training features, in a safetensors file
+_PRETRAINED_FILES = ("config.json", FEATURES_FILE, HEAD_FILE, "model.safetensors", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,8 @@ def with_float_weights(model: nn.Module, card: ModelCard) -> nn.Module:
     return plain.requires_grad_(False).eval()
 
 
-def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
-    """Return a classifier that computes with torch, in float32."""
+def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None = None) -> Classifier:
+    """Return a classifier that computes with torch, in float32; features of known images tell its distances."""
     model.eval()
 
     @torch.inference_mode()
@@ -107,7 +111,16 @@ def torch_classifier(model: nn.Module, card: ModelCard) -> Classifier:
         computed: Tensor = model(torch.from_numpy(images))
         return computed.numpy()
 
-    return Classifier(logits, card)
+    if known is None:
+        return Classifier(logits, card)
+    both = WithDistance(model, known).eval()
+
+    @torch.inference_mode()
+    def with_distances(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        computed, distances = both(torch.from_numpy(images))
+        return computed.numpy(), distances.numpy()
+
+    return Classifier(logits, card, with_distances)
 
 
 class _Layer(Strict):
@@ -133,13 +146,14 @@ class LowBitHeader(Header):
     layers: dict[str, _Layer]
 
 
-def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
+def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbours | None = None) -> None:
     """Write a model: packed weights of its quantized layers, every other tensor as timm has it.
 
     Args:
         model: a Vision Transformer of timm whose adapters are merged (`merge`); float layers only are fine too.
         file: replaced if it exists.
         card: what the file says of the model.
+        known: features of training images, to which distances are told.
 
     Raises:
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
@@ -150,6 +164,8 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
     for name, weight in packed_weights(model).items():
         layers[name] = _Layer(**weight.format.as_json(), shape=weight.shape)
         tensors |= {f"{name}.weight.{part}": tensor for part, tensor in weight.tensors().items()}
+    if known is not None:
+        tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = LowBitHeader(card=card, layers=layers)
     _build(header, tensors, file)  # what could not be read again is not written
@@ -158,7 +174,12 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard) -> None:
 
 def open_low_bit(file: Path) -> Classifier:
     """Return the classifier in a file; raises UserError as `load_low_bit`."""
-    return torch_classifier(*load_low_bit(file))
+    header, tensors = _read_low_bit(file)
+    known = None
+    if header.card.unlike is not None:
+        parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
+        known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
+    return torch_classifier(_build(header, tensors, file), header.card, known)
 
 
 def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
@@ -167,10 +188,15 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
     Raises:
         UserError: if the file is cut off, was changed after it was written, or is not of this layout.
     """
+    header, tensors = _read_low_bit(file)
+    return _build(header, tensors, file), header.card
+
+
+def _read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
     texts, tensors = read_safetensors(file)
     header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
     header.check(low_bit_digest(header, tensors), file)
-    return _build(header, tensors, file), header.card
+    return header, tensors
 
 
 def low_bit_digest(header: LowBitHeader, tensors: dict[str, Tensor]) -> str:
@@ -187,9 +213,9 @@ def low_bit_digest(header: LowBitHeader, tensors: dict[str, Tensor]) -> str:
 def _build(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.Module:
     """Return the model that header and tensors describe, on the tensors' own memory."""
     card = header.card
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_KNOWN)}
     model: nn.Module = create_skeleton(card.architecture, card.image_size, len(card.class_names))
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tensors = dict(tensors)
     for name, layer in header.layers.items():
         linear = linears.get(name)
         if linear is None or (linear.out_features, linear.in_features) != layer.shape:
@@ -219,7 +245,7 @@ def _build(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.M
     return model.requires_grad_(False).eval()
 
 
-def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
+def save_pretrained(model: nn.Module, folder: Path, card: ModelCard, known: Neighbours | None = None) -> None:
     """Write a model's files: config.json, model.safetensors; of transformers preprocessor_config.json, too.
 
     `peft_vit.json` beside them says how images become the input, and holds a hash of the others.
@@ -232,6 +258,7 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         model: merged; stays as it is.
         folder: created; must be empty.
         card: names the model, its classes and its images.
+        known: as `save_low_bit`; in a file beside the others.
 
     Raises:
         UserError: if the folder holds files, or can't be written to.
@@ -255,6 +282,8 @@ def save_pretrained(model: nn.Module, folder: Path, card: ModelCard) -> None:
         else:
             with quiet():
                 _save_transformers(plain, folder, card)
+        if known is not None:
+            write_exported(folder / FEATURES_FILE, neighbours_bytes(known))
         signed = Header(card=card).signed(_pretrained_digest(card, folder))
         write_exported(folder / CARD_FILE, signed.encode())
 
@@ -331,9 +360,14 @@ def open_pretrained(folder: Path) -> Classifier:
         header = Header.read(read_bytes(file).decode(errors="replace"), file, "pretrained")
         header.check(_pretrained_digest(header.card, folder), folder)
     try:
-        return torch_classifier(load_pretrained(folder, header.card), header.card)
+        model = load_pretrained(folder, header.card)
     except Exception as error:  # timm and transformers share no class of errors
         raise UserError(f"{header.card.library} can't load it ({one_line(error)})", file=folder) from None
+    return torch_classifier(model, header.card, _known_beside(header.card, folder))
+
+
+def _known_beside(card: ModelCard, folder: Path) -> Neighbours | None:
+    return None if card.unlike is None else read_neighbours(folder / FEATURES_FILE)
 
 
 def open_peft(folder: Path, weights: str | None = None) -> Classifier:
@@ -369,4 +403,4 @@ def open_peft(folder: Path, weights: str | None = None) -> Classifier:
         )
     with agreeing_with(file):
         import_peft(backbone.model, folder)
-    return torch_classifier(backbone.model, card)
+    return torch_classifier(backbone.model, card, _known_beside(card, folder))

@@ -1,5 +1,6 @@
 """Predictions, what single updates bring to their quality, and what a model weighs and takes."""
 
+from peft_vit.evaluation.calibration import calibrate
 from peft_vit.evaluation.footprint import (
     MemoryWatch,
     available_memory_bytes,
@@ -15,4 +16,4 @@ from peft_vit.evaluation.footprint import (
     trainable_bytes,
     trainable_parameters,
 )
-from peft_vit.evaluation.metrics import autocast, forward_s, measure_ablation, predict
+from peft_vit.evaluation.metrics import autocast, forward_s, measure_ablation, predict, predict_with_middle

@@ -45,23 +45,46 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
 ) -> LogitsAndLabels:
     """Return logits (N, classes) and labels (N,) over all batches, in their order."""
-    logits, labels = [], []
+    return _pass(model, model, batches, device, precision)
+
+
+def predict_with_middle(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device, precision: Precision
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """Return what `predict` does, to the bit, and (N, D) of `Backbone.logits_and_middle`, of the same pass."""
+    backbone = Backbone(model)
+
+    def forward(images: Tensor) -> Tensor:
+        return torch.cat([part.float() for part in backbone.logits_and_middle(images)], dim=-1)
+
+    rows, labels = _pass(model, forward, batches, device, precision)
+    logits, middle = np.split(rows, [backbone.head.out_features], axis=1)
+    return logits, labels, middle
+
+
+@torch.inference_mode()
+def _pass(
+    model: nn.Module,
+    output_of: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    precision: Precision,
+) -> LogitsAndLabels:
+    rows, labels = [], []
 
     def forward(images: Tensor) -> Tensor:
         with autocast(device, precision):
-            output: Tensor = model(images.to(device))  # (B, 3, S, S) -> (B, classes)
-        return output
+            return output_of(images.to(device))  # (B, 3, S, S) -> (B, columns)
 
     with evaluating(model), class_token_alone(model):
         for images, targets in batches:
-            logits.append(forward_in_halves(forward, images, device).float().cpu().numpy())
+            rows.append(forward_in_halves(forward, images, device).float().cpu().numpy())
             labels.append(targets.numpy())
-    return np.concatenate(logits), np.concatenate(labels)  # (N, classes), (N,)
+    return np.concatenate(rows), np.concatenate(labels)  # (N, columns), (N,)
 
 
 @torch.inference_mode()

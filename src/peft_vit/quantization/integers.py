@@ -27,7 +27,7 @@ from peft_vit.errors import UserError
 from peft_vit.quantization.tensor import QuantizedTensor
 
 LARGEST = 127  # of a code of activations, and of a weight's where products are exact
-_LARGEST_OF_7_BITS = 64
+LARGEST_OF_7_BITS = 64  # of a weight's code that no processor's pairs of products are too large with
 _WHOLE = 1e-6  # of a number that counts as whole, so that nothing but float rounding is lost
 _ROWS = 32  # of the check; kernels differ by the number of rows, and few take the plainest one
 
@@ -45,29 +45,35 @@ class IntegerWeight:
     scales: Tensor
 
     @classmethod
-    def from_float(cls, weight: Tensor) -> IntegerWeight:
-        """Round float weights (out, in) to the nearest codes that this machine multiplies exactly."""
-        largest = largest_code(weight.shape[1], weight.device.type)
+    def from_float(cls, weight: Tensor, largest: int | None = None) -> IntegerWeight:
+        """Round float weights (out, in) to the nearest codes.
+
+        Args:
+            weight: of a layer.
+            largest: code; None: the largest that this machine multiplies exactly.
+        """
+        largest = largest or largest_code(weight.shape[1], weight.device.type)
         scales = (weight.detach().abs().amax(1).float() / largest).clamp_min_(torch.finfo(torch.float32).tiny)  # (out,)
         codes = (weight.detach() / scales.unsqueeze(1)).round_().clamp_(-largest, largest).to(torch.int8)  # (out, in)
         return cls(codes, scales)
 
     @classmethod
-    def from_quantized(cls, quantized: QuantizedTensor) -> IntegerWeight:
+    def from_quantized(cls, quantized: QuantizedTensor, largest: int | None = None) -> IntegerWeight:
         """Return a packed weight as it is, where each group's scale is a whole number of times its row's smallest one.
 
         So it is of integers with one scale a row, and of groups like QServe's (arXiv 2405.04532, sec. 4.1). Others are
-        rounded to the nearest codes.
+        rounded to the nearest codes; `largest` is as in `from_float`.
         """
         weight = quantized.dequantize()
+        largest = largest or largest_code(weight.shape[1], weight.device.type)
         scales = quantized.scales.float()  # (out, groups)
         unit = scales.masked_fill(scales == 0, math.inf).amin(1)  # (out,); infinite where a row is constant
         codes = weight / unit.unsqueeze(1)  # (out, in)
         whole = codes.round()
         near = bool(((codes - whole).abs() <= _WHOLE * whole.abs()).all())
-        if near and whole.abs().max() <= largest_code(weight.shape[1], weight.device.type) and unit.isfinite().all():
+        if near and whole.abs().max() <= largest and unit.isfinite().all():
             return cls(whole.to(torch.int8), unit)
-        return cls.from_float(weight)
+        return cls.from_float(weight, largest)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +97,20 @@ def quantize_rows(x: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tenso
     scales = largest.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
     scaled.mul_(scales.reciprocal()).round_()
     return (scaled.to(torch.int8) if codes is None else codes.copy_(scaled)), scales
+
+
+def int8_product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write left (N, K) @ right (K, M), int8, into `out` (N, M) int32.
+
+    CUDA takes more than 16 rows, and K and M in multiples of 8 (torch, aten/src/ATen/native/cuda/Blas.cpp, `_int_mm`):
+    zeros fill them up.
+    """
+    if left.device.type == "cpu":
+        return torch._int_mm(left, right, out=out)
+    rows, inner, columns = max(0, 17 - len(left)), -left.shape[1] % 8, -right.shape[1] % 8
+    pad = torch.nn.functional.pad
+    padded = torch._int_mm(pad(left, (0, inner, 0, rows)), pad(right, (0, columns, 0, inner)))
+    return out.copy_(padded[: len(left), : right.shape[1]])
 
 
 def has_integer_products(device: torch.device | str) -> bool:
@@ -122,7 +142,7 @@ def largest_code(inputs: int, device: str) -> int:
     signs[3::4, ::3] = -1
     x, weight = signs * LARGEST, signs.flip(1).contiguous() * LARGEST  # (32, in)
     exact = x.long() @ weight.long().T  # (32, 32)
-    return LARGEST if torch.equal(_product(x, weight.T, device), exact) else _LARGEST_OF_7_BITS
+    return LARGEST if torch.equal(_product(x, weight.T, device), exact) else LARGEST_OF_7_BITS
 
 
 def _product(x: Tensor, weight: Tensor, device: str) -> Tensor:

@@ -6,17 +6,20 @@ A results directory holds one study per folder::
     DIR/<study>/<experiment>/seed_<k>/progress.json        `progress.Attempt`, until the run is done
     DIR/<study>/<experiment>/seed_<k>/record.json          `schema.RunRecord`
     DIR/<study>/<experiment>/seed_<k>/adapter.safetensors  what was trained: adapter and head
+    DIR/<study>/<experiment>/seed_<k>/features.safetensors  of training images, with measures.features
 """
 
 from peft_vit.records.progress import StudyStatus
 from peft_vit.records.run_rows import RUN_COLUMNS, as_csv, history_rows, outcome_digest, run_row
 from peft_vit.records.scan import Contents, Problem, read_contents, read_records
 from peft_vit.records.schema import (
+    FEWEST_HELD_OUT,
     AdapterRemoval,
     BenchRow,
     BitAllocation,
     BitsEntry,
     ByteCounts,
+    Calibrated,
     Evaluation,
     Failure,
     FisherCheck,
@@ -40,9 +43,12 @@ from peft_vit.records.schema import (
     SiteInfo,
     StepRow,
     StudyFile,
+    TestedCalibration,
+    Unlike,
 )
 from peft_vit.records.storage import (
     ADAPTER_FILE,
+    FEATURES_FILE,
     HTML_FILE,
     LATEST,
     RECORD_FILE,

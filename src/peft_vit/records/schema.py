@@ -37,6 +37,7 @@ from peft_vit.config import (
     QuantizationType,
     StudyConfig,
 )
+from peft_vit.errors import UserError
 from peft_vit.records.migrations import with_digested
 
 # Experiment and seed, which is also the run's folder below the study's: nothing that leads out of it.
@@ -46,6 +47,8 @@ Role = Literal["attention", "mlp", "other"]  # of a matrix in its block
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
 TaskName = Literal["classification"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
+
+FEWEST_HELD_OUT = 20  # images, of which 95 % are at least one less than all
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -58,7 +61,7 @@ _RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 _LATER_SECTIONS = ("peft",)
 _LATER = {
     "backbone": ("library",),
-    "measures": ("logits",),
+    "measures": ("logits", "features"),
     "data": ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds"),
 }
 _LATER_OF_EXPERIMENT = {
@@ -378,6 +381,63 @@ class Predictions(_Value):
         return self
 
 
+class Calibrated(_Value):
+    """How far a model can be believed: a temperature, and thresholds of prediction sets.
+
+    Found on images of which the models that predicted them were not trained; see `evaluation.calibrate`.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    images: int = Field(ge=1)
+    temperature: _Positive  # probabilities are softmax(logits / temperature)
+    coverages: tuple[_Share, ...]  # rising
+    thresholds: tuple[_Share, ...]  # of each coverage: a class with 1 - p up to it is in the set
+
+    @model_validator(mode="after")
+    def _one_a_coverage(self) -> Self:
+        if len(self.coverages) != len(self.thresholds) or list(self.coverages) != sorted(set(self.coverages)):
+            raise ValueError("expected rising coverages and a threshold for each")
+        return self
+
+    def threshold(self, coverage: float) -> float:
+        """Return the threshold of the least stored coverage that is not below one.
+
+        Raises:
+            UserError: if there is none, or all are above it.
+        """
+        if not self.coverages:
+            raise UserError(
+                f"the model was calibrated on {self.images} images, too few for any; leave it out", field="coverage"
+            )
+        lowest, highest = self.coverages[0], self.coverages[-1]
+        if not lowest - 1e-9 <= coverage <= highest + 1e-9:  # also NaN
+            raise UserError(
+                f"expected {lowest:g} to {highest:g}, for which the model has thresholds; got {coverage:g}",
+                field="coverage",
+            )
+        return next(t for stored, t in zip(self.coverages, self.thresholds, strict=True) if stored >= coverage - 1e-9)
+
+
+class Unlike(_Value):
+    """When an image is unlike all that a model was trained on; see `statistics.Neighbours`."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    images: int = Field(ge=FEWEST_HELD_OUT)  # held out, of which 95 % are not farther than the threshold
+    threshold: Annotated[float, Field(ge=0)]  # of the distance to the nearest training image: above it, it is
+
+
+class TestedCalibration(_Value):
+    """What came of calibrated probabilities, prediction sets and the flag "unlike your images" on test images."""
+
+    nll: FiniteFloat  # nats, mean
+    probability: list[_Share]  # calibrated, of the predicted class of each image, as in `predictions`
+    covered: dict[float, _Share] = {}  # by coverage that was asked for: share of images whose set holds the true class
+    set_size: dict[float, _Positive] = {}  # likewise, mean number of classes in a set
+    unlike: _Count | None = None  # images that were flagged: false alarms; None: there is no threshold
+
+
 class ParameterCounts(_Value):
     """Trainable parameters, head included; counted on the live model."""
 
@@ -469,6 +529,11 @@ class RunRecord(_Value):
     validation: Metrics | None = None  # at the chosen step; None without validation images
     test: Metrics | None = None  # read once, at the chosen step
     predictions: Predictions | None = None  # None in older records
+    # From validation images, which training has not fitted; None without these, and in older records.
+    calibrated: Calibrated | None = Field(default=None, exclude_if=lambda value: value is None)
+    unlike: Unlike | None = Field(default=None, exclude_if=lambda value: value is None)  # with measures.features
+    features_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)  # of FEATURES_FILE
+    tested_calibration: TestedCalibration | None = Field(default=None, exclude_if=lambda value: value is None)
     removal: AdapterRemoval | None = None  # with measures.removal_images
     latency_s: dict[int, _Seconds] = {}  # of a forward pass, median, by batch size; with measures.latency_batches
     registration: Registration | None = None  # as of version 0.2.0; None in older and newer records

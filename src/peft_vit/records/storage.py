@@ -22,6 +22,7 @@ from peft_vit.safe_io import folder_below, read_bytes
 STUDY_FILE = "study.json"
 RECORD_FILE = "record.json"
 ADAPTER_FILE = "adapter.safetensors"
+FEATURES_FILE = "features.safetensors"
 HTML_FILE = "report.html"
 LATEST = "latest"  # beside the folders of `peft-vit train`: a link to that of the last call
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
@@ -128,16 +129,18 @@ def write_record(results_dir: Path, record: RunRecord) -> Path:
     return file
 
 
-def write_result(results_dir: Path, record: RunRecord, adapter: bytes | None) -> None:
-    """Write what came out of a run: the adapter first, so that no record of a finished run stands without it.
+def write_result(results_dir: Path, record: RunRecord, adapter: bytes | None, features: bytes | None = None) -> None:
+    """Write what came out of a run: the record last, so that none of a finished run stands without its files.
 
     Args:
         results_dir: the run's folder lies below it.
         record: what happened.
         adapter: content of the adapter file; None if the run failed.
+        features: content of the file of training features; None: there is none.
     """
-    if adapter is not None:
-        write_whole(run_folder(results_dir, record.spec) / ADAPTER_FILE, adapter)
+    for name, content in ((FEATURES_FILE, features), (ADAPTER_FILE, adapter)):
+        if content is not None:
+            write_whole(run_folder(results_dir, record.spec) / name, content)
     write_record(results_dir, record)
 
 

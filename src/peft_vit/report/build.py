@@ -201,8 +201,8 @@ def _only_model(results: Results) -> ModelSummary | None:
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
         return None
     record = runs[0].record
-    calibrated = getattr(record, "tested_calibration", None)
-    quality = model_quality(record, None if calibrated is None else calibrated.probability)
+    tested = record.tested_calibration
+    quality = model_quality(record, None if tested is None else tested.probability)
     if quality is None:
         return None
     file = next(results.directory.rglob(RECORD_FILE))

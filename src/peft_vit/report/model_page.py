@@ -306,7 +306,7 @@ def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
 
 def _calibration(record: RunRecord) -> Iterator[Block]:
     """Yield what was done so that probabilities hold, and how often prediction sets hold the class."""
-    calibrated, tested = (getattr(record, name, None) for name in ("calibrated", "tested_calibration"))
+    calibrated, tested = record.calibrated, record.tested_calibration
     if calibrated is None or tested is None:
         return
     yield Paragraph(

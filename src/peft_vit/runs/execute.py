@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -42,6 +43,7 @@ from peft_vit.evaluation import (
     give_memory_back,
     head_parameters,
     predict,
+    predict_with_middle,
     trainable_bytes,
     trainable_parameters,
 )
@@ -59,6 +61,7 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
+from peft_vit.runs.calibration import Outputs, calibration_of, known_images
 from peft_vit.runs.head_init import SharedFeatures, init_head
 from peft_vit.runs.machine import (
     cpu_count,
@@ -116,10 +119,12 @@ class Finished:
     Attributes:
         record: what happened.
         adapter: content of the adapter file; None if the run failed.
+        features: content of the file of training features; None: there is none.
     """
 
     record: RunRecord
     adapter: bytes | None
+    features: bytes | None = None
 
 
 def run_one(
@@ -145,8 +150,9 @@ def run_one(
             warnings.simplefilter("always", category)
         attempt = Attempt(spec, checkpoints, should_stop, caught)
         try:
-            outcome, adapter = _execute(spec, attempt, on_progress)
-            finished = Finished(RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome), adapter)
+            outcome, adapter, features = _execute(spec, attempt, on_progress)
+            record = RunRecord(spec=spec, status="done", **dict(attempt.known), **outcome)
+            finished = Finished(record, adapter, features)
         except Interrupted:
             raise
         except Exception as error:
@@ -186,8 +192,10 @@ def _kind(error: Exception) -> Failure:
 # --- one walk from the specification to what the record holds ---------------------------------------------------------
 
 
-def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) -> tuple[dict[str, Any], bytes]:
-    """Return what the record holds beside what the attempt knows, and the content of the adapter file."""
+def _execute(
+    spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None
+) -> tuple[dict[str, Any], bytes, bytes | None]:
+    """Return what the record holds beside what the attempt knows, and the content of adapter and features file."""
     experiment = spec.experiment
     if METHODS[experiment.method].uses_peft:
         load_peft()
@@ -221,7 +229,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
     ranks = update_ranks(model)
     memory.prepared()
 
-    result, tested = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
+    result, tested, features = _train_and_test(model, data, spec, runtime, hooks, attempt, on_progress)
     metadata = {
         "spec": spec.model_dump(mode="json"),
         "class_names": list(data.class_names),
@@ -275,7 +283,7 @@ def _execute(spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None) ->
         **take_measures(model, backbone, data, spec, runtime, overhead),
     }
     attempt.update()
-    return outcome, content
+    return outcome, content, features
 
 
 def _prepare(
@@ -309,8 +317,8 @@ def _train_and_test(
     hooks: list[Hook],
     attempt: Attempt,
     on_progress: OnProgress | None,
-) -> tuple[TrainingResult, dict[str, Any]]:
-    """Return what training saw, and what the record holds of the test split, which is read this once.
+) -> tuple[TrainingResult, dict[str, Any], bytes | None]:
+    """Return what training saw, what the record holds of the test split, read this once, and the features file.
 
     With a probe to start from that is before training, while its features can be had; training can't reach the images.
     """
@@ -339,8 +347,6 @@ def _train_and_test(
             initial_parameters=fitted,
             peak_parameters=fitted,
         )
-        images = data.test.open()
-        logits, labels = head_logits(head, features.of(images).values, runtime), images.labels
     else:
         result = train(
             model,
@@ -356,12 +362,30 @@ def _train_and_test(
             probe=probed,
             temperature=temperature,
         )
-        images = images or data.test.open()
-        batches = images.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
-        logits, labels = predict(model, batches, device=runtime.device, precision=runtime.precision)
-    predicted = data.task.predictions(logits, labels, images.positions, keep_logits=spec.measures.logits)
+
+    def outputs(of: LabelledImages) -> Outputs:
+        batches = of.ordered_batches(training.images_at_once, runtime.mean, runtime.std)
+        if spec.measures.features:
+            found = Outputs(*predict_with_middle(model, batches, device=runtime.device, precision=runtime.precision))
+        elif is_probe:
+            found = Outputs(np.empty((0, 0), np.float32), of.labels, None)
+        else:
+            found = Outputs(*predict(model, batches, device=runtime.device, precision=runtime.precision), None)
+        if is_probe:  # its logits are of the features that it was fitted to
+            return found._replace(logits=head_logits(head, features.of(of).values, runtime))
+        return found
+
+    images = images or data.test.open()
+    test, content = outputs(images), None
+    calibration: dict[str, Any] = {}
+    if len(data.validation):
+        with attempt.overhead.of("calibration"):
+            known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
+            calibration, content = calibration_of(outputs(data.validation), test, known)
+    predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
     predicted = predicted.model_copy(update={"files": data.test_files})
-    return result, {"test": data.task.measure(logits, labels), "predictions": predicted}
+    measured = data.task.measure(test.logits, test.labels)
+    return result, {"test": measured, "predictions": predicted, **calibration}, content
 
 
 def _provenance(

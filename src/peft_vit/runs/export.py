@@ -17,29 +17,28 @@ from peft_vit.adapters.peft_format import export_peft
 from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
-    Calibrated,
     Classifier,
     Merged,
     ModelCard,
     OnnxRuntime,
-    check_int8,
     export_onnx,
-    input_ranges,
     merge,
     open_exported,
     torch_classifier,
     writer_of,
 )
+from peft_vit.deployment.known_images import neighbours_bytes
 from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
+from peft_vit.records import FEATURES_FILE, Calibrated
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
 
 _COMPARED_AT_ONCE = 32
-_CALIBRATED_ON = 128  # training images, for the ranges of activations
+_COMPARED_WITH = 128  # training images, where the run validated on none
 _ELSEWHERE = "choose another place"
 LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
@@ -81,11 +80,11 @@ class Exported:
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """How an ONNX file multiplies by low-bit weights; None: not requested.
+    """How an ONNX file multiplies; None: not requested.
 
     Attributes:
         runtime: see `deployment.export_onnx`; None: small.
-        activations: int8: both factors in 8 bits; it expands codes as fast does.
+        activations: int8: frozen layers multiply 8-bit integers, as `training.compute: int8` does.
         accept_loss: the most points of accuracy on the validation images that int8 may lose; None: LARGEST_LOSS.
     """
 
@@ -115,6 +114,8 @@ def export_run_to_peft(run_dir: Path, output_dir: Path, *, overwrite: bool = Fal
     run = restore_run(run_dir)
     with os_fault("can't be written", output_dir, remedy=_ELSEWHERE), whole_folder(output_dir) as made:
         export_peft(run.model, made, run.card.model_dump(mode="json"))
+        if run.known is not None:
+            write_exported(made / FEATURES_FILE, neighbours_bytes(run.known))
     return run.card
 
 
@@ -144,7 +145,7 @@ def export_run_to_file(
         file: ends as the format says; of pretrained a folder, new or empty.
         format: of EXPORTS.
         options: of onnx.
-        calibrated: what the file says of how far it can be believed.
+        calibrated: what the file says of how far it can be believed; None: what the run found.
         overwrite: take the place of what is there; of a folder only of an earlier export.
 
     Raises:
@@ -159,26 +160,28 @@ def export_run_to_file(
         require_extra(kind.extra, f"--format {format}")
     run = restore_run(run_dir)
     int8 = options.activations is not None
-    if options.runtime or int8:
-        _check_packed(run, run_dir, options)
+    if options.runtime is not None and not packed_weights(run.model):
+        raise UserError(
+            f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field="--runtime"
+        )
     merged = merge(run.model, run.card)
-    card = run.card.model_copy(update={"calibrated": calibrated})
+    card = run.card if calibrated is None else run.card.model_copy(update={"calibrated": calibrated})
     if options.runtime is not None:
-        export_onnx(merged.model, file, card, runtime=options.runtime)
+        export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
     elif not int8 and kind.ending:
-        writer_of(format)(merged.model, file, card)
+        writer_of(format)(merged.model, file, card, run.known)
     elif not int8:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
-            writer_of(format)(merged.model, made, card)
+            writer_of(format)(merged.model, made, card, run.known)
     try:
         data = run.load_data()
     except UserError as error:
         if not int8:
             return Exported(merged, None, str(error))
-        message = f"is calibrated on the run's training images, and they are not there: {error}"
+        message = f"needs the run's images, which tell what int8 loses, and they are not there: {error}"
         raise UserError(message, field="--activations") from None
     split: _Split = "validation" if len(data.validation) else "training"
-    images = data.validation if split == "validation" else _spread(data.train, _CALIBRATED_ON)
+    images = data.validation if split == "validation" else _spread(data.train, _COMPARED_WITH)
     if not int8:
         comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
         return Exported(merged, comparison)
@@ -189,7 +192,7 @@ def export_run_to_file(
             "accepted on training images with --accept-loss",
             field="--activations",
         )
-    comparison, content = _try_int8(run, merged.model, card, data.train, images, split)
+    comparison, content = _try_int8(run, merged.model, card, images, split)
     accepted = LARGEST_LOSS if options.accept_loss is None else options.accept_loss
     lost = 100 * comparison.accuracy_loss.estimate
     if lost > accepted:
@@ -202,34 +205,22 @@ def export_run_to_file(
     return Exported(merged, comparison, activations="int8")
 
 
-def _check_packed(run: RestoredRun, run_dir: Path, options: OnnxOptions) -> None:
-    if not packed_weights(run.model):
-        option = "--runtime" if options.activations is None else "--activations"
-        raise UserError(f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field=option)
-    if options.activations is not None:
-        check_int8(run.model)
-
-
 def compare_int8(run_dir: Path) -> Comparison:
     """Return what activations in 8 bits do to a run's model on its test images; nothing is written.
 
     Where many runs are tested on folds, these are images that none of them was trained on and no verdict is kept for.
     """
     run = restore_run(run_dir)
-    _check_packed(run, run_dir, OnnxOptions(activations="int8"))
-    data = run.load_data()
-    return _try_int8(run, merge(run.model, run.card).model, run.card, data.train, data.test.open(), "test")[0]
+    return _try_int8(run, merge(run.model, run.card).model, run.card, run.load_data().test.open(), "test")[0]
 
 
 def _try_int8(
-    run: RestoredRun, merged: nn.Module, card: ModelCard, train: LabelledImages, images: LabelledImages, split: _Split
+    run: RestoredRun, merged: nn.Module, card: ModelCard, images: LabelledImages, split: _Split
 ) -> tuple[Comparison, bytes]:
-    """Return what activations in 8 bits, calibrated on training images, do to a run's model, and the file's content."""
-    calibration = _spread(train, _CALIBRATED_ON).ordered_batches(_COMPARED_AT_ONCE, card.mean, card.std)
-    ranges = input_ranges(merged, (batch for batch, _ in calibration))
+    """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "model.onnx"
-        export_onnx(merged, trial, card, input_ranges=ranges)
+        export_onnx(merged, trial, card, activations="int8", known=run.known)
         return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
 
 

@@ -118,7 +118,7 @@ def _cpu_support() -> Bf16Support:
         return Bf16Support(False, "this CPU has neither AVX512_BF16 nor AMX instructions")
     has = f"this CPU has {' and '.join(native)} instructions"
     limit = _onednn_limit()
-    if limit in _WITHOUT_BF16:
+    if limit.upper() in _WITHOUT_BF16:
         return Bf16Support(False, f"{has}, but ONEDNN_MAX_CPU_ISA={limit} leaves them out")
     return Bf16Support(True, has)
 
@@ -128,11 +128,11 @@ def instruction_limits() -> list[str]:
 
     ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA keep them from others that the processor has, and sums round otherwise.
     """
-    return [torch.backends.cpu.get_cpu_capability(), _onednn_limit()]
+    return [torch.backends.cpu.get_cpu_capability(), _onednn_limit().upper()]
 
 
 def _onednn_limit() -> str:
-    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA", "")  # the second is its old name
 
 
 def instruction_sets() -> list[str]:

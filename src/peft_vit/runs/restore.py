@@ -21,7 +21,9 @@ from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
+from peft_vit.runs.calibration import known_of
 from peft_vit.safe_io import sha256_of
+from peft_vit.statistics import Neighbours
 from peft_vit.tasks import TASKS
 
 
@@ -32,11 +34,13 @@ class RestoredRun:
     record: RunRecord
     backbone: LoadedBackbone
     model: nn.Module  # carries adapters and head at the chosen step; on the CPU, in evaluation mode
+    known: Neighbours | None  # features of training images; None: the run kept none
 
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        return model_card(self.record.spec, self.backbone, self.record.class_names)
+        card = model_card(self.record.spec, self.backbone, self.record.class_names)
+        return card.model_copy(update={"calibrated": self.record.calibrated, "unlike": self.record.unlike})
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""
@@ -74,7 +78,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     folder = single_run(path)
     if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
         run = restore_run(folder)
-        return torch_classifier(run.model, run.card)
+        return torch_classifier(run.model, run.card, run.known)
     if folder != path:
         done_record(folder)  # says what is missing
     return open_exported(path, weights)
@@ -129,7 +133,7 @@ def restore_run(run_dir: Path) -> RestoredRun:
             module.drop_float()  # wherever the schedule starts, a saved run stands on quantized weights alone
     if spec.experiment.training.compute == "int8":
         use_integer_products(backbone.model)
-    return RestoredRun(record, backbone, backbone.model.eval())
+    return RestoredRun(record, backbone, backbone.model.eval(), known_of(run_dir, record))
 
 
 def prepare_as_saved(

@@ -5,6 +5,7 @@ hold. They say `scipy.stats.…` in full, since scipy loads a part, 12 to 60 MB 
 """
 
 from peft_vit.statistics.conformal import (
+    TemperaturePrior,
     class_scores,
     conformal_quantile,
     fit_temperature,
@@ -26,6 +27,7 @@ from peft_vit.statistics.intervals import (
     proportion_interval,
     shifted,
 )
+from peft_vit.statistics.neighbours import Neighbours
 from peft_vit.statistics.sequential import Look, SequentialResult, SequentialTest, Stopped, StoppingRule, follow
 from peft_vit.statistics.significance import (
     Significance,

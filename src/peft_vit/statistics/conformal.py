@@ -6,6 +6,7 @@ Held out is an image of which the model that predicts it was not trained. With f
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import scipy
@@ -19,8 +20,18 @@ def probabilities(logits: ArrayLike, temperature: float) -> NDArray[np.float64]:
     return np.asarray(scipy.special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1))
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+class TemperaturePrior(NamedTuple):
+    """What is known of a temperature before its images are seen: its logarithm is normally distributed."""
+
+    median: float
+    spread: float  # standard deviation of the logarithm
+
+
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrior | None = None) -> float:
     """Return the temperature with the least mean negative log-likelihood, within TEMPERATURES.
+
+    With a prior it is the most probable one: the least sum of the images' negative log-likelihood and
+    ``(ln T - ln median)^2 / (2 spread^2)``, which also a few images that are all right do not drive to an end.
 
     The likelihood is concave in b = 1 / temperature, so the root of its slope is the only one: the mean of
     ``sum_k p_k(b) z_k - z_y`` over images. Which class is most probable does not change. Source: Guo et al. 2017,
@@ -29,9 +40,19 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
     Args:
         logits: (N, classes), held out.
         labels: (N,) true classes.
+        prior: of the temperature; None: the images decide alone.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     own = z[np.arange(len(y)), y]  # (N,)
+    if prior is not None:
+
+        def loss(log_t: float) -> float:
+            scaled = z / math.exp(log_t)
+            nll = scipy.special.logsumexp(scaled, axis=1).sum() - own.sum() / math.exp(log_t)
+            return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
+
+        bounds = tuple(map(math.log, TEMPERATURES))
+        return math.exp(float(scipy.optimize.minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
     def slope(inverse: float) -> float:
         expected = (probabilities(z, 1 / inverse) * z).sum(1)  # (N,)

@@ -312,6 +312,7 @@ def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: d
         "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
+        "measures": {"features": True},
     }
     return study_from_mapping(mapping, file=request.images)
 

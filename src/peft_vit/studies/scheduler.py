@@ -276,10 +276,10 @@ class _Attempts:
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure
             self.failures[run] += 1
             again = self.failures[run] <= self.retries
-        record = self.store.ended(record, event.adapter, retried=again)
+        record = self.store.ended(record, event.adapter, event.features, retried=again)
         if not again:
             self.waiting.discard(run)
-            self.on_event(RunEnded(event.run, record, event.adapter))
+            self.on_event(RunEnded(event.run, record, event.adapter, event.features))
         elif self.stopping:
             self.on_event(Notice(f"{record.spec.run_id}: {record.error}"))
         else:
@@ -350,12 +350,15 @@ class StudyStore:
         """Write that an attempt was stopped."""
         self._write(run, self._attempt(run).model_copy(update={"state": "interrupted"}))
 
-    def ended(self, record: RunRecord, adapter: bytes | None = None, *, retried: bool = False) -> RunRecord:
+    def ended(
+        self, record: RunRecord, adapter: bytes | None = None, features: bytes | None = None, *, retried: bool = False
+    ) -> RunRecord:
         """Write what came of an attempt: of the last one its result, whose checkpoints go if it is done.
 
         Args:
             record: what happened.
             adapter: content of the adapter file; None if the run failed.
+            features: content of the file of training features; None: there is none.
             retried: it failed, and is attempted again.
 
         Returns:
@@ -372,7 +375,7 @@ class StudyStore:
         if retried:
             self._write(run, attempt.model_copy(update={"state": "failed", "error": record.error}))
             return record
-        write_result(self.folder.parent, record, adapter)
+        write_result(self.folder.parent, record, adapter, features)
         if record.status == "done":
             self._clean_up(run)
         return record

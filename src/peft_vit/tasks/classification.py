@@ -214,10 +214,6 @@ class _Classification:
             logits=[[float(str(z)) for z in row] for row in outputs] if keep_logits else None,
         )
 
-    def answer(self, names: Sequence[str], predicted: int, probability: float) -> str:
-        """Return a class and its probability, ``cat, 93.1 %``."""
-        return f"{names[predicted]}, {100 * probability:.1f} %"
-
     def image_weights(self, labels: Classes, weights: Floats) -> Floats:
         """Return the weight of each image's class, (N,)."""
         of_images: Floats = weights[labels]

@@ -105,9 +105,6 @@ class Task(Protocol):
     ) -> Predictions:
         """Return what is predicted of each image of a split."""
 
-    def answer(self, names: Sequence[str], predicted: int, probability: float) -> str:
-        """Return one prediction in words."""
-
     def image_weights(self, labels: Labels, weights: Floats) -> Floats:
         """Return the weight of each image in a linear fit, (N,), with weights of the loss (K,)."""
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from peft_vit.analysis import read_results
 from peft_vit.analysis.stopping import sequential_results
-from peft_vit.deployment import Calibrated
-from peft_vit.records import RunRecord
+from peft_vit.records import Calibrated, RunRecord
 from peft_vit.report.document import Block, Drawing, Table
 from peft_vit.report.formatting import (
     count,

@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 
 from peft_vit.config import exported_bytes
-from peft_vit.deployment import Calibrated, OnnxRuntime
+from peft_vit.deployment import OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
-from peft_vit.records import RECORD_FILE, BenchRow, read_record
+from peft_vit.records import RECORD_FILE, BenchRow, Calibrated, read_record
 from peft_vit.runs.bench import MADE, bench
 from peft_vit.runs.export import LARGEST_LOSS, Comparison, OnnxOptions, compare_int8, export_run_to_file
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
-from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
+from peft_vit.evaluation import calibrate
 from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
 from peft_vit.report.build import write_report
 from peft_vit.report.class_blocks import fonts_for, no_font
@@ -99,7 +99,7 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
         choice.fold_runs[choice.chosen],
     )
     folds = held_out([read_record(folder / RECORD_FILE) for folder in fold_runs])
-    calibrated = Calibrated.on(folds.logits, folds.labels, folds.images.tolist())
+    calibrated = calibrate(folds.logits, folds.labels, folds.images.tolist())
     reference = None if choice.chosen == choice.reference else records[choice.reference]
     sealed = measure_sealed(chosen, reference, folds, calibrated)
     model_folder = directory / MODEL_FOLDER

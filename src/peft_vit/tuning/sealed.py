@@ -11,10 +11,16 @@ from numpy.typing import NDArray
 
 from peft_vit.analysis.model_quality import ModelQuality, model_quality
 from peft_vit.analysis.reliability import BINS, Bin, calibration_error, equal_count_bins, equal_width_bins
-from peft_vit.deployment import Calibrated
 from peft_vit.errors import UserError
-from peft_vit.records import Predictions, RunRecord
-from peft_vit.statistics import Interval, fold_coverage, paired_proportions, prediction_sets, proportion_interval
+from peft_vit.records import Calibrated, Predictions, RunRecord
+from peft_vit.statistics import (
+    Interval,
+    fold_coverage,
+    paired_proportions,
+    prediction_sets,
+    probabilities,
+    proportion_interval,
+)
 
 SHOWN_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 _IN_A_BIN = 15  # images, at least, of a figure
@@ -95,7 +101,7 @@ def measure_sealed(chosen: RunRecord, reference: RunRecord | None, folds: HeldOu
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     right, n = labels == predicted, len(labels)
     other = None if reference is None else _right(reference, predictions)
-    probability = calibrated.probabilities(logits)
+    probability = probabilities(logits, calibrated.temperature)
     quality = model_quality(chosen, probability[np.arange(n), predicted])
     assert quality is not None
     return Sealed(
@@ -141,7 +147,7 @@ def _calibration(logits: NDArray[np.float64], labels: NDArray[np.int64], calibra
 def _coverage_results(
     probability: NDArray[np.float64], labels: NDArray[np.int64], folds: HeldOut, calibrated: Calibrated
 ) -> list[CoverageResult]:
-    on_folds, n, found = calibrated.probabilities(folds.logits), len(labels), []
+    on_folds, n, found = probabilities(folds.logits, calibrated.temperature), len(labels), []
     several = len(np.unique(folds.runs)) > 1
     for asked in SHOWN_COVERAGES:
         if asked in calibrated.coverages and several:

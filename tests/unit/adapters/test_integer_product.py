@@ -1,6 +1,10 @@
 """A frozen weight multiplied in integers under adapters: the formula in float64 on rounded values, and gradients."""
 
 import copy
+import re
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,9 @@ from tiny_models import loose_site
 from torch import nn
 
 from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, attach_adapters, merged_state_dict
+from peft_vit.adapters import integer_product as integer_product_module
 from peft_vit.adapters.adapted_model import use_integer_products
+from peft_vit.adapters.adapted_product import remember_sources
 from peft_vit.adapters.integer_product import integer_product
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
@@ -135,6 +141,75 @@ def test_a_model_multiplies_integers_in_all_blocks_and_learns(tiny_vit, batch, p
     merged = tiny_vit()
     merged.load_state_dict(merged_state_dict(model))
     assert (merged(images) - model(images)).abs().max() < 0.1 * logits.abs().max()
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Return how much of the mapping that a tensor stands in is in memory."""
+    smaps = Path("/proc/self/smaps").read_text()
+    for start, stop, entry in re.findall(r"^([0-9a-f]+)-([0-9a-f]+) (.*?)^VmFlags", smaps, re.MULTILINE | re.DOTALL):
+        if int(start, 16) <= tensor.data_ptr() < int(stop, 16):
+            return 1024 * int(re.search(r"^Rss: +(\d+)", entry, re.MULTILINE)[1])
+    raise LookupError
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is in memory")
+def test_float_weights_take_no_memory_until_they_are_read(tiny_vit, batch) -> None:
+    model = tiny_vit()
+    attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+    before = {name: module.weight.clone() for name, module in adapted_modules(model)}
+    use_integer_products(model)
+    model(batch[0]).sum().backward()
+    adapted = dict(adapted_modules(model))
+    assert all(resident_bytes(module.weight) == 0 for module in adapted.values())
+    assert before.keys() == adapted.keys()
+    assert all(torch.equal(before[name], module.weight) for name, module in adapted.items())
+    assert resident_bytes(adapted["blocks.0.attn.qkv"].weight) > 0
+    with torch.no_grad():
+        adapted["blocks.0.attn.qkv"].weight.mul_(2)  # they are a tensor like any other
+    assert torch.equal(copy.deepcopy(model).blocks[0].attn.qkv.weight, 2 * before["blocks.0.attn.qkv"])
+
+
+def test_without_room_for_a_file_float_weights_stay(tiny_vit, batch, monkeypatch) -> None:
+    model, other = tiny_vit(), tiny_vit()
+    use_integer_products(other.requires_grad_(False))
+    place = model.requires_grad_(False).blocks[0].attn.qkv.weight.data_ptr()
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    use_integer_products(model)
+    assert model.blocks[0].attn.qkv.weight.data_ptr() == place
+    assert torch.equal(model(batch[0]), other(batch[0]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_codes_that_are_made_again_give_the_same_gradients_and_are_not_kept(tiny_vit, batch, monkeypatch, bf16) -> None:
+    monkeypatch.setattr(integer_product_module, "LEAST_VALUES", 1)
+    model = tiny_vit()
+    attach_adapters(model, find_sites(model), 2, scale=1.0, seed=0)
+    use_integer_products(model)
+
+    def gradients() -> tuple[list[torch.Tensor], int]:
+        codes: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            codes.extend([tensor.numel()] * (tensor.dtype == torch.int8))
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(batch[0]).float().square().sum()
+        return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])), sum(codes)
+
+    expected, kept = gradients()
+    remember_sources(model)
+    again, left = gradients()
+    assert all(torch.equal(mine, true) for mine, true in zip(again, expected, strict=True))
+    # A block has three inputs of one width and one of two. Left are attention's outputs, and the first block's inputs,
+    # which have no gradient.
+    assert 10 * left == 3 * kept
+    assert any(gradient.abs().max() > 0 for gradient in expected)
 
 
 def test_images_do_not_depend_on_the_batch(tiny_vit, batch) -> None:

@@ -31,7 +31,7 @@ Gradients = dict[str, Tensor]
 
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapted_product, "_LEAST_VALUES", 1)
+    monkeypatch.setattr(adapted_product, "LEAST_VALUES", 1)
 
 
 def adapted(model: nn.Module, pool: int = 1, type: str | None = None) -> nn.Module:

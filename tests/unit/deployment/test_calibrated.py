@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from tiny_models import CARD
 
-from peft_vit.deployment import Calibrated, Classifier, check_coverage, predict_files
+from peft_vit.deployment import Classifier, check_coverage, predict_files
 from peft_vit.deployment.model_card import ModelCard, read_json
 from peft_vit.errors import UserError
+from peft_vit.evaluation import calibrate
+from peft_vit.records import Calibrated
 
 KNOWN = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.9, 0.95), thresholds=(0.2, 0.75, 0.9))
 CALIBRATED = CARD.model_copy(update={"calibrated": KNOWN})
@@ -58,7 +60,7 @@ def test_sets_follow_the_next_threshold_and_begin_with_the_most_probable(
 @pytest.mark.parametrize(
     ("card", "coverage", "says"),
     [
-        (CARD, 0.9, "this one holds no thresholds"),
+        (CARD, 0.9, "this model holds none"),
         (CALIBRATED, 0.99, "expected 0.8 to 0.95, for which the model has thresholds; got 0.99"),
         (CALIBRATED, 0.5, "expected 0.8 to 0.95"),
         (CALIBRATED, math.nan, "got nan"),
@@ -76,7 +78,7 @@ def test_a_coverage_without_threshold_is_refused(card: ModelCard, coverage: floa
 
 def test_few_images_have_no_thresholds_for_high_coverages() -> None:
     rng = np.random.default_rng(0)
-    calibrated = Calibrated.on(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
+    calibrated = calibrate(rng.normal(size=(18, 3)), rng.integers(0, 3, 18), list(range(9)) * 2)
     assert calibrated.images == 9
     assert calibrated.coverages == tuple(percent / 100 for percent in range(80, 91))  # (9 + 1) 0.91 is above 9
     assert list(calibrated.thresholds) == sorted(calibrated.thresholds)

@@ -2,7 +2,6 @@
 
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ Written = tuple[nn.Module, dict[str, Path]]
 
 def write(model: nn.Module, name: str, folder: Path) -> Path:
     file = folder / f"model{EXPORTS[name].ending}"
-    writer_of(name)(model, file, CARD)
+    writer_of(name)(model, file, CARD, None)
     return file
 
 
@@ -60,15 +59,11 @@ def test_a_model_with_adapters_is_refused(tmp_path: Path, name: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-IN_8_BITS = partial(export_onnx, input_ranges={})
-
-
 @pytest.mark.parametrize(
     ("export", "kind", "group", "fault"),
     [
         (export_onnx, "int4", 8, r"qkv has groups of 8 inputs"),
         (export_onnx, "nf3", 16, r"qkv is in nf3.*--runtime fast, or train with int3"),
-        (IN_8_BITS, "int2", 16, r"qkv is in int2.*--runtime fast"),
         (export_openvino, "fp4", 32, r"qkv is in fp4.*export onnx or safetensors"),
         (export_openvino, "nf3", 32, r"qkv is in nf3.*export onnx or safetensors"),
     ],
@@ -104,7 +99,7 @@ def test_a_cut_or_altered_file_is_refused(written: Written, tmp_path: Path, name
 
 def test_a_folder_of_timm_is_the_model_and_refused_when_a_file_in_it_was_changed(tmp_path: Path) -> None:
     model, folder = random_model("test_vit").eval(), tmp_path / "folder"
-    writer_of("pretrained")(model, folder, CARD)
+    writer_of("pretrained")(model, folder, CARD, None)
     assert compared(model, folder, 3)[0] <= 1e-5
     assert open_exported(folder).card == CARD
     for file in sorted(folder.iterdir()):

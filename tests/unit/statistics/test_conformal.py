@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_vit.statistics import (
+    TemperaturePrior,
     class_scores,
     conformal_quantile,
     fit_temperature,
@@ -43,6 +44,17 @@ def test_temperature_ends_where_likelihood_would_go_on() -> None:
     logits = np.array([[2.0, 0.0], [0.0, 1.0]])
     assert fit_temperature(logits, [0, 1]) == TEMPERATURES[0]
     assert fit_temperature(logits, [1, 0]) == TEMPERATURES[1]
+
+
+def test_a_prior_holds_where_few_images_tell_nothing_and_gives_way_to_many() -> None:
+    prior = TemperaturePrior(median=1.5, spread=0.35)
+    right = np.array([[8.0, 0.0], [0.0, 9.0], [7.0, 1.0]])
+    assert fit_temperature(right, [0, 1, 0]) == TEMPERATURES[0]
+    assert fit_temperature(right, [0, 1, 0], prior) == pytest.approx(1.5, rel=0.1)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4000, 3)) * 6
+    labels = [rng.choice(3, p=row) for row in probabilities(logits, 3.0)]
+    assert fit_temperature(logits, labels, prior) == pytest.approx(fit_temperature(logits, labels), rel=0.02)
 
 
 def slow_quantile(scores: list[float], coverage: Fraction) -> float:

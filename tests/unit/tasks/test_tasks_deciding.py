@@ -24,7 +24,6 @@ def test_balanced_accuracy_decides_from_more_than_three_times_as_many_images_on(
 def test_a_value_is_said_with_what_it_is_of() -> None:
     metrics = Metrics(n=4, accuracy=0.75, balanced_accuracy=0.5, auroc=None, nll=0.3, ece=0.1)
     assert [metric.text(metric.of(metrics)) for metric in (ACCURACY, BALANCED_ACCURACY)] == ["75.0%", "50.0% balanced"]
-    assert CLASSIFICATION.answer(["cat", "dog"], 1, 0.9312) == "dog, 93.1 %"
 
 
 def test_intervals_are_wilsons_and_of_two_classes_newcombes() -> None:

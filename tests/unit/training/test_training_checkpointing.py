@@ -24,7 +24,7 @@ pytestmark = pytest.mark.part("trainer")
 @pytest.fixture(autouse=True)
 def _however_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let inputs of these small models be computed again, too."""
-    monkeypatch.setattr(adapted_product, "_LEAST_VALUES", 1)
+    monkeypatch.setattr(adapted_product, "LEAST_VALUES", 1)
 
 
 def gradients(

@@ -70,6 +70,7 @@ class RunEnded:
     run: PlannedRun
     record: RunRecord  # also where the worker died
     adapter: bytes | None  # content of the adapter file; None if the run failed
+    features: bytes | None = None  # content of the file of training features; None: there is none
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def event_of(run: PlannedRun, message: Progress | Finished | Interrupted) -> Eve
             return RunProgress(run, message)
         case Interrupted():
             return RunInterrupted(run, message.step)
-    return RunEnded(run, message.record, message.adapter)
+    return RunEnded(run, message.record, message.adapter, message.features)
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""How far a run's model can be believed: found on validation images, tried on test images, kept with the record."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.data import LabelledImages, stratified_draw
+from peft_vit.deployment.known_images import neighbours_bytes, read_neighbours
+from peft_vit.errors import UserError, os_fault
+from peft_vit.evaluation import calibrate
+from peft_vit.records import (
+    FEATURES_FILE,
+    FEWEST_HELD_OUT,
+    RECORD_FILE,
+    Calibrated,
+    RunRecord,
+    TestedCalibration,
+    Unlike,
+)
+from peft_vit.safe_io import sha256_of
+from peft_vit.seeding import numpy_generator
+from peft_vit.statistics import (
+    Neighbours,
+    TemperaturePrior,
+    class_scores,
+    conformal_quantile,
+    prediction_sets,
+    probabilities,
+)
+from peft_vit.tasks import Task
+
+MOST_KNOWN = 2000  # training images whose features are kept
+LIKE = 0.95  # share of images like the held-out ones that are not flagged
+# Of temperatures that were best on test images, see docs/explanation/probabilities.md. Validation images chose the step
+# and look better than others do; a few of them would make a model too sure.
+PRIOR = TemperaturePrior(median=1.5, spread=0.35)
+_SHOWN = (0.8, 0.9, 0.95, 0.99)
+
+
+class Outputs(NamedTuple):
+    """What a model says of images."""
+
+    logits: NDArray[np.float32]  # (N, classes)
+    labels: NDArray[np.int64]  # (N,)
+    middle: NDArray[np.float32] | None  # (N, D), see `Backbone.logits_and_middle`; None: not asked for
+
+
+def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages:
+    """Return the training images whose features are kept: all, or `MOST_KNOWN`, each class with its share."""
+    rng = numpy_generator(seed, "features")
+    count = min(MOST_KNOWN, len(train))
+    return train.chosen(stratified_draw(np.arange(len(train), dtype=np.int64), task.strata(train.labels), count, rng))
+
+
+def calibration_of(
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None
+) -> tuple[dict[str, Any], bytes | None]:
+    """Return the record's fields by name, and the content of the file of training features.
+
+    Args:
+        validation: of images that were not trained on.
+        test: likewise, and nothing was chosen by them.
+        known: features of training images, (n, D); None: none are kept.
+    """
+    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
+    unlike, content, flagged = None, None, None
+    if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
+        neighbours = Neighbours.of(known)
+        threshold = conformal_quantile(neighbours.distances(validation.middle), LIKE)
+        unlike = Unlike(images=len(validation.labels), threshold=threshold)
+        content = neighbours_bytes(neighbours)
+        if test.middle is not None:
+            flagged = int((neighbours.distances(test.middle) > threshold).sum())
+    fields = {
+        "calibrated": calibrated,
+        "unlike": unlike,
+        "features_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
+        "tested_calibration": _tested(calibrated, test, flagged),
+    }
+    return fields, content
+
+
+def _tested(calibrated: Calibrated, test: Outputs, flagged: int | None) -> TestedCalibration:
+    p = probabilities(test.logits, calibrated.temperature)  # (N, classes)
+    own = 1 - class_scores(p, test.labels)  # (N,)
+    rows = np.arange(len(p))
+    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in _SHOWN if c in calibrated.coverages}
+    return TestedCalibration(
+        nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
+        probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),
+        covered={c: float(inside[rows, test.labels].mean()) for c, inside in sets.items()},
+        set_size={c: float(inside.sum(1).mean()) for c, inside in sets.items()},
+        unlike=flagged,
+    )
+
+
+def known_of(run_dir: Path, record: RunRecord) -> Neighbours | None:
+    """Return the training features that lie beside a record; None if it names none.
+
+    Raises:
+        UserError: if the file is missing, or another than the record says.
+    """
+    if record.features_sha256 is None:
+        return None
+    file, remedy = run_dir / FEATURES_FILE, "move or rerun the whole run"
+    with os_fault("can't be read", file, remedy=remedy):
+        digest = sha256_of(file)
+    if digest != record.features_sha256:
+        message = f"has SHA-256 {digest}, its {RECORD_FILE} says {record.features_sha256}; rerun this run"
+        raise UserError(message, file=file, field="features_sha256")
+    return read_neighbours(file)

@@ -1,0 +1,70 @@
+"""A paragraph or table that names a kept benchmark states no ratio and no megabytes which that file does not hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FILE = re.compile(r"benchmarks/results/(\w+)\.json")
+_RATIO = re.compile(r"(?<![\d.,])\d\.\d\d(?![\d.,]\d|\d)")
+_MEGABYTES = re.compile(r"(?<![\d.,])\d,\d{3}(?![\d,])|(?<![\d.,])\d{3}(?= MB)")
+
+
+def _values(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _values(value, name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _values(value, key)
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield key, content
+
+
+def _held(content: Any) -> set[str]:
+    """Return all ratios of a file with two digits, and its bytes in whole megabytes."""
+    ratios = {f"{value:.2f}" for key, value in _values(content) if "ratio" in key or key.startswith("over")}
+    return ratios | {f"{value / 1e6:,.0f}" for key, value in _values(content) if key.endswith("bytes")}
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Yield paragraphs; a table that follows one belongs to it."""
+    parts = re.split(r"\n\s*\n", text)
+    for part, following in zip(parts, [*parts[1:], ""], strict=True):
+        yield part + (f"\n{following}" if following.lstrip().startswith("|") else "")
+
+
+def _not_held(text: str) -> list[str]:
+    wrong = []
+    for paragraph in _paragraphs(text):
+        if names := set(_FILE.findall(paragraph)):
+            held = set().union(*(_held(json.loads((ROOT / f"benchmarks/results/{n}.json").read_text())) for n in names))
+            stated = {*_RATIO.findall(paragraph), *_MEGABYTES.findall(paragraph)}
+            wrong += [f"{number} ({', '.join(sorted(names))})" for number in sorted(stated - held)]
+    return wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_ratios_and_megabytes_are_those_of_the_kept_file(document: Path) -> None:
+    assert not _not_held(document.read_text(encoding="utf-8"))
+
+
+def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
+    link = "[measured](benchmarks/results/step_time.json)"
+    assert _not_held(f"A step takes 9.87 times the floor's, {link}.") == ["9.87 (step_time)"]
+    assert _not_held(f"It is {link}.\n\n| side | ratio |\n| --- | ---: |\n| LoRA | 9.87 |") == ["9.87 (step_time)"]
+    assert _not_held("A step takes 9.87 times the floor's.\n\nAnother paragraph.") == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+def test_each_kept_benchmark_names_its_commit_and_processor(file: Path) -> None:
+    machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
+    assert machine["processor"]
+    assert re.fullmatch("[0-9a-f]{12}( and changes)?", machine["commit"])
