@@ -30,6 +30,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
     "transformers": {"transformers": "5"},
     "ray": {"ray": "2.40"},
     "tensorboard": {"tensorboard": "2.14"},
+    "heic": {"pillow_heif": "1"},
 }
 
 

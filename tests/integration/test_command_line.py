@@ -162,15 +162,18 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
     assert snapshot(tmp_path) == before
 
 
-def test_a_corrupted_image(images, tmp_path, refused) -> None:
+def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     (folder / "class_1" / "04.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     text = STUDY.replace("dataset: digits", f"dataset: image-folder\n  path: {folder}")
     file = write(tmp_path, text.replace("_images: 20", "_images: 12"))
-    for words in (("run", file), ("train", folder, *OWN, "--image-size", "32")):
-        line = refused(*words, "--output", tmp_path / "out")
-        assert "04.png" in line
-        assert "replace it or take it out" in line
+    line = refused("run", file, "--output", tmp_path / "out")
+    assert "04.png" in line
+    assert "replace it or take it out" in line
+    options = (*OWN, "--image-size", "32", "--strict", "--output", tmp_path / "out")
+    line, listed = command("train", folder, *options, code=2).err.splitlines()
+    assert line.endswith("--strict: 1 file is to be left out; mend or remove it, or leave --strict out")
+    assert listed.startswith("  class_1/04.png: is not")
     assert list((tmp_path / "out").rglob("*.json")) == []
 
 

@@ -91,10 +91,10 @@ DATASETS: dict[str, DatasetInfo] = {
         needs_path=True,
     ),
     "csv": DatasetInfo(
-        images="your own images, listed in a CSV",
+        images="your own images, listed in a CSV or Parquet file",
         classes="labels; split: test is an official test split",
         licence="your own images: their licence is yours to know",
-        origin="data.path (CSV with the columns path, label[, split])",
+        origin="data.path (file with the columns path, label[, split])",
         module="folders",
         needs_path=True,
     ),

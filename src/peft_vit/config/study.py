@@ -116,12 +116,13 @@ class DataConfig(Settings):
     path: str | None = Field(
         default=None,
         min_length=1,
-        description="folder, archive or CSV file; for hf also a name on the hub; other sets are found without it",
+        description="folder, archive, CSV or Parquet file; for hf also a name on the hub; others are found without it",
     )
-    images_file: Annotated[str | None, OnlyWith(dataset="image-folder")] = Field(
+    images_file: Annotated[str | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
         default=None,
         min_length=1,
-        description="for image-folder: JSON of files to leave out, copies and sealed test images, as `tune` writes it",
+        description="for image-folder and csv: JSON of files to leave out, copies and sealed test images, as `train` "
+        "and `tune` write it",
     )
     image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
         default=None, min_length=1, description="for hf; default: the one with images"

@@ -3,19 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.data.files import IMAGE_SUFFIXES
-from peft_vit.data.index import ImageIndex
+from peft_vit.data.files import IMAGE_SUFFIXES, existing
+from peft_vit.data.folders import Images, find_images, index_inspected
+from peft_vit.data.index import ImageIndex, ImagesFile
 from peft_vit.data.pixels import decode_image, to_pixels
 
 if TYPE_CHECKING:
     from peft_vit.data.images import HoldoutImages, LabelledImages, check_augmentation, mixed, normalised
-    from peft_vit.data.inspect import image_warnings, images_file, inspect_images
+    from peft_vit.data.inspect import Inspection, PixelStore, image_warnings, images_file, inspect_images
     from peft_vit.data.load import Data, load_data, open_index, smoke_config, thumbnails, thumbnails_of
     from peft_vit.data.splits import Splits, class_gaps, deal_folds, make_splits, stratified_draw
 
 _WITH_TORCH = {
     "images": ("HoldoutImages", "LabelledImages", "check_augmentation", "mixed", "normalised"),
-    "inspect": ("image_warnings", "images_file", "inspect_images"),
+    "inspect": ("Inspection", "PixelStore", "image_warnings", "images_file", "inspect_images"),
     "load": ("Data", "load_data", "open_index", "smoke_config", "thumbnails", "thumbnails_of"),
     "splits": ("Splits", "class_gaps", "deal_folds", "make_splits", "stratified_draw"),
 }

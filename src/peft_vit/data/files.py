@@ -9,20 +9,25 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 from peft_vit.errors import UserError, foreign_fault, os_fault
 from peft_vit.packages import cache_dir, check_download
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import LARGEST_BYTES, read_bytes, require_regular, sha256_of
 
-_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX/)")  # hidden files, and what macOS adds to zips
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_HIDDEN = re.compile(r"(^|/)(\.|__MACOSX(/|$))")  # hidden files, and what macOS adds to zips
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".jfif", ".gif", ".avif", ".heic", ".heif")
+_THREADS, _AHEAD = 8, 64  # of `in_threads`: at most, and items that may be done before they are asked for
 FETCH_AGAIN = "fetch it again"
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Hashes(NamedTuple):
@@ -51,6 +56,30 @@ class FileTree:
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
         return str(self.location / name)
+
+    def below(self, folder: str) -> FileTree:
+        """Return the part of it below a folder, a relative name; "" is all of it."""
+        if not folder:
+            return self
+        start = f"{folder}/"
+
+        def hashed(names: list[str]) -> Hashes:
+            whole = self.hashed([start + name for name in names])
+            return Hashes(whole.sha256, {name.removeprefix(start): mark for name, mark in whole.each.items()})
+
+        names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
+        return FileTree(self.location / folder, names, lambda name: self.read(start + name), hashed)
+
+    def fault(self, name: str) -> str | None:
+        """Return why a file can't even be opened, such as a link to nothing; None if it can, or lies in a zip."""
+        path = self.location / name
+        if not self.location.is_dir():
+            return None
+        try:
+            require_regular(path.stat(), path)
+        except (OSError, ValueError) as error:  # a NUL in its name
+            return f"can't be read ({getattr(error, 'strerror', error)})"
+        return None if os.access(path, os.R_OK) else "can't be read (Permission denied)"
 
     def lines(self, name: str) -> list[str]:
         """Return a text file's lines; raises UserError if it is broken or not UTF-8."""
@@ -86,15 +115,20 @@ def existing(path: str) -> Path:
     return Path(expanded)
 
 
-def open_tree(location: Path) -> FileTree:
+def open_tree(location: Path, *, follow: bool = False) -> FileTree:
     """Open a folder or a zip (a wheel is one).
+
+    Args:
+        location: of it.
+        follow: links wherever they lead, but into no loop; and pass over empty folders. Otherwise both are refused.
 
     Raises:
         UserError: if it is neither, if a folder below can't be read, or if a link in it leads out.
     """
     if location.is_dir():
         root = location.resolve()
-        names = sorted(_names_below(root))
+        above = tuple(map(os.stat, root.parents))
+        names = sorted(_followed(str(root), above) if follow else _names_below(root))
         return FileTree(
             root,
             tuple(names),
@@ -152,17 +186,13 @@ def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
 
 
 def _names_below(root: Path) -> Iterator[str]:
-    def unreadable(error: OSError) -> NoReturn:
-        raise UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
-
     # Plain strings: a path object for each of 100,000 files takes seconds.
-    for folder, subfolders, files in os.walk(root, onerror=unreadable):
+    for folder, subfolders, files in os.walk(root, onerror=_refuse_folder):
         if not subfolders and not files:
             raise UserError("is an empty folder; fill it or remove it", file=folder)
         for entry in (*subfolders, *files):
             path = os.path.join(folder, entry)
-            if any("\ud800" <= character <= "\udfff" for character in entry):  # no record or page could hold the class
-                raise UserError("has a name that is not UTF-8; rename it", file=path)
+            _refuse_name(path)
             if os.path.islink(path):
                 refuse_outside(Path(path), root)
                 if os.path.isdir(path):
@@ -170,6 +200,34 @@ def _names_below(root: Path) -> Iterator[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         prefix = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
         yield from (prefix + name for name in files if not name.startswith("."))
+
+
+def _followed(folder: str, above: tuple[os.stat_result, ...], prefix: str = "") -> Iterator[str]:
+    """Yield the names below a folder, links followed, but none to one of the folders `above` it."""
+    try:
+        status = os.stat(folder)
+        entries = [] if any(os.path.samestat(status, other) for other in above) else os.listdir(folder)
+    except OSError as error:
+        _refuse_folder(error)
+    for entry in entries:
+        path = os.path.join(folder, entry)
+        _refuse_name(path)
+        if not _HIDDEN.match(entry):
+            if os.path.isdir(path):
+                yield from _followed(path, (*above, status), f"{prefix}{entry}/")
+            else:
+                yield prefix + entry
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
+
+
+def _refuse_name(path: str) -> None:
+    if any(
+        "\ud800" <= character <= "\udfff" for character in os.path.basename(path)
+    ):  # no record or page could hold it
+        raise UserError("has a name that is not UTF-8; rename it", file=path)
 
 
 def refuse_outside(path: Path, root: Path) -> None:
@@ -184,11 +242,10 @@ def refuse_outside(path: Path, root: Path) -> None:
 def hashes(files: Mapping[str, Path]) -> Hashes:
     """Hash files by their names.
 
-    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache while every
-    path, size and modification time stays the same.
+    Hashing a large folder takes as long as reading it, so the hashes are remembered in the cache, see `remembered`.
     """
     ordered = dict(sorted(files.items()))
-    digests = remembered(ordered, len(ordered), lambda: [sha256_of(path) for path in ordered.values()])
+    digests = remembered(ordered, len(ordered), lambda: list(in_threads(sha256_of, list(ordered.values()))))
     each = dict(zip(ordered, digests, strict=True))
     if len(each) == 1:
         return Hashes(digests[0], each)
@@ -197,7 +254,10 @@ def hashes(files: Mapping[str, Path]) -> Hashes:
 
 
 def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list[str]]) -> list[str]:
-    """Return hashes of what some files hold, from the cache if no path, size or modification time has changed.
+    """Return hashes of what some files hold, from the cache if paths and what the system says of them are as before.
+
+    That is size, inode, and times of modification and of change: a copy may bring the first time along (`cp -p`, `rsync
+    -t`), the second one is the system's own.
 
     Args:
         files: by names, which are part of what is remembered.
@@ -212,7 +272,8 @@ def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list
         for name, path in files.items():
             status = path.stat()
             require_regular(status, path)
-            line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            times = f"{status.st_mtime_ns}\0{status.st_ctime_ns}\0{status.st_ino}"
+            line = f"{name}\0{os.path.abspath(path)}\0{status.st_size}\0{times}\n"
             stamp.update(line.encode(errors="surrogateescape"))  # folders above may have names of any bytes
         memo = cache_dir() / "hashes" / stamp.hexdigest()
         if files and memo.is_file() and re.fullmatch(rb"[0-9a-f]{64}(\n[0-9a-f]{64})*", known := memo.read_bytes()):
@@ -226,6 +287,13 @@ def remembered(files: Mapping[str, Path], count: int, compute: Callable[[], list
         with cache_fault(memo):
             write_atomically(memo, "\n".join(digests).encode())
     return digests
+
+
+def in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> Iterator[_Result]:
+    """Yield what a function returns of each item, in their order, computed by a few threads a little ahead."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(items), _AHEAD):
+            yield from pool.map(function, items[start : start + _AHEAD])
 
 
 def cache_fault(file: Path) -> AbstractContextManager[None]:

@@ -1,13 +1,17 @@
-"""Readers of image files with labels: Tiny ImageNet, a folder of class folders, a CSV of paths and labels."""
+"""Readers of image files with labels: Tiny ImageNet, a folder of class folders, a table of paths and labels.
+
+Studies say exactly where their images are. `find_images` takes them as people have them, before they are inspected.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -24,12 +28,18 @@ from peft_vit.data.files import (
 )
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
-from peft_vit.errors import UserError, os_fault
+from peft_vit.errors import UserError, foreign_fault, os_fault
+from peft_vit.extras import require_extra
 from peft_vit.safe_io import read_bytes
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-_JUNK = ("/Thumbs.db", "/desktop.ini")
+_JUNK = ("/thumbs.db", "/desktop.ini")
+_BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
+TABLES = (".csv", ".parquet")
+_TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
+_COLUMNS = ("path", "label", "split")
+_NAMED = 5  # folders in a line
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 
 
@@ -104,11 +114,115 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     which images are tested in the end, whatever their folders are.
     """
     path = existing(str(config.path))
-    tree = open_tree(path)
-    file = None if config.images_file is None else Path(config.images_file).expanduser()
-    inspected = None if file is None else ImagesFile.read(file)
-    index = _index(tree, *class_files(tree, path, () if inspected is None else inspected.left_out))
-    return index if inspected is None or file is None else inspected.applied(index, path, file)
+    if config.images_file is None:
+        tree = open_tree(path)
+        return _index(tree, *class_files(tree, path))
+    file = Path(config.images_file).expanduser()
+    return index_inspected(find_images(path), ImagesFile.read(file), file)
+
+
+def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
+    """Index images that were inspected.
+
+    Args:
+        images: as they are now.
+        inspected: what was found then.
+        file: that holds it, named in errors.
+
+    Raises:
+        UserError: if they are others than those.
+    """
+    kept = images.files.without(inspected.left_out)
+    return inspected.applied(_index(images.tree, *kept), images.path, file)
+
+
+class Images(NamedTuple):
+    """Images with labels as people have them.
+
+    `taken` is a line on where they were found, if that is not where they were said to be; `left_out` says of files that
+    are not to be opened, by name, why.
+    """
+
+    dataset: Literal["image-folder", "csv"]
+    path: Path
+    tree: FileTree
+    files: ClassFiles
+    left_out: dict[str, str]
+    taken: str | None = None
+
+
+def find_images(path: Path) -> Images:
+    """Find the images of a folder or zip, or of a table of paths and labels, without opening one.
+
+    Class folders may lie deeper, links are followed, and what is no image or has no place in the layout of
+    `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
+
+    Raises:
+        UserError: if there are none, or in several places; and for a layout or table that can't be right.
+    """
+    if path.suffix.lower() in TABLES and path.is_file():
+        return _listed(path)
+    tree = open_tree(path, follow=True)
+    root = _class_root(tree, path)
+    if root is None:
+        table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
+        return _listed(table)._replace(taken=f"Images and labels are those that {table} lists.")
+    tree = tree.below(root)
+    depth = 2 if _test_folder(tree.names) is None else 3
+    left_out = {}
+    for name in files_in_use(tree):
+        if not is_image(name):
+            left_out[name] = "is no image file"
+        elif name.count("/") != depth - 1:
+            left_out[name] = "lies in no class folder" if name.count("/") < depth - 1 else "lies below a class folder"
+        elif fault := tree.fault(name):
+            left_out[name] = fault
+    taken = f"Images are taken from {path / root}, where the class folders are." if root else None
+    return Images("image-folder", path, tree, class_files(tree, path, left_out), left_out, taken)
+
+
+def _class_root(tree: FileTree, path: Path) -> str | None:
+    """Return the folder that class folders lie in, the highest one; None: they are listed in a table beside them.
+
+    It is the one with two folders of images at least, or with train/ and a test split that have such folders.
+    """
+    classes = {PurePosixPath(name).parent for name in tree.names if is_image(name)} - {PurePosixPath()}
+    inside: dict[PurePosixPath, set[str]] = {}  # of a folder: those in it that hold images
+    for folder in classes:
+        inside.setdefault(folder.parent, set()).add(folder.name)
+    roots = {folder for folder, names in inside.items() if len(names) > 1 and not names <= {"train", *_TEST_FOLDERS}}
+    for folder in list(roots):
+        if folder.name == "train" and any(folder.with_name(test) in inside for test in _TEST_FOLDERS):
+            roots.add(folder.parent)
+    highest = min((len(folder.parts) for folder in roots), default=0)
+    found = sorted(str(folder) for folder in roots if len(folder.parts) == highest)
+    if len(found) == 1:
+        return "" if found[0] == "." else found[0]
+    if found:
+        shown = f"{', '.join(found[:_NAMED])}{' and more' if len(found) > _NAMED else ''}"
+        message = f"holds class folders in {len(found)} folders ({shown}); name one of them"
+        raise UserError(message, file=path, field="data.path")
+    if path.is_dir() and any(name in tree.names for name in _TABLES_BESIDE):
+        return None
+    images = sum(map(is_image, tree.names))
+    if not images:
+        message = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
+        raise UserError(message, file=path, field="data.path")
+    where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
+    raise UserError(
+        f"holds {images} images and {where}; put them into one folder a class, two at least, or list them in "
+        "images.csv with the columns path,label",
+        file=path,
+        field="data.path",
+    )
+
+
+def _listed(path: Path) -> Images:
+    classes, is_test = _table(path, may_leave=True)
+    tree = _table_tree(path, classes)
+    left_out = {name: fault for name in classes if (fault := tree.fault(name)) is not None}
+    files = ClassFiles(classes, is_test if any(is_test) else None)
+    return Images("csv", path, tree, files.without(left_out), left_out)
 
 
 class ClassFiles(NamedTuple):
@@ -116,6 +230,12 @@ class ClassFiles(NamedTuple):
 
     classes: dict[str, str]
     is_test: list[bool] | None
+
+    def without(self, left_out: Container[str]) -> ClassFiles:
+        """Return those of other names."""
+        used = [name not in left_out for name in self.classes]
+        is_test = None if self.is_test is None else list(compress(self.is_test, used))
+        return ClassFiles(dict(compress(self.classes.items(), used)), is_test)
 
 
 def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> ClassFiles:
@@ -128,8 +248,7 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
     """
     in_use = {name: name.split("/") for name in files_in_use(tree)}
     parts = {name: part for name, part in in_use.items() if name not in left_out}
-    tops = {part[0] for part in parts.values() if len(part) == 3}
-    test = next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
+    test = _test_folder(parts)
     for name, part in parts.items():
         if not is_image(name):
             message = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
@@ -157,9 +276,19 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
     return ClassFiles(classes, [part[0] == test for part in parts.values()])
 
 
+def _test_folder(names: Iterable[str]) -> str | None:
+    """Return which of the folders beside train/ is the test split; None: these files are not divided."""
+    tops = {parts[0] for name in names if len(parts := name.split("/")) == 3}
+    return next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
+
+
 def files_in_use(tree: FileTree) -> list[str]:
     """Return the files that have to be images: all but what systems leave behind, and a README beside the folders."""
-    return [name for name in tree.names if ("/" in name or is_image(name)) and not name.endswith(_JUNK)]
+    return [
+        name
+        for name in tree.names
+        if ("/" in name or name.lower().endswith(_BESIDE)) and not f"/{name}".lower().endswith(_JUNK)
+    ]
 
 
 def is_image(name: str) -> bool:
@@ -167,52 +296,96 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
-# --- CSV --------------------------------------------------------------------------------------------------------------
+# --- tables of paths and labels ---------------------------------------------------------------------------------------
 
 
 def read_csv(config: DataConfig) -> ImageIndex:
-    """Index the images of a CSV with columns path, label and perhaps split (train or test).
+    """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
-    Paths are relative to the CSV's folder and may not leave it.
+    Paths are relative to the file's folder and may not leave it, unless `images_file` says that they were looked at.
     """
     path = existing(str(config.path))
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
+    if config.images_file is not None:
+        file = Path(config.images_file).expanduser()
+        return index_inspected(_listed(path), ImagesFile.read(file), file)
+    classes, is_test = _table(path, may_leave=False)
+    return _index(_table_tree(path, classes), classes, is_test)
+
+
+def _table_tree(path: Path, names: Iterable[str]) -> FileTree:
     root = path.parent.resolve()
-    with os_fault("can't be read", path, field="data.path"):
-        content = read_bytes(path)
-    rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
+    files = {name: root / name for name in names}
+    return FileTree(
+        root,
+        tuple(files),
+        lambda name: read_bytes(files[name]),
+        lambda used: hashes({"": path, **{name: files[name] for name in used}}),
+    )
+
+
+def _table(path: Path, *, may_leave: bool) -> tuple[dict[str, str], list[bool]]:
+    """Return the label of each path that a table holds, and which of them test."""
+    root = path.parent.resolve()
     labels: dict[str, str] = {}
     is_test = []
-    try:
-        columns = rows.fieldnames or []
-        if sorted(columns) not in (["label", "path"], ["label", "path", "split"]):
-            message = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
-            raise UserError(message, file=f"{path}:1")
-        for row in rows:
-            name = PurePosixPath(row["path"] or "").as_posix()
-            if fault := _fault(row, name, root, labels):
-                column, message = fault
-                raise UserError(message, file=f"{path}:{rows.line_num}", field=column)
+    for where, row in _rows(path, others=may_leave):
+        name = PurePosixPath(row["path"] or "").as_posix()
+        if fault := _fault(row, name, root, labels, may_leave=may_leave):
+            column, message = fault
+            raise UserError(message, file=where, field=column)
+        if not may_leave:
             refuse_outside(root / name, root)
-            labels[name] = row["label"]
-            is_test.append(row.get("split") == "test")
-    except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
+        labels[name] = row["label"]
+        is_test.append(row.get("split") == "test")
     if not labels:
         raise UserError("names no image; add rows", file=path)
-    files = {name: root / name for name in labels}
-    tree = FileTree(root, tuple(files), lambda name: read_bytes(files[name]), lambda _: hashes({"": path, **files}))
-    return _index(tree, labels, is_test)
+    return labels, is_test
 
 
-def _fault(row: dict[str, str], name: str, root: Path, labels: Mapping[str, str]) -> tuple[str | None, str] | None:
+def _rows(path: Path, *, others: bool) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a table and where each stands; `others`: it may have other columns too."""
+    with os_fault("can't be read", path, field="data.path"):
+        content = read_bytes(path)
+    if path.suffix.lower() == ".parquet":
+        require_extra("parquet", packages=("pyarrow",), file=path)
+        from pyarrow import parquet
+
+        with foreign_fault("is no Parquet file that can be read", path):
+            table = parquet.read_table(io.BytesIO(content))
+        _check_columns(table.column_names, path, others=others)
+        names = [name for name in _COLUMNS if name in table.column_names]
+        for number, row in enumerate(table.select(names).to_pylist(), start=1):
+            texts = {name: None if value is None else str(value) for name, value in row.items()}
+            yield f"{path}: row {number}", texts  # type: ignore[misc]  # None is refused, as in a CSV
+        return
+    rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
+    try:
+        _check_columns(rows.fieldnames or [], f"{path}:1", others=others)
+        for row in rows:
+            yield f"{path}:{rows.line_num}", row
+    except csv.Error as error:
+        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
+
+
+def _check_columns(columns: Sequence[str], file: str | Path, *, others: bool) -> None:
+    strange = not others and set(columns) - set(_COLUMNS)
+    if not set(columns) >= {"path", "label"} or len(set(columns)) < len(columns) or strange:
+        message = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
+        raise UserError(message, file=file)
+
+
+def _fault(
+    row: dict[str, str], name: str, root: Path, labels: Mapping[str, str], *, may_leave: bool
+) -> tuple[str | None, str] | None:
     """Return the column and what is wrong with a row, if it is incomplete or has no file of its own."""
     if None in row or None in row.values() or not row["path"] or not row["label"]:
         return None, "expected a path and a label, one value a column"
-    if PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    leaves = PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts
+    if leaves and not may_leave:
         return "path", f"{name} leaves the CSV's folder; write a path below it"
-    if not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
+    if not may_leave and not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
         return "path", f"{root / name} does not exist; correct the path"
     if (before := labels.get(name)) == row["label"]:
         return "path", f"{name} stands twice, it could land in train and test; remove one"

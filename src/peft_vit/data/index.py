@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -44,6 +44,7 @@ class ImageIndex:
         own: somebody's own files, of which one on both sides of a split is refused; in published sets it is told.
         interpolation: of resizing.
         notes: what was left out of it, each in a line.
+        left_out: why, by the names of files that an inspection has left out.
         task: what is learned of the images, which says what labels are.
     """
 
@@ -63,6 +64,7 @@ class ImageIndex:
     own: bool = False
     interpolation: Interpolation = "bicubic"
     notes: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     task: Task = CLASSIFICATION
 
     @property
@@ -139,7 +141,9 @@ class ImagesFile(Frozen):
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
         content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None
-        return replace(index, contents=groups, official_test=own_test, sha256=content, inspected=True)
+        return replace(
+            index, contents=groups, official_test=own_test, sha256=content, inspected=True, left_out=self.left_out
+        )
 
 
 def check_class_names(

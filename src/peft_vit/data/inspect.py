@@ -15,41 +15,52 @@ Of a run the answer is kept in the cache. It costs one pass over the decoded pix
 product of the thumbnails of both sides.
 
 A folder is inspected before there are splits (`inspect_images`). Every image is decoded once, JPEGs at a fraction of
-their size; near copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here:
-photographs of one object one after the other, crops, mirrored images.
+their size unless their pixels are kept for training (`PixelStore`), and the answer is kept in the cache too; near
+copies are also what a chain of such pairs links. What no comparison of pixels tells, nobody sees here: photographs of
+one object one after the other, crops, mirrored images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import PIL
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, cache_fault, existing, open_tree
-from peft_vit.data.folders import class_files, files_in_use, is_image
+from peft_vit.config import Interpolation
+from peft_vit.data.files import FileTree, cache_fault, existing, in_threads
+from peft_vit.data.folders import Images, find_images, is_image
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
+    REMEDY,
+    Facts,
+    cached_pixels,
     decode_image,
+    facts_of,
     interpolation_key,
     on_white,
-    sides_of,
     split_pixels,
     to_pixels,
 )
 from peft_vit.data.splits import SIDES, Splits, class_gaps, crossing, refuse_across, stratified_draw
 from peft_vit.errors import DataWarning, UserError
+from peft_vit.extras import missing_packages
 from peft_vit.packages import cache_dir
 from peft_vit.records import write_atomically
+from peft_vit.safe_io import read_bytes
 from peft_vit.seeding import numpy_generator
 from peft_vit.tasks import CLASSIFICATION, DecidingMetric
 from peft_vit.tasks.classification import LARGEST_IMBALANCE
@@ -213,10 +224,13 @@ def _detail(thumbnails: np.ndarray) -> np.ndarray:
     return flat - flat.mean(1, keepdims=True)
 
 
+# --- a folder ---------------------------------------------------------------------------------------------------------
+
 _HOLDOUT_SHARE = 0.2  # of the different images, if the folder has no test split of its own
 _LEAST, _LEAST_BESIDE_HOLDOUT = 10, 8  # different images of a class, for training, validation and test
 _ENOUGH, _COMPARED_SIDE = 256, 64  # pixels a side of a JPEG that is decoded, and of what is compared
 _NAMED, _CLASSES_NAMED = 3, 12  # in a line
+_LISTED = 30  # files, a line each
 
 
 @dataclass(frozen=True)
@@ -224,7 +238,7 @@ class Inspection:
     """What a folder of images holds: N that can be used, of K classes, and what is left out.
 
     Attributes:
-        path: of the folder or zip.
+        images: where they are.
         class_names: K of them.
         names: of the files, relative to the folder, N of them, sorted.
         labels: class of each, (N,) int64.
@@ -233,9 +247,11 @@ class Inspection:
         holdout: the folder's own test split, (N,) bool; None if it has none.
         sides: shorter and longer side of each, pixels, (N, 2) int64.
         left_out: why, by name, of what can't be read, is of two classes, or copies an image of the own test split.
+        unreadable: those of them that are called as images are and can't be read.
+        animated: names of those of several frames, of which the first one is taken.
     """
 
-    path: Path
+    images: Images
     class_names: tuple[str, ...]
     names: tuple[str, ...]
     labels: np.ndarray
@@ -244,6 +260,12 @@ class Inspection:
     holdout: np.ndarray | None
     sides: np.ndarray
     left_out: Mapping[str, str]
+    animated: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Return the folder, zip or table, as `data.path` names it."""
+        return self.images.path
 
     @property
     def chosen_on(self) -> np.ndarray:
@@ -272,6 +294,17 @@ class Inspection:
         balance += f", more than {LARGEST_IMBALANCE:g}" if self.metric.equal_classes else even
         return [*self._of_images(), *self._of_copies(), balance]
 
+    def remarks(self) -> list[str]:
+        """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
+        lines = [*self._of_animations(), *self._of_copies()]
+        if self.left_out:
+            lines += [f"{_are(len(self.left_out), 'file')} left out:", *_listed(self.left_out)]
+        return lines
+
+    def _of_animations(self) -> Iterator[str]:
+        if self.animated:
+            yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is taken"
+
     def _of_images(self) -> Iterator[str]:
         counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
         each = f"{counts.min():,} to {counts.max():,} of each"
@@ -284,8 +317,9 @@ class Inspection:
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
+        yield from self._of_animations()
         if self.left_out:
-            reasons = [f"{name} ({why})" for name, why in self.left_out.items()]
+            reasons = [f"{name} ({why.split('; ')[0]})" for name, why in self.left_out.items()]
             more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
             yield f"{_are(len(reasons), 'file')} left out: {', '.join(reasons[:_NAMED])}{more}"
 
@@ -304,46 +338,81 @@ class Inspection:
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
 
+def _listed(left_out: Mapping[str, str]) -> list[str]:
+    """Return files with their reasons, a line each."""
+    lines = [f"  {name}: {why}" for name, why in sorted(left_out.items())]
+    return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED:,} more"]
+
+
 def _are(count: int, what: str) -> str:
     return f"1 {what} is" if count == 1 else f"{count:,} {what}s are"
 
 
-def inspect_images(path: str | Path, *, on_progress: Callable[[int, int], None] | None = None) -> Inspection:
+def inspect_images(
+    path: str | Path | Images,
+    *,
+    least: int | None = None,
+    strict: bool = False,
+    store: PixelStore | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Inspection:
     """Decode every image of a folder once, and say what is there.
 
     Args:
-        path: a folder or a zip of <class>/<image>, or of train/, test/ and val/ with such folders.
+        path: a folder or a zip, a table, or what `find_images` returned of it.
+        least: different images that each class has to have; None: as many as it takes to seal some.
+        strict: refuse what would be left out.
+        store: is given the pixels of every image that is decoded.
         on_progress: told how many images are decoded, and of how many.
 
     Raises:
         UserError: if there is no image, fewer than two classes, too few different images of a class (with the number
-            that would do), or a test split of other classes.
+            that would do), or a test split of other classes; if more than half of the images can't be used, or with
+            `strict` one is to be left out, with the list.
     """
-    path = existing(str(path))
-    tree = open_tree(path)
-    left_out = {name: f"is none of {' '.join(IMAGE_SUFFIXES)}" for name in files_in_use(tree) if not is_image(name)}
-    files = class_files(tree, path, left_out)
+    images = path if isinstance(path, Images) else find_images(existing(str(path)))
+    path, tree, files = images.path, images.tree, images.files
     classes, labels = numbered(list(files.classes.values()))
     class_names = tuple(classes)
     if len(class_names) < 2:
-        message = f"holds one class alone, '{class_names[0]}'; add a folder with images of another one"
+        message = f"holds one class alone, '{class_names[0]}'; add images of another one"
         raise UserError(message, file=path)
     check_class_names(class_names, path)
     names = np.array(list(files.classes), dtype=object)
     holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
-    least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
+    if least is None:
+        least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
     _refuse_few(path, class_names, labels, np.arange(len(labels)), holdout, least)  # before anything is decoded
-    copies, groups, sides, faults = _decoded(tree, list(files.classes), on_progress)
-    left_out |= faults | _contradictions(names, labels, copies, groups, holdout)
+    decoded = _decoded_once(tree, names.tolist(), store, on_progress)
+    copies, groups = decoded.copies, decoded.groups
+    left_out = dict(images.left_out) | decoded.faults | _contradictions(names, labels, copies, groups, holdout)
+    if strict and left_out:
+        them = "it" if len(left_out) == 1 else "them"
+        message = f"{_are(len(left_out), 'file')} to be left out; mend or remove {them}, or leave --strict out"
+        raise UserError(message, file=path, field="--strict", details="\n".join(_listed(left_out)))
+    faults = decoded.faults | {name: why for name, why in images.left_out.items() if is_image(name)}
+    count = len(names) + len(faults.keys() - decoded.faults.keys())
+    if len(faults) > count / 2:
+        message = f"{len(faults):,} of {count:,} images can't be used; mend or replace them, or choose another folder"
+        raise UserError(message, file=path, details="\n".join(_listed(faults)))
     used = np.array([name not in left_out for name in names], dtype=bool)
     labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
     _refuse_few(path, class_names, labels, groups, holdout, least)
     return Inspection(
-        path, class_names, tuple(names[used]), labels, copies[used], groups, holdout, sides[used], left_out
+        images=images,
+        class_names=class_names,
+        names=tuple(names[used]),
+        labels=labels,
+        copies=copies[used],
+        groups=groups,
+        holdout=holdout,
+        sides=decoded.sides[used],
+        left_out=left_out,
+        animated=decoded.animated,
     )
 
 
-def images_file(inspection: Inspection, seed: int = 0) -> dict[str, Any]:
+def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
     """Return what `data.images_file` holds, plain values: what is left out, copies, and what is sealed.
 
     Sealed is the folder's own test split, or else a fifth of the different images, each class with its own, by `seed`:
@@ -351,7 +420,7 @@ def images_file(inspection: Inspection, seed: int = 0) -> dict[str, Any]:
 
     Args:
         inspection: the folder.
-        seed: of the draw.
+        seed: of the draw; None: nothing is drawn, only the folder's own test split is sealed.
 
     Raises:
         UserError: if a file can't be read any more.
@@ -359,7 +428,10 @@ def images_file(inspection: Inspection, seed: int = 0) -> dict[str, Any]:
     names = np.array(inspection.names, dtype=object)
     left_out = dict(inspection.left_out)
     holdout = inspection.holdout
-    if holdout is None:
+    if holdout is None and seed is None:
+        holdout = np.zeros(len(names), dtype=bool)
+    elif holdout is None:
+        assert seed is not None
         first = np.unique(inspection.groups, return_index=True)[1]
         count = round(_HOLDOUT_SHARE * len(first))
         drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
@@ -369,7 +441,7 @@ def images_file(inspection: Inspection, seed: int = 0) -> dict[str, Any]:
             left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
-        sha256=open_tree(inspection.path).hashed(names[used].tolist()).sha256,
+        sha256=inspection.images.tree.hashed(names[used].tolist()).sha256,
         left_out=left_out,
         copies=tuple(tuple(names[used][some]) for some in _several(inspection.groups[used])),
         sealed=tuple(names[holdout].tolist()),
@@ -400,8 +472,7 @@ def _refuse_few(
             beside += " (of copies, near ones too, one counts)"
         raise UserError(
             f"class '{class_names[scarce]}' has {counts[scarce]} different images that can be used{beside}"
-            f", {least} are needed of each class to seal some and to train and test on the others{more}; add images, "
-            "or take the class out",
+            f", {least} {'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
             file=path,
         )
     if holdout is not None and not (tested := np.bincount(labels[holdout], minlength=len(class_names))).all():
@@ -435,35 +506,141 @@ def _several(groups: np.ndarray) -> list[list[int]]:
     return [part.tolist() for part in np.split(order, cuts) if len(part) > 1]
 
 
-def _decoded(
-    tree: FileTree, names: Sequence[str], on_progress: Callable[[int, int], None] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, str]]:
-    """Decode N files: equal numbers for exact copies (N,), for near ones too (N,), sides (N, 2), faults by name.
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+class PixelStore:
+    """Images as training takes them, (S, S, 3) at some sizes S, kept until it is known which of them train.
+
+    Use as a context manager: what is not handed over to the cache of decoded images in it is gone.
+
+    Args:
+        sizes: sides in pixels; none: nothing is kept.
+        interpolation: of resizing.
+    """
+
+    def __init__(self, sizes: Sequence[int], interpolation: Interpolation = "bicubic") -> None:
+        self.sizes, self.interpolation = tuple(sizes), interpolation
+        self._places: dict[str, int] = {}  # by name
+        self._stack = ExitStack()
+        self._files: dict[int, BinaryIO] = {}
+
+    def __enter__(self) -> Self:
+        for size in self.sizes:
+            with cache_fault(cache_dir()):
+                cache_dir().mkdir(parents=True, exist_ok=True)
+                self._files[size] = self._stack.enter_context(TemporaryFile(dir=cache_dir()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, name: str, pixels: Sequence[np.ndarray]) -> None:
+        """Keep an image, at each of the sizes."""
+        self._places[name] = len(self._places)
+        for size, image in zip(self.sizes, pixels, strict=True):
+            with cache_fault(cache_dir()):
+                self._files[size].write(image.tobytes())
+
+    def hand_over(self, index: ImageIndex, splits: Splits) -> None:
+        """Put what a run trains, validates and tests on where `cached_pixels` finds it, at all sizes.
+
+        Args:
+            index: of images that were inspected.
+            splits: of it.
+        """
+        assert index.names is not None
+        if not set(index.names) <= self._places.keys():  # the inspection was in the cache: nothing was decoded
+            return
+        rows = [self._places[name] for name in index.names]
+        for size, file in self._files.items():
+            file.flush()
+            shape = (len(self._places), size, size, 3)
+            pixels = np.memmap(file, np.uint8, "r", shape=shape)
+            for part in splits.parts:
+                cached_pixels(index, part, size, [pixels[row] for row in rows])
+
+
+class _Decoded(NamedTuple):
+    """Of N files: equal numbers for exact copies (N,), for near ones too (N,), sides (N, 2), faults by name.
 
     Of a file that can't be read the numbers are -1.
     """
+
+    copies: np.ndarray
+    groups: np.ndarray
+    sides: np.ndarray
+    faults: dict[str, str]
+    animated: tuple[str, ...]
+
+
+class _One(NamedTuple):
+    facts: Facts
+    digest: bytes
+    small: np.ndarray  # (64, 64, 3)
+    pixels: list[np.ndarray]  # for the store
+
+
+def _decoded_once(
+    tree: FileTree, names: list[str], store: PixelStore | None, on_progress: Callable[[int, int], None] | None
+) -> _Decoded:
+    """Decode files, or find in the cache what it came to."""
+    whole = store is not None and bool(store.sizes)
+    readers = f"{_VERSION} {FORMAT_VERSION} {PIL.__version__} {missing_packages('heic')} {whole}"
+    text = "\n".join([readers, tree.hashed(names).sha256, *names])  # of a zip the hash knows no names
+    listing = hashlib.sha256(text.encode()).hexdigest()
+    file = cache_dir() / "inspected" / f"{listing[:32]}.json"
+    try:
+        saved = json.loads(read_bytes(file))
+        copies, groups, sides = (np.array(saved[name], dtype=np.int64) for name in ("copies", "groups", "sides"))
+        if len(copies) == len(groups) == len(sides) == len(names):
+            return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
+    except Exception:  # whatever was in its place, it is not this package's file
+        pass
+    decoded = _decoded(tree, names, store or PixelStore(()), on_progress)
+    with cache_fault(file):
+        write_atomically(file, json.dumps(decoded._asdict(), default=np.ndarray.tolist).encode())
+    return decoded
+
+
+def _decoded(
+    tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
+) -> _Decoded:
     copies, groups = np.full((2, len(names)), -1, dtype=np.int64)
     sides = np.zeros((len(names), 2), dtype=np.int64)
     number: dict[bytes, int] = {}  # of each set of exact copies
     faults: dict[str, str] = {}
+    animated: list[str] = []
     different: list[np.ndarray] = []  # thumbnails of one image of each set, (256,) each
-    for done, name in enumerate(names):
+
+    def decode(name: str) -> _One | str:
         try:
             content = tree.read(name)
-            image = on_white(decode_image(partial(bytes, content), name, enough=_ENOUGH)).convert("RGB")
-            sides[done] = sides_of(content)
+            enough = None if store.sizes else _ENOUGH
+            image = on_white(decode_image(partial(bytes, content), name, enough=enough)).convert("RGB")
+            facts = facts_of(content)
         except Exception as error:  # a foreign file or archive can fail in any way
-            why = error.message if isinstance(error, UserError) else f"can't be read ({error})"
-            faults[name] = why.split("; ")[0]
-        else:
-            mark = repr((tuple(sides[done].tolist()), image.size)).encode()
-            digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
-            if digest not in number:
-                number[digest] = len(number)
-                different.append(grey_thumbnails(to_pixels(image, _COMPARED_SIDE, 3)[None], np.arange(1))[0])
-            copies[done] = number[digest]
-        if on_progress is not None:
-            on_progress(done + 1, len(names))
+            return error.message if isinstance(error, UserError) else f"can't be read ({error})"
+        mark = repr(((facts.short, facts.long), image.size)).encode()
+        digest = hashlib.blake2b(mark + image.tobytes(), digest_size=16).digest()
+        pixels = [to_pixels(image, size, 3, store.interpolation) for size in store.sizes]
+        return _One(facts, digest, to_pixels(image, _COMPARED_SIDE, 3), pixels)
+
+    with warnings.catch_warnings(action="ignore"):  # of Pillow's, see `decode_image`
+        for done, one in enumerate(in_threads(decode, names)):
+            name = names[done]
+            if isinstance(one, str):
+                faults[name] = one.removesuffix(f"; {REMEDY}")
+            else:
+                if one.facts.is_animated:
+                    animated.append(name)
+                if one.digest not in number:
+                    number[one.digest] = len(number)
+                    different.append(grey_thumbnails(one.small[None], np.arange(1))[0])
+                sides[done], copies[done] = one.facts[:2], number[one.digest]
+                store.add(name, one.pixels)
+            if on_progress is not None:
+                on_progress(done + 1, len(names))
     if different:
         groups = np.where(copies < 0, -1, near_groups(np.stack(different))[copies])
-    return copies, groups, sides, faults
+    return _Decoded(copies, groups, sides, faults, tuple(animated))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 
 import numpy as np
@@ -39,6 +39,7 @@ class Data:
     test_files: list[str] | None = None  # names of somebody's own, relative to their folder
     task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
+    left_out: Mapping[str, str] = field(default_factory=dict)  # why, by the names of files that an inspection left out
 
 
 def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool = True) -> Data:
@@ -74,6 +75,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool 
         test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
         task=index.task,
         warnings=image_warnings(index, splits, config.image_size),
+        left_out=index.left_out,
     )
 
 

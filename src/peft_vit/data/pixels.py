@@ -7,6 +7,7 @@ How a file is read, as upright pixels of 8 bits a channel:
   bits (TIFF) the upper 8 stay too.
 - CMYK becomes RGB by (255 - C)(255 - K) / 255 and so on, without colour profiles; Adobe's inverted JPEGs are turned
   back by Pillow.
+- Of several frames (GIF, animated PNG and WebP) the first is taken; several pages (TIFF) are refused.
 - What is transparent lies on white, c a + 255 (1 - a), be it by an alpha channel, a palette or a transparent colour.
 - What Pillow would read wrongly, or what has no black and white of its own (32 bits, floats, signed), is refused.
 
@@ -22,33 +23,52 @@ import hashlib
 import io
 import logging
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
 from peft_vit.config import Interpolation
-from peft_vit.data.files import new_in_cache
+from peft_vit.data.files import in_threads, new_in_cache
 from peft_vit.data.index import ImageIndex
 from peft_vit.errors import UserError, foreign_fault
+from peft_vit.extras import missing_packages, require_extra
 from peft_vit.packages import cache_dir
 
 FORMAT_VERSION = 3  # raise when a reader, the resizing or the layout changes
 _log = logging.getLogger(__name__)
 # By content, whatever the file is called: Pillow would hand an EPS to Ghostscript, which runs what stands in it.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF")
+_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # ISO/IEC 23008-12
 _MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb by default; a quarter of a gigabyte as RGB
 _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
-_REMEDY = "replace it or take it out"
+REMEDY = "replace it or take it out"
 _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, whose values Pillow spreads or cuts
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return what is decoded here: AVIF where Pillow was built with it, HEIC with the package of the extra."""
+    formats: tuple[str, ...] = _FORMATS
+    if features.check("avif"):
+        formats += ("AVIF",)
+    if not missing_packages("heic"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        formats += ("HEIF",)
+    return formats
 
 
 def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = None) -> Image.Image:
@@ -63,14 +83,16 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
     Raises:
         UserError: if it cannot be read, is truncated, not an image, too large, or of a kind that is not read right.
     """
-    with (
-        foreign_fault("is not a readable image", file, remedy=_REMEDY),
-        warnings.catch_warnings(action="ignore"),  # of Pillow's, on damage that it can do with, and on many pixels
-    ):
+    with foreign_fault("is not a readable image", file, remedy=REMEDY), _quiet():
+        content = read()
+        if not content:
+            raise UserError(f"is empty; {REMEDY}", file=file)
         try:
-            image = Image.open(io.BytesIO(read()), formats=_FORMATS)  # noqa: TID251 - these alone
+            image = Image.open(io.BytesIO(content), formats=_formats())  # noqa: TID251 - these alone
         except UnidentifiedImageError:  # its text holds a memory address
-            raise UserError(f"is not an image of a known format; {_REMEDY}", file=file) from None
+            if content[4:8] == b"ftyp" and content[8:12] in _HEIC_BRANDS:
+                require_extra("heic", "HEIC", file=file)
+            raise UserError(f"is not an image of a known format; {REMEDY}", file=file) from None
         width, height = image.size
         if width * height > _MAX_PIXELS or max(width, height) > _MAX_SIDE:
             raise ValueError(f"{width} x {height} pixels are too many, scale it down")
@@ -85,10 +107,26 @@ def decode_image(read: Callable[[], bytes], file: str, *, enough: int | None = N
         return _eight_bits(image, ImageOps.exif_transpose(image), raw_mode)
 
 
-def sides_of(content: bytes) -> tuple[int, int]:
-    """Return the shorter and the longer side of a sound image file, in pixels."""
-    with Image.open(io.BytesIO(content), formats=_FORMATS) as image:  # noqa: TID251 - these alone
-        return min(image.size), max(image.size)
+def _quiet() -> AbstractContextManager[object]:
+    """Silence Pillow's warnings on damage that it can do with, and on many pixels; threads are silenced together."""
+    if threading.current_thread() is not threading.main_thread():
+        return nullcontext()  # filters are those of the whole process: two threads would put back each other's
+    return warnings.catch_warnings(action="ignore")
+
+
+class Facts(NamedTuple):
+    """What the head of an image file says: its shorter and longer side in pixels, and whether it is animated."""
+
+    short: int
+    long: int
+    is_animated: bool
+
+
+def facts_of(content: bytes) -> Facts:
+    """Return what the head of a sound image file says."""
+    with Image.open(io.BytesIO(content), formats=_formats()) as image:  # noqa: TID251 - these alone
+        is_animated = image.format in ("GIF", "PNG", "WEBP", "AVIF") and getattr(image, "is_animated", False)
+        return Facts(min(image.size), max(image.size), is_animated)
 
 
 def _is_grey_of_16_bits(image: Image.Image, raw_mode: str) -> bool:
@@ -136,7 +174,9 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
 
 
-def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.ndarray:
+def cached_pixels(
+    index: ImageIndex, rows: np.ndarray, image_size: int, decoded: Sequence[np.ndarray] | None = None
+) -> np.ndarray:
     """Return the images of some rows, decoded and resized, memory-mapped from the cache.
 
     A file of another shape or length than expected (cut off, say) is rebuilt. Two processes may build the
@@ -146,6 +186,7 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
         index: the data set.
         rows: which images, (N,) indices.
         image_size: side S in pixels.
+        decoded: the data set's images, if somebody has decoded them at this size: (S, S, C) uint8 each.
 
     Returns:
         (N, S, S, C) uint8, read-only; C = `index.channels`.
@@ -159,14 +200,20 @@ def cached_pixels(index: ImageIndex, rows: np.ndarray, image_size: int) -> np.nd
     file = cache_dir() / "pixels" / f"{index.name}-{image_size}px-{key}.npy"
     pixels = _open_cached(file, shape)
     if pixels is None:
+
+        def pixels_of(row: int) -> bytes:
+            return to_pixels(index.read(row), image_size, index.channels, index.interpolation).tobytes()
+
         _log.info("decoding %d images of %s at %d px", len(rows), index.name, image_size)
         # Written as a stream: on a full disk a memory map would end the process, write() raises.
         with new_in_cache(file) as temporary, temporary.open("wb") as handle:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(handle, header)
-            for row in rows:
-                image = to_pixels(index.read(int(row)), image_size, index.channels, index.interpolation)
-                handle.write(image.tobytes())
+            if decoded is None:
+                with _quiet():
+                    handle.writelines(in_threads(pixels_of, rows.tolist()))
+            else:
+                handle.writelines(decoded[row].tobytes() for row in rows.tolist())
             handle.flush()
             os.fsync(handle.fileno())
         pixels = np.load(file, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - numbers alone

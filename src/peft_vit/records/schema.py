@@ -500,6 +500,8 @@ class RunRecord(_Value):
     provenance: Provenance | None = None
     class_names: list[str] = []
     split_sizes: dict[str, int] = {}  # train, validation, test
+    # Why, by the names of files that an inspection of the images left out; absent where it left out none.
+    left_out: dict[str, str] = Field(default={}, exclude_if=lambda names: not names)
     sites: list[SiteInfo] = []
     steps: list[StepRow] = []
     evaluations: list[Evaluation] = []

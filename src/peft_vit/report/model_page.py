@@ -340,7 +340,7 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
     if untested := [plain(found.name) for found in quality.classes if not found.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
-    if left_out := getattr(record, "left_out", {}):
+    if left_out := record.left_out:
         yield table(
             "left_out",
             f"{count(len(left_out))} file{'s' * (len(left_out) > 1)} left out",

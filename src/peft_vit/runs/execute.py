@@ -254,6 +254,7 @@ def _execute(
     outcome = {
         "class_names": list(data.class_names),
         "split_sizes": {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)},
+        "left_out": dict(data.left_out),
         "majority_accuracy": _majority(data),
         "sites": sites,
         "rank_history": [RankEntry(step=0, budget=None, ranks=ranks)] if ranks else [],

@@ -31,12 +31,14 @@ from peft_vit.studies.scheduler import Deadline
 from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, numbered_folder, write_request, write_sizes
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.data import ImageIndex
+    from peft_vit.records import StudyFile
     from peft_vit.runs.image_sizes import SizeTrial
     from peft_vit.statistics.sequential import SequentialResult
+    from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
 
 _log = partial(print, flush=True)
+IMAGES_FILE = "images.json"  # which images a `train` uses
 
 
 @dataclass(frozen=True)
@@ -102,36 +104,72 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         UserError, KeyboardInterrupt: as `run_studies`.
     """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-    from peft_vit.studies.display import duration, plan_notes, print_lines
-    from peft_vit.studies.own_images import (
-        count_images,
-        open_images,
-        refuse_among_images,
-        regressions,
-        study_of,
-        with_weights,
-    )
+    from peft_vit.studies.display import decoding_progress, duration, plan_notes, print_lines
+    from peft_vit.studies.own_images import count_images, open_images, refuse_among_images
+
+    refuse_among_images(request.images, request.output)
+    with ExitStack() as stack:
+        with decoding_progress() as on_progress:
+            images = stack.enter_context(open_images(request, on_progress))
+        print_lines(images.lines)
+        index = images.index
+        classes = [index.class_names[label] for label in index.labels]
+        asked = RequestFile.of(request, index.sha256, list(index.names or ()), classes, list(index.digests or ()))
+        run, changes = earlier_call(asked)
+        if run is not None and run.status().state == "done" and _larger(run) is None:
+            link_latest(run.folder)
+            _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
+            return run
+        counts = count_images(request, index)
+        several = f"{len(index.labels)} images in {len(index.class_names)} classes"
+        shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
+        print_lines(filter(None, [f"{several}: {shares}", changes]))
+        with numbered_folder(request.output, request.label) if run is None else study_lock(run.folder) as lock:
+            begun, file = read_study_file(lock.folder), lock.folder.absolute() / IMAGES_FILE
+            plan, trials, chosen = _plan_call(request, lock.folder, images, file, begun)
+            if not request.smoke:
+                images.keep_pixels(plan.study)
+            if run is None:
+                run = TrainRun(lock.folder, asked)
+                write_request(run.folder, asked)
+                if trials:
+                    write_sizes(run.folder, {trial.image_size: trial.value for trial in trials})
+            link_latest(run.folder)
+            about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
+            start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
+            print_lines(filter(None, [chosen, *plan_notes(plan)]))
+            print_lines([f"{start} in {run.folder}; {about}"])
+            if run.status().state != "done":
+                _drive(plan, lock, alone=True)
+            if (size := _larger(run)) is not None:
+                _beside(run, request.model_copy(update={"weights": plan.study.backbone.weights}), images, file, size)
+        return run
+
+
+def _plan_call(
+    request: TrainRequest, folder: Path, images: OwnImages, file: Path, begun: StudyFile | None
+) -> tuple[Plan, list[SizeTrial], str]:
+    """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
+
+    Returns:
+        The plan, what regressions at several image sizes have, and a line on what was chosen.
+    """
+    from peft_vit.studies.display import print_lines
+    from peft_vit.studies.own_images import regressions, study_of, with_weights
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
 
-    refuse_among_images(request.images, request.output)
-    index = open_images(request)
-    classes = [index.class_names[label] for label in index.labels]
-    asked = RequestFile.of(request, index.sha256, list(index.names or ()), classes, list(index.digests or ()))
-    run, changes = earlier_call(asked)
-    if run is not None and run.status().state == "done" and _larger(run) is None:
-        link_latest(run.folder)
-        _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
-        return run
-    with numbered_folder(request.output, request.label) if run is None else study_lock(run.folder) as lock:
-        begun = read_study_file(lock.folder)
-        trials: list[SizeTrial] = []
+    trials: list[SizeTrial] = []
+    with ExitStack() as undo:
+        if begun is None:
+            undo.callback(file.unlink, missing_ok=True)
+            images.write(file)
         if begun is None or request.smoke:  # whose file holds the compressed one
             request, weights = with_weights(request)
-            _log(weights or "Choosing the image size.")
+            print_lines(filter(None, [weights]))
             started = time.monotonic()
-            trials = regressions(request, index, _log)
-            study, chosen = study_of(request, lock.folder.name, index, trials, time.monotonic() - started)
+            trials = regressions(request, images, file, _log)
+            study, chosen = study_of(request, folder.name, images, file, trials, time.monotonic() - started)
         else:
             study, chosen = begun.configuration, ""
         plan = plan_study(
@@ -141,26 +179,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             smoke=request.smoke,
             measure_step=partial(measure_step, log=_log),
         )
-        if run is None:
-            run = TrainRun(lock.folder, asked)
-            write_request(run.folder, asked)
-            if trials:
-                write_sizes(run.folder, {trial.image_size: trial.value for trial in trials})
-        link_latest(run.folder)
-        counts, several = (
-            count_images(request, index),
-            f"{len(index.labels)} images in {len(index.class_names)} classes",
-        )
-        shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
-        about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
-        start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
-        print_lines(filter(None, [f"{several}: {shares}", changes, chosen, *plan_notes(plan)]))
-        print_lines([f"{start} in {run.folder}; {about}"])
-        if run.status().state != "done":
-            _drive(plan, lock, alone=True)
-        if (size := _larger(run)) is not None:
-            _beside(run, request.model_copy(update={"weights": study.backbone.weights}), index, size)
-    return run
+        undo.pop_all()
+    return plan, trials, chosen
 
 
 def _larger(run: TrainRun) -> int | None:
@@ -171,7 +191,7 @@ def _larger(run: TrainRun) -> int | None:
     return sizes.better_than(record.spec.data.image_size)
 
 
-def _beside(run: TrainRun, request: TrainRequest, index: ImageIndex, image_size: int) -> None:
+def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver the better of the two on validation images."""
     from peft_vit.studies.own_images import regression_at
     from peft_vit.studies.plan import plan_study
@@ -180,7 +200,7 @@ def _beside(run: TrainRun, request: TrainRequest, index: ImageIndex, image_size:
     trained = run.record()
     assert trained is not None
     assert trained.validation is not None
-    study = regression_at(request, f"regression-{image_size}px", index, image_size)
+    study = regression_at(request, f"regression-{image_size}px", images, file, image_size)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=request.images)
         if plan.pending:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn
+from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
@@ -30,7 +32,7 @@ from peft_vit.tasks import metric_of
 from peft_vit.training import Progress
 
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
-# Between two lines on one run, where the output is no terminal: of several runs, of one alone.
+# Between two lines on one run, where the output is no terminal: of several runs, of one alone, of images.
 _PLAIN_EVERY_S, _ALONE_EVERY_S = 30.0, 10.0
 _BAR_WIDTH = 40  # columns
 _UNKNOWN = "–"
@@ -63,7 +65,27 @@ def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> 
         console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
-# --- before: the plan -------------------------------------------------------------------------------------------------
+# --- before: images, and the plan -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def decoding_progress(console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Give what is told how many images are decoded: a bar on a terminal, else a line now and then."""
+    console = open_console() if console is None else console
+    if console.is_terminal and not console.is_dumb_terminal:
+        with Bar("Reading images", BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, count: bar.update(task, completed=done, total=count)
+        return
+    said_at = time.monotonic()
+
+    def on_progress(done: int, count: int) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= _ALONE_EVERY_S:
+            said_at = time.monotonic()
+            console.print(f"{done:,} of {count:,} images are read.")
+
+    yield on_progress
 
 
 def plan_notes(plan: Plan) -> list[Text]:

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_vit.backbones import BackboneShape, architecture_of, describe, native_size, size_step_of, source_of
+from peft_vit.backbones import (
+    BackboneShape,
+    architecture_of,
+    describe,
+    interpolation_of,
+    native_size,
+    size_step_of,
+    source_of,
+)
 from peft_vit.config import BackboneConfig, Compute, StudyConfig, bytes_of, named_backbone, study_from_mapping
-from peft_vit.data import ImageIndex, open_index
+from peft_vit.data import (
+    ImageIndex,
+    ImagesFile,
+    PixelStore,
+    existing,
+    find_images,
+    images_file,
+    index_inspected,
+    inspect_images,
+    make_splits,
+    open_index,
+)
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.quantization.integers import check_integers, has_integer_products
+from peft_vit.records import write_whole
+from peft_vit.runs.image_sizes import sizes_to_try
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.request import TrainRequest
 
@@ -47,11 +70,62 @@ class Counts:
     test: int
 
 
-def open_images(request: TrainRequest) -> ImageIndex:
-    """Return the images that are asked for; raises UserError if they can't be read."""
-    return open_index(
-        _study(request, "check", _data(request), {"name": "check", "method": "linear", "training": {}}).data
-    )
+@dataclass(frozen=True)
+class OwnImages:
+    """A person's images after they were inspected.
+
+    Attributes:
+        index: of those that are used.
+        content: of the file that says which these are.
+        dataset: how a configuration calls their kind.
+        path: likewise, of the folder, zip or table.
+        expected_s: what a regression takes at the image sizes that are to be tried, rising; empty if none are.
+        lines: what to know of them.
+        store: holds what was decoded.
+    """
+
+    index: ImageIndex
+    content: ImagesFile
+    dataset: str
+    path: Path
+    expected_s: dict[int, float]
+    lines: list[str]
+    store: PixelStore
+
+    def write(self, file: Path) -> None:
+        """Write the file that a study names as `data.images_file`."""
+        write_whole(file, self.content.model_dump_json(indent=1).encode())
+
+    def keep_pixels(self, study: StudyConfig) -> None:
+        """Put what was decoded where the study's runs find it."""
+        index = open_index(study.data)
+        self.store.hand_over(index, make_splits(index, study.data, study.seeds[0]))
+
+
+@contextmanager
+def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] | None = None) -> Iterator[OwnImages]:
+    """Find somebody's images, choose their size, and decode each once; what can't be read is left out.
+
+    Args:
+        request: of the command, or in Python.
+        on_progress: told how many images are decoded, and of how many.
+
+    Raises:
+        UserError: see `find_images` and `inspect_images`.
+    """
+    images = find_images(existing(str(request.images)))
+    own = None if images.files.is_test is None else sum(images.files.is_test)
+    classes = images.files.classes
+    counts = _share(request, len(classes), len(set(classes.values())), own)
+    expected_s = _sizes_in_time(request, counts)
+    sizes = list(expected_s) or [request.image_size or _Forecast(request, counts).largest_size()]
+    interpolation = interpolation_of(architecture_of(_backbone(request)))
+    with PixelStore([] if request.smoke else sizes, interpolation) as store:
+        inspection = inspect_images(images, least=1, strict=request.strict, store=store, on_progress=on_progress)
+        content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
+        lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
+        index = index_inspected(images, content, request.images)
+        yield OwnImages(index, content, images.dataset, images.path, expected_s, lines, store)
 
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
@@ -62,57 +136,56 @@ def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     return request.model_copy(update={"weights": source}), line
 
 
-def regressions(request: TrainRequest, index: ImageIndex, tell: Callable[[str], None]) -> list[SizeTrial]:
+def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Callable[[str], None]) -> list[SizeTrial]:
     """Return what a regression on frozen features has at the image sizes that fit a fifth of the minutes.
 
     Empty where the size is given, or nothing is to be chosen by images.
 
     Args:
         request: as for `study_of`.
-        index: of its images.
+        images: of the request.
+        file: where it was written which of them are used.
         tell: is told each size.
 
     Raises:
         UserError: if the model's weights can't be had.
     """
-    if request.image_size is not None or request.start is not None or request.smoke:
+    if not images.expected_s:
         return []
-    from peft_vit.runs.image_sizes import sizes_to_try, try_sizes
+    from peft_vit.runs.image_sizes import try_sizes
     from peft_vit.studies.plan import plan_study
 
-    counts = count_images(request, index)
-    forecast = _Forecast(request, counts)
-    images, throughput = counts.train + counts.validation, forecast.throughput
-    expected_s = {
-        size: throughput.start_s + images * throughput.image_s(describe(forecast.backbone, size))
-        for size in sizes_to_try(architecture_of(forecast.backbone))
-    }
+    compute = _Forecast(request, count_images(request, images.index)).compute
+    sizes = list(images.expected_s)
+    images.keep_pixels(regression_at(request, "sizes", images, file, sizes[0]))
 
     def spec_of(size: int) -> RunSpec:
-        study = regression_at(request, "sizes", index, size, forecast.compute)
+        study = regression_at(request, "sizes", images, file, size, compute)
         return plan_study(study, request.output, file=request.images).runs[0].spec
 
     def said(trial: SizeTrial) -> None:
         tell(f"  regression on frozen features of {trial.image_size} px: {trial.text} on images left out of its fit")
 
-    return try_sizes(spec_of, expected_s, forecast.limit_s * _SHARE_OF_SIZES, said)
+    return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, said)
 
 
 def regression_at(
-    request: TrainRequest, name: str, index: ImageIndex, image_size: int, compute: Compute = "float"
+    request: TrainRequest, name: str, images: OwnImages | None, file: Path, image_size: int, compute: Compute = "float"
 ) -> StudyConfig:
     """Return the study of a regression on frozen features of the same images at a size."""
+    data, index = _data_of(request, images, file)
     counts = count_images(request, index)
-    data = _split(request, counts, index) | {"image_size": image_size}
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)
-    return _study(plain, name, data, experiment_for(plain, counts, shape, 0, compute))
+    experiment = experiment_for(plain, counts, shape, 0, compute)
+    return _study(plain, name, data | {"image_size": image_size}, experiment)
 
 
 def study_of(
     request: TrainRequest,
     name: str = "own-images",
-    index: ImageIndex | None = None,
+    images: OwnImages | None = None,
+    file: Path | None = None,
     trials: Sequence[SizeTrial] = (),
     spent_s: float = 0.0,
 ) -> tuple[StudyConfig, str]:
@@ -124,16 +197,16 @@ def study_of(
     Args:
         request: of the command, or in Python.
         name: of the study.
-        index: of its images, if they were opened.
+        images: of the request, see `open_images`; None: every file of the folder is an image.
+        file: where it was written which of them are used.
         trials: see `regressions`; the size is chosen by them.
         spent_s: of the minutes.
 
     Raises:
         UserError: if the folder can't be read or holds too few images, or the time is too short.
     """
-    index = index or open_images(request)
+    data, index = _data_of(request, images, file)
     counts = count_images(request, index)
-    data = _split(request, counts, index)
     forecast = _Forecast(request, counts, spent_s)
     chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
     data["image_size"] = request.image_size or chosen
@@ -157,8 +230,11 @@ def refuse_among_images(folder: Path, output: Path) -> None:
 
 def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
     """Return how a folder's images are shared out."""
-    images, classes = len(index.labels), len(index.class_names)
     own = None if index.official_test is None else int(index.official_test.sum())
+    return _share(request, len(index.labels), len(index.class_names), own)
+
+
+def _share(request: TrainRequest, images: int, classes: int, own: int | None) -> Counts:
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = fifth if own is None else own
@@ -317,12 +393,35 @@ def _data(request: TrainRequest) -> dict[str, Any]:
     return {"dataset": "image-folder", "path": path, **sizes}
 
 
-def _split(request: TrainRequest, counts: Counts, index: ImageIndex) -> dict[str, Any]:
-    data = _data(request) | {"validation_images": counts.validation}
-    data["test_images"] = counts.test if index.official_test is None else None
+def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None) -> tuple[dict[str, Any], ImageIndex]:
+    """Return a section `data` but for the image size, and the images that it names."""
+    data = _data(request)
+    if images is None:
+        index = open_index(_study(request, "check", data, {"name": "check", "method": "linear", "training": {}}).data)
+    else:
+        index = images.index
+        data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
+    data["validation_images"] = count_images(request, index).validation
+    data["test_images"] = None if index.official_test is not None else count_images(request, index).test
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
-    return data
+    return data, index
+
+
+def _sizes_in_time(request: TrainRequest, counts: Counts) -> dict[int, float]:
+    """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
+    if request.image_size is not None or request.start is not None or request.smoke:
+        return {}
+    forecast, left_s = _Forecast(request, counts), 60 * request.minutes * _SHARE_OF_SIZES
+    expected_s: dict[int, float] = {}
+    for size in sizes_to_try(architecture_of(forecast.backbone)):
+        images, throughput = counts.train + counts.validation, forecast.throughput
+        seconds = throughput.start_s + images * throughput.image_s(describe(forecast.backbone, size))
+        left_s -= seconds
+        if expected_s and left_s < 0:
+            break
+        expected_s[size] = seconds
+    return expected_s
 
 
 def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:

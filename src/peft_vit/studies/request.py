@@ -129,7 +129,9 @@ class Budget:
 class TrainRequest(Request):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
-    images: Annotated[Path, Option(is_argument=True)] = Field(description="one folder of images per class")
+    images: Annotated[Path, Option(is_argument=True)] = Field(
+        description="one folder of images per class, a zip of that, or a CSV or Parquet file of paths and labels"
+    )
     method: MethodName = Field(default="lora", description="what to train")
     shots: int | None = Field(default=None, ge=1, description="training images per class; default: all that remain")
     library: Library = Field(default="timm", description="that the model comes from")
@@ -205,6 +207,7 @@ class TrainRequest(Request):
         description="of what training draws: the start, batches, and with --shots the images",
     )
     threads: int = Field(default=2, ge=1, description="of PyTorch")
+    strict: bool = Field(default=False, description="refuse images with files that would be left out, with the list")
     output: Path = Field(default=DEFAULT_OUTPUT, description="where the folder of this call goes, beside earlier ones")
     smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
 

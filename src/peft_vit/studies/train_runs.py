@@ -60,7 +60,10 @@ class RequestFile(BaseModel):
     def asks_for_the_same(self, other: RequestFile) -> bool:
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
         ours, theirs = (
-            (file.request.model_dump(exclude={"images", "output"}), os.path.realpath(file.request.images.expanduser()))
+            (
+                file.request.model_dump(exclude={"images", "output", "strict"}),
+                os.path.realpath(file.request.images.expanduser()),
+            )
             for file in (self, other)
         )
         return ours == theirs

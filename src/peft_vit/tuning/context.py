@@ -136,8 +136,8 @@ class TuningContext:
             "device": request.device,
             "backbone": self.backbones[model].model_dump(exclude_unset=True),
             "data": {
-                "dataset": "image-folder",
-                "path": str(request.images.absolute()),
+                "dataset": self.seen.images.dataset,
+                "path": str(self.seen.path.absolute()),
                 "images_file": str(self.images_file.absolute()),
                 "image_size": image_size,
                 "folds": FOLDS,

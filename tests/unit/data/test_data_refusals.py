@@ -175,7 +175,7 @@ def test_a_path_that_is_a_pipe_or_impossible(tmp_path, config, dataset, name):
     [
         (lambda sound: sound[: len(sound) // 2], r"class_0/000\.png: is not a readable image \(.*truncated"),
         (lambda _: b"<html>", r"class_0/000\.png: is not an image of a known format"),
-        (lambda _: b"", r"class_0/000\.png: is not an image of a known format"),
+        (lambda _: b"", r"class_0/000\.png: is empty"),
     ],
 )
 def test_a_broken_image_is_named_when_it_is_read(config, content, message):

@@ -14,7 +14,7 @@ from rich.console import Console
 from peft_vit.forecasting.estimate import Estimate
 from peft_vit.records import HeadFit, Metrics, StepRow
 from peft_vit.studies import display
-from peft_vit.studies.display import Watch, counted, duration, print_plan
+from peft_vit.studies.display import Watch, counted, decoding_progress, duration, print_plan
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.plan import PlannedRun, plan_study
 from peft_vit.training import Progress
@@ -41,6 +41,22 @@ def printed(plan) -> list[str]:
 def test_a_time_is_said_as_a_person_says_it(seconds, said) -> None:
     assert duration(seconds) == said
     assert (counted(0, "run"), counted(1, "run"), counted(2, "run")) == ("0 runs", "1 run", "2 runs")
+
+
+def test_decoding_is_told_every_ten_seconds_or_in_a_bar(monkeypatch) -> None:
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(display.time, "monotonic", lambda: now.s)
+    piped = console()
+    with decoding_progress(piped) as on_progress:
+        for done in range(1, 31):
+            now.s += 1.0
+            on_progress(done, 3000)
+    assert piped.file.getvalue().splitlines() == [f"{done} of 3,000 images are read." for done in (10, 20, 30)]
+    monkeypatch.undo()
+    terminal = console(terminal=True)
+    with decoding_progress(terminal) as on_progress:
+        on_progress(7, 3000)
+    assert "Reading images" in terminal.file.getvalue()
 
 
 def test_a_plan_sums_up_what_its_workers_take_and_quotes_no_markup(study, tmp_path) -> None:

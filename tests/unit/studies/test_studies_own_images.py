@@ -13,7 +13,7 @@ from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.studies import own_images
-from peft_vit.studies.own_images import Counts, count_images, refuse_among_images, study_of
+from peft_vit.studies.own_images import Counts, count_images, open_images, refuse_among_images, study_of
 from peft_vit.studies.request import TrainRequest
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
@@ -108,6 +108,22 @@ def test_an_own_test_split_takes_nothing_from_what_trains(asked, tmp_path) -> No
     study, _ = study_of(request)
     assert (study.data.validation_images, study.data.test_images) == (4, None)  # a fifth of 20
     assert count_images(request, own_images.open_index(study.data)) == Counts(16, 4, 80)
+
+
+def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
+    request = asked(shots=None, steps=20)
+    (tmp_path / "cat" / "text.png").write_text("no image")
+    with open_images(request) as images:
+        assert images.lines == ["1 file is left out:", "  cat/text.png: is not an image of a known format"]
+        file = tmp_path.parent / f"{tmp_path.name}.json"
+        images.write(file)
+        study, line = study_of(request, "own-images", images, file)
+        images.keep_pixels(study)
+    assert line.startswith("Images of 160 px")
+    assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
+    assert load_data(study.data, 0).left_out == {"cat/text.png": "is not an image of a known format"}
+    with pytest.raises(UserError, match="--strict: 1 file is to be left out"), open_images(asked(strict=True)):
+        pass
 
 
 METHODS_WITHOUT = {

@@ -1,0 +1,340 @@
+"""Images as people have them: where they are found, what is left out or refused, and that each is decoded once."""
+
+import json
+import os
+import shutil
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, features
+from written_images import encoded, save
+
+from peft_vit.config import DataConfig
+from peft_vit.data import (
+    PixelStore,
+    decode_image,
+    find_images,
+    images_file,
+    inspect_images,
+    load_data,
+    make_splits,
+    open_index,
+)
+from peft_vit.data import inspect as inspect_module
+from peft_vit.data import pixels as pixels_module
+from peft_vit.data.pixels import cached_pixels
+from peft_vit.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("PEFT_VIT_CACHE", str(folder))
+    return folder
+
+
+PLAIN = np.full((48, 64, 3), (200, 60, 20), dtype=np.uint8)
+
+
+def textured(seed):
+    return np.random.default_rng(seed).integers(40, 215, (12, 12, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+
+
+def fill(root, images=6, classes=("кот", "hund mit hut")):
+    for label, name in enumerate(classes):
+        for i in range(images):
+            save(root / name / f"bild {i}.{'PNG' if i % 2 else 'png'}", textured(100 * label + i))
+    return root
+
+
+def table_of(root, write, **columns):
+    rows = [(str(file.relative_to(root)), file.parent.name) for file in sorted(root.rglob("*.[pP]*"))]
+    write(pd.DataFrame(rows, columns=["path", "label"]).assign(**columns))
+
+
+# --- where they are ---------------------------------------------------------------------------------------------------
+
+
+def deeper(root):
+    fill(root / "dataset")
+    (root / "dataset" / "кот" / "Thumbs.db").write_bytes(b"x")
+    (root / "dataset" / ".DS_Store").write_bytes(b"x")
+    (root / "__MACOSX").mkdir()
+    (root / "__MACOSX" / "a.png").write_bytes(b"x")
+    (root / "empty").mkdir()
+
+
+def zipped(root):
+    fill(root / "icons" / "deep")
+    with zipfile.ZipFile(root / "icons.zip", "w") as archive:
+        for file in sorted((root / "icons").rglob("*.*")):
+            archive.write(file, file.relative_to(root))
+        archive.writestr("__MACOSX/icons/deep/._a.png", b"x")
+    shutil.rmtree(root / "icons")
+    return root / "icons.zip"
+
+
+def split_deeper(root):
+    fill(root / "set" / "train")
+    fill(root / "set" / "test", 1, ("кот", "hund mit hut"))
+
+
+def only_train(root):
+    fill(root / "train")
+
+
+def linked(root):
+    fill(root / "elsewhere")
+    images = root / "images"
+    (images / "hund mit hut").mkdir(parents=True)
+    (images / "кот").symlink_to(root / "elsewhere" / "кот")
+    for file in sorted((root / "elsewhere" / "hund mit hut").iterdir()):
+        (images / "hund mit hut" / file.name).symlink_to(file)
+    (images / "again").symlink_to(images)
+    (images / "above").symlink_to("..")
+    (images / "кот" / "round").symlink_to(images)
+    return images
+
+
+def csv_beside(root):
+    fill(root / "all", 6, ("кот", "hund mit hut"))
+    (root / "flat").mkdir()
+    rows = []
+    for file in sorted((root / "all").rglob("*.*")):
+        new = root / "flat" / f"{file.parent.name} {file.name}"
+        rows.append((str(new if len(rows) % 2 else new.relative_to(root)), file.parent.name, 1))
+        os.rename(file, new)
+    shutil.rmtree(root / "all")
+    pd.DataFrame(rows, columns=["path", "label", "weight"]).to_csv(root / "labels.csv", index=False)
+
+
+def parquet(root):
+    fill(root / "elsewhere")
+    (root / "lists").mkdir()
+    table_of(root, lambda frame: frame.assign(path="../" + frame.path).to_parquet(root / "lists" / "my.parquet"))
+    return root / "lists" / "my.parquet"
+
+
+FOUND = {
+    deeper: "Images are taken from {root}/dataset, where the class folders are.",
+    zipped: "Images are taken from {root}/icons.zip/icons/deep, where the class folders are.",
+    split_deeper: "Images are taken from {root}/set, where the class folders are.",
+    only_train: "Images are taken from {root}/train, where the class folders are.",
+    linked: None,
+    csv_beside: "Images and labels are those that {root}/labels.csv lists.",
+    parquet: None,
+}
+
+
+@pytest.mark.parametrize("make", FOUND, ids=lambda make: make.__name__)
+def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_path, make):
+    images = find_images(make(tmp_path) or tmp_path)
+    said = FOUND[make]
+    assert images.taken == (None if said is None else said.format(root=tmp_path))
+    seen = inspect_images(images, least=1)
+    assert seen.class_names == ("hund mit hut", "кот")
+    of_test = 2 if make is split_deeper else 0
+    assert len(seen.names) == 12  # of split_deeper the 2 test images are copies of 2 that train, which are left out
+    assert len(seen.left_out) == of_test
+    file = tmp_path / "images.json"
+    file.write_text(json.dumps(images_file(seen, seed=None)))
+    config = DataConfig(
+        dataset=images.dataset, path=str(images.path), images_file=str(file), image_size=14, validation_images=2,
+        test_images=None if of_test else 2,
+    )  # fmt: skip
+    index = open_index(config)
+    assert list(index.names) == list(seen.names)
+    assert dict(index.left_out) == dict(seen.left_out)
+    data = load_data(config, 0)
+    assert (len(data.test), len(data.train), data.left_out) == (2, 8, index.left_out)
+
+
+def several(root):
+    for month in ("march", "april"):
+        fill(root / month)
+
+
+def flat(root):
+    fill(root / "all")
+    for file in sorted((root / "all").rglob("*.*")):
+        os.rename(file, root / f"{file.parent.name} {file.name}")
+    shutil.rmtree(root / "all")
+
+
+def flat_splits(root):
+    fill(root, classes=("train", "test"))
+
+
+def broken_table(root):
+    (root / "images.csv").write_text("path,label\na.png,a\na.png,b\n")
+    return root / "images.csv"
+
+
+def no_table(root):
+    (root / "images.parquet").write_bytes(b"PAR1 or not")
+    return root / "images.parquet"
+
+
+def half(root):
+    fill(root, 4)
+    for file in [*root.rglob("bild 0.png"), *root.rglob("bild 1.PNG"), *(root / "кот").glob("bild 2.png")]:
+        file.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (several, r"data\.path: holds class folders in 2 folders \(april, march\); name one of them$"),
+        (
+            flat,
+            r"holds 12 images and no class folders; put them into one folder a class, .* or list them in images\.csv",
+        ),
+        (flat_splits, "holds 12 images and no class folders"),
+        (lambda root: None, r"holds no image \(\.png "),
+        (broken_table, r"images\.csv:3: label: a\.png is 'b' here and 'a' before"),
+        (no_table, r"images\.parquet: is no Parquet file that can be read"),
+        (half, r"5 of 8 images can't be used; mend or replace them, or choose another folder$"),
+    ],
+)
+def test_what_can_not_be_meant_is_one_line_with_a_hint(tmp_path, make, said):
+    with pytest.raises(UserError, match=said) as caught:
+        inspect_images(make(tmp_path) or tmp_path, least=1)
+    assert caught.value.details.count("is not an image of a known format") == (5 if make is half else 0)
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
+    root = fill(tmp_path / "images")
+    whole = (root / "кот" / "bild 0.png").read_bytes()
+    for name, content in {
+        "кот/cut.png": whole[:80],
+        "кот/cut.jpg": encoded(Image.fromarray(textured(500)), "JPEG")[:-300],
+        "кот/text.jpg": b"no image",
+        "hund mit hut/zero.webp": b"",
+        "hund mit hut/notes.txt": b"x",
+        "beside.png": whole,
+        "hund mit hut/more/below.png": whole,
+    }.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "кот" / "gone.png").symlink_to("nowhere")
+    os.mkfifo(root / "кот" / "pipe.png")
+    seen = inspect_images(root, least=1)
+    assert {name: why.split(" (")[0] for name, why in seen.left_out.items()} == {
+        "кот/cut.png": "is not a readable image",
+        "кот/cut.jpg": "is not a readable image",
+        "кот/text.jpg": "is not an image of a known format",
+        "кот/gone.png": "can't be read",
+        "кот/pipe.png": "can't be read",
+        "hund mit hut/zero.webp": "is empty",
+        "hund mit hut/notes.txt": "is no image file",
+        "beside.png": "lies in no class folder",
+        "hund mit hut/more/below.png": "lies below a class folder",
+    }
+    lines = seen.remarks()
+    assert lines[0] == "9 files are left out:"
+    assert lines[1:] == [f"  {name}: {why}" for name, why in sorted(seen.left_out.items())]
+    with pytest.raises(UserError, match=r"--strict: 9 files are to be left out") as caught:
+        inspect_images(root, least=1, strict=True)
+    assert caught.value.details.splitlines() == lines[1:]
+    for i in range(40):
+        (root / "кот" / f"{i}.txt").write_text("x")
+    assert inspect_images(root, least=1).remarks()[-1] == "  and 19 more"
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path):
+    root = fill(tmp_path / "images")
+    frames = [Image.fromarray(textured(900 + i)) for i in range(3)]
+    save(root / "кот" / "a.gif", frames[0], save_all=True, append_images=frames[1:])
+    save(root / "кот" / "still.gif", frames[1])
+    save(root / "кот" / "portrait.jfif", frames[2], format="JPEG")
+    seen = inspect_images(root, least=1)
+    assert seen.remarks() == ["1 image is animated, such as кот/a.gif; the first frame is taken"]
+    shown = decode_image((root / "кот" / "a.gif").read_bytes, "a.gif").convert("RGB")
+    assert np.abs(np.asarray(shown).astype(int) - textured(900)).mean() < 12  # of 255; a GIF has 256 colours
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_avif_is_read(tmp_path):
+    file = save(tmp_path / "a.avif", PLAIN)
+    assert np.abs(np.asarray(decode_image(file.read_bytes, "a.avif")).astype(int) - PLAIN).max() < 8
+
+
+def test_heic_is_read_with_its_extra(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.fromarray(PLAIN)).save(tmp_path / "a.heic")
+    image = decode_image((tmp_path / "a.heic").read_bytes, "a.heic").convert("RGB")
+    assert np.abs(np.asarray(image).astype(int) - PLAIN).max() < 8
+
+
+def test_heic_without_its_extra_is_left_out_with_the_command_that_helps(tmp_path, monkeypatch):
+    def require_missing(extra, what, **named):
+        raise UserError(f"{what} needs {extra}", **named)
+
+    monkeypatch.setattr(pixels_module, "_formats", lambda: ("PNG", "JPEG"))
+    monkeypatch.setattr(pixels_module, "require_extra", require_missing)
+    root = fill(tmp_path / "images")
+    (root / "кот" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert inspect_images(root, least=1).left_out == {"кот/phone.HEIC": "HEIC needs heic"}
+
+
+# --- once -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_image_is_decoded_once_and_its_pixels_are_those_of_a_study(tmp_path, monkeypatch, cache_of_its_own):
+    root = fill(tmp_path / "images", images=8)
+    (root / "кот" / "a broken one.png").write_bytes(b"no image")
+    decoded = []
+
+    def counted(read, file, **named):
+        decoded.append(os.path.basename(file))
+        return decode_image(read, file, **named)
+
+    monkeypatch.setattr(inspect_module, "decode_image", counted)
+    file = tmp_path / "images.json"
+    config = DataConfig(
+        dataset="image-folder", path=str(root), images_file=str(file), image_size=20, validation_images=4, test_images=4
+    )
+    progress = []
+    with PixelStore([20, 28]) as store:
+        seen = inspect_images(root, least=1, store=store, on_progress=lambda *counts: progress.append(counts))
+        file.write_text(json.dumps(images_file(seen, seed=None)))
+        index = open_index(config)
+        store.hand_over(index, make_splits(index, config, 0))
+    assert progress == [(i + 1, 17) for i in range(17)]
+    assert len(decoded) == len(set(decoded)) * 2 - 1 == 17  # both classes have the same names
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_vit.data.folders.decode_image", lambda *_: pytest.fail("it was decoded before"))
+        kept = {size: load_data(config.model_copy(update={"image_size": size}), 0) for size in (20, 28)}
+    shutil.rmtree(cache_of_its_own / "pixels")
+    for size, data in kept.items():
+        for part in (data.train, data.validation):
+            assert np.array_equal(part.pixels, cached_pixels(index, part.positions, size))
+    monkeypatch.setattr(inspect_module, "decode_image", lambda *_, **__: pytest.fail("it was inspected before"))
+    with PixelStore([20]) as store:
+        again = inspect_images(root, least=1, store=store)
+        store.hand_over(index, make_splits(index, config, 0))  # nothing to hand over
+    assert (again.names, again.left_out) == (seen.names, seen.left_out)
+    assert np.array_equal(again.groups, seen.groups)
+
+
+def test_a_changed_image_is_seen_though_its_time_and_size_are_the_old_ones(tmp_path):
+    root = fill(tmp_path / "images")
+    config = DataConfig(dataset="image-folder", path=str(root), image_size=14, validation_images=2, test_images=2)
+    before = open_index(config).sha256
+    assert open_index(config).sha256 == before
+    changed, other = root / "кот" / "bild 0.png", tmp_path / "new"
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    status = changed.stat()
+    other.write_bytes(content)
+    for replace in (lambda: os.replace(other, changed), lambda: changed.write_bytes(bytes(reversed(content)))):
+        replace()  # as `rsync -t` does, and as `cp -p`
+        os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert changed.stat().st_mtime_ns == status.st_mtime_ns
+        before, after = open_index(config).sha256, before
+        assert after != before
