@@ -25,8 +25,8 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     by_array, by_path = trained.predict([array, images / "class_1" / "00.png"])
     assert (by_array.class_name, by_array.probability) == (by_path.class_name, by_path.probability)
     assert by_path.class_name in trained.record.class_names
-    with pytest.raises(UserError, match="coverage: is of models that `peft-vit tune` has made"):
-        trained.predict(array, coverage=0.9)
+    with pytest.raises(UserError, match="coverage"):  # so few images validate
+        trained.predict(array, coverage=0.99)
     assert peft_vit.train(images, "linear", **asked) == trained  # which is not done again
     assert trained.report.path == trained.folder / "report" / "report.html"
     assert "linear" in trained.report.path.read_text()

@@ -12,10 +12,11 @@ import pytest
 from golden import check_golden
 
 from peft_vit import load_results
-from peft_vit.records import followed, read_record, run_folder
+from peft_vit.records import followed, read_record, run_folder, single_run
 from peft_vit.runs.execute import run_one
 from peft_vit.studies.executors import Event, RunEnded, RunInterrupted, RunProgress, RunStarted
-from peft_vit.studies.train_runs import _claimed, train_runs
+from peft_vit.studies.train_runs import SizesFile, _claimed, train_runs
+from peft_vit.tasks import metric_of
 from peft_vit.training import Checkpoints, Interrupted
 
 pytestmark = pytest.mark.part("runner")
@@ -144,3 +145,32 @@ def test_a_call_that_is_refused_leaves_nothing(images, tmp_path, refused) -> Non
         words = FIRST.replace("--steps 20 ", "").replace("--image-size 32", "").split()[2:]
         refused("train", images, *words, *wrong, "--output", tmp_path / "a" / "out")
         assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("learning_rate", ["1e-6", "1e-2"])
+def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_size(
+    images, tmp_path, command, pressed, monkeypatch, learning_rate
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SizesFile, "better_than", lambda *_: 64)
+    pressed(None)
+    words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
+    said = command(*words.split(), "--learning-rate", learning_rate).out
+    (run,) = train_runs(Path("peft-vit-runs"))
+    assert "regression on frozen features of 64 px" in said
+    assert set(run.sizes().values) >= {64}
+    trained = read_record(run.folder / "lora/seed_0/record.json")
+    regression = read_record(run.folder / "regression-64px/linear/seed_0/record.json")
+    quality = [metric_of(record.spec).quality(record.validation) for record in (trained, regression)]
+    better = regression if quality[1] > quality[0] else trained
+    assert run.record() == read_record(single_run(run.folder) / "record.json") == better
+    assert ("The model is the regression at 64 px" in said) == (better is regression)
+    assert "was done before" in command(*words.split(), "--learning-rate", learning_rate).out
+
+
+def test_the_best_size_is_gone_back_to_only_if_its_regression_is_better() -> None:
+    sizes = SizesFile(values={56: 0.7, 112: 0.8, 224: 0.8})
+    assert sizes.better_than(56) == 112
+    assert sizes.better_than(112) is None
+    assert sizes.better_than(224) is None

@@ -12,6 +12,7 @@ from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
+from peft_vit.runs.image_sizes import SizeTrial
 from peft_vit.studies import own_images
 from peft_vit.studies.own_images import Counts, count_images, open_images, refuse_among_images, study_of
 from peft_vit.studies.request import TrainRequest
@@ -372,3 +373,27 @@ def test_a_call_is_named_by_what_was_set_and_read_back_as_it_was(settings, label
     request = TrainRequest.of(images="photos", **settings)
     assert (request.label, request.settings) == (label, typed)
     assert TrainRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked, pace) -> None:
+    """At 64 px the regression is 5 points better; where too few steps fit there, it is 32 px."""
+    trials = [SizeTrial(32, 0.70, "70.0%"), SizeTrial(64, 0.75, "75.0%"), SizeTrial(96, 0.75, "75.0%")]
+    study, _ = study_of(asked(), trials=trials)
+    assert study.data.image_size == 64  # of equal ones the smaller
+    pace(SLOW / 25)
+    study, line = study_of(asked(minutes=10), trials=trials, spent_s=60)
+    assert study.data.image_size == 32
+    assert "px" in line
+    study, _ = study_of(asked("linear", minutes=10), trials=trials)
+    assert study.data.image_size == 64
+
+
+def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> None:
+    request = asked(minutes=10)
+    with open_images(request) as images:
+        assert list(images.expected_s) == [64, 80, 112, 160]
+    pace(TOO_SLOW)
+    with open_images(request) as images:
+        assert list(images.expected_s) == [64]
+    with open_images(asked(image_size=48)) as images:
+        assert not images.expected_s
