@@ -32,8 +32,8 @@ from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, num
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
     from peft_vit.records import StudyFile
-    from peft_vit.runs.image_sizes import SizeTrial
     from peft_vit.statistics.sequential import SequentialResult
+    from peft_vit.studies.image_sizes import SizeTrial
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
 

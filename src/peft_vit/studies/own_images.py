@@ -40,13 +40,13 @@ from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.quantization.integers import check_integers, has_integer_products
 from peft_vit.records import write_whole
-from peft_vit.runs.image_sizes import sizes_to_try
 from peft_vit.runs.machine import choose_precision, resolve_device
+from peft_vit.studies.image_sizes import sizes_to_try
 from peft_vit.studies.request import TrainRequest
 
 if TYPE_CHECKING:
     from peft_vit.records import RunSpec
-    from peft_vit.runs.image_sizes import SizeTrial
+    from peft_vit.studies.image_sizes import SizeTrial
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
@@ -152,7 +152,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Call
     """
     if not images.expected_s:
         return []
-    from peft_vit.runs.image_sizes import try_sizes
+    from peft_vit.studies.image_sizes import try_sizes
     from peft_vit.studies.plan import plan_study
 
     compute = _Forecast(request, count_images(request, images.index)).compute

@@ -12,8 +12,8 @@ from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
-from peft_vit.runs.image_sizes import SizeTrial
 from peft_vit.studies import own_images
+from peft_vit.studies.image_sizes import SizeTrial
 from peft_vit.studies.own_images import Counts, count_images, open_images, refuse_among_images, study_of
 from peft_vit.studies.request import TrainRequest
 
