@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FILE = re.compile(r"benchmarks/results/(\w+)\.json")
-_RATIO = re.compile(r"(?<![\d.,])\d\.\d\d(?![\d.,]\d|\d)")
-_MEGABYTES = re.compile(r"(?<![\d.,])\d,\d{3}(?![\d,])|(?<![\d.,])\d{3}(?= MB)")
+_RATIO = re.compile(r"(?<![\d.,])\d\.\d\d(?![\d.,]\d|\d| %)")
+_MEGABYTES = re.compile(r"(?<![\d.,])[\d,]{3,5}(?= MB)")
 
 
 def _values(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
@@ -61,10 +61,3 @@ def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
     assert _not_held(f"A step takes 9.87 times the floor's, {link}.") == ["9.87 (step_time)"]
     assert _not_held(f"It is {link}.\n\n| side | ratio |\n| --- | ---: |\n| LoRA | 9.87 |") == ["9.87 (step_time)"]
     assert _not_held("A step takes 9.87 times the floor's.\n\nAnother paragraph.") == []
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
-def test_each_kept_benchmark_names_its_commit_and_processor(file: Path) -> None:
-    machine = json.loads(file.read_text(encoding="utf-8"))["machine"]
-    assert machine["processor"]
-    assert re.fullmatch("[0-9a-f]{12}( and changes)?", machine["commit"])
