@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,8 @@ def one_tuning(
         return runner.now
 
     state = State(request, lambda _: None, Limit(minutes, 0.0, clock), TuneFile(asked={}), clock)
-    context = TuningContext(state, runner, None, Path("images.json"), _COUNTS, ACCURACY)
+    seen = SimpleNamespace(images=SimpleNamespace(dataset="image-folder"), path=Path("images"))
+    context = TuningContext(state, runner, seen, Path("images.json"), _COUNTS, ACCURACY)
     kinds = ("lora", "lora_nf4", "lora_int8", "adalora", "lora_int2")
     backbone = BackboneChoice(_MODEL, _SIZE, Schedule(kinds, races=20, steps=48, validate_every=10, run_s=30.0))
     found, _ = choose_rates(context, backbone, {})

@@ -123,7 +123,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
     for arguments, stated in (
-        ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a PEFT folder"),
+        ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a folder that"),
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
         ((model, "--batch", "1,0"), "--batch: "),
         ((model, "--threads", 5), "--threads: expected at most 4"),

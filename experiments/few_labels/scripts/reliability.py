@@ -24,7 +24,7 @@ from peft_vit.config import DataConfig
 from peft_vit.data import LabelledImages, normalised, open_index, to_pixels
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.records import write_atomically
-from peft_vit.runs.calibration import LIKE, PRIOR, known_images
+from peft_vit.runs.held_out import LIKE, PRIOR, known_images
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.statistics import Neighbours, conformal_quantile, fit_temperature, probabilities
 from peft_vit.tasks import CLASSIFICATION

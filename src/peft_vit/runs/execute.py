@@ -61,8 +61,8 @@ from peft_vit.records import (
     RunRecord,
     RunSpec,
 )
-from peft_vit.runs.calibration import Outputs, calibration_of, known_images
 from peft_vit.runs.head_init import SharedFeatures, init_head
+from peft_vit.runs.held_out import Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,

@@ -21,7 +21,7 @@ from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
-from peft_vit.runs.calibration import known_of
+from peft_vit.runs.held_out import known_of
 from peft_vit.safe_io import sha256_of
 from peft_vit.statistics import Neighbours
 from peft_vit.tasks import TASKS
