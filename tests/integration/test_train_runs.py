@@ -166,6 +166,8 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     better = regression if quality[1] > quality[0] else trained
     assert run.record() == read_record(single_run(run.folder) / "record.json") == better
     assert ("The model is the regression at 64 px" in said) == (better is regression)
+    card = (run.folder / "report/card.md").read_text()  # the page is of what is delivered
+    assert ("It is a linear probe" in card) == (better is regression)
     assert "was done before" in command(*words.split(), "--learning-rate", learning_rate).out
 
 

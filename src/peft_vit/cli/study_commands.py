@@ -87,12 +87,12 @@ def train(request: TrainRequest) -> None:
 
 
 def _page_of(folder: Path) -> Path | None:
-    """Return the page of a call's model, written if there is none yet; None if it can't be written here."""
+    """Return the page of a call's model, written if there is none of it yet; None if it can't be written here."""
     from peft_vit.extras import missing_packages
-    from peft_vit.records import HTML_FILE
+    from peft_vit.records import DELIVERED_FILE, HTML_FILE
 
-    file = folder / "report" / HTML_FILE
-    if file.is_file():
+    file, delivered = folder / "report" / HTML_FILE, folder / DELIVERED_FILE
+    if file.is_file() and not (delivered.is_file() and delivered.stat().st_mtime_ns > file.stat().st_mtime_ns):
         return file
     if missing_packages("report"):
         return None

@@ -55,6 +55,7 @@ from peft_vit.records.storage import (
     RECORD_FILE,
     STUDY_FILE,
     checkpoint_folders,
+    delivered_run,
     flush,
     followed,
     link_latest,

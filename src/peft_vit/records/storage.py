@@ -100,14 +100,14 @@ def followed(path: Path) -> Path:
 def link_latest(folder: Path) -> None:
     """Let `latest` beside a folder lead to it: a relative link, or where there are none a file that says its name."""
     place = folder.parent / LATEST
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{LATEST}-") as temporary:
+    # Where that can't be written any more, or is somebody's own folder, it stays as it is.
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{LATEST}-") as temporary:
         link = Path(temporary, LATEST)
         try:
             link.symlink_to(folder.name, target_is_directory=True)
         except OSError:
             link.write_text(f"{folder.name}\n")
-        with suppress(OSError):  # somebody's own folder of that name
-            link.replace(place)
+        link.replace(place)
 
 
 def single_run(path: Path) -> Path:
@@ -116,11 +116,20 @@ def single_run(path: Path) -> Path:
     Where a call of `train` has made two, a file says which of them is its model.
     """
     path = followed(path)
-    if os.path.isfile(path / DELIVERED_FILE):
-        with named(path / DELIVERED_FILE), os_fault("can't be read", path / DELIVERED_FILE):
-            return folder_below(path, read_bytes(path / DELIVERED_FILE, 1 << 10).decode(errors="replace").strip())
+    if (delivered := delivered_run(path)) is not None:
+        return delivered
     study = None if os.path.isfile(path / RECORD_FILE) else read_study_file(path)
     return path if study is None or len(study.runs) != 1 else folder_below(path, study.runs[0])
+
+
+def delivered_run(call: Path) -> Path | None:
+    """Return the folder that a call of `train` says its model lies in; None if it says nothing, or that run is gone."""
+    file = call / DELIVERED_FILE
+    if not os.path.isfile(file):
+        return None
+    with named(file), os_fault("can't be read", file):
+        folder = folder_below(call, read_bytes(file, 1 << 10).decode(errors="replace").strip())
+    return folder if os.path.isfile(folder / RECORD_FILE) else None
 
 
 def checkpoint_folders(run_folder: Path) -> dict[int, Path]:

@@ -17,7 +17,7 @@ from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.report.document import MODEL_PARTS, Block, Card, Facts, Paragraph, StudyDocument
-from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain
+from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain, points
 from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
 from peft_vit.report.summary import run_provenance
@@ -254,6 +254,16 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         yield f"To use it: {plain(summary.use)} IMAGES"
 
 
+def _balanced_gain(gain: Interval) -> str:
+    """Return in words what training gained, in points where each class counts the same."""
+    assert gain.low is not None
+    assert gain.high is not None
+    size = f"{points(gain.estimate)} points of balanced accuracy ({points(gain.low)} to {points(gain.high)})"
+    if gain.low <= 0 <= gain.high:
+        return f"No clear difference to the linear probe: {size}."
+    return f"Training {'gained on' if gain.low > 0 else 'lost against'} the linear probe: {size}."
+
+
 def _gain(summary: ModelSummary) -> str:
     """Return in plain words whether training gained anything on the probe; empty where there is none."""
     record = summary.record
@@ -262,17 +272,20 @@ def _gain(summary: ModelSummary) -> str:
     test, fit = record.probe_test, record.head_fit
     if test is not None and record.predictions is not None:
         labels = np.asarray(record.predictions.labels)
+        if summary.metric.equal_classes:
+            before, after = np.asarray(test.predicted), np.asarray(record.predictions.predicted)
+            return _balanced_gain(summary.metric.gain(labels, before, after))
         mine, its = (np.asarray(said) == labels for said in (record.predictions.predicted, test.predicted))
         more, less = int((mine & ~its).sum()), int((its & ~mine).sum())
         lost = paired_proportions(less, more, len(labels))
-        before = f"the linear probe is right on {count(int(its.sum()))}"
+        probe = f"the linear probe is right on {count(int(its.sum()))}"
         if more == less:
-            return f"Training changed nothing in that: {before}, too."
+            return f"Training changed nothing in that: {probe}, too."
         certain = (lost.low or 0.0) > 0 or (lost.high or 0.0) < 0
         chance = "" if certain else " With so few images that may be chance."
         if more < less:
-            return f"Training has cost {less - more} of these: {before}.{chance}"
-        return f"Training gained {more - less} images: {before}.{chance}"
+            return f"Training has cost {less - more} of these: {probe}.{chance}"
+        return f"Training gained {more - less} images: {probe}.{chance}"
     if fit is None or fit.chosen is None or record.validation is None:
         return ""
     own, start = (summary.metric.of(metrics) for metrics in (record.validation, fit.chosen))

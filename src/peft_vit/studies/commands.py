@@ -14,9 +14,9 @@ from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import (
-    DELIVERED_FILE,
     RECORD_FILE,
     STUDY_FILE,
+    delivered_run,
     link_latest,
     read_record,
     read_study_file,
@@ -131,9 +131,9 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
                 images.keep_pixels(plan.study)
             if run is None:
                 run = TrainRun(lock.folder, asked)
-                write_request(run.folder, asked)
                 if trials:
                     write_sizes(run.folder, {trial.image_size: trial.value for trial in trials})
+                write_request(run.folder, asked)
             link_latest(run.folder)
             about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
             start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
@@ -142,7 +142,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             if run.status().state != "done":
                 _drive(plan, lock, alone=True)
             if (size := _larger(run)) is not None:
-                _beside(run, request.model_copy(update={"weights": plan.study.backbone.weights}), images, file, size)
+                source = request.weights or plan.study.backbone.weights
+                _beside(run, request.model_copy(update={"weights": source}), images, file, size)
         return run
 
 
@@ -186,7 +187,7 @@ def _plan_call(
 def _larger(run: TrainRun) -> int | None:
     """Return the image size of a regression that may be better than what a call has trained, and is not made yet."""
     sizes, record = run.sizes(), run.record()
-    if sizes is None or record is None or record.status != "done" or (run.folder / DELIVERED_FILE).exists():
+    if sizes is None or record is None or record.status != "done" or delivered_run(run.folder) is not None:
         return None
     return sizes.better_than(record.spec.data.image_size)
 

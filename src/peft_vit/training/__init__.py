@@ -7,6 +7,7 @@ from peft_vit.training.linear_probe import (
     FLIP_AXES,
     Features,
     LinearProbe,
+    can_hold_out,
     fit_probe,
     head_inputs,
     head_logits,

@@ -119,42 +119,57 @@ def held_out_temperature(
         class_weights: on the loss, (classes,); None: all 1.
         seed: of the folds.
     """
-    (logits,) = _held_out_logits(train, images, [l2], class_weights, seed)  # (n, classes)
-    return train.task.temperature(torch.from_numpy(logits), torch.from_numpy(train.labels[:images]))
+    labels = train.labels[:images]
+    if not can_hold_out(train.task.strata(labels), np.arange(images)):
+        message = "probe needs two training images of each class where none validate; add images, or start at random"
+        raise UserError(message, field="training.head_start")
+    (logits,) = _held_out_logits(train, np.arange(images), [l2], class_weights, seed)  # (n, classes)
+    return train.task.temperature(torch.from_numpy(logits), torch.from_numpy(labels))
+
+
+def can_hold_out(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> bool:
+    """Return whether each of the strata (n,) has two groups (n,), so that one can be left out of a fit."""
+    return _fewest_groups(strata, groups) >= 2
+
+
+def _fewest_groups(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> int:
+    return min(len(np.unique(groups[strata == stratum])) for stratum in np.unique(strata))
 
 
 def held_out_metrics(
-    train: Features, metric: DecidingMetric, *, class_weights: Floats | None = None, l2: Sequence[float] = PROBE_L2
+    train: Features,
+    metric: DecidingMetric,
+    groups: NDArray[np.int64],
+    *,
+    class_weights: Floats | None = None,
+    l2: Sequence[float] = PROBE_L2,
 ) -> Metrics:
     """Return what a probe has on images left out of its fit, at the strength that is best on them.
 
     Args:
         train: of n images, (n, D).
         metric: that says what is best.
+        groups: (n,), of images that are left out together.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
     """
     ordered = sorted(l2, reverse=True)
-    held_out = _held_out_logits(train, len(train.labels), ordered, class_weights, seed=0)
+    held_out = _held_out_logits(train, groups, ordered, class_weights, seed=0)
     return max((train.task.measure(logits, train.labels) for logits in held_out), key=metric.quality)
 
 
 def _held_out_logits(
-    train: Features, images: int, strengths: Sequence[float], class_weights: Floats | None, seed: int
+    train: Features, groups: NDArray[np.int64], strengths: Sequence[float], class_weights: Floats | None, seed: int
 ) -> list[Floats]:
     """Return logits (n, classes) of images by heads that were not fitted to them, for each strength.
 
     A head is fitted to the images outside of each of five folds, fewer if a class has fewer images, in every way in
     which training shows them, and predicts the fold's as they are.
     """
-    labels, task = train.labels[:images], train.task
-    strata = task.strata(labels)
-    counts = np.unique(strata, return_counts=True)[1]  # (n,) -> (strata,)
-    if counts.min() < 2:
-        message = "probe needs two training images of each class where none validate; add images, or start at random"
-        raise UserError(message, field="training.head_start")
-    folds = min(_FOLDS, int(counts.min()))
-    fold_of = deal_folds(strata, np.arange(images), folds, numpy_generator(seed, "held_out"))
+    images, task = len(groups), train.task
+    strata = task.strata(train.labels[:images])
+    folds = min(_FOLDS, _fewest_groups(strata, groups))
+    fold_of = deal_folds(strata, groups, folds, numpy_generator(seed, "held_out"))
     logits: list[list[Floats]] = [[] for _ in strengths]
     for fold in range(folds):
         fitted = np.tile(fold_of != fold, len(train.labels) // images)  # (w n,)

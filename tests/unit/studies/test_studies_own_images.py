@@ -386,6 +386,8 @@ def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked,
     assert "px" in line
     study, _ = study_of(asked("linear", minutes=10), trials=trials)
     assert study.data.image_size == 64
+    pace(FAST)
+    assert study_of(asked(steps=10), trials=trials)[0].data.image_size == 64  # however few were asked for
 
 
 def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> None:

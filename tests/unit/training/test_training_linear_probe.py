@@ -13,7 +13,7 @@ from peft_vit.adapters import freeze_backbone
 from peft_vit.backbones import find_sites
 from peft_vit.data import LabelledImages
 from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
-from peft_vit.training import FLIP_AXES, Features, fit_probe, head_inputs, head_logits
+from peft_vit.training import FLIP_AXES, Features, can_hold_out, fit_probe, head_inputs, head_logits, held_out_metrics
 
 pytestmark = pytest.mark.part("runner")
 
@@ -234,3 +234,15 @@ def test_a_head_start_has_the_temperature_with_the_lowest_loss_on_validation(run
     with torch.no_grad():
         again = head(torch.from_numpy(validation.values)).numpy()
     assert again == pytest.approx(logits / temperature, abs=1e-4)
+
+
+def test_copies_are_left_out_together() -> None:
+    """Noise can't be predicted; where each image is there four times, a fit to the others would know it."""
+    rng = np.random.default_rng(0)
+    values, labels = rng.standard_normal((40, 60)).astype(np.float32), np.arange(40) % 2
+    features = Features(np.tile(values, (4, 1)), np.tile(labels, 4))
+    metric = ACCURACY
+    assert held_out_metrics(features, metric, np.tile(np.arange(40), 4)).accuracy < 0.75
+    assert held_out_metrics(features, metric, np.arange(160)).accuracy == 1
+    assert can_hold_out(labels, np.arange(40))
+    assert not can_hold_out(labels, np.where(labels == 0, 0, np.arange(40)))
