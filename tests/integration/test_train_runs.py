@@ -161,7 +161,7 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     assert "regression on frozen features of 64 px" in said
     assert set(run.sizes().values) >= {64}
     trained = read_record(run.folder / "lora/seed_0/record.json")
-    regression = read_record(run.folder / "regression-64px/linear/seed_0/record.json")
+    regression = read_record(run.folder / f"{run.folder.name}-regression-64px/linear/seed_0/record.json")
     quality = [metric_of(record.spec).quality(record.validation) for record in (trained, regression)]
     better = regression if quality[1] > quality[0] else trained
     assert run.record() == read_record(single_run(run.folder) / "record.json") == better

@@ -201,7 +201,8 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     trained = run.record()
     assert trained is not None
     assert trained.validation is not None
-    study = regression_at(request, f"regression-{image_size}px", images, file, image_size)
+    name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
+    study = regression_at(request, name, images, file, image_size)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=request.images)
         if plan.pending:

@@ -55,7 +55,8 @@ class RequestFile(BaseModel):
         """Return what a call's file says: of the images, and of their N names, classes and contents."""
         marks = (hashlib.sha256(f"{label}\0{digest}".encode()) for label, digest in zip(classes, digests, strict=True))
         images = dict(zip(names, (mark.hexdigest()[:16] for mark in marks), strict=True))
-        return cls(request=request, data_sha256=data_sha256, images=images)
+        place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
+        return cls(request=request.model_copy(update={"images": place}), data_sha256=data_sha256, images=images)
 
     def asks_for_the_same(self, other: RequestFile) -> bool:
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
