@@ -98,11 +98,7 @@ def _trial(spec: RunSpec) -> SizeTrial:
     groups = index.groups[np.concatenate([data.train.positions, data.validation.positions])]  # (N + V,)
     labels = np.concatenate([train.labels, validation.labels])
     if len(labels) <= _FEW and can_hold_out(data.task.strata(labels), groups):
-        both = Features(
-            np.concatenate([train.values, validation.values]),  # (N + V, D)
-            labels,
-            data.task,
-        )
+        both = Features(np.concatenate([train.values, validation.values]), labels, data.task)  # (N + V, D)
         metrics = held_out_metrics(both, metric, groups, class_weights=class_weights, l2=strengths)
     else:
         head = Backbone(model).head

@@ -156,8 +156,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Call
     from peft_vit.studies.plan import plan_study
 
     compute = _Forecast(request, count_images(request, images.index)).compute
-    sizes = list(images.expected_s)
-    images.keep_pixels(regression_at(request, "sizes", images, file, sizes[0]))
+    images.keep_pixels(regression_at(request, "sizes", images, file, min(images.expected_s)))
 
     def spec_of(size: int) -> RunSpec:
         study = regression_at(request, "sizes", images, file, size, compute)
@@ -170,7 +169,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Call
 
 
 def regression_at(
-    request: TrainRequest, name: str, images: OwnImages | None, file: Path, image_size: int, compute: Compute = "float"
+    request: TrainRequest, name: str, images: OwnImages, file: Path, image_size: int, compute: Compute = "float"
 ) -> StudyConfig:
     """Return the study of a regression on frozen features of the same images at a size."""
     data, index = _data_of(request, images, file)
@@ -400,8 +399,9 @@ def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None)
     else:
         index = images.index
         data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
-    data["validation_images"] = count_images(request, index).validation
-    data["test_images"] = None if index.official_test is not None else count_images(request, index).test
+    counts = count_images(request, index)
+    data["validation_images"] = counts.validation
+    data["test_images"] = counts.test if index.official_test is None else None
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data, index
