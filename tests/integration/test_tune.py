@@ -166,6 +166,22 @@ def test_all_kinds_of_methods_get_the_same_effort(tuning: Tuning) -> None:
     assert all(sum(one.steps for one in choice.rates if one.kind == kind) == steps for kind, steps in effort.items())
 
 
+def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
+    tuning: Tuning, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"float": 1e9, "int8": 2e9}
+    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
+    first: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        tuning(StandIns(kill_after=3), compute="auto", tell=first.append)
+    said = "  frozen layers multiply 8-bit integers, which is 2.0 times as fast here"
+    rates["float"] = 3e9
+    runner, lines = StandIns(), list[str]()
+    tuning(runner, compute="auto", tell=lines.append)
+    assert {training["compute"] for study in runner.trainings.values() for training in study} == {"int8"}
+    assert (first.count(said), lines.count(said)) == (1, 0)
+
+
 @pytest.fixture(scope="module")
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Choice:
     """Return what a tuning comes to that nobody killed."""

@@ -70,6 +70,7 @@ from peft_vit.config.training import (
     Augmentation,
     ColorJitter,
     Compute,
+    ComputeSetting,
     Cutmix,
     Flip,
     Flips,

@@ -20,6 +20,7 @@ from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
 
 Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
+ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
 MetricName = Literal["accuracy", "balanced_accuracy"]  # that may decide, see `tasks`
 
 

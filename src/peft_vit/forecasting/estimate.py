@@ -14,11 +14,11 @@ import torch
 
 from peft_vit.adapters.integer_product import integer_product
 from peft_vit.backbones import BackboneShape
-from peft_vit.config import Compute, ExperimentConfig, Precision
+from peft_vit.config import Compute, ComputeSetting, ExperimentConfig, Precision
 from peft_vit.evaluation.metrics import GROUPS, TIMED_PASSES, WARMUP_PASSES
 from peft_vit.forecasting.calibration_run import Costs, known_costs
 from peft_vit.methods import METHODS
-from peft_vit.quantization.integers import IntegerWeight
+from peft_vit.quantization.integers import IntegerWeight, check_integers, has_integer_products
 from peft_vit.records import RunRecord, RunSpec
 from peft_vit.runs.machine import cpu_count, processor_name
 from peft_vit.training import FLIP_AXES
@@ -169,6 +169,23 @@ def product_rate(
         times.append(time.perf_counter() - begin)
     torch.set_num_threads(before)
     return x.shape[0] * x.shape[1] * weight.shape[0] / statistics.median(times)
+
+
+def product_rates(
+    asked: ComputeSetting, shape: BackboneShape, device: torch.device, precision: Precision, threads: int
+) -> dict[Compute, float]:
+    """Return multiply-adds per second of each way to compute that was asked for, the fastest first, see `product_rate`.
+
+    Raises:
+        UserError: if int8 was asked for, and the device has no such products.
+    """
+    if asked == "int8":
+        check_integers(device, "--compute")
+    ways: list[Compute] = ["float"] if asked == "auto" else [asked]
+    if asked == "auto" and has_integer_products(device):
+        ways.append("int8")
+    rates = {way: product_rate(shape, device, precision, threads, way) for way in ways}
+    return dict(sorted(rates.items(), key=lambda item: -item[1]))
 
 
 # --- what the runs of a study will take -------------------------------------------------------------------------------

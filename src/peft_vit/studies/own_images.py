@@ -35,10 +35,9 @@ from peft_vit.data import (
 )
 from peft_vit.errors import UserError
 from peft_vit.evaluation import available_memory_bytes
-from peft_vit.forecasting.estimate import Throughput, kept_values, product_rate
+from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
-from peft_vit.quantization.integers import check_integers, has_integer_products
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.image_sizes import sizes_to_try
@@ -253,13 +252,9 @@ class _Forecast:
         shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
         device = resolve_device(request.device)
         precision = choose_precision(request.precision, None, device).chosen
-        computes: list[Compute] = ["float"] if request.compute == "auto" else [request.compute]
-        if request.compute == "int8":
-            check_integers(device, "--compute")
-        if request.compute == "auto" and request.may_multiply_integers and has_integer_products(device):
-            computes.append("int8")
-        rates = {way: product_rate(shape, device, precision, request.threads, way) for way in computes}
-        self.compute = max(computes, key=lambda way: rates[way])
+        asked = request.compute if request.may_multiply_integers else "float"
+        rates = product_rates(asked, shape, device, precision, request.threads)
+        self.compute = next(iter(rates))
         self.throughput = Throughput.estimated(rates[self.compute])
         self._in_float = Throughput.estimated(rates.get("float", rates[self.compute]))
 

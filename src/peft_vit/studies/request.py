@@ -15,6 +15,7 @@ from peft_vit.config import (
     METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
+    ComputeSetting,
     Device,
     Library,
     MethodName,
@@ -195,7 +196,7 @@ class TrainRequest(Request):
     precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
     )
-    compute: Literal["auto", "float", "int8"] = Field(
+    compute: ComputeSetting = Field(
         default="float",
         description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
     )

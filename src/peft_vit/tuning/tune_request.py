@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from peft_vit.config import DEFAULT_MODEL, IMAGE_SIZES, SEEDS, Device, PrecisionSetting, bytes_of, written_size
+from peft_vit.config import (
+    DEFAULT_MODEL,
+    IMAGE_SIZES,
+    SEEDS,
+    ComputeSetting,
+    Device,
+    PrecisionSetting,
+    bytes_of,
+    written_size,
+)
 from peft_vit.settings import Option, Request
 from peft_vit.studies.executors import ExecutorName
 
@@ -77,6 +86,10 @@ class TuneRequest(Request):
     ] = Field(default=(), description="side in pixels; several are compared. Default: what time allows")
     precision: PrecisionSetting = Field(
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
+    )
+    compute: ComputeSetting = Field(
+        default="float",
+        description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
     )
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
     seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the sealed images, the folds and the runs")

@@ -25,7 +25,7 @@ def pace(cache, monkeypatch):
     """Set the machine's pace, at first a fast one with memory to spare."""
 
     def set_to(rate: float, memory: int = 1 << 40) -> None:
-        monkeypatch.setattr(own_images, "product_rate", lambda *_: rate)
+        monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_: rate)
         monkeypatch.setattr(own_images, "available_memory_bytes", lambda: memory)
 
     set_to(FAST)
@@ -275,7 +275,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
 ) -> None:
     pace(FAST)
     rates = {"float": 1e8, "int8": 1e8 * faster}  # so slow that it takes minutes
-    monkeypatch.setattr(own_images, "product_rate", lambda *given: rates[given[4]])
+    monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
     study, line = study_of(asked(method, compute=requested, steps=60, image_size=64))
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
