@@ -110,7 +110,7 @@ def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
         if os.path.isdir(path):
             closed: list[UserError] = []
             files = (path / name for name in files_below(path, closed) if is_image(name))
-            inside = [*(_on_disk(file) for file in files if file.is_file()), *closed]
+            inside: list[ImageFile | UserError] = [*(_on_disk(file) for file in files if file.is_file()), *closed]
         elif path.suffix.lower() == ".zip":
             inside = _in_zip(path)
         else:
