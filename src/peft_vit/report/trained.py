@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -25,12 +25,13 @@ def test_score(record: RunRecord) -> Interval:
     return metric_of(record.spec).interval(np.array(own.labels), np.array(own.predicted))
 
 
-def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> list[str]:
+def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
     """Return what training came to, beside the probe that it started from, and what to do with the model.
 
     Args:
         record: of a finished run.
         folder: of the run, or of the call that made it.
+        seconds: that all of the call took.
         page: on the model, if one was written.
     """
     score, place = test_score(record), shlex.quote(str(folder))
@@ -39,7 +40,7 @@ def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> l
         lines += _beside_the_probe(record, record.probe_test)
     return [
         *lines,
-        f"Time: {record.seconds:.0f} s.",
+        f"Time: {seconds:.0f} s.",
         f"Model: {folder}",
         f"Page: {page}" if page is not None else f"Page: peft-vit report {place}",
         f"To predict: peft-vit predict {place} PHOTO.jpg",
@@ -85,17 +86,17 @@ class TrainRow:
     minutes: float | None = None
 
     @classmethod
-    def of(cls, folder: Path, method: str, settings: str, state: str, record: RunRecord | None) -> Self:
-        """Return the row of a call whose run has a record, or none yet."""
+    def of(cls, folder: Path, method: str, settings: str, state: str, record: RunRecord | None, seconds: float) -> Self:
+        """Return the row of a call with its record, if there is one yet; `seconds` are those of all that it did."""
         if record is None:
             return cls(folder.name, method, settings, state)
-        minutes = record.seconds / 60
+        if record.spec.experiment.method != method:
+            method = "regression on frozen features"  # which was better than what was trained
+        row = cls(folder.name, method, settings, state, minutes=seconds / 60)
         if record.test is None:
-            return cls(folder.name, method, settings, state, minutes=minutes)
+            return row
         score, metric = test_score(record), metric_of(record.spec).name
-        return cls(
-            folder.name, method, settings, state, metric, score.estimate, score.low, score.high, score.n, minutes
-        )
+        return replace(row, metric=metric, test=score.estimate, low=score.low, high=score.high, test_images=score.n)
 
     def test_text(self) -> str:
         """Return what decides with its interval: accuracy 80.0 % (71.1 to 86.7)."""
