@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -118,7 +117,7 @@ def runs(
     Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.report.printed import check_rows_file, print_with_rows
-    from peft_vit.report.trained import TrainRow, train_runs_table
+    from peft_vit.report.trained import train_row, train_runs_table
     from peft_vit.studies.train_runs import train_runs
 
     check_rows_file(output)
@@ -127,7 +126,7 @@ def runs(
         raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
     several = len({call.asked.request.images for call in calls}) > 1
     rows = [
-        TrainRow.of(
+        train_row(
             call.folder,
             call.asked.request.method,
             f"{call.asked.request.images} {call.asked.request.settings}" if several else call.asked.request.settings,
@@ -137,7 +136,7 @@ def runs(
         )
         for call in calls
     ]
-    print_with_rows([train_runs_table(rows)], [asdict(row) for row in rows], output)
+    print_with_rows([train_runs_table(rows)], rows, output)
 
 
 @command(TuneRequest)

@@ -127,13 +127,9 @@ def open_tree(location: Path, *, follow: bool = False) -> FileTree:
     """
     if location.is_dir():
         root = location.resolve()
-        above = tuple(map(os.stat, root.parents))
-        names = sorted(_followed(str(root), above) if follow else _names_below(root))
+        names = files_below(root) if follow else tuple(sorted(_names_below(root)))
         return FileTree(
-            root,
-            tuple(names),
-            lambda name: read_bytes(root / name),
-            lambda used: hashes({name: root / name for name in used}),
+            root, names, lambda name: read_bytes(root / name), lambda used: hashes({name: root / name for name in used})
         )
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
@@ -202,25 +198,42 @@ def _names_below(root: Path) -> Iterator[str]:
         yield from (prefix + name for name in files if not name.startswith("."))
 
 
-def _followed(folder: str, above: tuple[os.stat_result, ...], prefix: str = "") -> Iterator[str]:
-    """Yield the names below a folder, links followed, but none to one of the folders `above` it."""
-    try:
-        status = os.stat(folder)
-        entries = [] if any(os.path.samestat(status, other) for other in above) else os.listdir(folder)
-    except OSError as error:
-        _refuse_folder(error)
-    for entry in entries:
-        path = os.path.join(folder, entry)
-        _refuse_name(path)
-        if not _HIDDEN.match(entry):
-            if os.path.isdir(path):
-                yield from _followed(path, (*above, status), f"{prefix}{entry}/")
-            else:
-                yield prefix + entry
+def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str, ...]:
+    """Return the sorted names of the files below a folder, but hidden ones; links are followed, but not in circles.
+
+    Args:
+        root: the folder.
+        closed: is given the error of each folder that can't be read; None: the first one is raised.
+
+    Raises:
+        UserError: if a folder can't be read, or a name is not UTF-8.
+    """
+
+    def names(folder: str, above: tuple[os.stat_result, ...], prefix: str) -> Iterator[str]:
+        try:
+            status = os.stat(folder)
+            in_circle = any(os.path.samestat(status, other) for other in above)
+            entries = [] if in_circle else [(entry.name, entry.is_dir()) for entry in os.scandir(folder)]
+        except OSError as error:
+            if closed is None:
+                _refuse_folder(error)
+            closed.append(_closed(error))
+            return
+        for name, is_folder in entries:
+            path = os.path.join(folder, name)
+            _refuse_name(path)
+            if not _HIDDEN.match(name):
+                yield from names(path, (*above, status), f"{prefix}{name}/") if is_folder else (prefix + name,)
+
+    return tuple(sorted(names(str(root), tuple(map(os.stat, root.resolve().parents)), "")))
+
+
+def _closed(error: OSError) -> UserError:
+    return UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
-    raise UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
+    raise _closed(error)
 
 
 def _refuse_name(path: str) -> None:

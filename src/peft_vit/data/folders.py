@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path, PurePosixPath
@@ -39,6 +40,7 @@ _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept st
 TABLES = (".csv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 _COLUMNS = ("path", "label", "split")
+_INCOMPLETE = "expected a path and a label, one value a column"
 _NAMED = 5  # folders in a line
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 
@@ -108,7 +110,8 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
-    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/.
+    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
+    them may be written in capitals.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are.
@@ -167,14 +170,21 @@ def find_images(path: Path) -> Images:
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
         return _listed(table)._replace(taken=f"Images and labels are those that {table} lists.")
+    outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
     tree = tree.below(root)
+    outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    left_out = {
+        f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
+        for folder, count in outside.items()  # none, if the root is ""
+    }
     depth = 2 if _test_folder(tree.names) is None else 3
-    left_out = {}
     for name in files_in_use(tree):
         if not is_image(name):
             left_out[name] = "is no image file"
         elif name.count("/") != depth - 1:
-            left_out[name] = "lies in no class folder" if name.count("/") < depth - 1 else "lies below a class folder"
+            left_out[name] = (
+                "lies in no class folder" if name.count("/") < depth - 1 else "lies deeper than the class folders"
+            )
         elif fault := tree.fault(name):
             left_out[name] = fault
     taken = f"Images are taken from {path / root}, where the class folders are." if root else None
@@ -190,17 +200,16 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     inside: dict[PurePosixPath, set[str]] = {}  # of a folder: those in it that hold images
     for folder in classes:
         inside.setdefault(folder.parent, set()).add(folder.name)
-    roots = {folder for folder, names in inside.items() if len(names) > 1 and not names <= {"train", *_TEST_FOLDERS}}
-    for folder in list(roots):
-        if folder.name == "train" and any(folder.with_name(test) in inside for test in _TEST_FOLDERS):
-            roots.add(folder.parent)
+    splits = {folder: _split(folder.name) for folder in inside}
+    roots = {folder for folder, names in inside.items() if len(names) > 1 and not all(map(_split, names))}
+    divided = {folder.parent for folder, split in splits.items() if split in _TEST_FOLDERS}
+    roots |= {folder.parent for folder in roots if splits[folder] == "train"} & divided
     highest = min((len(folder.parts) for folder in roots), default=0)
     found = sorted(str(folder) for folder in roots if len(folder.parts) == highest)
     if len(found) == 1:
         return "" if found[0] == "." else found[0]
     if found:
-        shown = f"{', '.join(found[:_NAMED])}{' and more' if len(found) > _NAMED else ''}"
-        message = f"holds class folders in {len(found)} folders ({shown}); name one of them"
+        message = f"holds class folders in {len(found)} folders ({_shown(found)}); name one of them"
         raise UserError(message, file=path, field="data.path")
     if path.is_dir() and any(name in tree.names for name in _TABLES_BESIDE):
         return None
@@ -209,12 +218,19 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
         message = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
         raise UserError(message, file=path, field="data.path")
     where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
+    if len(classes) > 1:
+        where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
         f"holds {images} images and {where}; put them into one folder a class, two at least, or list them in "
         "images.csv with the columns path,label",
         file=path,
         field="data.path",
     )
+
+
+def _shown(folders: Iterable[str]) -> str:
+    names = sorted(folders)
+    return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
 
 
 def _listed(path: Path) -> Images:
@@ -266,20 +282,25 @@ def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> Cl
     classes_of: dict[str, set[str]] = {}
     for part in in_use.values():
         if len(part) == 3:
-            classes_of.setdefault(part[0], set()).add(part[1])
-    for folder in sorted(classes_of):
-        if folder not in ("train", *_TEST_FOLDERS):
-            raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / folder)
-        if odd := sorted(classes_of[folder] ^ classes_of["train"]):
-            message = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
+            if (split := _split(part[0])) is None:
+                raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / part[0])
+            classes_of.setdefault(split, set()).add(part[1])
+    for split in sorted(classes_of):
+        if odd := sorted(classes_of[split] ^ classes_of["train"]):
+            message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
             raise UserError(message, file=path)
-    return ClassFiles(classes, [part[0] == test for part in parts.values()])
+    return ClassFiles(classes, [_split(part[0]) == test for part in parts.values()])
 
 
 def _test_folder(names: Iterable[str]) -> str | None:
     """Return which of the folders beside train/ is the test split; None: these files are not divided."""
-    tops = {parts[0] for name in names if len(parts := name.split("/")) == 3}
-    return next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
+    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) == 3}
+    return next((folder for folder in _TEST_FOLDERS if {"train", folder} <= splits), None)
+
+
+def _split(folder: str) -> str | None:
+    """Return which split a folder is called as, in small or capital letters."""
+    return name if (name := folder.lower()) in ("train", *_TEST_FOLDERS) else None
 
 
 def files_in_use(tree: FileTree) -> list[str]:
@@ -303,6 +324,8 @@ def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
     Paths are relative to the file's folder and may not leave it, unless `images_file` says that they were looked at.
+    Without a value in split an image is no test image. A CSV's delimiter is a comma, a semicolon or a tab, as in its
+    first line.
     """
     path = existing(str(config.path))
     if not path.is_file():
@@ -331,21 +354,21 @@ def _table(path: Path, *, may_leave: bool) -> tuple[dict[str, str], list[bool]]:
     labels: dict[str, str] = {}
     is_test = []
     for where, row in _rows(path, others=may_leave):
-        name = PurePosixPath(row["path"] or "").as_posix()
+        name = PurePosixPath(row["path"]).as_posix()
         if fault := _fault(row, name, root, labels, may_leave=may_leave):
             column, message = fault
             raise UserError(message, file=where, field=column)
         if not may_leave:
             refuse_outside(root / name, root)
         labels[name] = row["label"]
-        is_test.append(row.get("split") == "test")
+        is_test.append(row.get("split", "").lower() == "test")
     if not labels:
         raise UserError("names no image; add rows", file=path)
     return labels, is_test
 
 
 def _rows(path: Path, *, others: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table and where each stands; `others`: it may have other columns too."""
+    """Yield the rows of a table and where each stands, nothing as ""; `others`: it may have other columns too."""
     with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
     if path.suffix.lower() == ".parquet":
@@ -354,34 +377,42 @@ def _rows(path: Path, *, others: bool) -> Iterator[tuple[str, dict[str, str]]]:
 
         with foreign_fault("is no Parquet file that can be read", path):
             table = parquet.read_table(io.BytesIO(content))
-        _check_columns(table.column_names, path, others=others)
-        names = [name for name in _COLUMNS if name in table.column_names]
-        for number, row in enumerate(table.select(names).to_pylist(), start=1):
-            texts = {name: None if value is None else str(value) for name, value in row.items()}
-            yield f"{path}: row {number}", texts  # type: ignore[misc]  # None is refused, as in a CSV
+        places = _places(table.column_names, path, others=others)
+        columns = [table.column(place).to_pylist() for place in places.values()]
+        for number, values in enumerate(zip(*columns, strict=True), start=1):
+            texts = ("" if value is None or value != value else str(value).strip() for value in values)  # noqa: PLR0124
+            yield f"{path}: row {number}", dict(zip(places, texts, strict=True))
         return
-    rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
+    text = decode_text(content, path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        _check_columns(rows.fieldnames or [], f"{path}:1", others=others)
-        for row in rows:
-            yield f"{path}:{rows.line_num}", row
+        header = next(rows, [])
+        places = _places(header, f"{path}:1", others=others)
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
+            yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
     except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
+        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
 
 
-def _check_columns(columns: Sequence[str], file: str | Path, *, others: bool) -> None:
+def _places(header: Sequence[str], file: str | Path, *, others: bool) -> dict[str, int]:
+    """Return where the columns stand that are read, whatever the capitals and the spaces around their names."""
+    columns = [name.strip().lower() for name in header]
     strange = not others and set(columns) - set(_COLUMNS)
-    if not set(columns) >= {"path", "label"} or len(set(columns)) < len(columns) or strange:
-        message = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
+    if not set(columns) >= {"path", "label"} or any(columns.count(name) > 1 for name in _COLUMNS) or strange:
+        message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
+    return {name: columns.index(name) for name in _COLUMNS if name in columns}
 
 
 def _fault(
     row: dict[str, str], name: str, root: Path, labels: Mapping[str, str], *, may_leave: bool
 ) -> tuple[str | None, str] | None:
     """Return the column and what is wrong with a row, if it is incomplete or has no file of its own."""
-    if None in row or None in row.values() or not row["path"] or not row["label"]:
-        return None, "expected a path and a label, one value a column"
+    if not row["path"] or not row["label"]:
+        return None, _INCOMPLETE
     leaves = PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts
     if leaves and not may_leave:
         return "path", f"{name} leaves the CSV's folder; write a path below it"
@@ -391,8 +422,8 @@ def _fault(
         return "path", f"{name} stands twice, it could land in train and test; remove one"
     if before is not None:
         return "label", f"{name} is '{row['label']}' here and '{before}' before; an image has one label, keep one"
-    if row.get("split") not in (None, "train", "test"):
-        return "split", f"expected train or test, got {row['split']!r}; validation is drawn from train"
+    if (split := row.get("split", "").lower()) not in ("", "train", "test"):
+        return "split", f"expected train or test, got {split!r}; validation is drawn from train"
     return None
 
 

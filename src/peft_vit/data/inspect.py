@@ -298,7 +298,7 @@ class Inspection:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
         lines = [*self._of_animations(), *self._of_copies()]
         if self.left_out:
-            lines += [f"{_are(len(self.left_out), 'file')} left out:", *_listed(self.left_out)]
+            lines += [f"{_files_are(self.left_out)} left out:", *_listed(self.left_out)]
         return lines
 
     def _of_animations(self) -> Iterator[str]:
@@ -321,7 +321,7 @@ class Inspection:
         if self.left_out:
             reasons = [f"{name} ({why.split('; ')[0]})" for name, why in self.left_out.items()]
             more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
-            yield f"{_are(len(reasons), 'file')} left out: {', '.join(reasons[:_NAMED])}{more}"
+            yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
 
     def _of_copies(self) -> Iterator[str]:
         every = np.arange(len(self.names))
@@ -339,9 +339,20 @@ class Inspection:
 
 
 def _listed(left_out: Mapping[str, str]) -> list[str]:
-    """Return files with their reasons, a line each."""
-    lines = [f"  {name}: {why}" for name, why in sorted(left_out.items())]
+    """Return files with their reasons, a line each, or a line for several of a folder with the same reason."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, why in sorted(left_out.items()):
+        alike.setdefault((name.rpartition("/")[0], why), []).append(name)
+    lines = []
+    for (folder, why), names in alike.items():
+        several = [f"{folder or '.'}/ ({len(names):,} files)"]
+        lines += [f"  {name}: {why}" for name in (names if len(names) <= _NAMED else several)]
     return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED:,} more"]
+
+
+def _files_are(left_out: Mapping[str, str]) -> str:
+    """Return how many they are in words; a folder's name ends with a slash."""
+    return _are(len(left_out), "item" if any(name.endswith("/") for name in left_out) else "file")
 
 
 def _are(count: int, what: str) -> str:

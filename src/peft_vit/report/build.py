@@ -23,7 +23,6 @@ from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
 from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
 from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, images_name, model_document
-from peft_vit.tasks import metric_of
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -206,7 +205,7 @@ def _only_model(results: Results) -> ModelSummary | None:
     if quality is None:
         return None
     file = next(results.directory.rglob(RECORD_FILE))
-    return ModelSummary(record, quality, metric_of(record.spec), f"peft-vit predict {file.parent}")
+    return ModelSummary(record, quality, f"peft-vit predict {file.parent}")
 
 
 def write_report(

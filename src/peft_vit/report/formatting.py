@@ -57,6 +57,11 @@ def percent_interval(interval: Interval) -> str:
     return f"{percent(interval.estimate)} {_bounds(interval, lambda end: fixed(100 * end, 1))}"
 
 
+def bounds_in_percent(interval: Interval) -> str:
+    """Return both ends of a share's interval in percent, e.g. ``76.1 to 84.5``."""
+    return f"{fixed(100 * (interval.low or 0.0), 1)} to {fixed(100 * (interval.high or 0.0), 1)}"
+
+
 def margin_in_points(share: float) -> str:
     """Return a margin in points, e.g. ``1 point`` or ``0.5 points``."""
     return f"{100 * share:.4g} point{'' if 100 * share == 1 else 's'}"

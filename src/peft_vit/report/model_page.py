@@ -9,21 +9,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from peft_vit.analysis.model_quality import ModelQuality
 from peft_vit.config import DATASETS, licence_of
 from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.report.document import MODEL_PARTS, Block, Card, Facts, Paragraph, StudyDocument
-from peft_vit.report.formatting import count, fixed, joined, megabytes, percent, plain, points
+from peft_vit.report.formatting import bounds_in_percent, count, fixed, joined, megabytes, percent, plain
 from peft_vit.report.lines import Line, draw_reliability, learning_curves
 from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
 from peft_vit.report.summary import run_provenance
 from peft_vit.report.tables import Column, table
-from peft_vit.statistics import Interval, paired_proportions
-from peft_vit.tasks import DecidingMetric
+from peft_vit.report.trained import beside_the_probe, test_score
+from peft_vit.statistics import Interval
+from peft_vit.tasks import DecidingMetric, metric_of
 
 CARD_FILE = "card.md"
 EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
@@ -46,21 +45,22 @@ class ModelSummary:
     Attributes:
         record: of its run, which is finished.
         quality: on its test images.
-        metric: what decides.
         use: the command that predicts with it, without the images.
     """
 
     record: RunRecord
     quality: ModelQuality
-    metric: DecidingMetric
     use: str
+
+    @property
+    def metric(self) -> DecidingMetric:
+        """Return what decides."""
+        return metric_of(self.record.spec)
 
     @property
     def value(self) -> Interval:
         """Return what decides, on test."""
-        predictions = self.record.predictions
-        assert predictions is not None
-        return self.metric.interval(np.asarray(predictions.labels), np.asarray(predictions.predicted))
+        return test_score(self.record)
 
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
@@ -196,12 +196,12 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
-    quality, (low, high) = summary.quality, ends(summary.value)
+    quality = summary.quality
     other = f"always the same class: {percent(quality.majority)}"
     if summary.metric.equal_classes:
         other = f"of all images: {percent(quality.accuracy.estimate)}"
     name, images = summary.metric.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
-    return Card(name, images, percent(summary.value.estimate), (f"95 %: {low} to {high} %", other))
+    return Card(name, images, percent(summary.value.estimate), (f"95 %: {bounds_in_percent(summary.value)} %", other))
 
 
 def labels_card(record: RunRecord) -> Card:
@@ -227,23 +227,17 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
         yield Card(title, what, percent(summary.metric.of(fit.chosen)), lines)
 
 
-def ends(interval: Interval) -> tuple[str, str]:
-    """Return both ends of a share's interval in percent, without the sign."""
-    return fixed(100 * (interval.low or 0.0), 1), fixed(100 * (interval.high or 0.0), 1)
-
-
 def _answer(summary: ModelSummary) -> Iterator[str]:
     quality, n = summary.quality, summary.quality.accuracy.n
-    low, high = ends(summary.value)
     yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
     if summary.metric.equal_classes:
         yield (
             "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
             f"{percent(summary.value.estimate)}."
         )
-    yield f"On other images of the same kind expect {low} to {high} % ({summary.metric.words}, 95 % interval)."
-    if gain := _gain(summary):
-        yield gain
+    expected = f"{bounds_in_percent(summary.value)} % ({summary.metric.words}, 95 % interval)"
+    yield f"On other images of the same kind expect {expected}."
+    yield from beside_the_probe(summary.record)
     if quality.confusions:
         most = quality.confusions[0]
         yield (
@@ -252,47 +246,6 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         )
     if summary.use:
         yield f"To use it: {plain(summary.use)} IMAGES"
-
-
-def _balanced_gain(gain: Interval) -> str:
-    """Return in words what training gained, in points where each class counts the same."""
-    assert gain.low is not None
-    assert gain.high is not None
-    size = f"{points(gain.estimate)} points of balanced accuracy ({points(gain.low)} to {points(gain.high)})"
-    if gain.low <= 0 <= gain.high:
-        return f"No clear difference to the linear probe: {size}."
-    return f"Training {'gained on' if gain.low > 0 else 'lost against'} the linear probe: {size}."
-
-
-def _gain(summary: ModelSummary) -> str:
-    """Return in plain words whether training gained anything on the probe; empty where there is none."""
-    record = summary.record
-    if record.spec.experiment.is_probe:
-        return "It is a linear probe: the backbone is as it was, and only the last layer was fitted."
-    test, fit = record.probe_test, record.head_fit
-    if test is not None and record.predictions is not None:
-        labels = np.asarray(record.predictions.labels)
-        if summary.metric.equal_classes:
-            before, after = np.asarray(test.predicted), np.asarray(record.predictions.predicted)
-            return _balanced_gain(summary.metric.gain(labels, before, after))
-        mine, its = (np.asarray(said) == labels for said in (record.predictions.predicted, test.predicted))
-        more, less = int((mine & ~its).sum()), int((its & ~mine).sum())
-        lost = paired_proportions(less, more, len(labels))
-        probe = f"the linear probe is right on {count(int(its.sum()))}"
-        if more == less:
-            return f"Training changed nothing in that: {probe}, too."
-        certain = (lost.low or 0.0) > 0 or (lost.high or 0.0) < 0
-        chance = "" if certain else " With so few images that may be chance."
-        if more < less:
-            return f"Training has cost {less - more} of these: {probe}.{chance}"
-        return f"Training gained {more - less} images: {probe}.{chance}"
-    if fit is None or fit.chosen is None or record.validation is None:
-        return ""
-    own, start = (summary.metric.of(metrics) for metrics in (record.validation, fit.chosen))
-    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
-    if own <= start:
-        return f"Training gained nothing on the linear probe, {where}."
-    return f"Training gained {fixed(100 * (own - start), 1)} points on the linear probe, {where}."
 
 
 # --- sections ---
@@ -354,9 +307,10 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:
+        what = "item" if any(name.endswith("/") for name in left_out) else "file"  # a folder's name ends so
         yield table(
             "left_out",
-            f"{count(len(left_out))} file{'s' * (len(left_out) > 1)} left out",
+            f"{count(len(left_out))} {what}{'s' * (len(left_out) > 1)} left out",
             [{"File": plain(name), "Why": plain(why)} for name, why in left_out.items()],
             None,
             "Nothing was trained on them or tested with them.",

@@ -13,6 +13,7 @@ from peft_vit.records import RunRecord, RunSpec
 from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
+    bounds_in_percent,
     count,
     counted,
     fixed,
@@ -181,7 +182,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
     image = proportion_interval(round(test.accuracy * test.n), test.n)
     alone = (
         f"with {test.n:,} of them one run's {percent(test.accuracy)} has a 95 % interval of "
-        f"{fixed(100 * (image.low or 0), 1)} to {fixed(100 * (image.high or 0), 1)} % (Wilson). All methods share "
+        f"{bounds_in_percent(image)} % (Wilson). All methods share "
     )
     if not study.images_tested_by_seed:
         images = f"On top comes the choice of test images: {alone}these images, so this matters less for differences."

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import numpy as np
 
-from peft_vit.records import ProbeTest, RunRecord
-from peft_vit.report.document import Table
-from peft_vit.report.formatting import known, percent, points
+from peft_vit.records import RunRecord
+from peft_vit.report.document import Raw, Table
+from peft_vit.report.formatting import bounds_in_percent, count, fixed, percent, points
 from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval
 from peft_vit.tasks import metric_of
@@ -35,11 +34,9 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
         page: on the model, if one was written.
     """
     score, place = test_score(record), shlex.quote(str(folder))
-    lines = [f"Test {metric_of(record.spec).words} {_percent(score)}, on {score.n} images that training has not seen."]
-    if record.probe_test is not None:
-        lines += _beside_the_probe(record, record.probe_test)
     return [
-        *lines,
+        f"Test {metric_of(record.spec).words} {_score(score)}, on {score.n} images that training has not seen.",
+        *beside_the_probe(record),
         f"Time: {seconds:.0f} s.",
         f"Model: {folder}",
         f"Page: {page}" if page is not None else f"Page: peft-vit report {place}",
@@ -47,68 +44,77 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
     ]
 
 
-def _beside_the_probe(record: RunRecord, probe: ProbeTest) -> list[str]:
-    """Return what the probe has on the same test images, and in words whether training gained on it."""
-    assert record.predictions is not None
-    metric, labels, before = metric_of(record.spec), np.array(record.predictions.labels), np.array(probe.predicted)
-    of_probe = f"A logistic regression on the same frozen features has {_percent(metric.interval(labels, before))}."
-    if record.chosen_step == 0:
-        none = "Training has gained nothing on it on validation images, so the model is this regression."
-        return [of_probe, none]
-    gain = metric.gain(labels, before, np.array(record.predictions.predicted))
-    assert gain.low is not None
-    assert gain.high is not None
-    size = f"{points(gain.estimate)} points ({points(gain.low)} to {points(gain.high)})"
-    if gain.low > 0:
-        return [of_probe, f"Training gained on it: {size}."]
-    return [of_probe, f"Training lost against it: {size}." if gain.high < 0 else f"No clear difference: {size}."]
+def beside_the_probe(record: RunRecord) -> list[str]:
+    """Return what the linear probe that training started from has on the same test images, and what training gained.
+
+    Where its test was not recorded, validation images are told instead; nothing where there is no probe.
+    """
+    metric, own, test, fit = metric_of(record.spec), record.predictions, record.probe_test, record.head_fit
+    if record.spec.experiment.is_probe:
+        return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
+    if test is not None and own is not None:
+        labels, before, after = map(np.array, (own.labels, test.predicted, own.predicted))  # (N,) each
+        of_probe = f"A logistic regression on the same frozen features has {_score(metric.interval(labels, before))}."
+        if record.chosen_step == 0:
+            none = "Training has gained nothing on it on validation images, so the model is this regression."
+            return [of_probe, none]
+        gain = metric.gain(labels, before, after)
+        assert gain.low is not None
+        assert gain.high is not None
+        said = "Training gained on it" if gain.low > 0 else "No clear difference"
+        said = "Training lost against it" if gain.high < 0 else said
+        return [of_probe, f"{said}: {points(gain.estimate)} points ({points(gain.low)} to {points(gain.high)})."]
+    if fit is None or fit.chosen is None or record.validation is None:
+        return []
+    gained = metric.of(record.validation) - metric.of(fit.chosen)
+    size = f"{fixed(100 * gained, 1)} points" if gained > 0 else "nothing"
+    where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
+    return [f"Training gained {size} on the linear probe, {where}."]
 
 
-def _percent(interval: Interval) -> str:
-    assert interval.low is not None
-    assert interval.high is not None
-    return f"{percent(interval.estimate)} (95 % interval {100 * interval.low:.1f} to {100 * interval.high:.1f})"
+def _score(interval: Interval) -> str:
+    return f"{percent(interval.estimate)} (95 % interval {bounds_in_percent(interval)})"
 
 
-@dataclass(frozen=True)
-class TrainRow:
-    """A call of `train`; what is not known of it is None."""
+def train_row(
+    folder: Path, method: str, settings: str, state: str, record: RunRecord | None, seconds: float
+) -> dict[str, Raw]:
+    """Return a row on a call of `train`, whose run has a record or none yet; what is not known of it is None.
 
-    run: str
-    method: str
-    settings: str  # as they were typed
-    state: str
-    metric: str | None = None  # that decides
-    test: float | None = None
-    low: float | None = None  # of its 95 % interval
-    high: float | None = None
-    test_images: int | None = None
-    minutes: float | None = None
-
-    @classmethod
-    def of(cls, folder: Path, method: str, settings: str, state: str, record: RunRecord | None, seconds: float) -> Self:
-        """Return the row of a call with its record, if there is one yet; `seconds` are those of all that it did."""
-        if record is None:
-            return cls(folder.name, method, settings, state)
-        if record.spec.experiment.method != method:
-            method = "regression on frozen features"  # which was better than what was trained
-        row = cls(folder.name, method, settings, state, minutes=seconds / 60)
-        if record.test is None:
-            return row
-        score, metric = test_score(record), metric_of(record.spec).name
-        return replace(row, metric=metric, test=score.estimate, low=score.low, high=score.high, test_images=score.n)
-
-    def test_text(self) -> str:
-        """Return what decides with its interval: accuracy 80.0 % (71.1 to 86.7)."""
-        assert self.metric is not None
-        assert self.test is not None
-        assert self.low is not None
-        assert self.high is not None
-        return f"{self.metric.replace('_', ' ')} {percent(self.test)} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+    Args:
+        folder: of the call.
+        method: that was trained.
+        settings: as they were typed.
+        state: what became of it.
+        record: of what it delivers.
+        seconds: that all of it took.
+    """
+    if record is not None and record.spec.experiment.method != method:
+        method = "regression on frozen features"  # which was better than what was trained
+    score = None if record is None or record.test is None else test_score(record)
+    return {
+        "run": folder.name,
+        "method": method,
+        "settings": settings,
+        "state": state,
+        "metric": metric_of(record.spec).name if record and score else None,  # that decides
+        "test": score and score.estimate,
+        "low": score and score.low,  # of its 95 % interval
+        "high": score and score.high,
+        "test_images": score and score.n,
+        "minutes": record and seconds / 60,
+    }
 
 
-def train_runs_table(rows: Sequence[TrainRow]) -> Table:
+def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
     """Return a row a call of `train`."""
+
+    def test(row: dict[str, Any]) -> str | None:
+        if row["metric"] is None:
+            return None
+        low, high = (fixed(100 * row[end], 1) for end in ("low", "high"))
+        return f"{row['metric'].replace('_', ' ')} {percent(row['test'])} ({low} to {high})"
+
     return table(
         "runs",
         "Runs of `peft-vit train`",
@@ -117,8 +123,8 @@ def train_runs_table(rows: Sequence[TrainRow]) -> Table:
             "run",
             "method",
             Column("settings", "settings", lambda settings: settings or "defaults"),
-            Column("test", lambda row: known(row.test, lambda _: row.test_text())),
-            Column("minutes", "minutes", lambda minutes: known(minutes, lambda value: f"{value:.1f}")),
+            Column("test", test),
+            Column("minutes", "minutes", "{:.1f}".format),
             "state",
         ],
         "In brackets the 95 % interval: what other test images would change.",

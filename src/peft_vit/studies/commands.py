@@ -136,6 +136,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
                 print_lines([f"{start} in {run.folder}; {about}"])
                 _drive(plan, lock, alone=True)
             else:
+                images.write(file)
                 link_latest(run.folder)
                 _log(f"Training is done in {run.folder}; what is left is a regression on frozen features.")
             if (size := run.size_left()) is not None:
@@ -162,7 +163,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
             for written in (file, run.folder / REQUEST_FILE, run.folder / SIZES_FILE):
                 undo.callback(written.unlink, missing_ok=True)
             write_request(run.folder, run.asked)
-            images.write(file)
+        images.write(file)  # a call that goes on leaves out as well what is new and can't be read
         if begun is None or request.smoke:  # whose file holds the compressed one
             request, weights = with_weights(request)
             print_lines(filter(None, [weights]))

@@ -32,7 +32,7 @@ COMPARED, FORMS = "What it was compared with", "Files and speed"
 def model_summary(summary: TuningSummary) -> ModelSummary:
     """Return what the page of any model tells of the chosen one."""
     use = f"peft-vit predict model/{summary.exports.model.name}"
-    return ModelSummary(summary.chosen, summary.sealed.quality, summary.choice.metric, use)
+    return ModelSummary(summary.chosen, summary.sealed.quality, use)
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:

@@ -110,6 +110,8 @@ CASES = {
         (lambda f: (f / "l.png").symlink_to("/etc/hostname") or row("l.png,x")(f), r"l\.png: leads out of"),
         (row("", "file,label"), r"images\.csv:1: has the columns file, label; expected path, label"),
         (row("", "path,label,weight"), r"images\.csv:1: has the columns path, label, weight"),
+        (text("images.csv", "path;label;weight\n"), r"images\.csv:1: has the columns path, label, weight"),
+        (text("images.csv", "path, Path,label\n"), r"images\.csv:1: has the columns path, Path, label"),
         (text("images.csv", "path,label\n"), r"images\.csv: names no image"),
         (text("images.csv", "\n"), r"images\.csv:1: has the columns"),
         (

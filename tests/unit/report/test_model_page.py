@@ -12,8 +12,9 @@ from chromium import axe_violations, context_of, needs_chromium, running_chromiu
 from golden import check_golden
 
 from peft_vit.errors import UserError
-from peft_vit.records import HeadFit, Predictions, RunRecord
+from peft_vit.records import HeadFit, Predictions, ProbeTest, RunRecord
 from peft_vit.report import build_report, write_model_page
+from peft_vit.report.trained import result_lines
 
 NAMES = ["crack", "dirt", "good"]
 PNG = bytes.fromhex(
@@ -114,6 +115,16 @@ def test_what_is_said_and_what_is_left_out(tmp_path: Path, changes: dict[str, An
     card = card_of(tmp_path, record_of(**changes))
     assert said in card
     assert unsaid not in card
+
+
+@pytest.mark.parametrize("counts", [(30, 30, 30), (60, 5, 5)])
+@pytest.mark.parametrize("chosen_step", [0, 48])
+def test_the_page_says_of_the_probe_what_the_terminal_says(tmp_path: Path, counts, chosen_step) -> None:
+    tested = ProbeTest(metrics=planted.metrics(0.4, sum(counts)), predicted=[0] * sum(counts))
+    record = record_of(counts=counts, probe_test=tested, chosen_step=chosen_step)
+    _, probe, gain, *_ = result_lines(record, tmp_path)
+    assert f"- {probe}\n- {gain}\n" in card_of(tmp_path, record)
+    assert "the same frozen features has 33.3 %" in probe  # one of three classes, in either metric
 
 
 def test_a_model_without_pretrained_weights_is_warned_of_first(tmp_path: Path) -> None:
