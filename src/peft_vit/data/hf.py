@@ -23,7 +23,7 @@ import huggingface_hub
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
+from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
@@ -184,9 +184,10 @@ def _local(place: Path, subset: str | None) -> dict[str, Dataset]:
         return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if place.is_dir():
         builder = datasets.load_dataset_builder(str(place), subset, cache_dir=str(_cache()))
-        for files in (builder.config.data_files or {}).values():
-            for file in files:
-                refuse_outside(Path(file), Path(os.path.realpath(place)))
+        root = os.path.realpath(place)
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if not Path(os.path.realpath(file)).is_relative_to(root):
+                raise UserError(f"leads out of {root}; copy the file into it", file=file)
     elif place.is_file() and place.suffix == ".parquet":
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(place)}, cache_dir=str(_cache()))
     else:
