@@ -91,19 +91,15 @@ def train_row(
     """
     if record is not None and record.spec.experiment.method != method:
         method = "regression on frozen features"  # which was better than what was trained
-    score = None if record is None or record.test is None else test_score(record)
-    return {
-        "run": folder.name,
-        "method": method,
-        "settings": settings,
-        "state": state,
-        "metric": metric_of(record.spec).name if record and score else None,  # that decides
-        "test": score and score.estimate,
-        "low": score and score.low,  # of its 95 % interval
-        "high": score and score.high,
-        "test_images": score and score.n,
-        "minutes": record and seconds / 60,
-    }
+    row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
+    row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
+    if record is not None:
+        row["minutes"] = seconds / 60
+    if record is not None and record.test is not None:  # what decides, with its 95 % interval
+        score = test_score(record)
+        row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "test_images": score.n}
+        row |= {"low": score.low, "high": score.high}
+    return row
 
 
 def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
