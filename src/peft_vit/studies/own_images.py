@@ -42,6 +42,7 @@ from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
+from peft_vit.quantization.integers import check_integers
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.image_sizes import sizes_to_try

@@ -197,7 +197,7 @@ class TrainRequest(Request):
         default="auto", description="auto: bf16 where the device computes in it, else fp32"
     )
     compute: ComputeSetting = Field(
-        default="float",
+        default="auto",
         description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
     )
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
