@@ -201,7 +201,7 @@ def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
 
 
 DIVERGING = "  - {name: diverging, method: full, training: {learning_rate: 1e30, optimizer: sgd, clip_norm: null}}\n"
-SMALL = "--model test_vit --weights random --image-size 32 --threads 1 --precision fp32 --device cpu"
+SMALL = "--model test_vit --weights random --image-size 32 --threads 1 --precision fp32 --compute float --device cpu"
 CALLS = (  # of a small study, the exit code, and whether results stay as they are
     ("run study.yaml --output out --dry-run", 0, False),
     ("run study.yaml --output out --method linear", 0, False),

@@ -21,7 +21,7 @@ from peft_vit.tasks import metric_of
 from peft_vit.training import Checkpoints, Interrupted
 
 pytestmark = pytest.mark.part("runner")
-SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --device cpu --steps 20"
+SMALL = "--weights random --model test_vit --threads 1 --precision fp32 --compute float --device cpu --steps 20"
 FIRST = f"train images {SMALL} --image-size 32"
 
 
@@ -105,7 +105,10 @@ def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, presse
     call(FIRST)
     call(f"{FIRST} --method full --learning-rate 1e30", 1)
     call(f"{FIRST} --method linear", 2)
-    call("train images --method linear --weights random --model test_vit --threads 1 --device cpu --precision fp32")
+    call(
+        "train images --method linear --weights random --model test_vit --threads 1 --device cpu --precision fp32 "
+        "--compute float"
+    )
     call("runs --output runs.json")
     text = re.sub(r"[-+]?\d+\.\d+|\d+(?= s\b)", "N", "\n".join(document).replace(str(tmp_path), "HERE"))
     check_golden("train.txt", "\n".join(re.sub(" {2,}|─+", "  ", line).rstrip() for line in text.splitlines()) + "\n")

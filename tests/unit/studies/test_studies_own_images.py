@@ -418,7 +418,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
 
 def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
     measured = []
-    monkeypatch.setattr(own_images, "product_rate", lambda *_: measured.append(1) or FAST)
+    monkeypatch.setattr(own_images, "product_rates", lambda *_: measured.append(1) or {"float": FAST})
     for settings in ({}, {"image_size": 32}):
         measured.clear()
         request, file = asked(**settings), tmp_path.parent / f"{tmp_path.name}.json"
