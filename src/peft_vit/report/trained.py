@@ -85,19 +85,15 @@ def train_row(folder: Path, method: str, settings: str, state: str, record: RunR
         state: what became of it.
         record: of its run.
     """
-    score = None if record is None or record.test is None else test_score(record)
-    return {
-        "run": folder.name,
-        "method": method,
-        "settings": settings,
-        "state": state,
-        "metric": metric_of(record.spec).name if record and score else None,  # that decides
-        "test": score and score.estimate,
-        "low": score and score.low,  # of its 95 % interval
-        "high": score and score.high,
-        "test_images": score and score.n,
-        "minutes": record and record.seconds / 60,
-    }
+    row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
+    row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
+    if record is not None:
+        row["minutes"] = record.seconds / 60
+    if record is not None and record.test is not None:
+        score = test_score(record)  # of what decides, with its 95 % interval
+        row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "low": score.low, "high": score.high}
+        row["test_images"] = score.n
+    return row
 
 
 def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
