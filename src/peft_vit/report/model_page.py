@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from peft_vit.analysis.model_quality import ModelQuality
 from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
@@ -58,6 +60,13 @@ class ModelSummary:
     def value(self) -> Interval:
         """Return what decides, on test."""
         return test_score(self.record)
+
+    @property
+    def constant(self) -> float:
+        """Return the same of always naming the most frequent class."""
+        assert self.record.predictions is not None
+        labels = np.array(self.record.predictions.labels)
+        return self.metric.interval(labels, np.full_like(labels, np.bincount(labels).argmax())).estimate
 
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
@@ -144,7 +153,7 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
 
 def _alerts(summary: ModelSummary) -> Iterator[str]:
     """Yield what a person should act on before using the model."""
-    record, quality = summary.record, summary.quality
+    record = summary.record
     if record.spec.smoke:
         yield "A smoke run: random weights and synthetic images. It shows that the code runs, and nothing else."
     elif record.provenance is not None and record.provenance.random_weights:
@@ -152,14 +161,9 @@ def _alerts(summary: ModelSummary) -> Iterator[str]:
             "The backbone's weights are random: no number here says what a pretrained one would reach. Train again "
             "with pretrained weights."
         )
-    constant = 1 / int((quality.confusion.sum(1) > 0).sum())
-    if summary.metric.equal_classes and summary.value.estimate <= constant:
-        yield f"It is no better than naming one class for every image, which has {percent(constant)}. Do not use it."
-    elif not summary.metric.equal_classes and quality.accuracy.estimate <= quality.majority:
-        yield (
-            f"It is no better than always naming the most frequent class, which has {percent(quality.majority)}. "
-            "Do not use it."
-        )
+    if summary.value.estimate <= summary.constant:
+        always = f"always naming the most frequent class, which has {percent(summary.constant)}"
+        yield f"It is no better than {always}. Do not use it."
     yield from (plain(text) for text in record.warnings if "one of the labels is wrong" in text)
 
 
@@ -180,12 +184,10 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
-    quality = summary.quality
-    other = f"always the same class: {percent(quality.majority)}"
-    if summary.metric.equal_classes:
-        other = f"of all images: {percent(quality.accuracy.estimate)}"
-    name, images = summary.metric.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
-    return Card(name, images, percent(summary.value.estimate), (f"95 %: {bounds_in_percent(summary.value)} %", other))
+    name, images = summary.metric.words.capitalize(), f"on {count(summary.quality.accuracy.n)} test images"
+    constant = f"always the same class: {percent(summary.constant)}"
+    bounds = f"95 %: {bounds_in_percent(summary.value)} %"
+    return Card(name, images, percent(summary.value.estimate), (bounds, constant))
 
 
 def labels_card(record: RunRecord) -> Card:
