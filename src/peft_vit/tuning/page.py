@@ -56,7 +56,7 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
         else:
             sections[title] = blocks
     sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines())
-    sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in asked))),)
+    sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
     return replace(
         page,
         label=f"A model for {plain(choice.request.images.name)}",

@@ -52,6 +52,7 @@ def record_of(
         "class_names": NAMES[: len(counts)],
         "split_sizes": {"train": 120, "validation": 40, "test": n},
         "predictions": predictions,
+        "majority_accuracy": {"test": max(counts) / n},
         "validation": planted.metrics(0.85, 40),
         "head_fit": fit,
         "latency_s": {1: 0.0123},
