@@ -314,11 +314,10 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
     each = f", rank {ends} on {len(ranks)} matrices" if ranks else ""
     yield "Method", spec.experiment.kind.title + each
     sizes = joined(f"{size:,} {name}" for name, size in record.split_sizes.items())
-    yield from (settings([spec], [record], smoke=spec.smoke) | {"Split": sizes}).items()
+    rows = settings([spec], [record], smoke=spec.smoke) | {"Split": sizes}
+    yield from ((key, value) for key, value in rows.items() if value)
     if spec.data.path is not None:
         yield "Folder", plain(str(spec.data.path))
-    if origin.weights_licence is not None:
-        yield "Licence of the weights", plain(origin.weights_licence)
     if not spec.experiment.is_probe:
         kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
         size = f"{len(record.steps):,} of {training.batch_size} images"

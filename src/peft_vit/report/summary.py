@@ -10,7 +10,7 @@ from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
 from peft_vit.config import DATASETS, METHOD_KINDS, DataConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunRecord, RunSpec
+from peft_vit.records import Provenance, RunRecord, RunSpec
 from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
@@ -60,9 +60,11 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
         name = f"synthetic images in place of {spec.data.dataset}" if smoke else images_name(spec.data)
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
+    origins = [record.provenance for record in records if record.provenance is not None]
     return {
         "Backbone": _distinct(spec.backbone.model for spec in specs),
-        "Weights": _distinct(map(_weights, records)) or "unknown: no run has finished",
+        "Weights": _distinct(map(_weights, origins)) or "unknown: no run has finished",
+        "Licence of the weights": _distinct(origin.weights_licence or "" for origin in origins),
         "Images": _distinct(map(images, specs)),
         "Licence of the images": _distinct(licence_of(spec.data.dataset, smoke=smoke) for spec in specs),
         "Split": _distinct(map(_split, records)),
@@ -71,12 +73,10 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
 
 
 def _distinct(values: Iterable[str]) -> str:
-    return " / ".join(dict.fromkeys(map(plain, values)))
+    return " / ".join(filter(None, dict.fromkeys(map(plain, values))))
 
 
-def _weights(record: RunRecord) -> str:
-    origin = record.provenance
-    assert origin is not None
+def _weights(origin: Provenance) -> str:
     known = f"(SHA-256 {(origin.weights_sha256 or 'unknown')[:12]}…)"
     return f"{origin.weights_name}: not pretrained" if origin.random_weights else f"{origin.weights_name} {known}"
 
