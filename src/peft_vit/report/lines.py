@@ -184,7 +184,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
             right.plot([kept], [100 * shares[kept]], marker="o", ms=10, mfc="none", color=INK, ls="")
         if start is not None:
             canvas.series("linear probe", other, "")
-            style = {"color": other, "ls": DASHED, "lw": 1.4, "label": "linear probe"}
+            style: dict[str, Any] = {"color": other, "ls": DASHED, "lw": 1.4, "label": "linear probe"}
             canvas.plot("linear probe", right, [0, max(losses)], [100 * start] * 2, **style)
             right.legend(loc="best")
 
@@ -280,7 +280,7 @@ def draw_reliability(
     data: list[dict[str, Raw]] = []
     for line in lines:
         for b in line.bins:
-            row = {column: line.name, "low": b.low, "high": b.high, "predictions": b.count}
+            row: dict[str, Raw] = {column: line.name, "low": b.low, "high": b.high, "predictions": b.count}
             data.append(row | {"confidence": b.confidence, "accuracy": b.accuracy})
     title = "How sure, and how often right"
     return draw("reliability", title, caption + note, 3.9, paint, data, 3.0 + 0.14 * len(drawn))
