@@ -89,7 +89,12 @@ def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, presse
     call("runs")
     call("predict peft-vit-runs/latest images/class_0/00.png", 2)
     pressed(None)
+    useless = [Path("images/class_0", name) for name in ("broken.png", "notes.txt")]
+    for file in useless:
+        file.write_text("no image")
     call(FIRST)
+    for file in useless:
+        file.unlink()
     call(FIRST)
     call(f"{FIRST} --rank 4")
     shutil.copy("images/class_0/00.png", "images/class_1/new.png")

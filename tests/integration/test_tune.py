@@ -353,6 +353,13 @@ def test_another_margin_or_other_images_are_refused(tuning: Tuning, images: Path
     tuning(photos=photos, output=output)
     with pytest.raises(UserError, match=r"--margin: was begun with 1\.0, and 2\.0 is asked for now"):
         tuning(photos=photos, output=output, margin=2.0)
+    for name in ("notes.txt", "broken.png"):
+        (photos / "class_0" / name).write_text("no image")
+    tuning(photos=photos, output=output)
+    assert json.loads((output / "images.json").read_text())["left_out"].keys() >= {
+        "class_0/notes.txt",
+        "class_0/broken.png",
+    }
     Image.new("RGB", (20, 20), "red").save(photos / "class_0" / "new.png")
     with pytest.raises(UserError, match="holds other images than when"):
         tuning(photos=photos, output=output)

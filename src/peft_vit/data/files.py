@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
 from peft_vit.errors import UserError, foreign_fault, os_fault
 from peft_vit.packages import cache_dir, check_download
@@ -115,23 +115,17 @@ def existing(path: str) -> Path:
     return Path(expanded)
 
 
-def open_tree(location: Path, *, follow: bool = False) -> FileTree:
+def open_tree(location: Path) -> FileTree:
     """Open a folder or a zip (a wheel is one).
 
-    Args:
-        location: of it.
-        follow: links wherever they lead, but into no loop; and pass over empty folders. Otherwise both are refused.
-
     Raises:
-        UserError: if it is neither, if a folder below can't be read, or if a link in it leads out.
+        UserError: if it is neither, or as `files_below`.
     """
     if location.is_dir():
         root = location.resolve()
-        above = tuple(map(os.stat, root.parents))
-        names = sorted(_followed(str(root), above) if follow else _names_below(root))
         return FileTree(
             root,
-            tuple(names),
+            files_below(root),
             lambda name: read_bytes(root / name),
             lambda used: hashes({name: root / name for name in used}),
         )
@@ -185,55 +179,37 @@ def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
     return marks
 
 
-def _names_below(root: Path) -> Iterator[str]:
-    # Plain strings: a path object for each of 100,000 files takes seconds.
-    for folder, subfolders, files in os.walk(root, onerror=_refuse_folder):
-        if not subfolders and not files:
-            raise UserError("is an empty folder; fill it or remove it", file=folder)
-        for entry in (*subfolders, *files):
-            path = os.path.join(folder, entry)
-            _refuse_name(path)
-            if os.path.islink(path):
-                refuse_outside(Path(path), root)
-                if os.path.isdir(path):
-                    raise UserError("is a link to a folder, which is not followed; copy the folder", file=path)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = "" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/"
-        yield from (prefix + name for name in files if not name.startswith("."))
+def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str, ...]:
+    """Return the sorted names of the files below a folder, but hidden ones; links are followed, but not in circles.
 
+    Args:
+        root: the folder.
+        closed: is given the error of each folder that can't be read; None: the first one is raised.
 
-def _followed(folder: str, above: tuple[os.stat_result, ...], prefix: str = "") -> Iterator[str]:
-    """Yield the names below a folder, links followed, but none to one of the folders `above` it."""
-    try:
-        status = os.stat(folder)
-        entries = [] if any(os.path.samestat(status, other) for other in above) else os.listdir(folder)
-    except OSError as error:
-        _refuse_folder(error)
-    for entry in entries:
-        path = os.path.join(folder, entry)
-        _refuse_name(path)
-        if not _HIDDEN.match(entry):
-            if os.path.isdir(path):
-                yield from _followed(path, (*above, status), f"{prefix}{entry}/")
-            else:
-                yield prefix + entry
+    Raises:
+        UserError: if a folder can't be read, or a name is not UTF-8.
+    """
 
+    def names(folder: str, above: tuple[os.stat_result, ...], prefix: str) -> Iterator[str]:
+        try:
+            status = os.stat(folder)
+            in_circle = any(os.path.samestat(status, other) for other in above)
+            entries = [] if in_circle else [(entry.name, entry.is_dir()) for entry in os.scandir(folder)]
+        except OSError as error:
+            message = f"can't be read ({error.strerror}); make it readable, or take it out"
+            fault = UserError(message, file=error.filename)
+            if closed is None:
+                raise fault from None
+            closed.append(fault)
+            return
+        for name, is_folder in entries:
+            if any("\ud800" <= character <= "\udfff" for character in name):  # no record or page could hold it
+                raise UserError("has a name that is not UTF-8; rename it", file=os.path.join(folder, name))
+            if not _HIDDEN.match(name):
+                below = names(os.path.join(folder, name), (*above, status), f"{prefix}{name}/")
+                yield from below if is_folder else (prefix + name,)
 
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise UserError(f"can't be read ({error.strerror}); make it readable, or take it out", file=error.filename)
-
-
-def _refuse_name(path: str) -> None:
-    if any(
-        "\ud800" <= character <= "\udfff" for character in os.path.basename(path)
-    ):  # no record or page could hold it
-        raise UserError("has a name that is not UTF-8; rename it", file=path)
-
-
-def refuse_outside(path: Path, root: Path) -> None:
-    """Raise UserError if a path, with its links followed, does not lie below `root` (already resolved)."""
-    if not Path(os.path.realpath(path)).is_relative_to(root):  # Path.resolve fails on a link to itself
-        raise UserError(f"leads out of {root}; copy the file into it", file=path)
+    return tuple(sorted(names(str(root), tuple(map(os.stat, root.resolve().parents)), "")))
 
 
 # --- hashes and the cache ---------------------------------------------------------------------------------------------

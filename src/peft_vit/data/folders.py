@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from pathlib import Path, PurePosixPath
@@ -16,16 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.files import (
-    IMAGE_SUFFIXES,
-    FileTree,
-    decode_text,
-    downloaded,
-    existing,
-    hashes,
-    open_tree,
-    refuse_outside,
-)
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, existing, hashes, open_tree
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault, os_fault
@@ -39,6 +31,8 @@ _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept st
 TABLES = (".csv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
 _COLUMNS = ("path", "label", "split")
+_INCOMPLETE = "expected a path and a label, one value a column"
+_NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
 _NAMED = 5  # folders in a line
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 
@@ -108,17 +102,26 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
     """Index ROOT/<class>/<image>, or ROOT/train/<class>/<image> with ROOT/test/... or ROOT/val/... beside it.
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
-    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/.
+    train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
+    them may be written in capitals.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
-    which images are tested in the end, whatever their folders are.
+    which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
     """
-    path = existing(str(config.path))
-    if config.images_file is None:
-        tree = open_tree(path)
-        return _index(tree, *class_files(tree, path))
-    file = Path(config.images_file).expanduser()
-    return index_inspected(find_images(path), ImagesFile.read(file), file)
+    return _read(config, find_images(existing(str(config.path))))
+
+
+def _read(config: DataConfig, images: Images) -> ImageIndex:
+    if config.images_file is not None:
+        file = Path(config.images_file).expanduser()
+        return index_inspected(images, ImagesFile.read(file), file)
+    if images.dataset != config.dataset or images.taken is not None:
+        place = images.path if images.dataset == "csv" else images.tree.location
+        message = f"has no class folders in it; images are those of {place}: name it, with dataset: {images.dataset}"
+        raise UserError(message, file=config.path, field="data.path")
+    for name, why in images.left_out.items():
+        raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
+    return _index(images.tree, *images.files)
 
 
 def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
@@ -162,23 +165,50 @@ def find_images(path: Path) -> Images:
     """
     if path.suffix.lower() in TABLES and path.is_file():
         return _listed(path)
-    tree = open_tree(path, follow=True)
+    tree = open_tree(path)
     root = _class_root(tree, path)
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
         return _listed(table)._replace(taken=f"Images and labels are those that {table} lists.")
+    outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
     tree = tree.below(root)
-    depth = 2 if _test_folder(tree.names) is None else 3
-    left_out = {}
-    for name in files_in_use(tree):
+    outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
+    left_out = {
+        f"{os.path.relpath(folder, root)}/": f"its images ({count:,}) lie outside {root}, where class folders are"
+        for folder, count in outside.items()  # none, if the root is ""
+    }
+    test = _test_folder(filter(is_image, tree.names))
+    depth = 2 if test is None else 3
+    classes: dict[str, str] = {}
+    is_test = []
+    classes_of: dict[str | None, set[str]] = {}  # by split
+    for name in tree.names:
+        if f"/{name}".lower().endswith(_JUNK) or ("/" not in name and not name.lower().endswith(_BESIDE)):
+            continue
+        folders = name.split("/")[:-1]
         if not is_image(name):
             left_out[name] = "is no image file"
-        elif name.count("/") != depth - 1:
-            left_out[name] = "lies in no class folder" if name.count("/") < depth - 1 else "lies below a class folder"
-        elif fault := tree.fault(name):
-            left_out[name] = fault
+        elif len(folders) != depth - 1:
+            deeper = len(folders) >= depth
+            left_out[name] = "lies deeper than the class folders" if deeper else "lies in no class folder"
+        else:
+            if (split := None if test is None else _split(folders[0])) is None and test is not None:
+                message = "lies beside train/; expected only train, val or valid, and test"
+                raise UserError(message, file=path / folders[0])
+            classes_of.setdefault(split, set()).add(folders[-1])  # also of what can't be read: it stays a class
+            if fault := tree.fault(name):
+                left_out[name] = fault
+            else:
+                classes[name] = folders[-1]
+                is_test.append(split == test)
+    if not classes:
+        raise UserError(_NO_IMAGE, file=path, field="data.path")
+    for split, names in sorted(classes_of.items()) if test is not None else ():
+        if odd := sorted(names ^ classes_of["train"]):
+            message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
+            raise UserError(message, file=path)
     taken = f"Images are taken from {path / root}, where the class folders are." if root else None
-    return Images("image-folder", path, tree, class_files(tree, path, left_out), left_out, taken)
+    return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
 
 
 def _class_root(tree: FileTree, path: Path) -> str | None:
@@ -190,25 +220,25 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     inside: dict[PurePosixPath, set[str]] = {}  # of a folder: those in it that hold images
     for folder in classes:
         inside.setdefault(folder.parent, set()).add(folder.name)
-    roots = {folder for folder, names in inside.items() if len(names) > 1 and not names <= {"train", *_TEST_FOLDERS}}
-    for folder in list(roots):
-        if folder.name == "train" and any(folder.with_name(test) in inside for test in _TEST_FOLDERS):
-            roots.add(folder.parent)
+    splits = {folder: _split(folder.name) for folder in inside}
+    roots = {folder for folder, names in inside.items() if len(names) > 1 and not all(map(_split, names))}
+    divided = {folder.parent for folder, split in splits.items() if split in _TEST_FOLDERS}
+    roots |= {folder.parent for folder in roots if splits[folder] == "train"} & divided
     highest = min((len(folder.parts) for folder in roots), default=0)
     found = sorted(str(folder) for folder in roots if len(folder.parts) == highest)
     if len(found) == 1:
         return "" if found[0] == "." else found[0]
     if found:
-        shown = f"{', '.join(found[:_NAMED])}{' and more' if len(found) > _NAMED else ''}"
-        message = f"holds class folders in {len(found)} folders ({shown}); name one of them"
+        message = f"holds class folders in {len(found)} folders ({_shown(found)}); name one of them"
         raise UserError(message, file=path, field="data.path")
     if path.is_dir() and any(name in tree.names for name in _TABLES_BESIDE):
         return None
     images = sum(map(is_image, tree.names))
     if not images:
-        message = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
-        raise UserError(message, file=path, field="data.path")
+        raise UserError(_NO_IMAGE, file=path, field="data.path")
     where = f"one class alone, '{min(classes).name}'" if len(classes) == 1 else "no class folders"
+    if len(classes) > 1:
+        where += f" beside each other (images lie in {_shown(map(str, classes))})"
     raise UserError(
         f"holds {images} images and {where}; put them into one folder a class, two at least, or list them in "
         "images.csv with the columns path,label",
@@ -217,12 +247,42 @@ def _class_root(tree: FileTree, path: Path) -> str | None:
     )
 
 
+def _shown(folders: Iterable[str]) -> str:
+    names = sorted(folders)
+    return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
+
+
 def _listed(path: Path) -> Images:
-    classes, is_test = _table(path, may_leave=True)
-    tree = _table_tree(path, classes)
-    left_out = {name: fault for name in classes if (fault := tree.fault(name)) is not None}
-    files = ClassFiles(classes, is_test if any(is_test) else None)
-    return Images("csv", path, tree, files.without(left_out), left_out)
+    """Return the images that a table names, those of which can't be read left out."""
+    root = path.parent.resolve()
+    labels: dict[str, str] = {}
+    is_test = []
+    for where, row in _rows(path):
+        name, label, split = PurePosixPath(row["path"]).as_posix(), row["label"], row.get("split", "").lower()
+        if not row["path"] or not label:
+            raise UserError(_INCOMPLETE, file=where)
+        if (before := labels.get(name)) == label:
+            message = f"{name} stands twice, it could land in train and test; remove one"
+            raise UserError(message, file=where, field="path")
+        if before is not None:
+            message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"
+            raise UserError(message, file=where, field="label")
+        if split not in ("", "train", "test"):
+            message = f"expected train or test, got {split!r}; validation is drawn from train"
+            raise UserError(message, file=where, field="split")
+        labels[name] = label
+        is_test.append(split == "test")
+    if not labels:
+        raise UserError("names no image; add rows", file=path)
+    places = {name: root / name for name in labels}
+    tree = FileTree(
+        root,
+        tuple(labels),
+        lambda name: read_bytes(places[name]),
+        lambda used: hashes({"": path, **{name: places[name] for name in used}}),
+    )
+    left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
+    return Images("csv", path, tree, ClassFiles(labels, is_test if any(is_test) else None).without(left_out), left_out)
 
 
 class ClassFiles(NamedTuple):
@@ -238,57 +298,15 @@ class ClassFiles(NamedTuple):
         return ClassFiles(dict(compress(self.classes.items(), used)), is_test)
 
 
-def class_files(tree: FileTree, path: Path, left_out: Container[str] = ()) -> ClassFiles:
-    """Return the image files of a folder whose layout is as `read_image_folder` says.
-
-    Args:
-        tree: of the folder.
-        path: named in errors.
-        left_out: names that are passed over.
-    """
-    in_use = {name: name.split("/") for name in files_in_use(tree)}
-    parts = {name: part for name, part in in_use.items() if name not in left_out}
-    test = _test_folder(parts)
-    for name, part in parts.items():
-        if not is_image(name):
-            message = f"is none of {' '.join(IMAGE_SUFFIXES)}; convert it or take it out"
-            raise UserError(message, file=tree.file(name))
-        if len(part) != (3 if test else 2):
-            layout = "train|val|test/<class>/<image>" if test else "<class>/<image>"
-            raise UserError(f"does not lie at {layout}; move it or take it out", file=tree.file(name))
-    if not parts:
-        message = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
-        raise UserError(message, file=path, field="data.path")
-    classes = {name: part[-2] for name, part in parts.items()}
-    if test is None:
-        return ClassFiles(classes, None)
-    # What is left out counts here: a class may have lost its last image of val, which is trained on.
-    classes_of: dict[str, set[str]] = {}
-    for part in in_use.values():
-        if len(part) == 3:
-            classes_of.setdefault(part[0], set()).add(part[1])
-    for folder in sorted(classes_of):
-        if folder not in ("train", *_TEST_FOLDERS):
-            raise UserError("lies beside train/; expected only train, val or valid, and test", file=path / folder)
-        if odd := sorted(classes_of[folder] ^ classes_of["train"]):
-            message = f"class '{odd[0]}' is in only one of train and {folder}; both need the same classes"
-            raise UserError(message, file=path)
-    return ClassFiles(classes, [part[0] == test for part in parts.values()])
-
-
 def _test_folder(names: Iterable[str]) -> str | None:
     """Return which of the folders beside train/ is the test split; None: these files are not divided."""
-    tops = {parts[0] for name in names if len(parts := name.split("/")) == 3}
-    return next((folder for folder in _TEST_FOLDERS if "train" in tops and folder in tops), None)
+    splits = {_split(parts[0]) for name in names if len(parts := name.split("/")) == 3}
+    return next((folder for folder in _TEST_FOLDERS if {"train", folder} <= splits), None)
 
 
-def files_in_use(tree: FileTree) -> list[str]:
-    """Return the files that have to be images: all but what systems leave behind, and a README beside the folders."""
-    return [
-        name
-        for name in tree.names
-        if ("/" in name or name.lower().endswith(_BESIDE)) and not f"/{name}".lower().endswith(_JUNK)
-    ]
+def _split(folder: str) -> str | None:
+    """Return which split a folder is called as, in small or capital letters."""
+    return name if (name := folder.lower()) in ("train", *_TEST_FOLDERS) else None
 
 
 def is_image(name: str) -> bool:
@@ -302,50 +320,17 @@ def is_image(name: str) -> bool:
 def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
-    Paths are relative to the file's folder and may not leave it, unless `images_file` says that they were looked at.
+    Paths are relative to the file's folder. Without a value in split an image is no test image. A CSV's delimiter is a
+    comma, a semicolon or a tab, as in its first line.
     """
     path = existing(str(config.path))
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
-    if config.images_file is not None:
-        file = Path(config.images_file).expanduser()
-        return index_inspected(_listed(path), ImagesFile.read(file), file)
-    classes, is_test = _table(path, may_leave=False)
-    return _index(_table_tree(path, classes), classes, is_test)
+    return _read(config, _listed(path))
 
 
-def _table_tree(path: Path, names: Iterable[str]) -> FileTree:
-    root = path.parent.resolve()
-    files = {name: root / name for name in names}
-    return FileTree(
-        root,
-        tuple(files),
-        lambda name: read_bytes(files[name]),
-        lambda used: hashes({"": path, **{name: files[name] for name in used}}),
-    )
-
-
-def _table(path: Path, *, may_leave: bool) -> tuple[dict[str, str], list[bool]]:
-    """Return the label of each path that a table holds, and which of them test."""
-    root = path.parent.resolve()
-    labels: dict[str, str] = {}
-    is_test = []
-    for where, row in _rows(path, others=may_leave):
-        name = PurePosixPath(row["path"] or "").as_posix()
-        if fault := _fault(row, name, root, labels, may_leave=may_leave):
-            column, message = fault
-            raise UserError(message, file=where, field=column)
-        if not may_leave:
-            refuse_outside(root / name, root)
-        labels[name] = row["label"]
-        is_test.append(row.get("split") == "test")
-    if not labels:
-        raise UserError("names no image; add rows", file=path)
-    return labels, is_test
-
-
-def _rows(path: Path, *, others: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield the rows of a table and where each stands; `others`: it may have other columns too."""
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a table and where each stands, nothing as ""."""
     with os_fault("can't be read", path, field="data.path"):
         content = read_bytes(path)
     if path.suffix.lower() == ".parquet":
@@ -354,46 +339,33 @@ def _rows(path: Path, *, others: bool) -> Iterator[tuple[str, dict[str, str]]]:
 
         with foreign_fault("is no Parquet file that can be read", path):
             table = parquet.read_table(io.BytesIO(content))
-        _check_columns(table.column_names, path, others=others)
-        names = [name for name in _COLUMNS if name in table.column_names]
-        for number, row in enumerate(table.select(names).to_pylist(), start=1):
-            texts = {name: None if value is None else str(value) for name, value in row.items()}
-            yield f"{path}: row {number}", texts  # type: ignore[misc]  # None is refused, as in a CSV
+        places = _places(table.column_names, path)
+        columns = [table.column(place).to_pylist() for place in places.values()]
+        for number, values in enumerate(zip(*columns, strict=True), start=1):
+            texts = ("" if value is None or value != value else str(value).strip() for value in values)  # noqa: PLR0124
+            yield f"{path}: row {number}", dict(zip(places, texts, strict=True))
         return
-    rows = csv.DictReader(io.StringIO(decode_text(content, path), newline=""), strict=True)
+    text = decode_text(content, path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        _check_columns(rows.fieldnames or [], f"{path}:1", others=others)
-        for row in rows:
-            yield f"{path}:{rows.line_num}", row
+        header = next(rows, [])
+        places = _places(header, f"{path}:1")
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise UserError(_INCOMPLETE, file=f"{path}:{rows.line_num}")
+            yield f"{path}:{rows.line_num}", {name: row[place].strip() for name, place in places.items()}
     except csv.Error as error:
-        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.reader.line_num}") from None
+        raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
 
 
-def _check_columns(columns: Sequence[str], file: str | Path, *, others: bool) -> None:
-    strange = not others and set(columns) - set(_COLUMNS)
-    if not set(columns) >= {"path", "label"} or len(set(columns)) < len(columns) or strange:
-        message = f"has the columns {', '.join(columns)}; expected path, label and perhaps split"
+def _places(header: Sequence[str], file: str | Path) -> dict[str, int]:
+    """Return where the columns stand that are read, whatever the capitals and the spaces around their names."""
+    columns = [name.strip().lower() for name in header]
+    if not set(columns) >= {"path", "label"} or any(columns.count(name) > 1 for name in _COLUMNS):
+        message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
-
-
-def _fault(
-    row: dict[str, str], name: str, root: Path, labels: Mapping[str, str], *, may_leave: bool
-) -> tuple[str | None, str] | None:
-    """Return the column and what is wrong with a row, if it is incomplete or has no file of its own."""
-    if None in row or None in row.values() or not row["path"] or not row["label"]:
-        return None, "expected a path and a label, one value a column"
-    leaves = PurePosixPath(name).is_absolute() or Path(name).is_absolute() or ".." in PurePosixPath(name).parts
-    if leaves and not may_leave:
-        return "path", f"{name} leaves the CSV's folder; write a path below it"
-    if not may_leave and not os.path.isfile(root / name):  # unlike Path.is_file, also False for an impossible name
-        return "path", f"{root / name} does not exist; correct the path"
-    if (before := labels.get(name)) == row["label"]:
-        return "path", f"{name} stands twice, it could land in train and test; remove one"
-    if before is not None:
-        return "label", f"{name} is '{row['label']}' here and '{before}' before; an image has one label, keep one"
-    if row.get("split") not in (None, "train", "test"):
-        return "split", f"expected train or test, got {row['split']!r}; validation is drawn from train"
-    return None
+    return {name: columns.index(name) for name in _COLUMNS if name in columns}
 
 
 SOURCES = {"tiny-imagenet": read_tiny_imagenet, "image-folder": read_image_folder, "csv": read_csv}

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ import huggingface_hub
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.files import FETCH_AGAIN, hashes, refuse_outside, remembered
+from peft_vit.data.files import FETCH_AGAIN, hashes, remembered
 from peft_vit.data.index import ImageIndex, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault
@@ -70,8 +70,7 @@ def read_hf(config: DataConfig) -> ImageIndex:
     path = str(config.path)  # the configuration has seen to it
     splits = open_splits(path, config.hub_subset)
     features = next((splits[name] for name in _TRAIN if name in splits), next(iter(splits.values()))).features
-    image = _image_column(features, config.image_column, path)
-    label = _label_column(features, image, config.label_column, path)
+    image, label = _columns(features, config, path)
     notes: list[str] = []
     parts = _labelled([_split(name, rows, image, label, features, path) for name, rows in splits.items()], path, notes)
     is_test = _official_test(parts, path, notes)
@@ -184,9 +183,10 @@ def _local(place: Path, subset: str | None) -> dict[str, Dataset]:
         return dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     if place.is_dir():
         builder = datasets.load_dataset_builder(str(place), subset, cache_dir=str(_cache()))
-        for files in (builder.config.data_files or {}).values():
-            for file in files:
-                refuse_outside(Path(file), Path(os.path.realpath(place)))
+        root = os.path.realpath(place)
+        for file in (file for files in (builder.config.data_files or {}).values() for file in files):
+            if not Path(os.path.realpath(file)).is_relative_to(root):
+                raise UserError(f"leads out of {root}; copy the file into it", file=file)
     elif place.is_file() and place.suffix == ".parquet":
         builder = datasets.load_dataset_builder("parquet", data_files={"train": str(place)}, cache_dir=str(_cache()))
     else:
@@ -239,36 +239,29 @@ def _from_hub(name: str, subset: str | None) -> dict[str, Dataset]:
 # --- columns ----------------------------------------------------------------------------------------------------------
 
 
-def _image_column(features: Features, column: str | None, path: str) -> str:
+def _columns(features: Features, config: DataConfig, path: str) -> tuple[str, str]:
+    """Return the columns of images and of labels: those asked for, or else the only likely ones.
+
+    Labels are likely to be those of classes, or else texts or whole numbers, or what is called label.
+    """
     import datasets
 
-    def holds_bytes(feature: Any) -> bool:  # as Parquet files have them that do not say that they are images
-        plain = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary")
-        return plain or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-
-    images = _named(features, lambda feature: isinstance(feature, datasets.Image))
-    possible = _named(features, lambda feature: isinstance(feature, datasets.Image) or holds_bytes(feature))
-    return _column("image", "hold images", features, column, images or possible, possible, path)
-
-
-def _label_column(features: Features, image: str, column: str | None, path: str) -> str:
-    """Return the column asked for; else the one of classes, or else of texts or whole numbers, or called label."""
-    import datasets
-
-    def holds_labels(feature: Any) -> bool:
-        return isinstance(feature, datasets.ClassLabel) or (
-            isinstance(feature, datasets.Value)
-            and feature.dtype.startswith(("int", "uint", "string", "large_string", "bool"))
-        )
-
-    plain = [name for name in _named(features, holds_labels) if name != image]
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    possible, plain = list(images), []
+    for name, feature in features.items():
+        dtype = feature.dtype if isinstance(feature, datasets.Value) else ""
+        # As Parquet files have images that do not say that they are some.
+        if dtype in ("binary", "large_binary") or (isinstance(feature, dict) and set(feature) == {"bytes", "path"}):
+            possible.append(name)
+        if isinstance(feature, datasets.ClassLabel) or dtype.startswith(
+            ("int", "uint", "string", "large_string", "bool")
+        ):
+            plain.append(name)
+    image = _column("image", "hold images", features, config.image_column, images or possible, possible, path)
+    plain = [name for name in plain if name != image]
     likely = [name for name in plain if isinstance(features[name], datasets.ClassLabel)] or plain
     likely = ["label"] if "label" in likely else likely
-    return _column("label", "could be the label", features, column, likely, plain, path)
-
-
-def _named(features: Features, serves: Callable[[Any], bool]) -> list[str]:
-    return [name for name, feature in features.items() if serves(feature)]
+    return image, _column("label", "could be the label", features, config.label_column, likely, plain, path)
 
 
 def _column(

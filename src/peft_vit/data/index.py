@@ -139,7 +139,8 @@ class ImagesFile(Frozen):
             holdout[[place[name] for name in self.sealed]] = True
         except LookupError:
             raise UserError(f"names an image that is not used; {_REMEDY}", file=file, field="copies, sealed") from None
-        content = hashlib.sha256(f"{index.sha256}\0{self.model_dump_json()}".encode()).hexdigest()
+        counts = self.model_copy(update={"left_out": {}})  # what is not read makes no other images
+        content = hashlib.sha256(f"{index.sha256}\0{counts.model_dump_json()}".encode()).hexdigest()
         own_test = holdout if holdout.any() else None
         return replace(
             index, contents=groups, official_test=own_test, sha256=content, inspected=True, left_out=self.left_out

@@ -23,11 +23,10 @@ one object one after the other, crops, mirrored images.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,27 +142,34 @@ def _of_copies(
 
 def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return groups of equal and of nearly equal images among `rows`, (N,) int64 each."""
-    pixels = f"{FORMAT_VERSION} {PIL.__version__} {image_size} {index.channels}{interpolation_key(index)}"
-    text = f"{_VERSION} {pixels} {index.name} {index.sha256} {splits.sha256}"
-    file = cache_dir() / "duplicates" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npy"
-    try:
-        compared = np.load(file, allow_pickle=False)  # noqa: TID251 - numbers alone
-    except Exception:  # whatever was in its place, it is not this package's file
-        compared = None
-    if compared is None or compared.dtype != np.int64 or compared.shape != (2, len(rows)):
+
+    def compute() -> dict[str, Any]:
         parts = [split_pixels(index, own, splits.divided, image_size) for own in splits.parts]
-        number: dict[bytes, int] = {}
         images = (pixels[place] for pixels, places in parts for place in places)
+        number: dict[bytes, int] = {}
         digests = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
         equal = np.array([number.setdefault(digest, len(number)) for digest in digests], dtype=np.int64)
         thumbnails = np.concatenate([grey_thumbnails(pixels, places) for pixels, places in parts])  # (N, 256)
-        compared = np.stack([equal, near_groups(thumbnails, start=len(splits.train))])
-        buffer = io.BytesIO()
-        np.save(buffer, compared)
-        with cache_fault(file):
-            write_atomically(file, buffer.getvalue())
-    equal, near = compared
-    return equal, near
+        return {"copies": equal, "groups": near_groups(thumbnails, start=len(splits.train))}
+
+    pixels = f"{PIL.__version__} {image_size} {index.channels}{interpolation_key(index)}"
+    saved = _cached("duplicates", f"{pixels} {index.name} {index.sha256} {splits.sha256}", len(rows), compute)
+    return saved["copies"], saved["groups"]
+
+
+def _cached(kind: str, text: str, count: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is computed, or the cache has by a text: among others copies and groups, (N,) int64, N = `count`."""
+    key = hashlib.sha256(f"{_VERSION} {FORMAT_VERSION} {text}".encode()).hexdigest()
+    file = cache_dir() / kind / f"{key[:32]}.json"
+    with suppress(Exception):  # whatever was in its place, it is not this package's file
+        saved = json.loads(read_bytes(file))
+        saved |= {name: np.array(saved[name], dtype=np.int64) for name in ("copies", "groups")}
+        if len(saved["copies"]) == len(saved["groups"]) == count:
+            return dict(saved)
+    made = compute()
+    with cache_fault(file):
+        write_atomically(file, json.dumps(made, default=np.ndarray.tolist).encode())
+    return made
 
 
 def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
@@ -292,18 +298,12 @@ class Inspection:
         even = f"; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
         balance = f"{self.metric.words} decides: {times}"
         balance += f", more than {LARGEST_IMBALANCE:g}" if self.metric.equal_classes else even
-        return [*self._of_images(), *self._of_copies(), balance]
+        return [*self._of_images(), *self._of_repeated(), balance]
 
     def remarks(self) -> list[str]:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
-        lines = [*self._of_animations(), *self._of_copies()]
-        if self.left_out:
-            lines += [f"{_are(len(self.left_out), 'file')} left out:", *_listed(self.left_out)]
-        return lines
-
-    def _of_animations(self) -> Iterator[str]:
-        if self.animated:
-            yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is taken"
+        listed = [f"{_files_are(self.left_out)} left out:", *_listed(self.left_out)] if self.left_out else []
+        return [*self._of_repeated(), *listed]
 
     def _of_images(self) -> Iterator[str]:
         counts = np.bincount(self.labels, minlength=len(self.class_names))  # (K,)
@@ -317,13 +317,14 @@ class Inspection:
         yield f"{short:,} x {long:,} pixels (median of the shorter and of the longer side){between}"
         if self.holdout is not None:
             yield f"{np.count_nonzero(self.holdout):,} of them are the folder's own test split, which is read once"
-        yield from self._of_animations()
         if self.left_out:
             reasons = [f"{name} ({why.split('; ')[0]})" for name, why in self.left_out.items()]
             more = f" and {len(reasons) - _NAMED:,} more" if len(reasons) > _NAMED else ""
-            yield f"{_are(len(reasons), 'file')} left out: {', '.join(reasons[:_NAMED])}{more}"
+            yield f"{_files_are(self.left_out)} left out: {', '.join(reasons[:_NAMED])}{more}"
 
-    def _of_copies(self) -> Iterator[str]:
+    def _of_repeated(self) -> Iterator[str]:
+        if self.animated:
+            yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is taken"
         every = np.arange(len(self.names))
         for what, groups, within in (("equal", self.copies, every), ("nearly equal", self.groups, self.copies)):
             count = len(np.unique(within)) - len(np.unique(groups))
@@ -339,9 +340,20 @@ class Inspection:
 
 
 def _listed(left_out: Mapping[str, str]) -> list[str]:
-    """Return files with their reasons, a line each."""
-    lines = [f"  {name}: {why}" for name, why in sorted(left_out.items())]
+    """Return files with their reasons, a line each, or a line for several of a folder with the same reason."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, why in sorted(left_out.items()):
+        alike.setdefault((name.rpartition("/")[0], why), []).append(name)
+    lines = []
+    for (folder, why), names in alike.items():
+        several = [f"{folder or '.'}/ ({len(names):,} files)"]
+        lines += [f"  {name}: {why}" for name in (names if len(names) <= _NAMED else several)]
     return lines if len(lines) <= _LISTED else [*lines[:_LISTED], f"  and {len(lines) - _LISTED:,} more"]
+
+
+def _files_are(left_out: Mapping[str, str]) -> str:
+    """Return how many they are in words; a folder's name ends with a slash."""
+    return _are(len(left_out), "item" if any(name.endswith("/") for name in left_out) else "file")
 
 
 def _are(count: int, what: str) -> str:
@@ -383,7 +395,7 @@ def inspect_images(
     if least is None:
         least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
     _refuse_few(path, class_names, labels, np.arange(len(labels)), holdout, least)  # before anything is decoded
-    decoded = _decoded_once(tree, names.tolist(), store, on_progress)
+    decoded = _decoded_once(tree, names.tolist(), store or PixelStore(()), on_progress)
     copies, groups = decoded.copies, decoded.groups
     left_out = dict(images.left_out) | decoded.faults | _contradictions(names, labels, copies, groups, holdout)
     if strict and left_out:
@@ -582,25 +594,14 @@ class _One(NamedTuple):
 
 
 def _decoded_once(
-    tree: FileTree, names: list[str], store: PixelStore | None, on_progress: Callable[[int, int], None] | None
+    tree: FileTree, names: list[str], store: PixelStore, on_progress: Callable[[int, int], None] | None
 ) -> _Decoded:
     """Decode files, or find in the cache what it came to."""
-    whole = store is not None and bool(store.sizes)
-    readers = f"{_VERSION} {FORMAT_VERSION} {PIL.__version__} {missing_packages('heic')} {whole}"
-    text = "\n".join([readers, tree.hashed(names).sha256, *names])  # of a zip the hash knows no names
-    listing = hashlib.sha256(text.encode()).hexdigest()
-    file = cache_dir() / "inspected" / f"{listing[:32]}.json"
-    try:
-        saved = json.loads(read_bytes(file))
-        copies, groups, sides = (np.array(saved[name], dtype=np.int64) for name in ("copies", "groups", "sides"))
-        if len(copies) == len(groups) == len(sides) == len(names):
-            return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
-    except Exception:  # whatever was in its place, it is not this package's file
-        pass
-    decoded = _decoded(tree, names, store or PixelStore(()), on_progress)
-    with cache_fault(file):
-        write_atomically(file, json.dumps(decoded._asdict(), default=np.ndarray.tolist).encode())
-    return decoded
+    # Of a zip the hash knows no names.
+    readers = f"{PIL.__version__} {missing_packages('heic')} {bool(store.sizes)}"
+    text = "\n".join([readers, tree.hashed(names).sha256, *names])
+    saved = _cached("inspected", text, len(names), lambda: _decoded(tree, names, store, on_progress)._asdict())
+    return _Decoded(**saved | {"sides": np.array(saved["sides"], dtype=np.int64), "animated": tuple(saved["animated"])})
 
 
 def _decoded(

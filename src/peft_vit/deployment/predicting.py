@@ -16,7 +16,7 @@ from PIL import Image
 
 from peft_vit.config import EXPORTS, exported_format
 from peft_vit.data import IMAGE_SUFFIXES, decode_image, to_pixels
-from peft_vit.data.files import open_tree
+from peft_vit.data.files import files_below, open_tree
 from peft_vit.data.folders import is_image
 from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.errors import UserError, named
@@ -97,8 +97,8 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
 def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
     """Return the images that paths name, those of folders, of folders below and of zips in the order of their names.
 
-    Links are followed, a folder once. Hidden files are left out, as in training, and files of a folder that are not
-    called as images are. A folder below that can't be read is an error among the images.
+    Links are followed, but not in circles. Hidden files are left out, as in training, and files of a folder that
+    are not called as images are. A folder below that can't be read is an error among the images.
 
     Raises:
         UserError: for a path where nothing is, and for a folder or a zip without an image.
@@ -108,7 +108,9 @@ def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
         if not os.path.exists(path):  # unlike Path.exists, also False for an impossible name
             raise UserError("does not exist; name image files, folders of them, or a zip", file=path)
         if os.path.isdir(path):
-            inside = _below(path)
+            closed: list[UserError] = []
+            files = (path / name for name in files_below(path, closed) if is_image(name))
+            inside: list[ImageFile | UserError] = [*(_on_disk(file) for file in files if file.is_file()), *closed]
         elif path.suffix.lower() == ".zip":
             inside = _in_zip(path)
         else:
@@ -134,21 +136,6 @@ def _in_zip(path: Path) -> list[ImageFile | UserError]:
         return ImageFile(path / name, lambda: tree.read(name))
 
     return [member(name) for name in tree.names if is_image(name)]
-
-
-def _below(root: Path) -> list[ImageFile | UserError]:
-    closed: list[OSError] = []
-    files: list[Path] = []
-    seen = {os.path.realpath(root)}
-    for place, folders, names in os.walk(root, onerror=closed.append, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(place, name)) for name in sorted(folders)}
-        folders[:] = [name for name, target in real.items() if not name.startswith(".") and target not in seen]
-        seen.update(real.values())
-        files += [Path(place, name) for name in names if is_image(name) and not name.startswith(".")]
-    unreadable = [
-        UserError(f"can't be read ({error.strerror}); make it readable", file=error.filename) for error in closed
-    ]
-    return [*(_on_disk(file) for file in sorted(files) if file.is_file()), *unreadable]
 
 
 def predict_files(

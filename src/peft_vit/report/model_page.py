@@ -293,9 +293,10 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:
+        what = "item" if any(name.endswith("/") for name in left_out) else "file"  # a folder's name ends so
         yield table(
             "left_out",
-            f"{count(len(left_out))} file{'s' * (len(left_out) > 1)} left out",
+            f"{count(len(left_out))} {what}{'s' * (len(left_out) > 1)} left out",
             [{"File": plain(name), "Why": plain(why)} for name, why in left_out.items()],
             None,
             "Nothing was trained on them or tested with them.",

@@ -164,7 +164,7 @@ def _plan_call(
     with ExitStack() as undo:
         if begun is None:
             undo.callback(file.unlink, missing_ok=True)
-            images.write(file)
+        images.write(file)  # a call that goes on leaves out as well what is new and can't be read
         if begun is None or request.smoke:  # whose file holds the compressed one
             request, weights = with_weights(request)
             print_lines(filter(None, [weights]))

@@ -37,7 +37,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     place = state.request.output / IMAGES_FILE
     if state.begun:
         _refuse_others(state.request.images, place, content)
-    elif not place.exists():
+    if state.begun or not place.exists():
         write_whole(place, content.encode())
     elif read_bytes(place) != content.encode():  # equal: a call was killed before its output was begun
         raise UserError("is there already, and of no tuning; move it away, or choose another --output", file=place)
@@ -81,15 +81,8 @@ def _refuse_others(images: Path, place: Path, content: str) -> None:
         before, now = json.loads(read_bytes(place)), json.loads(content)
     except (OSError, ValueError) as error:
         raise UserError(f"can't be read ({error}); choose another --output", file=place) from None
-    if before == now:
-        return
-    changed = next((name for name in now if before.get(name) != now[name]), "content")
-    counts = ", ".join(
-        f"{name} {len(before.get(name, ()))} then, {len(now[name])} now" for name in ("sealed", "left_out")
-    )
-    what = "a file was changed, added or removed" if changed == "sha256" else f"{changed} differs"
-    raise UserError(
-        f"holds other images than when {place.parent} was begun: {what} ({counts}); put them back, or choose another "
-        "--output",
-        file=images,
-    )
+    changed = [name for name in now if name != "left_out" and before.get(name) != now[name]]
+    if changed:
+        what = "a file was changed, added or removed" if "sha256" in changed else f"{', '.join(changed)} differ"
+        message = f"holds other images than when {place.parent} was begun: {what}; put them back, or choose another"
+        raise UserError(f"{message} --output", file=images)

@@ -1,10 +1,12 @@
 """Readers of image files with labels: Tiny ImageNet, class folders, CSV."""
 
+import io
 import os
 import shutil
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from written_images import save
@@ -47,13 +49,18 @@ def test_image_folder_as_zip_is_read_in_place(folder, config, tmp_path):
     assert colour(index, 3) == [[3, 6, 9]]
 
 
-@pytest.mark.parametrize("names", ["train val", "train valid", "train validation", "train test", "train val test"])
+CAPITALS = ("Train VAL", "TRAIN Validation", "train Test", "Train Valid TEST")
+
+
+@pytest.mark.parametrize(
+    "names", ["train val", "train valid", "train validation", "train test", "train val test", *CAPITALS]
+)
 def test_image_folder_with_official_split(folder, config, tmp_path, names):
     for name in names.split():
         shutil.copytree(folder, tmp_path / "root" / name)
     index = open_index(config("image-folder", tmp_path / "root"))
     assert index.class_names == ("cat", "dog")
-    tested = "test" if "test" in names else names.split()[1]
+    tested = names.split()[-1]
     assert index.official_test.tolist() == [name == tested for name in sorted(names.split()) for _ in range(4)]
 
 
@@ -116,6 +123,31 @@ def test_csv(folder, config):
         file = write_csv(folder, f"label,split,path\nx,train,cat/a.png\ny,{second},dog/a.webp\ny,train,dog/c.PNG\n")
         official = open_index(config("csv", file)).official_test
         assert (None if official is None else official.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Path,Label,SPLIT\ncat/a.png,cat,Train\ndog/a.webp,dog,TEST\n",
+        "\ufeff path , label, split\r\ncat/a.png , cat,\r\n\r\n dog/a.webp,dog ,test \r\n",
+        'label;path;split\r\n"cat";cat/a.png;\r\ndog;"dog/a.webp";test\r\n',
+        "path\tlabel\tsplit\ncat/a.png\tcat\t\ndog/a.webp\tdog\ttest\n",
+    ],
+)
+def test_tables_as_programs_write_them(folder, config, text):
+    index = open_index(config("csv", write_csv(folder, text)))
+    assert (index.names, index.class_names) == (["cat/a.png", "dog/a.webp"], ("cat", "dog"))
+    assert index.official_test.tolist() == [False, True]
+    frame = pd.read_csv(io.StringIO(text.lstrip("\ufeff")), sep=None, engine="python")
+    frame.to_parquet(folder / "list.parquet")
+    written = open_index(config("csv", folder / "list.parquet"))
+    assert (written.names, written.class_names) == (index.names, index.class_names)
+    assert written.official_test.tolist() == [False, True]
+
+
+def test_an_empty_column_of_splits_is_none(folder, config):
+    for text in ("path,label,split\ncat/a.png,x,\ndog/a.webp,y,\n", "path;label;split\ncat/a.png;x;\ndog/a.webp;y;\n"):
+        assert open_index(config("csv", write_csv(folder, text))).official_test is None
 
 
 def test_folders_above_may_have_any_name(folder, config, monkeypatch):

@@ -178,7 +178,15 @@ def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path)
     with pytest.raises(UserError, match=r"holds other images than when they were looked at .*look at the images again"):
         open_index(config(root, file))
     (root / "cat" / "new.png").unlink()
-    open_index(config(root, file))
+    before = open_index(config(root, file)).sha256
+    for name in ("README", "notes.txt", ".DS_Store", "Thumbs.db", "cat/notes.txt", "cat/Thumbs.db", "cat/.DS_Store"):
+        (root / name).write_text("no image")
+    assert open_index(config(root, file)).sha256 == before
+    (root / "cat" / "broken.png").write_text("no image")
+    again = write(tmp_path, inspect_images(root))
+    assert json.loads(again.read_text())["left_out"].keys() > {"cat/broken.png", "cat/notes.txt"}
+    assert open_index(config(root, again)).sha256 == before
+    (root / "cat" / "broken.png").unlink()
     content = json.loads(file.read_text())
     for changed, said in (
         (content | {"copies": [["cat/03.png", "cat/nowhere.png"]]}, "names an image that is not used"),

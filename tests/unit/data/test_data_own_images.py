@@ -66,6 +66,11 @@ def deeper(root):
     (root / "empty").mkdir()
 
 
+def at_two_depths(root):
+    fill(root / "cat", 3, ("",))
+    fill(root / "more")
+
+
 def zipped(root):
     fill(root / "icons" / "deep")
     with zipfile.ZipFile(root / "icons.zip", "w") as archive:
@@ -119,6 +124,7 @@ def parquet(root):
 
 FOUND = {
     deeper: "Images are taken from {root}/dataset, where the class folders are.",
+    at_two_depths: "Images are taken from {root}/more, where the class folders are.",
     zipped: "Images are taken from {root}/icons.zip/icons/deep, where the class folders are.",
     split_deeper: "Images are taken from {root}/set, where the class folders are.",
     only_train: "Images are taken from {root}/train, where the class folders are.",
@@ -136,8 +142,10 @@ def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_p
     seen = inspect_images(images, least=1)
     assert seen.class_names == ("hund mit hut", "кот")
     of_test = 2 if make is split_deeper else 0
+    outside = {"../cat/": "its images (3) lie outside more, where class folders are"}
+    assert images.left_out == (outside if make is at_two_depths else {})
     assert len(seen.names) == 12  # of split_deeper the 2 test images are copies of 2 that train, which are left out
-    assert len(seen.left_out) == of_test
+    assert len(seen.left_out) == of_test + len(images.left_out)
     file = tmp_path / "images.json"
     file.write_text(json.dumps(images_file(seen, seed=None)))
     config = DataConfig(
@@ -154,6 +162,11 @@ def test_images_are_found_as_people_have_them_and_a_study_finds_them_again(tmp_p
 def several(root):
     for month in ("march", "april"):
         fill(root / month)
+
+
+def never_two_beside_each_other(root):
+    fill(root / "cat", 6, ("",))
+    fill(root / "more", 6, ("dog",))
 
 
 def flat(root):
@@ -190,6 +203,10 @@ def half(root):
         (
             flat,
             r"holds 12 images and no class folders; put them into one folder a class, .* or list them in images\.csv",
+        ),
+        (
+            never_two_beside_each_other,
+            r"holds 12 images and no class folders beside each other \(images lie in cat, more/dog\); put them into",
         ),
         (flat_splits, "holds 12 images and no class folders"),
         (lambda root: None, r"holds no image \(\.png "),
@@ -233,7 +250,7 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
         "hund mit hut/zero.webp": "is empty",
         "hund mit hut/notes.txt": "is no image file",
         "beside.png": "lies in no class folder",
-        "hund mit hut/more/below.png": "lies below a class folder",
+        "hund mit hut/more/below.png": "lies deeper than the class folders",
     }
     lines = seen.remarks()
     assert lines[0] == "9 files are left out:"
@@ -243,7 +260,11 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     assert caught.value.details.splitlines() == lines[1:]
     for i in range(40):
         (root / "кот" / f"{i}.txt").write_text("x")
-    assert inspect_images(root, least=1).remarks()[-1] == "  and 19 more"
+    assert "  кот/ (40 files): is no image file" in inspect_images(root, least=1).remarks()
+    for i in range(40):
+        save(root / f"class {i}" / "whole.png", textured(1000 + i))
+        (root / f"class {i}" / "text.txt").write_text("x")
+    assert inspect_images(root, least=1).remarks()[-1] == "  and 20 more"
 
 
 def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path):
