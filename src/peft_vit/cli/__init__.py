@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from peft_vit.errors import UserError
 
 __all__ = ["app", "main", "user_errors"]
 
-_INTERRUPTED = 130  # what shells report for SIGINT
+_INTERRUPTED, _UNREAD = 130, 141  # what shells report for SIGINT and SIGPIPE
 
 
 @contextmanager
@@ -31,16 +32,58 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(_INTERRUPTED) from None
 
 
+@contextmanager
+def _while_read() -> Iterator[None]:
+    """End quietly if nobody reads the output any more, as in `peft-vit runs | head -1`.
+
+    Rich and Typer make SystemExit(1) of it.
+
+    Source:
+        https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as error:
+        if not any(isinstance(cause, BrokenPipeError) for cause in (error, error.__context__)):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the interpreter's end fails
+        raise SystemExit(_UNREAD) from None
+
+
+def _in_our_words(error: Any) -> UserError:
+    """Return what Typer has refused: the argument or option as it is typed, what is wrong, and what to do."""
+    context, name = error.ctx, getattr(error, "option_name", None)
+    command = "peft-vit" if context is None or context.parent is None else f"peft-vit {context.info_name}"
+    see = f"see {command} --help"
+    if context is None and name is not None:
+        return UserError(f"needs a value; {see}", field=name)
+    if getattr(error, "param", None) is not None:
+        is_option = error.param.param_type_name == "option"
+        field = error.param.opts[0] if is_option else error.param.name.upper()
+        fault = error.message.removeprefix("Value error, ").rstrip(".")
+        return UserError(f"{fault[:1].lower()}{fault[1:]}; {see}" if fault else f"is missing; {see}", field=field)
+    if name is not None:
+        options = [option for param in context.command.params for option in param.opts]
+        short = [option for option in options if "".join(word[:1] for word in option[2:].split("-")) == name[2:]]
+        likely = " or ".join(short or [option for option in error.possibilities if option != "--help"])
+        return UserError(f"no such option of {command}; {f'did you mean {likely}?' if likely else see}", field=name)
+    message = error.format_message().rstrip(".")
+    return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
+
+
 def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) -> None:
     """Run the command line."""
-    with user_errors():
+    with _while_read(), user_errors():
         try:
             code = command(arguments, standalone_mode=False)
         except Exception as error:
             # Typer's own errors (an unknown option, a value out of range) share no public class, only this method.
             if not hasattr(error, "format_message"):
                 raise
-            raise UserError(f"{error.format_message()} Try --help.", file="command line") from None
+            raise _in_our_words(error) from None
         if code == _INTERRUPTED:  # Typer turns Ctrl-C into this code
             raise KeyboardInterrupt
     raise SystemExit(code if isinstance(code, int) else 0)

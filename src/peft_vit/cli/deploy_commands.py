@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import sys
 import time
@@ -224,6 +225,7 @@ def predict(request: PredictRequest) -> None:
     from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
     from peft_vit.records import FEWEST_HELD_OUT
 
+    _refuse_swapped(request.model, request.images[0])
     images = image_files(request.images)
     if exported_format(request.model):
         classifier = open_exported(request.model, request.weights)
@@ -273,6 +275,17 @@ def predict(request: PredictRequest) -> None:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
+
+
+def _refuse_swapped(model: Path, images: Path) -> None:
+    from peft_vit.records import RECORD_FILE, single_run
+
+    def is_model(path: Path) -> bool:
+        return exported_format(path) is not None or os.path.isfile(single_run(path) / RECORD_FILE)
+
+    if not is_model(model) and is_model(images):
+        places = f"{shlex.quote(str(images))} {shlex.quote(str(model))}"
+        raise UserError(f"is no model, which comes first: peft-vit predict {places}", file=model)
 
 
 def _cells(prediction: Prediction, coverage: float | None) -> list[Any]:

@@ -82,7 +82,7 @@ def train(request: TrainRequest) -> None:
     from peft_vit.report.trained import result_lines
 
     page = _page_of(run.folder)
-    print("\n".join(["", *result_lines(record, run.folder, page)]))
+    print("\n".join(["", *result_lines(record, run.folder, run.seconds(), page)]))
 
 
 def _page_of(folder: Path) -> Path | None:
@@ -132,6 +132,7 @@ def runs(
             f"{call.asked.request.images} {call.asked.request.settings}" if several else call.asked.request.settings,
             call.status_text(),
             call.record(),
+            call.seconds(),
         )
         for call in calls
     ]

@@ -129,7 +129,7 @@ def open_tree(location: Path) -> FileTree:
             lambda name: read_bytes(root / name),
             lambda used: hashes({name: root / name for name in used}),
         )
-    with foreign_fault("is neither a folder nor a zip", location, field="data.path"):
+    with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
             raise zipfile.BadZipFile("no regular file")
         archive = zipfile.ZipFile(location)

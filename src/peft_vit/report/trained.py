@@ -24,19 +24,20 @@ def test_score(record: RunRecord) -> Interval:
     return metric_of(record.spec).interval(np.array(own.labels), np.array(own.predicted))
 
 
-def result_lines(record: RunRecord, folder: Path, page: Path | None = None) -> list[str]:
+def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
     """Return what training came to, beside the probe that it started from, and what to do with the model.
 
     Args:
         record: of a finished run.
         folder: of the run, or of the call that made it.
+        seconds: that all of the call took.
         page: on the model, if one was written.
     """
     score, place = test_score(record), shlex.quote(str(folder))
     return [
         f"Test {metric_of(record.spec).words} {_score(score)}, on {score.n} images that training has not seen.",
         *beside_the_probe(record),
-        f"Time: {record.seconds:.0f} s.",
+        f"Time: {seconds:.0f} s.",
         f"Model: {folder}",
         f"Page: {page}" if page is not None else f"Page: peft-vit report {place}",
         f"To predict: peft-vit predict {place} PHOTO.jpg",
@@ -76,7 +77,9 @@ def _score(interval: Interval, suffix: str = "") -> str:
     return f"{percent(interval.estimate)}{suffix} (95 % interval {bounds_in_percent(interval)})"
 
 
-def train_row(folder: Path, method: str, settings: str, state: str, record: RunRecord | None) -> dict[str, Raw]:
+def train_row(
+    folder: Path, method: str, settings: str, state: str, record: RunRecord | None, seconds: float
+) -> dict[str, Raw]:
     """Return a row on a call of `train`, whose run has a record or none yet; what is not known of it is None.
 
     Args:
@@ -84,16 +87,19 @@ def train_row(folder: Path, method: str, settings: str, state: str, record: RunR
         method: that was trained.
         settings: as they were typed.
         state: what became of it.
-        record: of its run.
+        record: of what it delivers.
+        seconds: that all of it took.
     """
+    if record is not None and record.spec.experiment.method != method:
+        method = "regression on frozen features"  # which was better than what was trained
     row: dict[str, Raw] = {"run": folder.name, "method": method, "settings": settings, "state": state}
     row |= dict.fromkeys(("metric", "test", "low", "high", "test_images", "minutes"))
     if record is not None:
-        row["minutes"] = record.seconds / 60
-    if record is not None and record.test is not None:
-        score = test_score(record)  # of what decides, with its 95 % interval
-        row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "low": score.low, "high": score.high}
-        row["test_images"] = score.n
+        row["minutes"] = seconds / 60
+    if record is not None and record.test is not None:  # what decides, with its 95 % interval
+        score = test_score(record)
+        row |= {"metric": metric_of(record.spec).name, "test": score.estimate, "test_images": score.n}
+        row |= {"low": score.low, "high": score.high}
     return row
 
 

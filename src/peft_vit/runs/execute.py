@@ -12,14 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import nn
+from torch import Tensor, nn
 
 from peft_vit.adapters import adapted_sites, adapter_bytes, packed_weights, update_ranks, use_integer_products
 from peft_vit.adapters.peft_format import doubts_about, peft_sha256
@@ -192,6 +191,54 @@ def _kind(error: Exception) -> Failure:
 # --- one walk from the specification to what the record holds ---------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a run begins with: its images, and the pretrained model, which nothing has changed yet.
+
+    Attributes:
+        packed_targets: matrices that the method packs at once; they stay in the weights' file until then, and the model
+            on the CPU. None: it packs none.
+    """
+
+    spec: RunSpec
+    device: torch.device
+    data: Data
+    backbone: LoadedBackbone
+    runtime: RuntimeConfig
+    packed_targets: Sequence[str] | None
+
+    @classmethod
+    def of(cls, spec: RunSpec, *, test: bool = True) -> Self:
+        """Load what a specification names; without `test` no images that test.
+
+        Raises:
+            UserError: as `load_data`, `load_run_backbone`.
+        """
+        torch.set_num_threads(spec.threads)
+        device = resolve_device(spec.device)
+        data = load_data(spec.data, spec.seed, smoke=spec.smoke, test=test)
+        packed_targets = packed_at_once(spec.experiment)
+        backbone = load_run_backbone(spec, data.task.head_width(data.class_names), mapped=packed_targets)
+        if packed_targets is None:
+            backbone.model.to(device)
+        choose_attention(backbone.model, device, spec.precision)
+        runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
+        return cls(spec, device, data, backbone, runtime, packed_targets)
+
+    def provenance(self) -> Provenance:
+        """Say what the run is made of, once its method has prepared the model: it now multiplies as was asked for."""
+        model = self.backbone.model.to(self.device)  # what is packed comes packed
+        integers = self.spec.experiment.training.compute == "int8"
+        return provenance_of(
+            self.spec, self.data, self.backbone, self.device, use_integer_products(model) if integers else None
+        )
+
+    def float_weights(self) -> dict[str, Tensor]:
+        """Load the weights again, as they were."""
+        width = self.data.task.head_width(self.data.class_names)
+        return dict(load_run_backbone(self.spec, width, mapped=self.packed_targets).model.state_dict())
+
+
 def _execute(
     spec: RunSpec, attempt: Attempt, on_progress: OnProgress | None
 ) -> tuple[dict[str, Any], bytes, bytes | None]:
@@ -200,27 +247,16 @@ def _execute(
     if METHODS[experiment.method].uses_peft:
         load_peft()
     attempt.memory = memory = MemoryWatch()  # before anything of the run is read, after the libraries that it needs
-    torch.set_num_threads(spec.threads)
-    device = resolve_device(spec.device)
-    data = load_data(spec.data, spec.seed, smoke=spec.smoke)
+    overhead = attempt.read()
+    loaded = Loaded.of(spec)
+    data, backbone, runtime, model = loaded.data, loaded.backbone, loaded.runtime, loaded.backbone.model
     for text in data.warnings:
         warnings.warn(DataWarning(text), stacklevel=2)
-    overhead = attempt.read()
-
-    packed_targets = packed_at_once(experiment)
-    load = partial(load_run_backbone, spec, data.task.head_width(data.class_names), mapped=packed_targets)
-    backbone = load()
-    model = backbone.model if packed_targets is not None else backbone.model.to(device)
-    choose_attention(model, device, spec.precision)
     backbone_total = sum(p.numel() for p in model.parameters()) - head_parameters(model)
-    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
     calibration = Calibration(data, runtime, spec.seed)
 
     hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
-    model.to(device)  # those that are packed come packed
-    integer_bits = use_integer_products(model) if experiment.training.compute == "int8" else None
-    # Now that the head is the one that training starts from.
-    provenance = attempt.begin(provenance_of(spec, data, backbone, device, integer_bits))
+    provenance = attempt.begin(loaded.provenance())  # now that the head is the one that training starts from
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):
@@ -245,8 +281,8 @@ def _execute(
     give_memory_back()  # or what the steps took would lie beside them
     context = HookContext(
         calibration_batch=calibration.batch,
-        class_weights=loss_weights(experiment.training, data, device),
-        float_weights=lambda: dict(load().model.state_dict()),
+        class_weights=loss_weights(experiment.training, data, loaded.device),
+        float_weights=loaded.float_weights,
         overhead=overhead,
     )
     for hook in hooks:

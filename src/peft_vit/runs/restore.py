@@ -20,7 +20,7 @@ from peft_vit.deployment import Classifier, ModelCard, open_exported, torch_clas
 from peft_vit.errors import UserError, agreeing_with, os_fault
 from peft_vit.methods import METHODS, PrepareContext
 from peft_vit.methods.quantized import keeps_codes, packed_at_once
-from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
+from peft_vit.records import ADAPTER_FILE, LATEST, RECORD_FILE, RunRecord, RunSpec, read_record, single_run
 from peft_vit.runs.held_out import known_of
 from peft_vit.safe_io import sha256_of
 from peft_vit.statistics import Neighbours
@@ -79,7 +79,7 @@ def open_model(path: Path, weights: str | None = None) -> Classifier:
     if weights is None and os.path.isfile(folder / RECORD_FILE):  # unlike Path.is_file, False for an impossible name
         run = restore_run(folder)
         return torch_classifier(run.model, run.card, run.known)
-    if folder != path:
+    if folder != path or os.path.exists(path / LATEST):
         done_record(folder)  # says what is missing
     return open_exported(path, weights)
 
@@ -159,6 +159,10 @@ def done_record(run_dir: Path) -> RunRecord:
     run_dir = single_run(run_dir)
     if not os.path.lexists(run_dir / RECORD_FILE):
         reason = f"has no {RECORD_FILE}: no run, or one that was interrupted, and its command given again goes on"
+        if not os.path.exists(run_dir):
+            reason = "does not exist; name the folder of a run, or of a call of `train`"
+        elif os.path.exists(run_dir / LATEST):
+            reason = f"holds several runs; name one of them, as {run_dir / LATEST}"
         raise UserError(reason, file=run_dir)
     record = read_record(run_dir / RECORD_FILE)
     if record.status != "done" or record.provenance is None:

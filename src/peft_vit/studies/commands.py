@@ -13,27 +13,26 @@ from typing import TYPE_CHECKING
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import (
-    RECORD_FILE,
-    STUDY_FILE,
-    delivered_run,
-    link_latest,
-    read_record,
-    read_study_file,
-    run_folder,
-    single_run,
-)
+from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
 from peft_vit.studies.scheduler import Deadline
-from peft_vit.studies.train_runs import RequestFile, TrainRun, earlier_call, numbered_folder, write_request, write_sizes
+from peft_vit.studies.train_runs import (
+    REQUEST_FILE,
+    SIZES_FILE,
+    RequestFile,
+    SizesFile,
+    TrainRun,
+    call_folder,
+    earlier_call,
+    write_request,
+    write_sizes,
+)
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
-    from peft_vit.records import StudyFile
     from peft_vit.statistics.sequential import SequentialResult
-    from peft_vit.studies.image_sizes import SizeTrial
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
 
@@ -105,18 +104,18 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
     """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
     from peft_vit.studies.display import decoding_progress, duration, plan_notes, print_lines
-    from peft_vit.studies.own_images import count_images, open_images, refuse_among_images
+    from peft_vit.studies.own_images import count_images, named_files, open_images, refuse_among_images
 
     refuse_among_images(request.images, request.output)
+    files = named_files(request)
     with ExitStack() as stack:
         with decoding_progress() as on_progress:
             images = stack.enter_context(open_images(request, on_progress))
         print_lines(images.lines)
         index = images.index
-        classes = [index.class_names[label] for label in index.labels]
-        asked = RequestFile.of(request, index.sha256, list(index.names or ()), classes, list(index.digests or ()))
+        asked = RequestFile.of(request, index, files)
         run, changes = earlier_call(asked)
-        if run is not None and run.status().state == "done" and _larger(run) is None:
+        if run is not None and run.status().state == "done" and run.size_left() is None:
             link_latest(run.folder)
             _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
             return run
@@ -124,55 +123,59 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         several = f"{len(index.labels)} images in {len(index.class_names)} classes"
         shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
         print_lines(filter(None, [f"{several}: {shares}", changes]))
-        with numbered_folder(request.output, request.label) if run is None else study_lock(run.folder) as lock:
-            begun, file = read_study_file(lock.folder), lock.folder.absolute() / IMAGES_FILE
-            plan, trials, chosen = _plan_call(request, lock.folder, images, file, begun)
-            if not request.smoke:
-                images.keep_pixels(plan.study)
-            if run is None:
-                run = TrainRun(lock.folder, asked)
-                if trials:
-                    write_sizes(run.folder, {trial.image_size: trial.value for trial in trials})
-                write_request(run.folder, asked)
-            link_latest(run.folder)
-            about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
-            start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
-            print_lines(filter(None, [chosen, *plan_notes(plan)]))
-            print_lines([f"{start} in {run.folder}; {about}"])
+        folder = None if run is None else run.folder
+        with call_folder(request.output, request.label, folder) as lock:
+            run = TrainRun(lock.folder, asked)
+            file = lock.folder.absolute() / IMAGES_FILE
             if run.status().state != "done":
+                plan, chosen = _plan_call(run, request, images, file)
+                link_latest(run.folder)
+                about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
+                start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
+                print_lines(filter(None, [chosen, *plan_notes(plan)]))
+                print_lines([f"{start} in {run.folder}; {about}"])
                 _drive(plan, lock, alone=True)
-            if (size := _larger(run)) is not None:
-                source = request.weights or plan.study.backbone.weights
-                _beside(run, request.model_copy(update={"weights": source}), images, file, size)
+            else:
+                images.write(file)
+                link_latest(run.folder)
+                _log(f"Training is done in {run.folder}; what is left is a regression on frozen features.")
+            if (size := run.size_left()) is not None:
+                _beside(run, request, images, file, size)
         return run
 
 
-def _plan_call(
-    request: TrainRequest, folder: Path, images: OwnImages, file: Path, begun: StudyFile | None
-) -> tuple[Plan, list[SizeTrial], str]:
+def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> tuple[Plan, str]:
     """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
 
+    What was asked for is written first: if the process is killed meanwhile, the same call goes on in its folder.
+
     Returns:
-        The plan, what regressions at several image sizes have, and a line on what was chosen.
+        The plan, and a line on what was chosen.
     """
     from peft_vit.studies.display import print_lines
     from peft_vit.studies.own_images import regressions, study_of, with_weights
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
 
-    trials: list[SizeTrial] = []
+    begun, chosen = read_study_file(run.folder), ""
     with ExitStack() as undo:
         if begun is None:
-            undo.callback(file.unlink, missing_ok=True)
+            for written in (file, run.folder / REQUEST_FILE, run.folder / SIZES_FILE):
+                undo.callback(written.unlink, missing_ok=True)
+            write_request(run.folder, run.asked)
         images.write(file)  # a call that goes on leaves out as well what is new and can't be read
         if begun is None or request.smoke:  # whose file holds the compressed one
             request, weights = with_weights(request)
             print_lines(filter(None, [weights]))
             started = time.monotonic()
             trials = regressions(request, images, file, _log)
-            study, chosen = study_of(request, folder.name, images, file, trials, time.monotonic() - started)
+            spent_s = time.monotonic() - started
+            study, chosen = study_of(request, run.folder.name, images, file, trials, spent_s)
+            if trials:
+                values = {trial.image_size: trial.value for trial in trials}
+                write_sizes(run.folder, SizesFile(values=values, seconds=spent_s))
         else:
-            study, chosen = begun.configuration, ""
+            study = begun.configuration
         plan = plan_study(
             study,
             request.output,
@@ -180,16 +183,10 @@ def _plan_call(
             smoke=request.smoke,
             measure_step=partial(measure_step, log=_log),
         )
+        if not request.smoke:
+            images.keep_pixels(plan.study)
         undo.pop_all()
-    return plan, trials, chosen
-
-
-def _larger(run: TrainRun) -> int | None:
-    """Return the image size of a regression that may be better than what a call has trained, and is not made yet."""
-    sizes, record = run.sizes(), run.record()
-    if sizes is None or record is None or record.status != "done" or delivered_run(run.folder) is not None:
-        return None
-    return sizes.better_than(record.spec.data.image_size)
+    return plan, chosen
 
 
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
@@ -201,8 +198,10 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     trained = run.record()
     assert trained is not None
     assert trained.validation is not None
+    request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
-    study = regression_at(request, name, images, file, image_size)
+    study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
+    images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
         plan = plan_study(study, run.folder, file=request.images)
         if plan.pending:

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from peft_vit.adapters import use_integer_products
-from peft_vit.backbones import Architecture, Backbone, choose_attention, load_run_backbone, native_size, size_step_of
-from peft_vit.data import load_data, open_index
+from peft_vit.backbones import Architecture, Backbone, native_size, size_step_of
+from peft_vit.data import open_index
+from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
-from peft_vit.runs.execute import provenance_of
+from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
-from peft_vit.runs.machine import resolve_device
 from peft_vit.tasks import metric_of
-from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_metrics, loss_weights
+from peft_vit.training import Features, can_hold_out, fit_probe, held_out_metrics, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
@@ -49,12 +48,9 @@ def sizes_to_try(architecture: Architecture) -> list[int]:
 
 
 def try_sizes(
-    spec_of: Callable[[int], RunSpec],
-    expected_s: Mapping[int, float],
-    limit_s: float,
-    on_trial: Callable[[SizeTrial], None],
+    spec_of: Callable[[int], RunSpec], expected_s: Mapping[int, float], limit_s: float, log: Callable[[str], None]
 ) -> list[SizeTrial]:
-    """Fit regressions at rising sizes while the next one is expected to end in time; at least at the first.
+    """Fit regressions at rising sizes while the next one fits memory and is expected to end in time.
 
     Images that train and validate are read, none that test. Features stay in the cache, where the run finds them.
 
@@ -62,7 +58,7 @@ def try_sizes(
         spec_of: a run of the method `linear` at a size.
         expected_s: what each size takes, rising, in pixels; where the first ones take longer, so will the next.
         limit_s: for all of them.
-        on_trial: is told each one.
+        log: told a line each.
 
     Raises:
         UserError: as `load_data`, `load_run_backbone`.
@@ -74,22 +70,22 @@ def try_sizes(
         began = time.perf_counter()
         if trials and began - started + max(1.0, pace.factor) * seconds > limit_s:
             break
-        trials.append(_trial(spec_of(size)))
-        on_trial(trials[-1])
+        try:
+            trials.append(_trial(spec_of(size)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log(f"  {size} px take more memory than is free here: no larger size is tried.")
+            break
+        log(f"  regression on frozen features of {size} px: {trials[-1].text} on images left out of its fit")
         pace.add(time.perf_counter() - began, seconds)
     return trials
 
 
 def _trial(spec: RunSpec) -> SizeTrial:
-    torch.set_num_threads(spec.threads)
-    device = resolve_device(spec.device)
-    data = load_data(spec.data, spec.seed, smoke=spec.smoke, test=False)
-    backbone = load_run_backbone(spec, data.task.head_width(data.class_names))
-    model = backbone.model.to(device)
-    choose_attention(model, device, spec.precision)
-    runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
-    integer_bits = use_integer_products(model) if spec.experiment.training.compute == "int8" else None
-    shared = SharedFeatures(model, spec, provenance_of(spec, data, backbone, device, integer_bits), [], runtime)
+    loaded = Loaded.of(spec, test=False)
+    data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
+    shared = SharedFeatures(model, spec, loaded.provenance(), [], runtime)
     train, validation = shared.of(data.train), shared.of(data.validation)
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()

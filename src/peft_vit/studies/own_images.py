@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import (
     BackboneShape,
     architecture_of,
+    check_weights,
     describe,
     interpolation_of,
     native_size,
@@ -80,6 +84,7 @@ class OwnImages:
         dataset: how a configuration calls their kind.
         path: likewise, of the folder, zip or table.
         expected_s: what a regression takes at the image sizes that are to be tried, rising; empty if none are.
+        forecast: of what runs on them take.
         lines: what to know of them.
         store: holds what was decoded.
     """
@@ -89,6 +94,7 @@ class OwnImages:
     dataset: str
     path: Path
     expected_s: dict[int, float]
+    forecast: Forecast
     lines: list[str]
     store: PixelStore
 
@@ -113,19 +119,48 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
     Raises:
         UserError: see `find_images` and `inspect_images`.
     """
-    images = find_images(existing(str(request.images)))
+    with _typed(None):
+        images = find_images(existing(str(request.images)))
     own = None if images.files.is_test is None else sum(images.files.is_test)
     classes = images.files.classes
-    counts = _share(request, len(classes), len(set(classes.values())), own)
-    expected_s = _sizes_in_time(request, counts)
-    sizes = list(expected_s) or [request.image_size or _Forecast(request, counts).largest_size()]
+    forecast = Forecast(request, _share(request, len(classes), len(set(classes.values())), own))
+    expected_s = forecast.sizes_in_time()
+    sizes = list(expected_s) or [request.image_size or forecast.largest_size()]
     interpolation = interpolation_of(architecture_of(_backbone(request)))
     with PixelStore([] if request.smoke else sizes, interpolation) as store:
         inspection = inspect_images(images, least=1, strict=request.strict, store=store, on_progress=on_progress)
         content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
-        yield OwnImages(index, content, images.dataset, images.path, expected_s, lines, store)
+        forecast = forecast.now(count_images(request, index))
+        yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
+
+
+def named_files(request: TrainRequest) -> dict[str, str]:
+    """Return the SHA-256 of the weights and of the adapter that a request names by a path, by how it does.
+
+    Raises:
+        UserError: if they can't be read.
+    """
+    files, backbone = {}, _backbone(request)
+    if backbone.weights == "file" and not request.smoke:
+        option = "model" if request.weights == "file" else "weights"
+        with _typed(request.option(option).name):
+            hashes = check_weights(backbone), architecture_of(backbone).config_sha256
+        files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
+    if request.start is not None:
+        with _typed("--init-adapter"):
+            files[request.spelled("start", request.start)] = peft_sha256(request.start)
+    return files
+
+
+@contextmanager
+def _typed(option: str | None) -> Iterator[None]:
+    """Name the option that was typed in errors that name a configuration's key; None: the file alone says it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(error.message, file=error.file, field=option, details=error.details) from None
 
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
@@ -136,7 +171,7 @@ def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     return request.model_copy(update={"weights": source}), line
 
 
-def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Callable[[str], None]) -> list[SizeTrial]:
+def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Callable[[str], None]) -> list[SizeTrial]:
     """Return what a regression on frozen features has at the image sizes that fit a fifth of the minutes.
 
     Empty where the size is given, or nothing is to be chosen by images.
@@ -145,7 +180,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Call
         request: as for `study_of`.
         images: of the request.
         file: where it was written which of them are used.
-        tell: is told each size.
+        log: told a line each size.
 
     Raises:
         UserError: if the model's weights can't be had.
@@ -155,17 +190,13 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, tell: Call
     from peft_vit.studies.image_sizes import try_sizes
     from peft_vit.studies.plan import plan_study
 
-    compute = _Forecast(request, count_images(request, images.index)).compute
     images.keep_pixels(regression_at(request, "sizes", images, file, min(images.expected_s)))
 
     def spec_of(size: int) -> RunSpec:
-        study = regression_at(request, "sizes", images, file, size, compute)
+        study = regression_at(request, "sizes", images, file, size, images.forecast.compute)
         return plan_study(study, request.output, file=request.images).runs[0].spec
 
-    def said(trial: SizeTrial) -> None:
-        tell(f"  regression on frozen features of {trial.image_size} px: {trial.text} on images left out of its fit")
-
-    return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, said)
+    return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, log)
 
 
 def regression_at(
@@ -206,7 +237,7 @@ def study_of(
     """
     data, index = _data_of(request, images, file)
     counts = count_images(request, index)
-    forecast = _Forecast(request, counts, spent_s)
+    forecast = (Forecast(request, counts) if images is None else images.forecast).now(counts, spent_s)
     chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
     data["image_size"] = request.image_size or chosen
     shape = describe(forecast.backbone, data["image_size"])
@@ -241,27 +272,43 @@ def _share(request: TrainRequest, images: int, classes: int, own: int | None) ->
     return Counts(max(1, train), validation, test)
 
 
-class _Forecast:
-    """What a run takes here, by image size and steps; how fast this machine multiplies is measured in 0.2 s."""
+class Forecast:
+    """What a run takes here, by image size and steps; how fast this machine multiplies is measured once, in 0.2 s."""
 
-    def __init__(self, request: TrainRequest, counts: Counts, spent_s: float = 0.0) -> None:
+    def __init__(self, request: TrainRequest, counts: Counts) -> None:
         self.request = request
         self.counts = counts
-        self.limit_s = 60 * request.minutes - spent_s
+        self.limit_s = 60 * request.minutes
         self.backbone = _backbone(request)
-        patch = size_step_of(architecture_of(self.backbone))
-        shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
-        device = resolve_device(request.device)
-        precision = choose_precision(request.precision, None, device).chosen
-        computes: list[Compute] = ["float"] if request.compute == "auto" else [request.compute]
+        self._device = resolve_device(request.device)
         if request.compute == "int8":
-            check_integers(device, "--compute")
-        if request.compute == "auto" and request.may_multiply_integers and has_integer_products(device):
+            check_integers(self._device, "--compute")
+
+    def now(self, counts: Counts, spent_s: float = 0.0) -> Self:
+        """Return the same machine's forecast for so many images, and with so much less of the minutes."""
+        forecast = copy.copy(self)
+        forecast.counts, forecast.limit_s = counts, self.limit_s - spent_s
+        return forecast
+
+    @cached_property
+    def _rates(self) -> dict[Compute, float]:
+        request, patch = self.request, size_step_of(architecture_of(self.backbone))
+        shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
+        precision = choose_precision(request.precision, None, self._device).chosen
+        computes: list[Compute] = ["float"] if request.compute == "auto" else [request.compute]
+        if request.compute == "auto" and request.may_multiply_integers and has_integer_products(self._device):
             computes.append("int8")
-        rates = {way: product_rate(shape, device, precision, request.threads, way) for way in computes}
-        self.compute = max(computes, key=lambda way: rates[way])
-        self.throughput = Throughput.estimated(rates[self.compute])
-        self._in_float = Throughput.estimated(rates.get("float", rates[self.compute]))
+        return {way: product_rate(shape, self._device, precision, request.threads, way) for way in computes}
+
+    @property
+    def compute(self) -> Compute:
+        """Return the faster way of multiplying, of those that were asked for."""
+        return max(self._rates, key=self._rates.__getitem__)
+
+    @property
+    def throughput(self) -> Throughput:
+        """Return how much of what a run consists of is done in a second."""
+        return Throughput.estimated(self._rates[self.compute])
 
     def seconds(self, shape: BackboneShape, steps: int, throughput: Throughput | None = None) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
@@ -270,6 +317,21 @@ class _Forecast:
         validations = 2 + steps // validate_every(self.counts.validation, self.request.batch_size)
         images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
         return throughput.start_s + steps * step_s + images * throughput.image_s(shape)
+
+    def sizes_in_time(self) -> dict[int, float]:
+        """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
+        request, left_s = self.request, self.limit_s * _SHARE_OF_SIZES
+        if request.image_size is not None or request.start is not None or request.smoke:
+            return {}
+        expected_s: dict[int, float] = {}
+        for size in sizes_to_try(architecture_of(self.backbone)):
+            images, throughput = self.counts.train + self.counts.validation, self.throughput
+            seconds = throughput.start_s + images * throughput.image_s(describe(self.backbone, size))
+            left_s -= seconds
+            if expected_s and left_s < 0:
+                break
+            expected_s[size] = seconds
+        return expected_s
 
     def largest_size(self) -> int:
         """Return the largest image size, up to the model's own, at which the wished steps fit time and memory."""
@@ -343,7 +405,8 @@ class _Forecast:
         length = f", up to {steps} steps, fewer if validation stops to gain" if self.request.epochs is None else ""
         length = "" if self.request.is_probe else length or f", {steps} steps"
         line = f"Images of {image_size} px{length}."
-        saved_s = self.seconds(shape, steps, self._in_float) - self.seconds(shape, steps)
+        in_float = Throughput.estimated(self._rates.get("float", self._rates[self.compute]))
+        saved_s = self.seconds(shape, steps, in_float) - self.seconds(shape, steps)
         if saved_s >= _WORTH_A_LINE_S:
             line += f" Frozen layers multiply 8-bit integers, which saves about {saved_s / 60:.1f} minutes."
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
@@ -405,22 +468,6 @@ def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None)
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data, index
-
-
-def _sizes_in_time(request: TrainRequest, counts: Counts) -> dict[int, float]:
-    """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
-    if request.image_size is not None or request.start is not None or request.smoke:
-        return {}
-    forecast, left_s = _Forecast(request, counts), 60 * request.minutes * _SHARE_OF_SIZES
-    expected_s: dict[int, float] = {}
-    for size in sizes_to_try(architecture_of(forecast.backbone)):
-        images, throughput = counts.train + counts.validation, forecast.throughput
-        seconds = throughput.start_s + images * throughput.image_s(describe(forecast.backbone, size))
-        left_s -= seconds
-        if expected_s and left_s < 0:
-            break
-        expected_s[size] = seconds
-    return expected_s
 
 
 def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -20,14 +20,18 @@ from peft_vit.records import (
     RECORD_FILE,
     RunRecord,
     checkpoint_folders,
+    delivered_run,
     make_folder,
     read_record,
     single_run,
     write_whole,
 )
-from peft_vit.records.progress import RunStatus, StudyLock, look_at, owner_of, remove_empty, run_status, study_lock
+from peft_vit.records.progress import End, RunStatus, StudyLock, look_at, owner_of, remove_empty, run_status, study_lock
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.request import TrainRequest
+
+if TYPE_CHECKING:
+    from peft_vit.data import ImageIndex
 
 REQUEST_FILE, SIZES_FILE = "request.json", "sizes.json"
 _NUMBERED = re.compile(r"([0-9]{4,8})-[a-z0-9-]+")
@@ -40,6 +44,7 @@ class RequestFile(BaseModel):
         request: as it was given.
         data_sha256: of the images.
         images: by name, the beginning of a digest of the file's class and content.
+        files: SHA-256 of weights and of an adapter that were named by a path, by how they were.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")  # a newer version may say more
@@ -47,16 +52,18 @@ class RequestFile(BaseModel):
     request: TrainRequest
     data_sha256: str
     images: dict[str, str]
+    files: dict[str, str] = {}
 
     @classmethod
-    def of(
-        cls, request: TrainRequest, data_sha256: str, names: list[str], classes: list[str], digests: list[str]
-    ) -> Self:
-        """Return what a call's file says: of the images, and of their N names, classes and contents."""
-        marks = (hashlib.sha256(f"{label}\0{digest}".encode()) for label, digest in zip(classes, digests, strict=True))
-        images = dict(zip(names, (mark.hexdigest()[:16] for mark in marks), strict=True))
+    def of(cls, request: TrainRequest, index: ImageIndex, files: dict[str, str]) -> Self:
+        """Return what a call's file says of the images that are used, and of files that were named."""
+        images = {
+            name: hashlib.sha256(f"{index.class_names[label]}\0{digest}".encode()).hexdigest()[:16]
+            for name, label, digest in zip(index.names or (), index.labels, index.digests or (), strict=True)
+        }
         place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
-        return cls(request=request.model_copy(update={"images": place}), data_sha256=data_sha256, images=images)
+        request = request.model_copy(update={"images": place})
+        return cls(request=request, data_sha256=index.sha256, images=images, files=files)
 
     def asks_for_the_same(self, other: RequestFile) -> bool:
         """Tell whether both name the same folder of images, and everything else alike, but for where it goes."""
@@ -70,21 +77,31 @@ class RequestFile(BaseModel):
         return ours == theirs
 
     def changes_since(self, before: RequestFile) -> str:
-        """Return how the images differ from those of an earlier call: 2 added, 1 removed."""
+        """Return what is not as in an earlier call that asked for the same; empty: nothing."""
+        changed = [typed for typed, digest in self.files.items() if before.files.get(typed) != digest]
+        if self.data_sha256 == before.data_sha256:
+            return ", ".join(changed)
         counts = {
             "added": len(self.images.keys() - before.images.keys()),
             "removed": len(before.images.keys() - self.images.keys()),
             "changed": sum(before.images.get(name, mark) != mark for name, mark in self.images.items()),
         }
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        how = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        return ", ".join([f"the images ({how or 'their order or layout'})", *changed])
 
 
 class SizesFile(BaseModel):
-    """Content of sizes.json: of each image size what a regression on frozen features has; larger is better."""
+    """Content of sizes.json.
+
+    Attributes:
+        values: of each image size what a regression on frozen features has; larger is better.
+        seconds: that they took.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     values: dict[int, float]
+    seconds: float = 0.0
 
     def better_than(self, image_size: int) -> int | None:
         """Return the best size, if its regression is better than that of a size; of equal ones the smallest."""
@@ -136,6 +153,19 @@ class TrainRun:
             return SizesFile.model_validate_json(read_bytes(file)) if file.exists() else None
         return None
 
+    def seconds(self) -> float:
+        """Return what all that it has done took: regressions at several sizes, its run, a regression beside that."""
+        sizes = self.sizes()
+        taken = (End.model_validate_json(read_bytes(file)).seconds for file in self.folder.rglob(RECORD_FILE))
+        return sum(taken, 0.0 if sizes is None else sizes.seconds)
+
+    def size_left(self) -> int | None:
+        """Return the image size of a regression that may be better than what was trained, and is not made yet."""
+        sizes, record = self.sizes(), self.record()
+        if sizes is None or record is None or record.status != "done" or delivered_run(self.folder) is not None:
+            return None
+        return sizes.better_than(record.spec.data.image_size)
+
     def deliver(self, run_folder: Path) -> None:
         """Say that its model is that of a run."""
         write_whole(self.folder / DELIVERED_FILE, f"{run_folder.relative_to(self.folder).as_posix()}\n".encode())
@@ -153,40 +183,40 @@ def train_runs(output: Path) -> list[TrainRun]:
 
 
 def earlier_call(asked: RequestFile) -> tuple[TrainRun | None, str]:
-    """Return the latest call that asked for the same with the same images, to be gone on with.
+    """Return the latest call that asked for the same with the same content, to be gone on with.
 
     Returns:
-        The call, or None: this is another one; and then, where only the images differ from an earlier call's, a line
-        that says how.
+        The call, or None: this is another one; and then, where only images, weights or the adapter differ from an
+        earlier call's, a line that says how.
     """
     output = asked.request.output
     alike = [run for run in train_runs(output) if run.asked.asks_for_the_same(asked)] if output.is_dir() else []
     for run in reversed(alike):
-        if run.asked.data_sha256 == asked.data_sha256:
+        if not asked.changes_since(run.asked):
             return run, ""
     if not alike:
         return None, ""
-    changes = asked.changes_since(alike[-1].asked) or "in their order or layout"
-    return None, f"The images have changed since {alike[-1].folder}: {changes}. So this is a new run."
+    changes = asked.changes_since(alike[-1].asked)
+    return None, f"Changed since {alike[-1].folder}: {changes}. So this is a new run."
 
 
 @contextmanager
-def numbered_folder(output: Path, label: str) -> Iterator[StudyLock]:
-    """Make the folder of a new call, and hold its lock; if nothing was written to it, it goes away again.
+def call_folder(output: Path, label: str, folder: Path | None) -> Iterator[StudyLock]:
+    """Hold the lock of a call's folder, made if it is a new one; if nothing is in it at the end, it goes away again.
 
     Raises:
-        UserError: if it can't be made.
+        UserError: if it can't be made, or another process works in it.
     """
     missing = [place for place in (output, *output.parents) if not place.exists()]
-    folder = output
     try:
-        with os_fault("can't be written to", output, remedy="make it writable or choose another --output"):
-            make_folder(output)
-            folder = _claimed(output, label)
+        if folder is None:
+            with os_fault("can't be written to", output, remedy="make it writable or choose another --output"):
+                make_folder(output)
+                folder = _claimed(output, label)
         with study_lock(folder) as lock:
             yield lock
     finally:
-        remove_empty([folder, *missing])
+        remove_empty([*([] if folder is None else [folder]), *missing])
 
 
 def _claimed(output: Path, label: str) -> Path:
@@ -215,6 +245,6 @@ def write_request(folder: Path, asked: RequestFile) -> None:
     write_whole(folder / REQUEST_FILE, (asked.model_dump_json(indent=1) + "\n").encode())
 
 
-def write_sizes(folder: Path, values: dict[int, float]) -> None:
+def write_sizes(folder: Path, sizes: SizesFile) -> None:
     """Write what regressions have at several image sizes; raises UserError if there is no room for it."""
-    write_whole(folder / SIZES_FILE, (SizesFile(values=values).model_dump_json(indent=1) + "\n").encode())
+    write_whole(folder / SIZES_FILE, (sizes.model_dump_json(indent=1) + "\n").encode())

@@ -21,11 +21,11 @@ def lines_of(wrong: int, probe_wrong: range | None, chosen_step: int = 5) -> lis
 
     predicted = [int(i < wrong) for i in range(N)]
     own = Predictions(images=list(range(N)), labels=[0] * N, predicted=predicted, probability=[0.9] * N)
-    changes = {"test": metrics(wrong), "predictions": own, "chosen_step": chosen_step, "seconds": 95.4}
+    changes = {"test": metrics(wrong), "predictions": own, "chosen_step": chosen_step}
     if probe_wrong is not None:
         said = [int(i in probe_wrong) for i in range(N)]
         changes["probe_test"] = ProbeTest(metrics=metrics(len(probe_wrong)), predicted=said)
-    return result_lines(planted.record(LORA, 0, 0.8, changes=changes), Path("my runs/0003-lora"))
+    return result_lines(planted.record(LORA, 0, 0.8, changes=changes), Path("my runs/0003-lora"), 95.4)
 
 
 def test_the_answer_comes_first_and_commands_can_be_copied() -> None:

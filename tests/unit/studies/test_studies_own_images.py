@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from peft_vit.backbones import describe
@@ -12,10 +13,11 @@ from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, named_backbone
 from peft_vit.data import load_data
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
-from peft_vit.studies import own_images
+from peft_vit.studies import image_sizes, own_images
 from peft_vit.studies.image_sizes import SizeTrial
-from peft_vit.studies.own_images import Counts, count_images, open_images, refuse_among_images, study_of
+from peft_vit.studies.own_images import Counts, count_images, named_files, open_images, refuse_among_images, study_of
 from peft_vit.studies.request import TrainRequest
+from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -399,3 +401,55 @@ def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> N
         assert list(images.expected_s) == [64]
     with open_images(asked(image_size=48)) as images:
         assert not images.expected_s
+
+
+def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
+    def trial(size: int) -> SizeTrial:
+        if size > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return SizeTrial(size, size / 100, f"{size}%")
+
+    monkeypatch.setattr(image_sizes, "_trial", trial)
+    lines: list[str] = []
+    trials = image_sizes.try_sizes(lambda size: size, dict.fromkeys((64, 80, 112, 160), 1.0), 100, lines.append)
+    assert [trial.image_size for trial in trials] == [64, 80]
+    assert lines[2:] == ["  112 px take more memory than is free here: no larger size is tried."]
+
+
+def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
+    measured = []
+    monkeypatch.setattr(own_images, "product_rate", lambda *_: measured.append(1) or FAST)
+    for settings in ({}, {"image_size": 32}):
+        measured.clear()
+        request, file = asked(**settings), tmp_path.parent / f"{tmp_path.name}.json"
+        with open_images(request) as images:
+            images.write(file)
+            study_of(request, "own-images", images, file)
+        assert measured == [1]
+
+
+@pytest.mark.parametrize("option", ["weights", "start"])
+def test_other_content_behind_the_same_path_makes_another_call(tmp_path, option) -> None:
+    place = tmp_path / "base.safetensors"
+    files = [place]
+    if option == "start":
+        place.mkdir()
+        files = [place / "adapter_config.json", place / "adapter_model.safetensors"]
+    request = TrainRequest.of(images="photos", output=tmp_path, **{option: str(place)})
+    index = SimpleNamespace(sha256="0" * 64, class_names=("cat",), labels=[0], names=["a.png"], digests=["1" * 64])
+
+    def call(content: bytes) -> RequestFile:
+        files[-1].write_bytes(content)
+        return RequestFile.of(request, index, named_files(request))
+
+    files[0].write_bytes(b"{}")
+    folder = tmp_path / "0001-lora"
+    folder.mkdir()
+    write_request(folder, call(b"1"))
+    run, line = earlier_call(call(b"1"))
+    assert (run.folder, line) == (folder, "")
+    typed = f"{'--weights' if option == 'weights' else '--init-adapter'} {place}"
+    assert earlier_call(call(b"2")) == (None, f"Changed since {folder}: {typed}. So this is a new run.")
+    files[-1].unlink()
+    with pytest.raises(UserError, match=typed.split(maxsplit=1)[0]):
+        named_files(request)
