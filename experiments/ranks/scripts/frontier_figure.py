@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from experiments.ranks.scripts import frontier_configs as configs
 from experiments.ranks.scripts.frontier_configs import BUDGETS, EVEN_DEPTHS, SENTENCES, SEQUENCE, TASKS, VALUES
@@ -17,7 +17,6 @@ from experiments.scripts.evidence import table
 from peft_vit.analysis.stopping import ENDS, repeated_interval, stopping_rule
 from peft_vit.config import StudyConfig, load_study
 from peft_vit.errors import UserError
-from peft_vit.report.accuracy_figures import short_count
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import DASHED, LINE_COLORS, MARKERS, MUTED, PAPER, Canvas, draw, quiet_grid
 from peft_vit.report.formatting import count, fixed, joined, percent, points_interval
@@ -325,7 +324,7 @@ def drawing(runs: pd.DataFrame, found: Sequence[Sentence]) -> Drawing:
                         axes.axhline(100 * row["gain"], color=MUTED, lw=1, ls=style, label=_BASELINES[which])
             axes.set(xscale="log", xlabel="trained values", title=TASKS[task].title)
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-            axes.xaxis.set_major_formatter(lambda value, _: short_count(value))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_locator(NullLocator())
             quiet_grid(axes)
         panels[0].set_ylabel("points above the linear probe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETLEFT, CARETRIGHT
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
@@ -121,11 +122,9 @@ def _interval_values(interval: Interval | None) -> dict[str, Raw]:
 def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing:
     """Draw one row an experiment: each seed, mean, interval, and the share of the majority class as a line."""
     drawn, note = leading(methods, validation_means(methods), ROWS)
-    estimates = {m.name: Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in methods}
     majority = {run.seed: run.record.majority_accuracy.get("test") for run in study.runs}
     shares = [share for share in majority.values() if share is not None]
-    differs = len(set(shares)) > 1
-    line = 100 * (fmean(shares) if differs else shares[0]) if shares else 0.0  # a mean of equal ones may round
+    differs, line = len(set(shares)) > 1, 100 * fmean(shares) if shares else 0.0
     legend = [
         _entry("one seed", marker="o", ms=4.5, mfc=PAPER),
         _entry("mean", marker="D", ms=5),
@@ -142,7 +141,7 @@ def accuracy_by_method(study: Study, methods: Sequence[MethodResult]) -> Drawing
         axes = canvas.figure.add_subplot()
         if line:
             axes.axvline(line, **dashes, zorder=1)
-        shown = [estimates[m.name] for m in drawn]
+        shown = [Estimate(name=m.name, by_seed=m.by_seed, interval=m.test_accuracy) for m in drawn]
         colors = {m.name: METHOD_COLORS[m.experiment.method] for m in drawn}
         limits = max(0.0, low - pad), min(100.5, high + pad)
         _rows(canvas, axes, shown, colors, limits, legend, paired=False)
@@ -279,18 +278,36 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
     """Draw every seed and the mean of each experiment at its cost: trainable parameters (log scale), or bytes."""
     own, words = _AGAINST[cost], COSTS[cost]
     drawn, note = leading(methods, validation_means(methods), LEGEND_ENTRIES)
+    places = [words.scale * getattr(m, cost) for m in drawn]
 
     def paint(canvas: Canvas) -> None:
-        axes = canvas.figure.add_subplot()
-        places = [words.scale * getattr(m, cost) for m in drawn]
-        _scatter(canvas, axes, drawn, places, [f"{words.write(getattr(m, cost))}{words.unit}" for m in drawn])
+        axes, handles = canvas.figure.add_subplot(), []
+        for m, x, offset, marker in zip(drawn, places, side_by_side(places), cycle(MARKERS), strict=False):
+            name, color, seeds = m.name, METHOD_COLORS[m.experiment.method], [100 * v for v in m.by_seed.values()]
+            takes = f"{words.write(getattr(m, cost))}{words.unit}"
+            handles.append(_entry(name, marker=marker, color=color, mec=color, ms=6))
+            canvas.series(name, color, marker)
+            moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
+            draw_at = partial(canvas.plot, name, axes, color=color, transform=moved)
+            draw_at([x, x], [min(seeds), max(seeds)], lw=0.8, alpha=0.5, zorder=2)
+            texts = [f"seed {s}: {percent(v)}\n{takes}" for s, v in m.by_seed.items()]
+            draw_at([x] * len(seeds), seeds, texts, marker=".", ls="", ms=4, alpha=0.7, zorder=3)
+            texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(m.test_accuracy)}\n{takes}"]
+            style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
+            draw_at([x], [100 * m.test_accuracy.estimate], texts, **style)
+            axes.update_datalim([(x, value) for value in seeds])  # moved artists do not count on their own
+        axes.margins(x=0.1, y=0.08)
+        axes.autoscale_view()
+        axes.set_ylabel("test accuracy (%)")
+        quiet_grid(axes)
+        canvas.name_experiments(handles)
         if cost == "final_parameters":
             ranked = [(m, lora) for m in drawn if (lora := m.experiment.section(LoraConfig)) is not None]
             line = sorted((m.final_parameters, 100 * m.test_accuracy.estimate) for m, lora in ranked if lora.rank)
             if len(line) > 1:
                 axes.plot(*zip(*line, strict=True), color=METHOD_COLORS["lora"], lw=1.2, alpha=0.6, zorder=2)
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
             axes.minorticks_off()
         else:
             axes.set_xlim(0, 1.1 * max(places))  # room for markers beside the last one
@@ -311,46 +328,9 @@ def accuracy_against(cost: CostName, methods: Sequence[MethodResult]) -> Drawing
     return draw(own.slug, own.title, own.caption + note, 3.9, paint, data, 2.7 + 0.14 * len(drawn))
 
 
-def _scatter(
-    canvas: Canvas, axes: Axes, methods: Sequence[MethodResult], places: Sequence[float], costs: Sequence[str]
-) -> None:
-    """Draw each seed and the mean of each method at its place, which is a cost."""
-    handles: list[Line2D] = []
-    for method, x, offset, cost in zip(methods, places, side_by_side(places), costs, strict=True):
-        name, mean = method.name, 100 * method.test_accuracy.estimate
-        color, marker = METHOD_COLORS[method.experiment.method], MARKERS[len(handles) % len(MARKERS)]
-        handles.append(Line2D([], [], marker=marker, ls="", color=color, ms=6, label=name))
-        canvas.series(name, color, marker)
-        moved = axes.transData + ScaledTranslation(offset / 72, 0, canvas.figure.dpi_scale_trans)
-        seeds = [100 * value for value in method.by_seed.values()]
-        span = [min(seeds), max(seeds)]
-        canvas.plot(name, axes, [x, x], span, color=color, lw=0.8, alpha=0.5, zorder=2, transform=moved)
-        texts = [f"seed {s}: {percent(v)}\n{cost}" for s, v in method.by_seed.items()]
-        style = {"marker": ".", "ls": "", "ms": 4, "alpha": 0.7, "zorder": 3}
-        canvas.plot(name, axes, [x] * len(seeds), seeds, texts, color=color, transform=moved, **style)
-        texts = [f"mean, {counted(len(seeds), 'seed')}: {percent_interval(method.test_accuracy)}\n{cost}"]
-        style = {"marker": marker, "ls": "", "ms": 6.5, "mec": PAPER, "mew": 0.6, "zorder": 4}
-        canvas.plot(name, axes, [x], [mean], texts, color=color, transform=moved, **style)
-    # Moved artists do not count for the limits on their own.
-    axes.update_datalim([(x, 100 * v) for m, x in zip(methods, places, strict=True) for v in m.by_seed.values()])
-    axes.margins(x=0.1, y=0.08)
-    axes.autoscale_view()
-    axes.set_ylabel("test accuracy (%)")
-    quiet_grid(axes)
-    canvas.name_experiments(handles)
-
-
 def side_by_side(positions: Sequence[float]) -> list[float]:
     """Return offsets in points: of markers at the same position (within 0.2 %), the first stays, others follow."""
     return [
         _MARKER_STEP_PT * sum(abs(position - other) <= 0.002 * position for other in positions[:i])
         for i, position in enumerate(positions)
     ]
-
-
-def short_count(value: float) -> str:
-    """Return 1000 as 1k and 1000000 as 1M."""
-    for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= unit:
-            return f"{value / unit:g}{suffix}"
-    return f"{value:g}"

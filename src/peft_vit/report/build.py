@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.analysis.model_quality import model_quality
@@ -22,7 +23,8 @@ from peft_vit.report.heatmaps import importance_maps, rank_maps
 from peft_vit.report.html import write_html
 from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blocks
 from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
-from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, images_name, model_document
+from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
+from peft_vit.report.summary import images_name
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -50,7 +52,8 @@ def study_documents(
         documents[slug] = StudyDocument(
             label=plain(study.label),
             slug=slug,
-            notices=tuple(map(plain, study.notices)),
+            alerts=tuple(map(plain, filter(None, [study.disclaimer]))),
+            warnings=tuple(plain(notice) for notice in study.notices if notice != study.disclaimer),
             facts=summary.facts(study),
             cards=summary.cards(analysis.methods),
             came_out=summary.came_out(analysis),
@@ -59,7 +62,6 @@ def study_documents(
             sections=_sections(analysis, own, thumbnails) if study.runs else dict.fromkeys(SECTION_TITLES, ()),
             not_shown=summary.not_shown(study),
             runs=summary.run_details(study),
-            alerts=(plain(study.disclaimer),) if study.disclaimer else (),
         )
     return tuple(documents.values())
 
@@ -72,50 +74,53 @@ def slug_of(name: str) -> str:
 def _sections(
     analysis: Analysis, agreements: Sequence[Mapping[str, Any]], thumbnails: Thumbnails | None
 ) -> dict[str, tuple[Block, ...]]:
-    """Return the blocks of each section of a study with finished runs, by SECTION_TITLES."""
-    methods, means, patterns = analysis.methods, validation_means(analysis.methods), analysis.importance
-    importance: list[Block] = [
-        Paragraph("No figure of importance: no finished run of this study recorded importance scores.")
-    ]
-    if patterns:
-        shown, note = leading(patterns, means, MAPS)
-        importance = [importance_maps(shown, note and note + _EVERY_RUN)]
-    if patterns:
-        importance += layer_tables.importance_tables(patterns)
-        importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
-    allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
-    if mapped := [a for a in analysis.allocation if a.maps]:
-        drawn, note = leading(mapped, means, MAPS)
-        allocated = [rank_maps(drawn, note and note + _EVERY_RUN)]
-    if analysis.allocation:
-        allocated += layer_tables.allocation_tables(analysis.allocation)
-    quantized: list[Block] = [Paragraph("No finished run of this study quantized the backbone.")]
-    if analysis.quantization:
-        quantized = [*quantization_tables.quantization_tables(analysis.quantization)]
-    compared: list[Block] = [accuracy_by_method(analysis.study, methods), method_tables.accuracy_table(methods)]
-    compared += stopping_blocks(analysis.study, analysis.sequential, means)
+    """Return the blocks of each section of a study with finished runs, by SECTION_TITLES; accuracy comes first."""
+    study, methods, means = analysis.study, analysis.methods, validation_means(analysis.methods)
     forest = forests(analysis)
+    compared: list[Block] = [accuracy_by_method(study, methods), method_tables.accuracy_table(methods)]
+    compared += stopping_blocks(study, analysis.sequential, means)
     for reference in dict.fromkeys(c.reference for c in analysis.comparisons):
         compared += [forest[reference]] if reference in forest else []
         compared.append(method_tables.comparison_table(analysis.comparisons, reference))
     if not analysis.comparisons:
         none = "No paired differences: no linear probe or LoRA run has finished beside another method."
         compared.append(Paragraph(none))
-    compared += method_tables.pair_blocks(analysis.pairs)
-    compared += [accuracy_against("final_parameters", methods), accuracy_against("stored_bytes", methods)]
-    compared += [loss_curves(analysis.study, means), method_tables.cost_table(methods)]
-    compared += method_tables.front_blocks(analysis.fronts)
-    compared.append(method_tables.quality_table(methods))
-    compared += reliability_diagram(analysis.calibration, means)
-    compared += method_tables.calibration_blocks(methods, analysis.calibration)
-    compared.append(method_tables.convergence_table(methods))
-    compared += example_blocks(analysis, thumbnails)
-    insights = findings_tables.findings_tables(analysis.findings)
-    contents = importance, allocated, quantized, compared, insights
-    return {title: tuple(blocks) for title, blocks in zip(SECTION_TITLES, contents, strict=True)}
+    compared += [
+        *method_tables.pair_blocks(analysis.pairs),
+        accuracy_against("final_parameters", methods),
+        accuracy_against("stored_bytes", methods),
+        loss_curves(study, means),
+        method_tables.cost_table(methods),
+        *method_tables.front_blocks(analysis.fronts),
+        method_tables.quality_table(methods),
+        *reliability_diagram(analysis.calibration, means),
+        *method_tables.calibration_blocks(methods, analysis.calibration),
+        method_tables.convergence_table(methods),
+        *example_blocks(analysis, thumbnails),
+    ]
+    none = "No figure of importance: no finished run of this study recorded importance scores."
+    importance: list[Block] = [Paragraph(none)]
+    if patterns := analysis.importance:
+        drawn, note = leading(patterns, means, MAPS)
+        importance = [importance_maps(drawn, note and note + _EVERY_RUN), *layer_tables.importance_tables(patterns)]
+        importance += [layer_tables.study_agreement_table(agreements)] if agreements else []
+    allocated: list[Block] = [Paragraph("No rank maps: the study has no finished AdaLoRA run that recorded its ranks.")]
+    if mapped := [a for a in analysis.allocation if a.maps]:
+        shown, note = leading(mapped, means, MAPS)
+        allocated = [rank_maps(shown, note and note + _EVERY_RUN)]
+    allocated += layer_tables.allocation_tables(analysis.allocation)
+    quantized = tuple(quantization_tables.quantization_tables(analysis.quantization))
+    return {
+        "Method comparison": tuple(compared),
+        "Layer importance patterns": tuple(importance),
+        "Allocation effectiveness": tuple(allocated),
+        "Quantization impact": quantized or (Paragraph("No finished run of this study quantized the backbone."),),
+        "Insights": findings_tables.findings_tables(analysis.findings),
+    }
 
 
-class WrittenFiles(NamedTuple):
+@dataclass(frozen=True)
+class WrittenFiles:
     """Where a page and what belongs to it lie."""
 
     html: Path | None  # the page, complete in itself; None if only the summary was written
@@ -126,16 +131,11 @@ class WrittenFiles(NamedTuple):
     publication: tuple[Path, ...]  # figures for a paper and their captions; none unless requested
 
 
-class ReportFiles(NamedTuple):
-    """Where a report lies; see `WrittenFiles`."""
+@dataclass(frozen=True)
+class ReportFiles(WrittenFiles):
+    """Where a report lies."""
 
     results: Results  # what it is on, and what was left out of it
-    html: Path | None
-    markdown: Path
-    figures: tuple[Path, ...]
-    figure_data: tuple[Path, ...]
-    tables: tuple[Path, ...]
-    publication: tuple[Path, ...]
 
 
 def build_report(
@@ -165,14 +165,15 @@ def build_report(
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
-        head = card_head(model, "peft-vit", images_name(model.record))
+        head = card_head(model, "peft-vit", images_name(model.record.spec.data))
         markdown = {CARD_FILE: card_text(documents[0], head, f"```\n{model.use} IMAGES\n```")}
     else:
         analyses = [analyze(study) for study in results.studies]
         agreements = study_agreements([(analysis.study, analysis.importance) for analysis in analyses])
         documents = study_documents(analyses, agreements, thumbnails)
-        markdown = {MARKDOWN_FILE: write_markdown(documents, figure_path)}
-    return ReportFiles(results, *write_report(documents, markdown, output_dir, page=page, publication=publication))
+        markdown = {MARKDOWN_FILE: write_markdown(documents)}
+    written = write_report(documents, markdown, output_dir, page=page, publication=publication)
+    return ReportFiles(**vars(written), results=results)
 
 
 def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails: Thumbnails | None = None) -> Path:

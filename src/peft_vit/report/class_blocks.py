@@ -198,15 +198,12 @@ def example_gallery(quality: ModelQuality, pictures: Pictures | None) -> Gallery
     groups = []
     for right, most in ((True, SHOWN_RIGHT), (False, SHOWN_WRONG)):
         shown = quality.some(right, most)
-        made = _made(shown, pictures)
+        made = pictures_of([image.position for image in shown], pictures)
         if isinstance(made, str):
             return None
         every = sum(image.right == right for image in quality.images)
-        title = f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}"
-        if shown:
-            groups.append(
-                (title, tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True)))
-            )
+        group = tuple(Picture(png, _said(image), right) for png, image in zip(made, shown, strict=True))
+        groups += [(f"{'Right' if right else 'Wrong'}: {len(shown)} of {every}", group)] if shown else []
     caption = "Test images, drawn at random, class by class. Percent: how sure the model was of what it said."
     return Gallery("examples", "", caption, tuple(groups), small=True)
 
@@ -216,7 +213,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     mistakes = quality.mistakes
     shown = mistakes[:SHOWN_MISTAKES]
     rule = "Sorted by the probability that the model gave to what it said. Is the label right?"
-    made = _made(shown, pictures)
+    made = pictures_of([image.position for image in shown], pictures)
     if isinstance(made, str):
         return table(
             "mistakes",
@@ -231,15 +228,17 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
             f"{len(shown)} of {len(mistakes)} mistakes. {rule}{made and f' No pictures: {made}.'}",
         )
 
-    def picture(png: bytes, image: PredictedImage) -> Picture:
-        lines = (
-            plain(image.file),
-            f"is {plain(image.truth)}",
-            f"taken for {plain(image.predicted)}, {percent(image.probability)}",
+    group = tuple(
+        Picture(
+            png,
+            (
+                plain(image.file),
+                f"is {plain(image.truth)}",
+                f"taken for {plain(image.predicted)}, {percent(image.probability)}",
+            ),
         )
-        return Picture(png, lines)
-
-    group = tuple(picture(png, image) for png, image in zip(made, shown, strict=True))
+        for png, image in zip(made, shown, strict=True)
+    )
     caption = f"{rule} The page holds the pictures: whoever passes it on passes them on."
     return Gallery("mistakes", "The surest mistakes", caption, ((f"{len(shown)} of {len(mistakes)} mistakes", group),))
 
@@ -249,11 +248,11 @@ def _said(image: PredictedImage) -> tuple[str, ...]:
     return (said, percent(image.probability), *([] if image.right else [f"is {plain(image.truth)}"]))
 
 
-def _made(images: Sequence[PredictedImage], pictures: Pictures | None) -> list[bytes] | str:
-    """Return the pictures, or why there are none: "" if none were asked for."""
+def pictures_of(positions: Sequence[int], pictures: Pictures | None) -> list[bytes] | str:
+    """Return pictures, or why there are none: "" if none were asked for."""
     if pictures is None:
         return ""
     try:
-        return pictures([image.position for image in images])
+        return pictures(positions)
     except UserError as error:
         return plain(str(error))

@@ -14,14 +14,6 @@ SECTION_TITLES = (
     "Method comparison",
     "Insights",
 )
-# A page is read from the top: what the methods reached comes first.
-PAGE_ORDER = (SECTION_TITLES[3], *SECTION_TITLES[:3], SECTION_TITLES[4])
-MAIN_FACTS = ("Backbone", "Images", "Experiments", "Seeds", "Runs")  # of what was asked; the others stand folded below
-
-
-# What a page consists of, from the top: of a study, and of one model, whose answer comes before what was asked.
-STUDY_PARTS = ("nav", "asked", "answer", "warnings", "progress", "cards", "sections", "limits", "runs")
-MODEL_PARTS = ("cards", "answer", "nav", "sections", "limits", "warnings", "runs")
 
 
 @dataclass(frozen=True)
@@ -135,25 +127,22 @@ class StudyDocument:
 
     label: str  # the study's name as shown
     slug: str  # the name in files and anchors
-    notices: tuple[str, ...]  # what to know before believing a number
-    facts: tuple[tuple[str, str], ...]  # what was asked, key and value
-    cards: tuple[Card, ...]  # the best experiment of each method, chosen on validation; or see `cards_title`
+    alerts: tuple[str, ...]  # what to know before believing a number; stands above all
+    warnings: tuple[str, ...]  # likewise; counted above, and told further down
+    cards: tuple[Card, ...]  # of a study the best experiment of each method, chosen on validation
     came_out: tuple[str, ...]  # sentences
-    how_sure: tuple[str, ...]  # sentences
-    progress: tuple[Block, ...]  # which runs are not done, and how to go on
-    sections: dict[str, tuple[Block, ...]]  # by title; of a study SECTION_TITLES
+    sections: dict[str, tuple[Block, ...]]  # by title, in the order of the page; of a study SECTION_TITLES
     not_shown: tuple[str, ...]  # sentences: what this does not show
     runs: tuple[RunDetails, ...]  # provenance
-    cards_title: str = "Best of each method: chosen on validation, shown with its mean accuracy on test"
-    order: tuple[str, ...] = PAGE_ORDER  # of the sections on a page
-    main_facts: tuple[str, ...] = MAIN_FACTS
-    alerts: tuple[str, ...] = ()  # those notices that stand above every number; the page tells the others further down
-    parts: tuple[str, ...] = STUDY_PARTS  # from the top
+    facts: tuple[tuple[str, str], ...] = ()  # what was asked, key and value
+    how_sure: tuple[str, ...] = ()  # sentences
+    progress: tuple[Block, ...] = ()  # which runs are not done, and how to go on
+    kind: Literal["study", "model"] = "study"
 
     @property
-    def warnings(self) -> tuple[str, ...]:
-        """Return the notices but the alerts."""
-        return tuple(notice for notice in self.notices if notice not in self.alerts)
+    def notices(self) -> tuple[str, ...]:
+        """Return all that has to be known before a number is believed."""
+        return (*self.alerts, *self.warnings)
 
     def drawings(self) -> tuple[Drawing, ...]:
         """Return all figures, in order."""

@@ -8,11 +8,12 @@ from functools import partial
 
 from peft_vit.analysis import Analysis
 from peft_vit.analysis.image_examples import GROUPS, Group, ImageExamples, PredictedImage, image_examples
-from peft_vit.errors import UserError
+from peft_vit.config import licence_of
 from peft_vit.records import RunRecord
+from peft_vit.report.class_blocks import pictures_of
 from peft_vit.report.document import Block, Gallery, Paragraph, Picture, Table
 from peft_vit.report.formatting import count, joined, percent, plain
-from peft_vit.report.summary import best_on_validation, licence
+from peft_vit.report.summary import best_on_validation
 from peft_vit.report.tables import Column, table
 
 # From a run's record and positions in its data set to PNG files; raises UserError if the images are not at hand.
@@ -27,7 +28,8 @@ def example_blocks(analysis: Analysis, thumbnails: Thumbnails | None) -> tuple[B
     examples = image_examples(analysis.study, best.experiment.name)
     if isinstance(examples, str):
         return (Paragraph(f"No examples of test images for {plain(best.experiment.name)}: {examples}."),)
-    gallery = _gallery(examples, thumbnails, licence(analysis.study, examples.run.record.spec.data.dataset))
+    spec = examples.run.record.spec
+    gallery = _gallery(examples, thumbnails, licence_of(spec.data.dataset, smoke=spec.smoke))
     return (_counts_table(examples), gallery, _images_table(examples))
 
 
@@ -101,12 +103,10 @@ def _gallery(examples: ImageExamples, thumbnails: Thumbnails | None, terms: str)
         f"Seed {examples.seeds[0]}, the first. Of each group the images on which the probabilities of both predictions "
         "lie farthest apart, the lower position among equals; so they are no typical images."
     )
-    if thumbnails is None:
-        return Paragraph(f"{rule} No pictures: none were asked for.")
-    try:
-        pictures = dict(zip(positions, thumbnails(examples.run.record, positions), strict=True))
-    except UserError as error:
-        return Paragraph(f"{rule} No pictures: {plain(str(error))}.")
+    made = pictures_of(positions, None if thumbnails is None else partial(thumbnails, examples.run.record))
+    if isinstance(made, str):
+        return Paragraph(f"{rule} No pictures: {made or 'none were asked for'}.")
+    pictures = dict(zip(positions, made, strict=True))
     names, counts, titles = examples.run.record.class_names, examples.counts[examples.seeds[0]], _titles(examples)
 
     def picture(image: PredictedImage) -> Picture:

@@ -292,11 +292,5 @@ def leading(
     """
     names = [name(item) for item in items]
     best = sorted(range(len(names)), key=lambda i: (-validation.get(names[i], float("-inf")), names[i], i))
-    return [items[i] for i in sorted(best[:limit])], selection_note(min(limit, len(items)), len(items))
-
-
-def selection_note(drawn: int, there: int) -> str:
-    """Return a sentence for the caption, with a space before it; empty if everything is drawn."""
-    if drawn == there:
-        return ""
-    return f" Drawn are the {drawn} of {there} experiments with the highest mean accuracy on validation."
+    note = f" Drawn are the {limit} of {len(items)} experiments with the highest mean accuracy on validation."
+    return [items[i] for i in sorted(best[:limit])], note if limit < len(items) else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from peft_vit.analysis.findings import Conclusion, Finding, conclude
 from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import number_interval, plain, points_interval, scaled
-from peft_vit.report.tables import OVER_SEEDS, Column, csv_rows, table
+from peft_vit.report.tables import OVER_SEEDS, Column, csv_rows, only_in_file, table
 
 HOW = (
     "Each sentence is worded so that a positive estimate supports it. 'Not decided' means that these runs cannot tell, "
@@ -16,7 +16,7 @@ HOW = (
 )
 
 
-_SENTENCE = [Column("", "sentence.id", data="id"), Column("sentence", "sentence.text", plain, "sentence")]
+_SENTENCE = [*only_in_file(id="sentence.id"), Column("sentence", "sentence.text", plain, "sentence")]
 
 
 def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
@@ -32,7 +32,7 @@ def findings_tables(findings: Sequence[Finding]) -> tuple[Table, ...]:
             *_SENTENCE,
             "verdict",
             Column("experiments or pairs", "counts", lambda counts: counts or "1"),
-            Column("", lambda conclusion: len(conclusion.findings), data="n"),
+            *only_in_file(n=lambda conclusion: len(conclusion.findings)),
         ],
         "Supported: in every experiment with data. Refuted: in at least one, and supported in none. "
         "The table below has the estimates.",
@@ -77,26 +77,28 @@ def estimate_of(finding: Finding) -> str:
 
 
 _FINDING = [
-    Column("", "study"),
-    Column("", "sentence.id", data="id"),
+    *only_in_file(study="study", id="sentence.id"),
     Column("sentence", "sentence.text", plain, "sentence"),
-    Column("experiment or pair", "subject", data="subject"),
+    Column("experiment or pair", "subject"),
     Column("verdict", "verdict"),
-    Column("", "interval.estimate", data="estimate"),
-    Column("", "interval.low", data="low"),
-    Column("", "interval.high", data="high"),
-    Column("", "sentence.unit", data="unit"),
-    Column("", lambda finding: len(finding.by_seed), data="n"),
-    *(Column("", name) for name in ("n_of", "test")),
-    Column("", "sentence.margin", data="margin"),
-    Column("", "adjusted_p", data="p_holm"),
-    Column("", "opposite_p", data="p_holm_opposite"),
-    *(Column("", name) for name in ("outcome", "note")),
-    Column("estimate", estimate_of, data=""),
-    Column("n", lambda finding: numbers(finding)["n"], data=""),
-    Column("test", lambda finding: numbers(finding)["test"], data=""),
-    Column("", "sentence.refuted_by", data="refuted_by"),
-    Column("", "sentence.source", data="source"),
+    *only_in_file(
+        estimate="interval.estimate",
+        low="interval.low",
+        high="interval.high",
+        unit="sentence.unit",
+        n=lambda finding: len(finding.by_seed),
+        n_of="n_of",
+        test="test",
+        margin="sentence.margin",
+        p_holm="adjusted_p",
+        p_holm_opposite="opposite_p",
+        outcome="outcome",
+        note="note",
+    ),
+    Column("estimate", estimate_of),
+    Column("n", lambda finding: numbers(finding)["n"]),
+    Column("test", lambda finding: numbers(finding)["test"]),
+    *only_in_file(refuted_by="sentence.refuted_by", source="sentence.source"),
 ]
 
 

@@ -19,7 +19,22 @@ from peft_vit.report.tables import FAMILY_NOTE, OVER_SEEDS, Column, cross_table,
 def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
     """Yield every table of the scores of experiments, one at least."""
     yield _by_matrix(patterns)
-    yield _seed_agreement(patterns)
+    yield table(
+        "importance_across_seeds",
+        "Do seeds agree on what matters?",
+        seed_agreements(patterns),
+        [
+            "experiment",
+            "seeds",
+            "sites",
+            Column("Kendall's W: sites", "kendalls_w", fixed),
+            Column("blocks", "kendalls_w_blocks", fixed),
+            Column("matrix types", "kendalls_w_matrices", fixed),
+        ],
+        "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
+        "chance give 1 / seeds on average. It describes these runs: the sites of one network are no independent "
+        "draws, so there is no test. – : fewer than two seeds or three things to order.",
+    )
 
 
 def _heading(pattern: ImportancePattern) -> str:
@@ -64,25 +79,6 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
     )
 
 
-def _seed_agreement(patterns: Sequence[ImportancePattern]) -> Table:
-    return table(
-        "importance_across_seeds",
-        "Do seeds agree on what matters?",
-        seed_agreements(patterns),
-        [
-            "experiment",
-            "seeds",
-            "sites",
-            Column("Kendall's W: sites", "kendalls_w", fixed),
-            Column("blocks", "kendalls_w_blocks", fixed),
-            Column("matrix types", "kendalls_w_matrices", fixed),
-        ],
-        "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
-        "chance give 1 / seeds on average. It describes these runs: the sites of one network are no independent "
-        "draws, so there is no test. – : fewer than two seeds or three things to order.",
-    )
-
-
 def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
     """Return whether studies, with their own images, agree on which sites matter; rows of `study_agreements`."""
 
@@ -112,7 +108,9 @@ def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def allocation_tables(allocations: Sequence[Allocation]) -> Iterator[Table]:
-    """Yield whether adaptive ranks paid, where they went and how they moved; of one experiment at least."""
+    """Yield whether adaptive ranks paid, where they went and how they moved; nothing of no experiment."""
+    if not allocations:
+        return
     yield differences_table(
         "allocation_against_fixed",
         "Adaptive against fixed ranks at equal trainable parameters",

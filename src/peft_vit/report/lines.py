@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +29,6 @@ from peft_vit.report.figure import (
     leading,
     line_style,
     quiet_grid,
-    selection_note,
 )
 from peft_vit.report.formatting import counted, fixed, margin_in_points, percent, points_interval
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
@@ -38,8 +38,8 @@ from peft_vit.statistics.sequential import SequentialResult
 from peft_vit.tasks import DecidingMetric
 
 _ROW_IN = 1.65
-_ENTRY_IN = 0.16
-PER_METHOD = 8  # a row has room for so many names
+_ENTRY_IN = 0.17  # of a legend
+LINES = 24
 STEPS = 4_000  # of all curves together
 _MEASURES = ("training loss", "validation NLL")
 
@@ -47,7 +47,7 @@ _MEASURES = ("training loss", "validation NLL")
 class Curve(NamedTuple):
     """What the seeds of an experiment recorded at the steps that all of them share, (steps,) each."""
 
-    steps: np.ndarray
+    step: np.ndarray
     mean: np.ndarray
     lowest: np.ndarray
     highest: np.ndarray
@@ -71,6 +71,16 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     return np.asarray((sums / counts)[half : half + data.size])
 
 
+def _window(steps: int) -> int:
+    return steps // 20 * 2 + 1  # about a tenth, odd so that it has a center
+
+
+def _losses(record: RunRecord, window: int) -> dict[int, float]:
+    """Return the smoothed training loss by step."""
+    losses = smoothed([row.loss for row in record.steps], window).tolist()
+    return dict(zip((row.step for row in record.steps), losses, strict=True))
+
+
 def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
     """Draw the curves of all finished runs: a row a method, training loss at the left, validation at the right.
 
@@ -78,63 +88,64 @@ def loss_curves(study: Study, validation: Mapping[str, float]) -> Block:
         study: with its runs.
         validation: experiment -> mean validation accuracy, which chooses what is drawn where there are many.
     """
-    runs = {e.name: [run for run in study.of(e.name) if run.record.steps] for e in study.experiments}
+    runs = {e.name: [run.record for run in study.of(e.name) if run.record.steps] for e in study.experiments}
     recorded = [e for e in study.experiments if runs[e.name]]
     if not recorded:
         return Paragraph("No loss curves: no finished run of this study recorded its steps.")
-    longest = max(len(run.record.steps) for own in runs.values() for run in own)
-    window = longest // 20 * 2 + 1  # about a tenth, odd so that it has a center
-    rows: dict[str, list[str]] = {}
-    for e in recorded:
-        rows.setdefault(e.method, []).append(e.name)
-    rows = {method: leading(names, validation, PER_METHOD, str)[0] for method, names in rows.items()}
+    window = _window(max(len(record.steps) for own in runs.values() for record in own))
+    drawn, note = leading(recorded, validation, LINES, attrgetter("name"))
     curves: dict[str, tuple[Curve, Curve]] = {}
-    for name in (name for names in rows.values() for name in names):
-        train, validated = [], []
-        for record in (run.record for run in runs[name]):
-            losses = smoothed([row.loss for row in record.steps], window).tolist()
-            train.append(dict(zip((row.step for row in record.steps), losses, strict=True)))
-            validated.append({evaluation.step: evaluation.metrics.nll for evaluation in record.evaluations})
-        curves[name] = Curve.of(train), Curve.of(validated)
-    steps = sum(curve.steps.size for pair in curves.values() for curve in pair)
-    stride = max(1, -(-steps // STEPS))
+    for name in (e.name for e in drawn):
+        evaluations = [{row.step: row.metrics.nll for row in record.evaluations} for record in runs[name]]
+        curves[name] = Curve.of([_losses(record, window) for record in runs[name]]), Curve.of(evaluations)
+    stride = max(1, -(-sum(curve.step.size for pair in curves.values() for curve in pair) // STEPS))
     curves = {name: (train.thinned(stride), own.thinned(stride)) for name, (train, own) in curves.items()}
+    rows = list(dict.fromkeys(e.method for e in drawn))
 
     def paint(canvas: Canvas) -> None:
-        for (method, names), panels in zip(rows.items(), _panels(canvas, len(rows)), strict=True):
-            for index, name in enumerate(names):
-                canvas.series(name, line_style(index)["color"], "")
-                for axes, measure, curve in zip(panels, _MEASURES, curves[name], strict=True):
-                    _draw_curve(axes, canvas, name, line_style(index), measure, curve, len(runs[name]))
-            left, right = panels
-            left.set_ylabel(METHOD_KINDS[method].title)
-            if canvas.narrow:  # the names of the lines stand below a row, else beside it
-                handles, _ = left.get_legend_handles_labels()
-                left.figure.legend(handles=handles, loc="outside lower center", labelspacing=0.2, borderaxespad=0.1)
-            else:
-                right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.8, borderaxespad=0.3)
+        panels = canvas.figure.subplots(len(rows), 2, squeeze=False, sharex=True, sharey="col")
+        handles: list[Line2D] = []
+        for index, e in enumerate(drawn):
+            style = line_style(index)
+            canvas.series(e.name, style["color"], "")
+            for axes, measure, curve in zip(panels[rows.index(e.method)], _MEASURES, curves[e.name], strict=True):
+                band = axes.fill_between(
+                    curve.step, curve.lowest, curve.highest, color=style["color"], alpha=0.15, lw=0
+                )
+                canvas.add(e.name, band)
+                of = f"{measure} (nats), mean, {counted(len(runs[e.name]), 'seed')}"
+                texts = [f"step {x}: {fixed(float(y), 3)}\n{of}" for x, y in zip(curve.step, curve.mean, strict=True)]
+                look = style | {"lw": 1.6, "ms": 3.5, "marker": "o" if measure == "validation NLL" else ""}
+                line = canvas.plot(e.name, axes, curve.step, curve.mean, texts, **look, label=e.name)
+            handles.append(line)
+        for row, method in zip(panels, rows, strict=True):
+            row[0].set_ylabel(METHOD_KINDS[method].title)
+        for axes, measure in zip(panels[0], _MEASURES, strict=True):
+            axes.set_title(measure)
+        for axes in panels[-1]:
+            axes.set_xlabel("step")
+        for axes in panels.flat:
+            quiet_grid(axes)
+        canvas.name_experiments(handles)
 
-    right_panel = "negative log-likelihood on the validation images after each epoch"
+    right = "negative log-likelihood on the validation images after each epoch"
     if not any(run.record.evaluations for run in study.runs):
-        right_panel = "nothing, as there are no validation images"
+        right = "nothing, as there are no validation images"
     fewer = f" To keep the page small, one point in {stride} of each line is drawn, the last too."
-    note = selection_note(len(curves), len(recorded)).replace("on validation", "on validation, by row")
     caption = (
-        f"Left: task loss of the training batches, centered moving average over {window} steps. "
-        f"Right: {right_panel}. Line: mean over seeds; band: lowest to highest. "
-        f"All rows of a column share one scale.{fewer if stride > 1 else ''}{note}"
+        f"Left: task loss of the training batches, centered moving average over {window} steps. Right: {right}. Line: "
+        "mean over seeds; band: lowest to highest. All rows of a column share one scale."
+        f"{fewer if stride > 1 else ''}{note}"
     )
-    entries = max(map(len, rows.values()))
-    height = 0.6 + max(_ROW_IN, 0.5 + _ENTRY_IN * entries) * len(rows)
-    narrow = 0.6 + (_ROW_IN + _ENTRY_IN * entries) * len(rows)
-    columns = ("step", "mean", "lowest", "highest")
     data: list[dict[str, Raw]] = [
-        {"experiment": name, "measure": measure} | {c: v.item() for c, v in zip(columns, values, strict=True)}
+        {"experiment": name, "measure": measure}
+        | {column: value.item() for column, value in zip(Curve._fields, values, strict=True)}
         for name, pair in curves.items()
         for measure, curve in zip(_MEASURES, pair, strict=True)
         for values in zip(*curve, strict=True)
     ]
-    return draw("loss_curves", "Loss curves", caption, height, paint, data, narrow)
+    height, legend = 0.6 + _ROW_IN * len(rows), _ENTRY_IN * len(drawn)
+    return draw("loss_curves", "Loss curves", caption, max(height, 0.3 + legend), paint, data, height + legend)
 
 
 def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None:
@@ -146,85 +157,48 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     """
     if record.spec.experiment.is_probe or len(record.steps) < 2:
         return None
-    window = len(record.steps) // 20 * 2 + 1
-    stride = max(1, -(-len(record.steps) // STEPS))
-    loss = smoothed([row.loss for row in record.steps], window)
-    steps, losses = [row.step for row in record.steps][::stride], loss.tolist()[::stride]
+    window, stride = _window(len(record.steps)), -(-len(record.steps) // STEPS)
+    losses = dict(list(_losses(record, window).items())[::stride])
     shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
-    probe = None if record.head_fit is None or record.head_fit.chosen is None else record.head_fit.chosen
-    start = None if probe is None else metric.of(probe)
-    words = metric.words
-    color, other = LINE_COLORS[0], LINE_COLORS[1]
+    probe = None if record.head_fit is None or not shares else record.head_fit.chosen
+    start, kept = None if probe is None else metric.of(probe), record.chosen_step
+    (color, other, *_), words = LINE_COLORS, metric.words
 
     def paint(canvas: Canvas) -> None:
-        panels = canvas.figure.subplots(*((2, 1) if canvas.narrow else (1, 2)), squeeze=False).flat
-        left, right = panels
+        left, right = canvas.figure.subplots(*((2, 1) if canvas.narrow else (1, 2)))
         canvas.series("model", color, "o")
-        texts = [
-            f"step {step}: training loss {fixed(value, 3)} nats" for step, value in zip(steps, losses, strict=True)
-        ]
-        canvas.plot("model", left, steps, losses, texts, color=color, lw=1.6)
+        texts = [f"step {step}: training loss {fixed(loss, 3)} nats" for step, loss in losses.items()]
+        canvas.plot("model", left, list(losses), list(losses.values()), texts, color=color, lw=1.6)
         left.set_title("training loss (nats)")
-        if shares:
-            texts = [f"step {step}: {percent(share)}" for step, share in shares.items()]
-            x, y = list(shares), [100 * share for share in shares.values()]
-            canvas.plot("model", right, x, y, texts, color=color, lw=1.4, marker="o", ms=4)
-            right.set_title(f"{words} on validation (%)")
-        else:
-            right.set_axis_off()
-        if shares and record.chosen_step in shares:
-            at = record.chosen_step
-            right.plot([at], [100 * shares[at]], marker="o", ms=10, mfc="none", color=INK, ls="")
-        if shares and start is not None:
-            canvas.series("linear probe", other, "")
-            line = canvas.plot("linear probe", right, [0, steps[-1]], [100 * start] * 2, color=other, ls=DASHED, lw=1.4)
-            line.set_label("linear probe")
-            right.legend(loc="best")
         for axes in (left, right):
             axes.set_xlabel("step")
             quiet_grid(axes)
+        if not shares:
+            right.set_axis_off()
+            return
+        texts = [f"step {step}: {percent(share)}" for step, share in shares.items()]
+        x, y = list(shares), [100 * share for share in shares.values()]
+        canvas.plot("model", right, x, y, texts, color=color, lw=1.4, marker="o", ms=4)
+        right.set_title(f"{words} on validation (%)")
+        if kept in shares:
+            right.plot([kept], [100 * shares[kept]], marker="o", ms=10, mfc="none", color=INK, ls="")
+        if start is not None:
+            canvas.series("linear probe", other, "")
+            style: dict[str, Any] = {"color": other, "ls": DASHED, "lw": 1.4, "label": "linear probe"}
+            canvas.plot("linear probe", right, [0, max(losses)], [100 * start] * 2, **style)
+            right.legend(loc="best")
 
     caption = "Left: loss of the training batches" + (f", moving average over {window} steps." if window > 1 else ".")
     if shares:
         caption += f" Right: {words} on the {record.split_sizes['validation']:,} validation images"
-        caption += "; the ring marks the step that was kept." if record.chosen_step in shares else "."
+        caption += "; the ring marks the step that was kept." if kept in shares else "."
         caption += " Dashed: the linear probe, from which training started." if start is not None else ""
     data: list[dict[str, Raw]] = [
-        {"step": step, "measure": "training loss", "value": value} for step, value in zip(steps, losses, strict=True)
+        {"step": step, "measure": measure, "value": value}
+        for measure, values in (("training loss", losses), (f"validation {words}", shares))
+        for step, value in values.items()
     ]
-    data += [{"step": step, "measure": f"validation {words}", "value": share} for step, share in shares.items()]
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
-
-
-def _panels(canvas: Canvas, rows: int) -> list[tuple[Axes, Axes]]:
-    """Return the axes of each row; all of a column share their scales."""
-    if canvas.narrow:  # each row has a legend below it, so a layout of its own
-        parts = canvas.figure.subfigures(rows, 1, squeeze=False)[:, 0]
-        panels = np.array([part.subplots(1, 2) for part in parts])
-        for row in panels[1:]:
-            for axes, first in zip(row, panels[0], strict=True):
-                axes.sharex(first)
-                axes.sharey(first)
-    else:
-        panels = canvas.figure.subplots(rows, 2, squeeze=False, sharex=True, sharey="col")
-    for axes, measure in zip(panels[0], _MEASURES, strict=True):
-        axes.set_title(measure)
-    for axes in panels[-1]:
-        axes.set_xlabel("step")
-    for axes in panels.flat:
-        quiet_grid(axes)
-    return [(left, right) for left, right in panels]
-
-
-def _draw_curve(
-    axes: Axes, canvas: Canvas, name: str, style: Mapping[str, Any], measure: str, curve: Curve, seeds: int
-) -> None:
-    steps, mean, lowest, highest = curve
-    canvas.add(name, axes.fill_between(steps, lowest, highest, color=style["color"], alpha=0.15, lw=0))
-    of = f"{measure} (nats), mean, {counted(seeds, 'seed')}"
-    texts = [f"step {step}: {fixed(float(value), 3)}\n{of}" for step, value in zip(steps, mean, strict=True)]
-    marker = "o" if measure == "validation NLL" else ""
-    canvas.plot(name, axes, steps, mean, texts, **style, lw=1.6, marker=marker, ms=3.5, label=name)
 
 
 class Line(NamedTuple):
@@ -279,43 +253,35 @@ def draw_reliability(
     def paint(canvas: Canvas) -> None:
         axes, handles = canvas.figure.add_subplot(), []
         axes.plot([0, 100], [0, 100], color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+        lowest, least_sure = 100.0, 100.0
         for index, line in enumerate(drawn):
             style = line_style(index) | {"marker": MARKERS[index % len(MARKERS)]}
             canvas.series(line.name, style["color"], style["marker"])
             filled = [b for b in line.bins if b.count]
-            x = [100 * (b.confidence or 0.0) for b in filled]
-            y = [100 * (b.accuracy or 0.0) for b in filled]
+            x, y = 100 * np.array([(b.confidence, b.accuracy) for b in filled], dtype=np.float64).T  # (bins,) each
+            lowest, least_sure = min(lowest, *x, *y), min(least_sure, *x)
             texts = [
                 f"says {fixed(sure, 1)} %, is right in {fixed(right, 1)} %\n{counted(b.count, 'prediction')}{line.note}"
                 for sure, right, b in zip(x, y, filled, strict=True)
             ]
-            for at, b in zip(x, filled if with_intervals else [], strict=False):
+            for sure, b in zip(x, filled if with_intervals else [], strict=False):
                 ends = proportion_interval((b.accuracy or 0.0) * b.count, b.count)
                 ys = [100 * (ends.low or 0.0), 100 * (ends.high or 0.0)]
-                canvas.plot(line.name, axes, [at, at], ys, color=style["color"], lw=2.2, alpha=0.35, zorder=1)
+                canvas.plot(line.name, axes, [sure] * 2, ys, color=style["color"], lw=2.2, alpha=0.35, zorder=1)
             handles.append(canvas.plot(line.name, axes, x, y, texts, **style, lw=1.4, ms=4, label=line.name, zorder=2))
         axes.set_xlabel("mean confidence of a bin (%)")
         axes.set_ylabel("right in that bin (%)")
-        bottoms = [100 * min(b.accuracy or 0.0, b.confidence or 0.0) for line in drawn for b in line.bins if b.count]
-        axes.set_ylim(max(0.0, 10 * (min(bottoms) // 10) - 20) if with_intervals else 0, 102)
-        low = min((b.confidence or 0.0) for line in drawn for b in line.bins if b.count)
-        axes.set_xlim(max(0.0, 100 * low - 4), 102)
+        axes.set_ylim(max(0.0, 10 * (lowest // 10) - 20) if with_intervals else 0, 102)
+        axes.set_xlim(max(0.0, least_sure - 4), 102)
         quiet_grid(axes)
         if len(handles) > 1:
             canvas.name_experiments(handles)
 
-    data: list[dict[str, Raw]] = [
-        {
-            column: line.name,
-            "low": b.low,
-            "high": b.high,
-            "predictions": b.count,
-            "confidence": b.confidence,
-            "accuracy": b.accuracy,
-        }
-        for line in lines
-        for b in line.bins
-    ]
+    data: list[dict[str, Raw]] = []
+    for line in lines:
+        for b in line.bins:
+            row: dict[str, Raw] = {column: line.name, "low": b.low, "high": b.high, "predictions": b.count}
+            data.append(row | {"confidence": b.confidence, "accuracy": b.accuracy})
     title = "How sure, and how often right"
     return draw("reliability", title, caption + note, 3.9, paint, data, 3.0 + 0.14 * len(drawn))
 
@@ -338,27 +304,19 @@ def stopping_blocks(
     """
     if study.stopping is None:
         return
-    looked = [result for result in results if result.looks]
-    if looked:
+    if looked := [result for result in results if result.looks]:
         colors = {e.name: METHOD_COLORS[e.method] for e in study.experiments}
-        yield stopping_figure(looked, study.stopping, colors, validation)
+        yield _stopping_figure(looked, study.stopping, colors, validation)
     yield stopping_table(results, study.stopping)
 
 
-def stopping_figure(
+def _stopping_figure(
     results: Sequence[SequentialResult],
     stopping: StoppingConfig,
     colors: Mapping[str, str],
     validation: Mapping[str, float],
 ) -> Drawing:
-    """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it.
-
-    Args:
-        results: that have been looked at, at least one.
-        stopping: what was declared.
-        colors: by experiment.
-        validation: see `stopping_blocks`.
-    """
+    """Draw a panel a comparison: its mean difference from look to look, between the bounds that decide it."""
     drawn, note = leading(results, validation, PANELS, lambda result: result.name)
     questions = {field: words for field, words in QUESTIONS.items() if getattr(drawn[0], field) is not None}
     legend = [
@@ -394,10 +352,9 @@ def stopping_figure(
     data: list[dict[str, Raw]] = []
     for result in results:
         for look in result.looks:
-            difference = interval_columns("difference", repeated_interval(look, stopping))
-            del difference["n"]
             row: dict[str, Raw] = {"experiment": result.name, "control": stopping.control, "pairs": look.pairs}
-            row |= difference
+            row |= interval_columns("difference", repeated_interval(look, stopping))
+            del row["n"]
             for field in QUESTIONS:
                 if (test := getattr(look, field)) is not None:
                     row |= {f"{field}_{side}": _finite(getattr(test, side)) for side in _SIDES}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from peft_vit.report.document import SECTION_TITLES, Block, Drawing, Facts, Gallery, Paragraph, StudyDocument, Table
-
-FigurePath = Callable[[StudyDocument, Drawing], str]
 
 
 def figure_path(document: StudyDocument, drawing: Drawing) -> str:
@@ -26,44 +24,39 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def write_markdown(documents: Sequence[StudyDocument], figure_path: FigurePath) -> str:
-    """Return the text of analysis_summary.md.
-
-    Args:
-        documents: one a study.
-        figure_path: where a figure's PNG lies, relative to the Markdown file.
-    """
+def write_markdown(documents: Sequence[StudyDocument]) -> str:
+    """Return the text of analysis_summary.md, of one document a study."""
     parts = ["# Analysis summary"]
     for document in documents:
-        parts += [f"**Study: {escaped(document.label)}**", *summary_parts(document, figure_path)]
+        parts += [f"**Study: {escaped(document.label)}**", *summary_parts(document)]
     for title in SECTION_TITLES:
         with_blocks = [document for document in documents if document.sections[title]]
         if with_blocks:
             parts.append(f"## {title}")
         for document in with_blocks:
             parts += [f"### {escaped(document.label)}"] if len(documents) > 1 else []
-            parts += [block_text(block, document, figure_path) for block in document.sections[title]]
+            parts += [block_text(block, document) for block in document.sections[title]]
     return "\n\n".join(parts) + "\n"
 
 
-def section_parts(document: StudyDocument, figure_path: FigurePath) -> list[str]:
+def section_parts(document: StudyDocument) -> list[str]:
     """Return the sections of one document, with their headings."""
     parts = []
-    for title in document.order:
-        if document.sections[title]:
+    for title, blocks in document.sections.items():
+        if blocks:
             parts.append(f"## {title}")
-            parts += [block_text(block, document, figure_path) for block in document.sections[title]]
+            parts += [block_text(block, document) for block in blocks]
     return parts
 
 
-def summary_parts(document: StudyDocument, figure_path: FigurePath) -> list[str]:
+def summary_parts(document: StudyDocument) -> list[str]:
     """Return what stands above the sections: notices first."""
     return [
         *notice_parts(document),
         *([_rows(("asked", ""), document.facts)] if document.facts else []),
         f"**What came out**\n\n{_bullets(document.came_out)}",
         *([f"**How sure**\n\n{_bullets(document.how_sure)}"] if document.how_sure else []),
-        *(block_text(block, document, figure_path) for block in document.progress),
+        *(block_text(block, document) for block in document.progress),
         f"**What this does not show**\n\n{_bullets(document.not_shown)}",
     ]
 
@@ -73,8 +66,8 @@ def notice_parts(document: StudyDocument) -> list[str]:
     return ["\n".join(f"> **{escaped(notice)}**  " for notice in document.notices)] if document.notices else []
 
 
-def block_text(block: Block, document: StudyDocument, figure_path: FigurePath) -> str:
-    """Return a block as Markdown; arguments as `write_markdown`'s."""
+def block_text(block: Block, document: StudyDocument) -> str:
+    """Return a block of a document as Markdown."""
     if isinstance(block, Paragraph):
         return escaped(block.text)
     if isinstance(block, Table):

@@ -36,6 +36,7 @@ from peft_vit.report.tables import (
     interval_columns,
     interval_of,
     mean_of,
+    only_in_file,
     own_interval_columns,
     table,
     tested,
@@ -61,7 +62,7 @@ def accuracy_table(methods: Sequence[MethodResult]) -> Table:
         methods,
         [
             EXPERIMENT,
-            Column("", "experiment.method", data="method"),
+            *only_in_file(method="experiment.method"),
             Column("test accuracy", "test_accuracy", percent_interval, partial(interval_columns, "test_accuracy")),
             _RUNS,
             Column(
@@ -95,7 +96,7 @@ def cost_table(methods: Sequence[MethodResult]) -> Table:
             Column("s a step", "seconds_per_step", lambda s: fixed(s, 3)),
             Column("latency (ms)", "latency_s", lambda s: fixed(1000 * s, 1)),
             mean_of("memory of a run", "own_memory_bytes", lambda run: run.record.own_memory_bytes, megabytes),
-            Column("", lambda m: len(m.runs), data="n"),
+            *only_in_file(n=lambda m: len(m.runs)),
         ],
         "Means over seeds. Trainable parameters include the head and are counted on the live model; "
         "'adapter alone' is the end without the head. Latency: a forward pass of one image. Memory of a run: what "
@@ -165,7 +166,7 @@ def calibration_blocks(methods: Sequence[MethodResult], calibrations: Sequence[C
             *(interval_of(_CALIBRATION[name], name, of, to_thousandths) for name, of in MEASURES.items()),
             interval_of("overconfidence", "overconfidence", OVERCONFIDENCE, to_thousandths),
             _RUNS,
-            Column("", lambda m: " ".join(map(str, without[m.experiment.name])), data="seeds_without_predictions"),
+            *only_in_file(seeds_without_predictions=lambda m: " ".join(map(str, without[m.experiment.name]))),
         ],
         f"Smaller is better. ECE: gap between confidence and accuracy over {BINS} bins, equally wide or, adaptive, "
         "of equal counts; it is biased upwards where bins hold few images. Brier score: mean squared error of the "
@@ -232,14 +233,6 @@ def pair_blocks(pairs: AllPairs) -> Iterator[Block]:
         yield _pairs_table(pairs)
 
 
-def _count_sentence(pairs: AllPairs) -> str:
-    without = sum(pair.comparison.interval is None for pair in pairs.pairs)
-    needed = {c.significance.minimum_n for c in (pair.comparison for pair in pairs.pairs) if c.significance is not None}
-    seeds = f" A decision among so many needs at least {max(needed)} seeds." if needed else ""
-    nothing = f" {count(without)} have no runs in common." if without else ""
-    return f"{count(len(pairs.decided))} of {count(len(pairs.pairs))} pairs are decided.{nothing}{seeds}"
-
-
 def _pairs_table(pairs: AllPairs) -> Table:
     def size(pair: Pair) -> float:
         assert pair.comparison.interval is not None
@@ -247,17 +240,27 @@ def _pairs_table(pairs: AllPairs) -> Table:
 
     # Largest difference first: the rows that are left out are those that say least.
     decided = sorted(pairs.decided, key=lambda pair: (-size(pair), pair.comparison.name, pair.comparison.reference))
-    left = len(decided) - DECIDED_UP_TO
-    more = f" {count(left)} more decided pairs are in the CSV file." if left > 0 else ""
+    compared = [pair.comparison for pair in pairs.pairs]
+    without = sum(c.interval is None for c in compared)
+    needed = max((c.significance.minimum_n for c in compared if c.significance is not None), default=0)
+    notes = [
+        f"{count(len(decided))} of {count(len(compared))} pairs are decided.",
+        f"{count(without)} have no runs in common." if without else "",
+        f"A decision among so many needs at least {needed} seeds." if needed else "",
+        f"{count(len(decided) - DECIDED_UP_TO)} more decided pairs are in the CSV file."
+        if len(decided) > DECIDED_UP_TO
+        else "",
+        "The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction over all "
+        f"{count(len(compared))} pairs; pairs of runs share seed, weights and images. Not decided does not mean equal. "
+        f"{OVER_SEEDS} Effect size: the difference in units of its spread over seeds; a large one can be few points. "
+        "The CSV file has every pair.",
+    ]
     return table(
         "all_pairs",
         "Decided pairs of experiments, largest difference first",
         map(_decided_row, decided[:DECIDED_UP_TO]),
         None,
-        f"{_count_sentence(pairs)}{more} The exact Wilcoxon signed-rank test at 5 % decides, with Holm's correction "
-        f"over all {count(len(pairs.pairs))} pairs; pairs of runs share seed, weights and images. Not decided does not "
-        f"mean equal. {OVER_SEEDS} Effect size: the difference in units of its spread over seeds; a large one can be "
-        "few points. The CSV file has every pair.",
+        " ".join(filter(None, notes)),
         data=map(_pair_data, pairs.pairs),
     )
 
@@ -302,15 +305,17 @@ _FRONT = [
     Column("front of", "front", lambda name: COSTS[name].what, "cost"),
     Column("experiment", "experiment"),
     Column("takes", lambda row: COSTS[row["front"]].write(row["cost"])),
-    Column("", "cost", data="value"),
+    *only_in_file(value="cost"),
     Column("validation", "validation_accuracy", percent),
     Column("test accuracy", "test_accuracy", percent_interval, partial(own_interval_columns, "test_accuracy")),
-    Column("", lambda row: int(row["on_front"]), data="on_front"),
-    Column("", lambda row: int(row["on_test_front"]), data="on_test_front"),
-    Column("", "lead.reference", data="before"),
+    *only_in_file(
+        on_front=lambda row: int(row["on_front"]),
+        on_test_front=lambda row: int(row["on_test_front"]),
+        before="lead.reference",
+    ),
     Column("lead over the one before (points)", "lead", lambda c: points_interval(c.interval), ""),
     Column("", "lead.interval", data=partial(own_interval_columns, "lead")),
-    Column("", "lead.adjusted_p", data="p_holm"),
+    *only_in_file(p_holm="lead.adjusted_p"),
     Column("more accurate?", "lead.verdict", data="verdict", none="cheapest"),
     Column("test", "lead", tested, ""),
     Column("on the front of test accuracies", "on_test_front", lambda is_on: "yes" if is_on else "no", ""),
@@ -362,7 +367,7 @@ def stopping_table(results: Sequence[SequentialResult], stopping: StoppingConfig
         results,
         [
             Column("experiment", "name", data="experiment"),
-            Column("", lambda _: stopping.control, data="control"),
+            *only_in_file(control=lambda _: stopping.control),
             Column("pairs", lambda result: result.looks[-1].pairs if result.looks else 0, data="pairs"),
             Column(
                 "difference (points)",

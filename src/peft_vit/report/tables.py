@@ -128,6 +128,11 @@ def cross_table(
     return table(slug, title, rows, None, note, data=data, folded=folded)
 
 
+def only_in_file(**values: str | Callable[[Any], Any]) -> list[Column]:
+    """Return columns that a reader does not see: what each value of the CSV file is of a row, as in `Column.of`."""
+    return [Column("", of, data=name) for name, of in values.items()]
+
+
 EXPERIMENT = Column("experiment", "experiment.name", data="experiment")
 
 

@@ -54,7 +54,8 @@ def beside_the_probe(record: RunRecord) -> list[str]:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
     if test is not None and own is not None:
         labels, before, after = map(np.array, (own.labels, test.predicted, own.predicted))  # (N,) each
-        of_probe = f"A logistic regression on the same frozen features has {_score(metric.interval(labels, before))}."
+        of_probe = _score(metric.interval(labels, before), metric.suffix)
+        of_probe = f"A logistic regression on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
             none = "Training has gained nothing on it on validation images, so the model is this regression."
             return [of_probe, none]
@@ -72,8 +73,8 @@ def beside_the_probe(record: RunRecord) -> list[str]:
     return [f"Training gained {size} on the linear probe, {where}."]
 
 
-def _score(interval: Interval) -> str:
-    return f"{percent(interval.estimate)} (95 % interval {bounds_in_percent(interval)})"
+def _score(interval: Interval, suffix: str = "") -> str:
+    return f"{percent(interval.estimate)}{suffix} (95 % interval {bounds_in_percent(interval)})"
 
 
 def train_row(

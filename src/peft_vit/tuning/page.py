@@ -47,25 +47,24 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     (made,) = page.sections[MADE]
     assert isinstance(made, Facts)
     asked = dict(_facts(summary))
-    sections: dict[str, tuple[Block, ...]] = {
-        COMPARED: tuple(compared_blocks(choice)),
-        BELIEF: tuple(calibration_blocks(summary)),
-        FORMS: (forms_table(summary),),
-        IMAGES: tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines()),
-        MADE: (Facts((*asked.items(), *(row for row in made.rows if row[0] not in asked))),),
-    }
-    place = page.order.index(BELIEF)
-    alerts = (*_notices(summary), *page.alerts)
+    sections: dict[str, tuple[Block, ...]] = {}
+    for title, blocks in page.sections.items():
+        if title == BELIEF:
+            sections[COMPARED] = tuple(compared_blocks(choice))
+            sections[BELIEF] = tuple(calibration_blocks(summary))
+            sections[FORMS] = (forms_table(summary),)
+        else:
+            sections[title] = blocks
+    sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines())
+    sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
     return replace(
         page,
         label=f"A model for {plain(choice.request.images.name)}",
-        notices=(*alerts, *page.warnings),
-        alerts=alerts,
+        alerts=(*_notices(summary), *page.alerts),
         cards=tuple(_cards(summary)),
         came_out=tuple(_came_out(summary)),
         how_sure=tuple(_how_sure(summary)),
-        sections=page.sections | sections,
-        order=(*page.order[:place], COMPARED, BELIEF, FORMS, *page.order[place + 1 :]),
+        sections=sections,
         not_shown=tuple(_not_shown(summary)),
         runs=tuple(run_provenance(record)._replace(title=name) for name, record in summary.records.items()),
     )

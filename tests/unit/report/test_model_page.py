@@ -52,6 +52,7 @@ def record_of(
         "class_names": NAMES[: len(counts)],
         "split_sizes": {"train": 120, "validation": 40, "test": n},
         "predictions": predictions,
+        "majority_accuracy": {"test": max(counts) / n},
         "validation": planted.metrics(0.85, 40),
         "head_fit": fit,
         "latency_s": {1: 0.0123},
@@ -122,7 +123,7 @@ def test_what_is_said_and_what_is_left_out(tmp_path: Path, changes: dict[str, An
 def test_the_page_says_of_the_probe_what_the_terminal_says(tmp_path: Path, counts, chosen_step) -> None:
     tested = ProbeTest(metrics=planted.metrics(0.4, sum(counts)), predicted=[0] * sum(counts))
     record = record_of(counts=counts, probe_test=tested, chosen_step=chosen_step)
-    _, probe, gain, *_ = result_lines(record, tmp_path)
+    _, probe, gain, *_ = result_lines(record, tmp_path, record.seconds)
     assert f"- {probe}\n- {gain}\n" in card_of(tmp_path, record)
     assert "the same frozen features has 33.3 %" in probe  # one of three classes, in either metric
 

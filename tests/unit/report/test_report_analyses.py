@@ -16,7 +16,7 @@ from peft_vit.records import Predictions, RankEntry, RunRecord
 from peft_vit.report import summary
 from peft_vit.report.accuracy_figures import accuracy_by_method
 from peft_vit.report.build import study_documents
-from peft_vit.report.document import Block, Paragraph, Table
+from peft_vit.report.document import SECTION_TITLES, Block, Paragraph, Table
 from peft_vit.report.method_tables import calibration_blocks, front_blocks, pair_blocks, stopping_table
 from peft_vit.report.quantization_tables import quantization_tables
 from peft_vit.statistics.sequential import follow
@@ -31,7 +31,7 @@ def analysis_of(records: list[RunRecord]) -> Analysis:
 
 def blocks_of(records: list[RunRecord]) -> list[Block]:
     (document,) = study_documents([analysis_of(records)])
-    return [block for blocks in document.sections.values() for block in blocks]
+    return [block for title in SECTION_TITLES for block in document.sections[title]]
 
 
 def tables(blocks: Iterable[Block]) -> dict[str, Table]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peft_vit.report.accuracy_figures import short_count, side_by_side
+from peft_vit.report.accuracy_figures import side_by_side
 from peft_vit.report.build import slug_of
 from peft_vit.report.document import Paragraph, Table
 from peft_vit.report.formatting import fixed, megabytes, percent, percent_interval, plain, points_interval, signed
@@ -29,7 +29,6 @@ from peft_vit.statistics import mean_interval
         (signed, {1.24: "+1.2", -0.5: "−0.5", 0.0: "0.0", -0.04: "0.0"}),
         (points_interval, {mean_interval([0.01]): "+1.0 [no interval]", None: "not computed"}),
         (megabytes, {0: "0.0 MB", 12_345: "0.01 MB", 86_000_000: "86.0 MB"}),
-        (short_count, {10: "10", 1e3: "1k", 2e6: "2M", 1e9: "1G"}),
         (plain, {"a\nb\x00\u202ec\t d": "a b c d"}),
         (escaped, {"lora_r8": "lora_r8"}),
         (escaped, {"_a_ *b* <c> | `d` [e](f) [1, 2]": r"\_a\_ \*b\* &lt;c&gt; \| \`d\` [e\](f) [1, 2]"}),
