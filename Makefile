@@ -55,6 +55,7 @@ torture: setup ## break files and kill runs for hours; results add up over calls
 
 bench: setup ## time steps, memory and scoring beside PEFT; a quarter of an hour on two idle cores
 	$(BIN)/python benchmarks/step_time.py
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/loading.py

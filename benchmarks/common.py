@@ -137,12 +137,13 @@ def table(title: str, seconds: Mapping[str, list[float]], over: str) -> list[dic
 
 
 def write(name: str, content: dict[str, Any]) -> None:
-    """Write a result beside the others; that of a GPU beside that of a CPU."""
+    """Write a result beside the others; that of a GPU, or of fewer instructions, beside that of a CPU."""
     RESULTS.mkdir(exist_ok=True)
     where = content.get("machine")
-    gpu = where.get("gpu") if isinstance(where, dict) else None
+    gpu, limit = (where.get("gpu"), where.get("limit")) if isinstance(where, dict) else (None, None)
     if gpu is not None:
         print(f"\nOn {gpu}")
-    file = RESULTS / f"{name}{'' if gpu is None else '_gpu'}.json"
+    apart = "_gpu" if gpu else f"_{limit.lower()}" if limit else ""
+    file = RESULTS / f"{name}{apart}.json"
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nWritten: {file}")
