@@ -45,7 +45,8 @@ def _while_read() -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # a service may have none
+                sys.stdout.flush()
     except (BrokenPipeError, SystemExit) as error:
         if not any(isinstance(cause, BrokenPipeError) for cause in (error, error.__context__)):
             raise
@@ -59,7 +60,8 @@ def _in_our_words(error: Any) -> UserError:
     command = "peft-vit" if context is None or context.parent is None else f"peft-vit {context.info_name}"
     see = f"see {command} --help"
     if context is None and name is not None:
-        return UserError(f"needs a value; {see}", field=name)
+        fault = "takes no value" if "not take" in error.message else "needs a value"
+        return UserError(f"{fault}; {see}", field=name)
     if getattr(error, "param", None) is not None:
         is_option = error.param.param_type_name == "option"
         field = error.param.opts[0] if is_option else error.param.name.upper()
@@ -68,7 +70,7 @@ def _in_our_words(error: Any) -> UserError:
     if name is not None:
         options = [option for param in context.command.params for option in param.opts]
         short = [option for option in options if "".join(word[:1] for word in option[2:].split("-")) == name[2:]]
-        likely = " or ".join(short or [option for option in error.possibilities if option != "--help"])
+        likely = " or ".join(short or [option for option in error.possibilities or () if option != "--help"])
         return UserError(f"no such option of {command}; {f'did you mean {likely}?' if likely else see}", field=name)
     message = error.format_message().rstrip(".")
     return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
@@ -83,6 +85,8 @@ def main(arguments: list[str] | None = None, command: Callable[..., Any] = app) 
             # Typer's own errors (an unknown option, a value out of range) share no public class, only this method.
             if not hasattr(error, "format_message"):
                 raise
+            if not error.format_message():  # no command was given, and the help says it all
+                raise SystemExit(2) from None
             raise _in_our_words(error) from None
         if code == _INTERRUPTED:  # Typer turns Ctrl-C into this code
             raise KeyboardInterrupt

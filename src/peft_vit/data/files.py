@@ -184,7 +184,8 @@ def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str,
 
     Args:
         root: the folder.
-        closed: is given the error of each folder that can't be read; None: the first one is raised.
+        closed: is given the error of each folder that can't be read, and names may be any bytes; None: the first fault
+            is raised.
 
     Raises:
         UserError: if a folder can't be read, or a name is not UTF-8.
@@ -194,7 +195,7 @@ def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str,
         try:
             status = os.stat(folder)
             in_circle = any(os.path.samestat(status, other) for other in above)
-            entries = [] if in_circle else [(entry.name, entry.is_dir()) for entry in os.scandir(folder)]
+            entries = [] if in_circle else [entry.name for entry in os.scandir(folder)]
         except OSError as error:
             message = f"can't be read ({error.strerror}); make it readable, or take it out"
             fault = UserError(message, file=error.filename)
@@ -202,12 +203,13 @@ def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str,
                 raise fault from None
             closed.append(fault)
             return
-        for name, is_folder in entries:
-            if any("\ud800" <= character <= "\udfff" for character in name):  # no record or page could hold it
+        for name in entries:
+            if _HIDDEN.match(name):
+                continue
+            if closed is None and any("\ud800" <= character <= "\udfff" for character in name):  # no record holds it
                 raise UserError("has a name that is not UTF-8; rename it", file=os.path.join(folder, name))
-            if not _HIDDEN.match(name):
-                below = names(os.path.join(folder, name), (*above, status), f"{prefix}{name}/")
-                yield from below if is_folder else (prefix + name,)
+            below = names(os.path.join(folder, name), (*above, status), f"{prefix}{name}/")
+            yield from below if os.path.isdir(os.path.join(folder, name)) else (prefix + name,)
 
     return tuple(sorted(names(str(root), tuple(map(os.stat, root.resolve().parents)), "")))
 

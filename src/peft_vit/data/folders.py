@@ -346,7 +346,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             yield f"{path}: row {number}", dict(zip(places, texts, strict=True))
         return
     text = decode_text(content, path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    first = text.partition("\n")[0].lower()
+    names = {sign: {name.strip(' "\r') for name in first.split(sign)} for sign in ",;\t"}
+    delimiter = max(names, key=lambda sign: (names[sign] >= {"path", "label"}, first.count(sign)))
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
         header = next(rows, [])

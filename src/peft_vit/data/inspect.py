@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
 import numpy as np
 import PIL
@@ -66,6 +66,7 @@ from peft_vit.tasks.classification import LARGEST_IMBALANCE
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
 _SIDE = 16  # pixels of a thumbnail
+_Of = TypeVar("_Of")
 _LEAST_CORRELATION, _LEAST_DETAIL_CORRELATION, _LEAST_DETAIL = 0.999, 0.98, 4.0
 _BLOCK, _BATCH = 4096, 64  # images
 
@@ -153,23 +154,27 @@ def _compared(index: ImageIndex, splits: Splits, rows: np.ndarray, image_size: i
         return {"copies": equal, "groups": near_groups(thumbnails, start=len(splits.train))}
 
     pixels = f"{PIL.__version__} {image_size} {index.channels}{interpolation_key(index)}"
-    saved = _cached("duplicates", f"{pixels} {index.name} {index.sha256} {splits.sha256}", len(rows), compute)
-    return saved["copies"], saved["groups"]
+
+    def read(saved: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        return _numbers(saved["copies"], len(rows)), _numbers(saved["groups"], len(rows))
+
+    return _cached("duplicates", f"{pixels} {index.name} {index.sha256} {splits.sha256}", compute, read)
 
 
-def _cached(kind: str, text: str, count: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Return what is computed, or the cache has by a text: among others copies and groups, (N,) int64, N = `count`."""
+def _numbers(saved: Any, *shape: int) -> np.ndarray:
+    return np.array(saved, dtype=np.int64).reshape(shape)
+
+
+def _cached(kind: str, text: str, compute: Callable[[], dict[str, Any]], read: Callable[[dict[str, Any]], _Of]) -> _Of:
+    """Return what is computed, or the cache has by a text, as it is read; what can't be read is computed anew."""
     key = hashlib.sha256(f"{_VERSION} {FORMAT_VERSION} {text}".encode()).hexdigest()
     file = cache_dir() / kind / f"{key[:32]}.json"
     with suppress(Exception):  # whatever was in its place, it is not this package's file
-        saved = json.loads(read_bytes(file))
-        saved |= {name: np.array(saved[name], dtype=np.int64) for name in ("copies", "groups")}
-        if len(saved["copies"]) == len(saved["groups"]) == count:
-            return dict(saved)
+        return read(json.loads(read_bytes(file)))
     made = compute()
     with cache_fault(file):
         write_atomically(file, json.dumps(made, default=np.ndarray.tolist).encode())
-    return made
+    return read(made)
 
 
 def near_groups(thumbnails: np.ndarray, start: int = 0) -> np.ndarray:
@@ -600,8 +605,14 @@ def _decoded_once(
     # Of a zip the hash knows no names.
     readers = f"{PIL.__version__} {missing_packages('heic')} {bool(store.sizes)}"
     text = "\n".join([readers, tree.hashed(names).sha256, *names])
-    saved = _cached("inspected", text, len(names), lambda: _decoded(tree, names, store, on_progress)._asdict())
-    return _Decoded(**saved | {"sides": np.array(saved["sides"], dtype=np.int64), "animated": tuple(saved["animated"])})
+    count = len(names)
+
+    def read(saved: dict[str, Any]) -> _Decoded:
+        copies, groups = (_numbers(saved[name], count) for name in ("copies", "groups"))
+        sides = _numbers(saved["sides"], count, 2)
+        return _Decoded(copies, groups, sides, dict(saved["faults"]), tuple(saved["animated"]))
+
+    return _cached("inspected", text, lambda: _decoded(tree, names, store, on_progress)._asdict(), read)
 
 
 def _decoded(

@@ -28,6 +28,7 @@ TIME_OUTSIDE_PRODUCTS = 1.8  # time of a step over that of its large matrix prod
 START_S = 6.0  # loading weights and images
 PROCESS_S = 10.0  # until a worker process is ready
 PROCESS_BYTES = 700e6  # interpreter, torch, timm, code and buffers of a run
+_LEAST_GAIN = 1.1  # of products in int8 over those in float, for `auto` to take them
 _PRODUCTS_S = 0.2  # for which products are timed, about; three are in any case
 # Activations kept for backward over what goes into and out of the matrices: of a plain block 34 a token and width.
 VALUES_KEPT = 34 / 16
@@ -185,7 +186,8 @@ def product_rates(
     if asked == "auto" and has_integer_products(device):
         ways.append("int8")
     rates = {way: product_rate(shape, device, precision, threads, way) for way in ways}
-    return dict(sorted(rates.items(), key=lambda item: -item[1]))
+    least = {"float": 1.0, "int8": _LEAST_GAIN}
+    return dict(sorted(rates.items(), key=lambda item: item[1] / least[item[0]], reverse=True))
 
 
 # --- what the runs of a study will take -------------------------------------------------------------------------------

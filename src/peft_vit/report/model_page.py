@@ -329,7 +329,8 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "Seed", str(spec.seed)
     shown = ("peft-vit", "torch", "timm", "transformers")
     yield "Versions", joined(f"{name} {origin.packages[name]}" for name in shown if name in origin.packages)
-    yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}"
+    integers = ", frozen layers in int8" if training.compute == "int8" else ""
+    yield "Machine", f"{plain(origin.processor)}, {spec.threads} threads, {origin.device}, {spec.precision}{integers}"
 
 
 def _limits(record: RunRecord) -> Iterator[str]:

@@ -108,7 +108,7 @@ _THE_SAME = (
     "start_sha256",
 )
 # What carried it out: with another one the numbers may round otherwise.
-_ALIKE = ("python", "processor", "device", "git_hash")  # and the packages' versions
+_ALIKE = ("python", "processor", "device", "integer_bits", "git_hash")  # and the packages' versions
 
 
 @dataclass(frozen=True)

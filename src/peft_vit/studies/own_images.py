@@ -42,7 +42,6 @@ from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
-from peft_vit.quantization.integers import check_integers
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.studies.image_sizes import sizes_to_try
@@ -254,7 +253,7 @@ def refuse_among_images(folder: Path, output: Path) -> None:
     """
     place, images = (Path(os.path.realpath(os.path.expanduser(path))) for path in (output, folder))
     if place == images or images in place.parents:
-        reason = f"lies in {folder}, where everything has to be an image; choose a folder elsewhere"
+        reason = f"lies in {folder}, among your images; choose a folder elsewhere"
         raise UserError(reason, file=output, field="--output")
 
 
@@ -281,8 +280,6 @@ class Forecast:
         self.limit_s = 60 * request.minutes
         self.backbone = _backbone(request)
         self._device = resolve_device(request.device)
-        if request.compute == "int8":
-            check_integers(self._device, "--compute")
 
     def now(self, counts: Counts, spent_s: float = 0.0) -> Self:
         """Return the same machine's forecast for so many images, and with so much less of the minutes."""
@@ -296,6 +293,8 @@ class Forecast:
         shape = describe(self.backbone, (request.image_size or 8 * patch) // patch * patch)
         precision = choose_precision(request.precision, None, self._device).chosen
         asked = request.compute if request.may_multiply_integers else "float"
+        if request.smoke and asked == "auto":
+            asked = "float"  # it is planned again when it goes on, perhaps at another pace
         return product_rates(asked, shape, self._device, precision, request.threads)
 
     @property
@@ -405,8 +404,9 @@ class Forecast:
         line = f"Images of {image_size} px{length}."
         in_float = Throughput.estimated(self._rates.get("float", self._rates[self.compute]))
         saved_s = self.seconds(shape, steps, in_float) - self.seconds(shape, steps)
-        if saved_s >= _WORTH_A_LINE_S:
-            line += f" Frozen layers multiply 8-bit integers, which saves about {saved_s / 60:.1f} minutes."
+        if self.compute == "int8":
+            saves = f", which saves about {saved_s / 60:.1f} minutes" if saved_s >= _WORTH_A_LINE_S else ""
+            line += f" Frozen layers multiply 8-bit integers{saves}."
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line

@@ -156,8 +156,11 @@ class TrainRun:
     def seconds(self) -> float:
         """Return what all that it has done took: regressions at several sizes, its run, a regression beside that."""
         sizes = self.sizes()
-        taken = (End.model_validate_json(read_bytes(file)).seconds for file in self.folder.rglob(RECORD_FILE))
-        return sum(taken, 0.0 if sizes is None else sizes.seconds)
+        taken = 0.0 if sizes is None else sizes.seconds
+        for file in self.folder.rglob(RECORD_FILE):
+            with suppress(ValidationError):
+                taken += End.model_validate_json(read_bytes(file)).seconds
+        return taken
 
     def size_left(self) -> int | None:
         """Return the image size of a regression that may be better than what was trained, and is not made yet."""

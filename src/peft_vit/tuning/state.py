@@ -82,6 +82,8 @@ class State:
         before = _read(place)
         if before is None:
             return cls(request, tell, limit, TuneFile(asked=asked), clock)
+        if "compute" not in before.asked:  # an earlier version began it, in float
+            before.asked["compute"], before.decided["compute"] = "auto", "float"
         for option, value in asked.items():
             if before.asked.get(option) != value:
                 raise UserError(

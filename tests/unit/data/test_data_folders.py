@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,8 @@ from PIL import Image
 from written_images import save
 
 from peft_vit.data import open_index
+from peft_vit.data.files import files_below
+from peft_vit.errors import UserError
 
 
 def paint(file, value=(10, 20, 30), size=(20, 16), **options):
@@ -157,3 +160,15 @@ def test_folders_above_may_have_any_name(folder, config, monkeypatch):
     os.rename(folder, os.path.join(above, b"images"))
     monkeypatch.chdir(os.fsdecode(above))
     assert open_index(config("image-folder", "images")).sha256 == before
+
+
+def test_one_name_among_the_files_of_a_folder_does_not_cost_the_others(tmp_path) -> None:
+    for name in (b"a.png", b".caf\xe9"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    (tmp_path / "self").symlink_to("self")
+    assert files_below(tmp_path) == ("a.png", "self")
+    odd = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / odd).touch()
+    assert files_below(tmp_path, []) == ("a.png", odd, "self")
+    with pytest.raises(UserError, match="has a name that is not UTF-8"):
+        files_below(tmp_path)

@@ -341,6 +341,10 @@ def test_every_image_is_decoded_once_and_its_pixels_are_those_of_a_study(tmp_pat
         store.hand_over(index, make_splits(index, config, 0))  # nothing to hand over
     assert (again.names, again.left_out) == (seen.names, seen.left_out)
     assert np.array_equal(again.groups, seen.groups)
+    monkeypatch.setattr(inspect_module, "decode_image", decode_image)
+    for file in (cache_of_its_own / "inspected").iterdir():
+        file.write_text('{"copies": [], "groups": []}')
+    assert inspect_images(root, least=1).names == seen.names
 
 
 def test_a_changed_image_is_seen_though_its_time_and_size_are_the_old_ones(tmp_path):

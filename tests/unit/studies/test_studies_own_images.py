@@ -191,7 +191,7 @@ def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case
 
 @pytest.mark.parametrize("place", ["", "runs"])
 def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
-    with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
+    with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
         refuse_among_images(tmp_path, tmp_path / place)
     refuse_among_images(tmp_path / "cat", tmp_path / "runs")
 
@@ -282,6 +282,7 @@ def test_integers_are_multiplied_where_that_is_faster_and_what_it_saves_is_said(
     assert study.experiments[0].training.compute == chosen
     saves = re.search(r"Frozen layers multiply 8-bit integers, which saves about [\d.,]+ minutes\.", line)
     assert bool(saves) == (chosen == "int8" and requested == "auto")
+    assert ("multiply 8-bit integers" in line) == (chosen == "int8")
 
 
 def test_little_memory_means_small_images(asked, pace) -> None:

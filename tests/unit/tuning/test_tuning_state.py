@@ -1,9 +1,10 @@
 """What a call that goes on says before it does anything."""
 
+import json
 from pathlib import Path
 
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.tuning.state import State, TuneFile
+from peft_vit.tuning.state import TUNE_FILE, State, TuneFile
 from peft_vit.tuning.tune_request import TuneRequest
 
 
@@ -19,3 +20,11 @@ def test_what_more_minutes_do_not_change_is_said() -> None:
         State(request, told.append, Limit(10.0, 0.0), file).tell_what_stays()
         assert "".join(told).startswith(said)
         assert bool(told) == bool(decided)
+
+
+def test_an_output_that_was_begun_before_there_were_integers_goes_on_in_float(tmp_path: Path) -> None:
+    request = TuneRequest(images=Path("images"), output=tmp_path)
+    asked = {name: value for name, value in request.kept().items() if name != "compute"}
+    (tmp_path / TUNE_FILE).write_text(TuneFile(asked=json.loads(json.dumps(asked))).model_dump_json())
+    state = State.opened(request, lambda _: None)
+    assert state.once("compute", lambda: "int8") == "float"
