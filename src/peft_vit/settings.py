@@ -207,6 +207,20 @@ class Request(Settings):
 
 
 @contextmanager
+def named_as_typed(request: type[Request]) -> Iterator[None]:
+    """Name options in errors that name keys of a configuration, which a command fills in; images name themselves."""
+    try:
+        yield
+    except UserError as error:
+        section, _, key = (error.field or "").rpartition(".")
+        fields = [name for name in (key, f"{key}s") if name in request.model_fields]
+        if error.field != "data.path" and not (section and fields):
+            raise
+        field = None if error.field == "data.path" else request.option(fields[0]).name
+        raise UserError(error.message, file=error.file, field=field, details=error.details) from None
+
+
+@contextmanager
 def named_as_parameters(request: type[Request]) -> Iterator[None]:
     """Name options in errors as the parameters that they are in Python."""
     parameters = {request.option(field).name: field for field in request.model_fields}

@@ -154,6 +154,7 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     ((*TRAIN, "--strict=1"), "", "", ("error: --strict: takes no value",)),
     ((*TRAIN, "-r", "4"), "", "", ("error: -r: no such option of peft-vit train; see peft-vit train --help",)),
     (("-h",), "", "", ("error: -h: no such option of peft-vit; see peft-vit --help",)),
+    (("tune", "nope"), "", "", ("error: nope: does not exist; correct the path",)),
     (("trian",), "", "", ("No such command 'trian'. Did you mean 'train'?",)),
     (("train", "missing", *OWN), "", "", ("error: missing: does not exist; correct the path",)),
     ((*TRAIN[:4], "--weights", "a.pth"), "", "", ("a.pth: --weights: does not exist; correct",)),

@@ -6,6 +6,9 @@ import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_vit.errors import UserError, agreeing_with, first_fault, named, printable
+from peft_vit.settings import named_as_typed
+from peft_vit.studies.request import TrainRequest
+from peft_vit.tuning.tune_request import TuneRequest
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,21 @@ def test_the_first_fault_has_a_field_even_if_it_has_no_name(content, field) -> N
     named_field, message = first_fault(caught.value)
     assert named_field == field
     assert message
+
+
+@pytest.mark.parametrize(
+    ("request_type", "field", "named"),
+    [
+        (TrainRequest, "backbone.model", "--model"),
+        (TuneRequest, "backbone.model", "--model"),
+        (TrainRequest, "data.path", None),
+        (TrainRequest, "training.memory_limit", "--memory-limit"),
+        (TrainRequest, "experiments[0].lora.rank", "--rank"),
+        (TrainRequest, "training.unheard_of", "training.unheard_of"),
+        (TrainRequest, "--rank", "--rank"),
+    ],
+)
+def test_what_a_command_has_filled_in_is_named_as_it_was_typed(request_type, field, named) -> None:
+    with pytest.raises(UserError) as caught, named_as_typed(request_type):
+        raise UserError("is wrong", file="a.png", field=field)
+    assert (caught.value.field, caught.value.file, caught.value.message) == (named, "a.png", "is wrong")

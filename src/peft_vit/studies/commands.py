@@ -16,6 +16,7 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
+from peft_vit.settings import named_as_typed
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
 from peft_vit.studies.scheduler import Deadline
@@ -108,7 +109,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
 
     refuse_among_images(request.images, request.output)
     files = named_files(request)
-    with ExitStack() as stack:
+    with named_as_typed(TrainRequest), ExitStack() as stack:
         with decoding_progress() as on_progress:
             images = stack.enter_context(open_images(request, on_progress))
         print_lines(images.lines)

@@ -118,8 +118,7 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
     Raises:
         UserError: see `find_images` and `inspect_images`.
     """
-    with _typed(None):
-        images = find_images(existing(str(request.images)))
+    images = find_images(existing(str(request.images)))
     own = None if images.files.is_test is None else sum(images.files.is_test)
     classes = images.files.classes
     forecast = Forecast(request, _share(request, len(classes), len(set(classes.values())), own))
@@ -154,8 +153,8 @@ def named_files(request: TrainRequest) -> dict[str, str]:
 
 
 @contextmanager
-def _typed(option: str | None) -> Iterator[None]:
-    """Name the option that was typed in errors that name a configuration's key; None: the file alone says it."""
+def _typed(option: str) -> Iterator[None]:
+    """Name the option that was typed in errors of a file that it names."""
     try:
         yield
     except UserError as error:

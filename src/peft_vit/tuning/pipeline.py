@@ -11,6 +11,7 @@ from typing import Any
 
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
+from peft_vit.settings import named_as_typed
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
@@ -75,7 +76,7 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: E
     """
     require_extra("tune", "tune")
     check_output(request)
-    with study_lock(request.output):
+    with named_as_typed(TuneRequest), study_lock(request.output):
         return _tune(request, tell, environment or Environment())
 
 
