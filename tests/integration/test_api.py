@@ -42,7 +42,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"learning_rate": 0}, "learning_rate", "should be greater than 0, got 0"),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
     ("train", {"start": "adapter", "rank": 8}, "rank", "has no effect with start; "),
-    ("train", {"images": "nowhere"}, "data.path", "nowhere"),
+    ("train", {"images": "nowhere"}, None, "nowhere"),
     ("tune", {"models": "no_such_model"}, "models", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
     ("tune", {"max_latency_s": "50"}, "max_latency_s", "'50' is not a time above 0 in ms or s; write it as in 50ms"),

@@ -92,7 +92,7 @@ def run_dir(run_of: Callable[..., Path], tmp_path: Path) -> Path:
 
 
 def test_a_folder_that_is_no_good_run(run_of, run_dir, refusal) -> None:
-    assert "record.json" in refusal(run_dir.parent / "nowhere")
+    assert "does not exist; name the folder of a run" in refusal(run_dir.parent / "nowhere")
     tensors = load_file(run_dir / ADAPTER_FILE)
     (run_dir / ADAPTER_FILE).unlink()
     assert ADAPTER_FILE in refusal(run_dir)

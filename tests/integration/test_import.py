@@ -180,12 +180,12 @@ def test_what_is_no_adapter_or_does_not_fit_is_one_line_before_any_work(adapter,
     ):
         mine = changed(adapter, tmp_path / name, tensors, **config)
         line = refusal(mine)
-        assert all(part in line for part in ("experiments[0].lora.start: ", str(mine), said))
+        assert all(part in line for part in ("--init-adapter: ", str(mine), said))
     mine = changed(adapter, tmp_path / "mine")
     for content in ("[]", "{"):  # a note on the base that is none
         (mine / "peft_vit.json").write_text(content)
         assert "peft_vit.json" in refusal(mine)
-    assert "is no folder" in refusal(tmp_path / "nowhere")
+    assert "name a folder that PEFT has saved" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert CONFIG_FILE in refusal(tmp_path / "empty")
     shutil.copy(adapter / CONFIG_FILE, tmp_path / "empty")

@@ -142,7 +142,7 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "compare ten other --allow-mismatch everything": "--allow-mismatch: ",
     "compare ten other --reference lora_r1": "--reference: ",
     "compare ten other --output rows.txt": ".csv or .json",
-    "compare": "Missing argument",
+    "compare": "is missing",
 }
 
 

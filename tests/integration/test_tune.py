@@ -325,7 +325,7 @@ def test_candidates_that_have_failed_get_no_more_time(tuning: Tuning, tmp_path: 
 
 @pytest.mark.parametrize("name", ["config.yaml", "images.json"])
 def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_path, name) -> None:
-    with pytest.raises(UserError, match=r"--output: lies in .*, where everything has to be an image"):
+    with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
         tuning(output=images / "tuned")
     assert not (images / "tuned").exists()
     (tmp_path / name).write_text("mine")

@@ -36,7 +36,7 @@ def test_kept_runs_are_those_of_the_studies_each_once() -> None:
     }
     kept = list(rows[["study", "experiment", "seed"]].itertuples(index=False, name=None))
     assert len(kept) == len(set(kept))
-    assert set(kept) <= asked
+    assert set(kept) == asked
     assert set(rows[rows.form == "7bit"].bits) <= {7}
     assert set(rows[rows.form == "int8"].bits) <= {8}
 
