@@ -89,7 +89,7 @@ class Side:
     def _step(self) -> None:
         self.steps += 1
         with class_token_alone(self.model) if self.own_loop else nullcontext():
-            if self.halves:
+            if self.halves and len(self.images) > 1:
                 loss = loss_in_halves(self._loss, self.images, self.labels)
             else:
                 loss = self._loss(self.images, self.labels)
