@@ -46,6 +46,10 @@ class UserError(Exception):
         line = ": ".join((*names, _shortened(self.message, _LONGEST_MESSAGE)))
         super().__init__(printable(line))  # a file's name may be any bytes, a record is UTF-8
 
+    def about(self, field: str | None) -> UserError:
+        """Return the same of a setting by another name; None: of none."""
+        return UserError(self.message, file=self.file, field=field, details=self.details)
+
 
 def _shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"

@@ -216,8 +216,7 @@ def named_as_typed(request: type[Request]) -> Iterator[None]:
         fields = [name for name in (key, f"{key}s") if name in request.model_fields]
         if error.field != "data.path" and not (section and fields):
             raise
-        field = None if error.field == "data.path" else request.option(fields[0]).name
-        raise UserError(error.message, file=error.file, field=field, details=error.details) from None
+        raise error.about(None if error.field == "data.path" else request.option(fields[0]).name) from None
 
 
 @contextmanager

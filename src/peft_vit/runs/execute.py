@@ -225,8 +225,8 @@ class Loaded:
         runtime = RuntimeConfig(device, spec.precision, backbone.mean, backbone.std)
         return cls(spec, device, data, backbone, runtime, packed_targets)
 
-    def provenance(self) -> Provenance:
-        """Say what the run is made of, once its method has prepared the model: it now multiplies as was asked for."""
+    def made_ready(self) -> Provenance:
+        """Let the model, which its method has prepared, multiply as was asked for; return what the run is made of."""
         model = self.backbone.model.to(self.device)  # what is packed comes packed
         integers = self.spec.experiment.training.compute == "int8"
         return provenance_of(
@@ -256,7 +256,7 @@ def _execute(
     calibration = Calibration(data, runtime, spec.seed)
 
     hooks = _prepare(model, spec, attempt, calibration, experiment.total_steps(len(data.train)))
-    provenance = attempt.begin(loaded.provenance())  # now that the head is the one that training starts from
+    provenance = attempt.begin(loaded.made_ready())  # now that the head is the one that training starts from
     if (start := experiment.start) is not None:
         weights = provenance.weights_name, provenance.weights_sha256
         for doubt in doubts_about(Path(start), spec.backbone.model, *weights, data.class_names):

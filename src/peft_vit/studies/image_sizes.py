@@ -85,7 +85,7 @@ def try_sizes(
 def _trial(spec: RunSpec) -> SizeTrial:
     loaded = Loaded.of(spec, test=False)
     data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
-    shared = SharedFeatures(model, spec, loaded.provenance(), [], runtime)
+    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime)
     train, validation = shared.of(data.train), shared.of(data.validation)
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()

@@ -158,7 +158,7 @@ def _typed(option: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(error.message, file=error.file, field=option, details=error.details) from None
+        raise error.about(option) from None
 
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
