@@ -464,9 +464,4 @@ class StudyConfig(Frozen):
                     raise ValueError(
                         f"training.{setting} of '{name}' counts validations, and {none}; remove one of them"
                     )
-            if experiment.fits_probe and training.probe_l2 is None:
-                raise ValueError(
-                    f"'{name}' fits a probe, whose penalty validation chooses, and {none}; add training.probe_l2, "
-                    "such as 0.01"
-                )
         return self

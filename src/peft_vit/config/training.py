@@ -267,7 +267,10 @@ class TrainingConfig(Settings):
         description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",
     )
     probe_l2: float | None = Field(
-        default=None, gt=0, description="strength of the probe's penalty; default: validation chooses among nine"
+        default=None,
+        gt=0,
+        description="strength of the probe's penalty; default: validation chooses among nine, or training images that "
+        "are left out in turn, where none validate",
     )
     metric: Literal["auto", "accuracy", "balanced_accuracy"] = Field(
         default="accuracy",

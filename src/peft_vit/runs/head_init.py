@@ -34,7 +34,7 @@ from peft_vit.training import (
     fit_probe,
     head_inputs,
     head_logits,
-    held_out_temperature,
+    held_out_fit,
     loss_weights,
 )
 
@@ -60,10 +60,16 @@ def init_head(
     with overhead.of("probe"):
         weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
         class_weights = None if weights is None else weights.double().numpy()
-        strengths = spec.experiment.probe_l2
+        strengths, held_out = spec.experiment.probe_l2, None
         metric = data.task.metric(spec.experiment.training.metric)
+        is_probe = spec.experiment.is_probe
+        if of_validation is None and (len(strengths) > 1 or not is_probe):
+            each = np.arange(len(data.train))
+            settings: Any = {"class_weights": class_weights, "l2": strengths, "seed": spec.seed}
+            chosen, held_out = held_out_fit(of_training, each, metric, **settings)
+            strengths = (chosen,)
         probe = fit_probe(of_training, of_validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
-        if spec.experiment.is_probe:
+        if is_probe:
             probe.set_head(head)
             return probe, 1.0, None
         metrics = None
@@ -73,8 +79,8 @@ def init_head(
             logits = head_logits(head, of_validation.values, runtime).astype(np.float64)  # (N, classes)
             metrics = data.task.measure(logits / temperature, of_validation.labels)
         else:
-            images, l2 = len(data.train), probe.fit.chosen_l2
-            temperature = held_out_temperature(of_training, images, l2, class_weights=class_weights, seed=spec.seed)
+            assert held_out is not None
+            temperature = data.task.temperature(torch.from_numpy(held_out), torch.from_numpy(data.train.labels))
         probe.set_head(head, temperature)
         return probe, probe.training_temperature(of_training, temperature), metrics
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from peft_vit.backbones import Architecture, Backbone, native_size, size_step_of
+from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
 from peft_vit.data import open_index
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
 from peft_vit.runs.execute import Loaded
 from peft_vit.runs.head_init import SharedFeatures
-from peft_vit.tasks import metric_of
-from peft_vit.training import Features, can_hold_out, fit_probe, held_out_metrics, loss_weights
+from peft_vit.tasks import DecidingMetric, metric_of
+from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, held_out_fit, loss_weights
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
@@ -83,23 +84,72 @@ def try_sizes(
 
 
 def _trial(spec: RunSpec) -> SizeTrial:
-    loaded = Loaded.of(spec, test=False)
-    data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
-    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime)
-    train, validation = shared.of(data.train), shared.of(data.validation)
-    weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
-    class_weights = None if weights is None else weights.double().numpy()
-    metric, strengths = metric_of(spec), spec.experiment.probe_l2
-    index = open_index(spec.data, smoke=spec.smoke)
-    groups = index.groups[np.concatenate([data.train.positions, data.validation.positions])]  # (N + V,)
-    labels = np.concatenate([train.labels, validation.labels])
-    if len(labels) <= _FEW and can_hold_out(data.task.strata(labels), groups):
-        both = Features(np.concatenate([train.values, validation.values]), labels, data.task)  # (N + V, D)
-        metrics = held_out_metrics(both, metric, groups, class_weights=class_weights, l2=strengths)
+    seen = seen_by_head(spec)
+    features, metric, weights, strengths = seen.features, seen.metric, seen.class_weights, spec.experiment.probe_l2
+    if len(features.labels) <= _FEW and can_hold_out(features.task.strata(features.labels), seen.groups):
+        _, logits = held_out_fit(features, seen.groups, metric, class_weights=weights, l2=strengths)
+        metrics = features.task.measure(logits, features.labels)
     else:
-        head = Backbone(model).head
-        probe = fit_probe(train, validation, head, runtime, metric, class_weights=class_weights, l2=strengths)
+        train, validation = (
+            Features(features.values[part], features.labels[part], features.task)
+            for part in (slice(0, seen.train_images), slice(seen.train_images, None))
+        )
+        probe = fit_probe(train, validation, seen.head, seen.runtime, metric, class_weights=weights, l2=strengths)
         assert probe.chosen is not None
         metrics = probe.chosen.metrics
     value = metric.of(metrics)
     return SizeTrial(spec.data.image_size, metric.sign * value, metric.text(value))
+
+
+@dataclass(frozen=True)
+class SeenByHead:
+    """What a linear head sees of a run's images.
+
+    Attributes:
+        features: of training images in every way that was asked for, one way after the other, then of validation
+            images as they are.
+        groups: of the images, (n,), those with equal ones are copies.
+        train_images: how many of them train.
+        metric: that decides.
+        class_weights: on the loss; None: all 1.
+        head: of the model.
+        runtime: likewise.
+    """
+
+    features: Features
+    groups: NDArray[np.int64]
+    train_images: int
+    metric: DecidingMetric
+    class_weights: NDArray[np.float64] | None
+    head: Head
+    runtime: RuntimeConfig
+
+
+def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
+    """Compute the features of a run's training and validation images, or look them up; no test image is read.
+
+    Args:
+        spec: of the method `linear`.
+        flipped: training images come in every way in which training shows them.
+
+    Raises:
+        UserError: as `load_data`, `load_run_backbone`.
+    """
+    loaded = Loaded.of(spec, test=False)
+    data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
+    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime)
+    parts = [shared.of_training(data.train) if flipped else shared.of(data.train)]
+    if len(data.validation):
+        parts.append(shared.of(data.validation))
+    values, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "labels"))
+    weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
+    index = open_index(spec.data, smoke=spec.smoke)
+    return SeenByHead(
+        features=Features(values, labels, data.task),
+        groups=index.groups[np.concatenate([data.train.positions, data.validation.positions])],
+        train_images=len(data.train),
+        metric=metric_of(spec),
+        class_weights=None if weights is None else weights.double().numpy(),
+        head=Backbone(model).head,
+        runtime=runtime,
+    )

@@ -11,8 +11,7 @@ from peft_vit.training.linear_probe import (
     fit_probe,
     head_inputs,
     head_logits,
-    held_out_metrics,
-    held_out_temperature,
+    held_out_fit,
 )
 from peft_vit.training.loop import Progress, TrainingResult, steps_per_epoch, train
 from peft_vit.training.optimization import loss_weights, optimization_step

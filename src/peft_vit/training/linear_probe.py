@@ -6,8 +6,8 @@ minimizes
     sum_i w_i loss(W z_i + b, y_i) / sum_i w_i + (l2 / 2) ||W||_F^2,    w_i = 1, or by the class
 
 as the task does it: of classification, cross entropy to convergence. Each l2 of a list is tried, and what decides
-chooses on validation images; of equal ones the lower NLL, then the stronger penalty; without such images the list has
-one. The standardization is folded into the head afterwards, so that the model needs nothing new.
+chooses on validation images; of equal ones the lower NLL, then the stronger penalty. Without such images it chooses on
+training images that are left out of the fit in turn. The standardization is folded into the head afterwards, so that the model needs nothing new.
 """
 
 from __future__ import annotations
@@ -107,26 +107,6 @@ class LinearProbe:
         return values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
 
 
-def held_out_temperature(
-    train: Features, images: int, l2: float, *, class_weights: Floats | None = None, seed: int = 0
-) -> float:
-    """Return the temperature of a probe without validation images: of logits that heads have on images left out.
-
-    Args:
-        train: of n images in each of w ways, one way after the other, (w n, D).
-        images: n.
-        l2: strength of the penalty.
-        class_weights: on the loss, (classes,); None: all 1.
-        seed: of the folds.
-    """
-    labels = train.labels[:images]
-    if not can_hold_out(train.task.strata(labels), np.arange(images)):
-        message = "probe needs two training images of each class where none validate; add images, or start at random"
-        raise UserError(message, field="training.head_start")
-    (logits,) = _held_out_logits(train, np.arange(images), [l2], class_weights, seed)  # (n, classes)
-    return train.task.temperature(torch.from_numpy(logits), torch.from_numpy(labels))
-
-
 def can_hold_out(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> bool:
     """Return whether each of the strata (n,) has two groups (n,), so that one can be left out of a fit."""
     return _fewest_groups(strata, groups) >= 2
@@ -136,26 +116,36 @@ def _fewest_groups(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> int:
     return min(len(np.unique(groups[strata == stratum])) for stratum in np.unique(strata))
 
 
-def held_out_metrics(
+def held_out_fit(
     train: Features,
-    metric: DecidingMetric,
     groups: NDArray[np.int64],
+    metric: DecidingMetric,
     *,
     class_weights: Floats | None = None,
     l2: Sequence[float] = PROBE_L2,
-) -> Metrics:
-    """Return what a probe has on images left out of its fit, at the strength that is best on them.
+    seed: int = 0,
+) -> tuple[float, Floats]:
+    """Return the strength that is best on images left out of the fit, and what heads say of these, (n, classes).
 
     Args:
-        train: of n images, (n, D).
-        metric: that says what is best.
+        train: of n images in each of w ways, one way after the other, (w n, D).
         groups: (n,), of images that are left out together.
+        metric: that says what is best.
         class_weights: on the loss, (classes,); None: all 1.
         l2: the strengths.
+        seed: of the folds.
+
+    Raises:
+        UserError: if a class has one image alone, or one group.
     """
-    ordered = sorted(l2, reverse=True)
-    held_out = _held_out_logits(train, groups, ordered, class_weights, seed=0)
-    return max((train.task.measure(logits, train.labels) for logits in held_out), key=metric.quality)
+    labels, ordered = train.labels[: len(groups)], sorted(l2, reverse=True)
+    if not can_hold_out(train.task.strata(labels), groups):
+        message = "probe needs two training images of each class where none validate; add images, or start at random"
+        raise UserError(message, field="training.head_start")
+    held_out = _held_out_logits(train, groups, ordered, class_weights, seed)
+    quality = [metric.quality(train.task.measure(logits, labels)) for logits in held_out]
+    best = max(range(len(ordered)), key=quality.__getitem__)  # of equal ones the first, the strongest
+    return ordered[best], held_out[best]
 
 
 def _held_out_logits(

@@ -20,7 +20,8 @@ from peft_vit.runs import execute as run_module
 from peft_vit.runs import run_one
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.studies.plan import plan_study
-from peft_vit.training import Features, held_out_temperature, loop
+from peft_vit.tasks.classification import ACCURACY
+from peft_vit.training import Features, held_out_fit, loop
 
 pytestmark = pytest.mark.part("runner")
 
@@ -105,6 +106,13 @@ def test_training_starts_from_the_probe_at_a_temperature_of_images_left_out(unse
     assert record.steps[0].loss > 0.5
 
 
+def test_images_left_out_choose_the_penalty(unseen, tmp_path) -> None:
+    probe, lora = do(unseen("linear", "lora", head_start="probe"), tmp_path)
+    assert probe.head_fit.chosen_l2 == lora.head_fit.chosen_l2
+    assert probe.head_fit.l2 == (probe.head_fit.chosen_l2,)
+    assert (probe.head_fit.validation, probe.evaluations, probe.chosen_step) == ((), [], 1)
+
+
 def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     """Against scikit-learn's own folds and a grid of temperatures; it divides what is too sure, and leaves the rest."""
     from sklearn.linear_model import LogisticRegression
@@ -114,7 +122,13 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     values = (rng.normal(size=(200, 40)) + 0.3 * labels[:, None] * (np.arange(40) < 3)).astype(np.float32)
     flipped = values + rng.normal(0, 0.1, values.shape).astype(np.float32)
     train = Features(np.concatenate([values, flipped]), np.tile(labels, 2))
-    temperature = held_out_temperature(train, 200, 0.001, seed=3)
+
+    def temperature_at(l2: float) -> float:
+        chosen, left_out = held_out_fit(train, np.arange(200), ACCURACY, l2=[l2], seed=3)
+        assert chosen == l2
+        return train.task.temperature(torch.from_numpy(left_out), torch.from_numpy(labels))
+
+    temperature = temperature_at(0.001)
     logits = np.empty((200, 2))
     for fold in range(5):
         out = (np.arange(200) // 2) % 5 == fold
@@ -128,17 +142,15 @@ def test_the_temperature_is_that_of_heads_on_images_left_out() -> None:
     losses = [float(cross_entropy(torch.from_numpy(logits / t), torch.from_numpy(labels))) for t in grid]
     assert temperature == pytest.approx(grid[int(np.argmin(losses))], rel=0.35)  # other folds, and as many images
     assert temperature > 1.5
-    assert held_out_temperature(train, 200, 1.0, seed=3) < temperature
+    assert temperature_at(1.0) < temperature
     alone = Features(values[:5], np.array([0, 0, 0, 0, 1]))
     with pytest.raises(UserError, match="needs two training images of each class"):
-        held_out_temperature(alone, 5, 0.1)
+        held_out_fit(alone, np.arange(5), ACCURACY, l2=[0.1])
 
 
 REFUSED = [
     (("lora",), {"patience": 2, "schedule": "constant"}, {}, "training.patience of 'lora' counts validations"),
     (("lora",), {"validate_every": 2}, {}, "training.validate_every of 'lora' counts validations"),
-    (("linear",), {}, {}, "'linear' fits a probe, whose penalty validation chooses.* add training.probe_l2"),
-    (("lora",), {"head_start": "probe"}, {}, "'lora' fits a probe, whose penalty validation chooses"),
     (("lora",), {}, {"removal_images": 4}, "measures.removal_images is of validation images"),
 ]
 
