@@ -7,7 +7,8 @@ minimizes
 
 as the task does it: of classification, cross entropy to convergence. Each l2 of a list is tried, and what decides
 chooses on validation images; of equal ones the lower NLL, then the stronger penalty. Without such images it chooses on
-training images that are left out of the fit in turn. The standardization is folded into the head afterwards, so that the model needs nothing new.
+training images that are left out of the fit in turn. The standardization is folded into the head afterwards, so that
+the model needs nothing new.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from peft_vit.data import LabelledImages, deal_folds
 from peft_vit.errors import UserError
 from peft_vit.evaluation import autocast
 from peft_vit.evaluation.halves import forward_in_halves
-from peft_vit.records import Evaluation, HeadFit, Metrics, StepRow
+from peft_vit.records import Evaluation, HeadFit, StepRow
 from peft_vit.seeding import numpy_generator
 from peft_vit.tasks import CLASSIFICATION, DecidingMetric, Task
 from peft_vit.tasks.task import Floats, Labels
