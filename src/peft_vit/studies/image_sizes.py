@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from peft_vit.training import Features, RuntimeConfig, can_hold_out, fit_probe, 
 
 _SMALLEST, _LARGEST = 56, 640  # pixels
 _FEW = 1500  # images, up to which folds are worth their fits
+_GAIN, _GAIN_STEPS = 0.03, 60  # what training adds to a regression at last, and in how many steps two thirds of it
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,15 @@ def sizes_to_try(architecture: Architecture) -> list[int]:
     wished = [smallest * 2 ** (power / 2) for power in range(12)]
     sizes = {round(side / step) * step for side in wished if side < min(native, _LARGEST) / 1.1}
     return sorted({*sizes, *([native] if native <= _LARGEST else [])}) or [native]
+
+
+def expected_gain(steps: int) -> float:
+    """Return what so many steps of training may add to a regression on frozen features, a share.
+
+    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST at
+    50 labels a class, and how it grows from 48 to 498 steps.
+    """
+    return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
 
 
 def try_sizes(

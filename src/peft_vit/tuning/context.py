@@ -19,7 +19,6 @@ from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
 FOLDS = 5
-_MOST_VALIDATION = 500
 _BATCH = 32
 
 
@@ -63,22 +62,9 @@ class TuningContext:
         return self.images // FOLDS
 
     @property
-    def validation_images(self) -> int:
-        """Return how many images validate: a fifth of the different ones that a fold leaves."""
-        different = self.images if self.different is None else self.different
-        left = different - different // FOLDS
-        return max(2, len(self.counts), min(left // 5, _MOST_VALIDATION))
-
-    @property
     def train_images(self) -> int:
-        """Return how many images are trained on in a fold, about: no copies of those that validate."""
-        copies = self.images / (self.different or self.images)  # of an image, with itself
-        return self.images - self.test_images - round(copies * self.validation_images)
-
-    @property
-    def correlation(self) -> float:
-        """Return the test images of a fold over its training images, see `StoppingRule`."""
-        return -(-self.images // FOLDS) / self.train_images
+        """Return how many images are trained on in a fold, about."""
+        return self.images - self.test_images
 
     @property
     def batch_size(self) -> int:
@@ -87,9 +73,9 @@ class TuningContext:
 
     @property
     def flips(self) -> Flips:
-        """Return how training images are flipped: as probes have chosen, left-right until then."""
-        found: Flips = self.state.file.decided.get("probes", {}).get("flips", "horizontal")
-        return found
+        """Return how training images are flipped: as regressions have chosen, left-right until then."""
+        flips: Flips = self.state.file.decided.get("flips", "horizontal")
+        return flips
 
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:
@@ -147,9 +133,18 @@ class TuningContext:
         image_size: int,
         seeds: Sequence[int],
         experiments: Sequence[Mapping[str, Any]],
-        **settings: Any,
+        **data: Any,
     ) -> dict[str, Any]:
-        """Return a study on the folds: seed s tests on fold s % 5 of repetition s // 5."""
+        """Return a study on the folds: seed s tests on fold s % 5 of repetition s // 5. Nothing validates.
+
+        Args:
+            name: of the study.
+            model: of the backbone.
+            image_size: in pixels.
+            seeds: of the runs.
+            experiments: as a configuration holds them.
+            data: beside what all have; `folds: null` trains on all that is not sealed, which tests.
+        """
         request = self.request
         return {
             "name": name,
@@ -164,9 +159,10 @@ class TuningContext:
                 "images_file": str(self.images_file.absolute()),
                 "image_size": image_size,
                 "folds": FOLDS,
-                "validation_images": self.validation_images,
+                "validation_images": 0,
                 "split_seed": request.seed,
+                **data,
             },
             "experiments": [{**one, "training": {**one["training"], "compute": self.compute}} for one in experiments],
-            **settings,
+            "measures": {"logits": True},
         }

@@ -1,4 +1,4 @@
-"""A tuning that can be killed at any moment: what was asked, what was decided, and the time that was spent."""
+"""A tuning that can be killed at any moment: what was asked, what was decided, what was tried, and the time it took."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,19 +16,19 @@ from peft_vit.errors import UserError, checked
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
+from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.tune_request import TuneRequest
 
 TUNE_FILE = "tune.json"
-SHARES = {  # of the time; what a stage leaves is the race's
+SHARES = {  # of the time; what a stage leaves is that of the next
     "look": 0.02,
     "machine": 0.03,
-    "probes": 0.15,
-    "rates": 0.25,
-    "race": 0.40,
-    "final": 0.10,
+    "sizes": 0.15,
+    "search": 0.25,
+    "folds": 0.35,
+    "final": 0.15,
     "output": 0.05,
 }
-_STAYS = {"tried": "steps", "probes": "image size", "rates": "learning rates"}  # of what is decided, in words
 _ENDLESS_MINUTES = 1e6
 _Of = TypeVar("_Of")
 
@@ -36,15 +36,16 @@ _Of = TypeVar("_Of")
 class TuneFile(BaseModel):
     """Content of tune.json.
 
-    `asked` may not change. `decided` holds what does not follow from records alone, since it depended on the time that
-    there was. `seconds` are those of every call.
+    `asked` may not change. `decided` holds what does not follow from records alone; of it `flips` and `compute` stay,
+    since all runs share them. `recipes` are all that were tried. `seconds` are those of every call.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     asked: dict[str, Any]
     decided: dict[str, Any] = {}
+    recipes: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
 
 
@@ -82,8 +83,6 @@ class State:
         before = _read(place)
         if before is None:
             return cls(request, tell, limit, TuneFile(asked=asked), clock)
-        if "compute" not in before.asked:  # an earlier version began it, in float
-            before.asked["compute"], before.decided["compute"] = "auto", "float"
         for option, value in asked.items():
             if before.asked.get(option) != value:
                 raise UserError(
@@ -103,25 +102,38 @@ class State:
         """Return the seconds that stages have of a call's time."""
         return 60 * self.request.minutes * sum(SHARES[stage] for stage in stages)
 
+    def until(self, reserved_s: float) -> Limit:
+        """Return this call's limit, so many seconds earlier."""
+        return Limit(self.limit.minutes - reserved_s / 60, self.limit.started, self.limit.clock)
+
+    @property
+    def unlimited(self) -> Limit:
+        """Return a limit that is never reached, for what has to be brought to its end."""
+        return Limit(_ENDLESS_MINUTES, self.clock(), self.clock)
+
     def once(self, name: str, decide: Callable[[], _Of]) -> _Of:
         """Return what was decided under a name, a plain value, or decide it now and keep it."""
         if name not in self.file.decided:
             self.file.decided[name] = json.loads(json.dumps(decide()))
             self.save()
-        found: _Of = self.file.decided[name]
-        return found
+        decided: _Of = self.file.decided[name]
+        return decided
 
-    def tell_what_stays(self) -> None:
-        """Say what a call that goes on does not choose anew, however many minutes it has."""
-        stays = [words for name, words in _STAYS.items() if name in self.file.decided]
-        if stays:
-            said = ", ".join(stays[:-1]) + (" and " if stays[1:] else "") + stays[-1]
-            self.tell(f"goes on: {said} stay as they were chosen; to choose anew, take another --output")
+    @property
+    def recipes(self) -> list[Recipe]:
+        """Return all that were tried."""
+        return [Recipe(**values) for values in self.file.recipes]
+
+    def remember(self, recipe: Recipe) -> None:
+        """Keep a recipe that is tried."""
+        if (values := asdict(recipe)) not in self.file.recipes:
+            self.file.recipes.append(values)
+            self.save()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Say that a stage begins, and count its seconds, however it ends."""
-        self.tell(f"{name}: {SHARES[name]:.0%} of the time, {max(0.0, self.limit.left_s) / 60:.1f} minutes are left")
+        self.tell(f"{name}: {max(0.0, self.limit.left_s) / 60:.1f} minutes are left")
         started = self.clock()
         try:
             yield
@@ -134,16 +146,10 @@ class State:
         self.begun = True
         self.save()
 
-    @property
-    def unlimited(self) -> Limit:
-        """Return a limit that is never reached, for what has to be brought to its end."""
-        return Limit(_ENDLESS_MINUTES, self.clock(), self.clock)
-
     def save(self) -> None:
         """Write tune.json, once the tuning has begun."""
-        if not self.begun:
-            return
-        write_whole(self.request.output / TUNE_FILE, (self.file.model_dump_json(indent=1) + "\n").encode())
+        if self.begun:
+            write_whole(self.request.output / TUNE_FILE, (self.file.model_dump_json(indent=1) + "\n").encode())
 
 
 def _read(place: Path) -> TuneFile | None:

@@ -45,7 +45,7 @@ def _or_default(models: Any) -> Any:
 
 
 class TuneRequest(Request):
-    """Images, what is promised of the model, its limits, and the time; None: no limit."""
+    """Images, limits of the model, and the time; None: no limit."""
 
     images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(
         description="one folder of images per class, or a zip of it"
@@ -54,8 +54,8 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="points of accuracy (of balanced accuracy, where classes are out of balance) that the model may "
-        "lose against float LoRA",
+        description="points of accuracy (of balanced accuracy, where classes are out of balance) that a smaller model "
+        "may lose against the best one found",
     )
     max_bytes: Annotated[int | None, BeforeValidator(_bytes), Option(typed=str)] = Field(
         default=None, gt=0, description="of the model's file, as in 20MB"
@@ -66,7 +66,7 @@ class TuneRequest(Request):
     memory_limit: Annotated[str | None, BeforeValidator(written_size)] = Field(
         default=None, description="of a training process, as in 1GB"
     )
-    minutes: float = Field(default=60.0, gt=0, description="that this call may take; another call buys more")
+    minutes: float = Field(default=20.0, gt=0, description="that this call may take; another call buys more")
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(_or_default),

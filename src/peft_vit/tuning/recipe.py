@@ -1,0 +1,146 @@
+"""What may become the model: a recipe says everything that its training depends on, and what its file takes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from peft_vit.backbones import BackboneShape, fused_sites
+from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
+from peft_vit.methods import METHODS, TrainOptions
+from peft_vit.methods.method import DEFAULT_RANK
+from peft_vit.runs.post_training import packing_of
+from peft_vit.tasks import DecidingMetric
+
+DEFAULT_RATE = 1e-3  # of LoRA
+ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int4", "int3")  # after training
+_SCALE_BYTES = 2  # of a group's scale, and of its offset
+_TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model that could be trained.
+
+    Attributes:
+        model: of the backbone.
+        image_size: in pixels.
+        method: of `METHODS`; linear: a probe, which takes no step.
+        rank: 0: the method's own.
+        rate: of learning, at its highest; 0 of a probe.
+        steps: on a fold; the last training has as many more as there are more images.
+        bits: number format of the blocks' matrices; None: float.
+        when: they are rounded: never, while training (QA-LoRA), or after it.
+    """
+
+    model: str
+    image_size: int
+    method: Literal["linear", "lora", "adalora", "qa_lora"] = "linear"
+    rank: int = 0
+    rate: float = 0.0
+    steps: int = 0
+    bits: QuantizationType | None = None
+    when: Literal["never", "training", "after"] = "never"
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether only a head is fitted, on features of the frozen backbone."""
+        return self.method == "linear"
+
+    @property
+    def trained(self) -> Self:
+        """Return what is trained for it: the same in float, where bits come after training."""
+        return replace(self, bits=None, when="never") if self.when == "after" else self
+
+    def rounded(self, bits: QuantizationType) -> Self:
+        """Return it with weights that are rounded after training."""
+        return replace(self, bits=bits, when="after")
+
+    @property
+    def name(self) -> str:
+        """Return the name of the experiment that trains it, among those of its model and size."""
+        if self.is_probe:
+            return "linear"
+        bits = f"_{self.bits}" if self.when == "training" else ""
+        return f"{self.method}{bits}_r{self.rank or DEFAULT_RANK}_{self.rate:g}_{self.steps}".replace(".", "-")
+
+    @property
+    def place(self) -> str:
+        """Return what the studies of its model and size are called, after what they are for."""
+        plain = re.sub(r"[^a-z0-9_]+", "-", self.model.lower()).strip("-_")
+        if plain != self.model or len(plain) > 40:
+            plain = f"{plain[:40]}-{hashlib.sha256(self.model.encode()).hexdigest()[:6]}"
+        return f"{plain}-{self.image_size}"
+
+    @property
+    def title(self) -> str:
+        """Return what it is, for people."""
+        rank = f" of rank {self.rank}" if self.rank else ""
+        bits = [] if self.bits is None else [f"{BITS_OF_TYPE[self.bits]} bits ({self.bits})"]
+        return ", ".join([f"{_TITLES[self.method]}{rank}", *bits, f"{self.image_size} px"])
+
+    @property
+    def settings(self) -> str:
+        """Return how it is trained, for people; empty of a probe."""
+        return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
+
+    def sections(self, shape: BackboneShape, steps: int) -> dict[str, Any]:
+        """Return what the method brings to an experiment of so many steps."""
+        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, steps), shape=shape)
+        sections = METHODS[self.method].defaults(options)
+        if self.bits is not None and self.when == "training":
+            sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
+        return sections
+
+    def file_bytes(self, shape: BackboneShape, classes: int) -> int:
+        """Return what its file takes, see `file_bytes`."""
+        packing = None
+        if self.bits is not None:
+            after = self.when == "after"
+            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
+        return file_bytes(shape, packing, classes)
+
+
+def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
+    """Return LoRA of the usual rank."""
+    return Recipe(model, image_size, "lora", rate=rate, steps=steps)
+
+
+def rate_of(method: str, rate: float) -> float:
+    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
+    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
+
+
+def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
+    """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
+
+    A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
+    an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
+
+    Args:
+        shape: of the backbone.
+        packing: as a section `qa_lora`; None: float weights.
+        classes: of the head.
+    """
+    width = next(iter(shape.sites)).in_features
+    values = shape.parameters + classes * (width + 1)
+    if packing is None:
+        return 4 * values
+    total = 0
+    for site in fused_sites(shape.sites).values():
+        weights = site.in_features * site.out_features
+        groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
+        offset = packing.get("quantization_offset", packing["use_group_quantization"])
+        total += weights * packing["quantization_bits"] // 8 + groups * _SCALE_BYTES * (2 if offset else 1)
+        values -= weights
+    return total + 4 * values
+
+
+def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
+    """Return what every section `training` of a tuning says, a probe's too."""
+    augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
+    decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}
+    return {"batch_size": batch_size, "augmentation": augmentation, **decides}
