@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from peft_vit.evaluation import storage_bytes
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
 from peft_vit.records import FEATURES_FILE, Calibrated
-from peft_vit.runs.post_training import merge_float, pack_after_training, spread
+from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
@@ -197,7 +198,7 @@ def export_run_to_file(
     if data is None:
         return Exported(merged, None, missing)
     split: _Split = "validation" if len(data.validation) else "training"
-    images = data.validation if split == "validation" else spread(data.train, _COMPARED_WITH)
+    images = data.validation if split == "validation" else _spread(data.train, _COMPARED_WITH)
     if not int8:
         comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
         return Exported(merged, comparison, float_bytes=float_bytes)
@@ -238,6 +239,11 @@ def _try_int8(
         trial = Path(folder) / "model.onnx"
         export_onnx(merged, trial, card, activations="int8", known=run.known)
         return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
+
+
+def _spread(images: LabelledImages, count: int) -> LabelledImages:
+    """Return so many of the images, or all, at even distances."""
+    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
 
 
 def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: _Split) -> Comparison:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from peft_vit.adapters import AdaptedLinear, packed_weights
 from peft_vit.backbones import Backbone, Site, fused_sites
 from peft_vit.config import NUMBER_FORMATS, QaLoraConfig, QuantizationType, Rounding
-from peft_vit.data import Data, LabelledImages
+from peft_vit.data import Data
 from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict, predict_with_middle
 from peft_vit.methods.quantized import packed_by_default
 from peft_vit.runs.held_out import Outputs, believed
 from peft_vit.runs.restore import RestoredRun, restore_run
+from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
 from peft_vit.training.quantized_layers import packed_weights as rounded_weights
 
-IMAGES = 128  # training images, at most, by which GPTQ rounds
+_IMAGES = 128  # training images, at most, by which GPTQ rounds
+_AT_ONCE = 32
 _CPU = torch.device("cpu")
 
 
@@ -74,26 +76,18 @@ def pack_after_training(
     model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding
 ) -> tuple[nn.Module, ModelCard]:
     """Return a run's merged float model with packed weights, and what validation images then tell of it."""
-    card = run.card
-    rounded = round_weights(model, type, _images_to_round_by(data, card, rounding))
+    rounded, card = round_weights(model, type, _images_to_round_by(run, data, rounding)), run.card
     if len(data.validation):
-        seen = predict_with_middle(rounded, _batches(data.validation, card), device=_CPU, precision="fp32")
-        calibrated, unlike = believed(Outputs(*seen), run.known)
+        batches = data.validation.ordered_batches(_AT_ONCE, card.mean, card.std)
+        seen = Outputs(*predict_with_middle(rounded, batches, device=_CPU, precision="fp32"))
+        calibrated, unlike = believed(seen, run.known)
         card = card.model_copy(update={"calibrated": calibrated, "unlike": unlike})
     return rounded, card
 
 
-def _images_to_round_by(data: Data, card: ModelCard, rounding: Rounding) -> Tensor | None:
-    return None if rounding == "nearest" else next(_batches(spread(data.train, IMAGES), card, IMAGES))[0]
-
-
-def _batches(images: LabelledImages, card: ModelCard, size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
-    return images.ordered_batches(size, card.mean, card.std)
-
-
-def spread(images: LabelledImages, count: int) -> LabelledImages:
-    """Return so many of the images, or all, at even distances."""
-    return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
+def _images_to_round_by(run: RestoredRun, data: Data, rounding: Rounding) -> Tensor | None:
+    runtime = RuntimeConfig(_CPU, "fp32", run.card.mean, run.card.std)
+    return None if rounding == "nearest" else Calibration(data, runtime, run.record.spec.seed).images(_IMAGES)
 
 
 def logits_by_type(
@@ -113,10 +107,9 @@ def logits_by_type(
         UserError: if the run can't be restored, its weights are packed already, or its images are not there.
     """
     run = restore_run(run_dir)
-    model, card, data = merge_float(run).model, run.card, run.load_data()
-    by, tested = _images_to_round_by(data, card, rounding), data.test.open()
-    logits = {}
+    model, data = merge_float(run).model, run.load_data()
+    images, tested, logits = _images_to_round_by(run, data, rounding), data.test.open(), {}
     for type in types:
-        rounded = round_weights(model, type, by)
-        logits[type], _ = predict(rounded, _batches(tested, card), device=_CPU, precision="fp32")
+        batches = tested.ordered_batches(_AT_ONCE, run.card.mean, run.card.std)
+        logits[type], _ = predict(round_weights(model, type, images), batches, device=_CPU, precision="fp32")
     return logits

@@ -18,6 +18,7 @@ from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.held_out import PRIOR
 from peft_vit.runs.post_training import logits_by_type, packing_of, round_weights
 from peft_vit.runs.restore import restore_run
+from peft_vit.statistics import conformal_quantile
 from peft_vit.tuning.candidates import file_bytes
 
 pytestmark = pytest.mark.part("runner")
@@ -66,7 +67,10 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
 
 
 def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> None:
-    record = do_one(study("lora"), tmp_path)
+    config = study("lora")
+    record = do_one(
+        config.model_copy(update={"measures": config.measures.model_copy(update={"features": True})}), tmp_path
+    )
     run_dir = run_folder(tmp_path, record.spec)
     logits = logits_by_type(run_dir, ("int8", "nf4", "int2"))
     run = restore_run(run_dir)
@@ -77,6 +81,13 @@ def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> Non
     assert 0 < errors[0] < 0.1 * errors[2]
     for type, values in logits.items():
         np.testing.assert_array_equal(values, logits_on(round_weights(merged, type), tested, run.card))
+
+    file, validated = tmp_path / "model.safetensors", run.load_data().validation
+    export_run_to_file(run_dir, file, "safetensors", bits="int2")
+    batch = next(validated.ordered_batches(20, run.card.mean, run.card.std))[0].numpy()
+    opened = open_exported(file)
+    _, distances = opened.with_distances(batch)
+    assert opened.card.unlike.threshold == conformal_quantile(distances, 0.95) != run.card.unlike.threshold
 
 
 def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> None:
@@ -103,7 +114,7 @@ def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> N
         assert losses[0] < 0.8 * losses[1]
 
 
-def test_what_can_not_be_told_or_is_packed_already_is_refused(study, tmp_path, monkeypatch) -> None:
+def test_what_is_packed_already_is_refused(study, tmp_path) -> None:
     record = do_one(study("qa_lora"), tmp_path)
     run_dir = run_folder(tmp_path, record.spec)
     packed = record.spec.experiment.qa_lora.quantization_type
