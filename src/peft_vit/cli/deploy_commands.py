@@ -17,7 +17,16 @@ import typer
 from pydantic import Field, model_validator
 
 from peft_vit.cli.app import command
-from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name
+from peft_vit.config import (
+    EXPORTS,
+    NUMBER_FORMATS,
+    TYPE_OF_BITS,
+    OnlyWith,
+    Rounding,
+    exported_bytes,
+    exported_format,
+    format_of_name,
+)
 from peft_vit.errors import UserError, named, printable
 from peft_vit.safe_io import refuse_existing
 from peft_vit.settings import Option, Request
@@ -26,9 +35,11 @@ if TYPE_CHECKING:
     from peft_vit.deployment import ImageFile, Prediction
     from peft_vit.runs.export import Exported
 
-    _Format = str
+    _Format = _Bits = str
 else:
     _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+    _Bits = Literal[(*TYPE_OF_BITS, *NUMBER_FORMATS)]
+_PACKED = tuple(name for name, kind in EXPORTS.items() if kind.ending)  # formats that hold packed weights
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -61,6 +72,16 @@ class ExportRequest(Request):
         "metrics of finished runs, also while a study goes on",
     )
     overwrite: bool = Field(default=False, description="write over what an earlier export has written")
+    bits: Annotated[_Bits | None, OnlyWith(format=_PACKED)] = Field(
+        default=None,
+        description="of a run with float weights: round those of the blocks' matrices after training, and say what "
+        f"that loses; {', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}",
+    )
+    rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
+        default=None,
+        description="each weight to the nearest (default), or gptq: so that errors on training images make up for "
+        "each other",
+    )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
         default=None,
         description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
@@ -143,15 +164,21 @@ def export(request: ExportRequest) -> None:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
 
         options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-        _print_export(export_run_to_file(directory, output, format, options, overwrite=request.overwrite))
+        bits = None if request.bits is None else TYPE_OF_BITS.get(request.bits, request.bits)
+        rounding, overwrite = request.rounding or "nearest", request.overwrite
+        done = export_run_to_file(directory, output, format, options, bits=bits, rounding=rounding, overwrite=overwrite)
+        _print_export(done, bits, output)
         _print_next(output)
 
 
-def _print_export(done: Exported) -> None:
+def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     print(_MERGED[done.merged.how])
     if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.float_bytes is not None:
+        sizes = f"{done.float_bytes / 1e6:.1f} MB before, {exported_bytes(file) / 1e6:.1f} MB after"
+        print(f"Then the weights of the blocks' matrices were rounded to {bits}: {sizes}.")
     if done.activations == "int8":
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
