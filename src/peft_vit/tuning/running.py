@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
+from peft_vit.records import RECORD_FILE, read_record, run_folder
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
@@ -23,25 +26,27 @@ from peft_vit.tasks import DecidingMetric
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to; scores are shares by the metric that decides.
+    """What a finished run came to, on images that it was not trained on: of its fold, or the sealed ones.
 
     Attributes:
-        validation: on validation images, at the chosen step; None: there are none.
-        nll: likewise, nats.
-        test: on the fold's test images; of the final runs on the sealed ones.
-        gain: of the last step over the head that training started from, on validation; 0 of a probe.
-        l2: strength of the probe's penalty; None: there was no probe.
+        images: their positions in the data set, (n,).
+        labels: their classes, (n,).
+        logits: what it says of them, (n, classes).
         seconds: that the run took.
         folder: of its files.
     """
 
-    validation: float | None
-    nll: float | None
-    test: float
-    gain: float
-    l2: float | None
+    images: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    logits: NDArray[np.float64]
     seconds: float
     folder: Path
+
+    @property
+    def right(self) -> NDArray[np.bool_]:
+        """Return where it is right, (n,)."""
+        right: NDArray[np.bool_] = self.logits.argmax(1) == self.labels
+        return right
 
 
 Only = tuple[Sequence[str], Sequence[int]]
@@ -72,7 +77,7 @@ class StudyRunner:
 
     Attributes:
         results_dir: studies lie below it.
-        metric: of scores.
+        metric: of what is told.
         executor: which one.
         tell: told what ended and what failed, a line each.
     """
@@ -108,14 +113,13 @@ class StudyRunner:
             if not (folder / RECORD_FILE).exists():
                 continue
             record = read_record(folder / RECORD_FILE)
-            if record.status != "done" or record.test is None:
+            predictions = record.predictions
+            if record.status != "done" or predictions is None or predictions.logits is None:
                 continue
             found[run.spec.experiment.name, run.spec.seed] = Outcome(
-                validation=None if record.validation is None else self.metric.of(record.validation),
-                nll=None if record.validation is None else record.validation.nll,
-                test=self.metric.of(record.test),
-                gain=_gain(record, self.metric),
-                l2=None if record.head_fit is None else record.head_fit.chosen_l2,
+                images=np.asarray(predictions.images, dtype=np.int64),
+                labels=np.asarray(predictions.labels, dtype=np.int64),
+                logits=np.asarray(predictions.logits, dtype=np.float64),
                 seconds=record.seconds,
                 folder=folder,
             )
@@ -131,12 +135,5 @@ class StudyRunner:
             if record.status == "failed" or record.test is None:
                 self.tell(f"  {name} failed: {record.error}")
             else:
-                own = "" if record.validation is None else self.metric.text(self.metric.of(record.validation))
-                self.tell(f"  {name}: {own and f'validation {own}, '}{record.seconds:.0f} s")
-
-
-def _gain(record: RunRecord, metric: DecidingMetric) -> float:
-    if not record.evaluations or record.evaluations[0].step:  # those of a probe are its strengths
-        return 0.0
-    first, last = (metric.of(record.evaluations[place].metrics) for place in (0, -1))
-    return metric.sign * (last - first)
+                value = self.metric.text(self.metric.of(record.test))
+                self.tell(f"  {name}: {record.seconds:.0f} s{f', {value}' if record.spec.data.folds else ''}")

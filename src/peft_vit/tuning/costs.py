@@ -1,0 +1,130 @@
+"""What everything takes on this machine, in seconds, and so how many steps a run has.
+
+A run on a fold starts, fits the head that it starts from, takes its steps, and passes its test images once. Features of
+the frozen backbone are computed once for all runs of a size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft_vit.backbones import BackboneShape
+from peft_vit.errors import UserError
+from peft_vit.forecasting.estimate import Throughput
+from peft_vit.forecasting.time_limit import fit
+from peft_vit.training import FLIP_AXES
+from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
+
+LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
+MOST_SEEN = 1500  # images by which sizes are compared
+_FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
+_FIT_S = 2e-8  # of one, for each of its values: images x features x classes
+_PACK_S = 3.0  # to restore a run's model, and to round its weights once
+_FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
+_TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of what a tuning does.
+
+    Attributes:
+        context: of the tuning.
+        machine: what was measured.
+    """
+
+    context: TuningContext
+    machine: Throughput
+
+    def shape(self, recipe: Recipe) -> BackboneShape:
+        """Return the shape of a recipe's backbone."""
+        return self.context.shape(recipe.model, recipe.image_size)
+
+    def image_s(self, recipe: Recipe) -> float:
+        """Return the seconds of a forward pass for each of its images."""
+        return self.machine.image_s(self.shape(recipe))
+
+    def features_s(self, recipe: Recipe, images: int) -> float:
+        """Return the seconds of the features of images in every way in which training shows them."""
+        return len(FLIP_AXES[self.context.flips]) * images * self.image_s(recipe)
+
+    def fits_s(self, recipe: Recipe, images: int) -> float:
+        """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
+        width = next(iter(self.shape(recipe).sites)).in_features
+        values = len(FLIP_AXES[self.context.flips]) * images * width * len(self.context.counts)
+        return _FITS * _FIT_S * values
+
+    def regression_s(self, recipe: Recipe) -> float:
+        """Return the seconds of a size's regression on all images, by which sizes are compared."""
+        images = min(MOST_SEEN, self.context.images)
+        return self.machine.start_s + self.features_s(recipe, images) + self.fits_s(recipe, images)
+
+    def run_s(self, recipe: Recipe) -> float:
+        """Return the seconds of a run on a fold, without a process's start and features that others share."""
+        train, test = self.context.train_images, self.context.test_images
+        begun = self.machine.start_s + self.fits_s(recipe, train)
+        return begun + recipe.steps * self._step_s(recipe) + (0 if recipe.is_probe else test * self.image_s(recipe))
+
+    def rounding_s(self, recipe: Recipe, forms: int, images: int | None = None) -> float:
+        """Return the seconds of a run's predictions with weights rounded to some formats; None: of a fold's images."""
+        seen = self.context.test_images if images is None else images
+        return self.machine.start_s / 2 + forms * (_PACK_S + 2 * seen * self.image_s(recipe))
+
+    def ending_s(self, recipe: Recipe) -> float:
+        """Return the seconds of the last training and of the output, as far as they can be foreseen.
+
+        The output writes the model in some forms, compares each with the run's model, and times them beside float32;
+        where none is as fast as was asked for, activations in 8 bits are measured on folds.
+        """
+        context, machine, image_s = self.context, self.machine, self.image_s(recipe)
+        steps = self.last_steps(recipe)
+        begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
+        trained = begun + steps * self._step_s(recipe) + context.sealed_images * image_s
+        rounded = self.rounding_s(recipe, 1, context.sealed_images) if recipe.when == "after" else 0.0
+        forms, folds = (_FORMS, 0) if context.request.max_latency_s is None else (_FORMS + 1, FOLDS)
+        written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
+        measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
+        timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
+        return trained + rounded + written + measured + timed
+
+    def last_steps(self, recipe: Recipe) -> int:
+        """Return the steps of the last training: as many more as there are more images to train on."""
+        return round(recipe.steps * self.context.images / self.context.train_images)
+
+    def most_steps(self, model: str, image_size: int) -> int:
+        """Return the most steps of LoRA that fit: five folds in their share, the end in its own; 0: too few do."""
+        share_s, forms = self.context.state.share_s, len(ROUNDED)
+
+        def seconds(steps: int) -> float:
+            recipe = lora(model, image_size, steps)
+            folds = FOLDS * (self.run_s(recipe) + self.rounding_s(recipe, forms)) + self.machine.process_s
+            return folds + max(0.0, self.ending_s(recipe.rounded(ROUNDED[0])) - share_s("final", "output"))
+
+        steps = range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
+        return fit(steps, seconds, share_s("folds")) or 0
+
+    def least_s(self, recipe: Recipe) -> float:
+        """Return the seconds of the least that gives an answer: a regression on the folds, and its file."""
+        features = self.features_s(recipe, self.context.images)
+        return self.regression_s(recipe) + features + FOLDS * self.run_s(recipe) + self.ending_s(recipe)
+
+    def refuse_little_time(self, smallest: Sequence[Recipe]) -> None:
+        """Refuse minutes in which not even a regression on the smallest images is done.
+
+        Raises:
+            UserError: with the least that would do.
+        """
+        minutes = self.context.request.minutes
+        least = min(map(self.least_s, smallest))
+        if least > 60 * minutes:
+            enough = max(math.ceil(least / 60), math.floor(minutes) + 1)
+            problem = f"{minutes:g} are too few for a single model on this machine, even of the smallest images"
+            raise UserError(f"{problem}; give at least {enough}", field="--minutes")
+
+    def _step_s(self, recipe: Recipe) -> float:
+        return (
+            0.0 if recipe.is_probe else self.machine.step_s(self.shape(recipe), recipe.method, self.context.batch_size)
+        )

@@ -1,0 +1,213 @@
+"""What recipes have done on folds: their runs, the same with rounded weights, and how they compare.
+
+Seed s tests on fold s % 5 of repetition s // 5. Every run is kept, so that a later call, or one after a kill, finds it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from peft_vit.config import QuantizationType
+from peft_vit.errors import UserError
+from peft_vit.forecasting.time_limit import Limit, Pace
+from peft_vit.records import make_folder, write_whole
+from peft_vit.safe_io import read_bytes
+from peft_vit.tasks.classification import log_softmax
+from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.costs import Costs
+from peft_vit.tuning.limits import within_memory
+from peft_vit.tuning.recipe import Recipe, shared_training
+from peft_vit.tuning.running import Outcome
+
+_NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
+RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Which images which recipes have right, as `statistics.odds` takes it.
+
+    Attributes:
+        recipes: C of them.
+        scores: (C, R, N), by repetition and image: 1 right, 0 wrong, NaN where a fold was not done.
+        folds: (R, N), of each image.
+        classes: (N,).
+    """
+
+    recipes: tuple[Recipe, ...]
+    scores: NDArray[np.float64]
+    folds: NDArray[np.int64]
+    classes: NDArray[np.int64]
+
+
+@dataclass
+class Folds:
+    """Runs of recipes on folds, as far as they are done.
+
+    Attributes:
+        costs: what they take.
+        round_run: gives logits of a run's test images with rounded weights.
+        outcomes: by recipe and seed, rounded ones too.
+        pace: of this call's runs with steps.
+    """
+
+    costs: Costs
+    round_run: RoundRun
+    outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
+
+    @property
+    def context(self) -> TuningContext:
+        """Return what all stages know."""
+        return self.costs.context
+
+    def recall(self) -> None:
+        """Read what earlier calls have done."""
+        earlier = self.context.state.recipes
+        for place in dict.fromkeys(recipe.place for recipe in earlier):
+            alike = [recipe for recipe in earlier if recipe.place == place]
+            self._take(alike, range(FOLDS * 2), self.context.state.limit, only=((), ()))
+
+    def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> None:
+        """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time."""
+        for place in dict.fromkeys(recipe.place for recipe in recipes):
+            alike = [recipe for recipe in recipes if recipe.place == place]
+            for recipe in alike:
+                self.context.state.remember(recipe)
+            before = {recipe: set(self.seeds(recipe)) for recipe in alike}
+            self._take(alike, seeds, limit)
+            for recipe in alike:
+                for seed in set(self.seeds(recipe)) - before[recipe]:
+                    if not recipe.is_probe:
+                        self.pace.add(self.outcomes[recipe][seed].seconds, self.costs.run_s(recipe))
+
+    def _take(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit, only: Any = None) -> None:
+        context, first = self.context, recipes[0]
+        experiments = [self.experiment(recipe, recipe.steps) for recipe in recipes]
+        study = context.study(f"folds-{first.place}", first.model, first.image_size, seeds, experiments)
+        done = context.runner(study, limit, only)
+        for recipe in recipes:
+            outcomes = {seed: done[recipe.name, seed] for seed in seeds if (recipe.name, seed) in done}
+            self.outcomes.setdefault(recipe, {}).update(outcomes)
+
+    def experiment(self, recipe: Recipe, steps: int) -> dict[str, Any]:
+        """Return what trains a recipe in so many steps, as a configuration holds it; nothing validates."""
+        context = self.context
+        training = shared_training(context.batch_size, context.flips, context.metric)
+        if not recipe.is_probe:
+            training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": steps}
+        sections = recipe.sections(self.costs.shape(recipe), steps)
+        experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
+        if not recipe.is_probe:
+            training |= within_memory(context, recipe.model, recipe.image_size, experiment)
+        return experiment
+
+    def seeds(self, recipe: Recipe) -> list[int]:
+        """Return the seeds of which a recipe has an outcome, rising."""
+        return sorted(self.outcomes.get(recipe, {}))
+
+    def missing(self, recipe: Recipe, seeds: Sequence[int]) -> list[int]:
+        """Return those of some seeds of which it has none."""
+        return [seed for seed in seeds if seed not in self.outcomes.get(recipe, {})]
+
+    def seconds(self, recipe: Recipe, seeds: Sequence[int]) -> float:
+        """Return what its missing runs will take: as those that are done, or as planned, at this call's pace."""
+        missing, done = len(self.missing(recipe, seeds)), self.outcomes.get(recipe, {})
+        if not missing:
+            return 0.0
+        taken = [outcome.seconds for outcome in done.values()]
+        planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
+        return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
+
+    def rounding_s(self, recipe: Recipe, bits: Sequence[QuantizationType], seeds: Sequence[int]) -> float:
+        """Return what it takes to predict with rounded weights what is not predicted yet."""
+        missing = [seed for seed in seeds if any(self.missing(recipe.rounded(one), [seed]) for one in bits)]
+        return len(missing) * self.costs.rounding_s(recipe, len(bits))
+
+    def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
+        """Predict with weights that are rounded after training, of all its runs, while there is time.
+
+        Args:
+            recipe: with float weights.
+            bits: number formats.
+            limit: when no further run is begun.
+        """
+        for seed, outcome in sorted(self.outcomes.get(recipe, {}).items()):
+            if not any(self.missing(recipe.rounded(one), [seed]) for one in bits):
+                continue
+            if limit.left_s < self.costs.rounding_s(recipe, len(bits)) and seed >= FOLDS:
+                return
+            for one, logits in self.rounded_logits(outcome.folder, bits).items():
+                own = self.outcomes.setdefault(recipe.rounded(one), {})
+                own[seed] = replace(outcome, logits=np.asarray(logits, dtype=np.float64))
+
+    def rounded_logits(self, folder: Path, bits: Sequence[QuantizationType]) -> dict[QuantizationType, Any]:
+        """Return what a run's model says of its test images with rounded weights; each is computed once, and kept."""
+        state = self.context.state
+        file = state.request.output / "rounded" / f"{'-'.join(folder.parts[-3:])}.safetensors"
+        logits: dict[QuantizationType, Any] = {}
+        with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
+            logits = load(read_bytes(file, None))
+        if missing := [one for one in bits if one not in logits]:
+            logits |= {one: np.ascontiguousarray(values) for one, values in self.round_run(folder, missing).items()}
+            make_folder(file.parent)
+            write_whole(file, save(logits))
+        return {one: logits[one] for one in bits}
+
+    def value(self, recipe: Recipe, seeds: Sequence[int]) -> float | None:
+        """Return what recipes are ranked by on some folds: the metric, less a little for their NLL; None: not done."""
+        done = self.outcomes.get(recipe, {})
+        if not seeds or any(seed not in done for seed in seeds):
+            return None
+        labels, logits = (np.concatenate([getattr(done[seed], of) for seed in seeds]) for of in ("labels", "logits"))
+        score = self.context.metric.interval(labels, logits.argmax(1)).estimate
+        nll = float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
+        return score - _NLL_WEIGHT * nll
+
+    def clearly_better(self, recipe: Recipe, other: Recipe) -> bool:
+        """Tell whether a recipe is better than another by more than the standard error, on the folds that both have."""
+        seeds = [seed for seed in self.seeds(recipe) if seed in self.outcomes.get(other, {})]
+        own, others = self.value(recipe, seeds), self.value(other, seeds)
+        if own is None or others is None:
+            return False
+        right = [np.concatenate([self.outcomes[one][seed].right for seed in seeds]) for one in (recipe, other)]
+        differs = np.subtract(*(side.astype(float) for side in right))
+        return own - others > float(differs.std()) / len(differs) ** 0.5
+
+    def measures(self) -> Measures:
+        """Return which images all that has a fold has right.
+
+        Raises:
+            UserError: if nothing has.
+        """
+        recipes = [recipe for recipe, done in self.outcomes.items() if done]
+        if not recipes:
+            raise UserError("ended before a single model; give more, and the same command goes on", field="--minutes")
+        known = {seed: outcome for recipe in recipes for seed, outcome in self.outcomes[recipe].items()}
+        positions = np.unique(np.concatenate([outcome.images for outcome in known.values()]))  # (N,)
+        repetitions = sorted({seed // FOLDS for seed in known})
+        scores = np.full((len(recipes), len(repetitions), len(positions)), np.nan)
+        folds = np.full((len(repetitions), len(positions)), -1, dtype=np.int64)
+        classes = np.zeros(len(positions), dtype=np.int64)
+        for seed, outcome in known.items():
+            at = np.searchsorted(positions, outcome.images)
+            folds[repetitions.index(seed // FOLDS), at] = seed % FOLDS
+            classes[at] = outcome.labels
+        for place, own in enumerate(folds):  # folds that nobody has done
+            left = [fold for fold in range(FOLDS) if fold not in own]
+            folds[place, own < 0] = left[0] if left else 0
+        for number, recipe in enumerate(recipes):
+            for seed, outcome in self.outcomes[recipe].items():
+                at = np.searchsorted(positions, outcome.images)
+                scores[number, repetitions.index(seed // FOLDS), at] = outcome.right
+        return Measures(tuple(recipes), scores, folds, classes)

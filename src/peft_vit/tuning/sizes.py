@@ -1,0 +1,210 @@
+"""Regressions on frozen features over image sizes: where training is worth its time, and what it has to beat.
+
+Sizes rise by about the square root of 2 while they fit their share of the time. How training images are flipped is
+decided at the first one: digits are not to be flipped, and cells of a panel may be upside down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.backbones import architecture_of
+from peft_vit.config import Flips, study_from_mapping
+from peft_vit.data import deal_folds
+from peft_vit.errors import UserError, is_out_of_memory
+from peft_vit.forecasting.time_limit import Limit, Pace
+from peft_vit.statistics import Interval
+from peft_vit.statistics.more_labels import gain_of_twice
+from peft_vit.studies.image_sizes import expected_gain, seen_by_head, sizes_to_try
+from peft_vit.studies.plan import plan_study
+from peft_vit.training import Features, can_hold_out, held_out_fit
+from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.costs import MOST_SEEN, Costs
+from peft_vit.tuning.recipe import Recipe, shared_training
+
+_WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
+_FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What a regression on frozen features has, on images that are left out of its fit in turn.
+
+    Attributes:
+        value: of the metric that decides.
+        labels: of the images, (N,).
+        right: what it has right, (N,).
+        right_of_half: likewise with half of the images to learn from; None: that was not asked for.
+    """
+
+    value: float
+    labels: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    right_of_half: NDArray[np.bool_] | None = None
+
+
+Regress = Callable[[Mapping[str, Any], Path, bool], Regression]
+
+
+def regress(study: Mapping[str, Any], results_dir: Path, half: bool) -> Regression:
+    """Fit the regression of a study's only run, in this process.
+
+    Args:
+        study: of the method `linear`, without folds.
+        results_dir: of the study; nothing is written.
+        half: with half of the images to learn from, too.
+
+    Raises:
+        UserError: as `plan_study`, `load_data`, `load_run_backbone`.
+    """
+    plan = plan_study(study_from_mapping(dict(study), file=study["name"]), results_dir, file=None)
+    seen = seen_by_head(plan.runs[0].spec, flipped=True)
+    features, groups, metric = seen.features, seen.groups, seen.metric
+    task, labels = features.task, features.labels[: len(groups)]
+    ways = len(features.labels) // len(groups)
+
+    def logits_of(part: NDArray[np.bool_]) -> NDArray[np.float64]:
+        chosen = np.tile(part, ways)
+        own = Features(features.values[chosen], features.labels[chosen], task)
+        return held_out_fit(own, groups[part], metric, class_weights=seen.class_weights)[1]
+
+    whole = logits_of(np.ones(len(groups), dtype=bool))  # (N, classes)
+    right_of_half = None
+    if half:
+        part_of = deal_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
+        parts = [part_of == number for number in range(2)]
+        if all(can_hold_out(task.strata(labels[part]), groups[part]) for part in parts):
+            right_of_half = np.zeros(len(groups), dtype=bool)
+            for part in parts:
+                right_of_half[part] = logits_of(part).argmax(1) == labels[part]
+    return Regression(metric.of(task.measure(whole, labels)), labels, whole.argmax(1) == labels, right_of_half)
+
+
+@dataclass(frozen=True)
+class SizeResult:
+    """A model at an image size.
+
+    Attributes:
+        score: of the regression; None: it was not tried, `why` says why.
+        steps: of LoRA that fit a run on a fold, at most.
+        image_s: seconds of a forward pass for each image.
+        why: it was not tried; empty: it was.
+    """
+
+    model: str
+    image_size: int
+    score: float | None
+    steps: int
+    image_s: float
+    why: str = ""
+
+    @property
+    def promise(self) -> float:
+        """Return the sum of what a regression has there and what training may add in its steps."""
+        return (self.score or 0.0) + expected_gain(self.steps)
+
+    @property
+    def probe(self) -> Recipe:
+        """Return the regression as a recipe."""
+        return Recipe(self.model, self.image_size)
+
+
+def sizes_of(context: TuningContext, model: str) -> list[int]:
+    """Return the image sizes that are worth a thought, rising; what was asked for, if anything was.
+
+    Raises:
+        UserError: if the model does not take a size that was asked for.
+    """
+    for size in context.request.image_sizes:
+        context.shape(model, size)
+    return sorted(context.request.image_sizes) or sizes_to_try(architecture_of(context.backbones[model]))
+
+
+def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress, limit: Limit) -> list[SizeResult]:
+    """Fit a regression at every size that fits the time, the smallest first; what earlier calls have tried is known.
+
+    Args:
+        costs: what it takes.
+        sizes: of each model, rising.
+        regress: fits one.
+        limit: when they end; there is one in any case.
+
+    Raises:
+        UserError: see `regress`.
+    """
+    context, pace = costs.context, Pace()
+    state, results, too_large = context.state, list[SizeResult](), set[str]()
+    every = [Recipe(model, size) for model, own in sizes.items() for size in own]
+    for probe in sorted(every, key=costs.image_s):
+        name, clock, why = f"size {probe.place}", state.clock, ""
+        if name not in state.file.decided:
+            tried = [result for result in results if result.score is not None]
+            expected_s = costs.regression_s(probe)
+            if tried and max(1.0, pace.factor) * expected_s > limit.left_s:
+                why = "no time for it"
+            elif probe.model in too_large:
+                why = "a smaller one took more memory than is free"
+            else:
+                began = clock()
+                try:
+                    state.once(name, lambda probe=probe: _value(context, probe, regress))
+                except Exception as error:
+                    if not is_out_of_memory(error) or not tried:
+                        raise
+                    too_large.add(probe.model)
+                    why = "it takes more memory than is free"
+                pace.add(clock() - began, expected_s)
+        score = state.file.decided.get(name)
+        steps = costs.most_steps(probe.model, probe.image_size)
+        results.append(SizeResult(probe.model, probe.image_size, score, steps, costs.image_s(probe), why))
+        if score is not None:
+            fits = f"{steps} steps fit a run" if steps else "no time to train"
+            state.tell(f"  {probe.model} at {probe.image_size} px: {context.metric.text(score)}, {fits}")
+    return results
+
+
+def _value(context: TuningContext, probe: Recipe, regress: Regress) -> float:
+    studies = context.state.studies
+    if "flips" not in context.state.file.decided:
+        scores = {way: regress(_study(context, probe, way), studies, False).value for way in _WAYS}
+        best = max(_WAYS, key=lambda way: (scores[way], -_WAYS.index(way)))
+        context.state.once("flips", lambda: best)
+        compared = ", ".join(f"{_FLIPPED[way]} {score:.1%}" for way, score in scores.items())
+        context.state.tell(f"  training images {_FLIPPED[best]}: {compared} at {probe.image_size} px")
+        return scores[best]
+    return regress(_study(context, probe, context.flips), studies, False).value
+
+
+def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any]:
+    training = shared_training(context.batch_size, flips, context.metric)
+    experiment = {"name": "linear", "method": "linear", "training": training}
+    some = {"train_images": MOST_SEEN} if context.images > MOST_SEEN else {}
+    seed = context.request.seed
+    return context.study("sizes", probe.model, probe.image_size, [seed], [experiment], folds=None, **some)
+
+
+def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> Interval | None:
+    """Return what twice as many labels would bring a regression, a share; None: there are too few to tell."""
+
+    def forecast() -> list[float] | None:
+        found = regress(_study(context, probe, context.flips), context.state.studies, True)
+        if found.right_of_half is None:
+            return None
+        counts = np.bincount(found.labels)
+        weights = 1 / counts[found.labels] if context.metric.equal_classes else None
+        gain = gain_of_twice(~found.right_of_half, ~found.right, weights)
+        assert gain.low is not None
+        assert gain.high is not None
+        return [gain.estimate, gain.low, gain.high, gain.n, gain.confidence]
+
+    try:
+        kept = context.state.once(f"labels {probe.place}", forecast)
+    except UserError:  # a class has one image in a half
+        return None
+    return None if kept is None else Interval(kept[0], kept[1], kept[2], int(kept[3]), kept[4])
