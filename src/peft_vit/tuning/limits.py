@@ -16,8 +16,8 @@ from peft_vit.errors import UserError
 from peft_vit.runs.machine import cpu_count
 from peft_vit.studies.plan import plan_study
 from peft_vit.studies.profiling import measure_step
-from peft_vit.tuning.candidates import KINDS, Design, Kind
 from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.tune_request import TuneRequest
 
 MEMORY_LIMIT = "--memory-limit"
@@ -25,32 +25,26 @@ _ROUNDS = 10  # calls that are timed
 TimeExport = Callable[[TuningContext, str, int], float]  # seconds of an image, of a model at a size
 
 
-def within_bytes(request: TuneRequest, designs: Mapping[str, list[Design]]) -> dict[str, tuple[Kind, ...]]:
-    """Return the kinds of methods that are worth their training, by model; float LoRA always is, to compare with.
+def within_bytes(request: TuneRequest, forms: Mapping[Recipe, int]) -> list[str]:
+    """Return the models of which some form keeps within the limit of bytes.
 
     Args:
         request: with or without a limit.
-        designs: by model.
+        forms: bytes of everything that could be written.
 
     Raises:
-        UserError: if no design of any model keeps within the limit, with the least that would do.
+        UserError: if none does, with the least that would do.
     """
     limit = math.inf if request.max_bytes is None else request.max_bytes
-    fitting = {model: {one.kind for one in some if one.bytes <= limit} for model, some in designs.items()}
-    if not any(fitting.values()):
-        model, least = min(
-            ((model, one) for model, some in designs.items() for one in some), key=lambda pair: pair[1].bytes
-        )
+    models = list(dict.fromkeys(recipe.model for recipe, size in forms.items() if size <= limit))
+    if not models:
+        least = min(forms, key=forms.__getitem__)
         raise UserError(
             f"{_mb(request.max_bytes or 0)} MB is less than any model here takes; the least that would do is "
-            f"{_mb(least.bytes, up=True)} MB, {least.name} of {model}",
+            f"{_mb(forms[least], up=True)} MB, {least.bits or 'float'} weights of {least.model}",
             field="--max-bytes",
         )
-    return {
-        model: tuple(kind for kind in KINDS if kind == "lora" or kind in kinds)
-        for model, kinds in fitting.items()
-        if kinds
-    }
+    return models
 
 
 def _mb(size: float, *, up: bool = False) -> str:

@@ -1,35 +1,68 @@
-"""From images and limits to a choice, stage by stage; each is told, and each can be killed."""
+"""From images and limits to a model, stage by stage; each is told, and each can be killed.
+
+How it goes, with the shares of the minutes (`state.SHARES`):
+
+- look, machine: a fifth of the images, or the folder's own test split, is sealed. The others make five folds. How fast
+  this machine is, is measured once, and from it follows how many steps a run has (`costs`).
+- sizes (15 %): regressions on frozen features, in this process, at image sizes that rise by the square root of 2 while
+  they fit. The best one is a candidate itself, on the folds. The two sizes whose regression, with what training may add
+  in the steps that fit, promises the most go on.
+- search (25 %): LoRA there over rates and steps, by successive halving over folds.
+- folds (35 %): the best LoRA on all folds, and the same with its weights rounded after training, for which nothing is
+  trained again; then others, as time allows.
+- the decision: the smallest model within the limits whose expected loss beyond the margin, against the best float model
+  found, is below a tenth of the margin; if there is none, that with the least expected loss.
+- final, output (20 %): that recipe on all that is not sealed, its fastest form, a page. Sealed images are read once.
+
+A run on a fold is what is delivered: nothing validates, the steps are fixed, the rate comes down over all of them, the
+last step's model is taken, and the penalty of the probe that the head starts as is chosen among training images. Its
+temperature and its sets of classes come from what the folds' runs say, in the very form that is delivered.
+
+What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
+rates, steps and candidates. Only the sealed images, the folds, flips and how products are computed stay.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
+from peft_vit.runs.post_training import logits_by_type
 from peft_vit.settings import named_as_typed
 from peft_vit.tasks import DecidingMetric
-from peft_vit.tuning.limits import TimeExport, time_exported
+from peft_vit.tuning.context import FOLDS, TuningContext
+from peft_vit.tuning.costs import LEAST_STEPS, Costs
+from peft_vit.tuning.final import train_finally
+from peft_vit.tuning.finalists import compare, decide
+from peft_vit.tuning.folds import Folds, RoundRun
+from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
 from peft_vit.tuning.output import check_output, write_output
-from peft_vit.tuning.result import Choice
+from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
+from peft_vit.tuning.result import Choice, answer, what_more_buys
 from peft_vit.tuning.running import Runner, StudyRunner
-from peft_vit.tuning.stages import (
-    choose_backbone,
-    choose_rates,
-    finish,
-    keep_memory,
-    look_at_machine,
-    more_time,
-    prepare_race,
-)
+from peft_vit.tuning.search import search
+from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
 from peft_vit.tuning.state import State
-from peft_vit.tuning.throughput import MeasureThroughput, measure_throughput
+from peft_vit.tuning.throughput import (
+    NOT_MEASURED,
+    MeasureThroughput,
+    measure_throughput,
+    measured,
+    said_ms,
+    throughput_of,
+)
 from peft_vit.tuning.tune_request import TuneRequest
+
+_LEAST_MEASURED_S = 20.0
+_SIZES_TRAINED = 2
 
 
 def study_runner(state: State, metric: DecidingMetric) -> Runner:
@@ -45,6 +78,8 @@ class Environment:
         make_runner: does runs.
         measure: see `measure_throughput`.
         time_export: see `time_exported`.
+        regress: see `sizes.regress`.
+        round_run: see `runs.post_training.logits_by_type`.
         write_output: writes model, card and report.
         clock: in seconds.
     """
@@ -52,6 +87,8 @@ class Environment:
     make_runner: MakeRunner = study_runner
     measure: MeasureThroughput = measure_throughput
     time_export: TimeExport = time_exported
+    regress: Regress = regress
+    round_run: RoundRun = logits_by_type
     write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output
     clock: Callable[[], float] = time.monotonic
 
@@ -62,7 +99,7 @@ def say(text: str) -> None:
 
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
-    """Find the smallest model that is shown to be good enough, within limits and time.
+    """Find the best model that the minutes can buy, within limits, and how sure that is.
 
     Args:
         request: what is asked for.
@@ -92,48 +129,185 @@ def _removed_if_refused(state: State, file: Path) -> Iterator[None]:
 
 def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Environment) -> Choice:
     state = State.opened(request, tell, environment.clock)
-    state.tell_what_stays()
     was_there = (request.output / IMAGES_FILE).exists()
     with state.stage("look"):
         context = context_of(state, environment.make_runner)
     with state.stage("machine"), nullcontext() if was_there else _removed_if_refused(state, context.images_file):
-        machine, tried = look_at_machine(context, environment.measure, environment.time_export)
-        tried, memories = keep_memory(context, tried)
+        costs, allowed = _look_at_machine(context, environment)
         state.begin()
-    with state.stage("probes"):
-        backbone, probes = choose_backbone(context, machine, tried)
-    memory = memories.get((backbone.model, backbone.image_size), {})
-    with state.stage("rates"):
-        found, rates = choose_rates(context, backbone, memory)
-    with state.stage("race"):
-        contest = prepare_race(context, backbone, found, memory)
-        raced = contest.run()
-        tell(f"  {'chosen' if raced.shown else 'NOT DECIDED'}: {raced.chosen}, {raced.why}")
-        more = more_time(contest, machine, raced)
-        if more is not None:
-            tell(f"  {more}")
+        _tell_forecast(costs, allowed)
+    folds = Folds(costs, environment.round_run)
+    folds.recall()
+    with state.stage("sizes"):
+        limit = state.until(state.share_s("search", "folds", "final", "output"))
+        sizes = try_sizes(costs, allowed, environment.regress, limit)
+        probe = _regression_on_folds(folds, sizes)
+        labels = gain_of_labels(context, probe, environment.regress)
+    trained = _worth_training(folds, sizes)
+    ending_s = costs.ending_s(_largest(trained, probe))
+    with state.stage("search"):
+        limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
+        ranked, untried = search(folds, trained, limit) if trained else ([], [])
+    with state.stage("folds"):
+        untried += compare(folds, probe, ranked, state.until(ending_s))
+        decision = decide(folds)
+        tell(f"  {answer(decision, context.metric, request.margin_share)}")
     with state.stage("final"):
-        final = finish(contest, found, raced, memory)
+        final, before_rounding = train_finally(folds, decision.recipe)
     choice = Choice(
         request=request,
         seen=context.seen,
         images_file=context.images_file,
         metric=context.metric,
-        model=backbone.model,
-        image_size=backbone.image_size,
-        probes=probes,
-        rates=rates,
-        candidates=raced.candidates,
-        chosen=raced.chosen,
-        reference=raced.reference,
-        shown=raced.shown,
-        why=raced.why,
-        more_time=more,
-        folds_dir=state.studies / "race",
-        fold_runs={name: tuple(one.folder for one in contest.folds(name)) for name in final},
-        final_runs=final,
+        sizes=tuple(sizes),
+        decision=decision,
+        folds=tuple(outcome for _, outcome in sorted(folds.outcomes[decision.recipe].items())),
+        final=final,
+        before_rounding=before_rounding,
+        more=what_more_buys(labels, sizes, untried, request.minutes),
         stages=tuple(state.file.seconds.items()),
     )
+    for sentence in choice.more:
+        tell(f"  {sentence}")
     with state.stage("output"):
         environment.write_output(choice, request.output, tell)
     return choice
+
+
+# --- before anything is trained ---------------------------------------------------------------------------------------
+
+
+def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[Costs, Mapping[str, list[int]]]:
+    """Refuse limits that nothing meets, measure what runs take, and return the image sizes that are allowed by model.
+
+    Raises:
+        UserError: for such a limit, and if there is no time for a single model.
+    """
+    classes = len(context.counts)
+    sizes = {model: sizes_of(context, model) for model in context.backbones}
+    forms = {}
+    for model, own in sizes.items():
+        for bits in (None, *ROUNDED):
+            plain = Recipe(model, own[0])
+            form = plain if bits is None else plain.rounded(bits)
+            forms[form] = form.file_bytes(context.shape(model, own[0]), classes)
+    models = within_bytes(context.request, forms)
+    sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
+    first = next(iter(sizes))
+    middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
+    estimated = Folds(
+        Costs(context, throughput_of(_measured(context, lora(first, middle, LEAST_STEPS), environment))),
+        environment.round_run,
+    )
+    costs = estimated.costs
+    smallest = [Recipe(model, own[0]) for model, own in sizes.items()]
+    if not context.state.begun:
+        costs.refuse_little_time(smallest)
+    _refuse_little_memory(estimated, smallest)
+    return costs, sizes
+
+
+def _measured(context: TuningContext, recipe: Recipe, environment: Environment) -> dict[str, Any]:
+    """Return what runs take, as a plain value, and tell it."""
+    training = {"batch_size": context.batch_size, "learning_rate": recipe.rate, "steps": LEAST_STEPS}
+    sections = recipe.sections(context.shape(recipe.model, recipe.image_size), LEAST_STEPS)
+    experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
+    study = context.study("machine", recipe.model, recipe.image_size, [0], [experiment])
+    budget_s = max(_LEAST_MEASURED_S, context.state.share_s("machine"))
+    tell = context.state.tell
+    kept = context.state.once(
+        "throughput", lambda: measured(study, budget_s, lambda text: tell(f"  {text}"), environment.measure)
+    )
+    machine, shape = throughput_of(kept), context.shape(recipe.model, recipe.image_size)
+    image_ms = said_ms(machine.image_s(shape))
+    passed = "was not measured, the machine is too busy" if image_ms == NOT_MEASURED else f"takes {image_ms} an image"
+    seconds = machine.step_s(shape, recipe.method, context.batch_size)
+    tell(f"  at {recipe.image_size} px a forward pass {passed}, a step of {context.batch_size} images {seconds:.2f} s")
+    return kept
+
+
+def _refuse_little_memory(folds: Folds, smallest: list[Recipe]) -> None:
+    """Refuse a limit of memory within which no model trains, even on the smallest images.
+
+    Raises:
+        UserError: with the least that would do.
+    """
+    faults = [fault for recipe in smallest if (fault := _memory_fault(folds, recipe)) is not None]
+    if len(faults) == len(smallest):
+        raise faults[0]
+
+
+def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
+    """Return why LoRA does not train within the limit of memory at a recipe's size; None: it does."""
+    try:
+        folds.experiment(lora(recipe.model, recipe.image_size, LEAST_STEPS), LEAST_STEPS)
+    except UserError as error:
+        if error.field != MEMORY_LIMIT:
+            raise
+        folds.context.state.tell(f"  {recipe.model} at {recipe.image_size} px: {error}")
+        return error
+    return None
+
+
+def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
+    """Say what the whole will take, stage by stage."""
+    state, minutes = costs.context.state, costs.context.request.minutes
+    probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
+    regressions_s, left_s = 0.0, state.share_s("sizes")
+    for probe in sorted(probes, key=costs.image_s):
+        if regressions_s and regressions_s + costs.regression_s(probe) > left_s:
+            break
+        regressions_s += costs.regression_s(probe)
+    spent_s = state.clock() - state.limit.started
+    ending_s = max(
+        map(
+            costs.ending_s,
+            [lora(probe.model, probe.image_size, costs.most_steps(probe.model, probe.image_size)) for probe in probes],
+        )
+    )
+    parts = {
+        "look and machine": spent_s,
+        "sizes": regressions_s,
+        "last training and files": min(ending_s, 30 * minutes),
+    }
+    parts["training on folds"] = max(0.0, 60 * minutes - sum(parts.values()))
+    said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
+    state.tell(f"  about {minutes:g} minutes in all: {said}")
+
+
+# --- between the stages -----------------------------------------------------------------------------------------------
+
+
+def _regression_on_folds(folds: Folds, sizes: list[SizeResult]) -> Recipe:
+    """Fit the best regression on all folds, and return it.
+
+    Raises:
+        UserError: if that failed.
+    """
+    best = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
+    folds.run([best], range(FOLDS), folds.context.state.limit)  # without one there is no answer
+    if not folds.seeds(best):
+        problem = "ended before a single model; give more, and the same command goes on"
+        raise UserError(problem, field="--minutes")
+    return best
+
+
+def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
+    """Return the sizes at which LoRA is trained, the most promising first; none if there is no time for it."""
+    tell = folds.context.state.tell
+    promising: list[SizeResult] = []
+    for size in sorted(sizes, key=lambda size: -size.promise):
+        fits = size.score is not None and size.steps and len(promising) < _SIZES_TRAINED
+        if fits and _memory_fault(folds, size.probe) is None:
+            promising.append(size)
+    if promising:
+        tell(f"  LoRA is trained at {' and '.join(f'{size.image_size} px' for size in promising)}")
+    else:
+        tell(f"  no time to train: {LEAST_STEPS} steps on {FOLDS} folds do not fit; give more --minutes")
+    return promising
+
+
+def _largest(trained: list[SizeResult], probe: Recipe) -> Recipe:
+    """Return what takes the longest at the end of all that may be taken."""
+    recipes = [lora(size.model, size.image_size, size.steps).rounded(ROUNDED[0]) for size in trained]
+    return max(recipes, key=lambda recipe: (recipe.image_size, recipe.steps), default=probe)

@@ -1,76 +1,22 @@
-"""What a tuning came to: everything that is told of it, written from records."""
+"""What a tuning came to: everything that is told of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_vit.report.formatting import bounds_in_percent, fixed, joined, margin_in_points, megabytes, percent, points
+from peft_vit.statistics import Interval
 from peft_vit.tasks import DecidingMetric
+from peft_vit.tuning.finalists import Candidate, Decision
+from peft_vit.tuning.recipe import Recipe
+from peft_vit.tuning.running import Outcome
+from peft_vit.tuning.sizes import SizeResult
 from peft_vit.tuning.tune_request import TuneRequest
 
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """A linear probe of a frozen backbone at an image size.
-
-    Attributes:
-        score: mean over the folds' test images; None: it was not tried, `why` says why.
-        image_s: seconds of a forward pass for each of its images in a run.
-        why: it was chosen or not.
-        flips: of training images: none, horizontal or both.
-    """
-
-    model: str
-    image_size: int
-    score: float | None
-    image_s: float | None
-    chosen: bool
-    why: str
-    flips: str = "horizontal"
-
-
-@dataclass(frozen=True)
-class RateResult:
-    """A learning rate of a kind of method, at the end of what it was given.
-
-    Attributes:
-        kind: of method, as in `candidates.KINDS`.
-        scores: on validation images, one for each run, short ones first.
-        steps: of all its runs together.
-    """
-
-    kind: str
-    learning_rate: float
-    scores: tuple[float, ...]
-    steps: int
-    chosen: bool
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A model that races, or could not.
-
-    Attributes:
-        name: of its experiment in the race.
-        experiment: as a configuration holds it.
-        bytes: that its file is expected to have.
-        score: mean over the test images of the folds that it has done; None: it has done none.
-        pairs: folds that the reference has done, too.
-        difference: mean over these, this one minus the reference, as a share; None: there are none.
-        course: of its comparison with the reference (`statistics.sequential.SequentialResult`); None: there is none.
-        left_out: why it did not race; empty: it did.
-    """
-
-    name: str
-    experiment: Mapping[str, Any]
-    bytes: int
-    score: float | None = None
-    pairs: int = 0
-    difference: float | None = None
-    course: Any = None
-    left_out: str = ""
+_NAMED = 4  # recipes that are named in a sentence
 
 
 @dataclass(frozen=True)
@@ -82,20 +28,12 @@ class Choice:
         seen: what `data.inspect_images` saw of the images.
         images_file: which images are sealed, left out, or copies of one another.
         metric: what decides.
-        model: of the backbone, its name.
-        image_size: in pixels.
-        probes: every model and size.
-        rates: every learning rate.
-        candidates: smallest first, the reference among them.
-        chosen: name of a candidate.
-        reference: likewise, with which all were compared; the same if nothing smaller is good enough.
-        shown: the chosen one was shown not to lose the margin against the reference, or nothing smaller is left open;
-            False: time ended before, and it is the best guess.
-        why: it was chosen, a sentence.
-        more_time: what more time would buy, a sentence with minutes; None: nothing.
-        folds_dir: folder of the race's study, with records of all folds.
-        fold_runs: folders of the runs on folds, of the chosen one and of the reference.
-        final_runs: folders of the runs on all images that are not sealed, of both.
+        sizes: every model and image size.
+        decision: what was compared, what was taken, and the odds.
+        folds: of the chosen recipe, in the form that was taken.
+        final: of its last training, on the sealed images, in that form.
+        before_rounding: the same run in float; where nothing was rounded after training, the same as `final`.
+        more: what more labels and more minutes would buy, sentences.
         stages: name and seconds of each stage, of all calls together.
     """
 
@@ -103,21 +41,76 @@ class Choice:
     seen: Any
     images_file: Path
     metric: DecidingMetric
-    model: str
-    image_size: int
-    probes: tuple[ProbeResult, ...]
-    rates: tuple[RateResult, ...]
-    candidates: tuple[Candidate, ...]
-    chosen: str
-    reference: str
-    shown: bool
-    why: str
-    more_time: str | None
-    folds_dir: Path
-    fold_runs: Mapping[str, tuple[Path, ...]]
-    final_runs: Mapping[str, Path]
+    sizes: tuple[SizeResult, ...]
+    decision: Decision
+    folds: tuple[Outcome, ...]
+    final: Outcome
+    before_rounding: Outcome
+    more: tuple[str, ...]
     stages: tuple[tuple[str, float], ...]
 
-    def candidate(self, name: str) -> Candidate:
-        """Return the candidate of a name."""
-        return next(one for one in self.candidates if one.name == name)
+    @property
+    def recipe(self) -> Recipe:
+        """Return what was taken."""
+        return self.decision.recipe
+
+
+def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> str:
+    """Return what was taken and its odds, in sentences."""
+    taken = next(candidate for candidate in decision.candidates if not candidate.why)
+    odds = decision.odds
+    right = "right on new images" if not metric.equal_classes else f"{metric.words} on new images"
+    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.accuracy.estimate)} {right}"
+    head += f" ({bounds_in_percent(odds.accuracy)})."
+    return f"{head} {_against(decision, taken, margin_share)}"
+
+
+def _against(decision: Decision, taken: Candidate, margin_share: float) -> str:
+    odds = decision.odds
+    if decision.recipe == decision.reference:
+        return "It is the best float model found."
+    best, margin = decision.reference.title, margin_in_points(margin_share)
+    chance = f"the chance that it is more than {margin} better is {_chance(taken.chance)}"
+    if odds.loss > 0:
+        gap = f"is expected to be {fixed(100 * odds.loss, 1)} points better"
+    else:
+        gap = f"is expected to be {fixed(-100 * odds.loss, 1)} points worse"
+    shown = f": shown not to lose {margin}" if odds.shown else ""
+    return f"The best float model found ({best}) {gap}; {chance}{shown}."
+
+
+def _chance(chance: float) -> str:
+    return "below 1 %" if chance < 0.01 else f"{fixed(100 * chance, 0)} %"
+
+
+def what_more_buys(
+    labels: Interval | None, sizes: Sequence[SizeResult], untried: Sequence[Recipe], minutes: float
+) -> tuple[str, ...]:
+    """Return what more labels and more minutes would buy, in sentences.
+
+    Args:
+        labels: what twice as many bring a regression, a share; None: unknown.
+        sizes: every model and image size.
+        untried: recipes that there was no time for.
+        minutes: of this call.
+    """
+    sentences = []
+    if labels is None:
+        sentences.append("What more labels would bring can't be told: there are too few to learn from half of them.")
+    else:
+        low, high = (0.0 if end is None else end for end in (labels.low, labels.high))
+        sentences.append(
+            f"Twice as many labels: about {points(labels.estimate)} points ({points(low)} to {points(high)}), as the "
+            "regression on frozen features learns with half and with all of them."
+        )
+    left = [f"{size.model} at {size.image_size} px" for size in sizes if size.score is None]
+    left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
+    if not left:
+        sentences.append("More minutes: nothing was left out for want of time.")
+    else:
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        sentences.append(
+            f"Left out for want of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"{2 * minutes:g} tries some of it, and keeps what was done."
+        )
+    return tuple(sentences)

@@ -1,0 +1,175 @@
+"""The finalists on all five folds, in the order in which time goes to them, and which one is taken.
+
+First the best LoRA, whose folds also give its forms that are rounded after training; then QA-LoRA, the second-best
+LoRA, AdaLoRA and a rank of 2; then other folds for what was taken and what it is compared with. Everything that has a
+fold is part of the posterior, so that the best of many is not believed to be as good as it looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from peft_vit.config import QuantizationType
+from peft_vit.forecasting.time_limit import Limit
+from peft_vit.statistics import Interval
+from peft_vit.statistics.odds import Odds, choose, means_of_images, posterior
+from peft_vit.tuning.context import FOLDS
+from peft_vit.tuning.folds import Folds
+from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
+
+_FEWEST = 3  # folds of what may be taken
+_FIRST, _SECOND = range(FOLDS), range(2 * FOLDS)  # seeds of a repetition, of both
+_SMALL_RANK = 2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that was compared.
+
+    Attributes:
+        recipe: of it.
+        bytes: that its file is expected to have.
+        folds: that it has done.
+        score: of the metric on their images, with its interval.
+        difference: expected, against the best float model, a share; below 0 it is worse.
+        chance: that the best float model is better by more than the margin.
+        why: it was not taken; empty: it was.
+    """
+
+    recipe: Recipe
+    bytes: int
+    folds: int
+    score: Interval
+    difference: float
+    chance: float
+    why: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is taken, and the odds.
+
+    Attributes:
+        candidates: smallest first.
+        recipe: that is taken.
+        reference: the best float model found.
+        odds: of the two.
+    """
+
+    candidates: tuple[Candidate, ...]
+    recipe: Recipe
+    reference: Recipe
+    odds: Odds
+
+
+def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
+    """Return the formats to which a recipe can be rounded after training and keeps within the limit of bytes."""
+    most = folds.context.request.max_bytes
+    return [one for one in ROUNDED if most is None or bytes_of(folds, recipe.rounded(one)) <= most]
+
+
+def bytes_of(folds: Folds, recipe: Recipe) -> int:
+    """Return the bytes of a recipe's file, as expected."""
+    return recipe.file_bytes(folds.costs.shape(recipe), len(folds.context.counts))
+
+
+def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe], limit: Limit) -> list[Recipe]:
+    """Bring the finalists to all folds, and return those that there was no time for.
+
+    Args:
+        folds: of the tuning.
+        probe: the best regression, on all folds already.
+        ranked: of LoRA, the best first; none if there is no time to train.
+        limit: when the last training has to begin.
+    """
+    left: list[Recipe] = []
+    best = ranked[0] if ranked else probe
+    folds.run([best], _FIRST, limit)
+    folds.round(best, allowed_bits(folds, best), limit)
+    if not folds.clearly_better(best, probe):
+        folds.round(probe, allowed_bits(folds, probe), limit)
+    for recipe in _others(folds, ranked):
+        bits = allowed_bits(folds, recipe) if recipe.bits is None else []
+        needed = folds.seconds(recipe, _FIRST) + len(_FIRST) * folds.costs.rounding_s(recipe, len(bits))
+        if folds.missing(recipe, _FIRST) and needed > limit.left_s:
+            left.append(recipe)
+            continue
+        folds.run([recipe], _FIRST, limit)
+        folds.round(recipe, bits, limit)
+    decision = decide(folds)
+    again = list(dict.fromkeys((decision.recipe.trained, decision.reference)))
+    needed = sum(folds.seconds(recipe, _SECOND) + folds.rounding_s(recipe, ROUNDED, _SECOND) for recipe in again)
+    if not left and needed <= limit.left_s:
+        folds.run(again, _SECOND, limit)
+        for recipe in again:
+            folds.round(recipe, allowed_bits(folds, recipe) if recipe.bits is None else [], limit)
+    return left
+
+
+def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Return what is compared beside the best LoRA, the first one first."""
+    if not ranked:
+        return []
+    best, most = ranked[0], folds.context.request.max_bytes
+    low_bits = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), bits="nf4", when="training")
+    adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
+    others = [low_bits, *ranked[1:2], adaptive, replace(best, rank=_SMALL_RANK)]
+    return [recipe for recipe in others if most is None or recipe.bits is None or bytes_of(folds, recipe) <= most]
+
+
+def decide(folds: Folds) -> Decision:
+    """Return which model is taken, as `statistics.odds.choose` does.
+
+    Raises:
+        UserError: if nothing has a fold.
+    """
+    measures, request, metric = folds.measures(), folds.context.request, folds.context.metric
+    recipes, margin = measures.recipes, request.margin_share
+    sizes = [bytes_of(folds, recipe) for recipe in recipes]
+    counts = [len(folds.seeds(recipe)) for recipe in recipes]
+    least = min(_FEWEST, max(counts))
+    enough = [number for number, count in enumerate(counts) if count >= least]
+    fitting = [number for number in enough if request.max_bytes is None or sizes[number] <= request.max_bytes]
+    floats = [number for number in enough if recipes[number].bits is None]
+    measured = means_of_images(measures.scores, measures.folds, measures.classes if metric.equal_classes else None)
+    odds = choose(measured, sizes, fitting=fitting or enough, floats=floats, margin=margin, seed=request.seed)
+    known = posterior(measured, request.seed)
+    candidates = []
+    for number, recipe in enumerate(recipes):
+        why = ""
+        if number not in enough:
+            why = f"{counts[number]} of {FOLDS} folds: the search went on with others"
+        elif number not in fitting:
+            why = "larger than the limit"
+        elif number != odds.chosen:
+            why = _why_not(sizes, number, odds, known.mean[number] - known.mean[odds.chosen])
+        outcomes = [folds.outcomes[recipe][seed] for seed in folds.seeds(recipe)]
+        labels = np.concatenate([outcome.labels for outcome in outcomes])
+        predicted = np.concatenate([outcome.logits.argmax(1) for outcome in outcomes])
+        candidates.append(
+            Candidate(
+                recipe=recipe,
+                bytes=sizes[number],
+                folds=counts[number],
+                score=metric.interval(labels, predicted),
+                difference=float(known.mean[number] - known.mean[odds.reference]),
+                chance=known.chance_of_loss(number, odds.reference, margin),
+                why=why,
+            )
+        )
+    ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
+    return Decision(ordered, recipes[odds.chosen], recipes[odds.reference], odds)
+
+
+def _why_not(sizes: Sequence[int], number: int, odds: Odds, better: float) -> str:
+    if sizes[number] < sizes[odds.chosen]:
+        return (
+            f"expected to lose {-100 * better:.1f} points against the one taken" if better < 0 else "its odds are worse"
+        )
+    if sizes[number] > sizes[odds.chosen]:
+        gains = f"; only {100 * better:.1f} points better are expected" if better > 0 else ""
+        return f"larger{gains}"
+    return "as large, and not better"
