@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_vit.backbones import BackboneShape
 from peft_vit.errors import UserError
@@ -105,6 +105,26 @@ class Costs:
 
         steps = range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
         return fit(steps, seconds, share_s("folds")) or 0
+
+    def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:
+        """Return the seconds of everything, by what it is; what is not taken by the rest trains on folds.
+
+        Args:
+            probes: regressions at all sizes.
+            spent_s: of this call already.
+        """
+        share_s, regressions_s = self.context.state.share_s, 0.0
+        largest = min(probes, key=self.image_s)
+        for probe in sorted(probes, key=self.image_s):
+            if regressions_s and regressions_s + self.regression_s(probe) > share_s("sizes"):
+                break
+            regressions_s += self.regression_s(probe)
+            largest = probe if self.most_steps(probe.model, probe.image_size) else largest
+        steps = self.most_steps(largest.model, largest.image_size)
+        ending_s = self.ending_s(replace(largest, method="lora", steps=steps) if steps else largest)
+        trained_s = max(0.0, 60 * self.context.request.minutes - spent_s - regressions_s - ending_s)
+        parts = {"images and machine": spent_s, "regressions": regressions_s, "training on folds": trained_s}
+        return {**parts, "last training and files": ending_s}
 
     def least_s(self, recipe: Recipe) -> float:
         """Return the seconds of the least that gives an answer: a regression on the folds, and its file."""

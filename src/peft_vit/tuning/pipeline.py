@@ -195,15 +195,12 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
     first = next(iter(sizes))
     middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
-    estimated = Folds(
-        Costs(context, throughput_of(_measured(context, lora(first, middle, LEAST_STEPS), environment))),
-        environment.round_run,
-    )
-    costs = estimated.costs
+    kept = _measured(context, lora(first, middle, LEAST_STEPS), environment)
+    costs = Costs(context, throughput_of(kept))
     smallest = [Recipe(model, own[0]) for model, own in sizes.items()]
     if not context.state.begun:
         costs.refuse_little_time(smallest)
-    _refuse_little_memory(estimated, smallest)
+    _refuse_little_memory(Folds(costs, environment.round_run), smallest)
     return costs, sizes
 
 
@@ -251,28 +248,11 @@ def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
 
 def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
-    state, minutes = costs.context.state, costs.context.request.minutes
+    state = costs.context.state
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
-    regressions_s, left_s = 0.0, state.share_s("sizes")
-    for probe in sorted(probes, key=costs.image_s):
-        if regressions_s and regressions_s + costs.regression_s(probe) > left_s:
-            break
-        regressions_s += costs.regression_s(probe)
-    spent_s = state.clock() - state.limit.started
-    ending_s = max(
-        map(
-            costs.ending_s,
-            [lora(probe.model, probe.image_size, costs.most_steps(probe.model, probe.image_size)) for probe in probes],
-        )
-    )
-    parts = {
-        "look and machine": spent_s,
-        "sizes": regressions_s,
-        "last training and files": min(ending_s, 30 * minutes),
-    }
-    parts["training on folds"] = max(0.0, 60 * minutes - sum(parts.values()))
+    parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
-    state.tell(f"  about {minutes:g} minutes in all: {said}")
+    state.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
 
 
 # --- between the stages -----------------------------------------------------------------------------------------------
