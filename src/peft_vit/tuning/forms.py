@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from peft_vit.config import exported_bytes
+from peft_vit.config import QuantizationType, exported_bytes
 from peft_vit.deployment import OnnxRuntime
 from peft_vit.errors import UserError
 from peft_vit.extras import missing_packages
@@ -39,7 +39,7 @@ class Form:
         median_s: of a call on one image, with all processors; None: it was not timed.
         low_s: first quartile of the calls.
         high_s: third quartile.
-        comparison: with the run's model; None: it was not written, or the images are not there.
+        comparison: with the run's model, in float; None: it was not written, or the images are not there.
         left_out: why it is not the one that was taken; empty: it is.
     """
 
@@ -95,6 +95,7 @@ def export_fastest(
     folder: Path,
     *,
     calibrated: Calibrated,
+    bits: QuantizationType | None = None,
     fold_runs: Sequence[Path] = (),
     max_bytes: int | None = None,
     max_latency_s: float | None = None,
@@ -102,13 +103,14 @@ def export_fastest(
 ) -> Exports:
     """Write a run's model in every exact form, time them in turn, and keep the fastest that is within the limits.
 
-    Activations in 8 bits make another model than the one that was raced and tested. They are tried only where no exact
-    form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
+    Activations in 8 bits make another model than the one that was compared and tested. They are tried only where no
+    exact form keeps within `max_latency_s`, and taken only if they lose at most LARGEST_LOSS points on images of folds.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
         folder: gets model.onnx, or model.xml and model.bin; what stands there under these names is replaced.
         calibrated: what the file says of how far it can be believed.
+        bits: to which float weights are rounded; None: they are written as the run has them.
         fold_runs: folders of runs of the same method on folds; none: activations stay in float.
         max_bytes: of the model's files.
         max_latency_s: of one image, median.
@@ -121,14 +123,15 @@ def export_fastest(
     for left in folder.glob(f"{_TRIALS}*"):  # by a call that was killed
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=_TRIALS) as place:
-        packed, lost = read_record(run_dir / RECORD_FILE).quantization is not None, None
+        packed, lost = bits is not None or read_record(run_dir / RECORD_FILE).quantization is not None, None
         forms: dict[Path, Form] = {}
-        try_ways = partial(_try_ways, forms=forms, run_dir=run_dir, place=Path(place), calibrated=calibrated, tell=tell)
-        rows = try_ways(_exact_ways(packed))
+        write = partial(_written, run_dir=run_dir, calibrated=calibrated, bits=bits)
+        try_ways = partial(_try_ways, forms=forms, write=write, place=Path(place), tell=tell)
+        rows = try_ways(_exact_ways(packed, bits))
         if not rows:
             reasons = "; ".join(f"{form.name}: {form.left_out}" for form in forms.values())
             raise UserError(f"can't be exported ({reasons}); the same command tries it again", file=run_dir)
-        if packed and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
+        if packed and bits is None and max_latency_s is not None and _fastest_s(forms, max_bytes) > max_latency_s:
             int8, lost = _int8(fold_runs, tell)
             rows |= try_ways([int8])
         written = {file: form for file, form in forms.items() if form.bytes is not None}
@@ -149,15 +152,14 @@ def export_fastest(
 def _try_ways(
     ways: Sequence[_Way],
     forms: dict[Path, Form],
-    run_dir: Path,
+    write: Callable[[_Way, Path], Form],
     place: Path,
-    calibrated: Calibrated,
     tell: Callable[[str], None],
 ) -> dict[str, BenchRow]:
     """Write the model in these ways, time them, and add them to the forms; return what was timed, by file."""
     for way in ways:
         file = place / f"{len(forms)}{way.ending}"
-        forms[file] = _written(way, run_dir, file, calibrated)
+        forms[file] = write(way, file)
     new = [file for file, form in forms.items() if form.bytes is not None and form.median_s is None]
     if not new:
         return {}
@@ -169,18 +171,21 @@ def _try_ways(
     return rows
 
 
-def _exact_ways(packed: bool) -> list[_Way]:
-    """Return the ways to write a model, of low bits or not, that change no prediction."""
+def _exact_ways(packed: bool, bits: QuantizationType | None) -> list[_Way]:
+    """Return the ways to write a model, of low bits or not, that change no prediction of it."""
+    rounded = "" if bits is None else f" --bits {bits}"
     if packed:
         what: dict[OnnxRuntime, str] = {"small": "packed in memory, too", "fast": "expanded when it is loaded"}
         ways = [
-            _Way(Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}"), "onnx", OnnxOptions(runtime))
+            _Way(
+                Form(f"ONNX, codes {said}", f"--format onnx --runtime {runtime}{rounded}"), "onnx", OnnxOptions(runtime)
+            )
             for runtime, said in what.items()
         ]
     else:
         ways = [_Way(Form("ONNX", "--format onnx"), "onnx")]
     if not missing_packages("openvino"):
-        ways.append(_Way(Form("OpenVINO", "--format openvino"), "openvino"))
+        ways.append(_Way(Form("OpenVINO", f"--format openvino{rounded}"), "openvino"))
     return ways
 
 
@@ -212,11 +217,11 @@ def _int8(fold_runs: Sequence[Path], tell: Callable[[str], None]) -> tuple[_Way,
     return _Way(form, "onnx", OnnxOptions(activations="int8", accept_loss=_EVERYTHING)), lost
 
 
-def _written(way: _Way, run_dir: Path, file: Path, calibrated: Calibrated) -> Form:
+def _written(way: _Way, file: Path, run_dir: Path, calibrated: Calibrated, bits: QuantizationType | None) -> Form:
     if way.form.left_out:
         return way.form
     try:
-        done = export_run_to_file(run_dir, file, way.format, way.options, calibrated, overwrite=True)
+        done = export_run_to_file(run_dir, file, way.format, way.options, calibrated, bits=bits, overwrite=True)
     except UserError as error:  # a format that one of the runtimes has not
         return replace(way.form, left_out=error.message)
     return replace(way.form, bytes=exported_bytes(file), comparison=done.comparison)

@@ -21,7 +21,7 @@ from peft_vit.tuning.blocks import TuningSummary
 from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import model_summary, tuning_document
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.sealed import held_out, measure_sealed
+from peft_vit.tuning.sealed import held_out, in_form, measure_sealed
 from peft_vit.tuning.state import TUNE_FILE
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -92,37 +92,33 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
 
 
 def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
-    records = {name: read_record(folder / RECORD_FILE) for name, folder in choice.final_runs.items()}
-    chosen, run_dir, fold_runs = (
-        records[choice.chosen],
-        choice.final_runs[choice.chosen],
-        choice.fold_runs[choice.chosen],
-    )
-    folds = held_out([read_record(folder / RECORD_FILE) for folder in fold_runs])
+    run_dir, recipe = choice.final.folder, choice.recipe
+    record = in_form(read_record(run_dir / RECORD_FILE), choice.final)
+    folds = held_out(choice.folds)
     calibrated = calibrate(folds.logits, folds.labels, folds.images.tolist())
-    reference = None if choice.chosen == choice.reference else records[choice.reference]
-    sealed = measure_sealed(chosen, reference, folds, calibrated)
+    sealed = measure_sealed(record, choice.final, choice.before_rounding, folds, calibrated)
     model_folder = directory / MODEL_FOLDER
     exports = export_fastest(
         run_dir,
         model_folder,
         calibrated=calibrated,
-        fold_runs=fold_runs,
+        bits=recipe.bits if recipe.when == "after" else None,
+        fold_runs=[outcome.folder for outcome in choice.folds],
         max_bytes=choice.request.max_bytes,
         max_latency_s=choice.request.max_latency_s,
         tell=lambda text: tell(f"  {text}"),
     )
-    summary = TuningSummary(choice, records, sealed, calibrated, exports)
+    summary = TuningSummary(choice, record, sealed, calibrated, exports)
     files = output_files_in(directory)
     write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
-    write_whole(files.config, configuration(choice, chosen).encode())
+    write_whole(files.config, configuration(choice, record).encode())
     library = "openvino" if exports.model.suffix == ".xml" else "onnx"
     head = card_head(model_summary(summary), library, choice.request.images.name or "images")
-    document = tuning_document(summary, partial(thumbnails_of, chosen))
+    document = tuning_document(summary, partial(thumbnails_of, record))
     write_report([document], {CARD_FILE: card_text(document, head, _use(summary))}, directory)
-    if missing := fonts_for(chosen.class_names)[1]:
+    if missing := fonts_for(record.class_names)[1]:
         tell(f"  {no_font(missing)}")
-    for sentence in exports.missed:
+    for sentence in (*document.came_out, *exports.missed):
         tell(f"  {sentence}")
     for path in (files.model, files.adapter, files.config, files.card, files.report):
         tell(f"  {path}")
@@ -131,9 +127,10 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
 
 def configuration(choice: Choice, record: RunRecord) -> str:
     """Return a study of the final run alone; run anew it gives the same adapter, on the same kind of machine."""
+    bits = f"; then peft-vit export again --bits {choice.recipe.bits}" if choice.recipe.when == "after" else ""
     comments = [
-        f"Trains {choice.chosen} again, as it was chosen for {choice.request.images}:",
-        f"peft-vit run {CONFIG_FILE} --output again",
+        f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",
+        f"peft-vit run {CONFIG_FILE} --output again{bits}",
         f"The adapter's SHA-256 was {record.adapter_sha256}.",
     ]
     return study_yaml(record.spec, [record.spec.seed], suffix="", comments=[" ".join(one.split()) for one in comments])

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from peft_vit.analysis.model_quality import ModelQuality, model_quality
 from peft_vit.analysis.reliability import BINS, Bin, calibration_error, equal_count_bins, equal_width_bins
-from peft_vit.errors import UserError
-from peft_vit.records import Calibrated, Predictions, RunRecord
+from peft_vit.records import Calibrated, RunRecord
 from peft_vit.statistics import (
     Interval,
     fold_coverage,
@@ -21,6 +20,8 @@ from peft_vit.statistics import (
     probabilities,
     proportion_interval,
 )
+from peft_vit.tasks.classification import CLASSIFICATION
+from peft_vit.tuning.running import Outcome
 
 SHOWN_COVERAGES = (0.8, 0.9, 0.95, 0.99)
 _IN_A_BIN = 15  # images, at least, of a figure
@@ -58,78 +59,62 @@ class CoverageResult:
 
 @dataclass(frozen=True)
 class Sealed:
-    """The chosen model on the sealed images, which its final run has read once."""
+    """The chosen model on the sealed images, which nothing was chosen by."""
 
     quality: ModelQuality  # probabilities calibrated
-    reference: Interval | None  # accuracy of the reference; None: that is the chosen one
-    lost: Interval | None  # against the reference, of the same images
+    lost: Interval | None  # by rounding, of the same images; None: nothing was rounded after training
     calibration: CalibrationResult
     on_folds: CalibrationResult
     coverage_results: tuple[CoverageResult, ...]
 
 
-def held_out(records: Sequence[RunRecord]) -> HeldOut:
-    """Return what runs on folds predicted of their test images.
-
-    Raises:
-        UserError: if a record holds no logits.
-    """
-    kept = [(record.spec.seed, record.predictions, _logits(record)) for record in records]
-    found = [(seed, predictions, logits) for seed, predictions, logits in kept if predictions is not None]
+def held_out(outcomes: Sequence[Outcome]) -> HeldOut:
+    """Return what runs on folds said of their test images."""
     return HeldOut(
-        np.concatenate([logits for _, _, logits in found]),
-        np.concatenate([predictions.labels for _, predictions, _ in found]).astype(np.int64),
-        np.concatenate([predictions.images for _, predictions, _ in found]).astype(np.int64),
-        np.concatenate([np.full(len(predictions.labels), seed) for seed, predictions, _ in found]),
+        np.concatenate([outcome.logits for outcome in outcomes]),
+        np.concatenate([outcome.labels for outcome in outcomes]),
+        np.concatenate([outcome.images for outcome in outcomes]),
+        np.concatenate([np.full(len(outcome.labels), run) for run, outcome in enumerate(outcomes)]),
     )
 
 
-def measure_sealed(chosen: RunRecord, reference: RunRecord | None, folds: HeldOut, calibrated: Calibrated) -> Sealed:
-    """Return what final runs have predicted of the sealed images.
+def in_form(record: RunRecord, outcome: Outcome) -> RunRecord:
+    """Return a run's record with what it says of its test images in the form that is delivered."""
+    assert record.predictions is not None
+    logits = outcome.logits.astype(np.float32)
+    predictions = CLASSIFICATION.predictions(logits, outcome.labels, outcome.images, keep_logits=True)
+    predictions = predictions.model_copy(update={"files": record.predictions.files})
+    measured = CLASSIFICATION.measure(logits, outcome.labels)
+    return record.model_copy(update={"test": measured, "predictions": predictions})
+
+
+def measure_sealed(
+    record: RunRecord, final: Outcome, before: Outcome, folds: HeldOut, calibrated: Calibrated
+) -> Sealed:
+    """Return what the last training's model says of the sealed images.
 
     Args:
-        chosen: record of the chosen model's final run.
-        reference: likewise; None: the chosen one is the reference.
-        folds: predictions of the chosen model on folds.
+        record: of its run, in the form that is delivered.
+        final: in that form.
+        before: of the same run, before its weights were rounded; the same if they are not.
+        folds: what the recipe's models said on folds.
         calibrated: what was found on them.
-
-    Raises:
-        UserError: if a record holds no logits.
     """
-    logits, predictions = _logits(chosen), chosen.predictions
-    assert predictions is not None
-    labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
-    right, n = labels == predicted, len(labels)
-    other = None if reference is None else _right(reference, predictions)
+    logits, labels = final.logits, final.labels
+    n = len(labels)
     probability = probabilities(logits, calibrated.temperature)
-    quality = model_quality(chosen, probability[np.arange(n), predicted])
+    quality = model_quality(record, probability[np.arange(n), logits.argmax(1)])
     assert quality is not None
+    lost = None
+    if before is not final:
+        lost = paired_proportions(int((before.right & ~final.right).sum()), int((final.right & ~before.right).sum()), n)
     return Sealed(
         quality=quality,
-        reference=None if other is None else proportion_interval(int(other.sum()), n),
-        lost=None if other is None else paired_proportions(int((other & ~right).sum()), int((right & ~other).sum()), n),
+        lost=lost,
         calibration=_calibration(logits, labels, calibrated),
         on_folds=_calibration(folds.logits, folds.labels, calibrated),
         coverage_results=tuple(_coverage_results(probability, labels, folds, calibrated)),
     )
-
-
-def _logits(record: RunRecord) -> NDArray[np.float64]:
-    if record.predictions is None or record.predictions.logits is None:
-        raise UserError(
-            "holds no logits, on which probabilities are calibrated; run it again with measures: {logits: true}",
-            file=record.spec.run_id,
-            field="predictions.logits",
-        )
-    return np.asarray(record.predictions.logits, dtype=np.float64)
-
-
-def _right(reference: RunRecord, chosen: Predictions) -> NDArray[np.bool_]:
-    """Return where the reference is right, on the images of the chosen one in their order."""
-    found = reference.predictions
-    assert found is not None
-    assert found.images == chosen.images
-    return np.asarray(found.labels) == np.asarray(found.predicted)
 
 
 def _calibration(logits: NDArray[np.float64], labels: NDArray[np.int64], calibrated: Calibrated) -> CalibrationResult:
