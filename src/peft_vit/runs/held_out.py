@@ -78,7 +78,7 @@ def calibration_of(
         "calibrated": calibrated,
         "unlike": unlike,
         "features_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
-        "tested_calibration": _tested(calibrated, test, flagged),
+        "tested_calibration": checked_on(calibrated, test, flagged),
     }
     return fields, content
 
@@ -97,7 +97,8 @@ def believed(validation: Outputs, known: Neighbours | None) -> tuple[Calibrated,
     return calibrated, Unlike(images=len(validation.labels), threshold=threshold)
 
 
-def _tested(calibrated: Calibrated, test: Outputs, flagged: int | None) -> TestedCalibration:
+def checked_on(calibrated: Calibrated, test: Outputs, flagged: int | None = None) -> TestedCalibration:
+    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged."""
     p = probabilities(test.logits, calibrated.temperature)  # (N, classes)
     own = 1 - class_scores(p, test.labels)  # (N,)
     rows = np.arange(len(p))

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
-from peft_vit.data import open_index
+from peft_vit.data import deal_folds, open_index
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
@@ -164,3 +164,52 @@ def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
         head=Backbone(model).head,
         runtime=runtime,
     )
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What a regression on frozen features has, on images that are left out of its fit in turn.
+
+    Attributes:
+        value: of the metric that decides.
+        labels: of the images, (N,).
+        right: what it has right, (N,).
+        right_of_half: likewise with half of the images to learn from; None: that was not asked for.
+    """
+
+    value: float
+    labels: NDArray[np.int64]
+    right: NDArray[np.bool_]
+    right_of_half: NDArray[np.bool_] | None = None
+
+
+def regress(spec: RunSpec, *, half: bool = False) -> Regression:
+    """Fit a regression to a run's training images, the penalty chosen on images that are left out of it in turn.
+
+    Args:
+        spec: of the method `linear`; nothing validates.
+        half: with half of the images to learn from, too, where each class has enough.
+
+    Raises:
+        UserError: as `load_data`, `load_run_backbone`; and if a class has one image alone.
+    """
+    seen = seen_by_head(spec, flipped=True)
+    features, groups, task = seen.features, seen.groups, seen.features.task
+    labels, ways = features.labels[: len(groups)], len(features.labels) // len(groups)
+
+    def logits_of(part: NDArray[np.bool_]) -> NDArray[np.float64]:
+        chosen = np.tile(part, ways)
+        own = Features(features.values[chosen], features.labels[chosen], task)
+        return held_out_fit(own, groups[part], seen.metric, class_weights=seen.class_weights)[1]
+
+    whole = logits_of(np.ones(len(groups), dtype=bool))  # (N, classes)
+    right_of_half = None
+    if half:
+        part_of = deal_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
+        parts = [part_of == number for number in range(2)]
+        if all(can_hold_out(task.strata(labels[part]), groups[part]) for part in parts):
+            right_of_half = np.zeros(len(groups), dtype=bool)
+            for part in parts:
+                right_of_half[part] = logits_of(part).argmax(1) == labels[part]
+    value = seen.metric.of(task.measure(whole, labels))
+    return Regression(value, labels, whole.argmax(1) == labels, right_of_half)

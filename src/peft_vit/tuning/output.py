@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from peft_vit.analysis.model_quality import model_quality
 from peft_vit.analysis.study_yaml import study_yaml
 from peft_vit.data import thumbnails_of
 from peft_vit.errors import UserError
-from peft_vit.evaluation import calibrate
 from peft_vit.records import ADAPTER_FILE, HTML_FILE, RECORD_FILE, RunRecord, read_record, write_whole
 from peft_vit.report.build import write_report
 from peft_vit.report.class_blocks import fonts_for, no_font
 from peft_vit.report.model_page import CARD_FILE, card_head, card_text
+from peft_vit.runs.fastest import export_fastest
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.blocks import TuningSummary
-from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import model_summary, tuning_document
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.sealed import held_out, in_form, measure_sealed
+from peft_vit.tuning.sealed import calibrated_on, in_form
 from peft_vit.tuning.state import TUNE_FILE
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -92,11 +92,11 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
 
 
 def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
-    run_dir, recipe = choice.final.folder, choice.recipe
-    record = in_form(read_record(run_dir / RECORD_FILE), choice.final)
-    folds = held_out(choice.folds)
-    calibrated = calibrate(folds.logits, folds.labels, folds.images.tolist())
-    sealed = measure_sealed(record, choice.final, choice.before_rounding, folds, calibrated)
+    run_dir, recipe, calibrated = choice.final.folder, choice.recipe, calibrated_on(choice.folds)
+    record = in_form(read_record(run_dir / RECORD_FILE), choice.final, calibrated)
+    tested = record.tested_calibration
+    quality = model_quality(record, None if tested is None else tested.probability)
+    assert quality is not None
     model_folder = directory / MODEL_FOLDER
     exports = export_fastest(
         run_dir,
@@ -108,7 +108,7 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
         max_latency_s=choice.request.max_latency_s,
         tell=lambda text: tell(f"  {text}"),
     )
-    summary = TuningSummary(choice, record, sealed, calibrated, exports)
+    summary = TuningSummary(choice, record, quality, exports)
     files = output_files_in(directory)
     write_whole(files.adapter, read_bytes(run_dir / ADAPTER_FILE, limit_bytes=None))
     write_whole(files.config, configuration(choice, record).encode())
@@ -138,7 +138,7 @@ def configuration(choice: Choice, record: RunRecord) -> str:
 
 def _use(summary: TuningSummary) -> str:
     model = f"model/{summary.exports.model.name}"
-    sets = " --coverage 0.9" if summary.calibrated.coverages else ""
+    sets = " --coverage 0.9" if summary.record.calibrated and summary.record.calibrated.coverages else ""
     return f"""```
 peft-vit predict {model} IMAGES...{sets}
 peft-vit run config.yaml --output again     # trains it again

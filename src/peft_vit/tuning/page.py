@@ -20,9 +20,9 @@ from peft_vit.report.formatting import (
 )
 from peft_vit.report.model_page import BELIEF, IMAGES, MADE, ModelSummary, accuracy_card, labels_card, model_document
 from peft_vit.report.summary import run_provenance
-from peft_vit.statistics import Interval
-from peft_vit.tuning.blocks import TuningSummary, calibration_blocks, compared_blocks, forms_table
+from peft_vit.tuning.blocks import TuningSummary, compared_blocks, forms_table
 from peft_vit.tuning.result import Choice, answer
+from peft_vit.tuning.sealed import changed_by_rounding
 
 _AT = 0.9  # coverage that stands at the top
 COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would buy"
@@ -31,7 +31,7 @@ COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What mo
 def model_summary(summary: TuningSummary) -> ModelSummary:
     """Return what the page of any model tells of the chosen one."""
     use = f"peft-vit predict model/{summary.exports.model.name}"
-    return ModelSummary(summary.record, summary.sealed.quality, use)
+    return ModelSummary(summary.record, summary.quality, use)
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
@@ -51,10 +51,8 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
         if title == BELIEF:
             sections[COMPARED] = tuple(compared_blocks(choice))
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
-            sections[BELIEF] = tuple(calibration_blocks(summary))
             sections[FORMS] = (forms_table(summary),)
-        else:
-            sections[title] = blocks
+        sections[title] = blocks
     sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines())
     sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
     said = answer(choice.decision, choice.metric, choice.request.margin_share)
@@ -90,7 +88,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
 
 
 def _cards(summary: TuningSummary) -> Iterator[Card]:
-    sealed, taken = summary.sealed, summary.exports.taken
+    tested, taken = summary.record.tested_calibration, summary.exports.taken
     yield accuracy_card(model_summary(summary))
     assert taken.bytes is not None
     yield Card("Size", summary.exports.model.name, megabytes(taken.bytes), (taken.name,))
@@ -98,18 +96,16 @@ def _cards(summary: TuningSummary) -> Iterator[Card]:
     float32 = summary.exports.float32_s
     against = () if float32 is None else (f"{fixed(1e3 * float32, 1)} ms in float32",)
     yield Card("Time for an image", summary.exports.processor, f"{fixed(1e3 * taken.median_s, 1)} ms", against)
-    for result in sealed.coverage_results:
-        if result.asked == _AT:
-            said = f"hold {percent(result.sealed.estimate)} of the test images' classes"
-            yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(result.sealed_size, 2), (said,))
+    if tested is not None and _AT in tested.covered:
+        said = f"hold {percent(tested.covered[_AT])} of the test images' classes"
+        yield Card("Classes in a set", f"--coverage {_AT:g}", fixed(tested.set_size[_AT], 2), (said,))
     yield labels_card(summary.record)
 
 
 def _how_sure(summary: TuningSummary) -> Iterator[str]:
-    choice, lost = summary.choice, summary.sealed.lost
-    if lost is not None:
-        gained = Interval(-lost.estimate, -(lost.high or 0.0), -(lost.low or 0.0), lost.n, lost.confidence)
-        yield f"Rounding changed what it has right on the test images by {points_interval(gained)} points."
+    choice, changed = summary.choice, changed_by_rounding(summary.choice.final, summary.choice.before_rounding)
+    if changed is not None:
+        yield f"Rounding changed what it has right on the test images by {points_interval(changed)} points."
     readers = _readers(choice)
     once = "read once, after everything was chosen"
     if readers > 1:
@@ -134,5 +130,5 @@ def _duration(seconds: float) -> str:
 def _not_shown(summary: TuningSummary) -> Iterator[str]:
     yield "Images of another kind, camera or time than these: nothing here speaks of them."
     yield "Other backbones and methods than those in the tables."
-    if len(summary.sealed.coverage_results) == 0:
+    if summary.record.calibrated is None or not summary.record.calibrated.coverages:
         yield "Prediction sets: there are too few images for thresholds."

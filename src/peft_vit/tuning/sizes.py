@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from peft_vit.backbones import architecture_of
 from peft_vit.config import Flips, study_from_mapping
-from peft_vit.data import deal_folds
 from peft_vit.errors import UserError, is_out_of_memory
 from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
-from peft_vit.studies.image_sizes import expected_gain, seen_by_head, sizes_to_try
+from peft_vit.studies import image_sizes
+from peft_vit.studies.image_sizes import Regression, expected_gain, sizes_to_try
 from peft_vit.studies.plan import plan_study
-from peft_vit.training import Features, can_hold_out, held_out_fit
 from peft_vit.tuning.context import TuningContext
 from peft_vit.tuning.costs import MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
@@ -32,58 +30,19 @@ _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the f
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 
 
-@dataclass(frozen=True)
-class Regression:
-    """What a regression on frozen features has, on images that are left out of its fit in turn.
-
-    Attributes:
-        value: of the metric that decides.
-        labels: of the images, (N,).
-        right: what it has right, (N,).
-        right_of_half: likewise with half of the images to learn from; None: that was not asked for.
-    """
-
-    value: float
-    labels: NDArray[np.int64]
-    right: NDArray[np.bool_]
-    right_of_half: NDArray[np.bool_] | None = None
-
-
 Regress = Callable[[Mapping[str, Any], Path, bool], Regression]
 
 
 def regress(study: Mapping[str, Any], results_dir: Path, half: bool) -> Regression:
-    """Fit the regression of a study's only run, in this process.
+    """Fit the regression of a study's only run in this process; see `image_sizes.regress`.
 
     Args:
         study: of the method `linear`, without folds.
         results_dir: of the study; nothing is written.
         half: with half of the images to learn from, too.
-
-    Raises:
-        UserError: as `plan_study`, `load_data`, `load_run_backbone`.
     """
     plan = plan_study(study_from_mapping(dict(study), file=study["name"]), results_dir, file=None)
-    seen = seen_by_head(plan.runs[0].spec, flipped=True)
-    features, groups, metric = seen.features, seen.groups, seen.metric
-    task, labels = features.task, features.labels[: len(groups)]
-    ways = len(features.labels) // len(groups)
-
-    def logits_of(part: NDArray[np.bool_]) -> NDArray[np.float64]:
-        chosen = np.tile(part, ways)
-        own = Features(features.values[chosen], features.labels[chosen], task)
-        return held_out_fit(own, groups[part], metric, class_weights=seen.class_weights)[1]
-
-    whole = logits_of(np.ones(len(groups), dtype=bool))  # (N, classes)
-    right_of_half = None
-    if half:
-        part_of = deal_folds(task.strata(labels), groups, 2, np.random.default_rng(0))
-        parts = [part_of == number for number in range(2)]
-        if all(can_hold_out(task.strata(labels[part]), groups[part]) for part in parts):
-            right_of_half = np.zeros(len(groups), dtype=bool)
-            for part in parts:
-                right_of_half[part] = logits_of(part).argmax(1) == labels[part]
-    return Regression(metric.of(task.measure(whole, labels)), labels, whole.argmax(1) == labels, right_of_half)
+    return image_sizes.regress(plan.runs[0].spec, half=half)
 
 
 @dataclass(frozen=True)
