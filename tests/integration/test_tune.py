@@ -1,6 +1,7 @@
 """`peft-vit tune` on tiny images: stand-ins for runs, killed at any of them; one whole tuning of real runs."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,81 +11,67 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tune_error
 from PIL import Image
+from simulated_tunings import SIZES, StandIns
 
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.memory_limit import StepCost
-from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import read_study_file
-from peft_vit.tuning import stages
+from peft_vit.tuning.costs import MOST_STEPS
 from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
-from peft_vit.tuning.result import Choice
-from peft_vit.tuning.running import Outcome, Outcomes
+from peft_vit.tuning.recipe import Recipe, lora
+from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
-TRUTH = {
-    "probe_int2": 0.6,
-    "lora_int2": 0.7,
-    "probe_nf4": 0.8,
-    "lora_nf4": 0.9,
-    "adalora_nf4": 0.85,
-    "probe_int8": 0.82,
-    "lora_int8": 0.9,
-    "linear": 0.82,
-    "adalora": 0.9,
-    "lora": 0.9,
-}
+STAGES = ["look", "machine", "sizes", "search", "folds", "final", "output"]
 
 
-class StandIns(tune_error.StandIns):
-    """Runs whose results follow from their names; after so many new ones the process is killed."""
+def planted(
+    base: float = 0.8, gain: float = 0.1, best_rate: float = 1e-3, low_bits: float = 0.01
+) -> Callable[[Mapping[str, Any], int], float]:
+    """Return a truth in which training gains so much at last, and larger images a point each."""
 
-    def __init__(self, kill_after: int | None = None, run_s: float = 10.0) -> None:
-        super().__init__(TRUTH, 0.2, np.random.default_rng(0), run_s=run_s)
-        self.kill_after = kill_after
-        self.carried_out: list[tuple[str, str, int]] = []
-        self.trainings: dict[str, list[dict[str, Any]]] = {}  # by study
-        self.began_at: dict[str, float] = {}  # by study
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        accuracy = base + 0.01 * SIZES.index(size)
+        if experiment["method"] == "linear":
+            return accuracy
+        training = experiment["training"]
+        away = 0.02 * abs(math.log(training["learning_rate"] / best_rate))
+        lost = away + (low_bits if experiment["method"] == "qa_lora" else 0.0)
+        return accuracy + gain * (1 - math.exp(-training["steps"] / 60)) - lost
 
-    def __call__(
-        self, mapping: Mapping[str, Any], limit: Limit, only: tuple[Sequence[str], Sequence[int]] | None = None
-    ) -> Outcomes:
-        self.study = mapping["name"]
-        self.began_at.setdefault(self.study, self.now)
-        self.trainings.setdefault(self.study, []).extend(one["training"] for one in mapping["experiments"])
-        return super().__call__(mapping, limit, only)
-
-    def _outcome(self, name: str, seed: int) -> Any:
-        if self.kill_after is not None and len(self.carried_out) >= self.kill_after:
-            raise KeyboardInterrupt
-        self.carried_out.append((self.study, name, seed))
-        truth = TRUTH[next(start for start in sorted(TRUTH, key=len, reverse=True) if name.startswith(start))]
-        validation = truth - 0.02 * ("0-0003" in name)
-        test = validation + 0.01 * np.random.default_rng([seed, *f"{self.study}/{name}".encode()]).standard_normal()
-        return Outcome(validation, 0.5, float(test), 0.01, 0.01, 10.0, Path(self.study) / name / f"seed_{seed}")
+    return truth
 
 
-def environment_of(
-    runner: Any = None, clock: Callable[[], float] | None = None, rate: float = 1e9, process_s: float = 1.0
-) -> Environment:
+def stand_ins(**changes: Any) -> StandIns:
+    return StandIns(**{"truth": planted(), "images": 1000, "step_s": 0.1, "lost": {"nf4": 0.0, "int4": 0.0}} | changes)
+
+
+def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -> Environment:
     """Return an environment in which no run is measured."""
-    make = study_runner if runner is None else lambda state, metric: runner
-    clock = clock or (lambda: 0.0) if runner is None else clock or (lambda: runner.now)
-    throughput = replace(Throughput.estimated(rate), process_s=process_s)
-    return Environment(make, measure=lambda *_: throughput, write_output=lambda *_: None, clock=clock)
+    throughput = replace(Throughput.estimated(rate), process_s=1.0)
+    environment = Environment(measure=lambda *_: throughput, write_output=lambda *_: None)
+    if runner is None:
+        return replace(environment, make_runner=study_runner, **changes)
+    given: dict[str, Any] = {
+        "make_runner": lambda *_: runner,
+        "regress": runner.regress,
+        "round_run": runner.round_run,
+        "clock": lambda: runner.now,
+    }
+    return replace(environment, **given | changes)
 
 
 def request_of(images: Path, output: Path, **more: Any) -> TuneRequest:
     request = {
         "models": ("test_vit",),
         "weights": "random",
-        "image_sizes": (32,),
+        "image_sizes": SIZES,
         "threads": 1,
         "precision": "fp32",
+        "compute": "float",
         "device": "cpu",
         "minutes": 60.0,
     }
@@ -99,7 +86,7 @@ def tuning(images: Path, tmp_path: Path) -> Tuning:
     """Return a tuning with stand-ins, by default of the shared images into this test's folder."""
 
     def call(
-        runner: Any = None,
+        runner: StandIns | None = None,
         *,
         photos: Path = images,
         output: Path = tmp_path,
@@ -107,15 +94,10 @@ def tuning(images: Path, tmp_path: Path) -> Tuning:
         tell: Callable[[str], None] = lambda _: None,
         **more: Any,
     ) -> Choice:
-        return tune(request_of(photos, output, **more), tell, environment or environment_of(runner or StandIns()))
+        environment = environment or environment_of(runner or stand_ins())
+        return tune(request_of(photos, output, **more), tell, environment)
 
     return call
-
-
-def without_times(choice: Choice) -> dict[str, Any]:
-    """Return all of a choice but its seconds and where it lies."""
-    plain = {name: value for name, value in vars(choice).items() if name not in ("request", "seen", "stages")}
-    return {name: str(value).replace(str(choice.request.output), "") for name, value in plain.items()}
 
 
 def copied(images: Path, folder: Path, copies: int = 1) -> Path:
@@ -126,121 +108,157 @@ def copied(images: Path, folder: Path, copies: int = 1) -> Path:
     return folder
 
 
-@pytest.fixture
-def as_if_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let results of stand-ins count as those of many images: 38 show nothing, however alike folds are."""
-    monkeypatch.setattr(stages, "_images", lambda context: 2000)
+# --- what is taken ---
 
 
-@pytest.mark.usefixtures("as_if_many")
-def test_the_smallest_that_keeps_within_the_margin_is_chosen(tuning: Tuning, tmp_path: Path) -> None:
-    lines: list[str] = []
-    choice = tuning(margin=5.0, tell=lines.append)
-    assert (choice.chosen, choice.reference, choice.shown) == ("lora_nf4", "lora_r8", True)
-    verdicts = {one.name: one.course.noninferiority for one in choice.candidates if one.course is not None}
-    assert (verdicts["probe_int2"], verdicts["lora_int2"]) == ("refuted", "refuted")
-    assert [one.bytes for one in choice.candidates] == sorted(one.bytes for one in choice.candidates)
-    assert list(choice.final_runs) == ["lora_nf4", "lora_r8"]
-    begun = [line.split(":")[0] for line in lines if not line.startswith(" ")]
-    assert begun == ["look", "machine", "probes", "rates", "race", "final", "output"]
+def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: Tuning, tmp_path: Path) -> None:
+    runner, lines = stand_ins(), list[str]()
+    choice = tuning(runner, tell=lines.append)
+    recipe = choice.recipe
+    assert (recipe.method, recipe.bits, recipe.when, recipe.image_size) == ("lora", "nf4", "after", SIZES[-1])
+    assert (recipe.steps, recipe.rate) == (MOST_STEPS, 1e-3)
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == STAGES
+    sizes = [candidate.bytes for candidate in choice.decision.candidates]
+    assert sizes == sorted(sizes)
+    assert [candidate.recipe for candidate in choice.decision.candidates if not candidate.why] == [recipe]
+    assert runner.carried_out[-1] == (f"final-{recipe.place}", recipe.trained.name, 0)  # once, and nothing beside it
+    assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
+    assert len(choice.folds) >= 5
+    assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
+    said = answer(choice.decision, choice.metric, 0.01)
+    assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
+    assert "right on new images" in said
 
 
-def test_few_images_show_nothing_however_alike_folds_are(tuning: Tuning) -> None:
-    choice = tuning(margin=5.0)
-    candidate = choice.candidate("lora_nf4")
-    assert (choice.shown, candidate.left_out) == (False, "")
-    assert candidate.course is not None
-    assert candidate.course.noninferiority == "not decided"
+@pytest.mark.parametrize(
+    ("changes", "asked", "taken"),
+    [
+        ({"lost": {"nf4": 0.2, "int4": 0.2, "int8": 0.2}}, {}, ("lora", None)),
+        ({"lost": {"nf4": 0.2, "int4": 0.2, "int8": 0.0}}, {}, ("lora", "int8")),
+        ({"lost": {"nf4": 0.3, "int4": 0.3}}, {"max_bytes": 400_000}, ("qa_lora", "nf4")),
+        ({"truth": planted(gain=-0.1)}, {}, ("linear", "nf4")),  # training loses
+    ],
+)
+def test_the_smallest_that_loses_less_than_the_margin_is_taken(tuning: Tuning, changes, asked, taken) -> None:
+    choice = tuning(stand_ins(**changes), **asked)
+    assert (choice.recipe.method, choice.recipe.bits) == taken
+    if "max_bytes" in asked:
+        chosen = next(candidate for candidate in choice.decision.candidates if not candidate.why)
+        assert chosen.bytes <= asked["max_bytes"]
+        assert choice.decision.reference.bits is None  # to compare with, whatever it takes
+        assert any(candidate.why == "larger than the limit" for candidate in choice.decision.candidates)
 
 
-def test_all_kinds_of_methods_get_the_same_effort(tuning: Tuning) -> None:
-    runner, effort = StandIns(), dict[str, int]()
-    choice = tuning(runner, minutes=600.0)
-    for study, name, _ in runner.carried_out:
-        if study == "rates":
-            kind, _, steps = name.rsplit("_", 2)
-            effort[kind] = effort.get(kind, 0) + int(steps)
-    assert set(effort) == {"lora", "lora_nf4", "lora_int8", "lora_int2", "adalora"}
-    assert len(set(effort.values())) == 1
-    assert all(sum(one.steps for one in choice.rates if one.kind == kind) == steps for kind, steps in effort.items())
+def test_a_rate_that_wins_at_the_end_of_the_list_extends_it(tuning: Tuning) -> None:
+    runner = stand_ins(truth=planted(base=0.6, gain=0.2, best_rate=1e-2))
+    choice = tuning(runner, minutes=240.0)
+    assert choice.recipe.rate == 1e-2
+    default = tuning(stand_ins(), output=Path(choice.request.output, "other"), minutes=240.0)
+    assert default.recipe.rate == 1e-3  # nothing is clearly better
 
 
 def test_all_runs_multiply_in_the_way_that_was_the_fastest_when_it_began(
     tuning: Tuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = {"float": 1e9, "int8": 2e9}
+    rates, asked = {"float": 1e9, "int8": 2e9}, set[str]()
     monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *given: rates[given[4]])
-    first: list[str] = []
+
+    def watched(runner: StandIns) -> Environment:
+        def call(mapping: Mapping[str, Any], *more: Any) -> Any:
+            asked.update(experiment["training"]["compute"] for experiment in mapping["experiments"])
+            return runner(mapping, *more)
+
+        return replace(environment_of(runner), make_runner=lambda *_: call)
+
     with pytest.raises(KeyboardInterrupt):
-        tuning(StandIns(kill_after=3), compute="auto", tell=first.append)
-    said = "  frozen layers multiply 8-bit integers, which is 2.0 times as fast here"
+        tuning(environment=watched(stand_ins(kill_after=3)), compute="auto")
     rates["float"] = 3e9
-    runner, lines = StandIns(), list[str]()
-    tuning(runner, compute="auto", tell=lines.append)
-    assert {training["compute"] for study in runner.trainings.values() for training in study} == {"int8"}
-    assert (first.count(said), lines.count(said)) == (1, 0)
+    tuning(environment=watched(stand_ins()), compute="auto")
+    assert asked == {"int8"}
 
 
-@pytest.fixture(scope="module")
-def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Choice:
-    """Return what a tuning comes to that nobody killed."""
-    request = request_of(images, tmp_path_factory.mktemp("whole"), margin=5.0)
-    return tune(request, lambda _: None, environment_of(StandIns()))
+def test_images_are_flipped_in_the_way_that_regressions_prefer(tuning: Tuning) -> None:
+    plain = planted()
 
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        return plain(experiment, size) + (0.05 if not experiment["training"]["augmentation"] else 0.0)
 
-@pytest.mark.parametrize("kill_after", [0, 3, 15, 24, 40])
-def test_a_tuning_that_is_killed_goes_on_and_comes_to_the_same(tuning: Tuning, whole: Choice, kill_after: int) -> None:
-    runner = StandIns(kill_after)
-    with pytest.raises(KeyboardInterrupt):
-        tuning(runner, margin=5.0)
-    runner.kill_after = None
-    assert without_times(tuning(runner, margin=5.0)) == without_times(whole)
-    assert len(runner.carried_out) == len(set(runner.carried_out))  # nothing twice
+    lines: list[str] = []
+    seen: set[int] = set()
+    runner = stand_ins(truth=truth)
 
+    def call(mapping: Mapping[str, Any], *more: Any) -> Any:
+        seen.update(len(experiment["training"]["augmentation"]) for experiment in mapping["experiments"])
+        return runner(mapping, *more)
 
-def test_one_that_was_killed_before_the_output_was_begun_goes_on(tuning: Tuning, whole: Choice, tmp_path: Path) -> None:
-    shutil.copy(whole.images_file, tmp_path / "images.json")
-    assert without_times(tuning(margin=5.0)) == without_times(whole)
-
-
-def test_images_are_flipped_in_the_way_that_probes_prefer(tuning, tmp_path, monkeypatch) -> None:
-    monkeypatch.setitem(TRUTH, "linear_none", 0.95)
-    runner, lines = StandIns(), []
-    choice = tuning(runner, margin=5.0, tell=lines.append)
+    tuning(environment=replace(environment_of(runner), make_runner=lambda *_: call), tell=lines.append)
     assert any("training images as they are: flipped left-right" in line for line in lines)
-    assert [probe.flips for probe in choice.probes] == ["none"]
-    later = [training for name in ("rates", "race", "final") for training in runner.trainings[name]]
-    assert {len(training["augmentation"]) for training in later} == {0}
-    monkeypatch.setitem(TRUTH, "linear_both", 0.99)
-    assert [probe.flips for probe in tuning(output=tmp_path / "other").probes] == ["both"]
+    assert seen == {0}
 
 
-@pytest.mark.usefixtures("as_if_many")
-def test_little_time_leaves_it_undecided_and_more_time_goes_on(tuning: Tuning) -> None:
-    runner, lines = StandIns(), []
-    choice = tuning(runner, minutes=8.0, tell=lines.append)
-    assert not choice.shown
-    assert "more minutes" in (choice.more_time or "")
-    assert any("NOT DECIDED" in line for line in lines)
+# --- killed, and called again ---
+
+
+@pytest.mark.parametrize("kill_after", [0, 3, 7, 12, 20])
+def test_a_tuning_that_is_killed_goes_on_and_does_nothing_twice(tuning: Tuning, kill_after: int) -> None:
+    runner = stand_ins(kill_after=kill_after)
+    with pytest.raises(KeyboardInterrupt):
+        tuning(runner)
+    runner.kill_after = None
+    choice = tuning(runner)
+    assert (choice.recipe.method, choice.recipe.bits, choice.recipe.steps) == ("lora", "nf4", MOST_STEPS)
+    assert len(runner.carried_out) == len(set(runner.carried_out))
+
+
+def test_one_that_was_killed_before_the_output_was_begun_goes_on(tuning: Tuning, tmp_path: Path) -> None:
+    choice = tuning(output=tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    shutil.copy(choice.images_file, tmp_path / "killed" / "images.json")
+    assert tuning(output=tmp_path / "killed").recipe == choice.recipe
+
+
+def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
+    runner, lines = stand_ins(step_s=0.5), list[str]()
+    slow = environment_of(runner, rate=3e8)
+    first = tuning(environment=slow, minutes=12.0, tell=lines.append)
+    assert any("Left out for want of time" in sentence for sentence in first.more)
+    assert any("Twice as many labels: about +" in sentence for sentence in first.more)
+    assert runner.now <= 1.1 * 12 * 60
     before = set(runner.carried_out)
-    more = tuning(runner)
-    assert max(one.pairs for one in more.candidates) > max(one.pairs for one in choice.candidates)
+    began = runner.now
+    second = tuning(environment=slow, minutes=60.0)
+    assert runner.now - began <= 1.1 * 60 * 60
     assert not before & set(runner.carried_out[len(before) :])
+    compared = [{candidate.recipe for candidate in choice.decision.candidates} for choice in (first, second)]
+    assert compared[0] < compared[1]
+    assert second.recipe.steps > first.recipe.steps  # nothing that was chosen by little time stays
 
 
-def test_what_does_not_keep_within_the_bytes_does_not_race(tuning: Tuning) -> None:
-    choice = tuning(max_bytes=420_000)
-    assert choice.candidate(choice.chosen).bytes <= 420_000
-    assert "more than the limit" in choice.candidate("lora_int8").left_out
-    assert choice.reference == "lora_r8"  # to compare with, whatever it takes
+@pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0])
+def test_minutes_are_kept_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
+    runner = stand_ins(step_s=0.5)
+    tuning(environment=environment_of(runner, rate=3e8), minutes=minutes)
+    assert runner.now <= 1.1 * 60 * minutes
+    steps = sum(runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1])
+    assert steps >= 0.5 * 60 * minutes or runner.now < 0.7 * 60 * minutes  # or nothing is left to try
+
+
+def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
+    runner, lines = stand_ins(step_s=60.0), list[str]()
+    choice = tuning(environment=environment_of(runner, rate=2e6), minutes=6.0, tell=lines.append)
+    assert choice.recipe.is_probe
+    assert any("no time to train" in line for line in lines)
+
+
+# --- bad input, before anything is trained ---
 
 
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
-        ({"max_bytes": 1000}, r"--max-bytes: 0 MB is less .* the least that would do is 0\.3 MB"),
-        ({"minutes": 0.5}, r"--minutes: 0\.5 are too few .* at least \d+"),
+        ({"max_bytes": 1000}, r"--max-bytes: 0 MB is less .* the least that would do is 0\.\d MB, nf4 weights"),
+        ({"minutes": 0.2}, r"--minutes: 0\.2 are too few .* at least \d+"),
         ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
         ({"models": ("no_such_model",)}, "--model: "),
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: "),
@@ -249,7 +267,7 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(tuning: Tuning) -> No
     ],
 )
 def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp_path, more, expected) -> None:
-    runner = StandIns()
+    runner = stand_ins()
     environment = replace(environment_of(runner), time_export=lambda *_: 0.02)
     with pytest.raises(UserError, match=expected):
         tuning(environment=environment, **more)
@@ -258,11 +276,11 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp
 
 
 def test_the_largest_size_that_is_fast_enough_is_tried(tuning: Tuning, tmp_path: Path) -> None:
-    environment = replace(environment_of(StandIns()), time_export=lambda context, model, size: 1e-3 * size)
-    choice = tuning(environment=environment, image_sizes=(32, 48, 64), max_latency_s=0.05)
-    assert {probe.image_size for probe in choice.probes} == {32, 48}
+    environment = replace(environment_of(stand_ins()), time_export=lambda context, model, size: 1e-3 * size)
+    choice = tuning(environment=environment, max_latency_s=0.05)
+    assert {size.image_size for size in choice.sizes} == {32, 48}
     seconds = {"test_vit": 0.01, "test_vit2": 0.03}
-    environment = replace(environment_of(StandIns()), time_export=lambda context, model, size: seconds[model])
+    environment = replace(environment_of(stand_ins()), time_export=lambda context, model, size: seconds[model])
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
         tuning(environment=environment, output=tmp_path / "two", models=tuple(seconds), max_latency_s=0.005)
 
@@ -281,46 +299,24 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
     assert timed == [7]
 
 
-def without_results_of(runner: StandIns, study: str, *names: str, touch: Path | None = None) -> Environment:
-    """Return an environment in which a study has no results of some candidates (of all without names), or bad ones."""
+def failing(runner: StandIns, *names: str) -> Environment:
+    """Return an environment in which experiments whose study or name begins so have no results."""
 
-    def failing(mapping: Mapping[str, Any], *more: Any) -> Outcomes:
-        if mapping["name"] != study:
-            return runner(mapping, *more)
-        missing = [one["name"] for one in mapping["experiments"] if one["name"].startswith(names or "")]
-        for name in missing if touch is not None else ():
-            (touch / study / name / "seed_5").mkdir(parents=True, exist_ok=True)
-            (touch / study / name / "seed_5" / "record.json").touch()
-        done = runner(mapping, *more) if names else {}
-        return {at: outcome for at, outcome in done.items() if at[0] not in missing}
+    def call(mapping: Mapping[str, Any], *more: Any) -> Any:
+        done = runner(mapping, *more)
+        lost = mapping["name"].startswith(names)
+        return {at: outcome for at, outcome in done.items() if not lost and not at[0].startswith(names)}
 
-    return replace(environment_of(runner), make_runner=lambda *_: failing)
+    return replace(environment_of(runner), make_runner=lambda *_: call)
 
 
-@pytest.mark.parametrize(
-    ("study", "names", "failed", "expected"),
-    [
-        ("final", ("lora_nf4",), False, "the last training of lora_nf4 failed"),
-        ("race", (), False, r"--minutes: ended before .* had a single fold"),
-        ("race", (), True, r"^the first fold of \w+ failed, as is told above; the same command tries it"),
-    ],
-)
-def test_results_that_are_missing_are_one_line(tuning, tmp_path, study, names, failed, expected) -> None:
-    touch = tmp_path / "studies" if failed else None
-    with pytest.raises(UserError, match=expected):
-        tuning(environment=without_results_of(StandIns(), study, *names, touch=touch), margin=5.0)
-
-
-@pytest.mark.usefixtures("as_if_many")
-def test_candidates_that_have_failed_get_no_more_time(tuning: Tuning, tmp_path: Path) -> None:
-    runner, studies = StandIns(), tmp_path / "studies"
-    choice = tuning(environment=without_results_of(runner, "race", "probe_int2", touch=studies), minutes=8.0)
-    assert "more minutes would bring" in (choice.more_time or "")
-    assert "probe_int2" not in (choice.more_time or "")
-    racing = [one.name for one in choice.candidates if not one.left_out and one.name != choice.reference]
-    choice = tuning(environment=without_results_of(runner, "race", *racing, touch=studies), minutes=8.0)
-    assert (choice.more_time or "").startswith("nothing: ")
-    assert "failed, as is told above" in (choice.more_time or "")
+def test_results_that_are_missing_are_one_line_and_others_are_compared(tuning: Tuning, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"final-\S+: the last training failed, .*; the same command tries it again"):
+        tuning(environment=failing(stand_ins(), "final"))
+    with pytest.raises(UserError, match="--minutes: ended before a single model"):
+        tuning(environment=failing(stand_ins(), "folds"), output=tmp_path / "nothing")
+    choice = tuning(environment=failing(stand_ins(), "lora_r8"), output=tmp_path / "no-lora")
+    assert choice.recipe.method != "lora"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "images.json"])
@@ -333,11 +329,6 @@ def test_an_output_among_the_images_or_of_others_is_refused(tuning, images, tmp_
         tuning()
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
-
-
-def test_many_copies_leave_enough_to_train_and_validate_on(tuning: Tuning, images: Path, tmp_path: Path) -> None:
-    choice = tuning(photos=copied(images, tmp_path / "images", 6), output=tmp_path / "output")
-    assert choice.chosen in choice.final_runs  # the splits are drawn to measure
 
 
 def test_two_commands_on_one_output_are_refused(tuning: Tuning) -> None:
@@ -354,14 +345,20 @@ def test_a_limit_of_memory_is_kept_by_every_run_or_refused(tuning: Tuning, monke
         tuning(memory_limit="1GB")
     cost = StepCost(step_s=0.1, peak_bytes=800_000_000)
     monkeypatch.setattr("peft_vit.tuning.limits.measure_step", lambda spec, log: cost)
-    runner = StandIns()
+    runner, trainings = stand_ins(), list[Mapping[str, Any]]()
+
+    def call(mapping: Mapping[str, Any], *more: Any) -> Any:
+        trainings.extend(experiment["training"] for experiment in mapping["experiments"])
+        return runner(mapping, *more)
+
+    environment = replace(environment_of(runner), make_runner=lambda *_: call)
     with pytest.raises(UserError, match="--memory-limit: 500MB is too little; the least that fits is 800MB"):
-        tuning(runner, memory_limit="500MB")
+        tuning(environment=environment, memory_limit="500MB")
     assert not runner.carried_out
-    tuning(runner, memory_limit="1GB")
-    trained = [training for some in runner.trainings.values() for training in some if "learning_rate" in training]
+    tuning(environment=environment, memory_limit="1GB")
+    trained = [training for training in trainings if "learning_rate" in training]
     assert trained
-    assert all(one["memory_limit"] == "1GB" and "recomputed_blocks" in one for one in trained)
+    assert all(training["memory_limit"] == "1GB" and "recomputed_blocks" in training for training in trained)
 
 
 def test_another_margin_or_other_images_are_refused(tuning: Tuning, images: Path, tmp_path: Path) -> None:
@@ -372,10 +369,8 @@ def test_another_margin_or_other_images_are_refused(tuning: Tuning, images: Path
     for name in ("notes.txt", "broken.png"):
         (photos / "class_0" / name).write_text("no image")
     tuning(photos=photos, output=output)
-    assert json.loads((output / "images.json").read_text())["left_out"].keys() >= {
-        "class_0/notes.txt",
-        "class_0/broken.png",
-    }
+    left_out = json.loads((output / "images.json").read_text())["left_out"]
+    assert left_out.keys() >= {"class_0/notes.txt", "class_0/broken.png"}
     Image.new("RGB", (20, 20), "red").save(photos / "class_0" / "new.png")
     with pytest.raises(UserError, match="holds other images than when"):
         tuning(photos=photos, output=output)
@@ -392,25 +387,6 @@ def test_bad_images_are_one_line_and_nothing_is_left(tmp_path, refused, files) -
             Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(folder / name / f"{number}.png")
     assert refused("tune", folder, "--output", output).startswith(f"error: {folder}: ")
     assert not output.exists()
-
-
-def test_time_that_ends_with_the_first_runs_of_rates_still_leaves_some(tuning: Tuning) -> None:
-    rates = tuning(StandIns(run_s=60.0), minutes=8.0).rates  # much longer than was estimated
-    assert {len(one.scores) for one in rates} <= {0, 1}
-    assert any(one.chosen for one in rates)
-    assert all(one.steps == 0 for one in rates if not one.scores)
-
-
-@pytest.mark.usefixtures("as_if_many")
-def test_the_race_gives_up_early_enough_for_the_end(tuning: Tuning, tmp_path: Path) -> None:
-    runner, lines = StandIns(run_s=60.0), []
-    slow_to_start = environment_of(runner, process_s=60.0)
-    tuning(environment=slow_to_start)
-    ending_s = json.loads((tmp_path / "tune.json").read_text())["decided"]["tried"]["test_vit"]["32"]["ending_s"]
-    assert ending_s > 0.15 * 3600  # more than the shares of the last two stages
-    assert 3600 - ending_s - 60 <= runner.began_at["final"] <= 3600 - ending_s  # there is work for all of it
-    tuning(environment=slow_to_start, minutes=1.0, tell=lines.append)
-    assert any("this call takes longer than --minutes" in line for line in lines)
 
 
 def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Path, tmp_path: Path) -> None:
@@ -430,20 +406,22 @@ def test_a_look_at_many_images_that_takes_more_than_its_share_is_told(images: Pa
 
 def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(tuning: Tuning) -> None:
     lines: list[str] = []
-    tuning(environment=environment_of(StandIns(), rate=1e15), tell=lines.append)
-    assert any("at 32 px a forward pass was not measured" in line for line in lines)
+    tuning(environment=environment_of(stand_ins(), rate=1e15), tell=lines.append)
+    assert any("px a forward pass was not measured" in line for line in lines)
+
+
+# --- real runs ---
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("peft_vit.tuning.rates.RATES", (1e-3, 3e-3))
-    monkeypatch.setattr("peft_vit.tuning.race.LOOKS", (3,))
-    monkeypatch.setattr("peft_vit.tuning.stages._RACE_SEEDS", (5, 6, 7))
-    monkeypatch.setattr("peft_vit.tuning.stages.LOOKS", (3,))
-    request = request_of(images, tmp_path, minutes=8.0, max_bytes=340_000)
+    monkeypatch.setattr("peft_vit.tuning.search.RATES", (1e-3,))
+    monkeypatch.setattr("peft_vit.tuning.costs.MOST_STEPS", 24)
+    monkeypatch.setattr("peft_vit.tuning.finalists._others", lambda *_: [])
+    request = request_of(images, tmp_path, minutes=8.0, image_sizes=(32,), max_bytes=400_000)
     done: list[str] = []
-    for kill_at in (3, 18, 27, None):  # a run of probes, of rates, of the race
+    for kill_at in (3, 8, None):  # a run of the regression, of LoRA
 
         def tell(line: str, kill_at: int | None = kill_at) -> None:
             if "/seed_" in line:
@@ -452,16 +430,15 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
                     raise KeyboardInterrupt
 
         if kill_at is None:
-            choice = tune(request, tell, environment_of())
+            choice = tune(request, tell, environment_of(None))
         else:
             with pytest.raises(KeyboardInterrupt):
-                tune(request, tell, environment_of())
+                tune(request, tell, environment_of(None))
     assert len(done) == len(set(done))
-    lines: list[str] = []
-    assert without_times(tune(request, lines.append, environment_of())) == without_times(choice)
-    assert not [line for line in lines if "/seed_" in line]  # nothing is left to do
-    race = read_study_file(tmp_path / "studies" / "race")
-    assert race is not None
-    assert race.configuration.stopping is not None
-    assert choice.candidate(choice.chosen).bytes <= 340_000
-    assert all((folder / "record.json").exists() for folder in choice.final_runs.values())
+    assert {recipe.method for recipe in (Recipe("test_vit", 32), lora("test_vit", 32, 24))} == {"linear", "lora"}
+    compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
+    assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
+    assert next(one.bytes for one in choice.decision.candidates if not one.why) <= 400_000
+    assert (choice.final.folder / "record.json").exists()
+    if choice.recipe.when == "after":
+        assert not np.array_equal(choice.final.logits, choice.before_rounding.logits)

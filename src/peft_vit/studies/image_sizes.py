@@ -53,8 +53,8 @@ def sizes_to_try(architecture: Architecture) -> list[int]:
 def expected_gain(steps: int) -> float:
     """Return what so many steps of training may add to a regression on frozen features, a share.
 
-    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST at
-    50 labels a class, and how it grows from 48 to 498 steps.
+    About 3 points at last, most of it in 100 steps: LoRA's mean gain over its probe on ELPV, digits and Fashion-MNIST
+    at 50 labels a class, and how it grows from 48 to 498 steps.
     """
     return _GAIN * (1 - math.exp(-steps / _GAIN_STEPS))
 

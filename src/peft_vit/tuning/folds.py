@@ -160,8 +160,9 @@ class Folds:
             logits = load(read_bytes(file, None))
         if missing := [one for one in bits if one not in logits]:
             logits |= {one: np.ascontiguousarray(values) for one, values in self.round_run(folder, missing).items()}
-            make_folder(file.parent)
-            write_whole(file, save(logits))
+            if folder.is_dir():
+                make_folder(file.parent)
+                write_whole(file, save(logits))
         return {one: logits[one] for one in bits}
 
     def value(self, recipe: Recipe, seeds: Sequence[int]) -> float | None:

@@ -138,20 +138,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         _tell_forecast(costs, allowed)
     folds = Folds(costs, environment.round_run)
     folds.recall()
-    with state.stage("sizes"):
-        limit = state.until(state.share_s("search", "folds", "final", "output"))
-        sizes = try_sizes(costs, allowed, environment.regress, limit)
-        probe = _regression_on_folds(folds, sizes)
-        labels = gain_of_labels(context, probe, environment.regress)
-    trained = _worth_training(folds, sizes)
-    ending_s = costs.ending_s(_largest(trained, probe))
-    with state.stage("search"):
-        limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
-        ranked, untried = search(folds, trained, limit) if trained else ([], [])
-    with state.stage("folds"):
-        untried += compare(folds, probe, ranked, state.until(ending_s))
-        decision = decide(folds)
-        tell(f"  {answer(decision, context.metric, request.margin_share)}")
+    decision, sizes, more = choose(folds, allowed, environment.regress)
     with state.stage("final"):
         final, before_rounding = train_finally(folds, decision.recipe)
     choice = Choice(
@@ -164,7 +151,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         folds=tuple(outcome for _, outcome in sorted(folds.outcomes[decision.recipe].items())),
         final=final,
         before_rounding=before_rounding,
-        more=what_more_buys(labels, sizes, untried, request.minutes),
+        more=more,
         stages=tuple(state.file.seconds.items()),
     )
     for sentence in choice.more:
@@ -172,6 +159,38 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
     with state.stage("output"):
         environment.write_output(choice, request.output, tell)
     return choice
+
+
+def choose(
+    folds: Folds, allowed: Mapping[str, list[int]], regress: Regress
+) -> tuple[Decision, list[SizeResult], tuple[str, ...]]:
+    """Return what is taken of all that fits the time, the sizes that were tried, and what more would buy.
+
+    Args:
+        folds: as far as they are done.
+        allowed: image sizes by model.
+        regress: see `Environment`.
+
+    Raises:
+        UserError: if time ends before there is a single model.
+    """
+    costs, context, state = folds.costs, folds.context, folds.context.state
+    margin, minutes = context.request.margin_share, context.request.minutes
+    with state.stage("sizes"):
+        limit = state.until(state.share_s("search", "folds", "final", "output"))
+        sizes = try_sizes(costs, allowed, regress, limit)
+        probe = _regression_on_folds(folds, sizes)
+        labels = gain_of_labels(context, probe, regress)
+    trained = _worth_training(folds, sizes)
+    ending_s = costs.ending_s(_largest(trained, probe))
+    with state.stage("search"):
+        limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
+        ranked, untried = search(folds, trained, limit) if trained else ([], [])
+    with state.stage("folds"):
+        untried += compare(folds, probe, ranked, state.until(ending_s))
+        decision = decide(folds)
+        state.tell(f"  {answer(decision, context.metric, margin)}")
+    return decision, sizes, what_more_buys(labels, sizes, untried, minutes)
 
 
 # --- before anything is trained ---------------------------------------------------------------------------------------

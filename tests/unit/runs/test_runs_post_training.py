@@ -19,7 +19,7 @@ from peft_vit.runs.held_out import PRIOR
 from peft_vit.runs.post_training import logits_by_type, packing_of, round_weights
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import conformal_quantile
-from peft_vit.tuning.candidates import file_bytes
+from peft_vit.tuning.recipe import file_bytes
 
 pytestmark = pytest.mark.part("runner")
 NF4 = QuantizationFormat("nf4", 32, False, torch.float16)
