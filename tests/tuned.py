@@ -1,28 +1,31 @@
-"""What a tuning of the tiny model comes to: a choice as a race would hand it over, from runs that were really done."""
+"""What a tuning of the tiny model comes to: a choice as its stages hand it over, from runs that were really done."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_models
 from PIL import Image
-from small_methods import EXPERIMENTS
 from written_runs import plan_of, run_and_write, tiny_study
 
-from peft_vit.analysis import read_results
-from peft_vit.analysis.stopping import sequential_results
 from peft_vit.data import images_file, inspect_images
-from peft_vit.records import write_study_file
-from peft_vit.studies.scheduler import study_file
+from peft_vit.runs.post_training import logits_by_type
+from peft_vit.statistics import Interval
+from peft_vit.statistics.odds import Odds
 from peft_vit.tasks.classification import ACCURACY
-from peft_vit.tuning.result import Candidate, Choice, ProbeResult, RateResult
+from peft_vit.tuning.finalists import Candidate, Decision
+from peft_vit.tuning.recipe import Recipe, lora
+from peft_vit.tuning.result import Choice, what_more_buys
+from peft_vit.tuning.running import Outcome
+from peft_vit.tuning.sizes import SizeResult
 from peft_vit.tuning.tune_request import TuneRequest
 
 FOLDS = 2
 MODEL = "tiny_pool"
 assert MODEL in tiny_models.TINY_FAMILIES  # which registers it
+TRAINED = lora(MODEL, 32, 8, 1e-2)
+ROUNDED = TRAINED.rounded("nf4")
 
 
 def write_images(folder: Path) -> None:
@@ -35,86 +38,59 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / f"class_{label}" / f"{number:02}.png")
 
 
-def choice_of(images: Path, folder: Path, chosen: str, reference: str = "lora", **asked: Any) -> Choice:
-    """Do the runs of two looks on folds, and the final ones."""
+def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
+    """Do the runs of LoRA on folds, and the last one; its weights are rounded after training."""
     seen = inspect_images(images)
     holdout = folder / "images.json"
     folder.mkdir(parents=True, exist_ok=True)
     holdout.write_text(json.dumps(images_file(seen)))
     data = {"dataset": "image-folder", "path": str(images), "images_file": str(holdout), "image_size": 32}
-    studies = folder / "studies"
-    pair = list({chosen: 1, reference: 1})
-    stopping = {"control": reference, "asked": "non-inferiority", "margin": 20.0, "looks": [2, 4]}
-    race = {"seeds": [0, 1, 2, 3], "data": data | {"validation_images": 6, "folds": FOLDS}, "stopping": stopping}
-    on_folds = _done("race", pair, [0, 1], race, studies)
-    everything = {"seeds": [0], "data": data | {"validation_images": 0}}  # nothing is chosen any more
-    final = _done("final", pair, [0], everything, studies, probe_l2=0.01)
-    (study,) = read_results(studies / "race").studies
-    (course,) = sequential_results(study)
-    names = {chosen: 1, reference: 1, "full": 1}
+    on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
+    (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies")
+    probe = Recipe(MODEL, 32)
+    score = Interval(0.7, 0.6, 0.8, 38, 0.95)
+    candidates = (
+        Candidate(ROUNDED, 100_000, FOLDS, score, -0.004, 0.12, ""),
+        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, score, -0.02, 0.3, "1 of 5 folds"),
+        Candidate(probe, 300_000, FOLDS, score, -0.1, 0.98, "larger"),
+        Candidate(TRAINED, 300_000, FOLDS, score, 0.0, 0.0, "larger; only 0.4 points better are expected"),
+    )
+    odds = Odds(0, 3, Interval(0.72, 0.66, 0.78, 38, 0.95), 0.004, 0.12, 0.0001, shown=False)
+    sizes = (SizeResult(MODEL, 32, 0.7, 8, 0.001), SizeResult(MODEL, 64, None, 0, 0.004, "no time for it"))
     return Choice(
-        request=TuneRequest(images=images, output=folder, **{"margin": 20.0, "models": (MODEL,), **asked}),
+        request=TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked}),
         seen=seen,
         images_file=holdout,
         metric=ACCURACY,
-        model=MODEL,
-        image_size=32,
-        probes=(
-            ProbeResult(MODEL, 32, 0.7, 0.001, True, "the best within the time"),
-            ProbeResult(MODEL, 64, None, None, False, "takes too long"),
-        ),
-        rates=(RateResult("lora", 1e-2, (0.8, 0.9), 24, True), RateResult("lora", 1e-3, (0.7,), 8, False)),
-        candidates=tuple(
-            Candidate(
-                name,
-                {"name": name, **EXPERIMENTS[name]},
-                100_000 * place,
-                score=0.8,
-                pairs=2 if name == chosen else 0,
-                course=course if name == chosen != reference else None,
-                left_out="its file would be too large" if name == "full" else "",
-            )
-            for place, name in enumerate(names, start=1)
-        ),
-        chosen=chosen,
-        reference=reference,
-        shown=False,
-        why="the smallest that is not decided against.",
-        more_time="30 more minutes would buy 6 more folds.",
-        folds_dir=studies / "race",
-        fold_runs={chosen: tuple(on_folds[chosen])},
-        final_runs={name: runs[0] for name, runs in final.items()},
-        stages=(("look", 1.0), ("race", 70.0), ("final", 30.0)),
+        sizes=sizes,
+        decision=Decision(candidates, ROUNDED, TRAINED, odds),
+        folds=tuple(map(_rounded, on_folds)),
+        final=_rounded(final),
+        before_rounding=final,
+        more=what_more_buys(Interval(0.02, 0.0, 0.04, 38, 0.95), sizes, [lora(MODEL, 32, 16)], 20.0),
+        stages=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
     )
 
 
-def _done(
-    study: str,
-    names: list[str],
-    seeds: list[int],
-    settings: Mapping[str, Any],
-    results: Path,
-    probe_l2: float | None = None,
-) -> dict[str, list[Path]]:
-    """Do the runs of some of a study's seeds."""
-    fitted = {} if probe_l2 is None else {"probe_l2": probe_l2}
-    training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2}
+def _rounded(outcome: Outcome) -> Outcome:
+    logits = logits_by_type(outcome.folder, ["nf4"])["nf4"]
+    return Outcome(outcome.images, outcome.labels, logits.astype(np.float64), outcome.seconds, outcome.folder)
+
+
+def _done(study: str, seeds: list[int], data: dict[str, Any], results: Path) -> list[Outcome]:
+    """Do the runs of LoRA in a study; nothing validates."""
+    training = {"steps": 8, "batch_size": 8, "learning_rate": 1e-2, "head_start": "probe"}
     mapping = tiny_study(
         name=study,
+        seeds=seeds,
+        data={**data, "validation_images": 0},
         backbone={"model": MODEL, "weights": "random"},
         measures={"logits": True},
-        experiments=[
-            {"name": name, **EXPERIMENTS[name], "training": fitted if name == "linear" else training} for name in names
-        ],
-        **settings,
+        experiments=[{"name": TRAINED.name, "method": "lora", "lora": {"rank": 8}, "training": training}],
     )
-    found: dict[str, list[Path]] = {}
-    plan = plan_of(mapping, results)
-    content = study_file(plan.study, (), smoke=False, data_sha256=plan.data_sha256)
-    write_study_file(results / study, content)
-    for planned in plan.runs:
-        if planned.spec.seed in seeds:
-            record = run_and_write(planned.spec, results)
-            assert record.status == "done", record.traceback
-            found.setdefault(planned.spec.experiment.name, []).append(results / planned.spec.run_id)
-    return found
+    outcomes = []
+    for planned in plan_of(mapping, results).runs:
+        record = run_and_write(planned.spec, results)
+        assert record.status == "done", record.traceback
+        outcomes.append(Outcome.of(record, results / planned.spec.run_id))
+    return outcomes

@@ -1,7 +1,6 @@
 """What a tuning leaves behind: the model, what trains it again, the card and the page, and their numbers."""
 
 import errno
-import operator
 import re
 from dataclasses import replace
 from html import unescape
@@ -24,12 +23,15 @@ from peft_vit.data import load_data
 from peft_vit.deployment import open_exported
 from peft_vit.errors import UserError
 from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, read_record, write_atomically
+from peft_vit.runs import fastest
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
-from peft_vit.tuning import forms, pipeline
+from peft_vit.tuning import pipeline
 from peft_vit.tuning.output import output_files_in, write_output
+from peft_vit.tuning.page import _how_sure
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.sealed import held_out, measure_sealed
+from peft_vit.tuning.running import Outcome
+from peft_vit.tuning.sealed import calibrated_on, changed_by_rounding, in_form
 from peft_vit.tuning.tune_request import TuneRequest
 
 pytestmark = pytest.mark.part("runner")
@@ -41,7 +43,7 @@ def choice(_session_cache: str, tmp_path_factory: pytest.TempPathFactory) -> Cho
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
         folder = tmp_path_factory.mktemp("tuned")
         write_images(folder / "images")
-        return choice_of(folder / "images", folder / "output", "linear")
+        return choice_of(folder / "images", folder / "output")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def left(choice: Choice, _session_cache: str):
     """Leave it for onnxruntime alone, with made-up seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_VIT_CACHE", _session_cache)
-        patch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
-        patch.setattr(forms, "missing_packages", lambda _: ["openvino"])
+        patch.setattr(fastest, "bench", lambda files: [row(file, 0.012) for file in files])
+        patch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
         said: list[str] = []
         return write_output(choice, choice.request.output, said.append), said
 
@@ -60,8 +62,8 @@ def row(file: Path, seconds: float) -> object:
     return SimpleNamespace(file=str(file), median_s=seconds, low_s=seconds, high_s=seconds, processor="one")
 
 
-def final(choice: Choice, name: str) -> RunRecord:
-    return read_record(choice.final_runs[name] / RECORD_FILE)
+def final(choice: Choice) -> RunRecord:
+    return read_record(choice.final.folder / RECORD_FILE)
 
 
 def test_everything_lies_below_the_output_and_is_told(choice, left) -> None:
@@ -70,7 +72,7 @@ def test_everything_lies_below_the_output_and_is_told(choice, left) -> None:
     output = choice.request.output
     assert all(path.is_file() for path in (files.model, files.adapter, files.config, files.card, files.report))
     assert not list(output.glob("model/.*"))  # no trials
-    assert files.adapter.read_bytes() == (choice.final_runs["linear"] / ADAPTER_FILE).read_bytes()
+    assert files.adapter.read_bytes() == (choice.final.folder / ADAPTER_FILE).read_bytes()
     card = files.card.read_text()
     assert all((output / figure).is_file() for figure in re.findall(r"\]\((figures/[^)]*)\)", card))
     text = "\n".join([*said, "# card.md", card]).replace(str(output), "OUTPUT")
@@ -89,34 +91,41 @@ def test_axe_finds_nothing_on_the_page(left, scheme: str) -> None:
         assert axe_violations(page) == []
 
 
-def test_the_file_predicts_as_the_run_did_and_says_how_far_to_believe_it(choice, left) -> None:
-    record, model = final(choice, "linear"), open_exported(left[0].model)
+def test_the_file_predicts_as_was_compared_and_says_how_far_to_believe_it(choice, left) -> None:
+    record, model = final(choice), open_exported(left[0].model)
     sealed = load_data(record.spec.data, 0).test.open()
     ((pixels, labels),) = sealed.ordered_batches(100, model.card.mean, model.card.std)
-    np.testing.assert_allclose(model.logits(pixels.numpy()), record.predictions.logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(model.logits(pixels.numpy()), choice.final.logits, rtol=0, atol=1e-4)
+    assert not np.allclose(choice.final.logits, record.predictions.logits, rtol=0, atol=1e-3)  # of float weights
     assert labels.tolist() == record.predictions.labels
+    assert model.card.calibrated == calibrated_on(choice.folds)
     assert model.card.calibrated.images == 38  # of 48, 10 sealed; each held out once
 
 
 def test_the_configuration_trains_the_same_adapter_again(choice, left, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("PEFT_VIT_CACHE", str(tmp_path / "cache"))  # not the user's, whose features may be of other sums
+    assert "export again --bits nf4" in left[0].config.read_text()
     study = load_study(left[0].config)
     (planned,) = plan_study(study, tmp_path, file=left[0].config).runs
-    assert run_and_write(planned.spec, tmp_path).adapter_sha256 == final(choice, "linear").adapter_sha256
+    assert run_and_write(planned.spec, tmp_path).adapter_sha256 == final(choice).adapter_sha256
 
 
 def test_the_card_is_one_of_the_hub(choice, left) -> None:
     card = ModelCard(left[0].card.read_text())
     assert card.data.pipeline_tag == "image-classification"
-    values = {one.metric_type: one.metric_value for one in card.data.eval_results}
-    test = final(choice, "linear").test
-    assert values == {"accuracy": round(test.accuracy, 4), "balanced_accuracy": round(test.balanced_accuracy, 4)}
+    values = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    right, labels = choice.final.right, choice.final.labels
+    balanced = np.mean([right[labels == label].mean() for label in np.unique(labels)])
+    assert values == {"accuracy": round(right.mean(), 4), "balanced_accuracy": round(balanced, 4)}
 
 
 def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
-    monkeypatch.setattr(forms, "_written", lambda way, *_: replace(way.form, left_out="no room"))
-    with pytest.raises(UserError, match=r"can't be exported \(ONNX: no room\); the same command tries it again"):
+    monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
+    monkeypatch.setattr(fastest, "_written", lambda way, *_, **more: replace(way.form, left_out="no room"))
+    with pytest.raises(
+        UserError,
+        match=r"can't be exported \(ONNX, codes packed in memory, too: no room; .*\); the same command tries it again",
+    ):
         write_output(choice, tmp_path, lambda _: None)
 
     def unreadable(*_, **more) -> None:
@@ -125,54 +134,50 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
     monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
     with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; mend that"):  # it is not unwritable
         write_output(choice, tmp_path, lambda _: None)
-    record = final(choice, "linear")
-    without = record.model_copy(update={"predictions": record.predictions.model_copy(update={"logits": None})})
-    with pytest.raises(UserError, match=r"final/linear/seed_0: predictions\.logits: "):
-        held_out([without])
 
 
 def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     page = left[0].report.read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
-    found = final(choice, "linear").predictions
-    wrong = sum(map(operator.ne, found.labels, found.predicted))
+    wrong = int((~choice.final.right).sum())
     assert wrong > 0
-    strip = min(wrong, 6) + min(len(found.labels) - wrong, 8)
+    strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
     assert page.count("<img ") == wrong + strip
-    assert all(words in page.replace("<wbr>", "") for words in ("NOT DECIDED", "Not raced: full", "bounds of “"))
+    sections = ("What it was compared with", "What more would buy", "Files and speed")
+    assert all(words in page.replace("<wbr>", "") for words in sections)
 
 
-def test_numbers_on_the_sealed_images(choice, left) -> None:
-    record, other = final(choice, "linear"), final(choice, "lora")
-    folds = held_out([read_record(one / RECORD_FILE) for one in choice.fold_runs["linear"]])
-    calibrated = open_exported(left[0].model).card.calibrated
-    found = measure_sealed(record, other, folds, calibrated)
-    truth, said = record.predictions.labels, record.predictions.predicted
-    pairs = list(zip(truth, said, strict=True))
-    right = sum(a == b for a, b in pairs)
-    assert found.quality.accuracy == proportion_interval(right, len(truth))
-    assert found.quality.confusion.tolist() == [[pairs.count((a, b)) for b in range(3)] for a in range(3)]
-    assert [one.images for one in found.quality.classes] == [truth.count(k) for k in range(3)]
-    assert [one.predicted for one in found.quality.classes] == [said.count(k) for k in range(3)]
-    assert found.quality.balanced_accuracy.estimate == pytest.approx(record.test.balanced_accuracy)
-    assert found.calibration.ece[0] == pytest.approx(record.test.ece, abs=1e-6)
-    assert found.calibration.nll[0] == pytest.approx(record.test.nll, abs=1e-6)
-    assert found.on_folds.nll[1] <= found.on_folds.nll[0]
-    theirs = [a == b for a, b in zip(other.predictions.labels, other.predictions.predicted, strict=True)]
-    ours = [a == b for a, b in pairs]
-    losses, gains = (sum(map(lambda a, b: a and not b, *sides)) for sides in ((theirs, ours), (ours, theirs)))
-    assert found.lost == paired_proportions(losses, gains, len(truth))
-    mistakes = found.quality.mistakes
-    assert all(one.truth != one.predicted for one in mistakes)
-    assert len(mistakes) == len(truth) - right
-    assert [one.probability for one in mistakes] == sorted((one.probability for one in mistakes), reverse=True)
-    for one in found.coverage_results:
-        threshold = calibrated.thresholds[calibrated.coverages.index(one.asked)]
-        inside = 0
-        for label, row in zip(truth, record.predictions.logits, strict=True):
-            weights = [np.exp(z / calibrated.temperature) for z in row]
-            inside += 1 - weights[label] / sum(weights) <= threshold or row[label] == max(row)
-        assert one.sealed == proportion_interval(inside, len(truth))
+def test_numbers_on_the_sealed_images_are_those_of_the_form_that_is_delivered(choice) -> None:
+    calibrated = calibrated_on(choice.folds)
+    record = in_form(final(choice), choice.final, calibrated)
+    truth, logits = choice.final.labels, choice.final.logits
+    assert record.predictions.predicted == logits.argmax(1).tolist()
+    assert record.predictions.files == final(choice).predictions.files
+    assert record.test.accuracy == choice.final.right.mean()
+    weights = np.exp(logits / calibrated.temperature)
+    p = weights / weights.sum(1, keepdims=True)
+    rows = np.arange(len(truth))
+    np.testing.assert_allclose(record.tested_calibration.probability, p[rows, logits.argmax(1)], rtol=1e-5)
+    for asked, share in record.tested_calibration.covered.items():
+        inside = (1 - p <= calibrated.threshold(asked)) | (logits == logits.max(1, keepdims=True))
+        assert share == pytest.approx(inside[rows, truth].mean())
+    losses, gains = (int((one.right & ~two.right).sum()) for one, two in _both_ways(choice))
+    assert changed_by_rounding(choice.final, choice.before_rounding) == paired_proportions(gains, losses, len(truth))
+    assert changed_by_rounding(choice.final, choice.final) is None
+
+
+def _both_ways(choice: Choice) -> tuple[tuple[Outcome, Outcome], tuple[Outcome, Outcome]]:
+    return (choice.before_rounding, choice.final), (choice.final, choice.before_rounding)
+
+
+def test_models_of_earlier_calls_that_read_the_sealed_images_are_counted(choice, tmp_path) -> None:
+    folder = tmp_path / "studies" / "final-test_vit-32"
+    for name in ("lora_1", "lora_2"):
+        (folder / name / "seed_0").mkdir(parents=True)
+        (folder / name / "seed_0" / "record.json").touch()
+    later = replace(choice, final=replace(choice.final, folder=folder / "lora_2" / "seed_0"))
+    summary = SimpleNamespace(choice=later, exports=SimpleNamespace(int8_loss=None))
+    assert "read by 2 models, 1 of them of earlier calls" in " ".join(_how_sure(summary))
 
 
 def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) -> None:
@@ -184,7 +189,7 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
     assert tuned.choice is choice
     assert tuned.files == left[0]
-    assert tuned.model.card.run == "final/linear/seed_0"
+    assert tuned.model.card.run == f"final-tiny_pool-32/{choice.recipe.trained.name}/seed_0"
     peft_vit.tune("photos", output=output, tell=print)
     assert asked.pop() == (TuneRequest(images=Path("photos"), output=output), print)
 
@@ -223,7 +228,7 @@ def made_up(monkeypatch, run_of):
     """Write files of made-up sizes, which take made-up seconds."""
     taken = {}
 
-    def write(_run, file: Path, _format, options, _calibrated, *, overwrite):
+    def write(_run, file: Path, _format, options, _calibrated, *, bits, overwrite):
         assert overwrite  # an earlier attempt may have written there
         kind = options.activations or options.runtime
         write_atomically(file, bytes(SIZES_AND_SECONDS[kind][0]))
@@ -233,14 +238,14 @@ def made_up(monkeypatch, run_of):
     def time_them(files):
         return [row(file, SIZES_AND_SECONDS[taken[str(file)]][1]) for file in files]
 
-    monkeypatch.setattr(forms, "export_run_to_file", write)
-    monkeypatch.setattr(forms, "bench", time_them)
-    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
+    monkeypatch.setattr(fastest, "export_run_to_file", write)
+    monkeypatch.setattr(fastest, "bench", time_them)
+    monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
 
     def export(folder: Path, share: float = 0.0, **limits):
         loss = SimpleNamespace(images=100, accuracy_loss=replace(proportion_interval(0, 9), estimate=share))
-        monkeypatch.setattr(forms, "compare_int8", lambda _: loss)
-        return forms.export_fastest(run_of("int4"), folder, calibrated=None, fold_runs=[Path("a")] * 3, **limits)
+        monkeypatch.setattr(fastest, "compare_int8", lambda _: loss)
+        return fastest.export_fastest(run_of("int4"), folder, calibrated=None, fold_runs=[Path("a")] * 3, **limits)
 
     return export
 
@@ -287,11 +292,11 @@ def test_of_forms_that_are_as_fast_the_smallest_is_taken(
 
 @pytest.mark.slow
 def test_a_packed_model_is_written_in_every_form_of_onnx(run_of, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(forms, "bench", lambda files: [row(file, 0.012) for file in files])
-    monkeypatch.setattr(forms, "missing_packages", lambda _: ["openvino"])
+    monkeypatch.setattr(fastest, "bench", lambda files: [row(file, 0.012) for file in files])
+    monkeypatch.setattr(fastest, "missing_packages", lambda _: ["openvino"])
     known = Calibrated(images=60, temperature=3.0, coverages=(0.8,), thresholds=(0.4,))
     run = run_of("int4")
-    found = forms.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run], max_latency_s=0.001)
+    found = fastest.export_fastest(run, tmp_path, calibrated=known, fold_runs=[run], max_latency_s=0.001)
     packed, fast, int8 = found.forms
     assert packed.bytes < fast.bytes
     assert all(form.comparison.same_predictions > 0.9 for form in (packed, fast))

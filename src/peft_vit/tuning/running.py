@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from peft_vit.config import study_from_mapping
 from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import RECORD_FILE, read_record, run_folder
+from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
@@ -41,6 +41,15 @@ class Outcome:
     logits: NDArray[np.float64]
     seconds: float
     folder: Path
+
+    @classmethod
+    def of(cls, record: RunRecord, folder: Path) -> Self:
+        """Read it off the record of a run that is done, with its logits."""
+        predictions = record.predictions
+        assert predictions is not None
+        assert predictions.logits is not None
+        images, labels = (np.asarray(values, np.int64) for values in (predictions.images, predictions.labels))
+        return cls(images, labels, np.asarray(predictions.logits, np.float64), record.seconds, folder)
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -113,16 +122,8 @@ class StudyRunner:
             if not (folder / RECORD_FILE).exists():
                 continue
             record = read_record(folder / RECORD_FILE)
-            predictions = record.predictions
-            if record.status != "done" or predictions is None or predictions.logits is None:
-                continue
-            found[run.spec.experiment.name, run.spec.seed] = Outcome(
-                images=np.asarray(predictions.images, dtype=np.int64),
-                labels=np.asarray(predictions.labels, dtype=np.int64),
-                logits=np.asarray(predictions.logits, dtype=np.float64),
-                seconds=record.seconds,
-                folder=folder,
-            )
+            if record.status == "done":
+                found[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, folder)
         return found
 
     def _say(self, event: StudyEvent) -> None:
