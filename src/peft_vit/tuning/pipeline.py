@@ -40,7 +40,7 @@ from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import LEAST_STEPS, Costs
 from peft_vit.tuning.final import train_finally
-from peft_vit.tuning.finalists import compare, decide
+from peft_vit.tuning.finalists import Decision, compare, decide
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of

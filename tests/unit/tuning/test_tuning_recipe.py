@@ -1,0 +1,71 @@
+"""What may become the model: names, bytes that are reckoned, experiments that follow."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from peft_vit.backbones import Architecture, describe
+from peft_vit.backbones.catalog import create_model
+from peft_vit.config import BackboneConfig, ExperimentConfig
+from peft_vit.evaluation import model_size, storage_bytes
+from peft_vit.methods import METHODS, PrepareContext
+from peft_vit.runs.post_training import round_weights
+from peft_vit.tasks.classification import ACCURACY, BALANCED_ACCURACY
+from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, rate_of, shared_training
+
+CLASSES, STEPS = 5, 48
+SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
+LORA = lora("test_vit", 32, STEPS)
+QA_LORA = replace(LORA, method="qa_lora", bits="nf4", when="training")
+ADALORA = replace(LORA, method="adalora")
+
+
+def configured(recipe: Recipe) -> ExperimentConfig:
+    training = shared_training(8, "both", ACCURACY)
+    if not recipe.is_probe:
+        training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
+    sections = recipe.sections(SHAPE, recipe.steps)
+    values = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
+    return ExperimentConfig.model_validate_json(json.dumps(values))
+
+
+def test_every_recipe_is_an_experiment_of_its_own_name() -> None:
+    recipes = [Recipe("test_vit", 32), LORA, replace(LORA, rank=2), replace(LORA, rate=3e-4), QA_LORA, ADALORA]
+    names = [configured(recipe).name for recipe in recipes]
+    assert names[:4] == ["linear", "lora_r8_0-001_48", "lora_r2_0-001_48", "lora_r8_0-0003_48"]
+    assert len(set(names)) == len(names)
+    assert LORA.rounded("int4").trained == LORA
+    assert LORA.rounded("int4").name == LORA.name  # nothing is trained for it
+    assert configured(QA_LORA).qa_lora.quantization_type == "nf4"
+    assert LORA.rounded("nf4").title == "LoRA, 4 bits (nf4), 32 px"
+    assert replace(LORA, rank=2).title == "LoRA of rank 2, 32 px"
+
+
+def test_studies_of_models_on_the_hub_have_plain_names() -> None:
+    place = Recipe("Some/Model-With.Capitals", 224).place
+    assert place.startswith("some-model-with-capitals-")
+    assert place.endswith("-224")
+    assert place != Recipe("some/model-with.capitals", 224).place
+
+
+@pytest.mark.parametrize("bits", [None, *ROUNDED])
+def test_bytes_are_those_of_the_model_whose_weights_are_rounded(bits: str | None) -> None:
+    model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
+    recipe = LORA if bits is None else LORA.rounded(bits)
+    packed = model if bits is None else round_weights(model, bits)
+    assert recipe.file_bytes(SHAPE, CLASSES) == pytest.approx(storage_bytes(packed.state_dict().values()), rel=0.01)
+
+
+def test_bytes_of_qa_lora_are_those_of_the_packed_model() -> None:
+    experiment = configured(QA_LORA)
+    model = create_model(Architecture("timm", "test_vit"), 32, CLASSES)
+    METHODS["qa_lora"].prepare(model, experiment, PrepareContext(STEPS, 0))
+    assert QA_LORA.file_bytes(SHAPE, CLASSES) == pytest.approx(model_size(model).live_bytes, rel=0.01)
+
+
+def test_other_methods_have_rates_that_go_with_those_of_lora_and_classes_count_by_the_metric() -> None:
+    assert rate_of("lora", 1e-3) == 1e-3
+    assert rate_of("qa_lora", 1e-3) == 2e-3  # as `train` has it
+    assert "class_weights" not in shared_training(8, "none", ACCURACY)
+    assert shared_training(8, "none", BALANCED_ACCURACY)["metric"] == "balanced_accuracy"

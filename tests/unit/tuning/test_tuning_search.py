@@ -1,0 +1,52 @@
+"""Which recipes are tried first, which go on, and what displaces the default."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import simulated_tunings
+from simulated_tunings import MODEL, StandIns
+
+from peft_vit.tuning.recipe import lora
+from peft_vit.tuning.search import RATES, wished
+from peft_vit.tuning.sizes import SizeResult
+
+LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps, 0.01) for size, steps in ((64, 96), (48, 160)))
+
+
+def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> None:
+    first, second, third, fourth, *rest = wished([LARGE, SMALL])
+    assert first == lora(MODEL, 64, 96)
+    assert {second, third} == {lora(MODEL, 64, 96, RATES[1]), lora(MODEL, 48, 160)}
+    assert fourth == lora(MODEL, 64, 48)
+    assert len({first, second, third, fourth, *rest}) == 2 * len(RATES) * 2
+    assert [recipe.steps for recipe in wished([replace(LARGE, steps=40)])] == [40] * 3  # half of it is too little
+
+
+def decided(truth: Any, minutes: float = 60.0, **changes: Any) -> tuple[StandIns, Any]:
+    runner = StandIns(truth, {"nf4": 0.0}, **{"images": 600, **changes})
+    return runner, simulated_tunings.one_tuning(runner, minutes)
+
+
+@pytest.mark.parametrize(("better", "rate"), [(0.0, 1e-3), (0.06, 3e-3)])
+def test_a_rate_displaces_the_default_only_where_it_is_clearly_better(better: float, rate: float) -> None:
+    def truth(experiment: Any, size: int) -> float:
+        if experiment["method"] == "linear":
+            return 0.7
+        return 0.75 + better * (experiment["training"]["learning_rate"] == 3e-3)
+
+    _, decision = decided(truth)
+    assert decision.recipe.rate == rate
+
+
+def test_worse_recipes_have_fewer_folds() -> None:
+    def truth(experiment: Any, size: int) -> float:
+        training = experiment["training"]
+        return 0.8 if training.get("learning_rate") == 1e-3 else 0.6
+
+    runner, decision = decided(truth)
+    folds = {candidate.recipe: candidate.folds for candidate in decision.candidates}
+    assert folds[decision.recipe] >= 5
+    worse = [count for recipe, count in folds.items() if recipe.method == "lora" and recipe.rate != 1e-3]
+    assert worse
+    assert max(worse) < 5
