@@ -199,7 +199,7 @@ def true_loss(runner: StandIns, decision: Decision) -> float:
         lost = runner.lost.get(recipe.bits or "", 0.0) if recipe.when == "after" else 0.0
         return runner.accuracy[f"folds-{recipe.place}", recipe.trained.name] - lost
 
-    return accuracy(decision.reference) - accuracy(decision.recipe)
+    return accuracy(decision.reference) - accuracy(decision.taken.recipe)
 
 
 def calibration(tunings: int, minutes: float, max_bytes: int | None, first: int = 0) -> dict[str, float]:
@@ -209,7 +209,7 @@ def calibration(tunings: int, minutes: float, max_bytes: int | None, first: int 
         truth, losses = planted(np.random.default_rng(seed))
         runner = StandIns(truth, losses, seed=seed)
         decision = one_tuning(runner, minutes, max_bytes)
-        loss, odds = true_loss(runner, decision), decision.odds
+        loss, odds = true_loss(runner, decision), decision.taken.odds
         said += 1 - odds.chance_of_loss
         held += loss <= 0.01
         shown += odds.shown

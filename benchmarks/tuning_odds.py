@@ -14,21 +14,12 @@ With limits to the bytes, which half of the tunings have, no float model may be 
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import importlib.metadata
-import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from marks import filled
 from scipy import special
-
-from peft_vit.statistics.odds import Choice, choose, means_of_images
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "tuning_odds.json", ROOT / "docs" / "explanation" / "tuning.md"

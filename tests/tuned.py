@@ -48,14 +48,17 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies")
     probe = Recipe(MODEL, 32)
-    score = Interval(0.7, 0.6, 0.8, 38, 0.95)
+
+    def odds(loss: float, chance: float) -> Odds:
+        return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False)
+
+    taken = Candidate(ROUNDED, 100_000, FOLDS, odds(0.004, 0.12), "")
     candidates = (
-        Candidate(ROUNDED, 100_000, FOLDS, score, -0.004, 0.12, ""),
-        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, score, -0.02, 0.3, "1 of 5 folds"),
-        Candidate(probe, 300_000, FOLDS, score, -0.1, 0.98, "larger"),
-        Candidate(TRAINED, 300_000, FOLDS, score, 0.0, 0.0, "larger; only 0.4 points better are expected"),
+        taken,
+        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, odds(0.02, 0.3), "1 of 5 folds"),
+        Candidate(Recipe(MODEL, 32), 300_000, FOLDS, odds(0.1, 0.98), "larger, and not better"),
+        Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )
-    odds = Odds(0, 3, Interval(0.72, 0.66, 0.78, 38, 0.95), 0.004, 0.12, 0.0001, shown=False)
     sizes = (SizeResult(MODEL, 32, 0.7, 8, 0.001), SizeResult(MODEL, 64, None, 0, 0.004, "no time for it"))
     return Choice(
         request=TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked}),
@@ -63,7 +66,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
         images_file=holdout,
         metric=ACCURACY,
         sizes=sizes,
-        decision=Decision(candidates, ROUNDED, TRAINED, odds),
+        decision=Decision(candidates, taken, TRAINED),
         folds=tuple(map(_rounded, on_folds)),
         final=_rounded(final),
         before_rounding=final,

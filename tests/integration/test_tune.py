@@ -144,8 +144,7 @@ def test_the_smallest_that_loses_less_than_the_margin_is_taken(tuning: Tuning, c
     choice = tuning(stand_ins(**changes), **asked)
     assert (choice.recipe.method, choice.recipe.bits) == taken
     if "max_bytes" in asked:
-        chosen = next(candidate for candidate in choice.decision.candidates if not candidate.why)
-        assert chosen.bytes <= asked["max_bytes"]
+        assert choice.decision.taken.bytes <= asked["max_bytes"]
         assert choice.decision.reference.bits is None  # to compare with, whatever it takes
         assert any(candidate.why == "larger than the limit" for candidate in choice.decision.candidates)
 
@@ -438,7 +437,7 @@ def test_a_whole_tuning_of_real_runs_goes_on_after_kills(images, tmp_path, monke
     assert {recipe.method for recipe in (Recipe("test_vit", 32), lora("test_vit", 32, 24))} == {"linear", "lora"}
     compared = {(candidate.recipe.method, candidate.recipe.bits) for candidate in choice.decision.candidates}
     assert {("linear", None), ("lora", None), ("lora", "nf4")} <= compared
-    assert next(one.bytes for one in choice.decision.candidates if not one.why) <= 400_000
+    assert choice.decision.taken.bytes <= 400_000
     assert (choice.final.folder / "record.json").exists()
     if choice.recipe.when == "after":
         assert not np.array_equal(choice.final.logits, choice.before_rounding.logits)

@@ -45,14 +45,16 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column("Trained", lambda candidate: candidate.recipe.settings or None, data="trained"),
             Column("File, about", "bytes", megabytes),
             Column("Folds", "folds"),
-            Column(f"{words.capitalize()} on folds", "score", percent_interval, partial(own_interval_columns, "score")),
-            Column("Expected against the best, points", "difference", points),
-            Column("Chance to lose more than the margin", "chance", percent),
+            Column(
+                f"{words.capitalize()} expected", "odds.score", percent_interval, partial(own_interval_columns, "score")
+            ),
+            Column("Against the best, points", lambda candidate: -candidate.odds.loss, points, "difference"),
+            Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
         ],
-        f"On images of folds, each predicted by a model that was not trained on it. The best is the best float model "
-        f"found, {choice.decision.reference.title}. What is expected counts that the best of many was lucky, and that "
-        f"folds share images; the margin is {margin}. Where bits are rounded after training, nothing is trained again.",
+        "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
+        "has on new images, since the best of many was lucky as a rule. The best is the best float model found, "
+        f"{choice.decision.reference.title}. Loses more than the margin: the chance that it is {margin} worse, or more.",
     )
     yield table(
         "sizes",

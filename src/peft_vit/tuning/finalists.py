@@ -10,12 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from peft_vit.config import QuantizationType
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.statistics import Interval
-from peft_vit.statistics.odds import Odds, choose, means_of_images, posterior
+from peft_vit.statistics.odds import Odds, choose, means_of_images
 from peft_vit.tuning.context import FOLDS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
@@ -33,36 +30,30 @@ class Candidate:
         recipe: of it.
         bytes: that its file is expected to have.
         folds: that it has done.
-        score: of the metric on their images, with its interval.
-        difference: expected, against the best float model, a share; below 0 it is worse.
-        chance: that the best float model is better by more than the margin.
+        odds: against the best float model.
         why: it was not taken; empty: it was.
     """
 
     recipe: Recipe
     bytes: int
     folds: int
-    score: Interval
-    difference: float
-    chance: float
+    odds: Odds
     why: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is taken, and the odds.
+    """What is taken, and beside what.
 
     Attributes:
         candidates: smallest first.
-        recipe: that is taken.
+        taken: one of them.
         reference: the best float model found.
-        odds: of the two.
     """
 
     candidates: tuple[Candidate, ...]
-    recipe: Recipe
+    taken: Candidate
     reference: Recipe
-    odds: Odds
 
 
 def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
@@ -100,7 +91,7 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe], limit: Limit)
         folds.run([recipe], _FIRST, limit)
         folds.round(recipe, bits, limit)
     decision = decide(folds)
-    again = list(dict.fromkeys((decision.recipe.trained, decision.reference)))
+    again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
     needed = sum(folds.seconds(recipe, _SECOND) + folds.rounding_s(recipe, ROUNDED, _SECOND) for recipe in again)
     if not left and needed <= limit.left_s:
         folds.run(again, _SECOND, limit)
@@ -127,49 +118,30 @@ def decide(folds: Folds) -> Decision:
         UserError: if nothing has a fold.
     """
     measures, request, metric = folds.measures(), folds.context.request, folds.context.metric
-    recipes, margin = measures.recipes, request.margin_share
+    recipes = measures.recipes
     sizes = [bytes_of(folds, recipe) for recipe in recipes]
     counts = [len(folds.seeds(recipe)) for recipe in recipes]
-    least = min(_FEWEST, max(counts))
-    enough = [number for number, count in enumerate(counts) if count >= least]
+    enough = [number for number, count in enumerate(counts) if count >= min(_FEWEST, max(counts))]
     fitting = [number for number in enough if request.max_bytes is None or sizes[number] <= request.max_bytes]
     floats = [number for number in enough if recipes[number].bits is None]
-    measured = means_of_images(measures.scores, measures.folds, measures.classes if metric.equal_classes else None)
-    odds = choose(measured, sizes, fitting=fitting or enough, floats=floats, margin=margin, seed=request.seed)
-    known = posterior(measured, request.seed)
+    classes = measures.classes if metric.equal_classes else None
+    measured = means_of_images(measures.scores, measures.folds, classes)
+    choice = choose(measured, sizes, fitting or enough, floats, request.margin_share)
     candidates = []
     for number, recipe in enumerate(recipes):
-        why = ""
-        if number not in enough:
-            why = f"{counts[number]} of {FOLDS} folds: the search went on with others"
+        odds, taken = choice.odds[number], choice.odds[choice.chosen]
+        if number == choice.chosen:
+            why = ""
+        elif number not in enough:
+            why = f"{counts[number]} of {FOLDS} folds: others did better on them"
         elif number not in fitting:
             why = "larger than the limit"
-        elif number != odds.chosen:
-            why = _why_not(sizes, number, odds, known.mean[number] - known.mean[odds.chosen])
-        outcomes = [folds.outcomes[recipe][seed] for seed in folds.seeds(recipe)]
-        labels = np.concatenate([outcome.labels for outcome in outcomes])
-        predicted = np.concatenate([outcome.logits.argmax(1) for outcome in outcomes])
-        candidates.append(
-            Candidate(
-                recipe=recipe,
-                bytes=sizes[number],
-                folds=counts[number],
-                score=metric.interval(labels, predicted),
-                difference=float(known.mean[number] - known.mean[odds.reference]),
-                chance=known.chance_of_loss(number, odds.reference, margin),
-                why=why,
-            )
-        )
+        elif sizes[number] < sizes[choice.chosen]:
+            why = f"expected to be {100 * (odds.loss - taken.loss):.1f} points worse"
+        else:
+            gain = 100 * (taken.loss - odds.loss)
+            larger = "larger" if sizes[number] > sizes[choice.chosen] else "as large"
+            why = f"{larger}, and {gain:.1f} points better" if gain >= 0.05 else f"{larger}, and not better"
+        candidates.append(Candidate(recipe, sizes[number], counts[number], odds, why))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
-    return Decision(ordered, recipes[odds.chosen], recipes[odds.reference], odds)
-
-
-def _why_not(sizes: Sequence[int], number: int, odds: Odds, better: float) -> str:
-    if sizes[number] < sizes[odds.chosen]:
-        return (
-            f"expected to lose {-100 * better:.1f} points against the one taken" if better < 0 else "its odds are worse"
-        )
-    if sizes[number] > sizes[odds.chosen]:
-        gains = f"; only {100 * better:.1f} points better are expected" if better > 0 else ""
-        return f"larger{gains}"
-    return "as large, and not better"
+    return Decision(ordered, candidates[choice.chosen], recipes[choice.reference])

@@ -140,7 +140,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
     folds.recall()
     decision, sizes, more = choose(folds, allowed, environment.regress)
     with state.stage("final"):
-        final, before_rounding = train_finally(folds, decision.recipe)
+        final, before_rounding = train_finally(folds, decision.taken.recipe)
     choice = Choice(
         request=request,
         seen=context.seen,
@@ -148,7 +148,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         metric=context.metric,
         sizes=tuple(sizes),
         decision=decision,
-        folds=tuple(outcome for _, outcome in sorted(folds.outcomes[decision.recipe].items())),
+        folds=tuple(outcome for _, outcome in sorted(folds.outcomes[decision.taken.recipe].items())),
         final=final,
         before_rounding=before_rounding,
         more=more,

@@ -10,7 +10,7 @@ from typing import Any
 from peft_vit.report.formatting import bounds_in_percent, fixed, joined, margin_in_points, megabytes, percent, points
 from peft_vit.statistics import Interval
 from peft_vit.tasks import DecidingMetric
-from peft_vit.tuning.finalists import Candidate, Decision
+from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.running import Outcome
 from peft_vit.tuning.sizes import SizeResult
@@ -52,35 +52,23 @@ class Choice:
     @property
     def recipe(self) -> Recipe:
         """Return what was taken."""
-        return self.decision.recipe
+        return self.decision.taken.recipe
 
 
 def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> str:
     """Return what was taken and its odds, in sentences."""
-    taken = next(candidate for candidate in decision.candidates if not candidate.why)
-    odds = decision.odds
-    right = "right on new images" if not metric.equal_classes else f"{metric.words} on new images"
-    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.accuracy.estimate)} {right}"
-    head += f" ({bounds_in_percent(odds.accuracy)})."
-    return f"{head} {_against(decision, taken, margin_share)}"
-
-
-def _against(decision: Decision, taken: Candidate, margin_share: float) -> str:
-    odds = decision.odds
-    if decision.recipe == decision.reference:
-        return "It is the best float model found."
-    best, margin = decision.reference.title, margin_in_points(margin_share)
-    chance = f"the chance that it is more than {margin} better is {_chance(taken.chance)}"
-    if odds.loss > 0:
-        gap = f"is expected to be {fixed(100 * odds.loss, 1)} points better"
-    else:
-        gap = f"is expected to be {fixed(-100 * odds.loss, 1)} points worse"
-    shown = f": shown not to lose {margin}" if odds.shown else ""
-    return f"The best float model found ({best}) {gap}; {chance}{shown}."
-
-
-def _chance(chance: float) -> str:
-    return "below 1 %" if chance < 0.01 else f"{fixed(100 * chance, 0)} %"
+    taken, odds = decision.taken, decision.taken.odds
+    right = f"{metric.words} on new images" if metric.equal_classes else "right on new images"
+    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.score.estimate)} {right}"
+    head += f" ({bounds_in_percent(odds.score)})."
+    if taken.recipe == decision.reference:
+        return f"{head} It is the best float model found."
+    margin, gap = margin_in_points(margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
+    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
+    chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
+    shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
+    better = "better" if odds.loss > 0 else "worse"
+    return f"{head} {than} {better}; the chance that it is more than {margin} better is {chance}.{shown}"
 
 
 def what_more_buys(

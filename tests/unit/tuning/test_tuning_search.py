@@ -36,7 +36,7 @@ def test_a_rate_displaces_the_default_only_where_it_is_clearly_better(better: fl
         return 0.75 + better * (experiment["training"]["learning_rate"] == 3e-3)
 
     _, decision = decided(truth)
-    assert decision.recipe.rate == rate
+    assert decision.taken.recipe.rate == rate
 
 
 def test_worse_recipes_have_fewer_folds() -> None:
@@ -44,9 +44,9 @@ def test_worse_recipes_have_fewer_folds() -> None:
         training = experiment["training"]
         return 0.8 if training.get("learning_rate") == 1e-3 else 0.6
 
-    runner, decision = decided(truth)
+    _, decision = decided(truth)
     folds = {candidate.recipe: candidate.folds for candidate in decision.candidates}
-    assert folds[decision.recipe] >= 5
+    assert folds[decision.taken.recipe] >= 5
     worse = [count for recipe, count in folds.items() if recipe.method == "lora" and recipe.rate != 1e-3]
     assert worse
     assert max(worse) < 5
