@@ -47,7 +47,6 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     data = {"dataset": "image-folder", "path": str(images), "images_file": str(holdout), "image_size": 32}
     on_folds = _done("folds-tiny_pool-32", list(range(FOLDS)), data | {"folds": FOLDS}, folder / "studies")
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies")
-    probe = Recipe(MODEL, 32)
 
     def odds(loss: float, chance: float) -> Odds:
         return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False)

@@ -128,9 +128,9 @@ def tune(
     tell: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Tuned:
-    """Find the smallest model that is shown to be good enough for a folder of images, and write it down.
+    """Find the best model for a folder of images that the minutes can buy, within limits, and write it down.
 
-    The same call goes on where an earlier one was ended; more minutes buy more of the same.
+    The same call goes on where an earlier one was ended; with more minutes it tries more.
 
     Args:
         images: a folder of images per class.

@@ -141,12 +141,13 @@ def runs(
 
 @command(TuneRequest)
 def tune(request: TuneRequest) -> None:
-    """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
+    """Find the best model for your images that the minutes can buy, within limits, and say how sure that is.
 
     A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
-    the others: image size and model by linear probes, learning rates by successive halving, then a race against float
-    LoRA by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
-    0 a model was chosen, 2 bad input, 130 interrupted.
+    the others: image sizes by regressions on frozen features, rates and steps of LoRA by successive halving, then the
+    best also with weights of 8 and 4 bits. It takes the smallest that is hardly worse than the best one found. The same
+    command goes on where an earlier one was stopped, and with more minutes tries more. Exit codes: 0 a model was
+    chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
 

@@ -54,7 +54,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
         ],
         "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
         "has on new images, since the best of many was lucky as a rule. The best is the best float model found, "
-        f"{choice.decision.reference.title}. Loses more than the margin: the chance that it is {margin} worse, or more.",
+        f"{choice.decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
     )
     yield table(
         "sizes",

@@ -70,7 +70,7 @@ def _telling_if_slow(state: State) -> Callable[[int, int], None]:
         about = f"to look at {count:,} images takes about {whole_s / 60:.1f} minutes"
         if whole_s > 60 * state.request.minutes:
             raise UserError(f"{about} here; give more than {math.ceil(whole_s / 60)}", field="--minutes")
-        state.tell(f"  {about}, more than its share; the race gives up earlier")
+        state.tell(f"  {about}, more than its share; less is trained")
 
     return on_progress
 
