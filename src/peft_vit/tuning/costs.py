@@ -58,9 +58,9 @@ class Costs:
         return _FITS * _FIT_S * values
 
     def regression_s(self, recipe: Recipe) -> float:
-        """Return the seconds of a size's regression on all images, by which sizes are compared."""
-        images = min(MOST_SEEN, self.context.images)
-        return self.machine.start_s + self.features_s(recipe, images) + self.fits_s(recipe, images)
+        """Return the seconds of a size's regression, with the features of all images: the best one's are needed."""
+        images = self.context.images
+        return self.machine.start_s + self.features_s(recipe, images) + self.fits_s(recipe, min(MOST_SEEN, images))
 
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
@@ -128,19 +128,17 @@ class Costs:
 
     def least_s(self, recipe: Recipe) -> float:
         """Return the seconds of the least that gives an answer: a regression on the folds, and its file."""
-        features = self.features_s(recipe, self.context.images)
-        return self.regression_s(recipe) + features + FOLDS * self.run_s(recipe) + self.ending_s(recipe)
+        return self.regression_s(recipe) + FOLDS * self.run_s(recipe) + self.ending_s(recipe)
 
-    def refuse_little_time(self, smallest: Sequence[Recipe]) -> None:
-        """Refuse minutes in which not even a regression on the smallest images is done.
+    def refuse_little_time(self, smallest: Recipe) -> None:
+        """Refuse minutes in which not even the regression on the smallest images is done.
 
         Raises:
             UserError: with the least that would do.
         """
-        minutes = self.context.request.minutes
-        least = min(map(self.least_s, smallest))
-        if least > 60 * minutes:
-            enough = max(math.ceil(least / 60), math.floor(minutes) + 1)
+        minutes, least_s = self.context.request.minutes, self.least_s(smallest)
+        if least_s > 60 * minutes:
+            enough = max(math.ceil(least_s / 60), math.floor(minutes) + 1)
             problem = f"{minutes:g} are too few for a single model on this machine, even of the smallest images"
             raise UserError(f"{problem}; give at least {enough}", field="--minutes")
 

@@ -30,7 +30,7 @@ def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
     name, seed = f"final-{recipe.place}", context.request.seed
     experiment = folds.experiment(trained, folds.costs.last_steps(recipe))
     study = context.study(name, recipe.model, recipe.image_size, [seed], [experiment], folds=None)
-    done = context.runner(study, context.state.unlimited)
+    done = context.runner(study, context.state.unlimited, None)
     if (trained.name, seed) not in done:
         problem = "the last training failed, as is told above; the same command tries it again"
         raise UserError(problem, file=context.state.studies / name / trained.name)

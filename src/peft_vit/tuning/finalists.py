@@ -57,9 +57,13 @@ class Decision:
 
 
 def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
-    """Return the formats to which a recipe can be rounded after training and keeps within the limit of bytes."""
+    """Return the formats to which a recipe is rounded after training and keeps within the limit of bytes.
+
+    2 bits lose much: only where no more are allowed.
+    """
     most = folds.context.request.max_bytes
-    return [one for one in ROUNDED if most is None or bytes_of(folds, recipe.rounded(one)) <= most]
+    fitting = [bits for bits in ROUNDED if most is None or bytes_of(folds, recipe.rounded(bits)) <= most]
+    return [bits for bits in fitting if bits != "int2"] or fitting
 
 
 def bytes_of(folds: Folds, recipe: Recipe) -> int:
@@ -105,10 +109,11 @@ def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
     if not ranked:
         return []
     best, most = ranked[0], folds.context.request.max_bytes
-    low_bits = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), bits="nf4", when="training")
+    packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), when="training")
+    low_bits = [replace(packed, bits=bits) for bits in ("nf4", "int2")]
+    fitting = [recipe for recipe in low_bits if most is None or bytes_of(folds, recipe) <= most]
     adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
-    others = [low_bits, *ranked[1:2], adaptive, replace(best, rank=_SMALL_RANK)]
-    return [recipe for recipe in others if most is None or recipe.bits is None or bytes_of(folds, recipe) <= most]
+    return [*fitting[:1], *ranked[1:2], adaptive, replace(best, rank=_SMALL_RANK)]
 
 
 def decide(folds: Folds) -> Decision:

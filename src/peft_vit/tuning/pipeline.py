@@ -36,6 +36,8 @@ from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
 from peft_vit.runs.post_training import logits_by_type
 from peft_vit.settings import named_as_typed
+from peft_vit.statistics.odds import resolvable
+from peft_vit.studies.profiling import measure_throughput
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import LEAST_STEPS, Costs
@@ -51,17 +53,9 @@ from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.search import search
 from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
 from peft_vit.tuning.state import State
-from peft_vit.tuning.throughput import (
-    NOT_MEASURED,
-    MeasureThroughput,
-    measure_throughput,
-    measured,
-    said_ms,
-    throughput_of,
-)
+from peft_vit.tuning.throughput import MeasureThroughput, throughput_of
 from peft_vit.tuning.tune_request import TuneRequest
 
-_LEAST_MEASURED_S = 20.0
 _SIZES_TRAINED = 2
 
 
@@ -182,11 +176,13 @@ def choose(
         probe = _regression_on_folds(folds, sizes)
         labels = gain_of_labels(context, probe, regress)
     trained = _worth_training(folds, sizes)
-    ending_s = costs.ending_s(_largest(trained, probe))
+    possible = [lora(size.model, size.image_size, size.steps).rounded(ROUNDED[0]) for size in trained]
+    ending_s = max(costs.ending_s(recipe) for recipe in (probe, *possible))
     with state.stage("search"):
         limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
         ranked, untried = search(folds, trained, limit) if trained else ([], [])
     with state.stage("folds"):
+        ending_s = max(1.0, folds.pace.factor) * costs.ending_s(ranked[0].rounded(ROUNDED[0]) if ranked else probe)
         untried += compare(folds, probe, ranked, state.until(ending_s))
         decision = decide(folds)
         state.tell(f"  {answer(decision, context.metric, margin)}")
@@ -214,43 +210,13 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
     sizes = within_latency(context, {model: sizes[model] for model in models}, environment.time_export)
     first = next(iter(sizes))
     middle = sizes[first][(len(sizes[first]) - 1) // 2]  # steps at the largest would take the time of measuring alone
-    kept = _measured(context, lora(first, middle, LEAST_STEPS), environment)
-    costs = Costs(context, throughput_of(kept))
-    smallest = [Recipe(model, own[0]) for model, own in sizes.items()]
+    costs = Costs(context, throughput_of(context, lora(first, middle, LEAST_STEPS), environment.measure))
+    smallest = min((Recipe(model, own[0]) for model, own in sizes.items()), key=costs.image_s)
     if not context.state.begun:
         costs.refuse_little_time(smallest)
-    _refuse_little_memory(Folds(costs, environment.round_run), smallest)
+    if (fault := _memory_fault(Folds(costs, environment.round_run), smallest)) is not None:
+        raise fault
     return costs, sizes
-
-
-def _measured(context: TuningContext, recipe: Recipe, environment: Environment) -> dict[str, Any]:
-    """Return what runs take, as a plain value, and tell it."""
-    training = {"batch_size": context.batch_size, "learning_rate": recipe.rate, "steps": LEAST_STEPS}
-    sections = recipe.sections(context.shape(recipe.model, recipe.image_size), LEAST_STEPS)
-    experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
-    study = context.study("machine", recipe.model, recipe.image_size, [0], [experiment])
-    budget_s = max(_LEAST_MEASURED_S, context.state.share_s("machine"))
-    tell = context.state.tell
-    kept = context.state.once(
-        "throughput", lambda: measured(study, budget_s, lambda text: tell(f"  {text}"), environment.measure)
-    )
-    machine, shape = throughput_of(kept), context.shape(recipe.model, recipe.image_size)
-    image_ms = said_ms(machine.image_s(shape))
-    passed = "was not measured, the machine is too busy" if image_ms == NOT_MEASURED else f"takes {image_ms} an image"
-    seconds = machine.step_s(shape, recipe.method, context.batch_size)
-    tell(f"  at {recipe.image_size} px a forward pass {passed}, a step of {context.batch_size} images {seconds:.2f} s")
-    return kept
-
-
-def _refuse_little_memory(folds: Folds, smallest: list[Recipe]) -> None:
-    """Refuse a limit of memory within which no model trains, even on the smallest images.
-
-    Raises:
-        UserError: with the least that would do.
-    """
-    faults = [fault for recipe in smallest if (fault := _memory_fault(folds, recipe)) is not None]
-    if len(faults) == len(smallest):
-        raise faults[0]
 
 
 def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
@@ -267,7 +233,10 @@ def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
 
 def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
-    state = costs.context.state
+    context, state = costs.context, costs.context.state
+    resolution = resolvable(context.different or context.images, context.request.margin_share)
+    apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
+    state.tell(f"  so many images tell two models apart that differ by {apart}, and an accuracy to within {known}")
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
@@ -304,9 +273,3 @@ def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
     else:
         tell(f"  no time to train: {LEAST_STEPS} steps on {FOLDS} folds do not fit; give more --minutes")
     return promising
-
-
-def _largest(trained: list[SizeResult], probe: Recipe) -> Recipe:
-    """Return what takes the longest at the end of all that may be taken."""
-    recipes = [lora(size.model, size.image_size, size.steps).rounded(ROUNDED[0]) for size in trained]
-    return max(recipes, key=lambda recipe: (recipe.image_size, recipe.steps), default=probe)

@@ -16,7 +16,7 @@ from peft_vit.runs.post_training import packing_of
 from peft_vit.tasks import DecidingMetric
 
 DEFAULT_RATE = 1e-3  # of LoRA
-ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int4")  # after training; int3 takes 4 bits in a file
+ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int4", "int2")  # after training; int3 takes 4 bits in a file
 _SCALE_BYTES = 2  # of a group's scale, and of its offset
 _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
 

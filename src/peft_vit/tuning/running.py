@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,22 +62,9 @@ Only = tuple[Sequence[str], Sequence[int]]
 Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
 
 
-class Runner(Protocol):
-    """Does the runs of a study that are not done, as far as there is time."""
-
-    def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
-        """Return what came of all runs of the study that are done.
-
-        Args:
-            mapping: of the shape of a configuration file.
-            limit: when what runs is stopped.
-            only: names and seeds that are done now; None: all.
-
-        Raises:
-            UserError: for what planning refuses, and if every run has failed.
-            KeyboardInterrupt: after Ctrl-C.
-        """
-        ...
+# Does the runs of a study that are not done, as far as there is time, of some names and seeds or all; returns all that
+# are done.
+Runner = Callable[[Mapping[str, Any], Limit, Only | None], Outcomes]
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,17 @@ class StudyRunner:
     tell: Callable[[str], None]
 
     def __call__(self, mapping: Mapping[str, Any], limit: Limit, only: Only | None = None) -> Outcomes:
-        """Return what came of all runs that are done; see `Runner`."""
+        """Do a study's runs, and return what came of all that are done.
+
+        Args:
+            mapping: of the shape of a configuration file.
+            limit: when what runs is stopped.
+            only: names and seeds that are done now; None: all.
+
+        Raises:
+            UserError: for what planning refuses, and if every run has failed.
+            KeyboardInterrupt: after Ctrl-C.
+        """
         file = self.results_dir / str(mapping["name"])
         study = study_from_mapping(dict(mapping), file=file)
         with study_lock(folder_below(self.results_dir, study.name)) as lock:

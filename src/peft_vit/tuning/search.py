@@ -70,7 +70,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
 
 def best_of(folds: Folds, recipes: Sequence[Recipe]) -> Recipe:
     """Return the best of some recipes; the first one, unless another is clearly better than it."""
-    default, *others = recipes
+    default, *others = [recipe for recipe in recipes if folds.seeds(recipe)] or recipes
     better = [recipe for recipe in others if folds.clearly_better(recipe, default)]
     return max(better, key=lambda recipe: _standing(folds, recipe), default=default)
 
@@ -96,12 +96,9 @@ def _halve(folds: Folds, recipes: Sequence[Recipe], limit: Limit) -> None:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        direction="maximize",
-        sampler=optuna.samplers.GridSampler({"recipe": list(range(len(recipes)))}, seed=0),
-        pruner=optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
-    )
-    trials = [study.ask({"recipe": optuna.distributions.IntDistribution(0, len(recipes) - 1)}) for _ in recipes]
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    trials = [study.ask() for _ in recipes]
     going = dict(zip(recipes, trials, strict=True))
     for seed in range(FOLDS):
         wanted = sum(folds.seconds(recipe, [seed]) for recipe in going)
