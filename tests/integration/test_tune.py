@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from simulated_tunings import SIZES, StandIns
+from written_runs import tiny_study
 
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Throughput
@@ -22,6 +23,7 @@ from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
+from peft_vit.tuning.sizes import regress
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -410,6 +412,19 @@ def test_a_time_that_a_busy_machine_could_not_measure_is_not_said_to_be_nothing(
 
 
 # --- real runs ---
+
+
+def test_a_regression_has_images_right_that_are_left_out_of_its_fit(images: Path, tmp_path: Path, cache: str) -> None:
+    data = {"dataset": "image-folder", "path": str(images), "image_size": 32}
+    study = tiny_study("linear", data={**data, "validation_images": 0, "test_images": 12})
+    regression = regress(study, tmp_path, half=True)
+    assert len(regression.labels) == len(regression.right) == 36  # the test images are not read
+    assert regression.value == regression.right.mean() > 0.5
+    assert regression.right_of_half is not None
+    assert regression.right_of_half.mean() > 0.4
+    assert regress(study, tmp_path, half=False).right_of_half is None
+    few = {**data, "train_images": 6, "validation_images": 0, "test_images": 12}
+    assert regress(tiny_study("linear", data=few), tmp_path, half=True).right_of_half is None
 
 
 @pytest.mark.slow
