@@ -110,7 +110,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
             elif probe.model in too_large:
                 why = "a smaller one took more memory than is free"
             else:
-                began = clock()
+                began, flips_known = clock(), "flips" in state.file.decided
                 try:
                     state.once(name, lambda probe=probe: _value(context, probe, regress))
                 except Exception as error:
@@ -118,7 +118,8 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
                         raise
                     too_large.add(probe.model)
                     why = "it takes more memory than is free"
-                pace.add(clock() - began, expected_s)
+                if flips_known:  # else it was fitted three times
+                    pace.add(clock() - began, expected_s)
         score = state.file.decided.get(name)
         steps = costs.most_steps(probe.model, probe.image_size)
         results.append(SizeResult(probe.model, probe.image_size, score, steps, costs.image_s(probe), why))
