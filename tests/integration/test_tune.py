@@ -18,8 +18,8 @@ from written_runs import tiny_study
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.memory_limit import StepCost
+from peft_vit.tuning.context import _telling_if_slow
 from peft_vit.tuning.costs import MOST_STEPS
-from peft_vit.tuning.look import _telling_if_slow
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer

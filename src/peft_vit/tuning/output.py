@@ -18,10 +18,9 @@ from peft_vit.report.model_page import CARD_FILE, card_head, card_text
 from peft_vit.runs.fastest import export_fastest
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.own_images import refuse_among_images
-from peft_vit.tuning.blocks import TuningSummary
-from peft_vit.tuning.page import model_summary, tuning_document
+from peft_vit.tuning.final import calibrated_on, in_form
+from peft_vit.tuning.page import TuningSummary, model_summary, tuning_document
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.sealed import calibrated_on, in_form
 from peft_vit.tuning.state import TUNE_FILE
 from peft_vit.tuning.tune_request import TuneRequest
 

@@ -39,13 +39,12 @@ from peft_vit.settings import named_as_typed
 from peft_vit.statistics.odds import resolvable
 from peft_vit.studies.profiling import measure_throughput
 from peft_vit.tasks import DecidingMetric
-from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import LEAST_STEPS, Costs
+from peft_vit.tuning.context import FOLDS, IMAGES_FILE, MakeRunner, TuningContext, context_of
+from peft_vit.tuning.costs import LEAST_STEPS, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import train_finally
 from peft_vit.tuning.finalists import Decision, compare, decide
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
-from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of
 from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
 from peft_vit.tuning.result import Choice, answer, what_more_buys
@@ -53,7 +52,6 @@ from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.search import search
 from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
 from peft_vit.tuning.state import State
-from peft_vit.tuning.throughput import MeasureThroughput, throughput_of
 from peft_vit.tuning.tune_request import TuneRequest
 
 _SIZES_TRAINED = 2
