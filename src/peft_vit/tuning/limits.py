@@ -65,22 +65,21 @@ def within_latency(
     """
     limit_s = context.request.max_latency_s
     if limit_s is None:
-        return {model: list(some) for model, some in sizes.items()}
+        return {model: list(own) for model, own in sizes.items()}
     found: dict[str, list[int]] = {}
     timed: list[tuple[float, str, int]] = []
-    for model, some in sizes.items():
-        fastest: tuple[float, int] | None = None  # of this model
-        for size in sorted(some, reverse=True):
-            if fastest is not None and size > min(some):
-                ratio = context.shape(model, size).multiply_adds / context.shape(model, fastest[1]).multiply_adds
-                if fastest[0] * ratio > limit_s:
-                    continue
+    for model, own in sizes.items():
+        products = {size: context.shape(model, size).multiply_adds for size in own}
+        pace = 0.0  # seconds a product, at the fastest size so far
+        for size in sorted(own, reverse=True):
+            if size > min(own) and pace * products[size] > limit_s:
+                continue
             seconds = context.state.once(f"latency {model} {size}", partial(time_export, context, model, size))
             context.state.tell(f"  {model} at {size} px: {1000 * seconds:.1f} ms an image")
             timed.append((seconds, model, size))
-            fastest = (seconds, size) if fastest is None else min(fastest, (seconds, size))
+            pace = seconds / products[size]
             if seconds <= limit_s:
-                found[model] = [one for one in some if one <= size]
+                found[model] = [other for other in own if other <= size]
                 break
     if not found:
         seconds, model, size = min(timed)

@@ -84,13 +84,13 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
         UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
     """
     try:
-        return _write_output(choice, directory, tell)
+        return _written(choice, directory, tell)
     except OSError as error:  # of reading as well as of writing: the error names the file
         problem = f"{error.strerror or error}; mend that, and the same command goes on"
         raise UserError(problem, file=error.filename or directory) from None
 
 
-def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
+def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> OutputFiles:
     run_dir, recipe, calibrated = choice.final.folder, choice.recipe, calibrated_on(choice.folds)
     record = in_form(read_record(run_dir / RECORD_FILE), choice.final, calibrated)
     tested = record.tested_calibration
