@@ -77,6 +77,9 @@ class Folds:
         for place in dict.fromkeys(recipe.place for recipe in earlier):
             alike = [recipe for recipe in earlier if recipe.place == place]
             self._take(alike, range(FOLDS * 2), self.context.state.limit, only=((), ()))
+            for recipe in alike:
+                for seed, outcome in self.outcomes[recipe].items():
+                    self._add_rounded(recipe, seed, outcome, self._kept(outcome.folder))
 
     def run(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> None:
         """Do what is missing of some recipes' runs, all of a seed before the next, as far as there is time."""
@@ -147,23 +150,32 @@ class Folds:
                 continue
             if limit.left_s < self.costs.rounding_s(recipe, len(bits)) and seed >= FOLDS:
                 return
-            for one, logits in self.rounded_logits(outcome.folder, bits).items():
-                own = self.outcomes.setdefault(recipe.rounded(one), {})
-                own[seed] = replace(outcome, logits=np.asarray(logits, dtype=np.float64))
+            self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
+
+    def _add_rounded(
+        self, recipe: Recipe, seed: int, outcome: Outcome, by_type: Mapping[QuantizationType, Any]
+    ) -> None:
+        for bits, logits in by_type.items():
+            own = self.outcomes.setdefault(recipe.rounded(bits), {})
+            own[seed] = replace(outcome, logits=np.asarray(logits, dtype=np.float64))
 
     def rounded_logits(self, folder: Path, bits: Sequence[QuantizationType]) -> dict[QuantizationType, Any]:
         """Return what a run's model says of its test images with rounded weights; each is computed once, and kept."""
-        state = self.context.state
-        file = state.request.output / "rounded" / f"{'-'.join(folder.parts[-3:])}.safetensors"
-        logits: dict[QuantizationType, Any] = {}
-        with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
-            logits = load(read_bytes(file, None))
+        logits = self._kept(folder)
         if missing := [one for one in bits if one not in logits]:
             logits |= {one: np.ascontiguousarray(values) for one, values in self.round_run(folder, missing).items()}
             if folder.is_dir():
-                make_folder(file.parent)
-                write_whole(file, save(logits))
+                make_folder(self._place(folder).parent)
+                write_whole(self._place(folder), save(logits))
         return {one: logits[one] for one in bits}
+
+    def _place(self, folder: Path) -> Path:
+        return self.context.request.output / "rounded" / f"{'-'.join(folder.parts[-3:])}.safetensors"
+
+    def _kept(self, folder: Path) -> dict[QuantizationType, Any]:
+        with suppress(OSError, ValueError, SafetensorError):  # none, or damaged: they are computed again
+            return dict(load(read_bytes(self._place(folder), None)))
+        return {}
 
     def value(self, recipe: Recipe, seeds: Sequence[int]) -> float | None:
         """Return what recipes are ranked by on some folds: the metric, less a little for their NLL; None: not done."""
