@@ -3,23 +3,34 @@
     python benchmarks/tuning_odds.py                 simulate for two minutes, write the result, fill the document
     python benchmarks/tuning_odds.py --table         fill docs/explanation/tuning.md from the result that is there
 
-A tuning has 6 to 12 models: adapters and probes, each the best of up to five variants (sizes, rates) that successive
-halving leaves of them on the same folds, and forms of them that were rounded after training. On image i run j of
-candidate c is right where a normal variable is above a threshold that follows from its true accuracy:
+A tuning has 6 to 12 models: adapters and probes, each the best of up to five variants (sizes, rates) by successive
+halving on the same folds, and forms of them that were rounded after training. With several repetitions the third that
+is worst in the first has no more. On image i run j of model c is right where a normal variable is above a threshold
+that follows from its true accuracy:
 
     difficulty of i  +  what c finds hard of i  +  chance  +  how good run j is  +  how well the training images suit c
 
-With limits to the bytes, which half of the tunings have, no float model may be taken.
+In half of the tunings no float model may be taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import argparse
+import datetime
+import importlib.metadata
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from marks import filled
 from scipy import special
+
+from peft_vit.statistics.odds import Choice, choose, means_of_images
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "tuning_odds.json", ROOT / "docs" / "explanation" / "tuning.md"
@@ -42,22 +53,22 @@ class Tuning:
     """What folds show, and what is true.
 
     Attributes:
-        scores: (C, R, N), NaN where a variant was dropped.
+        scores: (C, R, N), NaN where a model was dropped.
         folds: (R, N).
         truth: (C,), accuracy on new images, expected of a run.
         sizes: of files, in a unit of their own.
-        models: positions of what may be taken: of each model the best variant.
-        floats: of them, those with float weights.
+        floats: positions of those with float weights.
         limited: no float model may be taken.
+        error: (C, C), covariance of the truth, where it was measured itself.
     """
 
     scores: np.ndarray
     folds: np.ndarray
     truth: np.ndarray
-    sizes: list[int]
-    models: list[int]
+    sizes: Sequence[float]
     floats: list[int]
     limited: bool
+    error: np.ndarray | float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,24 +130,22 @@ def simulate(rng: np.random.Generator, loss: float | None) -> Tuning:
     truth = best - lost[of_variant] - behind
     accuracy, latent = runs(rng, truth, of_variant, folds, noise)  # (C, R, N) each
     right = special.ndtri(accuracy) + latent > 0
-    done, taken = halved(right, folds, of_variant)
-
-    scores, truths, place_of = [np.where(done, right, np.nan)], [truth], dict(taken)
+    taken = halved(right, folds, of_variant)
+    right_of = {model: right[variant] for model, variant in taken.items()}  # (R, N) of each model
+    truth_of = {model: truth[variant] for model, variant in taken.items()}
     for model, parent in enumerate(parents):
         if parent >= 0:
             source, differs = taken[parent], rng.uniform(0.003, 0.02) * 6 / bits[model]
-            change = lost[parent] - lost[model]
-            threshold = special.ndtri(np.clip(accuracy[source] + change, 0.02, 0.998)) * np.sqrt(1 + differs)
+            truth_of[model] = truth[source] + lost[parent] - lost[model]
+            rounded = np.clip(accuracy[source] + truth_of[model] - truth[source], 0.02, 0.998)
             moved = latent[source] + np.sqrt(differs) * rng.standard_normal(images)
-            place_of[model] = len(truth) + len(scores) - 1
-            scores.append((threshold + moved > 0)[None].astype(float))
-            truths.append(np.array([truth[source] + change]))
-    positions = [place_of[model] for model in range(len(parents))]
-    of_position = dict(zip(positions, sizes, strict=True))
-    floats = [place for place, width in zip(positions, bits, strict=True) if width == 32]
-    every = np.concatenate(truths)
-    all_sizes = [of_position.get(place, 0) for place in range(len(every))]
-    return Tuning(np.concatenate(scores), folds, every, all_sizes, positions, floats, bool(rng.random() < 0.5))
+            right_of[model] = np.sqrt(1 + differs) * special.ndtri(rounded) + moved > 0
+    scores = np.array([right_of[model] for model in range(len(parents))], dtype=float)  # (C, R, N)
+    if repetitions > 1:
+        scores[np.argsort(scores[:, 0].mean(1))[: len(parents) // 3], 1:] = np.nan
+    floats = [model for model, width in enumerate(bits) if width == 32]
+    known = np.array([truth_of[model] for model in range(len(parents))])
+    return Tuning(scores, folds, known, sizes, floats, bool(rng.random() < 0.5))
 
 
 def runs(
@@ -161,15 +170,173 @@ def runs(
     return np.clip(accuracy, 0.02, 0.998), latent
 
 
-def halved(right: np.ndarray, folds: np.ndarray, model: np.ndarray) -> tuple[np.ndarray, dict[int, int]]:
-    """Return which predictions were made, and each model's variant: two folds, the better half five, the best all."""
-    done, taken = np.zeros(right.shape, dtype=bool), {}
-    first = folds[0] < 2
+def halved(right: np.ndarray, folds: np.ndarray, model: np.ndarray) -> dict[int, int]:
+    """Return each model's variant: of all that had two folds the better half has the first five, of which the best."""
+    taken, first = {}, folds[0] < 2
     for one in np.unique(model).tolist():
         variants = np.flatnonzero(model == one)
-        done[variants, 0] = first
         half = variants[np.argsort(-right[variants, 0][:, first].mean(1), kind="stable")][: (len(variants) + 1) // 2]
-        done[half, 0] = True
         taken[one] = int(half[right[half, 0].mean(1).argmax()])
-        done[taken[one]] = True
-    return done, taken
+    return taken
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said of a model, against the best float one that was found, and whether it is so.
+
+    Attributes:
+        sure: that it does not lose more than the margin.
+        right: it does not.
+        shown: it is called shown.
+    """
+
+    sure: float
+    right: bool
+    shown: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A tuning's claims.
+
+    Attributes:
+        chosen: on the model that is taken; None: it is the reference.
+        others: on every model but the reference.
+        loss: of the one that is taken, true.
+        covered: its accuracy lies in its interval.
+    """
+
+    chosen: Claim | None
+    others: tuple[Claim, ...]
+    loss: float
+    covered: bool
+
+
+def judge(tuning: Tuning) -> Judged:
+    """Choose by what the folds show, and say what is true of it."""
+    models = range(len(tuning.truth))
+    fitting = [place for place in models if not (tuning.limited and place in tuning.floats)] or list(models)
+    measured = means_of_images(tuning.scores, tuning.folds)
+    measured = replace(measured, covariance=measured.covariance + tuning.error)
+    choice = choose(measured, tuning.sizes, fitting, tuning.floats, MARGIN)
+    claims = {place: claim(tuning, choice, place) for place in models if place != choice.reference}
+    score = choice.odds[choice.chosen].score
+    return Judged(
+        claims.get(choice.chosen),
+        tuple(claims.values()),
+        float(tuning.truth[choice.reference] - tuning.truth[choice.chosen]),
+        bool(score.low <= tuning.truth[choice.chosen] <= score.high),
+    )
+
+
+def claim(tuning: Tuning, choice: Choice, place: int) -> Claim:
+    """Return what is said of a model."""
+    odds, loss = choice.odds[place], tuning.truth[choice.reference] - tuning.truth[place]
+    return Claim(1 - odds.chance_of_loss, bool(loss <= MARGIN + 1e-9), odds.shown)
+
+
+def log_score(sure: np.ndarray, right: np.ndarray) -> float:
+    """Return the mean of minus the logarithm of the probability of what is so; the smaller, the better."""
+    kept = np.clip(sure, 1e-6, 1 - 1e-6)
+    return float(-np.log(np.where(right, kept, 1 - kept)).mean())
+
+
+def calibration(claims: Sequence[Claim]) -> dict[str, Any]:
+    """Return how sure claims are and how many are right, in bins, and their log score beside the base rate's."""
+    sure, right = np.array([one.sure for one in claims]), np.array([one.right for one in claims])
+    bins = []
+    for low, high in pairwise(_EDGES):
+        inside = (sure >= low) & ((sure < high) | (high == 1))
+        if inside.any():
+            share = float(right[inside].mean())
+            bins.append({"claims": int(inside.sum()), "said": float(sure[inside].mean()), "right": share})
+    base = np.full(len(claims), right.mean())
+    return {"bins": bins, "log_score": log_score(sure, right), "log_score_of_base_rate": log_score(base, right)}
+
+
+def row(name: str, judged: Sequence[Judged]) -> dict[str, Any]:
+    """Return what became of one kind of truth; shares of tunings, but for `losing_shown`, of models that lose more."""
+    chosen = [one.chosen for one in judged if one.chosen is not None]
+    losing = [one for tuning in judged for one in tuning.others if not one.right]
+    return {
+        "truth": name,
+        "tunings": len(judged),
+        "shown": sum(one.shown for one in chosen) / len(judged),
+        "shown_and_wrong": sum(one.shown and not one.right for one in chosen) / len(judged),
+        "chosen_and_wrong": sum(not one.right for one in chosen) / len(judged),
+        "said_wrong": sum(1 - one.sure for one in chosen) / len(judged),
+        "losing_shown": sum(one.shown for one in losing) / max(1, len(losing)),
+        "loss": float(np.mean([one.loss for one in judged])),
+        "covered": float(np.mean([one.covered for one in judged])),
+    }
+
+
+def measure(tunings: int, seed: int = SEED) -> dict[str, Any]:
+    """Return rows of truths, and how well claims are calibrated over all of them."""
+    judged = {
+        name: [judge(simulate(np.random.default_rng([seed, place, number]), loss)) for number in range(tunings)]
+        for place, (name, loss) in enumerate(TRUTHS.items())
+    }
+    every = [one for of_truth in judged.values() for one in of_truth]
+    return {
+        "truths": [row(name, of_truth) for name, of_truth in judged.items()],
+        "chosen": calibration([one.chosen for one in every if one.chosen is not None]),
+        "all": calibration([claim for one in every for claim in one.others]),
+    }
+
+
+def truths_table(result: Mapping[str, Any], what: str = "planted") -> str:
+    """Return a row for each kind of truth as Markdown."""
+    lines = [
+        f"| {what} | tunings | shown | shown and wrong | models that lose more, shown | taken and wrong: is | said "
+        "| lost, points | 95 % intervals that hold |",
+        f"| --- |{' ---: |' * 8}",
+    ]
+    for one in result["truths"]:
+        shares = ("shown", "shown_and_wrong", "losing_shown", "chosen_and_wrong", "said_wrong")
+        cells = [f"{one['tunings']:,}", *(f"{100 * one[key]:.1f} %" for key in shares)]
+        lines.append(
+            f"| {one['truth']} | {' | '.join(cells)} | {100 * one['loss']:+.2f} | {100 * one['covered']:.1f} % |"
+        )
+    return "\n".join(lines)
+
+
+def calibration_table(result: Mapping[str, Any]) -> str:
+    """Return how many claims are right of those that are said to be so sure, as Markdown."""
+    lines = ["| claims | said, % → right, % (claims) | log score | of the base rate |", "| --- | --- | ---: | ---: |"]
+    for key, name in (("chosen", "on what is taken"), ("all", "on every model")):
+        found = result[key]
+        bins = ", ".join(
+            f"{100 * one['said']:.0f} → {100 * one['right']:.0f} ({one['claims']:,})" for one in found["bins"]
+        )
+        lines.append(f"| {name} | {bins} | {found['log_score']:.3f} | {found['log_score_of_base_rate']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Simulate and write, or only fill the document."""
+    parser = argparse.ArgumentParser(description="How often the odds of choices are right.")
+    parser.add_argument("--tunings", type=int, default=TUNINGS, help="of each kind of truth")
+    parser.add_argument("--table", action="store_true", help="fill the document from the result that is there")
+    asked = parser.parse_args()
+    if not asked.table:
+        from common import machine, write
+
+        started = time.perf_counter()
+        result = {
+            "machine": machine(threads=1),
+            "date": datetime.date.today().isoformat(),
+            "versions": {name: importlib.metadata.version(name) for name in ("numpy", "scipy")},
+            "setting": {"tunings": asked.tunings, "seed": SEED, "margin": MARGIN, "folds": FOLDS},
+            **measure(asked.tunings),
+        }
+        write("tuning_odds", result)
+        print(f"{time.perf_counter() - started:.0f} s")
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    content = truths_table(result) + "\n\n" + calibration_table(result)
+    print(content)
+    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8"), {MARK: content}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
