@@ -209,7 +209,7 @@ def calibration(tunings: int, minutes: float, max_bytes: int | None, first: int 
         truth, losses = planted(np.random.default_rng(seed))
         runner = StandIns(truth, losses, seed=seed)
         decision = one_tuning(runner, minutes, max_bytes)
-        loss, odds = true_loss(runner, decision), decision.taken.odds
+        loss, odds = true_loss(runner, decision), decision.odds
         said += 1 - odds.chance_of_loss
         held += loss <= 0.01
         shown += odds.shown

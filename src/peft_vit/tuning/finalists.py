@@ -1,8 +1,7 @@
 """The finalists on all five folds, in the order in which time goes to them, and which one is taken.
 
 First the best LoRA, whose folds also give its forms that are rounded after training; then QA-LoRA, the second-best
-LoRA, AdaLoRA and a rank of 2; then other folds for what was taken and what it is compared with. Everything that has a
-fold is part of the posterior, so that the best of many is not believed to be as good as it looks.
+LoRA, AdaLoRA and a rank of 2; then other folds for what was taken and what it is compared with.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from peft_vit.config import QuantizationType
+from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.statistics.odds import Odds, choose, means_of_images
 from peft_vit.tuning.context import FOLDS
@@ -30,14 +30,14 @@ class Candidate:
         recipe: of it.
         bytes: that its file is expected to have.
         folds: that it has done.
-        odds: against the best float model.
+        odds: against the best float model; None: the search has dropped it.
         why: it was not taken; empty: it was.
     """
 
     recipe: Recipe
     bytes: int
     folds: int
-    odds: Odds
+    odds: Odds | None
     why: str
 
 
@@ -48,11 +48,13 @@ class Decision:
     Attributes:
         candidates: smallest first.
         taken: one of them.
+        odds: of it.
         reference: the best float model found.
     """
 
     candidates: tuple[Candidate, ...]
     taken: Candidate
+    odds: Odds
     reference: Recipe
 
 
@@ -117,36 +119,42 @@ def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
 
 
 def decide(folds: Folds) -> Decision:
-    """Return which model is taken, as `statistics.odds.choose` does.
+    """Return which model is taken, as `statistics.odds.choose` does, of all that have enough folds.
 
     Raises:
         UserError: if nothing has a fold.
     """
-    measures, request, metric = folds.measures(), folds.context.request, folds.context.metric
-    recipes = measures.recipes
-    sizes = [bytes_of(folds, recipe) for recipe in recipes]
-    counts = [len(folds.seeds(recipe)) for recipe in recipes]
-    enough = [number for number, count in enumerate(counts) if count >= min(_FEWEST, max(counts))]
-    fitting = [number for number in enough if request.max_bytes is None or sizes[number] <= request.max_bytes]
-    floats = [number for number in enough if recipes[number].bits is None]
-    classes = measures.classes if metric.equal_classes else None
+    context, least = folds.context, min(_FEWEST, max(map(len, folds.outcomes.values()), default=0))
+    if not least:
+        raise UserError("ended before a single model; give more, and the same command goes on", field="--minutes")
+    most, margin = context.request.max_bytes, context.request.margin_share
+    recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
+    measures, sizes = folds.measures(recipes), [bytes_of(folds, recipe) for recipe in recipes]
+    fitting = [number for number, size in enumerate(sizes) if most is None or size <= most]
+    floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
+    classes = measures.classes if context.metric.equal_classes else None
     measured = means_of_images(measures.scores, measures.folds, classes)
-    choice = choose(measured, sizes, fitting or enough, floats, request.margin_share)
-    candidates = []
-    for number, recipe in enumerate(recipes):
-        odds, taken = choice.odds[number], choice.odds[choice.chosen]
+    choice = choose(measured, sizes, fitting or range(len(recipes)), floats, margin)
+    taken = choice.odds[choice.chosen]
+
+    def why(number: int) -> str:
+        size, gain = sizes[number] - sizes[choice.chosen], 100 * (taken.loss - choice.odds[number].loss)
         if number == choice.chosen:
-            why = ""
-        elif number not in enough:
-            why = f"{counts[number]} of {FOLDS} folds: others did better on them"
-        elif number not in fitting:
-            why = "larger than the limit"
-        elif sizes[number] < sizes[choice.chosen]:
-            why = f"expected to be {100 * (odds.loss - taken.loss):.1f} points worse"
-        else:
-            gain = 100 * (taken.loss - odds.loss)
-            larger = "larger" if sizes[number] > sizes[choice.chosen] else "as large"
-            why = f"{larger}, and {gain:.1f} points better" if gain >= 0.05 else f"{larger}, and not better"
-        candidates.append(Candidate(recipe, sizes[number], counts[number], odds, why))
+            return ""
+        if number not in fitting:
+            return "larger than the limit"
+        if size < 0:
+            return f"expected to be {-gain:.1f} points worse"
+        larger = "larger" if size > 0 else "as large"
+        return f"{larger}, and {gain:.1f} points better" if gain >= 0.05 else f"{larger}, and not better"
+
+    candidates = [
+        Candidate(recipe, sizes[number], len(folds.seeds(recipe)), choice.odds[number], why(number))
+        for number, recipe in enumerate(recipes)
+    ]
+    for recipe, done in folds.outcomes.items():
+        if 0 < len(done) < least:
+            dropped = f"{len(done)} of {FOLDS} folds: others did better on them"
+            candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
-    return Decision(ordered, candidates[choice.chosen], recipes[choice.reference])
+    return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

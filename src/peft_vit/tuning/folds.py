@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from peft_vit.config import QuantizationType
-from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
@@ -197,15 +196,8 @@ class Folds:
         differs = np.subtract(*(side.astype(float) for side in right))
         return own - others > float(differs.std()) / len(differs) ** 0.5
 
-    def measures(self) -> Measures:
-        """Return which images all that has a fold has right.
-
-        Raises:
-            UserError: if nothing has.
-        """
-        recipes = [recipe for recipe, done in self.outcomes.items() if done]
-        if not recipes:
-            raise UserError("ended before a single model; give more, and the same command goes on", field="--minutes")
+    def measures(self, recipes: Sequence[Recipe]) -> Measures:
+        """Return which images some recipes have right, each of which has a fold."""
         known = {seed: outcome for recipe in recipes for seed, outcome in self.outcomes[recipe].items()}
         positions = np.unique(np.concatenate([outcome.images for outcome in known.values()]))  # (N,)
         repetitions = sorted({seed // FOLDS for seed in known})

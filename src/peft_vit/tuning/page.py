@@ -117,7 +117,7 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     if readers > 1:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
     yield f"The test images were {once}. The interval tells what as many other images of the same kind would change."
-    if choice.decision.taken.odds.shown and choice.recipe != choice.decision.reference:
+    if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
     if summary.exports.int8_loss is not None:
         yield f"Activations in 8 bits lose {signed(100 * summary.exports.int8_loss, 1)} points on images of folds."
@@ -172,7 +172,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column(
                 f"{words.capitalize()} expected", "odds.score", percent_interval, partial(own_interval_columns, "score")
             ),
-            Column("Against the best, points", lambda candidate: -candidate.odds.loss, points, "difference"),
+            Column("Against the best, points", "odds.loss", lambda loss: points(-loss), "loss"),
             Column("Loses more than the margin", "odds.chance_of_loss", percent, "chance_of_loss"),
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
         ],

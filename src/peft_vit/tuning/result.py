@@ -57,7 +57,7 @@ class Choice:
 
 def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> str:
     """Return what was taken and its odds, in sentences."""
-    taken, odds = decision.taken, decision.taken.odds
+    taken, odds = decision.taken, decision.odds
     right = f"{metric.words} on new images" if metric.equal_classes else "right on new images"
     head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.score.estimate)} {right}"
     head += f" ({bounds_in_percent(odds.score)})."
