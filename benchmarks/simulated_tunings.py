@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.studies.image_sizes import Regression
+from peft_vit.studies.within_time import Only, Outcome, Outcomes
 from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import Costs
@@ -36,7 +37,6 @@ from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.pipeline import choose
 from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.running import Only, Outcome, Outcomes
 from peft_vit.tuning.state import State, TuneFile
 from peft_vit.tuning.tune_request import TuneRequest
 

@@ -13,11 +13,11 @@ from peft_vit.data import images_file, inspect_images
 from peft_vit.runs.post_training import logits_by_type
 from peft_vit.statistics import Interval
 from peft_vit.statistics.odds import Odds
+from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import ACCURACY
 from peft_vit.tuning.finalists import Candidate, Decision
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, what_more_buys
-from peft_vit.tuning.running import Outcome
 from peft_vit.tuning.sizes import SizeResult
 from peft_vit.tuning.tune_request import TuneRequest
 

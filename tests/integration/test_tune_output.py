@@ -26,12 +26,12 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, r
 from peft_vit.runs import fastest
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
+from peft_vit.studies.within_time import Outcome
 from peft_vit.tuning import pipeline
 from peft_vit.tuning.final import calibrated_on, changed_by_rounding, in_form
 from peft_vit.tuning.output import output_files_in, write_output
 from peft_vit.tuning.page import _how_sure
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.running import Outcome
 from peft_vit.tuning.tune_request import TuneRequest
 
 pytestmark = pytest.mark.part("runner")

@@ -29,6 +29,7 @@ from peft_vit.training.quantized_layers import packed_weights as rounded_weights
 _IMAGES = 128  # training images, at most, by which GPTQ rounds
 _AT_ONCE = 32
 _CPU = torch.device("cpu")
+_SCALE_BYTES = 2  # of a group's scale, and of its offset
 
 
 def merge_float(run: RestoredRun) -> Merged:
@@ -47,6 +48,50 @@ def merge_float(run: RestoredRun) -> Merged:
 def packing_of(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
     """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, and integers with an offset."""
     return {**packed_by_default(sites, type), "quantization_offset": NUMBER_FORMATS[type].values is None}
+
+
+def file_bytes(self, shape: BackboneShape, classes: int) -> int:
+    """Return what its file takes, see `file_bytes`."""
+    packing = None
+    if self.bits is not None:
+        after = self.when == "after"
+        packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
+    return file_bytes(shape, packing, classes)
+
+
+def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
+    """Return LoRA of the usual rank."""
+    return Recipe(model, image_size, "lora", rate=rate, steps=steps)
+
+
+def rate_of(method: str, rate: float) -> float:
+    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
+    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
+
+
+def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
+    """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
+
+    A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
+    an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
+
+    Args:
+        shape: of the backbone.
+        packing: as a section `qa_lora`; None: float weights.
+        classes: of the head.
+    """
+    width = next(iter(shape.sites)).in_features
+    values = shape.parameters + classes * (width + 1)
+    if packing is None:
+        return 4 * values
+    total = 0
+    for site in fused_sites(shape.sites).values():
+        weights = site.in_features * site.out_features
+        groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
+        offset = packing.get("quantization_offset", packing["use_group_quantization"])
+        total += weights * packing["quantization_bits"] // 8 + groups * _SCALE_BYTES * (2 if offset else 1)
+        values -= weights
+    return total + 4 * values
 
 
 def round_weights(model: nn.Module, type: QuantizationType, images: Tensor | None = None) -> nn.Module:

@@ -20,8 +20,8 @@ from peft_vit.forecasting.estimate import product_rates
 from peft_vit.records import write_whole
 from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.safe_io import read_bytes
+from peft_vit.studies.within_time import Runner
 from peft_vit.tasks import DecidingMetric
-from peft_vit.tuning.running import Runner
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 

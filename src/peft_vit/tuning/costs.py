@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft_vit.backbones import BackboneShape
@@ -172,7 +173,7 @@ def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroug
         sections = recipe.sections(context.shape(recipe.model, recipe.image_size), recipe.steps)
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         study = study_from_mapping(
-            context.study("machine", recipe.model, recipe.image_size, [0], [experiment]), file="machine"
+            context.study("machine", recipe.model, recipe.image_size, [0], [experiment]), file=Path("machine")
         )
         study = study.model_copy(update={"precision": decide_precision(study, None).chosen})
         index = open_index(study.data)

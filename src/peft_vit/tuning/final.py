@@ -16,10 +16,10 @@ from peft_vit.evaluation import calibrate
 from peft_vit.records import Calibrated, RunRecord
 from peft_vit.runs.held_out import Outputs, checked_on
 from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.running import Outcome
 
 
 def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:

@@ -21,12 +21,12 @@ from peft_vit.config import QuantizationType
 from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
+from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import log_softmax
 from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
-from peft_vit.tuning.running import Outcome
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
 RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]

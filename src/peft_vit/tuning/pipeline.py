@@ -38,6 +38,7 @@ from peft_vit.runs.post_training import logits_by_type
 from peft_vit.settings import named_as_typed
 from peft_vit.statistics.odds import resolvable
 from peft_vit.studies.profiling import measure_throughput
+from peft_vit.studies.within_time import Runner, StudyRunner
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import FOLDS, IMAGES_FILE, MakeRunner, TuningContext, context_of
 from peft_vit.tuning.costs import LEAST_STEPS, Costs, MeasureThroughput, throughput_of
@@ -48,7 +49,6 @@ from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, with
 from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
 from peft_vit.tuning.result import Choice, answer, what_more_buys
-from peft_vit.tuning.running import Runner, StudyRunner
 from peft_vit.tuning.search import search
 from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
 from peft_vit.tuning.state import State

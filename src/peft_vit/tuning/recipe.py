@@ -12,12 +12,11 @@ from peft_vit.backbones import BackboneShape, fused_sites
 from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.methods.method import DEFAULT_RANK
-from peft_vit.runs.post_training import packing_of
+from peft_vit.runs.post_training import file_bytes, packing_of
 from peft_vit.tasks import DecidingMetric
 
 DEFAULT_RATE = 1e-3  # of LoRA
 ROUNDED: tuple[QuantizationType, ...] = ("int8", "nf4", "int4", "int2")  # after training; int3 takes 4 bits in a file
-_SCALE_BYTES = 2  # of a group's scale, and of its offset
 _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora": "AdaLoRA", "qa_lora": "QA-LoRA"}
 
 
@@ -95,51 +94,7 @@ class Recipe:
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
         return sections
 
-    def file_bytes(self, shape: BackboneShape, classes: int) -> int:
-        """Return what its file takes, see `file_bytes`."""
-        packing = None
-        if self.bits is not None:
-            after = self.when == "after"
-            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
-        return file_bytes(shape, packing, classes)
-
-
-def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
-    """Return LoRA of the usual rank."""
-    return Recipe(model, image_size, "lora", rate=rate, steps=steps)
-
-
-def rate_of(method: str, rate: float) -> float:
-    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
-    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
-
-
-def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:
-    """Return what a merged model's file takes, without its header: packed matrices, everything else in float32.
-
-    A packed matrix (rows, columns) has rows x columns codes, and a scale for each row, or for each of its groups; with
-    an adapter that sums its inputs by groups, an offset beside each scale, since the update goes there.
-
-    Args:
-        shape: of the backbone.
-        packing: as a section `qa_lora`; None: float weights.
-        classes: of the head.
-    """
-    width = next(iter(shape.sites)).in_features
-    values = shape.parameters + classes * (width + 1)
-    if packing is None:
-        return 4 * values
-    total = 0
-    for site in fused_sites(shape.sites).values():
-        weights = site.in_features * site.out_features
-        groups = site.out_features * (site.in_features // packing["group_size"] if packing.get("group_size") else 1)
-        offset = packing.get("quantization_offset", packing["use_group_quantization"])
-        total += weights * packing["quantization_bits"] // 8 + groups * _SCALE_BYTES * (2 if offset else 1)
-        values -= weights
-    return total + 4 * values
-
-
-def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
+    def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
     """Return what every section `training` of a tuning says, a probe's too."""
     augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
     decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}

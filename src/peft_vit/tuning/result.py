@@ -9,10 +9,10 @@ from typing import Any
 
 from peft_vit.report.formatting import bounds_in_percent, fixed, joined, margin_in_points, megabytes, percent, points
 from peft_vit.statistics import Interval
+from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.running import Outcome
 from peft_vit.tuning.sizes import SizeResult
 from peft_vit.tuning.tune_request import TuneRequest
 

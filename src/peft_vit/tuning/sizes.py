@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
             else:
                 began, flips_known = clock(), "flips" in state.file.decided
                 try:
-                    state.once(name, lambda probe=probe: _value(context, probe, regress))
+                    state.once(name, partial(_value, context, probe, regress))
                 except Exception as error:
                     if not is_out_of_memory(error) or not tried:
                         raise

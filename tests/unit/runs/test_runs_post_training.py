@@ -16,10 +16,9 @@ from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_co
 from peft_vit.records import run_folder
 from peft_vit.runs.export import export_run_to_file
 from peft_vit.runs.held_out import PRIOR
-from peft_vit.runs.post_training import logits_by_type, packing_of, round_weights
+from peft_vit.runs.post_training import file_bytes, logits_by_type, packing_of, round_weights
 from peft_vit.runs.restore import restore_run
 from peft_vit.statistics import conformal_quantile
-from peft_vit.tuning.recipe import file_bytes
 
 pytestmark = pytest.mark.part("runner")
 NF4 = QuantizationFormat("nf4", 32, False, torch.float16)
