@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peft_vit.adapters import AdaptedLinear, packed_weights
-from peft_vit.backbones import Backbone, Site, fused_sites
+from peft_vit.backbones import Backbone, BackboneShape, Site, fused_sites
 from peft_vit.config import NUMBER_FORMATS, QaLoraConfig, QuantizationType, Rounding
 from peft_vit.data import Data
 from peft_vit.deployment import Merged, ModelCard, merge
@@ -48,25 +48,6 @@ def merge_float(run: RestoredRun) -> Merged:
 def packing_of(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
     """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, and integers with an offset."""
     return {**packed_by_default(sites, type), "quantization_offset": NUMBER_FORMATS[type].values is None}
-
-
-def file_bytes(self, shape: BackboneShape, classes: int) -> int:
-    """Return what its file takes, see `file_bytes`."""
-    packing = None
-    if self.bits is not None:
-        after = self.when == "after"
-        packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
-    return file_bytes(shape, packing, classes)
-
-
-def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
-    """Return LoRA of the usual rank."""
-    return Recipe(model, image_size, "lora", rate=rate, steps=steps)
-
-
-def rate_of(method: str, rate: float) -> float:
-    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
-    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
 
 
 def file_bytes(shape: BackboneShape, packing: Mapping[str, Any] | None, classes: int) -> int:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
-from peft_vit.backbones import BackboneShape, fused_sites
+from peft_vit.backbones import BackboneShape
 from peft_vit.config import AUGMENTATION_OF_FLIPS, BITS_OF_TYPE, Flips, QuantizationType
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.methods.method import DEFAULT_RANK
@@ -94,7 +93,26 @@ class Recipe:
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
         return sections
 
-    def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
+    def file_bytes(self, shape: BackboneShape, classes: int) -> int:
+        """Return what its file takes, see `file_bytes`."""
+        packing = None
+        if self.bits is not None:
+            after = self.when == "after"
+            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
+        return file_bytes(shape, packing, classes)
+
+
+def lora(model: str, image_size: int, steps: int, rate: float = DEFAULT_RATE) -> Recipe:
+    """Return LoRA of the usual rank."""
+    return Recipe(model, image_size, "lora", rate=rate, steps=steps)
+
+
+def rate_of(method: str, rate: float) -> float:
+    """Return the learning rate of a method that goes with one of LoRA, as those of `train` do."""
+    return float(f"{rate * METHODS[method].learning_rate / METHODS['lora'].learning_rate:.3g}")
+
+
+def shared_training(batch_size: int, flips: Flips, metric: DecidingMetric) -> dict[str, Any]:
     """Return what every section `training` of a tuning says, a probe's too."""
     augmentation = [change.model_dump(mode="json") for change in AUGMENTATION_OF_FLIPS[flips]]
     decides = {"class_weights": True, "metric": metric.name} if metric.equal_classes else {}
