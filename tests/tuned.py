@@ -59,7 +59,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
         Candidate(Recipe(MODEL, 32), 300_000, FOLDS, odds(0.1, 0.98), "larger, and not better"),
         Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )
-    sizes = (SizeResult(MODEL, 32, 0.7, 8, 0.001), SizeResult(MODEL, 64, None, 0, 0.004, "no time for it"))
+    sizes = (SizeResult(MODEL, 32, 0.7, 8), SizeResult(MODEL, 64, None, 0, "no time for it"))
     return Choice(
         request=TuneRequest(images=images, output=folder, **{"models": (MODEL,), **asked}),
         seen=seen,

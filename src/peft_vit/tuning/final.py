@@ -21,6 +21,8 @@ from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
 
+_ENDLESS_S = 1e8
+
 
 def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
     """Train a recipe on everything that is not sealed.
@@ -36,7 +38,7 @@ def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
     name, seed = f"final-{recipe.place}", context.request.seed
     experiment = folds.experiment(trained, folds.costs.last_steps(recipe))
     study = context.study(name, recipe.model, recipe.image_size, [seed], [experiment], folds=None)
-    done = context.runner(study, context.state.unlimited, None)
+    done = context.runner(study, context.state.until(-_ENDLESS_S), None)  # it has to be brought to its end
     if (trained.name, seed) not in done:
         problem = "the last training failed, as is told above; the same command tries it again"
         raise UserError(problem, file=context.state.studies / name / trained.name)

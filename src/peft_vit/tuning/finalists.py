@@ -98,7 +98,9 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe], limit: Limit)
         folds.round(recipe, bits, limit)
     decision = decide(folds)
     again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
-    needed = sum(folds.seconds(recipe, _SECOND) + folds.rounding_s(recipe, ROUNDED, _SECOND) for recipe in again)
+    needed = sum(
+        folds.seconds(recipe, _SECOND) + FOLDS * folds.costs.rounding_s(recipe, len(ROUNDED)) for recipe in again
+    )
     if not left and needed <= limit.left_s:
         folds.run(again, _SECOND, limit)
         for recipe in again:

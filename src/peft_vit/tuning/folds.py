@@ -131,11 +131,6 @@ class Folds:
         planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
         return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
 
-    def rounding_s(self, recipe: Recipe, bits: Sequence[QuantizationType], seeds: Sequence[int]) -> float:
-        """Return what it takes to predict with rounded weights what is not predicted yet."""
-        missing = [seed for seed in seeds if any(self.missing(recipe.rounded(one), [seed]) for one in bits)]
-        return len(missing) * self.costs.rounding_s(recipe, len(bits))
-
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
         """Predict with weights that are rounded after training, of all its runs, while there is time.
 

@@ -26,7 +26,6 @@ from peft_vit.report.model_page import BELIEF, IMAGES, MADE, ModelSummary, accur
 from peft_vit.report.summary import run_provenance
 from peft_vit.report.tables import Column, own_interval_columns, table
 from peft_vit.runs.fastest import Exports, Form
-from peft_vit.tuning.costs import said_ms
 from peft_vit.tuning.final import changed_by_rounding
 from peft_vit.tuning.result import Choice, answer
 
@@ -189,7 +188,6 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column("Pixels", "image_size"),
             Column(words.capitalize(), "score", percent),
             Column("Steps that fit a run", lambda size: size.steps or None, data="steps"),
-            Column("An image", "image_s", said_ms),
             Column("Left out", lambda size: plain(size.why) or None, data="left_out"),
         ],
         "On images that are left out of the fit in turn. Larger images leave fewer steps to training.",

@@ -53,7 +53,6 @@ class SizeResult:
     Attributes:
         score: of the regression; None: it was not tried, `why` says why.
         steps: of LoRA that fit a run on a fold, at most.
-        image_s: seconds of a forward pass for each image.
         why: it was not tried; empty: it was.
     """
 
@@ -61,7 +60,6 @@ class SizeResult:
     image_size: int
     score: float | None
     steps: int
-    image_s: float
     why: str = ""
 
     @property
@@ -123,7 +121,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
                     pace.add(clock() - began, expected_s)
         score = state.file.decided.get(name)
         steps = costs.most_steps(probe.model, probe.image_size)
-        results.append(SizeResult(probe.model, probe.image_size, score, steps, costs.image_s(probe), why))
+        results.append(SizeResult(probe.model, probe.image_size, score, steps, why))
         if score is not None:
             fits = f"{steps} steps fit a run" if steps else "no time to train"
             state.tell(f"  {probe.model} at {probe.image_size} px: {context.metric.text(score)}, {fits}")

@@ -29,7 +29,6 @@ SHARES = {  # of the time; what a stage leaves is that of the next
     "final": 0.15,
     "output": 0.05,
 }
-_ENDLESS_MINUTES = 1e6
 _Of = TypeVar("_Of")
 
 
@@ -105,11 +104,6 @@ class State:
     def until(self, reserved_s: float) -> Limit:
         """Return this call's limit, so many seconds earlier."""
         return Limit(self.limit.minutes - reserved_s / 60, self.limit.started, self.limit.clock)
-
-    @property
-    def unlimited(self) -> Limit:
-        """Return a limit that is never reached, for what has to be brought to its end."""
-        return Limit(_ENDLESS_MINUTES, self.clock(), self.clock)
 
     def once(self, name: str, decide: Callable[[], _Of]) -> _Of:
         """Return what was decided under a name, a plain value, or decide it now and keep it."""

@@ -11,7 +11,7 @@ from peft_vit.tuning.recipe import lora
 from peft_vit.tuning.search import RATES, wished
 from peft_vit.tuning.sizes import SizeResult
 
-LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps, 0.01) for size, steps in ((64, 96), (48, 160)))
+LARGE, SMALL = (SizeResult(MODEL, size, 0.8, steps) for size, steps in ((64, 96), (48, 160)))
 
 
 def test_the_default_is_tried_first_then_what_differs_from_it_in_one_thing() -> None:
