@@ -34,12 +34,7 @@ _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in e
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of what a tuning does.
-
-    Attributes:
-        context: of the tuning.
-        machine: what was measured.
-    """
+    """Seconds of what a tuning does, by what was measured on this machine."""
 
     context: TuningContext
     machine: Throughput

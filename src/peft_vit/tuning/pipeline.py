@@ -187,9 +187,6 @@ def choose(
     return decision, sizes, what_more_buys(labels, sizes, untried, minutes)
 
 
-# --- before anything is trained ---------------------------------------------------------------------------------------
-
-
 def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[Costs, Mapping[str, list[int]]]:
     """Refuse limits that nothing meets, measure what runs take, and return the image sizes that are allowed by model.
 
@@ -239,9 +236,6 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
     state.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
-
-
-# --- between the stages -----------------------------------------------------------------------------------------------
 
 
 def _regression_on_folds(folds: Folds, sizes: list[SizeResult]) -> Recipe:
