@@ -82,8 +82,8 @@ class ExportRequest(Request):
     )
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
         default=None,
-        description="How they are rounded. nearest, the default: each by itself. gptq: so that errors on training "
-        "images make up for each other, which takes longer.",
+        description="How they are rounded. nearest: each by itself, the default from 4 bits on. gptq: so that errors "
+        "on training images make up for each other, which takes longer and is the default below.",
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
         default=None,
@@ -172,10 +172,8 @@ def export(request: ExportRequest) -> None:
 
             options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
             bits = None if request.bits is None else TYPE_OF_BITS.get(request.bits, request.bits)
-            how = request.rounding or "nearest"
-            done = export_run_to_file(
-                directory, output, format, options, bits=bits, rounding=how, overwrite=request.overwrite
-            )
+            how, overwrite = request.rounding, request.overwrite
+            done = export_run_to_file(directory, output, format, options, bits=bits, rounding=how, overwrite=overwrite)
         _print_export(done, bits, output)
         _print_next(output)
 
