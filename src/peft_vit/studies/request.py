@@ -135,6 +135,11 @@ class TrainRequest(Request):
     )
     method: MethodName = Field(default="lora", description="what to train")
     shots: int | None = Field(default=None, ge=1, description="training images per class; default: all that remain")
+    test_images: int | None = Field(
+        default=None,
+        ge=2,
+        description="images that test; default: a fifth, at most 2,000, or the folder's own test split",
+    )
     library: Library = Field(default="timm", description="that the model comes from")
     model: str = Field(
         default=DEFAULT_MODEL,
