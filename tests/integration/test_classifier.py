@@ -59,7 +59,7 @@ def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> 
     assert ViTClassifier.load(tmp_path / "again").predict(images).tolist() == labels.tolist()
     kept = pickle.loads(pickle.dumps(classifier))
     np.testing.assert_array_equal(kept.predict_proba(images), classifier.predict_proba(images))
-    with pytest.raises(UserError, match="model.safetensors: is there already"):
+    with pytest.raises(UserError, match=r"model\.safetensors: is there already"):
         classifier.save(tmp_path / "saved")
     with pytest.raises(UserError, match=r"name a folder that ViTClassifier\.save has written"):
         ViTClassifier.load(tmp_path)

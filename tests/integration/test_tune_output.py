@@ -216,9 +216,7 @@ def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
         tuned.predict(array, coverage=0.99)
     (in_floats,) = tuned.predict(array / 255)
     assert (in_floats.class_name, in_floats.probability) == (by_array[1].class_name, by_array[1].probability)
-    with pytest.raises(
-        UserError, match=r"images\[0\]: has values from 0 to 2\d\d; integers are 0 to 255, floats 0 to 1"
-    ):
+    with pytest.raises(UserError, match=r"images\[0\]: has values from 0 to 2\d\d; .*, floats 0 to 1"):
         tuned.predict(array * 1.0)
     with pytest.raises(UserError, match=r"nothing\.png"):
         tuned.predict("nothing.png")
