@@ -66,6 +66,7 @@ def test_train_takes_images_that_no_file_holds(tmp_path, weights) -> None:
         peft_vit.train(pixels, "linear", labels=["cat"] * 24, **asked)
 
 
+@pytest.mark.usefixtures("cache")
 def test_an_exported_file_is_loaded(run_of, tmp_path) -> None:
     from peft_vit.runs.export import export_run_to_file
 
@@ -80,7 +81,7 @@ def test_an_exported_file_is_loaded(run_of, tmp_path) -> None:
     assert size.endswith(f" MB: {file}")
     with pytest.raises(UserError, match="is an exported model, without a report; load its run"):
         loaded.report  # noqa: B018
-    with pytest.raises(UserError, match="does not exist; name the folder of a run"):
+    with pytest.raises(UserError, match="or a run's folder"):
         peft_vit.load(tmp_path / "nothing")
 
 
@@ -151,7 +152,8 @@ def test_arguments_are_the_options_of_the_command(function, request_type: type[R
     assert parameters.keys() - {"tell"} == options.keys() | {"labels"}
     given = {options[name]: value.default for name, value in parameters.items() if name in options}
     assert request_type(**given | {"images": "photos"}) == request_type(images="photos")  # the same defaults
-    described = re.findall(r"^        (\w+): ", function.__doc__, re.MULTILINE)
+    arguments = function.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    described = re.findall(r"^        (\w+): ", arguments, re.MULTILINE)
     assert described == list(parameters)
 
 
