@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 from peft_vit.api import Images, load, naming_arguments, train
 from peft_vit.config import DEFAULT_MODEL, SEEDS, exported_format
 from peft_vit.data.in_memory import held_images, write_table
-from peft_vit.errors import DataWarning, foreign_fault, os_fault
+from peft_vit.errors import DataWarning, UserError, foreign_fault, os_fault
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
 
@@ -130,21 +130,24 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         return float(accuracy_score(labels, self.predict(X), sample_weight=sample_weight))
 
     def save(self, folder: str | Path) -> None:
-        """Write the model, which needs nothing else to predict, and the arguments.
+        """Write the model, which needs nothing else to predict, and the arguments; an earlier one is replaced.
 
         Raises:
-            UserError: if a model is there already, or it can't be written.
+            UserError: if the folder holds other files, or can't be written.
         """
         check_is_fitted(self)
-        from peft_vit.runs.export import export_run_to_file
-
-        folder = Path(folder).expanduser()
+        folder, held = Path(folder).expanduser(), self.model_.path
+        file = folder / _MODEL_FILE
         with os_fault("can't be written", folder, remedy="choose another place"):
             make_folder(folder)
-        if exported_format(self.model_.path):
-            shutil.copy(self.model_.path, folder / _MODEL_FILE)
-        else:
-            export_run_to_file(self.model_.path, folder / _MODEL_FILE, "safetensors")
+            if any(folder.iterdir()) and not (folder / _FILE).exists():
+                raise UserError("holds other files; choose a new or an empty folder", file=folder)
+            if exported_format(held) and held.absolute() != file.absolute():
+                shutil.copy(held, file)
+        if not exported_format(held):
+            from peft_vit.runs.export import export_run_to_file
+
+            export_run_to_file(held, file, "safetensors", overwrite=True)
         given = self.get_params(deep=False)
         if not isinstance(self.random_state, int | None):  # a generator, of which JSON holds nothing
             del given["random_state"]

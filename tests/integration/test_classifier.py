@@ -59,8 +59,11 @@ def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> 
     assert ViTClassifier.load(tmp_path / "again").predict(images).tolist() == labels.tolist()
     kept = pickle.loads(pickle.dumps(classifier))
     np.testing.assert_array_equal(kept.predict_proba(images), classifier.predict_proba(images))
-    with pytest.raises(UserError, match=r"model\.safetensors: is there already"):
-        classifier.save(tmp_path / "saved")
+    for again in (classifier, loaded):  # which takes the place of the earlier one
+        again.save(tmp_path / "saved")
+        assert ViTClassifier.load(tmp_path / "saved").predict(images).tolist() == labels.tolist()
+    with pytest.raises(UserError, match="runs: holds other files; choose a new or an empty folder"):
+        classifier.save(tmp_path / "runs")
     with pytest.raises(UserError, match=r"name a folder that ViTClassifier\.save has written"):
         ViTClassifier.load(tmp_path)
 
