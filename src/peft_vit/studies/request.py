@@ -138,7 +138,7 @@ class TrainRequest(Request):
     test_images: int | None = Field(
         default=None,
         ge=2,
-        description="images that test; default: a fifth, at most 2,000, or the folder's own test split",
+        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split.",
     )
     library: Library = Field(default="timm", description="that the model comes from")
     model: str = Field(
