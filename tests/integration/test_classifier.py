@@ -33,7 +33,7 @@ def photos() -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture
 def classifier(tmp_path: Path, weights: Path) -> ViTClassifier:
     settings = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
-    return ViTClassifier("linear", weights=str(weights), output=tmp_path / "runs", **settings)
+    return ViTClassifier("linear", weights=str(weights), output=str(tmp_path / "runs"), **settings)
 
 
 def test_it_fits_predicts_and_is_saved(classifier, photos, tmp_path, capsys) -> None:

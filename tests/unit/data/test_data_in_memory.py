@@ -93,7 +93,7 @@ def test_grey_images_and_paths() -> None:
         ([PIXELS[0] > 3], "got (6, 5, 3) bool"),
         ([3 + 1j], "images[0]: expected a path, a PIL image or numbers (H, W), (H, W, 3) or (3, H, W), got complex"),
         ([None], "got NoneType"),
-        (PIXELS * 1.0, "has values from 0 to 254; integers are 0 to 255, floats 0 to 1"),
+        (PIXELS * 1.0, "images[0]: has values from 0 to 248; integers are 0 to 255, floats 0 to 1"),
         (PIXELS.astype(int) - 9, "integers are 0 to 255"),
         (np.full((1, 4, 5), np.nan), "has values from nan to nan"),
         ([Image.fromarray(np.zeros((4, 4), np.uint16))], "images[0]: has pixels of mode I;16; scale them to 8 bits"),
