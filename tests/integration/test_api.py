@@ -95,7 +95,7 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"images": ["a.png"], "labels": [1], "rank": 0}, "rank", "got 0"),  # nothing is written before
     ("tune", {"model": "no_such_model"}, "model", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
-    ("tune", {"max_latency": "50"}, "max_latency", "'50' is not a time above 0 in ms or s; write it as in 50ms"),
+    ("tune", {"max_latency": "50"}, "max_latency", "is not a time above 0 with its unit, ms, s, min; write it as"),
     ("tune", {"max_latency": [1]}, "max_latency", "number, got [1]"),
     ("tune", {"image_size": 28.5}, "image_size", ", got 28.5"),
     ("tune", {"image_size": (0,)}, "image_size", "should be greater than or equal to 14, got 0"),
@@ -124,9 +124,9 @@ def test_a_bad_argument_is_one_line_that_names_the_parameter(
 
 
 def test_tune_takes_times_sizes_and_single_values_as_the_command_does(tmp_path) -> None:
-    given = {"max_bytes": "16MB", "max_latency_s": "50ms", "image_sizes": 28, "models": "test_vit"}
+    given = {"max_bytes": "16MB", "max_latency": "50ms", "image_sizes": 28, "models": "test_vit"}
     request = TuneRequest.of(images="photos", output=tmp_path, **given)
-    assert (request.max_bytes, request.max_latency_s) == (16_000_000, 0.05)
+    assert (request.max_bytes, request.max_latency) == (16_000_000, 0.05)
     assert (request.image_sizes, request.models, request.images) == ((28,), ("test_vit",), Path("photos"))
 
 

@@ -182,7 +182,7 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     output = choice.request.output
     limits = {"max_bytes": "16MB", "max_latency": "50ms", "minutes": 5}
     tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)
-    limited = {"max_bytes": 16_000_000, "max_latency_s": 0.05, "minutes": 5}
+    limited = {"max_bytes": 16_000_000, "max_latency": 0.05, "minutes": 5}
     limited |= {"models": ("test_vit",), "image_sizes": (28,), "seed": 3}
     assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
     assert tuned.choice is choice
