@@ -182,7 +182,7 @@ class TrainedModel:
 
         record = self.record
         if record is not None:
-            spec, names = record.spec, record.class_names
+            spec, names = record.spec, tuple(record.class_names)
             what = f"{spec.experiment.method} on {spec.backbone.model}, {spec.data.image_size} px"
         else:
             card = self.classifier.card
