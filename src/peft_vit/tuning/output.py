@@ -21,10 +21,10 @@ from peft_vit.studies.own_images import refuse_among_images
 from peft_vit.tuning.final import calibrated_on, in_form
 from peft_vit.tuning.page import TuningSummary, model_summary, tuning_document
 from peft_vit.tuning.result import Choice
-from peft_vit.tuning.state import TUNE_FILE
+from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE, tuned_model
 from peft_vit.tuning.tune_request import TuneRequest
 
-MODEL_FOLDER, CONFIG_FILE = "model", "config.yaml"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def output_files_in(directory: Path) -> OutputFiles:
     Raises:
         UserError: if it holds no model.
     """
-    folder = directory / MODEL_FOLDER
-    model = next((file for file in (folder / "model.onnx", folder / "model.xml") if file.is_file()), None)
+    folder, model = directory / MODEL_FOLDER, tuned_model(directory)
     if model is None:
         raise UserError("holds no model; run `peft-vit tune` first", file=folder)
     return OutputFiles(
@@ -104,7 +103,7 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
         bits=recipe.bits if recipe.when == "after" else None,
         fold_runs=[outcome.folder for outcome in choice.folds],
         max_bytes=choice.request.max_bytes,
-        max_latency_s=choice.request.max_latency_s,
+        max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, record, quality, exports)
@@ -144,11 +143,9 @@ peft-vit run config.yaml --output again     # trains it again
 ```
 
 ```python
-from pathlib import Path
-from peft_vit.deployment import open_exported, predict_files
+import peft_vit
 
-for found in predict_files(open_exported(Path("{model}")), [Path("photo.jpg")]):
-    print(found)
+print(peft_vit.load("{model}").predict("photo.jpg"))
 ```
 
 The file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the temperature

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_vit.config import named_as_typed
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
 from peft_vit.runs.post_training import logits_by_type
-from peft_vit.settings import named_as_typed
 from peft_vit.statistics.odds import resolvable
 from peft_vit.studies.profiling import measure_throughput
 from peft_vit.studies.within_time import Runner, StudyRunner

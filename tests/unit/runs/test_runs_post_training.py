@@ -22,7 +22,7 @@ from peft_vit.statistics import conformal_quantile
 
 pytestmark = pytest.mark.part("runner")
 NF4 = QuantizationFormat("nf4", 32, False, torch.float16)
-INT3 = QuantizationFormat("int3", 32, True, torch.float16)
+INT2 = QuantizationFormat("int2", 32, True, torch.float16)
 
 
 def logits_on(model, images, card):
@@ -62,7 +62,7 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     assert (done.comparison.images, done.comparison.exported_accuracy) == (20, pytest.approx(right))
     assert done.comparison.trained_accuracy == pytest.approx(record.validation.accuracy)
     batch = next(data.validation.ordered_batches(20, card.mean, card.std))[0].numpy()
-    np.testing.assert_array_equal(open_exported(file).logits(batch), validated)
+    np.testing.assert_allclose(open_exported(file).logits(batch), validated, rtol=0, atol=1e-5)
 
 
 def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> None:
@@ -78,15 +78,17 @@ def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> Non
     errors = [float(np.abs(values - exact).max()) for values in logits.values()]
     assert errors == sorted(errors)
     assert 0 < errors[0] < 0.1 * errors[2]
-    for type, values in logits.items():
-        np.testing.assert_array_equal(values, logits_on(round_weights(merged, type), tested, run.card))
+    nearest = {type: logits_on(round_weights(merged, type), tested, run.card) for type in logits}
+    assert [np.array_equal(nearest[type], logits[type]) for type in logits] == [True, True, False]  # gptq
+    np.testing.assert_array_equal(logits_by_type(run_dir, ["int2"], "nearest")["int2"], nearest["int2"])
 
     file, validated = tmp_path / "model.safetensors", run.load_data().validation
     export_run_to_file(run_dir, file, "safetensors", bits="int2")
     batch = next(validated.ordered_batches(20, run.card.mean, run.card.std))[0].numpy()
     opened = open_exported(file)
     _, distances = opened.with_distances(batch)
-    assert opened.card.unlike.threshold == conformal_quantile(distances, 0.95) != run.card.unlike.threshold
+    assert opened.card.unlike.threshold == pytest.approx(conformal_quantile(distances, 0.95), rel=1e-5)
+    assert opened.card.unlike.threshold != pytest.approx(run.card.unlike.threshold, rel=1e-3)
 
 
 def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> None:
@@ -95,17 +97,17 @@ def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> N
     run = restore_run(run_folder(tmp_path, record.spec))
     merged, data = merge(run.model, run.card).model, run.load_data()
     images = next(data.train.ordered_batches(24, run.card.mean, run.card.std))[0]
-    nearest, gptq = round_weights(merged, "int3"), round_weights(merged, "int3", images)
+    nearest, gptq = round_weights(merged, "int2"), round_weights(merged, "int2", images)
     seen, layers = {}, ("blocks.0.attn.qkv", "blocks.0.mlp.fc2")
     with watching({name: gptq.get_submodule(name) for name in layers}, seen.__setitem__), torch.no_grad():
         gptq(images)
     for name, inputs in seen.items():
         x = inputs.flatten(0, -2).double()  # (N, in)
         weight = merged.get_submodule(name).weight
-        expected = quantize_with_compensation(weight, INT3, 2 * x.T @ x)
+        expected = quantize_with_compensation(weight, INT2, 2 * x.T @ x)
         codes = packed_weights(gptq)[name].codes
         assert (codes == expected.codes).float().mean() > 0.99  # sums in float32 may round otherwise
-        assert (codes != quantize(weight, INT3).codes).float().mean() > 0.01
+        assert (codes != quantize(weight, INT2).codes).float().mean() > 0.01
         losses = [
             float(mse_loss(inputs @ packed_weights(model)[name].dequantize().T, inputs @ weight.T))
             for model in (gptq, nearest)
