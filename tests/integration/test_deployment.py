@@ -223,7 +223,7 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
         ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
         ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
         ("int4", "onnx", ("--bits", "4"), "--bits: has no effect on this run, whose weights are int4 already"),
-        ("mixed", "openvino", ("--bits", "nf4"), "whose weights are int2 and int8 already"),
+        ("nf4", "openvino", ("--bits", "int8"), "whose weights are nf4 already"),
         ("lora", "onnx", ("--bits", "5"), "'5' is not one of '8', '4', '3', '2', 'nf4', "),
         ("lora", "peft", ("--bits", "4"), "--bits: has no effect with --format peft"),
         ("lora", "onnx", ("--rounding", "gptq"), "--rounding: has no effect without --bits"),

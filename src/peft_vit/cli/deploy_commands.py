@@ -198,7 +198,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
         f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
     )
-    if done.activations == "int8" or compared.same_predictions < 1:
+    if done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1:
         print(f"Lost: {compared.loss_text()}")
 
 
