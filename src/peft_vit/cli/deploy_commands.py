@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,16 +20,17 @@ from pydantic import Field, model_validator
 from peft_vit.cli.app import command
 from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name
 from peft_vit.errors import UserError, named, printable
+from peft_vit.extras import require_extra
 from peft_vit.safe_io import refuse_existing
 from peft_vit.settings import Option, Request
 
 if TYPE_CHECKING:
     from peft_vit.deployment import ImageFile, Prediction
-    from peft_vit.runs.export import Exported
+    from peft_vit.runs.export import Exported, OnnxOptions
 
     _Format = str
 else:
-    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+    _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -50,32 +52,43 @@ class ExportRequest(Request):
     output: Path | None = Field(
         default=None,
         description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given; "
-        "default: model.onnx in DIRECTORY, or as --format says",
+        + "; peft: the same; web: the same, or a .html file; history: a .parquet, .json or .csv file; tensorboard: "
+        "what its --logdir is given; default: model.onnx in DIRECTORY, or as --format says",
     )
     format: _Format | None = Field(
         default=None,
         description="default: by the ending of --output; "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
-        "metrics of finished runs, also while a study goes on",
+        + "; web: a page in which a browser asks the model; peft: LoRA files for the PEFT library; history: scores and "
+        "ranks by run, step and site; tensorboard: metrics of finished runs, also while a study goes on",
     )
     overwrite: bool = Field(default=False, description="write over what an earlier export has written")
-    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
+    single: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False, description="web: one file in place of a folder; so is a name that ends in .html"
+    )
+    offline: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False,
+        description="web: onnxruntime-web comes with the page, which is fetched from npm once; else the page "
+        "fetches it from cdn.jsdelivr.net when it is opened",
+    )
+    runtime_files: Annotated[Path | None, OnlyWith(format="web")] = Field(
+        default=None, description="web: as --offline, out of this folder of npm's onnxruntime-web"
+    )
+    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
-        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
+        description="onnx, web, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
         "the file, which stays small, is loaded: then it takes float32's time and memory",
     )
     activations: Annotated[
         Literal["int8"] | None,
         OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
-        OnlyWith(format="onnx"),
+        OnlyWith(format=("onnx", "web")),
     ] = Field(
         default=None,
-        description="onnx: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
+        description="onnx, web: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
         "faster, and not exact",
     )
-    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
+    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
         ge=0,
         le=100,
@@ -87,7 +100,9 @@ class ExportRequest(Request):
     def _format_follows_from_the_name(cls, values: Any) -> Any:
         if values.get("format") is None:
             output = values.get("output")
-            values = {**values, "format": "onnx" if output is None else format_of_name(Path(output))}
+            is_page = output is not None and Path(output).suffix == ".html"
+            named_as = "web" if is_page else "onnx" if output is None else format_of_name(Path(output))
+            values = {**values, "format": named_as}
         return values
 
     def target(self) -> tuple[str, Path]:
@@ -99,8 +114,8 @@ class ExportRequest(Request):
         *endings, last = _ENDINGS
         if self.format is None:
             raise UserError(
-                f"expected a name that ends in {', '.join(endings)} or {last}; or give --format as well: pretrained, "
-                "peft and tensorboard write a folder, history a table",
+                f"expected a name that ends in {', '.join(endings)}, {last} or .html; or give --format as well: "
+                "pretrained, web, peft and tensorboard write a folder, history a table",
                 file=self.output,
                 field="--output",
             )
@@ -108,7 +123,10 @@ class ExportRequest(Request):
         if self.output is None:
             if self.format in ("history", "tensorboard"):
                 raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            ending = ".html" if self.single else ending
             return self.format, self.directory / (f"model{ending}" if ending else self.format)
+        if self.single and self.output.suffix != ".html":
+            raise UserError("expected a name that ends in .html", file=self.output, field="--output")
         if not ending and (named_as := format_of_name(self.output)):
             raise UserError(
                 f"its name is that of {EXPORTS[named_as].title}, and --format is {self.format}; leave --format out, or "
@@ -143,8 +161,32 @@ def export(request: ExportRequest) -> None:
         from peft_vit.runs.export import OnnxOptions, export_run_to_file
 
         options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+        if format == "web":
+            _export_page(request, output, options)
+            return
         _print_export(export_run_to_file(directory, output, format, options, overwrite=request.overwrite))
         _print_next(output)
+
+
+def _export_page(request: ExportRequest, output: Path, options: OnnxOptions) -> None:
+    for extra in ("onnx", "report"):
+        require_extra(extra, "--format web")
+    from peft_vit.deployment import open_exported
+    from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
+    from peft_vit.runs.export import export_run_to_file
+
+    is_folder = output.suffix != ".html"
+    refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
+    is_offline = request.offline or request.runtime_files is not None
+    runtime = runtime_files(request.runtime_files) if is_offline else None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        _print_export(export_run_to_file(request.directory, file, "onnx", options))
+        page = write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
+    print(f"{output}: {exported_bytes(output) / 1e6:.1f} MB")
+    if runtime is None:
+        print("The page fetches onnxruntime-web (14 MB) from cdn.jsdelivr.net when it is opened; --offline puts it in.")
+    print(f"Next: open {shlex.quote(str(page))} in a browser")
 
 
 def _print_export(done: Exported) -> None:

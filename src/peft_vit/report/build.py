@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.analysis.model_quality import model_quality
@@ -25,6 +28,7 @@ from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blo
 from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
 from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
 from peft_vit.report.summary import images_name
+from peft_vit.report.web_page import PAGE_FILE
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -163,6 +167,10 @@ def build_report(
     results = read_results(delivered_run(followed(results_dir)) or results_dir)
     model = _only_model(results)
     if model is not None:
+        beside = (results_dir / "web" / PAGE_FILE, results_dir / "model.html")
+        made = next((os.path.relpath(page, output_dir) for page in beside if page.is_file()), None)
+        to_web = f"peft-vit export {shlex.quote(str(results_dir))} --format web"
+        model = replace(model, web=quote(Path(made).as_posix())) if made else replace(model, to_web=to_web)
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
