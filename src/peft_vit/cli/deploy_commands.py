@@ -76,8 +76,8 @@ class ExportRequest(Request):
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
-        description="onnx, web, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
-        "the file, which stays small, is loaded: then it takes float32's time and memory",
+        description="onnx, web, low-bit weights: small (default) keeps them packed in memory too; fast expands them "
+        "when the file, which stays small, is loaded: then it takes float32's time and memory",
     )
     activations: Annotated[
         Literal["int8"] | None,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,12 +164,8 @@ def build_report(
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = read_results(delivered_run(followed(results_dir)) or results_dir)
-    model = _only_model(results)
+    model = _only_model(results, results_dir, output_dir)
     if model is not None:
-        beside = (results_dir / "web" / PAGE_FILE, results_dir / "model.html")
-        made = next((os.path.relpath(page, output_dir) for page in beside if page.is_file()), None)
-        to_web = f"peft-vit export {shlex.quote(str(results_dir))} --format web"
-        model = replace(model, web=quote(Path(made).as_posix())) if made else replace(model, to_web=to_web)
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
         head = card_head(model, "peft-vit", images_name(model.record.spec.data))
@@ -203,7 +198,7 @@ def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails
     return html
 
 
-def _only_model(results: Results) -> ModelSummary | None:
+def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:
     """Return the model of the only run that there is or was planned; None of studies of several runs."""
     runs = [run for study in results.studies for run in study.runs]
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
@@ -213,8 +208,16 @@ def _only_model(results: Results) -> ModelSummary | None:
     quality = model_quality(record, None if tested is None else tested.probability)
     if quality is None:
         return None
-    file = next(results.directory.rglob(RECORD_FILE))
-    return ModelSummary(record, quality, f"peft-vit predict {file.parent}")
+    folder = next(results.directory.rglob(RECORD_FILE)).parent
+    pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
+    page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
+    return ModelSummary(
+        record,
+        quality,
+        use=f"peft-vit predict {folder}",
+        to_web=f"peft-vit export {folder} --format web" if page is None else "",
+        web="" if page is None else quote(Path(page).as_posix()),
+    )
 
 
 def write_report(
