@@ -36,7 +36,7 @@ READ = """() => [...document.querySelectorAll('#results > li')].map((item) => ({
 ALL_TOLD = "n => [...document.querySelectorAll('#results > li .took')].filter((took) => took.textContent).length === n"
 GIVE = """([kind, place, bytes]) => {
   const data = new DataTransfer();
-  if (bytes) data.items.add(new File([new Uint8Array(bytes)], "given.png", { type: "image/png" }));
+  if (bytes.length) data.items.add(new File([new Uint8Array(bytes)], "given.png", { type: "image/png" }));
   const names = { drop: "dataTransfer", paste: "clipboardData" };
   document.querySelector(place).dispatchEvent(
     Object.defineProperty(new Event(kind, { bubbles: true, cancelable: true }), names[kind], { value: data }));
