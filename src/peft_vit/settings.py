@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -160,14 +160,18 @@ class Option:
     """In the annotation of a field: how it is typed, where that does not follow from its name and its type.
 
     Attributes:
-        name: of the option, as in --model.
+        name: of the option, as in --model, or of the argument.
         typed: its type on the command line; None: that of the field.
         is_argument: it has a place, and no name.
+        metavar: what the help writes for its value; empty: its type.
+        keys: of a configuration that are filled in with it, beside that of the field's name.
     """
 
     name: str = ""
     typed: Any = None
     is_argument: bool = False
+    metavar: str = ""
+    keys: tuple[str, ...] = ()
 
 
 class Request(Settings):
@@ -182,8 +186,8 @@ class Request(Settings):
     def option(cls, field: str) -> Option:
         """Return how a field is typed."""
         option = next((entry for entry in cls.model_fields[field].metadata if isinstance(entry, Option)), Option())
-        name = field.upper() if option.is_argument else option.name or f"--{field.replace('_', '-')}"
-        return Option(name, option.typed, option.is_argument)
+        name = field.upper() if option.is_argument else f"--{field.replace('_', '-')}"
+        return replace(option, name=option.name or name)
 
     @classmethod
     def spelled(cls, field: str, *values: Any) -> str:
@@ -204,19 +208,6 @@ class Request(Settings):
             first = error.errors(include_url=False)[0]
         field = str(first["loc"][0])
         raise UserError(problem_of(first), field=cls.option(field).name if field in cls.model_fields else field)
-
-
-@contextmanager
-def named_as_typed(request: type[Request]) -> Iterator[None]:
-    """Name options in errors that name keys of a configuration, which a command fills in; images name themselves."""
-    try:
-        yield
-    except UserError as error:
-        section, _, key = (error.field or "").rpartition(".")
-        fields = [name for name in (key, f"{key}s") if name in request.model_fields]
-        if error.field != "data.path" and not (section and fields):
-            raise
-        raise error.about(None if error.field == "data.path" else request.option(fields[0]).name) from None
 
 
 @contextmanager

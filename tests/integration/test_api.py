@@ -41,12 +41,17 @@ REFUSED = [  # the function, its arguments, the parameter that is named, and a p
     ("train", {"ranks": 8}, "ranks", "unknown key"),
     ("train", {"learning_rate": 0}, "learning_rate", "should be greater than 0, got 0"),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
-    ("train", {"start": "adapter", "rank": 8}, "rank", "has no effect with start; "),
+    ("train", {"init_adapter": "adapter", "rank": 8}, "rank", "has no effect with init_adapter; "),
     ("train", {"images": "nowhere"}, None, "nowhere"),
     ("tune", {"models": "no_such_model"}, "models", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
-    ("tune", {"max_latency_s": "50"}, "max_latency_s", "'50' is not a time above 0 in ms or s; write it as in 50ms"),
-    ("tune", {"max_latency_s": [1]}, "max_latency_s", "number, got [1]"),
+    (
+        "tune",
+        {"max_latency": "50"},
+        "max_latency",
+        "is not a time above 0 with its unit, ms, s, min; write it as in 50ms",
+    ),
+    ("tune", {"max_latency": [1]}, "max_latency", "number, got [1]"),
     ("tune", {"image_sizes": 28.5}, "image_sizes", ", got 28.5"),
     ("tune", {"image_sizes": (0,)}, "image_sizes", "should be greater than or equal to 14, got 0"),
     ("tune", {"models": [3]}, "models", "string, got 3"),
@@ -75,7 +80,7 @@ def test_a_bad_argument_is_one_line_that_names_the_parameter(
 
 
 def test_tune_takes_times_sizes_and_single_values_as_the_command_does(tmp_path) -> None:
-    given = {"max_bytes": "16MB", "max_latency_s": "50ms", "image_sizes": 28, "models": "test_vit"}
+    given = {"max_bytes": "16MB", "max_latency": "50ms", "image_sizes": 28, "models": "test_vit"}
     request = TuneRequest.of(images="photos", output=tmp_path, **given)
-    assert (request.max_bytes, request.max_latency_s) == (16_000_000, 0.05)
+    assert (request.max_bytes, request.max_latency) == (16_000_000, 0.05)
     assert (request.image_sizes, request.models, request.images) == ((28,), ("test_vit",), Path("photos"))

@@ -142,13 +142,13 @@ def named_files(request: TrainRequest) -> dict[str, str]:
     """
     files, backbone = {}, _backbone(request)
     if backbone.weights == "file" and not request.smoke:
-        option = "model" if request.weights == "file" else "weights"
+        option = "model" if request.weights in (None, "file") else "weights"
         with _typed(request.option(option).name):
             hashes = check_weights(backbone), architecture_of(backbone).config_sha256
         files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
-    if request.start is not None:
+    if request.init_adapter is not None:
         with _typed("--init-adapter"):
-            files[request.spelled("start", request.start)] = peft_sha256(request.start)
+            files[request.spelled("init_adapter", request.init_adapter)] = peft_sha256(request.init_adapter)
     return files
 
 
@@ -163,9 +163,10 @@ def _typed(option: str) -> Iterator[None]:
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     """Return a request that names where the weights are from, and a line on it; see `source_of`."""
-    if request.weights is not None or request.library != "timm" or "/" in request.model:
+    backbone = _backbone(request)
+    if request.weights is not None or backbone.library != "timm":
         return request, ""
-    source, line = source_of(request.model)
+    source, line = source_of(backbone.model)
     return request.model_copy(update={"weights": source}), line
 
 
@@ -317,7 +318,7 @@ class Forecast:
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
         request, left_s = self.request, self.limit_s * _SHARE_OF_SIZES
-        if request.image_size is not None or request.start is not None or request.smoke:
+        if request.image_size is not None or request.init_adapter is not None or request.smoke:
             return {}
         expected_s: dict[int, float] = {}
         for size in sizes_to_try(architecture_of(self.backbone)):
@@ -431,7 +432,7 @@ def experiment_for(
     )
     if not request.is_probe:
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate
-        head_start = "probe" if request.start is None else "random"  # an adapter brings its head
+        head_start = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
         limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
@@ -441,7 +442,8 @@ def experiment_for(
             every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    sections = method.defaults(options) if request.start is None else {"lora": {"start": str(request.start)}}
+    adapter = request.init_adapter
+    sections = method.defaults(options) if adapter is None else {"lora": {"start": str(adapter)}}
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
@@ -483,4 +485,4 @@ def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: d
 
 
 def _backbone(request: TrainRequest) -> BackboneConfig:
-    return named_backbone(request.model, request.weights, request.library)
+    return named_backbone(request.model, request.weights)

@@ -109,7 +109,7 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
         calibrated=calibrated,
         fold_runs=fold_runs,
         max_bytes=choice.request.max_bytes,
-        max_latency_s=choice.request.max_latency_s,
+        max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, records, sealed, calibrated, exports)
