@@ -62,7 +62,8 @@ class ExportRequest(Request):
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
         + "; web: a page in which a browser asks the model; peft: LoRA files for the PEFT library; history: a table of "
-        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without it, what the ending of --output says.",
+        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without "
+        "it, what the ending of --output says.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
     single: Annotated[bool, OnlyWith(format="web")] = Field(
@@ -70,8 +71,8 @@ class ExportRequest(Request):
     )
     offline: Annotated[bool, OnlyWith(format="web")] = Field(
         default=False,
-        description="Put onnxruntime-web, which is fetched from npm once, into the page. Without it the page fetches that "
-        "from cdn.jsdelivr.net when it is opened.",
+        description="Put onnxruntime-web, which is fetched from npm once, into the page. Without it the page fetches "
+        "that from cdn.jsdelivr.net when it is opened.",
     )
     runtime_files: Annotated[Path | None, OnlyWith(format="web")] = Field(
         default=None, description="Put onnxruntime-web into the page out of this folder of npm's package."
