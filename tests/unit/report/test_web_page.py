@@ -7,6 +7,7 @@ import io
 import json
 import re
 import tarfile
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_a_folder_holds_the_page_the_model_and_the_runtime(tmp_path: Path) -> No
         **{"interpolation": "lanczos", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "temperature": 2.0},
         **{"set": {"coverage": 0.9, "threshold": 0.7}, "unlike": 1.5},
     }
-    assert "connect-src 'none'" in text
+    assert "connect-src 'none'" in unescape(text)
     assert "jsdelivr" not in text.partition("<script")[0]
 
 
@@ -121,7 +122,7 @@ def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fau
         "no file": f"{folder / first}: --runtime-files: can't be read (No such file or directory); {remedy}",
         "others": f"{folder / first}: --runtime-files: is not that of onnxruntime-web 1.30.0; {remedy}",
         "too large": f"{output}: the model has 2 MB, and browsers hold 1; train with qa_lora, or a smaller model",
-        "no room": f"{tmp_path / 'file/page.html'}: can't be written (Not a directory); choose another place",
+        "no room": f"{tmp_path / 'file/page.html'}: can't be written (File exists); choose another place",
     }[fault]
     call = {
         "too large": lambda: write_web_page(output, bytes(2_000_001), CARD, None),
