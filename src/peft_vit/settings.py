@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -190,6 +191,11 @@ class Request(Settings):
         return replace(option, name=option.name or name)
 
     @classmethod
+    def parameter(cls, field: str) -> str:
+        """Return how a field is called in Python: as its option is, max_latency for --max-latency."""
+        return cls.option(field).name.lstrip("-").replace("-", "_").lower()
+
+    @classmethod
     def spelled(cls, field: str, *values: Any) -> str:
         """Return an option, and its value or several, as they are typed."""
         return f"{cls.option(field).name} {' or '.join(str(value) for value in values if value is not True)}".rstrip()
@@ -211,12 +217,14 @@ class Request(Settings):
 
 
 @contextmanager
-def named_as_parameters(request: type[Request]) -> Iterator[None]:
-    """Name options in errors as the parameters that they are in Python."""
-    parameters = {request.option(field).name: field for field in request.model_fields}
+def named_as_parameters(request: type[Request], held: Path) -> Iterator[None]:
+    """Name options in errors as the parameters that they are in Python, and files below `held` as `images`."""
+    parameters = {request.option(field).name: request.parameter(field) for field in request.model_fields}
     try:
         yield
     except UserError as error:
         message = re.sub(r"--[a-z][a-z-]*", lambda match: parameters.get(match[0], match[0]), error.message)
-        field = None if error.field is None else parameters.get(error.field, error.field)
-        raise UserError(message, file=error.file, field=field, details=error.details) from None
+        field, file = error.field and parameters.get(error.field, error.field), error.file
+        if file is not None and file.startswith(str(held)):
+            field, file = field or "images", None
+        raise UserError(message, file=file, field=field, details=error.details) from None

@@ -266,7 +266,7 @@ def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
 def _share(request: TrainRequest, images: int, classes: int, own: int | None) -> Counts:
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
-    test = fifth if own is None else own
+    test = request.test_images or (fifth if own is None else own)
     train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
 
@@ -463,7 +463,7 @@ def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None)
         data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
     counts = count_images(request, index)
     data["validation_images"] = counts.validation
-    data["test_images"] = counts.test if index.official_test is None else None
+    data["test_images"] = counts.test if index.official_test is None else request.test_images
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data, index

@@ -175,6 +175,11 @@ class TrainRequest(Request):
         ge=1,
         description="Train on this many images of each class. Without it, on all that do not validate or test.",
     )
+    test_images: int | None = Field(
+        default=None,
+        ge=2,
+        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split.",
+    )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
     weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
