@@ -179,11 +179,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
         else:
             study = begun.configuration
         plan = plan_study(
-            study,
-            request.output,
-            file=request.images,
-            smoke=request.smoke,
-            measure_step=partial(measure_step, log=_log),
+            study, request.output, file=None, smoke=request.smoke, measure_step=partial(measure_step, log=_log)
         )
         if not request.smoke:
             images.keep_pixels(plan.study)
@@ -205,7 +201,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
-        plan = plan_study(study, run.folder, file=request.images)
+        plan = plan_study(study, run.folder, file=None)
         if plan.pending:
             _log(f"A regression at {image_size} px may be better; making it.")
             _drive(plan, lock, alone=True)

@@ -111,8 +111,8 @@ class TuningContext:
                 found[name] = backbone
         if not found:
             assert fault is not None
-            own = fault.field == "--weights" or self.request.weights not in (None, *get_args(WeightsSource))
-            raise UserError(fault.message, file=fault.file, field="--weights" if own else "--model")
+            own = self.request.weights not in (None, *get_args(WeightsSource))
+            raise fault.about("--weights") if own else fault
         return found
 
     def _weights(self, model: str) -> str | None:
