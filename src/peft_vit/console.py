@@ -106,27 +106,15 @@ class ProgressDisplay:
 
 
 @contextmanager
-def waiting(what: str, file: TextIO | None = None) -> Iterator[None]:
-    """Show that something goes on of which nobody knows how long it takes."""
-    started = time.monotonic()
-
-    def said() -> str:
-        return f"{what}, {duration(time.monotonic() - started)}"
-
-    with ProgressDisplay(lambda: bar(None, said()), said, open_console(file)):
-        yield
-
-
-@contextmanager
-def counting(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Give what is told how many things are done, and of how many; `what`: "images are read"."""
+def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show that something goes on, and give what may be told how many things of it are done, and of how many."""
     started, counts = time.monotonic(), (0, 0)
 
     def said() -> str:
-        done, count = counts
-        passed_s = time.monotonic() - started
-        left = f"; about {duration(passed_s * (count - done) / done)} left" if done else ""
-        return f"{done:,} of {count:,} {what}{left}" if count else f"getting ready, {duration(passed_s)}"
+        (done, count), passed_s = counts, time.monotonic() - started
+        if not done:
+            return f"{what}, {duration(passed_s)}"
+        return f"{what}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:
         done, count = counts
