@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIRST_S, EVERY_S = 1.5, 10.0  # of silence, before the first line and between lines
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
-_BAR_WIDTH = 40
+_BAR_WIDTH = 24
 
 
 def duration(seconds: float) -> str:
@@ -41,7 +41,10 @@ def bar(share: float | None, text: str) -> RenderableType:
     from rich.text import Text
 
     row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None), Text(text, style="bold"))
+    row.add_row(
+        ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None),
+        Text(text, style="bold", no_wrap=True, overflow="ellipsis"),
+    )
     return row
 
 
