@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft_vit.cli.app import command
 from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name, named_as_typed
 from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
+from peft_vit.extras import require_extra
 from peft_vit.safe_io import refuse_existing
 from peft_vit.settings import Option, Request
 from peft_vit.studies.request import WEIGHTS
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     _Format = str
 else:
-    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+    _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -52,18 +54,30 @@ class ExportRequest(Request):
         default=None,
         description="What to write. "
         + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; peft: a new or empty folder; history: a .parquet, .json or .csv file; tensorboard: a folder for its "
-        "--logdir. Without it, model.onnx in RUN, or as --format says.",
+        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
+        "tensorboard: a folder for its --logdir. Without it, model.onnx in RUN, or as --format says.",
     )
     format: _Format | None = Field(
         default=None,
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; peft: LoRA files for the PEFT library; history: a table of ranks and scores by run and step; tensorboard: "
-        "metrics of finished runs, also while a study goes on. Without it, what the ending of --output says.",
+        + "; web: a page in which a browser asks the model; peft: LoRA files for the PEFT library; history: a table of "
+        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without "
+        "it, what the ending of --output says.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
-    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
+    single: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False, description="Write the page for a browser as one file. A name that ends in .html does so too."
+    )
+    offline: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False,
+        description="Put onnxruntime-web, which is fetched from npm once, into the page. Without it the page fetches "
+        "that from cdn.jsdelivr.net when it is opened.",
+    )
+    runtime_files: Annotated[Path | None, OnlyWith(format="web")] = Field(
+        default=None, description="Put onnxruntime-web into the page out of this folder of npm's package."
+    )
+    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
         description="How an ONNX file of low-bit weights is used. small, the default: packed in memory too. fast: "
         "expanded when it is loaded, which takes float32's time and memory. The file is small either way.",
@@ -71,13 +85,13 @@ class ExportRequest(Request):
     activations: Annotated[
         Literal["int8"] | None,
         OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
-        OnlyWith(format="onnx"),
+        OnlyWith(format=("onnx", "web")),
     ] = Field(
         default=None,
         description="Let an ONNX file multiply 8-bit integers, which is faster and not exact. What that loses is "
         "measured on validation images first.",
     )
-    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
+    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
         ge=0,
         le=100,
@@ -90,7 +104,9 @@ class ExportRequest(Request):
     def _format_follows_from_the_name(cls, values: Any) -> Any:
         if values.get("format") is None:
             output = values.get("output")
-            values = {**values, "format": "onnx" if output is None else format_of_name(Path(output))}
+            is_page = output is not None and Path(output).suffix == ".html"
+            named_as = "web" if is_page else "onnx" if output is None else format_of_name(Path(output))
+            values = {**values, "format": named_as}
         return values
 
     def target(self) -> tuple[str, Path]:
@@ -102,8 +118,8 @@ class ExportRequest(Request):
         *endings, last = _ENDINGS
         if self.format is None:
             raise UserError(
-                f"expected a name that ends in {', '.join(endings)} or {last}; or give --format as well: pretrained, "
-                "peft and tensorboard write a folder, history a table",
+                f"expected a name that ends in {', '.join(endings)}, {last} or .html; or give --format as well: "
+                "pretrained, web, peft and tensorboard write a folder, history a table",
                 file=self.output,
                 field="--output",
             )
@@ -111,7 +127,10 @@ class ExportRequest(Request):
         if self.output is None:
             if self.format in ("history", "tensorboard"):
                 raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            ending = ".html" if self.single else ending
             return self.format, self.directory / (f"model{ending}" if ending else self.format)
+        if self.single and self.output.suffix != ".html":
+            raise UserError("expected a name that ends in .html", file=self.output, field="--output")
         if not ending and (named_as := format_of_name(self.output)):
             raise UserError(
                 f"its name is that of {EXPORTS[named_as].title}, and --format is {self.format}; leave --format out, or "
@@ -145,13 +164,34 @@ def export(request: ExportRequest) -> None:
         print("The adapter alone: whoever loads it needs the base that its peft_vit.json names.")
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
+        write = _write_page if format == "web" else _write_file
         with progress(f"exporting {directory}", sys.stderr):
-            from peft_vit.runs.export import OnnxOptions, export_run_to_file
-
-            options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-            done = export_run_to_file(directory, output, format, options, overwrite=request.overwrite)
+            done, page = write(request, format, output)
         _print_export(done)
-        _print_next(output)
+        _print_next(output, page=page)
+
+
+def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Exported, None]:
+    from peft_vit.runs.export import OnnxOptions, export_run_to_file
+
+    options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+    return export_run_to_file(request.directory, output, format, options, overwrite=request.overwrite), None
+
+
+def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Exported, Path]:
+    for extra in ("onnx", "report"):
+        require_extra(extra, f"--format {format}")
+    from peft_vit.deployment import open_exported
+    from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
+
+    is_folder = output.suffix != ".html"
+    refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
+    is_offline = request.offline or request.runtime_files is not None
+    runtime = runtime_files(request.runtime_files) if is_offline else None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        done, _ = _write_file(request, "onnx", file)
+        return done, write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
 
 
 def _print_export(done: Exported) -> None:
@@ -175,9 +215,10 @@ def _print_export(done: Exported) -> None:
         print(f"Lost: {compared.loss_text()}")
 
 
-def _print_next(model: Path, options: str = "") -> None:
+def _print_next(model: Path, options: str = "", page: Path | None = None) -> None:
     print(f"{model}: {exported_bytes(model) / 1e6:.1f} MB")
-    print(f"Next: peft-vit predict {shlex.quote(str(model))} IMAGES{options}")
+    predict = f"peft-vit predict {shlex.quote(str(model))} IMAGES{options}"
+    print(f"Next: {predict if page is None else f'open {shlex.quote(str(page))} in a browser'}")
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------
