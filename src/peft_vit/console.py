@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIRST_S, EVERY_S = 1.5, 10.0  # of silence, before the first line and between lines
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
-_BAR_WIDTH = 40
+_BAR_WIDTH = 24
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +34,15 @@ def open_console(file: TextIO | None = None) -> Console:
     return console if console.is_terminal else Console(file=file, width=_PLAIN_WIDTH)
 
 
+def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:
+    """Print lines as they are: names of files, which they may quote, may look like markup."""
+    from rich.text import Text
+
+    console = open_console() if console is None else console
+    for line in lines:
+        console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+
+
 def bar(share: float | None, text: str) -> RenderableType:
     """Return a bar with a text; None: it is not known how much is done."""
     from rich.progress_bar import ProgressBar
@@ -41,7 +50,10 @@ def bar(share: float | None, text: str) -> RenderableType:
     from rich.text import Text
 
     row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None), Text(text, style="bold"))
+    row.add_row(
+        ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None),
+        Text(text, style="bold", no_wrap=True, overflow="ellipsis"),
+    )
     return row
 
 
@@ -97,36 +109,22 @@ class ProgressDisplay:
                 self.say(line)
 
     def say(self, line: str | Text) -> None:
-        """Print a line as it is: names of files in it may look like markup."""
-        from rich.text import Text
-
+        """Print a line as it is."""
         with self._saying:
             self._said_at = time.monotonic()
-            self.console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+            print_lines([line], self.console)
 
 
 @contextmanager
-def waiting(what: str, file: TextIO | None = None) -> Iterator[None]:
-    """Show that something goes on of which nobody knows how long it takes."""
-    started = time.monotonic()
-
-    def said() -> str:
-        return f"{what}, {duration(time.monotonic() - started)}"
-
-    with ProgressDisplay(lambda: bar(None, said()), said, open_console(file)):
-        yield
-
-
-@contextmanager
-def counting(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Give what is told how many things are done, and of how many; `what`: "images are read"."""
+def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show that something goes on, and give what may be told how many things of it are done, and of how many."""
     started, counts = time.monotonic(), (0, 0)
 
     def said() -> str:
-        done, count = counts
-        passed_s = time.monotonic() - started
-        left = f"; about {duration(passed_s * (count - done) / done)} left" if done else ""
-        return f"{done:,} of {count:,} {what}{left}" if count else f"getting ready, {duration(passed_s)}"
+        (done, count), passed_s = counts, time.monotonic() - started
+        if not done:
+            return f"{what}, {duration(passed_s)}"
+        return f"{what}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:
         done, count = counts

