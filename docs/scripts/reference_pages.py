@@ -34,7 +34,8 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 COMMANDS = f"""{GENERATED}
 # Commands
 
-`peft-vit COMMAND --help` prints the same. Where an option of `tune` or `bench` takes several values, write `--model A,B` or `--model A --model B`.
+`peft-vit COMMAND --help` prints the same. Where an option of `tune` or `bench` takes several values,
+write `--model A,B` or `--model A --model B`.
 
 | exit code | means |
 | --- | --- |

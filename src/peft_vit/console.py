@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FIRST_S, EVERY_S = 1.5, 10.0  # of silence, before the first line and between lines
 _PLAIN_WIDTH = 120  # columns where the output is no terminal
-_BAR_WIDTH = 40
+_BAR_WIDTH = 24
 
 
 def duration(seconds: float) -> str:
@@ -41,7 +41,10 @@ def bar(share: float | None, text: str) -> RenderableType:
     from rich.text import Text
 
     row = Table.grid(padding=(0, 1))
-    row.add_row(ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None), Text(text, style="bold"))
+    row.add_row(
+        ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None),
+        Text(text, style="bold", no_wrap=True, overflow="ellipsis"),
+    )
     return row
 
 
@@ -106,27 +109,15 @@ class ProgressDisplay:
 
 
 @contextmanager
-def waiting(what: str, file: TextIO | None = None) -> Iterator[None]:
-    """Show that something goes on of which nobody knows how long it takes."""
-    started = time.monotonic()
-
-    def said() -> str:
-        return f"{what}, {duration(time.monotonic() - started)}"
-
-    with ProgressDisplay(lambda: bar(None, said()), said, open_console(file)):
-        yield
-
-
-@contextmanager
-def counting(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Give what is told how many things are done, and of how many; `what`: "images are read"."""
+def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show that something goes on, and give what may be told how many things of it are done, and of how many."""
     started, counts = time.monotonic(), (0, 0)
 
     def said() -> str:
-        done, count = counts
-        passed_s = time.monotonic() - started
-        left = f"; about {duration(passed_s * (count - done) / done)} left" if done else ""
-        return f"{done:,} of {count:,} {what}{left}" if count else f"getting ready, {duration(passed_s)}"
+        (done, count), passed_s = counts, time.monotonic() - started
+        if not done:
+            return f"{what}, {duration(passed_s)}"
+        return f"{what}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
 
     def view() -> RenderableType:
         done, count = counts

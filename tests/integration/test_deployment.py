@@ -187,7 +187,7 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     assert "head.weight: expected shape (2, " in line
     assert line.endswith("; or peft_vit.json is wrong")
     card.write_text(json.dumps(content | {"model": "no_vit"}))
-    assert "peft_vit.json: backbone.model: " in refusal(exported, "--weights", weights)
+    assert "peft_vit.json: unknown model " in refusal(exported, "--weights", weights)
     card.unlink()
     assert "peft_vit.json" in refusal(exported)
 

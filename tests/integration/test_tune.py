@@ -132,6 +132,21 @@ def as_if_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_images", lambda context: 2000)
 
 
+def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def source_of(model: str) -> tuple[str, str]:
+        asked.append(model)
+        return "random", "Weights: of nobody."
+
+    monkeypatch.setattr("peft_vit.tuning.context.source_of", source_of)
+    said: list[str] = []
+    tuning(weights=None, tell=said.append)
+    tuning(weights="auto")  # the same, which goes on
+    assert (asked, said.count("  Weights: of nobody.")) == (["test_vit"], 1)
+    assert json.loads((tmp_path / "tune.json").read_text())["decided"]["weights test_vit"] == "random"
+
+
 @pytest.mark.usefixtures("as_if_many")
 def test_the_smallest_that_keeps_within_the_margin_is_chosen(tuning: Tuning, tmp_path: Path) -> None:
     lines: list[str] = []

@@ -28,7 +28,7 @@ from peft_vit.config import (
     format_of_name,
     named_as_typed,
 )
-from peft_vit.console import counting, waiting
+from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
 from peft_vit.extras import require_extra
 from peft_vit.safe_io import refuse_existing
@@ -183,7 +183,7 @@ def export(request: ExportRequest) -> None:
         refuse_existing(output, is_folder=True, overwrite=request.overwrite)
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
-        with waiting(f"exporting {directory}", sys.stderr):
+        with progress(f"exporting {directory}", sys.stderr):
             from peft_vit.runs.export import export_run_to_peft
 
             card = export_run_to_peft(directory, output, overwrite=request.overwrite)
@@ -191,7 +191,7 @@ def export(request: ExportRequest) -> None:
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
         write = _write_page if format == "web" else _write_file
-        with waiting(f"exporting {directory}", sys.stderr):
+        with progress(f"exporting {directory}", sys.stderr):
             done, page = write(request, format, output)
         _print_export(done, request.number_format, output)
         _print_next(output, page=page)
@@ -328,7 +328,7 @@ def predict(request: PredictRequest) -> None:
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
     predicted = right = unlike = 0
     rows_show_it = not to_file and sys.stdout.isatty() and sys.stderr.isatty()
-    with nullcontext() if rows_show_it else counting("images", sys.stderr) as on_progress:
+    with nullcontext() if rows_show_it else progress("predicting", sys.stderr) as on_progress:
         for done, outcome in enumerate(predict_files(classifier, images, request.coverage, request.top), start=1):
             if on_progress is not None:
                 on_progress(done, len(images))
@@ -357,7 +357,7 @@ def predict(request: PredictRequest) -> None:
 
 
 def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
-    with waiting(f"opening {request.model}", sys.stderr):
+    with progress(f"opening {request.model}", sys.stderr):
         from peft_vit.deployment import image_files, open_exported
 
         _refuse_swapped(request.model, request.images[0])

