@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from peft_vit.deployment import Classifier, ImageFile, Prediction
     from peft_vit.runs.export import Exported
 
-    _Format = _Bits = str
+    _Format = str
+    _Bits = str
 else:
     _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
     _Bits = Literal[(*TYPE_OF_BITS, *NUMBER_FORMATS)]
