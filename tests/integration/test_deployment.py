@@ -106,6 +106,7 @@ CALLS = (
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
     ("int4", "test_vit", "--output h.html"),
+    ("lora", "test_vit", "--format web --bits 4 --output page"),
 )
 
 

@@ -47,7 +47,7 @@ def merge_float(run: RestoredRun) -> Merged:
 def packing_of(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
     """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, int2 with an offset.
 
-    Without one int2 has three values, and no model was left of it.
+    Without one int2 has three values, which is too few.
     """
     return {**packed_by_default(sites, type), "quantization_offset": type == "int2"}
 
