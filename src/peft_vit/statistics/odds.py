@@ -2,7 +2,7 @@
 
 `means_of_images` (or `means_of_folds`, where there is but a score a fold) says what was measured: means, and the
 covariance of their errors, which is small between models that are right on the same images. `posterior` shrinks the
-means towards each other, since the best of several was lucky as a rule. `choose` takes the smallest model that is
+means towards each other, since the best of several was lucky as a rule. `choose_model` takes the smallest model that is
 expected to lose little.
 
 Sources: Corani & Benavoli, Machine Learning 100 (2015), and Benavoli, Corani, Demšar & Zaffalon, JMLR 18(77) (2017),
@@ -26,13 +26,10 @@ Floats = NDArray[np.float64]
 SHOWN = 0.95  # so sure, a claim is called shown
 _TENTH = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
 _QUANTILES = 64  # of what a posterior is a mixture over
-_SHRINKAGE = 3.0  # the prior of s is Beta(this, 1): by three quarters on average, before anything is measured
+_SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
 _REPEATED = 0.2  # share of a difference's variance over images that comes again in each repetition
-
-
-# --- what was measured ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -86,13 +83,14 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     by_image = influence.reshape(candidates, repetitions, images).sum(1)  # (C, N)
     once = influence @ influence.T  # (C, C), the covariance if every prediction were of an image of its own
     done = int((known.any(0) @ runs > 0).sum())
-    excess = _scatter(influence @ runs) * done / max(1, done - 1) / max(_scatter(influence), 1e-300) - 1
-    excess = max(0.0, excess) * done / (done + _RUNS)
+    apart = influence - influence.mean(0)  # of the mean over candidates
+    within, between = float((apart**2).sum()), float(((apart @ runs) ** 2).sum()) * done / max(1, done - 1)
+    excess = max(0.0, between / max(within, 1e-300) - 1) * done / (done + _RUNS)
     times = np.sqrt(known.sum(1) / images)  # (C,) roots of how often every image was predicted
     seen = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
     covariance = by_image @ by_image.T * images / (images - 1) + once * (excess + np.outer(times, times) / (number - 1))
     covariance += np.diag(_FLOOR * np.mean(weights**2) / seen**2)
-    run_variance = excess * ((influence - influence.mean(0)) ** 2).sum(1) * (known @ runs > 0).sum(1)
+    run_variance = excess * (apart**2).sum(1) * (known @ runs > 0).sum(1)
     return FoldMeans(theta, covariance, run_variance, images - 1.0, images)
 
 
@@ -110,11 +108,6 @@ def _two_way(counts: Floats, totals: Floats) -> tuple[Floats, Floats, Floats]:
     moved = np.zeros((candidates, candidates, runs))
     moved[:, rows, columns] = solver[:candidates]
     return solution[:candidates], solution[candidates:] - share @ solution[candidates:], moved
-
-
-def _scatter(influence: Floats) -> float:
-    """Return the sum of squares of (C, n) values around their mean over candidates."""
-    return float(((influence - influence.mean(0)) ** 2).sum())
 
 
 def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
@@ -138,9 +131,6 @@ def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
     pulled = scale * np.where(np.eye(candidates, dtype=bool), 1.0, (1 - pull) * correlation + pull * mean)
     factor = 1 / folds + test_share / (1 - test_share)
     return FoldMeans(values.mean(1), factor * pulled, deviations**2, folds - 1.0)
-
-
-# --- what follows for the truth ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,9 +186,6 @@ def posterior(measured: FoldMeans, *, shrink: bool = True) -> Posterior:
     return Posterior(means, scale[:, None, None] * covariances)
 
 
-# --- what to take -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Odds:
     """What is known of one candidate, in the unit of the scores."""
@@ -215,7 +202,7 @@ class Odds:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """Which candidate to take, and what each is worth beside the best with float weights."""
 
     chosen: int
@@ -223,9 +210,9 @@ class Choice:
     odds: tuple[Odds, ...]  # of all, in their order
 
 
-def choose(
+def choose_model(
     measured: FoldMeans, sizes: Sequence[float], fitting: Sequence[int], floats: Sequence[int], margin: float
-) -> Choice:
+) -> ModelChoice:
     """Take the smallest model whose expected loss beyond the margin is below a tenth of it, else the best expected.
 
     Args:
@@ -242,7 +229,7 @@ def choose(
     sound = [candidate for candidate in fitting if odds[candidate].loss_beyond < _TENTH * margin]
     best = max(fitting, key=lambda candidate: mean[candidate])
     chosen = min(sound, key=lambda candidate: (sizes[candidate], odds[candidate].loss), default=best)
-    return Choice(chosen, reference, odds)
+    return ModelChoice(chosen, reference, odds)
 
 
 def _odds(measured: FoldMeans, known: Posterior, candidate: int, reference: int, margin: float) -> Odds:
