@@ -67,16 +67,18 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     (candidates, repetitions, images), number = values.shape, int(fold_of.max()) + 1
     run_of = (fold_of + number * np.arange(repetitions)[:, None]).ravel()  # (R N,)
     runs = np.eye(number * repetitions)[run_of]  # (R N, J) one-hot
-    weights = np.ones(images)
-    if classes is not None:  # the plain mean becomes that over classes; around a class's own, so that folds hardly move
-        _, labels, counts = np.unique(np.asarray(classes), return_inverse=True, return_counts=True)
-        weights = (images / (len(counts) * counts))[labels]
-        of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(counts))])
-        values = of_class.mean() + weights * (values - of_class[labels])
+    strata = np.zeros(images) if classes is None else np.asarray(classes)
+    _, labels, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    weights = (images / (len(counts) * counts))[labels]  # (N,), so that the plain mean is that over classes
+    of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(counts))])
+    values = of_class.mean() + weights * (values - of_class[labels])  # around a class's own, so that folds hardly move
     known = ~np.isnan(values).reshape(candidates, -1)  # (C, R N)
     values = np.where(known, values.reshape(candidates, -1), 0.0)
     theta, beta, moved = _two_way(known @ runs, values @ runs)
     errors = np.where(known, values - theta[:, None] - beta[run_of], 0.0)
+    for label in range(len(counts)):
+        inside = known & np.tile(labels == label, repetitions)  # (C, R N)
+        errors -= inside * (np.where(inside, errors, 0.0).sum(1) / np.maximum(1, inside.sum(1)))[:, None]
     influence = np.zeros_like(errors)  # (C, R N) of each prediction on the means
     for run in range(runs.shape[1]):
         influence[:, run_of == run] = moved[:, :, run] @ errors[:, run_of == run]
@@ -117,18 +119,18 @@ def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
     more, correlations are pulled to their mean, since few folds tell little of each.
 
     Args:
-        scores: (C, J), all there.
+        scores: (C, J), all there; the higher, the better.
         test_share: rho, the share of images that a fold tests.
     """
     values = np.asarray(scores, dtype=np.float64)
     candidates, folds = values.shape
-    sample = np.atleast_2d(np.cov(values))  # (C, C)
-    deviations = np.sqrt(np.diag(sample))
-    scale = np.outer(deviations, deviations)
+    sample, deviations = np.atleast_2d(np.cov(values)), values.std(1, ddof=1)
+    scale = np.outer(deviations, deviations)  # (C, C)
     correlation = np.divide(sample, scale, out=np.eye(candidates), where=scale > 0)
     mean = (correlation.sum() - candidates) / max(1, candidates * (candidates - 1))
     pull = candidates / (candidates + folds) if candidates > 2 else 0.0
     pulled = scale * np.where(np.eye(candidates, dtype=bool), 1.0, (1 - pull) * correlation + pull * mean)
+    pulled += np.eye(candidates) * (1e-6 * np.mean(deviations**2) + 1e-18)  # equal scores have an inverse too
     factor = 1 / folds + test_share / (1 - test_share)
     return FoldMeans(values.mean(1), factor * pulled, deviations**2, folds - 1.0)
 
@@ -266,7 +268,7 @@ def resolvable(
     disagreement: float = 0.1,
     accuracy: float = 0.8,
 ) -> Resolution:
-    """Return what images can resolve, all shares; without shrinkage.
+    """Return what images can resolve without shrinkage, all shares.
 
     Args:
         images: that folds divide.
