@@ -23,7 +23,7 @@ from peft_vit.statistics.intervals import CONFIDENCE, Interval, proportion_inter
 
 Floats = NDArray[np.float64]
 
-SHOWN = 0.95  # so sure, a claim is called shown
+SHOWN, _UNSHRUNK = 0.95, 0.75  # so sure, a claim is called shown; and as sure at least without shrinkage
 _TENTH = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
 _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
@@ -196,11 +196,9 @@ class Odds:
     loss: float  # against the reference, expected; below 0 a gain
     chance_of_loss: float  # by more than the margin
     loss_beyond: float  # the margin, expected
-
-    @property
-    def shown(self) -> bool:
-        """Return whether it is 95 % sure that no more than the margin is lost."""
-        return self.chance_of_loss <= 1 - SHOWN
+    # it is 95 % sure that no more is lost than the margin, and 75 % without shrinkage: else one of many that loses just
+    # more would be shown in more than one of 20 cases, if the others are equal
+    shown: bool
 
 
 @dataclass(frozen=True)
@@ -224,30 +222,37 @@ def choose_model(
         floats: of those with float weights; none: all count.
         margin: in the unit of the scores.
     """
-    known = posterior(measured)
+    known, unshrunk = posterior(measured), posterior(measured, shrink=False)
     mean = known.means.mean(0)
     reference = max(floats or range(len(mean)), key=lambda candidate: mean[candidate])
-    odds = tuple(_odds(measured, known, candidate, reference, margin) for candidate in range(len(mean)))
+
+    def odds_of(candidate: int) -> Odds:
+        score = _score(measured, known, candidate)
+        if candidate == reference:
+            return Odds(score, 0.0, 0.0, 0.0, True)
+        pair = candidate, reference
+        chance, alone = known.chance_of_loss(*pair, margin), unshrunk.chance_of_loss(*pair, margin)
+        loss, beyond = float(known.loss(*pair)[0].mean()), known.loss_beyond(*pair, margin)
+        return Odds(score, loss, chance, beyond, chance <= 1 - SHOWN and alone <= 1 - _UNSHRUNK)
+
+    odds = tuple(odds_of(candidate) for candidate in range(len(mean)))
     sound = [candidate for candidate in fitting if odds[candidate].loss_beyond < _TENTH * margin]
     best = max(fitting, key=lambda candidate: mean[candidate])
     chosen = min(sound, key=lambda candidate: (sizes[candidate], odds[candidate].loss), default=best)
     return ModelChoice(chosen, reference, odds)
 
 
-def _odds(measured: FoldMeans, known: Posterior, candidate: int, reference: int, margin: float) -> Odds:
+def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
+    """Return the score of the next training: of shares Wilson's interval of as many images as would scatter so."""
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
-    half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
-    score = Interval(mean, mean - half, mean + half, 0, CONFIDENCE)
-    if measured.images is not None:  # Wilson's interval of as many images as would scatter so stays within 0 and 1
-        share = min(max(mean, 0.0), 1.0)
-        inner = (share * measured.images + 1) / (measured.images + 2)
-        images = max(1, round(inner * (1 - inner) / variance))
-        score = replace(proportion_interval(share * images, images), n=measured.images)
-    if candidate == reference:
-        return Odds(score, 0.0, 0.0, 0.0)
-    loss, chance = known.loss(candidate, reference)[0].mean(), known.chance_of_loss(candidate, reference, margin)
-    return Odds(score, float(loss), chance, known.loss_beyond(candidate, reference, margin))
+    if measured.images is None:
+        half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+        return Interval(mean, mean - half, mean + half, 0, CONFIDENCE)
+    share = min(max(mean, 0.0), 1.0)
+    inner = (share * measured.images + 1) / (measured.images + 2)
+    images = max(1, round(inner * (1 - inner) / variance))
+    return replace(proportion_interval(share * images, images), n=measured.images)
 
 
 @dataclass(frozen=True)
