@@ -81,7 +81,7 @@ def agreement(model: nn.Module, logits: Any, size: int, images: int) -> dict[str
     for batch in noise(images, size, seed=1):
         with torch.inference_mode():
             ours.append(model(batch))
-        theirs.append(logits(batch))
+        theirs.append(torch.from_numpy(logits(batch.numpy())))
     before, after = torch.cat(ours), torch.cat(theirs)
     # A random head prefers one class for nearly any image: without the mean, predictions fall on all.
     centre = before.mean(0)

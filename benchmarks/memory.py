@@ -5,7 +5,7 @@
 Small: ViT-S/14, 112 px, batches of 32, under the allocator of peft-vit's workers, which keeps freed memory. Large:
 ViT-B/16, 224 px, batches of 8, fp32, where freed memory returns to the system at once. Prints the largest resident
 memory during some steps, beyond what the process held once the model was built (activations, gradients, optimizer
-state), and beyond what it held after its imports; and the median time of a step.
+state), and beyond what it held after its imports.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from peft_vit.studies.executors.local import ALLOCATOR
 LARGE = "ViT-B/16: "
 with_allocator(RETURNING if any(LARGE in word for word in sys.argv) else ALLOCATOR)
 
-import statistics  # noqa: E402 - torch must be loaded under the allocator
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable  # noqa: E402 - torch must be loaded under the allocator
 
 import psutil  # noqa: E402
 import sides  # noqa: E402
@@ -76,8 +74,8 @@ def recompute(side: sides.Side) -> None:
     side.step = step_recomputing  # type: ignore[method-assign]
 
 
-def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]:
-    """Return bytes: the peak, the peak beyond the built model, and beyond imports; and a step's microseconds."""
+def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int]:
+    """Return bytes: the peak, the peak beyond the built model, and beyond imports."""
     torch.set_num_threads(threads)
     imported = psutil.Process().memory_info().rss
     build, way = LARGE_SIDES.get(name, (lambda: SMALL_SIDES[name](bf16), ""))
@@ -88,13 +86,10 @@ def measure(name: str, threads: int, *, bf16: bool) -> tuple[int, int, int, int]
     built = psutil.Process().memory_info().rss
     if way == AGAIN:
         recompute(side)
-    seconds = []
     for _ in range(STEPS):
-        started = time.perf_counter()
         side.step()
-        seconds.append(time.perf_counter() - started)
     peak = peak_memory_bytes()
-    return peak, peak - built, peak - imported, int(1e6 * statistics.median(seconds))
+    return peak, peak - built, peak - imported
 
 
 def main() -> None:
@@ -104,12 +99,12 @@ def main() -> None:
         return
     rows = []
     for names, precision in ((SMALL_SIDES, "fp32"), (SMALL_SIDES, "bf16"), (LARGE_SIDES, "fp32")):
-        for name, peak, training, in_all, step in measured_alone(
-            __file__, names, options, bf16=precision == "bf16", numbers=4
+        for name, peak, training, in_all in measured_alone(
+            __file__, names, options, bf16=precision == "bf16", numbers=3
         ):
             print(
                 f"{precision}  {name:46} {training / 1e6:7.0f} MB beyond the model, {in_all / 1e6:7.0f} MB beyond "
-                f"imports, {step / 1e6:6.2f} s a step",
+                "imports",
                 flush=True,
             )
             rows.append(
@@ -119,7 +114,6 @@ def main() -> None:
                     "peak_bytes": peak,
                     "training_bytes": training,
                     "beyond_imports_bytes": in_all,
-                    "step_s": step / 1e6,
                 }
             )
     setting = {

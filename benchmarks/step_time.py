@@ -148,13 +148,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sides.use(torch.device(options.device))
     size, rounds = options.image_size, options.rounds
+    native = bf16_support(sides.DEVICE).native  # emulated it takes minutes a step, and nobody computes so
     write(
         "step_time",
         {
             "machine": machine(options.threads, options.device),
             "setting": {"model": sides.MODEL, "image_size": size, "batch": sides.BATCH, "rounds": rounds},
             "lora_fp32": lora_steps(size, rounds, bf16=False),
-            "lora_bf16": lora_steps(size, rounds, bf16=True),
+            **({"lora_bf16": lora_steps(size, rounds, bf16=True)} if native else {}),
             "int8": int8_steps(size, rounds),
             "features": features(size, rounds),
             "adalora_whole_run": whole_runs(size, options.run_steps),

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from peft_vit.cli import app
+from peft_vit.cli import GROUPS, app
 from peft_vit.config import DATASETS, StudyConfig
 from peft_vit.records import write_atomically
 
@@ -34,7 +34,8 @@ _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 COMMANDS = f"""{GENERATED}
 # Commands
 
-`peft-vit COMMAND --help` prints the same. Options of several values are repeated: `--model A --model B`.
+`peft-vit COMMAND --help` prints the same. Where an option of `tune` or `bench` takes several values,
+write `--model A,B` or `--model A --model B`.
 
 | exit code | means |
 | --- | --- |
@@ -67,7 +68,10 @@ What `data.dataset` names. [Prepare images](../how_to/prepare_images.md) tells h
 def commands() -> str:
     """Return the page of commands: each with its synopsis, what it does, its arguments, options and exit codes."""
     group: Any = typer.main.get_command(app)
-    return COMMANDS + "".join(f"\n{_command(name, command)}" for name, command in group.commands.items())
+    text = COMMANDS
+    for title, names in GROUPS.items():
+        text += f"\n## {title}\n" + "".join(f"\n{_command(name, group.commands[name])}" for name in names)
+    return text
 
 
 def _command(name: str, command: Any) -> str:
@@ -86,13 +90,16 @@ def _command(name: str, command: Any) -> str:
         if _without_none(base) is bool:
             row = ("flag", "on" if default else "off", meaning)
         else:
-            row = (_type(base, (info,)), "required" if required else _value(default), meaning)
+            kind = _type(base, (info,))
+            if parameter.metavar and not isinstance(info, typer.models.ArgumentInfo):
+                kind = parameter.metavar.lower().replace("|", " or ")
+            row = (kind, "required" if required else _value(default), meaning)
         if isinstance(info, typer.models.ArgumentInfo):
-            arguments.append((f"`{parameter.name.upper()}`", *row, required))
+            arguments.append((f"`{parameter.metavar or parameter.name.upper()}`", *row, required))
         else:
             options.append((names, *row))
     said = "".join(f" {one[0][1:-1]}" if one[-1] else f" [{one[0][1:-1]}]" for one in arguments)
-    parts = [f"## {name}", f"    peft-vit {name}{said}{' [OPTIONS]' if options else ''}", _prose(text.strip())]
+    parts = [f"### {name}", f"    peft-vit {name}{said}{' [OPTIONS]' if options else ''}", _prose(text.strip())]
     rows = [one[:4] for one in arguments] + options
     if rows:
         parts.append(_table(("argument or option", "type", "default", "meaning"), rows))

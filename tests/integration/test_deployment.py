@@ -103,6 +103,7 @@ CALLS = (
     ("lora", "test_vit", "--format onnx --activations int8 --accept-loss 100 --output d.onnx --overwrite"),
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
+    ("int4", "test_vit", "--output h.html"),
 )
 
 
@@ -182,7 +183,7 @@ def test_what_is_no_model_is_refused(run_of, images, weights, tmp_path, command,
     assert "head.weight: expected shape (2, " in line
     assert line.endswith("; or peft_vit.json is wrong")
     card.write_text(json.dumps(content | {"model": "no_vit"}))
-    assert "peft_vit.json: backbone.model: " in refusal(exported, "--weights", weights)
+    assert "peft_vit.json: unknown model " in refusal(exported, "--weights", weights)
     card.unlink()
     assert "peft_vit.json" in refusal(exported)
 
@@ -219,11 +220,15 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
         ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
         ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
         ("lora", "onnx", ("--output", "x.bin"), "ends in .onnx"),
-        ("lora", "", (), "model: --output: expected a name that ends in .onnx, .xml or .safetensors; or give --format"),
+        ("lora", "", (), "model: --output: expected a name that ends in .onnx, .xml, .safetensors or .html; or give"),
         ("lora", "", ("--output", "model2"), "model2: --output: expected a name that ends in"),
         ("lora", "peft", ("--output", "model2.onnx"), "its name is that of ONNX, and --format is peft"),
         ("lora", "safetensors", ("--output", "model2.onnx"), "expected a name that ends in .safetensors"),
         ("lora", "", ("--output", "x.xml", "--runtime", "fast"), "--runtime: has no effect with --format openvino"),
+        ("lora", "onnx", ("--single",), "--single: has no effect with --format onnx; remove it, or set --format web"),
+        ("lora", "web", ("--single",), "model.web: --output: expected a name that ends in .html"),
+        ("lora", "web", ("--output", "x.onnx"), "its name is that of ONNX, and --format is web"),
+        ("lora", "web", ("--runtime-files", "npm"), "npm/ort.wasm.bundle.min.mjs: --runtime-files: can't be read"),
         *(("int4", "onnx", (*INT8, "--accept-loss", points), "--accept-loss") for points in ("-1", "nan", "101")),
     ],
 )
@@ -262,7 +267,7 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
 # --- nothing is written over ---
 
 
-@pytest.mark.parametrize("format", ["safetensors", "peft", "pretrained", "history", "tensorboard"])
+@pytest.mark.parametrize("format", ["safetensors", "peft", "pretrained", "web", "history", "tensorboard"])
 def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, command, refused, format) -> None:
     ending = {"safetensors": ".safetensors", "history": ".csv"}.get(format, "")
     output = tmp_path / f"out{ending}"
@@ -272,7 +277,7 @@ def test_what_is_there_stays_unless_it_is_to_be_overwritten(run_of, tmp_path, co
     (others / "thesis.txt").write_text("mine")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     assert "give another name, or --overwrite" in refused(*arguments)
-    if format in ("peft", "pretrained"):
+    if format in ("peft", "pretrained", "web"):
         line = refused(*arguments, "--output", others, "--overwrite")
         assert line.endswith(
             "holds files that no export has written, which --overwrite leaves alone; give another name"
@@ -287,4 +292,6 @@ def test_without_a_name_the_file_lies_in_the_runs_folder(run_of, images, tmp_pat
     said = command("export", run, "--format", "safetensors").out.splitlines()
     assert said[-1] == f"Next: peft-vit predict '{run / 'model.safetensors'}' IMAGES"
     assert command("predict", run / "model.safetensors", images).out == command("predict", run, images).out
+    said = command("export", run, "--format", "web", "--single").out.splitlines()
+    assert said[-1] == f"Next: open '{run / 'model.html'}' in a browser"
     assert "--output: is missing, which --format history needs; add it" in refused("export", run, "--format", "history")

@@ -62,7 +62,8 @@ def images(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("images", "cache")
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(document, marks=[pytest.mark.slow] if document in SLOW else []) for document in WITH_PYTHON],
+    [pytest.param(document, marks=[pytest.mark.slow] if document in SLOW else []) for document in WITH_PYTHON]
+    + [pytest.param("docs/reference/python.md", marks=[pytest.mark.slow, pytest.mark.real])],
 )
 def test_every_python_block_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # the examples write files

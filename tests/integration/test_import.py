@@ -67,7 +67,7 @@ def logits(model) -> torch.Tensor:
 def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun:
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
     length = {"steps": 20, "learning_rate": 1e-2}
-    request = TrainRequest(images=images, method="lora", seed=0, start=adapter, **settings, **length)
+    request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
     (run,) = plan_study(study_of(request)[0], out, file=images).runs
     return run
 

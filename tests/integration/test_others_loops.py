@@ -17,6 +17,8 @@ from peft_vit.errors import SilentNoEffectWarning, UserError
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+from peft_vit.integrations import AdaLoRACallback, QALoRACallback  # noqa: E402 - which needs transformers
+
 pytestmark = [pytest.mark.part("trainer"), pytest.mark.filterwarnings("ignore::peft_vit.errors.SilentNoEffectWarning")]
 
 STEPS = 8
@@ -164,7 +166,7 @@ def test_what_has_no_effect_is_said(tiny_vit, batch, tmp_path) -> None:
     model = tiny_vit()
     quantizer = QALoRATrainer(model, settings(gradient_scaling_factor=2.0, rank=2), 1)
     trainer = trainer_of(model, batch, tmp_path, steps=1)  # accelerate wraps its Adam
-    trainer.add_callback(Quantize(quantizer))
+    trainer.add_callback(QALoRACallback(quantizer))
     with pytest.warns(SilentNoEffectWarning, match=r"gradient_scaling_factor 2\.0 nearly cancels under AdamW"):
         trainer.train()
 
@@ -194,17 +196,6 @@ def test_ranks_adapt_on_quantized_sites_in_ones_own_loop(tiny_vit, batch, by_pef
     assert trainer.share == 1.0
 
 
-class Quantize(transformers.TrainerCallback):
-    def __init__(self, quantizer) -> None:
-        self.quantizer = quantizer
-
-    def on_pre_optimizer_step(self, args, state, control, model, **others) -> None:
-        self.quantizer.before_step(model, state.global_step + 1)
-
-    def on_optimizer_step(self, args, state, control, model, optimizer, **others) -> None:
-        self.quantizer.after_step(model, optimizer, state.global_step + 1)
-
-
 @pytest.mark.parametrize("make", [lambda model: model, wrapped], ids=["ours", "peft"])
 def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_path, make) -> None:
     def prepared():
@@ -216,7 +207,7 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
 
     model, quantizer = prepared()
     trainer = trainer_of(model, batch, tmp_path, STEPS, optim="sgd", lr_scheduler_type="constant")
-    trainer.add_callback(Quantize(quantizer))
+    trainer.add_callback(QALoRACallback(quantizer))
     trainer.train()
     assert [row["share"] for row in quantizer.share_history] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]
     assert {module.weight for _, module in adapted_modules(model)} == {None}
@@ -233,21 +224,6 @@ def test_transformers_trainer_does_what_a_plain_loop_does(tiny_vit, batch, tmp_p
 
 
 # --- the controller in transformers' Trainer ---
-
-
-class AllocateRanks(transformers.TrainerCallback):
-    def __init__(self, controller, trainer) -> None:
-        self.controller, self.trainer = controller, trainer
-
-    def on_train_begin(self, args, state, control, optimizer, **others) -> None:
-        self.controller.attach(self.trainer.model_wrapped, optimizer)
-
-    def on_pre_optimizer_step(self, args, state, control, model, **others) -> None:
-        self.scores = self.controller.update_importance_scores(model, state.global_step + 1)
-
-    def on_optimizer_step(self, args, state, control, model, optimizer, **others) -> None:
-        ranks = self.controller.reallocate_ranks(self.scores, state.global_step + 1)
-        self.controller.apply_ranks(model, optimizer, ranks)
 
 
 def with_peft(model):
@@ -268,7 +244,7 @@ def test_ranks_change_within_the_budget(tiny_vit, batch, tmp_path, place, option
     controller = AdaLoRAController(model, config, STEPS)
     before = controller.ranks
     trainer = trainer_of(model, batch, tmp_path, STEPS, **options)
-    trainer.add_callback(AllocateRanks(controller, trainer))
+    trainer.add_callback(AdaLoRACallback(controller))
     trainer.train()
     assert controller.ranks == current_ranks(model) != before
     assert sum(controller.ranks.values()) == config.total_rank_budget
@@ -282,6 +258,6 @@ def test_a_model_that_trainer_compiles_is_refused(tiny_vit, batch, tmp_path) -> 
     model, config = with_peft(tiny_vit())
     controller = AdaLoRAController(model, config, STEPS)
     trainer = trainer_of(model, batch, tmp_path, STEPS, torch_compile=True, torch_compile_backend="eager")
-    trainer.add_callback(AllocateRanks(controller, trainer))
+    trainer.add_callback(AdaLoRACallback(controller))
     with pytest.raises(UserError, match=r"torch\.compile goes on with the old tensors"):
         trainer.train()

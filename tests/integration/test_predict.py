@@ -16,7 +16,7 @@ import torch
 from golden import check_golden
 from tiny_models import CARD
 
-from peft_vit.cli import deploy_commands
+from peft_vit import console
 from peft_vit.deployment import save_low_bit
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -62,13 +62,15 @@ def test_what_predict_says(command, here, monkeypatch) -> None:
     for call, code in CALLS:
         said = command("predict", "model.safetensors", *call.split(), code=code)
         document += [f"$ predict {call}", said.out, *(f"! {line}" for line in said.err.splitlines())]
-    monkeypatch.setattr(deploy_commands, "_SAID_EVERY_S", 0.0)
-    document += ["$ predict flat, ten seconds an image", command("predict", "model.safetensors", "flat", code=1).err]
+    monkeypatch.setattr(console, "FIRST_S", 0.0)
+    monkeypatch.setattr(console, "EVERY_S", 0.0)
+    slow = command("predict", "model.safetensors", "flat", code=1).err.splitlines()
+    document += ["$ predict flat, ten seconds an image", *(line for line in slow if not line.startswith("opening "))]
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True)
     document += ["$ predict photos --top 2, on a terminal"]
     document += [command("predict", "model.safetensors", "photos", "--top", 2).out]
     text = re.sub(r"0\.\d+", "0.N", "\n".join(document))
-    check_golden("predict.txt", re.sub(r"\d+ s$", "N s", text, flags=re.MULTILINE))
+    check_golden("predict.txt", re.sub(r"\d+ s left", "N s left", text))
     table = pd.read_csv("said.csv")
     assert table.columns.tolist() == ["file", "class", "probability"]
     rows = json.loads(Path("said.json").read_text())

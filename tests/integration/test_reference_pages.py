@@ -29,7 +29,7 @@ def test_the_page_is_current(name: str) -> None:
 
 
 def test_every_option_of_every_command_stands_there() -> None:
-    sections = re.split(r"^## (.+)\n", reference_pages.commands(), flags=re.MULTILINE)[1:]
+    sections = re.split(r"^### (.+)\n", reference_pages.commands(), flags=re.MULTILINE)[1:]
     told = dict(zip(sections[::2], sections[1::2], strict=True))
     assert told.keys() == COMMANDS.keys()
     for name, command in COMMANDS.items():
@@ -49,6 +49,14 @@ def test_every_key_and_option_has_a_meaning() -> None:
         rows = re.findall(r"^\| (`.+) \| (.+) \| (.+) \| (.*) \|$", page, flags=re.MULTILINE)
         assert len(rows) > 80
         assert [row for row in rows if len(row[3].strip()) < 3] == []
+
+
+def test_every_option_and_command_is_told_in_sentences() -> None:
+    for command in COMMANDS.values():
+        helps = [parameter.help for parameter in command.params if parameter.name != "help"]
+        for text in (command.help, *helps):
+            assert text[0].isupper(), (command.name, text)
+            assert text.strip()[-1] in ".`", (command.name, text)
 
 
 def test_a_section_is_found_by_its_last_name() -> None:

@@ -77,7 +77,6 @@ def pressed(monkeypatch):
 @pytest.mark.usefixtures("cache")
 def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, pressed, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("peft_vit.studies.display._ALONE_EVERY_S", 1e9)  # however busy the machine is
     shutil.copytree(images, "images")
     document = []
 

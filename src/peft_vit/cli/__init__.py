@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,13 +11,38 @@ from typing import Any
 
 import typer
 
-from peft_vit.cli import study_commands, deploy_commands, model_commands  # isort: skip  # in the order of --help
+from peft_vit.cli import deploy_commands, model_commands, study_commands
 from peft_vit.cli.app import app
 from peft_vit.errors import UserError
 
 __all__ = ["app", "main", "user_errors"]
 
+GROUPS = {  # of --help, in its order
+    "Your images": ("train", "tune", "predict", "export", "bench", "runs"),
+    "Studies": ("run", "plan", "status", "report", "recommend", "compare"),
+    "Help": ("doctor", "models", "datasets", "check", "example"),
+}
 _INTERRUPTED, _UNREAD = 130, 141  # what shells report for SIGINT and SIGPIPE
+_RENAMED = {
+    "--library": "--model takes names of timm and of the hub, org/name",
+    "--max-latency-ms": "it is --max-latency now, as in 50ms",
+    "--max-seconds": "it is --max-step-time now, as in 200ms",
+    "--batch": "it is --batch-size now",
+}
+
+
+def _group() -> None:
+    group_of = {name: group for group, names in GROUPS.items() for name in names}
+    commands = {info.callback.__name__: info for info in app.registered_commands if info.callback is not None}
+    assert commands.keys() == group_of.keys()
+    app.registered_commands[:] = [commands[name] for name in group_of]
+    for name, group in group_of.items():
+        paragraphs = inspect.cleandoc(commands[name].callback.__doc__ or "").replace("Exit codes:", "\n\nExit codes:")
+        commands[name].help = "\n\n".join(" ".join(text.split()) for text in paragraphs.split("\n\n"))
+        commands[name].rich_help_panel = group
+
+
+_group()
 
 
 @contextmanager
@@ -64,14 +90,15 @@ def _in_our_words(error: Any) -> UserError:
         return UserError(f"{fault}; {see}", field=name)
     if getattr(error, "param", None) is not None:
         is_option = error.param.param_type_name == "option"
-        field = error.param.opts[0] if is_option else error.param.name.upper()
+        field = error.param.opts[0] if is_option else error.param.metavar or error.param.name.upper()
         fault = error.message.removeprefix("Value error, ").rstrip(".")
         return UserError(f"{fault[:1].lower()}{fault[1:]}; {see}" if fault else f"is missing; {see}", field=field)
     if name is not None:
         options = [option for param in context.command.params for option in param.opts]
         short = [option for option in options if "".join(word[:1] for word in option[2:].split("-")) == name[2:]]
         likely = " or ".join(short or [option for option in error.possibilities or () if option != "--help"])
-        return UserError(f"no such option of {command}; {f'did you mean {likely}?' if likely else see}", field=name)
+        hint = _RENAMED.get(name) or (f"did you mean {likely}?" if likely else see)
+        return UserError(f"no such option of {command}; {hint}", field=name)
     message = error.format_message().rstrip(".")
     return UserError(message if message.endswith("?") else f"{message}; {see}", file="command line")
 

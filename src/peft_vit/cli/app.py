@@ -15,12 +15,13 @@ from pydantic.fields import FieldInfo
 from peft_vit.settings import Option, Request
 
 _Request = TypeVar("_Request", bound=Request)
+ROWS_FILE = "Also write the values, unrounded, to this .csv or .json file."
 
 app = typer.Typer(
     name="peft-vit",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune Vision Transformers with LoRA, AdaLoRA and QA-LoRA, and see how sure each comparison is.",
+    help="Fine-tune Vision Transformers on your images with LoRA, AdaLoRA and QA-LoRA, and see how sure a result is.",
 )
 
 
@@ -49,11 +50,13 @@ def _parameter(name: str, field: FieldInfo, option: Option) -> inspect.Parameter
     default = inspect.Parameter.empty if field.is_required() else None if option.typed else field.default
     if option.typed and default is None:
         kind = kind | None
-    info: Any = typer.Argument(help=field.description, show_default=False)
-    if not option.is_argument:
+    info: Any
+    if option.is_argument:
+        info = typer.Argument(help=field.description, show_default=False, metavar=option.name)
+    else:
         bounds = {type(limit): limit for limit in field.metadata}
         least, most = getattr(bounds.get(Ge), "ge", None), getattr(bounds.get(Le), "le", None)
-        info = typer.Option(option.name, help=field.description, min=least, max=most)
+        info = typer.Option(option.name, help=field.description, min=least, max=most, metavar=option.metavar or None)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 

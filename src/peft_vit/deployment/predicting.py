@@ -185,14 +185,16 @@ def _each(images: Iterable[_Image]) -> Iterator[_Image]:
             yield image
 
 
-def predict_images(classifier: Classifier, images: Iterable[_Image], coverage: float | None = None) -> list[Prediction]:
+def predict_images(
+    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None, top: int = 1
+) -> list[Prediction]:
     """Return one prediction an image, in their order; arguments as `predict_files`'.
 
     Raises:
         UserError: for the first image that can't be read, or an array that is none.
     """
     predictions = []
-    for outcome in predict_files(classifier, images, coverage):
+    for outcome in predict_files(classifier, images, coverage, top):
         if isinstance(outcome, UserError):
             raise outcome
         predictions.append(outcome)

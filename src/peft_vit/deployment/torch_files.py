@@ -112,7 +112,7 @@ def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None
         return computed.numpy()
 
     if known is None:
-        return Classifier(logits, card)
+        return Classifier(logits, card, module=model)
     both = WithDistance(model, known).eval()
 
     @torch.inference_mode()
@@ -120,7 +120,7 @@ def torch_classifier(model: nn.Module, card: ModelCard, known: Neighbours | None
         computed, distances = both(torch.from_numpy(images))
         return computed.numpy(), distances.numpy()
 
-    return Classifier(logits, card, with_distances)
+    return Classifier(logits, card, with_distances, model)
 
 
 class _Layer(Strict):

@@ -392,7 +392,7 @@ def require_directory(directory: Path) -> None:
         return
     if os.path.lexists(directory):
         raise UserError("is no directory; give what --output was", file=directory)
-    raise UserError("does not exist; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+    raise UserError("does not exist; run a study first, e.g. `peft-vit run STUDY.yaml`", file=directory)
 
 
 def find_studies(directory: Path) -> list[Path]:
@@ -407,7 +407,7 @@ def find_studies(directory: Path) -> list[Path]:
     for folders in ([directory], beside):
         if studies := [place for place in folders if (place / STUDY_FILE).exists() or any(_recorded(place))]:
             return studies
-    raise UserError("holds no study; run one first, e.g. `peft-vit run CONFIG`", file=directory)
+    raise UserError("holds no study; run one first, e.g. `peft-vit run STUDY.yaml`", file=directory)
 
 
 def study_status(folder: Path) -> StudyStatus:

@@ -93,7 +93,7 @@ def _problem(error: UserError, directory: Path, file: str) -> Problem:
 def _nothing(directory: Path, problems: list[Problem]) -> UserError:
     left_out = [problem for problem in problems if problem.left_out]
     if not left_out:
-        return UserError("holds no record.json; run a study first, e.g. `peft-vit run CONFIG`", file=directory)
+        return UserError("holds no record.json; run a study first, e.g. `peft-vit run STUDY.yaml`", file=directory)
     first, *others = left_out
     more = f"; {len(others)} more, see below, and nothing in {directory} can be read" if others else ""
     details = "\n".join(problem.line(directory) for problem in others)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from peft_vit.analysis import Analysis, Results, analyze, read_results, study_agreements
 from peft_vit.analysis.model_quality import model_quality
@@ -25,6 +27,7 @@ from peft_vit.report.lines import loss_curves, reliability_diagram, stopping_blo
 from peft_vit.report.markdown import escaped, figure_path, notice_parts, write_markdown
 from peft_vit.report.model_page import CARD_FILE, ModelSummary, card_head, card_text, model_document
 from peft_vit.report.summary import images_name
+from peft_vit.report.web_page import PAGE_FILE
 
 MARKDOWN_FILE, REPORT_FOLDER = "analysis_summary.md", "report"
 MAPS = 6
@@ -161,7 +164,7 @@ def build_report(
         UserError: if there is no record that can be read, or if the output can't be written.
     """
     results = read_results(delivered_run(followed(results_dir)) or results_dir)
-    model = _only_model(results)
+    model = _only_model(results, results_dir, output_dir)
     if model is not None:
         pictures = None if thumbnails is None else partial(thumbnails, model.record)
         documents: tuple[StudyDocument, ...] = (model_document(model, pictures),)
@@ -195,7 +198,7 @@ def write_model_page(run_folder: Path, output: Path | None = None, *, thumbnails
     return html
 
 
-def _only_model(results: Results) -> ModelSummary | None:
+def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelSummary | None:
     """Return the model of the only run that there is or was planned; None of studies of several runs."""
     runs = [run for study in results.studies for run in study.runs]
     if len(runs) != 1 or any(study.failed or study.unfinished for study in results.studies):
@@ -205,8 +208,16 @@ def _only_model(results: Results) -> ModelSummary | None:
     quality = model_quality(record, None if tested is None else tested.probability)
     if quality is None:
         return None
-    file = next(results.directory.rglob(RECORD_FILE))
-    return ModelSummary(record, quality, f"peft-vit predict {file.parent}")
+    folder = next(results.directory.rglob(RECORD_FILE)).parent
+    pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))
+    page = next((os.path.relpath(page, output_dir) for page in pages if page.is_file()), None)
+    return ModelSummary(
+        record,
+        quality,
+        use=f"peft-vit predict {folder}",
+        to_web=f"peft-vit export {folder} --format web" if page is None else "",
+        web="" if page is None else quote(Path(page).as_posix()),
+    )
 
 
 def write_report(

@@ -138,6 +138,7 @@ class StudyDocument:
     how_sure: tuple[str, ...] = ()  # sentences
     progress: tuple[Block, ...] = ()  # which runs are not done, and how to go on
     kind: Literal["study", "model"] = "study"
+    web: str = ""  # address of a page that asks the model
 
     @property
     def notices(self) -> tuple[str, ...]:

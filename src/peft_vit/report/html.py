@@ -16,34 +16,55 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from peft_vit.report.document import Drawing, StudyDocument
 from peft_vit.report.figure import THEME
 
-_UNSAFE = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}  # U+2028 and all else beyond ASCII: json escapes it
+_UNSAFE = str.maketrans(
+    {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
+)  # U+2028 and all else beyond ASCII: json escapes it
 
 
 def write_html(documents: Sequence[StudyDocument]) -> str:
     """Return the page; every text in it is escaped by the template engine."""
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["soft"] = soft
-    templates = files("peft_vit.report").joinpath("templates")
-    script = templates.joinpath("figures.js").read_text(encoding="utf-8")
-    assert "</" not in script
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(templates.joinpath("report.html.j2").read_text(encoding="utf-8")).render(
+    return rendered(
+        "report.html.j2",
+        "figures.js",
         documents=documents,
         data_uri=data_uri,
         inline_svg=inline_svg,
         embedded=embedded,
         theme=THEME,
-        script=Markup(script),
-        script_hash=f"sha256-{digest}",  # as a Content-Security-Policy names it: no other script runs on the page
     )
+
+
+def rendered(template: str, script: str, **values: Any) -> str:
+    """Return a page of a template with its script; every text in it is escaped by the template engine.
+
+    Args:
+        template: its name; its policy is to name the script by `script_hash`, so that no other runs.
+        script: the name of a file beside it.
+        values: what stands in it.
+    """
+    environment = Environment(
+        loader=PackageLoader("peft_vit.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["soft"] = soft
+    text = files("peft_vit.report").joinpath("templates", script).read_text(encoding="utf-8")
+    assert "</" not in text
+    return environment.get_template(template).render(script=Markup(text), script_hash=script_hash(text), **values)
+
+
+def script_hash(script: str) -> str:
+    """Return a script's hash as a Content-Security-Policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def soft(text: str) -> Markup:
@@ -98,5 +119,9 @@ def embedded(document: StudyDocument, drawing: Drawing) -> Markup:
         "text": coded(point.text for point in points),
         "columns": [{"name": n, **coded("" if v is None else str(v) for v in column)} for n, column in values.items()],
     }
-    text = json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return Markup("".join(_UNSAFE.get(character, character) for character in text))
+    return as_json(content)
+
+
+def as_json(content: Any) -> Markup:
+    """Return the content of a JSON block of a page, which no text in it can end."""
+    return Markup(json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).translate(_UNSAFE))

@@ -45,11 +45,15 @@ class ModelSummary:
         record: of its run, which is finished.
         quality: on its test images.
         use: the command that predicts with it, without the images.
+        to_web: the command that makes a page of it for a browser, if there is none.
+        web: the address of that page, if there is one.
     """
 
     record: RunRecord
     quality: ModelQuality
     use: str
+    to_web: str = ""
+    web: str = ""
 
     @property
     def metric(self) -> DecidingMetric:
@@ -99,6 +103,7 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         not_shown=tuple(_limits(record)),
         runs=(run_provenance(record),),
         kind="model",
+        web=summary.web,
     )
 
 
@@ -232,6 +237,8 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         )
     if summary.use:
         yield f"To use it: {plain(summary.use)} IMAGES"
+    if summary.to_web:
+        yield f"To try it in a browser: {plain(summary.to_web)}"
 
 
 # --- sections ---

@@ -178,10 +178,10 @@ def _savings(advice: Recommendation, chosen: Rated) -> Iterator[str]:
     machines = {run.hardware for run in (*advice.best.runs, *chosen.runs)}
     for option, (name, words) in _COSTS.items():
         before, after = getattr(advice.best, name), getattr(chosen, name)
-        exported = option == "--max-latency-ms" and advice.exported is not None  # all timed on one machine
+        exported = option == "--max-latency" and advice.exported is not None  # all timed on one machine
         if before is None or after is None:
             continue
-        if option in ("--max-seconds", "--max-latency-ms") and len(machines) > 1 and not exported:
+        if option in ("--max-step-time", "--max-latency") and len(machines) > 1 and not exported:
             yield "was timed on other machines, so times do not compare"
         elif before == after:
             yield f"takes the same {words(before)}"
@@ -269,8 +269,8 @@ def _bytes(value: float) -> str:
 _COSTS: dict[Option, tuple[str, Callable[[float], str]]] = {
     "--max-bytes": ("stored_bytes", _bytes),
     "--max-params": ("final_parameters", lambda value: f"{count(value)} parameters"),
-    "--max-seconds": ("seconds_per_step", lambda value: f"{value:.3g} s a step"),
-    "--max-latency-ms": ("latency_s", lambda value: f"{1000 * value:.3g} ms latency"),
+    "--max-step-time": ("seconds_per_step", lambda value: f"{value:.3g} s a step"),
+    "--max-latency": ("latency_s", lambda value: f"{1000 * value:.3g} ms latency"),
 }
 
 

@@ -24,6 +24,13 @@ def test_score(record: RunRecord) -> Interval:
     return metric_of(record.spec).interval(np.array(own.labels), np.array(own.predicted))
 
 
+def test_line(record: RunRecord) -> str:
+    """Return the test of a finished run in a line."""
+    score = test_score(record)
+    words = metric_of(record.spec).words
+    return f"Test {words} {_score(score)}, on {score.n} images that training has not seen."
+
+
 def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
     """Return what training came to, beside the probe that it started from, and what to do with the model.
 
@@ -33,9 +40,9 @@ def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | N
         seconds: that all of the call took.
         page: on the model, if one was written.
     """
-    score, place = test_score(record), shlex.quote(str(folder))
+    place = shlex.quote(str(folder))
     return [
-        f"Test {metric_of(record.spec).words} {_score(score)}, on {score.n} images that training has not seen.",
+        test_line(record),
         *beside_the_probe(record),
         f"Time: {seconds:.0f} s.",
         f"Model: {folder}",

@@ -55,7 +55,7 @@ def bench(
     threads: Sequence[int] = (),
     rounds: int = 20,
     repeats: int = 3,
-    on_start: Callable[[str], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[BenchRow]:
     """Time models by batch size and threads, in `repeats` rounds of fresh processes, one process at a time.
 
@@ -69,7 +69,7 @@ def bench(
         threads: of a process; default: as many as processors.
         rounds: calls of each batch size in a process that are timed.
         repeats: processes of each model and number of threads.
-        on_start: called with what is timed now.
+        on_progress: told how many processes have ended, and of how many.
 
     Raises:
         UserError: if a model can't be opened or timed, threads are more than processors, or float32 can't be made.
@@ -82,13 +82,11 @@ def bench(
         if not any(model.is_float32 for model in opened):
             opened = [_float32_like(opened[0], Path(folder)), *opened]
         calls: dict[tuple[int, int, int], list[Calls]] = {}  # by threads, batch size and place of the model
-        for _ in range(repeats):
-            for count in threads:
-                for place, model in enumerate(opened):
-                    on_start(f"{model.name}, threads: {count}")
-                    timed = time_alone(model.file, batches, threads=count, rounds=rounds)
-                    for batch, timings in timed.items():
-                        calls.setdefault((count, batch, place), []).append(timings)
+        order = [(count, place) for _ in range(repeats) for count in threads for place in range(len(opened))]
+        for done, (count, place) in enumerate(order):
+            on_progress(done, len(order))
+            for batch, timings in time_alone(opened[place].file, batches, threads=count, rounds=rounds).items():
+                calls.setdefault((count, batch, place), []).append(timings)
         return _rows(opened, {place for place, model in enumerate(opened) if model.is_float32}, calls)
 
 

@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_vit.config import StudyConfig, load_study
+from peft_vit.config import StudyConfig, load_study, named_as_typed
+from peft_vit.console import duration, progress
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
-from peft_vit.settings import named_as_typed
 from peft_vit.studies.executors import EXECUTORS
 from peft_vit.studies.request import RunRequest, TrainRequest
 from peft_vit.studies.scheduler import Deadline
@@ -104,13 +104,13 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         UserError, KeyboardInterrupt: as `run_studies`.
     """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-    from peft_vit.studies.display import decoding_progress, duration, plan_notes, print_lines
+    from peft_vit.studies.display import plan_notes, print_lines
     from peft_vit.studies.own_images import count_images, named_files, open_images, refuse_among_images
 
     refuse_among_images(request.images, request.output)
-    files = named_files(request)
     with named_as_typed(TrainRequest), ExitStack() as stack:
-        with decoding_progress() as on_progress:
+        files = named_files(request)
+        with progress("reading images") as on_progress:
             images = stack.enter_context(open_images(request, on_progress))
         print_lines(images.lines)
         index = images.index
@@ -129,7 +129,8 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             run = TrainRun(lock.folder, asked)
             file = lock.folder.absolute() / IMAGES_FILE
             if run.status().state != "done":
-                plan, chosen = _plan_call(run, request, images, file)
+                with progress("getting ready"):
+                    plan, chosen = _plan_call(run, request, images, file)
                 link_latest(run.folder)
                 about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
                 start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
@@ -153,7 +154,6 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
     Returns:
         The plan, and a line on what was chosen.
     """
-    from peft_vit.studies.display import print_lines
     from peft_vit.studies.own_images import regressions, study_of, with_weights
     from peft_vit.studies.plan import plan_study
     from peft_vit.studies.profiling import measure_step
@@ -167,7 +167,8 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
         images.write(file)  # a call that goes on leaves out as well what is new and can't be read
         if begun is None or request.smoke:  # whose file holds the compressed one
             request, weights = with_weights(request)
-            print_lines(filter(None, [weights]))
+            if weights:
+                _log(weights)
             started = time.monotonic()
             trials = regressions(request, images, file, _log)
             spent_s = time.monotonic() - started
@@ -178,11 +179,7 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
         else:
             study = begun.configuration
         plan = plan_study(
-            study,
-            request.output,
-            file=request.images,
-            smoke=request.smoke,
-            measure_step=partial(measure_step, log=_log),
+            study, request.output, file=None, smoke=request.smoke, measure_step=partial(measure_step, log=_log)
         )
         if not request.smoke:
             images.keep_pixels(plan.study)
@@ -204,7 +201,7 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
     images.keep_pixels(study)
     with study_lock(run.folder / study.name) as lock:
-        plan = plan_study(study, run.folder, file=request.images)
+        plan = plan_study(study, run.folder, file=None)
         if plan.pending:
             _log(f"A regression at {image_size} px may be better; making it.")
             _drive(plan, lock, alone=True)
@@ -335,28 +332,26 @@ def _requested(request: RunRequest, study: StudyConfig, file: Path) -> _Requeste
 
 def _plan(request: RunRequest, studies: list[_Requested], *, profile: bool = False) -> list[Plan]:
     """Plan all studies before the first plan is printed."""
-    from peft_vit.studies.display import print_plan
-    from peft_vit.studies.plan import plan_study
-    from peft_vit.studies.profiling import measure_costs, measure_step
-
     plans = []
-    for requested in studies:
-        # A smoke study has one seed, the first asked for.
-        study = (
-            requested.study.model_copy(update={"seeds": tuple(requested.seeds)}) if request.smoke else requested.study
-        )
-        plan = plan_study(
-            study,
-            request.results_dir,
-            file=requested.file,
-            smoke=request.smoke,
-            measure=partial(measure_costs, log=_log) if profile else None,
-            measure_step=partial(measure_step, log=_log),
-        )
-        experiments = [
-            experiment.name for experiment in plan.study.experiments if request.method in (None, experiment.method)
-        ]
-        plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
+    with progress("planning"):  # from before torch is loaded, which takes seconds
+        from peft_vit.studies.display import print_plan
+        from peft_vit.studies.plan import plan_study
+        from peft_vit.studies.profiling import measure_costs, measure_step
+
+        for requested in studies:
+            study = requested.study
+            if request.smoke:  # which has one seed, the first asked for
+                study = study.model_copy(update={"seeds": tuple(requested.seeds)})
+            plan = plan_study(
+                study,
+                request.results_dir,
+                file=requested.file,
+                smoke=request.smoke,
+                measure=partial(measure_costs, log=_log) if profile else None,
+                measure_step=partial(measure_step, log=_log),
+            )
+            experiments = [own.name for own in plan.study.experiments if request.method in (None, own.method)]
+            plans.append(plan.only(experiments, requested.seeds, by_seed=request.minutes is not None))
     for plan in plans:
         print_plan(plan)
     return plans

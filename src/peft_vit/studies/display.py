@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn
-from rich.progress import Progress as Bar
-from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from peft_vit.config import StudyConfig
+from peft_vit.console import ProgressDisplay, bar, duration, open_console
 from peft_vit.errors import DataWarning, printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
@@ -31,31 +24,14 @@ from peft_vit.studies.plan import Plan, PlannedRun
 from peft_vit.tasks import metric_of
 from peft_vit.training import Progress
 
-_PLAIN_WIDTH = 120  # columns where the output is no terminal
-# Between two lines on one run, where the output is no terminal: of several runs, of one alone, of images.
-_PLAIN_EVERY_S, _ALONE_EVERY_S = 30.0, 10.0
-_BAR_WIDTH = 40  # columns
 _UNKNOWN = "–"
 _WARNING = "bold yellow"
 _ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly decide it.", "maximum": "Ends here."}
 
 
-def duration(seconds: float) -> str:
-    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
-
-
 def counted(number: int, what: str) -> str:
     """Return a number of things: 1 run, 2 runs."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def open_console() -> Console:
-    """Return the console of the standard output; where that is no terminal, lines are as wide as a table needs."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
 
 
 def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:
@@ -65,27 +41,7 @@ def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> 
         console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
-# --- before: images, and the plan -------------------------------------------------------------------------------------
-
-
-@contextmanager
-def decoding_progress(console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Give what is told how many images are decoded: a bar on a terminal, else a line now and then."""
-    console = open_console() if console is None else console
-    if console.is_terminal and not console.is_dumb_terminal:
-        with Bar("Reading images", BarColumn(), MofNCompleteColumn(), console=console, transient=True) as bar:
-            task = bar.add_task("", total=None)
-            yield lambda done, count: bar.update(task, completed=done, total=count)
-        return
-    said_at = time.monotonic()
-
-    def on_progress(done: int, count: int) -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at >= _ALONE_EVERY_S:
-            said_at = time.monotonic()
-            console.print(f"{done:,} of {count:,} images are read.")
-
-    yield on_progress
+# --- before: the plan -------------------------------------------------------------------------------------------------
 
 
 def plan_notes(plan: Plan) -> list[Text]:
@@ -121,7 +77,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         estimate, state = run.estimate, "done" if run.done else "to do"
         memory = f"{estimate.peak_memory_bytes / 1e6:.0f}"
         table.add_row(run.spec.name, str(run.total_steps), f"{estimate.seconds:.0f}", memory, estimate.basis, state)
-    console.print(table)
+    if len(plan.runs) > 1:
+        console.print(table)
     together = f" with {workers} workers" if workers > 1 else " one after the other" if len(pending) > 1 else ""
     seconds = makespan([run.estimate.seconds for run in pending], workers)
     time = f" in about {duration(seconds)}{together}" if pending else ""
@@ -145,7 +102,7 @@ class _Running:
     """A run in progress, and the first that was heard of it: a resumed one does not begin with step 1."""
 
     run: PlannedRun
-    printed_at: float  # when the latest plain line was printed; all times are time.monotonic()
+    said_at: float  # when the latest plain line was on it; all times are time.monotonic()
     first: tuple[int, float] | None = None  # step, time
     latest: Progress | None = None
 
@@ -163,7 +120,7 @@ class _Running:
         return (now - began) / (latest.step - step) * (latest.total_steps - latest.step)
 
 
-class Watch:
+class Watch(ProgressDisplay):
     """Shows a study's progress; use as a context manager and hand `on_event` to the driver.
 
     Args:
@@ -176,69 +133,62 @@ class Watch:
     def __init__(
         self, plan: Plan, *, console: Console | None = None, until: float | None = None, alone: bool = False
     ) -> None:
+        super().__init__(self._shown, self._of_the_quietest, console)
         self._until, self._alone = until, alone
-        self._every_s = _ALONE_EVERY_S if alone else _PLAIN_EVERY_S
-        self._since = self._said_at = time.monotonic()
-        self._over = threading.Event()
+        self._since = time.monotonic()
         self._workers = plan.study.execution.workers
-        self._console = open_console() if console is None else console
         self._waiting = {run.spec.name: run for run in plan.pending}
         self._count = len(self._waiting)
         self._running: dict[str, _Running] = {}
         self._pace = Pace()
-        self._live: Live | None = None
-        self._saying = threading.Lock()
 
-    def __enter__(self) -> Self:
-        if self._console.is_terminal and not self._console.is_dumb_terminal and self._waiting:
-            self._live = Live(get_renderable=self._view, console=self._console, refresh_per_second=4, transient=True)
-            self._live.start()
-        elif self._waiting:
-            threading.Thread(target=self._break_silence, daemon=True).start()
-        return self
+    def _of_the_quietest(self) -> str | None:
+        """Return how far the run is of which nothing was said for longest."""
+        now = time.monotonic()
+        running = min(list(self._running.values()), key=lambda running: running.said_at, default=None)
+        if running is None:
+            return "getting ready" if self._alone and self._waiting else None
+        running.said_at = now
+        said = "getting ready (weights, features of the images)"
+        if running.latest is not None:
+            step, *values = _cells(running.latest, running.run)
+            names = ("loss", "validation", "mean rank", "mean bits")
+            known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
+            said = ", ".join([f"step {step}", *known])
+        left = f"{duration(running.left_s(now, self._pace.factor))} left"
+        left += f", {duration(self._left_s())} for all" if self._count > 1 else ""
+        return f"{self._place(running.run)}{said}; {left}"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        if self._live is not None:
-            self._live.stop()
-
-    def _break_silence(self) -> None:
-        """Say every so often how far runs are that tell of nothing, as one that is read in or computes features."""
-        with suppress(OSError, SystemExit):  # nobody reads any more
-            while not self._over.wait(min(1.0, self._every_s)):
-                now, under_way = time.monotonic(), list(self._running.values())
-                for running in under_way:
-                    self._say_progress(running, now)
-                if self._alone and not under_way and now - self._said_at >= self._every_s:
-                    self._say("reading the images")
+    def _place(self, run: PlannedRun) -> str:
+        return "" if self._alone else f"[{self._ended()}/{self._count}] {run.spec.run_id}: "
 
     def on_event(self, event: StudyEvent) -> None:
         """Take in what happened, and say it."""
         if isinstance(event, Notice):
-            self._say(event.text)
+            self.say(event.text)
             return
         run, now = event.run, time.monotonic()
         name = run.spec.name
         match event:
             case RunStarted():
                 self._waiting.pop(name, None)
-                self._running[name] = _Running(run, printed_at=now)
-                if self._live is None and not self._alone:
-                    self._say(f"started on {event.worker}", run)
+                self._running[name] = _Running(run, said_at=now)
+                if not self.is_drawn and not self._alone:
+                    self.say(f"{self._place(run)}started on {event.worker}")
             case RunProgress():
                 if (running := self._running.get(name)) is not None:
-                    self._progress(running, event.progress, now)
+                    running.first = running.first or (event.progress.step, now)
+                    running.latest = event.progress
+                    self.tick()
             case RunEnded():
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
                     if not (self._alone and warning.startswith(DataWarning.PREFIX)):  # which the plan's notes have said
-                        self._say(f"warning: {warning}", run)
+                        self.say(f"{self._place(run)}warning: {warning}")
                 outcome = self._outcome(run, event.record)
                 if not self._alone:
-                    self._say(outcome, run)
+                    self.say(f"{self._place(run)}{outcome}")
             case RunRetried() | RunInterrupted():
                 self._running.pop(name, None)
                 self._waiting[name] = run
@@ -246,31 +196,7 @@ class Watch:
                     what = f"{event.record.error}; it is tried again"
                 else:
                     what = f"stopped after step {event.step}" if event.step else "stopped before its first step"
-                self._say(what, run)
-
-    def _say(self, line: str, run: PlannedRun | None = None) -> None:
-        if run is not None and not self._alone:
-            line = f"[{self._ended()}/{self._count}] {run.spec.run_id}: {line}"
-        self._said_at = time.monotonic()
-        self._console.print(Text(line), soft_wrap=True)
-
-    def _progress(self, running: _Running, progress: Progress, now: float) -> None:
-        running.first = running.first or (progress.step, now)
-        running.latest = progress
-        self._say_progress(running, now)
-
-    def _say_progress(self, running: _Running, now: float) -> None:
-        with self._saying:
-            if self._live is not None or now - running.printed_at < self._every_s:
-                return
-            running.printed_at = now
-        said = "getting ready (weights, features of the images)"
-        if running.latest is not None:
-            step, *values = _cells(running.latest, running.run)
-            names = ("loss", "validation", "mean rank", "mean bits")
-            known = [f"{name} {value}" for name, value in zip(names, values, strict=True) if value != _UNKNOWN]
-            said = ", ".join([f"step {step}", *known])
-        self._say(f"{said}; {duration(running.left_s(now, self._pace.factor))} left", running.run)
+                self.say(f"{self._place(run)}{what}")
 
     def _outcome(self, run: PlannedRun, record: RunRecord) -> str:
         if record.status == "failed":
@@ -298,7 +224,7 @@ class Watch:
         )
         return left_s if self._until is None else min(left_s, max(0.0, self._until - now))
 
-    def _view(self) -> Group:
+    def _shown(self) -> Group:
         """Return what a terminal shows now; called from the thread that refreshes it."""
         now, pace = time.monotonic(), self._pace.factor
         names = ("step", "left", "loss", "validation", "rank", "bits")
@@ -311,9 +237,8 @@ class Watch:
             table.add_row(name, cells[0], duration(running.left_s(now, pace)), *cells[1:])
         left_s = self._left_s()
         ended = "" if self._alone else f"{self._ended()} of {self._count} runs ended, "
-        total = Table.grid(padding=(0, 1))
         share = (now - self._since) / max(1.0, now - self._since + left_s)
-        total.add_row(ProgressBar(1.0, share, _BAR_WIDTH), Text(f"{ended}about {duration(left_s)} left", style="bold"))
+        total = bar(share, f"{ended}about {duration(left_s)} left")
         return Group(*([table] if table.row_count else []), total)
 
 

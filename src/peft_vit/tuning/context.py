@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from peft_vit.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of
+from peft_vit.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.config import BackboneConfig, Compute, Flips, WeightsSource, named_backbone
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import product_rates
@@ -102,7 +102,7 @@ class TuningContext:
         fault: UserError | None = None
         for name in dict.fromkeys(self.request.models):
             try:
-                backbone = named_backbone(name, self.request.weights)
+                backbone = named_backbone(name, self._weights(name))
                 check_weights(backbone)
             except UserError as error:
                 fault = error
@@ -111,9 +111,25 @@ class TuningContext:
                 found[name] = backbone
         if not found:
             assert fault is not None
-            own = fault.field == "--weights" or self.request.weights not in (None, *get_args(WeightsSource))
-            raise UserError(fault.message, file=fault.file, field="--weights" if own else "--model")
+            own = self.request.weights not in (None, *get_args(WeightsSource))
+            raise fault.about("--weights") if own else fault
         return found
+
+    def _weights(self, model: str) -> str | None:
+        """Return where a model's weights come from, decided once; an earlier version did not ask the hub."""
+        state, asked, decision = self.state, self.request.weights, f"weights {model}"
+        backbone = named_backbone(model, asked)
+        is_old = state.begun and decision not in state.file.decided
+        if asked is not None or backbone.library != "timm" or is_old:
+            return asked
+
+        def source() -> str:
+            source, line = source_of(backbone.model)
+            if line:
+                state.tell(f"  {line}")
+            return source
+
+        return state.once(decision, source)
 
     @cached_property
     def compute(self) -> Compute:

@@ -69,7 +69,7 @@ def within_latency(
     Raises:
         UserError: if none is at any size, with the least that would do.
     """
-    limit_s = context.request.max_latency_s
+    limit_s = context.request.max_latency
     if limit_s is None:
         return {model: list(some) for model, some in sizes.items()}
     found: dict[str, list[int]] = {}

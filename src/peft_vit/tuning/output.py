@@ -22,10 +22,10 @@ from peft_vit.tuning.forms import export_fastest
 from peft_vit.tuning.page import model_summary, tuning_document
 from peft_vit.tuning.result import Choice
 from peft_vit.tuning.sealed import held_out, measure_sealed
-from peft_vit.tuning.state import TUNE_FILE
+from peft_vit.tuning.state import MODEL_FOLDER, TUNE_FILE, tuned_model
 from peft_vit.tuning.tune_request import TuneRequest
 
-MODEL_FOLDER, CONFIG_FILE = "model", "config.yaml"
+CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def output_files_in(directory: Path) -> OutputFiles:
     Raises:
         UserError: if it holds no model.
     """
-    folder = directory / MODEL_FOLDER
-    model = next((file for file in (folder / "model.onnx", folder / "model.xml") if file.is_file()), None)
+    folder, model = directory / MODEL_FOLDER, tuned_model(directory)
     if model is None:
         raise UserError("holds no model; run `peft-vit tune` first", file=folder)
     return OutputFiles(
@@ -109,7 +108,7 @@ def _write_output(choice: Choice, directory: Path, tell: Callable[[str], None]) 
         calibrated=calibrated,
         fold_runs=fold_runs,
         max_bytes=choice.request.max_bytes,
-        max_latency_s=choice.request.max_latency_s,
+        max_latency_s=choice.request.max_latency,
         tell=lambda text: tell(f"  {text}"),
     )
     summary = TuningSummary(choice, records, sealed, calibrated, exports)
@@ -148,11 +147,9 @@ peft-vit run config.yaml --output again     # trains it again
 ```
 
 ```python
-from pathlib import Path
-from peft_vit.deployment import open_exported, predict_files
+import peft_vit
 
-for found in predict_files(open_exported(Path("{model}")), [Path("photo.jpg")]):
-    print(found)
+print(peft_vit.load("{model}").predict("photo.jpg"))
 ```
 
 The file takes `images` (B, 3, S, S) and gives `logits`; how pixels become these, the classes and the temperature

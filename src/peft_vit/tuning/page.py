@@ -83,7 +83,7 @@ def _facts(summary: TuningSummary) -> Iterator[tuple[str, str]]:
     request, choice = summary.choice.request, summary.choice
     limits = [
         *([megabytes(request.max_bytes)] if request.max_bytes is not None else []),
-        *([f"{1e3 * request.max_latency_s:g} ms an image"] if request.max_latency_s is not None else []),
+        *([f"{1e3 * request.max_latency:g} ms an image"] if request.max_latency is not None else []),
         *([f"{request.memory_limit} of memory in training"] if request.memory_limit is not None else []),
     ]
     yield "Images", str(request.images)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_vit.config import named_as_typed
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
-from peft_vit.settings import named_as_typed
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.limits import TimeExport, time_exported
 from peft_vit.tuning.look import IMAGES_FILE, MakeRunner, context_of

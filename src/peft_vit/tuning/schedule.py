@@ -74,7 +74,7 @@ def ending_s(context: TuningContext, machine: Throughput, shape: BackboneShape, 
     image_s = machine.image_s(shape)
     grown = steps * context.images / context.train_images
     trained = machine.start_s + grown * step_s(context, machine, shape) + context.sealed_images * image_s
-    forms, folds = (_FORMS, 0) if context.request.max_latency_s is None else (_FORMS + 1, FOLDS)
+    forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
     written = 2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s
     measured = 2 * machine.start_s + 2 * context.test_images * image_s
     timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)

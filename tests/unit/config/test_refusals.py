@@ -76,7 +76,7 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("{model: a, weights: file, file: ''}", ".file", "is empty; fill it in"),
         ("{model: a, weights: random, file: a.pth}", "", "no effect with weights: random"),
         (f"{{model: a, weights: file, file: a, sha256: {'A' * 64}}}", ".sha256", "pattern"),
-        ("{model: a, library: transformers, weights: random, sha256: null, file: a}", "", "library: transformers"),
+        ("{model: a, library: transformers, weights: random, sha256: null, file: a}", "", "a model of transformers"),
         (f"{{model: a, library: transformers, weights: random, sha256: {'a' * 64}}}", "", "weights: random"),
     ],
     "data": [

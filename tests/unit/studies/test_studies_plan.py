@@ -97,7 +97,7 @@ def test_a_split_that_only_another_seed_cannot_have_is_refused_by_the_plan(study
     lacking = {seed: make_splits(index, few, seed).test.min() < 10 for seed in range(20)}
     bad, good = (next(seed for seed, lacks in lacking.items() if lacks == wanted) for wanted in (True, False))
     assert len(planned(with_data(config, [good], shots_per_class=9, **sizes), tmp_path).runs) == 1
-    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {bad}: asks for 9, but 8 .* 'few'"):
+    with pytest.raises(UserError, match=rf"data\.shots_per_class: with seed {bad}: 9 .* are too many: 8 .* 'few'"):
         planned(with_data(config, [good, bad], shots_per_class=9, **sizes), tmp_path)
 
 

@@ -312,7 +312,7 @@ def weight_files(backbone: BackboneConfig) -> tuple[list[Path], str]:
     """
     folder = _folder(backbone, weights=True)
     if folder is None:
-        raise _bad(f"{backbone.model} is a type of models and has no weights; use weights: random")
+        raise _bad(f"{backbone.model} is a type of models, of which there are random weights alone; ask for these")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise _bad("holds no model.safetensors; save the model with save_pretrained", folder)
@@ -343,10 +343,10 @@ def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:
     folder = Path(os.path.expanduser(backbone.model))
     if os.path.isdir(folder):
         if backbone.weights == "hub":
-            raise _bad("is a folder; its weights are weights: file", folder)
+            raise _bad("is a folder; its weights come from its file, not from the hub", folder)
         return folder
     if backbone.weights == "file":
-        raise _bad("is no folder; name one that save_pretrained has written, or use weights: hub", folder)
+        raise _bad("is no folder; name one that save_pretrained has written, or take weights from the hub", folder)
     if backbone.weights == "random" and backbone.model in require_transformers().CONFIG_MAPPING:
         return None
     if backbone.model.startswith(("/", "~", "./", "../")):
@@ -370,7 +370,7 @@ def _from_hub(repository: str, *, weights: bool) -> Path:
         pass
     with foreign_fault(
         f"could not get {repository} from the hub",
-        remedy="check name and network, or name a folder of save_pretrained and use weights: file",
+        remedy="check name and network, or name a folder that save_pretrained has written",
         field=_FIELD,
     ):
         ask_hub(huggingface_hub.hf_hub_url(repository, CONFIG_FILE))

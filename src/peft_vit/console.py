@@ -1,0 +1,133 @@
+"""What a command shows while it works: a bar on a terminal, elsewhere a line when nothing was said for ten seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+    from rich.text import Text
+
+FIRST_S, EVERY_S = 1.5, 10.0  # of silence, before the first line and between lines
+_PLAIN_WIDTH = 120  # columns where the output is no terminal
+_BAR_WIDTH = 24
+
+
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 12 s, 3.5 min, 2.1 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def open_console(file: TextIO | None = None) -> Console:
+    """Return the console of a stream, by default the standard output; in a pipe lines are as wide as a table needs."""
+    from rich.console import Console
+
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=_PLAIN_WIDTH)
+
+
+def bar(share: float | None, text: str) -> RenderableType:
+    """Return a bar with a text; None: it is not known how much is done."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 1))
+    row.add_row(
+        ProgressBar(1.0, share or 0.0, _BAR_WIDTH, pulse=share is None),
+        Text(text, style="bold", no_wrap=True, overflow="ellipsis"),
+    )
+    return row
+
+
+class ProgressDisplay:
+    """Shows how far something is; a context manager.
+
+    Args:
+        view: what a terminal shows, drawn anew four times a second below all lines.
+        line: what is said elsewhere; None: nothing.
+        console: where; None: of the standard output.
+    """
+
+    def __init__(
+        self, view: Callable[[], RenderableType], line: Callable[[], str | None], console: Console | None = None
+    ) -> None:
+        self._view, self._line = view, line
+        self.console = open_console() if console is None else console
+        self._said_at = time.monotonic() - EVERY_S + FIRST_S
+        self._over, self._saying = threading.Event(), threading.RLock()
+        self._live: Live | None = None
+
+    @property
+    def is_drawn(self) -> bool:
+        """Return whether a terminal shows how far it is."""
+        return self._live is not None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._view, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        else:
+            threading.Thread(target=self._break_silence, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        if self._live is not None:
+            self._live.stop()
+
+    def _break_silence(self) -> None:
+        with suppress(OSError, SystemExit):  # nobody reads any more
+            while not self._over.wait(0.25):
+                self.tick()
+
+    def tick(self) -> None:
+        """Say how far it is, where no terminal shows it and nothing was said for long."""
+        with self._saying:
+            if self._live is None and time.monotonic() - self._said_at >= EVERY_S and (line := self._line()):
+                self.say(line)
+
+    def say(self, line: str | Text) -> None:
+        """Print a line as it is: names of files in it may look like markup."""
+        from rich.text import Text
+
+        with self._saying:
+            self._said_at = time.monotonic()
+            self.console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+
+
+@contextmanager
+def progress(what: str, file: TextIO | None = None) -> Iterator[Callable[[int, int], None]]:
+    """Show that something goes on, and give what may be told how many things of it are done, and of how many."""
+    started, counts = time.monotonic(), (0, 0)
+
+    def said() -> str:
+        (done, count), passed_s = counts, time.monotonic() - started
+        if not done:
+            return f"{what}, {duration(passed_s)}"
+        return f"{what}: {done:,} of {count:,}, about {duration(passed_s * (count - done) / done)} left"
+
+    def view() -> RenderableType:
+        done, count = counts
+        return bar(done / count if count else None, said())
+
+    with ProgressDisplay(view, said, open_console(file)) as shown:
+
+        def on_progress(done: int, count: int) -> None:
+            nonlocal counts
+            counts = done, count
+            shown.tick()
+
+        yield on_progress

@@ -1,0 +1,225 @@
+// Images in, classes out, all in the page. What the model needs to know stands as JSON in it; bytes come from scripts
+// beside or in it, packed by gzip and base64, since a page that was opened from disk may not fetch files.
+"use strict";
+(() => {
+  const facts = JSON.parse(document.getElementById("facts").textContent);
+  const status = document.getElementById("status"), results = document.getElementById("results");
+  const TOP = 5; // classes that are shown
+  const STRIP = 1 << 22; // pixels of a photo that are looked at together: phones have no canvas for all of a large one
+  const ONE = 1 << 22; // of weights, as Pillow has them
+
+  // --- the model ---
+
+  async function bytesOf(name) {
+    const packed = (self.peftVit ?? {})[name];
+    if (packed) {
+      const text = atob(packed), bytes = new Uint8Array(text.length);
+      for (let k = 0; k < text.length; k++) bytes[k] = text.charCodeAt(k);
+      return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+    }
+    const { url, files } = facts.runtime;
+    if (!url || !files[name]) throw new Error("a file that belongs beside this page is missing: copy the whole folder");
+    try {
+      return await (await fetch(url + name, { integrity: files[name], credentials: "omit" })).arrayBuffer();
+    } catch {
+      throw new Error(`${new URL(url).host} was not reached; go online and load the page again, or export with --offline`);
+    }
+  }
+
+  async function load() {
+    const [script, wasm] = await Promise.all(Object.keys(facts.runtime.files).map(bytesOf));
+    const ort = await import(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
+    Object.assign(ort.env.wasm, { wasmBinary: wasm, numThreads: 1 });
+    const session = await ort.InferenceSession.create(new Uint8Array(await bytesOf("model.onnx")));
+    return (images) => session.run({ images: new ort.Tensor("float32", images, [1, 3, facts.size, facts.size]) });
+  }
+
+  // --- an image as training sees it ---
+
+  const sinc = (x) => (x ? Math.sin(Math.PI * x) / (Math.PI * x) : 1);
+  const KERNELS = { // how far they reach, and their values there
+    bilinear: [1, (x) => 1 - x],
+    bicubic: [2, (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : ((2.5 - 0.5 * x) * x - 4) * x + 2)],
+    lanczos: [3, (x) => sinc(x) * sinc(x / 3)],
+  };
+
+  // Of each pixel that `length` pixels become: the first one that it is made of, and their weights. The kernel is widened
+  // where the image shrinks, which is antialiasing.
+  function weights(length) {
+    const scale = length / facts.size, wide = Math.max(1, scale), table = [];
+    for (let k = 0, nearest = scale / 2; k < facts.size; k++, nearest += scale) {
+      if (facts.interpolation === "nearest") {
+        table.push({ first: Math.floor(nearest), parts: [ONE] });
+        continue;
+      }
+      const [reach, kernel] = KERNELS[facts.interpolation], centre = (k + 0.5) * scale;
+      const first = Math.max(0, Math.trunc(centre - reach * wide + 0.5));
+      const end = Math.min(length, Math.trunc(centre + reach * wide + 0.5));
+      const values = Array.from({ length: end - first }, (_, place) => {
+        const away = Math.abs((first + place - centre + 0.5) / wide);
+        return away < reach ? kernel(away) : 0;
+      });
+      const sum = values.reduce((a, b) => a + b);
+      const parts = values.map((value) => Math.sign(value) * Math.round(Math.abs(value / sum) * ONE));
+      table.push({ first, parts });
+    }
+    return table;
+  }
+
+  // Resample all lines of an image, or all columns, to S pixels of 8 bits.
+  function resampled({ values, width, height }, down) {
+    const table = weights(down ? height : width), channels = facts.channels;
+    const [columns, rows] = down ? [width, facts.size] : [facts.size, height];
+    const step = channels * (down ? width : 1), made = new Uint8ClampedArray(rows * columns * channels);
+    for (let y = 0, place = 0; y < rows; y++) {
+      for (let x = 0; x < columns; x++) {
+        const { first, parts } = table[down ? y : x];
+        const start = channels * (down ? first * width + x : y * width + first);
+        for (let channel = 0; channel < channels; channel++, place++) {
+          let sum = ONE / 2;
+          for (let k = 0, from = start + channel; k < parts.length; k++, from += step) sum += parts[k] * values[from];
+          made[place] = Math.floor(sum / ONE); // the array clips
+        }
+      }
+    }
+    return { values: made, width: columns, height: rows };
+  }
+
+  // All pixels on white, (height, width, 3 or 1): grey where training was.
+  function pixels(bitmap) {
+    const { width, height } = bitmap, rows = Math.max(1, Math.min(height, Math.floor(STRIP / width)));
+    const canvas = Object.assign(document.createElement("canvas"), { width, height: rows });
+    const context = canvas.getContext("2d", { alpha: false, willReadFrequently: true });
+    const values = new Uint8ClampedArray(height * width * facts.channels);
+    for (let top = 0, place = 0; top < height; top += rows) {
+      context.fillStyle = "white";
+      context.fillRect(0, 0, width, rows);
+      context.drawImage(bitmap, 0, -top);
+      const { data } = context.getImageData(0, 0, width, Math.min(rows, height - top));
+      for (let k = 0; k < data.length; k += 4) {
+        if (facts.channels === 1) {
+          values[place++] = (19595 * data[k] + 38470 * data[k + 1] + 7471 * data[k + 2] + 32768) >> 16; // ITU-R 601-2
+        } else {
+          for (let channel = 0; channel < 3; channel++) values[place++] = data[k + channel];
+        }
+      }
+    }
+    return { values, width, height };
+  }
+
+  // (3, S, S) float32, normalised. Pillow 13 begins with columns where they shrink by more than twice as many pixels.
+  function prepared(bitmap) {
+    const { size, channels, mean, std } = facts, tall = bitmap.height - size;
+    const image = pixels(bitmap), columnsFirst = tall > 0 && tall > 2 * (bitmap.width - size);
+    const { values } = resampled(resampled(image, columnsFirst), !columnsFirst);
+    return Float32Array.from({ length: 3 * size * size }, (_, place) => {
+      const channel = Math.floor(place / (size * size)), pixel = place % (size * size);
+      const value = values[pixel * channels + Math.min(channel, channels - 1)];
+      return Math.fround(Math.fround(value / 255) - Math.fround(mean[channel])) / Math.fround(std[channel]);
+    });
+  }
+
+  // --- what it says ---
+
+  const percent = (share) => `${(100 * share).toFixed(1)} %`;
+
+  function ranked(logits) {
+    const largest = Math.max(...logits);
+    const shares = Array.from(logits, (z) => Math.exp((z - largest) / facts.temperature));
+    const sum = shares.reduce((a, b) => a + b);
+    return shares.map((share, k) => ({ name: facts.classes[k], share: share / sum })).sort((a, b) => b.share - a.share);
+  }
+
+  function show(item, classes, distance) {
+    for (const { name, share } of classes.slice(0, TOP)) {
+      const bar = document.createElement("li"), ground = document.createElement("div");
+      for (const text of [name, percent(share)]) bar.append(Object.assign(document.createElement("span"), { textContent: text }));
+      ground.append(document.createElement("div"));
+      ground.firstChild.style.width = percent(share).replace(" ", "");
+      bar.append(ground);
+      bar.dataset.share = share;
+      item.querySelector(".bars").append(bar);
+    }
+    const others = classes.slice(TOP);
+    const rest = percent(others.reduce((sum, { share }) => sum + share, 0));
+    item.querySelector(".others").textContent = others.length ? `${others.length} other classes together: ${rest}` : "";
+    if (facts.set) {
+      const within = classes.filter(({ share }, k) => !k || 1 - share <= facts.set.threshold).map(({ name }) => name);
+      item.querySelector(".set").textContent = `Set at ${Math.round(100 * facts.set.coverage)} %: ${within.join(", ")}`;
+    }
+    item.querySelector(".warn").hidden = !(facts.unlike !== null && distance > facts.unlike);
+  }
+
+  async function look(file, item, model) {
+    const name = file.name || "image";
+    let bitmap, run;
+    try {
+      run = await model;
+    } catch {
+      return; // which the page says
+    }
+    const started = performance.now();
+    try {
+      bitmap = await createImageBitmap(file, { colorSpaceConversion: "none" }); // upright, as EXIF says
+    } catch {
+      item.querySelector("img").remove();
+      item.querySelector(".took").textContent = "This is no image that the browser can read. Give a JPEG or PNG.";
+      status.textContent = `${name} is no image that the browser can read.`;
+      return;
+    }
+    try {
+      const images = prepared(bitmap), ready = performance.now();
+      const { logits, distance } = await run(images);
+      const classes = ranked(logits.data);
+      show(item, classes, distance?.data[0]);
+      const done = performance.now(), [preparing, running] = [ready - started, done - ready].map(Math.round);
+      item.querySelector(".took").textContent =
+        `${bitmap.width} x ${bitmap.height} pixels, read in ${preparing} ms; the model took ${running} ms`;
+      status.textContent = `${name}: ${classes[0].name}, ${percent(classes[0].share)}`;
+    } catch (error) {
+      status.textContent = `${name} could not be looked at: ${error.message}`;
+    }
+    bitmap.close();
+  }
+
+  // --- the doors ---
+
+  const model = load();
+  let last = model.then(
+    () => (status.textContent = "The model is ready."),
+    (error) => {
+      status.className = "warn";
+      status.textContent = `The model can't run in this browser: ${error.message ?? error}`;
+    },
+  );
+
+  function take(files, none) {
+    if (!files.length) status.textContent = none;
+    const items = Array.from(files, (file) => {
+      const item = document.getElementById("result").content.cloneNode(true).firstChild;
+      const picture = item.querySelector("img");
+      picture.src = URL.createObjectURL(file);
+      picture.onload = picture.onerror = () => URL.revokeObjectURL(picture.src);
+      item.querySelector("h2").textContent = file.name || "image";
+      last = last.then(() => look(file, item, model));
+      return item;
+    });
+    results.prepend(...items);
+  }
+
+  for (const input of document.querySelectorAll("input")) {
+    input.addEventListener("change", () => {
+      take(input.files, "No image was chosen.");
+      input.value = ""; // the same file may be chosen again
+    });
+  }
+  addEventListener("paste", (event) => take(event.clipboardData.files, "The clipboard holds no image."));
+  const drop = document.getElementById("drop");
+  for (const [kind, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+    addEventListener(kind, (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", over);
+      if (kind === "drop") take(event.dataTransfer.files, "That was no file. Save the picture, and drop the file.");
+    });
+  }
+})();

@@ -1,0 +1,134 @@
+"""The folder and the one file of a page that asks a model: what is in them, and what is refused."""
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from html import unescape
+from pathlib import Path
+
+import pytest
+from tiny_models import CARD
+
+from peft_vit.errors import UserError
+from peft_vit.records import Calibrated, Unlike
+from peft_vit.report import web_page
+from peft_vit.report.web_page import runtime_files, write_web_page
+
+RUNTIME = {name: name.encode() for name in web_page._RUNTIME}
+CALIBRATED = Calibrated(images=60, temperature=2.0, coverages=(0.8, 0.95), thresholds=(0.4, 0.7))
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take small files for those of onnxruntime-web."""
+    hashes = {name: base64.b64encode(hashlib.sha384(content).digest()).decode() for name, content in RUNTIME.items()}
+    monkeypatch.setattr(web_page, "_RUNTIME", {name: f"sha384-{digest}" for name, digest in hashes.items()})
+
+
+def handed_over(script: str) -> dict[str, bytes]:
+    """Return the files in a script."""
+    found = re.findall(r'"([^"]+)": "([^"]+)"', script)
+    return {name: gzip.decompress(base64.b64decode(packed)) for name, packed in found}
+
+
+def facts_in(page: str) -> dict[str, object]:
+    (text,) = re.findall(r'<script type="application/json" id="facts">(.*?)</script>', page)
+    facts: dict[str, object] = json.loads(text)
+    return facts
+
+
+def test_a_folder_holds_the_page_the_model_and_the_runtime(tmp_path: Path) -> None:
+    card = CARD.model_copy(
+        update={"calibrated": CALIBRATED, "unlike": Unlike(images=40, threshold=1.5), "interpolation": "lanczos"}
+    )
+    page = write_web_page(tmp_path / "web", b"the model", card, RUNTIME)
+    assert page == tmp_path / "web" / "index.html"
+    assert {file.name for file in page.parent.iterdir()} == {"index.html", "model.js", "runtime.js"}
+    assert handed_over((page.parent / "model.js").read_text()) == {"model.onnx": b"the model"}
+    assert handed_over((page.parent / "runtime.js").read_text()) == RUNTIME
+    text = page.read_text()
+    facts = facts_in(text)
+    assert facts.pop("runtime")["url"] is None  # type: ignore[index]
+    assert facts == {
+        **{"run": card.run, "model": "test_vit", "classes": [*"abcde"], "size": 32, "channels": 3},
+        **{"interpolation": "lanczos", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25], "temperature": 2.0},
+        **{"set": {"coverage": 0.9, "threshold": 0.7}, "unlike": 1.5},
+    }
+    assert "connect-src 'none'" in unescape(text)
+    assert "jsdelivr" not in text.partition("<script")[0]
+
+
+def test_one_file_allows_its_own_scripts_and_the_pinned_files_alone(tmp_path: Path) -> None:
+    names = ("</script><script>alert(1)</script>", "b", "c", "d", "e")
+    page = write_web_page(tmp_path / "a.html", b"model", CARD.model_copy(update={"class_names": names}), None)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.html"]
+    text = page.read_text()
+    facts = facts_in(text)
+    assert facts["classes"] == [*names]
+    assert (facts["temperature"], facts["set"], facts["unlike"]) == (1.0, None, None)
+    scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    assert len(scripts) == 2
+    (policy,) = re.findall(r'Content-Security-Policy" content="(.*?)"', text)
+    for script in scripts:
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    (connects,) = re.findall(r"connect-src (.*?);", policy)
+    urls = connects.split()
+    assert [url.rpartition("/")[2] for url in urls] == list(RUNTIME)
+    assert all(url.startswith("https://cdn.jsdelivr.net/npm/onnxruntime-web@1.") for url in urls)
+    again = page.read_bytes()
+    write_web_page(tmp_path / "a.html", b"model", CARD.model_copy(update={"class_names": names}), None)
+    assert page.read_bytes() == again, "nothing in it tells the time"
+
+
+def test_the_sets_that_a_model_has_no_thresholds_for_are_left_out(tmp_path: Path) -> None:
+    few = CALIBRATED.model_copy(update={"coverages": (), "thresholds": ()})
+    page = write_web_page(tmp_path / "a.html", b"model", CARD.model_copy(update={"calibrated": few}), None)
+    assert facts_in(page.read_text())["set"] is None
+
+
+@pytest.mark.usefixtures("pinned")
+@pytest.mark.parametrize("place", ["", "dist"])
+def test_the_runtime_comes_out_of_a_folder_or_npms_package(tmp_path: Path, monkeypatch, place: str) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    for name, content in RUNTIME.items():
+        (tmp_path / place / name).write_bytes(content)
+    assert runtime_files(tmp_path) == RUNTIME
+    with tarfile.open(tmp_path / "package.tgz", "w:gz") as tar:
+        for name, content in RUNTIME.items():
+            member = tarfile.TarInfo(f"package/dist/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(web_page, "fetch_npm", lambda _: tmp_path / "package.tgz")
+    assert runtime_files(None) == RUNTIME
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no file", "others", "too large", "no room"])
+def test_what_can_not_become_a_page_is_one_line(tmp_path: Path, monkeypatch, fault: str) -> None:
+    remedy = "give the folder of npm's onnxruntime-web 1.30.0, or leave it out"
+    first = next(iter(RUNTIME))
+    folder, output = tmp_path / "folder", tmp_path / "page.html"
+    if fault != "no folder":
+        folder.mkdir()
+    if fault == "others":
+        (folder / first).write_bytes(b"another version")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(web_page, "LARGEST_MB", 1)
+    stated = {
+        "no folder": f"{folder / first}: --runtime-files: can't be read (No such file or directory); {remedy}",
+        "no file": f"{folder / first}: --runtime-files: can't be read (No such file or directory); {remedy}",
+        "others": f"{folder / first}: --runtime-files: is not that of onnxruntime-web 1.30.0; {remedy}",
+        "too large": f"{output}: the model has 2 MB, and browsers hold 1; train with qa_lora, or a smaller model",
+        "no room": f"{tmp_path / 'file/page.html'}: can't be written (File exists); choose another place",
+    }[fault]
+    call = {
+        "too large": lambda: write_web_page(output, bytes(2_000_001), CARD, None),
+        "no room": lambda: write_web_page(tmp_path / "file/page.html", b"model", CARD, None),
+    }.get(fault, lambda: runtime_files(folder))
+    with pytest.raises(UserError) as refused:
+        call()
+    assert str(refused.value) == stated
+    assert not output.exists()
