@@ -30,7 +30,7 @@ import numpy as np
 from marks import filled
 from scipy import special
 
-from peft_vit.statistics.odds import Choice, choose, means_of_images
+from peft_vit.statistics.odds import ModelChoice, choose_model, means_of_images
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, DOCUMENT = ROOT / "benchmarks" / "results" / "tuning_odds.json", ROOT / "docs" / "explanation" / "tuning.md"
@@ -218,7 +218,7 @@ def judge(tuning: Tuning) -> Judged:
     fitting = [place for place in models if not (tuning.limited and place in tuning.floats)] or list(models)
     measured = means_of_images(tuning.scores, tuning.folds)
     measured = replace(measured, covariance=measured.covariance + tuning.error)
-    choice = choose(measured, tuning.sizes, fitting, tuning.floats, MARGIN)
+    choice = choose_model(measured, tuning.sizes, fitting, tuning.floats, MARGIN)
     claims = {place: claim(tuning, choice, place) for place in models if place != choice.reference}
     score = choice.odds[choice.chosen].score
     return Judged(
@@ -229,7 +229,7 @@ def judge(tuning: Tuning) -> Judged:
     )
 
 
-def claim(tuning: Tuning, choice: Choice, place: int) -> Claim:
+def claim(tuning: Tuning, choice: ModelChoice, place: int) -> Claim:
     """Return what is said of a model."""
     odds, loss = choice.odds[place], tuning.truth[choice.reference] - tuning.truth[place]
     return Claim(1 - odds.chance_of_loss, bool(loss <= MARGIN + 1e-9), odds.shown)

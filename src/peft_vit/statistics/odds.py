@@ -2,7 +2,7 @@
 
 `means_of_images` (or `means_of_folds`, where there is but a score a fold) says what was measured: means, and the
 covariance of their errors, which is small between models that are right on the same images. `posterior` shrinks the
-means towards each other, since the best of several was lucky as a rule. `choose` takes the smallest model that is
+means towards each other, since the best of several was lucky as a rule. `choose_model` takes the smallest model that is
 expected to lose little.
 
 Sources: Corani & Benavoli, Machine Learning 100 (2015), and Benavoli, Corani, Demšar & Zaffalon, JMLR 18(77) (2017),
@@ -23,16 +23,13 @@ from peft_vit.statistics.intervals import CONFIDENCE, Interval, proportion_inter
 
 Floats = NDArray[np.float64]
 
-SHOWN = 0.95  # so sure, a claim is called shown
+SHOWN, _UNSHRUNK = 0.95, 0.75  # so sure, a claim is called shown; and as sure at least without shrinkage
 _TENTH = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
 _QUANTILES = 64  # of what a posterior is a mixture over
-_SHRINKAGE = 3.0  # the prior of s is Beta(this, 1): by three quarters on average, before anything is measured
+_SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
 _RUNS = 10  # runs that the excess of their scatter is shrunk by
 _REPEATED = 0.2  # share of a difference's variance over images that comes again in each repetition
-
-
-# --- what was measured ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -70,29 +67,32 @@ def means_of_images(scores: ArrayLike, folds: ArrayLike, classes: ArrayLike | No
     (candidates, repetitions, images), number = values.shape, int(fold_of.max()) + 1
     run_of = (fold_of + number * np.arange(repetitions)[:, None]).ravel()  # (R N,)
     runs = np.eye(number * repetitions)[run_of]  # (R N, J) one-hot
-    weights = np.ones(images)
-    if classes is not None:  # the plain mean becomes that over classes; around a class's own, so that folds hardly move
-        _, labels, counts = np.unique(np.asarray(classes), return_inverse=True, return_counts=True)
-        weights = (images / (len(counts) * counts))[labels]
-        of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(counts))])
-        values = of_class.mean() + weights * (values - of_class[labels])
+    strata = np.zeros(images) if classes is None else np.asarray(classes)
+    _, labels, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    weights = (images / (len(counts) * counts))[labels]  # (N,), so that the plain mean is that over classes
+    of_class = np.array([np.nanmean(values[..., labels == label]) for label in range(len(counts))])
+    values = of_class.mean() + weights * (values - of_class[labels])  # around a class's own, so that folds hardly move
     known = ~np.isnan(values).reshape(candidates, -1)  # (C, R N)
     values = np.where(known, values.reshape(candidates, -1), 0.0)
     theta, beta, moved = _two_way(known @ runs, values @ runs)
     errors = np.where(known, values - theta[:, None] - beta[run_of], 0.0)
+    for label in range(len(counts)):
+        inside = known & np.tile(labels == label, repetitions)  # (C, R N)
+        errors -= inside * (np.where(inside, errors, 0.0).sum(1) / np.maximum(1, inside.sum(1)))[:, None]
     influence = np.zeros_like(errors)  # (C, R N) of each prediction on the means
     for run in range(runs.shape[1]):
         influence[:, run_of == run] = moved[:, :, run] @ errors[:, run_of == run]
     by_image = influence.reshape(candidates, repetitions, images).sum(1)  # (C, N)
     once = influence @ influence.T  # (C, C), the covariance if every prediction were of an image of its own
     done = int((known.any(0) @ runs > 0).sum())
-    excess = _scatter(influence @ runs) * done / max(1, done - 1) / max(_scatter(influence), 1e-300) - 1
-    excess = max(0.0, excess) * done / (done + _RUNS)
+    apart = influence - influence.mean(0)  # of the mean over candidates
+    within, between = float((apart**2).sum()), float(((apart @ runs) ** 2).sum()) * done / max(1, done - 1)
+    excess = max(0.0, between / max(within, 1e-300) - 1) * done / (done + _RUNS)
     times = np.sqrt(known.sum(1) / images)  # (C,) roots of how often every image was predicted
     seen = known.reshape(candidates, repetitions, images).any(1).sum(1)  # (C,) images
     covariance = by_image @ by_image.T * images / (images - 1) + once * (excess + np.outer(times, times) / (number - 1))
     covariance += np.diag(_FLOOR * np.mean(weights**2) / seen**2)
-    run_variance = excess * ((influence - influence.mean(0)) ** 2).sum(1) * (known @ runs > 0).sum(1)
+    run_variance = excess * (apart**2).sum(1) * (known @ runs > 0).sum(1)
     return FoldMeans(theta, covariance, run_variance, images - 1.0, images)
 
 
@@ -112,11 +112,6 @@ def _two_way(counts: Floats, totals: Floats) -> tuple[Floats, Floats, Floats]:
     return solution[:candidates], solution[candidates:] - share @ solution[candidates:], moved
 
 
-def _scatter(influence: Floats) -> float:
-    """Return the sum of squares of (C, n) values around their mean over candidates."""
-    return float(((influence - influence.mean(0)) ** 2).sum())
-
-
 def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
     """Return means over J scores of folds, with Nadeau & Bengio's variance ``s^2 (1 / J + rho / (1 - rho))``.
 
@@ -124,23 +119,20 @@ def means_of_folds(scores: ArrayLike, test_share: float) -> FoldMeans:
     more, correlations are pulled to their mean, since few folds tell little of each.
 
     Args:
-        scores: (C, J), all there.
+        scores: (C, J), all there; the higher, the better.
         test_share: rho, the share of images that a fold tests.
     """
     values = np.asarray(scores, dtype=np.float64)
     candidates, folds = values.shape
-    sample = np.atleast_2d(np.cov(values))  # (C, C)
-    deviations = np.sqrt(np.diag(sample))
-    scale = np.outer(deviations, deviations)
+    sample, deviations = np.atleast_2d(np.cov(values)), values.std(1, ddof=1)
+    scale = np.outer(deviations, deviations)  # (C, C)
     correlation = np.divide(sample, scale, out=np.eye(candidates), where=scale > 0)
     mean = (correlation.sum() - candidates) / max(1, candidates * (candidates - 1))
     pull = candidates / (candidates + folds) if candidates > 2 else 0.0
     pulled = scale * np.where(np.eye(candidates, dtype=bool), 1.0, (1 - pull) * correlation + pull * mean)
+    pulled += np.eye(candidates) * (1e-6 * np.mean(deviations**2) + 1e-18)  # equal scores have an inverse too
     factor = 1 / folds + test_share / (1 - test_share)
     return FoldMeans(values.mean(1), factor * pulled, deviations**2, folds - 1.0)
-
-
-# --- what follows for the truth ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,9 +188,6 @@ def posterior(measured: FoldMeans, *, shrink: bool = True) -> Posterior:
     return Posterior(means, scale[:, None, None] * covariances)
 
 
-# --- what to take -----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Odds:
     """What is known of one candidate, in the unit of the scores."""
@@ -207,15 +196,13 @@ class Odds:
     loss: float  # against the reference, expected; below 0 a gain
     chance_of_loss: float  # by more than the margin
     loss_beyond: float  # the margin, expected
-
-    @property
-    def shown(self) -> bool:
-        """Return whether it is 95 % sure that no more than the margin is lost."""
-        return self.chance_of_loss <= 1 - SHOWN
+    # it is 95 % sure that no more is lost than the margin, and 75 % without shrinkage: else one of many that loses just
+    # more would be shown in more than one of 20 cases, if the others are equal
+    shown: bool
 
 
 @dataclass(frozen=True)
-class Choice:
+class ModelChoice:
     """Which candidate to take, and what each is worth beside the best with float weights."""
 
     chosen: int
@@ -223,9 +210,9 @@ class Choice:
     odds: tuple[Odds, ...]  # of all, in their order
 
 
-def choose(
+def choose_model(
     measured: FoldMeans, sizes: Sequence[float], fitting: Sequence[int], floats: Sequence[int], margin: float
-) -> Choice:
+) -> ModelChoice:
     """Take the smallest model whose expected loss beyond the margin is below a tenth of it, else the best expected.
 
     Args:
@@ -235,30 +222,37 @@ def choose(
         floats: of those with float weights; none: all count.
         margin: in the unit of the scores.
     """
-    known = posterior(measured)
+    known, unshrunk = posterior(measured), posterior(measured, shrink=False)
     mean = known.means.mean(0)
     reference = max(floats or range(len(mean)), key=lambda candidate: mean[candidate])
-    odds = tuple(_odds(measured, known, candidate, reference, margin) for candidate in range(len(mean)))
+
+    def odds_of(candidate: int) -> Odds:
+        score = _score(measured, known, candidate)
+        if candidate == reference:
+            return Odds(score, 0.0, 0.0, 0.0, True)
+        pair = candidate, reference
+        chance, alone = known.chance_of_loss(*pair, margin), unshrunk.chance_of_loss(*pair, margin)
+        loss, beyond = float(known.loss(*pair)[0].mean()), known.loss_beyond(*pair, margin)
+        return Odds(score, loss, chance, beyond, chance <= 1 - SHOWN and alone <= 1 - _UNSHRUNK)
+
+    odds = tuple(odds_of(candidate) for candidate in range(len(mean)))
     sound = [candidate for candidate in fitting if odds[candidate].loss_beyond < _TENTH * margin]
     best = max(fitting, key=lambda candidate: mean[candidate])
     chosen = min(sound, key=lambda candidate: (sizes[candidate], odds[candidate].loss), default=best)
-    return Choice(chosen, reference, odds)
+    return ModelChoice(chosen, reference, odds)
 
 
-def _odds(measured: FoldMeans, known: Posterior, candidate: int, reference: int, margin: float) -> Odds:
+def _score(measured: FoldMeans, known: Posterior, candidate: int) -> Interval:
+    """Return the score of the next training: of shares Wilson's interval of as many images as would scatter so."""
     mean, variance = float(known.means[:, candidate].mean()), float(known.means[:, candidate].var())
     variance += float(known.covariances[:, candidate, candidate].mean() + measured.run_variance[candidate])
-    half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
-    score = Interval(mean, mean - half, mean + half, 0, CONFIDENCE)
-    if measured.images is not None:  # Wilson's interval of as many images as would scatter so stays within 0 and 1
-        share = min(max(mean, 0.0), 1.0)
-        inner = (share * measured.images + 1) / (measured.images + 2)
-        images = max(1, round(inner * (1 - inner) / variance))
-        score = replace(proportion_interval(share * images, images), n=measured.images)
-    if candidate == reference:
-        return Odds(score, 0.0, 0.0, 0.0)
-    loss, chance = known.loss(candidate, reference)[0].mean(), known.chance_of_loss(candidate, reference, margin)
-    return Odds(score, float(loss), chance, known.loss_beyond(candidate, reference, margin))
+    if measured.images is None:
+        half = float(scipy.special.ndtri(0.5 + CONFIDENCE / 2)) * math.sqrt(variance)
+        return Interval(mean, mean - half, mean + half, 0, CONFIDENCE)
+    share = min(max(mean, 0.0), 1.0)
+    inner = (share * measured.images + 1) / (measured.images + 2)
+    images = max(1, round(inner * (1 - inner) / variance))
+    return replace(proportion_interval(share * images, images), n=measured.images)
 
 
 @dataclass(frozen=True)
@@ -279,7 +273,7 @@ def resolvable(
     disagreement: float = 0.1,
     accuracy: float = 0.8,
 ) -> Resolution:
-    """Return what images can resolve, all shares; without shrinkage.
+    """Return what images can resolve without shrinkage, all shares.
 
     Args:
         images: that folds divide.

@@ -8,7 +8,7 @@ import tuning_odds
 from scipy import stats
 
 from peft_vit.statistics import odds
-from peft_vit.statistics.odds import FoldMeans, choose, means_of_folds, means_of_images, posterior, resolvable
+from peft_vit.statistics.odds import FoldMeans, choose_model, means_of_folds, means_of_images, posterior, resolvable
 
 RIGHT = (0.8, 0.8, 0.6)  # of three candidates; those that fail together do so on the same images
 
@@ -73,12 +73,15 @@ def test_a_candidate_with_fewer_folds_is_known_less_well() -> None:
 
 
 def test_classes_count_the_same_in_balanced_accuracy() -> None:
-    scores, folds = drawn(3)
-    classes = np.repeat([0, 1, 2], [140, 50, 10])
+    scores, _ = drawn(3, repetitions=1)
+    classes, folds = np.repeat([0, 1, 2], [140, 50, 10]), np.arange(200)[None] % 5
     measured = means_of_images(scores, folds, classes)
     expected = np.mean([scores[..., classes == k].mean((1, 2)) for k in range(3)], axis=0)
     assert measured.means == pytest.approx(expected)
-    assert difference_variance(measured) > 1.5 * difference_variance(means_of_images(scores, folds))
+    difference = scores[0, 0] - scores[2, 0]
+    of_classes = sum(difference[classes == k].var() / np.sum(classes == k) / 9 for k in range(3))
+    assert 1.2 < difference_variance(measured, 0, 2) / of_classes < 2  # and training images, and folds that scatter
+    assert difference_variance(measured, 0, 2) > 2 * difference_variance(means_of_images(scores, folds), 0, 2)
 
 
 def test_two_that_never_differed_are_not_proven_equal() -> None:
@@ -135,8 +138,10 @@ def test_fewer_degrees_of_freedom_make_less_sure() -> None:
 def test_correlations_of_few_folds_are_pulled_together_and_variances_stay() -> None:
     scores = np.random.default_rng(6).normal(0.8, 0.02, (6, 5))
     measured = means_of_folds(scores, 0.2)
-    assert np.diag(measured.covariance) == pytest.approx(scores.var(1, ddof=1) * (1 / 5 + 0.25))
+    assert np.diag(measured.covariance) == pytest.approx(scores.var(1, ddof=1) * (1 / 5 + 0.25), rel=1e-5)
     assert np.linalg.eigvalsh(measured.covariance)[0] > 0  # six of five folds are singular
+    same = posterior(means_of_folds(scores[[0, 0]], 0.2))
+    assert same.chance_of_loss(1, 0, 0.01) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +154,7 @@ def test_correlations_of_few_folds_are_pulled_together_and_variances_stay() -> N
     ],
 )
 def test_the_smallest_that_loses_little_is_taken(means: list[float], fitting: tuple[int, ...], chosen: int) -> None:
-    choice = choose(normal(means, 0.003), [86, 14, 9], fitting, [0], margin=0.01)
+    choice = choose_model(normal(means, 0.003), [86, 14, 9], fitting, [0], margin=0.01)
     assert (choice.chosen, choice.reference) == (chosen, 0)
     worth = choice.odds[chosen]
     assert worth.shown == (means[chosen] == 0.8)
@@ -160,10 +165,10 @@ def test_the_smallest_that_loses_little_is_taken(means: list[float], fitting: tu
 
 def test_a_share_stays_within_its_bounds_and_an_unstable_recipe_is_known_less_well() -> None:
     certain = normal([0.999, 0.9], 0.004)
-    score = choose(certain, [2, 1], [0], [0], 0.01).odds[0].score
+    score = choose_model(certain, [2, 1], [0], [0], 0.01).odds[0].score
     assert 0.97 < score.low < 0.999 < score.high <= 1.0
     unstable = FoldMeans(certain.means, certain.covariance, np.full(2, 0.03**2), 500.0)
-    wide = choose(unstable, [2, 1], [0], [0], 0.01).odds[0].score
+    wide = choose_model(unstable, [2, 1], [0], [0], 0.01).odds[0].score
     assert wide.high - wide.low > 0.1
 
 
