@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from peft_vit.config import QuantizationType
 from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.statistics.odds import Odds, choose, means_of_images
+from peft_vit.statistics.odds import Odds, choose_model, means_of_images
 from peft_vit.tuning.context import FOLDS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
@@ -121,7 +121,7 @@ def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
 
 
 def decide(folds: Folds) -> Decision:
-    """Return which model is taken, as `statistics.odds.choose` does, of all that have enough folds.
+    """Return which model is taken, as `statistics.odds.choose_model` does, of all that have enough folds.
 
     Raises:
         UserError: if nothing has a fold.
@@ -136,7 +136,7 @@ def decide(folds: Folds) -> Decision:
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
     classes = measures.classes if context.metric.equal_classes else None
     measured = means_of_images(measures.scores, measures.folds, classes)
-    choice = choose(measured, sizes, fitting or range(len(recipes)), floats, margin)
+    choice = choose_model(measured, sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.odds[choice.chosen]
 
     def why(number: int) -> str:
