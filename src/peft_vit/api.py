@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, PrecisionSetting
+    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, MetricSetting, PrecisionSetting
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
     from peft_vit.report.result_tables import ResultTables
@@ -247,6 +247,7 @@ def tune(
     *,
     labels: Sequence[Any] | None = None,
     margin: float = 1.0,
+    metric: MetricSetting = "auto",
     max_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
@@ -271,6 +272,7 @@ def tune(
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         labels: of the images, where these are no files and hold none.
         margin: points of accuracy that a smaller model may lose against the best one found.
+        metric: that decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
         max_bytes: of the model's file, as in "16MB".
         max_latency: of one image on this machine, as in "50ms".
         memory_limit: of a training process, as in "1GB".

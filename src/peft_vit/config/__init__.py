@@ -77,6 +77,7 @@ from peft_vit.config.training import (
     Flip,
     Flips,
     MetricName,
+    MetricSetting,
     Mixup,
     RandAugment,
     RandomResizedCrop,

@@ -20,6 +20,7 @@ Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
 ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
 MetricName = Literal["accuracy", "balanced_accuracy"]  # that may decide, see `tasks`
+MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
 
 
 def _rising(values: tuple[float, float]) -> tuple[float, float]:
@@ -234,7 +235,7 @@ class TrainingConfig(Settings):
         description="strength of the probe's penalty; default: validation chooses among nine, or training images that "
         "are left out in turn, where none validate",
     )
-    metric: Literal["auto", "accuracy", "balanced_accuracy"] = Field(
+    metric: MetricSetting = Field(
         default="accuracy",
         description="what validation chooses steps and the probe's penalty by; auto: balanced_accuracy where a class "
         "has more than three times as many images as another, else accuracy; settled when planned",

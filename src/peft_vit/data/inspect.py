@@ -293,8 +293,15 @@ class Inspection:
         """Return what decides."""
         return CLASSIFICATION.deciding(self.chosen_counts)
 
-    def lines(self) -> list[str]:
-        """Return what there is to know, each in a line."""
+    def lines(self, metric: DecidingMetric | None = None) -> list[str]:
+        """Return what there is to know, each in a line.
+
+        Args:
+            metric: that was asked for; None: the classes say which one decides.
+        """
+        known = [*self._of_images(), *self._of_repeated()]
+        if metric is not None:
+            return [*known, f"{metric.words} decides, as was asked for"]
         counts = self.chosen_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
@@ -303,7 +310,7 @@ class Inspection:
         even = f"; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
         balance = f"{self.metric.words} decides: {times}"
         balance += f", more than {LARGEST_IMBALANCE:g}" if self.metric.equal_classes else even
-        return [*self._of_images(), *self._of_repeated(), balance]
+        return [*known, balance]
 
     def remarks(self) -> list[str]:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""

@@ -22,6 +22,7 @@ from peft_vit.runs.machine import choose_precision, resolve_device
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.within_time import Runner
 from peft_vit.tasks import DecidingMetric
+from peft_vit.tasks.classification import CLASSIFICATION
 from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
@@ -203,7 +204,8 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
             images.json is there already and holds something else.
     """
     seen = inspect_images(state.request.images, on_progress=_telling_if_slow(state))
-    for line in seen.lines():
+    asked = None if state.request.metric == "auto" else CLASSIFICATION.metric(state.request.metric)
+    for line in seen.lines(asked):
         state.tell(f"  {line}")
     content = json.dumps(images_file(seen, state.request.seed), indent=1) + "\n"
     place = state.request.output / IMAGES_FILE
@@ -220,8 +222,9 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
     state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
     different = len(np.unique(seen.groups[used]))
-    runner = make_runner(state, seen.metric)
-    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), seen.metric, different, len(sealed))
+    metric = asked or seen.metric
+    runner = make_runner(state, metric)
+    return TuningContext(state, runner, seen, place, tuple(counts.tolist()), metric, different, len(sealed))
 
 
 def _telling_if_slow(state: State) -> Callable[[int, int], None]:

@@ -21,6 +21,8 @@ from peft_vit.config import QuantizationType
 from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
+from peft_vit.statistics import Interval
+from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import log_softmax
 from peft_vit.tuning.context import FOLDS, TuningContext
@@ -190,6 +192,18 @@ class Folds:
         right = [np.concatenate([self.outcomes[one][seed].right for seed in seeds]) for one in (recipe, other)]
         differs = np.subtract(*(side.astype(float) for side in right))
         return own - others > float(differs.std()) / len(differs) ** 0.5
+
+    def gain_of_steps(self, recipe: Recipe) -> Interval | None:
+        """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""
+        trained = recipe.trained
+        half, done = self.outcomes.get(replace(trained, steps=trained.steps // 2), {}), self.outcomes[trained]
+        seeds = [seed for seed in half if seed in done]
+        if trained.is_probe or not seeds:
+            return None
+        labels = np.concatenate([done[seed].labels for seed in seeds])
+        wrong = [~np.concatenate([own[seed].right for seed in seeds]) for own in (half, done)]
+        weights = 1 / np.bincount(labels)[labels] if self.context.metric.equal_classes else None
+        return gain_of_twice(*wrong, weights, share=1.0)
 
     def measures(self, recipes: Sequence[Recipe]) -> Measures:
         """Return which images some recipes have right, each of which has a fold."""

@@ -58,7 +58,8 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
             sections[MORE] = tuple(Paragraph(plain(sentence)) for sentence in choice.more)
             sections[FORMS] = (forms_table(summary),)
         sections[title] = blocks
-    sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines())
+    asked_for = None if choice.request.metric == "auto" else choice.metric
+    sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines(asked_for))
     sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
     said = answer(choice.decision, choice.metric, choice.request.margin_share)
     return replace(

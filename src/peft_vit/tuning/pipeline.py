@@ -180,11 +180,13 @@ def choose(
         limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
         ranked, untried = search(folds, trained, limit) if trained else ([], [])
     with state.stage("folds"):
-        ending_s = max(1.0, folds.pace.factor) * costs.ending_s(ranked[0].rounded(ROUNDED[0]) if ranked else probe)
+        possible = [recipe.rounded(ROUNDED[0]) for recipe in ranked[:2]]
+        ending_s = max(1.0, folds.pace.factor) * max(costs.ending_s(recipe) for recipe in (probe, *possible))
         untried += compare(folds, probe, ranked, state.until(ending_s))
         decision = decide(folds)
         state.tell(f"  {answer(decision, context.metric, margin)}")
-    return decision, sizes, what_more_buys(labels, sizes, untried, minutes)
+    steps = folds.gain_of_steps(decision.taken.recipe)
+    return decision, sizes, what_more_buys(labels, steps, sizes, untried, minutes)
 
 
 def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[Costs, Mapping[str, list[int]]]:

@@ -72,12 +72,17 @@ def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> s
 
 
 def what_more_buys(
-    labels: Interval | None, sizes: Sequence[SizeResult], untried: Sequence[Recipe], minutes: float
+    labels: Interval | None,
+    steps: Interval | None,
+    sizes: Sequence[SizeResult],
+    untried: Sequence[Recipe],
+    minutes: float,
 ) -> tuple[str, ...]:
     """Return what more labels and more minutes would buy, in sentences.
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.
+        steps: what twice as many bring the model that was taken; None: unknown.
         sizes: every model and image size.
         untried: recipes that there was no time for.
         minutes: of this call.
@@ -86,11 +91,11 @@ def what_more_buys(
     if labels is None:
         sentences.append("What more labels would bring can't be told: there are too few to learn from half of them.")
     else:
-        low, high = (0.0 if end is None else end for end in (labels.low, labels.high))
-        sentences.append(
-            f"Twice as many labels: about {points(labels.estimate)} points ({points(low)} to {points(high)}), as the "
-            "regression on frozen features learns with half and with all of them."
-        )
+        learns = "as the regression on frozen features learns with half and with all of them"
+        sentences.append(f"Twice as many labels: {_gain(labels)}, {learns}.")
+    if steps is not None:
+        learns = f"as it learns on {steps.n} images of folds with half and with all of its steps"
+        sentences.append(f"Twice as long a training, so about twice the minutes: {_gain(steps)}, {learns}.")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.score is None]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
@@ -102,3 +107,8 @@ def what_more_buys(
             f"{2 * minutes:g} tries some of it, and keeps what was done."
         )
     return tuple(sentences)
+
+
+def _gain(expected: Interval) -> str:
+    low, high = (points(end or 0.0) for end in (expected.low, expected.high))
+    return f"about {points(expected.estimate)} points ({low} to {high})"

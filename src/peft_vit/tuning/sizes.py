@@ -23,7 +23,7 @@ from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.studies import image_sizes
 from peft_vit.studies.image_sizes import Regression, expected_gain, sizes_to_try
 from peft_vit.studies.plan import plan_study
-from peft_vit.tuning.context import TuningContext
+from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
 
@@ -157,7 +157,7 @@ def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> I
             return None
         counts = np.bincount(found.labels)
         weights = 1 / counts[found.labels] if context.metric.equal_classes else None
-        gain = gain_of_twice(~found.right_of_half, ~found.right, weights)
+        gain = gain_of_twice(~found.right_of_half, ~found.right, weights, share=1 - 1 / FOLDS)
         assert gain.low is not None
         assert gain.high is not None
         return [gain.estimate, gain.low, gain.high, gain.n, gain.confidence]

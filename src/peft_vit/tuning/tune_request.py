@@ -13,6 +13,7 @@ from peft_vit.config import (
     SEEDS,
     ComputeSetting,
     Device,
+    MetricSetting,
     PrecisionSetting,
     Size,
     Time,
@@ -47,8 +48,13 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="The accuracy that a smaller model may lose against the best one found, in points. Where classes "
-        "are out of balance, it is balanced accuracy.",
+        description="The accuracy that a smaller model may lose against the best one found, in points; of balanced "
+        "accuracy where that decides.",
+    )
+    metric: MetricSetting = Field(
+        default="auto",
+        description="What decides everywhere. auto: balanced_accuracy where a class has more than three times as many "
+        "images as another, else accuracy.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
     max_latency: Time = Field(
