@@ -146,7 +146,7 @@ def decide(folds: Folds) -> Decision:
         if number not in fitting:
             return "larger than the limit"
         if size < 0:
-            return f"expected to be {-gain:.1f} points worse"
+            return f"expected to be {-gain:.1f} points worse" if gain <= -0.05 else "smaller, but less sure"
         larger = "larger" if size > 0 else "as large"
         return f"{larger}, and {gain:.1f} points better" if gain >= 0.05 else f"{larger}, and not better"
 
