@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from peft_vit.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.config import BackboneConfig, Compute, Flips, WeightsSource, named_backbone
@@ -84,6 +85,10 @@ class TuningContext:
         """Return how training images are flipped: as regressions have chosen, left-right until then."""
         flips: Flips = self.state.file.decided.get("flips", "horizontal")
         return flips
+
+    def weights(self, labels: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """Return what images of these classes count, (n,); None: all the same."""
+        return 1 / np.bincount(labels)[labels] if self.metric.equal_classes else None
 
     @cached_property
     def backbones(self) -> dict[str, BackboneConfig]:

@@ -47,10 +47,6 @@ class Costs:
         """Return the seconds of a forward pass for each of its images."""
         return self.machine.image_s(self.shape(recipe))
 
-    def features_s(self, recipe: Recipe, images: int) -> float:
-        """Return the seconds of the features of images in every way in which training shows them."""
-        return len(FLIP_AXES[self.context.flips]) * images * self.image_s(recipe)
-
     def fits_s(self, recipe: Recipe, images: int) -> float:
         """Return the seconds of a regression on the features of so many images, its penalty chosen among them."""
         width = next(iter(self.shape(recipe).sites)).in_features
@@ -60,7 +56,8 @@ class Costs:
     def regression_s(self, recipe: Recipe) -> float:
         """Return the seconds of a size's regression, with the features of all images: the best one's are needed."""
         images = self.context.images
-        return self.machine.start_s + self.features_s(recipe, images) + self.fits_s(recipe, min(MOST_SEEN, images))
+        features_s = len(FLIP_AXES[self.context.flips]) * images * self.image_s(recipe)
+        return self.machine.start_s + features_s + self.fits_s(recipe, min(MOST_SEEN, images))
 
     def run_s(self, recipe: Recipe) -> float:
         """Return the seconds of a run on a fold, without a process's start and features that others share."""
@@ -126,17 +123,15 @@ class Costs:
         parts = {"images and machine": spent_s, "regressions": regressions_s, "training on folds": trained_s}
         return {**parts, "last training and files": ending_s}
 
-    def least_s(self, recipe: Recipe) -> float:
-        """Return the seconds of the least that gives an answer: a regression on the folds, and its file."""
-        return self.regression_s(recipe) + FOLDS * self.run_s(recipe) + self.ending_s(recipe)
-
     def refuse_little_time(self, smallest: Recipe) -> None:
         """Refuse minutes in which not even the regression on the smallest images is done.
 
         Raises:
             UserError: with the least that would do.
         """
-        minutes, least_s = self.context.request.minutes, self.least_s(smallest)
+        minutes = self.context.request.minutes
+        # A regression on the folds, and its file.
+        least_s = self.regression_s(smallest) + FOLDS * self.run_s(smallest) + self.ending_s(smallest)
         if least_s > 60 * minutes:
             enough = max(math.ceil(least_s / 60), math.floor(minutes) + 1)
             problem = f"{minutes:g} are too few for a single model on this machine, even of the smallest images"

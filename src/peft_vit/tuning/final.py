@@ -2,6 +2,7 @@
 
 It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on; the
 penalty of the probe that it starts from is chosen in the same way, on training images that are left out of its fit.
+Nothing validates. Temperature and sets of classes come from what the folds' runs say, in the form that is delivered.
 """
 
 from __future__ import annotations

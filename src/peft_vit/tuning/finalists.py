@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from peft_vit.config import QuantizationType
 from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.statistics.odds import Odds, choose_model, means_of_images
+from peft_vit.statistics.odds import Odds, choose_model
 from peft_vit.tuning.context import FOLDS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
@@ -131,12 +131,10 @@ def decide(folds: Folds) -> Decision:
         raise UserError("ended before a single model; give more, and the same command goes on", field="--minutes")
     most, margin = context.request.max_bytes, context.request.margin_share
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
-    measures, sizes = folds.measures(recipes), [bytes_of(folds, recipe) for recipe in recipes]
+    sizes = [bytes_of(folds, recipe) for recipe in recipes]
     fitting = [number for number, size in enumerate(sizes) if most is None or size <= most]
     floats = [number for number, recipe in enumerate(recipes) if recipe.bits is None]
-    classes = measures.classes if context.metric.equal_classes else None
-    measured = means_of_images(measures.scores, measures.folds, classes)
-    choice = choose_model(measured, sizes, fitting or range(len(recipes)), floats, margin)
+    choice = choose_model(folds.measured(recipes), sizes, fitting or range(len(recipes)), floats, margin)
     taken = choice.odds[choice.chosen]
 
     def why(number: int) -> str:

@@ -23,6 +23,7 @@ from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
+from peft_vit.statistics.odds import FoldMeans, means_of_images
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import log_softmax
 from peft_vit.tuning.context import FOLDS, TuningContext
@@ -32,23 +33,6 @@ from peft_vit.tuning.recipe import Recipe, shared_training
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
 RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Which images which recipes have right, as `statistics.odds` takes it.
-
-    Attributes:
-        recipes: C of them.
-        scores: (C, R, N), by repetition and image: 1 right, 0 wrong, NaN where a fold was not done.
-        folds: (R, N), of each image.
-        classes: (N,).
-    """
-
-    recipes: tuple[Recipe, ...]
-    scores: NDArray[np.float64]
-    folds: NDArray[np.int64]
-    classes: NDArray[np.int64]
 
 
 @dataclass
@@ -202,16 +186,15 @@ class Folds:
             return None
         labels = np.concatenate([done[seed].labels for seed in seeds])
         wrong = [~np.concatenate([own[seed].right for seed in seeds]) for own in (half, done)]
-        weights = 1 / np.bincount(labels)[labels] if self.context.metric.equal_classes else None
-        return gain_of_twice(*wrong, weights, share=1.0)
+        return gain_of_twice(*wrong, self.context.weights(labels), share=1.0)
 
-    def measures(self, recipes: Sequence[Recipe]) -> Measures:
-        """Return which images some recipes have right, each of which has a fold."""
+    def measured(self, recipes: Sequence[Recipe]) -> FoldMeans:
+        """Return what is known of the deciding metric of C recipes, each of which has a fold."""
         known = {seed: outcome for recipe in recipes for seed, outcome in self.outcomes[recipe].items()}
         positions = np.unique(np.concatenate([outcome.images for outcome in known.values()]))  # (N,)
         repetitions = sorted({seed // FOLDS for seed in known})
-        scores = np.full((len(recipes), len(repetitions), len(positions)), np.nan)
-        folds = np.full((len(repetitions), len(positions)), -1, dtype=np.int64)
+        scores = np.full((len(recipes), len(repetitions), len(positions)), np.nan)  # (C, R, N): 1 right, 0 wrong
+        folds = np.full((len(repetitions), len(positions)), -1, dtype=np.int64)  # (R, N)
         classes = np.zeros(len(positions), dtype=np.int64)
         for seed, outcome in known.items():
             at = np.searchsorted(positions, outcome.images)
@@ -224,4 +207,4 @@ class Folds:
             for seed, outcome in self.outcomes[recipe].items():
                 at = np.searchsorted(positions, outcome.images)
                 scores[number, repetitions.index(seed // FOLDS), at] = outcome.right
-        return Measures(tuple(recipes), scores, folds, classes)
+        return means_of_images(scores, folds, classes if self.context.metric.equal_classes else None)

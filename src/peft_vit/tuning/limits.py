@@ -130,14 +130,9 @@ def within_memory(context: TuningContext, model: str, image_size: int, experimen
         )
         for line in plan.memory:
             context.state.tell(f"  {line}")
+        settings = {"activation_checkpointing", "recomputed_blocks", "micro_batch_size"}
         training = plan.study.experiments[0].training
-        settings = {
-            "memory_limit": limit,
-            "activation_checkpointing": training.activation_checkpointing,
-            "recomputed_blocks": training.recomputed_blocks,
-            "micro_batch_size": training.micro_batch_size,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
+        return {"memory_limit": limit, **training.model_dump(include=settings, exclude_none=True)}
 
     try:
         return context.state.once(f"memory {model} {image_size}", decide)

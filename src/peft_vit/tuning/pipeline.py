@@ -14,10 +14,6 @@ How it goes, with the shares of the minutes (`state.SHARES`):
   found, is below a tenth of the margin; if there is none, that with the least expected loss.
 - final, output (20 %): that recipe on all that is not sealed, its fastest form, a page. Sealed images are read once.
 
-A run on a fold is what is delivered: nothing validates, the steps are fixed, the rate comes down over all of them, the
-last step's model is taken, and the penalty of the probe that the head starts as is chosen among training images. Its
-temperature and its sets of classes come from what the folds' runs say, in the very form that is delivered.
-
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
 rates, steps and candidates. Only the sealed images, the folds, flips and how products are computed stay.
 """
@@ -25,8 +21,7 @@ rates, steps and candidates. Only the sealed images, the folds, flips and how pr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,25 +104,19 @@ def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: E
         return _tune(request, tell, environment or Environment())
 
 
-@contextmanager
-def _removed_if_refused(state: State, file: Path) -> Iterator[None]:
-    """Take a file away again that was written before the tuning could begin, if it can't."""
-    try:
-        yield
-    finally:
-        if not state.begun:
-            file.unlink(missing_ok=True)
-
-
 def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Environment) -> Choice:
     state = State.opened(request, tell, environment.clock)
     was_there = (request.output / IMAGES_FILE).exists()
     with state.stage("look"):
         context = context_of(state, environment.make_runner)
-    with state.stage("machine"), nullcontext() if was_there else _removed_if_refused(state, context.images_file):
-        costs, allowed = _look_at_machine(context, environment)
-        state.begin()
-        _tell_forecast(costs, allowed)
+    try:
+        with state.stage("machine"):
+            costs, allowed = _look_at_machine(context, environment)
+            state.begin()
+            _tell_forecast(costs, allowed)
+    finally:
+        if not (state.begun or was_there):  # refused: another limit can be asked for
+            context.images_file.unlink(missing_ok=True)
     folds = Folds(costs, environment.round_run)
     folds.recall()
     decision, sizes, more = choose(folds, allowed, environment.regress)
@@ -231,9 +220,10 @@ def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
 def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     """Say what the whole will take, stage by stage."""
     context, state = costs.context, costs.context.state
-    resolution = resolvable(context.different or context.images, context.request.margin_share)
+    images = context.different or context.images
+    resolution = resolvable(images, context.request.margin_share)
     apart, known = (f"{100 * share:.1f} points" for share in (resolution.difference, resolution.accuracy))
-    state.tell(f"  so many images tell two models apart that differ by {apart}, and an accuracy to within {known}")
+    state.tell(f"  {images:,} images tell two models apart that differ by {apart}, and an accuracy to within {known}")
     probes = [Recipe(model, size) for model, own in sizes.items() for size in own]
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())

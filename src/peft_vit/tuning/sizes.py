@@ -7,12 +7,10 @@ decided at the first one: digits are not to be flipped, and cells of a panel may
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from peft_vit.backbones import architecture_of
 from peft_vit.config import Flips, study_from_mapping
@@ -151,19 +149,15 @@ def _study(context: TuningContext, probe: Recipe, flips: Flips) -> dict[str, Any
 def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> Interval | None:
     """Return what twice as many labels would bring a regression, a share; None: there are too few to tell."""
 
-    def forecast() -> list[float] | None:
+    def forecast() -> dict[str, Any] | None:
         found = regress(_study(context, probe, context.flips), context.state.studies, True)
         if found.right_of_half is None:
             return None
-        counts = np.bincount(found.labels)
-        weights = 1 / counts[found.labels] if context.metric.equal_classes else None
-        gain = gain_of_twice(~found.right_of_half, ~found.right, weights, share=1 - 1 / FOLDS)
-        assert gain.low is not None
-        assert gain.high is not None
-        return [gain.estimate, gain.low, gain.high, gain.n, gain.confidence]
+        weights = context.weights(found.labels)
+        return asdict(gain_of_twice(~found.right_of_half, ~found.right, weights, share=1 - 1 / FOLDS))
 
     try:
         kept = context.state.once(f"labels {probe.place}", forecast)
     except UserError:  # a class has one image in a half
         return None
-    return None if kept is None else Interval(kept[0], kept[1], kept[2], int(kept[3]), kept[4])
+    return None if kept is None else Interval(**kept)

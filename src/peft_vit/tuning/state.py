@@ -161,6 +161,4 @@ def _read(place: Path) -> TuneFile | None:
 
 
 def _said(value: Any) -> str:
-    return (
-        "none" if value is None or value == [] else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    )
+    return " ".join(map(str, value if isinstance(value, list) else [value])) if value not in (None, []) else "none"
