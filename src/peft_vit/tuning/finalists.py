@@ -20,6 +20,7 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
 _FEWEST = 3  # folds of what may be taken
 _FIRST, _SECOND = range(FOLDS), range(2 * FOLDS)  # seeds of a repetition, of both
 _SMALL_RANK = 2
+NO_MODEL = "ended before a single model; give more, and the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def decide(folds: Folds) -> Decision:
     """
     context, least = folds.context, min(_FEWEST, max(map(len, folds.outcomes.values()), default=0))
     if not least:
-        raise UserError("ended before a single model; give more, and the same command goes on", field="--minutes")
+        raise UserError(NO_MODEL, field="--minutes")
     most, margin = context.request.max_bytes, context.request.margin_share
     recipes = [recipe for recipe, done in folds.outcomes.items() if len(done) >= least]
     sizes = [bytes_of(folds, recipe) for recipe in recipes]

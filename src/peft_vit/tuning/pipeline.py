@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import FOLDS, IMAGES_FILE, MakeRunner, TuningContext, context_of
 from peft_vit.tuning.costs import LEAST_STEPS, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import train_finally
-from peft_vit.tuning.finalists import Decision, compare, decide
+from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
@@ -239,19 +240,15 @@ def _regression_on_folds(folds: Folds, sizes: list[SizeResult]) -> Recipe:
     best = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
     folds.run([best], range(FOLDS), folds.context.state.limit)  # without one there is no answer
     if not folds.seeds(best):
-        problem = "ended before a single model; give more, and the same command goes on"
-        raise UserError(problem, field="--minutes")
+        raise UserError(NO_MODEL, field="--minutes")
     return best
 
 
 def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
     """Return the sizes at which LoRA is trained, the most promising first; none if there is no time for it."""
     tell = folds.context.state.tell
-    promising: list[SizeResult] = []
-    for size in sorted(sizes, key=lambda size: -size.promise):
-        fits = size.score is not None and size.steps and len(promising) < _SIZES_TRAINED
-        if fits and _memory_fault(folds, size.probe) is None:
-            promising.append(size)
+    fitting = (size for size in sorted(sizes, key=lambda size: -size.promise) if size.score is not None and size.steps)
+    promising = list(islice((size for size in fitting if _memory_fault(folds, size.probe) is None), _SIZES_TRAINED))
     if promising:
         tell(f"  LoRA is trained at {' and '.join(f'{size.image_size} px' for size in promising)}")
     else:
