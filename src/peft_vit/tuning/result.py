@@ -91,8 +91,9 @@ def what_more_buys(
     if labels is None:
         sentences.append("What more labels would bring can't be told: there are too few to learn from half of them.")
     else:
-        learns = "as the regression on frozen features learns with half and with all of them"
-        sentences.append(f"Twice as many labels: {_gain(labels)}, {learns}.")
+        sentences.append(
+            f"Twice as many labels: {_gain(labels)}, as the regression learns with half and with all of them."
+        )
     if steps is not None:
         learns = f"as it learns on {steps.n} images of folds with half and with all of its steps"
         sentences.append(f"Twice as long a training, so about twice the minutes: {_gain(steps)}, {learns}.")

@@ -27,8 +27,6 @@ from peft_vit.tuning.recipe import Recipe, shared_training
 
 _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
-
-
 Regress = Callable[[Mapping[str, Any], Path, bool], Regression]
 
 
