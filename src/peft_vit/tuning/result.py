@@ -95,8 +95,8 @@ def what_more_buys(
             f"Twice as many labels: {_gain(labels)}, as the regression learns with half and with all of them."
         )
     if steps is not None:
-        learns = f"as it learns on {steps.n} images of folds with half and with all of its steps"
-        sentences.append(f"Twice as long a training, so about twice the minutes: {_gain(steps)}, {learns}.")
+        learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
+        sentences.append(f"Twice the steps, in about twice the minutes: {_gain(steps)}, {learns}.")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.score is None]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
