@@ -13,7 +13,7 @@ from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.finalists import Decision
 from peft_vit.tuning.recipe import Recipe
-from peft_vit.tuning.sizes import SizeResult
+from peft_vit.tuning.sizes import NO_TIME, SizeResult
 from peft_vit.tuning.tune_request import TuneRequest
 
 _NAMED = 4  # recipes that are named in a sentence
@@ -97,7 +97,7 @@ def what_more_buys(
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
         sentences.append(f"Twice the steps, in about twice the minutes: {_gain(steps)}, {learns}.")
-    left = [f"{size.model} at {size.image_size} px" for size in sizes if size.score is None]
+    left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
         sentences.append("More minutes: nothing was left out for want of time.")

@@ -25,6 +25,7 @@ from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.costs import MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
 
+NO_TIME = "no time for it"
 _WAYS: tuple[Flips, ...] = ("horizontal", "none", "both")  # of equal ones the first
 _FLIPPED: Mapping[Flips, str] = {"horizontal": "flipped left-right", "none": "as they are", "both": "flipped both ways"}
 Regress = Callable[[Mapping[str, Any], Path, bool], Regression]
@@ -101,7 +102,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
             tried = [result for result in results if result.score is not None]
             expected_s = costs.regression_s(probe)
             if tried and max(1.0, pace.factor) * expected_s > limit.left_s:
-                why = "no time for it"
+                why = NO_TIME
             elif probe.model in too_large:
                 why = "a smaller one took more memory than is free"
             else:
