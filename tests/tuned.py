@@ -49,7 +49,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     (final,) = _done("final-tiny_pool-32", [0], data, folder / "studies")
 
     def odds(loss: float, chance: float) -> Odds:
-        return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001)
+        return Odds(Interval(0.72 - loss, 0.66 - loss, 0.78 - loss, 38, 0.95), loss, chance, 0.0001, shown=False)
 
     worth = odds(0.004, 0.12)
     taken = Candidate(ROUNDED, 100_000, FOLDS, worth, "")

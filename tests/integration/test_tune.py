@@ -41,7 +41,7 @@ def planted(
             return accuracy
         training = experiment["training"]
         lost = slope * abs(math.log(training["learning_rate"] / best_rate))
-        if experiment["method"] == "qa_lora" or experiment.get("lora", {}).get("rank") == 2:
+        if experiment["method"] in ("qa_lora", "adalora") or experiment.get("lora", {}).get("rank") == 2:
             lost += 0.03
         return accuracy + gain * (1 - math.exp(-training["steps"] / 60)) - lost
 
@@ -49,7 +49,9 @@ def planted(
 
 
 def stand_ins(**changes: Any) -> StandIns:
-    return StandIns(**{"truth": planted(), "images": 1000, "step_s": 0.1, "lost": {"nf4": 0.0, "int4": 0.0}} | changes)
+    return StandIns(
+        **{"truth": planted(), "images": 1000, "step_s": 0.1, "seed": 3, "lost": {"nf4": 0.0, "int4": 0.0}} | changes
+    )
 
 
 def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -> Environment:
@@ -155,7 +157,7 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
         ({"lost": {"nf4": 0.2, "int4": 0.2, "int8": 0.2}}, {}, ("lora", None)),
         ({"lost": {"nf4": 0.2, "int4": 0.2, "int8": 0.0}}, {}, ("lora", "int8")),
         ({"lost": {"nf4": 0.3, "int4": 0.3}}, {"max_bytes": 400_000}, ("qa_lora", "nf4")),
-        ({"truth": planted(gain=-0.1)}, {}, ("linear", "nf4")),  # training loses
+        ({"truth": planted(gain=-0.1), "lost": {"int4": 0.1}}, {}, ("linear", "nf4")),  # training loses
     ],
 )
 def test_the_smallest_that_loses_less_than_the_margin_is_taken(tuning: Tuning, changes, asked, taken) -> None:
@@ -224,7 +226,8 @@ def test_a_tuning_that_is_killed_goes_on_and_does_nothing_twice(tuning: Tuning, 
         tuning(runner)
     runner.kill_after = None
     choice = tuning(runner)
-    assert (choice.recipe.method, choice.recipe.bits, choice.recipe.steps) == ("lora", "nf4", MOST_STEPS)
+    assert (choice.recipe.method, choice.recipe.bits) == ("lora", "nf4")
+    assert choice.recipe.steps >= MOST_STEPS
     assert len(runner.carried_out) == len(set(runner.carried_out))
 
 

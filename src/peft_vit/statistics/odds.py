@@ -25,6 +25,7 @@ Floats = NDArray[np.float64]
 
 SHOWN, _UNSHRUNK = 0.95, 0.75  # so sure, a claim is called shown; and as sure at least without shrinkage
 _TENTH = 0.1  # of the margin: the expected loss beyond it that a smaller model may have
+_AS_SMALL = 1.05  # times the bytes of the smallest: images of other sizes change no more
 _QUANTILES = 64  # of what a posterior is a mixture over
 _SHRINKAGE = 2.5  # a of the prior of s, see `posterior`: between simulated tunings of equal models and real ones
 _FLOOR = 0.1  # images, squared, in the variance of a candidate's right ones: two that never differed may yet
@@ -215,6 +216,8 @@ def choose_model(
 ) -> ModelChoice:
     """Take the smallest model whose expected loss beyond the margin is below a tenth of it, else the best expected.
 
+    Of models that are hardly larger than it, that with the least expected loss.
+
     Args:
         measured: of all candidates: of each method what sizes and rates were chosen for it, on these folds or others.
         sizes: of each, in bytes.
@@ -238,7 +241,9 @@ def choose_model(
     odds = tuple(odds_of(candidate) for candidate in range(len(mean)))
     sound = [candidate for candidate in fitting if odds[candidate].loss_beyond < _TENTH * margin]
     best = max(fitting, key=lambda candidate: mean[candidate])
-    chosen = min(sound, key=lambda candidate: (sizes[candidate], odds[candidate].loss), default=best)
+    smallest = min((sizes[candidate] for candidate in sound), default=0.0)
+    small = [candidate for candidate in sound if sizes[candidate] <= _AS_SMALL * smallest]
+    chosen = min(small, key=lambda candidate: (odds[candidate].loss, sizes[candidate]), default=best)
     return ModelChoice(chosen, reference, odds)
 
 

@@ -185,8 +185,8 @@ class Folds:
         if trained.is_probe or not seeds:
             return None
         labels = np.concatenate([done[seed].labels for seed in seeds])
-        wrong = [~np.concatenate([own[seed].right for seed in seeds]) for own in (half, done)]
-        return gain_of_twice(*wrong, self.context.weights(labels), share=1.0)
+        of_half, of_all = (~np.concatenate([own[seed].right for seed in seeds]) for own in (half, done))
+        return gain_of_twice(of_half, of_all, self.context.weights(labels), share=1.0)
 
     def measured(self, recipes: Sequence[Recipe]) -> FoldMeans:
         """Return what is known of the deciding metric of C recipes, each of which has a fold."""
