@@ -218,7 +218,8 @@ def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     with pytest.raises(UserError, match=r"coverage: expected 0\.8 to 0\.97"):
         tuned.predict(array, coverage=0.99)
     (in_floats,) = tuned.predict(array / 255)
-    assert (in_floats.class_name, in_floats.probability) == (by_array[1].class_name, by_array[1].probability)
+    assert in_floats.class_name == by_array[1].class_name
+    assert in_floats.probability == pytest.approx(by_array[1].probability, abs=1e-5)
     with pytest.raises(UserError, match=r"images\[0\]: has values from 0 to 2\d\d; .*, floats 0 to 1"):
         tuned.predict(array * 1.0)
     with pytest.raises(UserError, match=r"nothing\.png"):

@@ -26,8 +26,8 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, shared_training
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
 MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
-_FIT_S = 2e-8  # of one, for each of its values: images x features x classes
-_PACK_S = 3.0  # to restore a run's model, and to round its weights once
+_FIT_S = 4e-8  # of one, for each of its values: images x features x classes
+_PACK_S = 1.5  # to restore a run's model, and to round its weights once
 _FORMS, _COMPARED = 3, 128  # of the model that are written, and images on which each is compared
 _TIMINGS, _CALLS = 3, 23  # processes of each form that is timed, and calls in each
 

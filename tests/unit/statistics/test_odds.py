@@ -163,6 +163,13 @@ def test_the_smallest_that_loses_little_is_taken(means: list[float], fitting: tu
     assert worth.chance_of_loss == pytest.approx(0.0 if worth.shown else 1.0, abs=0.05)
 
 
+@pytest.mark.parametrize(("middle", "chosen"), [(14.5, 1), (16, 2)])
+def test_of_models_that_are_about_as_small_the_best_is_taken(middle: float, chosen: int) -> None:
+    choice = choose_model(normal([0.80, 0.80, 0.795], 0.003), [86, middle, 14], (0, 1, 2), [0], margin=0.01)
+    assert choice.odds[2].loss_beyond < 0.001
+    assert choice.chosen == chosen
+
+
 def test_a_share_stays_within_its_bounds_and_an_unstable_recipe_is_known_less_well() -> None:
     certain = normal([0.999, 0.9], 0.004)
     score = choose_model(certain, [2, 1], [0], [0], 0.01).odds[0].score
