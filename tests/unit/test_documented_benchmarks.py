@@ -64,7 +64,7 @@ def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
 
 
 # Kept before files named their commit. They hold bytes and agreement of exported files, and processor time.
-_OLDER = {"deployment", "exported_models"}
+_OLDER = {"deployment"}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
