@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
 
 
 def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, later: Sequence[NDArray[np.float32]] = ()
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
@@ -66,8 +67,12 @@ def calibration_of(
         validation: of images that were not trained on.
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
+        later: logits of the validation images, (V, classes), after later steps. The images chose the step at which they
+            look best; those that follow are as sure, and not chosen by them.
     """
-    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
+    logits = np.concatenate([validation.logits, *later])  # (k V, classes)
+    images = np.tile(np.arange(len(validation.labels)), 1 + len(later))
+    calibrated = calibrate(logits, validation.labels[images], images.tolist(), PRIOR)
     unlike, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
