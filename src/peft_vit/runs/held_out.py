@@ -67,20 +67,15 @@ def calibration_of(
         validation: of images that were not trained on.
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
-        later: logits of the validation images, (V, classes), after later steps. The images chose the step at which they
-            look best; those that follow are as sure, and not chosen by them.
+        later: see `believed`.
     """
-    logits = np.concatenate([validation.logits, *later])  # (k V, classes)
-    images = np.tile(np.arange(len(validation.labels)), 1 + len(later))
-    calibrated = calibrate(logits, validation.labels[images], images.tolist(), PRIOR)
-    unlike, content, flagged = None, None, None
+    neighbours, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
-        threshold = conformal_quantile(neighbours.distances(validation.middle), LIKE)
-        unlike = Unlike(images=len(validation.labels), threshold=threshold)
         content = neighbours_bytes(neighbours)
-        if test.middle is not None:
-            flagged = int((neighbours.distances(test.middle) > threshold).sum())
+    calibrated, unlike = believed(validation, neighbours, later)
+    if neighbours is not None and unlike is not None and test.middle is not None:
+        flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     fields = {
         "calibrated": calibrated,
         "unlike": unlike,
@@ -88,6 +83,30 @@ def calibration_of(
         "tested_calibration": _tested(calibrated, test, flagged),
     }
     return fields, content
+
+
+def believed(
+    validation: Outputs,
+    known: Neighbours | None,
+    later: Sequence[NDArray[np.float32]] = (),
+    prior: TemperaturePrior = PRIOR,
+) -> tuple[Calibrated, Unlike | None]:
+    """Return how far outputs can be believed, by those of images that were not trained on.
+
+    Args:
+        validation: of these images.
+        known: features of training images, which tell what is unlike them; None: nothing does.
+        later: logits of the same images, (V, classes), after later steps. The images chose the step at which they look
+            best; models of later ones are as sure, and the images did not choose them.
+        prior: of the temperature.
+    """
+    logits = np.concatenate([validation.logits, *later])  # (k V, classes)
+    images = np.tile(np.arange(len(validation.labels)), 1 + len(later))  # (k V,)
+    calibrated = calibrate(logits, validation.labels[images], images.tolist(), prior)
+    if known is None or validation.middle is None:
+        return calibrated, None
+    threshold = conformal_quantile(known.distances(validation.middle), LIKE)
+    return calibrated, Unlike(images=len(validation.labels), threshold=threshold)
 
 
 def _tested(calibrated: Calibrated, test: Outputs, flagged: int | None) -> TestedCalibration:
