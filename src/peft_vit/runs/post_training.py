@@ -20,7 +20,7 @@ from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.methods.quantized import packed_by_default
-from peft_vit.runs.held_out import Outputs, believed
+from peft_vit.runs.held_out import PRIOR, Outputs, believed
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
