@@ -83,14 +83,17 @@ def calibration_of(
     return fields, content
 
 
-def believed(validation: Outputs, known: Neighbours | None) -> tuple[Calibrated, Unlike | None]:
+def believed(
+    validation: Outputs, known: Neighbours | None, prior: TemperaturePrior = PRIOR
+) -> tuple[Calibrated, Unlike | None]:
     """Return how far outputs can be believed, by those of images that were not trained on.
 
     Args:
         validation: of these images.
         known: features of training images, which tell what is unlike them; None: nothing does.
+        prior: of the temperature.
     """
-    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
+    calibrated = calibrate(validation.logits, validation.labels, prior=prior)
     if known is None or validation.middle is None:
         return calibrated, None
     threshold = conformal_quantile(known.distances(validation.middle), LIKE)

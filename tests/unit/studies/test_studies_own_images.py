@@ -15,7 +15,15 @@ from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.studies import image_sizes, own_images
 from peft_vit.studies.image_sizes import SizeTrial
-from peft_vit.studies.own_images import Counts, count_images, named_files, open_images, refuse_among_images, study_of
+from peft_vit.studies.own_images import (
+    Counts,
+    Forecast,
+    count_images,
+    named_files,
+    open_images,
+    refuse_among_images,
+    study_of,
+)
 from peft_vit.studies.request import TrainRequest
 from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
 
@@ -402,6 +410,13 @@ def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> N
         assert list(images.expected_s) == [64]
     with open_images(asked(image_size=48)) as images:
         assert not images.expected_s
+
+
+def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace) -> None:
+    """Or a regression that is delivered would take longer to test than all the minutes."""
+    few, many = (list(Forecast(asked(minutes=10), Counts(20, 4, test)).sizes_in_time()) for test in (4, 10**11))
+    assert many == few[: len(many)]
+    assert 0 < len(many) < len(few)
 
 
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
