@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import Field, model_validator
 
-from peft_vit.cli.app import command
+from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name, named_as_typed
 from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
@@ -149,8 +149,7 @@ def export(request: ExportRequest) -> None:
     if format == "history":
         from peft_vit.report.result_tables import export_history
 
-        refuse_existing(output, overwrite=request.overwrite)
-        print(f"{export_history(directory, output)} rows: {output}")
+        print(f"{export_history(directory, output, overwrite=request.overwrite)} rows: {output}")
     elif format == "tensorboard":
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
@@ -249,14 +248,16 @@ class PredictRequest(Request):
         "four digits. csv, json: unrounded.",
     )
     output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
+    overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
 
     def chosen_format(self) -> str:
-        """Return the format, by the file's name if there is one; raises UserError if they do not go together."""
+        """Return the format, by the file's name if there is one; raises UserError if it can't be taken."""
+        from peft_vit.report.printed import check_rows_file
+
         if self.output is None:
             return self.format or "table"
+        check_rows_file(self.output, overwrite=self.overwrite)
         ending = self.output.suffix.lower().removeprefix(".")
-        if ending not in ("csv", "json"):
-            raise UserError("expected a name that ends in .csv or .json", file=self.output, field="--output")
         if self.format not in (None, ending):
             raise UserError(
                 f"is {self.format}, and {self.output} is {ending}; leave one of the two out", field="--format"

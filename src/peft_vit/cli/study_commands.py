@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import Field
 
-from peft_vit.cli.app import ROWS_FILE, app, command
+from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.config import Number, Size, Time
 from peft_vit.console import ProgressDisplay, bar, duration, progress
 from peft_vit.errors import UserError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, show_default=False)]
 
 
@@ -119,13 +120,14 @@ def runs(
         Path, typer.Argument(metavar="FOLDER", help="The folder that train writes to.")
     ] = DEFAULT_OUTPUT,
     output: RowsFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
     from peft_vit.report.printed import check_rows_file, print_with_rows
     from peft_vit.report.trained import train_row, train_runs_table
     from peft_vit.studies.train_runs import train_runs
 
-    check_rows_file(output)
+    check_rows_file(output, overwrite=overwrite)
     calls = train_runs(directory) if directory.is_dir() else []
     if not calls:
         raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
@@ -324,13 +326,16 @@ def compare(
         ),
     ] = "",
     output: RowsFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare experiments that occur in several studies, over data sets and backbones.
 
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
     """
     from peft_vit.analysis.across import compare_studies, load_across, parse_pool
+    from peft_vit.report.printed import check_rows_file
     from peft_vit.report.printed_tables import print_comparison
 
+    check_rows_file(output, overwrite=overwrite)
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")
     print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), output)

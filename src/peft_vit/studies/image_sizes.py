@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from peft_vit.backbones import Architecture, Backbone, native_size, size_step_of
-from peft_vit.data import open_index
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
@@ -90,8 +89,7 @@ def _trial(spec: RunSpec) -> SizeTrial:
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
     class_weights = None if weights is None else weights.double().numpy()
     metric, strengths = metric_of(spec), spec.experiment.probe_l2
-    index = open_index(spec.data, smoke=spec.smoke)
-    groups = index.groups[np.concatenate([data.train.positions, data.validation.positions])]  # (N + V,)
+    groups = data.groups[np.concatenate([data.train.positions, data.validation.positions])]  # (N + V,)
     labels = np.concatenate([train.labels, validation.labels])
     if len(labels) <= _FEW and can_hold_out(data.task.strata(labels), groups):
         both = Features(np.concatenate([train.values, validation.values]), labels, data.task)  # (N + V, D)

@@ -52,7 +52,7 @@ MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest
 PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
 COMPUTE = "How frozen layers multiply: in floats, or in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
-THREADS = "Use this many processor threads."
+THREADS = "Use this many processor threads. Without it, as many as there are processors."
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
 _SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
@@ -252,7 +252,7 @@ class TrainRequest(Request):
         description="The number that random choices follow from: how training starts, the order of images, and with "
         "--shots which ones.",
     )
-    threads: int = Field(default=2, ge=1, description=THREADS)
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     strict: bool = Field(
         default=False,
         description="Stop if a file can't be used, and list all such files. Without it, they are left out.",

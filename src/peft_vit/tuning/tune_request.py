@@ -89,7 +89,7 @@ class TuneRequest(Request):
         lt=SEEDS.stop,
         description="The number that random choices follow from: the images kept for the end, the folds, the runs.",
     )
-    threads: int = Field(default=2, ge=1, description=THREADS)
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command goes on."
