@@ -240,7 +240,8 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="Also print the set of classes that holds the true one in this share of images, such as 0.9.",
+        description="Also print a set of classes for each image, the most probable first. In this share of images, "
+        "such as 0.9, the true class is in its set.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
@@ -270,9 +271,9 @@ class PredictRequest(Request):
 def predict(request: PredictRequest) -> None:
     """Print the class of each image and how probable it is.
 
-    --coverage adds the set of classes that the true one should be in, the most probable first. If all images lie in
-    folders that are named as classes, a last line on standard error says how many are right. Exit codes: 0 done, 1 an
-    image can't be read and is named, 2 bad input.
+    A column `unlike` says yes where an image is unlike all that the model was trained on, if the model can tell. If all
+    images lie in folders that are named as classes, a last line on standard error says how many are right. Exit codes:
+    0 done, 1 an image can't be read and is named, 2 bad input.
     """
     format = request.chosen_format()
     images, classifier = _opened(request)

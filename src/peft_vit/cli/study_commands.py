@@ -74,11 +74,11 @@ def status(results_dir: ResultsDir) -> None:
 def train(request: TrainRequest) -> None:
     """Fine-tune a model on your own images with one method.
 
-    A fifth of the images validates and a fifth tests. Each call makes a folder of its own, and `latest` beside it leads
-    to the last one. The same call goes on where an earlier one was interrupted. The last layer starts as a regression
-    on the model's frozen features (the linear probe). Training goes on for as long as validation gains, within the
-    minutes, and never returns less than the probe on validation. Exit codes: 0 done, 1 training failed, 2 bad input,
-    130 interrupted.
+    A fifth of the images is kept for the test, and another fifth for validation, by which choices are made. Training
+    starts from a linear probe, a classifier on the features of the pretrained model. It stops when accuracy on the
+    validation images no longer rises, or when the minutes are over, and the model is never worse on them than that
+    probe. Each call makes a folder of its own, and `latest` beside it leads to the last one. The same call again goes
+    on where it was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import train_on_own_images
 
@@ -150,10 +150,11 @@ def runs(
 def tune(request: TuneRequest) -> None:
     """Find the smallest model that is good enough for your images, within your limits and time.
 
-    A fifth of the images, or the folder's own test split, is set aside and read once, in the end. All choices rest on
-    the others: linear probes choose model and image size, short trainings the learning rates, and small candidates are
-    compared with LoRA on float weights until it is known which lose too much. The same command goes on where an earlier
-    one was stopped. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
+    chooses model and image size, by fitting the last layer alone, then learning rates, by short trainings, and then the
+    smallest model, of fewer bits or lower ranks, that is shown to lose no more than --margin against LoRA on full
+    weights. The same command goes on where an earlier one was stopped. Exit codes: 0 a model was chosen, 2 bad input,
+    130 interrupted.
     """
     from peft_vit.extras import require_extra
 

@@ -47,8 +47,8 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="The accuracy that the model may lose against LoRA on float weights, in points. Where classes are "
-        "out of balance, it is balanced accuracy.",
+        description="How much accuracy the model may lose against LoRA on full weights, in percentage points. Where "
+        "some classes have many more images than others, it is balanced accuracy.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
     max_latency: Time = Field(
@@ -58,7 +58,7 @@ class TuneRequest(Request):
     minutes: float = Field(
         default=60.0,
         gt=0,
-        description="The call may take this many minutes. The same command goes on, and decides more with more time.",
+        description="The call may take this many minutes. The same command again goes on, and can decide more.",
     )
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -87,7 +87,8 @@ class TuneRequest(Request):
         default=0,
         ge=0,
         lt=SEEDS.stop,
-        description="The number that random choices follow from: the images kept for the end, the folds, the runs.",
+        description="The number that random choices follow from: which images are kept for the test, how the others "
+        "are divided, how training starts.",
     )
     threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
