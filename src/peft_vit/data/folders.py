@@ -124,7 +124,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
     for name, why in images.left_out.items():
         if not name.endswith("/"):
             raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
-    notes = tuple(f"{folder} {why}" for folder, why in images.left_out.items())
+    notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
     return replace(_index(images.tree, *images.files), notes=notes)
 
 

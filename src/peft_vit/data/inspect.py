@@ -483,12 +483,13 @@ def _refuse_few(
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
-        more = f"; {few} more classes have too few" if few else ""
+        more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
         beside = "" if holdout is None else " beside the test split"
         if np.count_nonzero(labels[chosen_on] == scarce) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         raise UserError(
-            f"class '{class_names[scarce]}' has {counts[scarce]} different images that can be used{beside}"
+            f"class '{class_names[scarce]}' has {counts[scarce]} different image{'s' * (counts[scarce] != 1)} that can "
+            f"be used{beside}"
             f", {least} {'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
             file=path,
         )

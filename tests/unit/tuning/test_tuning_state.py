@@ -38,5 +38,6 @@ def test_threads_stay_as_the_first_call_had_them(tmp_path: Path, monkeypatch, fi
         monkeypatch.setattr("peft_vit.runs.machine.cpu_count", lambda usable=usable: usable)
         request = TuneRequest(images=Path("images"), output=tmp_path, threads=asked)
         state = State.opened(request, lambda _: None)
+        state.begun = True
         state.save()
         assert state.request.threads == threads
