@@ -101,9 +101,12 @@ CALLS = (
     ("int4", "tiny_pool", "--runtime fast --output c.onnx"),
     ("int4", "tiny_pool", "--format onnx --activations int8 --accept-loss 100 --output d.onnx"),
     ("lora", "test_vit", "--format onnx --activations int8 --accept-loss 100 --output d.onnx --overwrite"),
+    ("lora", "test_vit", "--bits 4 --output h.onnx"),
+    ("full", "test_vit", "--bits 2 --rounding gptq --format safetensors --output i.safetensors"),
     ("lora", "test_vit", "--format peft --output e"),
     ("lora", "test_vit", "--format pretrained --output g"),
     ("int4", "test_vit", "--output h.html"),
+    ("lora", "test_vit", "--format web --bits 4 --output page"),
 )
 
 
@@ -117,11 +120,13 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
         without = ("export", run_of("lora"), "--format", "safetensors", "--output", "f.safetensors")
         outputs.append(command(*without).out)
         line = refused("export", run_of("int4"), "--format", "onnx", "--output", "g.onnx", *INT8)
+        bits = refused("export", run_of("lora"), "--bits", "3", "--output", "k.onnx")
     finally:
         images.with_name("hidden").rename(images)
     assert Path("f.safetensors").is_file()
     assert "--activations: needs the run's images, which tell what int8 loses, and they are not there" in line
     assert str(images) in line
+    assert "--bits: needs the run's images, which tell what int3 loses, and they are not there" in bits
     (error,) = re.findall(r"relative error of the weights at most (\S+)", merged)
     assert 1e-6 < float(error) < 5e-3
     assert all("100.00 % of predictions equal" in text for text in (merged, fast))
@@ -219,6 +224,12 @@ def test_more_than_half_a_point_has_to_be_accepted(run_of, tmp_path, command, re
         ("lora", "onnx", ("--runtime", "fast"), "--runtime: has no effect on this run"),
         ("int4", "onnx", ("--accept-loss", "1"), "--accept-loss: has no effect without --activations"),
         ("int4", "onnx", (*INT8, "--runtime", "small"), "--activations: has no effect with --runtime small"),
+        ("int4", "onnx", ("--bits", "4"), "--bits: has no effect on this run, whose weights are int4 already"),
+        ("nf4", "openvino", ("--bits", "int8"), "whose weights are nf4 already"),
+        ("lora", "onnx", ("--bits", "5"), "'5' is not one of '8', '4', '3', '2', 'nf4', "),
+        ("lora", "peft", ("--bits", "4"), "--bits: has no effect with --format peft"),
+        ("lora", "onnx", ("--rounding", "gptq"), "--rounding: has no effect without --bits"),
+        ("lora", "onnx", ("--bits", "nf3"), "onnxruntime's low-bit products have no table for"),
         ("lora", "onnx", ("--output", "x.bin"), "ends in .onnx"),
         ("lora", "", (), "model: --output: expected a name that ends in .onnx, .xml, .safetensors or .html; or give"),
         ("lora", "", ("--output", "model2"), "model2: --output: expected a name that ends in"),

@@ -17,7 +17,17 @@ import typer
 from pydantic import Field, model_validator
 
 from peft_vit.cli.app import OVERWRITE, command
-from peft_vit.config import EXPORTS, OnlyWith, exported_bytes, exported_format, format_of_name, named_as_typed
+from peft_vit.config import (
+    EXPORTS,
+    NUMBER_FORMATS,
+    TYPE_OF_BITS,
+    OnlyWith,
+    Rounding,
+    exported_bytes,
+    exported_format,
+    format_of_name,
+    named_as_typed,
+)
 from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
 from peft_vit.extras import require_extra
@@ -30,8 +40,10 @@ if TYPE_CHECKING:
     from peft_vit.runs.export import Exported
 
     _Format = str
+    _Bits = str
 else:
     _Format = Literal[(*EXPORTS, "web", "peft", "history", "tensorboard")]
+    _Bits = Literal[(*TYPE_OF_BITS, *NUMBER_FORMATS)]
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
@@ -66,6 +78,16 @@ class ExportRequest(Request):
         "it, what the ending of --output says.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
+    bits: Annotated[_Bits | None, OnlyWith(format=("onnx", "openvino", "safetensors", "web"))] = Field(
+        default=None,
+        description="Round the weights of a run that was trained on floats, and print what that loses. "
+        f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
+    )
+    rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
+        default=None,
+        description="How they are rounded. nearest: each by itself, the default from 4 bits on. gptq: so that errors "
+        "on training images make up for each other, which takes longer and is the default below.",
+    )
     single: Annotated[bool, OnlyWith(format="web")] = Field(
         default=False, description="Write the page for a browser as one file. A name that ends in .html does so too."
     )
@@ -108,6 +130,11 @@ class ExportRequest(Request):
             named_as = "web" if is_page else "onnx" if output is None else format_of_name(Path(output))
             values = {**values, "format": named_as}
         return values
+
+    @property
+    def number_format(self) -> str | None:
+        """Return what --bits asks for."""
+        return self.bits and TYPE_OF_BITS.get(self.bits, self.bits)
 
     def target(self) -> tuple[str, Path]:
         """Return the format and what is to be written.
@@ -166,7 +193,7 @@ def export(request: ExportRequest) -> None:
         write = _write_page if format == "web" else _write_file
         with progress(f"exporting {directory}", sys.stderr):
             done, page = write(request, format, output)
-        _print_export(done)
+        _print_export(done, request.number_format, output)
         _print_next(output, page=page)
 
 
@@ -174,7 +201,10 @@ def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Expo
     from peft_vit.runs.export import OnnxOptions, export_run_to_file
 
     options = OnnxOptions(request.runtime, request.activations, request.accept_loss)
-    return export_run_to_file(request.directory, output, format, options, overwrite=request.overwrite), None
+    bits, rounding, overwrite = request.number_format, request.rounding, request.overwrite
+    return export_run_to_file(
+        request.directory, output, format, options, bits=bits, rounding=rounding, overwrite=overwrite
+    ), None
 
 
 def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Exported, Path]:
@@ -193,11 +223,14 @@ def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Expo
         return done, write_web_page(output, file.read_bytes(), open_exported(file).card, runtime)
 
 
-def _print_export(done: Exported) -> None:
+def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     print(_MERGED[done.merged.how])
     if errors := done.merged.errors:
         worst = max(errors, key=errors.__getitem__)
         print(f"  relative error of the weights at most {errors[worst]:.1e} ({worst})")
+    if done.float_bytes is not None:
+        sizes = f"{done.float_bytes / 1e6:.1f} MB before, {exported_bytes(file) / 1e6:.1f} MB after"
+        print(f"Then the weights of the blocks' matrices were rounded to {bits}: {sizes}.")
     if done.activations == "int8":
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
@@ -210,7 +243,7 @@ def _print_export(done: Exported) -> None:
         f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
         f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
     )
-    if done.activations == "int8" or compared.same_predictions < 1:
+    if done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1:
         print(f"Lost: {compared.loss_text()}")
 
 

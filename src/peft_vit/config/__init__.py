@@ -22,6 +22,7 @@ from peft_vit.config.methods import (
     PeftConfig,
     PeftLoraConfig,
     QaLoraConfig,
+    Rounding,
     StartingRanksConfig,
     Strategy,
 )
@@ -32,6 +33,7 @@ from peft_vit.config.registries import (
     EXPORTS,
     NUMBER_FORMATS,
     PEFT_FILE,
+    TYPE_OF_BITS,
     DatasetInfo,
     ExportFormat,
     QuantizationType,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
@@ -298,6 +298,7 @@ class AdaptiveBitsConfig(Settings):
 
 
 _COURSES = ("linear", "cosine")
+Rounding: TypeAlias = Literal["nearest", "gptq"]
 
 
 class QaLoraConfig(AdapterConfig):
@@ -331,7 +332,7 @@ class QaLoraConfig(AdapterConfig):
         "use_double_quant",
     )
     scale_precision: Literal["fp16", "fp32"] = Field(default="fp16", description="of scales and offsets")
-    rounding: Literal["nearest", "gptq"] = Field(
+    rounding: Rounding = Field(
         default="nearest",
         description="gptq: layer by layer, with codes that make up for each other's errors on training images "
         "(arXiv 2210.17323); see quantization.quantizer",

@@ -276,6 +276,7 @@ NUMBER_FORMATS: dict[str, NumberFormat] = {
     "int4": NumberFormat(4),
     "int8": NumberFormat(8),
 }
+TYPE_OF_BITS = {"8": "int8", "4": "nf4", "3": "int3", "2": "int2"}  # where only the bits are said
 BITS_OF_TYPE: dict[str, int] = {name: format.bits for name, format in NUMBER_FORMATS.items()}
 if TYPE_CHECKING:
     QuantizationType = str

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from peft_vit.adapters import freeze_backbone
-from peft_vit.backbones import BackboneShape, find_sites
-from peft_vit.config import ExperimentConfig, Frozen, QaLoraConfig
+from peft_vit.backbones import BackboneShape, Site, find_sites
+from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, Frozen, QaLoraConfig, QuantizationType
 from peft_vit.errors import UserError
 from peft_vit.methods.full_precision import adalora_defaults, check_adalora, prepare_adalora, shorten_adalora
 from peft_vit.methods.method import (
@@ -27,14 +27,15 @@ from peft_vit.training import Hook, QALoRATrainer, check_bits, end_step
 _GROUP, _SMALLEST_GROUP = 32, 8  # of what `peft-vit train` takes; in smaller ones scales take more than codes
 
 
-def _packed_by_default(shape: BackboneShape) -> dict[str, Any]:
-    """Return what `peft-vit train` takes: nf4, in groups of 32 inputs or of fewer, where that does not divide a site's.
+def packed_by_default(sites: Sequence[Site], type: QuantizationType = "nf4") -> dict[str, Any]:
+    """Return what `peft-vit train` takes: groups of 32 inputs, or of fewer where that does not divide a site's.
 
     Where no group divides all of them, each row has one scale.
     """
-    group = math.gcd(_GROUP, *(site.in_features for site in shape.sites))
+    group = math.gcd(_GROUP, *(site.in_features for site in sites))
     groups = {"use_group_quantization": True, "group_size": group} if group >= _SMALLEST_GROUP else {}
-    return {"quantization_bits": 4, "quantization_type": "nf4", "use_group_quantization": False, **groups}
+    bits = {"quantization_bits": BITS_OF_TYPE[type], "quantization_type": type}
+    return {**bits, "use_group_quantization": False, **groups}
 
 
 def _trainer(
@@ -112,7 +113,7 @@ def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int,
 
 
 def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
-    packing, sites = _packed_by_default(options.shape), options.shape.sites
+    packing, sites = packed_by_default(options.shape.sites), options.shape.sites
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     group = packing.get("group_size", 1)
     most = min(min(site.in_features // group, site.out_features) for site in sites)
@@ -149,7 +150,7 @@ QA_ADALORA = Method(
     prepare=_prepare_adaptive,
     check=_check_adaptive,
     shorten=_shorten_adaptive,
-    defaults=lambda options: {**adalora_defaults(options), "qa_lora": _packed_by_default(options.shape)},
+    defaults=lambda options: {**adalora_defaults(options), "qa_lora": packed_by_default(options.shape.sites)},
     why_not_peft="its adapter belongs to the quantized weights; PEFT would add it to the float ones, another model",
 )
 
@@ -173,6 +174,6 @@ QA_LINEAR = Method(
     check=_check_probe,
     shorten=_shorten,
     # Nothing is merged into offsets, so none are needed.
-    defaults=lambda options: {"qa_lora": {**_packed_by_default(options.shape), "quantization_offset": False}},
+    defaults=lambda options: {"qa_lora": {**packed_by_default(options.shape.sites), "quantization_offset": False}},
     forward_passes=1,
 )

@@ -85,17 +85,18 @@ class IntegerWeight:
         return self.codes * self.scales.unsqueeze(1)
 
 
-def quantize_rows(x: Tensor, codes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, codes: Tensor | None = None, scaled: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return codes (N, width) int8 and scales (N, 1) float32 of rows in float, rounded to the nearest code.
 
     Args:
-        x: (N, width); where `codes` are given it is overwritten.
+        x: (N, width).
         codes: where they are written; None: in new memory.
+        scaled: likewise the codes in float32, which may be x itself.
     """
-    scaled = x.float().clone() if codes is None else x
-    largest = torch.maximum(scaled.amax(-1, keepdim=True), scaled.amin(-1, keepdim=True).neg_())  # no |x| in memory
+    x = x.float()
+    largest = torch.maximum(x.amax(-1, keepdim=True), x.amin(-1, keepdim=True).neg_())  # no |x| in memory
     scales = largest.div_(LARGEST).clamp_min_(torch.finfo(torch.float32).tiny)
-    scaled.mul_(scales.reciprocal()).round_()
+    scaled = torch.mul(x, scales.reciprocal(), out=scaled).round_()
     return (scaled.to(torch.int8) if codes is None else codes.copy_(scaled)), scales
 
 

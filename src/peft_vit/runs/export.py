@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
-from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat
+from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
 from peft_vit.data import LabelledImages
 from peft_vit.deployment import (
     Classifier,
@@ -30,9 +30,11 @@ from peft_vit.deployment import (
 from peft_vit.deployment.known_images import neighbours_bytes
 from peft_vit.deployment.model_card import write_exported
 from peft_vit.errors import UserError, os_fault
+from peft_vit.evaluation import storage_bytes
 from peft_vit.extras import require_extra
 from peft_vit.methods import METHODS
 from peft_vit.records import FEATURES_FILE, Calibrated
+from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
@@ -76,6 +78,7 @@ class Exported:
     comparison: Comparison | None  # None: the run's images are not there
     not_compared: str = ""  # why
     activations: Literal["float32", "int8"] = "float32"
+    float_bytes: int | None = None  # of the merged model, where it was packed after training
 
 
 @dataclass(frozen=True)
@@ -134,11 +137,14 @@ def export_run_to_file(
     options: OnnxOptions = OnnxOptions(),
     calibrated: Calibrated | None = None,
     *,
+    bits: QuantizationType | None = None,
+    rounding: Rounding | None = None,
     overwrite: bool = False,
 ) -> Exported:
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
-    They are compared on the run's validation images; on training images, where it validated on none.
+    They are compared on the run's validation images; on training images, where it validated on none. Where float
+    weights are packed, validation images also tell anew how far probabilities can be believed.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
@@ -146,11 +152,13 @@ def export_run_to_file(
         format: of EXPORTS.
         options: of onnx.
         calibrated: what the file says of how far it can be believed; None: what the run found.
+        bits: the type in which the float weights of the blocks are packed; None: they stay as they are.
+        rounding: of these; None: gptq below 4 bits, else nearest.
         overwrite: take the place of what is there; of a folder only of an earlier export.
 
     Raises:
         UserError: if something is in the way, the run can't be restored, an option has no effect on it, activations in
-            8 bits lose too much or its images are not there to tell, or the file can't be written.
+            8 bits lose too much or its images are not there to tell what bits lose, or the file can't be written.
     """
     kind = EXPORTS[format]
     if kind.ending and file.suffix != kind.ending:
@@ -159,13 +167,26 @@ def export_run_to_file(
     if kind.extra is not None:
         require_extra(kind.extra, f"--format {format}")
     run = restore_run(run_dir)
-    int8 = options.activations is not None
-    if options.runtime is not None and not packed_weights(run.model):
+    int8, card = options.activations is not None, run.card
+    if options.runtime is not None and bits is None and not packed_weights(run.model):
         raise UserError(
             f"has no effect on this run, whose weights are floats: {run_dir}; leave it out", field="--runtime"
         )
-    merged = merge(run.model, run.card)
-    card = run.card if calibrated is None else run.card.model_copy(update={"calibrated": calibrated})
+    merged = merge(run.model, card) if bits is None else merge_float(run)
+    data, missing, float_bytes = None, "", None
+    try:
+        data = run.load_data()
+    except UserError as error:
+        missing = str(error)
+    if data is None and (lossy := options.activations or bits):
+        message = f"needs the run's images, which tell what {lossy} loses, and they are not there: {missing}"
+        raise UserError(message, field="--activations" if int8 else "--bits")
+    if data is not None and bits is not None:
+        float_bytes = storage_bytes(merged.model.state_dict().values())
+        model, card = pack_after_training(merged.model, run, data, bits, rounding)
+        merged = replace(merged, model=model)
+    if calibrated is not None:
+        card = card.model_copy(update={"calibrated": calibrated})
     if options.runtime is not None:
         export_onnx(merged.model, file, card, runtime=options.runtime, known=run.known)
     elif not int8 and kind.ending:
@@ -173,18 +194,13 @@ def export_run_to_file(
     elif not int8:
         with os_fault("can't be written", file, remedy=_ELSEWHERE), whole_folder(file) as made:
             writer_of(format)(merged.model, made, card, run.known)
-    try:
-        data = run.load_data()
-    except UserError as error:
-        if not int8:
-            return Exported(merged, None, str(error))
-        message = f"needs the run's images, which tell what int8 loses, and they are not there: {error}"
-        raise UserError(message, field="--activations") from None
+    if data is None:
+        return Exported(merged, None, missing)
     split: _Split = "validation" if len(data.validation) else "training"
     images = data.validation if split == "validation" else _spread(data.train, _COMPARED_WITH)
     if not int8:
         comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
-        return Exported(merged, comparison)
+        return Exported(merged, comparison, float_bytes=float_bytes)
     # Written only if it is as accurate on these images as it has to be.
     if split == "training" and options.accept_loss is None:
         raise UserError(
@@ -202,7 +218,7 @@ def export_run_to_file(
             field="--activations",
         )
     write_exported(file, content)
-    return Exported(merged, comparison, activations="int8")
+    return Exported(merged, comparison, activations="int8", float_bytes=float_bytes)
 
 
 def compare_int8(run_dir: Path) -> Comparison:

@@ -67,15 +67,13 @@ def calibration_of(
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
     """
-    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
-    unlike, content, flagged = None, None, None
+    neighbours, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
-        threshold = conformal_quantile(neighbours.distances(validation.middle), LIKE)
-        unlike = Unlike(images=len(validation.labels), threshold=threshold)
         content = neighbours_bytes(neighbours)
-        if test.middle is not None:
-            flagged = int((neighbours.distances(test.middle) > threshold).sum())
+    calibrated, unlike = believed(validation, neighbours)
+    if neighbours is not None and unlike is not None and test.middle is not None:
+        flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     fields = {
         "calibrated": calibrated,
         "unlike": unlike,
@@ -83,6 +81,20 @@ def calibration_of(
         "tested_calibration": _tested(calibrated, test, flagged),
     }
     return fields, content
+
+
+def believed(validation: Outputs, known: Neighbours | None) -> tuple[Calibrated, Unlike | None]:
+    """Return how far outputs can be believed, by those of images that were not trained on.
+
+    Args:
+        validation: of these images.
+        known: features of training images, which tell what is unlike them; None: nothing does.
+    """
+    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
+    if known is None or validation.middle is None:
+        return calibrated, None
+    threshold = conformal_quantile(known.distances(validation.middle), LIKE)
+    return calibrated, Unlike(images=len(validation.labels), threshold=threshold)
 
 
 def _tested(calibrated: Calibrated, test: Outputs, flagged: int | None) -> TestedCalibration:

@@ -106,7 +106,7 @@ class QALoRATrainer(Hook):
         self._error_norm: dict[str, float] = {}
         self._codes: dict[str, dict[str, Tensor]] = {}  # packed weights that a checkpoint has to hold, by module
         share = quantized_share(config, total_steps, 0)
-        for name, quantized in packed_weights(model, layers, self.formats, config, images, packed):
+        for name, quantized in packed_weights(model, layers, self.formats, config.rounding, images, packed):
             module = layers[name].module
             assert module.weight is not None
             norm = float(module.weight.norm())

@@ -35,7 +35,7 @@ from peft_vit.adapters import (
 )
 from peft_vit.adapters.peft_layers import peft_layers, sites_of_layers
 from peft_vit.backbones import Backbone, ReplayedPass, Site, evaluating, find_sites, watching
-from peft_vit.config import QaLoraConfig, QuantizationType
+from peft_vit.config import QaLoraConfig, QuantizationType, Rounding
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.quantization import QuantizationFormat, QuantizedTensor, quantize, quantize_with_compensation
 
@@ -161,29 +161,29 @@ def packed_weights(
     model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     formats: Mapping[str, QuantizationFormat],
-    config: QaLoraConfig,
+    rounding: Rounding,
     images: Tensor | None,
-    packed: Mapping[str, Mapping[str, Tensor]] | None,
+    packed: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Iterator[tuple[str, QuantizedTensor]]:
     """Yield each layer's weight in its format; the layer is to use it before the next one is asked for.
 
-    With `rounding: gptq` layers come in the order of a forward pass, and the inputs of each are what the layers before
+    With gptq layers come in the order of a forward pass, and the inputs of each are what the layers before
     it, quantized already, make of the images, in float32 and evaluation mode.
 
     Args:
         model: with the layers' float weights.
         layers: by name.
         formats: likewise.
-        config: says how to round.
-        images: calibration images (N, C, S, S), normalised; with `rounding: gptq` alone.
+        rounding: nearest or gptq, see `quantization.quantizer`.
+        images: calibration images (N, C, S, S), normalised; with gptq alone.
         packed: weights that were saved, by layer; then nothing is rounded.
     """
-    if images is not None and (packed is not None or config.rounding == "nearest"):
+    if images is not None and (packed is not None or rounding == "nearest"):
         over = "on saved weights" if packed is not None else "with rounding: nearest, only with gptq"
         raise UserError(f"have no effect {over}; leave them out", field="images")
     if packed is not None:
         yield from saved_weights(layers, formats, packed)
-    elif config.rounding == "nearest":
+    elif rounding == "nearest":
         for name, (module, _) in layers.items():
             assert module.weight is not None
             yield name, quantize(module.weight, formats[name], name=name)

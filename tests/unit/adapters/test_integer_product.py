@@ -19,7 +19,7 @@ from peft_vit.adapters.integer_product import integer_product
 from peft_vit.backbones import find_sites
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat, quantize
-from peft_vit.quantization.integers import IntegerWeight, quantize_rows
+from peft_vit.quantization.integers import LARGEST, LARGEST_OF_7_BITS, IntegerWeight, quantize_rows
 
 SPANS = (slice(0, 24), slice(40, 64))
 
@@ -37,9 +37,11 @@ def adapters(pool: int, parametrization: str = "product", ranks: tuple[int, int]
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 7, 5000])
+@pytest.mark.parametrize("largest", [LARGEST, LARGEST_OF_7_BITS])
+@pytest.mark.parametrize("rows", [1, 7, 12_000])
 @pytest.mark.parametrize(("pool", "parametrization"), [(1, "product"), (8, "product"), (1, "svd"), (8, "svd")])
-def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization) -> None:
+def test_outputs_and_gradients_are_the_formulas(rows, pool, parametrization, largest, monkeypatch) -> None:
+    monkeypatch.setattr(integer_product_module, "largest_code", lambda inputs, device: largest)
     generator = torch.Generator().manual_seed(5)
     weight = IntegerWeight.from_float(torch.randn(64, 32, generator=generator))
     bias = torch.randn(64, generator=generator)

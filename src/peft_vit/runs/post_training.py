@@ -1,0 +1,125 @@
+"""Post-training quantization: a float run's adapters are merged, then the matrices of its blocks become packed ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear, packed_weights
+from peft_vit.backbones import Backbone, Site, fused_sites
+from peft_vit.config import BITS_OF_TYPE, QaLoraConfig, QuantizationType, Rounding
+from peft_vit.data import Data, LabelledImages
+from peft_vit.deployment import Merged, ModelCard, merge
+from peft_vit.errors import UserError
+from peft_vit.evaluation import predict_with_middle
+from peft_vit.methods.quantized import packed_by_default
+from peft_vit.runs.held_out import Outputs, believed
+from peft_vit.runs.restore import RestoredRun, restore_run
+from peft_vit.training import Calibration, RuntimeConfig
+from peft_vit.training.quantized_layers import QuantizedLayer, format_of
+from peft_vit.training.quantized_layers import packed_weights as rounded_weights
+
+_IMAGES = 128  # training images, at most, by which GPTQ rounds
+_CPU = torch.device("cpu")
+
+
+def merge_float(run: RestoredRun) -> Merged:
+    """Merge a run's adapters into its float weights.
+
+    Raises:
+        UserError: if these are packed already.
+    """
+    merged = merge(run.model, run.card)
+    if merged.how != "float":
+        types = " and ".join(sorted({weight.format.type for weight in packed_weights(run.model).values()}))
+        raise UserError(f"has no effect on this run, whose weights are {types} already; leave it out", field="--bits")
+    return merged
+
+
+def packing_of(sites: Sequence[Site], type: QuantizationType) -> dict[str, Any]:
+    """Return how a type is stored, as a section `qa_lora`: in the groups of `train`, int2 with an offset.
+
+    Without one int2 has three values, which is too few.
+    """
+    return {**packed_by_default(sites, type), "quantization_offset": type == "int2"}
+
+
+def round_weights(model: nn.Module, type: QuantizationType, images: Tensor | None = None) -> nn.Module:
+    """Return a model whose blocks' matrices are packed; the given one stays as it is.
+
+    Args:
+        model: without adapters, its weights in float.
+        type: of codes, see `packing_of`.
+        images: training images (N, 3, S, S), normalised, by which GPTQ rounds; None: to nearest.
+    """
+    model, layers = copy.deepcopy(model), {}
+    sites = Backbone.within(model).sites
+    for name in fused_sites(sites):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers[name] = QuantizedLayer(AdaptedLinear(linear), ())
+        model.set_submodule(name, layers[name].module)
+    formats = dict.fromkeys(layers, format_of(QaLoraConfig(**packing_of(sites, type))))
+    rounding: Rounding = "nearest" if images is None else "gptq"
+    for name, weight in rounded_weights(model, layers, formats, rounding, images):
+        layers[name].module.quantized = weight
+        layers[name].module.drop_float()  # at once: GPTQ rounds the next layer by what this one makes of the images
+    return model.requires_grad_(False).eval()
+
+
+def pack_after_training(
+    model: nn.Module, run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
+) -> tuple[nn.Module, ModelCard]:
+    """Return a run's merged float model with packed weights, and its card, with what validation images tell of it."""
+    rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
+    if len(data.validation):
+        calibrated, unlike = believed(_outputs(rounded, data.validation, card), run.known)
+        card = card.model_copy(update={"calibrated": calibrated, "unlike": unlike})
+    return rounded, card
+
+
+def logits_by_type(
+    run_dir: Path, types: Sequence[QuantizationType], rounding: Rounding | None = None
+) -> dict[QuantizationType, NDArray[np.float32]]:
+    """Return what a float run's model says of its test images, (N, classes), with weights in each type in turn.
+
+    The run is restored and merged once. Where many runs are tested on folds, these are images that none of them was
+    trained on and no verdict is kept for.
+
+    Args:
+        run_dir: holds record.json and adapter.safetensors.
+        types: of codes.
+        rounding: None: gptq below 4 bits, else nearest.
+
+    Raises:
+        UserError: if the run can't be restored, its weights are packed already, or its images are not there.
+    """
+    run = restore_run(run_dir)
+    model, data = merge_float(run).model, run.load_data()
+    tested, logits = data.test.open(), {}
+    for type in types:
+        rounded = round_weights(model, type, _images_to_round_by(run, data, type, rounding))
+        logits[type] = _outputs(rounded, tested, run.card).logits
+    return logits
+
+
+def _images_to_round_by(
+    run: RestoredRun, data: Data, type: QuantizationType, rounding: Rounding | None
+) -> Tensor | None:
+    """Return training images for GPTQ; None: to nearest, which from 4 bits on loses as little, fifty times as fast."""
+    if rounding == "nearest" or (rounding is None and BITS_OF_TYPE[type] >= 4):
+        return None
+    runtime = RuntimeConfig(_CPU, "fp32", run.card.mean, run.card.std)
+    return Calibration(data, runtime, run.record.spec.seed).images(_IMAGES)
+
+
+def _outputs(model: nn.Module, images: LabelledImages, card: ModelCard) -> Outputs:
+    batches = images.ordered_batches(32, card.mean, card.std)
+    return Outputs(*predict_with_middle(model, batches, device=_CPU, precision="fp32"))

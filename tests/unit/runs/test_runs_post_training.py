@@ -1,0 +1,124 @@
+"""Float runs, packed after training: the codes are the quantizer's, files say what the model in memory says."""
+
+import numpy as np
+import pytest
+import torch
+from done_runs import do_one
+from torch.nn.functional import mse_loss
+
+from peft_vit.adapters import packed_weights
+from peft_vit.backbones import watching
+from peft_vit.backbones.catalog import describe
+from peft_vit.deployment import load_low_bit, merge, open_exported
+from peft_vit.errors import UserError
+from peft_vit.evaluation import calibrate, predict
+from peft_vit.quantization import QuantizationFormat, quantize, quantize_with_compensation
+from peft_vit.records import run_folder
+from peft_vit.runs.export import export_run_to_file
+from peft_vit.runs.held_out import PRIOR
+from peft_vit.runs.post_training import logits_by_type, packing_of, round_weights
+from peft_vit.runs.restore import restore_run
+from peft_vit.statistics import conformal_quantile
+from peft_vit.tuning.candidates import file_bytes
+
+pytestmark = pytest.mark.part("runner")
+NF4 = QuantizationFormat("nf4", 32, False, torch.float16)
+INT2 = QuantizationFormat("int2", 32, True, torch.float16)
+
+
+def logits_on(model, images, card):
+    batches = images.ordered_batches(32, card.mean, card.std)
+    return predict(model, batches, device=torch.device("cpu"), precision="fp32")[0]
+
+
+@pytest.mark.parametrize("method", ["linear", "full", "adalora", "peft_lora"])
+def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_path, method) -> None:
+    record = do_one(study(method), tmp_path)
+    run_dir, file = run_folder(tmp_path, record.spec), tmp_path / "model.safetensors"
+    done = export_run_to_file(run_dir, file, "safetensors", bits="nf4")
+    run = restore_run(run_dir)
+    merged = merge(run.model, run.card).model
+    floats = merged.state_dict()
+    written, card = load_low_bit(file)
+    packed = packed_weights(written)
+    assert len(packed) == 4 * len(run.backbone.backbone.blocks)  # of each block qkv, proj, fc1 and fc2
+    for name, weight in packed.items():
+        expected = quantize(floats[f"{name}.weight"], NF4)
+        assert weight.format == NF4
+        assert all(torch.equal(part, expected.tensors()[kind]) for kind, part in weight.tensors().items())
+    rest = written.state_dict()
+    assert floats.keys() - rest.keys() == {f"{name}.weight" for name in packed}
+    assert all(torch.equal(tensor, floats[name]) for name, tensor in rest.items())
+
+    shape = describe(record.spec.backbone, record.spec.data.image_size)
+    stored = sum(tensor.nbytes for tensor in rest.values()) + sum(weight.nbytes for weight in packed.values())
+    assert file_bytes(shape, packing_of(shape.sites, "nf4"), len(card.class_names)) == stored
+    assert done.float_bytes == sum(tensor.nbytes for tensor in floats.values())
+
+    data = run.load_data()
+    in_memory = round_weights(merged, "nf4")
+    validated = logits_on(in_memory, data.validation, card)
+    assert card.calibrated == calibrate(validated, data.validation.labels, prior=PRIOR)  # of the packed model
+    right = (validated.argmax(1) == data.validation.labels).mean()
+    assert (done.comparison.images, done.comparison.exported_accuracy) == (20, pytest.approx(right))
+    assert done.comparison.trained_accuracy == pytest.approx(record.validation.accuracy)
+    batch = next(data.validation.ordered_batches(20, card.mean, card.std))[0].numpy()
+    np.testing.assert_allclose(open_exported(file).logits(batch), validated, rtol=0, atol=1e-5)
+
+
+def test_one_restored_run_gives_the_logits_of_many_types(study, tmp_path) -> None:
+    config = study("lora")
+    record = do_one(
+        config.model_copy(update={"measures": config.measures.model_copy(update={"features": True})}), tmp_path
+    )
+    run_dir = run_folder(tmp_path, record.spec)
+    logits = logits_by_type(run_dir, ("int8", "nf4", "int2"))
+    run = restore_run(run_dir)
+    merged, tested = merge(run.model, run.card).model, run.load_data().test.open()
+    exact = logits_on(merged, tested, run.card)
+    errors = [float(np.abs(values - exact).max()) for values in logits.values()]
+    assert errors == sorted(errors)
+    assert 0 < errors[0] < 0.1 * errors[2]
+    nearest = {type: logits_on(round_weights(merged, type), tested, run.card) for type in logits}
+    assert [np.array_equal(nearest[type], logits[type]) for type in logits] == [True, True, False]  # gptq
+    np.testing.assert_array_equal(logits_by_type(run_dir, ["int2"], "nearest")["int2"], nearest["int2"])
+
+    file, validated = tmp_path / "model.safetensors", run.load_data().validation
+    export_run_to_file(run_dir, file, "safetensors", bits="int2")
+    batch = next(validated.ordered_batches(20, run.card.mean, run.card.std))[0].numpy()
+    opened = open_exported(file)
+    _, distances = opened.with_distances(batch)
+    assert opened.card.unlike.threshold == pytest.approx(conformal_quantile(distances, 0.95), rel=1e-5)
+    assert opened.card.unlike.threshold != pytest.approx(run.card.unlike.threshold, rel=1e-3)
+
+
+def test_gptq_rounds_by_the_inputs_that_packed_layers_make(study, tmp_path) -> None:
+    """Against the quantizer, fed with inputs of the first layer as floats, and of a later one behind packed layers."""
+    record = do_one(study("full"), tmp_path)
+    run = restore_run(run_folder(tmp_path, record.spec))
+    merged, data = merge(run.model, run.card).model, run.load_data()
+    images = next(data.train.ordered_batches(24, run.card.mean, run.card.std))[0]
+    nearest, gptq = round_weights(merged, "int2"), round_weights(merged, "int2", images)
+    seen, layers = {}, ("blocks.0.attn.qkv", "blocks.0.mlp.fc2")
+    with watching({name: gptq.get_submodule(name) for name in layers}, seen.__setitem__), torch.no_grad():
+        gptq(images)
+    for name, inputs in seen.items():
+        x = inputs.flatten(0, -2).double()  # (N, in)
+        weight = merged.get_submodule(name).weight
+        expected = quantize_with_compensation(weight, INT2, 2 * x.T @ x)
+        codes = packed_weights(gptq)[name].codes
+        assert (codes == expected.codes).float().mean() > 0.99  # sums in float32 may round otherwise
+        assert (codes != quantize(weight, INT2).codes).float().mean() > 0.01
+        losses = [
+            float(mse_loss(inputs @ packed_weights(model)[name].dequantize().T, inputs @ weight.T))
+            for model in (gptq, nearest)
+        ]
+        assert losses[0] < 0.8 * losses[1]
+
+
+def test_what_is_packed_already_is_refused(study, tmp_path) -> None:
+    record = do_one(study("qa_lora"), tmp_path)
+    run_dir = run_folder(tmp_path, record.spec)
+    packed = record.spec.experiment.qa_lora.quantization_type
+    with pytest.raises(UserError, match=f"--bits: has no effect on this run, whose weights are {packed} already"):
+        logits_by_type(run_dir, ["nf4"])
