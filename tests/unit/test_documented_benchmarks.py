@@ -63,15 +63,9 @@ def test_a_number_that_the_file_does_not_hold_is_seen() -> None:
     assert _not_held("A step takes 9.87 times the floor's.\n\nAnother paragraph.") == []
 
 
-# Kept before files named their commit. They hold bytes and agreement of exported files, and processor time.
-_OLDER = {"deployment", "exported_models"}
-
-
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks/results").glob("*.json")), ids=lambda path: path.stem)
 def test_a_kept_file_names_commit_and_processor(file: Path) -> None:
     machine = json.loads(file.read_text())["machine"]
     assert machine["processor"]
-    assert "commit" in machine or file.stem in _OLDER
-    if "commit" in machine:
-        assert re.fullmatch("[0-9a-f]{12}( and changes)?", machine["commit"])
-        assert machine["instructions"]
+    assert re.fullmatch("[0-9a-f]{12}( and changes)?", machine["commit"])
+    assert machine["instructions"]

@@ -28,7 +28,7 @@ def calibrate(
         prior: of the temperature; None: the images decide alone.
     """
     which = range(len(logits)) if images is None else images  # type: ignore[arg-type]
-    temperature = fit_temperature(logits, labels, prior)
+    temperature = fit_temperature(logits, labels, prior, images)
     scores = class_scores(probabilities(logits, temperature), labels)
     quantiles = {coverage: conformal_quantile(scores, coverage, which) for coverage in COVERAGES}
     finite = {coverage: quantile for coverage, quantile in quantiles.items() if math.isfinite(quantile)}

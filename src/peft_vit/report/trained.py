@@ -16,6 +16,8 @@ from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval
 from peft_vit.tasks import metric_of
 
+_FEWEST_TESTED = 5  # images; fewer say next to nothing
+
 
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
@@ -25,9 +27,12 @@ def test_score(record: RunRecord) -> Interval:
 
 
 def test_line(record: RunRecord) -> str:
-    """Return the test of a finished run in a line."""
-    score = test_score(record)
-    words = metric_of(record.spec).words
+    """Return the test of a finished run in a line; where too few images tested, its validation."""
+    score, metric, validation = test_score(record), metric_of(record.spec), record.validation
+    words = metric.words
+    if score.n < _FEWEST_TESTED and validation is not None:
+        value = percent(metric.of(validation))
+        return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
     return f"Test {words} {_score(score)}, on {score.n} images that training has not seen."
 
 

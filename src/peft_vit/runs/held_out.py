@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
 
 
 def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, later: Sequence[NDArray[np.float32]] = ()
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
@@ -66,12 +67,13 @@ def calibration_of(
         validation: of images that were not trained on.
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
+        later: see `believed`.
     """
     neighbours, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
         content = neighbours_bytes(neighbours)
-    calibrated, unlike = believed(validation, neighbours)
+    calibrated, unlike = believed(validation, neighbours, later)
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     fields = {
@@ -83,14 +85,24 @@ def calibration_of(
     return fields, content
 
 
-def believed(validation: Outputs, known: Neighbours | None) -> tuple[Calibrated, Unlike | None]:
+def believed(
+    validation: Outputs,
+    known: Neighbours | None,
+    later: Sequence[NDArray[np.float32]] = (),
+    prior: TemperaturePrior = PRIOR,
+) -> tuple[Calibrated, Unlike | None]:
     """Return how far outputs can be believed, by those of images that were not trained on.
 
     Args:
         validation: of these images.
         known: features of training images, which tell what is unlike them; None: nothing does.
+        later: logits of the same images, (V, classes), after later steps. The images chose the step at which they look
+            best; models of later ones are as sure, and the images did not choose them.
+        prior: of the temperature.
     """
-    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR)
+    logits = np.concatenate([validation.logits, *later])  # (k V, classes)
+    images = np.tile(np.arange(len(validation.labels)), 1 + len(later))  # (k V,)
+    calibrated = calibrate(logits, validation.labels[images], images.tolist(), prior)
     if known is None or validation.middle is None:
         return calibrated, None
     threshold = conformal_quantile(known.distances(validation.middle), LIKE)

@@ -20,7 +20,7 @@ from peft_vit.deployment import Merged, ModelCard, merge
 from peft_vit.errors import UserError
 from peft_vit.evaluation import predict_with_middle
 from peft_vit.methods.quantized import packed_by_default
-from peft_vit.runs.held_out import Outputs, believed
+from peft_vit.runs.held_out import PRIOR, Outputs, believed
 from peft_vit.runs.restore import RestoredRun, restore_run
 from peft_vit.training import Calibration, RuntimeConfig
 from peft_vit.training.quantized_layers import QuantizedLayer, format_of
@@ -80,7 +80,9 @@ def pack_after_training(
     """Return a run's merged float model with packed weights, and its card, with what validation images tell of it."""
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
     if len(data.validation):
-        calibrated, unlike = believed(_outputs(rounded, data.validation, card), run.known)
+        before = PRIOR.median if card.calibrated is None else card.calibrated.temperature  # also by later validations
+        prior = PRIOR._replace(median=before)
+        calibrated, unlike = believed(_outputs(rounded, data.validation, card), run.known, prior=prior)
         card = card.model_copy(update={"calibrated": calibrated, "unlike": unlike})
     return rounded, card
 

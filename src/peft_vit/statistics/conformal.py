@@ -30,7 +30,9 @@ class TemperaturePrior(NamedTuple):
     spread: float  # standard deviation of the logarithm
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrior | None = None) -> float:
+def fit_temperature(
+    logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrior | None = None, images: ArrayLike | None = None
+) -> float:
     """Return the temperature with the least mean negative log-likelihood, within TEMPERATURES.
 
     With a prior it is the most probable one: the least sum of the images' negative log-likelihood and
@@ -44,15 +46,17 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrio
         logits: (N, classes), held out.
         labels: (N,) true classes.
         prior: of the temperature; None: the images decide alone.
+        images: (N,) which image each row is of, so that one with several counts once; None: each of another.
     """
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
+    weight, _ = _weights(np.arange(len(y)) if images is None else np.asarray(images))  # (N,)
     own = z[np.arange(len(y)), y]  # (N,)
     if prior is not None:
 
         def loss(log_t: float) -> float:
             below = (z - z.max(1, keepdims=True)) / math.exp(log_t)  # (N, classes)
-            nll = np.log(np.exp(below).sum(1)).sum() - (own - z.max(1)).sum() / math.exp(log_t)
-            return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
+            nll = np.log(np.exp(below).sum(1)) - (own - z.max(1)) / math.exp(log_t)  # (N,)
+            return float(weight @ nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
 
         low, high = map(math.log, TEMPERATURES)
         for _ in range(_NARROWED):  # ten points a time, without scipy's search, which would load 50 MB
@@ -63,7 +67,7 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, prior: TemperaturePrio
 
     def slope(inverse: float) -> float:
         expected = (probabilities(z, 1 / inverse) * z).sum(1)  # (N,)
-        return float((expected - own).mean())
+        return float(weight @ (expected - own))
 
     coldest, hottest = TEMPERATURES
     if slope(1 / hottest) >= 0:

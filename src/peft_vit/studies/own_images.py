@@ -316,16 +316,19 @@ class Forecast:
         return throughput.start_s + steps * step_s + images * throughput.image_s(shape)
 
     def sizes_in_time(self) -> dict[int, float]:
-        """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each."""
-        request, left_s = self.request, self.limit_s * _SHARE_OF_SIZES
+        """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each.
+
+        The test images of one that is delivered should fit as much.
+        """
+        request, share_s = self.request, self.limit_s * _SHARE_OF_SIZES
         if request.image_size is not None or request.init_adapter is not None or request.smoke:
             return {}
+        images, throughput = self.counts.train + self.counts.validation, self.throughput
         expected_s: dict[int, float] = {}
         for size in sizes_to_try(architecture_of(self.backbone)):
-            images, throughput = self.counts.train + self.counts.validation, self.throughput
-            seconds = throughput.start_s + images * throughput.image_s(describe(self.backbone, size))
-            left_s -= seconds
-            if expected_s and left_s < 0:
+            image_s = throughput.image_s(describe(self.backbone, size))
+            seconds = throughput.start_s + images * image_s
+            if expected_s and max(sum(expected_s.values()) + seconds, self.counts.test * image_s) > share_s:
                 break
             expected_s[size] = seconds
         return expected_s

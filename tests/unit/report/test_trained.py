@@ -38,6 +38,16 @@ def test_the_answer_comes_first_and_commands_can_be_copied() -> None:
     ]
 
 
+def test_of_a_handful_of_test_images_nothing_is_claimed() -> None:
+    own = Predictions(images=[0, 1], labels=[0, 0], predicted=[0, 0], probability=[0.9] * 2)
+    line, *_ = result_lines(planted.record(LORA, 0, 0.8, changes={"predictions": own}), Path("run"), 95.4)
+    validation = planted.record(LORA, 0, 0.8).validation
+    share = f"{100 * validation.accuracy:.1f}"
+    assert line == (
+        f"Validation accuracy {share} %, on {validation.n} images that training chose by; only 2 tested it."
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "probe_wrong", "chosen_step", "said"),
     [

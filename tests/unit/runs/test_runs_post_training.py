@@ -58,7 +58,8 @@ def test_the_file_holds_the_merged_weights_in_the_quantizers_codes(study, tmp_pa
     data = run.load_data()
     in_memory = round_weights(merged, "nf4")
     validated = logits_on(in_memory, data.validation, card)
-    assert card.calibrated == calibrate(validated, data.validation.labels, prior=PRIOR)  # of the packed model
+    near = PRIOR._replace(median=record.calibrated.temperature)
+    assert card.calibrated == calibrate(validated, data.validation.labels, prior=near)  # of the packed model
     right = (validated.argmax(1) == data.validation.labels).mean()
     assert (done.comparison.images, done.comparison.exported_accuracy) == (20, pytest.approx(right))
     assert done.comparison.trained_accuracy == pytest.approx(record.validation.accuracy)

@@ -57,6 +57,27 @@ def test_a_prior_holds_where_few_images_tell_nothing_and_gives_way_to_many() -> 
     assert fit_temperature(logits, labels, prior) == pytest.approx(fit_temperature(logits, labels), rel=0.02)
 
 
+def test_an_image_with_several_rows_counts_once() -> None:
+    prior = TemperaturePrior(median=1.5, spread=0.35)
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(30, 3)) * 4
+    labels = np.array([rng.choice(3, p=row) for row in probabilities(logits, 2.0)])
+    labels[:12] = logits[:12].argmax(1)
+    images = np.array([0] * 12 + list(range(1, 19)))  # one has twelve rows
+    for known in (prior, None):
+        twice = fit_temperature(np.tile(logits, (2, 1)), np.tile(labels, 2), known, np.tile(np.arange(30), 2))
+        assert twice == pytest.approx(fit_temperature(logits, labels, known), rel=1e-6)
+        temperature = fit_temperature(logits, labels, known, images)
+
+        def loss(t: float, known: TemperaturePrior | None = known) -> float:
+            rows = [mean_nll(logits[[row]], labels[[row]], t) for row in range(30)]
+            distance = 0.0 if known is None else math.log(t / known.median) ** 2 / (2 * known.spread**2)
+            return np.mean(rows[:12]) + sum(rows[12:]) + distance
+
+        grid = np.geomspace(temperature / 1.1, temperature * 1.1, 201)
+        assert abs(np.argmin([loss(t) for t in grid]) - 100) <= 1
+
+
 def slow_quantile(scores: list[float], coverage: Fraction) -> float:
     """Return the least score with as many scores up to it as the definition asks for."""
     needed = math.ceil((len(scores) + 1) * coverage)

@@ -452,6 +452,13 @@ def test_sizes_are_tried_while_they_fit_a_fifth_of_the_minutes(asked, pace) -> N
         assert not images.expected_s
 
 
+def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace) -> None:
+    """Or a regression that is delivered would take longer to test than all the minutes."""
+    few, many = (list(Forecast(asked(minutes=10), Counts(20, 4, test)).sizes_in_time()) for test in (4, 10**11))
+    assert many == few[: len(many)]
+    assert 0 < len(many) < len(few)
+
+
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
     def trial(size: int) -> SizeTrial:
         if size > 80:
