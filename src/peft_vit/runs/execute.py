@@ -416,9 +416,8 @@ def _train_and_test(
     calibration: dict[str, Any] = {}
     if len(data.validation):
         with attempt.overhead.of("calibration"):
-            later = [logits.numpy() for logits in result.later_logits]
             known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
-            calibration, content = calibration_of(outputs(data.validation), test, known, later)
+            calibration, content = calibration_of(outputs(data.validation), test, known)
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
     predicted = predicted.model_copy(update={"files": data.test_files})
     measured = data.task.measure(test.logits, test.labels)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +58,7 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
 
 
 def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, later: Sequence[NDArray[np.float32]] = ()
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
@@ -67,13 +66,12 @@ def calibration_of(
         validation: of images that were not trained on.
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
-        later: see `believed`.
     """
     neighbours, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
         content = neighbours_bytes(neighbours)
-    calibrated, unlike = believed(validation, neighbours, later)
+    calibrated, unlike = believed(validation, neighbours)
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
     fields = {
@@ -86,23 +84,16 @@ def calibration_of(
 
 
 def believed(
-    validation: Outputs,
-    known: Neighbours | None,
-    later: Sequence[NDArray[np.float32]] = (),
-    prior: TemperaturePrior = PRIOR,
+    validation: Outputs, known: Neighbours | None, prior: TemperaturePrior = PRIOR
 ) -> tuple[Calibrated, Unlike | None]:
     """Return how far outputs can be believed, by those of images that were not trained on.
 
     Args:
         validation: of these images.
         known: features of training images, which tell what is unlike them; None: nothing does.
-        later: logits of the same images, (V, classes), after later steps. The images chose the step at which they look
-            best; models of later ones are as sure, and the images did not choose them.
         prior: of the temperature.
     """
-    logits = np.concatenate([validation.logits, *later])  # (k V, classes)
-    images = np.tile(np.arange(len(validation.labels)), 1 + len(later))  # (k V,)
-    calibrated = calibrate(logits, validation.labels[images], images.tolist(), prior)
+    calibrated = calibrate(validation.logits, validation.labels, prior=prior)
     if known is None or validation.middle is None:
         return calibrated, None
     threshold = conformal_quantile(known.distances(validation.middle), LIKE)

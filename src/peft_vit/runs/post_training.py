@@ -80,7 +80,7 @@ def pack_after_training(
     """Return a run's merged float model with packed weights, and its card, with what validation images tell of it."""
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
     if len(data.validation):
-        before = PRIOR.median if card.calibrated is None else card.calibrated.temperature  # also by later validations
+        before = PRIOR.median if card.calibrated is None else card.calibrated.temperature
         prior = PRIOR._replace(median=before)
         calibrated, unlike = believed(_outputs(rounded, data.validation, card), run.known, prior=prior)
         card = card.model_copy(update={"calibrated": calibrated, "unlike": unlike})

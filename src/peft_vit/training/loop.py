@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from peft_vit.adapters import (
@@ -51,8 +50,6 @@ from peft_vit.training.optimization import (
     recomputed,
 )
 
-_LATER = 8  # validations whose logits are kept
-
 
 @dataclass
 class TrainingResult:
@@ -66,7 +63,6 @@ class TrainingResult:
     peak_parameters: int = 0
     optimizer_bytes: int = 0  # when training ended
     optimizer_sha256: str = ""  # likewise
-    later_logits: list[Tensor] = field(default_factory=list)  # (V, classes), of the latest validations after the chosen
     overhead_s: Overhead = field(default_factory=Overhead)
 
     @property
@@ -215,7 +211,6 @@ class TrainingState:
         self._halves = takes_halves(model, runtime.device)
         self._metric = data.task.metric(config.metric)
         self._best = BestState(self._metric)
-        self._later: list[Tensor] = []
         if resume is not None:
             load_model_state(model, resume["model"])
         self._optimizer = build_optimizer(model, config)
@@ -315,15 +310,12 @@ class TrainingState:
             logits, labels = predict(self.model, batches, device=runtime.device, precision=runtime.precision)
             if not np.isfinite(logits).all():
                 raise DivergedError(f"predictions after step {steps} are not finite; lower the learning rate")
-            self.offer(self._data.task.measure(logits, labels), torch.from_numpy(logits))
+            self.offer(self._data.task.measure(logits, labels))
         if self._config.patience is not None and self._best.stale >= self._config.patience:
             self.end = self.steps if self._decay is None else self._decay.bring_down(self.steps)
 
-    def offer(self, metrics: Metrics, logits: Tensor | None = None) -> None:
-        """Take note of how good the model is on validation now, and remember the weights if it is the best so far.
-
-        Else remember its logits, (V, classes), among the latest ones: the images did not choose this model.
-        """
+    def offer(self, metrics: Metrics) -> None:
+        """Take note of how good the model is on validation now, and remember the weights if it is the best so far."""
         steps = self.steps
         within_budget = all(hook.deployable(steps) for hook in self._hooks)
         deployable = within_budget if steps else all(hook.start_deployable() for hook in self._hooks)
@@ -331,10 +323,6 @@ class TrainingState:
         evaluation = Evaluation(step=steps, epoch=epoch, deployable=deployable, metrics=metrics)
         self.result.evaluations.append(evaluation)
         self._best.offer(evaluation, self.model, without_updates=not within_budget)
-        if self._best.stale == 0:
-            self._later = []
-        elif deployable and logits is not None:
-            self._later = [*self._later, logits][-_LATER:]
 
     def progress(self) -> Progress:
         """Return what a watcher gets after a step."""
@@ -360,7 +348,6 @@ class TrainingState:
         if self.validates:
             result.chosen = self._best.restore(self.model)
         result.chosen_step = self.steps if result.chosen is None else result.chosen.step
-        result.later_logits = self._later if result.chosen_step else []  # a regression is another model
         return result
 
     def state_dict(self) -> State:
@@ -371,7 +358,6 @@ class TrainingState:
             optimizer=self._optimizer.state_dict(),
             scheduler=self._scheduler.state_dict(),
             best=self._best.state_dict(),
-            later=self._later,
             hooks=[hook.state_dict() for hook in self._hooks],
             steps=[row.model_dump(mode="json") for row in result.steps],
             evaluations=[evaluation.model_dump(mode="json") for evaluation in result.evaluations],
@@ -385,7 +371,6 @@ class TrainingState:
         load_optimizer_state(self._optimizer, state["optimizer"])
         self._scheduler.load_state_dict(state["scheduler"])
         self._best.load_state_dict(state["best"])
-        self._later = list(state.get("later", ()))
         self.result.steps = [StepRow.model_validate(row) for row in state["steps"]]
         self.result.evaluations = [Evaluation.model_validate(evaluation) for evaluation in state["evaluations"]]
         self.result.initial_parameters = state["initial_parameters"]

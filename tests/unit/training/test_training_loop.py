@@ -97,20 +97,6 @@ def test_validation_chooses_the_best_deployable_epoch_and_the_model_is_left_ther
         train(lora(tiny_vit()), data(), config(), runtime, seed=0, hooks=[DeployableFrom(10)])
 
 
-def test_logits_of_validations_after_the_chosen_one_are_kept(tiny_vit, data, runtime) -> None:
-    chosen_at = {}
-    for patience in range(1, 4):  # ends so many validations after the best one at the latest
-        images = data()
-        settings = config(validate_every=1, learning_rate=0.5, schedule="constant", patience=patience)
-        result = train(lora(tiny_vit()), images, settings, runtime, seed=0)
-        after = [e for e in result.evaluations if e.step > result.chosen_step]
-        assert len(result.later_logits) == len(after) <= patience
-        for evaluation, logits in zip(after, result.later_logits, strict=True):
-            assert CLASSIFICATION.measure(logits.numpy(), images.validation.labels) == evaluation.metrics
-        chosen_at[patience] = len(after)
-    assert max(chosen_at.values()) > 1
-
-
 def test_balanced_accuracy_chooses_and_counts_patience_where_it_decides() -> None:
     rows = [(0.9, 0.5), (0.8, 0.6), (0.8, 0.6), (0.85, 0.55)]  # accuracy, balanced accuracy
     chosen = {}

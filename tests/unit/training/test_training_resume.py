@@ -114,7 +114,6 @@ def left(model, hooks, result) -> dict:
         "model": tensors_sha256(tensors),
         "strides": {name: tensor.stride() for name, tensor in tensors.items()},
         "hooks": [printed(hook.state_dict()) for hook in hooks],
-        "later": printed(result.later_logits),
     }
 
 
@@ -124,8 +123,6 @@ def printed(state) -> str:
         return tensors_sha256({"": state})
     if isinstance(state, dict):
         return str({key: printed(part) for key, part in state.items()})
-    if isinstance(state, list):
-        return str([printed(part) for part in state])
     return repr(state)
 
 
