@@ -53,7 +53,7 @@ torture: setup ## break files and kill runs for hours; results add up over calls
 	-$(BIN)/python tests/torture/ray_nodes.py --trials 10
 	$(BIN)/python tests/torture/torture_results.py
 
-bench: setup ## time steps, memory and scoring beside PEFT; half an hour on two idle cores
+bench: setup ## time steps, memory and scoring beside PEFT; about two hours on two idle cores
 	$(BIN)/python benchmarks/step_time.py
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/families.py

@@ -26,7 +26,7 @@ from peft_vit.analysis.findings import Conclusion, conclude
 from peft_vit.report.document import Paragraph, Raw, Table
 from peft_vit.report.findings_tables import HOW, finding_rows, numbers, reasons
 from peft_vit.report.method_tables import stopping_table
-from peft_vit.report.printed import print_blocks, print_with_rows
+from peft_vit.report.printed import check_rows_file, print_blocks, print_with_rows
 from peft_vit.report.tables import table
 
 _MARKED = (
@@ -42,6 +42,7 @@ def print_findings(results_dir: Path, own: Path | None = None, output: Path | No
         UserError: for a file of another form or ending, or if one can't be read or written.
         SystemExit: with 1, when all is printed, if a file that may be a result was left out.
     """
+    check_rows_file(output, overwrite=True)
     registry = load_registry(own)
     results = read_results(results_dir)
     found = all_findings(results.studies, registry)

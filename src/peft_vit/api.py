@@ -259,7 +259,7 @@ def tune(
     compute: ComputeSetting = "auto",
     device: Device = "auto",
     seed: int = 0,
-    threads: int = 2,
+    threads: int | None = None,
     executor: ExecutorName = "local",
     output: str | Path = "peft-vit-tune",
     tell: Callable[[str], None] | None = None,
@@ -284,7 +284,7 @@ def tune(
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
         seed: of the sealed images, the folds and the runs.
-        threads: of a run.
+        threads: of a run; None: as many as there are processors.
         executor: local, or ray for a cluster.
         output: everything goes below it.
         tell: is told what is done, a line each; None: it is printed.
@@ -336,7 +336,7 @@ def train(
     compute: ComputeSetting = "auto",
     device: Device = "auto",
     seed: int = 0,
-    threads: int = 2,
+    threads: int | None = None,
     strict: bool = False,
     output: str | Path = "peft-vit-runs",
     smoke: bool = False,
@@ -370,7 +370,7 @@ def train(
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.
         device: auto, cpu or cuda.
         seed: of what training draws.
-        threads: of PyTorch.
+        threads: of the processor; None: as many as there are processors.
         strict: refuse images with files that would be left out.
         output: where the folder of the call goes.
         smoke: random weights, made-up images, a few steps.

@@ -81,7 +81,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         precision: PrecisionSetting = "auto",
         compute: ComputeSetting = "auto",
         device: Device = "auto",
-        threads: int = 2,
+        threads: int | None = None,
         output: str | Path = "peft-vit-runs",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,

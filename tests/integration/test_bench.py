@@ -120,6 +120,8 @@ def test_a_run_with_float_weights_is_float32_itself_and_a_peft_folder_is_none(
 def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted, tmp_path, refused, without) -> None:
     model, unknown, changed = exported / "float.onnx", tmp_path / "model.txt", tmp_path / "changed.xml"
     unknown.write_text("no model")
+    there = tmp_path / "there.csv"
+    there.touch()
     shutil.copy(exported / "float.bin", changed.with_suffix(".bin"))
     changed.write_bytes((exported / "float.xml").read_bytes().replace(b"tiny_pool", b"tiny_poll"))
     for arguments, stated in (
@@ -128,6 +130,7 @@ def test_what_can_not_be_timed_is_one_line_before_anything_is(exported, planted,
         ((model, "--batch-size", "1,0"), "--batch-size: "),
         ((model, "--threads", 5), "--threads: expected at most 4"),
         ((model, "--output", tmp_path / "bench.txt"), "ends in .csv or .json"),
+        ((model, "--output", there), "there.csv: --output: exists already; give another name, or --overwrite"),
         ((model, changed), "was changed after it was written"),
     ):
         assert stated in refused("bench", *arguments)

@@ -18,7 +18,7 @@ from peft_vit.adapters.peft_format import CONFIG_FILE, TENSORS_FILE, import_peft
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord, read_record
 from peft_vit.runs.restore import restore_run
-from peft_vit.studies.own_images import study_of
+from peft_vit.studies.own_images import open_images, study_of
 from peft_vit.studies.plan import PlannedRun, plan_study
 from peft_vit.studies.request import TrainRequest
 
@@ -68,7 +68,10 @@ def planned(adapter: Path, images: Path, weights: Path, out: Path) -> PlannedRun
     settings = {"model": "test_vit", "weights": str(weights), "image_size": 32, "threads": 1}
     length = {"steps": 20, "learning_rate": 1e-2}
     request = TrainRequest(images=images, method="lora", seed=0, init_adapter=adapter, **settings, **length)
-    (run,) = plan_study(study_of(request)[0], out, file=images).runs
+    with open_images(request) as opened:
+        opened.write(out.with_suffix(".json"))
+        study, _ = study_of(request, "own-images", opened, out.with_suffix(".json"))
+    (run,) = plan_study(study, out, file=images).runs
     return run
 
 

@@ -18,6 +18,7 @@ from tiny_models import CARD
 
 from peft_vit import console
 from peft_vit.deployment import save_low_bit
+from peft_vit.records import Calibrated
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -41,6 +42,8 @@ def here(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("linked").mkdir()
     Path("linked/class_1").symlink_to(tmp_path / "photos" / "class_1")
     Path("linked/class_1_too").symlink_to(Path("linked").absolute())
+    Path("linked/class_1_again").symlink_to("class_1")
+    Path("linked/again.png").symlink_to("class_1/00.png")
     Path("empty").mkdir()
     return tmp_path
 
@@ -86,6 +89,10 @@ def test_a_bar_is_shown_where_the_lines_go_elsewhere(command, monkeypatch) -> No
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: False)
     said = command("predict", "model.safetensors", "photos", "--output", "said.csv")
     assert said.out == "4 images: said.csv\n"
+    before = Path("said.csv").read_text()
+    Path("said.csv").write_text("of an earlier call")
+    command("predict", "model.safetensors", "photos", "--output", "said.csv", "--overwrite")
+    assert Path("said.csv").read_text() == before
 
 
 REFUSED = (
@@ -94,7 +101,9 @@ REFUSED = (
     ("photos --output said.txt", "said.txt: --output: expected a name that ends in .csv or .json"),
     ("photos --output said.csv --format json", "--format: is json, and said.csv is csv; leave one of the two out"),
     ("photos --top 0", "--top"),
-    ("photos --coverage 0.9", "coverage: needs thresholds from images that were not trained on"),
+    ("photos --coverage 0.9", "model.safetensors: --coverage: needs thresholds from images that were not trained on"),
+    ("photos --output there.csv", "there.csv: --output: exists already; give another name, or --overwrite"),
+    ("photos --overwrite", "--overwrite: has no effect without --output"),
     ("photos --weights hub", "--weights: has no effect here"),
     ("flat/00.png no.zip", "no.zip: is neither a folder nor a zip"),
 )
@@ -103,8 +112,19 @@ REFUSED = (
 @pytest.mark.parametrize(("call", "stated"), REFUSED)
 def test_bad_input_is_refused_before_anything_is_predicted(command, call, stated) -> None:
     Path("no.zip").write_text("none")
+    Path("there.csv").write_text("mine")
     said = command("predict", "model.safetensors", *call.split(), code=2)
     (line,) = said.err.splitlines()
     assert stated in line
     assert said.out == ""
     assert not os.path.exists("said.csv")
+    assert Path("there.csv").read_text() == "mine"
+
+
+def test_a_coverage_is_named_as_it_was_typed_with_what_the_model_can_tell(command) -> None:
+    calibrated = Calibrated(images=40, temperature=1.0, coverages=(0.8, 0.9), thresholds=(0.5, 0.7))
+    card = CARD.model_copy(update={"class_names": ("a", "b", "c"), "channels": 3, "calibrated": calibrated})
+    save_low_bit(timm.create_model("test_vit", img_size=32, num_classes=3), Path("calibrated.safetensors"), card)
+    said = command("predict", "calibrated.safetensors", "photos", "--coverage", 2, code=2).err
+    expected = "expected a share of images from 0.8 to 0.9, for which the model has thresholds; got 2"
+    assert said == f"error: calibrated.safetensors: --coverage: {expected}\n"

@@ -142,6 +142,7 @@ REFUSED: dict[str, str] = {  # what is asked -> what is named
     "compare ten other --allow-mismatch everything": "--allow-mismatch: ",
     "compare ten other --reference lora_r1": "--reference: ",
     "compare ten other --output rows.txt": ".csv or .json",
+    "compare ten other --output good.json": "good.json: --output: exists already; give another name, or --overwrite",
     "compare": "is missing",
 }
 

@@ -109,6 +109,10 @@ def test_what_a_person_reads_of_calls_of_train(images, tmp_path, command, presse
         "--compute float"
     )
     call("runs --output runs.json")
+    Path("runs.json").write_text("mine")
+    call("runs --output runs.json", 2)
+    command("runs", "--output", "runs.json", "--overwrite")
+    assert len(json.loads(Path("runs.json").read_text())) == 5
     text = re.sub(r"[-+]?\d+\.\d+|\d+(?= s\b)", "N", "\n".join(document).replace(str(tmp_path), "HERE"))
     check_golden("train.txt", "\n".join(re.sub(" {2,}|─+", "  ", line).rstrip() for line in text.splitlines()) + "\n")
 

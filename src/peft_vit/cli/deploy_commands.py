@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import Field, model_validator
 
-from peft_vit.cli.app import command
+from peft_vit.cli.app import OVERWRITE, command
 from peft_vit.config import (
     EXPORTS,
     NUMBER_FORMATS,
@@ -176,8 +176,7 @@ def export(request: ExportRequest) -> None:
     if format == "history":
         from peft_vit.report.result_tables import export_history
 
-        refuse_existing(output, overwrite=request.overwrite)
-        print(f"{export_history(directory, output)} rows: {output}")
+        print(f"{export_history(directory, output, overwrite=request.overwrite)} rows: {output}")
     elif format == "tensorboard":
         from peft_vit.analysis.tensorboard import export_to_tensorboard
 
@@ -274,7 +273,8 @@ class PredictRequest(Request):
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
         default=None,
-        description="Also print the set of classes that holds the true one in this share of images, such as 0.9.",
+        description="Also print a set of classes for each image, the most probable first. In this share of images, "
+        "such as 0.9, the true class is in its set.",
     )
     format: Literal["table", "csv", "json"] | None = Field(
         default=None,
@@ -282,14 +282,16 @@ class PredictRequest(Request):
         "four digits. csv, json: unrounded.",
     )
     output: Path | None = Field(default=None, description="Write to this .csv or .json file instead of printing.")
+    overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
 
     def chosen_format(self) -> str:
-        """Return the format, by the file's name if there is one; raises UserError if they do not go together."""
+        """Return the format, by the file's name if there is one; raises UserError if it can't be taken."""
+        from peft_vit.report.printed import check_rows_file
+
         if self.output is None:
             return self.format or "table"
+        check_rows_file(self.output, overwrite=self.overwrite)
         ending = self.output.suffix.lower().removeprefix(".")
-        if ending not in ("csv", "json"):
-            raise UserError("expected a name that ends in .csv or .json", file=self.output, field="--output")
         if self.format not in (None, ending):
             raise UserError(
                 f"is {self.format}, and {self.output} is {ending}; leave one of the two out", field="--format"
@@ -302,9 +304,9 @@ class PredictRequest(Request):
 def predict(request: PredictRequest) -> None:
     """Print the class of each image and how probable it is.
 
-    --coverage adds the set of classes that the true one should be in, the most probable first. If all images lie in
-    folders that are named as classes, a last line on standard error says how many are right. Exit codes: 0 done, 1 an
-    image can't be read and is named, 2 bad input.
+    A column `unlike` says yes where an image is unlike all that the model was trained on, if the model can tell. If all
+    images lie in folders that are named as classes, a last line on standard error says how many are right. Exit codes:
+    0 done, 1 an image can't be read and is named, 2 bad input.
     """
     format = request.chosen_format()
     images, classifier = _opened(request)

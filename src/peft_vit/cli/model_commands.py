@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import BeforeValidator, Field
 
-from peft_vit.cli.app import ROWS_FILE, app, command
-from peft_vit.config import EXPORTS, named_as_typed, named_backbone, several
+from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
+from peft_vit.config import EXPORTS, OnlyWith, named_as_typed, named_backbone, several
 from peft_vit.console import progress
 from peft_vit.settings import Option, Request
 from peft_vit.studies.request import MODEL
@@ -41,6 +41,7 @@ class BenchRequest(Request):
     rounds: int = Field(default=20, ge=1, description="Time this many calls of each batch size in a process.")
     repeats: int = Field(default=3, ge=1, description="Start this many processes for each model, the models in turn.")
     output: Path | None = Field(default=None, description=ROWS_FILE)
+    overwrite: Annotated[bool, OnlyWith(output=...)] = Field(default=False, description=OVERWRITE)
 
 
 @command(BenchRequest)
@@ -54,7 +55,7 @@ def bench(request: BenchRequest) -> None:
     """
     from peft_vit.report.printed import check_rows_file, print_with_rows
 
-    check_rows_file(request.output)
+    check_rows_file(request.output, overwrite=request.overwrite)
     with progress("timing", sys.stderr) as on_progress:
         from peft_vit.runs.bench import bench as time_models
 

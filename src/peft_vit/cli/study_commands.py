@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from pydantic import Field
 
-from peft_vit.cli.app import ROWS_FILE, app, command
+from peft_vit.cli.app import OVERWRITE, ROWS_FILE, app, command
 from peft_vit.config import Number, Size, Time
 from peft_vit.console import ProgressDisplay, bar, duration, progress
 from peft_vit.errors import UserError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _RESULTS = "The folder of results, which --output named, or a study in it."
 RowsFile = Annotated[Path | None, typer.Option(help=ROWS_FILE, show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, show_default=False)]
 
 
@@ -73,11 +74,11 @@ def status(results_dir: ResultsDir) -> None:
 def train(request: TrainRequest) -> None:
     """Fine-tune a model on your own images with one method.
 
-    A fifth of the images validates and a fifth tests. Each call makes a folder of its own, and `latest` beside it leads
-    to the last one. The same call goes on where an earlier one was interrupted. The last layer starts as a regression
-    on the model's frozen features (the linear probe). Training goes on for as long as validation gains, within the
-    minutes, and never returns less than the probe on validation. Exit codes: 0 done, 1 training failed, 2 bad input,
-    130 interrupted.
+    A fifth of the images is kept for the test, and another fifth for validation, by which choices are made. Training
+    starts from a linear probe, a classifier on the features of the pretrained model. It stops when accuracy on the
+    validation images no longer rises, or when the minutes are over, and the model is never worse on them than that
+    probe. Each call makes a folder of its own, and `latest` beside it leads to the last one. The same call again goes
+    on where it was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import train_on_own_images
 
@@ -119,13 +120,14 @@ def runs(
         Path, typer.Argument(metavar="FOLDER", help="The folder that train writes to.")
     ] = DEFAULT_OUTPUT,
     output: RowsFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """List what train has done, the newest last: settings, test accuracy with its 95 % interval, minutes, state."""
     from peft_vit.report.printed import check_rows_file, print_with_rows
     from peft_vit.report.trained import train_row, train_runs_table
     from peft_vit.studies.train_runs import train_runs
 
-    check_rows_file(output)
+    check_rows_file(output, overwrite=overwrite)
     calls = train_runs(directory) if directory.is_dir() else []
     if not calls:
         raise UserError("holds no run of `train`; make one: peft-vit train IMAGES", file=directory)
@@ -148,11 +150,11 @@ def runs(
 def tune(request: TuneRequest) -> None:
     """Find the best model for your images that the minutes can buy, within your limits, and say how sure that is.
 
-    A fifth of the images, or the folder's own test split, is set aside and read once, in the end. All choices rest on
-    the others: regressions on frozen features choose image sizes, short trainings the learning rate and the number of
-    steps, and the best is compared with itself on weights of 8 and 4 bits. It takes the smallest that is hardly worse
-    than the best one found. The same command goes on where an earlier one was stopped, and with more minutes tries
-    more. Exit codes: 0 a model was chosen, 2 bad input, 130 interrupted.
+    A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
+    chooses image sizes, by fitting the last layer alone, then learning rate and number of steps, by short trainings,
+    and compares the best with itself on weights of 8 and 4 bits. It takes the smallest that is hardly worse than the
+    best one found. The same command goes on where an earlier one was stopped, and with more minutes tries more. Exit
+    codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
 
@@ -325,13 +327,16 @@ def compare(
         ),
     ] = "",
     output: RowsFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare experiments that occur in several studies, over data sets and backbones.
 
     Differences are pooled over studies only where nothing else differs; what is refused is named with its reason.
     """
     from peft_vit.analysis.across import compare_studies, load_across, parse_pool
+    from peft_vit.report.printed import check_rows_file
     from peft_vit.report.printed_tables import print_comparison
 
+    check_rows_file(output, overwrite=overwrite)
     allowed = parse_pool(allow_mismatch, "--allow-mismatch")
     print_comparison(compare_studies(load_across(results_dirs), reference=reference, pool=allowed), output)

@@ -181,16 +181,17 @@ def study_from_mapping(data: dict[str, Any], *, file: Path, lines: Lines | None 
 
 @contextmanager
 def named_as_typed(request: type[Request]) -> Iterator[None]:
-    """Name options in errors of a configuration that a command has filled in; a key that is no option goes unnamed."""
+    """Name options in errors of what they fill in: fields, and keys of a configuration, of which others go unnamed."""
     typed = [request.option(field) for field in request.model_fields]
     options = {option.name[2:].replace("-", "_"): option.name for option in typed if not option.is_argument}
     options |= {key: option.name for option in typed for key in option.keys}
     try:
         yield
     except UserError as error:
-        if error.field is None or re.split(r"[.\[]", error.field)[0] not in _KEYS:
+        field = error.field or ""
+        if field not in options and re.split(r"[.\[]", field)[0] not in _KEYS:
             raise
-        raise error.about(options.get(error.field.rpartition(".")[2])) from None
+        raise error.about(options.get(field.rpartition(".")[2])) from None
 
 
 def _fill_training(data: dict[str, Any], lines: Lines, file: Path) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import re
 import tarfile
 import tempfile
 import zipfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -46,12 +46,14 @@ class FileTree:
         names: relative names with '/', sorted.
         read: returns the content of the file with a given name.
         hashed: hashes the zip, or the folder's files with the given names, and tells these files apart.
+        unused: folders of which no file is among the names; see `files_below`.
     """
 
     location: Path
     names: tuple[str, ...]
     read: Callable[[str], bytes]
     hashed: Callable[[list[str]], Hashes]
+    unused: Mapping[str, str] = field(default_factory=dict)
 
     def file(self, name: str) -> str:
         """Return what to call a file in an error."""
@@ -68,7 +70,8 @@ class FileTree:
             return Hashes(whole.sha256, {name.removeprefix(start): mark for name, mark in whole.each.items()})
 
         names = tuple(name.removeprefix(start) for name in self.names if name.startswith(start))
-        return FileTree(self.location / folder, names, lambda name: self.read(start + name), hashed)
+        unused = {name.removeprefix(start): at for name, at in self.unused.items() if name.startswith(start)}
+        return FileTree(self.location / folder, names, lambda name: self.read(start + name), hashed, unused)
 
     def fault(self, name: str) -> str | None:
         """Return why a file can't even be opened, such as a link to nothing; None if it can, or lies in a zip."""
@@ -122,12 +125,13 @@ def open_tree(location: Path) -> FileTree:
         UserError: if it is neither, or as `files_below`.
     """
     if location.is_dir():
-        root = location.resolve()
+        root, unused = location.resolve(), dict[str, str]()
         return FileTree(
             root,
-            files_below(root),
+            files_below(root, unused=unused),
             lambda name: read_bytes(root / name),
             lambda used: hashes({name: root / name for name in used}),
+            unused,
         )
     with foreign_fault("is neither a folder nor a zip", location, remedy="name one of the two", field="data.path"):
         if not location.is_file():  # opening a pipe could wait for ever
@@ -179,39 +183,60 @@ def _told_apart(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]
     return marks
 
 
-def files_below(root: Path, closed: list[UserError] | None = None) -> tuple[str, ...]:
-    """Return the sorted names of the files below a folder, but hidden ones; links are followed, but not in circles.
+def files_below(
+    root: Path, closed: list[UserError] | None = None, unused: dict[str, str] | None = None
+) -> tuple[str, ...]:
+    """Return the sorted names of the files below a folder, but hidden ones.
+
+    Links are followed. Each folder is read once: where it really is, if that is below `root`, else by the first of the
+    highest links to it.
 
     Args:
         root: the folder.
         closed: is given the error of each folder that can't be read, and names may be any bytes; None: the first fault
             is raised.
+        unused: is given by name, with a '/' at its end, each folder that is empty, "", or a link to a folder that is
+            read elsewhere, there; links to folders above themselves are not told of.
 
     Raises:
         UserError: if a folder can't be read, or a name is not UTF-8.
     """
-
-    def names(folder: str, above: tuple[os.stat_result, ...], prefix: str) -> Iterator[str]:
+    names: list[str] = []
+    read_at: dict[tuple[int, int], str | None] = {
+        (status.st_dev, status.st_ino): None for status in map(os.stat, root.resolve().parents)
+    }
+    folders, links = deque([""]), deque[str]()
+    while folders or links:
+        name = (folders or links).popleft()
+        folder, prefix = os.path.join(root, name), f"{name}/" if name else ""
         try:
             status = os.stat(folder)
-            in_circle = any(os.path.samestat(status, other) for other in above)
-            entries = [] if in_circle else [entry.name for entry in os.scandir(folder)]
+            place = (status.st_dev, status.st_ino)
+            if place in read_at:
+                at = read_at[place]
+                if unused is not None and at is not None and not prefix.startswith(at):
+                    unused[prefix] = at
+                continue
+            read_at[place] = prefix
+            entries = sorted(entry.name for entry in os.scandir(folder) if not _HIDDEN.match(entry.name))
         except OSError as error:
             message = f"can't be read ({error.strerror}); make it readable, or take it out"
             fault = UserError(message, file=error.filename)
             if closed is None:
                 raise fault from None
             closed.append(fault)
-            return
-        for name in entries:
-            if _HIDDEN.match(name):
-                continue
-            if closed is None and any("\ud800" <= character <= "\udfff" for character in name):  # no record holds it
-                raise UserError("has a name that is not UTF-8; rename it", file=os.path.join(folder, name))
-            below = names(os.path.join(folder, name), (*above, status), f"{prefix}{name}/")
-            yield from below if os.path.isdir(os.path.join(folder, name)) else (prefix + name,)
-
-    return tuple(sorted(names(str(root), tuple(map(os.stat, root.resolve().parents)), "")))
+            continue
+        if name and not entries and unused is not None:
+            unused[prefix] = ""
+        for entry in entries:
+            path = os.path.join(folder, entry)
+            if closed is None and any("\ud800" <= character <= "\udfff" for character in entry):  # no record holds it
+                raise UserError("has a name that is not UTF-8; rename it", file=path)
+            if not os.path.isdir(path):
+                names.append(prefix + entry)
+            else:
+                (links if os.path.islink(path) else folders).append(prefix + entry)
+    return tuple(sorted(names))
 
 
 # --- hashes and the cache ---------------------------------------------------------------------------------------------

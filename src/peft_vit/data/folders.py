@@ -6,10 +6,12 @@ Studies say exactly where their images are. `find_images` takes them as people h
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -17,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from peft_vit.config import DataConfig
-from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, decode_text, downloaded, existing, hashes, open_tree
+from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, Hashes, decode_text, downloaded, existing, hashes, open_tree
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
 from peft_vit.errors import UserError, foreign_fault, os_fault
@@ -103,7 +105,7 @@ def read_image_folder(config: DataConfig) -> ImageIndex:
 
     In the second layout test/ is the official test split; without test/, val/ is. If all three are there, val/ joins
     train/ as images that training and validation are drawn from. val/ may be called valid/ or validation/, and all of
-    them may be written in capitals.
+    them may be written in capitals. Empty folders, and links to folders that are read elsewhere, are told of.
 
     `images_file` is what was found when they were looked at: it says what is left out, what is a copy of what, and
     which images are tested in the end, whatever their folders are. Without it nothing may have to be left out.
@@ -120,8 +122,10 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         message = f"has no class folders in it; images are those of {place}: name it, with dataset: {images.dataset}"
         raise UserError(message, file=config.path, field="data.path")
     for name, why in images.left_out.items():
-        raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
-    return _index(images.tree, *images.files)
+        if not name.endswith("/"):
+            raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
+    notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
+    return replace(_index(images.tree, *images.files), notes=notes)
 
 
 def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
@@ -203,6 +207,11 @@ def find_images(path: Path) -> Images:
                 is_test.append(split == test)
     if not classes:
         raise UserError(_NO_IMAGE, file=path, field="data.path")
+    for name, place in tree.unused.items():
+        if place:
+            left_out[name] = f"leads to the images of {place}, which are taken there"
+        elif name.count("/") == depth - 1:
+            left_out[name] = "is an empty folder, of which no class is made"
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
@@ -275,12 +284,15 @@ def _listed(path: Path) -> Images:
     if not labels:
         raise UserError("names no image; add rows", file=path)
     places = {name: root / name for name in labels}
-    tree = FileTree(
-        root,
-        tuple(labels),
-        lambda name: read_bytes(places[name]),
-        lambda used: hashes({"": path, **{name: places[name] for name in used}}),
-    )
+    tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
+
+    def hashed(used: list[str]) -> Hashes:
+        """Hash what is used of the table, in its order, and of the images: spaces and other columns are not."""
+        contents = hashes({name: places[name] for name in used})
+        rows = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
+        return Hashes(hashlib.sha256(f"{rows}{contents.sha256}".encode()).hexdigest(), contents.each)
+
+    tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
     left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
     return Images("csv", path, tree, ClassFiles(labels, is_test if any(is_test) else None).without(left_out), left_out)
 

@@ -150,8 +150,12 @@ class ImagesFile(Frozen):
 def check_class_names(
     names: Iterable[str], file: str | Path | None, field: str | None = None, remedy: str = "rename it"
 ) -> None:
-    """Raise UserError, with the file that says so, if a class has a name that could not be printed."""
-    for name in names:
+    """Raise UserError, with the file that says so, if a class has a name that can't be printed or told from another."""
+    known: set[str] = set()
+    for name in dict.fromkeys(names):
         if CONTROL_CHARACTER.search(name) or len(name) > _LONGEST_CLASS_NAME:
             message = f"class {reprlib.repr(name)} holds a control character or more than {_LONGEST_CLASS_NAME} letters"
             raise UserError(f"{message}; {remedy}", file=file, field=field)
+        if (plain := " ".join(name.split())) in known:
+            raise UserError(f"class {plain!r} is there twice, with different spaces; {remedy}", file=file, field=field)
+        known.add(plain)

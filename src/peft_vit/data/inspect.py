@@ -490,13 +490,14 @@ def _refuse_few(
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
-        more = f"; {few} more classes have too few" if few else ""
+        more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
         beside = "" if holdout is None else " beside the test split"
         if np.count_nonzero(labels[chosen_on] == scarce) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
+        images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
-            f"class '{class_names[scarce]}' has {counts[scarce]} different images that can be used{beside}"
-            f", {least} {'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
+            f"class '{class_names[scarce]}' has {images} that can be used{beside}, {least} "
+            f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
             file=path,
         )
     if holdout is not None and not (tested := np.bincount(labels[holdout], minlength=len(class_names))).all():

@@ -36,6 +36,7 @@ class Data:
     test: HoldoutImages
     data_sha256: str
     split_sha256: str
+    groups: np.ndarray  # equal numbers for copies among all images of the data set, (N,) int64
     test_files: list[str] | None = None  # names of somebody's own, relative to their folder
     task: Task = CLASSIFICATION
     warnings: tuple[str, ...] = ()  # what to know of the images before believing a number, see `image_warnings`
@@ -72,6 +73,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool 
         test=HoldoutImages(tested, index.class_counts(of_test)),
         data_sha256=index.sha256,
         split_sha256=splits.sha256,
+        groups=index.groups,
         test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
         task=index.task,
         warnings=image_warnings(index, splits, config.image_size),

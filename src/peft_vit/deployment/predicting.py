@@ -97,8 +97,9 @@ def open_exported(path: Path, weights: str | None = None) -> Classifier:
 def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
     """Return the images that paths name, those of folders, of folders below and of zips in the order of their names.
 
-    Links are followed, but not in circles. Hidden files are left out, as in training, and files of a folder that
-    are not called as images are. A folder below that can't be read is an error among the images.
+    Links are followed, and a folder's file is taken once, however many links lead to it. Hidden files are left out, as
+    in training, and files of a folder that are not called as images are. A folder below that can't be read is an error
+    among the images.
 
     Raises:
         UserError: for a path where nothing is, and for a folder or a zip without an image.
@@ -109,8 +110,14 @@ def image_files(paths: Iterable[Path]) -> list[ImageFile | UserError]:
             raise UserError("does not exist; name image files, folders of them, or a zip", file=path)
         if os.path.isdir(path):
             closed: list[UserError] = []
-            files = (path / name for name in files_below(path, closed) if is_image(name))
-            inside: list[ImageFile | UserError] = [*(_on_disk(file) for file in files if file.is_file()), *closed]
+            files = [path / name for name in files_below(path, closed) if is_image(name)]
+            once: dict[str, Path] = {}  # by where it really is
+            for file in sorted(files, key=os.path.islink):
+                once.setdefault(os.path.realpath(file), file)
+            inside: list[ImageFile | UserError] = [
+                *(_on_disk(file) for file in files if file.is_file() and once[os.path.realpath(file)] == file),
+                *closed,
+            ]
         elif path.suffix.lower() == ".zip":
             inside = _in_zip(path)
         else:

@@ -413,7 +413,8 @@ class Calibrated(_Value):
         lowest, highest = self.coverages[0], self.coverages[-1]
         if not lowest - 1e-9 <= coverage <= highest + 1e-9:  # also NaN
             raise UserError(
-                f"expected {lowest:g} to {highest:g}, for which the model has thresholds; got {coverage:g}",
+                f"expected a share of images from {lowest:g} to {highest:g}, for which the model has thresholds; got "
+                f"{coverage:g}",
                 field="coverage",
             )
         return next(t for stored, t in zip(self.coverages, self.thresholds, strict=True) if stored >= coverage - 1e-9)

@@ -19,6 +19,7 @@ from rich.text import Text
 from peft_vit.errors import UserError, os_fault, printable
 from peft_vit.records import as_csv, write_atomically
 from peft_vit.report.document import Paragraph, Table
+from peft_vit.safe_io import refuse_existing
 
 _WIDEST = 10_000  # columns; more than any table needs
 
@@ -79,20 +80,22 @@ def print_with_rows(
     """Print blocks; write rows to a .csv or .json file if one is named, with some columns even if there is no row.
 
     Raises:
-        UserError: for another ending, or if the file can't be written.
+        UserError: if the file can't be written; see `check_rows_file` for what is refused before.
     """
-    check_rows_file(output)
     print_blocks(blocks)
     if output is not None:
         write_rows(rows, output, dict.fromkeys(columns))
         print_blocks([Paragraph(f"{len(rows)} rows: {output}")])
 
 
-def check_rows_file(output: Path | None, endings: Sequence[str] = ENDINGS) -> None:
-    """Refuse another ending than these."""
-    if output is not None and output.suffix.lower() not in endings:
+def check_rows_file(output: Path | None, endings: Sequence[str] = ENDINGS, *, overwrite: bool = False) -> None:
+    """Refuse another ending than these, and to replace a file unless that was asked for."""
+    if output is None:
+        return
+    if output.suffix.lower() not in endings:
         expected = f"expected a name that ends in {', '.join(endings[:-1])} or {endings[-1]}"
         raise UserError(expected, file=output, field="--output")
+    refuse_existing(output, overwrite=overwrite)
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], output: Path, columns: Mapping[str, str | None]) -> None:

@@ -128,14 +128,14 @@ def history_table(results_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def export_history(results_dir: Path, file: Path) -> int:
+def export_history(results_dir: Path, file: Path, *, overwrite: bool = False) -> int:
     """Write that table as the file's ending says, and return its number of rows.
 
     Raises:
-        UserError: as in `history_table`; for another ending, if Parquet can't be written for want of pyarrow, or if
-            the file can't be written.
+        UserError: as in `history_table`; for another ending, a file that is there, unless it is to be overwritten, if
+            Parquet can't be written for want of pyarrow, or if the file can't be written.
     """
-    check_rows_file(file, (".parquet", ".json", ".csv"))
+    check_rows_file(file, (".parquet", ".json", ".csv"), overwrite=overwrite)
     if file.suffix.lower() == ".parquet":
         require_extra("parquet", file=file)
     rows = history_table(results_dir)

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,7 @@ from peft_vit.errors import UserError
 
 _PACKAGES = ("peft-vit", "torch", "torchvision", "timm", "numpy", "safetensors", "scikit-learn")
 _CPUINFO = Path("/proc/cpuinfo")
+_PROCESSOR_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of Linux's control groups, version 2
 _INSTRUCTIONS = {"avx512_bf16": "AVX512_BF16", "amx_bf16": "AMX"}  # as Linux spells them, and as people do
 # Of those that speed up products of matrices.
 _FASTER = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
@@ -190,8 +192,12 @@ def processor_name() -> str:
 
 
 def cpu_count() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of processors that this process may use, also of a container that limits their time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # "200000 100000": microseconds in each period; "max 100000": no limit
+        quota, period = map(int, _PROCESSOR_LIMIT.read_text().split())
+        count = min(count, -(-quota // period))
+    return count
 
 
 def hash_arrays(arrays: Iterable[np.ndarray | Tensor]) -> str:

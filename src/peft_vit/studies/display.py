@@ -12,7 +12,7 @@ from rich.text import Text
 
 from peft_vit.config import StudyConfig
 from peft_vit.console import ProgressDisplay, bar, duration, open_console, print_lines
-from peft_vit.errors import DataWarning, printable
+from peft_vit.errors import printable
 from peft_vit.evaluation import available_memory_bytes
 from peft_vit.forecasting.time_limit import Pace, makespan
 from peft_vit.records import RunRecord
@@ -126,7 +126,7 @@ class Watch(ProgressDisplay):
         self, plan: Plan, *, console: Console | None = None, until: float | None = None, alone: bool = False
     ) -> None:
         super().__init__(self._shown, self._of_the_quietest, console)
-        self._until, self._alone = until, alone
+        self._until, self._alone, self._notices = until, alone, plan.notices
         self._since = time.monotonic()
         self._workers = plan.study.execution.workers
         self._waiting = {run.spec.name: run for run in plan.pending}
@@ -176,7 +176,7 @@ class Watch(ProgressDisplay):
                 self._running.pop(name, None)
                 self._waiting.pop(name, None)  # of one that has never started
                 for warning in event.record.warnings:
-                    if not (self._alone and warning.startswith(DataWarning.PREFIX)):  # which the plan's notes have said
+                    if not any(notice.startswith(warning) for notice in self._notices):  # which the plan has said
                         self.say(f"{self._place(run)}warning: {warning}")
                 outcome = self._outcome(run, event.record)
                 if not self._alone:

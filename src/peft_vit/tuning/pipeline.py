@@ -124,7 +124,7 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
     with state.stage("final"):
         final, before_rounding = train_finally(folds, decision.taken.recipe)
     choice = Choice(
-        request=request,
+        request=state.request,
         seen=context.seen,
         images_file=context.images_file,
         metric=context.metric,

@@ -84,8 +84,13 @@ class State:
         """
         limit = Limit(request.minutes, clock(), clock)
         place = request.output / TUNE_FILE
-        asked = json.loads(json.dumps(request.kept()))
         before = _read(place)
+        if request.threads is None:
+            from peft_vit.runs.machine import cpu_count  # with torch, which whoever asks a tuned file does without
+
+            threads = cpu_count() if before is None else before.asked.get("threads")
+            request = request.model_copy(update={"threads": threads})
+        asked = json.loads(json.dumps(request.kept()))
         if before is None:
             return cls(request, tell, limit, TuneFile(asked=asked), clock)
         for option, value in asked.items():

@@ -48,8 +48,8 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="The accuracy that a smaller model may lose against the best one found, in points; of balanced "
-        "accuracy where that decides.",
+        description="How much accuracy a smaller model may lose against the best one found, in percentage points; of "
+        "balanced accuracy where that decides.",
     )
     metric: MetricSetting = Field(
         default="auto",
@@ -64,7 +64,8 @@ class TuneRequest(Request):
     minutes: float = Field(
         default=20.0,
         gt=0,
-        description="The call may take this many minutes. The same command goes on, and tries more with more time.",
+        description="The call may take this many minutes. The same command again goes on, and tries more with more "
+        "time.",
     )
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -93,9 +94,10 @@ class TuneRequest(Request):
         default=0,
         ge=0,
         lt=SEEDS.stop,
-        description="The number that random choices follow from: the images kept for the end, the folds, the runs.",
+        description="The number that random choices follow from: which images are kept for the test, how the others "
+        "are divided, how training starts.",
     )
-    threads: int = Field(default=2, ge=1, description=THREADS)
+    threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
         default=Path("peft-vit-tune"), description="The folder for results, where the same command goes on."

@@ -148,6 +148,27 @@ def test_tables_as_programs_write_them(folder, config, text):
     assert written.official_test.tolist() == [False, True]
 
 
+def test_the_hash_of_a_table_is_that_of_what_is_used_of_it(folder, config):
+    def hashed(text):
+        return open_index(config("csv", write_csv(folder, text))).sha256
+
+    table = "path,label,split\ncat/a.png,cat,\ndog/a.webp,dog,\ndog/c.PNG,dog,test\n"
+    same = (
+        "label ;weight; path;Split\r\n cat;1; cat/a.png;train\r\ndog ;2;./dog/a.webp;\r\n\r\ndog;3;dog/c.PNG; TEST\r\n"
+    )
+    others = (
+        table.replace("a.png,cat", "a.png,Cat"),
+        table.replace("webp,dog,", "webp,dog,test"),
+        table.replace("dog/a.webp,dog,\n", ""),
+        "\n".join([table.splitlines()[0], *table.splitlines()[:0:-1]]),  # other images are drawn
+    )
+    assert hashed(same) == hashed(table)
+    assert len({hashed(text) for text in (table, *others)}) == 5
+    before = hashed(table)
+    paint(folder / "cat/a.png", (8, 8, 8))
+    assert hashed(table) != before
+
+
 def test_an_empty_column_of_splits_is_none(folder, config):
     for text in ("path,label,split\ncat/a.png,x,\ndog/a.webp,y,\n", "path;label;split\ncat/a.png;x;\ndog/a.webp;y;\n"):
         assert open_index(config("csv", write_csv(folder, text))).official_test is None
@@ -172,3 +193,21 @@ def test_one_name_among_the_files_of_a_folder_does_not_cost_the_others(tmp_path)
     assert files_below(tmp_path, []) == ("a.png", odd, "self")
     with pytest.raises(UserError, match="has a name that is not UTF-8"):
         files_below(tmp_path)
+
+
+def test_folders_that_lead_to_each_other_are_read_once(tmp_path) -> None:
+    names = [f"{k:02d}" for k in range(20)]  # 20! ways through them
+    for name in names:
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.png").touch()
+        for other in names:
+            (tmp_path / "images" / name / f"to {other}").symlink_to(f"../{other}")
+    outside = tmp_path / "outside" / "deep"
+    outside.mkdir(parents=True)
+    (outside / "b.png").touch()
+    for link, target in {"00/o": outside, "o": outside, "p": tmp_path / "outside", "root": tmp_path / "images"}.items():
+        (tmp_path / "images" / link).symlink_to(target)
+    unused: dict[str, str] = {}
+    assert files_below(tmp_path / "images", unused=unused) == (*(f"{name}/a.png" for name in names), "o/b.png")
+    between = {f"{name}/to {other}/": f"{other}/" for name in names for other in names if name != other}
+    assert unused == {**between, "00/o/": "o/", "p/deep/": "o/"}

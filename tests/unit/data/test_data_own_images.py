@@ -267,6 +267,30 @@ def test_all_that_is_left_out_is_listed_at_once_and_strict_refuses_it(tmp_path):
     assert inspect_images(root, least=1).remarks()[-1] == "  and 20 more"
 
 
+def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and_by_a_study(tmp_path):
+    root = fill(tmp_path / "images")
+    (root / "лес").mkdir()
+    (root / "лес" / ".DS_Store").touch()
+    (root / "кот" / "deeper").mkdir()  # says nothing of a class
+    (root / "кот" / "all").symlink_to(root / "hund mit hut")
+    (root / "katze").symlink_to("кот")
+    said = {
+        "katze/": "leads to the images of кот/, which are taken there",
+        "кот/all/": "leads to the images of hund mit hut/, which are taken there",
+        "лес/": "is an empty folder, of which no class is made",
+    }
+    seen = inspect_images(root, least=1)
+    assert (len(seen.names), seen.class_names, seen.left_out) == (12, ("hund mit hut", "кот"), said)
+    assert seen.remarks()[0] == "3 items are left out:"
+    with pytest.raises(UserError, match=r"--strict: 3 items are to be left out"):
+        inspect_images(root, least=1, strict=True)
+    config = DataConfig(
+        dataset="image-folder", path=str(root), image_size=14, train_images=None, validation_images=2, test_images=2
+    )
+    data = load_data(config, 0)
+    assert [text for text in data.warnings if "/ " in text] == [f"Images: {name} {why}" for name, why in said.items()]
+
+
 def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path):
     root = fill(tmp_path / "images")
     frames = [Image.fromarray(textured(900 + i)) for i in range(3)]

@@ -84,6 +84,7 @@ CASES = {
         (named("nowhere"), r": data\.path: does not exist"),
         *((lambda f, name=name: Path(name), "does not exist") for name in ("x" * 5000, "a\0b", "~nobody-of-it/x")),
         *((called(name), CLASS) for name in ("\x1b[31mred", "two\nlines", "\u202egnp")),
+        (called("class_1 "), r"data\.path: class 'class_1' is there twice, with different spaces; rename it"),
         (zipped("../cat/x.png"), r"holds a file of the name '\.\./cat/x\.png', which leads out"),
         *((zipped(name), "which leads out of it") for name in ("cat/../../x.png", "/cat/x.png", r"cat\..\x.png")),
         (zipped("cat/a.png"), r"images\.zip: holds 'cat/a\.png' twice"),
@@ -118,6 +119,10 @@ CASES = {
         (named(IMAGE), r"000\.png: is not UTF-8 text"),
         (row("train/class_0/003.png,\x9b31m"), CLASS),
         (row(f"train/class_0/003.png,{'x' * 1000}"), "or more than 255 letters"),
+        (
+            row("train/class_0/003.png,black  cat", first=f"{IMAGE},black cat"),
+            "class 'black cat' is there twice, with different",
+        ),
     ],
     "elpv": [
         *(

@@ -61,8 +61,8 @@ def test_sets_follow_the_next_threshold_and_begin_with_the_most_probable(
     ("card", "coverage", "says"),
     [
         (CARD, 0.9, "this model holds none"),
-        (CALIBRATED, 0.99, "expected 0.8 to 0.95, for which the model has thresholds; got 0.99"),
-        (CALIBRATED, 0.5, "expected 0.8 to 0.95"),
+        (CALIBRATED, 0.99, "expected a share of images from 0.8 to 0.95, for which the model has thresholds; got 0.99"),
+        (CALIBRATED, 0.5, "from 0.8 to 0.95"),
         (CALIBRATED, math.nan, "got nan"),
         (
             CARD.model_copy(update={"calibrated": Calibrated(images=2, temperature=1.0, coverages=(), thresholds=())}),

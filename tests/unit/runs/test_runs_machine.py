@@ -40,6 +40,17 @@ def processor(tmp_path, monkeypatch):
     return pretend
 
 
+@pytest.mark.parametrize(
+    ("limit", "count"), [(None, 8), ("max 100000", 8), ("150000 100000", 2), ("1600000 100000", 8), ("broken", 8)]
+)
+def test_processors_are_those_that_the_process_and_its_container_may_use(tmp_path, monkeypatch, limit, count) -> None:
+    monkeypatch.setattr(precision.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(precision, "_PROCESSOR_LIMIT", tmp_path / "cpu.max")
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert precision.cpu_count() == count
+
+
 @pytest.fixture
 def machine(monkeypatch):
     """Let the machine compute in bf16, or not."""

@@ -22,6 +22,7 @@ from peft_vit.training import Progress
 
 pytestmark = pytest.mark.part("runner")
 
+SAID = "Images: dog/ is an empty folder, of which no class is made"
 METRICS = Metrics(n=20, accuracy=0.75, balanced_accuracy=0.75, auroc=None, nll=0.5, ece=0.1)
 
 
@@ -107,7 +108,7 @@ def planned_runs():
     runs = [
         PlannedRun(run.spec, 200, Estimate(60.0, 10**8, "estimate"), False) for run in fake_plan(config, Path("x")).runs
     ]
-    return SimpleNamespace(study=config, pending=tuple(runs))
+    return SimpleNamespace(study=config, pending=tuple(runs), notices=(SAID,))
 
 
 def ended(run, **update):
@@ -132,7 +133,7 @@ def events_of(runs):
     yield 20, RunProgress(first, Progress(110, 200, 0.4, 0.75, 3.5, None))
     yield 1, RunProgress(second, Progress(1, 200, 0.625, None, 2.0, 6.0))
     yield 31, RunProgress(second, Progress(20, 200, 0.5, 0.5, 2.0, 6.0))
-    yield 9, ended(first, warnings=["nothing was pruned"], head_fit=probe)
+    yield 9, ended(first, warnings=["nothing was pruned", SAID], head_fit=probe)  # the plan has told the second one
     yield 0, RunStarted(third, "process 7 on here")
     yield 0, RunRetried(third, failed_record(third.spec, "killed"))
     yield 0, RunProgress(third, Progress(7, 200, 0.5, None, None, None))  # a late word

@@ -1,5 +1,6 @@
 """What `peft-vit train` is asked for is checked, zero included; the rest is chosen after images and time."""
 
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,8 +10,8 @@ import torch
 from PIL import Image
 
 from peft_vit.backbones import describe
-from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, named_backbone
-from peft_vit.data import load_data
+from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, DataConfig, named_backbone
+from peft_vit.data import load_data, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
 from peft_vit.studies import image_sizes, own_images
@@ -18,11 +19,11 @@ from peft_vit.studies.image_sizes import SizeTrial
 from peft_vit.studies.own_images import (
     Counts,
     Forecast,
+    OwnImages,
     count_images,
     named_files,
     open_images,
     refuse_among_images,
-    study_of,
 )
 from peft_vit.studies.request import TrainRequest
 from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
@@ -64,32 +65,35 @@ def asked(tmp_path):
     return make
 
 
-@pytest.fixture
-def many(monkeypatch):
-    """Let there be other labels than the folder's."""
-
-    def make(images: int, classes: int) -> SimpleNamespace:
-        names = tuple(map(str, range(classes)))
-        index = SimpleNamespace(labels=np.arange(images) % classes, class_names=names, official_test=None)
-        monkeypatch.setattr(own_images, "open_index", lambda data: index)
-        return index
-
-    return make
+def many(images: int, classes: int) -> SimpleNamespace:
+    """Return labels alone."""
+    names = tuple(map(str, range(classes)))
+    return SimpleNamespace(labels=np.arange(images) % classes, class_names=names, official_test=None)
 
 
-def experiment_of(asked: TrainRequest):
-    return study_of(asked)[0].experiments[0]
+def study_of(asked: TrainRequest, index=None, **chosen):
+    """Return the study on the folder's images, or on those of an index, of which none was decoded."""
+    if index is None:
+        sizes = {"image_size": 224, "validation_images": 2, "test_images": 2}
+        index = open_index(DataConfig(dataset="image-folder", path=str(asked.images), **sizes))
+    forecast = Forecast(asked, count_images(asked, index))
+    images = OwnImages(index, None, "image-folder", asked.images, {}, forecast, [], None)
+    return own_images.study_of(asked, "own-images", images, asked.images / "images.json", **chosen)
 
 
-def training_of(asked: TrainRequest):
-    return experiment_of(asked).training
+def experiment_of(asked: TrainRequest, index=None):
+    return study_of(asked, index)[0].experiments[0]
+
+
+def training_of(asked: TrainRequest, index=None):
+    return experiment_of(asked, index).training
 
 
 def size_of(asked: TrainRequest) -> int:
     return study_of(asked)[0].data.image_size
 
 
-def test_a_fifth_validates_a_fifth_tests_and_a_probe_has_no_rate(asked, many) -> None:
+def test_a_fifth_validates_a_fifth_tests_and_a_probe_has_no_rate(asked) -> None:
     study, _ = study_of(asked("linear"))
     assert (study.data.validation_images, study.data.test_images, study.data.shots_per_class) == (4, 4, 3)
     training = study.experiments[0].training
@@ -101,12 +105,17 @@ def test_a_fifth_validates_a_fifth_tests_and_a_probe_has_no_rate(asked, many) ->
     ):
         index = many(images, classes)
         index.official_test = index.labels == 0 if official else None
-        data = study_of(asked(shots=None))[0].data
+        data = study_of(asked(shots=None), index)[0].data
         assert (data.validation_images, data.test_images) == sizes
 
 
-def test_seeds_draw_other_shots(asked) -> None:
-    studies = {seed: study_of(asked(image_size=32, seed=seed))[0] for seed in (0, 1)}
+def test_seeds_draw_other_shots(asked, tmp_path) -> None:
+    studies, file = {}, tmp_path.parent / f"{tmp_path.name}.json"
+    for seed in (0, 1):
+        request = asked(image_size=32, seed=seed)
+        with open_images(request) as images:
+            images.write(file)
+            studies[seed] = own_images.study_of(request, "own-images", images, file)[0]
     assert [study.seeds for study in studies.values()] == [(0,), (1,)]
     first, other, again = (load_data(studies[seed].data, seed) for seed in (0, 1, 0))
     assert first.train.positions.tolist() == again.train.positions.tolist() != other.train.positions.tolist()
@@ -118,7 +127,8 @@ def test_an_own_test_split_takes_nothing_from_what_trains(asked, tmp_path) -> No
     request = asked(shots=None, image_size=32, steps=20)
     study, _ = study_of(request)
     assert (study.data.validation_images, study.data.test_images) == (4, None)  # a fifth of 20
-    assert count_images(request, own_images.open_index(study.data)) == Counts(16, 4, 80)
+    with open_images(request) as images:
+        assert count_images(request, images.index) == Counts(16, 4, 80)
 
 
 def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
@@ -128,7 +138,7 @@ def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
         assert images.lines == ["1 file is left out:", "  cat/text.png: is not an image of a known format"]
         file = tmp_path.parent / f"{tmp_path.name}.json"
         images.write(file)
-        study, line = study_of(request, "own-images", images, file)
+        study, line = own_images.study_of(request, "own-images", images, file)
         images.keep_pixels(study)
     assert line.startswith("Images of 160 px")
     assert (study.data.images_file, study.data.validation_images, study.data.test_images) == (str(file), 4, 4)
@@ -197,6 +207,32 @@ def test_what_can_not_be_asked_for_is_one_line_that_names_the_option(asked, case
     assert caught.value.field == NAMED.get(option, f"--{option.replace('_', '-')}")
 
 
+@pytest.mark.parametrize(
+    ("images", "tested", "said"),
+    [
+        (
+            2,
+            0,
+            "class 'cat' has 2 different images that can be used, 3 are needed of each class; 1 more class has too few",
+        ),
+        (2, 1, "class 'cat' has 1 different image that can be used beside the test split, 2 are needed of each class;"),
+    ],
+)
+def test_each_class_has_an_image_to_train_to_validate_and_to_test(asked, tmp_path, images, tested, said) -> None:
+    folder = tmp_path / "train" if tested else tmp_path
+    fill(tmp_path, images, tested)
+    for place in range(20):  # of other classes there are enough
+        for part in (folder, tmp_path / "test") if tested else (folder,):
+            (part / "elk").mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), (place, 7, len(part.name))).save(part / "elk" / f"{place}.png")
+    with pytest.raises(UserError, match=re.escape(said)), open_images(asked()):
+        pass
+    fill(tmp_path, images + 1, tested)
+    with open_images(asked(shots=None)) as opened:
+        counts = count_images(asked(shots=None), opened.index)
+    assert counts.validation >= 3
+
+
 @pytest.mark.parametrize("place", ["", "runs"])
 def test_an_output_among_the_images_is_refused(tmp_path, place) -> None:
     with pytest.raises(UserError, match=r"--output: lies in .*, among your images"):
@@ -215,6 +251,11 @@ def test_every_method_has_a_preset(asked, method) -> None:
         assert 150 <= training.patience * training.validate_every < 150 + 5 * training.validate_every
         rates = {"full": 2e-5, "lora": 5e-4, "adalora": 5e-4, "peft_lora": 5e-4, "peft": 5e-4, "peft_adalora": 5e-3}
         assert training.learning_rate == rates.get(method, 1e-3)
+
+
+def test_threads_are_as_many_as_processors_unless_said(asked, monkeypatch) -> None:
+    monkeypatch.setattr(own_images, "cpu_count", lambda: 7)
+    assert [study_of(asked(threads=threads))[0].threads for threads in (None, 3)] == [7, 3]
 
 
 def test_below_one_rank_a_matrix_lora_has_a_rate_of_its_own(asked) -> None:
@@ -325,10 +366,9 @@ def test_too_few_minutes_are_one_line_unless_a_length_was_asked_for(asked, pace)
     assert training_of(asked(steps=30)).steps == 30
 
 
-def test_validation_takes_its_share_and_never_more_than_the_run(asked, many) -> None:
+def test_validation_takes_its_share_and_never_more_than_the_run(asked) -> None:
     assert [training_of(asked(steps=steps)).validate_every for steps in (None, 25)] == [10, 10]
-    many(4000, 2)
-    every = [training_of(asked(shots=None, steps=steps)).validate_every for steps in (None, 20)]
+    every = [training_of(asked(shots=None, steps=steps), many(4000, 2)).validate_every for steps in (None, 20)]
     assert every == [round(3 * 500 / (2 * 32)), 20]
 
 
@@ -440,8 +480,22 @@ def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
         request, file = asked(**settings), tmp_path.parent / f"{tmp_path.name}.json"
         with open_images(request) as images:
             images.write(file)
-            study_of(request, "own-images", images, file)
+            own_images.study_of(request, "own-images", images, file)
         assert measured == [1]
+
+
+def test_a_call_of_an_earlier_version_is_read_with_its_options_by_their_names_of_then(tmp_path) -> None:
+    adapter = tmp_path / "adapter"
+    request = TrainRequest.of(images=tmp_path, output=tmp_path, init_adapter=adapter, model="facebook/dinov2-small")
+    asked = RequestFile(request=request, data_sha256="0" * 64, images={})
+    before = json.loads(asked.model_dump_json())
+    before["request"] |= {"library": "transformers", "start": before["request"].pop("init_adapter")}
+    folder = tmp_path / "0001-lora-from-adapter"
+    folder.mkdir()
+    (folder / "request.json").write_text(json.dumps(before))
+    run, line = earlier_call(asked)
+    assert (run.folder, run.asked, line) == (folder, asked, "")
+    assert run.asked.request.settings == f"--model facebook/dinov2-small --init-adapter {adapter}"
 
 
 @pytest.mark.parametrize("option", ["weights", "init_adapter"])

@@ -30,6 +30,7 @@ def data() -> Callable[..., Data]:
             HoldoutImages(split(test), np.bincount(split(test).labels, minlength=5)),
             "d" * 64,
             "s" * 64,
+            np.arange(train + validation + test),
         )
 
     return make

@@ -1,0 +1,19 @@
+"""What a call that goes on keeps of the first one."""
+
+from pathlib import Path
+
+import pytest
+
+from peft_vit.tuning.state import State
+from peft_vit.tuning.tune_request import TuneRequest
+
+
+@pytest.mark.parametrize(("first", "then", "threads"), [(None, None, 5), (2, None, 2), (2, 2, 2)])
+def test_threads_stay_as_the_first_call_had_them(tmp_path: Path, monkeypatch, first, then, threads) -> None:
+    for usable, asked in ((5, first), (9, then)):
+        monkeypatch.setattr("peft_vit.runs.machine.cpu_count", lambda usable=usable: usable)
+        request = TuneRequest(images=Path("images"), output=tmp_path, threads=asked)
+        state = State.opened(request, lambda _: None)
+        state.begun = True
+        state.save()
+        assert state.request.threads == threads
