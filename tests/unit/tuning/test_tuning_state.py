@@ -8,7 +8,7 @@ from peft_vit.tuning.state import State
 from peft_vit.tuning.tune_request import TuneRequest
 
 
-@pytest.mark.parametrize(("first", "then", "threads"), [(None, None, 5), (2, None, 2), (2, 2, 2)])
+@pytest.mark.parametrize(("first", "then", "threads"), [(None, None, 5), (2, None, 2), (2, 2, 2), (None, 5, 5)])
 def test_threads_stay_as_the_first_call_had_them(tmp_path: Path, monkeypatch, first, then, threads) -> None:
     for usable, asked in ((5, first), (9, then)):
         monkeypatch.setattr("peft_vit.runs.machine.cpu_count", lambda usable=usable: usable)
