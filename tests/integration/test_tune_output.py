@@ -212,7 +212,7 @@ def test_from_python_it_predicts_and_shows_itself(choice, left) -> None:
     assert by_array[1].probability == pytest.approx(by_path[1].probability, abs=1e-5)  # of another batch
     (grey,) = tuned.predict(array[..., 0])
     assert grey.classes == ()
-    with pytest.raises(UserError, match=r"coverage: expected 0\.8 to 0\.97"):
+    with pytest.raises(UserError, match=r"coverage: expected a share of images from 0\.8 to 0\.97"):
         tuned.predict(array, coverage=0.99)
     (in_floats,) = tuned.predict(array / 255)
     assert (in_floats.class_name, in_floats.probability) == (by_array[1].class_name, by_array[1].probability)

@@ -235,7 +235,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
     if compared is None:
-        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+        print(f"Not compared with the run's model, whose images are not as they were: {done.not_compared}")
         return
     before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
     print(
