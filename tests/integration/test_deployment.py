@@ -271,8 +271,9 @@ def test_files_say_how_far_they_can_be_believed(run_of, images, tmp_path, comman
     assert said["probability"] < by_run["probability"]  # calibrated: not so sure
     assert said["set"][0] == said["class"] == by_run["class"]
     assert sorted(said["set"]) == ["class_0", "class_1", "class_2"]  # 1 - p is below 0.999 for all
-    assert "coverage: expected 0.8 to 0.9, " in refused("predict", file, image, "--coverage", "0.95")
-    assert "coverage: expected 0.8 to 0.92" in refused("predict", run, image, "--coverage", "0.99")
+    for model, most in ((file, "0.9"), (run, "0.92")):
+        said = f"--coverage: expected a share of images from 0.8 to {most}, for"
+        assert said in refused("predict", model, image, "--coverage", "0.99")
 
 
 # --- nothing is written over ---

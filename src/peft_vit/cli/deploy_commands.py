@@ -59,21 +59,21 @@ class ExportRequest(Request):
     """A run, the file or the folder to write, and how."""
 
     directory: Annotated[Path, Option("RUN", is_argument=True)] = Field(
-        description="What was trained: the folder of a run, or of a call of train. history and tensorboard also take a "
+        description="The folder of what was trained, such as peft-vit-runs/latest. history and tensorboard also take a "
         "folder of many runs."
     )
     output: Path | None = Field(
         default=None,
-        description="What to write. "
+        description="The file or folder to write. "
         + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
         + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
-        "tensorboard: a folder for its --logdir. Without it, model.onnx in RUN, or as --format says.",
+        "tensorboard: a new or empty folder. Without it, model.onnx in RUN, or as --format says.",
     )
     format: _Format | None = Field(
         default=None,
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
-        + "; web: a page in which a browser asks the model; peft: LoRA files for the PEFT library; history: a table of "
+        + "; web: a page that runs the model in a browser; peft: LoRA files for the PEFT library; history: a table of "
         "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without "
         "it, what the ending of --output says.",
     )
@@ -101,8 +101,8 @@ class ExportRequest(Request):
     )
     runtime: Annotated[Literal["small", "fast"] | None, OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
-        description="How an ONNX file of low-bit weights is used. small, the default: packed in memory too. fast: "
-        "expanded when it is loaded, which takes float32's time and memory. The file is small either way.",
+        description="How an ONNX file of low-bit weights runs. small, the default: they stay packed in memory. fast: "
+        "they are expanded when the file is loaded, to float32's speed and memory. The file is small either way.",
     )
     activations: Annotated[
         Literal["int8"] | None,
@@ -235,7 +235,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
         print("Then weights were rounded to 7 bits a row; inputs are rounded to 8 bits a token. See what it loses:")
     compared = done.comparison
     if compared is None:
-        print(f"Not compared with the run's model, since its images are not there: {done.not_compared}")
+        print(f"Not compared with the run's model, whose images are not as they were: {done.not_compared}")
         return
     before, after = 100 * compared.trained_accuracy, 100 * compared.exported_accuracy
     print(
@@ -260,8 +260,8 @@ class PredictRequest(Request):
     """A model, images, and what is to be said of them."""
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
-        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder), or the folder of a run or of a "
-        "call of train."
+        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder), or the folder of a run, such as "
+        "peft-vit-runs/latest."
     )
     images: Annotated[list[Path], Option(is_argument=True)] = Field(
         description="The images: files, folders of them, or a zip."

@@ -20,7 +20,7 @@ from peft_vit.settings import Frozen
 from peft_vit.tasks import CLASSIFICATION, Task
 
 _LONGEST_CLASS_NAME = 255
-_REMEDY = "look at the images again"
+_REMEDY = "inspect the images anew"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class ImagesFile(Frozen):
         """
         assert index.names is not None
         if index.sha256 != self.sha256:
-            message = f"holds other images than when they were looked at ({file}); {_REMEDY}"
+            message = f"holds other images than when {file} was written; put those back, or {_REMEDY}"
             raise UserError(message, file=path, field="data.path")
         place = {name: i for i, name in enumerate(index.names)}
         groups = np.arange(len(place), dtype=np.int64)

@@ -177,7 +177,7 @@ def export_run_to_file(
     try:
         data = run.load_data()
     except UserError as error:
-        missing = str(error)
+        missing = str(error.about(None))  # not of a key that nobody wrote
     if data is None and (lossy := options.activations or bits):
         message = f"needs the run's images, which tell what {lossy} loses, and they are not there: {missing}"
         raise UserError(message, field="--activations" if int8 else "--bits")

@@ -175,7 +175,7 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
 def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path):
     file = write(tmp_path, inspect_images(root))
     save(root / "cat" / "new.png", textured(900))
-    with pytest.raises(UserError, match=r"holds other images than when they were looked at .*look at the images again"):
+    with pytest.raises(UserError, match=r"other images than when .*\.json was written; put those back, or inspect"):
         open_index(config(root, file))
     (root / "cat" / "new.png").unlink()
     before = open_index(config(root, file)).sha256
@@ -191,7 +191,7 @@ def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path)
     for changed, said in (
         (content | {"copies": [["cat/03.png", "cat/nowhere.png"]]}, "names an image that is not used"),
         (content | {"sealed": "all"}, "sealed"),
-        ({}, "look at the images again"),
+        ({}, "inspect the images anew"),
     ):
         file.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=said):
