@@ -24,10 +24,10 @@ from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.sizes import regress
-from peft_vit.tuning.state import State
+from peft_vit.tuning.state import TITLES, State
 from peft_vit.tuning.tune_request import TuneRequest
 
-STAGES = ["look", "machine", "sizes", "search", "folds", "final", "output"]
+STAGES = [*TITLES.values()]
 
 
 def planted(

@@ -159,17 +159,17 @@ def tune(request: TuneRequest) -> None:
     from peft_vit.extras import require_extra
 
     require_extra("tune", "tune")  # what is imported below needs some of it
-    started, stage = time.monotonic(), "look"
+    started, stage = time.monotonic(), "your images"
 
     def left_s() -> float:
         return max(0.0, 60 * request.minutes - (time.monotonic() - started))
 
     def said() -> str:
-        return f"{stage} goes on; at most about {duration(left_s())} left"
+        return f"{stage}: at most about {duration(left_s())} left"
 
     def tell(line: str) -> None:
         nonlocal stage
-        if begun := re.match(r"[a-z]+(?=: )", line):
+        if begun := re.match(r".+(?=: \d+\.\d minutes are left)", line):
             stage = begun[0]
         shown.say(line)
 

@@ -28,6 +28,7 @@ from peft_vit.report.tables import Column, own_interval_columns, table
 from peft_vit.runs.fastest import Exports, Form
 from peft_vit.tuning.final import changed_by_rounding
 from peft_vit.tuning.result import Choice, answer
+from peft_vit.tuning.state import TITLES
 
 _AT = 0.9  # coverage that stands at the top
 COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would buy"
@@ -86,7 +87,7 @@ def _facts(choice: Choice) -> Iterator[tuple[str, str]]:
     yield "Margin", f"{margin_in_points(request.margin_share)} of {choice.metric.words}"
     yield "Limits", joined(limits) or "none"
     seconds = sum(seconds for _, seconds in choice.stages)
-    stages = joined(f"{name} {_duration(taken)}" for name, taken in choice.stages)
+    stages = joined(f"{TITLES[name]} {_duration(taken)}" for name, taken in choice.stages)
     yield "Time", f"{_duration(seconds)} of {request.minutes:g} minutes a call: {stages}"
     yield "Models", f"{joined(request.models)}; taken: {choice.recipe.model} at {choice.recipe.image_size} pixels"
     if choice.recipe.when == "after":

@@ -29,6 +29,15 @@ SHARES = {  # of the time; what a stage leaves is that of the next
     "final": 0.15,
     "output": 0.05,
 }
+TITLES = {
+    "look": "your images",
+    "machine": "time of a step",
+    "sizes": "image sizes",
+    "search": "recipes of LoRA",
+    "folds": "the best on folds",
+    "final": "last training",
+    "output": "model and page",
+}
 _Of = TypeVar("_Of")
 
 
@@ -138,7 +147,7 @@ class State:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Say that a stage begins, and count its seconds, however it ends."""
-        self.tell(f"{name}: {max(0.0, self.limit.left_s) / 60:.1f} minutes are left")
+        self.tell(f"{TITLES[name]}: {max(0.0, self.limit.left_s) / 60:.1f} minutes are left")
         started = self.clock()
         try:
             yield
