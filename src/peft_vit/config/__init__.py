@@ -68,6 +68,7 @@ from peft_vit.config.study import (
 )
 from peft_vit.config.training import (
     AUGMENTATION_OF_FLIPS,
+    LABEL_SMOOTHING,
     ActivationCheckpointing,
     Augmentation,
     ColorJitter,

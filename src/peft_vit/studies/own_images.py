@@ -24,7 +24,15 @@ from peft_vit.backbones import (
     size_step_of,
     source_of,
 )
-from peft_vit.config import BackboneConfig, Compute, StudyConfig, bytes_of, named_backbone, study_from_mapping
+from peft_vit.config import (
+    LABEL_SMOOTHING,
+    BackboneConfig,
+    Compute,
+    StudyConfig,
+    bytes_of,
+    named_backbone,
+    study_from_mapping,
+)
 from peft_vit.data import (
     ImageIndex,
     ImagesFile,
@@ -55,9 +63,6 @@ _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
 # Steps without a gain: a few hundred validation images scatter by some points from one validation to the next, so 50
 # steps end before LoRA has learned what it can (seen in a pilot on Fashion-MNIST).
 _PATIENCE_STEPS = 150
-# A model that has learned its few images by heart is otherwise sure of all others, too: with 20 validation images of
-# solar cells no temperature mends that (docs/explanation/probabilities.md).
-_SMOOTHING = 0.1
 _LEAST_STEPS, _WISHED_STEPS, _MOST_STEPS, _STEPS_APART = 20, 200, 1000, 10
 _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that are tried, below the model's own
 _WORTH_A_LINE_S = 30
@@ -438,7 +443,7 @@ def experiment_for(
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate
         head_start = "probe" if request.init_adapter is None else "random"  # an adapter brings its head
         training |= {"learning_rate": rate, "head_start": head_start, "micro_batch_size": request.micro_batch_size}
-        training["label_smoothing"] = _SMOOTHING
+        training["label_smoothing"] = LABEL_SMOOTHING
         limits = {"activation_checkpointing": request.activation_checkpointing, "memory_limit": request.memory_limit}
         training |= {name: value for name, value in limits.items() if value is not None}
         if request.epochs is not None:

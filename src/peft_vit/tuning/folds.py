@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from peft_vit.config import QuantizationType
+from peft_vit.config import LABEL_SMOOTHING, QuantizationType
 from peft_vit.forecasting.time_limit import Limit, Pace
 from peft_vit.records import make_folder, write_whole
 from peft_vit.safe_io import read_bytes
@@ -94,6 +94,7 @@ class Folds:
         training = shared_training(context.batch_size, context.flips, context.metric)
         if not recipe.is_probe:
             training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": steps}
+            training["label_smoothing"] = LABEL_SMOOTHING
         sections = recipe.sections(self.costs.shape(recipe), steps)
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         if not recipe.is_probe:
