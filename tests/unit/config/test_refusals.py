@@ -312,7 +312,6 @@ def test_what_an_experiment_says_wrongly(experiment: str, field: str, word: str,
     [
         ({"training": "{augmentation: [flip, rotate90]}"}, "method: linear", "rotate90 has no effect on a linear"),
         ({"training": "{epochs: 2}"}, "method: linear", "has no effect on a linear probe"),
-        ({"data": UNVALIDATED, "training": "{}"}, "method: linear", "add training.probe_l2"),
         (
             {"data": UNVALIDATED},
             "method: full, training: {validate_every: 2}",
