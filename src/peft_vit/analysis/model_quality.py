@@ -108,14 +108,14 @@ class ModelQuality:
 
 
 def model_quality(record: RunRecord, probability: ArrayLike | None = None) -> ModelQuality | None:
-    """Return what a run's model is worth on its test images; None if the record holds no predictions.
+    """Return what a run's model is worth on its test images; None if the record holds no predictions of classes.
 
     Args:
         record: of a finished run.
         probability: of what is predicted of each image, (n,), where it is another than the record's, as calibrated.
     """
     predictions = record.predictions
-    if predictions is None or not predictions.labels:
+    if predictions is None or not predictions.labels or isinstance(predictions.labels[0], list):
         return None
     labels, predicted = np.asarray(predictions.labels), np.asarray(predictions.predicted)
     k = max(len(record.class_names), int(labels.max()) + 1, int(predicted.max()) + 1)
@@ -141,7 +141,8 @@ def _class(name: str, place: int, confusion: NDArray[np.int64]) -> ClassResult:
 
 def _images(predictions: Predictions, names: Sequence[str], sure: NDArray[np.float64]) -> list[PredictedImage]:
     files = predictions.files or [f"image {position}" for position in predictions.images]
-    columns = (predictions.images, files, predictions.labels, predictions.predicted, sure.tolist())
+    numbers = (np.asarray(column).tolist() for column in (predictions.labels, predictions.predicted))
+    columns = (predictions.images, files, *numbers, sure.tolist())
     return [
         PredictedImage(position, file, names[label], names[said], probability)
         for position, file, label, said, probability in zip(*columns, strict=True)

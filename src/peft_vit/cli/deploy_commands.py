@@ -36,7 +36,7 @@ from peft_vit.settings import Option, Request
 from peft_vit.studies.request import WEIGHTS
 
 if TYPE_CHECKING:
-    from peft_vit.deployment import Classifier, ImageFile, Prediction
+    from peft_vit.deployment import Classifier, ImageFile
     from peft_vit.runs.export import Exported
 
     _Format = str
@@ -312,6 +312,7 @@ def predict(request: PredictRequest) -> None:
     images, classifier = _opened(request)
     from peft_vit.deployment import check_coverage, predict_files
     from peft_vit.records import FEWEST_HELD_OUT
+    from peft_vit.tasks import TASKS
 
     classes = classifier.card.class_names
     if request.coverage is not None:
@@ -319,13 +320,12 @@ def predict(request: PredictRequest) -> None:
             check_coverage(classifier.card, request.coverage)
     files = [image for image in images if not isinstance(image, UserError)]
     is_labelled = len(files) > 1 and {image.file.parent.name for image in files} <= set(classes)
-    numbered = ("", *(f"_{place}" for place in range(2, min(request.top, len(classes)) + 1)))
-    columns = ["file", *(name + number for number in numbered for name in ("class", "probability"))]
-    columns += [] if request.coverage is None else ["set"]
     card = classifier.card
+    task, with_sets, meaning = TASKS[card.task], request.coverage is not None, card.decision or card.calibrated
+    columns = ["file", *task.columns(classes, meaning, request.top, with_sets)]
     columns += [] if card.unlike is None else ["unlike"]
-    if card.unlike is None and card.calibrated is not None and card.calibrated.images < FEWEST_HELD_OUT:
-        reason = f"only {card.calibrated.images} validated the model, {FEWEST_HELD_OUT} are needed"
+    if card.unlike is None and meaning is not None and meaning.images < FEWEST_HELD_OUT:
+        reason = f"only {meaning.images} validated the model, {FEWEST_HELD_OUT} are needed"
         print(f"images unlike those of training are not told: {reason}", file=sys.stderr)
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
@@ -342,7 +342,9 @@ def predict(request: PredictRequest) -> None:
             predicted += 1
             right += outcome.class_name == outcome.file.parent.name
             unlike += bool(outcome.unlike)
-            printed.add(dict(zip(columns, _cells(outcome, request.coverage), strict=True)))
+            cells = [str(outcome.file), *task.cells(outcome, with_sets)]
+            cells += [] if outcome.unlike is None else [outcome.unlike]
+            printed.add(dict(zip(columns, map(_printable, cells), strict=True)))
     printed.end()
     if request.output is not None:
         from peft_vit.report.printed import write_rows
@@ -380,13 +382,11 @@ def _refuse_swapped(model: Path, images: Path) -> None:
         raise UserError(f"is no model, which comes first: peft-vit predict {places}", file=model)
 
 
-def _cells(prediction: Prediction, coverage: float | None) -> list[Any]:
-    """Return a row. A file's name may be any bytes, and a class anything that a foreign model says."""
-    cells: list[Any] = [printable(str(prediction.file))]
-    for label, probability in prediction.top:
-        cells += [printable(label), probability]
-    cells += [] if coverage is None else [[printable(label) for label, _ in prediction.classes]]
-    return cells if prediction.unlike is None else [*cells, prediction.unlike]
+def _printable(cell: Any) -> Any:
+    """Return a cell. A file's name may be any bytes, and a class anything that a foreign model says."""
+    if isinstance(cell, list):
+        return [printable(label) for label in cell]
+    return printable(cell) if isinstance(cell, str) else cell
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ from peft_vit.config.training import (
     RandAugment,
     RandomResizedCrop,
     Rotate90,
+    TaskName,
     TrainingConfig,
     micro_batch_fault,
 )

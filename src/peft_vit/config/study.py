@@ -19,7 +19,7 @@ from pydantic import (
 
 from peft_vit.config.methods import METHOD_KINDS, PROBE_L2, SECTIONS, LoraConfig, MethodKind
 from peft_vit.config.registries import DATASETS
-from peft_vit.config.training import MetricName, TrainingConfig
+from peft_vit.config.training import MetricName, TaskName, TrainingConfig
 from peft_vit.errors import UserError, problem_of
 from peft_vit.settings import Frozen, OnlyWith, Settings, exactly_one, refuse, without_repeats
 
@@ -144,6 +144,11 @@ class DataConfig(Settings):
     )
     hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
         default=None, min_length=1, description="for hf: the set's configuration, if it has several"
+    )
+    task: Annotated[TaskName | None, OnlyWith(dataset="csv")] = Field(
+        default=None,
+        description="for csv: classification (one class an image), multilabel (several, or none) or regression "
+        "(numbers); default: what the labels look like",
     )
     image_size: int = Field(
         ge=IMAGE_SIZES[0], le=IMAGE_SIZES[-1], description="side of the square, in pixels, that an image becomes"

@@ -19,8 +19,10 @@ from peft_vit.settings import Frozen, OnlyWith, Settings, is_given
 Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
 ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
-MetricName = Literal["accuracy", "balanced_accuracy"]  # that may decide, see `tasks`
+TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
+MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
 MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
+MetricOfTask = Literal["auto", "accuracy", "balanced_accuracy", "map", "auroc", "mae", "rmse", "r2"]
 # What `train` and `tune` take. A model that has learned its few images by heart is otherwise sure of all others, too:
 # with 20 validation images of solar cells no temperature mends that (docs/explanation/probabilities.md).
 LABEL_SMOOTHING = 0.1
@@ -238,10 +240,11 @@ class TrainingConfig(Settings):
         description="strength of the probe's penalty; default: validation chooses among nine, or training images that "
         "are left out in turn, where none validate",
     )
-    metric: MetricSetting = Field(
+    metric: MetricOfTask = Field(
         default="accuracy",
-        description="what validation chooses steps and the probe's penalty by; auto: balanced_accuracy where a class "
-        "has more than three times as many images as another, else accuracy; settled when planned",
+        description="what validation chooses steps and the probe's penalty by; auto: map of several labels, mae of "
+        "numbers; of classes balanced_accuracy where one has more than three times as many images as another, else "
+        "accuracy; settled when planned",
     )
 
     @model_validator(mode="after")

@@ -14,17 +14,18 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from peft_vit.config import DataConfig
+from peft_vit.config import DataConfig, TaskName
 from peft_vit.data.files import IMAGE_SUFFIXES, FileTree, Hashes, decode_text, downloaded, existing, hashes, open_tree
 from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
 from peft_vit.data.pixels import decode_image
-from peft_vit.errors import UserError, foreign_fault, os_fault
+from peft_vit.errors import UserError, foreign_fault, named, os_fault
 from peft_vit.extras import require_extra
 from peft_vit.safe_io import read_bytes
+from peft_vit.tasks import CLASSIFICATION, TASKS, Labels, Task
 
 _TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 _TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -32,25 +33,20 @@ _JUNK = ("/thumbs.db", "/desktop.ini")
 _BESIDE = IMAGE_SUFFIXES[:7]  # beside class folders: not to be told of. Kept studies pass over the other ones there
 TABLES = (".csv", ".parquet")
 _TABLES_BESIDE = ("images.csv", "labels.csv", "images.parquet", "labels.parquet")  # of images that lie there
-_COLUMNS = ("path", "label", "split")
 _INCOMPLETE = "expected a path and a label, one value a column"
+_CLASSES = ("label",)
 _NO_IMAGE = f"holds no image ({' '.join(IMAGE_SUFFIXES)}) in a class folder"
 _NAMED = 5  # folders in a line
 _TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 
 
 def _index(
-    tree: FileTree,
-    classes: Mapping[str, str],
-    is_test: list[bool] | None,
-    *,
-    titles: Mapping[str, str] | None = None,
-    beside: tuple[str, ...] = (),
+    tree: FileTree, labelled: ClassFiles, *, titles: Mapping[str, str] | None = None, beside: tuple[str, ...] = ()
 ) -> ImageIndex:
     """Index files by their classes; what stands `beside` them is hashed too, and then copies are not looked for."""
-    files = list(classes)
+    files, is_test = list(labelled.classes), labelled.is_test
     hashed = tree.hashed([*beside, *files])
-    names, labels = numbered(list(classes.values()))
+    names, labels = labelled.read()
     return ImageIndex(
         labels=labels,
         class_names=tuple(titles[name] if titles else name for name in names),
@@ -61,6 +57,7 @@ def _index(
         digests=[hashed.each[name] for name in files],
         contents=None if beside else numbered([hashed.each[name] for name in files])[1],
         own=not beside,
+        task=labelled.task,
     )
 
 
@@ -94,7 +91,8 @@ def read_tiny_imagenet(config: DataConfig) -> ImageIndex:
     titles = {id_: f"{id_} {words.get(id_, '').split(',')[0]}".strip() for id_ in known}
     check_class_names(titles.values(), tree.file(words_file))
     is_test = [k >= training for k in range(len(classes))]
-    return _index(tree, classes, is_test, titles=titles, beside=(words_file, annotations_file))
+    files = ClassFiles(classes, is_test)
+    return _index(tree, files, titles=titles, beside=(words_file, annotations_file))
 
 
 # --- class folders ----------------------------------------------------------------------------------------------------
@@ -125,7 +123,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         if not name.endswith("/"):
             raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
     notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
-    return replace(_index(images.tree, *images.files), notes=notes)
+    return replace(_index(images.tree, images.files), notes=notes)
 
 
 def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageIndex:
@@ -140,7 +138,7 @@ def index_inspected(images: Images, inspected: ImagesFile, file: Path) -> ImageI
         UserError: if they are others than those.
     """
     kept = images.files.without(inspected.left_out)
-    return inspected.applied(_index(images.tree, *kept), images.path, file)
+    return inspected.applied(_index(images.tree, kept), images.path, file)
 
 
 class Images(NamedTuple):
@@ -158,8 +156,10 @@ class Images(NamedTuple):
     taken: str | None = None
 
 
-def find_images(path: Path) -> Images:
+def find_images(path: Path, task: TaskName | None = None) -> Images:
     """Find the images of a folder or zip, or of a table of paths and labels, without opening one.
+
+    What is learned of a table's is the given task, or else what its labels look like.
 
     Class folders may lie deeper, links are followed, and what is no image or has no place in the layout of
     `read_image_folder` is left out. A folder without class folders may hold a table, images.csv or labels.csv.
@@ -168,12 +168,17 @@ def find_images(path: Path) -> Images:
         UserError: if there are none, or in several places; and for a layout or table that can't be right.
     """
     if path.suffix.lower() in TABLES and path.is_file():
-        return _listed(path)
+        return _listed(path, task)
     tree = open_tree(path)
     root = _class_root(tree, path)
     if root is None:
         table = path / next(name for name in _TABLES_BESIDE if name in tree.names)
-        return _listed(table)._replace(taken=f"Images and labels are those that {table} lists.")
+        return _listed(table, task)._replace(taken=f"Images and labels are those that {table} lists.")
+    if task not in (None, CLASSIFICATION.name):
+        message = (
+            f"has a folder a class, which is no {task}; list the images and their labels in a CSV, or leave it out"
+        )
+        raise UserError(message, file=path, field="data.task")
     outside = Counter(str(PurePosixPath(name).parent) for name in tree.names if is_image(name))
     tree = tree.below(root)
     outside -= Counter(str(PurePosixPath(root, name).parent) for name in tree.names if is_image(name))
@@ -261,15 +266,21 @@ def _shown(folders: Iterable[str]) -> str:
     return f"{', '.join(names[:_NAMED])}{' and more' if len(names) > _NAMED else ''}"
 
 
-def _listed(path: Path) -> Images:
+def _listed(path: Path, task_name: TaskName | None) -> Images:
     """Return the images that a table names, those of which can't be read left out."""
     root = path.parent.resolve()
+    rows = list(_rows(path))
+    if not rows:
+        raise UserError("names no image; add rows", file=path)
+    columns = tuple(name for name in rows[0][1] if name not in ("path", "split"))
+    task = TASKS[task_name] if task_name else _task_of(path, columns, [row for _, row in rows])
     labels: dict[str, str] = {}
     is_test = []
-    for where, row in _rows(path):
-        name, label, split = PurePosixPath(row["path"]).as_posix(), row["label"], row.get("split", "").lower()
-        if not row["path"] or not label:
-            raise UserError(_INCOMPLETE, file=where)
+    for where, row in rows:
+        name, split = PurePosixPath(row["path"]).as_posix(), row.get("split", "").lower()
+        if fault := task.fault({column: row[column] for column in columns}) if row["path"] else _INCOMPLETE:
+            raise UserError(fault, file=where)
+        label = "|".join(row[column] for column in columns)
         if (before := labels.get(name)) == label:
             message = f"{name} stands twice, it could land in train and test; remove one"
             raise UserError(message, file=where, field="path")
@@ -281,33 +292,61 @@ def _listed(path: Path) -> Images:
             raise UserError(message, file=where, field="split")
         labels[name] = label
         is_test.append(split == "test")
-    if not labels:
-        raise UserError("names no image; add rows", file=path)
     places = {name: root / name for name in labels}
     tested = {name for name, is_tested in zip(labels, is_test, strict=True) if is_tested}
+    header = "" if columns == _CLASSES else "\0".join(columns) + "\n"
 
     def hashed(used: list[str]) -> Hashes:
         """Hash what is used of the table, in its order, and of the images: spaces and other columns are not."""
         contents = hashes({name: places[name] for name in used})
-        rows = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
-        return Hashes(hashlib.sha256(f"{rows}{contents.sha256}".encode()).hexdigest(), contents.each)
+        lines = "".join(f"{name}\0{labels[name]}\0{name in tested:d}\n" for name in used)
+        return Hashes(hashlib.sha256(f"{header}{lines}{contents.sha256}".encode()).hexdigest(), contents.each)
 
     tree = FileTree(root, tuple(labels), lambda name: read_bytes(places[name]), hashed)
     left_out = {name: fault for name in labels if (fault := tree.fault(name)) is not None}
-    return Images("csv", path, tree, ClassFiles(labels, is_test if any(is_test) else None).without(left_out), left_out)
+    files = ClassFiles(labels, is_test if any(is_test) else None, task, columns, path)
+    return Images("csv", path, tree, files.without(left_out), left_out)
+
+
+def _task_of(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> Task:
+    """Return the task that a table's labels look like, the last of those that recognize it."""
+    cells = {column: [row[column] for row in rows] for column in columns}
+    if fitting := [task for task in TASKS.values() if task.recognizes(cells)]:
+        return fitting[-1]
+    for column in columns:
+        if not any(task.recognizes({column: cells[column]}) for task in TASKS.values()):
+            values = sorted(set(cells[column]))
+            message = f"column {column} holds {values[0]!r} and {values[-1]!r}, neither numbers nor 0, 1 or nothing"
+            raise UserError(f"{message}; call the column of the classes label, or take it out", file=path)
+    raise UserError("has columns of 0, 1 or nothing, and others of numbers; keep those of one kind", file=path)
 
 
 class ClassFiles(NamedTuple):
-    """The class of each image file by its name, and which of them are of the folder's own test split, if it has one."""
+    """The class of each image file by its name, and which of them are of the folder's own test split, if it has one.
+
+    Of several labels, or of numbers, the cells of the table's columns stand there, joined by '|'.
+    """
 
     classes: dict[str, str]
     is_test: list[bool] | None
+    task: Task = CLASSIFICATION
+    columns: tuple[str, ...] = _CLASSES
+    file: Path | None = None  # of the table
+
+    def read(self) -> tuple[tuple[str, ...], Labels]:
+        """Return the names of what is learned, and the labels.
+
+        Raises:
+            UserError: if nothing can be learned from them.
+        """
+        with named(self.file):
+            return self.task.read(list(self.classes.values()), self.columns)
 
     def without(self, left_out: Container[str]) -> ClassFiles:
         """Return those of other names."""
         used = [name not in left_out for name in self.classes]
         is_test = None if self.is_test is None else list(compress(self.is_test, used))
-        return ClassFiles(dict(compress(self.classes.items(), used)), is_test)
+        return self._replace(classes=dict(compress(self.classes.items(), used)), is_test=is_test)
 
 
 def _test_folder(names: Iterable[str]) -> str | None:
@@ -332,13 +371,14 @@ def is_image(name: str) -> bool:
 def read_csv(config: DataConfig) -> ImageIndex:
     """Index the images of a CSV or Parquet file with columns path, label and perhaps split (train or test).
 
-    Paths are relative to the file's folder. Without a value in split an image is no test image. A CSV's delimiter is a
-    comma, a semicolon or a tab, as in its first line.
+    In place of label there may be a column a class, with 0, 1 or nothing, or columns of numbers. Paths are relative to
+    the file's folder. Without a value in split an image is no test image. A CSV's delimiter is a comma, a semicolon or
+    a tab, as in its first line.
     """
     path = existing(str(config.path))
     if not path.is_file():
         raise UserError("is not a file; name a CSV with the columns path, label[, split]", file=path, field="data.path")
-    return _read(config, _listed(path))
+    return _read(config, _listed(path, config.task))
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -354,7 +394,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         places = _places(table.column_names, path)
         columns = [table.column(place).to_pylist() for place in places.values()]
         for number, values in enumerate(zip(*columns, strict=True), start=1):
-            texts = ("" if value is None or value != value else str(value).strip() for value in values)  # noqa: PLR0124
+            texts = map(_text, values)
             yield f"{path}: row {number}", dict(zip(places, texts, strict=True))
         return
     text = decode_text(content, path)
@@ -373,13 +413,26 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         raise UserError(f"is no valid CSV ({error})", file=f"{path}:{rows.line_num}") from None
 
 
+def _text(value: Any) -> str:
+    """Return a Parquet cell as a CSV has it."""
+    if isinstance(value, list | tuple):
+        return "|".join(map(_text, value))
+    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124
+
+
 def _places(header: Sequence[str], file: str | Path) -> dict[str, int]:
-    """Return where the columns stand that are read, whatever the capitals and the spaces around their names."""
-    columns = [name.strip().lower() for name in header]
-    if not set(columns) >= {"path", "label"} or any(columns.count(name) > 1 for name in _COLUMNS):
+    """Return where the columns stand that are read, whatever the capitals and the spaces around their names.
+
+    These are path, split, and label, or without this one all others.
+    """
+    names = [name.strip() for name in header]
+    known = {name.lower(): name.lower() for name in ("path", "label", "split")}
+    columns = [known.get(name.lower(), name) for name in names]
+    read = [name for name in columns if name and (name in known or "label" not in columns)]
+    if "path" not in read or not set(read) - {"path", "split"} or len(set(read)) < len(read):
         message = f"has the columns {', '.join(header)}; expected path, label and perhaps split"
         raise UserError(message, file=file)
-    return {name: columns.index(name) for name in _COLUMNS if name in columns}
+    return {name: columns.index(name) for name in ("path", *read)}
 
 
 SOURCES = {"tiny-imagenet": read_tiny_imagenet, "image-folder": read_image_folder, "csv": read_csv}

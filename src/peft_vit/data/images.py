@@ -27,7 +27,7 @@ class LabelledImages:
 
     Args:
         pixels: (M, S, S, C) uint8, C = 1 (grey) or 3.
-        labels: (N,) int64.
+        labels: (N,) int64, or (N, K) as the task says.
         positions: in the data set, (N,) int64; None: these are all of it.
         places: in `pixels`, (N,) int64; None: these are all of it, in order.
     """
@@ -238,14 +238,15 @@ def mixed(
 
     Args:
         images: (B, 3, S, S) float32.
-        labels: (B,) int64.
+        labels: (B,) int64, or (B, K).
         augmentation: as configured; without mixup and cutmix the batch is returned as it is.
         classes: how many there are.
         seed: the run's seed.
         step: the optimiser step that the batch is for.
 
     Returns:
-        images (B, 3, S, S), and shares of each class (B, classes) float32, or the labels if nothing is mixed.
+        images (B, 3, S, S), and shares of each class (B, classes) float32, or mixed labels (B, K); the labels as they
+        are if nothing is mixed.
     """
     mixers = [entry.settings for entry in augmentation if entry.mixes]
     if not mixers:
@@ -263,5 +264,5 @@ def mixed(
         result[:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     else:
         result = images * own + images.flip(0) * (1.0 - own)
-    one_hot = F.one_hot(labels, classes).float()  # (B,) -> (B, classes)
+    one_hot = labels if labels.ndim > 1 else F.one_hot(labels, classes).float()  # (B,) -> (B, classes)
     return result, one_hot * own + one_hot.flip(0) * (1.0 - own)

@@ -28,8 +28,8 @@ class ImageIndex:
     """A labelled image set of N images; cheap to open, nothing is decoded yet.
 
     Attributes:
-        labels: class of each image, (N,) int64 in [0, len(class_names)).
-        class_names: name of each class.
+        labels: class of each image, (N,) int64 in [0, len(class_names)), or as its task says.
+        class_names: name of each class, label or number.
         official_test: the data set's own test split, (N,) bool; None if it has none.
         sha256: of the source's content: the wheel or archive, or names and contents of all files used.
         read: decodes image i; raises UserError naming the file if it is broken.
@@ -80,6 +80,15 @@ class ImageIndex:
     def groups(self) -> np.ndarray:
         """Equal numbers for copies, (N,) int64; where nobody looked for copies every image is one of its own."""
         return np.arange(len(self.labels)) if self.contents is None else self.contents
+
+    @property
+    def marks(self) -> np.ndarray:
+        """Equal numbers where copies may be of both labels, (N,) int64."""
+        return self.task.marks(self.labels)
+
+    def label(self, i: int) -> str:
+        """Return the label of image i in words."""
+        return self.task.text(self.labels[i], self.class_names)
 
     def title(self, i: int) -> str:
         """Return what to call image i."""

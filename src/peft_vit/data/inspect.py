@@ -41,7 +41,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from peft_vit.config import Interpolation
 from peft_vit.data.files import FileTree, cache_fault, existing, in_threads
 from peft_vit.data.folders import Images, find_images, is_image
-from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names, numbered
+from peft_vit.data.index import ImageIndex, ImagesFile, check_class_names
 from peft_vit.data.pixels import (
     FORMAT_VERSION,
     REMEDY,
@@ -61,7 +61,7 @@ from peft_vit.packages import cache_dir
 from peft_vit.records import write_atomically
 from peft_vit.safe_io import read_bytes
 from peft_vit.seeding import numpy_generator
-from peft_vit.tasks import CLASSIFICATION, DecidingMetric
+from peft_vit.tasks import DecidingMetric, Task
 from peft_vit.tasks.classification import LARGEST_IMBALANCE
 
 _VERSION = 3  # raise when what counts as equal or nearly equal changes
@@ -125,9 +125,9 @@ def _of_copies(
     group_of[index.groups[rows]] = equal
     groups = group_of[index.groups]  # a file in no split is not decoded, but may be a copy of one that is
     known = np.flatnonzero(groups >= 0)
-    count, pair = crossing(groups[known], index.labels[known])
+    count, pair = crossing(groups[known], index.marks[known])
     if count:
-        a, b = (f"{index.title(i)} ('{index.class_names[index.labels[i]]}')" for i in known[list(pair)].tolist())
+        a, b = (f"{index.title(i)} ('{index.label(i)}')" for i in known[list(pair)].tolist())
         yield f"{count} images are of two classes, such as {a} and {b}; one of the labels is wrong"
     different = np.unique(equal, return_index=True)[1]
     count, pair = crossing(near[different], sides[different])
@@ -252,7 +252,7 @@ class Inspection:
         images: where they are.
         class_names: K of them.
         names: of the files, relative to the folder, N of them, sorted.
-        labels: class of each, (N,) int64.
+        labels: class of each, (N,) int64, or as the images' task says.
         copies: equal numbers for exact copies, (N,) int64.
         groups: equal numbers for exact and near copies, (N,) int64.
         holdout: the folder's own test split, (N,) bool; None if it has none.
@@ -286,12 +286,12 @@ class Inspection:
     @property
     def chosen_counts(self) -> np.ndarray:
         """Return the number of these images of each class, (K,) int64."""
-        return np.bincount(self.labels[self.chosen_on], minlength=len(self.class_names))
+        return self.images.files.task.counts(self.labels[self.chosen_on], len(self.class_names))
 
     @property
     def metric(self) -> DecidingMetric:
         """Return what decides."""
-        return CLASSIFICATION.deciding(self.chosen_counts)
+        return self.images.files.task.deciding(self.chosen_counts)
 
     def lines(self, metric: DecidingMetric | None = None) -> list[str]:
         """Return what there is to know, each in a line.
@@ -344,9 +344,10 @@ class Inspection:
                 a, b = crossing(groups, within)[1]
                 such_as = f"such as {self.names[a]} and {self.names[b]}"
                 yield f"{_are(count, 'image')} {what} to others, {such_as}; they stay on one side of every split"
-        count, pair = crossing(self.groups, self.labels)
+        task = self.images.files.task
+        count, pair = crossing(self.groups, task.marks(self.labels))
         if count:
-            a_title, b_title = (f"{self.names[i]} ('{self.class_names[self.labels[i]]}')" for i in pair)
+            a_title, b_title = (f"{self.names[i]} ('{task.text(self.labels[i], self.class_names)}')" for i in pair)
             such_as = f"such as {a_title} and {b_title}"
             yield f"{_are(count, 'image')} nearly equal to one of another class, {such_as}; is one of the labels wrong?"
 
@@ -396,9 +397,8 @@ def inspect_images(
     """
     images = path if isinstance(path, Images) else find_images(existing(str(path)))
     path, tree, files = images.path, images.tree, images.files
-    classes, labels = numbered(list(files.classes.values()))
-    class_names = tuple(classes)
-    if len(class_names) < 2:
+    (class_names, labels), task = files.read(), files.task
+    if len(class_names) < task.least_outputs:
         message = f"holds one class alone, '{class_names[0]}'; add images of another one"
         raise UserError(message, file=path)
     check_class_names(class_names, path)
@@ -406,10 +406,14 @@ def inspect_images(
     holdout = None if files.is_test is None else np.array(files.is_test, dtype=bool)
     if least is None:
         least = _LEAST if holdout is None else _LEAST_BESIDE_HOLDOUT
-    _refuse_few(path, class_names, labels, np.arange(len(labels)), holdout, least)  # before anything is decoded
+    _refuse_few(
+        path, files.task, class_names, labels, np.arange(len(labels)), holdout, least
+    )  # before anything is decoded
     decoded = _decoded_once(tree, names.tolist(), store or PixelStore(()), on_progress)
     copies, groups = decoded.copies, decoded.groups
-    left_out = dict(images.left_out) | decoded.faults | _contradictions(names, labels, copies, groups, holdout)
+    left_out = (
+        dict(images.left_out) | decoded.faults | _contradictions(names, task.marks(labels), copies, groups, holdout)
+    )
     if strict and left_out:
         them = "it" if len(left_out) == 1 else "them"
         message = f"{_files_are(left_out)} to be left out; mend or remove {them}, or leave --strict out"
@@ -421,7 +425,7 @@ def inspect_images(
         raise UserError(message, file=path, details="\n".join(_listed(faults)))
     used = np.array([name not in left_out for name in names], dtype=bool)
     labels, groups, holdout = labels[used], groups[used], None if holdout is None else holdout[used]
-    _refuse_few(path, class_names, labels, groups, holdout, least)
+    _refuse_few(path, files.task, class_names, labels, groups, holdout, least)
     return Inspection(
         images=images,
         class_names=class_names,
@@ -458,7 +462,8 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
         assert seed is not None
         first = np.unique(inspection.groups, return_index=True)[1]
         count = round(_HOLDOUT_SHARE * len(first))
-        drawn = stratified_draw(np.sort(first), inspection.labels, count, numpy_generator(seed, "sealed"))
+        strata = inspection.images.files.task.strata(inspection.labels)
+        drawn = stratified_draw(np.sort(first), strata, count, numpy_generator(seed, "sealed"))
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
@@ -478,6 +483,7 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
 
 def _refuse_few(
     path: Path,
+    task: Task,
     class_names: Sequence[str],
     labels: np.ndarray,
     groups: np.ndarray,
@@ -486,13 +492,14 @@ def _refuse_few(
 ) -> None:
     """Raise UserError if a class has too few different images, beside an own test split, or none in that."""
     chosen_on = np.ones(len(labels), dtype=bool) if holdout is None else ~holdout
-    counts = np.array([len(np.unique(groups[chosen_on & (labels == k)])) for k in range(len(class_names))])
+    members = partial(task.members, labels)
+    counts = np.array([len(np.unique(groups[chosen_on & members(k)])) for k in range(len(class_names))])
     scarce = int(counts.argmin())
     if counts[scarce] < least:
         few = np.count_nonzero(counts < least) - 1
         more = f"; {few} more class{'es have' if few > 1 else ' has'} too few" if few else ""
         beside = "" if holdout is None else " beside the test split"
-        if np.count_nonzero(labels[chosen_on] == scarce) > counts[scarce]:
+        if np.count_nonzero(members(scarce)[chosen_on]) > counts[scarce]:
             beside += " (of copies, near ones too, one counts)"
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
@@ -500,7 +507,7 @@ def _refuse_few(
             f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
             file=path,
         )
-    if holdout is not None and not (tested := np.bincount(labels[holdout], minlength=len(class_names))).all():
+    if holdout is not None and not (tested := task.counts(labels[holdout], len(class_names))).all():
         message = f"no image of class '{class_names[int(tested.argmin())]}' is left in the test split; add some"
         raise UserError(message, file=path)
 

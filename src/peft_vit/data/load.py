@@ -20,7 +20,7 @@ from peft_vit.data.splits import make_splits
 from peft_vit.errors import UserError
 from peft_vit.packages import no_downloads
 from peft_vit.records import RunRecord
-from peft_vit.tasks import CLASSIFICATION, Task
+from peft_vit.tasks import CLASSIFICATION, TASKS, Task
 
 _SMALLEST_IMAGE = 14  # DataConfig.image_size accepts nothing below
 _THUMBNAIL_SIDE = 96  # pixels
@@ -75,7 +75,7 @@ def load_data(config: DataConfig, seed: int, *, smoke: bool = False, test: bool 
         split_sha256=splits.sha256,
         groups=index.groups,
         test_files=[index.names[i] for i in splits.test] if index.own and index.names is not None else None,
-        task=index.task,
+        task=index.task.fitted(index.labels[splits.train]),
         warnings=image_warnings(index, splits, config.image_size),
         left_out=index.left_out,
     )
@@ -99,7 +99,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
         channels=DATASETS[config.dataset].channels,
     )
     classes = len(index.class_names)
-    if classes < 2:
+    if classes < index.task.least_outputs:
         message = f"holds {classes} classes ({', '.join(index.class_names)}), at least 2 are needed"
         raise UserError(message, file=config.path, field="data.path")
     check_class_names(index.class_names, config.path, "data.path")
@@ -108,18 +108,21 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 
 def _made_up(config: DataConfig) -> ImageIndex:
     """Return 96 images of four classes: noise around a grey level or colour that tells the class."""
-    labels = np.tile(np.arange(4), 24)
+    classes = np.tile(np.arange(4), 24)
+    task = TASKS[config.task or CLASSIFICATION.name]
+    names, labels = task.made_up(classes)
     channels = DATASETS[config.dataset].channels
     rng = np.random.default_rng(0)
     levels = rng.permuted(np.tile(np.linspace(40, 215, 4), (channels, 1)), axis=1).T  # (K, C)
-    noise = rng.normal(0, 25, (len(labels), 32, 32, channels))
-    pixels = np.clip(levels[labels][:, None, None] + noise, 0, 255).astype(np.uint8)  # (N, S, S, C)
+    noise = rng.normal(0, 25, (len(classes), 32, 32, channels))
+    pixels = np.clip(levels[classes][:, None, None] + noise, 0, 255).astype(np.uint8)  # (N, S, S, C)
     return ImageIndex(
         labels=labels,
-        class_names=tuple(f"class_{k}" for k in range(4)),
+        class_names=names,
         official_test=np.arange(len(labels)) >= 72 if config.test_images is None else None,
         sha256=hashlib.sha256(pixels.tobytes()).hexdigest(),
         read=lambda i: Image.fromarray(np.squeeze(pixels[i])),
+        task=task,
     )
 
 

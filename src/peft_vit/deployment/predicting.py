@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from peft_vit.data.folders import is_image
 from peft_vit.deployment.model_card import Classifier, ModelCard
 from peft_vit.errors import UserError, named
 from peft_vit.safe_io import read_bytes
-from peft_vit.statistics import prediction_sets, probabilities
+from peft_vit.tasks import TASKS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,12 +48,14 @@ class Prediction:
     """What a model says of one image. Probabilities are calibrated if the model's file says how."""
 
     file: Path | None  # None: of an array
-    class_name: str  # the most probable one
-    probability: float
+    class_name: str = ""  # the most probable one; empty of numbers
+    probability: float = math.nan
     classes: _Labels = ()  # its set, with a coverage
     top: _Labels = ()  # so many as were asked for
     unlike: bool | None = None  # unlike all images that were trained on; None: the model can't tell
     distance: float | None = None  # to the nearest of them
+    labels: _Labels = ()  # of a model of several labels: those above their thresholds
+    numbers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # by name: number, and its interval's ends
 
 
 def _function(place: str) -> Any:
@@ -160,20 +163,25 @@ def predict_files(
         UserError: as `image_files`.
     """
     card = classifier.card
-    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
+    if coverage is not None:
+        check_coverage(card, coverage)
     remaining = _each(images)
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(image, card) for image in chunk]
-        rows: Iterator[tuple[NDArray[np.float64], float | None]] = iter(())
+        rows: Iterator[tuple[dict[str, Any], float | None]] = iter(())
         if pixels := [array for array in read if isinstance(array, np.ndarray)]:
             logits, distances = _outputs(classifier, _normalised(np.stack(pixels), card))
-            rows = zip(probabilities(logits, temperature), distances, strict=True)
+            meaning = card.decision or card.calibrated
+            answers = TASKS[card.task].answers(logits, card.class_names, meaning, coverage, top)
+            rows = zip(answers, distances, strict=True)
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
             else:
                 file = image.file if isinstance(image, ImageFile) else None
-                yield _prediction(file, *next(rows), card, coverage, top)
+                told, distance = next(rows)
+                unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
+                yield Prediction(file, **told, unlike=unlike, distance=distance)
 
 
 def _outputs(classifier: Classifier, images: NDArray[np.float32]) -> tuple[NDArray[np.float32], Sequence[float | None]]:
@@ -214,34 +222,13 @@ def check_coverage(card: ModelCard, coverage: float) -> None:
     Raises:
         UserError: if it is outside what is stored with the model, or nothing is.
     """
-    if card.calibrated is None:
+    if (meaning := card.decision or card.calibrated) is None:
         raise UserError(
             "needs thresholds from images that were not trained on, and this model holds none: it validated on no "
             "images, or was made by an earlier version; leave it out",
             field="coverage",
         )
-    card.calibrated.threshold(coverage)
-
-
-def _prediction(
-    file: Path | None,
-    row: NDArray[np.float64],
-    distance: float | None,
-    card: ModelCard,
-    coverage: float | None,
-    top: int,
-) -> Prediction:
-    """Return what probabilities (classes,) and the distance to the nearest training image say."""
-    ranked = np.argsort(-row, kind="stable")  # of equal ones the first class
-    labels = [(card.class_names[k], float(row[k])) for k in ranked]
-    classes: _Labels = ()
-    if coverage is not None:
-        check_coverage(card, coverage)
-        assert card.calibrated is not None
-        inside = prediction_sets(row[None], card.calibrated.threshold(coverage))[0][ranked]  # (classes,)
-        classes = tuple(label for label, is_in in zip(labels, inside, strict=True) if is_in)
-    unlike = None if distance is None or card.unlike is None else distance > card.unlike.threshold
-    return Prediction(file, *labels[0], classes, tuple(labels[:top]), unlike, distance)
+    meaning.threshold(coverage)
 
 
 def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:

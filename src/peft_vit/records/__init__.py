@@ -20,6 +20,7 @@ from peft_vit.records.schema import (
     BitsEntry,
     ByteCounts,
     Calibrated,
+    Decision,
     Evaluation,
     Failure,
     FisherCheck,

@@ -7,6 +7,7 @@ the history entry of step 0 is the state before training.
 from __future__ import annotations
 
 import hashlib
+import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -36,6 +37,7 @@ from peft_vit.config import (
     Precision,
     QuantizationType,
     StudyConfig,
+    TaskName,
 )
 from peft_vit.errors import UserError
 from peft_vit.records.migrations import with_digested
@@ -45,7 +47,6 @@ RUN_NAME = r"[a-z0-9][a-z0-9_\-]{0,63}/seed_[0-9]{1,10}"
 # What is left in float: matrices are those that no setting quantized, other are tokens and layer scales.
 Role = Literal["attention", "mlp", "other"]  # of a matrix in its block
 FloatPart = Literal["patch embedding", "position embedding", "norms", "biases", "matrices", "head", "other"]
-TaskName = Literal["classification"]
 Failure = Literal["killed", "out_of_memory", "diverged", "error", "io", "disk_full"]
 
 FEWEST_HELD_OUT = 20  # images, of which 95 % are at least one less than all
@@ -55,6 +56,8 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Seconds = Annotated[FiniteFloat, Field(ge=0)]
 _Positive = Annotated[float, Field(gt=0)]
 _Number = Annotated[int, Field(ge=1)]
+# Of each image: the number of its class; or of several labels or numbers a row, None where one is not known.
+_Answers = list[_Count] | list[list[FiniteFloat | None]]
 _RunName = Annotated[str, StringConstraints(pattern=f"^{RUN_NAME}$")]
 
 # Settings that came later, by section: a digest leaves them out where they have their default.
@@ -62,7 +65,16 @@ _LATER_SECTIONS = ("peft",)
 _LATER = {
     "backbone": ("library",),
     "measures": ("logits", "features"),
-    "data": ("test_split", "interpolation", "image_column", "label_column", "hub_subset", "images_file", "folds"),
+    "data": (
+        "test_split",
+        "interpolation",
+        "image_column",
+        "label_column",
+        "hub_subset",
+        "images_file",
+        "folds",
+        "task",
+    ),
 }
 _LATER_OF_EXPERIMENT = {
     "lora": ("ranks",),
@@ -103,7 +115,11 @@ class RunSpec(_Value):
     threads: int
     smoke: bool = False
     measures: MeasuresConfig = MeasuresConfig()
-    task: TaskName = Field(default="classification", exclude_if=lambda task: task == "classification")
+
+    @property
+    def task(self) -> TaskName:
+        """Return what is learned; a plan has written down what it found."""
+        return self.data.task or "classification"
 
     @property
     def name(self) -> str:
@@ -166,17 +182,26 @@ class StudyFile(BaseModel):
     seeds_added: tuple[int, ...] = ()
 
 
+def _not_measured(value: float | None) -> bool:
+    return value is not None and math.isnan(value)
+
+
 class Metrics(_Value):
     """Quality of predictions on one split; see `evaluation.metrics` for the definitions."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     n: int = Field(ge=1)
-    accuracy: _Share
-    balanced_accuracy: _Share
-    auroc: _Share | None  # binary problems with both classes present
-    nll: float  # nats, mean
-    ece: float  # 15 equal-width bins
+    accuracy: _Share = Field(default=math.nan, exclude_if=math.isnan)  # these: of one class an image, left out else
+    balanced_accuracy: _Share = Field(default=math.nan, exclude_if=math.isnan)
+    auroc: _Share | None = Field(default=math.nan, exclude_if=_not_measured)  # of two classes, both present
+    nll: float  # nats, mean; of numbers half of the mean squared error, in standard deviations of training's
+    ece: float = Field(default=math.nan, exclude_if=math.isnan)  # 15 equal-width bins
+    more: dict[str, float] = Field(default={}, exclude_if=lambda more: not more)  # of other tasks, by name
+
+    def value(self, name: str) -> float:
+        """Return a measure by its name."""
+        return self.more[name] if name in self.more else float(getattr(self, name))
 
 
 class SiteInfo(_Value):
@@ -238,7 +263,7 @@ class ProbeTest(_Value):
     """What the probe that training started from predicts of the test images, which are those of `predictions`."""
 
     metrics: Metrics
-    predicted: list[_Count]
+    predicted: _Answers
 
 
 class RankEntry(_Value):
@@ -362,9 +387,9 @@ class Predictions(_Value):
     """What was predicted of each test image, in the split's order; from the one reading of test."""
 
     images: list[_Count]  # positions in the data set
-    labels: list[_Count]
-    predicted: list[_Count]
-    probability: list[_Share]  # of the predicted class
+    labels: _Answers
+    predicted: _Answers  # of several labels the probability of each
+    probability: list[_Share]  # of the predicted class; empty where there is not one
     # Names of somebody's own files, relative to their folder; left out for published sets, and in older records.
     files: list[str] | None = Field(default=None, exclude_if=lambda files: files is None)
     # (images, classes); with measures.logits. Left out where they were not asked for: outcomes have digests.
@@ -372,7 +397,9 @@ class Predictions(_Value):
 
     @model_validator(mode="after")
     def _one_of_each_an_image(self) -> Self:
-        if len({len(self.images), len(self.labels), len(self.predicted), len(self.probability)}) > 1:
+        rows = any(isinstance(label, list) for label in self.labels)
+        columns = (self.images, self.labels, self.predicted, self.images if rows else self.probability)
+        if len(set(map(len, columns))) > 1:
             raise ValueError("images, labels, predicted and probability differ in length")
         if self.files is not None and len(self.files) != len(self.images):
             raise ValueError("files: expected a name for each image")
@@ -418,6 +445,37 @@ class Calibrated(_Value):
                 field="coverage",
             )
         return next(t for stored, t in zip(self.coverages, self.thresholds, strict=True) if stored >= coverage - 1e-9)
+
+
+class Decision(_Value):
+    """What the outputs of a model of several labels, or of numbers, mean; found on images that were not trained on.
+
+    Of labels: the probability of each is 1 / (1 + exp(-output / temperature)), and one is told from its threshold on.
+    Of numbers: each is center + spread * output, and `half_widths` on both sides of it hold the true one in a share
+    `coverage` of images.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    images: _Count  # that it was found on; 0: none validated
+    temperature: _Positive = 1.0
+    thresholds: tuple[_Share, ...] = ()  # by label
+    center: tuple[float, ...] = ()  # by number
+    spread: tuple[_Positive, ...] = ()
+    coverages: tuple[_Share, ...] = ()  # rising
+    half_widths: tuple[tuple[float, ...], ...] = ()  # by coverage and number, in the number's unit
+
+    def threshold(self, coverage: float) -> tuple[float, ...]:
+        """Return the half widths of the least stored coverage that is not below one.
+
+        Raises:
+            UserError: if there is none.
+        """
+        stored = next((k for k, known in enumerate(self.coverages) if known >= coverage - 1e-9), None)
+        if stored is None:
+            ends = f"{self.coverages[0]:g} to {self.coverages[-1]:g}" if self.coverages else "none: leave it out"
+            raise UserError(f"the model has intervals of these shares of images: {ends}", field="coverage")
+        return self.half_widths[stored]
 
 
 class Unlike(_Value):
@@ -532,6 +590,7 @@ class RunRecord(_Value):
     predictions: Predictions | None = None  # None in older records
     # From validation images, which training has not fitted; None without these, and in older records.
     calibrated: Calibrated | None = Field(default=None, exclude_if=lambda value: value is None)
+    decision: Decision | None = Field(default=None, exclude_if=lambda value: value is None)  # of other tasks
     unlike: Unlike | None = Field(default=None, exclude_if=lambda value: value is None)  # with measures.features
     features_sha256: str | None = Field(default=None, exclude_if=lambda value: value is None)  # of FEATURES_FILE
     tested_calibration: TestedCalibration | None = Field(default=None, exclude_if=lambda value: value is None)

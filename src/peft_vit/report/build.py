@@ -206,7 +206,7 @@ def _only_model(results: Results, results_dir: Path, output_dir: Path) -> ModelS
     record = runs[0].record
     tested = record.tested_calibration
     quality = model_quality(record, None if tested is None else tested.probability)
-    if quality is None:
+    if quality is None and not (record.test is not None and record.test.more):
         return None
     folder = next(results.directory.rglob(RECORD_FILE)).parent
     pages = (place / name for place in (results_dir, folder) for name in (f"web/{PAGE_FILE}", "model.html"))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from peft_vit.analysis.comparison import CostName
 from peft_vit.statistics import Interval
+from peft_vit.tasks import DecidingMetric
 
 T = TypeVar("T")
 _MINUS = "\u2212"
@@ -60,6 +62,24 @@ def percent_interval(interval: Interval) -> str:
 def bounds_in_percent(interval: Interval) -> str:
     """Return both ends of a share's interval in percent, e.g. ``76.1 to 84.5``."""
     return f"{fixed(100 * (interval.low or 0.0), 1)} to {fixed(100 * (interval.high or 0.0), 1)}"
+
+
+def value_of(metric: DecidingMetric, value: float) -> str:
+    """Return a value of what decides: shares in percent, others in their unit."""
+    return percent(value) if metric.is_share else f"{value:.3g}".replace("-", _MINUS)
+
+
+def bounds_of(metric: DecidingMetric, interval: Interval) -> str:
+    """Return both ends of its interval, without a unit."""
+    if metric.is_share:
+        return bounds_in_percent(interval)
+    low, high = (known(end, partial(value_of, metric)) for end in (interval.low, interval.high))
+    return f"{low} to {high}"
+
+
+def gain_of(metric: DecidingMetric, value: float) -> str:
+    """Return a difference of two of its values, with its sign."""
+    return points(value) if metric.is_share else f"{value:+.2g}".replace("-", _MINUS)
 
 
 def margin_in_points(share: float) -> str:

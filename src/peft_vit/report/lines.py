@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
 from peft_vit.analysis import Calibration, Study
 from peft_vit.analysis.reliability import Bin
@@ -30,7 +31,7 @@ from peft_vit.report.figure import (
     line_style,
     quiet_grid,
 )
-from peft_vit.report.formatting import counted, fixed, margin_in_points, percent, points_interval
+from peft_vit.report.formatting import counted, fixed, margin_in_points, points_interval, value_of
 from peft_vit.report.method_tables import QUESTIONS, stopping_table
 from peft_vit.report.tables import interval_columns
 from peft_vit.statistics import proportion_interval
@@ -160,6 +161,7 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
     window, stride = _window(len(record.steps)), -(-len(record.steps) // STEPS)
     losses = dict(list(_losses(record, window).items())[::stride])
     shares = {row.step: metric.of(row.metrics) for row in record.evaluations}
+    unit = 100 if metric.is_share else 1
     probe = None if record.head_fit is None or not shares else record.head_fit.chosen
     start, kept = None if probe is None else metric.of(probe), record.chosen_step
     (color, other, *_), words = LINE_COLORS, metric.words
@@ -176,16 +178,16 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
         if not shares:
             right.set_axis_off()
             return
-        texts = [f"step {step}: {percent(share)}" for step, share in shares.items()]
-        x, y = list(shares), [100 * share for share in shares.values()]
+        texts = [f"step {step}: {value_of(metric, share)}" for step, share in shares.items()]
+        x, y = list(shares), [unit * share for share in shares.values()]
         canvas.plot("model", right, x, y, texts, color=color, lw=1.4, marker="o", ms=4)
-        right.set_title(f"{words} on validation (%)")
+        right.set_title(f"{words} on validation{' (%)' if metric.is_share else ''}")
         if kept in shares:
-            right.plot([kept], [100 * shares[kept]], marker="o", ms=10, mfc="none", color=INK, ls="")
+            right.plot([kept], [unit * shares[kept]], marker="o", ms=10, mfc="none", color=INK, ls="")
         if start is not None:
             canvas.series("linear probe", other, "")
             style: dict[str, Any] = {"color": other, "ls": DASHED, "lw": 1.4, "label": "linear probe"}
-            canvas.plot("linear probe", right, [0, max(losses)], [100 * start] * 2, **style)
+            canvas.plot("linear probe", right, [0, max(losses)], [unit * start] * 2, **style)
             right.legend(loc="best")
 
     caption = "Left: loss of the training batches" + (f", moving average over {window} steps." if window > 1 else ".")
@@ -199,6 +201,33 @@ def learning_curves(record: RunRecord, metric: DecidingMetric) -> Drawing | None
         for step, value in values.items()
     ]
     return draw("learning", "Training and validation", caption, 2.7, paint, data, 4.6)
+
+
+def draw_scatter(names: Sequence[str], labels: NDArray[np.float64], predicted: NDArray[np.float64]) -> Drawing:
+    """Draw what is predicted over what is true, (N, K) each, a panel a number, at most four."""
+    shown = list(names[:4])
+
+    def paint(canvas: Canvas) -> None:
+        panels = canvas.figure.subplots(1, len(shown), squeeze=False)[0]
+        for k, (axes, name) in enumerate(zip(panels, shown, strict=True)):
+            color = LINE_COLORS[k % len(LINE_COLORS)]
+            canvas.series(name, color, "o")
+            x, y = labels[:, k], predicted[:, k]
+            ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+            axes.plot(ends, ends, color=MUTED, lw=0.9, ls=DASHED, zorder=1)
+            texts = [f"true {a:.3g}, predicted {b:.3g}" for a, b in zip(x, y, strict=True)]
+            canvas.plot(name, axes, x, y, texts, color=color, ls="", marker="o", ms=3, alpha=0.6, zorder=2)
+            axes.set_xlabel(f"true {name}")
+            axes.set_ylabel("predicted")
+            quiet_grid(axes)
+
+    data: list[dict[str, Raw]] = [
+        {"number": name, "true": float(x), "predicted": float(y)}
+        for k, name in enumerate(names)
+        for x, y in zip(labels[:, k], predicted[:, k], strict=True)
+    ]
+    caption = "Test images. On the dashed line what is predicted is true."
+    return draw("scatter", "Predicted against true", caption, 3.4, paint, data, 3.4)
 
 
 class Line(NamedTuple):

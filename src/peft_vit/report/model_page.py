@@ -8,24 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from peft_vit.analysis.model_quality import ModelQuality
 from peft_vit.errors import DataWarning
 from peft_vit.records import RunRecord
 from peft_vit.report.class_blocks import Pictures, class_blocks, example_gallery, mistakes_block
 from peft_vit.report.document import Block, Card, Facts, Paragraph, StudyDocument
-from peft_vit.report.formatting import bounds_in_percent, count, fixed, joined, megabytes, percent, plain
-from peft_vit.report.lines import Line, draw_reliability, learning_curves
+from peft_vit.report.formatting import bounds_of, count, fixed, joined, known, megabytes, percent, plain, value_of
+from peft_vit.report.lines import Line, draw_reliability, draw_scatter, learning_curves
 from peft_vit.report.markdown import escaped, section_parts, summary_parts
 from peft_vit.report.summary import caveats, images_name, run_provenance, settings
 from peft_vit.report.tables import Column, table
-from peft_vit.report.trained import beside_the_probe, test_score
+from peft_vit.report.trained import beside_the_probe, rows_of, test_score
 from peft_vit.statistics import Interval
-from peft_vit.tasks import DecidingMetric, metric_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of
 
 CARD_FILE = "card.md"
-EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
+OUTPUTS, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
+    "How good it is",
     "Test images and what it says of them",
     "Classes",
     "Mistakes",
@@ -43,14 +42,14 @@ class ModelSummary:
 
     Attributes:
         record: of its run, which is finished.
-        quality: on its test images.
+        quality: on its test images; None of a model of several labels, or of numbers.
         use: the command that predicts with it, without the images.
         to_web: the command that makes a page of it for a browser, if there is none.
         web: the address of that page, if there is one.
     """
 
     record: RunRecord
-    quality: ModelQuality
+    quality: ModelQuality | None
     use: str
     to_web: str = ""
     web: str = ""
@@ -67,10 +66,10 @@ class ModelSummary:
 
     @property
     def constant(self) -> float:
-        """Return the same of always naming the most frequent class."""
+        """Return the same of always giving one answer, such as the most frequent class."""
         assert self.record.predictions is not None
-        labels = np.array(self.record.predictions.labels)
-        return self.metric.interval(labels, np.full_like(labels, np.bincount(labels).argmax())).estimate
+        labels = rows_of(self.record.predictions.labels)
+        return self.metric.interval(labels, TASKS[self.record.spec.task].constant(labels)).estimate
 
 
 def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> StudyDocument:
@@ -81,13 +80,19 @@ def model_document(summary: ModelSummary, pictures: Pictures | None = None) -> S
         pictures: makes pictures of images by their positions; None: there are none.
     """
     record, quality = summary.record, summary.quality
-    examples = example_gallery(quality, pictures)
+    sections: dict[str, tuple[Block, ...]] = {}
+    if quality is None:
+        sections[OUTPUTS] = tuple(_outputs(summary))
+    else:
+        examples = example_gallery(quality, pictures)
+        sections = {
+            EXAMPLES: () if examples is None else (examples,),
+            CLASSES: tuple(class_blocks(quality)),
+            MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
+            BELIEF: tuple(_belief(record, quality)),
+        }
     learning = learning_curves(record, summary.metric)
-    sections: dict[str, tuple[Block, ...]] = {
-        EXAMPLES: () if examples is None else (examples,),
-        CLASSES: tuple(class_blocks(quality)),
-        MISTAKES: (mistakes_block(quality, pictures),) if quality.mistakes else (),
-        BELIEF: tuple(_belief(record, quality)),
+    sections |= {
         TRAINING: () if learning is None else (learning,),
         IMAGES: tuple(_images(summary)),
         MADE: (Facts(tuple(_made(record))),),
@@ -130,10 +135,13 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     experiment, quality = summary.record.spec.experiment, summary.quality
-    values = {"accuracy": quality.accuracy.estimate, "balanced_accuracy": quality.balanced_accuracy.estimate}
+    kind = "image-classification" if quality is not None or summary.metric.is_share else "image-feature-extraction"
+    values = {summary.metric.name: summary.value.estimate}
+    if quality is not None:
+        values = {"accuracy": quality.accuracy.estimate, "balanced_accuracy": quality.balanced_accuracy.estimate}
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=kind,
             dataset_type="imagefolder",
             dataset_name=name,
             dataset_split="test",
@@ -144,7 +152,7 @@ def card_head(summary: ModelSummary, library: str, name: str) -> str:
     ]
     data = ModelCardData(
         library_name=library,
-        pipeline_tag="image-classification",
+        pipeline_tag=kind,
         tags=["peft-vit", summary.record.spec.backbone.model, experiment.method],
         metrics=list(values),
         model_name=f"{experiment.name} for {name}",
@@ -166,8 +174,9 @@ def _alerts(summary: ModelSummary) -> Iterator[str]:
             "The backbone's weights are random: no number here says what a pretrained one would reach. Train again "
             "with pretrained weights."
         )
-    if summary.value.estimate <= summary.constant:
-        always = f"always naming the most frequent class, which has {percent(summary.constant)}"
+    if summary.metric.sign * (summary.value.estimate - summary.constant) <= 0:
+        one = "always giving one answer" if summary.quality is None else "always naming the most frequent class"
+        always = f"{one}, which has {value_of(summary.metric, summary.constant)}"
         yield f"It is no better than {always}. Do not use it."
     yield from (plain(text) for text in record.warnings if "one of the labels is wrong" in text)
 
@@ -189,10 +198,12 @@ def _cards(summary: ModelSummary) -> Iterator[Card]:
 
 def accuracy_card(summary: ModelSummary) -> Card:
     """Return what decides, with its interval."""
-    name, images = summary.metric.words.capitalize(), f"on {count(summary.quality.accuracy.n)} test images"
-    constant = f"always the same class: {percent(summary.constant)}"
-    bounds = f"95 %: {bounds_in_percent(summary.value)} %"
-    return Card(name, images, percent(summary.value.estimate), (bounds, constant))
+    metric, value = summary.metric, summary.value
+    words = metric.words[0].upper() + metric.words[1:]
+    one = "answer" if summary.quality is None else "class"
+    constant = f"always the same {one}: {value_of(metric, summary.constant)}"
+    bounds = f"95 %: {bounds_of(metric, value)}{' %' if metric.is_share else ''}"
+    return Card(words, f"on {count(value.n)} test images", value_of(metric, value.estimate), (bounds, constant))
 
 
 def labels_card(record: RunRecord) -> Card:
@@ -200,7 +211,8 @@ def labels_card(record: RunRecord) -> Card:
     sizes = record.split_sizes
     kept = {"to validate": sizes["validation"], "to test": sizes["test"]}
     more = tuple(f"{count(images)} more {to}" for to, images in kept.items() if images)
-    return Card("Labels used", f"training images of {len(record.class_names)} classes", count(sizes["train"]), more)
+    what = TASKS[record.spec.task].names_of(record.class_names)
+    return Card("Labels used", f"training images {what}", count(sizes["train"]), more)
 
 
 def _probe_card(summary: ModelSummary) -> Iterator[Card]:
@@ -209,27 +221,29 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
     test, fit = record.probe_test, record.head_fit
     if record.spec.experiment.is_probe or record.spec.experiment.start is not None:
         return
-    title, what = "Linear probe", "without fine-tuning"
+    title, what, metric = "Linear probe", "without fine-tuning", summary.metric
     if test is not None:
-        yield Card(title, what, percent(summary.metric.of(test.metrics)), ("on the same test images",))
+        yield Card(title, what, value_of(metric, metric.of(test.metrics)), ("on the same test images",))
     elif fit is not None and fit.chosen is not None and record.validation is not None:
-        own = summary.metric.of(record.validation)
-        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {percent(own)}")
-        yield Card(title, what, percent(summary.metric.of(fit.chosen)), lines)
+        own = value_of(metric, metric.of(record.validation))
+        lines = (f"on {count(fit.chosen.n)} validation images,", f"where this model has {own}")
+        yield Card(title, what, value_of(metric, metric.of(fit.chosen)), lines)
 
 
 def _answer(summary: ModelSummary) -> Iterator[str]:
-    quality, n = summary.quality, summary.quality.accuracy.n
-    yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
+    quality, n = summary.quality, summary.value.n
+    if quality is not None:
+        yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
     if summary.metric.equal_classes:
         yield (
             "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
             f"{percent(summary.value.estimate)}."
         )
-    expected = f"{bounds_in_percent(summary.value)} % ({summary.metric.words}, 95 % interval)"
+    percents = " %" if summary.metric.is_share else ""
+    expected = f"{bounds_of(summary.metric, summary.value)}{percents} ({summary.metric.words}, 95 % interval)"
     yield f"On other images of the same kind expect {expected}."
     yield from beside_the_probe(summary.record)
-    if quality.confusions:
+    if quality is not None and quality.confusions:
         most = quality.confusions[0]
         yield (
             f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
@@ -237,11 +251,60 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
         )
     if summary.use:
         yield f"To use it: {plain(summary.use)} IMAGES"
-    if summary.to_web:
+    if summary.to_web and quality is not None:
         yield f"To try it in a browser: {plain(summary.to_web)}"
 
 
 # --- sections ---
+
+
+def _outputs(summary: ModelSummary) -> Iterator[Block]:
+    """Yield measures of a model of several labels, or of numbers, each output's, and how far to believe them."""
+    record, own, test = summary.record, summary.record.predictions, summary.record.test
+    assert own is not None
+    assert test is not None
+    task, labels, predicted = TASKS[record.spec.task], rows_of(own.labels), rows_of(own.predicted)
+    names = [plain(name) for name in record.class_names]
+    if task.scatters:
+        yield draw_scatter(names, labels, predicted)
+    rows = task.rows(labels, predicted, names, record.decision)
+    columns = [Column(name, name, _short) for name in rows[0]]
+    yield table("outputs", "Each of them", rows, columns, f"On {count(summary.value.n)} test images. {task.note}")
+    measures = []
+    for name, value in test.more.items():
+        metric = task.metrics.get(name)
+        bounds = None if metric is None else _ends(metric.interval(labels, predicted))
+        words = name.replace("_", " ") if metric is None else metric.words
+        measures.append({"measure": words, "value": value, "bounds": bounds})
+    yield table(
+        "measures",
+        "All measures",
+        measures,
+        [Column("Measure", "measure"), Column("Value", "value", _short), Column("95 % interval", "bounds")],
+        "Intervals say what other test images would change (bootstrap).",
+    )
+    tested = record.tested_calibration
+    if tested is not None and tested.covered:
+        rows = [{"asked": c, "held": held, "width": tested.set_size[c]} for c, held in tested.covered.items()]
+        yield table(
+            "coverage",
+            "Intervals",
+            rows,
+            [
+                Column("Coverage asked", "asked", percent),
+                Column("Intervals that hold the number", "held", percent),
+                Column("Mean width", "width", _short),
+            ],
+            "On the test images. `predict` gives such intervals, of 90 % or of --coverage.",
+        )
+
+
+def _ends(interval: Interval) -> str:
+    return f"{known(interval.low, _short)} to {known(interval.high, _short)}"
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _belief(record: RunRecord, quality: ModelQuality) -> Iterator[Block]:
@@ -296,7 +359,8 @@ def _calibration(record: RunRecord) -> Iterator[Block]:
 
 def _images(summary: ModelSummary) -> Iterator[Block]:
     record, quality = summary.record, summary.quality
-    if untested := [plain(found.name) for found in quality.classes if not found.images]:
+    classes = () if quality is None else quality.classes
+    if untested := [plain(found.name) for found in classes if not found.images]:
         more = f" and {len(untested) - _FIRST} more" if len(untested) > _FIRST else ""
         yield Paragraph(f"Nothing is known of {joined(untested[:_FIRST])}{more}: no test image is of these classes.")
     if left_out := record.left_out:

@@ -11,19 +11,25 @@ import numpy as np
 
 from peft_vit.records import RunRecord
 from peft_vit.report.document import Raw, Table
-from peft_vit.report.formatting import bounds_in_percent, count, fixed, percent, points
+from peft_vit.report.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval
-from peft_vit.tasks import metric_of
+from peft_vit.tasks import TASKS, DecidingMetric, Labels, metric_of
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
+
+
+def rows_of(answers: Sequence[Any]) -> Labels:
+    """Return labels, or what was predicted, as metrics take them: (N,), or (N, K) with NaN for what is not known."""
+    rows = np.array(answers)
+    return rows.astype(float) if rows.dtype == object else rows
 
 
 def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
     own = record.predictions
     assert own is not None
-    return metric_of(record.spec).interval(np.array(own.labels), np.array(own.predicted))
+    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted))
 
 
 def test_line(record: RunRecord) -> str:
@@ -31,9 +37,9 @@ def test_line(record: RunRecord) -> str:
     score, metric, validation = test_score(record), metric_of(record.spec), record.validation
     words = metric.words
     if score.n < _FEWEST_TESTED and validation is not None:
-        value = percent(metric.of(validation))
+        value = value_of(metric, metric.of(validation))
         return f"Validation {words} {value}, on {validation.n} images that training chose by; only {score.n} tested it."
-    return f"Test {words} {_score(score)}, on {score.n} images that training has not seen."
+    return f"Test {words} {_score(metric, score)}, on {score.n} images that training has not seen."
 
 
 def result_lines(record: RunRecord, folder: Path, seconds: float, page: Path | None = None) -> list[str]:
@@ -65,28 +71,33 @@ def beside_the_probe(record: RunRecord) -> list[str]:
     if record.spec.experiment.is_probe:
         return ["It is a linear probe: the backbone is as it was, and only the last layer was fitted."]
     if test is not None and own is not None:
-        labels, before, after = map(np.array, (own.labels, test.predicted, own.predicted))  # (N,) each
-        of_probe = _score(metric.interval(labels, before), metric.suffix)
-        of_probe = f"A logistic regression on the same frozen features has {of_probe}."
+        labels, before, after = map(rows_of, (own.labels, test.predicted, own.predicted))  # N each
+        of_probe = _score(metric, metric.interval(labels, before), metric.suffix)
+        of_probe = f"A {TASKS[record.spec.task].linear} on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
             none = "Training has gained nothing on it on validation images, so the model is this regression."
             return [of_probe, none]
         gain = metric.gain(labels, before, after)
         assert gain.low is not None
         assert gain.high is not None
-        said = "Training gained on it" if gain.low > 0 else "No clear difference"
-        said = "Training lost against it" if gain.high < 0 else said
-        return [of_probe, f"{said}: {points(gain.estimate)} points ({points(gain.low)} to {points(gain.high)})."]
+        worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))
+        said = "Training gained on it" if worst > 0 else "No clear difference"
+        said = "Training lost against it" if best < 0 else said
+        low, high = (gain_of(metric, end) for end in (gain.low, gain.high))
+        points = " points" if metric.is_share else ""
+        return [of_probe, f"{said}: {gain_of(metric, gain.estimate)}{points} ({low} to {high})."]
     if fit is None or fit.chosen is None or record.validation is None:
         return []
-    gained = metric.of(record.validation) - metric.of(fit.chosen)
-    size = f"{fixed(100 * gained, 1)} points" if gained > 0 else "nothing"
+    gained = metric.sign * (metric.of(record.validation) - metric.of(fit.chosen))
+    size = gain_of(metric, gained).removeprefix("+") + (" points" if metric.is_share else "")
+    size = size if gained > 0 else "nothing"
     where = f"on the {count(fit.chosen.n)} validation images that also chose the step"
     return [f"Training gained {size} on the linear probe, {where}."]
 
 
-def _score(interval: Interval, suffix: str = "") -> str:
-    return f"{percent(interval.estimate)}{suffix} (95 % interval {bounds_in_percent(interval)})"
+def _score(metric: DecidingMetric, interval: Interval, suffix: str = "") -> str:
+    value = value_of(metric, interval.estimate)
+    return f"{value}{suffix} (95 % interval {bounds_of(metric, interval)})"
 
 
 def train_row(
@@ -121,8 +132,9 @@ def train_runs_table(rows: Sequence[dict[str, Raw]]) -> Table:
     def test(row: dict[str, Any]) -> str | None:
         if row["metric"] is None:
             return None
-        low, high = (fixed(100 * row[end], 1) for end in ("low", "high"))
-        return f"{row['metric'].replace('_', ' ')} {percent(row['test'])} ({low} to {high})"
+        metric = next(task.metrics[row["metric"]] for task in TASKS.values() if row["metric"] in task.metrics)
+        bounds = bounds_of(metric, Interval(row["test"], row["low"], row["high"], 0, 0))
+        return f"{row['metric'].replace('_', ' ')} {value_of(metric, row['test'])} ({bounds})"
 
     return table(
         "runs",

@@ -61,7 +61,7 @@ from peft_vit.records import (
     RunSpec,
 )
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import Outputs, calibration_of, known_images
+from peft_vit.runs.held_out import PRIOR, Outputs, calibration_of, known_images
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,
@@ -362,7 +362,7 @@ def _train_and_test(
     head, temperature, probed = Backbone(model).head, 1.0, None
     images: LabelledImages | None = None
     assert attempt.known.provenance is not None
-    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime)
+    features = SharedFeatures(model, spec, attempt.known.provenance, hooks, runtime, data.task)
     if (is_probe or training.head_start == "probe") and not attempt.goes_on:
         probe, temperature, probed = init_head(head, features, data, spec, runtime, attempt.overhead)
         attempt.known.head_fit = probe.fit
@@ -372,7 +372,7 @@ def _train_and_test(
                 values = features.of(images).values
             logits = head_logits(head, values, runtime)
             metrics = data.task.measure(logits, images.labels)
-            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=logits.argmax(1).tolist())
+            attempt.known.probe_test = ProbeTest(metrics=metrics, predicted=data.task.predicted(logits).tolist())
     if is_probe:
         fitted = trainable_parameters(model)
         result = TrainingResult(
@@ -417,10 +417,13 @@ def _train_and_test(
     if len(data.validation):
         with attempt.overhead.of("calibration"):
             known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
-            calibration, content = calibration_of(outputs(data.validation), test, known)
-    predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
+            calibration, content = calibration_of(outputs(data.validation), test, known, data.task)
+    else:
+        calibration = {"decision": data.task.decide(test.logits[:0], data.validation.labels, PRIOR)}
+    decision, keep = calibration["decision"], spec.measures.logits
+    predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=keep, decision=decision)
     predicted = predicted.model_copy(update={"files": data.test_files})
-    measured = data.task.measure(test.logits, test.labels)
+    measured = data.task.measure(test.logits, test.labels, decision)
     return result, {"test": measured, "predictions": predicted, **calibration}, content
 
 
@@ -458,6 +461,8 @@ def provenance_of(
 
 def _majority(data: Data) -> dict[str, float]:
     """Return the accuracy of a constant guess at its best, on the splits that it is measured on."""
+    if data.train.labels.ndim > 1:  # there is no accuracy of several labels, or of numbers
+        return {}
     majority = {"test": float(data.test.class_counts().max() / len(data.test))}
     if len(data.validation):
         most = data.task.counts(data.validation.labels, len(data.class_names)).max()

@@ -38,6 +38,7 @@ from peft_vit.runs.post_training import merge_float, pack_after_training
 from peft_vit.runs.restore import RestoredRun, done_record, restore_run
 from peft_vit.safe_io import refuse_existing, whole_folder
 from peft_vit.statistics import Interval, paired_proportions
+from peft_vit.tasks import TASKS
 
 _COMPARED_AT_ONCE = 32
 _COMPARED_WITH = 128  # training images, where the run validated on none
@@ -256,14 +257,15 @@ def compare(trained: Classifier, exported: Classifier, images: LabelledImages, s
         labels.append(targets)
     before, after = (torch.cat(side) for side in zip(*logits, strict=True))  # (N, classes)
     truth = torch.cat(labels)  # (N,)
-    right_before, right_after = (side.argmax(1) == truth for side in (before, after))  # (N,)
+    task = TASKS[card.task]
+    right_before, right_after = (task.right(side.numpy(), truth.numpy(), card.decision) for side in (before, after))
     losses, gains = int((right_before & ~right_after).sum()), int((right_after & ~right_before).sum())
     return Comparison(
         images=len(truth),
         split=split,
-        same_predictions=float((before.argmax(1) == after.argmax(1)).float().mean()),
+        same_predictions=float(task.same(before.numpy(), after.numpy()).mean()),
         logit_error=float((after - before).abs().max() / before.abs().max()),
-        trained_accuracy=float(right_before.float().mean()),
-        exported_accuracy=float(right_after.float().mean()),
+        trained_accuracy=float(right_before.mean()),
+        exported_accuracy=float(right_after.mean()),
         accuracy_loss=paired_proportions(losses, gains, len(truth)),
     )

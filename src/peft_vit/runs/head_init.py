@@ -23,7 +23,7 @@ from peft_vit.packages import cache_dir
 from peft_vit.records import Metrics, Provenance, RunSpec, write_atomically
 from peft_vit.runs.machine import instruction_limits
 from peft_vit.safe_io import read_bytes
-from peft_vit.tasks import TASKS
+from peft_vit.tasks import CLASSIFICATION, Task
 from peft_vit.training import (
     FLIP_AXES,
     Features,
@@ -94,10 +94,15 @@ class SharedFeatures:
     """
 
     def __init__(
-        self, model: nn.Module, spec: RunSpec, provenance: Provenance, hooks: list[Hook], runtime: RuntimeConfig
+        self,
+        model: nn.Module,
+        spec: RunSpec,
+        provenance: Provenance,
+        hooks: list[Hook],
+        runtime: RuntimeConfig,
+        task: Task = CLASSIFICATION,
     ) -> None:
-        self._model, self._runtime = model, runtime
-        self._task = TASKS[spec.task]
+        self._model, self._runtime, self._task = model, runtime, task
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file = _place(spec, provenance, hooks)
 

@@ -32,7 +32,7 @@ from peft_vit.statistics import (
     prediction_sets,
     probabilities,
 )
-from peft_vit.tasks import Task
+from peft_vit.tasks import Labels, Task
 
 MOST_KNOWN = 2000  # training images whose features are kept
 LIKE = 0.95  # share of images like the held-out ones that are not flagged
@@ -46,7 +46,7 @@ class Outputs(NamedTuple):
     """What a model says of images."""
 
     logits: NDArray[np.float32]  # (N, classes)
-    labels: NDArray[np.int64]  # (N,)
+    labels: Labels  # N, as the task says
     middle: NDArray[np.float32] | None  # (N, D), see `Backbone.logits_and_middle`; None: not asked for
 
 
@@ -58,7 +58,7 @@ def known_images(train: LabelledImages, seed: int, task: Task) -> LabelledImages
 
 
 def calibration_of(
-    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None
+    validation: Outputs, test: Outputs, known: NDArray[np.float32] | None, task: Task
 ) -> tuple[dict[str, Any], bytes | None]:
     """Return the record's fields by name, and the content of the file of training features.
 
@@ -66,19 +66,31 @@ def calibration_of(
         validation: of images that were not trained on.
         test: likewise, and nothing was chosen by them.
         known: features of training images, (n, D); None: none are kept.
+        task: that the model learned.
     """
-    neighbours, content, flagged = None, None, None
+    neighbours, content, unlike, flagged = None, None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
         content = neighbours_bytes(neighbours)
-    calibrated, unlike = believed(validation, neighbours)
+    decision = task.decide(validation.logits, validation.labels, PRIOR)
+    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR) if decision is None else None
+    if neighbours is not None and validation.middle is not None:
+        unlike = unlike_of(neighbours, validation.middle)
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
+    if calibrated is None:
+        assert decision is not None
+        covered, widths = task.covered(decision, test.logits, test.labels)
+        nll = task.measure(test.logits, test.labels, decision).nll
+        tested = TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
+    else:
+        tested = checked_on(calibrated, test, flagged)
     fields = {
+        "decision": decision,
         "calibrated": calibrated,
         "unlike": unlike,
         "features_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
-        "tested_calibration": checked_on(calibrated, test, flagged),
+        "tested_calibration": tested,
     }
     return fields, content
 
@@ -96,8 +108,12 @@ def believed(
     calibrated = calibrate(validation.logits, validation.labels, prior=prior)
     if known is None or validation.middle is None:
         return calibrated, None
-    threshold = conformal_quantile(known.distances(validation.middle), LIKE)
-    return calibrated, Unlike(images=len(validation.labels), threshold=threshold)
+    return calibrated, unlike_of(known, validation.middle)
+
+
+def unlike_of(known: Neighbours, middle: NDArray[np.float32]) -> Unlike:
+    """Return the distance to training images that most of some held-out ones, by their features, stay within."""
+    return Unlike(images=len(middle), threshold=conformal_quantile(known.distances(middle), LIKE))
 
 
 def checked_on(calibrated: Calibrated, test: Outputs, flagged: int | None = None) -> TestedCalibration:

@@ -39,8 +39,9 @@ class RestoredRun:
     @property
     def card(self) -> ModelCard:
         """Return what an export says of the model."""
-        card = model_card(self.record.spec, self.backbone, self.record.class_names)
-        return card.model_copy(update={"calibrated": self.record.calibrated, "unlike": self.record.unlike})
+        card, record = model_card(self.record.spec, self.backbone, self.record.class_names), self.record
+        found = {"calibrated": record.calibrated, "unlike": record.unlike, "decision": record.decision}
+        return card.model_copy(update=found)
 
     def load_data(self) -> Data:
         """Return the run's images; raises UserError if they are not there any more."""
@@ -62,6 +63,7 @@ def model_card(spec: RunSpec, backbone: LoadedBackbone, class_names: Sequence[st
         mean=backbone.mean,
         std=backbone.std,
         class_names=tuple(class_names),
+        task=spec.task,
     )
 
 

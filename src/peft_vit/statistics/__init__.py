@@ -17,6 +17,7 @@ from peft_vit.statistics.descriptive import gini, normalized_entropy, spearman
 from peft_vit.statistics.intervals import (
     EffectSize,
     Interval,
+    bootstrap_interval,
     effect_size,
     hedges_factor,
     mean_interval,

@@ -121,7 +121,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
             return run
         counts = count_images(request, index)
-        several = f"{len(index.labels)} images in {len(index.class_names)} classes"
+        several = index.task.images_of(len(index.labels), index.class_names)
         shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
         print_lines(filter(None, [f"{several}: {shares}", changes]))
         folder = None if run is None else run.folder

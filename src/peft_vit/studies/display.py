@@ -199,7 +199,7 @@ class Watch(ProgressDisplay):
         if record.validation is not None:
             metric = metric_of(record.spec)
             probe = None if record.head_fit is None or record.spec.experiment.is_probe else record.head_fit.chosen
-            its = "" if probe is None else f" (its linear probe {metric.of(probe):.1%})"  # on the same images
+            its = "" if probe is None else f" (its linear probe {metric.plain(metric.of(probe))})"  # on the same images
             validation = f"validation {metric.text(metric.of(record.validation))}{its}, "
         memory = f"{(record.peak_memory_bytes or 0) / 1e6:.0f} MB"
         return f"{validation}loss {record.steps[-1].loss:.3f}, {record.seconds:.0f} s, {memory}{left}"

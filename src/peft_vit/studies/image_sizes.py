@@ -32,7 +32,7 @@ class SizeTrial:
 
     Attributes:
         image_size: in pixels.
-        value: of the metric that decides, on images left out of the fit; larger is better.
+        value: of the metric that decides, as a share, on images left out of the fit; larger is better.
         text: the value as a terminal shows it.
     """
 
@@ -109,7 +109,7 @@ def _trial(spec: RunSpec) -> SizeTrial:
         assert probe.chosen is not None
         metrics = probe.chosen.metrics
     value = metric.of(metrics)
-    return SizeTrial(spec.data.image_size, metric.sign * value, metric.text(value))
+    return SizeTrial(spec.data.image_size, metric.share_of(metrics), metric.text(value))
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
     """
     loaded = Loaded.of(spec, test=False)
     data, model, runtime = loaded.data, loaded.backbone.model.requires_grad_(False), loaded.runtime
-    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime)
+    shared = SharedFeatures(model, spec, loaded.made_ready(), [], runtime, data.task)
     parts = [shared.of_training(data.train) if flipped else shared.of(data.train)]
     if len(data.validation):
         parts.append(shared.of(data.validation))

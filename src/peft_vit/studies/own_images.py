@@ -125,10 +125,10 @@ def open_images(request: TrainRequest, on_progress: Callable[[int, int], None] |
     Raises:
         UserError: see `find_images` and `inspect_images`.
     """
-    images = find_images(existing(str(request.images)))
-    own = None if images.files.is_test is None else sum(images.files.is_test)
-    classes = images.files.classes
-    forecast = Forecast(request, _share(request, len(classes), len(set(classes.values())), own))
+    images = find_images(existing(str(request.images)), request.task)
+    files = images.files
+    own = None if files.is_test is None else sum(files.is_test)
+    forecast = Forecast(request, _share(request, len(files.classes), len(files.read()[0]), own))
     expected_s = forecast.sizes_in_time()
     sizes = list(expected_s) or [request.image_size or forecast.largest_size()]
     interpolation = interpolation_of(architecture_of(_backbone(request)))
@@ -248,6 +248,8 @@ def study_of(
     shape = describe(forecast.backbone, image_size)
     steps = _requested_steps(request, counts) or forecast.most_steps(shape)
     experiment = experiment_for(request, counts, shape, steps, forecast.compute)
+    if not images.index.task.smooths:
+        experiment["training"].pop("label_smoothing", None)
     study = _study(request, name, _data(request, images, file, image_size), experiment)
     return study, forecast.line(shape, image_size, steps)
 
@@ -462,6 +464,8 @@ def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int)
     counts, own = count_images(request, images.index), images.index.official_test
     data = {"dataset": images.dataset, "path": str(images.path), "images_file": str(file), "image_size": image_size}
     data |= {"validation_images": counts.validation, "test_images": counts.test if own is None else request.test_images}
+    if request.task is not None:
+        data["task"] = request.task
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data

@@ -13,6 +13,7 @@ import numpy as np
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import architecture_of, check_weights, describe, interpolation_of
 from peft_vit.config import (
+    AdaLoraConfig,
     AdaptiveBitsConfig,
     BackboneConfig,
     ExperimentConfig,
@@ -43,6 +44,7 @@ from peft_vit.records import ADAPTER_FILE, RECORD_FILE, RunSpec, StudyFile, read
 from peft_vit.records.migrations import LAST_VERSION_WITH_ALL
 from peft_vit.runs.machine import ChosenPrecision, choose_precision, resolve_device
 from peft_vit.studies.scheduler import difference, go_on, study_file
+from peft_vit.tasks import Task
 
 _SMOKE_EPOCHS, _SMOKE_STEPS = 2, 4  # of an epoch
 _ENDLESS = 10**9  # steps; beside them each phase of a schedule that a study gives in steps is as short as it can be
@@ -145,7 +147,7 @@ def plan_study(
         precision = decide_precision(study, before)
         study = as_begun(study.model_copy(update={"precision": precision.chosen}), before)
         index = open_index(study.data, smoke=smoke)
-        study = _with_metrics(study, index)
+        study = _settled(study, index)
         requested = study_file(study, (), smoke=smoke, data_sha256=index.sha256)
         go_on(results_dir / study.name, before, requested, source=str(file or "asked for"), part=part)
         splits = splits_of(index, study)
@@ -222,8 +224,16 @@ def _within_memory(
     return with_decided(study, decide_measured), choices
 
 
-def _with_metrics(study: StudyConfig, index: ImageIndex) -> StudyConfig:
-    """Return the study with what `metric: auto` is for these images, those of their own test split left out."""
+def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
+    """Return the study with its task, and what `metric: auto` is for these images, those of their own test left out.
+
+    Raises:
+        UserError: for what the task does not have.
+    """
+    if index.labels.ndim > 1:
+        _refuse_of_classes(study, index.task)
+        if study.data.task is None:
+            study = study.model_copy(update={"data": study.data.model_copy(update={"task": index.task.name})})
     chosen_on = np.arange(len(index.labels)) if index.official_test is None else np.flatnonzero(~index.official_test)
     settled = {"metric": index.task.deciding(index.class_counts(chosen_on)).name}
     experiments = (
@@ -232,7 +242,29 @@ def _with_metrics(study: StudyConfig, index: ImageIndex) -> StudyConfig:
         else own
         for own in study.experiments
     )
-    return study.model_copy(update={"experiments": tuple(experiments)})
+    study = study.model_copy(update={"experiments": tuple(experiments)})
+    for place, own in enumerate(study.experiments):
+        with _below(place):
+            index.task.metric(own.training.metric)
+    return study
+
+
+def _refuse_of_classes(study: StudyConfig, task: Task) -> None:
+    """Refuse what is there for one class an image alone."""
+    alone = f"is there for one class an image, and these have {task.name} labels"
+    if len(study.seeds) * len(study.experiments) > 1:
+        raise UserError(f"a study of several runs {alone}; give one experiment and one seed", field="experiments")
+    if study.measures.removal_images is not None:
+        raise UserError(f"{alone}; leave it out", field="measures.removal_images")
+    for place, own in enumerate(study.experiments):
+        qa_lora, adalora = own.section(QaLoraConfig), own.section(AdaLoraConfig)
+        of_classes = {
+            "training.label_smoothing": own.training.label_smoothing,
+            "qa_lora.adaptive_bits": qa_lora is not None and qa_lora.adaptive_bits,
+            "adalora.importance_metric": adalora is not None and adalora.importance_metric == "fisher",
+        }
+        for field in (field for field, asked in of_classes.items() if asked):
+            raise UserError(f"{alone}; leave it out", field=f"experiments[{place}].{field}")
 
 
 def workload_of(study: StudyConfig, index: ImageIndex, splits: Splits) -> Workload:

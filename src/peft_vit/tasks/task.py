@@ -13,14 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_vit.records import Metrics, Predictions
-from peft_vit.statistics import Interval
+from peft_vit.config import TaskName
+from peft_vit.errors import UserError
+from peft_vit.records import Calibrated, Decision, Metrics, Predictions
+from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
+Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
+Named: TypeAlias = tuple[tuple[str, float], ...]  # classes and their probabilities, from the largest
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class DecidingMetric:
         suffix: said behind a value where one may take it for another metric.
         sign: 1 if the higher value is the better one, -1 if the lower one is.
         equal_classes: each class counts as much as any other, however many images it has.
+        is_share: it lies between 0 and 1, and is said in percent.
+        as_share: a measure that says the same from 0 to 1.
     """
 
     name: str
@@ -44,10 +50,16 @@ class DecidingMetric:
     suffix: str = ""
     sign: Literal[1, -1] = 1
     equal_classes: bool = False
+    is_share: bool = True
+    as_share: str = ""
 
     def of(self, metrics: Metrics) -> float:
         """Return its value."""
-        return float(getattr(metrics, self.name))
+        return metrics.value(self.name)
+
+    def share_of(self, metrics: Metrics) -> float:
+        """Return what is larger of the better predictions, and 1 of perfect ones."""
+        return metrics.value(self.as_share or self.name)
 
     def quality(self, metrics: Metrics) -> tuple[float, float]:
         """Return what is larger of the better predictions: its value, and of equal ones the lower loss."""
@@ -55,38 +67,127 @@ class DecidingMetric:
 
     def text(self, value: float) -> str:
         """Return a value as a terminal shows it."""
-        return f"{value:.1%}{self.suffix}"
+        return self.plain(value) + self.suffix
+
+    def plain(self, value: float) -> str:
+        """Return a value without what it is of."""
+        return f"{value:.1%}" if self.is_share else f"{value:.3g}"
+
+
+def bootstrapped(
+    name: str, words: str, statistic: Callable[[Labels, Labels, Floats], Floats], **more: Any
+) -> DecidingMetric:
+    """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
+
+    Args:
+        name: as in `DecidingMetric`.
+        words: likewise.
+        statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
+        more: other attributes.
+    """
+
+    def interval(labels: Labels, predicted: Labels) -> Interval:
+        y, p = (np.asarray(rows, dtype=float) for rows in (labels, predicted))  # what is not known is None in records
+        return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights))
+
+    def gain(labels: Labels, before: Labels, after: Labels) -> Interval:
+        y, p, q = (np.asarray(rows, dtype=float) for rows in (labels, before, after))
+        return bootstrap_interval(len(y), lambda weights: statistic(y, q, weights) - statistic(y, p, weights))
+
+    return DecidingMetric(name, words, interval, gain, **more)
 
 
 class Task(Protocol):
-    """What is learned."""
+    """What is learned. What most tasks share stands here.
 
-    @property
-    def name(self) -> str:
-        """What records call it."""
+    Attributes:
+        name: what configurations call it.
+        metrics: which may decide, by name.
+        least_outputs: names that there have to be at least.
+        smooths: labels may be smoothed.
+        gap: what a split says whose images lack a class, of its name.
+        linear: what people call its linear head.
+        scatters: a page draws what is predicted against what is true.
+        note: how to read its table of outputs.
+    """
 
-    @property
-    def metrics(self) -> Mapping[str, DecidingMetric]:
-        """Which may decide, by name."""
+    name: TaskName
+    metrics: Mapping[str, DecidingMetric]
+    least_outputs: int = 1
+    smooths: bool = False
+    gap: str = ""
+    linear: str = "logistic regression"
+    scatters: bool = False
+    note: str = ""
+
+    # --- labels as people have them ---
+
+    def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether a table's columns, but path and split, look like its labels."""
+
+    def fault(self, cells: Mapping[str, str]) -> str | None:
+        """Return what is wrong with a row's cells, by column; None: nothing."""
+
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+        """Return the names of outputs, and the labels, of cells that are joined by '|'.
+
+        Raises:
+            UserError: if nothing can be learned from them.
+        """
+
+    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+        """Return names and labels for made-up images of so many classes, (N,)."""
+
+    def text(self, label: Any, names: Sequence[str]) -> str:
+        """Return a label in words."""
+        return " ".join(f"{name}={value:g}" for name, value in zip(names, label, strict=True))
+
+    def images_of(self, images: int, names: Sequence[str]) -> str:
+        """Return how many images there are of what, in words."""
+
+    def names_of(self, names: Sequence[str]) -> str:
+        """Return of what they are, in words."""
+        return f"of {len(names)} classes"
+
+    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+        """Return which images count for an output, (N,): those of its class."""
+
+    def marks(self, labels: Labels) -> NDArray[np.int64]:
+        """Return numbers, (N,), that are equal where copies of one image may have both labels."""
+
+    def counts(self, labels: Labels, width: int) -> NDArray[np.int64]:
+        """Return how many images are of each class, (K,)."""
+        return np.array([self.members(labels, place).sum() for place in range(width)])
+
+    def strata(self, labels: Labels) -> NDArray[Any]:
+        """Return what splits and folds hold in equal shares: (N,) integers, or (N, S) bool where they have several."""
+
+    # --- learning ---
+
+    def fitted(self, labels: Labels) -> Task:
+        """Return the task as it is learned from these labels of training images."""
+        return self
 
     def metric(self, name: str) -> DecidingMetric:
         """Return the metric of a name.
 
         Raises:
-            UserError: if it is `auto`, which images decide.
+            UserError: if it is `auto`, which images decide, or of another task.
         """
+        if name not in self.metrics:
+            message = f"{name} is decided where a study is planned; here, give {' or '.join(self.metrics)}"
+            if name != "auto":
+                message = f"{name} is no measure of {self.name}; give {' or '.join(self.metrics)}, or auto"
+            raise UserError(message, field="training.metric")
+        return self.metrics[name]
 
     def deciding(self, counts: NDArray[np.int64]) -> DecidingMetric:
         """Return the metric that `auto` is, with so many images of each class (K,)."""
+        return next(iter(self.metrics.values()))
 
     def head_width(self, names: Sequence[str]) -> int:
         """Return how many outputs the head has, for the names of what is predicted."""
-
-    def counts(self, labels: Labels, width: int) -> NDArray[np.int64]:
-        """Return how many images are of each class, (K,)."""
-
-    def strata(self, labels: Labels) -> NDArray[np.int64]:
-        """Return what splits and folds hold in equal shares, (N,)."""
+        return len(names)
 
     def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
         """Return the weight of each output in the loss, (K,), so that all classes count the same."""
@@ -97,16 +198,9 @@ class Task(Protocol):
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image without weights, (N,)."""
 
-    def measure(self, outputs: NDArray[np.floating], labels: Labels) -> Metrics:
-        """Return every measure of a split."""
-
-    def predictions(
-        self, outputs: NDArray[np.float32], labels: Labels, positions: NDArray[np.int64], *, keep_logits: bool = False
-    ) -> Predictions:
-        """Return what is predicted of each image of a split."""
-
     def image_weights(self, labels: Labels, weights: Floats) -> Floats:
         """Return the weight of each image in a linear fit, (N,), with weights of the loss (K,)."""
+        return np.ones(len(labels))
 
     def linear_heads(
         self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
@@ -122,6 +216,91 @@ class Task(Protocol):
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return what outputs are to be divided by for the lowest loss on held-out images."""
+        return 1.0
 
     def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return what outputs are divided by beyond that while training, a power of two."""
+        return 1.0
+
+    # --- what came of it ---
+
+    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+        """Return every measure of a split, with a decision those of what is told by it."""
+
+    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+        """Return what is predicted, as metrics take it."""
+
+    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Return of which images two models' outputs say the same, (N,)."""
+
+    def right(
+        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    ) -> NDArray[np.bool_]:
+        """Return of which images outputs say what is true, (N,)."""
+
+    def constant(self, labels: Labels) -> Labels:
+        """Return what always the same answer would predict of images, at its best."""
+
+    def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision | None:
+        """Return what outputs mean, by images that were not trained on; None: softmax, see `Calibrated`."""
+        return None
+
+    def covered(
+        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+    ) -> tuple[dict[float, float], dict[float, float]]:
+        """Return by coverage how often intervals hold the number, and their mean width."""
+        return {}, {}
+
+    def predictions(
+        self,
+        outputs: NDArray[np.float32],
+        labels: Labels,
+        positions: NDArray[np.int64],
+        *,
+        keep_logits: bool = False,
+        decision: Decision | None = None,
+    ) -> Predictions:
+        """Return what is predicted of each image of a split."""
+        known = [[None if np.isnan(value) else float(value) for value in row] for row in labels]
+        return Predictions(
+            images=positions.tolist(),
+            labels=known,
+            predicted=self.predicted(outputs, decision).tolist(),
+            probability=[],
+            logits=short(outputs) if keep_logits else None,
+        )
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return what is told of each image, as arguments of `deployment.Prediction`."""
+
+    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
+        """Return the columns of a table of predictions, between `file` and `unlike`."""
+
+    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
+        """Return an image's cells of them."""
+
+    # --- the page ---
+
+    def rows(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> list[dict[str, Any]]:
+        """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
+        return []
+
+
+def short(outputs: NDArray[np.float32]) -> list[list[float]]:
+    """Return outputs (N, K) as short as float32 is."""
+    return [[float(str(z)) for z in row] for row in outputs]
+
+
+def ranked_columns(names: Sequence[str], top: int) -> list[str]:
+    """Return the columns of the most probable classes: class, probability, class_2, ..."""
+    numbers = ("", *(f"_{place}" for place in range(2, min(top, len(names)) + 1)))
+    return [name + number for number in numbers for name in ("class", "probability")]
+
+
+def ranked_cells(prediction: Any) -> list[Any]:
+    """Return an image's cells of them."""
+    return [cell for named in prediction.top for cell in named]

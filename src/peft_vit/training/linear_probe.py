@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,13 +109,15 @@ class LinearProbe:
         return values @ self.weight.double().cpu().T + self.bias.double().cpu()  # (N, classes)
 
 
-def can_hold_out(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> bool:
-    """Return whether each of the strata (n,) has two groups (n,), so that one can be left out of a fit."""
+def can_hold_out(strata: NDArray[Any], groups: NDArray[np.int64]) -> bool:
+    """Return whether each of the strata (n,) or (n, S) has two groups (n,), so that one can be left out of a fit."""
     return _fewest_groups(strata, groups) >= 2
 
 
-def _fewest_groups(strata: NDArray[np.int64], groups: NDArray[np.int64]) -> int:
-    return min(len(np.unique(groups[strata == stratum])) for stratum in np.unique(strata))
+def _fewest_groups(strata: NDArray[Any], groups: NDArray[np.int64]) -> int:
+    several = strata.ndim > 1
+    members = strata[:, strata.any(0)].T if several else (strata == stratum for stratum in np.unique(strata))
+    return min((len(np.unique(groups[own])) for own in members), default=0)
 
 
 def held_out_fit(

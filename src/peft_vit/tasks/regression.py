@@ -1,0 +1,292 @@
+"""Numbers: each image has one, or several.
+
+Labels are (N, K), in their units. The head learns them standardized over the training images, t = (y - mean) / sd, so
+that its outputs are of one size whatever the unit; every measure is of numbers in their units again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_vit.errors import UserError
+from peft_vit.records import Decision, Metrics
+from peft_vit.statistics import TemperaturePrior, conformal_quantile, spearman
+from peft_vit.tasks.task import DecidingMetric, Floats, Labels, Meaning, Task, bootstrapped
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BINS, _IN_A_BIN = 10, 5  # of equal counts that splits hold in equal shares, and images in one at least
+_COVERAGES = tuple(percent / 100 for percent in range(80, 100))
+_SHOWN = 0.9
+
+
+def _number(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _scale(labels: Labels) -> Any:
+    """Return what errors are divided by: of several numbers their standard deviations, which bring them to one unit."""
+    return 1.0 if labels.shape[1] == 1 else np.maximum(labels.std(0), 1e-12)
+
+
+def _mae(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    errors = (np.abs(predicted - labels) / _scale(labels)).mean(1)  # (N,)
+    return np.asarray(weights @ errors / weights.sum(1))
+
+
+def _rmse(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    errors = (((predicted - labels) / _scale(labels)) ** 2).mean(1)
+    return np.asarray(np.sqrt(weights @ errors / weights.sum(1)))
+
+
+def _r2(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
+    """Return 1 - (sum of squared errors) / (that of the mean), the mean over numbers, (B,)."""
+    share = weights / weights.sum(1, keepdims=True)  # (B, N)
+    spread = share @ labels**2 - (share @ labels) ** 2  # (B, K)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray((1 - share @ (predicted - labels) ** 2 / spread).mean(1))
+
+
+@dataclass(frozen=True)
+class _Regression(Task):
+    """See `Task`.
+
+    Attributes:
+        center: of each number over the training images, its mean, (K,).
+        spread: likewise, its standard deviation.
+    """
+
+    center: tuple[float, ...] = (0.0,)
+    spread: tuple[float, ...] = (1.0,)
+
+    name = "regression"
+    linear = "ridge regression"
+    scatters = True
+    note = "Errors are in the number's unit; beside them stands that of always saying the median."
+    metrics: Mapping[str, DecidingMetric] = {
+        metric.name: metric
+        for metric in (
+            bootstrapped(
+                "mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"
+            ),
+            bootstrapped(
+                "rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"
+            ),
+            bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
+        )
+    }
+
+    def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
+        """Return whether all cells are numbers; whole ones in a column `label` are classes."""
+        numbers = [_number(cell) for column in cells.values() for cell in column]
+        if None in numbers:
+            return False
+        return set(cells) != {"label"} or any(not float(number or 0).is_integer() for number in numbers)
+
+    def fault(self, cells: Mapping[str, str]) -> str | None:
+        """Refuse what is no number."""
+        odd = [(column, cell) for column, cell in cells.items() if _number(cell) is None]
+        return "expected a number in column {}, got {!r}".format(*odd[0]) if odd else None
+
+    def read(self, texts: Sequence[str], columns: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+        """Return the columns' names, and the numbers."""
+        labels = np.array([[float(cell) for cell in text.split("|")] for text in texts])
+        for name, values in zip(columns, labels.T, strict=True):
+            if np.ptp(values) == 0:
+                raise UserError(f"'{name}' is {values[0]:g} for every image, so there is nothing to learn")
+        return tuple(columns), labels
+
+    def made_up(self, classes: NDArray[np.int64]) -> tuple[tuple[str, ...], Labels]:
+        """Return the class as a number."""
+        return ("number",), classes[:, None].astype(float)
+
+    def images_of(self, images: int, names: Sequence[str]) -> str:
+        """Return how many images there are, and which numbers."""
+        return f"{images} images with a number for {', '.join(names)}"
+
+    def names_of(self, names: Sequence[str]) -> str:
+        """Return which numbers they have."""
+        return f"with {', '.join(names)}"
+
+    def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
+        """Return that every image counts, (N,)."""
+        return np.ones(len(labels), dtype=bool)
+
+    def marks(self, labels: Labels) -> NDArray[np.int64]:
+        """Return that copies may have other numbers, as two measurements do."""
+        return np.zeros(len(labels), dtype=np.int64)
+
+    def strata(self, labels: Labels) -> NDArray[Any]:
+        """Return up to ten bins of equal counts; of several numbers which bins of each, (N, K bins)."""
+        bins = max(1, min(_BINS, len(labels) // _IN_A_BIN))
+        ranks = np.argsort(np.argsort(labels, axis=0, kind="stable"), axis=0)  # (N, K)
+        places = ranks * bins // max(1, len(labels))
+        if places.shape[1] == 1:
+            return places[:, 0]
+        return (places[:, :, None] == np.arange(bins)).reshape(len(labels), -1)
+
+    def fitted(self, labels: Labels) -> Self:
+        """Return the task with mean and standard deviation of the training images."""
+        spread = labels.std(0)
+        return type(self)(tuple(labels.mean(0).tolist()), tuple(np.where(spread > 0, spread, 1.0).tolist()))
+
+    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
+        """Return 1 for each number."""
+        return np.ones(len(counts))
+
+    def _errors(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return output - t, (N, K)."""
+        center, spread = (outputs.new_tensor(values) for values in (self.center, self.spread))
+        return outputs - (labels.to(outputs.dtype) - center) / spread
+
+    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
+        """Return Huber's loss, e^2 / 2 up to |e| = 1 and |e| - 1/2 beyond, summed over numbers, mean over images."""
+        size = self._errors(outputs, labels).abs()
+        return (size.clamp(max=1) ** 2 / 2 + (size - 1).clamp(min=0)).sum(1).mean()
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of e^2 / 2 over numbers, (N,), which a linear head makes least."""
+        return (self._errors(outputs, labels) ** 2).sum(1) / 2
+
+    def linear_heads(
+        self, z: Floats, labels: Labels, strengths: Sequence[float], weights: Floats
+    ) -> Iterator[tuple[Floats, Floats]]:
+        """Yield ridge regressions, in closed form from one singular value decomposition; all images weigh the same.
+
+        With z = U S V' less its mean, W' = V S / (S^2 + N l2) U' t.
+        """
+        targets = (labels - np.array(self.center)) / np.array(self.spread)  # (N, K)
+        mean, shift = z.mean(0), targets.mean(0)  # (D,), (K,)
+        U, S, V = np.linalg.svd(z - mean, full_matrices=False)
+        projected = U.T @ (targets - shift)  # (rank, K)
+        for l2 in strengths:
+            W = ((S / (S**2 + len(z) * l2))[:, None] * projected).T @ V  # (K, D)
+            yield W, shift - W @ mean
+
+    def measure(self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None) -> Metrics:
+        """Return every measure of a split, in the numbers' units; of several numbers errors in standard deviations."""
+        predicted, one = self.predicted(outputs), np.ones((1, len(labels)))
+        errors = (predicted - labels) / np.array(self.spread)
+        ranks = [spearman(p, y) for p, y in zip(predicted.T, labels.T, strict=True)]
+        r2 = float(_r2(labels, predicted, one)[0])
+        return Metrics(
+            n=len(labels),
+            nll=float((errors**2).sum(1).mean() / 2),
+            more={
+                "mae": float(_mae(labels, predicted, one)[0]),
+                "rmse": float(_rmse(labels, predicted, one)[0]),
+                "r2": r2 if math.isfinite(r2) else 0.0,
+                "spearman": float(np.mean([rank or 0.0 for rank in ranks])),
+            },
+        )
+
+    def predicted(self, outputs: NDArray[np.floating], decision: Decision | None = None) -> Labels:
+        """Return the numbers, (N, K)."""
+        center, spread = (self.center, self.spread) if decision is None else (decision.center, decision.spread)
+        numbers: Floats = np.array(center) + np.array(spread) * outputs.astype(np.float64)
+        return numbers
+
+    def same(self, before: NDArray[np.floating], after: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Return of which images numbers agree to a hundredth of a standard deviation."""
+        return np.asarray((np.abs(before - after) <= 0.01).all(1))
+
+    def right(
+        self, outputs: NDArray[np.floating], labels: Labels, decision: Decision | None = None
+    ) -> NDArray[np.bool_]:
+        """Return of which images numbers are within half a standard deviation."""
+        spread = self.spread if decision is None else decision.spread
+        return np.asarray((np.abs(self.predicted(outputs, decision) - labels) <= np.array(spread) / 2).all(1))
+
+    def constant(self, labels: Labels) -> Labels:
+        """Return the median, which has the least mean error."""
+        return np.broadcast_to(np.median(labels, axis=0), labels.shape)
+
+    def decide(self, outputs: NDArray[np.floating], labels: Labels, prior: TemperaturePrior) -> Decision:
+        """Return mean and spread, and by coverage how far the true number is from what is said (arXiv 1604.04173)."""
+        sizes = np.abs(self.predicted(outputs) - labels) if len(labels) else np.empty((0, len(self.center)))
+        by_coverage = {
+            coverage: tuple(conformal_quantile(column, coverage) for column in sizes.T) for coverage in _COVERAGES
+        }
+        held = {coverage: widths for coverage, widths in by_coverage.items() if all(map(math.isfinite, widths))}
+        return Decision(
+            images=len(labels),
+            center=self.center,
+            spread=self.spread,
+            coverages=tuple(held),
+            half_widths=tuple(held.values()),
+        )
+
+    def covered(
+        self, decision: Decision, outputs: NDArray[np.floating], labels: Labels
+    ) -> tuple[dict[float, float], dict[float, float]]:
+        """Return how often intervals hold the number, over all numbers, and their mean width."""
+        sizes = np.abs(self.predicted(outputs) - labels)
+        shown = [c for c in (0.8, 0.9, 0.95, 0.99) if c in decision.coverages]
+        widths = {coverage: np.array(decision.threshold(coverage)) for coverage in shown}
+        held = {coverage: float((sizes <= width).mean()) for coverage, width in widths.items()}
+        return held, {coverage: float(2 * width.mean()) for coverage, width in widths.items()}
+
+    def answers(
+        self, outputs: NDArray[np.floating], names: Sequence[str], meaning: Meaning, coverage: float | None, top: int
+    ) -> list[dict[str, Any]]:
+        """Return each number with the interval that holds it in a share of images, 0.9 if none is asked for."""
+        decision = cast("Decision", meaning)
+        widths = decision.threshold(coverage or self._shown(decision)) if decision.coverages else (None,) * len(names)
+        return [
+            {
+                "numbers": {
+                    name: (value,) if width is None else (value, value - width, value + width)
+                    for name, value, width in zip(names, row, widths, strict=True)
+                }
+            }
+            for row in self.predicted(outputs, decision).tolist()
+        ]
+
+    def _shown(self, decision: Decision) -> float:
+        return _SHOWN if decision.coverages[-1] >= _SHOWN else decision.coverages[-1]
+
+    def columns(self, names: Sequence[str], meaning: Meaning, top: int, coverage: bool) -> list[str]:
+        """Return a column a number, and its interval's ends."""
+        ends = ("", "_low", "_high") if cast("Decision", meaning).coverages else ("",)
+        return [name + end for name in names for end in ends]
+
+    def cells(self, prediction: Any, coverage: bool) -> list[Any]:
+        """Return an image's."""
+        return [value for values in prediction.numbers.values() for value in values]
+
+    def rows(
+        self, labels: Labels, predicted: Labels, names: Sequence[str], decision: Decision | None
+    ) -> list[dict[str, Any]]:
+        """Return mean, errors, R² and rank correlation of each number."""
+        one = np.ones((1, len(labels)))
+        rows = []
+        for k, name in enumerate(names):
+            y, p = labels[:, [k]], predicted[:, [k]]
+            rows.append(
+                {
+                    "Number": name,
+                    "Images": len(y),
+                    "Mean": float(y.mean()),
+                    "Standard deviation": float(y.std()),
+                    "Mean absolute error": float(_mae(y, p, one)[0]),
+                    "of the median": float(_mae(y, self.constant(y), one)[0]),
+                    "RMSE": float(_rmse(y, p, one)[0]),
+                    "R²": float(_r2(y, p, one)[0]),
+                    "Spearman": spearman(p[:, 0], y[:, 0]),
+                }
+            )
+        return rows
+
+
+REGRESSION: Task = _Regression()
