@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from peft_vit.config import ActivationCheckpointing, ComputeSetting, Device, MetricSetting, PrecisionSetting
+    from peft_vit.config import (
+        ActivationCheckpointing,
+        ComputeSetting,
+        Device,
+        MetricSetting,
+        PrecisionSetting,
+        TaskName,
+    )
     from peft_vit.deployment import Classifier, Prediction
     from peft_vit.records import RunRecord
     from peft_vit.report.result_tables import ResultTables
@@ -154,6 +161,9 @@ class TrainedModel:
     def predict(self, images: Images, coverage: float | None = None, *, top: int = 1) -> list[Prediction]:
         """Return of each image a class and its probability, and whether it is unlike all images that were trained on.
 
+        Of a model of several labels those above their thresholds stand in `labels`; of one of numbers these and the
+        ends of their intervals in `numbers`.
+
         Args:
             images: a path of an image, of a folder of them or of a zip, a PIL image or an array, or several of these;
                 see `ViTClassifier`.
@@ -179,6 +189,8 @@ class TrainedModel:
         import numpy as np
 
         rows = [dict(prediction.top) for prediction in self.predict(images, top=len(self.classes))]
+        if not all(rows):
+            raise UserError("predicts numbers, which have no probabilities; use predict", file=self.path)
         return np.array([[row[name] for name in self.classes] for row in rows]).reshape(-1, len(self.classes))
 
     def __repr__(self) -> str:
@@ -316,6 +328,7 @@ def train(
     method: str = "lora",
     *,
     labels: Sequence[Any] | None = None,
+    task: TaskName | None = None,
     shots: int | None = None,
     test_images: int | None = None,
     model: str = DEFAULT_MODEL,
@@ -350,6 +363,7 @@ def train(
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         method: linear, lora, adalora, qa_lora, ...: all are listed in docs/explanation/methods.md.
         labels: of the images, where these are no files and hold none.
+        task: classification, multilabel or regression; None: what the columns of a table look like.
         shots: training images per class; None: all that remain.
         test_images: how many test; None: a fifth, at most 2,000, or the folder's own test split.
         model: a name of timm, one on the Hugging Face hub, or a folder that save_pretrained wrote.

@@ -212,6 +212,11 @@ def _write_page(request: ExportRequest, format: str, output: Path) -> tuple[Expo
         require_extra(extra, f"--format {format}")
     from peft_vit.deployment import open_exported
     from peft_vit.report.web_page import MODEL_FILE, runtime_files, write_web_page
+    from peft_vit.runs.restore import done_record
+
+    if done_record(request.directory).decision is not None:
+        message = "is for models of one class an image so far; give --format onnx, which `predict` takes"
+        raise UserError(message, field="--format web")
 
     is_folder = output.suffix != ".html"
     refuse_existing(output, is_folder=is_folder, overwrite=request.overwrite, marks=(MODEL_FILE,))

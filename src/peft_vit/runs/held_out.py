@@ -68,52 +68,45 @@ def calibration_of(
         known: features of training images, (n, D); None: none are kept.
         task: that the model learned.
     """
-    neighbours, content, unlike, flagged = None, None, None, None
+    neighbours, content, flagged = None, None, None
     if known is not None and validation.middle is not None and len(validation.labels) >= FEWEST_HELD_OUT:
         neighbours = Neighbours.of(known)
         content = neighbours_bytes(neighbours)
-    decision = task.decide(validation.logits, validation.labels, PRIOR)
-    calibrated = calibrate(validation.logits, validation.labels, prior=PRIOR) if decision is None else None
-    if neighbours is not None and validation.middle is not None:
-        unlike = unlike_of(neighbours, validation.middle)
+    found = believed(validation, neighbours, task)
+    unlike: Unlike | None = found["unlike"]
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-    if calibrated is None:
-        assert decision is not None
+    if (decision := found["decision"]) is None:
+        tested = checked_on(found["calibrated"], test, flagged)
+    else:
         covered, widths = task.covered(decision, test.logits, test.labels)
         nll = task.measure(test.logits, test.labels, decision).nll
         tested = TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
-    else:
-        tested = checked_on(calibrated, test, flagged)
-    fields = {
-        "decision": decision,
-        "calibrated": calibrated,
-        "unlike": unlike,
-        "features_sha256": None if content is None else hashlib.sha256(content).hexdigest(),
-        "tested_calibration": tested,
-    }
-    return fields, content
+    features = None if content is None else hashlib.sha256(content).hexdigest()
+    return {**found, "features_sha256": features, "tested_calibration": tested}, content
 
 
 def believed(
-    validation: Outputs, known: Neighbours | None, prior: TemperaturePrior = PRIOR
-) -> tuple[Calibrated, Unlike | None]:
-    """Return how far outputs can be believed, by those of images that were not trained on.
+    validation: Outputs, known: Neighbours | None, task: Task, prior: TemperaturePrior = PRIOR
+) -> dict[str, Any]:
+    """Return what outputs mean, and when an image is unlike others, by images that were not trained on.
 
     Args:
         validation: of these images.
         known: features of training images, which tell what is unlike them; None: nothing does.
+        task: that the model learned.
         prior: of the temperature.
+
+    Returns:
+        `decision`, or `calibrated` where the task has none, and `unlike`, as fields of a record or a card.
     """
-    calibrated = calibrate(validation.logits, validation.labels, prior=prior)
-    if known is None or validation.middle is None:
-        return calibrated, None
-    return calibrated, unlike_of(known, validation.middle)
-
-
-def unlike_of(known: Neighbours, middle: NDArray[np.float32]) -> Unlike:
-    """Return the distance to training images that most of some held-out ones, by their features, stay within."""
-    return Unlike(images=len(middle), threshold=conformal_quantile(known.distances(middle), LIKE))
+    decision = task.decide(validation.logits, validation.labels, prior)
+    calibrated = calibrate(validation.logits, validation.labels, prior=prior) if decision is None else None
+    unlike = None
+    if known is not None and validation.middle is not None:
+        threshold = conformal_quantile(known.distances(validation.middle), LIKE)
+        unlike = Unlike(images=len(validation.labels), threshold=threshold)
+    return {"calibrated": calibrated, "decision": decision, "unlike": unlike}
 
 
 def checked_on(calibrated: Calibrated, test: Outputs, flagged: int | None = None) -> TestedCalibration:

@@ -106,10 +106,10 @@ def pack_after_training(
     """Return a run's merged float model with packed weights, and its card, with what validation images tell of it."""
     rounded, card = round_weights(model, type, _images_to_round_by(run, data, type, rounding)), run.card
     if len(data.validation):
-        before = PRIOR.median if card.calibrated is None else card.calibrated.temperature
-        prior = PRIOR._replace(median=before)
-        calibrated, unlike = believed(_outputs(rounded, data.validation, card), run.known, prior=prior)
-        card = card.model_copy(update={"calibrated": calibrated, "unlike": unlike})
+        meaning = card.decision or card.calibrated
+        prior = PRIOR._replace(median=PRIOR.median if meaning is None else meaning.temperature)
+        found = believed(_outputs(rounded, data.validation, card), run.known, data.task, prior)
+        card = card.model_copy(update=found)
     return rounded, card
 
 

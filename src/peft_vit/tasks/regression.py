@@ -113,7 +113,7 @@ class _Regression(Task):
 
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are, and which numbers."""
-        return f"{images} images with a number for {', '.join(names)}"
+        return f"{images} images with a number for {', '.join(names)} (regression)"
 
     def names_of(self, names: Sequence[str]) -> str:
         """Return which numbers they have."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from peft_vit.backbones import BackboneShape, architecture_of, check_weights, describe, size_step_of, source_of
 from peft_vit.config import BackboneConfig, Compute, Flips, WeightsSource, named_backbone
-from peft_vit.data import images_file, inspect_images
+from peft_vit.data import existing, find_images, images_file, inspect_images
 from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import product_rates
 from peft_vit.records import write_whole
@@ -208,7 +208,11 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
         UserError: see `inspect_images`; if the folder has other images than when the output was begun; and if
             images.json is there already and holds something else.
     """
-    seen = inspect_images(state.request.images, on_progress=_telling_if_slow(state))
+    images = find_images(existing(str(state.request.images)))
+    if images.files.task is not CLASSIFICATION:
+        message = f"has {images.files.task.name} labels, and tune compares models of one class an image; use train"
+        raise UserError(message, file=images.path)
+    seen = inspect_images(images, on_progress=_telling_if_slow(state))
     asked = None if state.request.metric == "auto" else CLASSIFICATION.metric(state.request.metric)
     for line in seen.lines(asked):
         state.tell(f"  {line}")

@@ -1,0 +1,199 @@
+"""Losses, heads, measures and decisions of several labels and of numbers, against scikit-learn and torch."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as oracle
+from sklearn.linear_model import LogisticRegression, Ridge
+from torch.nn import functional as F
+
+from peft_vit.errors import UserError
+from peft_vit.records import Predictions
+from peft_vit.statistics import TemperaturePrior, bootstrap_interval
+from peft_vit.tasks import MULTILABEL, REGRESSION
+from peft_vit.tasks.multilabel import average_precision
+
+pytestmark = pytest.mark.part("trainer")
+RNG = np.random.default_rng(0)
+OUTPUTS = np.round(2 * RNG.normal(size=(60, 3)), 1)  # with ties
+LABELS = (RNG.random((60, 3)) < (0.5, 0.2, 0.4)).astype(float)
+UNKNOWN = np.where(RNG.random((60, 3)) < 0.2, np.nan, LABELS)
+PRIOR = TemperaturePrior(median=1.5, spread=0.35)
+NUMBERS = RNG.normal((10, 200), (2, 30), (60, 2))
+FITTED = REGRESSION.fitted(NUMBERS)
+
+
+# --- several labels ---------------------------------------------------------------------------------------------------
+
+
+def test_measures_of_labels_are_scikit_learns() -> None:
+    decision = MULTILABEL.decide(OUTPUTS, LABELS, PRIOR)
+    told = MULTILABEL.predicted(OUTPUTS, decision) >= decision.thresholds
+    measured = MULTILABEL.measure(OUTPUTS, LABELS, decision)
+    assert measured.more == pytest.approx(
+        {
+            "map": oracle.average_precision_score(LABELS, OUTPUTS),
+            "auroc": oracle.roc_auc_score(LABELS, OUTPUTS),
+            "f1_micro": oracle.f1_score(LABELS, told, average="micro"),
+            "f1_macro": oracle.f1_score(LABELS, told, average="macro"),
+            "exact_match": oracle.accuracy_score(LABELS, told),
+        }
+    )
+    nll = F.binary_cross_entropy_with_logits(*map(torch.tensor, (OUTPUTS / decision.temperature, LABELS)))
+    assert measured.nll == pytest.approx(3 * float(nll))
+    weights = RNG.integers(0, 3, (2, 60)).astype(float)  # as the bootstrap draws images
+    expected = [oracle.average_precision_score(LABELS[:, 0], OUTPUTS[:, 0], sample_weight=own) for own in weights]
+    assert average_precision(OUTPUTS[:, 0], LABELS[:, 0] == 1, weights) == pytest.approx(expected)
+
+
+def test_what_is_not_known_counts_nowhere() -> None:
+    known = ~np.isnan(UNKNOWN)
+    each = [oracle.average_precision_score(y[k], z[k]) for y, z, k in zip(UNKNOWN.T, OUTPUTS.T, known.T, strict=True)]
+    assert MULTILABEL.measure(OUTPUTS, UNKNOWN).more["map"] == pytest.approx(np.mean(each))
+    outputs = torch.tensor(OUTPUTS, requires_grad=True)
+    loss = MULTILABEL.loss(outputs, torch.tensor(UNKNOWN), None)
+    loss.backward()
+    expected = F.binary_cross_entropy_with_logits(
+        torch.tensor(OUTPUTS[known]), torch.tensor(UNKNOWN[known]), reduction="sum"
+    )
+    assert loss.item() == pytest.approx(float(expected) / 60)
+    assert not outputs.grad.numpy()[~known].any()
+    parts = [
+        MULTILABEL.loss(outputs[rows], torch.tensor(UNKNOWN[rows]), None) * len(rows)
+        for rows in (range(7), range(7, 60))
+    ]
+    assert sum(map(float, parts)) / 60 == pytest.approx(loss.item())  # whatever the micro-batches
+    only = UNKNOWN.copy()
+    only[:, 1] = np.where(np.isnan(only[:, 1]), np.nan, 0.0)
+    assert np.isfinite(MULTILABEL.measure(OUTPUTS, only).more["map"])  # a label that no image of a split has
+
+
+def test_a_head_is_a_logistic_regression_a_label() -> None:
+    z = RNG.normal(size=(60, 4))
+    labels = UNKNOWN.copy()
+    labels[labels[:, 2] == 1, 2] = np.nan  # of the third only that it is not there
+    ((weight, bias),) = MULTILABEL.linear_heads(z, labels, [0.1], np.ones(60))
+    for k in (0, 1):
+        known = ~np.isnan(labels[:, k])
+        own = LogisticRegression(C=1 / (0.1 * 60), tol=1e-9, max_iter=9999).fit(z[known], labels[known, k])
+        assert weight[k] == pytest.approx(own.coef_[0], abs=1e-4)
+        assert bias[k] == pytest.approx(own.intercept_[0], abs=1e-4)
+    assert not weight[2].any()
+    assert bias[2] < -2
+
+
+def test_thresholds_have_the_largest_f1() -> None:
+    decision = MULTILABEL.decide(OUTPUTS, UNKNOWN, PRIOR)
+    scores = MULTILABEL.predicted(OUTPUTS, decision)
+    for k, threshold in enumerate(decision.thresholds):
+        known = ~np.isnan(UNKNOWN[:, k])
+        truth, own = UNKNOWN[known, k], scores[known, k]
+        best = max(oracle.f1_score(truth, own >= level) for level in own)
+        assert oracle.f1_score(truth, own >= threshold) == pytest.approx(best)
+    assert MULTILABEL.decide(OUTPUTS[:0], UNKNOWN[:0], PRIOR).thresholds == (0.5,) * 3
+    said = MULTILABEL.answers(OUTPUTS[:2], ["a", "b", "c"], decision, None, 2)
+    assert [dict(row["labels"]).keys() for row in said] == [
+        {name for name, p, least in zip("abc", row, decision.thresholds, strict=True) if p >= least}
+        for row in scores[:2]
+    ]
+
+
+def test_rare_labels_weigh_more_and_a_sure_head_is_softened() -> None:
+    weights = MULTILABEL.loss_weights(np.array([1000, 10, 100]))
+    assert weights.mean() == pytest.approx(1)
+    assert weights[1] / weights[0] == pytest.approx((1 - 0.999**1000) / (1 - 0.999**10))
+    sure = torch.tensor(40 * (LABELS - 0.5))
+    factor = MULTILABEL.training_temperature(sure, torch.tensor(LABELS))
+    assert float(MULTILABEL.loss(sure / factor, torch.tensor(LABELS), None)) > 0.5
+    assert MULTILABEL.temperature(sure / 8, torch.tensor(LABELS)) < 1
+
+
+def test_the_metric_that_decides_has_an_interval_and_a_paired_gain() -> None:
+    metric = MULTILABEL.deciding(np.array([3, 3, 3]))
+    records = MULTILABEL.predictions(OUTPUTS, UNKNOWN, np.arange(60))
+    again = Predictions.model_validate_json(records.model_dump_json())
+    scores = MULTILABEL.predicted(OUTPUTS)
+    interval = metric.interval(again.labels, again.predicted)
+    assert interval.estimate == pytest.approx(MULTILABEL.measure(OUTPUTS, UNKNOWN).more["map"])
+    assert interval.low < interval.estimate < interval.high
+    gain = metric.gain(UNKNOWN, scores, np.nan_to_num(UNKNOWN))
+    assert gain.estimate == pytest.approx(1 - interval.estimate)
+    assert gain.low > 0
+    assert metric.gain(UNKNOWN, scores, scores).high == 0
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_measures_of_numbers_are_scikit_learns() -> None:
+    one = REGRESSION.fitted(NUMBERS[:, :1])
+    outputs = (NUMBERS[:, :1] - 10) / 2 + 0.5 * RNG.normal(size=(60, 1))
+    predicted = one.predicted(outputs)[:, 0]
+    measured, truth = one.measure(outputs, NUMBERS[:, :1]), NUMBERS[:, 0]
+    assert {name: measured.more[name] for name in ("mae", "rmse", "r2")} == pytest.approx(
+        {
+            "mae": oracle.mean_absolute_error(truth, predicted),
+            "rmse": oracle.root_mean_squared_error(truth, predicted),
+            "r2": oracle.r2_score(truth, predicted),
+        }
+    )
+    metric = one.metric("mae")
+    assert metric.sign == -1
+    assert metric.quality(measured) > metric.quality(one.measure(np.zeros((60, 1)), NUMBERS[:, :1]))
+    bounds = metric.interval(NUMBERS[:, :1], one.predicted(outputs))
+    assert bounds.low < measured.more["mae"] < bounds.high
+
+
+def test_the_loss_is_hubers_on_standardized_numbers() -> None:
+    outputs = torch.tensor(3 * RNG.normal(size=(60, 2)))
+    targets = torch.tensor((NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0))
+    loss = FITTED.loss(outputs, torch.tensor(NUMBERS), None)
+    assert loss.item() == pytest.approx(2 * F.huber_loss(outputs, targets).item())
+    assert FITTED.losses(outputs, torch.tensor(NUMBERS)).mean().item() == pytest.approx(
+        F.mse_loss(outputs, targets).item()
+    )
+    assert FITTED.predicted(targets.numpy()) == pytest.approx(NUMBERS)
+
+
+def test_a_head_is_a_ridge_regression() -> None:
+    z = RNG.normal(size=(60, 4)) + 3
+    targets = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0)
+    for l2, (weight, bias) in zip((1.0, 0.01), FITTED.linear_heads(z, NUMBERS, (1.0, 0.01), np.ones(60)), strict=True):
+        own = Ridge(alpha=60 * l2).fit(z, targets)
+        assert weight == pytest.approx(own.coef_)
+        assert bias == pytest.approx(own.intercept_)
+
+
+def test_intervals_hold_numbers_as_often_as_asked() -> None:
+    outputs = (NUMBERS - NUMBERS.mean(0)) / NUMBERS.std(0) + 0.3 * RNG.normal(size=(60, 2))
+    decision = FITTED.decide(outputs, NUMBERS, PRIOR)
+    sizes = np.abs(FITTED.predicted(outputs) - NUMBERS)
+    assert decision.threshold(0.9) == pytest.approx(np.sort(sizes, axis=0)[54])  # the ceil(61 * 0.9)-th smallest
+    held, widths = FITTED.covered(decision, outputs, NUMBERS)
+    assert held[0.9] == pytest.approx(55 / 60)
+    assert widths[0.8] < widths[0.9] < widths[0.95]
+    row = FITTED.answers(outputs[:1], ["a", "b"], decision, None, 1)[0]["numbers"]
+    value, low, high = row["b"]
+    assert (value, value - low) == pytest.approx((FITTED.predicted(outputs)[0, 1], decision.threshold(0.9)[1]))
+    assert high - value == pytest.approx(value - low)
+    assert FITTED.columns(["a"], decision, 1, False) == ["a", "a_low", "a_high"]
+    with pytest.raises(UserError, match="coverage: the model has intervals of these shares"):
+        decision.threshold(0.99)
+    none = FITTED.decide(outputs[:0], NUMBERS[:0], PRIOR)
+    assert FITTED.answers(outputs[:1], ["a", "b"], none, None, 1)[0]["numbers"].keys() == {"a", "b"}
+
+
+def test_splits_hold_each_part_of_the_numbers_range() -> None:
+    strata = REGRESSION.strata(NUMBERS[:, :1])
+    assert np.bincount(strata).tolist() == [6] * 10
+    assert NUMBERS[strata == 9, 0].min() > NUMBERS[strata == 0, 0].max()
+    assert REGRESSION.strata(NUMBERS).shape == (60, 20)
+
+
+def test_a_bootstrap_interval_of_a_mean_is_students() -> None:
+    values = RNG.normal(5, 2, 400)
+    bounds = bootstrap_interval(400, lambda weights: weights @ values / weights.sum(1))
+    half = 1.96 * values.std() / 20
+    assert bounds.estimate == pytest.approx(values.mean())
+    assert (bounds.low, bounds.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.05)
+    assert bootstrap_interval(1, lambda weights: weights.sum(1)).low is None
