@@ -21,6 +21,7 @@ from peft_vit.analysis.quantization import QuantizationImpact
 from peft_vit.analysis.reliability import Calibration, calibration
 from peft_vit.analysis.stopping import compare_all, compare_with_references, sequential_results
 from peft_vit.analysis.studies import Results, Run, Study, load_studies, read_results
+from peft_vit.errors import UserError
 from peft_vit.statistics.sequential import SequentialResult
 
 
@@ -42,7 +43,14 @@ class Analysis:
 
 
 def analyze(study: Study) -> Analysis:
-    """Compute all tables and findings of one study."""
+    """Compute all tables and findings of one study.
+
+    Raises:
+        UserError: if a run is of another task, whose measures are not compared yet.
+    """
+    if other := next((run.record.spec for run in study.runs if run.test.more), None):
+        message = f"has {other.task} labels, and reports compare runs of one class an image; report it alone"
+        raise UserError(message, file=other.run_id)
     methods = method_results(study)
     patterns = importance_patterns(study)
     evidence = Evidence(study)

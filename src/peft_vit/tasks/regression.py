@@ -58,6 +58,16 @@ def _r2(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
         return np.asarray((1 - share @ (predicted - labels) ** 2 / spread).mean(1))
 
 
+METRICS: Mapping[str, DecidingMetric] = {
+    metric.name: metric
+    for metric in (
+        bootstrapped("mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"),
+        bootstrapped("rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"),
+        bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
+    )
+}
+
+
 @dataclass(frozen=True)
 class _Regression(Task):
     """See `Task`.
@@ -74,18 +84,7 @@ class _Regression(Task):
     linear = "ridge regression"
     scatters = True
     note = "Errors are in the number's unit; beside them stands that of always saying the median."
-    metrics: Mapping[str, DecidingMetric] = {
-        metric.name: metric
-        for metric in (
-            bootstrapped(
-                "mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"
-            ),
-            bootstrapped(
-                "rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"
-            ),
-            bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
-        )
-    }
+    metrics = METRICS
 
     def recognizes(self, cells: Mapping[str, Sequence[str]]) -> bool:
         """Return whether all cells are numbers; whole ones in a column `label` are classes."""
