@@ -246,7 +246,7 @@ def _print_export(done: Exported, bits: str | None, file: Path) -> None:
     print(
         f"The file against the run's model, {compared.images} {compared.split} images, {done.activations}: "
         f"{100 * compared.same_predictions:.2f} % of predictions equal, logits within {compared.logit_error:.1e} "
-        f"relative, accuracy {before:.2f} % before and {after:.2f} % after"
+        f"relative, {compared.right_is} {before:.2f} % before and {after:.2f} % after"
     )
     if done.activations == "int8" or done.float_bytes is not None or compared.same_predictions < 1:
         print(f"Lost: {compared.loss_text()}")

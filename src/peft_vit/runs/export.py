@@ -59,6 +59,7 @@ class Comparison:
     trained_accuracy: float
     exported_accuracy: float
     accuracy_loss: Interval  # how much lower the latter is; of the population of images, see `paired_proportions`
+    right_is: str = "accuracy"  # what people call it, see `Task`
 
     def loss_text(self) -> str:
         """Return the accuracy that was lost, in points, with its interval."""
@@ -66,7 +67,7 @@ class Comparison:
         assert loss.low is not None
         assert loss.high is not None
         return (
-            f"{100 * loss.estimate:.2f} points of accuracy on {loss.n} {self.split} images "
+            f"{100 * loss.estimate:.2f} points of {self.right_is} on {loss.n} {self.split} images "
             f"({100 * loss.confidence:.0f} % interval {100 * loss.low:.2f} to {100 * loss.high:.2f})"
         )
 
@@ -268,4 +269,5 @@ def compare(trained: Classifier, exported: Classifier, images: LabelledImages, s
         trained_accuracy=float(right_before.mean()),
         exported_accuracy=float(right_after.mean()),
         accuracy_loss=paired_proportions(losses, gains, len(truth)),
+        right_is=task.right_is,
     )

@@ -115,6 +115,7 @@ class _Multilabel(Task):
             bootstrapped("auroc", "mean AUROC", _auroc, suffix=" AUROC"),
         )
     }
+    right_is = "share of images with all labels right"
     linear = "logistic regression a label"
     note = "A label is told from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"

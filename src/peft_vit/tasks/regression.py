@@ -81,6 +81,7 @@ class _Regression(Task):
     spread: tuple[float, ...] = (1.0,)
 
     name = "regression"
+    right_is = "share of images within half a standard deviation"
     linear = "ridge regression"
     scatters = True
     note = "Errors are in the number's unit; beside them stands that of always saying the median."

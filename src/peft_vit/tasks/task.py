@@ -107,6 +107,7 @@ class Task(Protocol):
         smooths: labels may be smoothed.
         gap: what a split says whose images lack a class, of its name.
         linear: what people call its linear head.
+        right_is: what people call the share of images that it is right on.
         scatters: a page draws what is predicted against what is true.
         note: how to read its table of outputs.
     """
@@ -117,6 +118,7 @@ class Task(Protocol):
     smooths: bool = False
     gap: str = ""
     linear: str = "logistic regression"
+    right_is: str = "accuracy"
     scatters: bool = False
     note: str = ""
 
