@@ -93,7 +93,7 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
     assert "| heat |" in Path("page/card.md").read_text()
     assert "mae" in command("runs").out
     command(*f"train numbers.csv {SMALL} --method linear".split())
-    assert "reports compare runs of one class an image" in command(*"report peft-vit-runs".split(), code=2).err
+    assert "reports compare runs of one class an image" in command("report", "peft-vit-runs", code=2).err
 
     spec = record.spec.model_copy(update={"study": "again"})
     whole = run_one(spec)
