@@ -464,8 +464,8 @@ def _data(request: TrainRequest, images: OwnImages, file: Path, image_size: int)
     counts, own = count_images(request, images.index), images.index.official_test
     data = {"dataset": images.dataset, "path": str(images.path), "images_file": str(file), "image_size": image_size}
     data |= {"validation_images": counts.validation, "test_images": counts.test if own is None else request.test_images}
-    if request.task is not None:
-        data["task"] = request.task
+    if request.task is not None or images.index.labels.ndim > 1:  # also of made-up images
+        data["task"] = images.index.task.name
     if request.shots is not None:
         data |= {"shots_per_class": request.shots, "train_subset": "per_seed"}
     return data
