@@ -112,7 +112,9 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
     record = record_of()
     assert record.status == "done"
     assert record.test.more
-    assert command(*f"train {table}.csv {SMALL} --smoke --method {method}".split())
+    command(*f"train {table}.csv {SMALL} --smoke --method {method}".split())
+    smoke = record_of()
+    assert (smoke.spec.smoke, smoke.spec.task) == (True, record.spec.task)
 
 
 @pytest.mark.parametrize(
