@@ -196,16 +196,17 @@ class TrainedModel:
     def __repr__(self) -> str:
         from peft_vit.report.formatting import megabytes
         from peft_vit.report.trained import test_line
+        from peft_vit.tasks import TASKS
 
         record = self.record
         if record is not None:
-            spec, names = record.spec, tuple(record.class_names)
+            spec, names, task = record.spec, tuple(record.class_names), record.spec.task
             what = f"{spec.experiment.method} on {spec.backbone.model}, {spec.data.image_size} px"
         else:
             card = self.classifier.card
-            what, names = f"{card.model}, {card.image_size} px", card.class_names
+            what, names, task = f"{card.model}, {card.image_size} px", card.class_names, card.task
         more = ", ..." if len(names) > _CLASSES_SHOWN else ""
-        lines = [f"{what}, {len(names)} classes: {', '.join(names[:_CLASSES_SHOWN])}{more}"]
+        lines = [f"{what}, {TASKS[task].counted(names)}: {', '.join(names[:_CLASSES_SHOWN])}{more}"]
         if record is not None and record.predictions is not None:
             lines.append(test_line(record))
         if record is None or record.bytes is None or self._file != self.path:

@@ -211,8 +211,8 @@ def labels_card(record: RunRecord) -> Card:
     sizes = record.split_sizes
     kept = {"to validate": sizes["validation"], "to test": sizes["test"]}
     more = tuple(f"{count(images)} more {to}" for to, images in kept.items() if images)
-    what = TASKS[record.spec.task].names_of(record.class_names)
-    return Card("Labels used", f"training images {what}", count(sizes["train"]), more)
+    what = TASKS[record.spec.task].counted(record.class_names)
+    return Card("Labels used", f"training images of {what}", count(sizes["train"]), more)
 
 
 def _probe_card(summary: ModelSummary) -> Iterator[Card]:

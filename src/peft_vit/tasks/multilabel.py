@@ -116,6 +116,7 @@ class _Multilabel(Task):
         )
     }
     right_is = "share of images with all labels right"
+    outputs = "labels"
     linear = "logistic regression a label"
     note = "A label is told from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"

@@ -82,6 +82,7 @@ class _Regression(Task):
 
     name = "regression"
     right_is = "share of images within half a standard deviation"
+    outputs = "numbers"
     linear = "ridge regression"
     scatters = True
     note = "Errors are in the number's unit; beside them stands that of always saying the median."
@@ -114,10 +115,6 @@ class _Regression(Task):
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are, and which numbers."""
         return f"{images} images with a number for {', '.join(names)} (regression)"
-
-    def names_of(self, names: Sequence[str]) -> str:
-        """Return which numbers they have."""
-        return f"with {', '.join(names)}"
 
     def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
         """Return that every image counts, (N,)."""

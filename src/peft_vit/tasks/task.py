@@ -106,6 +106,7 @@ class Task(Protocol):
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
         gap: what a split says whose images lack a class, of its name.
+        outputs: what people call them.
         linear: what people call its linear head.
         right_is: what people call the share of images that it is right on.
         scatters: a page draws what is predicted against what is true.
@@ -117,6 +118,7 @@ class Task(Protocol):
     least_outputs: int = 1
     smooths: bool = False
     gap: str = ""
+    outputs: str = "classes"
     linear: str = "logistic regression"
     right_is: str = "accuracy"
     scatters: bool = False
@@ -147,9 +149,9 @@ class Task(Protocol):
     def images_of(self, images: int, names: Sequence[str]) -> str:
         """Return how many images there are of what, in words."""
 
-    def names_of(self, names: Sequence[str]) -> str:
-        """Return of what they are, in words."""
-        return f"of {len(names)} classes"
+    def counted(self, names: Sequence[str]) -> str:
+        """Return how many outputs there are, in words."""
+        return f"{len(names)} {self.outputs if len(names) != 1 else self.outputs.removesuffix('s')}"
 
     def members(self, labels: Labels, place: int) -> NDArray[np.bool_]:
         """Return which images count for an output, (N,): those of its class."""
