@@ -253,7 +253,7 @@ class _Multilabel(Task):
         chance = np.where(there, scores, 1 - scores)
         return Metrics(
             n=len(labels),
-            nll=float(-(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
+            nll=float(np.abs(np.log(np.maximum(chance, 1e-300)) * known).sum(1).mean()),
             more={
                 "map": float(_map(labels, scores, one)[0]),
                 "auroc": float(_auroc(labels, scores, one)[0]),
