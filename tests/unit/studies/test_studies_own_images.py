@@ -325,7 +325,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
-        pace(rate)
+        pace(rate * 6 / 32)  # a batch has no more images than there are
         study, line = study_of(asked(minutes=1))
         sizes.append(study.data.image_size)
         steps.append(study.experiments[0].training.steps)
@@ -458,7 +458,7 @@ def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked,
     trials = [SizeTrial(32, 0.70, "70.0%"), SizeTrial(64, 0.75, "75.0%"), SizeTrial(96, 0.75, "75.0%")]
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64  # of equal ones the smaller
-    pace(SLOW / 25)
+    pace(SLOW / 25 * 6 / 32)
     study, line = study_of(asked(minutes=10), trials=trials, spent_s=60)
     assert study.data.image_size == 32
     assert "px" in line
