@@ -18,6 +18,7 @@ from peft_vit.records import (
     FEWEST_HELD_OUT,
     RECORD_FILE,
     Calibrated,
+    Decision,
     RunRecord,
     TestedCalibration,
     Unlike,
@@ -76,14 +77,41 @@ def calibration_of(
     unlike: Unlike | None = found["unlike"]
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-    if (decision := found["decision"]) is None:
-        tested = checked_on(found["calibrated"], test, flagged)
-    else:
-        covered, widths = task.covered(decision, test.logits, test.labels)
-        nll = task.measure(test.logits, test.labels, decision).nll
-        tested = TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
+    tested = _tested(found["calibrated"], found["decision"], test, task, flagged)
     features = None if content is None else hashlib.sha256(content).hexdigest()
     return {**found, "features_sha256": features, "tested_calibration": tested}, content
+
+
+def _tested(
+    calibrated: Calibrated | None, decision: Decision | None, test: Outputs, task: Task, flagged: int | None
+) -> TestedCalibration:
+    if decision is None:
+        return checked_on(calibrated, test, flagged)
+    covered, widths = task.covered(decision, test.logits, test.labels)
+    nll = task.measure(test.logits, test.labels, decision).nll
+    return TestedCalibration(nll=nll, probability=[], covered=covered, set_size=widths, unlike=flagged)
+
+
+def unlike_by_training(
+    test: Outputs, known: NDArray[np.float32], task: Task, decision: Decision | None
+) -> tuple[dict[str, Any], bytes | None]:
+    """Return likewise where nothing validates: training images, each left out in turn, tell what is unlike them all.
+
+    Training has fitted them, but the middle of the network hardly moves. How many test images are then flagged is
+    measured; of temperature and sets nothing is known.
+    """
+    if len(known) < FEWEST_HELD_OUT or test.middle is None:
+        return {}, None
+    neighbours = Neighbours.of(known)
+    content = neighbours_bytes(neighbours)
+    unlike = Unlike(images=len(known), threshold=conformal_quantile(neighbours.apart(), LIKE))
+    flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
+    fields = {
+        "unlike": unlike,
+        "features_sha256": hashlib.sha256(content).hexdigest(),
+        "tested_calibration": _tested(None, decision, test, task, flagged),
+    }
+    return fields, content
 
 
 def believed(
@@ -109,12 +137,16 @@ def believed(
     return {"calibrated": calibrated, "decision": decision, "unlike": unlike}
 
 
-def checked_on(calibrated: Calibrated, test: Outputs, flagged: int | None = None) -> TestedCalibration:
-    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged."""
-    p = probabilities(test.logits, calibrated.temperature)  # (N, classes)
+def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:
+    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged.
+
+    Without a calibration they are those of the logits as they are.
+    """
+    p = probabilities(test.logits, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
     own = 1 - class_scores(p, test.labels)  # (N,)
     rows = np.arange(len(p))
-    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in _SHOWN if c in calibrated.coverages}
+    asked = [] if calibrated is None else [c for c in _SHOWN if c in calibrated.coverages]
+    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in asked if calibrated is not None}
     return TestedCalibration(
         nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
         probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),
