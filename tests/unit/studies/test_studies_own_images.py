@@ -533,7 +533,9 @@ def test_other_content_behind_the_same_path_makes_another_call(tmp_path, option)
         place.mkdir()
         files = [place / "adapter_config.json", place / "adapter_model.safetensors"]
     request = TrainRequest.of(images="photos", output=tmp_path, **{option: str(place)})
-    index = SimpleNamespace(sha256="0" * 64, class_names=("cat",), labels=[0], names=["a.png"], digests=["1" * 64])
+    index = SimpleNamespace(
+        sha256="0" * 64, class_names=("cat",), label=lambda _: "cat", names=["a.png"], digests=["1" * 64]
+    )
 
     def call(content: bytes) -> RequestFile:
         files[-1].write_bytes(content)
