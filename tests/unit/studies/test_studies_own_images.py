@@ -27,6 +27,7 @@ from peft_vit.studies.own_images import (
 )
 from peft_vit.studies.request import TrainRequest
 from peft_vit.studies.train_runs import RequestFile, earlier_call, write_request
+from peft_vit.tasks import CLASSIFICATION
 
 FAST, SLOW, TOO_SLOW = 1e15, 5e8, 1e3  # multiply-adds a second
 
@@ -69,7 +70,8 @@ def asked(tmp_path):
 def many(images: int, classes: int) -> SimpleNamespace:
     """Return labels alone."""
     names = tuple(map(str, range(classes)))
-    return SimpleNamespace(labels=np.arange(images) % classes, class_names=names, official_test=None)
+    labels = np.arange(images) % classes
+    return SimpleNamespace(labels=labels, class_names=names, official_test=None, task=CLASSIFICATION)
 
 
 def study_of(asked: TrainRequest, index=None, **chosen):
