@@ -35,7 +35,7 @@ GUIDES = sorted(
     str(file.relative_to(ROOT)) for folder in ("tutorials", "how_to") for file in (ROOT / "docs" / folder).glob("*.md")
 )
 WITH_PYTHON = [document for document in GUIDES if blocks_of(document, "python")]
-SLOW = [f"docs/how_to/{name}.md" for name in ("low_bit_weights", "peft_adapters", "transformers_trainer")]
+SLOW = ["docs/how_to/own_loop.md"]
 
 
 def run_python_blocks(text: str, document: str) -> int:

@@ -28,7 +28,7 @@ def test_commands_on_two_studies_say_what_the_pages_show(
         with tarfile.open(RESULTS / f"study_{folder}.tar.xz") as archive:
             archive.extractall(tmp_path, filter="data")
         (tmp_path / f"study_{folder}").rename(tmp_path / folder)
-    pages = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("compare_studies.md", "choose_a_limit.md"))
+    pages = "".join((HOW_TO / name).read_text(encoding="utf-8") for name in ("read_results.md", "choose_a_limit.md"))
     calls = re.findall(r"^peft-vit ((?:compare|recommend) (?:digits|fashion)\b.*)", pages, re.MULTILINE)
     assert len(calls) >= 2
     said = [command(*shlex.split(line)).out for line in calls]
@@ -36,7 +36,8 @@ def test_commands_on_two_studies_say_what_the_pages_show(
     there = {line.rstrip() for text in said for line in text.splitlines()}
     shown = "".join(re.findall(r"^```text\n(.*?)^```$", pages, re.MULTILINE | re.DOTALL)).splitlines()
     assert [line for line in shown if line not in there] == []
-    assert {"By study", "Candidates, smallest first"} <= set(shown)
+    assert "Over studies: test accuracy against lora_r8 (points)" in shown
+    assert [line for line in shown if line.startswith("Recommended: ")]
     assert load_study(tmp_path / "chosen.yaml").name == "study_digits-recommended"
 
 

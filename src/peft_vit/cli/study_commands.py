@@ -320,8 +320,7 @@ def compare(
     allow_mismatch: Annotated[
         str,
         typer.Option(
-            help="Pool differences of studies although these differ, such as versions,timings. See "
-            "docs/how_to/compare_studies.md.",
+            help="Pool differences of studies although these differ, such as versions,timings.",
             metavar="NAMES",
             show_default=False,
         ),
