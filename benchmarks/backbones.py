@@ -5,7 +5,7 @@
 
 `check` builds each architecture of timm's families (or those that a pattern names, `swin*`) with random weights, two
 blocks a stage and small images, puts adapters on all its sites, and adds what works to results/backbones.csv. What
-stands there already is passed by, so the same command goes on. Without an argument only the tables are made anew.
+stands there already is passed by, so the same command continues. Without an argument only the tables are made anew.
 """
 
 from __future__ import annotations

@@ -266,7 +266,7 @@ def tune(
 ) -> TrainedModel:
     """Find the best model for a folder of images that the minutes can buy, within limits, and write it down.
 
-    The same call goes on where an earlier one was ended; with more minutes it tries more.
+    The same call continues where an earlier one was ended; with more minutes it tries more.
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.

@@ -101,7 +101,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
     """Read the studies below several directories.
 
     Raises:
-        UserError: if a directory can't be read, if a study or a run stands twice, if there are fewer than two studies,
+        UserError: if a directory can't be read, if a study or a run occurs twice, if there are fewer than two studies,
             or if real and smoke studies are mixed; names them.
     """
     read: list[tuple[Path, Study]] = []
@@ -119,7 +119,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         raise UserError(f"{problem}; leave them out", file="compare")
     labels = [study.label for _, study in read]
     if len(read) < 2:
-        problem = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
+        problem = f"holds one study ({labels[0]}), and this needs two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study

@@ -36,7 +36,7 @@ ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, sh
 def run(request: RunRequest) -> None:
     """Do all runs of a study that are not done yet.
 
-    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others go on from
+    The same command continues where an earlier one was interrupted or killed: done runs are skipped, others go on from
     their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes: 0 every
     run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
@@ -153,7 +153,7 @@ def tune(request: TuneRequest) -> None:
     A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
     chooses image sizes, by fitting the last layer alone, then learning rate and number of steps, by short trainings,
     and compares the best with itself on weights of 8 and 4 bits. It takes the smallest that is hardly worse than the
-    best one found. The same command goes on where an earlier one was stopped, and with more minutes tries more. Exit
+    best one found. The same command continues where an earlier one was stopped, and with more minutes tries more. Exit
     codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
@@ -270,7 +270,7 @@ class RecommendRequest(Request):
         "--bench.",
     )
     bench: Path | None = Field(
-        default=None, description="Take latency from this .json file, in which `peft-vit bench` timed exported models."
+        default=None, description="Use the latency in this .json file, in which `peft-vit bench` timed exported models."
     )
     margin: float = Field(
         default=1.0,

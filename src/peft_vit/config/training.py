@@ -149,7 +149,7 @@ def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...
     names = [change.name for change in augmentation]
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise ValueError(f"{name} stands twice; remove one")
+            raise ValueError(f"{name} occurs twice; remove one")
         if augmentation[place].mixes and not all(later.mixes for later in augmentation[place:]):
             raise ValueError(f"{name} mixes whole batches, after all that changes single images; put it last")
     return augmentation

@@ -101,7 +101,7 @@ class OnnxLinear(nn.Module):
             if kind.type not in _BNB4_TYPE:
                 raise UserError(
                     f"{name} is in {kind.type}, which onnxruntime's low-bit products have no table for; export with "
-                    "--runtime fast, or take int3",
+                    "--runtime fast, or use int3",
                     field="quantization_type",
                 )
             self.operator = "MatMulBnb4"

@@ -129,7 +129,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         caption += f" {no_font(missing)}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
-        return draw("confusion", "What was taken for what", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
+        return draw("confusion", "Confusion matrix", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
 
 
 def no_font(letters: str) -> str:

@@ -55,7 +55,7 @@ _RUNS = Column("n", lambda m: len(m.runs))
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, each seed visible."""
     validated = all(m.validation_accuracy is not None for m in methods)
-    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was taken"
+    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was used"
     return table(
         "accuracy",
         "Test accuracy by method",

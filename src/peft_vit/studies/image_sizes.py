@@ -87,7 +87,7 @@ def try_sizes(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log(f"  {size} px take more memory than is free here: no larger size is tried.")
+            log(f"  {size} px need more memory than is free here: no larger size is tried.")
             break
         log(f"  regression on frozen features of {size} px: {trials[-1].text} on images left out of its fit")
         pace.add(time.perf_counter() - began, seconds)

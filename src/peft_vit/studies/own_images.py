@@ -401,14 +401,15 @@ class Forecast:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
                 f"{self.request.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
-                f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
+                f"{wanted:.1f}; raise it, lower --image-size, or use --method linear",
                 field="--minutes",
             )
         return steps
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and whether the minutes are too few for it."""
-        length = f", up to {steps} steps, fewer if validation stops to gain" if self.request.epochs is None else ""
+        stops_early = f", up to {steps} steps, stops early when validation stops improving"
+        length = stops_early if self.request.epochs is None else ""
         length = "" if self.request.is_probe else length or f", {steps} steps"
         line = f"Images of {image_size} px{length}."
         in_float = Throughput.estimated(self._rates.get("float", self._rates[self.compute]))

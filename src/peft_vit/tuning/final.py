@@ -41,7 +41,7 @@ def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
     study = context.study(name, recipe.model, recipe.image_size, [seed], [experiment], folds=None)
     done = context.runner(study, context.state.until(-_ENDLESS_S), None)  # it has to be brought to its end
     if (trained.name, seed) not in done:
-        problem = "the last training failed, as is told above; the same command tries it again"
+        problem = "the last training failed, see above; the same command tries it again"
         raise UserError(problem, file=context.state.studies / name / trained.name)
     outcome = done[trained.name, seed]
     if recipe.when != "after" or recipe.bits is None:

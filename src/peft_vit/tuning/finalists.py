@@ -20,7 +20,7 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
 _FEWEST = 3  # folds of what may be taken
 _FIRST, _SECOND = range(FOLDS), range(2 * FOLDS)  # seeds of a repetition, of both
 _SMALL_RANK = 2
-NO_MODEL = "ended before a single model; give more, and the same command goes on"
+NO_MODEL = "ended before a single model; give more, and the same command continues"
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = 
     try:
         return _written(choice, directory, tell)
     except OSError as error:  # of reading as well as of writing: the error names the file
-        problem = f"{error.strerror or error}; mend that, and the same command goes on"
+        problem = f"{error.strerror or error}; fix that, and the same command continues"
         raise UserError(problem, file=error.filename or directory) from None
 
 
@@ -124,7 +124,7 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
 
 
 def configuration(choice: Choice, record: RunRecord) -> str:
-    """Return a study of the final run alone; run anew it gives the same adapter, on the same kind of machine."""
+    """Return a study of the final run alone; run again it gives the same adapter, on the same kind of machine."""
     bits = f"; then peft-vit export again --bits {choice.recipe.bits}" if choice.recipe.when == "after" else ""
     comments = [
         f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",

@@ -31,7 +31,7 @@ from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.state import TITLES
 
 _AT = 0.9  # coverage that stands at the top
-COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would buy"
+COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would bring"
 
 
 def model_summary(summary: TuningSummary) -> ModelSummary:

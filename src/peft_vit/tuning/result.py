@@ -89,7 +89,7 @@ def what_more_buys(
     """
     sentences = []
     if labels is None:
-        sentences.append("What more labels would bring can't be told: there are too few to learn from half of them.")
+        sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
     else:
         sentences.append(
             f"Twice as many labels: {_gain(labels)}, as the regression learns with half and with all of them."

@@ -113,7 +113,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
                     if not is_out_of_memory(error) or not tried:
                         raise
                     too_large.add(probe.model)
-                    why = "it takes more memory than is free"
+                    why = "it needs more memory than is free"
                 if flips_known:  # else it was fitted three times
                     pace.add(clock() - began, expected_s)
         score = state.file.decided.get(name)

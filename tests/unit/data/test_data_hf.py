@@ -316,7 +316,7 @@ OTHER_CLASSES = rows(2, 50, label=(datasets.ClassLabel(names=["dog", "cat"]), [0
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (row_of(None), r"data\.image_column: train\[0\] has no image; take it out"),
+        (row_of(None), r"data\.image_column: train\[0\] has no image; remove it"),
         (row_of({"bytes": None, "path": "/etc/hostname"}), r"train\[0\]: names the file /etc/hostname, which leads"),
         (row_of({"bytes": None, "path": "none.png"}), r"train\[0\]: names the file none\.png, which does not exist"),
         (row_of({"bytes": None, "path": "https://x.invalid/a.png"}), r"names the file https://x\.invalid/a\.png"),

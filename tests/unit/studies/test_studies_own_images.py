@@ -295,7 +295,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     study, line = study_of(asked())
     assert study.data.image_size == 160  # the model's own
     assert study.experiments[0].training.steps == 1000
-    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
+    assert line.startswith("Images of 160 px, up to 1000 steps, stops early when validation stops improving.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
         pace(rate)
@@ -469,7 +469,7 @@ def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
     lines: list[str] = []
     trials = image_sizes.try_sizes(lambda size: size, dict.fromkeys((64, 80, 112, 160), 1.0), 100, lines.append)
     assert [trial.image_size for trial in trials] == [64, 80]
-    assert lines[2:] == ["  112 px take more memory than is free here: no larger size is tried."]
+    assert lines[2:] == ["  112 px need more memory than is free here: no larger size is tried."]
 
 
 def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:
