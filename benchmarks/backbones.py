@@ -63,7 +63,7 @@ MODULES = {  # of timm, and what people call their models
 }
 _SMALLEST = 64  # pixels: windows of several tokens in each stage of Swin
 CHECKS = {"merged": LARGEST_MERGE_ERROR, "onnx": LARGEST_ONNX_ERROR, "peft": LARGEST_MERGE_ERROR}
-COLUMNS = ("sites found", "all act", "merged", "ONNX", "PEFT reads our adapter")
+COLUMNS = ("modules found", "all act", "merged", "ONNX", "PEFT reads our adapter")
 
 
 def check(patterns: list[str]) -> None:

@@ -357,7 +357,7 @@ def train(
         image_size: side in pixels; None: several are tried, and the most promising is taken.
         minutes: the longest that the run may take, about.
         steps: optimiser steps at most; None: what the minutes allow.
-        epochs: in place of steps: exactly as many.
+        epochs: instead of steps: exactly as many.
         learning_rate: None: by method.
         batch_size: images a step.
         micro_batch_size: images of a step at a time, to save memory.

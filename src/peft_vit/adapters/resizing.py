@@ -50,7 +50,7 @@ def resize_adapters(
         optimizer: holds their parameters.
         ranks: new rank by site.
         triplet_scores: score of each present triplet by site, (rank,).
-        generators: sources of what grows, by site, in place of the adapters' own.
+        generators: sources of what grows, by site, instead of the adapters' own.
 
     Returns:
         For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.

@@ -241,7 +241,7 @@ def _pooled(
     for place, estimate in enumerate(decided):
         open_ = replace(estimate, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
         rows[place] = replace(rows[place], estimate=open_ if estimate.note else estimate)
-    for place, time in enumerate(times):  # ratios in place of their logarithms, which nothing decides
+    for place, time in enumerate(times):  # ratios instead of their logarithms, which nothing decides
         logs = time.interval
         low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
         ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)

@@ -25,7 +25,7 @@ class ImportanceMetric:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
             `allocation.importance`; None: it is not probed.
-        reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
+        reads_weight: whether it scores a site by its frozen weight, once, instead of triplets.
     """
 
     reads_gradient: bool = False
@@ -171,7 +171,7 @@ ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its 
 
 
 class StartingRanksConfig(Settings):
-    """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
+    """A budget of ranks, if need be fewer than modules, and the rule that distributes them."""
 
     rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
         description="how modules share the budget"
@@ -208,11 +208,11 @@ class LoraConfig(AdapterConfig):
 
     rank: int | None = Field(default=None, ge=1, description="of every update")
     start: str | None = Field(
-        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
+        default=None, min_length=1, description="instead of rank: folder of a PEFT LoRA adapter to start from"
     )
 
     ranks: StartingRanksConfig | None = Field(
-        default=None, description="in place of rank: a budget over all modules, and the rule that spends it"
+        default=None, description="instead of rank: a budget over all modules, and the rule that spends it"
     )
 
     @model_validator(mode="after")
@@ -277,7 +277,7 @@ class AdaptiveBitsConfig(Settings):
         default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
     )
     ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
-        default=False, description="choose each module's rank under the same bytes; in place of rank"
+        default=False, description="choose each module's rank under the same bytes; instead of rank"
     )
     types: Annotated[tuple[QuantizationType, ...], without_repeats("names a format twice; remove one")] = Field(
         default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"

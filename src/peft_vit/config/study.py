@@ -155,7 +155,7 @@ class DataConfig(Settings):
         default=None, ge=2, description="images to train on; default: all that remain"
     )
     shots_per_class: int | None = Field(
-        default=None, ge=1, description="in place of train_images: training images of each class"
+        default=None, ge=1, description="instead of train_images: training images of each class"
     )
     validation_images: int = Field(
         ge=0, description="images that choose the best step; 0: none, and the model of the last step is used"
@@ -167,7 +167,7 @@ class DataConfig(Settings):
         default=None,
         ge=2,
         le=100,
-        description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
+        description="instead of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
         "repetition s // folds; new folds for each repetition",
     )
     split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="from which all splits are drawn")
@@ -360,7 +360,7 @@ class StoppingConfig(Settings):
     looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
         default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
     )
-    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
+    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="instead of looks: after each so many seeds")
     spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
     level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
     futility: float = Field(

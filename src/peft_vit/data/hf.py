@@ -40,7 +40,7 @@ _VALIDATION = ("validation", "valid", "val", "dev")
 _TEST = ("test", "testing")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
-_NO_BYTES = "0" * 64  # in place of the hash of an image that is a file of its own
+_NO_BYTES = "0" * 64  # instead of the hash of an image that is a file of its own
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Products of 8-bit integers in place of float ones: W a scale for each output, activations one for each row.
+"""Products of 8-bit integers instead of float ones: W a scale for each output, activations one for each row.
 
 With W[o, i] = s[o] c[o, i] and x[n, i] = t[n] q[n, i], codes c and q in int8 and accumulated in int32,
 

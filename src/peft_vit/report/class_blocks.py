@@ -95,7 +95,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         taken = np.ma.masked_equal(shares, 0)  # an empty cell stays empty, so that mistakes are seen
         mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
         texts = [
-            f"{names[row]}, taken for {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+            f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
             for row in range(size)
             for column in range(size)
         ]
@@ -108,7 +108,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         axes.set_aspect("equal")
         axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(np.arange(size) + 0.5, labels, **text)
-        axes.set_xlabel("taken for")
+        axes.set_xlabel("predicted as")
         axes.set_ylabel("true class")
         axes.tick_params(length=0)
         for spine in axes.spines.values():
@@ -234,7 +234,7 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
             (
                 plain(image.file),
                 f"is {plain(image.truth)}",
-                f"taken for {plain(image.predicted)}, {percent(image.probability)}",
+                f"predicted as {plain(image.predicted)}, {percent(image.probability)}",
             ),
         )
         for png, image in zip(made, shown, strict=True)

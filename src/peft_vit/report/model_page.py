@@ -232,7 +232,7 @@ def _answer(summary: ModelSummary) -> Iterator[str]:
     if quality.confusions:
         most = quality.confusions[0]
         yield (
-            f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
+            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
             f"{most.of} images)."
         )
     if summary.use:

@@ -57,7 +57,7 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
     """Return backbone and images of what was specified, and what finished runs say of them."""
 
     def images(spec: RunSpec | StudyConfig) -> str:
-        name = f"synthetic images in place of {spec.data.dataset}" if smoke else images_name(spec.data)
+        name = f"synthetic images instead of {spec.data.dataset}" if smoke else images_name(spec.data)
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
     origins = [record.provenance for record in records if record.provenance is not None]

@@ -549,7 +549,7 @@ class Attempt:
                 raise self._foreign(field, f"{was} when the run began, {now} now")
         before, after = ({**p.packages, **p.model_dump(include=set(_ALIKE))} for p in (first, provenance))
         changes = [
-            f"{name} {after.get(name)} in place of {before.get(name)}"
+            f"{name} {after.get(name)} instead of {before.get(name)}"
             for name in {**before, **after}
             if before.get(name) != after.get(name)
         ]

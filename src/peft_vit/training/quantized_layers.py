@@ -224,7 +224,7 @@ def saved_weights(
     formats: Mapping[str, QuantizationFormat],
     packed: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's packed weight as it was saved, in place of rounding again."""
+    """Yield each layer's packed weight as it was saved, instead of rounding again."""
     if different := set(packed) ^ set(layers):
         raise UserError(f"saved weights and the model's layers differ at {min(different)}", field="packed")
     for name, (module, _) in layers.items():

@@ -225,9 +225,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
     counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
     own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
-    state.tell(
-        f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {counts.sum():,}"
-    )
+    state.tell(f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {counts.sum():,}")
     different = len(np.unique(seen.groups[used]))
     metric = asked or seen.metric
     runner = make_runner(state, metric)
