@@ -242,7 +242,7 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     runner, lines = stand_ins(step_s=0.5), list[str]()
     slow = environment_of(runner, rate=3e8)
     first = tuning(environment=slow, minutes=12.0, tell=lines.append)
-    assert any("Left out for want of time" in sentence for sentence in first.more)
+    assert any("Not tried for lack of time" in sentence for sentence in first.more)
     assert any("Twice as many labels: about +" in sentence for sentence in first.more)
     assert runner.now <= 1.1 * 12 * 60
     before = set(runner.carried_out)

@@ -142,7 +142,7 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     assert wrong > 0
     strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
     assert page.count("<img ") == wrong + strip
-    sections = ("What it was compared with", "What more would bring", "Files and speed")
+    sections = ("Compared with", "What more would bring", "Files and speed")
     assert all(words in page.replace("<wbr>", "") for words in sections)
 
 

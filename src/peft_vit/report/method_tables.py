@@ -328,7 +328,7 @@ def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
     if rows:
         yield table(
             "pareto_fronts",
-            "Pareto fronts: who is most accurate for what it takes",
+            "Pareto fronts: the most accurate at each cost",
             [row for row in rows if row["on_front"]],
             _FRONT,
             "Chosen by mean validation accuracy: no other experiment has at least as much of it and takes no more. "

@@ -29,7 +29,7 @@ EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "Test images and what it says of them",
     "Classes",
     "Mistakes",
-    "How far to believe its probabilities",
+    "Can you trust its probabilities?",
     "How it learned",
     "The images",
     "How it was made",

@@ -31,7 +31,7 @@ from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.state import TITLES
 
 _AT = 0.9  # coverage that stands at the top
-COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would bring"
+COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bring"
 
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
@@ -135,7 +135,7 @@ def _duration(seconds: float) -> str:
 
 
 def _not_shown(summary: TuningSummary) -> Iterator[str]:
-    yield "Images of another kind, camera or time than these: nothing here speaks of them."
+    yield "Images of another kind, camera or time than these: nothing here is about them."
     yield "Other backbones and methods than those in the tables."
     if summary.record.calibrated is None or not summary.record.calibrated.coverages:
         yield "Prediction sets: there are too few images for thresholds."
@@ -178,7 +178,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
         ],
         "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
-        "has on new images, since the best of many was lucky as a rule. The best is the best float model found, "
+        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
         f"{choice.decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
     )
     yield table(

@@ -104,7 +104,7 @@ def what_more_buys(
     else:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(
-            f"Left out for want of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
             f"{2 * minutes:g} tries some of it, and keeps what was done."
         )
     return tuple(sentences)
