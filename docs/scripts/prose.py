@@ -38,13 +38,14 @@ WORDS = {  # a pattern, and what to write instead
 README_ONLY = {r"not decided": "say what is known", r"hypothes[ei]s": "one link is enough"}
 README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 30_000
 _FENCE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+_DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
 _GENERATED = re.compile(r"<!-- (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
 
 
 def prose_of(text: str, *, with_code: bool = False) -> str:
     """Return a page without code and links' targets; its lines keep their numbers."""
-    blank = text if with_code else _FENCE.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
-    return blank.lower()
+    pattern = _DATA if with_code else _FENCE
+    return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
 
 
 def faults(text: str, words: dict[str, str], *, with_code: bool = False) -> Iterator[tuple[int, str, str]]:

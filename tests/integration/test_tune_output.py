@@ -131,7 +131,7 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
         raise OSError(errno.EIO, "Input/output error", "photos/1.png")
 
     monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
-    with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; mend that"):  # it is not unwritable
+    with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; fix that"):  # it is not unwritable
         write_output(choice, tmp_path, lambda _: None)
 
 

@@ -26,7 +26,7 @@ def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
         [
             "experiment",
             "seeds",
-            "sites",
+            Column("modules", "sites"),
             Column("Kendall's W: modules", "kendalls_w", fixed),
             Column("blocks", "kendalls_w_blocks", fixed),
             Column("matrix types", "kendalls_w_matrices", fixed),
@@ -97,7 +97,7 @@ def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
             Column("its experiment", "other_experiment"),
             "metric",
             Column("images", images),
-            "sites",
+            Column("modules", "sites"),
             Column("Spearman's rho", "rho", fixed),
         ],
         "Rank correlation of the mean final relative scores of the modules that both have, for experiments of one "

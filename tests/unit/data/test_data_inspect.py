@@ -152,7 +152,7 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
         assert content == images_file(seen, seed)
         holdout = content["sealed"]
         assert [sum(name.startswith(label) for name in holdout) for label in ("cat", "dog")] == [2, 2]
-        copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
+        copies = {name for name, why in content["left_out"].items() if ", a test image" in why}
         together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved again.jpg"}]
         assert copies == {other for pair in together for drawn in pair & set(holdout) for other in pair - {drawn}}
         held_out_somewhere |= set(holdout)
@@ -262,7 +262,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
-    assert "accuracy decides: all classes have as many images" in "\n".join(seen.lines())
+    assert "metric: accuracy (all classes have as many images" in "\n".join(seen.lines())
 
 
 def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):
