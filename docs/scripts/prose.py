@@ -77,5 +77,5 @@ def lines() -> Iterator[str]:
 
 if __name__ == "__main__":
     wrong = list(lines())
-    print("\n".join(wrong))
+    print(*wrong, sep="\n", end="\n" if wrong else "")
     sys.exit(bool(wrong))
