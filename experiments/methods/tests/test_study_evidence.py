@@ -81,7 +81,7 @@ def test_what_we_found_says_what_the_studies_came_to() -> None:
 
 
 def test_the_figure_follows_a_light_and_a_dark_page() -> None:
-    svg = (study_figures.IN_README).read_text()
+    svg = study_figures.IN_DOCS.read_text()
     dark = svg.partition("prefers-color-scheme: dark")[2].partition("</style>")[0]
     used = set(re.findall(r"var\((--\w+)\)", svg))
     assert {"--ink", "--paper"} <= used
