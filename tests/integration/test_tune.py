@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.estimate import Throughput
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.tuning.context import _telling_if_slow
-from peft_vit.tuning.costs import MOST_STEPS
+from peft_vit.tuning.costs import FEWEST_FOLDS, LONGEST, MOST_STEPS
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
@@ -141,14 +142,17 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     sizes = [candidate.bytes for candidate in choice.decision.candidates]
     assert sizes == sorted(sizes)
     assert [candidate.recipe for candidate in choice.decision.candidates if not candidate.why] == [recipe]
-    assert runner.carried_out[-1] == (f"final-{recipe.place}", recipe.trained.name, 0)  # once, and nothing beside it
+    last = replace(recipe.trained, steps=round(LONGEST * MOST_STEPS * 38 / 31))  # of 48 images 10 are sealed
+    assert runner.carried_out[-1] == (f"final-{recipe.place}", last.name, 0)  # once, and nothing beside it
     assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
-    said = answer(choice.decision, choice.metric, 0.01)
+    right, sealed = 100 * choice.final.right.mean(), len(choice.final.right)
+    said = answer(choice)
     assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
-    assert "right on new images" in said
+    assert f": {right:.1f} % right on new images (" in said
+    assert f", by {sealed} sealed images). The best float model found" in said
 
 
 @pytest.mark.parametrize(
@@ -255,13 +259,45 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     assert second.recipe.steps > first.recipe.steps  # nothing that was chosen by little time stays
 
 
-@pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0])
-def test_minutes_are_kept_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
-    runner = stand_ins(step_s=0.5)
-    tuning(environment=environment_of(runner, rate=3e8), minutes=minutes)
+@pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0, 240.0])
+def test_minutes_are_kept_as_forecast_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
+    runner, lines = stand_ins(step_s=0.5), list[str]()
+    choice = tuning(environment=environment_of(runner, rate=3e8), minutes=minutes, tell=lines.append)
+    (forecast,) = re.findall(r"about (\d+) minutes in all", "\n".join(lines))
+    assert runner.now / 60 == pytest.approx(float(forecast), rel=0.25)
     assert runner.now <= 1.1 * 60 * minutes
-    steps = sum(runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1])
-    assert steps >= 0.5 * 60 * minutes or runner.now < 0.7 * 60 * minutes  # or nothing is left to try
+    seconds = {at: runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1]}
+    assert sum(seconds.values()) >= 0.5 * runner.now
+    last = seconds[runner.carried_out[-1]]
+    assert last == max(seconds.values())  # what is delivered is trained for the longest
+    assert choice.longer == LONGEST
+
+
+@pytest.mark.parametrize(("gain", "longer"), [(0.1, LONGEST), (-0.1, 1.0)])
+def test_the_last_training_is_longer_where_folds_do_not_say_that_steps_lose(tuning, gain, longer) -> None:
+    def truth(experiment: Mapping[str, Any], size: int) -> float:
+        steps = experiment["training"].get("steps")
+        return 0.6 if steps is None else 0.8 + gain * (steps >= 100)
+
+    choice = tuning(stand_ins(truth=truth), minutes=20.0, image_sizes=(32,))
+    assert choice.longer == longer
+    assert any("The last training has had 2 times as many" in sentence for sentence in choice.more) == (longer > 1)
+
+
+def test_where_folds_are_dear_there_are_fewer_and_qa_lora_has_to_wait(tuning: Tuning, tmp_path: Path) -> None:
+    def folds_of(minutes: float, **more: Any) -> dict[str, int]:
+        runner = stand_ins(step_s=1.0)
+        output = tmp_path / f"{minutes:g}{len(more)}"
+        choice = tuning(environment=environment_of(runner, rate=1.5e8), minutes=minutes, output=output, **more)
+        candidates = choice.decision.candidates
+        return {candidate.recipe.name: candidate.folds for candidate in candidates if candidate.recipe.when != "after"}
+
+    dear, cheap = folds_of(20.0), folds_of(240.0)
+    assert max(dear.values()) == FEWEST_FOLDS
+    assert max(cheap.values()) >= 5
+    assert not any("qa_lora" in name for name in dear)
+    assert any("qa_lora_nf4" in name for name in cheap)
+    assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
 
 
 def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:

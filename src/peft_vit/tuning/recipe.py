@@ -53,6 +53,11 @@ class Recipe:
         """Return what is trained for it: the same in float, where bits come after training."""
         return replace(self, bits=None, when="never") if self.when == "after" else self
 
+    @property
+    def half(self) -> Self:
+        """Return it with half of its steps."""
+        return replace(self, steps=self.steps // 2)
+
     def rounded(self, bits: QuantizationType) -> Self:
         """Return it with weights that are rounded after training."""
         return replace(self, bits=bits, when="after")
@@ -85,9 +90,9 @@ class Recipe:
         """Return how it is trained, for people; empty of a probe."""
         return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
 
-    def sections(self, shape: BackboneShape, steps: int) -> dict[str, Any]:
-        """Return what the method brings to an experiment of so many steps."""
-        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, steps), shape=shape)
+    def sections(self, shape: BackboneShape) -> dict[str, Any]:
+        """Return what the method brings to an experiment."""
+        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, self.steps), shape=shape)
         sections = METHODS[self.method].defaults(options)
         if self.bits is not None and self.when == "training":
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
@@ -98,7 +103,7 @@ class Recipe:
         packing = None
         if self.bits is not None:
             after = self.when == "after"
-            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
+            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
         return file_bytes(shape, packing, classes)
 
 

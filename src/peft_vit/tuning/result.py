@@ -33,6 +33,7 @@ class Choice:
         folds: of the chosen recipe, in the form that was taken.
         final: of its last training, on the sealed images, in that form.
         before_rounding: the same run in float; where nothing was rounded after training, the same as `final`.
+        longer: times the steps that follow from the folds, of the last training.
         more: what more labels and more minutes would buy, sentences.
         stages: name and seconds of each stage, of all calls together.
     """
@@ -46,6 +47,7 @@ class Choice:
     folds: tuple[Outcome, ...]
     final: Outcome
     before_rounding: Outcome
+    longer: float
     more: tuple[str, ...]
     stages: tuple[tuple[str, float], ...]
 
@@ -54,17 +56,22 @@ class Choice:
         """Return what was taken."""
         return self.decision.taken.recipe
 
+    @property
+    def score(self) -> Interval:
+        """Return what decides, on the sealed images."""
+        return self.metric.interval(self.final.labels, self.final.logits.argmax(1))
 
-def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> str:
-    """Return what was taken and its odds, in sentences."""
-    taken, odds = decision.taken, decision.odds
-    right = f"{metric.words} on new images" if metric.equal_classes else "right on new images"
-    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.score.estimate)} {right}"
-    head += f" ({bounds_in_percent(odds.score)})."
-    if taken.recipe == decision.reference:
+
+def answer(choice: Choice) -> str:
+    """Return what was taken, what it has on the sealed images, and its odds: a line."""
+    taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
+    right = metric.words if metric.equal_classes else "right"
+    by = f"{bounds_in_percent(score)}, by {score.n:,} sealed images"
+    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(score.estimate)} {right} on new images ({by})."
+    if taken.recipe == choice.decision.reference:
         return f"{head} It is the best float model found."
-    margin, gap = margin_in_points(margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
-    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
+    margin, gap = margin_in_points(choice.request.margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
+    than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
     chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
     shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
     better = "better" if odds.loss > 0 else "worse"
@@ -74,6 +81,7 @@ def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> s
 def what_more_buys(
     labels: Interval | None,
     steps: Interval | None,
+    longer: float,
     sizes: Sequence[SizeResult],
     untried: Sequence[Recipe],
     minutes: float,
@@ -82,7 +90,8 @@ def what_more_buys(
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.
-        steps: what twice as many bring the model that was taken; None: unknown.
+        steps: what twice as many as on the folds bring the model that was taken; None: unknown.
+        longer: times as many the last training has had.
         sizes: every model and image size.
         untried: recipes that there was no time for.
         minutes: of this call.
@@ -96,7 +105,8 @@ def what_more_buys(
         )
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
-        sentences.append(f"Twice the steps, in about twice the minutes: {_gain(steps)}, {learns}.")
+        had = f" The last training has had {longer:g} times as many." if longer > 1 else ""
+        sentences.append(f"Twice the steps of the folds: {_gain(steps)}, {learns}.{had}")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:

@@ -4,6 +4,8 @@ The resource is the number of folds: every recipe is trained on the first one; w
 says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one always
 goes on. A recipe that is not clearly better than it does not displace it. Where the best has the highest or the lowest
 rate of all, or the most steps, what lies beyond is tried.
+
+With little time that is the default, half of its steps, and the second size: the steps of what is delivered come first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import replace
 
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.context import FOLDS
-from peft_vit.tuning.costs import LEAST_STEPS
+from peft_vit.tuning.costs import FEWEST_FOLDS, LEAST_STEPS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import DEFAULT_RATE, Recipe, lora
 from peft_vit.tuning.sizes import SizeResult
@@ -33,7 +35,7 @@ def wished(sizes: Sequence[SizeResult]) -> list[Recipe]:
     for (size, result), (rate, value), half in itertools.product(enumerate(sizes), enumerate(RATES), (False, True)):
         steps = result.steps // 2 if half else result.steps
         if steps >= LEAST_STEPS:
-            weights.append((size + rate + 1.5 * half, lora(result.model, result.image_size, steps, value)))
+            weights.append((size + 1.5 * rate + half, lora(result.model, result.image_size, steps, value)))
     return [recipe for _, recipe in sorted(weights, key=lambda pair: pair[0])]  # stable
 
 
@@ -82,13 +84,13 @@ def _standing(folds: Folds, recipe: Recipe) -> float:
 
 
 def _bracket_s(folds: Folds, recipes: Sequence[Recipe]) -> float:
-    """Return what successive halving takes: all on the first fold, half of them on the second, and so on."""
+    """Return what successive halving takes: all on the first fold, half of them on the next, one on the fewest."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
+        if len(going) == 1 and seed >= FEWEST_FOLDS:
+            break
         seconds += sum(folds.seconds(recipe, [seed]) for recipe in going)
         going = going[: (len(going) + 1) // 2]
-        if len(going) == 1:
-            break
     return seconds
 
 

@@ -22,7 +22,7 @@ from peft_vit.studies import image_sizes
 from peft_vit.studies.image_sizes import Regression, expected_gain, sizes_to_try
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import MOST_SEEN, Costs
+from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
 
 NO_TIME = "no time for it"
@@ -61,8 +61,8 @@ class SizeResult:
 
     @property
     def promise(self) -> float:
-        """Return the sum of what a regression has there and what training may add in its steps."""
-        return (self.score or 0.0) + expected_gain(self.steps)
+        """Return the sum of what a regression has there and what training may add in the steps of the last one."""
+        return (self.score or 0.0) + expected_gain(round(LONGEST * self.steps))
 
     @property
     def probe(self) -> Recipe:

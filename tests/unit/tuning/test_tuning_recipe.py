@@ -26,7 +26,7 @@ def configured(recipe: Recipe) -> ExperimentConfig:
     training = shared_training(8, "both", ACCURACY)
     if not recipe.is_probe:
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
-    sections = recipe.sections(SHAPE, recipe.steps)
+    sections = recipe.sections(SHAPE)
     values = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
     return ExperimentConfig.model_validate_json(json.dumps(values))
 
