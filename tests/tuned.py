@@ -55,7 +55,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     taken = Candidate(ROUNDED, 100_000, FOLDS, worth, "")
     candidates = (
         taken,
-        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, None, "1 of 5 folds: not clearly better on them"),
+        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, None, "1 of 5 folds: not clearly better"),
         Candidate(Recipe(MODEL, 32), 300_000, FOLDS, odds(0.1, 0.98), "larger, and not better"),
         Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )

@@ -37,12 +37,7 @@ def times_longer(folds: Folds, recipe: Recipe) -> float:
 
 
 def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
-    """Train a recipe on everything that is not sealed.
-
-    Args:
-        folds: of the tuning.
-        recipe: that was taken.
-        longer: see `times_longer`.
+    """Train a recipe on everything that is not sealed, so many times longer than on folds.
 
     Returns:
         What it came to on the sealed images, and what the same run came to before its weights were rounded; where
@@ -74,13 +69,7 @@ def calibrated_on(folds: Sequence[Outcome]) -> Calibrated:
 
 
 def in_form(record: RunRecord, final: Outcome, calibrated: Calibrated) -> RunRecord:
-    """Return the last training's record with what the delivered form says of the sealed images.
-
-    Args:
-        record: of the run.
-        final: what it came to, in that form.
-        calibrated: what was found on folds.
-    """
+    """Return the last training's record with what the delivered form says of the sealed images."""
     assert record.predictions is not None
     logits = final.logits.astype(np.float32)
     predictions = CLASSIFICATION.predictions(logits, final.labels, final.images, keep_logits=True)

@@ -27,38 +27,23 @@ NO_MODEL = "ended before a single model; give more, and the same command goes on
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that was compared.
+    """A model that was compared."""
 
-    Attributes:
-        recipe: of it.
-        bytes: that its file is expected to have.
-        folds: that it has done.
-        odds: against the best float model; None: the search has dropped it.
-        why: it was not taken; empty: it was.
-    """
-
-    recipe: Recipe
-    bytes: int
-    folds: int
-    odds: Odds | None
-    why: str
+    recipe: Recipe  # of it
+    bytes: int  # that its file is expected to have
+    folds: int  # that it has done
+    odds: Odds | None  # against the best float model; None: the search has dropped it
+    why: str  # it was not taken; empty: it was
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is taken, and beside what.
+    """What is taken, and beside what."""
 
-    Attributes:
-        candidates: smallest first.
-        taken: one of them.
-        odds: of it.
-        reference: the best float model found.
-    """
-
-    candidates: tuple[Candidate, ...]
-    taken: Candidate
-    odds: Odds
-    reference: Recipe
+    candidates: tuple[Candidate, ...]  # smallest first
+    taken: Candidate  # one of them
+    odds: Odds  # of it
+    reference: Recipe  # the best float model found
 
 
 def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
@@ -82,7 +67,7 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     Args:
         folds: of the tuning.
         probe: the best regression, on the fewest folds already.
-        ranked: of LoRA, the best first; none if there is no time to train.
+        ranked: of LoRA, the best first; none: there is no time to train.
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
     limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
@@ -174,7 +159,7 @@ def decide(folds: Folds) -> Decision:
     ]
     for recipe, done in folds.outcomes.items():
         if 0 < len(done) < least:
-            dropped = f"{len(done)} of {FOLDS} folds: not clearly better on them"
+            dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
             candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
     return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

@@ -39,19 +39,12 @@ RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType
 
 @dataclass
 class Folds:
-    """Runs of recipes on folds, as far as they are done.
+    """Runs of recipes on folds, as far as they are done."""
 
-    Attributes:
-        costs: what they take.
-        round_run: gives logits of a run's test images with rounded weights.
-        outcomes: by recipe and seed, rounded ones too.
-        pace: of this call's runs with steps.
-    """
-
-    costs: Costs
-    round_run: RoundRun
-    outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
+    costs: Costs  # what they take
+    round_run: RoundRun  # gives logits of a run's test images with rounded weights
+    outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)  # by recipe and seed, rounded ones too
+    pace: Pace = field(default_factory=Pace)  # of this call's runs with steps
 
     @property
     def context(self) -> TuningContext:
@@ -129,13 +122,7 @@ class Folds:
         return max(1.0, self.pace.factor) * self.costs.ending_s(recipe, longer)
 
     def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
-        """Predict with weights that are rounded after training, of all its runs, while there is time.
-
-        Args:
-            recipe: with float weights.
-            bits: number formats.
-            limit: when no further run is begun.
-        """
+        """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""
         for seed, outcome in sorted(self.outcomes.get(recipe, {}).items()):
             if not any(self.missing(recipe.rounded(one), [seed]) for one in bits):
                 continue
@@ -188,20 +175,20 @@ class Folds:
         differs = np.subtract(*(side.astype(float) for side in right))
         return own - others, float(differs.std()) / len(differs) ** 0.5
 
-    def clearly_better(self, recipe: Recipe, other: Recipe) -> bool:
-        """Tell whether a recipe is better than another by more than the standard error, on the folds that both have."""
+    def clearly_better(self, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
+        """Tell whether a recipe is better than another by more than so many standard errors, on the same folds."""
         difference, error = self.difference(recipe, other) or (0.0, 0.0)
-        return difference > error
+        return difference > errors * error
 
     def gains_by_steps(self, recipe: Recipe) -> bool:
-        """Tell whether more steps are expected to gain: by folds with twice or half of them, and what is usual."""
-        own, half = recipe.trained, recipe.trained.half
-        for shorter, longer in ((own, replace(own, steps=2 * own.steps)), (half, own)):
-            if (measured := self.difference(longer, shorter)) is not None:
-                difference, error = measured
-                usual = expected_gain(longer.steps) - expected_gain(shorter.steps)
-                return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
-        return False
+        """Tell whether more steps gain: as folds show with twice of them, else as half of them let expect."""
+        own = recipe.trained
+        twice, half = self.difference(replace(own, steps=2 * own.steps), own), self.difference(own, own.half)
+        if twice is not None or half is None:
+            return twice is not None and twice[0] > 0
+        difference, error = half
+        usual = expected_gain(own.steps) - expected_gain(own.half.steps)
+        return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
 
     def gain_of_steps(self, recipe: Recipe) -> Interval | None:
         """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""

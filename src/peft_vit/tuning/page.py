@@ -41,12 +41,7 @@ def model_summary(summary: TuningSummary) -> ModelSummary:
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
-    """Return the document.
-
-    Args:
-        summary: everything that is told.
-        pictures: makes pictures of test images; None: there are none.
-    """
+    """Return the document; without `pictures`, which makes them of test images, it has none."""
     choice = summary.choice
     page = model_document(model_summary(summary), pictures)
     (made,) = page.sections[MADE]
@@ -146,19 +141,12 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TuningSummary:
-    """Everything that is told of a tuning.
+    """Everything that is told of a tuning."""
 
-    Attributes:
-        choice: what was chosen and what it was chosen by.
-        record: of the last training, in the form that is delivered, on the sealed images.
-        quality: likewise.
-        exports: what was written.
-    """
-
-    choice: Choice
-    record: RunRecord
-    quality: ModelQuality
-    exports: Exports
+    choice: Choice  # what was chosen and what it was chosen by
+    record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
+    quality: ModelQuality  # likewise
+    exports: Exports  # what was written
 
 
 def compared_blocks(choice: Choice) -> Iterator[Block]:

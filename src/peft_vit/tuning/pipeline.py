@@ -63,25 +63,15 @@ def study_runner(state: State, metric: DecidingMetric) -> Runner:
 
 @dataclass(frozen=True)
 class Environment:
-    """How the outside world is asked; simulations have another one.
+    """How the outside world is asked; simulations have another one."""
 
-    Attributes:
-        make_runner: does runs.
-        measure: see `measure_throughput`.
-        time_export: see `time_exported`.
-        regress: see `sizes.regress`.
-        round_run: see `runs.post_training.logits_by_type`.
-        write_output: writes model, card and report.
-        clock: in seconds.
-    """
-
-    make_runner: MakeRunner = study_runner
-    measure: MeasureThroughput = measure_throughput
-    time_export: TimeExport = time_exported
-    regress: Regress = regress
-    round_run: RoundRun = logits_by_type
-    write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output
-    clock: Callable[[], float] = time.monotonic
+    make_runner: MakeRunner = study_runner  # does runs
+    measure: MeasureThroughput = measure_throughput  # see `measure_throughput`
+    time_export: TimeExport = time_exported  # see `time_exported`
+    regress: Regress = regress  # see `sizes.regress`
+    round_run: RoundRun = logits_by_type  # see `runs.post_training.logits_by_type`
+    write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output  # writes model, card and report
+    clock: Callable[[], float] = time.monotonic  # in seconds
 
 
 def say(text: str) -> None:
@@ -91,11 +81,6 @@ def say(text: str) -> None:
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
     """Find the best model that the minutes can buy, within limits, and how sure that is.
-
-    Args:
-        request: what is asked for.
-        tell: told what is done and found, a line each.
-        environment: other ones than worker processes and this machine's clock.
 
     Raises:
         UserError: for bad input, before anything is trained; see `inspect_images`, `limits`, `check_output` and
@@ -154,11 +139,6 @@ def choose(
 ) -> tuple[Decision, list[SizeResult], Interval | None, list[Recipe]]:
     """Return what is taken of all that fits the time, the sizes, what more labels bring, and what was left out.
 
-    Args:
-        folds: as far as they are done.
-        allowed: image sizes by model.
-        regress: see `Environment`.
-
     Raises:
         UserError: if time ends before there is a single model.
     """
@@ -168,11 +148,14 @@ def choose(
         probe = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
-        _put_on_folds(folds, probe)
+        folds.run([probe], range(FEWEST_FOLDS), state.limit)
+        if not folds.seeds(probe):  # without it there is no answer
+            raise UserError(NO_MODEL, field="--minutes")
         trained, untried, ranked = _worth_training(folds, sizes), list[Recipe](), list[Recipe]()
         if trained:
             first = lora(trained[0].model, trained[0].image_size, trained[0].steps).rounded(ROUNDED[0])
-            ranked, untried = search(folds, trained, state.until(folds.ending_s(first, LONGEST)))
+            reserved_s = folds.ending_s(first, LONGEST) + FEWEST_FOLDS * costs.rounding_s(first, len(ROUNDED) - 1)
+            ranked, untried = search(folds, trained, state.until(reserved_s))
     with state.stage("folds"):
         untried += compare(folds, probe, ranked)
         decision = decide(folds)
@@ -231,17 +214,6 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     parts = costs.forecast(probes, state.clock() - state.limit.started)
     said = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in parts.items())
     state.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
-
-
-def _put_on_folds(folds: Folds, probe: Recipe) -> None:
-    """Fit the best regression on folds: without one there is no answer.
-
-    Raises:
-        UserError: if that failed.
-    """
-    folds.run([probe], range(FEWEST_FOLDS), folds.context.state.limit)
-    if not folds.seeds(probe):
-        raise UserError(NO_MODEL, field="--minutes")
 
 
 def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:

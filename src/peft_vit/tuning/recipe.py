@@ -21,26 +21,17 @@ _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora":
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model that could be trained.
+    """A model that could be trained."""
 
-    Attributes:
-        model: of the backbone.
-        image_size: in pixels.
-        method: of `METHODS`; linear: a probe, which takes no step.
-        rank: 0: the method's own.
-        rate: of learning, at its highest; 0 of a probe.
-        steps: on a fold; the last training has as many more as there are more images.
-        bits: number format of the blocks' matrices; None: float.
-        when: they are rounded: never, while training (QA-LoRA), or after it.
-    """
-
-    model: str
-    image_size: int
+    model: str  # of the backbone
+    image_size: int  # in pixels
+    # of `METHODS`; linear: a probe, which takes no step
     method: Literal["linear", "lora", "adalora", "qa_lora"] = "linear"
-    rank: int = 0
-    rate: float = 0.0
-    steps: int = 0
-    bits: QuantizationType | None = None
+    rank: int = 0  # 0: the method's own
+    rate: float = 0.0  # of learning, at its highest; 0 of a probe
+    steps: int = 0  # on a fold; the last training has as many more as there are more images
+    bits: QuantizationType | None = None  # number format of the blocks' matrices; None: float
+    # they are rounded: never, while training (QA-LoRA), or after it
     when: Literal["never", "training", "after"] = "never"
 
     @property

@@ -21,35 +21,20 @@ _NAMED = 4  # recipes that are named in a sentence
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen model and what it was chosen by.
+    """The chosen model and what it was chosen by."""
 
-    Attributes:
-        request: what was asked for.
-        seen: what `data.inspect_images` saw of the images.
-        images_file: which images are sealed, left out, or copies of one another.
-        metric: what decides.
-        sizes: every model and image size.
-        decision: what was compared, what was taken, and the odds.
-        folds: of the chosen recipe, in the form that was taken.
-        final: of its last training, on the sealed images, in that form.
-        before_rounding: the same run in float; where nothing was rounded after training, the same as `final`.
-        longer: times the steps that follow from the folds, of the last training.
-        more: what more labels and more minutes would buy, sentences.
-        stages: name and seconds of each stage, of all calls together.
-    """
-
-    request: TuneRequest
-    seen: Any
-    images_file: Path
-    metric: DecidingMetric
-    sizes: tuple[SizeResult, ...]
-    decision: Decision
-    folds: tuple[Outcome, ...]
-    final: Outcome
-    before_rounding: Outcome
-    longer: float
-    more: tuple[str, ...]
-    stages: tuple[tuple[str, float], ...]
+    request: TuneRequest  # what was asked for
+    seen: Any  # what `data.inspect_images` saw of the images
+    images_file: Path  # which images are sealed, left out, or copies of one another
+    metric: DecidingMetric  # what decides
+    sizes: tuple[SizeResult, ...]  # every model and image size
+    decision: Decision  # what was compared, what was taken, and the odds
+    folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
+    final: Outcome  # of its last training, on the sealed images, in that form
+    before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
+    longer: float  # times the steps that follow from the folds, of the last training
+    more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
+    stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
 
     @property
     def recipe(self) -> Recipe:

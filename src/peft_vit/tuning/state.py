@@ -57,21 +57,14 @@ def tuned_model(output: Path) -> Path | None:
 
 @dataclass
 class State:
-    """What all stages share.
+    """What all stages share."""
 
-    Attributes:
-        request: what was asked for.
-        tell: told what is done and found, a line each.
-        limit: the time of this call.
-        file: what is kept.
-        begun: nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for.
-    """
-
-    request: TuneRequest
-    tell: Callable[[str], None]
-    limit: Limit
-    file: TuneFile
+    request: TuneRequest  # what was asked for
+    tell: Callable[[str], None]  # told what is done and found, a line each
+    limit: Limit  # the time of this call
+    file: TuneFile  # what is kept
     clock: Callable[[], float] = field(default=time.monotonic)
+    # nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for
     begun: bool = False
 
     @classmethod
