@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, shared_training
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
 ENOUGH_STEPS, FEWEST_FOLDS = 96, 3  # where five folds leave fewer steps, there are no more than three
 LONGEST = 2.0  # times the steps on folds, of the last training
-_PROCESSES, _MOST_RUNS = 7, 60  # worker processes that the least takes; runs of everything that is tried
+_LONGER = (LONGEST, 1.0)
+_PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of everything that is tried
 MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _FIT_S = 4e-8  # of one, for each of its values: images x features x classes
@@ -101,26 +103,27 @@ class Costs:
     def most_steps(self, model: str, image_size: int) -> int:
         """Return the most steps of LoRA on a fold that fit what trains; 0: too few do.
 
-        Five folds, where these leave enough steps; else three, and up to as many.
+        Five folds, where these leave enough steps; else three, and up to as many; without a longer last training, and
+        half of the steps by which that is decided, where there is no time for it.
         """
         whole_s, options = self.context.state.training_s, range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
-        most = fit(options, lambda steps: self.least_s(model, image_size, steps, FOLDS), whole_s) or 0
+        few, least_s = [steps for steps in options if steps <= ENOUGH_STEPS], partial(self.least_s, model, image_size)
+        most = fit(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
         if most >= ENOUGH_STEPS:
             return most
-        few = [steps for steps in options if steps <= ENOUGH_STEPS]
-        return fit(few, lambda steps: self.least_s(model, image_size, steps, FEWEST_FOLDS), whole_s) or 0
+        return next(filter(None, (fit(few, partial(least_s, FEWEST_FOLDS, longer), whole_s) for longer in _LONGER)), 0)
 
-    def least_s(self, model: str, image_size: int, steps: int, folds: int) -> float:
+    def least_s(self, model: str, image_size: int, folds: int, longer: float, steps: int) -> float:
         """Return the seconds of the least that is to be trained: what is delivered, and what that is known by.
 
-        So many folds of the probe and of LoRA, also with rounded weights; half of the steps on two folds, another
-        recipe on one; and the last training, as long as it may be.
+        So many folds of the probe and of LoRA, also with rounded weights; half of the steps on two folds, and the last
+        training so many times longer.
         """
         probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
-        half, rounding_s = recipe.half, self.rounding_s(recipe, len(ROUNDED) - 1)
-        runs_s = folds * (self.run_s(probe) + self.run_s(recipe) + rounding_s) + self.run_s(recipe)
-        runs_s += 2 * self.run_s(half) + _PROCESSES * self.machine.process_s
-        return runs_s + self.ending_s(recipe.rounded(ROUNDED[0]), LONGEST)
+        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, len(ROUNDED) - 1)
+        halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
+        ending_s = self.ending_s(recipe.rounded(ROUNDED[0]), longer)
+        return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
 
     def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:
         """Return the seconds of everything, by what it is.

@@ -20,7 +20,8 @@ from peft_vit.tuning.costs import FEWEST_FOLDS, LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
 
-_HALVED, _FIRST, _SECOND = range(2), range(FOLDS), range(2 * FOLDS)  # seeds of half the steps, a repetition, both
+_FEWEST, _FIRST, _SECOND = range(FEWEST_FOLDS), range(FOLDS), range(2 * FOLDS)  # seeds: a repetition's, of both
+_HALVED = range(2)  # of half of the steps
 _SMALL_RANK = 2
 NO_MODEL = "ended before a single model; give more, and the same command goes on"
 
@@ -71,15 +72,18 @@ def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recip
     """
     best, state = ranked[0] if ranked else probe, folds.context.state
     limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
-    _do(folds, best, _FIRST[:FEWEST_FOLDS], limit)
+    _do(folds, best, _FEWEST, limit)
     if not folds.clearly_better(best, probe):
         folds.round(probe, allowed_bits(folds, probe), limit)
     if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
         folds.run([best.half], _HALVED, limit)
-    if folds.gains_by_steps(best):
+    if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):
         limit = state.until(folds.ending_s(best.rounded(ROUNDED[0]), LONGEST))
-    others = dict.fromkeys((best, probe, *_others(folds, ranked)))
-    left = [recipe for recipe in others if not _done_in_time(folds, [recipe], _FIRST, limit)]
+    left = [
+        recipe
+        for recipe in _in_turn(folds, probe, ranked)
+        if not any(_done_in_time(folds, [recipe], seeds, limit) for seeds in (_FIRST, _FEWEST))
+    ]
     decision = decide(folds)
     again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
     if not left:
@@ -111,18 +115,26 @@ def _forms(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
     return [bits for bits in allowed if not recipe.is_probe or folds.seeds(recipe.rounded(bits))]
 
 
-def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
-    """Return what is compared beside the best LoRA, the first one first."""
+def _in_turn(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Return what goes to all folds, in the order in which time goes to it."""
     if not ranked:
-        return []
-    best, most = ranked[0], folds.context.request.max_bytes
-    packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), when="training")
-    low_bits = [replace(packed, bits=bits) for bits in ("nf4", "int2")]
-    fitting = [recipe for recipe in low_bits if most is None or bytes_of(folds, recipe) <= most][:1]
+        return [probe]
+    best, first = ranked[0], low_bits(folds, ranked[0])
     adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
     second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
-    others = [*second, adaptive, replace(best, rank=_SMALL_RANK)]
-    return [*fitting, *others] if "int2" in allowed_bits(folds, best) else [*others, *fitting]
+    others = [best, probe, *second, adaptive, replace(best, rank=_SMALL_RANK)]
+    return [*first, *others] if first else [*others, *_packed(folds, best)]
+
+
+def low_bits(folds: Folds, best: Recipe) -> list[Recipe]:
+    """Return QA-LoRA with the best recipe of LoRA, where less than 4 bits are allowed."""
+    return _packed(folds, best) if "int2" in allowed_bits(folds, best) else []
+
+
+def _packed(folds: Folds, best: Recipe) -> list[Recipe]:
+    most, rate = folds.context.request.max_bytes, rate_of("qa_lora", best.rate)
+    both = [replace(best, method="qa_lora", rate=rate, bits=bits, when="training") for bits in ("nf4", "int2")]
+    return [recipe for recipe in both if most is None or bytes_of(folds, recipe) <= most][:1]
 
 
 def decide(folds: Folds) -> Decision:

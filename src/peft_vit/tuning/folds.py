@@ -182,7 +182,7 @@ class Folds:
 
     def gains_by_steps(self, recipe: Recipe) -> bool:
         """Tell whether more steps gain: as folds show with twice of them, else as half of them let expect."""
-        own = recipe.trained
+        own = recipe.plain
         twice, half = self.difference(replace(own, steps=2 * own.steps), own), self.difference(own, own.half)
         if twice is not None or half is None:
             return twice is not None and twice[0] > 0

@@ -42,7 +42,7 @@ from peft_vit.tasks import DecidingMetric
 from peft_vit.tuning.context import IMAGES_FILE, MakeRunner, TuningContext, context_of
 from peft_vit.tuning.costs import FEWEST_FOLDS, LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
 from peft_vit.tuning.final import times_longer, train_finally
-from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide
+from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
@@ -144,7 +144,8 @@ def choose(
     """
     costs, state = folds.costs, folds.context.state
     with state.stage("sizes"):
-        sizes = try_sizes(costs, allowed, regress, state.until(state.training_s))
+        reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
+        sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
         probe = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
         labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
@@ -153,8 +154,10 @@ def choose(
             raise UserError(NO_MODEL, field="--minutes")
         trained, untried, ranked = _worth_training(folds, sizes), list[Recipe](), list[Recipe]()
         if trained:
-            first = lora(trained[0].model, trained[0].image_size, trained[0].steps).rounded(ROUNDED[0])
-            reserved_s = folds.ending_s(first, LONGEST) + FEWEST_FOLDS * costs.rounding_s(first, len(ROUNDED) - 1)
+            first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
+            reserved_s = folds.ending_s(first.rounded(ROUNDED[0]), LONGEST)
+            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, len(ROUNDED) - 1)
+            reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
             ranked, untried = search(folds, trained, state.until(reserved_s))
     with state.stage("folds"):
         untried += compare(folds, probe, ranked)

@@ -45,6 +45,12 @@ class Recipe:
         return replace(self, bits=None, when="never") if self.when == "after" else self
 
     @property
+    def plain(self) -> Self:
+        """Return LoRA of the usual rank with as many steps, by which it is known whether more of them gain."""
+        rate = float(f"{self.rate / rate_of(self.method, 1.0):.3g}")
+        return replace(self, method="lora", rank=0, rate=rate, bits=None, when="never")
+
+    @property
     def half(self) -> Self:
         """Return it with half of its steps."""
         return replace(self, steps=self.steps // 2)

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.tuning.context import FOLDS
-from peft_vit.tuning.costs import FEWEST_FOLDS, LEAST_STEPS
+from peft_vit.tuning.costs import LEAST_STEPS
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import DEFAULT_RATE, Recipe, lora
 from peft_vit.tuning.sizes import SizeResult
@@ -86,11 +86,9 @@ def _standing(folds: Folds, recipe: Recipe) -> float:
 
 
 def _bracket_s(folds: Folds, recipes: Sequence[Recipe]) -> float:
-    """Return what successive halving takes: all on the first fold, half of them on the next, one on the fewest."""
+    """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
-        if len(going) == 1 and seed >= FEWEST_FOLDS:
-            break
         seconds += sum(folds.seconds(recipe, [seed]) for recipe in going)
         going = going[: (len(going) + 1) // 2]
     return seconds
