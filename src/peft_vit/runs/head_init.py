@@ -100,6 +100,7 @@ class SharedFeatures:
         self._task = TASKS[spec.task]
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file = _place(spec, provenance, hooks)
+        self.computed = 0  # features, not found in the cache
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""
@@ -117,6 +118,7 @@ class SharedFeatures:
         missing = ~np.isin(wanted, places)
         if missing.any():
             computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
+            self.computed += len(computed)
             places = np.concatenate([places, wanted[missing]])  # (M + new,)
             values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
             self._keep(places, values)

@@ -33,27 +33,16 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class TuningContext:
-    """What all stages after the first know.
+    """What all stages after the first know."""
 
-    Attributes:
-        state: of the tuning.
-        runner: does the runs of a study.
-        seen: of the images, see `data.inspect_images`.
-        images_file: which of them are sealed.
-        counts: images of each class that are not sealed.
-        metric: what decides.
-        different: of them, a copy not counted; None: all are.
-        sealed_images: how many are.
-    """
-
-    state: State
-    runner: Runner
-    seen: Any
-    images_file: Path
-    counts: tuple[int, ...]
-    metric: DecidingMetric
-    different: int | None = None
-    sealed_images: int = 0
+    state: State  # of the tuning
+    runner: Runner  # does the runs of a study
+    seen: Any  # of the images, see `data.inspect_images`
+    images_file: Path  # which of them are sealed
+    counts: tuple[int, ...]  # images of each class that are not sealed
+    metric: DecidingMetric  # what decides
+    different: int | None = None  # of them, a copy not counted; None: all are
+    sealed_images: int = 0  # how many are
 
     @property
     def request(self) -> TuneRequest:

@@ -29,21 +29,13 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """Where everything lies that a tuning leaves.
+    """Where everything lies that a tuning leaves."""
 
-    Attributes:
-        model: .onnx or .xml, of which the .bin stands beside it.
-        adapter: what was trained, without the backbone.
-        config: of a study that trains the model again, to the same adapter.
-        card: as Markdown, with figures in a folder beside it.
-        report: complete in itself.
-    """
-
-    model: Path
-    adapter: Path
-    config: Path
-    card: Path
-    report: Path
+    model: Path  # .onnx or .xml, of which the .bin stands beside it
+    adapter: Path  # what was trained, without the backbone
+    config: Path  # of a study that trains the model again, to the same adapter
+    card: Path  # as Markdown, with figures in a folder beside it
+    report: Path  # complete in itself
 
 
 def output_files_in(directory: Path) -> OutputFiles:
@@ -73,11 +65,6 @@ def check_output(request: TuneRequest) -> None:
 
 def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> OutputFiles:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
-
-    Args:
-        choice: what was chosen and what it was chosen by.
-        directory: gets model/, config.yaml, card.md, report.html and figures/.
-        tell: is told what is done, a line each.
 
     Raises:
         UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
