@@ -165,7 +165,7 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     said = answer(choice)
     assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
     assert f": {right:.1f} % right on new images (" in said
-    assert f", by {sealed} sealed images). The best float model found" in said
+    assert f", by {sealed} test images). The best float model found" in said
 
 
 @pytest.mark.parametrize(
