@@ -28,7 +28,7 @@ OUTPUTS, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "Test images and what it says of them",
     "Classes",
     "Mistakes",
-    "How far to believe its probabilities",
+    "Can you trust its probabilities?",
     "How it learned",
     "The images",
     "How it was made",
@@ -44,6 +44,7 @@ class ModelSummary:
         record: of its run, which is finished.
         quality: on its test images; None of a model of several labels, or of numbers.
         use: the command that predicts with it, without the images.
+        said: how good it is, in a line; empty: that is made of the record.
         to_web: the command that makes a page of it for a browser, if there is none.
         web: the address of that page, if there is one.
     """
@@ -51,6 +52,7 @@ class ModelSummary:
     record: RunRecord
     quality: ModelQuality | None
     use: str
+    said: str = ""
     to_web: str = ""
     web: str = ""
 
@@ -231,22 +233,24 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
 
 
 def _answer(summary: ModelSummary) -> Iterator[str]:
-    quality, n = summary.quality, summary.value.n
-    if quality is not None:
-        yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
-    if summary.metric.equal_classes:
-        yield (
-            "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
-            f"{percent(summary.value.estimate)}."
-        )
-    percents = " %" if summary.metric.is_share else ""
-    expected = f"{bounds_of(summary.metric, summary.value)}{percents} ({summary.metric.words}, 95 % interval)"
-    yield f"On other images of the same kind expect {expected}."
+    quality, n, metric = summary.quality, summary.value.n, summary.metric
+    if summary.said:
+        yield plain(summary.said)
+    else:
+        if quality is not None:
+            yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
+        if metric.equal_classes:
+            yield (
+                "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
+                f"{percent(summary.value.estimate)}."
+            )
+        expected = f"{bounds_of(metric, summary.value)}{' %' if metric.is_share else ''}"
+        yield f"On other images of the same kind expect {expected} ({metric.words}, 95 % interval)."
     yield from beside_the_probe(summary.record)
     if quality is not None and quality.confusions:
         most = quality.confusions[0]
         yield (
-            f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
+            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
             f"{most.of} images)."
         )
     if summary.use:

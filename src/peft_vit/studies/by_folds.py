@@ -53,7 +53,7 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
         own = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
         if own is not None and own.status == "done":
             outcomes.append(Outcome.of(own, folder))
-            predicted.append(None if own.probe_test is None else own.probe_test.predicted)
+            predicted.append(None if own.probe_test is None else np.asarray(own.probe_test.predicted))
     if not outcomes:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
     logits, labels, images = (
