@@ -87,7 +87,7 @@ class ExportRequest(Request):
     adapter_bits: Annotated[Literal["1", "2", "4", "8", "16", "32"] | None, OnlyWith(bundle=...)] = Field(
         default=None,
         description="Round the adapters of a bundle to this many bits a value, and their heads to 4 at least; what "
-        "that loses is printed. Without it, 16.",
+        "that loses is printed. Without it, as they were trained by --adapter-bytes, else 16.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
     bits: Annotated[_Bits | None, OnlyWith(format=("onnx", "openvino", "safetensors", "web"))] = Field(
@@ -227,7 +227,7 @@ def _export_bundle(request: ExportRequest, folder: Path) -> None:
     with progress(f"exporting to {folder}", sys.stderr) as on_progress:
         from peft_vit.runs.bundle import export_bundle
 
-        bits: Any = int(request.adapter_bits or 16)
+        bits: Any = request.adapter_bits and int(request.adapter_bits)
         done = export_bundle(request.runs, folder, bits=bits, overwrite=request.overwrite, on_progress=on_progress)
     for adapter in done:
         compared = adapter.comparison

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import torch
 from pydantic import Field
@@ -91,7 +91,8 @@ class PackedAdapter:
             adapter, rows = _adapter_on(model, site)
             ranks.append(0 if adapter is None else adapter.rank)
             if adapter is not None and adapter.rank:
-                left, right = adapter.factors()  # (out_a, r), (r, in / pool)
+                # Rounded ones, rounded again, need not be the same.
+                left, right = adapter.exact_factors() if adapter.bits == bits else adapter.factors()
                 factors += [right, left[rows].T]  # (r, in / pool), (r, out)
                 pools.add(adapter.pool)
         header = AdapterHeader(
@@ -168,6 +169,12 @@ class PackedAdapter:
         parts = {name: self.tensors[key] for name in ("codes", "scales") if (key := _OF_HEAD + name) in self.tensors}
         (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
         return weight, bias.float()
+
+
+def trained_bits(model: nn.Module) -> StoredBits | None:
+    """Return the bits that a model's adapters were trained to be stored in; None: they were not."""
+    adapters = [adapter for _, module in adapted_modules(model) for _, adapter in module.adapters()]
+    return next((bits for bits in get_args(StoredBits) if adapters and adapters[0].bits == bits), None)
 
 
 def number_formats(base: LowBitHeader) -> str:

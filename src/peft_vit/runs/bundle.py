@@ -22,7 +22,7 @@ from peft_vit.backbones import Backbone
 from peft_vit.config import BUNDLE_FILE, is_bundle
 from peft_vit.deployment import Classifier, ModelCard, Prediction, predict_images, torch_classifier
 from peft_vit.deployment.model_card import HEADER, write_exported
-from peft_vit.deployment.packed_adapter import PackedAdapter, StoredBits, Update, backbone_of
+from peft_vit.deployment.packed_adapter import PackedAdapter, StoredBits, Update, backbone_of, trained_bits
 from peft_vit.deployment.predicting import GivenImage, prediction_of, prepared
 from peft_vit.deployment.torch_files import LowBitHeader, build_low_bit, read_low_bit
 from peft_vit.errors import UserError, named, os_fault
@@ -193,8 +193,11 @@ def _is_run(path: Path) -> bool:
     return os.path.isfile(single_run(path) / RECORD_FILE)
 
 
-def _split(run: RestoredRun, bits: StoredBits, path: Path) -> tuple[LowBitHeader, dict[str, Tensor], PackedAdapter]:
-    """Return header and tensors of a run's backbone, and its adapter; the head keeps at least 4 bits."""
+def _split(
+    run: RestoredRun, bits: StoredBits | None, path: Path
+) -> tuple[LowBitHeader, dict[str, Tensor], PackedAdapter]:
+    """Return header and tensors of a run's backbone, and its adapter in so many bits; the head has at least 4."""
+    bits = bits or trained_bits(run.model) or 16
     header, tensors = backbone_of(copy.deepcopy(run.model), run.card)
     with named(path):
         head_bits: StoredBits = 4 if bits < 4 else bits
@@ -214,7 +217,7 @@ def export_bundle(
     runs: Sequence[Path],
     folder: Path,
     *,
-    bits: StoredBits = 16,
+    bits: StoredBits | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[BundledAdapter]:
@@ -225,7 +228,7 @@ def export_bundle(
     Args:
         runs: folders of runs, or of calls of `train`.
         folder: new, empty, or a bundle of the same backbone.
-        bits: of the adapters' values.
+        bits: of the adapters' values; None: those that they were trained in, else 16.
         overwrite: replace adapters of these names.
         on_progress: is told how many runs of how many are done.
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from done_runs import do
+from done_runs import do, do_one, restored, with_settings
 from PIL import Image
 from safetensors.torch import save
 from tiny_models import CARD, random_model
 
 from peft_vit import Bundle
-from peft_vit.adapters import attach_adapters
-from peft_vit.backbones import find_sites
+from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters, store_in_bits
+from peft_vit.backbones import Backbone, find_sites
+from peft_vit.config import StartingRanksConfig
 from peft_vit.deployment.model_card import HEADER
 from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
 from peft_vit.errors import UserError
@@ -23,6 +24,7 @@ from peft_vit.runs.restore import restore_run
 
 pytestmark = pytest.mark.part("runner")
 IMAGES = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+EVEN = StartingRanksConfig(rule="even", budget=200, unit="bytes")
 MIXED = ["b", "a", "none", "b", "a"]
 
 
@@ -152,3 +154,46 @@ def test_a_header_that_tells_of_other_tensors_is_refused(tmp_path, change) -> No
     bundle = Bundle.load(tmp_path)
     with pytest.raises(UserError, match="here"):
         bundle.add("b", PackedAdapter(packed.header.model_copy(update=change), packed.tensors), Path("here"))
+
+
+STORED = {
+    "after": ("lora", {"rank": 2, "adapter_bits": 4, "adapter_rounding": "after"}),
+    "below one rank": ("lora", {"rank": None, "adapter_bits": 1, "ranks": EVEN}),
+    "on packed weights": ("qa_lora", {"rank": None, "adapter_bits": 2, "ranks": EVEN}),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_run_in_few_bits_is_restored_and_stored_as_it_was_trained(study, tmp_path, case) -> None:
+    method, settings = STORED[case]
+    record = do_one(with_settings(study(method), method, **settings), tmp_path)
+    run = restored(record, tmp_path)
+    if "ranks" in settings:
+        spent = record.rank_history[0]
+        assert spent.unit == "bytes"
+        assert 0.8 * EVEN.budget < spent.cost <= EVEN.budget
+    (done,) = export_bundle([run_folder(tmp_path, record.spec)], tmp_path / "bundle")
+    packed = PackedAdapter.read(tmp_path / "bundle" / f"{done.name}.safetensors")
+    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 4)
+    if "ranks" in settings:
+        stored = sum(packed.tensors[name].nbytes for name in ("codes", "scales"))
+        assert spent.cost - 12 < stored <= spent.cost
+    backbone = Backbone(run.model)
+    updates = packed.updates(backbone.sites)
+    for name, module in adapted_modules(run.model):
+        delta = torch.zeros(module.out_features, module.in_features // module.pool)  # (out, in / pool)
+        for rows, ranks, left in updates[name].left if name in updates else []:
+            delta[rows] = left @ updates[name].right[ranks]
+        expected = torch.cat([adapter.delta() for _, adapter in module.adapters()])  # (out, in)
+        assert torch.equal(delta.repeat_interleave(module.pool, dim=1), expected)
+
+
+def test_values_are_rounded_while_training_only_if_asked_for(study, tmp_path) -> None:
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model), 1, scale=2.0, seed=0)
+    adapter = next(iter(site_adapters(model).values()))
+    exact = adapter.lora_A.detach().clone()
+    for while_training, in_training in ((True, 2), (False, len(exact.unique()))):
+        store_in_bits(model, 1, while_training=while_training)
+        assert len(adapter.train().factors()[1].unique()) == in_training
+        assert len(adapter.eval().factors()[1].unique()) == 2
