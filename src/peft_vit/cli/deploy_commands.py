@@ -90,7 +90,11 @@ class ExportRequest(Request):
         "that loses is printed. Without it, as they were trained by --adapter-bytes, else 16.",
     )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
-    bits: Annotated[_Bits | None, OnlyWith(format=("onnx", "openvino", "safetensors", "web"))] = Field(
+    bits: Annotated[
+        _Bits | None,
+        OnlyWith(bundle=None, remedy="leave it out: its backbone stays as it was trained on"),
+        OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
+    ] = Field(
         default=None,
         description="Round the weights of a run that was trained on floats, and print what that loses. "
         f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
