@@ -116,10 +116,15 @@ def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> di
 
     The bits are the fewest with which they buy at most rank DEFAULT_RANK everywhere: ranks of one bit are worth more
     than the bits of fewer ranks (arXiv 2307.16867, on float weights). Whether that is the best rule is not measured.
+
+    Raises:
+        UserError: if they buy no rank of one bit.
     """
-    stored = (1, 2, 4, 8, 16)
-    costs = {bits: int(adapters._replace(bits=bits).costs("bytes", sites).sum()) for bits in stored}
-    bits = next((bits for bits in stored if total_bytes <= DEFAULT_RANK * costs[bits]), stored[-1])
+    costs = {bits: adapters._replace(bits=bits).costs("bytes", sites) for bits in (1, 2, 4, 8, 16)}
+    if total_bytes < (least := int(costs[1].min())):
+        reason = f"expected at least {least} B, which one rank of the smallest matrix takes in one bit"
+        raise UserError(f"{reason}, got {total_bytes} B", field="--adapter-bytes")
+    bits = next((bits for bits, cost in costs.items() if total_bytes <= DEFAULT_RANK * int(cost.sum())), 16)
     return {"adapter_bits": bits, "ranks": {"rule": "even", "budget": total_bytes, "unit": "bytes"}}
 
 

@@ -242,11 +242,7 @@ class TrainRequest(Request):
         "it, adalora and qa_adalora take four ranks for each weight matrix. With lora it takes the place of --rank.",
     )
     adapter_bytes: Annotated[
-        WrittenSize,
-        Option(keys=("budget",)),
-        OnlyWith(method=("lora", "qa_lora")),
-        OnlyWith(budget=None),
-        _UNLESS_IMPORTED,
+        WrittenSize, OnlyWith(method=("lora", "qa_lora")), OnlyWith(budget=None), _UNLESS_IMPORTED
     ] = Field(
         default=None,
         description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora in "
