@@ -268,7 +268,7 @@ def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
 
 def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
     """Return an image as a model's input, (3, S, S); raises UserError if it can't be read."""
-    pixels = _pixels(image, card)
+    pixels = _pixels(_on_disk(image) if isinstance(image, Path) else image, card)
     if isinstance(pixels, UserError):
         raise pixels
     normalised: NDArray[np.float32] = _normalised(pixels[None], card)[0]

@@ -150,7 +150,12 @@ class Bundle:
         return Classifier(lambda images: np.stack(self.logits(images, asked)), card)
 
     def predict(
-        self, images: Iterable[GivenImage], names: str | Sequence[str], coverage: float | None = None, *, top: int = 1
+        self,
+        images: Iterable[GivenImage | str],
+        names: str | Sequence[str],
+        coverage: float | None = None,
+        *,
+        top: int = 1,
     ) -> list[Prediction]:
         """Return one prediction an image; those of several adapters pass the backbone together.
 
@@ -163,9 +168,10 @@ class Bundle:
         Raises:
             UserError: for the first image that can't be read; as `logits`.
         """
+        given = [Path(image) if isinstance(image, str) else image for image in images]
         if isinstance(names, str):
-            return predict_images(self.classifier(names), images, coverage, top)
-        predictions, pairs = [], _pairs(list(images), names)
+            return predict_images(self.classifier(names), given, coverage, top)
+        predictions, pairs = [], _pairs(given, names)
         for start in range(0, len(pairs), _AT_ONCE):
             chunk = pairs[start : start + _AT_ONCE]
             cards = [self._adapter(name).header.card for _, name in chunk]

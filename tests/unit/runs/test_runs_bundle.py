@@ -106,7 +106,7 @@ def test_images_of_several_adapters_are_predicted_together(runs, tmp_path) -> No
     export_bundle(made, folder)
     bundle, file = Bundle.load(folder), tmp_path / "image.png"
     Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(file)
-    together = bundle.predict([file, file], ["linear", "lora"], top=2)
+    together = bundle.predict([str(file), file], ["linear", "lora"], top=2)
     for name, said in zip(("linear", "lora"), together, strict=True):
         (alone,) = bundle.predict([file], name, top=2)
         assert (said.class_name, said.top[0][0]) == (alone.class_name, alone.top[0][0])
