@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from pydantic import Field
@@ -42,27 +42,11 @@ class AdapterHeader(Header):
     ranks: tuple[_Rank, ...]  # of each site in the model's order
 
 
-@dataclass(frozen=True)
-class Update:
-    """What an adapter adds to one module's outputs.
+class Update(NamedTuple):
+    """What an adapter adds to the outputs of one module: inputs @ right.T @ left."""
 
-    Attributes:
-        right: (r, in / pool) of all sites of the module.
-        left: rows of the module, columns of `right`'s product, and (out_s, r_s) of each site.
-        pool: inputs that are summed for `right`.
-    """
-
-    right: Tensor
-    left: list[tuple[slice, slice, Tensor]]
-    pool: int
-
-    def add_to(self, outputs: Tensor, inputs: Tensor) -> None:
-        """Add it, in place, to outputs (N, out) of inputs (N, in)."""
-        if self.pool > 1:
-            inputs = inputs.unflatten(1, (-1, self.pool)).sum(-1)  # (N, in) -> (N, groups)
-        inner = inputs @ self.right.T  # (N, r)
-        for rows, ranks, left in self.left:
-            outputs[:, rows].addmm_(inner[:, ranks], left.T)  # (N, out_s)
+    right: Tensor  # (R, in), R the ranks of all sites of the module
+    left: Tensor  # (R, out), zero where a rank is not of a row's site
 
 
 @dataclass(frozen=True)
@@ -149,19 +133,17 @@ class PackedAdapter:
 
     def updates(self, sites: Sequence[Site]) -> dict[str, Update]:
         """Return what it adds, by module, in float32."""
+        rows = {site.module: site.rows[1] for site in sites}  # the last one's: all of the module
         header, ranked = self.header, [pair for pair in zip(sites, self.header.ranks, strict=True) if pair[1]]
         shapes = [
             (rank, size) for site, rank in ranked for size in (site.in_features // header.pool, site.out_features)
         ]
         parts = {name: self.tensors[name] for name in ("codes", "scales") if name in self.tensors}
         factors = unpack_rows(parts, shapes, header.bits)
-        updates: dict[str, Update] = {}
-        for (site, rank), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
-            before = updates.get(site.module, Update(right[:0], [], header.pool))
-            ranks = slice(len(before.right), len(before.right) + rank)
-            left_of_all = [*before.left, (site.span, ranks, left.T)]
-            updates[site.module] = Update(torch.cat([before.right, right]), left_of_all, header.pool)
-        return updates
+        by_module: dict[str, list[tuple[Site, Tensor, Tensor]]] = {}
+        for (site, _), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
+            by_module.setdefault(site.module, []).append((site, right, left))
+        return {module: _joined(parts, header.pool, rows[module]) for module, parts in by_module.items()}
 
     def head(self, width: int) -> tuple[Tensor, Tensor]:
         """Return weight (classes, width) and bias (classes,) in float32."""
@@ -196,6 +178,18 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
         model.set_submodule(name, head)
     nothing = {"calibrated": None, "unlike": None, "integer_bits": None, "interpolation": "bicubic", "channels": 3}
     return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
+
+
+def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
+    """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
+    right = torch.cat([right for _, right, _ in parts]).repeat_interleave(pool, dim=1)  # (R, in)
+    if len(parts) == 1 and parts[0][0].out_features == rows:
+        return Update(right, parts[0][2])
+    left, start = right.new_zeros(len(right), rows), 0  # (R, out)
+    for site, _, of_site in parts:
+        left[start : start + len(of_site), site.span] = of_site
+        start += len(of_site)
+    return Update(right, left)
 
 
 def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice]:

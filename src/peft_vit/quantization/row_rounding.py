@@ -14,6 +14,7 @@ distribution (Max 1960, table II), or where no value lies outside, if that is le
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -99,6 +100,13 @@ def pack_rows(matrices: list[Tensor], bits: int) -> dict[str, Tensor]:
     return {"codes": pack_codes(codes.unsqueeze(0), bits)[0], "scales": torch.cat([scales for _, scales in rounded])}
 
 
+@functools.cache
+def _levels(bits: int) -> Tensor:
+    """Return what the codes in each of the 256 bytes stand for at scale 1, (256, codes a byte)."""
+    codes = unpack_codes(torch.arange(256, dtype=torch.uint8).unsqueeze(1), bits, 8 // bits)
+    return row_values(codes, torch.tensor(_UNIT), bits) / _UNIT
+
+
 def unpack_rows(tensors: dict[str, Tensor], shapes: list[tuple[int, int]], bits: int) -> list[Tensor]:
     """Return the float32 matrices of these shapes that `pack_rows` has packed.
 
@@ -117,8 +125,7 @@ def unpack_rows(tensors: dict[str, Tensor], shapes: list[tuple[int, int]], bits:
         return [part.float().view(shape) for part, shape in zip(tensors["codes"].split(sizes), shapes, strict=True)]
     if not values:
         return [torch.empty(shape) for shape in shapes]
-    codes = unpack_codes(tensors["codes"].unsqueeze(0), bits, values)[0]  # (values,)
     lengths = torch.tensor([columns for rows, columns in shapes for _ in range(rows)])  # (all rows,)
     scales = tensors["scales"].float().repeat_interleave(lengths, output_size=values)  # (values,)
-    flat = row_values(codes, scales, bits)
+    flat = _levels(bits)[tensors["codes"].int()].flatten()[:values] * scales  # (bytes, codes a byte) -> (values,)
     return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]

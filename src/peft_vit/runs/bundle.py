@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from peft_vit.backbones import Backbone
 from peft_vit.config import BUNDLE_FILE, is_bundle
@@ -57,7 +58,7 @@ class Bundle:
         self._adapters: dict[str, PackedAdapter] = {}
         self._width = self._backbone.head.in_features
         self._lock = threading.Lock()  # over what one pass adds
-        self._batch = _Batch(0, [])
+        self._batch: _Batch | None = None
         for module in dict.fromkeys(site.module for site in self._backbone.sites):
             model.get_submodule(module).register_forward_hook(partial(self._add, module))
         for name, path in {name: Path(path).expanduser() for name, path in adapters.items()}.items():
@@ -96,8 +97,7 @@ class Bundle:
     def logits(self, images: NDArray[np.float32], names: str | Sequence[str]) -> list[NDArray[np.float32]]:
         """Return the logits (classes,) of each image by its own adapter; one pass of the backbone for all.
 
-        The images of an adapter lie together during the pass. Each layer multiplies all of them with its weight, and
-        those of each adapter with the adapter's two thin matrices.
+        Each layer multiplies all images with its weight, and each image with the two thin matrices of its adapter.
 
         Args:
             images: (B, 3, S, S), normalised.
@@ -107,35 +107,39 @@ class Bundle:
             UserError: if there is no adapter of a name, or not one name an image.
         """
         names = [names] * len(images) if isinstance(names, str) else [name for _, name in _pairs(images, names)]
-        order = sorted(range(len(names)), key=names.__getitem__)
-        groups: list[tuple[slice, PackedAdapter]] = []
-        for name in sorted(set(names)):
-            start = groups[-1][0].stop if groups else 0
-            groups.append((slice(start, start + names.count(name)), self._adapter(name)))
-        updates = [(rows, adapter.updates(self._backbone.sites)) for rows, adapter in groups]
+        different = sorted(set(names))
+        adapters = [self._adapter(name) for name in different]
+        which = torch.tensor([different.index(name) for name in names])  # (B,)
+        batch = _Batch(which, [adapter.updates(self._backbone.sites) for adapter in adapters])
         with self._lock, torch.inference_mode():
-            self._batch = _Batch(len(names), updates)
+            self._batch = batch
             try:
-                features = self._backbone.features(torch.from_numpy(images[order]))  # (B, width), in order
+                features = self._backbone.features(torch.from_numpy(images))  # (B, width)
             finally:
-                self._batch = _Batch(0, [])
+                self._batch = None
         outputs: list[Any] = [None] * len(names)
-        for rows, adapter in groups:
+        for number, adapter in enumerate(adapters):
             weight, bias = adapter.head(self._width)
-            for place, logits in zip(order[rows], (features[rows] @ weight.T + bias).numpy(), strict=True):
+            places = (which == number).nonzero().flatten()
+            for place, logits in zip(places.tolist(), (features[places] @ weight.T + bias).numpy(), strict=True):
                 outputs[place] = logits
         return outputs
 
     def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Add to a module's outputs what each adapter adds to its images."""
-        if not self._batch.images:
+        """Add to a module's outputs, in place, what each adapter adds to its images."""
+        batch = self._batch
+        if batch is None or not any(name in updates for updates in batch.updates):
             return
-        rows = inputs[0].numel() // inputs[0].shape[-1] // self._batch.images  # of an image
-        flat_in, flat_out = inputs[0].reshape(-1, inputs[0].shape[-1]), output.view(-1, output.shape[-1])
-        for images, updates in self._batch.updates:
-            if name in updates:
-                of_adapter = slice(images.start * rows, images.stop * rows)
-                updates[name].add_to(flat_out[of_adapter], flat_in[of_adapter])
+        x = inputs[0].reshape(len(batch.which), -1, inputs[0].shape[-1])  # (B, T, in), windows of an image together
+        y = output.view(*x.shape[:2], -1)  # (B, T, out)
+        if len(batch.updates) == 1:
+            right, left = batch.updates[0][name]
+            y.flatten(0, 1).addmm_(x.flatten(0, 1) @ right.T, left)
+            return
+        nothing = Update(x.new_zeros(0, x.shape[-1]), x.new_zeros(0, y.shape[-1]))
+        parts = zip(*(updates.get(name, nothing) for updates in batch.updates), strict=True)
+        right, left = (pad_sequence(part, batch_first=True)[batch.which] for part in parts)  # (B, R, in), (B, R, out)
+        y.baddbmm_(x @ right.mT, left)
 
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
@@ -181,12 +185,11 @@ class Bundle:
         return predictions
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What one pass adds: of so many images, the updates of those of each adapter, by module."""
+class _Batch(NamedTuple):
+    """What one pass adds."""
 
-    images: int
-    updates: list[tuple[slice, dict[str, Update]]]
+    which: Tensor  # (B,), of each image its adapter
+    updates: list[dict[str, Update]]  # of each adapter, by module
 
 
 def _pairs(images: Sequence[Any] | NDArray[Any], names: Sequence[str]) -> list[tuple[Any, str]]:

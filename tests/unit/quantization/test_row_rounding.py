@@ -29,7 +29,7 @@ def test_one_bit_is_the_sign_times_the_mean_magnitude() -> None:
     torch.testing.assert_close(rounded_rows(rows, 1), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "slack"), [(1, 1.001), (2, 1.01), (4, 1.05), (8, 1.3)])
+@pytest.mark.parametrize(("bits", "slack"), [(1, 1.001), (2, 1.01), (4, 1.05), (8, 1.5)])
 def test_hardly_another_scale_has_a_smaller_error(bits, slack) -> None:
     for seed in range(5):
         row = drawn(1, 384, seed)
