@@ -23,6 +23,12 @@ from peft_vit.studies.plan import PlannedRun
 Said = CaptureResult[str]
 
 
+@pytest.fixture(autouse=True)
+def _few_images_validate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let some of the few images of a test validate, in place of five trainings more; see test_train_by_folds."""
+    monkeypatch.setattr("peft_vit.studies.own_images.FEWEST_VALIDATION", 0)
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write random weights of timm's test_vit for 32 px."""

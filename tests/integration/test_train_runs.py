@@ -195,7 +195,7 @@ def test_a_call_delivers_the_better_of_training_and_of_a_regression_at_another_s
     (run.folder / "model.txt").unlink()  # as if the call had ended after training
     shutil.rmtree(run.folder / regression.spec.study)
     said = command(*words.split()).out
-    assert f"Training is done in {run.folder}; what is left is a regression on frozen features." in said
+    assert f"Training is done in {run.folder}; what is left tells how good it is." in said
     assert "A regression at 64 px may be better; making it." in said
     assert not re.search("Starts in|it takes about", said)
 
@@ -228,3 +228,6 @@ def test_the_best_size_is_gone_back_to_only_if_its_regression_is_better() -> Non
     assert sizes.better_than(56) == 112
     assert sizes.better_than(112) is None
     assert sizes.better_than(224) is None
+    assert SizesFile(values=sizes.values, trained=0.75, upper=0.79).better_than(112) == 112
+    assert SizesFile(values=sizes.values, trained=0.75, upper=0.81).better_than(56) is None
+    assert SizesFile(values={}, trained=0.75, upper=0.9).better_than(56) is None

@@ -160,15 +160,15 @@ class DataConfig(Settings):
     validation_images: int = Field(
         ge=0, description="images that choose the best step; 0: none, and the model of the last step is taken"
     )
-    test_images: Annotated[int | None, OnlyWith(folds=None)] = Field(
+    test_images: int | None = Field(
         default=None, ge=2, description="images to test on; default: the data set's own test split"
     )
     folds: int | None = Field(
         default=None,
         ge=2,
         le=100,
-        description="in place of test_images: seed s tests on fold s % folds of what the own test split leaves, in "
-        "repetition s // folds; new folds for each repetition",
+        description="seed s tests on fold s % folds of what the own test split, or test_images, leave, in repetition "
+        "s // folds; new folds for each repetition",
     )
     split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the draw of all splits")
     train_subset: Literal["fixed", "per_seed"] = Field(

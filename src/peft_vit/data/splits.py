@@ -46,9 +46,9 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     move when `train_images` does. Training images come out of what test and validation leave, so they move with these;
     with `train_subset: per_seed` their choice follows from `seed` in any case.
 
-    With `folds`, what the own test split leaves is divided into as many, see `deal_folds`: seed s tests on fold
-    s % folds of repetition s // folds. A repetition's folds follow from `split_seed` and its number, and test each
-    image once. Validation images are drawn from the rest by `seed`, and no copies are on two sides.
+    With `folds`, what the own test split or `test_images` leave is divided into as many, see `deal_folds`: seed s
+    tests on fold s % folds of repetition s // folds. A repetition's folds follow from `split_seed` and its number, and
+    test each image once. Validation images are drawn from the rest by `seed`, and no copies are on two sides.
 
     Args:
         index: the data set.
@@ -66,7 +66,9 @@ def make_splits(index: ImageIndex, config: DataConfig, seed: int) -> Splits:
     if config.folds is None:
         test, rest = _draw_test(index, config, rng)
     else:
-        divided = everything if index.official_test is None else everything[~index.official_test]
+        divided = everything
+        if index.official_test is not None or config.test_images is not None:
+            divided = _draw_test(index, config, _generator("split", config.split_seed, None))[1]
         groups = index.groups[divided]
         _need("folds", config.folds, len(np.unique(groups)), "different images are there")
         repetition, fold = divmod(seed, config.folds)

@@ -61,7 +61,7 @@ from peft_vit.records import (
     RunSpec,
 )
 from peft_vit.runs.head_init import SharedFeatures, init_head
-from peft_vit.runs.held_out import Outputs, calibration_of, known_images
+from peft_vit.runs.held_out import Outputs, calibration_of, known_images, unlike_by_training
 from peft_vit.runs.machine import (
     cpu_count,
     hash_arrays,
@@ -418,6 +418,10 @@ def _train_and_test(
         with attempt.overhead.of("calibration"):
             known = outputs(known_images(data.train, spec.seed, data.task)).middle if spec.measures.features else None
             calibration, content = calibration_of(outputs(data.validation), test, known)
+    elif spec.measures.features:
+        with attempt.overhead.of("calibration"):
+            known = outputs(known_images(data.train, spec.seed, data.task)).middle
+            calibration, content = ({}, None) if known is None else unlike_by_training(test, known)
     predicted = data.task.predictions(test.logits, test.labels, images.positions, keep_logits=spec.measures.logits)
     predicted = predicted.model_copy(update={"files": data.test_files})
     measured = data.task.measure(test.logits, test.labels)

@@ -83,6 +83,26 @@ def calibration_of(
     return fields, content
 
 
+def unlike_by_training(test: Outputs, known: NDArray[np.float32]) -> tuple[dict[str, Any], bytes | None]:
+    """Return likewise where nothing validates: training images, each left out in turn, tell what is unlike them all.
+
+    Training has fitted them, but the middle of the network hardly moves. How many test images are then flagged is
+    measured; of temperature and sets nothing is known.
+    """
+    if len(known) < FEWEST_HELD_OUT or test.middle is None:
+        return {}, None
+    neighbours = Neighbours.of(known)
+    content = neighbours_bytes(neighbours)
+    unlike = Unlike(images=len(known), threshold=conformal_quantile(neighbours.apart(), LIKE))
+    flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
+    fields = {
+        "unlike": unlike,
+        "features_sha256": hashlib.sha256(content).hexdigest(),
+        "tested_calibration": checked_on(None, test, flagged),
+    }
+    return fields, content
+
+
 def believed(
     validation: Outputs, known: Neighbours | None, prior: TemperaturePrior = PRIOR
 ) -> tuple[Calibrated, Unlike | None]:
@@ -100,12 +120,16 @@ def believed(
     return calibrated, Unlike(images=len(validation.labels), threshold=threshold)
 
 
-def checked_on(calibrated: Calibrated, test: Outputs, flagged: int | None = None) -> TestedCalibration:
-    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged."""
-    p = probabilities(test.logits, calibrated.temperature)  # (N, classes)
+def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None = None) -> TestedCalibration:
+    """Return what calibrated probabilities and prediction sets come to on test images, of which some are flagged.
+
+    Without a calibration they are those of the logits as they are.
+    """
+    p = probabilities(test.logits, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
     own = 1 - class_scores(p, test.labels)  # (N,)
     rows = np.arange(len(p))
-    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in _SHOWN if c in calibrated.coverages}
+    asked = [] if calibrated is None else [c for c in _SHOWN if c in calibrated.coverages]
+    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in asked if calibrated is not None}
     return TestedCalibration(
         nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
         probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),

@@ -33,6 +33,14 @@ class Neighbours:
         codes = np.rint((values - mean) / spread * STEPS).clip(-127, 127).astype(np.int8)
         return cls(mean, spread, codes)
 
+    def apart(self) -> NDArray[np.float64]:
+        """Return the distance of each known image to the nearest other one, (n,), as `distances`."""
+        known = self.codes.astype(np.float64) / STEPS  # (n, D)
+        squares = (known**2).sum(1)
+        between = squares[:, None] + squares - 2 * known @ known.T  # (n, n)
+        np.fill_diagonal(between, np.inf)
+        return np.asarray(np.sqrt(between.min(1).clip(0) / known.shape[1]))
+
     def distances(self, features: ArrayLike) -> NDArray[np.float64]:
         """Return the distance of each image (m, D) to its nearest neighbour, (m,): root of the mean square over D."""
         z = (np.asarray(features, dtype=np.float32) - self.mean) / self.spread  # (m, D)

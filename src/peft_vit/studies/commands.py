@@ -14,7 +14,16 @@ from peft_vit.config import StudyConfig, load_study, named_as_typed
 from peft_vit.console import duration, print_lines, progress
 from peft_vit.errors import UserError, named
 from peft_vit.forecasting.time_limit import Limit
-from peft_vit.records import RECORD_FILE, STUDY_FILE, link_latest, read_record, read_study_file, run_folder, single_run
+from peft_vit.records import (
+    RECORD_FILE,
+    STUDY_FILE,
+    link_latest,
+    read_record,
+    read_study_file,
+    run_folder,
+    single_run,
+    write_record,
+)
 from peft_vit.records.progress import StudyLock, study_lock, study_status
 from peft_vit.safe_io import folder_below
 from peft_vit.studies.executors import EXECUTORS
@@ -33,7 +42,9 @@ from peft_vit.studies.train_runs import (
 )
 
 if TYPE_CHECKING:  # what plans and drives is loaded with the locks held: whoever comes too late leaves before torch
+    from peft_vit.records import RunRecord
     from peft_vit.statistics.sequential import SequentialResult
+    from peft_vit.studies.by_folds import ByFolds
     from peft_vit.studies.own_images import OwnImages
     from peft_vit.studies.plan import Plan
 
@@ -116,13 +127,14 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
         index = images.index
         asked = RequestFile.of(request, index, files)
         run, changes = earlier_call(asked)
-        if run is not None and run.status().state == "done" and run.size_left() is None:
+        if run is not None and run.status().state == "done" and not run.folds_left() and run.size_left() is None:
             link_latest(run.folder)
             _log(f"This call was done before, in {run.folder}. Another setting, such as --seed 1, makes a new run.")
             return run
         counts = count_images(request, index)
         several = f"{len(index.labels)} images in {len(index.class_names)} classes"
-        shares = f"{counts.train} to train, {counts.validation} to validate, {counts.test} to test."
+        validated = f"{counts.validation} to validate, " if counts.validation else ""
+        shares = f"{counts.train} to train, {validated}{counts.test} to test."
         print_lines(filter(None, [f"{several}: {shares}", changes]))
         folder = None if run is None else run.folder
         with call_folder(request.output, request.label, folder) as lock:
@@ -140,7 +152,9 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
             else:
                 images.write(file)
                 link_latest(run.folder)
-                _log(f"Training is done in {run.folder}; what is left is a regression on frozen features.")
+                _log(f"Training is done in {run.folder}; what is left tells how good it is.")
+            if run.folds_left():
+                _by_folds(run, request, images, file)
             if (size := run.size_left()) is not None:
                 _beside(run, request, images, file, size)
         return run
@@ -187,6 +201,45 @@ def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Pa
     return plan, chosen
 
 
+def _by_folds(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> None:
+    """Find by trainings on folds how far a call's model can be believed, and whether a regression is better."""
+    from peft_vit.tasks import metric_of
+
+    record = run.record()
+    assert record is not None
+    size, sizes = record.spec.data.image_size, run.sizes() or SizesFile(values={})
+    known = _tell_by_folds(run.folder, run.folder.parent, record, request, images, file)
+    values = sizes.values if known.of_probe is None else {**sizes.values, size: known.of_probe}
+    metric = metric_of(record.spec)
+    its = {"the model": known.value, **{f"a regression at {at} px": values[at] for at in sorted(values)}}
+    said = ", ".join(f"{name} {metric.text(metric.sign * value)}" for name, value in its.items())
+    print_lines([f"On images that are left out of training in turn: {said}."])
+    write_sizes(run.folder, sizes.model_copy(update={"values": values, "trained": known.value, "upper": known.upper}))
+
+
+def _tell_by_folds(
+    folder: Path, results_dir: Path, record: RunRecord, request: TrainRequest, images: OwnImages, file: Path
+) -> ByFolds:
+    """Train like a run without a fold of its images each, and write into its record how far it can be believed."""
+    from peft_vit.studies.by_folds import known_by_folds
+    from peft_vit.studies.own_images import fold_study
+    from peft_vit.studies.plan import plan_study
+
+    request = request.model_copy(update={"weights": request.weights or record.spec.backbone.weights})
+    study = fold_study(request, images, file, record)
+    images.keep_pixels(study)
+    with study_lock(folder / study.name) as lock:
+        plan = plan_study(study, folder, file=None)
+        if plan.pending:
+            about = duration(sum(planned.estimate.seconds for planned in plan.pending))
+            how = f"{len(study.seeds)} trainings, each without a part of them, tell how good it is"
+            print_lines([f"The images are too few to set some aside for validation: {how}; about {about}."])
+            _drive(plan, lock)
+    known = known_by_folds(record, plan, folder)
+    write_record(results_dir, known.record)
+    return known
+
+
 def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path, image_size: int) -> None:
     """Make a regression on frozen features of another size, and deliver the better of the two on validation images."""
     from peft_vit.studies.own_images import regression_at
@@ -195,7 +248,6 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
 
     trained = run.record()
     assert trained is not None
-    assert trained.validation is not None
     request = request.model_copy(update={"weights": request.weights or trained.spec.backbone.weights})
     name = f"{run.folder.name[:46]}-regression-{image_size}px"  # a study's name has at most 64 letters
     study = regression_at(request, name, images, file, image_size, trained.spec.experiment.training.compute)
@@ -208,7 +260,13 @@ def _beside(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path,
     folder = run_folder(run.folder, plan.runs[0].spec)
     regression, metric = read_record(folder / RECORD_FILE), metric_of(trained.spec)
     delivered = single_run(run.folder)
-    if regression.validation is not None and metric.quality(regression.validation) > metric.quality(trained.validation):
+    if regression.status != "done":
+        pass
+    elif trained.validation is None or regression.validation is None:  # folds have told that it is better
+        _tell_by_folds(run.folder / study.name, run.folder, regression, request, images, file)
+        _log(f"The model is the regression at {image_size} px.")
+        delivered = folder
+    elif metric.quality(regression.validation) > metric.quality(trained.validation):
         before, after = (metric.text(metric.of(own)) for own in (trained.validation, regression.validation))
         _log(
             f"The model is the regression at {image_size} px: {after} on validation images, and training had {before}."

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from peft_vit.adapters.peft_format import peft_sha256
 from peft_vit.backbones import (
     BackboneShape,
@@ -56,7 +58,7 @@ from peft_vit.studies.image_sizes import expected_gain, sizes_to_try
 from peft_vit.studies.request import TrainRequest
 
 if TYPE_CHECKING:
-    from peft_vit.records import RunSpec
+    from peft_vit.records import RunRecord, RunSpec
     from peft_vit.studies.image_sizes import SizeTrial
 
 _MOST_VALIDATION, _MOST_TEST = 500, 2000  # images, however many there are
@@ -68,12 +70,18 @@ _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that 
 _WORTH_A_LINE_S = 30
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
+FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
+_FOLDS = 5
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images that are trained on, and read to validate and to test."""
+    """Images that are trained on, and read to validate and to test.
+
+    Fewer than `FEWEST_VALIDATION` would tell too little: then none validates, all are trained on, and further trainings
+    without a fold of them each tell how good the model is, see `fold_study`.
+    """
 
     train: int
     validation: int
@@ -252,6 +260,35 @@ def study_of(
     return study, forecast.line(shape, image_size, steps)
 
 
+def fold_study(request: TrainRequest, images: OwnImages, file: Path, record: RunRecord) -> StudyConfig:
+    """Return the study that trains as a run did, without a fold of its images, and tests on that, each fold in turn.
+
+    Steps are as many fewer as images are.
+
+    Args:
+        request: as for `study_of`.
+        images: of the request.
+        file: where it was written which of them are used.
+        record: of the run, for which nothing validated.
+    """
+    spec = record.spec
+    if spec.experiment.is_probe:
+        request = request.model_copy(update={"method": "linear"})
+    index = images.index
+    train = make_splits(index, spec.data, spec.seed).train
+    folds = min(_FOLDS, len(np.unique(index.groups[train])))
+    counts = Counts(len(train) - len(train) // folds, 0, len(train) // folds)
+    steps = max(1, round((spec.experiment.training.steps or 0) * (folds - 1) / folds))
+    shape = describe(_backbone(request), spec.data.image_size)
+    experiment = experiment_for(request, counts, shape, steps, spec.experiment.training.compute)
+    if spec.experiment.is_probe and record.head_fit is not None:  # another penalty, and logits have another scale
+        experiment["training"]["probe_l2"] = record.head_fit.chosen_l2
+    data = _data(request, images, file, spec.data.image_size) | {"folds": folds}
+    study = _study(request, "folds", data, experiment)
+    measures = study.measures.model_copy(update={"features": False})
+    return study.model_copy(update={"seeds": tuple(range(folds)), "measures": measures})
+
+
 def refuse_among_images(folder: Path, output: Path) -> None:
     """Refuse an output in a folder of images.
 
@@ -274,6 +311,8 @@ def _share(request: TrainRequest, images: int, classes: int, own: int | None) ->
     usable = images - (own or 0)
     validation, fifth = (max(classes, min(usable // 5, most)) for most in (_MOST_VALIDATION, _MOST_TEST))
     test = request.test_images or (fifth if own is None else own)
+    if validation < FEWEST_VALIDATION and request.shots is None and not request.smoke:
+        validation = 0
     train = images - validation - test if request.shots is None else request.shots * classes
     return Counts(max(1, train), validation, test)
 
@@ -317,10 +356,14 @@ class Forecast:
     def seconds(self, shape: BackboneShape, steps: int, throughput: Throughput | None = None) -> float:
         """Return what a run takes at most: features for the probe, steps, validations, test."""
         throughput = throughput or self.throughput
-        step_s = throughput.step_s(shape, self.request.method, self.request.batch_size, self._recomputed(shape))
-        validations = 2 + steps // validate_every(self.counts.validation, self.request.batch_size)
-        images = 2 * self.counts.train + validations * self.counts.validation + self.counts.test
-        return throughput.start_s + steps * step_s + images * throughput.image_s(shape)
+        request, counts = self.request, self.counts
+        batch = min(request.batch_size, counts.train)
+        step_s = throughput.step_s(shape, request.method, batch, self._recomputed(shape))
+        validations = 2 + steps // validate_every(counts.validation, request.batch_size)
+        images = 2 * counts.train + validations * counts.validation + counts.test
+        folds = 0 if counts.validation else _FOLDS
+        trained_s = (1 + folds) * throughput.start_s + _trained_on_folds(steps, folds) * step_s
+        return trained_s + images * throughput.image_s(shape)
 
     def sizes_in_time(self) -> dict[int, float]:
         """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each.
@@ -408,8 +451,9 @@ class Forecast:
 
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and whether the minutes are too few for it."""
-        length = f", up to {steps} steps, fewer if validation stops to gain" if self.request.epochs is None else ""
-        length = "" if self.request.is_probe else length or f", {steps} steps"
+        ends = self.request.epochs is None and self.counts.validation > 0
+        length = f", up to {steps} steps, fewer if validation stops to gain" if ends else f", {steps} steps"
+        length = "" if self.request.is_probe else length
         line = f"Images of {image_size} px{length}."
         in_float = Throughput.estimated(self._rates.get("float", self._rates[self.compute]))
         saved_s = self.seconds(shape, steps, in_float) - self.seconds(shape, steps)
@@ -419,6 +463,11 @@ class Forecast:
         if (whole_s := self.seconds(shape, steps)) > self.limit_s * _WITHIN:
             line += f" This may take {whole_s / 60:.0f} minutes here, more than --minutes {self.request.minutes:g}."
         return line
+
+
+def _trained_on_folds(steps: int, folds: int) -> int:
+    """Return the steps of a training and of those without a fold each, as much shorter as images are fewer."""
+    return steps + folds * round(steps * (folds - 1) / max(1, folds))
 
 
 def _requested_steps(request: TrainRequest, counts: Counts) -> int | None:
@@ -449,6 +498,8 @@ def experiment_for(
         training |= {name: value for name, value in limits.items() if value is not None}
         if request.epochs is not None:
             training["epochs"] = request.epochs
+        elif not counts.validation:
+            training |= {"steps": steps, "schedule": "warmup_stable_decay"}
         else:
             every = min(validate_every(counts.validation, request.batch_size), steps)
             schedule = {"schedule": "warmup_stable_decay", "patience": max(5, -(-_PATIENCE_STEPS // every))}
@@ -478,7 +529,7 @@ def _study(request: TrainRequest, name: str, data: dict[str, Any], experiment: d
         "backbone": _backbone(request).model_dump(exclude_unset=True),
         "data": data,
         "experiments": [experiment],
-        "measures": {"features": True},
+        "measures": {"features": True, "logits": data["validation_images"] == 0},
     }
     return study_from_mapping(mapping, file=request.images)
 

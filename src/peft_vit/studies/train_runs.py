@@ -103,17 +103,29 @@ class SizesFile(BaseModel):
     Attributes:
         values: of each image size what a regression on frozen features has; larger is better.
         seconds: that they took.
+        trained: what the trained model has, by folds; None: it is not known, or validation images tell.
+        upper: the end of the 95 % interval of that.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     values: dict[int, float]
     seconds: float = 0.0
+    trained: float | None = None
+    upper: float | None = None
 
     def better_than(self, image_size: int) -> int | None:
-        """Return the best size, if its regression is better than that of a size; of equal ones the smallest."""
+        """Return the best size, if its regression may be better than what was trained; of equal ones the smallest.
+
+        Without folds that is one with a better regression than at the size of the training. By folds it has to
+        lie above the trained model's interval: images are few, the best size is so in part by luck, and training rarely
+        loses.
+        """
+        if not self.values:
+            return None
         best = max(sorted(self.values), key=self.values.__getitem__)
-        return best if self.values[best] > self.values.get(image_size, math.inf) else None
+        than = self.values.get(image_size, math.inf) if self.upper is None else self.upper
+        return best if self.values[best] > than else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,16 @@ class TrainRun:
         sizes, record = self.sizes(), self.record()
         if sizes is None or record is None or record.status != "done" or delivered_run(self.folder) is not None:
             return None
+        if record.spec.experiment.is_probe:  # its size was chosen as the best
+            return None
         return sizes.better_than(record.spec.data.image_size)
+
+    def folds_left(self) -> bool:
+        """Return whether its run is done, no image validated, and folds have not told yet how good it is."""
+        record, sizes = self.record(), self.sizes()
+        if record is None or record.status != "done" or record.spec.smoke or record.validation is not None:
+            return False
+        return delivered_run(self.folder) is None and (sizes is None or sizes.trained is None)
 
     def deliver(self, run_folder: Path) -> None:
         """Say that its model is that of a run."""

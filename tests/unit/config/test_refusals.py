@@ -95,7 +95,6 @@ OF_THE_FILE: dict[str, list[tuple[str, str, str]]] = {
         ("+hub_subset: y", ".hub_subset", "dataset: hf"),
         ("+images_file: y", ".images_file", "image-folder"),
         ("+train_images: 9, shots_per_class: 2", ".train_images", "with shots_per_class"),
-        ("+folds: 5, test_images: 9", ".test_images", "with folds"),
         ("+folds: 5, test_split: per_seed", "", "test_split: per_seed has no effect"),
     ],
     "measures": [("{latency_batches: [1, 1]}", ".latency_batches", "twice"), ("{removal_images: 9}", "", "no effect")],

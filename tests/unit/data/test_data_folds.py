@@ -102,6 +102,15 @@ def test_a_repetition_tests_every_image_outside_the_holdout_once(
     assert len(hashes) == folds
 
 
+def test_images_that_are_kept_for_the_test_are_in_no_fold_and_the_same_as_without_folds():
+    index = index_of(np.arange(64) % 3, None, np.arange(64) // 2)
+    kept = make_splits(index, config_of(folds=None, test_images=9, split_seed=3, validation_images=0), 0)
+    folds = [make_splits(index, config_of(test_images=9, split_seed=3, validation_images=0), seed) for seed in range(5)]
+    assert np.array_equal(np.sort(np.concatenate([fold.test for fold in folds])), folds[0].divided)
+    assert np.array_equal(folds[0].divided, kept.train)
+    assert not np.isin(index.groups[folds[0].divided], index.groups[kept.test]).any()
+
+
 def test_repetitions_and_split_seeds_have_folds_of_their_own():
     index = index_of(np.arange(60) % 3)
     of_first = [make_splits(index, config_of(), seed).test.tolist() for seed in range(5)]

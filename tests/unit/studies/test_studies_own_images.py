@@ -38,6 +38,7 @@ def pace(cache, monkeypatch):
     def set_to(rate: float, memory: int = 1 << 40) -> None:
         monkeypatch.setattr("peft_vit.forecasting.estimate.product_rate", lambda *_: rate)
         monkeypatch.setattr(own_images, "available_memory_bytes", lambda: memory)
+        monkeypatch.setattr(own_images, "FEWEST_VALIDATION", 0)  # in these tests a few images validate, but for one
 
     set_to(FAST)
     return set_to
@@ -129,6 +130,32 @@ def test_an_own_test_split_takes_nothing_from_what_trains(asked, tmp_path) -> No
     assert (study.data.validation_images, study.data.test_images) == (4, None)  # a fifth of 20
     with open_images(request) as images:
         assert count_images(request, images.index) == Counts(16, 4, 80)
+
+
+def test_of_too_few_images_none_validates_and_folds_are_foreseen(asked, tmp_path, monkeypatch, pace) -> None:
+    fill(tmp_path, 60)
+    shares = {}
+    for least in (0, 20, 30):
+        monkeypatch.setattr(own_images, "FEWEST_VALIDATION", least)
+        shares[least] = count_images(asked(shots=None), many(120, 2))
+    assert shares[0] == shares[20] == Counts(72, 24, 24)
+    assert shares[30] == Counts(96, 0, 24)
+    assert count_images(asked(shots=3), many(120, 2)) == Counts(6, 24, 24)  # whose others are there to validate
+    assert count_images(asked(shots=None, smoke=True), many(120, 2)) == shares[0]
+    request = asked(shots=None, image_size=32, steps=50)
+    study, line = study_of(request)
+    training = study.experiments[0].training
+    assert line.startswith("Images of 32 px, 50 steps.")
+    assert (study.data.validation_images, study.measures.logits) == (0, True)
+    assert (training.validate_every, training.patience, training.schedule) == (None, None, "warmup_stable_decay")
+    shape = describe(named_backbone("test_vit", "random"), 32)
+    pace(SLOW)
+    times = {}
+    for least, counts in shares.items():
+        forecast = Forecast(request, counts)
+        times[least] = [forecast.seconds(shape, steps) for steps in (100, 200)]
+    (few, several), (few_by_folds, several_by_folds) = times[20], times[30]
+    assert several_by_folds - few_by_folds > 4.5 * (several - few)  # 1 + 5 * 4 / 5 trainings, no validation between
 
 
 def test_images_that_were_inspected_make_the_study(asked, tmp_path) -> None:
@@ -301,7 +328,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
-        pace(rate)
+        pace(rate * 6 / 32)  # a batch has no more images than there are
         study, line = study_of(asked(minutes=1))
         sizes.append(study.data.image_size)
         steps.append(study.experiments[0].training.steps)
@@ -450,7 +477,7 @@ def test_the_size_is_where_the_regression_and_what_steps_add_promise_most(asked,
     trials = [SizeTrial(32, 0.70, "70.0%"), SizeTrial(64, 0.75, "75.0%"), SizeTrial(96, 0.75, "75.0%")]
     study, _ = study_of(asked(), trials=trials)
     assert study.data.image_size == 64  # of equal ones the smaller
-    pace(SLOW / 25)
+    pace(SLOW / 25 * 6 / 32)
     study, line = study_of(asked(minutes=10), trials=trials, spent_s=60)
     assert study.data.image_size == 32
     assert "px" in line
