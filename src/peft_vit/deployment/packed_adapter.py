@@ -27,6 +27,7 @@ from peft_vit.errors import UserError, named
 from peft_vit.quantization.row_rounding import pack_rows, unpack_rows
 
 _OF_HEAD = "head_"  # before "codes" and "scales"
+_HEAD_ROWS = ("head_codes", "head_scales")
 _Rank = Annotated[int, Field(ge=0, le=65_536)]
 StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
 
@@ -138,7 +139,7 @@ class PackedAdapter:
         shapes = [
             (rank, size) for site, rank in ranked for size in (site.in_features // header.pool, site.out_features)
         ]
-        parts = {name: self.tensors[name] for name in ("codes", "scales") if name in self.tensors}
+        parts = {name: tensor for name, tensor in self.tensors.items() if name in ("codes", "scales")}
         factors = unpack_rows(parts, shapes, header.bits)
         by_module: dict[str, list[tuple[Site, Tensor, Tensor]]] = {}
         for (site, _), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
@@ -148,7 +149,7 @@ class PackedAdapter:
     def head(self, width: int) -> tuple[Tensor, Tensor]:
         """Return weight (classes, width) and bias (classes,) in float32."""
         header, bias = self.header, self.tensors.get("head_bias", torch.empty(0))
-        parts = {name: self.tensors[key] for name in ("codes", "scales") if (key := _OF_HEAD + name) in self.tensors}
+        parts = {key.removeprefix(_OF_HEAD): tensor for key, tensor in self.tensors.items() if key in _HEAD_ROWS}
         (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
         return weight, bias.float()
 

@@ -15,6 +15,7 @@ distribution (Max 1960, table II), or where no value lies outside, if that is le
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _levels(bits: int) -> Tensor:
     return row_values(codes, torch.tensor(_UNIT), bits) / _UNIT
 
 
-def unpack_rows(tensors: dict[str, Tensor], shapes: list[tuple[int, int]], bits: int) -> list[Tensor]:
+def unpack_rows(tensors: Mapping[str, Tensor], shapes: list[tuple[int, int]], bits: int) -> list[Tensor]:
     """Return the float32 matrices of these shapes that `pack_rows` has packed.
 
     Raises:
