@@ -138,9 +138,8 @@ class Bundle:
             return
         nothing = Update(x.new_zeros(0, x.shape[-1]), x.new_zeros(0, y.shape[-1]))
         parts = zip(*(updates.get(name, nothing) for updates in batch.updates), strict=True)
-        right, left = (
-            pad_sequence([*part], batch_first=True)[batch.which] for part in parts
-        )  # (B, R, in), (B, R, out)
+        # Of each image, (B, R, in) and (B, R, out); where its adapter has fewer ranks, zeros.
+        right, left = (pad_sequence([*part], batch_first=True)[batch.which] for part in parts)
         y.baddbmm_(x @ right.mT, left)
 
     def _adapter(self, name: str) -> PackedAdapter:
