@@ -145,7 +145,8 @@ class Bundle:
     def _adapter(self, name: str) -> PackedAdapter:
         if name not in self._adapters:
             there = ", ".join(self.names[:_LISTED]) + (", ..." if len(self.names) > _LISTED else "")
-            raise UserError(f"the bundle has no adapter {name!r}, but {there or 'none'}; name one", field="--adapter")
+            has = f"has no adapter {name!r}, but" if name else "has"
+            raise UserError(f"the bundle {has} {there or 'none'}; name one", field="--adapter")
         return self._adapters[name]
 
     def classifier(self, name: str | None = None) -> Classifier:
