@@ -30,7 +30,6 @@ from peft_vit.errors import UserError, named, os_fault
 from peft_vit.records import RECORD_FILE, followed, single_run
 from peft_vit.runs.export import Comparison, compare, images_to_compare
 from peft_vit.runs.restore import RestoredRun, restore_run
-from peft_vit.safe_io import refuse_existing
 
 _AT_ONCE = 32
 _LISTED = 10
@@ -253,10 +252,11 @@ def export_bundle(
     bundle, done = None, []
     if is_bundle(folder):
         bundle = Bundle(folder / BUNDLE_FILE, {})
-    else:
-        refuse_existing(folder, is_folder=True)
-    for name in names:
-        refuse_existing(folder / f"{name}.safetensors", overwrite=overwrite)
+    elif os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError("is no bundle; name one, or a new or an empty folder", file=folder, field="--bundle")
+    for file in (folder / f"{name}.safetensors" for name in names):
+        if os.path.lexists(file) and not overwrite:
+            raise UserError("exists already; rename the run's folder, or --overwrite", file=file, field="--bundle")
     with os_fault("can't be written", folder, remedy="choose another place"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as place:
