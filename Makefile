@@ -79,11 +79,12 @@ docs: setup ## serve the documentation at http://127.0.0.1:8000, and follow chan
 site: setup ## build the documentation into build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-check: setup ## lint, formatting, types, import rules, the documentation's links, sizes
+check: setup ## lint, formatting, types, import rules, plain words, the documentation's links, sizes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/scripts/prose.py
 	@$(MAKE) --no-print-directory site
 	@$(MAKE) --no-print-directory sizes
 

@@ -5,7 +5,7 @@
 
 `check` builds each architecture of timm's families (or those that a pattern names, `swin*`) with random weights, two
 blocks a stage and small images, puts adapters on all its sites, and adds what works to results/backbones.csv. What
-stands there already is passed by, so the same command goes on. Without an argument only the tables are made anew.
+stands there already is passed by, so the same command continues. Without an argument only the tables are made anew.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ MODULES = {  # of timm, and what people call their models
 }
 _SMALLEST = 64  # pixels: windows of several tokens in each stage of Swin
 CHECKS = {"merged": LARGEST_MERGE_ERROR, "onnx": LARGEST_ONNX_ERROR, "peft": LARGEST_MERGE_ERROR}
-COLUMNS = ("sites found", "all act", "merged", "ONNX", "PEFT reads our adapter")
+COLUMNS = ("modules found", "all act", "merged", "ONNX", "PEFT reads our adapter")
 
 
 def check(patterns: list[str]) -> None:

@@ -55,7 +55,7 @@ class StandIns:
         lost: by rounding after training, a share, by number format.
         images: that are not sealed; as many as a fifth of them are.
         start_s: seconds of a run without its steps.
-        step_s: of a step.
+        step_s: of a step at the largest size.
         seed: of everything that is drawn.
         now: seconds on the clock.
         carried_out: what was done, in its order: study, name, seed.
@@ -81,7 +81,8 @@ class StandIns:
         names = [name for name in experiments if only is None or name in only[0]]
         for seed in [seed for seed in mapping["seeds"] if only is None or seed in only[1]]:
             for name in names:
-                seconds = self.start_s + self.step_s * experiments[name]["training"].get("steps", 0)
+                steps = experiments[name]["training"].get("steps", 0) * (size / SIZES[-1]) ** 2
+                seconds = self.start_s + self.step_s * steps
                 if (study, name, seed) in self.done or limit.left_s < seconds:
                     continue
                 if self.kill_after is not None and len(self.carried_out) >= self.kill_after:
@@ -107,6 +108,7 @@ class StandIns:
         """Return logits of a run's images with rounded weights."""
         study, name, seed = folder.parts[-3], folder.parts[-2], int(folder.parts[-1].removeprefix("seed_"))
         outcome, logits = self.done[study, name, seed], {}
+        self.now += self.start_s / 2 + 1.5 * len(bits)
         for one in bits:
             accuracy = self.accuracy[study, name] - self.lost.get(one, 0.0)
             right = self._right(f"{study} {name}", outcome.images, accuracy, seed)

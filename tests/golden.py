@@ -1,6 +1,6 @@
 """Golden documents: what a person reads in one scenario, kept whole below tests/golden/ and reviewed as text.
 
-`GOLDEN=write make test` writes them anew; read the difference before you commit it.
+`GOLDEN=write make test` writes them again; read the difference before you commit it.
 """
 
 from __future__ import annotations

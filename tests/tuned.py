@@ -55,7 +55,7 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
     taken = Candidate(ROUNDED, 100_000, FOLDS, worth, "")
     candidates = (
         taken,
-        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, None, "1 of 5 folds: others did better on them"),
+        Candidate(lora(MODEL, 32, 4, 1e-2).rounded("nf4"), 100_000, 1, None, "1 of 5 folds: not clearly better"),
         Candidate(Recipe(MODEL, 32), 300_000, FOLDS, odds(0.1, 0.98), "larger, and not better"),
         Candidate(TRAINED, 300_000, FOLDS, odds(0.0, 0.0), "larger, and 0.4 points better"),
     )
@@ -71,7 +71,8 @@ def choice_of(images: Path, folder: Path, **asked: Any) -> Choice:
         folds=tuple(map(_rounded, on_folds)),
         final=_rounded(final),
         before_rounding=final,
-        more=what_more_buys(labels, steps, sizes, [lora(MODEL, 32, 16)], 20.0),
+        longer=2.0,
+        more=what_more_buys(labels, steps, 2.0, sizes, [lora(MODEL, 32, 16)], 20.0),
         stages=(("look", 1.0), ("folds", 70.0), ("final", 130.0)),
     )
 

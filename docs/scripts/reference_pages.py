@@ -42,7 +42,7 @@ write `--model A,B` or `--model A --model B`.
 | 0 | done |
 | 1 | done in part: a run failed, or a file was left out; it is named on stderr |
 | 2 | bad input: one line on stderr says where and what to do, before anything else is done |
-| 130 | interrupted with Ctrl-C; the same command goes on |
+| 130 | interrupted with Ctrl-C; the same command continues |
 """
 
 CONFIGURATION = f"""{GENERATED}

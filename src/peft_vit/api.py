@@ -272,7 +272,7 @@ def tune(
 ) -> TrainedModel:
     """Find the best model for a folder of images that the minutes can buy, within limits, and write it down.
 
-    The same call goes on where an earlier one was ended; with more minutes it tries more.
+    The same call continues where an earlier one was ended; with more minutes it tries more.
 
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
@@ -364,7 +364,7 @@ def train(
         image_size: side in pixels; None: several are tried, and the most promising is taken.
         minutes: the longest that the run may take, about.
         steps: optimiser steps at most; None: what the minutes allow.
-        epochs: in place of steps: exactly as many.
+        epochs: instead of steps: exactly as many.
         learning_rate: None: by method.
         batch_size: images a step.
         micro_batch_size: images of a step at a time, to save memory.

@@ -61,7 +61,7 @@ class ProgressDisplay:
     """Shows how far something is; a context manager.
 
     Args:
-        view: what a terminal shows, drawn anew four times a second below all lines.
+        view: what a terminal shows, drawn again four times a second below all lines.
         line: what is said elsewhere; None: nothing.
         console: where; None: of the standard output.
     """

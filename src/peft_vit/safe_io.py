@@ -96,7 +96,7 @@ def refuse_existing(
     Args:
         output: the file or the folder that is to be written.
         is_folder: which of the two.
-        overwrite: all the same, but no file in place of a folder or the other way round.
+        overwrite: all the same, but no file instead of a folder or the other way round.
         marks: files of which a folder has to hold one, or it is not overwritten: somebody's own would be gone.
 
     Raises:

@@ -134,7 +134,7 @@ def exactly_one(config: BaseModel, *fields: str) -> None:
 
 
 def without_repeats(problem: str) -> AfterValidator:
-    """Refuse a tuple in which something stands twice."""
+    """Refuse a tuple in which something occurs twice."""
 
     def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) != len(values):

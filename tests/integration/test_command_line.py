@@ -269,7 +269,7 @@ def test_a_corrupted_image(images, tmp_path, refused, command) -> None:
     file = write(tmp_path, text.replace("_images: 20", "_images: 12"))
     line = refused("run", file, "--output", tmp_path / "out")
     assert "04.png" in line
-    assert "replace it or take it out" in line
+    assert "replace it or remove it" in line
     options = (*OWN, "--image-size", "32", "--strict", "--output", tmp_path / "out")
     line, listed = command("train", folder, *options, code=2).err.splitlines()
     assert line.endswith("--strict: 1 file is to be left out; mend or remove it, or leave --strict out")
@@ -349,7 +349,7 @@ def test_within_minutes_runs_start_seed_by_seed_and_the_rest_is_left(tmp_path, c
     assert not out.exists()
     said = command(*run).out
     assert runs_of_a_minute.done == ["probe/seed_1", "low_rank/seed_1", "probe/seed_0"]
-    assert "Left: 3 of the study's runs; the same command goes on, for another 3.5 minutes." in said
+    assert "Left: 3 of the study's runs; the same command continues, for another 3.5 minutes." in said
     assert "tiny: 6 planned = 3 done + 0 failed + 3 pending" in command("status", out).out
     command("run", file, "--output", out, "--minutes", "1.5", "--method", "lora", "--seeds", "2")
     assert runs_of_a_minute.done[3:] == ["low_rank/seed_2"]

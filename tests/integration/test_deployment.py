@@ -91,7 +91,7 @@ def test_every_export_says_in_another_process_what_the_run_does(run_of, images, 
             if exact:
                 assert predicted[file][0] == wanted[file][0], (model, file)
                 assert predicted[file][1] == pytest.approx(wanted[file][1], abs=2e-3 if name == "nf4" else 1e-3), model
-        if not exact:  # quantized anew: another model, near the trained one
+        if not exact:  # quantized again: another model, near the trained one
             assert np.mean([predicted[file][0] == wanted[file][0] for file in files]) > 0.5
 
 
@@ -111,10 +111,10 @@ CALLS = (
 
 
 def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, monkeypatch) -> None:
-    """Of merged offsets, of weights that are quantized anew, of products in 8 bits, and where no images are there."""
+    """Of merged offsets, of weights that are quantized again, of products in 8 bits, and where no images are there."""
     monkeypatch.chdir(tmp_path)
     outputs = [command("export", run_of(name, model), *options.split()).out for name, model, options in CALLS]
-    merged, anew, fast, int8, *_ = outputs
+    merged, again, fast, int8, *_ = outputs
     images.rename(images.with_name("hidden"))
     try:
         without = ("export", run_of("lora"), "--format", "safetensors", "--output", "f.safetensors")
@@ -131,7 +131,7 @@ def test_what_exports_say(run_of, images, weights, tmp_path, command, refused, m
     assert 1e-6 < float(error) < 5e-3
     assert all("100.00 % of predictions equal" in text for text in (merged, fast))
     accuracies = r"(\S+) % before and (\S+) % after"
-    before, after = map(float, re.findall(f"accuracy {accuracies}", anew)[0])
+    before, after = map(float, re.findall(f"accuracy {accuracies}", again)[0])
     assert before == pytest.approx(100 * restore_run(run_of("by_row")).record.validation.accuracy, abs=0.01)
     assert 0 <= after <= 100
     before, after = map(float, re.findall(f"int8: .* {accuracies}", int8)[0])

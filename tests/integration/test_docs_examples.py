@@ -35,7 +35,7 @@ GUIDES = sorted(
     str(file.relative_to(ROOT)) for folder in ("tutorials", "how_to") for file in (ROOT / "docs" / folder).glob("*.md")
 )
 WITH_PYTHON = [document for document in GUIDES if blocks_of(document, "python")]
-SLOW = [f"docs/how_to/{name}.md" for name in ("low_bit_weights", "peft_adapters", "transformers_trainer")]
+SLOW = ["docs/how_to/own_loop.md"]
 
 
 def run_python_blocks(text: str, document: str) -> int:
@@ -125,7 +125,7 @@ def test_settings_make_a_valid_study(document: str, block: str, tmp_path: Path) 
 
 @pytest.mark.usefixtures("in_this_process", "images", "cache")
 def test_the_readme_trains_predicts_and_reports(weights, tmp_path, monkeypatch, capsys) -> None:
-    """As it stands, but for a small model in place of the default one."""
+    """As it stands, but for a small model instead of the default one."""
     small = {"model": "test_vit", "weights": str(weights), "image_size": 32, "steps": 4, "device": "cpu"}
     monkeypatch.setattr(peft_vit, "train", partial(peft_vit.train, threads=1, precision="fp32", **small))
     monkeypatch.chdir(tmp_path)

@@ -179,14 +179,14 @@ def test_metrics_find_the_planted_sites_where_noise_is_below_the_signal(metric, 
 def test_magnitude_is_reported(record_property) -> None:
     """Adam's steps do not shrink with the gradient, so decoys' factors grow too: nothing is promised here."""
     outcome = train("magnitude", 0)
-    record_property("magnitude found the planted sites", outcome.found())
+    record_property("magnitude found the planted modules", outcome.found())
     print(f"magnitude: found {outcome.found()}, ranks {outcome.ranks}")
     assert sum(outcome.ranks.values()) == 24
     assert all(score > 0 for name, score in outcome.scores.items() if outcome.ranks[name])
 
 
 def test_controls_do_not_find_them() -> None:
-    with pytest.warns(SilentNoEffectWarning, match="gave every site the same score"):
+    with pytest.warns(SilentNoEffectWarning, match="gave every module the same score"):
         assert not train("uniform", 0, steps=8).found()
     seeds = 12
     hits = sum(train("random", seed, steps=8).found() for seed in range(seeds))
@@ -195,7 +195,7 @@ def test_controls_do_not_find_them() -> None:
 
 
 def main() -> None:
-    """Print the table of docs/explanation/adaptive_ranks.md, and what it says of more seeds; ten minutes."""
+    """Print in how many runs each metric finds both sites, and what more seeds say of it; ten minutes."""
     levels = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5)
     for metric in ("sensitivity", "fisher", "gradient_norm", "magnitude"):
         found = [sum(train(metric, seed, level).found() for seed in range(5)) for level in levels]

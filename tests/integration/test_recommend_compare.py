@@ -161,5 +161,5 @@ def test_bad_input_is_named(asked: str, ten: Path, other: Path, tmp_path: Path, 
 
 
 def test_the_page_names_everything_that_pooling_checks() -> None:
-    page = (HOW_TO / "compare_studies.md").read_text(encoding="utf-8")
+    page = (HOW_TO / "read_results.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z]+)` \|", page, re.MULTILINE)) == set(POOL_KINDS)

@@ -114,7 +114,7 @@ def test_cells_become_markdown() -> None:
     ]
 
 
-# --- coverage of intervals, which can be simulated anew ---
+# --- coverage of intervals, which can be simulated again ---
 
 
 RESULT = json.loads(benchmark.RESULT.read_text())

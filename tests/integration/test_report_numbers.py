@@ -22,7 +22,7 @@ CONVERGENCE = {"late_deviation": late_loss_deviation, "roughness": roughness, "s
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     records = planted.quickstart((0, 1, 2), spread=0.03)
     broken = planted.failed(planted.experiments()["lora_r4"], 2, "out of memory")
-    return planted.write(tmp_path_factory.mktemp("results"), [*records, broken])  # in place of the run that was done
+    return planted.write(tmp_path_factory.mktemp("results"), [*records, broken])  # instead of the run that was done
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Names from anybody lead nowhere: impossible paths on the command line, and links in place of a study's files."""
+"""Names from anybody lead nowhere: impossible paths on the command line, and links instead of a study's files."""
 
 from __future__ import annotations
 

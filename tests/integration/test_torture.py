@@ -167,6 +167,6 @@ def test_ctrl_c_is_one_line_and_exit_code_130(tmp_path: Path, cache: str) -> Non
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130, errors
     assert [line for line in errors.splitlines() if line] == [
-        "interrupted; the same command goes on with the runs that are not done"
+        "interrupted; the same command continues with the runs that are not done"
     ]
     assert not list((tmp_path / "out").rglob("record.json"))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -15,11 +16,13 @@ from PIL import Image
 from simulated_tunings import SIZES, StandIns
 from written_runs import tiny_study
 
+from peft_vit.backbones import describe
+from peft_vit.config import BackboneConfig
 from peft_vit.errors import UserError
-from peft_vit.forecasting.estimate import Throughput
+from peft_vit.forecasting.estimate import TIME_OUTSIDE_PRODUCTS, Throughput, step_products
 from peft_vit.forecasting.memory_limit import StepCost
 from peft_vit.tuning.context import _telling_if_slow
-from peft_vit.tuning.costs import MOST_STEPS
+from peft_vit.tuning.costs import LONGEST, MOST_STEPS
 from peft_vit.tuning.pipeline import Environment, study_runner, tune
 from peft_vit.tuning.recipe import Recipe, lora
 from peft_vit.tuning.result import Choice, answer
@@ -67,6 +70,17 @@ def environment_of(runner: StandIns | None, rate: float = 1e9, **changes: Any) -
         "clock": lambda: runner.now,
     }
     return replace(environment, **given | changes)
+
+
+def paced(runner: StandIns) -> Environment:
+    """Return an environment in which the stand-ins take what was measured, and the output nearly a minute."""
+    shape = describe(BackboneConfig(model="test_vit", weights="random"), SIZES[-1])
+    rate = TIME_OUTSIDE_PRODUCTS * step_products(shape, "lora", 31) / runner.step_s  # 31 images are trained on
+
+    def write_output(*_: Any) -> None:
+        runner.now += 45.0
+
+    return environment_of(runner, rate=rate, write_output=write_output)
 
 
 def request_of(images: Path, output: Path, **more: Any) -> TuneRequest:
@@ -141,14 +155,17 @@ def test_lora_rounded_after_training_is_taken_where_that_loses_nothing(tuning: T
     sizes = [candidate.bytes for candidate in choice.decision.candidates]
     assert sizes == sorted(sizes)
     assert [candidate.recipe for candidate in choice.decision.candidates if not candidate.why] == [recipe]
-    assert runner.carried_out[-1] == (f"final-{recipe.place}", recipe.trained.name, 0)  # once, and nothing beside it
+    last = replace(recipe.trained, steps=round(choice.longer * MOST_STEPS * 38 / 31))  # of 48 images 10 are sealed
+    assert runner.carried_out[-1] == (f"final-{recipe.place}", last.name, 0)  # once, and nothing beside it
     assert sum(study.startswith("final") for study, *_ in runner.carried_out) == 1
     assert len(choice.folds) >= 5
     assert np.array_equal(choice.final.logits, choice.before_rounding.logits)  # nothing is lost here
     assert len(set(json.loads((tmp_path / "images.json").read_text())["sealed"])) == 10  # a fifth of 48
-    said = answer(choice.decision, choice.metric, 0.01)
+    right, sealed = 100 * choice.final.right.mean(), len(choice.final.right)
+    said = answer(choice)
     assert said.startswith("LoRA, 4 bits (nf4), 64 px, 0.")
-    assert "right on new images" in said
+    assert f": {right:.1f} % right on new images (" in said
+    assert f", by {sealed} test images). The best float model found" in said
 
 
 @pytest.mark.parametrize(
@@ -242,7 +259,7 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     runner, lines = stand_ins(step_s=0.5), list[str]()
     slow = environment_of(runner, rate=3e8)
     first = tuning(environment=slow, minutes=12.0, tell=lines.append)
-    assert any("Left out for want of time" in sentence for sentence in first.more)
+    assert any("Not tried for lack of time" in sentence for sentence in first.more)
     assert any("Twice as many labels: about +" in sentence for sentence in first.more)
     assert runner.now <= 1.1 * 12 * 60
     before = set(runner.carried_out)
@@ -255,13 +272,50 @@ def test_more_minutes_try_more_and_keep_what_was_done(tuning: Tuning) -> None:
     assert second.recipe.steps > first.recipe.steps  # nothing that was chosen by little time stays
 
 
-@pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0])
-def test_minutes_are_kept_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
-    runner = stand_ins(step_s=0.5)
-    tuning(environment=environment_of(runner, rate=3e8), minutes=minutes)
+@pytest.mark.parametrize("minutes", [6.0, 12.0, 20.0, 60.0, 240.0])
+def test_minutes_are_kept_as_forecast_and_at_least_half_of_them_train_adapters(tuning: Tuning, minutes: float) -> None:
+    runner, lines = stand_ins(step_s=0.5), list[str]()
+    tuning(environment=paced(runner), minutes=minutes, tell=lines.append)
+    (forecast,) = re.findall(r"about (\d+) minutes in all", "\n".join(lines))
+    assert runner.now / 60 == pytest.approx(float(forecast), rel=0.25)
     assert runner.now <= 1.1 * 60 * minutes
-    steps = sum(runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1])
-    assert steps >= 0.5 * 60 * minutes or runner.now < 0.7 * 60 * minutes  # or nothing is left to try
+    seconds = {at: runner.done[at].seconds for at in runner.carried_out if "linear" not in at[1]}
+    assert sum(seconds.values()) >= 0.5 * runner.now
+    if minutes <= 20:  # with more, as many steps are tried on folds
+        assert seconds[runner.carried_out[-1]] == max(seconds.values())  # what is delivered is trained for the longest
+
+
+def test_the_last_training_is_longer_where_steps_gain_on_folds(tuning: Tuning, tmp_path: Path) -> None:
+    def steps_of(gain: float) -> tuple[int, Choice]:
+        def truth(experiment: Mapping[str, Any], size: int) -> float:
+            if experiment["method"] == "linear":
+                return 0.6
+            return 0.75 + gain * math.log2(experiment["training"]["steps"] / 96)
+
+        runner = stand_ins(truth=truth, step_s=2.0)
+        choice = tuning(environment=paced(runner), minutes=20.0, image_sizes=(64,), output=tmp_path / f"{gain}")
+        return int(runner.carried_out[-1][1].split("_")[-1]), choice
+
+    (most, longer), (least, shorter) = steps_of(0.05), steps_of(-0.05)
+    assert most > 3 * least
+    assert (longer.longer, shorter.longer) == (LONGEST, 1.0)
+    assert any("The last training has had 2 times as many" in sentence for sentence in longer.more)
+    assert not any("The last training" in sentence for sentence in shorter.more)
+
+
+def test_where_folds_are_dear_nothing_beside_the_best_is_trained(tuning: Tuning, tmp_path: Path) -> None:
+    def folds_of(minutes: float, **more: Any) -> dict[str, int]:
+        runner, output = stand_ins(step_s=2.0), tmp_path / f"{minutes:g}{len(more)}"
+        choice = tuning(environment=paced(runner), minutes=minutes, output=output, **more)
+        candidates = choice.decision.candidates
+        return {candidate.recipe.name: candidate.folds for candidate in candidates if candidate.recipe.when != "after"}
+
+    dear, cheap = folds_of(20.0), folds_of(240.0)
+    assert len(dear) == 3  # a regression, LoRA, half of its steps
+    assert max(cheap.values()) >= 5
+    assert not any("qa_lora" in name for name in dear)
+    assert any("qa_lora_nf4" in name for name in cheap)
+    assert any("qa_lora_int2" in name for name in folds_of(60.0, max_bytes=330_000))  # which nothing of 4 bits meets
 
 
 def test_too_little_time_to_train_still_gives_a_model(tuning: Tuning) -> None:

@@ -131,7 +131,7 @@ def test_faults_are_told_as_what_they_are(choice, monkeypatch, tmp_path) -> None
         raise OSError(errno.EIO, "Input/output error", "photos/1.png")
 
     monkeypatch.setattr("peft_vit.tuning.output.export_fastest", unreadable)
-    with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; mend that"):  # it is not unwritable
+    with pytest.raises(UserError, match=r"^photos/1\.png: Input/output error; fix that"):  # it is not unwritable
         write_output(choice, tmp_path, lambda _: None)
 
 
@@ -142,7 +142,7 @@ def test_the_page_stands_alone_and_shows_each_mistake(choice, left) -> None:
     assert wrong > 0
     strip = min(wrong, 6) + min(len(choice.final.labels) - wrong, 8)
     assert page.count("<img ") == wrong + strip
-    sections = ("What it was compared with", "What more would buy", "Files and speed")
+    sections = ("Compared with", "What more would bring", "Files and speed")
     assert all(words in page.replace("<wbr>", "") for words in sections)
 
 

@@ -111,7 +111,7 @@ def test_a_run_that_fails_leaves_its_comparison_open(command, file, runs, tmp_pa
     runs.accuracy = lambda name, seed: None if (name, seed) == ("behind", 5) else accuracy(name, seed)
     said = command(*arguments, code=1)
     assert "colours/behind/seed_5: it was planted" in said.err
-    assert "Open: behind; the same command goes on." in said.out
+    assert "Open: behind; the same command continues." in said.out
     assert seeds_of(out)["ahead"] == 8
     runs.accuracy = accuracy
     assert lines_of(command(*arguments).out)[-1].startswith("behind minus base, 8 pairs of at most 12: -5.89 points")
@@ -151,8 +151,8 @@ def test_it_is_called_from_python_and_ends_when_the_time_is_over(runs, tmp_path)
 UNTIL = "--until-decided"
 REFUSED = [  # options, changes of the study, and what the line says
     ((UNTIL,), {"stopping": None}, "stopping: is missing"),
-    ((), {}, "stopping: says when comparisons stop, which takes --until-decided"),
-    (("--minutes", 5), {}, "which takes --until-decided"),
+    ((), {}, "stopping: says when comparisons stop, which needs --until-decided"),
+    (("--minutes", 5), {}, "which needs --until-decided"),
     ((UNTIL, "--smoke"), {}, "--until-decided: has no effect with --smoke"),
     ((UNTIL, "--method", "lora"), {}, "--until-decided: has no effect with --method"),
     ((UNTIL, "--seeds", "0,1"), {}, "--until-decided: has no effect with --seeds"),

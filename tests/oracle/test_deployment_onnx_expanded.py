@@ -156,7 +156,7 @@ def test_a_model_in_8_bits_is_near_and_does_not_depend_on_the_batch(in_8_bits) -
 
 
 def test_a_model_trained_in_8_bits_says_the_same_in_the_file(tmp_path) -> None:
-    """Nothing is merged, so that nothing is rounded anew but weights of more than 7 bits."""
+    """Nothing is merged, so that nothing is rounded again but weights of more than 7 bits."""
     model = packed_model([QuantizationFormat("int4", None, False)])
     export_onnx(model, tmp_path / "model.onnx", CARD, activations="int8")
     opened = open_exported(tmp_path / "model.onnx")

@@ -90,7 +90,7 @@ def test_constant_groups_are_exact_and_finite(tmp_path, kind) -> None:
 
 @pytest.mark.parametrize("place", ["initializer", "attribute"])
 def test_a_model_that_points_at_other_files_is_refused(exported, tmp_path, place) -> None:
-    """Signed anew, as anybody can; onnxruntime would read the other file as weights."""
+    """Signed again, as anybody can; onnxruntime would read the other file as weights."""
     (tmp_path / "secret").write_bytes(bytes(4))
     proto = onnx.load(exported[1])
     if place == "initializer":

@@ -59,7 +59,7 @@ def card_of(backbone: LoadedBackbone, image_size: int = 32) -> ModelCard:
 
 
 def by_transformers(original: nn.Module, kind: str, x: Tensor, head: nn.Linear) -> Tensor:
-    """Return the logits of transformers' own forward pass, with a head in place of its own or on its pooled output."""
+    """Return the logits of transformers' own forward pass, with a head instead of its own or on its pooled output."""
     call = {"pixel_values": x, "interpolate_pos_encoding": True}
     if kind.startswith("siglip2"):
         patches = [image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 3, 4, 0).reshape(-1, 192) for image in x]

@@ -37,7 +37,7 @@ _IMPORTED = (
         for name in ("commands", "display", "executors.local", "plan", "profiling", "scheduler")
     ),
 )
-_MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it anew where need be
+_MINDS_FORKS = "jemalloc_bg_thd"  # a thread of pyarrow's allocator, which starts it again where need be
 
 
 class Command:

@@ -145,6 +145,6 @@ def _trial(spec: RunSpec, folder: Path, kill_at: tuple[int, str], expected: dict
 if __name__ == "__main__":
     options = {
         "--only": {"nargs": "+", "default": list(KINDS), "choices": KINDS, "help": "these kinds of allocation"},
-        "--steps": {"nargs": "+", "type": int, "help": "in place of all that matter"},
+        "--steps": {"nargs": "+", "type": int, "help": "instead of all that matter"},
     }
     harness.main("AdaLoRA killed around each decision: identical ranks", __doc__, torture, options, seed=0)

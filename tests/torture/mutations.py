@@ -221,7 +221,7 @@ class Target:
     command: tuple[object, ...]  # the same through the command line
     # What else changes with the content, so that hashes do not give it away at once.
     believed: Callable[[bytes], dict[Path, bytes]] = lambda _: {}
-    names: tuple[Path, ...] = ()  # what a refusal may name in place of the file, such as the folder that is opened
+    names: tuple[Path, ...] = ()  # what a refusal may name instead of the file, such as the folder that is opened
     places: bool = False  # whether a refusal has to name a field or a line, beside the file
     prepare: Callable[[], object] = lambda: None  # what the command needs, called when the file is spoiled
 

@@ -1,7 +1,7 @@
 """What the torture tests have shown so far: counts that add up over calls, and the table in reliability.md.
 
 .venv/bin/python tests/torture/torture_results.py                        put the table into the document
-.venv/bin/python tests/torture/torture_results.py --forget PROMISE       after a repair: count anew
+.venv/bin/python tests/torture/torture_results.py --forget PROMISE       after a repair: count again
 """
 
 from __future__ import annotations

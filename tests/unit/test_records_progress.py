@@ -73,13 +73,13 @@ def test_a_run_is_under_way_only_while_the_one_that_began_it_works_on_the_study(
         for since in ("2029-12-31T23:59:59+00:00", "2030-01-01T00:00:01+00:00")
     )
     running = RunStatus(RUN, "running", 2, "µ, since 2030-01-01T00:00:00+00:00, checkpoint at step 4 of 9")
-    pending = RunStatus(RUN, "pending", 2, "goes on from step 4 of 9")
+    pending = RunStatus(RUN, "pending", 2, "continues from step 4 of 9")
     for owner, skipped, status in (
         (before, False, running),
         (before, True, running),
         (after, False, pending),
         (None, False, pending),
-        (None, True, RunStatus(RUN, "skipped", 2, "goes on from step 4 of 9")),
+        (None, True, RunStatus(RUN, "skipped", 2, "continues from step 4 of 9")),
     ):
         assert run_status(study, RUN, owner, skipped=skipped) == status
     (study / RUN / "checkpoint-4").rmdir()

@@ -1,4 +1,4 @@
-"""The project's own study: records to results/, and from there to docs/studies.md, README.md and figures.
+"""The project's own study: records to results/, and from there to docs/studies.md and figures.
 
     .venv/bin/python -m experiments.methods.scripts.study_evidence [DIR ...]
 
@@ -22,8 +22,8 @@ import pandas as pd
 
 from experiments.hypotheses.registry import ALL_STUDIES, Findings, all_findings, find, load_registry
 from experiments.methods.scripts.study_figures import write_figures
-from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, pilot_table, readme_table, study_blocks
-from experiments.scripts.evidence import EXPERIMENTS, ROOT, benchmark, merge, run
+from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, SHORT, five_methods, pilot_table, study_blocks
+from experiments.scripts.evidence import EXPERIMENTS, benchmark, merge, run
 from peft_vit.analysis import Analysis, Study, analyze, load_studies
 from peft_vit.analysis.evidence import Evidence
 from peft_vit.errors import UserError
@@ -33,7 +33,7 @@ from peft_vit.safe_io import folder_below
 FOLDER = Path(__file__).resolve().parents[1]
 CONFIGS, RESULTS = FOLDER / "configs", FOLDER / "results"
 HYPOTHESES = EXPERIMENTS / "hypotheses" / "hypotheses_study.yaml"
-README, FINDINGS, EVERY_TEST = ROOT / "README.md", FOLDER / "docs" / "studies.md", FOLDER / "docs" / "every_test.md"
+FINDINGS, EVERY_TEST = FOLDER / "docs" / "studies.md", FOLDER / "docs" / "every_test.md"
 _KEPT = ("study.json", RECORD_FILE)
 
 
@@ -179,11 +179,11 @@ def blocks() -> dict[str, str]:
     }
     rates = {name: pilot_table(runs, rate_means(runs), chosen_rates(runs)) for name, runs in pilots.items()}
     own = (
-        {"readme_table": readme_table(analyses, benchmark("memory")["rows"])} if analyses.keys() >= KINDS.keys() else {}
+        {"five_methods": five_methods(analyses, benchmark("memory")["rows"])} if analyses.keys() >= KINDS.keys() else {}
     )
     return study_blocks(analyses, over_all(analyses), pilots) | rates | own
 
 
 if __name__ == "__main__":
-    run(__doc__, keep, blocks, README, FINDINGS, EVERY_TEST)
+    run(__doc__, keep, blocks, FINDINGS, EVERY_TEST)
     write_figures({name: analysis_of(name) for name in kept_studies()})

@@ -1,4 +1,4 @@
-"""The figures of docs/studies.md and README.md: the report's, with the digest of what they show."""
+"""The figures of docs/studies.md and of "What we found": the report's, with the digest of what they show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from experiments.methods.scripts.readme_figure import accuracy_and_bytes, for_both_pages
+from experiments.methods.scripts.main_figure import accuracy_and_bytes, for_both_pages
 from experiments.methods.scripts.study_tables import DESCRIPTIVE, KINDS, MAIN, MARGIN, REFERENCE
 from experiments.scripts.evidence import ROOT
 from peft_vit.analysis import Analysis
@@ -24,7 +24,7 @@ from peft_vit.report.heatmaps import rank_maps
 
 _RANKED = ("adalora_best", "qa_adalora_nf4", "adalora_published")
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-IN_README = ROOT / "docs" / "images" / "accuracy_by_bytes.svg"
+IN_DOCS = ROOT / "docs" / "images" / "accuracy_by_bytes.svg"
 DIGEST = "Data-SHA256"  # a text in the PNG file, a comment in the SVG file
 
 
@@ -44,7 +44,7 @@ def drawings(analyses: Mapping[str, Analysis]) -> Iterator[tuple[Path, Drawing]]
         shown = [one for one in elpv.allocation if one.experiment.name in _RANKED]
         yield IMAGES / f"{MAIN}_ranks.png", rank_maps(shown)
     if analyses.keys() >= KINDS.keys():
-        yield IN_README, accuracy_and_bytes(analyses)
+        yield IN_DOCS, accuracy_and_bytes(analyses)
 
 
 def digest(drawing: Drawing) -> str:

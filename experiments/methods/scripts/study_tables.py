@@ -1,4 +1,4 @@
-"""The tables of docs/findings/ about the project's own studies and of README.md, as Markdown, out of analyses."""
+"""The tables of docs/studies.md about the project's own studies, as Markdown, out of analyses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_vit.statistics import Interval
 
 REFERENCE = "lora_r8"
 MARGIN = 0.01  # a share: the margin of the study's hypotheses
-MAIN = "study_elpv"  # which README tells of first
+MAIN = "study_elpv"  # which the main table tells of first
 DESCRIPTIVE = "study_elpv_published"  # three splits: nothing is tested
 SHORT = {
     MAIN: "ELPV",
@@ -46,7 +46,7 @@ TITLES = {
     "joint_ranks_and_bits": "ranks and bits chosen together",
 }
 KINDS = {MAIN: "solar cells", "study_digits": "digits", "study_fashion": "clothing"}
-IN_README = ("linear_probe", "full_finetuning", "lora_r8", "adalora_best", "qa_lora_nf4")
+SHOWN = ("linear_probe", "full_finetuning", "lora_r8", "adalora_best", "qa_lora_nf4")
 _MEMORY_OF = {  # sides of benchmarks/memory.py
     "linear_probe": "head alone",
     "full_finetuning": "full fine-tuning",
@@ -105,7 +105,7 @@ def study_blocks(
     return found
 
 
-def readme_table(analyses: Mapping[str, Analysis], memory: Sequence[Mapping[str, Any]]) -> str:
+def five_methods(analyses: Mapping[str, Analysis], memory: Sequence[Mapping[str, Any]]) -> str:
     """Return one row for each of five methods: accuracy on each kind of images, what it stores and what training takes.
 
     Args:
@@ -121,7 +121,7 @@ def readme_table(analyses: Mapping[str, Analysis], memory: Sequence[Mapping[str,
     columns["to train, MB"] = lambda name: _or_dash(
         beyond.get(f"ViT-B/16: {_MEMORY_OF[name]}"), lambda size: f"{size / 1e6:,.0f}"
     )
-    return table(IN_README, columns)
+    return table(SHOWN, columns)
 
 
 def _with_half_width(interval: Interval) -> str:

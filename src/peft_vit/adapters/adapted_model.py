@@ -253,7 +253,7 @@ def without_updates(model: nn.Module, sites: Collection[str]) -> Iterator[None]:
     """
     unknown = sorted(set(sites) - set(update_ranks(model)))
     if unknown:
-        raise UserError(f"the model has no adapter on {unknown[0]}; name sites that have one", field="sites")
+        raise UserError(f"the model has no adapter on {unknown[0]}; name modules that have one", field="sites")
     with ExitStack() as stack:
         for _, module in adapted_modules(model):
             named = {site.name for site, _ in module.adapters()}.intersection(sites)
@@ -344,7 +344,7 @@ def merge_into_offsets(model: nn.Module, *, offset_dtype: torch.dtype | None = N
 
 
 def merge_by_requantizing(model: nn.Module) -> dict[str, float]:
-    """Replace adapters by their sum with the layer's weight, quantized anew to the layer's own format.
+    """Replace adapters by their sum with the layer's weight, quantized again to the layer's own format.
 
     For adapters over a quantized weight that act on single inputs (QLoRA, arXiv 2305.14314). The update is rounded to
     codes with the weight, each to the nearest, and what is smaller than half a code's step may be lost: look at the

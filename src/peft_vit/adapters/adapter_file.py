@@ -32,7 +32,7 @@ def adapter_bytes(model: nn.Module, metadata: dict[str, Any], *, packed: bool = 
     Args:
         model: with adapters.
         metadata: goes into the header.
-        packed: add the packed weights, where rounding the float ones anew would not give them.
+        packed: add the packed weights, where rounding the float ones again would not give them.
     """
     tensors = {name: tensor for name, tensor in trained_tensors(model).items() if tensor.numel()}
     if packed:
@@ -88,7 +88,7 @@ class AdapterFile(NamedTuple):
     form: dict[str, Any]  # what else decides the updates
     ranks: dict[str, int]  # by site; likewise
     scales: dict[str, float]
-    packed: dict[str, dict[str, Tensor]]  # weights by module, where rounding the float ones anew would not give them
+    packed: dict[str, dict[str, Tensor]]  # weights by module, where rounding the float ones again would not give them
     formats: dict[str, QuantizationFormat]  # of the quantized weights that the adapters were trained on, by module
 
 
@@ -145,7 +145,7 @@ def set_ranks(model: nn.Module, ranks: dict[str, int], *, file: Path | None = No
     """
     adapters = site_adapters(model)
     if set(ranks) != set(adapters):
-        raise UserError("names other sites than the model's adapters", file=file, field="ranks")
+        raise UserError("names other modules than the model's adapters", file=file, field="ranks")
     for name, adapter in adapters.items():
         if not 0 <= ranks[name] <= adapter.largest_rank:
             message = f"expected 0 to {adapter.largest_rank}, got {ranks[name]}"

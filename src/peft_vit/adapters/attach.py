@@ -213,7 +213,7 @@ def effects_of(
 
 @contextmanager
 def _without_zeros(model: nn.Module) -> Iterator[None]:
-    """Put noise in place of all tensors of zeros but biases, for a while: updates start there, and some norms do."""
+    """Put noise instead of all tensors of zeros but biases, for a while: updates start there, and some norms do."""
     generator = torch.Generator().manual_seed(1)
     zeros = [
         parameter

@@ -337,7 +337,7 @@ def _read_base(file: Path) -> dict[str, Any]:
     """Return what `export_peft` has written of the base; nothing where PEFT has written the adapter."""
     base = _read_json(file) if os.path.lexists(file) else {}
     if not isinstance(base, dict):
-        raise UserError("is not what `peft-vit export` writes; take it away", file=file)
+        raise UserError("is not what `peft-vit export` writes; remove it", file=file)
     return base
 
 

@@ -171,7 +171,7 @@ class PeftSite(LowRankUpdate):
         """Say the rank wherever PEFT does; alpha moves with it, so that the scale stays."""
         alpha = self.scale * (math.sqrt(rank) if self._layer.use_rslora[self._adapter] else rank)
         self._layer.r[self._adapter], self._layer.lora_alpha[self._adapter] = rank, alpha
-        # Full names for all, in place of the user's patterns: PEFT sorts the keys and lets the first that fits win.
+        # Full names for all, instead of the user's patterns: PEFT sorts the keys and lets the first that fits win.
         layers = peft_layers(self._holder).items()
         self._config.rank_pattern = {key: layer.r[self._adapter] for key, layer in layers}
         self._config.alpha_pattern = {key: layer.lora_alpha[self._adapter] for key, layer in layers}

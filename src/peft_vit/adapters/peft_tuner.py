@@ -128,7 +128,7 @@ def attach_peft(
         settings: see `tuner_config`.
         seed: of the adapters' start.
         images: a calibration batch (N, C, H, W) for a start that depends on data.
-        ranks: of the modules of a saved run, in place of such a start; see `saved_module_ranks`.
+        ranks: of the modules of a saved run, instead of such a start; see `saved_module_ranks`.
 
     Returns:
         PEFT's tuner around the same model.

@@ -50,7 +50,7 @@ def resize_adapters(
         optimizer: holds their parameters.
         ranks: new rank by site.
         triplet_scores: score of each present triplet by site, (rank,).
-        generators: sources of what grows, by site, in place of the adapters' own.
+        generators: sources of what grows, by site, instead of the adapters' own.
 
     Returns:
         For each changed site the indices of the old triplets that were kept, (kept,) int64 in ascending order.
@@ -105,7 +105,7 @@ def _resize(adapter: Adapter, optimizer: torch.optim.Optimizer, keep: Tensor, gr
         for group in optimizer.param_groups:
             group["params"][:] = [parameter if present is old else present for present in group["params"]]
         state = optimizer.state.pop(old, None)
-        if state is None or not len(keep):  # nothing old is left: the optimiser starts anew, its step count too
+        if state is None or not len(keep):  # nothing old is left: the optimiser starts again, its step count too
             continue
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == old.shape:

@@ -263,15 +263,15 @@ class AdaLoRAController:
         scores = np.array([importance_scores[name] for name in self.names], dtype=np.float64)
         if step >= self.schedule.last_update and len(set(importance_scores.values())) == 1:
             _warn(
-                f"importance_metric {self.config.importance_metric} gave every site the same score; "
-                "the allocation says nothing about the sites"
+                f"importance_metric {self.config.importance_metric} gave every module the same score; "
+                "the allocation says nothing about the modules"
             )
         tau = self.config.threshold_tau
         if self.config.allocation_strategy == "threshold" and not self._bar_too_high:
             self._bar_too_high = not reach_threshold(scores, self.costs, tau)
             if self._bar_too_high:
                 _warn(
-                    f"threshold_tau {tau} has no effect: no site's score reaches so many times the mean, and all share "
+                    f"threshold_tau {tau} has no effect: no module's score is so many times the mean, and all share "
                     "the budget in proportion; lower it"
                 )
         is_global = self.config.allocation_strategy == "global"
@@ -392,7 +392,7 @@ class AdaLoRAController:
         values = copy.deepcopy(state["values"])
         if "decisions" in values:
             message = f"the state was made by peft-vit {LAST_VERSION_WITH_ALL}, which goes on with it"
-            raise UserError(f"{message}; without it training starts anew", field="decisions")
+            raise UserError(f"{message}; without it training starts again", field="decisions")
         here = self._made_with()
         other = next((key for key in here if values["made_with"].get(key) != here[key]), None)
         if other is not None:

@@ -390,7 +390,7 @@ def check_fisher(
     """
     adapters = {name: adapter for name, adapter in site_adapters(model).items() if adapter.rank}
     if not adapters:
-        raise UserError("no site has rank; there is nothing to compare", field="model")
+        raise UserError("no module has rank; there is nothing to compare", field="model")
     parameters = [parameter for adapter in adapters.values() for parameter in adapter.parameters()]
     share = torch.ones(len(labels), device=labels.device) if class_weights is None else class_weights[labels]  # (N,)
     per_sample = dict.fromkeys(adapters, 0.0)

@@ -155,7 +155,7 @@ def fit_head(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[LinearHe
     classes, places = labels.unique(return_inverse=True)
     if len(classes) < 2:
         raise UserError(
-            f"the {len(labels)} calibration images are all of one class, so nothing can be measured on them; take more",
+            f"the {len(labels)} calibration images are all of one class, so nothing can be measured on them; use more",
             field="qa_lora.adaptive_bits.calibration_images",
         )
     backbone = Backbone(model)

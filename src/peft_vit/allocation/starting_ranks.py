@@ -89,13 +89,13 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site], ada
     if not costs.min() <= config.budget < most:
         reason = "what they can hold" if limit is None else f"{name} {limit} everywhere; raise {name} for more"
         raise UserError(
-            f"expected at least {costs.min()} (one rank of the cheapest site) and less than {most} {config.unit} (of "
-            f"all {len(sites)} sites {reason}), got {config.budget}",
+            f"expected at least {costs.min()} (one rank of the cheapest module) and less than {most} {config.unit} (of "
+            f"all {len(sites)} modules {reason}), got {config.budget}",
             field=f"{field}.budget",
         )
     bought = config.budget // int(costs.min())  # ranks of the cheapest site
     if limit is not None and limit > bought:
-        message = f"{limit} has no effect above the {bought} ranks that the budget buys at a site; lower it"
+        message = f"{limit} has no effect above the {bought} ranks that the budget buys at a module; lower it"
         raise UserError(message, field=f"{field}.{name}")
 
 
@@ -129,7 +129,7 @@ def choose_starting_ranks(
     by_rank = _scored(config.rule, model, sites, batch)
     scores = {name: float(by_rank[name][0]) for name in names}
     if not any(scores.values()):
-        message = f"rule {config.rule} gave every site the score 0, so it can't choose; do all gradients vanish?"
+        message = f"rule {config.rule} gave every module the score 0, so it can't choose; do all gradients vanish?"
         raise UserError(message, field="lora.ranks.rule")
     largest = limited(largest, config.maximum_rank, field=f"{adapters.section}.ranks.maximum_rank")
     bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[name] for name in names])
@@ -142,7 +142,7 @@ def choose_starting_ranks(
     alike = [what for what, of in (("score", scores), ("rank", ranks)) if len(set(of.values())) == 1]
     if alike:
         warnings.warn(
-            f"lora.ranks: rule {config.rule} gave every site the same {alike[0]}, so it says nothing about the sites",
+            f"lora.ranks: rule {config.rule} gave every module the same {alike[0]}, so it says nothing about them",
             SilentNoEffectWarning,
             stacklevel=3,
         )

@@ -148,7 +148,7 @@ def limited(largest: Ints, limit: int | None, *, field: str) -> Ints:
     if limit is None:
         return largest
     if limit > largest.max():
-        raise UserError(f"{limit} lies above the widest site's {largest.max()}; lower it", field=field)
+        raise UserError(f"{limit} lies above the widest module's {largest.max()}; lower it", field=field)
     return np.minimum(largest, limit)
 
 
@@ -164,7 +164,7 @@ def schedule_for(config: AdaLoraConfig, total_steps: int, bounds: Bounds, costs:
         initial = config.initial_budget
         if initial > most:
             raise UserError(
-                f"{initial} {unit} are more than the {most} that the sites can hold; lower it",
+                f"{initial} {unit} are more than the {most} that the modules can hold; lower it",
                 field="adalora.initial_budget",
             )
     elif config.budget_schedule == "cubic":
@@ -189,30 +189,30 @@ def bounds_for(config: AdaLoraConfig, largest: Ints, costs: Ints) -> Bounds:
     minimum = np.full(len(largest), config.minimum_rank, dtype=np.int64)
     if (minimum > maximum).any():
         raise UserError(
-            f"{config.minimum_rank} lies above a site's largest rank {maximum.min()}; lower it",
+            f"{config.minimum_rank} lies above a module's largest rank {maximum.min()}; lower it",
             field="adalora.minimum_rank",
         )
     least, most = max(int(costs @ minimum), int(costs.min())), int(costs @ maximum)
     unit, total, field = config.budget
     if not least <= total <= most:
-        reason = f"minimum ranks of {len(minimum)} sites" if config.minimum_rank else "one rank of the cheapest site"
+        reason = f"minimum ranks of {len(minimum)} modules" if config.minimum_rank else "a rank of the cheapest module"
         raise UserError(
-            f"expected {least} ({reason}) to {most} {unit} (what the sites can hold), got {total}",
+            f"expected {least} ({reason}) to {most} {unit} (what the modules can hold), got {total}",
             field=f"adalora.{field}",
         )
     if total - int(costs @ minimum) < costs.min():
         raise UserError(
-            f"the minimum ranks of {len(minimum)} sites take the {total} {unit} of {field}, and nothing is left to "
+            f"the minimum ranks of {len(minimum)} modules take the {total} {unit} of {field}, and nothing is left to "
             "decide; lower it",
             field="adalora.minimum_rank",
         )
     sites = len(minimum)
     if config.top_k is not None and config.top_k >= sites:
-        reason = f"exceeds the {sites} sites" if config.top_k > sites else "is every site, and scores decide nothing"
+        reason = f"exceeds the {sites} modules" if config.top_k > sites else "is every module, so scores decide nothing"
         raise UserError(f"{config.top_k} {reason}; lower it", field="adalora.top_k")
     if config.threshold_tau > sites:
         raise UserError(
-            f"no score can be {config.threshold_tau} times the mean of {sites} sites; lower it",
+            f"no score can be {config.threshold_tau} times the mean of {sites} modules; lower it",
             field="adalora.threshold_tau",
         )
     return Bounds(minimum, maximum)
@@ -255,7 +255,7 @@ def allocate(
     low, high = bounds.minimum.tolist(), bounds.maximum.tolist()
     if budget < sites.cost(low):
         raise UserError(
-            f"{budget} lies below what the sites' minimum ranks cost, {sites.cost(low)} together; raise it",
+            f"{budget} lies below what the modules' minimum ranks cost, {sites.cost(low)} together; raise it",
             field="budget",
         )
     if strategy == "global":

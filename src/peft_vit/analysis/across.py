@@ -101,7 +101,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
     """Read the studies below several directories.
 
     Raises:
-        UserError: if a directory can't be read, if a study or a run stands twice, if there are fewer than two studies,
+        UserError: if a directory can't be read, if a study or a run occurs twice, if there are fewer than two studies,
             or if real and smoke studies are mixed; names them.
     """
     read: list[tuple[Path, Study]] = []
@@ -119,7 +119,7 @@ def load_across(directories: Sequence[Path]) -> dict[str, Study]:
         raise UserError(f"{problem}; leave them out", file="compare")
     labels = [study.label for _, study in read]
     if len(read) < 2:
-        problem = f"holds one study ({labels[0]}), and it takes two; give another directory, or use `peft-vit report`"
+        problem = f"holds one study ({labels[0]}), and this needs two; give another directory, or use `peft-vit report`"
         raise UserError(problem, file=directories[0])
     return {
         study.label if labels.count(study.label) == 1 else f"{study.label} ({directory})": study
@@ -241,7 +241,7 @@ def _pooled(
     for place, estimate in enumerate(decided):
         open_ = replace(estimate, adjusted_p=None, opposite_p=None, verdict=Verdict.NOT_DECIDED)
         rows[place] = replace(rows[place], estimate=open_ if estimate.note else estimate)
-    for place, time in enumerate(times):  # ratios in place of their logarithms, which nothing decides
+    for place, time in enumerate(times):  # ratios instead of their logarithms, which nothing decides
         logs = time.interval
         low, high = (None if end is None else math.exp(end) for end in (logs.low, logs.high))
         ratio = Interval(math.exp(logs.estimate), low, high, logs.n, logs.confidence, logs.reason)

@@ -360,7 +360,7 @@ def _over_needed(run: Run, line: Sequence[tuple[float, float]]) -> tuple[float, 
 
 # --- where ranks went -------------------------------------------------------------------------------------------------
 
-_WITHOUT_KINDS = "without sites of both kinds"
+_WITHOUT_KINDS = "without modules of both kinds"
 
 
 def query_over_each(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
@@ -401,14 +401,14 @@ def _by_matrix(run: Run) -> dict[str, list[int]]:
     return grouped((site.matrix, final[site.name]) for site in run.adapted_sites())
 
 
-_spread = each_run("without ranks on two sites", "rank_history")
+_spread = each_run("without ranks on two modules", "rank_history")
 spread_gini, spread_entropy = _spread(rank_gini), _spread(rank_entropy)
 
 
 # --- scores that ranks were decided with, and what leaving adapters out costs -----------------------------------------
 
 
-@each_run("without positive scores of attention and of MLP sites", "importance_history")
+@each_run("without positive scores of attention and of MLP modules", "importance_history")
 def attention_over_mlp(run: Run) -> float | None:
     """log2 of the mean final score of attention sites over that of MLP sites; a score is a mean per triplet."""
     scores = run.last_scores()
@@ -449,7 +449,7 @@ def between_seeds(evidence: Evidence, of: Group) -> tuple[Estimate, ...]:
             f"seed {runs[-1].seed} has no partner" if len(runs) % 2 else "",
             f"{refused} pair(s) refused: other weights, images or splits" if refused else "",
             "each seed draws its own images" if any(_drawn_by_seed(a, b) for a, b in pairs) else "",
-            f"scores are all equal, not finite, or of too few sites: seeds {undefined}" if undefined else "",
+            f"scores are all equal, not finite, or of too few modules: seeds {undefined}" if undefined else "",
         )
         known = {label: rho for label, rho in rhos.items() if rho is not None}
         estimates.append(estimated(subject.name, known, n_of="pairs of seeds", note=note))
@@ -463,14 +463,14 @@ def _drawn_by_seed(a: Run, b: Run) -> bool:
     return by_seed and settings == b.record.spec.data and same_source(a) == same_source(b)
 
 
-@each_run("whose scores or losses are all equal, not finite, or of too few sites", "importance_history", "removal")
+@each_run("whose scores or losses are all equal, not finite, or of too few modules", "importance_history", "removal")
 def against_harm(run: Run) -> float | None:
     """Spearman's rho, over sites with rank, between last scores and the loss rise when a site is left out."""
     removal = run.record.removal
     return None if removal is None else rank_correlation(run.last_scores(), removal.site_loss_rise)
 
 
-@each_run("without a site in that group", "removal")
+@each_run("without a module in that group", "removal")
 def cost_of_removing_mlp(run: Run) -> float | None:
     """Validation accuracy that is lost when the updates of MLP sites are left out."""
     removal = run.record.removal

@@ -212,7 +212,7 @@ def recommend(
         limits: what the configuration may cost.
         margin: largest loss of test accuracy that does not matter, a share above 0.
         measure: what "smallest" means; of sizes within one percent the higher validation accuracy decides.
-        exported: latency of exported models, to be taken in place of what the records say.
+        exported: latency of exported models, to be taken instead of what the records say.
 
     Raises:
         UserError: if no run is finished, if one has no validation images, which choose the best, if times are asked for

@@ -430,7 +430,7 @@ class Results:
 def read_results(directory: Path) -> Results:
     """Read what can be read below a directory, and group it by study.
 
-    A run that stands twice is counted once if both records are the same, and not at all if they differ, since nothing
+    A run that occurs twice is counted once if both records are the same, and not at all if they differ, since nothing
     says which of them is the evidence.
 
     Raises:
@@ -471,7 +471,7 @@ def load_studies(directory: Path) -> tuple[Study, ...]:
     """Read all studies below a directory for those who need everything or nothing, such as an export.
 
     Raises:
-        UserError: as in `read_results`, and if anything that may be a result can't be read or stands twice.
+        UserError: as in `read_results`, and if anything that may be a result can't be read or occurs twice.
     """
     results = read_results(directory)
     for problem in results.problems:

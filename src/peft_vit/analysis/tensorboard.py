@@ -28,7 +28,7 @@ def export_to_tensorboard(results_dir: Path, log_dir: Path) -> int:
         log_dir: what `tensorboard --logdir` is given.
 
     Raises:
-        UserError: if there is no record of a finished run, if one can't be read, if a run stands twice, or if the
+        UserError: if there is no record of a finished run, if one can't be read, if a run occurs twice, or if the
             package tensorboard is missing.
     """
     require_extra("tensorboard", field="--format tensorboard")

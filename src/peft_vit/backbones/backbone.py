@@ -286,7 +286,7 @@ def freeze_batch_norm(model: nn.Module) -> None:
     """Let BatchNorm, as some convolutional stems have it, compute with the statistics of pretraining, and keep them.
 
     No method here trains them: a frozen backbone is to stay what it was, and batches of fine-tuning are small. After a
-    model's `train()` it has to be called anew.
+    model's `train()` it has to be called again.
     """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -310,4 +310,4 @@ def choose_attention(model: nn.Module, device: torch.device, precision: Precisio
 
 
 def _missing(site: str, reason: str) -> UserError:
-    return UserError(f"this model has no site {site}: {reason}; choose a model with plain blocks")
+    return UserError(f"this model has no module {site}: {reason}; choose a model with plain blocks")

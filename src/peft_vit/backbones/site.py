@@ -119,7 +119,7 @@ def chosen(sites: Sequence[Site], targets: Sequence[str]) -> list[Site]:
         if not any(_matches(site, pattern) for site in sites):
             names = [name for site in sites for name in (site.module, site.name)]
             near = difflib.get_close_matches(pattern, dict.fromkeys(names), n=3, cutoff=0.0)
-            raise UserError(f"no site matches {pattern!r}; the nearest are {', '.join(near)}", field="targets")
+            raise UserError(f"no target module matches {pattern!r}; the nearest are {', '.join(near)}", field="targets")
     return [site for site in sites if site.kind in kinds or any(_matches(site, pattern) for pattern in patterns)]
 
 

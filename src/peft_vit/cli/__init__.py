@@ -54,7 +54,7 @@ def user_errors() -> Iterator[None]:
         print(f"error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; the same command goes on with the runs that are not done", file=sys.stderr)
+        print("interrupted; the same command continues with the runs that are not done", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
 
 

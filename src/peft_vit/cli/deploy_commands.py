@@ -48,7 +48,7 @@ else:
 _MERGED = {
     "float": "Updates added to float weights.",
     "offsets": "Updates moved into the groups' offsets; codes and scales stay.",
-    "codes": "No groups, so weights and updates were quantized anew: not exact, see the accuracy.",
+    "codes": "No groups, so weights and updates were quantized again: not exact, see the accuracy.",
 }
 _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
 
@@ -62,7 +62,7 @@ class ExportRequest(Request):
     runs: Annotated[list[Path], Option("RUN", is_argument=True)] = Field(
         min_length=1,
         description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history and "
-        "tensorboard also take a folder of many runs.",
+        "tensorboard also accept a folder of many runs.",
     )
     output: Annotated[Path | None, OnlyWith(bundle=None)] = Field(
         default=None,
@@ -76,7 +76,7 @@ class ExportRequest(Request):
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
         + "; web: a page that runs the model in a browser; peft: LoRA files for the PEFT library; history: a table of "
-        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study goes on. Without "
+        "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study runs. Without "
         "it, what the ending of --output says.",
     )
     bundle: Path | None = Field(
@@ -96,13 +96,13 @@ class ExportRequest(Request):
         OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
     ] = Field(
         default=None,
-        description="Round the weights of a run that was trained on floats, and print what that loses. "
+        description="Round the weights of a float run, and print the loss of accuracy. "
         f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
     )
     rounding: Annotated[Rounding | None, OnlyWith(bits=...)] = Field(
         default=None,
-        description="How they are rounded. nearest: each by itself, the default from 4 bits on. gptq: so that errors "
-        "on training images make up for each other, which takes longer and is the default below.",
+        description="How to round. nearest: each weight by itself, the default from 4 bits on. gptq: errors make up "
+        "for each other on training images, which takes longer and is the default below 4 bits.",
     )
     single: Annotated[bool, OnlyWith(format="web")] = Field(
         default=False, description="Write the page for a browser as one file. A name that ends in .html does so too."
@@ -126,8 +126,8 @@ class ExportRequest(Request):
         OnlyWith(format=("onnx", "web")),
     ] = Field(
         default=None,
-        description="Let an ONNX file multiply 8-bit integers, which is faster and not exact. What that loses is "
-        "measured on validation images first.",
+        description="Let an ONNX file multiply 8-bit integers, which is faster and not exact. The loss is measured on "
+        "validation images first.",
     )
     accept_loss: Annotated[float | None, OnlyWith(activations="int8"), OnlyWith(format=("onnx", "web"))] = Field(
         default=None,
@@ -378,7 +378,7 @@ def predict(request: PredictRequest) -> None:
     columns += [] if card.unlike is None else ["unlike"]
     if card.unlike is None and card.calibrated is not None and card.calibrated.images < FEWEST_HELD_OUT:
         reason = f"only {card.calibrated.images} validated the model, {FEWEST_HELD_OUT} are needed"
-        print(f"images unlike those of training are not told: {reason}", file=sys.stderr)
+        print(f"images unlike those of training are not marked: {reason}", file=sys.stderr)
     to_file = request.output is not None
     printed = _Rows() if to_file else _PRINTED[format](columns, files, classes)
     predicted = right = unlike = 0

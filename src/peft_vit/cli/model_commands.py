@@ -122,7 +122,7 @@ def check(request: CheckRequest) -> None:
         for site, effect in checked.sites
     ]
     _print_table(("site", "shape", "tokens", "gradient"), rows)
-    print(f"{checked.effective} of {len(checked.sites)} sites act")
+    print(f"{checked.effective} of {len(checked.sites)} modules act")
     print(f"merged weights in a plain model: {checked.merged}")
     for name, outcome in checked.files.items():
         print(f"{EXPORTS[name].title}: {outcome}")

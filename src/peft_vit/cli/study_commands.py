@@ -36,9 +36,9 @@ ResultsDir = Annotated[Path, typer.Argument(metavar="RESULTS", help=_RESULTS, sh
 def run(request: RunRequest) -> None:
     """Do all runs of a study that are not done yet.
 
-    The same command goes on where an earlier one was interrupted or killed: done runs are skipped, others go on from
-    their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes: 0 every
-    run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
+    The same command continues where an earlier one was interrupted or killed: done runs are skipped, others continue
+    from their last checkpoint, failed ones are tried again. Ctrl-C stops cleanly, a second one at once. Exit codes: 0
+    every run is done, or --minutes are over, 1 a run failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import plan_studies, run_studies
 
@@ -74,11 +74,11 @@ def status(results_dir: ResultsDir) -> None:
 def train(request: TrainRequest) -> None:
     """Fine-tune a model on your own images with one method.
 
-    A fifth of the images is kept for the test, and another fifth for validation, by which choices are made. Training
-    starts from a linear probe, a classifier on the features of the pretrained model. It stops when accuracy on the
-    validation images no longer rises, or when the minutes are over, and the model is never worse on them than that
-    probe. Each call makes a folder of its own, and `latest` beside it leads to the last one. The same call again goes
-    on where it was interrupted. Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted.
+    A fifth of the images is kept for the test, and another fifth for validation. Training starts from a linear probe, a
+    classifier on the features of the pretrained model. It stops early when validation stops improving, or when the
+    minutes are over, and on validation the model is never worse than that probe. Each call makes a folder of its own,
+    and `latest` beside it leads to the last one. The same call continues where it was interrupted. Exit codes: 0 done,
+    1 training failed, 2 bad input, 130 interrupted.
     """
     from peft_vit.studies.commands import train_on_own_images
 
@@ -148,12 +148,12 @@ def runs(
 
 @command(TuneRequest)
 def tune(request: TuneRequest) -> None:
-    """Find the best model for your images that the minutes can buy, within your limits, and say how sure that is.
+    """Find the best model for your images within your minutes and limits, and say how sure that is.
 
     A fifth of the images, or the folder's own test split, is set aside for one test at the end. With the others it
-    chooses image sizes, by fitting the last layer alone, then learning rate and number of steps, by short trainings,
-    and compares the best with itself on weights of 8 and 4 bits. It takes the smallest that is hardly worse than the
-    best one found. The same command goes on where an earlier one was stopped, and with more minutes tries more. Exit
+    chooses image sizes, by fitting only the last layer, then learning rate and number of steps, by short trainings,
+    and compares the best with itself on weights of 8 and 4 bits. It chooses the smallest that is hardly worse than the
+    best one found. The same command continues where an earlier one was stopped, and with more minutes tries more. Exit
     codes: 0 a model was chosen, 2 bad input, 130 interrupted.
     """
     from peft_vit.extras import require_extra
@@ -270,7 +270,7 @@ class RecommendRequest(Request):
         "--bench.",
     )
     bench: Path | None = Field(
-        default=None, description="Take latency from this .json file, in which `peft-vit bench` timed exported models."
+        default=None, description="Use the latency in this .json file, in which `peft-vit bench` timed exported models."
     )
     margin: float = Field(
         default=1.0,
@@ -291,7 +291,7 @@ class RecommendRequest(Request):
 def recommend(request: RecommendRequest) -> None:
     """Name the smallest configuration of a study that is shown to lose less than --margin against the best.
 
-    It is printed as a study. Where the data does not decide, nothing is recommended, and you are told how many seeds
+    It is printed as a study. If the data does not decide, nothing is recommended, and the output says how many seeds
     would. Exit codes: 0 done, 2 bad input.
     """
     from peft_vit.analysis import load_studies
@@ -320,8 +320,7 @@ def compare(
     allow_mismatch: Annotated[
         str,
         typer.Option(
-            help="Pool differences of studies although these differ, such as versions,timings. See "
-            "docs/how_to/compare_studies.md.",
+            help="Pool differences of studies although these differ, such as versions,timings.",
             metavar="NAMES",
             show_default=False,
         ),

@@ -106,7 +106,7 @@ def _read(node: yaml.Node, loader: _StrictLoader, path: KeyPath, lines: Lines, f
             message = f"a key must be text, not {key!r}" if scalar else "a key must be text, not a list or a mapping"
             raise UserError(f"{message}; rename it or put it in quotes", file=where, field=dotted(path))
         if key in mapping:
-            raise UserError("this key stands twice; remove one", file=where, field=dotted((*path, key)))
+            raise UserError("this key occurs twice; remove one", file=where, field=dotted((*path, key)))
         lines[*path, key] = key_node.start_mark.line + 1
         mapping[key] = _read(value_node, loader, (*path, key), lines, file)
     return mapping

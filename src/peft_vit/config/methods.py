@@ -25,7 +25,7 @@ class ImportanceMetric:
         reads_gradient: whether it is smoothed over the steps' gradients.
         probe_power: power of the gradient by which a site without rank is scored in its units, see
             `allocation.importance`; None: it is not probed.
-        reads_weight: whether it scores a site by its frozen weight, once, in place of triplets.
+        reads_weight: whether it scores a site by its frozen weight, once, instead of triplets.
     """
 
     reads_gradient: bool = False
@@ -75,14 +75,14 @@ class AdaLoraConfig(AdapterConfig):
     The budget is given in exactly one unit, see `allocation.strategies.costs_for` for what a rank costs in each.
     """
 
-    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all sites")
+    total_rank_budget: int | None = Field(default=None, ge=1, description="ranks over all modules")
     total_parameter_budget: int | None = Field(default=None, ge=1, description="trainable parameters, head not counted")
     total_byte_budget: int | None = Field(default=None, ge=1, description="bytes of these values in float32")
     total_mac_budget: int | None = Field(
         default=None, ge=1, description="multiply-accumulates of the adapters' own products, forward, for one image"
     )
     allocation_strategy: Strategy = Field(description="how scores become ranks")
-    importance_metric: Metric = Field(description="what scores a rank, or a site")
+    importance_metric: Metric = Field(description="what scores a rank, or a module")
     update_frequency: int = Field(ge=1, description="steps between reallocations")
     warmup_steps: int = Field(ge=1, description="steps before the first reallocation")
     final_steps: int | None = Field(default=None, ge=0, description="last steps with frozen ranks; default a quarter")
@@ -93,9 +93,9 @@ class AdaLoraConfig(AdapterConfig):
         default=None,
         ge=1,
         description="budget during warm-up under cubic, in the unit of the total; default 1.5 x total, at least one "
-        "rank a site",
+        "rank a module",
     )
-    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a site; 0: it may lose its update")
+    minimum_rank: int = Field(default=0, ge=0, le=65_536, description="of a module; 0: it may lose its update")
     maximum_rank: int | None = Field(default=None, ge=1, description="default: the smaller side of the matrix")
     parametrization: Literal["product", "svd"] = Field(
         default="product", description="of an update: B A as in LoRA, or P diag(lambda) Q as in AdaLoRA"
@@ -128,7 +128,7 @@ class AdaLoraConfig(AdapterConfig):
         default=1.0, gt=0, description="threshold strategy: multiple of the mean score"
     )
     top_k: Annotated[int | None, OnlyWith(allocation_strategy="top_k")] = Field(
-        default=None, ge=1, description="top_k strategy: number of sites; default half"
+        default=None, ge=1, description="top_k strategy: number of modules; default half"
     )
 
     @property
@@ -161,7 +161,7 @@ class AdaLoraConfig(AdapterConfig):
         if self.allocation_strategy == "global" and self.importance_metric == "uniform":
             raise ValueError(
                 "importance_metric: uniform is no control of allocation_strategy: global: of equal triplets those of "
-                "the last sites go; use it with proportional"
+                "the last modules go; use it with proportional"
             )
         return self
 
@@ -171,18 +171,18 @@ ORDERED_RULES = ("random", "first_blocks", "last_blocks")  # give each site its 
 
 
 class StartingRanksConfig(Settings):
-    """A budget of ranks, below one a site if need be, and the rule by which sites get them."""
+    """A budget of ranks, if need be fewer than modules, and the rule that distributes them."""
 
     rule: Literal["gradient", "stable_rank", "even", "random", "first_blocks", "last_blocks"] = Field(
-        description="how sites share the budget"
+        description="how modules share the budget"
     )
-    budget: int = Field(ge=1, description="over all sites, in the unit")
+    budget: int = Field(ge=1, description="over all modules, in the unit")
     unit: BudgetUnit = Field(default="ranks", description="what the budget counts")
     maximum_rank: Annotated[int | None, OnlyWith(rule=SCORING_RULES)] = Field(
-        default=None, ge=1, description="of a site, for rules that score"
+        default=None, ge=1, description="of a module, for rules that score"
     )
     site_rank: Annotated[int, OnlyWith(rule=ORDERED_RULES)] = Field(
-        default=1, ge=1, description="that random, first_blocks, last_blocks give to a site"
+        default=1, ge=1, description="that random, first_blocks, last_blocks give to a module"
     )
     calibration_images: Annotated[int, OnlyWith(rule="gradient")] = Field(
         default=64, ge=1, description="training images that gradients are of"
@@ -207,7 +207,7 @@ class StoredAdapterConfig(AdapterConfig):
     """What adapters have whose ranks are chosen at the start, and whose files hold few bits a value."""
 
     ranks: StartingRanksConfig | None = Field(
-        default=None, description="in place of rank: a budget over all sites, and the rule that spends it"
+        default=None, description="instead of rank: a budget over all modules, and the rule that spends it"
     )
     adapter_bits: Literal[1, 2, 4, 8, 16] | None = Field(
         default=None,
@@ -225,7 +225,7 @@ class LoraConfig(StoredAdapterConfig):
 
     rank: int | None = Field(default=None, ge=1, description="of every update")
     start: str | None = Field(
-        default=None, min_length=1, description="in place of rank: folder of a PEFT LoRA adapter to go on from"
+        default=None, min_length=1, description="instead of rank: folder of a PEFT LoRA adapter to start from"
     )
 
     @model_validator(mode="after")
@@ -291,7 +291,7 @@ class AdaptiveBitsConfig(Settings):
         default=None, ge=1, description="bytes of the packed weights; with ranks: true, of the float32 adapters too"
     )
     ranks: Annotated[bool, OnlyWith(total_byte_budget=...)] = Field(
-        default=False, description="choose each site's rank under the same bytes; in place of rank"
+        default=False, description="choose each module's rank under the same bytes; instead of rank"
     )
     types: Annotated[tuple[QuantizationType, ...], without_repeats("names a format twice; remove one")] = Field(
         default=("int2", "int4", "int8"), min_length=2, description="that a layer may get"

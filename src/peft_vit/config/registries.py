@@ -85,7 +85,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "image-folder": DatasetInfo(
         images="your own images, ROOT/<class>/<image>",
         classes="folders; ROOT/train with ROOT/test or ROOT/val is an official test split",
-        licence="your own images: their licence is yours to know",
+        licence="your images",
         origin="data.path (folder or zip)",
         module="folders",
         needs_path=True,
@@ -93,7 +93,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "csv": DatasetInfo(
         images="your own images, listed in a CSV or Parquet file",
         classes="labels; split: test is an official test split",
-        licence="your own images: their licence is yours to know",
+        licence="your images",
         origin="data.path (file with the columns path, label[, split])",
         module="folders",
         needs_path=True,
@@ -101,7 +101,7 @@ DATASETS: dict[str, DatasetInfo] = {
     "hf": DatasetInfo(
         images="a set of Hugging Face's hub, or your own Parquet files or images, by the library datasets",
         classes="labels of one column; split test, or else validation, is an official test split",
-        licence="as its card on the hub says, if it has one; of your own images it is yours to know",
+        licence="see its card on the hub; or your images",
         origin="data.path (name on the hub; folder of Parquet files, images or save_to_disk); extra peft-vit[hf]",
         module="hf",
         needs_path=True,

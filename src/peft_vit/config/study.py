@@ -133,7 +133,7 @@ class DataConfig(Settings):
     images_file: Annotated[str | None, OnlyWith(dataset=("image-folder", "csv"))] = Field(
         default=None,
         min_length=1,
-        description="for image-folder and csv: JSON of files to leave out, copies and sealed test images, as `train` "
+        description="for image-folder and csv: JSON of files to leave out, copies and test images, as `train` "
         "and `tune` write it",
     )
     image_column: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
@@ -155,10 +155,10 @@ class DataConfig(Settings):
         default=None, ge=2, description="images to train on; default: all that remain"
     )
     shots_per_class: int | None = Field(
-        default=None, ge=1, description="in place of train_images: training images of each class"
+        default=None, ge=1, description="instead of train_images: training images of each class"
     )
     validation_images: int = Field(
-        ge=0, description="images that choose the best step; 0: none, and the model of the last step is taken"
+        ge=0, description="images that choose the best step; 0: none, and the model of the last step is used"
     )
     test_images: int | None = Field(
         default=None, ge=2, description="images to test on; default: the data set's own test split"
@@ -170,14 +170,14 @@ class DataConfig(Settings):
         description="seed s tests on fold s % folds of what the own test split, or test_images, leave, in repetition "
         "s // folds; new folds for each repetition",
     )
-    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="of the draw of all splits")
+    split_seed: int = Field(default=0, ge=0, lt=SEEDS.stop, description="from which all splits are drawn")
     train_subset: Literal["fixed", "per_seed"] = Field(
         default="fixed",
         description="per_seed draws other training images for each seed out of what validation and test leave",
     )
     test_split: Literal["fixed", "per_seed"] = Field(
         default="fixed",
-        description="per_seed draws test and validation images anew for each seed; training images follow",
+        description="per_seed draws new test and validation images for each seed; training images follow",
     )
 
     @field_validator("validation_images")
@@ -335,7 +335,7 @@ class MeasuresConfig(Frozen):
         default=None, ge=1, description="validation images, at most all, on which each update is left out in turn"
     )
     latency_batches: Annotated[
-        tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size stands twice; remove one")
+        tuple[Annotated[int, Field(ge=1, le=65_536)], ...], without_repeats("a batch size occurs twice; remove one")
     ] = Field(default=(), description="batch sizes at which a forward pass is timed")
     logits: bool = Field(default=False, description="keep the logits of every test image, not only the answer")
     features: bool = Field(
@@ -360,7 +360,7 @@ class StoppingConfig(Settings):
     looks: tuple[Annotated[int, Field(ge=FEWEST_PAIRS)], ...] | None = Field(
         default=None, min_length=1, description="numbers of seeds after which it is looked, up to that of the study"
     )
-    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="in place of looks: after each so many seeds")
+    every: int | None = Field(default=None, ge=FEWEST_PAIRS, description="instead of looks: after each so many seeds")
     spending: Spending = Field(default="obrien-fleming", description="shape of the bounds")
     level: float = Field(default=0.05, gt=0, lt=0.5, description="one-sided, of all comparisons together")
     futility: float = Field(
@@ -395,7 +395,7 @@ class StudyConfig(Frozen):
     description: str = Field(default="", description="what the study asks, for whoever reads its report")
     seeds: Annotated[
         tuple[Annotated[int, Field(ge=0, lt=SEEDS.stop)], ...],
-        without_repeats("a seed stands twice; it would repeat a run and count it as evidence"),
+        without_repeats("a seed occurs twice; it would repeat a run and count it as evidence"),
     ] = Field(min_length=1, description="each experiment runs once with each")
     device: Device = Field(default="auto", description="auto: a GPU if there is one")
     precision: PrecisionSetting = Field(
@@ -420,7 +420,7 @@ class StudyConfig(Frozen):
         names = [experiment.name for experiment in experiments]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"experiment name '{name}' stands twice; rename one")
+                raise ValueError(f"experiment name '{name}' occurs twice; rename one")
         return experiments
 
     @field_validator("stopping")

@@ -137,7 +137,7 @@ class Augmentation(Frozen):
         return isinstance(self.settings, Mixup | Cutmix)
 
 
-# What `data.flips` said, which older records and studies have in place of `training.augmentation`.
+# What `data.flips` said, which older records and studies have instead of `training.augmentation`.
 AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
     "none": (),
     "horizontal": (Augmentation(flip=Flip()),),
@@ -149,7 +149,7 @@ def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...
     names = [change.name for change in augmentation]
     for place, name in enumerate(names):
         if name in names[:place]:
-            raise ValueError(f"{name} stands twice; remove one")
+            raise ValueError(f"{name} occurs twice; remove one")
         if augmentation[place].mixes and not all(later.mixes for later in augmentation[place:]):
             raise ValueError(f"{name} mixes whole batches, after all that changes single images; put it last")
     return augmentation
@@ -164,7 +164,7 @@ class TrainingConfig(Settings):
     epochs: Annotated[int | None, OnlyWith(steps=None)] = Field(
         default=None, ge=1, le=100_000, description="passes over the training images, at most"
     )
-    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="in place of epochs: the most steps")
+    steps: int | None = Field(default=None, ge=1, le=10_000_000, description="instead of epochs: the most steps")
     validate_every: int | None = Field(default=None, ge=1, description="steps between validations; default: an epoch")
     patience: Annotated[int | None, OnlyWith(schedule=("constant", "warmup_stable_decay"))] = Field(
         default=None,

@@ -146,7 +146,7 @@ def open_tree(location: Path) -> FileTree:
         elif name in members:
             fault = "{!r} twice, which could land in train and test"
         if fault:
-            raise UserError(f"holds {fault.format(name)}; pack it anew", file=location)
+            raise UserError(f"holds {fault.format(name)}; pack it again", file=location)
         if not info.is_dir() and not _HIDDEN.search(name):
             members[name] = info
     return FileTree(
@@ -220,7 +220,7 @@ def files_below(
             read_at[place] = prefix
             entries = sorted(entry.name for entry in os.scandir(folder) if not _HIDDEN.match(entry.name))
         except OSError as error:
-            message = f"can't be read ({error.strerror}); make it readable, or take it out"
+            message = f"can't be read ({error.strerror}); make it readable, or remove it"
             fault = UserError(message, file=error.filename)
             if closed is None:
                 raise fault from None

@@ -123,7 +123,7 @@ def _read(config: DataConfig, images: Images) -> ImageIndex:
         raise UserError(message, file=config.path, field="data.path")
     for name, why in images.left_out.items():
         if not name.endswith("/"):
-            raise UserError(f"{why}; mend it or take it out", file=images.tree.file(name))
+            raise UserError(f"{why}; repair it or remove it", file=images.tree.file(name))
     notes = tuple(f"{folder} {why}" for folder, why in sorted(images.left_out.items()))
     return replace(_index(images.tree, *images.files), notes=notes)
 
@@ -209,14 +209,14 @@ def find_images(path: Path) -> Images:
         raise UserError(_NO_IMAGE, file=path, field="data.path")
     for name, place in tree.unused.items():
         if place:
-            left_out[name] = f"leads to the images of {place}, which are taken there"
+            left_out[name] = f"leads to the images of {place}, which are used there"
         elif name.count("/") == depth - 1:
             left_out[name] = "is an empty folder, of which no class is made"
     for split, names in sorted(classes_of.items()) if test is not None else ():
         if odd := sorted(names ^ classes_of["train"]):
             message = f"class '{odd[0]}' is in only one of train and {split}; both need the same classes"
             raise UserError(message, file=path)
-    taken = f"Images are taken from {path / root}, where the class folders are." if root else None
+    taken = f"Using the images in {path / root}, where the class folders are." if root else None
     return Images("image-folder", path, tree, ClassFiles(classes, is_test if test else None), left_out, taken)
 
 
@@ -271,7 +271,7 @@ def _listed(path: Path) -> Images:
         if not row["path"] or not label:
             raise UserError(_INCOMPLETE, file=where)
         if (before := labels.get(name)) == label:
-            message = f"{name} stands twice, it could land in train and test; remove one"
+            message = f"{name} occurs twice, it could land in train and test; remove one"
             raise UserError(message, file=where, field="path")
         if before is not None:
             message = f"{name} is '{label}' here and '{before}' before; an image has one label, keep one"

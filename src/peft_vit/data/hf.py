@@ -40,7 +40,7 @@ _VALIDATION = ("validation", "valid", "val", "dev")
 _TEST = ("test", "testing")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
-_NO_BYTES = "0" * 64  # in place of the hash of an image that is a file of its own
+_NO_BYTES = "0" * 64  # instead of the hash of an image that is a file of its own
 
 
 @dataclass(frozen=True)
@@ -317,7 +317,7 @@ def _labelled(parts: list[_Split], path: str, notes: list[str]) -> list[_Split]:
             notes.append(f"split {part.name} has no labels and is left out")
         elif missing:
             among = f", as {len(missing)} of {len(part.classes)} there" if len(missing) > 1 else ""
-            message = f"{part.name}[{missing[0]}] has no label{among}; take it out, or name another column"
+            message = f"{part.name}[{missing[0]}] has no label{among}; remove it, or name another column"
             raise UserError(message, file=path, field="data.label_column")
         elif part.classes:
             labelled.append(part)
@@ -400,7 +400,7 @@ def _digests(part: _Split, path: str) -> list[str]:
     for row, scalar in enumerate(part.images):
         content, file = _stored(scalar)
         if content is None and not file:
-            raise UserError(f"{part.name}[{row}] has no image; take it out", file=path, field="data.image_column")
+            raise UserError(f"{part.name}[{row}] has no image; remove it", file=path, field="data.image_column")
         digests.append(_NO_BYTES if content is None else hashlib.sha256(content).hexdigest())
     return digests
 

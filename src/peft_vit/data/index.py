@@ -20,7 +20,7 @@ from peft_vit.settings import Frozen
 from peft_vit.tasks import CLASSIFICATION, Task
 
 _LONGEST_CLASS_NAME = 255
-_REMEDY = "inspect the images anew"
+_REMEDY = "inspect the images again"
 
 
 @dataclass(frozen=True)

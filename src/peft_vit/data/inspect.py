@@ -5,11 +5,11 @@ are found by a hash of 128 bits.
 
 Nearly equal are two images of different splits whose grey thumbnails of 16 x 16 pixels correlate at least 0.999, and
 whose thumbnails' second differences correlate at least 0.98 (normalised cross-correlation, Lewis 1995, "Fast Normalized
-Cross-Correlation"). A photograph saved anew as JPEG, scaled or brightened stays above both. Objects of one kind do not
+Cross-Correlation"). A photograph saved again as JPEG, scaled or brightened stays above both. Objects of one kind do not
 reach them: no two of ELPV's 2,624 cells are nearly equal, and no two of the 1,797 digits, whereas a 64-bit difference
 hash within 2 bits would call 1,025 and 2,779 pairs so. An image whose second differences deviate by less than 4 grey
 levels is nearly equal to nothing: it is flat or a gradient, and all gradients correlate. Of images as tiny as the
-digits little is found: scaled or saved anew, they are no longer themselves.
+digits little is found: scaled or saved again, they are no longer themselves.
 
 Of a run the answer is kept in the cache. It costs one pass over the decoded pixels, 4 kB of memory an image, and a
 product of the thumbnails of both sides.
@@ -166,7 +166,7 @@ def _numbers(saved: Any, *shape: int) -> np.ndarray:
 
 
 def _cached(kind: str, text: str, compute: Callable[[], dict[str, Any]], read: Callable[[dict[str, Any]], _Of]) -> _Of:
-    """Return what is computed, or the cache has by a text, as it is read; what can't be read is computed anew."""
+    """Return what is computed, or the cache has by a text, as it is read; what can't be read is computed again."""
     key = hashlib.sha256(f"{_VERSION} {FORMAT_VERSION} {text}".encode()).hexdigest()
     file = cache_dir() / kind / f"{key[:32]}.json"
     with suppress(Exception):  # whatever was in its place, it is not this package's file
@@ -301,16 +301,14 @@ class Inspection:
         """
         known = [*self._of_images(), *self._of_repeated()]
         if metric is not None:
-            return [*known, f"{metric.words} decides, as was asked for"]
+            return [*known, f"metric: {metric.words}, as you asked"]
         counts = self.chosen_counts
         large, small = (self.class_names[int(at)] for at in (counts.argmax(), counts.argmin()))
         times = f"class '{large}' has {counts.max() / counts.min():.1f} times as many images as class '{small}'"
         if counts.max() == counts.min():
             times = "all classes have as many images"
-        even = f"; balanced accuracy would from {LARGEST_IMBALANCE:g} times on"
-        balance = f"{self.metric.words} decides: {times}"
-        balance += f", more than {LARGEST_IMBALANCE:g}" if self.metric.equal_classes else even
-        return [*known, balance]
+        rule = "" if self.metric.equal_classes else f"; balanced accuracy above {LARGEST_IMBALANCE:g}x imbalance"
+        return [*known, f"metric: {self.metric.words} ({times}{rule})"]
 
     def remarks(self) -> list[str]:
         """Return what of it may surprise, each in a line: animations, copies, and every file that is left out."""
@@ -336,7 +334,7 @@ class Inspection:
 
     def _of_repeated(self) -> Iterator[str]:
         if self.animated:
-            yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is taken"
+            yield f"{_are(len(self.animated), 'image')} animated, such as {self.animated[0]}; the first frame is used"
         every = np.arange(len(self.names))
         for what, groups, within in (("equal", self.copies, every), ("nearly equal", self.groups, self.copies)):
             count = len(np.unique(within)) - len(np.unique(groups))
@@ -462,7 +460,7 @@ def images_file(inspection: Inspection, seed: int | None = 0) -> dict[str, Any]:
         holdout = np.isin(np.arange(len(names)), drawn)
         of_group = dict(zip(inspection.groups[drawn].tolist(), names[drawn], strict=True))
         for i in np.flatnonzero(np.isin(inspection.groups, inspection.groups[drawn]) & ~holdout):
-            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, which is sealed"
+            left_out[names[i]] = f"a copy of {of_group[int(inspection.groups[i])]}, a test image"
     used = np.array([name not in left_out for name in inspection.names], dtype=bool)
     content = ImagesFile(
         sha256=inspection.images.tree.hashed(names[used].tolist()).sha256,
@@ -497,7 +495,7 @@ def _refuse_few(
         images = "1 different image" if counts[scarce] == 1 else f"{counts[scarce]} different images"
         raise UserError(
             f"class '{class_names[scarce]}' has {images} that can be used{beside}, {least} "
-            f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or take the class out",
+            f"{'is' if least == 1 else 'are'} needed of each class{more}; add images, or remove the class",
             file=path,
         )
     if holdout is not None and not (tested := np.bincount(labels[holdout], minlength=len(class_names))).all():

@@ -86,7 +86,7 @@ def open_index(config: DataConfig, *, smoke: bool = False) -> ImageIndex:
 
     Args:
         config: which set, and where it lies.
-        smoke: take a few made-up images in place of the real ones, wherever these lie.
+        smoke: take a few made-up images instead of the real ones, wherever these lie.
 
     Raises:
         UserError: if it is not there, broken, has fewer than two classes, or one that could not be printed.

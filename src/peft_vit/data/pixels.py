@@ -53,7 +53,7 @@ _MAX_PIXELS = 89_478_485  # where Pillow warns of a bomb by default; a quarter o
 _MAX_SIDE = 1 << 16  # resizing a longer line takes gigabytes
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = 258, 262, 284  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _IN_PLANES = 0, 2  # values of the last two
-REMEDY = "replace it or take it out"
+REMEDY = "replace it or remove it"
 _TRANSPARENT_COLOUR_IS_LOST = ("RGB;16B", "I;16B", "L;2", "L;4")  # of PNGs, whose values Pillow spreads or cuts
 
 

@@ -152,7 +152,7 @@ def _draw_train(index: ImageIndex, config: DataConfig, seed: int, pool: np.ndarr
         missing = int(np.argmin(drawn))
         raise UserError(
             f"class '{index.class_names[missing]}' gets none of the {count} training images ({remaining[missing]} of "
-            f"the {len(pool)} that remain beside test and validation are of this class); take more, or add images",
+            f"the {len(pool)} that remain beside test and validation are of this class); use more, or add images",
             field="data.train_images",
         )
     return train

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from peft_vit.backbones import Architecture
 
 HEADER = "peft_vit_model"  # key of a file's metadata
-UNSIGNED = "0" * 64  # in place of the hash while it is computed
+UNSIGNED = "0" * 64  # instead of the hash while it is computed
 _Positive = Annotated[float, Field(gt=0)]
 _Model = TypeVar("_Model", bound=BaseModel)
 

@@ -101,7 +101,7 @@ class OnnxLinear(nn.Module):
             if kind.type not in _BNB4_TYPE:
                 raise UserError(
                     f"{name} is in {kind.type}, which onnxruntime's low-bit products have no table for; export with "
-                    "--runtime fast, or take int3",
+                    "--runtime fast, or use int3",
                     field="quantization_type",
                 )
             self.operator = "MatMulBnb4"
@@ -260,7 +260,7 @@ def export_onnx(
         file: replaced if it exists.
         card: what the file's metadata says of the model.
         runtime: small: low-bit layers stay packed in memory too; fast: onnxruntime expands them when it loads the file.
-        activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. In place of `runtime`.
+        activations: int8: linear layers of the blocks, packed or not, multiply 8-bit integers. Instead of `runtime`.
         known: features of training images: a second output, `distance` (B,), tells how far an image is from these.
 
     Raises:
@@ -297,7 +297,7 @@ def onnx_graph(
     Args:
         model: what `export_onnx` takes.
         image_size: of its square images, in pixels.
-        replaced: what is exported in place of layers, by their names.
+        replaced: what is exported instead of layers, by their names.
         known: see `export_onnx`.
     """
     model = copy.deepcopy(model).eval()

@@ -134,7 +134,7 @@ def export_openvino(model: nn.Module, file: Path, card: ModelCard, known: Neighb
         if weight.format.has_codebook and kind not in _CODEBOOKS:
             raise UserError(
                 f"{name} is in {kind}, which OpenVINO has no type for{_NO_TYPE.get(kind, '')}; export onnx or "
-                "safetensors, or take nf4 or an int type",
+                "safetensors, or use nf4 or an int type",
                 field="quantization_type",
             )
     network = _network(model, card.image_size, packed, known)

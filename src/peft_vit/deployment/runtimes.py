@@ -129,7 +129,7 @@ def _names_other_files(message: Any) -> bool:
 
 
 def openvino_digest(description: bytes, weights: bytes) -> str:
-    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros in place of the hash."""
+    """Return the SHA-256 over the two files' SHA-256, the .xml with zeros instead of the hash."""
     return hashlib.sha256(hashlib.sha256(description).digest() + hashlib.sha256(weights).digest()).hexdigest()
 
 

@@ -59,7 +59,7 @@ class Merged:
 
     Attributes:
         model: of timm; its quantized layers compute on packed weights.
-        how: float weights took the updates exactly; the groups' offsets took them; or the sums were quantized anew.
+        how: float weights took the updates exactly; the groups' offsets took them; or the sums were quantized again.
         errors: by quantized layer, ||W_merged - W_trained||_F / ||W_trained||_F.
     """
 
@@ -72,7 +72,7 @@ def merge(model: nn.Module, card: ModelCard) -> Merged:
     """Merge every adapter; the given model stays as it is.
 
     Updates on float weights are added to them. On quantized weights they go into the groups' offsets, which stay in
-    the format's dtype, or, without groups, the sum is quantized anew.
+    the format's dtype, or, without groups, the sum is quantized again.
 
     Raises:
         UserError: if float weights are still in use beside quantized ones, or an offset overflows.

@@ -125,7 +125,7 @@ def measure_ablation(
     """Measure loss and accuracy with every update, then without each one, and without those of each group.
 
     Blocks before the first one that lacks an update compute what they computed with it, so they are passed once. With
-    6 sites in each of L blocks it takes about 3 L + 7 full passes in place of 6 L + 4.
+    6 sites in each of L blocks it takes about 3 L + 7 full passes instead of 6 L + 4.
 
     Args:
         model: a Vision Transformer of timm with adapters of this package or of the PEFT library; left as it was.

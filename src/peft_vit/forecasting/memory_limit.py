@@ -304,7 +304,7 @@ def decide(
     limit, blocks = bytes_of(training.memory_limit), len(shape.values_by_block)
     if workload.device.type != "cpu":
         raise UserError(
-            f"is measured on the CPU alone, and runs go to {workload.device.type} here; take the CPU, or remove it "
+            f"is measured on the CPU alone, and runs go to {workload.device.type} here; use the CPU, or remove it "
             "and set micro_batch_size and activation_checkpointing",
             field=_FIELD,
         )

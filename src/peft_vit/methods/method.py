@@ -29,7 +29,7 @@ class PrepareContext:
         formats: of quantized weights, by module, where `adaptive_bits` has chosen them or a file says so.
         ranks: likewise by site, where `adaptive_bits` chooses ranks.
         calibration: gives so many training images (N, C, H, W), where the start of training depends on data.
-        module_ranks: in place of such a start, the ranks of a saved run by module.
+        module_ranks: instead of such a start, the ranks of a saved run by module.
         packed: likewise the packed weights, tensors by layer, where they depend on data.
     """
 

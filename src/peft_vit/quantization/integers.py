@@ -1,4 +1,4 @@
-"""Products of 8-bit integers in place of float ones: W a scale for each output, activations one for each row.
+"""Products of 8-bit integers instead of float ones: W a scale for each output, activations one for each row.
 
 With W[o, i] = s[o] c[o, i] and x[n, i] = t[n] q[n, i], codes c and q in int8 and accumulated in int32,
 
@@ -123,7 +123,7 @@ def has_integer_products(device: torch.device | str) -> bool:
 def check_integers(device: torch.device, field: str = "training.compute") -> None:
     """Refuse a device that multiplies no 8-bit integers (UserError)."""
     if not has_integer_products(device):
-        raise UserError(f"{device.type} multiplies no 8-bit integers; take float", field=field)
+        raise UserError(f"{device.type} multiplies no 8-bit integers; use float", field=field)
 
 
 def bits_of_weights(inputs: int, device: torch.device | str) -> Literal[7, 8]:

@@ -133,7 +133,7 @@ def quantize_with_compensation(
 ) -> QuantizedTensor:
     """Choose codes for a small error of the layer's outputs, ||X W^T - X Wq^T||_F^2, rather than of each weight.
 
-    Scales and offsets are those of `quantize`, taken from the float weights beforehand, and only codes are chosen anew:
+    Scales and offsets are those of `quantize`, from the float weights beforehand, and only codes are chosen again:
     so it works with every format. A weight that compensation moves out of its group's range gets the outermost code.
     With H the damped Hessian and U upper triangular, U^T U = H^-1, columns j = 1..in are rounded in order:
 

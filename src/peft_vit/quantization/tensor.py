@@ -106,7 +106,7 @@ class QuantizedTensor:
         size = self.format.group_size if self.groups > 1 else None
         whole = math.lcm(size or 1, codes_at_once(bits))
         if start % whole or stop % whole:
-            raise ValueError(f"columns {start} to {stop} are no whole groups and bytes; take multiples of {whole}")
+            raise ValueError(f"columns {start} to {stop} are no whole groups and bytes; use multiples of {whole}")
         codes = self.codes[:, start * bits // 8 : stop * bits // 8].contiguous()  # (out, bytes of c)
         groups = slice(None) if size is None else slice(start // size, stop // size)
         return self._part(codes, (slice(None), groups), (self.shape[0], stop - start))
@@ -133,7 +133,7 @@ class QuantizedTensor:
         """Return the weights plus an update that is constant on each group.
 
         This is QA-LoRA's merge (arXiv 2309.14717) for offsets that are added after scaling. Nothing is
-        quantized anew: codes and scales are shared with this tensor, and with float32 offsets nothing but
+        quantized again: codes and scales are shared with this tensor, and with float32 offsets nothing but
         float rounding is lost. A format without offsets becomes the same one with offsets: those of a codebook
         are 0, and scale * (c - 2^(b-1)) of symmetric integers is scale * c + offset with -scale * 2^(b-1).
 
@@ -270,4 +270,4 @@ def relative_error(weight: Tensor, quantized: QuantizedTensor) -> float:
 
 def _check(holds: bool, name: str, expectation: str) -> None:
     if not holds:
-        raise UserError(f"{expectation}; the file is damaged or of another format, write it anew", field=name)
+        raise UserError(f"{expectation}; the file is damaged or of another format, write it again", field=name)

@@ -354,7 +354,7 @@ def run_status(study: Path, run: str, owner: Owner | None, *, skipped: bool) -> 
     if attempt is not None and attempt.state == "running" and owner is not None and owner.began(attempt.started_at):
         reached = "" if newest is None else f", checkpoint at step {newest}{total}"
         return RunStatus(run, "running", known.attempts, f"{attempt.worker}, since {attempt.started_at}{reached}")
-    goes_on = "" if newest is None else f"goes on from step {newest}{total}"
+    goes_on = "" if newest is None else f"continues from step {newest}{total}"
     if skipped:
         return RunStatus(run, "skipped", known.attempts, goes_on)
     again = f"to be tried again after: {attempt.error}" if attempt is not None and attempt.state == "failed" else ""

@@ -546,7 +546,7 @@ class RunRecord(_Value):
     def _in_order(cls, rows: list[Any], info: ValidationInfo) -> list[Any]:
         for before, row in pairwise(rows):
             if before.step >= row.step if info.field_name in ("steps", "evaluations") else before == row:
-                raise ValueError(f"step {row.step} stands twice or out of order")
+                raise ValueError(f"step {row.step} occurs twice or out of order")
         if info.field_name == "rank_history" and len(units := sorted({entry.unit for entry in rows})) > 1:
             raise ValueError(f"budgets in different units ({', '.join(units)})")
         return rows

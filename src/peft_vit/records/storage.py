@@ -77,7 +77,7 @@ def write_whole(file: Path, content: bytes) -> None:
         write_atomically(file, content)
     except OSError as error:
         reason = f"can't be written ({error.strerror}); nothing that was written is lost: make room, or make it "
-        raise UserError(f"{reason}writable, and the same command goes on", file=file) from None
+        raise UserError(f"{reason}writable, and the same command continues", file=file) from None
 
 
 def run_folder(results_dir: Path, spec: RunSpec) -> Path:
@@ -181,7 +181,7 @@ def read_study_file(folder: Path) -> StudyFile | None:
     file = folder / STUDY_FILE
     if not os.path.lexists(file):
         return None
-    remedy = "move it away and give the command of the study again, which makes it anew"
+    remedy = "move it away and give the command of the study again, which makes it again"
     with _reading(file, "study file", remedy) as data:
         return StudyFile.model_validate_json(to_json(migrated_study(data)))
 

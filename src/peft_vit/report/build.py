@@ -151,7 +151,7 @@ def build_report(
 ) -> ReportFiles:
     """Write the report on all records below a directory that can be read: HTML, Markdown, figures, tables.
 
-    Of a single run that is the page of its model, with card.md in place of analysis_summary.md.
+    Of a single run that is the page of its model, with card.md instead of analysis_summary.md.
 
     Args:
         results_dir: where records lie, at any depth.

@@ -95,7 +95,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         taken = np.ma.masked_equal(shares, 0)  # an empty cell stays empty, so that mistakes are seen
         mesh = axes.pcolormesh(taken, cmap=SEQUENTIAL, norm=Normalize(0, 1), edgecolors=GRID, linewidth=0.6)
         texts = [
-            f"{names[row]}, taken for {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
+            f"{names[row]}, predicted as {names[column]}\n{confusion[row, column]} of {totals[row, 0]}"
             for row in range(size)
             for column in range(size)
         ]
@@ -108,7 +108,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         axes.set_aspect("equal")
         axes.set_xticks(np.arange(size) + 0.5, labels, rotation=45, ha="right", rotation_mode="anchor", **text)
         axes.set_yticks(np.arange(size) + 0.5, labels, **text)
-        axes.set_xlabel("taken for")
+        axes.set_xlabel("predicted as")
         axes.set_ylabel("true class")
         axes.tick_params(length=0)
         for spine in axes.spines.values():
@@ -129,7 +129,7 @@ def confusion_figure(confusion: NDArray[np.int64], names: Sequence[str]) -> Draw
         caption += f" {no_font(missing)}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # said once, in the caption
-        return draw("confusion", "What was taken for what", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
+        return draw("confusion", "Confusion matrix", caption, min(7.0, 1.8 + 0.26 * size), paint, data)
 
 
 def no_font(letters: str) -> str:
@@ -156,7 +156,7 @@ def class_blocks(quality: ModelQuality) -> Iterator[Block]:
             pairs[:_PAIRS],
             [
                 Column("Class", lambda pair: plain(pair.truth), data="class"),
-                Column("Taken for", lambda pair: plain(pair.taken_for), data="taken_for"),
+                Column("Predicted", lambda pair: plain(pair.taken_for), data="taken_for"),
                 Column("Images", lambda pair: f"{pair.images} of {pair.of}"),
                 Column("", "images"),
             ],
@@ -180,12 +180,12 @@ def _class_table(title: str, slug: str, classes: Sequence[ClassResult], *, folde
         [
             Column("Class", lambda found: plain(found.name), data="class"),
             Column("Test images", "images", count),
-            Column("Found", "found", percent_interval, partial(own_interval_columns, "found")),
-            Column("Called so", "predicted", count),
-            Column("Right of these", "precision", percent),
+            Column("Recall", "found", percent_interval, partial(own_interval_columns, "found")),
+            Column("Predicted", "predicted", count),
+            Column("Precision", "precision", percent),
         ],
-        "Found: share of the class's test images that the model calls so (recall), with Wilson's 95 % interval. "
-        "Right of these: share of what it calls so that is of the class (precision).",
+        "Recall: share of the class's test images that it recognises, with Wilson's 95 % interval. "
+        "Precision: share of these predictions that are right.",
         folded=folded,
     )
 
@@ -217,12 +217,12 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
     if isinstance(made, str):
         return table(
             "mistakes",
-            "The surest mistakes",
+            "The most confident mistakes",
             shown,
             [
                 Column("Image", lambda image: plain(image.file), data="image"),
                 Column("Is", lambda image: plain(image.truth), data="class"),
-                Column("Taken for", lambda image: plain(image.predicted), data="taken_for"),
+                Column("Predicted", lambda image: plain(image.predicted), data="taken_for"),
                 Column("Probability", "probability", percent),
             ],
             f"{len(shown)} of {len(mistakes)} mistakes. {rule}{made and f' No pictures: {made}.'}",
@@ -234,13 +234,15 @@ def mistakes_block(quality: ModelQuality, pictures: Pictures | None) -> Block:
             (
                 plain(image.file),
                 f"is {plain(image.truth)}",
-                f"taken for {plain(image.predicted)}, {percent(image.probability)}",
+                f"predicted as {plain(image.predicted)}, {percent(image.probability)}",
             ),
         )
         for png, image in zip(made, shown, strict=True)
     )
-    caption = f"{rule} The page holds the pictures: whoever passes it on passes them on."
-    return Gallery("mistakes", "The surest mistakes", caption, ((f"{len(shown)} of {len(mistakes)} mistakes", group),))
+    caption = f"{rule} The page holds these pictures: share it only if you may share them."
+    return Gallery(
+        "mistakes", "The most confident mistakes", caption, ((f"{len(shown)} of {len(mistakes)} mistakes", group),)
+    )
 
 
 def _said(image: PredictedImage) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def rank_maps(allocations: Sequence[Allocation], note: str = "") -> Drawing:
             _color_bar(part, norm, list(panels), "rank")
 
     caption = (
-        "Rank of every site from the given step on, mean over seeds: at the start, in the middle of "
+        "Rank of every module from the given step on, mean over seeds: at the start, in the middle of "
         "the recorded updates, and at the end. Rows are blocks, columns are matrices; all panels "
         f"share one color scale.{_empty_cells(a.grid for a in allocations)}{note}"
     )
@@ -136,7 +136,7 @@ def importance_maps(patterns: Sequence[ImportancePattern], note: str = "") -> Dr
             _color_bar(part, norm, axes, "")
 
     caption = (
-        "Scores at the last decision, divided by the mean over the sites of their run: 1 is an average site. Mean over "
+        "Scores at the last decision, divided by the mean over their run's modules: 1 is an average module. Mean over "
         "seeds, each experiment on its own scale. A score is what the method decided with; it is not a measured harm."
         f"{_empty_cells(p.grid for p in patterns)}{note}"
     )

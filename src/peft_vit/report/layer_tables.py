@@ -26,13 +26,13 @@ def importance_tables(patterns: Sequence[ImportancePattern]) -> Iterator[Table]:
         [
             "experiment",
             "seeds",
-            "sites",
-            Column("Kendall's W: sites", "kendalls_w", fixed),
+            Column("modules", "sites"),
+            Column("Kendall's W: modules", "kendalls_w", fixed),
             Column("blocks", "kendalls_w_blocks", fixed),
             Column("matrix types", "kendalls_w_matrices", fixed),
         ],
         "Kendall's coefficient of concordance of the final scores: 1 if all seeds order alike; orders drawn by "
-        "chance give 1 / seeds on average. It describes these runs: the sites of one network are no independent "
+        "chance give 1 / seeds on average. It describes these runs: the modules of one network are no independent "
         "draws, so there is no test. – : fewer than two seeds or three things to order.",
     )
 
@@ -71,7 +71,7 @@ def _by_matrix(patterns: Sequence[ImportancePattern]) -> Table:
         "Relative score by matrix type",
         "matrix",
         columns,
-        f"Final scores over the mean of their run: 1 is an average site. {OVER_SEEDS} Attention "
+        f"Final scores over the mean of their run: 1 is an average module. {OVER_SEEDS} Attention "
         "over MLP is the geometric mean over seeds; agreement is Spearman's rho of the final "
         "scores, mean over pairs of seeds.",
         keys=[str(row["matrix"]) for row in rows],
@@ -97,11 +97,11 @@ def study_agreement_table(agreements: Sequence[Mapping[str, Any]]) -> Table:
             Column("its experiment", "other_experiment"),
             "metric",
             Column("images", images),
-            "sites",
+            Column("modules", "sites"),
             Column("Spearman's rho", "rho", fixed),
         ],
-        "Rank correlation of the mean final relative scores of the sites that both have, for experiments of one "
-        "method, metric and strategy. It describes these runs; there is no test. With other backbones, sites share "
+        "Rank correlation of the mean final relative scores of the modules that both have, for experiments of one "
+        "method, metric and strategy. It describes these runs; there is no test. With other backbones, modules share "
         "no more than their place.",
         data=agreements,
     )
@@ -129,7 +129,7 @@ def allocation_tables(allocations: Sequence[Allocation]) -> Iterator[Table]:
             }
             for a in allocations
         },
-        f"Mean over the sites of a type. {OVER_SEEDS}",
+        f"Mean over the modules of a type. {OVER_SEEDS}",
         data=(
             {"experiment": a.experiment.name, "matrix": matrix, **interval_columns("mean_rank", interval)}
             for a in allocations
@@ -155,13 +155,13 @@ def _final_ranks(allocations: Sequence[Allocation]) -> Table:
             "experiment",
             "seed",
             Column("ranks / budget", of_budget),
-            Column("sites without", lambda row: f"{row['sites_without_rank']} of {row['sites']}"),
+            Column("modules without", lambda row: f"{row['sites_without_rank']} of {row['sites']}"),
             Column("Gini", "gini", fixed),
             Column("evenness", "evenness", fixed),
             Column("ranks moved at each update", "moved", lambda moved: moved.replace(" ", ", ") or "no update"),
         ],
-        "Gini: 0 if all sites have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
-        "over its largest value, 1 if all are equal. Moved: ranks that changed their site; what the "
+        "Gini: 0 if all modules have the same rank, near 1 if one has all. Evenness: entropy of the ranks "
+        "over its largest value, 1 if all are equal. Moved: ranks that changed their module; what the "
         "shrinking budget took does not count. Each row describes one run; there is no interval.",
         data=rows,
         folded=True,
@@ -190,7 +190,7 @@ def _allocation_course(allocations: Sequence[Allocation]) -> Table:
             for first, *updates in [course]
         ],
         None,
-        "Moved: ranks that changed their site, over the ranks held afterwards. In place: share of the final ranks "
+        "Moved: ranks that changed their module, over the ranks held afterwards. In place: share of the final ranks "
         "that stood where they end, both taken as shares of all ranks, so that a larger budget is no difference. "
         "At the start nothing was decided: what is in place there is what equal ranks give. One row is one run.",
         data=(row for course in courses for row in course),

@@ -282,7 +282,7 @@ def draw_reliability(
         for b in line.bins:
             row: dict[str, Raw] = {column: line.name, "low": b.low, "high": b.high, "predictions": b.count}
             data.append(row | {"confidence": b.confidence, "accuracy": b.accuracy})
-    title = "How sure, and how often right"
+    title = "Confidence and accuracy"
     return draw("reliability", title, caption + note, 3.9, paint, data, 3.0 + 0.14 * len(drawn))
 
 

@@ -54,7 +54,7 @@ def summary_parts(document: StudyDocument) -> list[str]:
     return [
         *notice_parts(document),
         *([_rows(("asked", ""), document.facts)] if document.facts else []),
-        f"**What came out**\n\n{_bullets(document.came_out)}",
+        f"**Results**\n\n{_bullets(document.came_out)}",
         *([f"**How sure**\n\n{_bullets(document.how_sure)}"] if document.how_sure else []),
         *(block_text(block, document) for block in document.progress),
         f"**What this does not show**\n\n{_bullets(document.not_shown)}",
@@ -77,7 +77,7 @@ def block_text(block: Block, document: StudyDocument) -> str:
         return _rows(("", ""), block.rows)
     title, caption = escaped(block.title), escaped(block.caption)
     if isinstance(block, Gallery):
-        return f"{title or 'Examples'}: the pictures stand in report.html. {caption}"
+        return f"{title or 'Examples'}: see the pictures in report.html. {caption}"
     return f"![{title}]({figure_path(document, block)})\n\n{title}. {caption}"
 
 

@@ -55,7 +55,7 @@ _RUNS = Column("n", lambda m: len(m.runs))
 def accuracy_table(methods: Sequence[MethodResult]) -> Table:
     """Return test accuracy by experiment, each seed visible."""
     validated = all(m.validation_accuracy is not None for m in methods)
-    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was taken"
+    chose = "Validation chose the epoch" if validated else "Without validation images the last step's model was used"
     return table(
         "accuracy",
         "Test accuracy by method",
@@ -328,7 +328,7 @@ def front_blocks(fronts: Sequence[Front]) -> Iterator[Block]:
     if rows:
         yield table(
             "pareto_fronts",
-            "Pareto fronts: who is most accurate for what it takes",
+            "Pareto fronts: the most accurate at each cost",
             [row for row in rows if row["on_front"]],
             _FRONT,
             "Chosen by mean validation accuracy: no other experiment has at least as much of it and takes no more. "

@@ -29,7 +29,7 @@ EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
     "Test images and what it says of them",
     "Classes",
     "Mistakes",
-    "How far to believe its probabilities",
+    "Can you trust its probabilities?",
     "How it learned",
     "The images",
     "How it was made",
@@ -45,6 +45,7 @@ class ModelSummary:
         record: of its run, which is finished.
         quality: on its test images.
         use: the command that predicts with it, without the images.
+        said: how good it is, in a line; empty: that is made of the record.
         to_web: the command that makes a page of it for a browser, if there is none.
         web: the address of that page, if there is one.
     """
@@ -52,6 +53,7 @@ class ModelSummary:
     record: RunRecord
     quality: ModelQuality
     use: str
+    said: str = ""
     to_web: str = ""
     web: str = ""
 
@@ -220,19 +222,22 @@ def _probe_card(summary: ModelSummary) -> Iterator[Card]:
 
 def _answer(summary: ModelSummary) -> Iterator[str]:
     quality, n = summary.quality, summary.quality.accuracy.n
-    yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
-    if summary.metric.equal_classes:
-        yield (
-            "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
-            f"{percent(summary.value.estimate)}."
-        )
-    expected = f"{bounds_in_percent(summary.value)} % ({summary.metric.words}, 95 % interval)"
-    yield f"On other images of the same kind expect {expected}."
+    if summary.said:
+        yield plain(summary.said)
+    else:
+        yield f"It is right on {count(n - len(quality.mistakes))} of {count(n)} test images."
+        if summary.metric.equal_classes:
+            yield (
+                "Classes are uneven, so balanced accuracy counts, the mean of the accuracies of the classes: "
+                f"{percent(summary.value.estimate)}."
+            )
+        expected = f"{bounds_in_percent(summary.value)} % ({summary.metric.words}, 95 % interval)"
+        yield f"On other images of the same kind expect {expected}."
     yield from beside_the_probe(summary.record)
     if quality.confusions:
         most = quality.confusions[0]
         yield (
-            f"Its most frequent mistake: {plain(most.truth)} taken for {plain(most.taken_for)} ({most.images} of "
+            f"Its most frequent mistake: {plain(most.truth)} predicted as {plain(most.taken_for)} ({most.images} of "
             f"{most.of} images)."
         )
     if summary.use:

@@ -146,8 +146,8 @@ def _answer(advice: Recommendation) -> Iterator[str]:
     elif advice.chosen is None:
         names = "the one candidate is not" if family == 1 else f"none of {family} candidates is"
         yield (
-            f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. That does "
-            "not say that it is lost."
+            f"Not decided: {names} shown to lose less than {margin}, so nothing smaller is recommended. It may "
+            "still be good enough."
         )
         if best.violations:
             yield f"The safe choice would be {best.name}, which is outside the limits: {_broken(best)}."

@@ -120,7 +120,7 @@ def history_table(results_dir: Path) -> list[dict[str, Any]]:
     """Return one row a run, step and site, with the columns of `records.history_rows`, of a results or a run's folder.
 
     Raises:
-        UserError: if there is no record, if one can't be read, if a run stands twice, or if no run has adapters.
+        UserError: if there is no record, if one can't be read, if a run occurs twice, or if no run has adapters.
     """
     rows = [row for study in load_studies(results_dir) for run in study.runs for row in _history(study, run)]
     if not rows:

@@ -57,7 +57,7 @@ def settings(specs: Sequence[RunSpec | StudyConfig], records: Sequence[RunRecord
     """Return backbone and images of what was specified, and what finished runs say of them."""
 
     def images(spec: RunSpec | StudyConfig) -> str:
-        name = f"synthetic images in place of {spec.data.dataset}" if smoke else images_name(spec.data)
+        name = f"synthetic images instead of {spec.data.dataset}" if smoke else images_name(spec.data)
         return f"{name}, {spec.data.image_size} × {spec.data.image_size} pixels"
 
     origins = [record.provenance for record in records if record.provenance is not None]
@@ -209,7 +209,7 @@ def how_sure(analysis: Analysis) -> tuple[str, ...]:
 def not_shown(study: Study) -> tuple[str, ...]:
     """Return what a reader might wrongly take away."""
     if not study.runs:
-        return ("Anything about a method: what is told here is how far the study is.",)
+        return ("Anything about a method: this report only says how far the study is.",)
     records = [run.record for run in study.runs]
     if study.images_tested_by_seed:  # splits overlap, so they spread less than new samples: Nadeau & Bengio 2003
         images = (
@@ -226,7 +226,7 @@ def not_shown(study: Study) -> tuple[str, ...]:
         "Tuned methods: each experiment ran with the one learning rate and schedule of its "
         "configuration. A method that comes out behind may only be badly tuned.",
         images,
-        "Harm: an importance score is what a method decided with. No site was removed to see what that costs.",
+        "Harm: an importance score is what a method decided with. No module was removed to see what that costs.",
         "Speed in general: seconds and memory are those of one machine, named under provenance.",
         *caveats(records),
     )

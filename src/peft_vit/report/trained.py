@@ -69,7 +69,7 @@ def beside_the_probe(record: RunRecord) -> list[str]:
         of_probe = _score(metric.interval(labels, before), metric.suffix)
         of_probe = f"A logistic regression on the same frozen features has {of_probe}."
         if record.chosen_step == 0:
-            none = "Training has gained nothing on it on validation images, so the model is this regression."
+            none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]
         gain = metric.gain(labels, before, after)
         assert gain.low is not None

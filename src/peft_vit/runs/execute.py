@@ -160,7 +160,7 @@ def run_one(
             reason = str(error) if plain else f"{type(error).__name__}: {error}"
             if kind == "error" and attempt.trains_on:
                 # A program's fault as a rule; a changed checkpoint can bring it out too.
-                remedy = "if that was changed, remove the checkpoint-* folders there, and it starts anew"
+                remedy = "if that was changed, remove the checkpoint-* folders there, and it starts again"
                 reason = f"{' '.join(reason.split())} (the run had gone on from {attempt.source}; {remedy})"
             record = RunRecord(
                 spec=spec,
@@ -553,7 +553,7 @@ class Attempt:
                 raise self._foreign(field, f"{was} when the run began, {now} now")
         before, after = ({**p.packages, **p.model_dump(include=set(_ALIKE))} for p in (first, provenance))
         changes = [
-            f"{name} {after.get(name)} in place of {before.get(name)}"
+            f"{name} {after.get(name)} instead of {before.get(name)}"
             for name in {**before, **after}
             if before.get(name) != after.get(name)
         ]
@@ -565,7 +565,7 @@ class Attempt:
     def _foreign(self, field: str, reason: str) -> UserError:
         return UserError(
             f"the checkpoint of step {self._step} can't be gone on from: {reason}; remove the checkpoint-* folders "
-            "there, and the run starts anew",
+            "there, and the run starts again",
             file=None if self.source is None else self.source.parent,
             field=field,
         )

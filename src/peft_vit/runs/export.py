@@ -144,7 +144,7 @@ def export_run_to_file(
     """Merge a run's adapters, write the model, and compare what was written with the model.
 
     They are compared on the run's validation images; on training images, where it validated on none. Where float
-    weights are packed, validation images also tell anew how far probabilities can be believed.
+    weights are packed, validation images also tell again how far probabilities can be believed.
 
     Args:
         run_dir: holds record.json and adapter.safetensors.
@@ -213,7 +213,7 @@ def export_run_to_file(
     if lost > accepted:
         raise UserError(
             f"int8 loses {comparison.loss_text()}, more than the {accepted:g} that are accepted; export without it, or "
-            f"take it all the same with --accept-loss {math.ceil(10 * lost) / 10:g}",
+            f"accept it with --accept-loss {math.ceil(10 * lost) / 10:g}",
             field="--activations",
         )
     write_exported(file, content)

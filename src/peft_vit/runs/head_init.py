@@ -89,7 +89,7 @@ class SharedFeatures:
     """Features of the model as it is before training, looked up in the user's cache or computed.
 
     They depend on the weights, their packing, the images and the arithmetic, and on no seed: a file of the cache holds
-    those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed anew.
+    those of one such combination. What can't be told so (random weights, an adapter to go on from) is computed again.
     The model is prepared, with updates of zero, and a hook that packs weights says how.
     """
 
@@ -100,6 +100,7 @@ class SharedFeatures:
         self._task = TASKS[spec.task]
         self._ways = FLIP_AXES[spec.experiment.training.flips]
         self._file = _place(spec, provenance, hooks)
+        self.computed = 0  # features, not found in the cache
 
     def of_training(self, images: LabelledImages) -> Features:
         """Return the features of images in every way in which training shows them, one after the other."""
@@ -117,6 +118,7 @@ class SharedFeatures:
         missing = ~np.isin(wanted, places)
         if missing.any():
             computed = head_inputs(self._model, images.chosen(np.flatnonzero(missing)), self._runtime, _BATCH, axes)
+            self.computed += len(computed)
             places = np.concatenate([places, wanted[missing]])  # (M + new,)
             values = np.concatenate([values, computed]) if len(values) else computed  # (M + new, D)
             self._keep(places, values)
@@ -134,7 +136,7 @@ class SharedFeatures:
             except FileNotFoundError:
                 pass
             except (OSError, ValueError, LookupError, SafetensorError) as error:
-                _log.warning("%s is of no use (%s); features are computed anew", self._file, error)
+                _log.warning("%s is of no use (%s); features are computed again", self._file, error)
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
 
     def _keep(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:
@@ -143,7 +145,7 @@ class SharedFeatures:
         try:
             write_atomically(self._file, save({"places": places, "values": np.ascontiguousarray(values)}))
         except OSError as error:
-            _log.warning("%s can't be written (%s); other runs compute features anew", self._file, error.strerror)
+            _log.warning("%s can't be written (%s); other runs compute features again", self._file, error.strerror)
 
 
 def _place(spec: RunSpec, provenance: Provenance, hooks: list[Hook]) -> Path | None:

@@ -1,6 +1,6 @@
 """What the `measures:` of a study ask for: measured once, after training, on validation images and the chosen weights.
 
-Nothing of it is kept in checkpoints: an attempt that ends in between is followed by one that measures anew.
+Nothing of it is kept in checkpoints: an attempt that ends in between is followed by one that measures again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def leave_out_updates(model: nn.Module, data: Data, spec: RunSpec, runtime: Runt
     assert spec.measures.removal_images is not None
     if not any(update_ranks(model).values()):
         warnings.warn(
-            SilentNoEffectWarning("measures.removal_images has no effect: no site has any rank left"), stacklevel=2
+            SilentNoEffectWarning("measures.removal_images has no effect: no module has any rank left"), stacklevel=2
         )
         return None
     images = removal_images(data.validation, spec.data.split_seed, spec.measures.removal_images, data.task)
@@ -88,7 +88,7 @@ def _deployed(
     """Return the model without adapters, where it computes the same; the given one stays as it is.
 
     Updates on float weights are added to them. On weights quantized in groups they go into the offsets, which round.
-    Without groups a merge would choose codes anew, and so make another model than the one that was tested: adapters
+    Without groups a merge would choose codes again, and so make another model than the one that was tested: adapters
     stay, and their part of a forward pass is timed with it.
     """
     layers = [module for _, module in adapted_modules(model) if module.quantized is not None]

@@ -89,11 +89,11 @@ def run_studies(request: RunRequest) -> dict[str, str]:
         (requested,) = studies
         failed, still_open = run_until_decided(requested.study, request, limit, _log)
         if still_open:
-            print(f"Open: {', '.join(still_open)}; the same command goes on{more}.")
+            print(f"Open: {', '.join(still_open)}; the same command continues{more}.")
         return failed
     for requested in studies if not request.smoke else ():
         if requested.study.stopping is not None:  # its comparisons would stop as if their number of seeds were fixed
-            reason = "says when comparisons stop, which takes --until-decided; give that, or take the section out"
+            reason = "says when comparisons stop, which needs --until-decided; give that, or delete the section"
             raise UserError(f"{reason} to run every seed", file=requested.file, field="stopping")
     with _locked(request.results_dir, [requested.study.name for requested in studies]) as locks:
         failed = {}
@@ -101,12 +101,12 @@ def run_studies(request: RunRequest) -> dict[str, str]:
             failed |= _drive(plan, lock, request, limit)
         states = [] if limit is None else [run.state for run in study_status(locks[0].folder).runs]
         if left := states.count("pending") + states.count("running"):
-            print(f"Left: {left} of the study's runs; the same command goes on{more}.")
+            print(f"Left: {left} of the study's runs; the same command continues{more}.")
         return failed
 
 
 def train_on_own_images(request: TrainRequest) -> TrainRun:
-    """Do one run on somebody's own images, in a folder of its own; the same call goes on in its folder.
+    """Do one run on somebody's own images, in a folder of its own; the same call continues in its folder.
 
     Returns:
         The call, whose run is done or has failed.
@@ -145,7 +145,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
                     plan, chosen = _plan_call(run, request, images, file)
                 link_latest(run.folder)
                 about = f"it takes about {duration(plan.runs[0].estimate.seconds)} in all."
-                start = f"Goes on from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
+                start = f"Continues from step {run.step} of {plan.runs[0].total_steps}" if run.step else "Starts"
                 print_lines(filter(None, [chosen, *plan_notes(plan)]))
                 print_lines([f"{start} in {run.folder}; {about}"])
                 _drive(plan, lock, alone=True)
@@ -163,7 +163,7 @@ def train_on_own_images(request: TrainRequest) -> TrainRun:
 def _plan_call(run: TrainRun, request: TrainRequest, images: OwnImages, file: Path) -> tuple[Plan, str]:
     """Plan the run of a call, and choose what was not said; nothing of it stays if that fails.
 
-    What was asked for is written first: if the process is killed meanwhile, the same call goes on in its folder.
+    What was asked for is written first: if the process is killed meanwhile, the same call continues in its folder.
 
     Returns:
         The plan, and a line on what was chosen.

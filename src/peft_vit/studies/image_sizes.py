@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ class SizeTrial:
         image_size: in pixels.
         value: of the metric that decides, on images left out of the fit; larger is better.
         text: the value as a terminal shows it.
+        pace: how many times longer it took than was expected; None: features were there already, so that nothing tells.
     """
 
     image_size: int
     value: float
     text: str
+    pace: float | None = None
 
 
 def sizes_to_try(architecture: Architecture) -> list[int]:
@@ -62,13 +64,13 @@ def expected_gain(steps: int) -> float:
 def try_sizes(
     spec_of: Callable[[int], RunSpec], expected_s: Mapping[int, float], limit_s: float, log: Callable[[str], None]
 ) -> list[SizeTrial]:
-    """Fit regressions at rising sizes while the next one fits memory and is expected to end in time.
+    """Fit regressions at rising sizes while the next one fits memory and, at the pace so far, ends in time.
 
     Images that train and validate are read, none that test. Features stay in the cache, where the run finds them.
 
     Args:
         spec_of: a run of the method `linear` at a size.
-        expected_s: what each size takes, rising, in pixels; where the first ones take longer, so will the next.
+        expected_s: what each size takes, rising, in pixels.
         limit_s: for all of them.
         log: told a line each.
 
@@ -80,21 +82,25 @@ def try_sizes(
     pace = Pace()
     for size, seconds in expected_s.items():
         began = time.perf_counter()
-        if trials and began - started + max(1.0, pace.factor) * seconds > limit_s:
+        if trials and began - started + pace.factor * seconds > limit_s:
             break
         try:
-            trials.append(_trial(spec_of(size)))
+            trial, is_new = _trial(spec_of(size))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log(f"  {size} px take more memory than is free here: no larger size is tried.")
+            log(f"  {size} px need more memory than is free here: no larger size is tried.")
             break
-        log(f"  regression on frozen features of {size} px: {trials[-1].text} on images left out of its fit")
-        pace.add(time.perf_counter() - began, seconds)
+        log(f"  regression on frozen features of {size} px: {trial.text} on images left out of its fit")
+        taken_s = time.perf_counter() - began
+        if is_new:
+            pace.add(taken_s, seconds)
+        trials.append(replace(trial, pace=taken_s / seconds if is_new else None))
     return trials
 
 
-def _trial(spec: RunSpec) -> SizeTrial:
+def _trial(spec: RunSpec) -> tuple[SizeTrial, bool]:
+    """Return what the regression has, and whether its features were computed for it."""
     seen = seen_by_head(spec)
     features, metric, weights, strengths = seen.features, seen.metric, seen.class_weights, spec.experiment.probe_l2
     if len(features.labels) <= _FEW and can_hold_out(features.task.strata(features.labels), seen.groups):
@@ -109,7 +115,7 @@ def _trial(spec: RunSpec) -> SizeTrial:
         assert probe.chosen is not None
         metrics = probe.chosen.metrics
     value = metric.of(metrics)
-    return SizeTrial(spec.data.image_size, metric.sign * value, metric.text(value))
+    return SizeTrial(spec.data.image_size, metric.sign * value, metric.text(value)), seen.is_new
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class SeenByHead:
         class_weights: on the loss; None: all 1.
         head: of the model.
         runtime: likewise.
+        is_new: none of the features was in the cache.
     """
 
     features: Features
@@ -134,6 +141,7 @@ class SeenByHead:
     class_weights: NDArray[np.float64] | None
     head: Head
     runtime: RuntimeConfig
+    is_new: bool
 
 
 def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
@@ -162,6 +170,7 @@ def seen_by_head(spec: RunSpec, *, flipped: bool = False) -> SeenByHead:
         class_weights=None if weights is None else weights.double().numpy(),
         head=Backbone(model).head,
         runtime=runtime,
+        is_new=shared.computed == len(values),
     )
 
 

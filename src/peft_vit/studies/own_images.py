@@ -70,6 +70,7 @@ _SIDES = (4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32)  # patches a side that 
 _WORTH_A_LINE_S = 30
 _WITHIN = 1.05  # times the minutes: what is chosen here is rounded
 _SHARE_OF_SIZES = 0.2  # of the minutes, for regressions at several sizes
+_FASTER, _SLOWER = 0.5, 2.0  # than foreseen, as far as a few regressions are believed
 FEWEST_VALIDATION = 30  # images; where fewer would validate, all are trained on, and folds tell how good the model is
 _FOLDS = 5
 _MEMORY_SHARE = 0.5  # of what is free, for what a step keeps
@@ -250,7 +251,7 @@ def study_of(
         UserError: if the time is too short, or what was asked for does not fit.
     """
     counts = count_images(request, images.index)
-    forecast = images.forecast.now(counts, spent_s)
+    forecast = images.forecast.now(counts, spent_s, trials)
     chosen = forecast.most_promising(trials) if trials else forecast.largest_size()
     image_size = request.image_size or chosen
     shape = describe(forecast.backbone, image_size)
@@ -324,13 +325,19 @@ class Forecast:
         self.request = request
         self.counts = counts
         self.limit_s = 60 * request.minutes
+        self.pace = 1.0  # times longer than foreseen
         self.backbone = _backbone(request)
         self._device = resolve_device(request.device)
 
-    def now(self, counts: Counts, spent_s: float = 0.0) -> Self:
-        """Return the same machine's forecast for so many images, and with so much less of the minutes."""
+    def now(self, counts: Counts, spent_s: float = 0.0, trials: Sequence[SizeTrial] = ()) -> Self:
+        """Return the same machine's forecast for so many images, with so much less of the minutes, at a trial's pace.
+
+        The trial of the largest size tells the most: a small one is over before the machine has shown its pace.
+        """
         forecast = copy.copy(self)
         forecast.counts, forecast.limit_s = counts, self.limit_s - spent_s
+        paces = [trial.pace for trial in trials if trial.pace is not None]
+        forecast.pace = min(max(paces[-1], _FASTER), _SLOWER) if paces else self.pace
         return forecast
 
     @cached_property
@@ -363,12 +370,13 @@ class Forecast:
         images = 2 * counts.train + validations * counts.validation + counts.test
         folds = 0 if counts.validation else _FOLDS
         trained_s = (1 + folds) * throughput.start_s + _trained_on_folds(steps, folds) * step_s
-        return trained_s + images * throughput.image_s(shape)
+        return self.pace * (trained_s + images * throughput.image_s(shape))
 
     def sizes_in_time(self) -> dict[int, float]:
-        """Return the image sizes whose regressions should fit their share of the minutes, and the seconds of each.
+        """Return the image sizes whose regressions may fit their share of the minutes, and the seconds of each.
 
-        The test images of one that is delivered should fit as much.
+        The test images of one that is delivered should fit as much. The machine may turn out to be faster than its
+        first moments tell: `try_sizes` then goes further.
         """
         request, share_s = self.request, self.limit_s * _SHARE_OF_SIZES
         if request.image_size is not None or request.init_adapter is not None or request.smoke:
@@ -378,7 +386,8 @@ class Forecast:
         for size in sizes_to_try(architecture_of(self.backbone)):
             image_s = throughput.image_s(describe(self.backbone, size))
             seconds = throughput.start_s + images * image_s
-            if expected_s and max(sum(expected_s.values()) + seconds, self.counts.test * image_s) > share_s:
+            tried_s = _FASTER * (sum(expected_s.values()) + seconds)
+            if expected_s and max(tried_s, self.counts.test * image_s) > share_s:
                 break
             expected_s[size] = seconds
         return expected_s
@@ -444,7 +453,7 @@ class Forecast:
             wanted = self.seconds(shape, _LEAST_STEPS) / 60
             raise UserError(
                 f"{self.request.minutes:g} minutes are too few for {_LEAST_STEPS} steps here, which take about "
-                f"{wanted:.1f}; raise it, lower --image-size, or take --method linear",
+                f"{wanted:.1f}; raise it, lower --image-size, or use --method linear",
                 field="--minutes",
             )
         return steps
@@ -452,7 +461,7 @@ class Forecast:
     def line(self, shape: BackboneShape, image_size: int, steps: int) -> str:
         """Return what was chosen, and whether the minutes are too few for it."""
         ends = self.request.epochs is None and self.counts.validation > 0
-        length = f", up to {steps} steps, fewer if validation stops to gain" if ends else f", {steps} steps"
+        length = f", up to {steps} steps, stops early when validation stops improving" if ends else f", {steps} steps"
         length = "" if self.request.is_probe else length
         line = f"Images of {image_size} px{length}."
         in_float = Throughput.estimated(self._rates.get("float", self._rates[self.compute]))

@@ -141,7 +141,7 @@ def measure_throughput(
             probes.setdefault(name, []).append(Probe(products, image_products, costs_of(record, seen)))
     if probes:
         return Throughput.measured(probes, process_s)
-    log("no experiment could be measured in this time; how fast matrices are multiplied has to do")
+    log("timing failed; estimating from matmul speed")
     return estimated
 
 

@@ -48,9 +48,9 @@ IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
     "columns path and label."
 )
-MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is taken."
-PRECISION = "The number format to train in. auto: bf16 where the device computes in it, else fp32."
-COMPUTE = "How layers that are not trained multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
+MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
+PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
+COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
 DEVICE = "Where to train. auto: on a GPU if there is one."
 THREADS = "Use this many processor threads. Without it, as many as there are processors."
 EXECUTOR = "Where runs happen: in processes on this machine (local), or on a Ray cluster (ray)."
@@ -91,17 +91,17 @@ class RunRequest(StudiesRequest):
     minutes: float | None = Field(
         default=None,
         gt=0,
-        description="Stop after this many minutes. All runs of one seed come before those of the next, and the same "
-        "command goes on later.",
+        description="Stop after this many minutes. All runs of one seed come before those of the next. The same "
+        "command continues later.",
     )
     until_decided: Annotated[
         bool,
         OnlyWith(smoke=False, remedy="a smoke study has one seed: leave one of the two out"),
         OnlyWith(method=None, remedy="all comparisons share one level: leave one of the two out"),
-        OnlyWith(seeds=None, remedy="the looks decide which seeds are taken: leave one of the two out"),
+        OnlyWith(seeds=None, remedy="the looks decide which seeds run: leave one of the two out"),
     ] = Field(
         default=False,
-        description="Take only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
+        description="Run only as many seeds as the comparisons in the study's section `stopping` need to be decided.",
     )
     skip_failed: bool = Field(
         default=False, description="Leave out runs that failed in an earlier call. Without it, they are tried again."
@@ -167,10 +167,10 @@ class TrainRequest(Request):
     images: Annotated[Path, Option(is_argument=True)] = Field(description=IMAGES)
     method: MethodName = Field(
         default="lora",
-        description="What to train. linear: the last layer alone. lora: small updates of all layers. adalora: "
-        "likewise, with ranks that move to the layers where they help. full: all weights. qa_linear, qa_lora, "
-        "qa_adalora: the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, "
-        "peft_adalora, peft: with the PEFT library.",
+        description="What to train. linear: only the last layer. lora: small updates of all layers. adalora: the "
+        "same, with ranks that move to the layers where they help. full: all weights. qa_linear, qa_lora, qa_adalora: "
+        "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
+        "peft: with the PEFT library.",
     )
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
@@ -189,19 +189,18 @@ class TrainRequest(Request):
         ge=IMAGE_SIZES[0],
         le=IMAGE_SIZES[-1],
         description="Resize images to squares of this side, in pixels; a multiple of the model's patch size. Without "
-        "it, several sizes are tried and the most promising is taken.",
+        "it, several sizes are tried, and the best one is used.",
     )
     minutes: float = Field(
         default=10.0, ge=0.1, description="The call may take about this many minutes on this machine."
     )
     steps: Annotated[int | None, _WITH_STEPS, OnlyWith(epochs=None)] = Field(
-        default=None, ge=1, description="Take at most this many training steps. Without it, what the minutes allow."
+        default=None, ge=1, description="Train at most this many steps. Without it, what the minutes allow."
     )
     epochs: Annotated[int | None, _WITH_STEPS] = Field(
         default=None,
         ge=1,
-        description="Go through the training images exactly this many times, however validation goes. Takes the place "
-        "of --steps.",
+        description="Go through the training images exactly this many times, without stopping early. Replaces --steps.",
     )
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
         default=None, gt=0, description="The highest learning rate. Without it, the method's own."
@@ -239,7 +238,7 @@ class TrainRequest(Request):
     ] = Field(
         default=None,
         description="The size of the updates of all layers together: a sum of ranks, or a size such as 100kB. Without "
-        "it, adalora and qa_adalora take four ranks for each weight matrix. With lora it takes the place of --rank.",
+        "it, adalora and qa_adalora use four ranks for each weight matrix. With lora it replaces --rank.",
     )
     adapter_bytes: Annotated[
         WrittenSize, OnlyWith(method=("lora", "qa_lora")), OnlyWith(budget=None), _UNLESS_IMPORTED
@@ -249,7 +248,7 @@ class TrainRequest(Request):
         "place of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
     )
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
-        default=None, description="Go on from the PEFT library's LoRA adapter in this folder. Goes with --method lora."
+        default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
     )
     precision: PrecisionSetting = Field(default="auto", description=PRECISION)
     compute: ComputeSetting = Field(default="auto", description=COMPUTE)
@@ -258,8 +257,8 @@ class TrainRequest(Request):
         default=0,
         ge=0,
         lt=len(SEEDS),
-        description="The number that random choices follow from: how training starts, the order of images, and with "
-        "--shots which ones.",
+        description="The number for all random choices: how training starts, the order of images, and with --shots "
+        "which ones.",
     )
     threads: int | None = Field(default=None, ge=1, description=THREADS)
     strict: bool = Field(

@@ -223,7 +223,7 @@ class _Attempts:
                             self.executor.submit(run)
                     elif not self.stopping and deadline.under_way:
                         self._stop(
-                            "the time is over: what still runs writes a checkpoint, with which a later call goes on"
+                            "the time is over: what still runs writes a checkpoint, from which a later call continues"
                         )
                     if deadline.past if self.stopping else not deadline.under_way:
                         break
@@ -270,7 +270,7 @@ class _Attempts:
     def _end(self, event: RunEnded) -> None:
         record, run = event.record, event.run.spec.name
         if record.failure == "disk_full":
-            reason = f"no room for what it writes ({record.error}); make room, and the same command goes on"
+            reason = f"no room for what it writes ({record.error}); make room, and the same command continues"
             raise UserError(reason, file=self.store.folder / run)
         again = record.status == "failed" and record.failure in TRANSIENT
         if again and not self.stopping:  # what a stop or Ctrl-C has killed counts as no failure

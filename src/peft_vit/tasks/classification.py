@@ -150,7 +150,7 @@ class _Classification:
         With a label y_n, t[n, y_n] is 1; smoothing (arXiv 1512.00567) makes it (1 - s) t + s / classes. A mixed image
         has shares of two classes, and each share has the weight of its class.
 
-        torch's weighted mean divides by the batch's own weights, sum_n w[y_n], in place of N: in a batch of one the
+        torch's weighted mean divides by the batch's own weights, sum_n w[y_n], instead of N: in a batch of one the
         weight cancels, and an image counts the less the more its batch weighs. Divided by N, an image's weight is the
         same in any batch.
 

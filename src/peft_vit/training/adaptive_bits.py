@@ -50,7 +50,7 @@ class ChosenBits:
 
     @classmethod
     def of_record(cls, record: BitAllocation, config: QaLoraConfig) -> ChosenBits:
-        """Return what was chosen under the same settings, without measuring it anew."""
+        """Return what was chosen under the same settings, without measuring it again."""
         return cls({name: format_of(config, type) for name, type in record.types.items()}, record.ranks, record)
 
 
@@ -102,7 +102,7 @@ def allocate_bits(
         text += "predicted to be worth it, and quantization_type gives the same weights"
         warnings.warn(text, SilentNoEffectWarning, stacklevel=2)
     if ranks and not any(ranks.values()):
-        text = "adaptive_bits.ranks gave every byte to bits and no site a rank, so only the head is trained; raise "
+        text = "adaptive_bits.ranks gave every byte to bits and no module a rank, so only the head is trained; raise "
         warnings.warn(f"{text}total_byte_budget", SilentNoEffectWarning, stacklevel=2)
     rise = sum(losses[name][place] for name, place in places_of.items())
     record = BitAllocation(

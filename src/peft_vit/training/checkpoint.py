@@ -66,7 +66,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Bring a model that was prepared anew to where it was; the state's tensors become its own."""
+    """Bring a model that was prepared again to where it was; the state's tensors become its own."""
     set_ranks(model, state["ranks"])
     tensors, places = state["tensors"], model_state(model)["tensors"]
     check_tensors(places, tensors)
@@ -77,7 +77,7 @@ def load_model_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Bring an optimiser that was built anew over the loaded model to where it was.
+    """Bring an optimiser that was built again over the loaded model to where it was.
 
     Raises:
         ValueError: if the state is not this optimiser's: torch's fused kernels trust shapes and would leave memory.

@@ -218,7 +218,7 @@ class TrainingState:
         if resume is not None:
             self._load_state_dict(resume)
         call_each(hooks, "attach", overhead, model, self._optimizer)
-        if resume is not None:  # last: whatever was built anew may have drawn from them
+        if resume is not None:  # last: whatever was built again may have drawn from them
             load_generators_state(resume["generators"])
 
     @property
@@ -351,7 +351,7 @@ class TrainingState:
         return result
 
     def state_dict(self) -> State:
-        """Return what a training that is built anew needs to go on from here, to the bit."""
+        """Return what a training that is built again needs to go on from here, to the bit."""
         result = self.result
         return State(
             model=model_state(self.model),

@@ -69,10 +69,10 @@ class QALoRATrainer(Hook):
         total_steps: optimiser steps of the whole run; the schedule depends on it.
         seed: of the adapters' start.
         clip_norm: largest gradient norm in `training_step`; None: no clipping.
-        formats: by module, `blocks.3.attn.qkv`, in place of what the settings say.
-        ranks: by site, `blocks.3.attn.query`, in place of the settings' rank.
+        formats: by module, `blocks.3.attn.qkv`, instead of what the settings say.
+        ranks: by site, `blocks.3.attn.query`, instead of the settings' rank.
         images: calibration images (N, C, H, W), normalised, for `rounding: gptq` alone.
-        packed: tensors of saved weights by module, in place of rounding anew, see `adapters.read_adapter_file`.
+        packed: tensors of saved weights by module, instead of rounding again, see `adapters.read_adapter_file`.
 
     Raises:
         UserError: if the model is of another class, a group does not divide a site's inputs, the rank lies above the
@@ -134,7 +134,7 @@ class QALoRATrainer(Hook):
         return self.share_history[-1]["share"]
 
     def _use_share(self, model: nn.Module, steps_done: int, share: float) -> None:
-        """Mix the weights anew; at share 1 the float ones are freed."""
+        """Mix the weights again; at share 1 the float ones are freed."""
         before = self.share_history[-1]["share"] if self.share_history else None
         self.share_history.append({"step": steps_done, "share": share})
         if before == 1.0:

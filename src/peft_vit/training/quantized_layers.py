@@ -82,7 +82,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
         if ranks is None:
             ranks = dict.fromkeys((site.name for site in sites), config.fixed_rank)
         if different := set(ranks) ^ {site.name for site in sites}:
-            raise UserError(f"ranks and the model's sites differ at {min(different)}", field="ranks")
+            raise UserError(f"ranks and the model's modules differ at {min(different)}", field="ranks")
         check_ranks(sites, ranks, config.pool)
         attach_adapters(model, sites, ranks, scale=config.scale, seed=seed, pool=config.pool, check=False)
         return
@@ -97,7 +97,7 @@ def attach_layers(model: nn.Module, config: QaLoraConfig, ranks: Mapping[str, in
     if config.pool > 1 and config.offset and pools == {1}:
         text = (
             f"groups of {config.pool} serve storage alone: the model's adapters are not pooled over them, so a merge "
-            "quantizes anew; quantization_offset: false does without the offsets"
+            "quantizes again; quantization_offset: false does without the offsets"
         )
         warnings.warn(text, SilentNoEffectWarning, stacklevel=3)
 
@@ -224,7 +224,7 @@ def saved_weights(
     formats: Mapping[str, QuantizationFormat],
     packed: Mapping[str, Mapping[str, Tensor]],
 ) -> Iterator[tuple[str, QuantizedTensor]]:
-    """Yield each layer's packed weight as it was saved, in place of rounding anew."""
+    """Yield each layer's packed weight as it was saved, instead of rounding again."""
     if different := set(packed) ^ set(layers):
         raise UserError(f"saved weights and the model's layers differ at {min(different)}", field="packed")
     for name, (module, _) in layers.items():

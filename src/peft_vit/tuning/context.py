@@ -33,27 +33,16 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class TuningContext:
-    """What all stages after the first know.
+    """What all stages after the first know."""
 
-    Attributes:
-        state: of the tuning.
-        runner: does the runs of a study.
-        seen: of the images, see `data.inspect_images`.
-        images_file: which of them are sealed.
-        counts: images of each class that are not sealed.
-        metric: what decides.
-        different: of them, a copy not counted; None: all are.
-        sealed_images: how many are.
-    """
-
-    state: State
-    runner: Runner
-    seen: Any
-    images_file: Path
-    counts: tuple[int, ...]
-    metric: DecidingMetric
-    different: int | None = None
-    sealed_images: int = 0
+    state: State  # of the tuning
+    runner: Runner  # does the runs of a study
+    seen: Any  # of the images, see `data.inspect_images`
+    images_file: Path  # which of them are sealed
+    counts: tuple[int, ...]  # images of each class that are not sealed
+    metric: DecidingMetric  # what decides
+    different: int | None = None  # of them, a copy not counted; None: all are
+    sealed_images: int = 0  # how many are
 
     @property
     def request(self) -> TuneRequest:
@@ -225,7 +214,7 @@ def context_of(state: State, make_runner: MakeRunner) -> TuningContext:
     used = np.array([name not in sealed and name not in left_out for name in seen.names], dtype=bool)
     counts = np.bincount(seen.labels[used], minlength=len(seen.class_names))
     own = "the folder's own test split" if seen.holdout is not None else "a fifth of each class"
-    state.tell(f"  sealed until the end: {len(sealed):,} images, {own}; all choices rest on the other {counts.sum():,}")
+    state.tell(f"  test set, read at the end: {len(sealed):,} images, {own}; choices use the other {counts.sum():,}")
     different = len(np.unique(seen.groups[used]))
     metric = asked or seen.metric
     runner = make_runner(state, metric)

@@ -1,14 +1,16 @@
 """What everything takes on this machine, in seconds, and so how many steps a run has.
 
 A run on a fold starts, fits the head that it starts from, takes its steps, and passes its test images once. Features of
-the frozen backbone are computed once for all runs of a size.
+the frozen backbone are computed once for all runs of a size. What is delivered comes first: as many steps as fit if the
+last training has twice as many as a fold's, and the folds are no more than it takes to know it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ from peft_vit.tuning.context import FOLDS, TuningContext
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, shared_training
 
 LEAST_STEPS, MOST_STEPS, _STEPS_APART = 24, 192, 8  # more only where they are shown to gain
+ENOUGH_STEPS, FEWEST_FOLDS = 96, 3  # where five folds leave fewer steps, there are no more than three
+LONGEST = 2.0  # times the steps on folds, of the last training
+_LONGER = (LONGEST, 1.0)
+_PROCESSES, _MOST_RUNS = 5, 42  # worker processes that the least takes; runs of everything that is tried
 MOST_SEEN = 1500  # images by which sizes are compared
 _FITS = 9 * (FOLDS + 1)  # of a regression: strengths of the penalty, on folds inside of its training images
 _FIT_S = 4e-8  # of one, for each of its values: images x features x classes
@@ -70,16 +76,19 @@ class Costs:
         seen = self.context.test_images if images is None else images
         return self.machine.start_s / 2 + forms * (_PACK_S + 2 * seen * self.image_s(recipe))
 
-    def ending_s(self, recipe: Recipe) -> float:
+    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
         """Return the seconds of the last training and of the output, as far as they can be foreseen.
 
         The output writes the model in some forms, compares each with the run's model, and times them beside float32;
         where none is as fast as was asked for, activations in 8 bits are measured on folds.
+
+        Args:
+            recipe: that is trained.
+            longer: times the steps that follow from those on folds.
         """
         context, machine, image_s = self.context, self.machine, self.image_s(recipe)
-        steps = self.last_steps(recipe)
         begun = machine.process_s + machine.start_s + self.fits_s(recipe, context.images)
-        trained = begun + steps * self._step_s(recipe) + context.sealed_images * image_s
+        trained = begun + self.last_steps(recipe, longer) * self._step_s(recipe) + context.sealed_images * image_s
         rounded = self.rounding_s(recipe, 1, context.sealed_images) if recipe.when == "after" else 0.0
         forms, folds = (_FORMS, 0) if context.request.max_latency is None else (_FORMS + 1, FOLDS)
         written = forms * (2 * machine.start_s + 2 * min(context.images, _COMPARED) * image_s)
@@ -87,40 +96,54 @@ class Costs:
         timed = _TIMINGS * (forms + 1) * (machine.process_s + _CALLS * image_s)
         return trained + rounded + written + measured + timed
 
-    def last_steps(self, recipe: Recipe) -> int:
-        """Return the steps of the last training: as many more as there are more images to train on."""
-        return round(recipe.steps * self.context.images / self.context.train_images)
+    def last_steps(self, recipe: Recipe, longer: float = 1.0) -> int:
+        """Return the steps of the last training: as many more as there are more images, and as it is longer."""
+        return round(longer * recipe.steps * self.context.images / self.context.train_images)
 
     def most_steps(self, model: str, image_size: int) -> int:
-        """Return the most steps of LoRA that fit: five folds in their share, the end in its own; 0: too few do."""
-        share_s, forms = self.context.state.share_s, len(ROUNDED)
+        """Return the most steps of LoRA on a fold that fit what trains; 0: too few do.
 
-        def seconds(steps: int) -> float:
-            recipe = lora(model, image_size, steps)
-            folds = FOLDS * (self.run_s(recipe) + self.rounding_s(recipe, forms)) + self.machine.process_s
-            return folds + max(0.0, self.ending_s(recipe.rounded(ROUNDED[0])) - share_s("final", "output"))
+        Five folds, where these leave enough steps; else three, and up to as many; without a longer last training, and
+        half of the steps by which that is decided, where there is no time for it.
+        """
+        whole_s, options = self.context.state.training_s, range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
+        few, least_s = [steps for steps in options if steps <= ENOUGH_STEPS], partial(self.least_s, model, image_size)
+        most = fit(options, partial(least_s, FOLDS, LONGEST), whole_s) or 0
+        if most >= ENOUGH_STEPS:
+            return most
+        return next(filter(None, (fit(few, partial(least_s, FEWEST_FOLDS, longer), whole_s) for longer in _LONGER)), 0)
 
-        steps = range(MOST_STEPS, LEAST_STEPS - 1, -_STEPS_APART)
-        return fit(steps, seconds, share_s("folds")) or 0
+    def least_s(self, model: str, image_size: int, folds: int, longer: float, steps: int) -> float:
+        """Return the seconds of the least that is to be trained: what is delivered, and what that is known by.
+
+        So many folds of the probe and of LoRA, also with rounded weights; half of the steps on two folds, and the last
+        training so many times longer.
+        """
+        probe, recipe = Recipe(model, image_size), lora(model, image_size, steps)
+        fold_s = self.run_s(probe) + self.run_s(recipe) + self.rounding_s(recipe, len(ROUNDED) - 1)
+        halved_s = 2 * self.run_s(recipe.half) if longer > 1 else 0.0
+        ending_s = self.ending_s(recipe.rounded(ROUNDED[0]), longer)
+        return folds * fold_s + halved_s + _PROCESSES * self.machine.process_s + ending_s
 
     def forecast(self, probes: Sequence[Recipe], spent_s: float) -> dict[str, float]:
-        """Return the seconds of everything, by what it is; what is not taken by the rest trains on folds.
+        """Return the seconds of everything, by what it is.
 
         Args:
             probes: regressions at all sizes.
             spent_s: of this call already.
         """
-        share_s, regressions_s = self.context.state.share_s, 0.0
-        largest = min(probes, key=self.image_s)
+        state, sizes_s, trained = self.context.state, 0.0, list[Recipe]()
         for probe in sorted(probes, key=self.image_s):
-            if regressions_s and regressions_s + self.regression_s(probe) > share_s("sizes"):
+            if sizes_s and sizes_s + self.regression_s(probe) > state.share_s("sizes"):
                 break
-            regressions_s += self.regression_s(probe)
-            largest = probe if self.most_steps(probe.model, probe.image_size) else largest
-        steps = self.most_steps(largest.model, largest.image_size)
-        ending_s = self.ending_s(replace(largest, method="lora", steps=steps) if steps else largest)
-        trained_s = max(0.0, 60 * self.context.request.minutes - spent_s - regressions_s - ending_s)
-        parts = {"images and machine": spent_s, "regressions": regressions_s, "training on folds": trained_s}
+            sizes_s += self.regression_s(probe)
+            if steps := self.most_steps(probe.model, probe.image_size):
+                trained.append(lora(probe.model, probe.image_size, steps))
+        recipe = trained[-1] if trained else min(probes, key=self.image_s)
+        ending_s = self.ending_s(recipe, LONGEST if trained else 1.0)
+        left_s = max(0.0, 60 * state.request.minutes - spent_s - sizes_s - ending_s)
+        folds_s = min(left_s, (_MOST_RUNS if trained else FOLDS) * self.run_s(recipe))
+        parts = {"images and machine": spent_s, "image sizes": sizes_s, "training on folds": folds_s}
         return {**parts, "last training and files": ending_s}
 
     def refuse_little_time(self, smallest: Recipe) -> None:
@@ -131,7 +154,7 @@ class Costs:
         """
         minutes = self.context.request.minutes
         # A regression on the folds, and its file.
-        least_s = self.regression_s(smallest) + FOLDS * self.run_s(smallest) + self.ending_s(smallest)
+        least_s = self.regression_s(smallest) + FEWEST_FOLDS * self.run_s(smallest) + self.ending_s(smallest)
         if least_s > 60 * minutes:
             enough = max(math.ceil(least_s / 60), math.floor(minutes) + 1)
             problem = f"{minutes:g} are too few for a single model on this machine, even of the smallest images"
@@ -160,7 +183,7 @@ def throughput_of(context: TuningContext, recipe: Recipe, measure: MeasureThroug
     def decide() -> dict[str, Any]:
         training = shared_training(context.batch_size, context.flips, context.metric)
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
-        sections = recipe.sections(context.shape(recipe.model, recipe.image_size), recipe.steps)
+        sections = recipe.sections(context.shape(recipe.model, recipe.image_size))
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         study = study_from_mapping(
             context.study("machine", recipe.model, recipe.image_size, [0], [experiment]), file=Path("machine")

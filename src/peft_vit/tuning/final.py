@@ -1,32 +1,43 @@
 """The last training: the recipe that was taken, on all images that are not sealed, which are read once, here.
 
-It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on; the
-penalty of the probe that it starts from is chosen in the same way, on training images that are left out of its fit.
-Nothing validates. Temperature and sets of classes come from what the folds' runs say, in the form that is delivered.
+It ends as on the folds, at the last of so many steps, as many times more as there are more images to train on. Where
+the folds say that more steps gain, it has up to twice as many, as time allows. The penalty of the probe that it starts
+from is chosen in the same way, on training images that are left out of its fit. Nothing validates. Temperature and sets
+of classes come from what the folds' runs say, in the form that is delivered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from peft_vit.errors import UserError
 from peft_vit.evaluation import calibrate
+from peft_vit.forecasting.time_limit import fit
 from peft_vit.records import Calibrated, RunRecord
 from peft_vit.runs.held_out import Outputs, checked_on
 from peft_vit.statistics import Interval, paired_proportions
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import CLASSIFICATION
+from peft_vit.tuning.costs import LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import Recipe
 
 _ENDLESS_S = 1e8
 
 
-def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
-    """Train a recipe on everything that is not sealed.
+def times_longer(folds: Folds, recipe: Recipe) -> float:
+    """Return how many times the steps that follow from the folds the last training has."""
+    if not folds.gains_by_steps(recipe):
+        return 1.0
+    return fit((LONGEST, 1.5), partial(folds.ending_s, recipe), folds.context.state.limit.left_s) or 1.0
+
+
+def train_finally(folds: Folds, recipe: Recipe, longer: float) -> tuple[Outcome, Outcome]:
+    """Train a recipe on everything that is not sealed, so many times longer than on folds.
 
     Returns:
         What it came to on the sealed images, and what the same run came to before its weights were rounded; where
@@ -35,13 +46,12 @@ def train_finally(folds: Folds, recipe: Recipe) -> tuple[Outcome, Outcome]:
     Raises:
         UserError: if it failed.
     """
-    context, trained = folds.context, recipe.trained
+    context, trained = folds.context, replace(recipe.trained, steps=folds.costs.last_steps(recipe, longer))
     name, seed = f"final-{recipe.place}", context.request.seed
-    experiment = folds.experiment(trained, folds.costs.last_steps(recipe))
-    study = context.study(name, recipe.model, recipe.image_size, [seed], [experiment], folds=None)
+    study = context.study(name, recipe.model, recipe.image_size, [seed], [folds.experiment(trained)], folds=None)
     done = context.runner(study, context.state.until(-_ENDLESS_S), None)  # it has to be brought to its end
     if (trained.name, seed) not in done:
-        problem = "the last training failed, as is told above; the same command tries it again"
+        problem = "the last training failed, see above; the same command tries it again"
         raise UserError(problem, file=context.state.studies / name / trained.name)
     outcome = done[trained.name, seed]
     if recipe.when != "after" or recipe.bits is None:
@@ -59,13 +69,7 @@ def calibrated_on(folds: Sequence[Outcome]) -> Calibrated:
 
 
 def in_form(record: RunRecord, final: Outcome, calibrated: Calibrated) -> RunRecord:
-    """Return the last training's record with what the delivered form says of the sealed images.
-
-    Args:
-        record: of the run.
-        final: what it came to, in that form.
-        calibrated: what was found on folds.
-    """
+    """Return the last training's record with what the delivered form says of the sealed images."""
     assert record.predictions is not None
     logits = final.logits.astype(np.float32)
     predictions = CLASSIFICATION.predictions(logits, final.labels, final.images, keep_logits=True)

@@ -1,7 +1,9 @@
-"""The finalists on all five folds, in the order in which time goes to them, and which one is taken.
+"""The finalists on folds, in the order in which time goes to them, and which one is taken.
 
-First the best LoRA, whose folds also give its forms that are rounded after training; then QA-LoRA, the second-best
-LoRA, AdaLoRA and a rank of 2; then other folds for what was taken and what it is compared with.
+First the best LoRA, whose folds also give its forms that are rounded after training, and half of its steps, by which it
+is known whether a longer last training gains: then that is reserved. What is left goes to its other folds, to the
+second-best LoRA, AdaLoRA, a rank of 2 and QA-LoRA, and to other folds for what was taken and what it is compared with.
+QA-LoRA comes earlier where less than 4 bits are allowed.
 """
 
 from __future__ import annotations
@@ -14,49 +16,35 @@ from peft_vit.errors import UserError
 from peft_vit.forecasting.time_limit import Limit
 from peft_vit.statistics.odds import Odds, choose_model
 from peft_vit.tuning.context import FOLDS
+from peft_vit.tuning.costs import FEWEST_FOLDS, LONGEST
 from peft_vit.tuning.folds import Folds
 from peft_vit.tuning.recipe import ROUNDED, Recipe, rate_of
 
-_FEWEST = 3  # folds of what may be taken
-_FIRST, _SECOND = range(FOLDS), range(2 * FOLDS)  # seeds of a repetition, of both
+_FEWEST, _FIRST, _SECOND = range(FEWEST_FOLDS), range(FOLDS), range(2 * FOLDS)  # seeds: a repetition's, of both
+_HALVED = range(2)  # of half of the steps
 _SMALL_RANK = 2
-NO_MODEL = "ended before a single model; give more, and the same command goes on"
+NO_MODEL = "ended before a single model; give more, and the same command continues"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that was compared.
+    """A model that was compared."""
 
-    Attributes:
-        recipe: of it.
-        bytes: that its file is expected to have.
-        folds: that it has done.
-        odds: against the best float model; None: the search has dropped it.
-        why: it was not taken; empty: it was.
-    """
-
-    recipe: Recipe
-    bytes: int
-    folds: int
-    odds: Odds | None
-    why: str
+    recipe: Recipe  # of it
+    bytes: int  # that its file is expected to have
+    folds: int  # that it has done
+    odds: Odds | None  # against the best float model; None: the search has dropped it
+    why: str  # it was not taken; empty: it was
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is taken, and beside what.
+    """What is taken, and beside what."""
 
-    Attributes:
-        candidates: smallest first.
-        taken: one of them.
-        odds: of it.
-        reference: the best float model found.
-    """
-
-    candidates: tuple[Candidate, ...]
-    taken: Candidate
-    odds: Odds
-    reference: Recipe
+    candidates: tuple[Candidate, ...]  # smallest first
+    taken: Candidate  # one of them
+    odds: Odds  # of it
+    reference: Recipe  # the best float model found
 
 
 def allowed_bits(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
@@ -74,51 +62,79 @@ def bytes_of(folds: Folds, recipe: Recipe) -> int:
     return recipe.file_bytes(folds.costs.shape(recipe), len(folds.context.counts))
 
 
-def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe], limit: Limit) -> list[Recipe]:
-    """Bring the finalists to all folds, and return those that there was no time for.
+def compare(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Bring the finalists to folds, and return those that there was no time for.
 
     Args:
         folds: of the tuning.
-        probe: the best regression, on all folds already.
-        ranked: of LoRA, the best first; none if there is no time to train.
-        limit: when the last training has to begin.
+        probe: the best regression, on the fewest folds already.
+        ranked: of LoRA, the best first; none: there is no time to train.
     """
-    left: list[Recipe] = []
-    best = ranked[0] if ranked else probe
-    folds.run([best], _FIRST, limit)
-    folds.round(best, allowed_bits(folds, best), limit)
+    best, state = ranked[0] if ranked else probe, folds.context.state
+    limit = state.until(folds.ending_s(best.rounded(ROUNDED[0])))
+    _do(folds, best, _FEWEST, limit)
     if not folds.clearly_better(best, probe):
         folds.round(probe, allowed_bits(folds, probe), limit)
-    for recipe in _others(folds, ranked):
-        bits = allowed_bits(folds, recipe) if recipe.bits is None else []
-        needed = folds.seconds(recipe, _FIRST) + len(_FIRST) * folds.costs.rounding_s(recipe, len(bits))
-        if folds.missing(recipe, _FIRST) and needed > limit.left_s:
-            left.append(recipe)
-            continue
-        folds.run([recipe], _FIRST, limit)
-        folds.round(recipe, bits, limit)
+    if ranked and folds.seconds(best.half, _HALVED) <= limit.left_s:
+        folds.run([best.half], _HALVED, limit)
+    if folds.gains_by_steps(best) and not folds.clearly_better(probe, best):
+        limit = state.until(folds.ending_s(best.rounded(ROUNDED[0]), LONGEST))
+    left = [
+        recipe
+        for recipe in _in_turn(folds, probe, ranked)
+        if not any(_done_in_time(folds, [recipe], seeds, limit) for seeds in (_FIRST, _FEWEST))
+    ]
     decision = decide(folds)
     again = list(dict.fromkeys((decision.taken.recipe.trained, decision.reference)))
-    needed = sum(
-        folds.seconds(recipe, _SECOND) + FOLDS * folds.costs.rounding_s(recipe, len(ROUNDED)) for recipe in again
-    )
-    if not left and needed <= limit.left_s:
-        folds.run(again, _SECOND, limit)
-        for recipe in again:
-            folds.round(recipe, allowed_bits(folds, recipe) if recipe.bits is None else [], limit)
-    return left
+    if not left:
+        _done_in_time(folds, again, _SECOND, limit)
+    return [recipe for recipe in left if not folds.seeds(recipe)]
 
 
-def _others(folds: Folds, ranked: Sequence[Recipe]) -> list[Recipe]:
-    """Return what is compared beside the best LoRA, the first one first."""
+def _done_in_time(folds: Folds, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit) -> bool:
+    """Do what is missing of some recipes' runs, if there is time for all, and return whether there was."""
+    needed_s = 0.0
+    for recipe in recipes:
+        missing, forms = len(folds.missing(recipe, seeds)), len(_forms(folds, recipe))
+        needed_s += folds.seconds(recipe, seeds) + missing * folds.costs.rounding_s(recipe, forms)
+    if needed_s > limit.left_s:
+        return False
+    for recipe in recipes:
+        _do(folds, recipe, seeds, limit)
+    return True
+
+
+def _do(folds: Folds, recipe: Recipe, seeds: Sequence[int], limit: Limit) -> None:
+    folds.run([recipe], seeds, limit)
+    folds.round(recipe, _forms(folds, recipe), limit)
+
+
+def _forms(folds: Folds, recipe: Recipe) -> list[QuantizationType]:
+    """Return the formats to which a recipe is rounded on its folds; a probe, if it is compared so at all."""
+    allowed = [] if recipe.bits else allowed_bits(folds, recipe)
+    return [bits for bits in allowed if not recipe.is_probe or folds.seeds(recipe.rounded(bits))]
+
+
+def _in_turn(folds: Folds, probe: Recipe, ranked: Sequence[Recipe]) -> list[Recipe]:
+    """Return what goes to all folds, in the order in which time goes to it."""
     if not ranked:
-        return []
-    best, most = ranked[0], folds.context.request.max_bytes
-    packed = replace(best, method="qa_lora", rate=rate_of("qa_lora", best.rate), when="training")
-    low_bits = [replace(packed, bits=bits) for bits in ("nf4", "int2")]
-    fitting = [recipe for recipe in low_bits if most is None or bytes_of(folds, recipe) <= most]
+        return [probe]
+    best, first = ranked[0], low_bits(folds, ranked[0])
     adaptive = replace(best, method="adalora", rate=rate_of("adalora", best.rate))
-    return [*fitting[:1], *ranked[1:2], adaptive, replace(best, rank=_SMALL_RANK)]
+    second = [recipe for recipe in ranked[1:] if recipe != best.half][:1]
+    others = [best, probe, *second, adaptive, replace(best, rank=_SMALL_RANK)]
+    return [*first, *others] if first else [*others, *_packed(folds, best)]
+
+
+def low_bits(folds: Folds, best: Recipe) -> list[Recipe]:
+    """Return QA-LoRA with the best recipe of LoRA, where less than 4 bits are allowed."""
+    return _packed(folds, best) if "int2" in allowed_bits(folds, best) else []
+
+
+def _packed(folds: Folds, best: Recipe) -> list[Recipe]:
+    most, rate = folds.context.request.max_bytes, rate_of("qa_lora", best.rate)
+    both = [replace(best, method="qa_lora", rate=rate, bits=bits, when="training") for bits in ("nf4", "int2")]
+    return [recipe for recipe in both if most is None or bytes_of(folds, recipe) <= most][:1]
 
 
 def decide(folds: Folds) -> Decision:
@@ -127,7 +143,7 @@ def decide(folds: Folds) -> Decision:
     Raises:
         UserError: if nothing has a fold.
     """
-    context, least = folds.context, min(_FEWEST, max(map(len, folds.outcomes.values()), default=0))
+    context, least = folds.context, min(FEWEST_FOLDS, max(map(len, folds.outcomes.values()), default=0))
     if not least:
         raise UserError(NO_MODEL, field="--minutes")
     most, margin = context.request.max_bytes, context.request.margin_share
@@ -155,7 +171,7 @@ def decide(folds: Folds) -> Decision:
     ]
     for recipe, done in folds.outcomes.items():
         if 0 < len(done) < least:
-            dropped = f"{len(done)} of {FOLDS} folds: others did better on them"
+            dropped = f"{len(done)} of {FOLDS} folds: not clearly better"
             candidates.append(Candidate(recipe, bytes_of(folds, recipe), len(done), None, dropped))
     ordered = tuple(sorted(candidates, key=lambda candidate: candidate.bytes))
     return Decision(ordered, candidates[choice.chosen], taken, recipes[choice.reference])

@@ -24,32 +24,27 @@ from peft_vit.safe_io import read_bytes
 from peft_vit.statistics import Interval
 from peft_vit.statistics.more_labels import gain_of_twice
 from peft_vit.statistics.odds import FoldMeans, means_of_images
+from peft_vit.studies.image_sizes import expected_gain
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import log_softmax
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import Costs
+from peft_vit.tuning.costs import FEWEST_FOLDS, Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
 _NLL_WEIGHT = 0.02  # of a nat, in shares: it tells apart what has as many images right
+_USUAL_SD = 0.01  # of what more steps gain, around `expected_gain`
 RoundRun = Callable[[Path, Sequence[QuantizationType]], Mapping[QuantizationType, NDArray[np.float32]]]
 
 
 @dataclass
 class Folds:
-    """Runs of recipes on folds, as far as they are done.
+    """Runs of recipes on folds, as far as they are done."""
 
-    Attributes:
-        costs: what they take.
-        round_run: gives logits of a run's test images with rounded weights.
-        outcomes: by recipe and seed, rounded ones too.
-        pace: of this call's runs with steps.
-    """
-
-    costs: Costs
-    round_run: RoundRun
-    outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
+    costs: Costs  # what they take
+    round_run: RoundRun  # gives logits of a run's test images with rounded weights
+    outcomes: dict[Recipe, dict[int, Outcome]] = field(default_factory=dict)  # by recipe and seed, rounded ones too
+    pace: Pace = field(default_factory=Pace)  # of this call's runs with steps
 
     @property
     def context(self) -> TuningContext:
@@ -81,21 +76,25 @@ class Folds:
 
     def _take(self, recipes: Sequence[Recipe], seeds: Sequence[int], limit: Limit, only: Any = None) -> None:
         context, first = self.context, recipes[0]
-        experiments = [self.experiment(recipe, recipe.steps) for recipe in recipes]
+        experiments = [self.experiment(recipe) for recipe in recipes]
         study = context.study(f"folds-{first.place}", first.model, first.image_size, seeds, experiments)
         done = context.runner(study, limit, only)
         for recipe in recipes:
             outcomes = {seed: done[recipe.name, seed] for seed in seeds if (recipe.name, seed) in done}
             self.outcomes.setdefault(recipe, {}).update(outcomes)
 
-    def experiment(self, recipe: Recipe, steps: int) -> dict[str, Any]:
-        """Return what trains a recipe in so many steps, as a configuration holds it; nothing validates."""
+    def experiment(self, recipe: Recipe) -> dict[str, Any]:
+        """Return what trains a recipe, as a configuration holds it.
+
+        Nothing validates: the rate rises and falls over all steps, to a peak of twice the plateau of `train`. In the
+        mean it is as high, and as many steps learn as much.
+        """
         context = self.context
         training = shared_training(context.batch_size, context.flips, context.metric)
         if not recipe.is_probe:
-            training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": steps}
+            training |= {"learning_rate": recipe.rate, "head_start": "probe", "steps": recipe.steps}
             training["label_smoothing"] = LABEL_SMOOTHING
-        sections = recipe.sections(self.costs.shape(recipe), steps)
+        sections = recipe.sections(self.costs.shape(recipe))
         experiment = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
         if not recipe.is_probe:
             training |= within_memory(context, recipe.model, recipe.image_size, experiment)
@@ -118,18 +117,16 @@ class Folds:
         planned = self.costs.run_s(recipe) * (1.0 if recipe.is_probe else self.pace.factor)
         return self.costs.machine.process_s + missing * (statistics.median(taken) if taken else planned)
 
-    def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
-        """Predict with weights that are rounded after training, of all its runs, while there is time.
+    def ending_s(self, recipe: Recipe, longer: float = 1.0) -> float:
+        """Return what the last training and the output will take, at this call's pace."""
+        return max(1.0, self.pace.factor) * self.costs.ending_s(recipe, longer)
 
-        Args:
-            recipe: with float weights.
-            bits: number formats.
-            limit: when no further run is begun.
-        """
+    def round(self, recipe: Recipe, bits: Sequence[QuantizationType], limit: Limit) -> None:
+        """Predict with weights that are rounded after training, of all runs of a float recipe, while there is time."""
         for seed, outcome in sorted(self.outcomes.get(recipe, {}).items()):
             if not any(self.missing(recipe.rounded(one), [seed]) for one in bits):
                 continue
-            if limit.left_s < self.costs.rounding_s(recipe, len(bits)) and seed >= FOLDS:
+            if limit.left_s < self.costs.rounding_s(recipe, len(bits)) and seed >= FEWEST_FOLDS:
                 return
             self._add_rounded(recipe, seed, outcome, self.rounded_logits(outcome.folder, bits))
 
@@ -168,20 +165,35 @@ class Folds:
         nll = float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
         return score - _NLL_WEIGHT * nll
 
-    def clearly_better(self, recipe: Recipe, other: Recipe) -> bool:
-        """Tell whether a recipe is better than another by more than the standard error, on the folds that both have."""
+    def difference(self, recipe: Recipe, other: Recipe) -> tuple[float, float] | None:
+        """Return by how much a recipe is better than another on the folds that both have, and the standard error."""
         seeds = [seed for seed in self.seeds(recipe) if seed in self.outcomes.get(other, {})]
         own, others = self.value(recipe, seeds), self.value(other, seeds)
         if own is None or others is None:
-            return False
+            return None
         right = [np.concatenate([self.outcomes[one][seed].right for seed in seeds]) for one in (recipe, other)]
         differs = np.subtract(*(side.astype(float) for side in right))
-        return own - others > float(differs.std()) / len(differs) ** 0.5
+        return own - others, float(differs.std()) / len(differs) ** 0.5
+
+    def clearly_better(self, recipe: Recipe, other: Recipe, errors: float = 1.0) -> bool:
+        """Tell whether a recipe is better than another by more than so many standard errors, on the same folds."""
+        difference, error = self.difference(recipe, other) or (0.0, 0.0)
+        return difference > errors * error
+
+    def gains_by_steps(self, recipe: Recipe) -> bool:
+        """Tell whether more steps gain: as folds show with twice of them, else as half of them let expect."""
+        own = recipe.plain
+        twice, half = self.difference(replace(own, steps=2 * own.steps), own), self.difference(own, own.half)
+        if twice is not None or half is None:
+            return twice is not None and twice[0] > 0
+        difference, error = half
+        usual = expected_gain(own.steps) - expected_gain(own.half.steps)
+        return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
 
     def gain_of_steps(self, recipe: Recipe) -> Interval | None:
         """Return what twice the steps would bring, a share; None: half of them were not tried on the same folds."""
         trained = recipe.trained
-        half, done = self.outcomes.get(replace(trained, steps=trained.steps // 2), {}), self.outcomes[trained]
+        half, done = self.outcomes.get(trained.half, {}), self.outcomes[trained]
         seeds = [seed for seed in half if seed in done]
         if trained.is_probe or not seeds:
             return None

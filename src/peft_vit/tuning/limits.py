@@ -26,11 +26,7 @@ TimeExport = Callable[[TuningContext, str, int], float]  # seconds of an image, 
 
 
 def within_bytes(request: TuneRequest, forms: Mapping[Recipe, int]) -> list[str]:
-    """Return the models of which some form keeps within the limit of bytes.
-
-    Args:
-        request: with or without a limit.
-        forms: bytes of everything that could be written.
+    """Return the models of which some form keeps within the limit, by the bytes of all that could be written.
 
     Raises:
         UserError: if none does, with the least that would do.

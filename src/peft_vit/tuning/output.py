@@ -29,21 +29,13 @@ CONFIG_FILE = "config.yaml"
 
 @dataclass(frozen=True)
 class OutputFiles:
-    """Where everything lies that a tuning leaves.
+    """Where everything lies that a tuning leaves."""
 
-    Attributes:
-        model: .onnx or .xml, of which the .bin stands beside it.
-        adapter: what was trained, without the backbone.
-        config: of a study that trains the model again, to the same adapter.
-        card: as Markdown, with figures in a folder beside it.
-        report: complete in itself.
-    """
-
-    model: Path
-    adapter: Path
-    config: Path
-    card: Path
-    report: Path
+    model: Path  # .onnx or .xml, of which the .bin stands beside it
+    adapter: Path  # what was trained, without the backbone
+    config: Path  # of a study that trains the model again, to the same adapter
+    card: Path  # as Markdown, with figures in a folder beside it
+    report: Path  # complete in itself
 
 
 def output_files_in(directory: Path) -> OutputFiles:
@@ -74,18 +66,13 @@ def check_output(request: TuneRequest) -> None:
 def write_output(choice: Choice, directory: Path, tell: Callable[[str], None] = print) -> OutputFiles:
     """Write everything that a tuning leaves; what an earlier call left is replaced.
 
-    Args:
-        choice: what was chosen and what it was chosen by.
-        directory: gets model/, config.yaml, card.md, report.html and figures/.
-        tell: is told what is done, a line each.
-
     Raises:
         UserError: if a run can't be restored, the model can't be exported, or a file can't be read or written.
     """
     try:
         return _written(choice, directory, tell)
     except OSError as error:  # of reading as well as of writing: the error names the file
-        problem = f"{error.strerror or error}; mend that, and the same command goes on"
+        problem = f"{error.strerror or error}; fix that, and the same command continues"
         raise UserError(problem, file=error.filename or directory) from None
 
 
@@ -124,7 +111,7 @@ def _written(choice: Choice, directory: Path, tell: Callable[[str], None]) -> Ou
 
 
 def configuration(choice: Choice, record: RunRecord) -> str:
-    """Return a study of the final run alone; run anew it gives the same adapter, on the same kind of machine."""
+    """Return a study of the final run alone; run again it gives the same adapter, on the same kind of machine."""
     bits = f"; then peft-vit export again --bits {choice.recipe.bits}" if choice.recipe.when == "after" else ""
     comments = [
         f"Trains {choice.recipe.title} again, as it was chosen for {choice.request.images}:",

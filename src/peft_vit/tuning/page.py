@@ -31,22 +31,17 @@ from peft_vit.tuning.result import Choice, answer
 from peft_vit.tuning.state import TITLES
 
 _AT = 0.9  # coverage that stands at the top
-COMPARED, FORMS, MORE = "What it was compared with", "Files and speed", "What more would buy"
+COMPARED, FORMS, MORE = "Compared with", "Files and speed", "What more would bring"
 
 
 def model_summary(summary: TuningSummary) -> ModelSummary:
     """Return what the page of any model tells of the chosen one."""
     use = f"peft-vit predict model/{summary.exports.model.name}"
-    return ModelSummary(summary.record, summary.quality, use)
+    return ModelSummary(summary.record, summary.quality, use, said=answer(summary.choice))
 
 
 def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyDocument:
-    """Return the document.
-
-    Args:
-        summary: everything that is told.
-        pictures: makes pictures of test images; None: there are none.
-    """
+    """Return the document; without `pictures`, which makes them of test images, it has none."""
     choice = summary.choice
     page = model_document(model_summary(summary), pictures)
     (made,) = page.sections[MADE]
@@ -62,13 +57,11 @@ def tuning_document(summary: TuningSummary, pictures: Pictures | None) -> StudyD
     asked_for = None if choice.request.metric == "auto" else choice.metric
     sections[IMAGES] = tuple(Paragraph(f"{plain(line)}.") for line in choice.seen.lines(asked_for))
     sections[MADE] = (Facts((*asked.items(), *(row for row in made.rows if row[0] not in (*asked, "Folder")))),)
-    said = answer(choice.decision, choice.metric, choice.request.margin_share)
     return replace(
         page,
         label=f"A model for {plain(choice.request.images.name)}",
         alerts=(*summary.exports.missed, *page.alerts),
         cards=tuple(_cards(summary)),
-        came_out=(*page.came_out, plain(said)),
         how_sure=tuple(_how_sure(summary)),
         sections=sections,
         not_shown=tuple(_not_shown(summary)),
@@ -118,6 +111,11 @@ def _how_sure(summary: TuningSummary) -> Iterator[str]:
     if readers > 1:
         once = f"read by {readers} models, {readers - 1} of them of earlier calls; no choice rests on them"
     yield f"The test images were {once}. The interval tells what as many other images of the same kind would change."
+    if choice.longer > 1:
+        yield (
+            f"The last training has {choice.longer:g} times the steps of those on folds, where more steps gain; the "
+            "odds are of the shorter ones."
+        )
     if choice.decision.odds.shown and choice.recipe != choice.decision.reference:
         yield "Shown means: at most 5 % of such statements are wrong."
     if summary.exports.int8_loss is not None:
@@ -135,7 +133,7 @@ def _duration(seconds: float) -> str:
 
 
 def _not_shown(summary: TuningSummary) -> Iterator[str]:
-    yield "Images of another kind, camera or time than these: nothing here speaks of them."
+    yield "Images of another kind, camera or time than these: nothing here is about them."
     yield "Other backbones and methods than those in the tables."
     if summary.record.calibrated is None or not summary.record.calibrated.coverages:
         yield "Prediction sets: there are too few images for thresholds."
@@ -143,19 +141,12 @@ def _not_shown(summary: TuningSummary) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class TuningSummary:
-    """Everything that is told of a tuning.
+    """Everything that is told of a tuning."""
 
-    Attributes:
-        choice: what was chosen and what it was chosen by.
-        record: of the last training, in the form that is delivered, on the sealed images.
-        quality: likewise.
-        exports: what was written.
-    """
-
-    choice: Choice
-    record: RunRecord
-    quality: ModelQuality
-    exports: Exports
+    choice: Choice  # what was chosen and what it was chosen by
+    record: RunRecord  # of the last training, in the form that is delivered, on the sealed images
+    quality: ModelQuality  # likewise
+    exports: Exports  # what was written
 
 
 def compared_blocks(choice: Choice) -> Iterator[Block]:
@@ -178,7 +169,7 @@ def compared_blocks(choice: Choice) -> Iterator[Block]:
             Column("Why not", lambda candidate: plain(candidate.why) or "taken", data="why_not"),
         ],
         "By images of folds, each predicted by a model that was not trained on it; expected is what another training "
-        "has on new images, since the best of many was lucky as a rule. The best is the best float model found, "
+        "has on new images, since the best of many was usually lucky. The best is the best float model found, "
         f"{choice.decision.reference.title}; the last but one column has the chance to be more than {margin} worse.",
     )
     yield table(

@@ -2,17 +2,18 @@
 
 How it goes, with the shares of the minutes (`state.SHARES`):
 
-- look, machine: a fifth of the images, or the folder's own test split, is sealed. The others make five folds. How fast
-  this machine is, is measured once, and from it follows how many steps a run has (`costs`).
+- look, machine (5 %): a fifth of the images, or the folder's own test split, is sealed. The others make five folds. How
+  fast this machine is, is measured once, and from it follows how many steps a run has (`costs`).
 - sizes (15 %): regressions on frozen features, in this process, at image sizes that rise by the square root of 2 while
   they fit. The best one is a candidate itself, on the folds. The two sizes whose regression, with what training may add
-  in the steps that fit, promises the most go on.
-- search (25 %): LoRA there over rates and steps, by successive halving over folds.
-- folds (35 %): the best LoRA on all folds, and the same with its weights rounded after training, for which nothing is
-  trained again; then others, as time allows.
+  in the steps that fit, promises the most go on. All further time trains.
+- search: LoRA there over sizes, rates and steps, by successive halving over folds.
+- folds: the best LoRA on three folds or five, and the same with its weights rounded after training, for which nothing
+  is trained again; half of its steps; then others, as time allows.
 - the decision: the smallest model within the limits whose expected loss beyond the margin, against the best float model
   found, is below a tenth of the margin; if there is none, that with the least expected loss.
-- final, output (20 %): that recipe on all that is not sealed, its fastest form, a page. Sealed images are read once.
+- final, output: that recipe on all that is not sealed, with up to twice the steps where that gains, its fastest form, a
+  page. Sealed images are read once.
 
 What was done is kept by the name of its recipe. A later call finds it, and tries with its own minutes more sizes,
 rates, steps and candidates. Only the sealed images, the folds, flips and how products are computed stay.
@@ -31,20 +32,22 @@ from peft_vit.config import named_as_typed
 from peft_vit.errors import UserError
 from peft_vit.extras import require_extra
 from peft_vit.records.progress import study_lock
+from peft_vit.report.formatting import megabytes
 from peft_vit.runs.post_training import logits_by_type
+from peft_vit.statistics import Interval
 from peft_vit.statistics.odds import resolvable
 from peft_vit.studies.profiling import measure_throughput
 from peft_vit.studies.within_time import Runner, StudyRunner
 from peft_vit.tasks import DecidingMetric
-from peft_vit.tuning.context import FOLDS, IMAGES_FILE, MakeRunner, TuningContext, context_of
-from peft_vit.tuning.costs import LEAST_STEPS, Costs, MeasureThroughput, throughput_of
-from peft_vit.tuning.final import train_finally
-from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide
+from peft_vit.tuning.context import IMAGES_FILE, MakeRunner, TuningContext, context_of
+from peft_vit.tuning.costs import FEWEST_FOLDS, LEAST_STEPS, LONGEST, Costs, MeasureThroughput, throughput_of
+from peft_vit.tuning.final import times_longer, train_finally
+from peft_vit.tuning.finalists import NO_MODEL, Decision, compare, decide, low_bits
 from peft_vit.tuning.folds import Folds, RoundRun
 from peft_vit.tuning.limits import MEMORY_LIMIT, TimeExport, time_exported, within_bytes, within_latency
 from peft_vit.tuning.output import check_output, write_output
 from peft_vit.tuning.recipe import ROUNDED, Recipe, lora
-from peft_vit.tuning.result import Choice, answer, what_more_buys
+from peft_vit.tuning.result import Choice, what_more_buys
 from peft_vit.tuning.search import search
 from peft_vit.tuning.sizes import Regress, SizeResult, gain_of_labels, regress, sizes_of, try_sizes
 from peft_vit.tuning.state import State
@@ -60,25 +63,15 @@ def study_runner(state: State, metric: DecidingMetric) -> Runner:
 
 @dataclass(frozen=True)
 class Environment:
-    """How the outside world is asked; simulations have another one.
+    """How the outside world is asked; simulations have another one."""
 
-    Attributes:
-        make_runner: does runs.
-        measure: see `measure_throughput`.
-        time_export: see `time_exported`.
-        regress: see `sizes.regress`.
-        round_run: see `runs.post_training.logits_by_type`.
-        write_output: writes model, card and report.
-        clock: in seconds.
-    """
-
-    make_runner: MakeRunner = study_runner
-    measure: MeasureThroughput = measure_throughput
-    time_export: TimeExport = time_exported
-    regress: Regress = regress
-    round_run: RoundRun = logits_by_type
-    write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output
-    clock: Callable[[], float] = time.monotonic
+    make_runner: MakeRunner = study_runner  # does runs
+    measure: MeasureThroughput = measure_throughput  # see `measure_throughput`
+    time_export: TimeExport = time_exported  # see `time_exported`
+    regress: Regress = regress  # see `sizes.regress`
+    round_run: RoundRun = logits_by_type  # see `runs.post_training.logits_by_type`
+    write_output: Callable[[Choice, Path, Callable[[str], None]], Any] = write_output  # writes model, card and report
+    clock: Callable[[], float] = time.monotonic  # in seconds
 
 
 def say(text: str) -> None:
@@ -88,11 +81,6 @@ def say(text: str) -> None:
 
 def tune(request: TuneRequest, tell: Callable[[str], None] = say, environment: Environment | None = None) -> Choice:
     """Find the best model that the minutes can buy, within limits, and how sure that is.
-
-    Args:
-        request: what is asked for.
-        tell: told what is done and found, a line each.
-        environment: other ones than worker processes and this machine's clock.
 
     Raises:
         UserError: for bad input, before anything is trained; see `inspect_images`, `limits`, `check_output` and
@@ -120,9 +108,11 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
             context.images_file.unlink(missing_ok=True)
     folds = Folds(costs, environment.round_run)
     folds.recall()
-    decision, sizes, more = choose(folds, allowed, environment.regress)
+    decision, sizes, labels, untried = choose(folds, allowed, environment.regress)
+    recipe = decision.taken.recipe
+    longer, steps = times_longer(folds, recipe), folds.gain_of_steps(recipe)
     with state.stage("final"):
-        final, before_rounding = train_finally(folds, decision.taken.recipe)
+        final, before_rounding = train_finally(folds, recipe, longer)
     choice = Choice(
         request=state.request,
         seen=context.seen,
@@ -130,10 +120,11 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
         metric=context.metric,
         sizes=tuple(sizes),
         decision=decision,
-        folds=tuple(outcome for _, outcome in sorted(folds.outcomes[decision.taken.recipe].items())),
+        folds=tuple(outcome for _, outcome in sorted(folds.outcomes[recipe].items())),
         final=final,
         before_rounding=before_rounding,
-        more=more,
+        longer=longer,
+        more=what_more_buys(labels, steps, longer, sizes, untried, request.minutes),
         stages=tuple(state.file.seconds.items()),
     )
     for sentence in choice.more:
@@ -145,38 +136,35 @@ def _tune(request: TuneRequest, tell: Callable[[str], None], environment: Enviro
 
 def choose(
     folds: Folds, allowed: Mapping[str, list[int]], regress: Regress
-) -> tuple[Decision, list[SizeResult], tuple[str, ...]]:
-    """Return what is taken of all that fits the time, the sizes that were tried, and what more would buy.
-
-    Args:
-        folds: as far as they are done.
-        allowed: image sizes by model.
-        regress: see `Environment`.
+) -> tuple[Decision, list[SizeResult], Interval | None, list[Recipe]]:
+    """Return what is taken of all that fits the time, the sizes, what more labels bring, and what was left out.
 
     Raises:
         UserError: if time ends before there is a single model.
     """
-    costs, context, state = folds.costs, folds.context, folds.context.state
-    margin, minutes = context.request.margin_share, context.request.minutes
+    costs, state = folds.costs, folds.context.state
     with state.stage("sizes"):
-        limit = state.until(state.share_s("search", "folds", "final", "output"))
-        sizes = try_sizes(costs, allowed, regress, limit)
-        probe = _regression_on_folds(folds, sizes)
-        labels = gain_of_labels(context, probe, regress)
-    trained = _worth_training(folds, sizes)
-    possible = [lora(size.model, size.image_size, size.steps).rounded(ROUNDED[0]) for size in trained]
-    ending_s = max(costs.ending_s(recipe) for recipe in (probe, *possible))
+        reserved_s = max(state.training_s, state.limit.left_s - state.share_s("sizes"))
+        sizes = try_sizes(costs, allowed, regress, state.until(reserved_s))
+        probe = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
+        labels = gain_of_labels(folds.context, probe, regress)
     with state.stage("search"):
-        limit = state.until(state.share_s("folds") + max(ending_s, state.share_s("final", "output")))
-        ranked, untried = search(folds, trained, limit) if trained else ([], [])
+        folds.run([probe], range(FEWEST_FOLDS), state.limit)
+        if not folds.seeds(probe):  # without it there is no answer
+            raise UserError(NO_MODEL, field="--minutes")
+        trained, untried, ranked = _worth_training(folds, sizes), list[Recipe](), list[Recipe]()
+        if trained:
+            first = lora(trained[0].model, trained[0].image_size, trained[0].steps)
+            reserved_s = folds.ending_s(first.rounded(ROUNDED[0]), LONGEST)
+            reserved_s += FEWEST_FOLDS * costs.rounding_s(first, len(ROUNDED) - 1)
+            reserved_s += sum(folds.seconds(recipe, range(FEWEST_FOLDS)) for recipe in low_bits(folds, first))
+            ranked, untried = search(folds, trained, state.until(reserved_s))
     with state.stage("folds"):
-        possible = [recipe.rounded(ROUNDED[0]) for recipe in ranked[:2]]
-        ending_s = max(1.0, folds.pace.factor) * max(costs.ending_s(recipe) for recipe in (probe, *possible))
-        untried += compare(folds, probe, ranked, state.until(ending_s))
+        untried += compare(folds, probe, ranked)
         decision = decide(folds)
-        state.tell(f"  {answer(decision, context.metric, margin)}")
-    steps = folds.gain_of_steps(decision.taken.recipe)
-    return decision, sizes, what_more_buys(labels, steps, sizes, untried, minutes)
+        taken = decision.taken
+        state.tell(f"  taken: {taken.recipe.title}, {megabytes(taken.bytes)}, of {len(decision.candidates)} models")
+    return decision, sizes, labels, untried
 
 
 def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[Costs, Mapping[str, list[int]]]:
@@ -209,7 +197,7 @@ def _look_at_machine(context: TuningContext, environment: Environment) -> tuple[
 def _memory_fault(folds: Folds, recipe: Recipe) -> UserError | None:
     """Return why LoRA does not train within the limit of memory at a recipe's size; None: it does."""
     try:
-        folds.experiment(lora(recipe.model, recipe.image_size, LEAST_STEPS), LEAST_STEPS)
+        folds.experiment(lora(recipe.model, recipe.image_size, LEAST_STEPS))
     except UserError as error:
         if error.field != MEMORY_LIMIT:
             raise
@@ -231,19 +219,6 @@ def _tell_forecast(costs: Costs, sizes: Mapping[str, list[int]]) -> None:
     state.tell(f"  about {sum(parts.values()) / 60:.0f} minutes in all: {said}")
 
 
-def _regression_on_folds(folds: Folds, sizes: list[SizeResult]) -> Recipe:
-    """Fit the best regression on all folds, and return it.
-
-    Raises:
-        UserError: if that failed.
-    """
-    best = max((size for size in sizes if size.score is not None), key=lambda size: size.score or 0.0).probe
-    folds.run([best], range(FOLDS), folds.context.state.limit)  # without one there is no answer
-    if not folds.seeds(best):
-        raise UserError(NO_MODEL, field="--minutes")
-    return best
-
-
 def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
     """Return the sizes at which LoRA is trained, the most promising first; none if there is no time for it."""
     tell = folds.context.state.tell
@@ -252,5 +227,5 @@ def _worth_training(folds: Folds, sizes: list[SizeResult]) -> list[SizeResult]:
     if promising:
         tell(f"  LoRA is trained at {' and '.join(f'{size.image_size} px' for size in promising)}")
     else:
-        tell(f"  no time to train: {LEAST_STEPS} steps on {FOLDS} folds do not fit; give more --minutes")
+        tell(f"  no time to train: {LEAST_STEPS} steps on {FEWEST_FOLDS} folds do not fit; give more --minutes")
     return promising

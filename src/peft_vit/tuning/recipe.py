@@ -21,26 +21,17 @@ _TITLES = {"linear": "regression on frozen features", "lora": "LoRA", "adalora":
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model that could be trained.
+    """A model that could be trained."""
 
-    Attributes:
-        model: of the backbone.
-        image_size: in pixels.
-        method: of `METHODS`; linear: a probe, which takes no step.
-        rank: 0: the method's own.
-        rate: of learning, at its highest; 0 of a probe.
-        steps: on a fold; the last training has as many more as there are more images.
-        bits: number format of the blocks' matrices; None: float.
-        when: they are rounded: never, while training (QA-LoRA), or after it.
-    """
-
-    model: str
-    image_size: int
+    model: str  # of the backbone
+    image_size: int  # in pixels
+    # of `METHODS`; linear: a probe, which takes no step
     method: Literal["linear", "lora", "adalora", "qa_lora"] = "linear"
-    rank: int = 0
-    rate: float = 0.0
-    steps: int = 0
-    bits: QuantizationType | None = None
+    rank: int = 0  # 0: the method's own
+    rate: float = 0.0  # of learning, at its highest; 0 of a probe
+    steps: int = 0  # on a fold; the last training has as many more as there are more images
+    bits: QuantizationType | None = None  # number format of the blocks' matrices; None: float
+    # they are rounded: never, while training (QA-LoRA), or after it
     when: Literal["never", "training", "after"] = "never"
 
     @property
@@ -52,6 +43,17 @@ class Recipe:
     def trained(self) -> Self:
         """Return what is trained for it: the same in float, where bits come after training."""
         return replace(self, bits=None, when="never") if self.when == "after" else self
+
+    @property
+    def plain(self) -> Self:
+        """Return LoRA of the usual rank with as many steps, by which it is known whether more of them gain."""
+        rate = float(f"{self.rate / rate_of(self.method, 1.0):.3g}")
+        return replace(self, method="lora", rank=0, rate=rate, bits=None, when="never")
+
+    @property
+    def half(self) -> Self:
+        """Return it with half of its steps."""
+        return replace(self, steps=self.steps // 2)
 
     def rounded(self, bits: QuantizationType) -> Self:
         """Return it with weights that are rounded after training."""
@@ -85,9 +87,9 @@ class Recipe:
         """Return how it is trained, for people; empty of a probe."""
         return "" if self.is_probe else f"{self.steps} steps at {self.rate:g}"
 
-    def sections(self, shape: BackboneShape, steps: int) -> dict[str, Any]:
-        """Return what the method brings to an experiment of so many steps."""
-        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, steps), shape=shape)
+    def sections(self, shape: BackboneShape) -> dict[str, Any]:
+        """Return what the method brings to an experiment."""
+        options = TrainOptions(rank=self.rank or None, budget=None, steps=max(1, self.steps), shape=shape)
         sections = METHODS[self.method].defaults(options)
         if self.bits is not None and self.when == "training":
             sections["qa_lora"] |= {"quantization_bits": BITS_OF_TYPE[self.bits], "quantization_type": self.bits}
@@ -98,7 +100,7 @@ class Recipe:
         packing = None
         if self.bits is not None:
             after = self.when == "after"
-            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape, self.steps)["qa_lora"]
+            packing = packing_of(list(shape.sites), self.bits) if after else self.sections(shape)["qa_lora"]
         return file_bytes(shape, packing, classes)
 
 

@@ -21,50 +21,42 @@ _NAMED = 4  # recipes that are named in a sentence
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen model and what it was chosen by.
+    """The chosen model and what it was chosen by."""
 
-    Attributes:
-        request: what was asked for.
-        seen: what `data.inspect_images` saw of the images.
-        images_file: which images are sealed, left out, or copies of one another.
-        metric: what decides.
-        sizes: every model and image size.
-        decision: what was compared, what was taken, and the odds.
-        folds: of the chosen recipe, in the form that was taken.
-        final: of its last training, on the sealed images, in that form.
-        before_rounding: the same run in float; where nothing was rounded after training, the same as `final`.
-        more: what more labels and more minutes would buy, sentences.
-        stages: name and seconds of each stage, of all calls together.
-    """
-
-    request: TuneRequest
-    seen: Any
-    images_file: Path
-    metric: DecidingMetric
-    sizes: tuple[SizeResult, ...]
-    decision: Decision
-    folds: tuple[Outcome, ...]
-    final: Outcome
-    before_rounding: Outcome
-    more: tuple[str, ...]
-    stages: tuple[tuple[str, float], ...]
+    request: TuneRequest  # what was asked for
+    seen: Any  # what `data.inspect_images` saw of the images
+    images_file: Path  # which images are sealed, left out, or copies of one another
+    metric: DecidingMetric  # what decides
+    sizes: tuple[SizeResult, ...]  # every model and image size
+    decision: Decision  # what was compared, what was taken, and the odds
+    folds: tuple[Outcome, ...]  # of the chosen recipe, in the form that was taken
+    final: Outcome  # of its last training, on the sealed images, in that form
+    before_rounding: Outcome  # the same run in float; where nothing was rounded after training, the same as `final`
+    longer: float  # times the steps that follow from the folds, of the last training
+    more: tuple[str, ...]  # what more labels and more minutes would buy, sentences
+    stages: tuple[tuple[str, float], ...]  # name and seconds of each stage, of all calls together
 
     @property
     def recipe(self) -> Recipe:
         """Return what was taken."""
         return self.decision.taken.recipe
 
+    @property
+    def score(self) -> Interval:
+        """Return what decides, on the sealed images."""
+        return self.metric.interval(self.final.labels, self.final.logits.argmax(1))
 
-def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> str:
-    """Return what was taken and its odds, in sentences."""
-    taken, odds = decision.taken, decision.odds
-    right = f"{metric.words} on new images" if metric.equal_classes else "right on new images"
-    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(odds.score.estimate)} {right}"
-    head += f" ({bounds_in_percent(odds.score)})."
-    if taken.recipe == decision.reference:
+
+def answer(choice: Choice) -> str:
+    """Return what was taken, what it has on the sealed images, and its odds: a line."""
+    taken, odds, metric, score = choice.decision.taken, choice.decision.odds, choice.metric, choice.score
+    right = metric.words if metric.equal_classes else "right"
+    by = f"{bounds_in_percent(score)}, by {score.n:,} test images"
+    head = f"{taken.recipe.title}, {megabytes(taken.bytes)}: {percent(score.estimate)} {right} on new images ({by})."
+    if taken.recipe == choice.decision.reference:
         return f"{head} It is the best float model found."
-    margin, gap = margin_in_points(margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
-    than = f"The best float model found ({decision.reference.title}) is expected to be {gap}"
+    margin, gap = margin_in_points(choice.request.margin_share), f"{fixed(100 * abs(odds.loss), 1)} points"
+    than = f"The best float model found ({choice.decision.reference.title}) is expected to be {gap}"
     chance = "below 1 %" if odds.chance_of_loss < 0.01 else f"{fixed(100 * odds.chance_of_loss, 0)} %"
     shown = f" Shown: it does not lose more than {margin}." if odds.shown else ""
     better = "better" if odds.loss > 0 else "worse"
@@ -74,6 +66,7 @@ def answer(decision: Decision, metric: DecidingMetric, margin_share: float) -> s
 def what_more_buys(
     labels: Interval | None,
     steps: Interval | None,
+    longer: float,
     sizes: Sequence[SizeResult],
     untried: Sequence[Recipe],
     minutes: float,
@@ -82,21 +75,23 @@ def what_more_buys(
 
     Args:
         labels: what twice as many bring a regression, a share; None: unknown.
-        steps: what twice as many bring the model that was taken; None: unknown.
+        steps: what twice as many as on the folds bring the model that was taken; None: unknown.
+        longer: times as many the last training has had.
         sizes: every model and image size.
         untried: recipes that there was no time for.
         minutes: of this call.
     """
     sentences = []
     if labels is None:
-        sentences.append("What more labels would bring can't be told: there are too few to learn from half of them.")
+        sentences.append("What more labels would bring is unknown: there are too few to learn from half of them.")
     else:
         sentences.append(
             f"Twice as many labels: {_gain(labels)}, as the regression learns with half and with all of them."
         )
     if steps is not None:
         learns = f"as it learns with half and all of its steps, on {steps.n} images of folds"
-        sentences.append(f"Twice the steps, in about twice the minutes: {_gain(steps)}, {learns}.")
+        had = f" The last training has had {longer:g} times as many." if longer > 1 else ""
+        sentences.append(f"Twice the steps of the folds: {_gain(steps)}, {learns}.{had}")
     left = [f"{size.model} at {size.image_size} px" for size in sizes if size.why == NO_TIME]
     left += [f"{recipe.title} ({recipe.settings})" for recipe in untried]
     if not left:
@@ -104,7 +99,7 @@ def what_more_buys(
     else:
         more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         sentences.append(
-            f"Left out for want of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
+            f"Not tried for lack of time: {joined(left[:_NAMED])}{more}. The same command with --minutes "
             f"{2 * minutes:g} tries some of it, and keeps what was done."
         )
     return tuple(sentences)

@@ -2,13 +2,16 @@
 
 The resource is the number of folds: every recipe is trained on the first one; which go on to the next, Optuna's pruner
 says. It hears of the default first, the usual rate with the most steps at the most promising size, so that one always
-goes on. A recipe that is not clearly better than it does not displace it. Where the best has the highest or the lowest
+goes on. A recipe that may have been lucky does not displace it. Where the best has the highest or the lowest
 rate of all, or the most steps, what lies beyond is tried.
+
+With little time that is the default, half of its steps, and the second size: the steps of what is delivered come first.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -33,7 +36,7 @@ def wished(sizes: Sequence[SizeResult]) -> list[Recipe]:
     for (size, result), (rate, value), half in itertools.product(enumerate(sizes), enumerate(RATES), (False, True)):
         steps = result.steps // 2 if half else result.steps
         if steps >= LEAST_STEPS:
-            weights.append((size + rate + 1.5 * half, lora(result.model, result.image_size, steps, value)))
+            weights.append((size + 1.5 * rate + half, lora(result.model, result.image_size, steps, value)))
     return [recipe for _, recipe in sorted(weights, key=lambda pair: pair[0])]  # stable
 
 
@@ -43,7 +46,7 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
     Args:
         folds: of the tuning.
         sizes: at which LoRA is trained, the most promising first, at least one.
-        limit: when the search ends; the default alone is not limited by it.
+        limit: when the search ends, but for the default on its first fold.
     """
     recipes = wished(sizes)
     count = 1
@@ -69,9 +72,10 @@ def search(folds: Folds, sizes: Sequence[SizeResult], limit: Limit) -> tuple[lis
 
 
 def best_of(folds: Folds, recipes: Sequence[Recipe]) -> Recipe:
-    """Return the best of some recipes; the first one, unless another is clearly better than it."""
+    """Return the best of some recipes; the first one, unless another is better by more than the luckiest would be."""
     default, *others = [recipe for recipe in recipes if folds.seeds(recipe)] or recipes
-    better = [recipe for recipe in others if folds.clearly_better(recipe, default)]
+    luckiest = math.sqrt(2 * math.log(max(2, len(others))))  # of so many standard normal variables, about
+    better = [recipe for recipe in others if folds.clearly_better(recipe, default, luckiest)]
     return max(better, key=lambda recipe: _standing(folds, recipe), default=default)
 
 
@@ -82,13 +86,11 @@ def _standing(folds: Folds, recipe: Recipe) -> float:
 
 
 def _bracket_s(folds: Folds, recipes: Sequence[Recipe]) -> float:
-    """Return what successive halving takes: all on the first fold, half of them on the second, and so on."""
+    """Return what successive halving takes: all on the first fold, half of them on the next, in the end one."""
     going, seconds = list(recipes), 0.0
     for seed in range(FOLDS):
         seconds += sum(folds.seconds(recipe, [seed]) for recipe in going)
         going = going[: (len(going) + 1) // 2]
-        if len(going) == 1:
-            break
     return seconds
 
 
@@ -122,20 +124,8 @@ def _beyond(folds: Folds, best: Recipe, tried: Sequence[Recipe]) -> Recipe | Non
     if best.rate != DEFAULT_RATE and best.rate in (rates[0], rates[-1]):
         place = _GRID.index(best.rate) + (1 if best.rate == rates[-1] else -1)
         options += [replace(best, rate=rate) for rate in _GRID[max(0, place) : place + 1]]
-    shorter = [recipe for recipe in tried if replace(recipe, steps=best.steps) == best and recipe.steps < best.steps]
     longer = replace(best, steps=2 * best.steps)
-    if any(_gains(folds, best, recipe) for recipe in shorter) and _has_time(folds, longer):
+    needed_s = folds.seconds(longer, range(FOLDS)) + folds.ending_s(longer)
+    if folds.gains_by_steps(best) and needed_s <= folds.context.state.limit.left_s:
         options.append(longer)
     return next((option for option in options if option not in tried), None)
-
-
-def _gains(folds: Folds, recipe: Recipe, shorter: Recipe) -> bool:
-    seeds = [seed for seed in folds.seeds(shorter) if seed in folds.seeds(recipe)]
-    own, other = folds.value(recipe, seeds), folds.value(shorter, seeds)
-    return own is not None and other is not None and own > other
-
-
-def _has_time(folds: Folds, recipe: Recipe) -> bool:
-    """Tell whether it could be trained on all folds and at last in what is left of this call."""
-    needed = folds.seconds(recipe, range(FOLDS)) + folds.costs.ending_s(recipe)
-    return needed <= folds.context.state.limit.left_s

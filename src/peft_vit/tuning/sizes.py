@@ -22,7 +22,7 @@ from peft_vit.studies import image_sizes
 from peft_vit.studies.image_sizes import Regression, expected_gain, sizes_to_try
 from peft_vit.studies.plan import plan_study
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import MOST_SEEN, Costs
+from peft_vit.tuning.costs import LONGEST, MOST_SEEN, Costs
 from peft_vit.tuning.recipe import Recipe, shared_training
 
 NO_TIME = "no time for it"
@@ -45,24 +45,18 @@ def regress(study: Mapping[str, Any], results_dir: Path, half: bool) -> Regressi
 
 @dataclass(frozen=True)
 class SizeResult:
-    """A model at an image size.
-
-    Attributes:
-        score: of the regression; None: it was not tried, `why` says why.
-        steps: of LoRA that fit a run on a fold, at most.
-        why: it was not tried; empty: it was.
-    """
+    """A model at an image size."""
 
     model: str
     image_size: int
-    score: float | None
-    steps: int
-    why: str = ""
+    score: float | None  # of the regression; None: it was not tried, `why` says why
+    steps: int  # of LoRA that fit a run on a fold, at most
+    why: str = ""  # it was not tried; empty: it was
 
     @property
     def promise(self) -> float:
-        """Return the sum of what a regression has there and what training may add in its steps."""
-        return (self.score or 0.0) + expected_gain(self.steps)
+        """Return the sum of what a regression has there and what training may add in the steps of the last one."""
+        return (self.score or 0.0) + expected_gain(round(LONGEST * self.steps))
 
     @property
     def probe(self) -> Recipe:
@@ -84,11 +78,7 @@ def sizes_of(context: TuningContext, model: str) -> list[int]:
 def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress, limit: Limit) -> list[SizeResult]:
     """Fit a regression at every size that fits the time, the smallest first; what earlier calls have tried is known.
 
-    Args:
-        costs: what it takes.
-        sizes: of each model, rising.
-        regress: fits one.
-        limit: when they end; there is one in any case.
+    There is one in any case.
 
     Raises:
         UserError: see `regress`.
@@ -113,7 +103,7 @@ def try_sizes(costs: Costs, sizes: Mapping[str, Sequence[int]], regress: Regress
                     if not is_out_of_memory(error) or not tried:
                         raise
                     too_large.add(probe.model)
-                    why = "it takes more memory than is free"
+                    why = "it needs more memory than is free"
                 if flips_known:  # else it was fitted three times
                     pace.add(clock() - began, expected_s)
         score = state.file.decided.get(name)

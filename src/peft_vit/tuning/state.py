@@ -20,15 +20,7 @@ from peft_vit.tuning.recipe import Recipe
 from peft_vit.tuning.tune_request import TuneRequest
 
 TUNE_FILE, MODEL_FOLDER, STUDIES_FOLDER = "tune.json", "model", "studies"
-SHARES = {  # of the time; what a stage leaves is that of the next
-    "look": 0.02,
-    "machine": 0.03,
-    "sizes": 0.15,
-    "search": 0.25,
-    "folds": 0.35,
-    "final": 0.15,
-    "output": 0.05,
-}
+SHARES = {"look": 0.02, "machine": 0.03, "sizes": 0.15}  # of the time; all else trains, and writes the model
 TITLES = {
     "look": "your images",
     "machine": "time of a step",
@@ -65,21 +57,14 @@ def tuned_model(output: Path) -> Path | None:
 
 @dataclass
 class State:
-    """What all stages share.
+    """What all stages share."""
 
-    Attributes:
-        request: what was asked for.
-        tell: told what is done and found, a line each.
-        limit: the time of this call.
-        file: what is kept.
-        begun: nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for.
-    """
-
-    request: TuneRequest
-    tell: Callable[[str], None]
-    limit: Limit
-    file: TuneFile
+    request: TuneRequest  # what was asked for
+    tell: Callable[[str], None]  # told what is done and found, a line each
+    limit: Limit  # the time of this call
+    file: TuneFile  # what is kept
     clock: Callable[[], float] = field(default=time.monotonic)
+    # nothing stands in the way any more; before, nothing is kept, so that another limit can be asked for
     begun: bool = False
 
     @classmethod
@@ -117,9 +102,14 @@ class State:
         """Return the results directory of all studies."""
         return self.request.output / STUDIES_FOLDER
 
-    def share_s(self, *stages: str) -> float:
-        """Return the seconds that stages have of a call's time."""
-        return 60 * self.request.minutes * sum(SHARES[stage] for stage in stages)
+    def share_s(self, stage: str) -> float:
+        """Return the seconds that a stage before training has of a call's time."""
+        return 60 * self.request.minutes * SHARES[stage]
+
+    @property
+    def training_s(self) -> float:
+        """Return the seconds of a call that training has, with the output."""
+        return 60 * self.request.minutes * (1 - sum(SHARES.values()))
 
     def until(self, reserved_s: float) -> Limit:
         """Return this call's limit, so many seconds earlier."""

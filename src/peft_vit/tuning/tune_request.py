@@ -48,13 +48,12 @@ class TuneRequest(Request):
         default=1.0,
         gt=0,
         lt=100,
-        description="How much accuracy a smaller model may lose against the best one found, in percentage points; of "
-        "balanced accuracy where that decides.",
+        description="How much accuracy a smaller model may lose compared with the best one found, in percentage "
+        "points; balanced accuracy if that is the metric.",
     )
     metric: MetricSetting = Field(
         default="auto",
-        description="What decides everywhere. auto: balanced_accuracy where a class has more than three times as many "
-        "images as another, else accuracy.",
+        description="The metric for all choices. auto: balanced_accuracy above 3x imbalance of classes, else accuracy.",
     )
     max_bytes: Size = Field(default=None, gt=0, description="The largest that the model's file may be, such as 16MB.")
     max_latency: Time = Field(
@@ -64,8 +63,7 @@ class TuneRequest(Request):
     minutes: float = Field(
         default=20.0,
         gt=0,
-        description="The call may take this many minutes. The same command again goes on, and tries more with more "
-        "time.",
+        description="The call may take this many minutes. The same command continues, and tries more with more time.",
     )
     models: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...],
@@ -94,13 +92,13 @@ class TuneRequest(Request):
         default=0,
         ge=0,
         lt=SEEDS.stop,
-        description="The number that random choices follow from: which images are kept for the test, how the others "
-        "are divided, how training starts.",
+        description="The number for all random choices: which images are kept for the test, how the others are "
+        "divided, how training starts.",
     )
     threads: int | None = Field(default=None, ge=1, description=THREADS)
     executor: ExecutorName = Field(default="local", description=EXECUTOR)
     output: Annotated[Path, AfterValidator(Path.expanduser)] = Field(
-        default=Path("peft-vit-tune"), description="The folder for results, where the same command goes on."
+        default=Path("peft-vit-tune"), description="The folder for results, where the same command continues."
     )
 
     @property

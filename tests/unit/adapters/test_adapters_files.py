@@ -53,7 +53,7 @@ def test_a_file_restores_ranks_and_values(tiny_vit, batch, fill_adapters, tmp_pa
 def test_a_file_of_another_configuration_is_refused_whole(tiny_vit, tmp_path) -> None:
     file = tmp_path / "adapter.safetensors"
     file.write_bytes(adapter_bytes(adapted(tiny_vit()), {}))
-    with pytest.raises(UserError, match="other sites"):
+    with pytest.raises(UserError, match="other modules"):
         load_trained(adapted(tiny_vit(), targets=("key",)), file)
     with pytest.raises(UserError, match=r"belongs to another configuration|attach them alike"):
         load_trained(adapted(tiny_vit(), parametrization="svd"), file)
@@ -149,7 +149,7 @@ BAD = {
         f"rank {rank!r}": (with_ranks(lambda ranks, rank=rank: {**ranks, SITE: rank}), "a rank is a whole number")
         for rank in (2.0, "2", None, True, [2], float("inf"))
     },
-    "no ranks": (with_ranks(lambda ranks: {}), "names other sites"),
+    "no ranks": (with_ranks(lambda ranks: {}), "names other modules"),
     "ranks in a list": (with_ranks(lambda ranks: [1, 2]), "damaged peft_vit header"),
     **{
         f"form {form!r}": (with_ranks(lambda ranks: ranks, form), "form and formats are mappings")

@@ -1,4 +1,4 @@
-"""Merging into quantized weights: exact into offsets, measured when quantized anew, refused where it does not fit."""
+"""Merging into quantized weights: exact into offsets, measured when quantized again, refused where it does not fit."""
 
 import copy
 from collections.abc import Callable
@@ -176,7 +176,7 @@ def test_requantizing_reports_its_error_and_keeps_the_format(plain, images, fill
         torch.testing.assert_close(module.quantized.scales, expected.scales, rtol=1e-5, atol=0)
         difference = np.linalg.norm(merged_in_numpy(module, 1) - exact[name])
         assert errors[name] == pytest.approx(difference / np.linalg.norm(exact[name]), rel=1e-3)
-        assert errors[name] > 1e-3  # quantizing anew is never exact here
+        assert errors[name] > 1e-3  # quantizing again is never exact here
     assert model(images).isfinite().all()
 
 

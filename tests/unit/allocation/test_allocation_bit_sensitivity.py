@@ -138,5 +138,5 @@ def test_batches_of_any_size_give_the_same_and_the_model_is_left_alone(tiny_vit,
 
 
 def test_images_of_one_class_measure_nothing(tiny_vit, batch) -> None:
-    with pytest.raises(UserError, match=r"adaptive_bits\.calibration_images: the 6 .* all of one class.* take more"):
+    with pytest.raises(UserError, match=r"adaptive_bits\.calibration_images: the 6 .* all of one class.* use more"):
         fit_head(tiny_vit(), batch[0], torch.ones_like(batch[1]))

@@ -75,7 +75,7 @@ def test_the_initial_budget() -> None:
     assert {constant.budget_at(step) for step in range(49)} == {8}
     assert schedule_of(final_steps=36).last_update == 12
     for settings, words in (
-        ({"initial_budget": 1001}, r"initial_budget: 1001 ranks are more than the 1000 that the sites"),
+        ({"initial_budget": 1001}, r"initial_budget: 1001 ranks are more than the 1000 that the modules"),
         ({"final_steps": 37}, r"warmup_steps: warmup_steps 12 plus final_steps 37 leave no step"),
     ):
         with pytest.raises(UserError, match=rf"adalora\.{words}"):
@@ -129,11 +129,11 @@ def test_the_initial_budget_in_parameters(settings, initial) -> None:
 @pytest.mark.parametrize(
     ("settings", "field", "word"),
     [
-        ({"total_rank_budget": 3, "minimum_rank": 1}, "total_rank_budget", "expected 4 .minimum ranks of 4 sites"),
+        ({"total_rank_budget": 3, "minimum_rank": 1}, "total_rank_budget", "expected 4 .minimum ranks of 4 modules"),
         ({"total_rank_budget": 4 * 384 + 1}, "total_rank_budget", "expected 1 .* to 1536 ranks .*, got 1537"),
         ({"total_rank_budget": 9, "maximum_rank": 2}, "total_rank_budget", "to 8 ranks"),
-        ({"maximum_rank": 385}, "maximum_rank", "above the widest site's 384"),
-        ({"minimum_rank": 385}, "minimum_rank", "above a site's largest rank 384"),
+        ({"maximum_rank": 385}, "maximum_rank", "above the widest module's 384"),
+        ({"minimum_rank": 385}, "minimum_rank", "above a module's largest rank 384"),
         ({**PARAMETERS, "total_parameter_budget": 767}, "total_parameter_budget", "expected 768 .* to 2064384 param"),
         ({**PARAMETERS, "total_parameter_budget": 5375, "minimum_rank": 1}, "total_parameter_budget", "expected 5376"),
         ({**PARAMETERS, "total_parameter_budget": 10753, "maximum_rank": 2}, "total_parameter_budget", "to 10752"),
@@ -141,9 +141,9 @@ def test_the_initial_budget_in_parameters(settings, initial) -> None:
         ({"total_rank_budget": None, "total_mac_budget": 28415}, "total_mac_budget", "expected 28416 .* macs"),
         ({"minimum_rank": 2}, "minimum_rank", "take the 8 ranks of total_rank"),
         ({**PARAMETERS, "total_parameter_budget": 6143, "minimum_rank": 1}, "minimum_rank", "nothing is left"),
-        ({"allocation_strategy": "top_k", "top_k": 4}, "top_k", "is every site"),
-        ({"allocation_strategy": "top_k", "top_k": 5}, "top_k", "exceeds the 4 sites"),
-        ({"allocation_strategy": "threshold", "threshold_tau": 4.5}, "threshold_tau", "the mean of 4 sites"),
+        ({"allocation_strategy": "top_k", "top_k": 4}, "top_k", "is every module"),
+        ({"allocation_strategy": "top_k", "top_k": 5}, "top_k", "exceeds the 4 modules"),
+        ({"allocation_strategy": "threshold", "threshold_tau": 4.5}, "threshold_tau", "the mean of 4 modules"),
     ],
 )
 def test_what_the_sites_cannot_meet_or_leaves_nothing_to_decide_is_refused(settings, field, word) -> None:

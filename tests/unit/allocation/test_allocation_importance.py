@@ -293,5 +293,5 @@ def test_both_kinds_of_fisher(tiny_vit, batch, fill_adapters, parametrization, w
 def test_without_rank_there_is_nothing_to_compare(tiny_vit, batch) -> None:
     model = tiny_vit(depth=1)
     attach_adapters(model, find_sites(model), 0, scale=2.0, seed=0)
-    with pytest.raises(UserError, match="no site has rank"):
+    with pytest.raises(UserError, match="no module has rank"):
         check_fisher(model, *batch)

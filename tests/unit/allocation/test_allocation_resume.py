@@ -30,7 +30,7 @@ def stored(state):
 
 
 def resumed(tiny_vit, settings, model, optimizer, controller):
-    """Build everything anew, from what a checkpoint would hold."""
+    """Build everything again, from what a checkpoint would hold."""
     other = tiny_vit()
     again = AdaLoRAController(other, settings, STEPS, seed=3)
     set_ranks(other, current_ranks(model))

@@ -218,7 +218,7 @@ def test_even_ranks_where_kinds_are_not_in_every_block() -> None:
     [
         ("gradient", torch.nan, "rule gradient gave scores that are not finite"),
         ("stable_rank", torch.nan, "rule stable_rank gave scores that are not finite"),
-        ("gradient", 0.0, "rule gradient gave every site the score 0, so it can't"),
+        ("gradient", 0.0, "rule gradient gave every module the score 0, so it can't"),
     ],
 )
 def test_scores_that_decide_nothing_are_refused(case, rule, fill, said) -> None:
@@ -242,11 +242,11 @@ def test_random_sites_are_new_ones_each_seed_and_each_as_likely() -> None:
 @pytest.mark.parametrize(
     ("settings", "field", "said"),
     [
-        ({"rule": "random", "budget": 12}, "budget", r"less than 12 ranks \(of all 12 sites site_rank 1 everywhere"),
+        ({"rule": "random", "budget": 12}, "budget", r"less than 12 ranks \(of all 12 modules site_rank 1 everywhere"),
         ({"rule": "gradient", "budget": 24, "maximum_rank": 2}, "budget", "maximum_rank 2 everywhere; raise maximum"),
-        ({"rule": "even", "budget": 12 * 8}, "budget", "less than 96 ranks .of all 12 sites what they can hold"),
+        ({"rule": "even", "budget": 12 * 8}, "budget", "less than 96 ranks .of all 12 modules what they can hold"),
         ({"rule": "stable_rank", "budget": 15, "unit": "parameters"}, "budget", "at least 16 .one rank of the cheap"),
-        ({"rule": "gradient", "budget": 5, "maximum_rank": 9}, "maximum_rank", "9 lies above the widest site's 8"),
+        ({"rule": "gradient", "budget": 5, "maximum_rank": 9}, "maximum_rank", "9 lies above the widest module's 8"),
         ({"rule": "stable_rank", "budget": 5, "maximum_rank": 6}, "maximum_rank", "no effect above the 5 ranks that"),
         ({"rule": "random", "budget": 3, "site_rank": 4}, "site_rank", "no effect above the 3 ranks that the"),
     ],
@@ -264,5 +264,5 @@ def test_a_rule_that_tells_no_site_from_another_says_so(tiny_vit) -> None:
     for site in sites:
         torch.nn.init.eye_(model.get_submodule(site.module).weight)
     attach_adapters(model, sites, 0, scale=1.0, seed=0)
-    with pytest.warns(SilentNoEffectWarning, match="gave every site the same score"):
+    with pytest.warns(SilentNoEffectWarning, match="gave every module the same score"):
         choose(sites, model=model, rule="stable_rank", budget=3)

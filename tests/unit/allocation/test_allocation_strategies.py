@@ -199,7 +199,7 @@ def test_bad_scores_and_budgets_are_refused(strategy, bad) -> None:
     for scores, budget, changes, words in (
         ([1.0, bad], 4, {}, "importance scores must be finite and not negative"),
         ([1.0, 1.0], 4, {"triplet_scores": [np.array([bad])] * 2}, "must be finite and not negative"),  # a minimum's
-        ([1.0, 1.0], 1, {}, "1 lies below what the sites' minimum ranks cost, 2 together"),
+        ([1.0, 1.0], 1, {}, "1 lies below what the modules' minimum ranks cost, 2 together"),
         ([1.0, 1.0], 2687, {"costs": np.array([768, 1920])}, "2687 lies below .*, 2688 together"),
         ([1.0, 1.0], 4, {"costs": np.array([1, 0])}, "costs: a rank costs at least 1, got 0"),
         ([1.0, 1.0], 4, {"triplet_scores": None}, "global strategy ranks triplets"),

@@ -23,7 +23,7 @@ def spoiled(change: Callable[[dict], object]) -> bytes:
 
 SPOILED = {
     "torn": (b'{"schema_ver', "is not a readable record"),
-    "a row twice": (spoiled(lambda d: d["steps"].insert(5, d["steps"][5])), "steps: step 6 stands twice"),
+    "a row twice": (spoiled(lambda d: d["steps"].insert(5, d["steps"][5])), "steps: step 6 occurs twice"),
     "an epoch twice": (spoiled(lambda d: d["evaluations"].append(d["evaluations"][-1])), "evaluations: step 48"),
     "units mixed": (
         spoiled(lambda d: d["rank_history"].append({**d["rank_history"][0], "step": 9, "unit": "bytes"})),

@@ -60,7 +60,7 @@ def test_what_differs_between_runs_is_named(changes, words) -> None:
 
 
 def test_warnings_are_named_once_a_text() -> None:
-    factor, top_k, gap = "a factor that cancels", "top_k 72 takes every site", "Images: no test image is of class 'few'"
+    factor, top_k, gap = "a factor that cancels", "top_k 72 takes every module", "Images: no test image of class 'few'"
     lora, adaptive = EXPERIMENTS["lora_r8"], EXPERIMENTS["adalora_top_k_fisher"]
     records = [planted.record(lora, seed, 0.8, changes={"warnings": [factor]}) for seed in (0, 1)]
     records += [planted.record(adaptive, 0, 0.8, changes={"warnings": [top_k, factor, factor, gap]})]

@@ -111,8 +111,8 @@ def test_a_site_that_is_missing_is_named(tiny: nn.Module) -> None:
         (TINY, ("querry",), "expected some of query, key"),
         (TINY, (), "expected some of query, key"),
         ("tiny_eva02", ("fc1", "fc2"), "unknown matrix 'fc1'; expected some of query, key, value, out, gate, up, fc2"),
-        (TINY, ("blocks.0.attn.qvk",), r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"),
-        (TINY, ("block.*.attn.qkv",), r"targets: no site matches .* the nearest are blocks\.\d\.attn\.qkv"),
+        (TINY, ("blocks.0.attn.qvk",), r"targets: no target module matches .* the nearest are blocks\.\d\.attn\.qkv"),
+        (TINY, ("block.*.attn.qkv",), r"targets: no target module matches .* the nearest are blocks\.\d\.attn\.qkv"),
     ],
 )
 def test_unknown_or_no_targets_are_refused(model: str, targets: tuple[str, ...], fault: str) -> None:

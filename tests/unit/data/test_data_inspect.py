@@ -26,13 +26,13 @@ def textured(seed, side=48, colours=3):
 
 @pytest.fixture
 def root(tmp_path):
-    """Write 12 cats, of which one is a second file with the same pixels, one saved anew, and 11 dogs."""
+    """Write 12 cats, of which one is a second file with the same pixels, one saved again, and 11 dogs."""
     root = tmp_path / "images"
     for label, (name, count) in enumerate((("cat", 10), ("dog", 11))):
         for i in range(count):
             save(root / name / f"{i:02}.png", textured(100 * label + i))
     save(root / "cat" / "copy of 03.bmp", textured(3))
-    save(root / "cat" / "saved anew.jpg", Image.fromarray(textured(5)).resize((96, 96)), quality=90)
+    save(root / "cat" / "saved again.jpg", Image.fromarray(textured(5)).resize((96, 96)), quality=90)
     return root
 
 
@@ -61,8 +61,8 @@ def test_what_is_there_is_counted_and_told(root):
     assert seen.class_names == ("cat", "dog")
     assert np.bincount(seen.labels).tolist() == [12, 11]
     assert (seen.left_out, seen.holdout, seen.metric) == ({}, None, ACCURACY)
-    assert groups_of(seen) == [["cat/03.png", "cat/copy of 03.bmp"], ["cat/05.png", "cat/saved anew.jpg"]]
-    assert seen.sides[seen.names.index("cat/saved anew.jpg")].tolist() == [96, 96]
+    assert groups_of(seen) == [["cat/03.png", "cat/copy of 03.bmp"], ["cat/05.png", "cat/saved again.jpg"]]
+    assert seen.sides[seen.names.index("cat/saved again.jpg")].tolist() == [96, 96]
     save(root / "dog" / "brighter.png", textured(7) + np.uint8(20))
     for i in range(20):
         save(root / "cat" / f"more{i}.png", textured(1000 + i))
@@ -152,8 +152,8 @@ def test_a_share_is_held_out_class_by_class_and_copies_of_it_are_left_out(root, 
         assert content == images_file(seen, seed)
         holdout = content["sealed"]
         assert [sum(name.startswith(label) for name in holdout) for label in ("cat", "dog")] == [2, 2]
-        copies = {name for name, why in content["left_out"].items() if "which is sealed" in why}
-        together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved anew.jpg"}]
+        copies = {name for name, why in content["left_out"].items() if ", a test image" in why}
+        together = [{"cat/03.png", "cat/copy of 03.bmp"}, {"cat/05.png", "cat/saved again.jpg"}]
         assert copies == {other for pair in together for drawn in pair & set(holdout) for other in pair - {drawn}}
         held_out_somewhere |= set(holdout)
         file = write(tmp_path, seen, seed=seed)
@@ -191,7 +191,7 @@ def test_other_images_than_those_that_were_inspected_are_refused(root, tmp_path)
     for changed, said in (
         (content | {"copies": [["cat/03.png", "cat/nowhere.png"]]}, "names an image that is not used"),
         (content | {"sealed": "all"}, "sealed"),
-        ({}, "inspect the images anew"),
+        ({}, "inspect the images again"),
     ):
         file.write_text(json.dumps(changed))
         with pytest.raises(UserError, match=said):
@@ -262,7 +262,7 @@ def test_an_own_test_split_says_nothing_about_what_decides(tmp_path):
     assert seen.metric is ACCURACY
     assert seen.chosen_counts.tolist() == [10, 10]
     assert np.bincount(seen.labels).tolist() == [12, 70]
-    assert "accuracy decides: all classes have as many images" in "\n".join(seen.lines())
+    assert "metric: accuracy (all classes have as many images" in "\n".join(seen.lines())
 
 
 def test_a_class_that_loses_its_last_validation_image_is_still_a_class(tmp_path):

@@ -123,11 +123,11 @@ def parquet(root):
 
 
 FOUND = {
-    deeper: "Images are taken from {root}/dataset, where the class folders are.",
-    at_two_depths: "Images are taken from {root}/more, where the class folders are.",
-    zipped: "Images are taken from {root}/icons.zip/icons/deep, where the class folders are.",
-    split_deeper: "Images are taken from {root}/set, where the class folders are.",
-    only_train: "Images are taken from {root}/train, where the class folders are.",
+    deeper: "Using the images in {root}/dataset, where the class folders are.",
+    at_two_depths: "Using the images in {root}/more, where the class folders are.",
+    zipped: "Using the images in {root}/icons.zip/icons/deep, where the class folders are.",
+    split_deeper: "Using the images in {root}/set, where the class folders are.",
+    only_train: "Using the images in {root}/train, where the class folders are.",
     linked: None,
     csv_beside: "Images and labels are those that {root}/labels.csv lists.",
     parquet: None,
@@ -275,8 +275,8 @@ def test_a_class_without_images_and_links_to_what_is_there_are_told_by_train_and
     (root / "кот" / "all").symlink_to(root / "hund mit hut")
     (root / "katze").symlink_to("кот")
     said = {
-        "katze/": "leads to the images of кот/, which are taken there",
-        "кот/all/": "leads to the images of hund mit hut/, which are taken there",
+        "katze/": "leads to the images of кот/, which are used there",
+        "кот/all/": "leads to the images of hund mit hut/, which are used there",
         "лес/": "is an empty folder, of which no class is made",
     }
     seen = inspect_images(root, least=1)
@@ -298,7 +298,7 @@ def test_of_an_animation_the_first_frame_is_taken_and_told(tmp_path):
     save(root / "кот" / "still.gif", frames[1])
     save(root / "кот" / "portrait.jfif", frames[2], format="JPEG")
     seen = inspect_images(root, least=1)
-    assert seen.remarks() == ["1 image is animated, such as кот/a.gif; the first frame is taken"]
+    assert seen.remarks() == ["1 image is animated, such as кот/a.gif; the first frame is used"]
     shown = decode_image((root / "кот" / "a.gif").read_bytes, "a.gif").convert("RGB")
     assert np.abs(np.asarray(shown).astype(int) - textured(900)).mean() < 12  # of 255; a GIF has 256 colours
 

@@ -66,7 +66,7 @@ CLASS = r"data\.path: class '.*\\.*' holds a control character"
 ELPV_LINE = "images/cell0002.png  {}\n"
 CASES = {
     "image-folder": [
-        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is no image file; mend it or take it out"),
+        (plain(text("class_0/notes.txt", "x")), r"train/class_0/notes\.txt: is no image file; repair it or remove it"),
         (plain(lambda f: shutil.copy(f / "class_0/000.png", f)), r"000\.png: lies in no class folder"),
         (lambda f: f.parent, r"images are those of .*image-folder: name it, with dataset: image-folder"),
         (
@@ -101,7 +101,7 @@ CASES = {
         (row("train/none.png,x"), r"train/none\.png: can't be read \(No such file"),
         (row("x" * 300 + ".png,x"), r"can't be read \(File name too long"),
         (lambda f: os.mkfifo(f / "p.png") or row("p.png,x")(f), r"p\.png: can't be read \(a pipe"),
-        (row(f"./{IMAGE},cat"), r"images\.csv:3: path: .* stands twice"),
+        (row(f"./{IMAGE},cat"), r"images\.csv:3: path: .* occurs twice"),
         (row(f"./{IMAGE},x"), r"images\.csv:3: label: .* is 'x' here and 'cat' before"),
         *((row(f"train/class_0/003.png{end}"), r"csv:3: expected a path and a label") for end in ("", ",", ",x,y")),
         (row('train/class_0/003.png,"x'), r"images\.csv:3: is no valid CSV"),

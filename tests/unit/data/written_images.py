@@ -66,7 +66,7 @@ def tiff_of(
         order: of bytes, "<" or ">".
         photometric: 0 white is zero, 1 black is zero, 2 RGB, 5 CMYK.
         planar: a plane a channel, one after the other.
-        tags: `bits` in place of those of the type, `orientation`, `extra` (ExtraSamples).
+        tags: `bits` instead of those of the type, `orientation`, `extra` (ExtraSamples).
     """
     height, width, channels = samples.shape
     content = (samples.transpose(2, 0, 1) if planar else samples).astype(samples.dtype.newbyteorder(order)).tobytes()

@@ -124,7 +124,7 @@ def test_other_files_are_named(tmp_path) -> None:
 
 
 def signed_again(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a float model's file anew with the hash that belongs to it, as anybody can who wants to be believed."""
+    """Write a float model's file again with the hash that belongs to it, as anybody can who wants to be believed."""
     header = LowBitHeader(card=CARD, layers={})
     save_file(tensors, file, metadata={HEADER: header.signed(low_bit_digest(header, tensors))})
 

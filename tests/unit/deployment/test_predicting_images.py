@@ -61,4 +61,4 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, unreadable: Cal
     *predicted, refused = predict_files(classifier, [tmp_path])
     assert [prediction.file for prediction in predicted] == sorted((tmp_path / "cat").iterdir())
     assert isinstance(refused, UserError)
-    assert str(refused) == f"{tmp_path / 'dog'}: can't be read (Permission denied); make it readable, or take it out"
+    assert str(refused) == f"{tmp_path / 'dog'}: can't be read (Permission denied); make it readable, or remove it"

@@ -116,7 +116,7 @@ def test_it_is_what_a_copy_with_zeros_loses(adapted, batch, method: str) -> None
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", ["adalora", "qa_lora", "peft_lora"])
 def test_passing_the_first_blocks_once_changes_no_bit(adapted, batch, method: str, precision) -> None:
-    """Every block is passed anew for every case here, as the model itself does it."""
+    """Every block is passed again for every case here, as the model itself does it."""
     model = adapted(method).eval()
     logits: dict[str, list[np.ndarray]] = {}
     for images, _ in in_two_batches(batch):

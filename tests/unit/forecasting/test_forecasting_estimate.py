@@ -215,4 +215,4 @@ def test_no_time_to_measure_is_said(study) -> None:
     told: list[str] = []
     throughput = measured(study("lora"), 32, 0.0, told)
     assert throughput.step == throughput.image
-    assert told[1:] == ["no experiment could be measured in this time; how fast matrices are multiplied has to do"]
+    assert told[1:] == ["timing failed; estimating from matmul speed"]

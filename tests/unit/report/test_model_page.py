@@ -108,7 +108,7 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
     page = write_model_page(tmp_path / "results" / first.spec.run_id)
     assert "A model for photos" in text_of(page)
     assert "<img " not in page.read_text()
-    assert "The surest mistakes" in text_of(page)  # as a table
+    assert "The most confident mistakes" in text_of(page)  # as a table
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_studies_of_several_runs_keep_their_page_and_each_run_has_its_own(tmp_pa
         ({"validation": planted.metrics(0.7, 40)}, "Training gained nothing on the linear probe", "points on the"),
         ({}, "Training gained 15.0 points on the linear probe", "gained nothing"),
         ({"head_fit": None, "latency_s": {}}, "It is right on", "inear probe"),
-        ({"counts": (9, 9, 9)}, "It says 79.5 % on average", "How sure, and how often right"),
-        ({"wrong": 1000}, "most frequent mistake: crack taken for dirt (1 of 30 images)", "no mistake"),
+        ({"counts": (9, 9, 9)}, "It says 79.5 % on average", "Confidence and accuracy"),
+        ({"wrong": 1000}, "most frequent mistake: crack predicted as dirt (1 of 30 images)", "no mistake"),
         ({"counts": (60, 5, 5)}, "balanced accuracy counts", "(accuracy, 95 % interval)"),
         ({"counts": (60, 0, 5)}, "Nothing is known of dirt", "Mistake about dirt"),
         ({"wrong": 1}, "It is no better than always naming the most frequent class", "It makes no mistake"),

@@ -195,7 +195,7 @@ def test_a_spoiled_file_is_computed_anew_with_a_warning(counted, spec, images, t
     np.testing.assert_array_equal(again.values, first.values)
     (warning,) = caplog.messages
     assert warning.startswith(f"{file} is of no use (")
-    assert warning.endswith("; features are computed anew")
+    assert warning.endswith("; features are computed again")
     caplog.clear()
     counted.features(spec).of(images)
     assert (counted.passes, caplog.messages) == (1, [])
@@ -217,4 +217,4 @@ def test_a_cache_that_cannot_be_written_is_said(counted, spec, images, tmp_path,
     with caplog.at_level("WARNING"):
         features = counted.features(spec).of(images)
     assert features.values.shape == (10, 64)
-    assert any("other runs compute features anew" in message for message in caplog.messages)
+    assert any("other runs compute features again" in message for message in caplog.messages)

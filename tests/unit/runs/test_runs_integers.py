@@ -48,7 +48,7 @@ def test_without_frozen_layers_of_ours_int8_is_refused(study, method) -> None:
 def test_a_device_without_integer_products_is_refused_by_the_plan(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(integers, "_works", lambda device: False)
     config = with_settings(study("lora"), "training", compute="int8")
-    with pytest.raises(UserError, match="cpu multiplies no 8-bit integers; take float") as caught:
+    with pytest.raises(UserError, match="cpu multiplies no 8-bit integers; use float") as caught:
         plan_study(config, tmp_path, file=tmp_path / "tiny.yaml")
     assert caught.value.field == "experiments[0].training.compute"
 

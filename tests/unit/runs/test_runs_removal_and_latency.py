@@ -121,7 +121,7 @@ def test_no_rank_at_all_is_said(study, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(removal_and_latency, "update_ranks", lambda model: {"blocks.0.attn.query": 0})
     (record,) = do(asking(study("lora")), tmp_path)
     assert record.removal is None
-    assert record.warnings == ["measures.removal_images has no effect: no site has any rank left"]
+    assert record.warnings == ["measures.removal_images has no effect: no module has any rank left"]
 
 
 @pytest.mark.parametrize(

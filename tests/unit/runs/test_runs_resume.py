@@ -130,7 +130,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(spec_of, tmp_path, met
     assert (record.status, record.failure) == ("failed", "error")
     assert record.error == (
         f"{tmp_path}: spec_digest: the checkpoint of step 2 can't be gone on from: it was made with another "
-        "configuration; remove the checkpoint-* folders there, and the run starts anew"
+        "configuration; remove the checkpoint-* folders there, and the run starts again"
     )
     assert sorted(checkpoint_folders(tmp_path)) == [1, 2]  # they are still there
 
@@ -226,7 +226,7 @@ def test_an_unforeseen_error_of_a_resumed_run_names_its_checkpoint(spec_of, tmp_
     assert run_one(spec).record.error == "TypeError: 'int' and 'str'"
     error = run_one(spec, checkpoints=Checkpoints(tmp_path)).record.error
     assert error.startswith(f"TypeError: 'int' and 'str' (the run had gone on from {tmp_path / 'checkpoint-4'}; if ")
-    assert error.endswith("remove the checkpoint-* folders there, and it starts anew)")
+    assert error.endswith("remove the checkpoint-* folders there, and it starts again)")
 
 
 def test_what_no_record_can_hold_is_a_failure_and_ends_no_worker(spec_of, monkeypatch) -> None:

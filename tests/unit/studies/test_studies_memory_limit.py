@@ -119,7 +119,7 @@ def test_a_micro_batch_that_is_given_stays(study, planned) -> None:
         ("500kB", Steps(), "500kB is less than the model alone, 1 MB; a training process takes about 70"),
         ("1GB", None, "is kept by measured steps, and none are done here"),
         ("1GB", lambda spec: None, "not even a step of 1 image at a time, no block computed again could"),
-        ("1GB", "a GPU", "is measured on the CPU alone, and runs go to cuda here; take the CPU"),
+        ("1GB", "a GPU", "is measured on the CPU alone, and runs go to cuda here; use the CPU"),
     ],
 )
 def test_what_does_not_fit_or_can_not_be_measured_is_one_line(

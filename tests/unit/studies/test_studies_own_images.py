@@ -325,7 +325,7 @@ def test_image_size_and_steps_follow_the_pace(asked, pace) -> None:
     study, line = study_of(asked())
     assert study.data.image_size == 160  # the model's own
     assert study.experiments[0].training.steps == 1000
-    assert line.startswith("Images of 160 px, up to 1000 steps, fewer if validation stops to gain.")
+    assert line.startswith("Images of 160 px, up to 1000 steps, stops early when validation stops improving.")
     sizes, steps = [], []
     for rate in (1e10, 1e9, SLOW):
         pace(rate * 6 / 32)  # a batch has no more images than there are
@@ -505,17 +505,42 @@ def test_a_size_that_a_large_test_set_takes_too_long_at_is_not_tried(asked, pace
     assert 0 < len(many) < len(few)
 
 
+@pytest.mark.parametrize(("factor", "tried"), [(0.5, [64, 80, 112]), (1.0, [64, 80]), (3.0, [64])])
+def test_sizes_rise_as_far_as_the_pace_of_the_first_ones_allows(monkeypatch, factor, tried) -> None:
+    now = [0.0]
+
+    def trial(size: int) -> tuple[SizeTrial, bool]:
+        now[0] += factor * size
+        return SizeTrial(size, size / 100, f"{size}%"), True
+
+    monkeypatch.setattr(image_sizes, "_trial", trial)
+    monkeypatch.setattr(image_sizes.time, "perf_counter", lambda: now[0])
+    expected_s = {size: float(size) for size in (64, 80, 112, 160)}
+    trials = image_sizes.try_sizes(lambda size: size, expected_s, 200, lambda _: None)
+    assert [trial.image_size for trial in trials] == tried
+    assert {trial.pace for trial in trials} == {factor}
+
+
+def test_a_training_is_planned_at_the_pace_of_the_regressions(asked, pace) -> None:
+    pace(SLOW)
+    forecast, shape = Forecast(asked(), Counts(100, 40, 40)), describe(named_backbone("test_vit", "random"), 64)
+    seconds = forecast.seconds(shape, 100)
+    for told, factor in (((0.7,), 0.7), ((9.0, 1.5), 1.5), ((0.1,), 0.5), ((7.0,), 2.0), ((None,), 1.0), ((), 1.0)):
+        trials = [SizeTrial(64, 0.7, "70.0%", one) for one in told]
+        assert forecast.now(forecast.counts, 30, trials).seconds(shape, 100) == pytest.approx(factor * seconds)
+
+
 def test_memory_that_runs_out_ends_the_rising_sizes(monkeypatch) -> None:
-    def trial(size: int) -> SizeTrial:
+    def trial(size: int) -> tuple[SizeTrial, bool]:
         if size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return SizeTrial(size, size / 100, f"{size}%")
+        return SizeTrial(size, size / 100, f"{size}%"), False
 
     monkeypatch.setattr(image_sizes, "_trial", trial)
     lines: list[str] = []
     trials = image_sizes.try_sizes(lambda size: size, dict.fromkeys((64, 80, 112, 160), 1.0), 100, lines.append)
-    assert [trial.image_size for trial in trials] == [64, 80]
-    assert lines[2:] == ["  112 px take more memory than is free here: no larger size is tried."]
+    assert [(trial.image_size, trial.pace) for trial in trials] == [(64, None), (80, None)]
+    assert lines[2:] == ["  112 px need more memory than is free here: no larger size is tried."]
 
 
 def test_a_call_measures_the_machine_once(asked, tmp_path, monkeypatch) -> None:

@@ -136,7 +136,7 @@ def test_bits_may_take_every_byte(tiny_vit, batch) -> None:
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(0)  # all images alike, so no adapter could tell them apart
     least = uniform_bytes(model, "int2", ("out",))
-    with pytest.warns(SilentNoEffectWarning, match="gave every byte to bits and no site a rank"):
+    with pytest.warns(SilentNoEffectWarning, match="gave every byte to bits and no module a rank"):
         allocate_bits(model, config(("out",), total_byte_budget=least + 4096, ranks=True), *batch)
 
 

@@ -69,7 +69,7 @@ def written(folder: Path, *steps: int) -> None:
 
 
 def seal(place: Path, saved: dict | None = None) -> None:
-    """Write hashes that fit a checkpoint's files, as an attacker would; `saved` is to stand in place of its values."""
+    """Write hashes that fit a checkpoint's files, as an attacker would; `saved` is to stand instead of its values."""
     saved = json.loads((place / "state.json").read_bytes()) if saved is None else saved
     tensors = hashlib.sha256((place / "tensors.safetensors").read_bytes()).hexdigest()
     saved = {key: value for key, value in saved.items() if key != "sha256"} | {"tensors_sha256": tensors}

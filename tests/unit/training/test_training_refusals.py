@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[Callable[[Make], object], str, str]] = {
     "above the smaller side": (plain(use_group_quantization=False, group_size=32, rank=65), "rank", "at most 64"),
     "a format of no layer": (packed(formats={"blocks.9.attn.qkv": None}), "formats", "blocks.9.attn.qkv"),
     "a format of other groups": (packed(formats=OF_8), f"formats[{FC1}]", "pool 16 inputs"),
-    "a rank of one site alone": (packed(settings=config(), ranks={"blocks.0.attn.query": 1}), "ranks", "attn.key"),
+    "a rank of one module alone": (packed(settings=config(), ranks={"blocks.0.attn.query": 1}), "ranks", "attn.key"),
     # --- adapters that are there
     "other groups than theirs": (packed(adapted, config(group_size=32)), GROUPS, "16"),
     "another rank": (packed(adapted, config(rank=3)), "qa_lora.rank", ""),

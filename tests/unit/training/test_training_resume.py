@@ -1,4 +1,4 @@
-"""A training that is built anew from its state, at any step, equals one that was not interrupted, bit for bit."""
+"""A training that is built again from its state, at any step, equals one that was not interrupted, bit for bit."""
 
 import weakref
 
@@ -59,7 +59,7 @@ CASES = [
 
 
 class Run:
-    """A training that may be stopped after some steps; everything is then built anew from a file."""
+    """A training that may be stopped after some steps; everything is then built again from a file."""
 
     def __init__(self, tiny_vit, data, runtime, folder, method, training) -> None:
         self.made = tiny_vit, data, runtime
@@ -224,7 +224,7 @@ def test_what_was_gone_on_from_is_not_kept_in_memory(make) -> None:
 def test_a_state_of_another_training_is_refused(make, other) -> None:
     make("growing").once(None, 5)
     run = make(other)
-    with pytest.raises((UserError, ValueError), match=r"other sites|another configuration|zip"):
+    with pytest.raises((UserError, ValueError), match=r"other modules|another configuration|zip"):
         run.once(read_checkpoint(run.folder / "checkpoint-5"))
 
 

@@ -18,7 +18,7 @@ from peft_vit.tuning.recipe import ROUNDED, Recipe, lora, rate_of, shared_traini
 CLASSES, STEPS = 5, 48
 SHAPE = describe(BackboneConfig(model="test_vit", weights="random"), 32)
 LORA = lora("test_vit", 32, STEPS)
-QA_LORA = replace(LORA, method="qa_lora", bits="nf4", when="training")
+QA_LORA = replace(LORA, method="qa_lora", rate=rate_of("qa_lora", LORA.rate), bits="nf4", when="training")
 ADALORA = replace(LORA, method="adalora")
 
 
@@ -26,7 +26,7 @@ def configured(recipe: Recipe) -> ExperimentConfig:
     training = shared_training(8, "both", ACCURACY)
     if not recipe.is_probe:
         training |= {"learning_rate": recipe.rate, "steps": recipe.steps}
-    sections = recipe.sections(SHAPE, recipe.steps)
+    sections = recipe.sections(SHAPE)
     values = {"name": recipe.name, "method": recipe.method, "training": training, **sections}
     return ExperimentConfig.model_validate_json(json.dumps(values))
 
@@ -40,6 +40,7 @@ def test_every_recipe_is_an_experiment_of_its_own_name() -> None:
     assert LORA.rounded("int4").name == LORA.name  # nothing is trained for it
     assert configured(QA_LORA).qa_lora.quantization_type == "nf4"
     assert LORA.rounded("nf4").title == "LoRA, 4 bits (nf4), 32 px"
+    assert {QA_LORA.plain, replace(ADALORA, rank=2).plain, LORA.rounded("nf4").plain} == {LORA}
     assert replace(LORA, rank=2).title == "LoRA of rank 2, 32 px"
 
 

@@ -346,7 +346,7 @@ def _folder(backbone: BackboneConfig, *, weights: bool) -> Path | None:
             raise _bad("is a folder; its weights come from its file, not from the hub", folder)
         return folder
     if backbone.weights == "file":
-        raise _bad("is no folder; name one that save_pretrained has written, or take weights from the hub", folder)
+        raise _bad("is no folder; name one that save_pretrained has written, or use weights from the hub", folder)
     if backbone.weights == "random" and backbone.model in require_transformers().CONFIG_MAPPING:
         return None
     if backbone.model.startswith(("/", "~", "./", "../")):

@@ -143,7 +143,7 @@ class LocalExecutor:
             except OSError as error:  # no further process now
                 if not self._workers:
                     reason = f"no worker process can be started ({error.strerror or error})"
-                    remedy = "free processes or memory, or raise this user's limits (ulimit); the same command goes on"
+                    remedy = "free processes or memory, or raise the limits (ulimit); the same command continues"
                     raise UserError(f"{reason}; {remedy}", field="execution.workers") from None
             else:
                 self._workers.append(free)
@@ -216,7 +216,7 @@ def _surroundings_of_workers() -> Iterator[None]:
     """Hand down the allocator's settings, and no Ctrl-C: a worker leaves it to its parent from its first instant on.
 
     Python would look for modules in the working directory first, which may hold anybody's data. A new process imports
-    the main module of the one that starts it: a script that calls `peft_vit.train` would begin there anew, and scripts
+    the main module of the one that starts it: a script that calls `peft_vit.train` would begin there again, and scripts
     of others seldom guard against that.
     """
     main = sys.modules["__main__"]

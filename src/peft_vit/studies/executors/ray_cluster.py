@@ -241,7 +241,7 @@ class RayExecutor:
         for number in waiting:
             attempt = self._attempts.pop(number)
             ray.cancel(attempt.task)
-            self._lose(attempt, f"{refusal}; the same command goes on when the cluster has one", "killed")
+            self._lose(attempt, f"{refusal}; the same command continues when the cluster has one", "killed")
 
 
 def open_executor(plan: Plan, results_dir: Path, ray_address: str | None) -> Executor:

@@ -1,4 +1,4 @@
-"""README's figure: accuracy against bytes on three data sets, as one SVG that follows a reader's light or dark page."""
+"""Accuracy against bytes on three data sets, as one SVG that follows a reader's light or dark page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.transforms import ScaledTranslation
 
-from experiments.methods.scripts.study_tables import IN_README, KINDS, titled
+from experiments.methods.scripts.study_tables import KINDS, SHOWN, titled
 from peft_vit.analysis import Analysis, MethodResult
 from peft_vit.report.document import Drawing
 from peft_vit.report.figure import GRID, INK, MARKERS, METHOD_COLORS, MUTED, PAPER, THEME, Canvas, draw, quiet_grid
@@ -35,7 +35,7 @@ def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:
                     places[place],
                     middle[place],
                     yerr=100 * (accuracy.high - accuracy.estimate),
-                    fmt=MARKERS[IN_README.index(name)],
+                    fmt=MARKERS[SHOWN.index(name)],
                     color=METHOD_COLORS[method.experiment.method],
                     mec=PAPER,
                     mew=0.5,
@@ -49,7 +49,7 @@ def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:
             axes.set_xlabel("MB to store")
             quiet_grid(axes)
         panels[0].set_ylabel("test accuracy (%)")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(IN_README))
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SHOWN))
 
     rows = [
         {
@@ -67,7 +67,7 @@ def accuracy_and_bytes(analyses: Mapping[str, Analysis]) -> Drawing:
 
 def _of(analysis: Analysis) -> Sequence[MethodResult]:
     by_name = {method.experiment.name: method for method in analysis.methods}
-    return [by_name[name] for name in IN_README]
+    return [by_name[name] for name in SHOWN]
 
 
 def for_both_pages(svg: str) -> str:

@@ -1,0 +1,52 @@
+"""A web service for a model: an image goes in, its classes come out as JSON.
+
+    pip install fastapi uvicorn
+    MODEL=peft-vit-tune/model/model.onnx uvicorn --factory --app-dir examples serve:app
+    curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' http://127.0.0.1:8000/predict
+
+The model is read once. With an ONNX or OpenVINO file no PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import peft_vit
+from peft_vit.deployment import Classifier, ImageFile, predict_files
+from peft_vit.errors import UserError
+
+_LARGEST = 20_000_000  # bytes of an image
+
+
+def answer(classifier: Classifier, content: bytes) -> dict[str, Any]:
+    """Return what a model says of the bytes of an image file.
+
+    Raises:
+        UserError: if they are no image, or too many.
+    """
+    if len(content) > _LARGEST:
+        raise UserError(f"{len(content)} bytes are too many; send at most {_LARGEST}")
+    (said,) = predict_files(classifier, [ImageFile(Path("image"), lambda: content)], top=3)
+    if isinstance(said, UserError):
+        raise said
+    return {"class": said.class_name, "probability": said.probability, "top": dict(said.top), "unlike": said.unlike}
+
+
+def app() -> Any:
+    """Return the service for the model that the environment variable MODEL names."""
+    from fastapi import FastAPI, HTTPException, Request
+
+    classifier = peft_vit.load(os.environ["MODEL"]).classifier
+    service = FastAPI(title="peft-vit")
+
+    async def predict(request: Any) -> dict[str, Any]:
+        try:
+            return answer(classifier, await request.body())
+        except UserError as error:
+            raise HTTPException(422, str(error)) from None
+
+    predict.__annotations__["request"] = Request
+    service.post("/predict")(predict)
+    return service

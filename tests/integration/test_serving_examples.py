@@ -1,0 +1,106 @@
+"""The examples that serve a model answer what `predict` says, over HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import CARD
+
+from peft_vit.deployment import Classifier, predict_images
+from peft_vit.errors import UserError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+WEIGHTS = np.random.default_rng(0).normal(size=(3, len(CARD.class_names))).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    return Classifier(lambda images: images.mean((2, 3)) @ WEIGHTS, CARD)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    file = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), np.uint8)).save(file)
+    return file
+
+
+def test_an_image_is_answered_as_predict_does(classifier: Classifier, photo: Path) -> None:
+    from serve import _LARGEST, answer
+
+    (expected,) = predict_images(classifier, [photo], top=3)
+    said = json.loads(json.dumps(answer(classifier, photo.read_bytes())))
+    assert (said["class"], said["probability"]) == (expected.class_name, expected.probability)
+    assert said["top"] == dict(expected.top)
+    for content in (b"no image", b"\0" * (_LARGEST + 1)):
+        with pytest.raises(UserError):
+            answer(classifier, content)
+
+
+def test_the_service_answers(classifier: Classifier, photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="no extra brings it")
+    from fastapi.testclient import TestClient
+    from serve import answer, app
+
+    import peft_vit
+
+    monkeypatch.setenv("MODEL", "model.onnx")
+    monkeypatch.setattr(peft_vit, "load", lambda path: type("Loaded", (), {"classifier": classifier}))
+    client = TestClient(app())
+    assert client.post("/predict", content=photo.read_bytes()).json() == answer(classifier, photo.read_bytes())
+    assert client.post("/predict", content=b"no image").status_code == 422
+
+
+@pytest.fixture
+def server(classifier: Classifier) -> Iterator[str]:
+    """Yield the address of what answers as a model server does, by KServe's protocol."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/v2/models/mine/infer"
+            (sent,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
+            assert (sent["name"], sent["datatype"]) == ("images", "FP32")
+            logits = classifier.logits(np.array(sent["data"], np.float32).reshape(sent["shape"]))
+            output = {"name": "logits", "datatype": "FP32", "shape": logits.shape, "data": logits.ravel().tolist()}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"outputs": [output]}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_a_model_server_is_asked_as_the_file_says(
+    server: str,
+    classifier: Classifier,
+    photo: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import model_server
+
+    def no_product(_: np.ndarray) -> np.ndarray:
+        raise AssertionError("the server computes")
+
+    monkeypatch.setattr(model_server, "open_exported", lambda _: replace(classifier, logits=no_product))
+    model_server.main(server, "mine", "model.xml", str(photo))
+    (expected,) = predict_images(classifier, [photo])
+    assert capsys.readouterr().out == f"{photo}\t{expected.class_name}\t{expected.probability:.4f}\n"
