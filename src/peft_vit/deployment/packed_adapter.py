@@ -177,7 +177,15 @@ def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[s
         head = nn.Linear(layer.in_features, 1)
         nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
         model.set_submodule(name, head)
-    nothing = {"calibrated": None, "unlike": None, "integer_bits": None, "interpolation": "bicubic", "channels": 3}
+    nothing = {
+        "calibrated": None,
+        "decision": None,
+        "task": "classification",
+        "unlike": None,
+        "integer_bits": None,
+        "interpolation": "bicubic",
+        "channels": 3,
+    }
     return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
 
 

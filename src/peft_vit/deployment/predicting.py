@@ -163,17 +163,13 @@ def predict_files(
         UserError: as `image_files`.
     """
     card = classifier.card
-    if coverage is not None:
-        check_coverage(card, coverage)
     remaining = _each(images)
     while chunk := list(islice(remaining, _BATCH)):
         read = [_pixels(image, card) for image in chunk]
         rows: Iterator[tuple[dict[str, Any], float | None]] = iter(())
         if pixels := [array for array in read if isinstance(array, np.ndarray)]:
             logits, distances = _outputs(classifier, _normalised(np.stack(pixels), card))
-            meaning = card.decision or card.calibrated
-            answers = TASKS[card.task].answers(logits, card.class_names, meaning, coverage, top)
-            rows = zip(answers, distances, strict=True)
+            rows = zip(_answers(logits, card, coverage, top), distances, strict=True)
         for image, array in zip(chunk, read, strict=True):
             if isinstance(array, UserError):
                 yield array
@@ -264,8 +260,14 @@ def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
 
 def prediction_of(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> Prediction:
     """Return what the logits (classes,) of one image say."""
-    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
-    return _prediction(None, probabilities(logits[None], temperature)[0], None, card, coverage, top)
+    return Prediction(None, **_answers(logits[None], card, coverage, top)[0])
+
+
+def _answers(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> list[dict[str, Any]]:
+    """Return what logits (B, classes) say of each image, as arguments of `Prediction`."""
+    if coverage is not None:
+        check_coverage(card, coverage)
+    return TASKS[card.task].answers(logits, card.class_names, card.decision or card.calibrated, coverage, top)
 
 
 def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:

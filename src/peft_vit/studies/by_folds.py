@@ -70,6 +70,7 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     upper = score.high if metric.sign > 0 else score.low
     assert upper is not None
     of_probe = None
-    if all(fold is not None for fold in predicted):
-        of_probe = metric.sign * metric.interval(labels, np.concatenate(predicted)).estimate
+    folds = [fold for fold in predicted if fold is not None]
+    if len(folds) == len(predicted):
+        of_probe = metric.sign * metric.interval(labels, np.concatenate(folds)).estimate
     return ByFolds(record.model_copy(update=measured), metric.sign * score.estimate, metric.sign * upper, of_probe)
