@@ -109,7 +109,9 @@ def _command(name: str, command: Any) -> str:
 
 def configuration() -> str:
     """Return the page of configuration keys: a table for each section, in the order of a file."""
-    return CONFIGURATION + "".join(f"\n{_section(path, model)}" for path, model in _sections(StudyConfig, ""))
+    first = {model: path for path, model in reversed([*_sections(StudyConfig, "")])}  # one stands in several sections
+    told = [(path, model) for path, model in _sections(StudyConfig, "") if first[model] == path]
+    return CONFIGURATION + "".join(f"\n{_section(path, model)}" for path, model in told)
 
 
 def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:

@@ -9,12 +9,14 @@ if TYPE_CHECKING:
     from peft_vit.api import TrainedModel, load, load_results, train, tune
     from peft_vit.classifier import ViTClassifier
     from peft_vit.config import AdaLoraConfig, QaLoraConfig
+    from peft_vit.runs.bundle import Bundle
     from peft_vit.training.adaptive_bits import allocate_bits
     from peft_vit.training.qa_lora import QALoRATrainer
 
 __all__ = [
     "AdaLoRAController",
     "AdaLoraConfig",
+    "Bundle",
     "QALoRATrainer",
     "QaLoraConfig",
     "TrainedModel",
@@ -30,6 +32,7 @@ _HOME = {
     "AdaLoRAController": "allocation.adalora_controller",
     "QALoRATrainer": "training.qa_lora",
     "AdaLoraConfig": "config",
+    "Bundle": "runs.bundle",
     "QaLoraConfig": "config",
     "TrainedModel": "api",
     "ViTClassifier": "classifier",

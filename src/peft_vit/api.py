@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
-from peft_vit.config import DEFAULT_MODEL, exported_bytes, exported_format
+from peft_vit.config import DEFAULT_MODEL, exported_bytes, exported_format, is_bundle
 from peft_vit.errors import UserError
 from peft_vit.settings import Request, named_as_parameters
 
@@ -55,8 +55,14 @@ class Report:
         return f'<iframe srcdoc="{page}" title="Report" width="100%" height="{_HEIGHT}" style="border: 0"></iframe>'
 
 
-def open_classifier(path: Path, weights: str | None = None) -> Classifier:
-    """Open what an export has written, or the model of a run; see `load`."""
+def open_classifier(path: Path, weights: str | None = None, adapter: str | None = None) -> Classifier:
+    """Open what an export has written, an adapter of a bundle, or the model of a run; see `load`."""
+    if is_bundle(path):
+        from peft_vit.runs.bundle import Bundle
+
+        return Bundle.load(path).classifier(adapter)
+    if adapter is not None:
+        raise UserError("has no effect here: only a folder of export --bundle has several", field="--adapter")
     if exported_format(path):
         from peft_vit.deployment import open_exported
 
@@ -331,6 +337,7 @@ def train(
     memory_limit: str | None = None,
     rank: int | None = None,
     budget: int | str | None = None,
+    adapter_bytes: str | None = None,
     init_adapter: str | Path | None = None,
     precision: PrecisionSetting = "auto",
     compute: ComputeSetting = "auto",
@@ -365,6 +372,7 @@ def train(
         memory_limit: of the training process, as in "1GB".
         rank: of each matrix, for lora, peft_lora, qa_lora; None: 8.
         budget: for adalora and qa_adalora, ranks over all matrices, or their bytes as in "100kB".
+        adapter_bytes: for lora and qa_lora in place of rank, of all updates in a file, in few bits, as in "8kB".
         init_adapter: folder of a PEFT LoRA adapter to go on from.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.

@@ -77,6 +77,7 @@ class ViTClassifier(ClassifierMixin, BaseEstimator):
         memory_limit: str | None = None,
         rank: int | None = None,
         budget: int | str | None = None,
+        adapter_bytes: str | None = None,
         init_adapter: str | None = None,
         precision: PrecisionSetting = "auto",
         compute: ComputeSetting = "auto",

@@ -33,6 +33,7 @@ from peft_vit.adapters.attach import (
     effects,
     effects_of,
     freeze_backbone,
+    store_in_bits,
 )
 from peft_vit.adapters.low_rank import GradientProbe, SiteAdapter
 from peft_vit.adapters.peft_layers import peft_sites

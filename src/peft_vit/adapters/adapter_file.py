@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from peft_vit.adapters.adapted_model import current_ranks, packed_weights, site_adapters
-from peft_vit.adapters.low_rank import TRIPLETS
+from peft_vit.adapters.low_rank import TRIPLETS, SiteAdapter
 from peft_vit.errors import UserError
 from peft_vit.quantization import QuantizationFormat
 
@@ -51,6 +51,8 @@ def _form(model: nn.Module) -> dict[str, Any]:
         forms[name] = {"scale": adapter.scale, "parametrization": adapter.parametrization, "pool": adapter.pool}
         if adapter.lora_lambda is not None:
             forms[name]["lambda_gain"] = adapter.lambda_gain
+        if isinstance(adapter, SiteAdapter) and adapter.bits is not None:
+            forms[name]["bits"] = adapter.bits
     values = list(forms.values())
     return values[0] if values and all(value == values[0] for value in values) else forms
 

@@ -97,6 +97,19 @@ def attach_adapters(
         check_gradients(model)
 
 
+def store_in_bits(model: nn.Module, bits: int | None, *, while_training: bool) -> None:
+    """Let adapters compute with values as a file of so many bits holds them, see `quantization.row_rounding`.
+
+    Args:
+        model: with adapters.
+        bits: 1, 2, 4, 8 or 16; None: as they are.
+        while_training: in training mode, too, with gradients as if nothing were rounded; else in evaluation mode alone.
+    """
+    for adapter in site_adapters(model).values():
+        if isinstance(adapter, SiteAdapter):
+            adapter.bits, adapter.rounds_while_training = bits, while_training
+
+
 def check_stays(model: nn.Module, config: AdapterConfig, section: str) -> None:
     """Refuse a scale or targets that were set and say otherwise what the model's adapters have decided."""
     scales = sorted({adapter.scale for adapter in site_adapters(model).values()})

@@ -24,6 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from peft_vit.quantization.row_rounding import rounded_rows
+
 Parametrization = Literal["product", "svd"]
 FactorStart = Literal["normal", "orthonormal"]
 TRIPLETS = ("lora_A", "lora_B", "lora_lambda")  # the tensors of a site, as `fresh_triplets` returns them
@@ -73,9 +75,13 @@ class LowRankUpdate:
         """Return B, or P diag(gain * lambda), (out, r), without the scale."""
         return self.lora_B
 
+    def exact_factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r), scale included, and right (r, in / pool), as they are trained."""
+        return self.left() * self.scale, self.lora_A
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return left (out, r), scale included, and right (r, in / pool): left @ right is dW, once per group."""
-        return self.left() * self.scale, self.lora_A
+        return self.exact_factors()
 
     def delta(self) -> Tensor:
         """Return the update dW (out, in)."""
@@ -124,6 +130,8 @@ class SiteAdapter(LowRankUpdate, nn.Module):
         self.pool = pool
         self.generator = generator
         self.reference_rank: float | None = None  # whose steps triplets of any rank make together, see `start_size`
+        self.bits: int | None = None  # that its file has for a value, see `store_in_bits`
+        self.rounds_while_training = True
         self.probe: GradientProbe | None = None  # for one step, see `allocation.importance`
         lora_A, lora_B, lora_lambda = self.fresh_triplets(rank)
         self.lora_A = nn.Parameter(lora_A)
@@ -156,6 +164,13 @@ class SiteAdapter(LowRankUpdate, nn.Module):
     def left(self) -> Tensor:
         """Return B, or P diag(gain * lambda), (out, r), without the scale."""
         return self.lora_B if self.lora_lambda is None else self.lora_B * (self.lora_lambda * self.lambda_gain)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left (out, r), scale included, and right (r, in / pool), rounded to `bits`: columns and rows each."""
+        left, right = self.exact_factors()
+        if self.bits is None or (self.training and not self.rounds_while_training):
+            return left, right
+        return rounded_rows(left.T, self.bits).T, rounded_rows(right, self.bits)
 
     def orthogonality(self) -> Tensor:
         """Return ||P^T P - I||_F + ||Q Q^T - I||_F, a scalar (AdaLoRA, eq. 4; norms not squared, as in its code)."""

@@ -133,12 +133,13 @@ def _fused_factors(module: AdaptedLinear) -> tuple[Tensor, Tensor, float]:
     """Return A (r, in), block-diagonal B (out, r) and the scale of one module."""
     adapters = module.adapters()
     scale = adapters[0][1].scale
-    lora_A = torch.cat([adapter.lora_A for _, adapter in adapters])  # (r, in)
+    factors = [(site, *adapter.factors()) for site, adapter in adapters]
+    lora_A = torch.cat([right for _, _, right in factors])  # (r, in)
     lora_B = lora_A.new_zeros(module.out_features, len(lora_A))  # (out, r)
     start = 0
-    for site, adapter in adapters:
-        lora_B[site.span, start : start + adapter.rank] = adapter.left() * (adapter.scale / scale)  # (out_s, r_s)
-        start += adapter.rank
+    for site, left, right in factors:
+        lora_B[site.span, start : start + len(right)] = left / scale  # (out_s, r_s)
+        start += len(right)
     return lora_A, lora_B, scale
 
 

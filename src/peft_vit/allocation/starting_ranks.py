@@ -38,7 +38,7 @@ from peft_vit.allocation.importance import weight_scores
 from peft_vit.allocation.loss_prediction import squared_singular_values, weight_gradients
 from peft_vit.allocation.strategies import Bounds, Floats, Ints, allocate, largest_ranks, limited, rank_costs
 from peft_vit.backbones import Site
-from peft_vit.config import ORDERED_RULES, StartingRanksConfig
+from peft_vit.config import ORDERED_RULES, BudgetUnit, StartingRanksConfig
 from peft_vit.errors import SilentNoEffectWarning, UserError
 from peft_vit.seeding import torch_generator
 
@@ -53,15 +53,36 @@ class CalibrationBatch(NamedTuple):
     loss: MeanLoss
 
 
-def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> None:
+class Adapters(NamedTuple):
+    """What decides the cost of a rank, beside the sites.
+
+    Attributes:
+        section: of the settings, for errors.
+        pool: inputs on which an update is constant.
+        bits: that a file has for a value; None: float32.
+    """
+
+    section: str = "lora"
+    pool: int = 1
+    bits: int | None = None
+
+    def costs(self, unit: BudgetUnit, sites: Sequence[Site]) -> Ints:
+        """Return what one rank of each site costs in a unit, (sites,)."""
+        return rank_costs(unit, sites, pool=self.pool, bits=self.bits)
+
+
+PLAIN = Adapters()
+
+
+def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site], adapters: Adapters = PLAIN) -> None:
     """Refuse a budget that buys no rank, one under which the rule decides nothing, and a limit that never holds.
 
     Raises:
         UserError: naming the setting and what the sites allow.
     """
-    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
-    name, limit = "maximum_rank", config.maximum_rank
-    limited(largest, limit, field="lora.ranks.maximum_rank")
+    costs, largest = adapters.costs(config.unit, sites), largest_ranks(sites, adapters.pool)
+    name, limit, field = "maximum_rank", config.maximum_rank, f"{adapters.section}.ranks"
+    limited(largest, limit, field=f"{field}.maximum_rank")
     if config.rule in ORDERED_RULES:
         name, limit = "site_rank", config.site_rank
     most = int(costs @ (largest if limit is None else np.minimum(largest, limit)))
@@ -70,12 +91,12 @@ def check_starting_ranks(config: StartingRanksConfig, sites: Sequence[Site]) -> 
         raise UserError(
             f"expected at least {costs.min()} (one rank of the cheapest module) and less than {most} {config.unit} (of "
             f"all {len(sites)} modules {reason}), got {config.budget}",
-            field="lora.ranks.budget",
+            field=f"{field}.budget",
         )
     bought = config.budget // int(costs.min())  # ranks of the cheapest site
     if limit is not None and limit > bought:
         message = f"{limit} has no effect above the {bought} ranks that the budget buys at a module; lower it"
-        raise UserError(message, field=f"lora.ranks.{name}")
+        raise UserError(message, field=f"{field}.{name}")
 
 
 def choose_starting_ranks(
@@ -85,6 +106,7 @@ def choose_starting_ranks(
     *,
     seed: int,
     batch: CalibrationBatch | None = None,
+    adapters: Adapters = PLAIN,
 ) -> tuple[dict[str, int], dict[str, float]]:
     """Return the rank of each site, and what a rule that scores has said of its first rank (nothing for a control).
 
@@ -94,21 +116,22 @@ def choose_starting_ranks(
         config: the settings.
         seed: of the run, for `random`.
         batch: for the rule that reads images.
+        adapters: what a rank costs.
 
     Raises:
         UserError: as `check_starting_ranks`, or if a score is not finite, or none is above 0.
     """
-    check_starting_ranks(config, sites)
+    check_starting_ranks(config, sites, adapters)
+    costs, largest = adapters.costs(config.unit, sites), largest_ranks(sites, adapters.pool)  # (sites,), as all below
     names = [site.name for site in sites]
     if not config.scores_sites:
-        return dict(zip(names, _controlled(config, sites, seed).tolist(), strict=True)), {}
+        return dict(zip(names, _controlled(config, sites, costs, largest, seed).tolist(), strict=True)), {}
     by_rank = _scored(config.rule, model, sites, batch)
     scores = {name: float(by_rank[name][0]) for name in names}
     if not any(scores.values()):
         message = f"rule {config.rule} gave every module the score 0, so it can't choose; do all gradients vanish?"
         raise UserError(message, field="lora.ranks.rule")
-    costs = rank_costs(config.unit, sites)  # (sites,), as all that follow
-    largest = limited(largest_ranks(sites), config.maximum_rank, field="lora.ranks.maximum_rank")
+    largest = limited(largest, config.maximum_rank, field=f"{adapters.section}.ranks.maximum_rank")
     bounds, firsts = Bounds(np.zeros_like(largest), largest), np.array([scores[name] for name in names])
     if config.rule == "gradient":
         of_triplets = [by_rank[name] for name in names]
@@ -150,8 +173,7 @@ def _scored(rule: str, model: nn.Module, sites: Sequence[Site], batch: Calibrati
     return by_rank
 
 
-def _controlled(config: StartingRanksConfig, sites: Sequence[Site], seed: int) -> Ints:
-    costs, largest = rank_costs(config.unit, sites), largest_ranks(sites)
+def _controlled(config: StartingRanksConfig, sites: Sequence[Site], costs: Ints, largest: Ints, seed: int) -> Ints:
     if config.rule == "even":
         return _even(config.budget, sites, costs, largest)
     order = list(range(len(sites)))

@@ -34,6 +34,7 @@ from peft_vit.errors import UserError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+_SCALES_BYTES = 4  # of a rank's row and column in 1 to 8 bits, float16 each
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,23 @@ def costs_for(config: AdaLoraConfig, sites: Sequence[Site], pool: int = 1) -> In
     return rank_costs(config.budget.unit, sites, pool=pool, svd=config.parametrization == "svd")
 
 
-def rank_costs(unit: BudgetUnit, sites: Sequence[Site], *, pool: int = 1, svd: bool = False) -> Ints:
-    """Return what one rank of each site costs in a unit, (sites,), see `costs_for`."""
+def rank_costs(
+    unit: BudgetUnit, sites: Sequence[Site], *, pool: int = 1, svd: bool = False, bits: int | None = None
+) -> Ints:
+    """Return what one rank of each site costs in a unit, (sites,), see `costs_for`.
+
+    Bytes are those of a file with so many bits a value, the two scales included; None: of float32.
+    """
     if unit == "ranks":
         return np.ones(len(sites), dtype=np.int64)
     values = np.array([site.in_features // pool + site.out_features + svd for site in sites], dtype=np.int64)
     if unit == "macs":
         return values * np.array([site.tokens for site in sites], dtype=np.int64)
-    return values * {"parameters": 1, "bytes": 4}[unit]
+    if unit == "parameters":
+        return values
+    if bits is None:
+        return values * 4
+    return -(-values * bits // 8) + (_SCALES_BYTES if bits < 16 else 0)
 
 
 def largest_ranks(sites: Sequence[Site], pool: int = 1) -> Ints:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import typer
 from pydantic import Field, model_validator
@@ -26,13 +26,14 @@ from peft_vit.config import (
     exported_bytes,
     exported_format,
     format_of_name,
+    is_bundle,
     named_as_typed,
 )
 from peft_vit.console import progress
 from peft_vit.errors import UserError, named, printable
 from peft_vit.extras import require_extra
 from peft_vit.safe_io import refuse_existing
-from peft_vit.settings import Option, Request
+from peft_vit.settings import Option, Request, refuse
 from peft_vit.studies.request import WEIGHTS
 
 if TYPE_CHECKING:
@@ -58,18 +59,19 @@ _ENDINGS = [kind.ending for kind in EXPORTS.values() if kind.ending]
 class ExportRequest(Request):
     """A run, the file or the folder to write, and how."""
 
-    directory: Annotated[Path, Option("RUN", is_argument=True)] = Field(
-        description="The folder of what was trained, such as peft-vit-runs/latest. history and tensorboard also accept "
-        "a folder of many runs."
+    runs: Annotated[list[Path], Option("RUN", is_argument=True)] = Field(
+        min_length=1,
+        description="The folder of what was trained, such as peft-vit-runs/latest; several with --bundle. history and "
+        "tensorboard also accept a folder of many runs.",
     )
-    output: Path | None = Field(
+    output: Annotated[Path | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The file or folder to write. "
         + "; ".join(f"{name}: {kind.output}" for name, kind in EXPORTS.items())
         + "; web and peft: a new or empty folder, web also a .html file; history: a .parquet, .json or .csv file; "
         "tensorboard: a new or empty folder. Without it, model.onnx in RUN, or as --format says.",
     )
-    format: _Format | None = Field(
+    format: Annotated[_Format | None, OnlyWith(bundle=None)] = Field(
         default=None,
         description="The kind of file. "
         + "; ".join(f"{name}: {kind.what}" for name, kind in EXPORTS.items())
@@ -77,8 +79,22 @@ class ExportRequest(Request):
         "ranks and scores by run and step; tensorboard: metrics of finished runs, also while a study runs. Without "
         "it, what the ending of --output says.",
     )
+    bundle: Path | None = Field(
+        default=None,
+        description="Write adapters into this folder, a small file for each RUN, beside the one backbone that all RUNs "
+        "have. A folder that holds the same backbone gets more of them.",
+    )
+    adapter_bits: Annotated[Literal["1", "2", "4", "8", "16", "32"] | None, OnlyWith(bundle=...)] = Field(
+        default=None,
+        description="Round the adapters of a bundle to this many bits a value, and their heads to 4 at least; what "
+        "that loses is printed. Without it, as they were trained by --adapter-bytes, else 16.",
+    )
     overwrite: bool = Field(default=False, description="Replace what an earlier export wrote.")
-    bits: Annotated[_Bits | None, OnlyWith(format=("onnx", "openvino", "safetensors", "web"))] = Field(
+    bits: Annotated[
+        _Bits | None,
+        OnlyWith(bundle=None, remedy="leave it out: its backbone stays as it was trained on"),
+        OnlyWith(format=("onnx", "openvino", "safetensors", "web")),
+    ] = Field(
         default=None,
         description="Round the weights of a float run, and print the loss of accuracy. "
         f"{', '.join(f'{bits} is {name}' for bits, name in TYPE_OF_BITS.items())}.",
@@ -124,12 +140,23 @@ class ExportRequest(Request):
     @model_validator(mode="before")
     @classmethod
     def _format_follows_from_the_name(cls, values: Any) -> Any:
-        if values.get("format") is None:
+        if values.get("format") is None and values.get("bundle") is None:
             output = values.get("output")
             is_page = output is not None and Path(output).suffix == ".html"
             named_as = "web" if is_page else "onnx" if output is None else format_of_name(Path(output))
             values = {**values, "format": named_as}
         return values
+
+    @model_validator(mode="after")
+    def _one_run_a_file(self) -> Self:
+        if len(self.runs) > 1 and self.bundle is None:
+            refuse(self, {"runs": f"expected one, got {len(self.runs)}; several go with --bundle"})
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """Return the one folder, without a bundle."""
+        return self.runs[0]
 
     @property
     def number_format(self) -> str | None:
@@ -172,6 +199,9 @@ class ExportRequest(Request):
 @named_as_typed(ExportRequest)
 def export(request: ExportRequest) -> None:
     """Write a trained model as a file that runs elsewhere, or the history of runs for other tools."""
+    if request.bundle is not None:
+        _export_bundle(request, request.bundle)
+        return
     directory, (format, output) = request.directory, request.target()
     if format == "history":
         from peft_vit.report.result_tables import export_history
@@ -195,6 +225,25 @@ def export(request: ExportRequest) -> None:
             done, page = write(request, format, output)
         _print_export(done, request.number_format, output)
         _print_next(output, page=page)
+
+
+def _export_bundle(request: ExportRequest, folder: Path) -> None:
+    with progress(f"exporting to {folder}", sys.stderr) as on_progress:
+        from peft_vit.runs.bundle import export_bundle
+
+        bits: Any = request.adapter_bits and int(request.adapter_bits)
+        done = export_bundle(request.runs, folder, bits=bits, overwrite=request.overwrite, on_progress=on_progress)
+    for adapter in done:
+        compared = adapter.comparison
+        said = "not compared with the run's model, whose images are not as they were"
+        if compared is not None:
+            said = (
+                f"{100 * compared.same_predictions:.2f} % of predictions as the run's on {compared.images} "
+                f"{compared.split} images, accuracy {100 * compared.trained_accuracy:.2f} % before and "
+                f"{100 * compared.exported_accuracy:.2f} % after"
+            )
+        print(f"{adapter.name}: {adapter.file_bytes / 1e3:.1f} kB; {said}")
+    _print_next(folder, f" --adapter {shlex.quote(done[0].name)}")
 
 
 def _write_file(request: ExportRequest, format: str, output: Path) -> tuple[Exported, None]:
@@ -260,8 +309,8 @@ class PredictRequest(Request):
     """A model, images, and what is to be said of them."""
 
     model: Annotated[Path, Option(is_argument=True)] = Field(
-        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder), or the folder of a run, such as "
-        "peft-vit-runs/latest."
+        description=f"The model: what export wrote ({', '.join(_ENDINGS)}, a folder, a bundle), or the folder of a "
+        "run, such as peft-vit-runs/latest."
     )
     images: Annotated[list[Path], Option(is_argument=True)] = Field(
         description="The images: files, folders of them, or a zip."
@@ -269,6 +318,9 @@ class PredictRequest(Request):
     weights: Annotated[str | None, Option(keys=("file", "sha256"))] = Field(
         default=None,
         description=f"Only for an adapter in the PEFT library's format. {WEIGHTS} Without it, as the adapter says.",
+    )
+    adapter: str | None = Field(
+        default=None, description="Of a folder that export --bundle wrote: ask this adapter. Without it, the only one."
     )
     top: int = Field(default=1, ge=1, description="Print this many of the most probable classes.")
     coverage: float | None = Field(
@@ -366,14 +418,14 @@ def _opened(request: PredictRequest) -> tuple[list[ImageFile | UserError], Class
 
         _refuse_swapped(request.model, request.images[0])
         images = image_files(request.images)
-        return images, open_classifier(request.model, request.weights)
+        return images, open_classifier(request.model, request.weights, request.adapter)
 
 
 def _refuse_swapped(model: Path, images: Path) -> None:
     from peft_vit.records import RECORD_FILE, single_run
 
     def is_model(path: Path) -> bool:
-        return exported_format(path) is not None or os.path.isfile(single_run(path) / RECORD_FILE)
+        return exported_format(path) is not None or is_bundle(path) or os.path.isfile(single_run(path) / RECORD_FILE)
 
     if not is_model(model) and is_model(images):
         places = f"{shlex.quote(str(images))} {shlex.quote(str(model))}"

@@ -28,6 +28,7 @@ from peft_vit.config.methods import (
 )
 from peft_vit.config.registries import (
     BITS_OF_TYPE,
+    BUNDLE_FILE,
     CARD_FILE,
     DATASETS,
     EXPORTS,
@@ -40,6 +41,7 @@ from peft_vit.config.registries import (
     exported_bytes,
     exported_format,
     format_of_name,
+    is_bundle,
     licence_of,
 )
 from peft_vit.config.study import (

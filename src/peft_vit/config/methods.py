@@ -203,7 +203,24 @@ class StartingRanksConfig(Settings):
 RULE_OF_A_BUDGET = "stable_rank"
 
 
-class LoraConfig(AdapterConfig):
+class StoredAdapterConfig(AdapterConfig):
+    """What adapters have whose ranks are chosen at the start, and whose files hold few bits a value."""
+
+    ranks: StartingRanksConfig | None = Field(
+        default=None, description="instead of rank: a budget over all modules, and the rule that spends it"
+    )
+    adapter_bits: Literal[1, 2, 4, 8, 16] | None = Field(
+        default=None,
+        description="of a value of an update in its file, one scale a row beside them; bytes of ranks are then those",
+    )
+    adapter_rounding: Annotated[Literal["training", "after"], OnlyWith(adapter_bits=...)] = Field(
+        default="training",
+        description="when values are rounded to adapter_bits: from the first step on, with the gradient of unrounded "
+        "ones (straight-through), or only where the model is validated, tested and exported",
+    )
+
+
+class LoraConfig(StoredAdapterConfig):
     """LoRA (arXiv 2106.09685) at one rank, at ranks that a rule chooses, or going on from an adapter of PEFT."""
 
     rank: int | None = Field(default=None, ge=1, description="of every update")
@@ -211,14 +228,11 @@ class LoraConfig(AdapterConfig):
         default=None, min_length=1, description="instead of rank: folder of a PEFT LoRA adapter to start from"
     )
 
-    ranks: StartingRanksConfig | None = Field(
-        default=None, description="instead of rank: a budget over all modules, and the rule that spends it"
-    )
-
     @model_validator(mode="after")
     def _rank_or_start(self, info: ValidationInfo) -> Self:
         exactly_one(self, "rank", "start", "ranks")
-        given = [name for name in ("scale", "targets") if self.start is not None and is_given(self, name, info)]
+        decided = () if self.start is None else ("scale", "targets", "adapter_bits")
+        given = [name for name in decided if is_given(self, name, info)]
         refuse(self, dict.fromkeys(given, "has no effect with start: the adapter has its own; remove it"))
         return self
 
@@ -301,7 +315,7 @@ _COURSES = ("linear", "cosine")
 Rounding: TypeAlias = Literal["nearest", "gptq"]
 
 
-class QaLoraConfig(AdapterConfig):
+class QaLoraConfig(StoredAdapterConfig):
     """Quantization-aware LoRA (arXiv 2309.14717), NF4/FP4 codebooks (arXiv 2305.14314), and a schedule."""
 
     quantization_bits: Annotated[Bits | None, OnlyWith(adaptive_bits=None)] = Field(
@@ -344,7 +358,7 @@ class QaLoraConfig(AdapterConfig):
         default=False, description="keep the scales of groups in 8 bits themselves, as bitsandbytes does"
     )
     rank: int | None = Field(
-        default=None, ge=1, description="default 8; not where the section adalora or adaptive_bits decides ranks"
+        default=None, ge=1, description="default 8; not where ranks, the section adalora or adaptive_bits decides them"
     )
     quantization_warmup_steps: Annotated[int, OnlyWith(quantization_schedule=_COURSES)] = Field(
         default=0, ge=0, description="steps before the float weights start to go"
@@ -362,8 +376,8 @@ class QaLoraConfig(AdapterConfig):
 
     @property
     def fixed_rank(self) -> int:
-        """Return the rank of every site where nothing else decides ranks."""
-        return 8 if self.rank is None else self.rank
+        """Return the rank of every site where nothing else decides ranks; 0 where a rule will."""
+        return 0 if self.ranks is not None else 8 if self.rank is None else self.rank
 
     @property
     def pool(self) -> int:
@@ -389,6 +403,10 @@ class QaLoraConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.ranks is not None and (self.rank is not None or self.adaptive_bits is not None):
+            raise ValueError("ranks has no effect with rank or adaptive_bits; remove one of the two")
+        if self.ranks is not None and self.ranks.reads_images:
+            raise ValueError("ranks.rule: gradient needs float weights; take another rule")
         if self.adaptive_bits is not None:
             if self.adaptive_bits.ranks and self.rank is not None:
                 raise ValueError("rank has no effect with adaptive_bits.ranks: true; remove it")
@@ -446,7 +464,16 @@ class MethodKind:
         refuse(experiment, problems)
 
 
-_OF_ADAPTERS = ("rank", "scale", "gradient_scaling_factor", "gradient_scaling", "balance_target", "adaptive_bits.ranks")
+_OF_ADAPTERS = (
+    "rank",
+    "ranks",
+    "adapter_bits",
+    "scale",
+    "gradient_scaling_factor",
+    "gradient_scaling",
+    "balance_target",
+    "adaptive_bits.ranks",
+)
 METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show them
     kind.name: kind
     for kind in (
@@ -476,6 +503,8 @@ METHOD_KINDS: dict[str, MethodKind] = {  # in the order in which reports show th
             {"adalora": AdaLoraConfig, "qa_lora": QaLoraConfig},
             unread={
                 "qa_lora.rank": "adalora decides ranks, remove it",
+                "qa_lora.ranks": "adalora decides ranks, remove it",
+                "qa_lora.adapter_bits": "its adapters are stored in float32, remove it",
                 "qa_lora.adaptive_bits.ranks": "adalora decides ranks, remove it",
                 "adalora.scale": "set qa_lora.scale",
                 "adalora.targets": "set qa_lora.targets",

@@ -175,6 +175,7 @@ EXPORTS: dict[str, ExportFormat] = {
 
 CARD_FILE = "peft_vit.json"  # in an exported folder: what its model is, and how images become its input
 PEFT_FILE = "adapter_config.json"  # by which PEFT knows a folder of its own
+BUNDLE_FILE = "backbone.safetensors"  # in a folder of adapters' files: the backbone of all of them
 
 
 def exported_format(path: Path) -> str | None:
@@ -185,6 +186,11 @@ def exported_format(path: Path) -> str | None:
     if os.path.isfile(path / PEFT_FILE):  # unlike Path.is_file, also False for an impossible name
         return "peft"
     return "pretrained" if os.path.isfile(path / CARD_FILE) else format_of_name(path)
+
+
+def is_bundle(path: Path) -> bool:
+    """Tell whether a path is a folder of adapters and their backbone."""
+    return os.path.isfile(path / BUNDLE_FILE)
 
 
 def format_of_name(path: Path) -> str | None:

@@ -39,7 +39,7 @@ class ImageFile(NamedTuple):
     read: Callable[[], bytes]
 
 
-_Image: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
+GivenImage: TypeAlias = Path | ImageFile | NDArray[np.uint8] | UserError
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _in_zip(path: Path) -> list[ImageFile | UserError]:
 
 
 def predict_files(
-    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None, top: int = 1
+    classifier: Classifier, images: Iterable[GivenImage], coverage: float | None = None, top: int = 1
 ) -> Iterator[Prediction | UserError]:
     """Yield one prediction an image, in the order given, or what is wrong with a file, a folder below or an array.
 
@@ -184,7 +184,7 @@ def _outputs(classifier: Classifier, images: NDArray[np.float32]) -> tuple[NDArr
     return logits, distances.tolist()
 
 
-def _each(images: Iterable[_Image]) -> Iterator[_Image]:
+def _each(images: Iterable[GivenImage]) -> Iterator[GivenImage]:
     for image in images:
         if isinstance(image, Path):
             yield from image_files([image])
@@ -193,7 +193,7 @@ def _each(images: Iterable[_Image]) -> Iterator[_Image]:
 
 
 def predict_images(
-    classifier: Classifier, images: Iterable[_Image], coverage: float | None = None, top: int = 1
+    classifier: Classifier, images: Iterable[GivenImage], coverage: float | None = None, top: int = 1
 ) -> list[Prediction]:
     """Return one prediction an image, in their order; arguments as `predict_files`'.
 
@@ -244,7 +244,7 @@ def _prediction(
     return Prediction(file, *labels[0], classes, tuple(labels[:top]), unlike, distance)
 
 
-def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
+def _pixels(image: GivenImage, card: ModelCard) -> np.ndarray | UserError:
     """Return an image as training would see it, (S, S, C) uint8."""
     try:
         if isinstance(image, UserError):
@@ -264,6 +264,21 @@ def _pixels(image: _Image, card: ModelCard) -> np.ndarray | UserError:
         return to_pixels(decoded, card.image_size, card.channels, card.interpolation)
     except UserError as error:
         return error
+
+
+def prepared(image: GivenImage, card: ModelCard) -> NDArray[np.float32]:
+    """Return an image as a model's input, (3, S, S); raises UserError if it can't be read."""
+    pixels = _pixels(_on_disk(image) if isinstance(image, Path) else image, card)
+    if isinstance(pixels, UserError):
+        raise pixels
+    normalised: NDArray[np.float32] = _normalised(pixels[None], card)[0]
+    return normalised
+
+
+def prediction_of(logits: NDArray[np.float32], card: ModelCard, coverage: float | None, top: int) -> Prediction:
+    """Return what the logits (classes,) of one image say."""
+    temperature = 1.0 if card.calibrated is None else card.calibrated.temperature
+    return _prediction(None, probabilities(logits[None], temperature)[0], None, card, coverage, top)
 
 
 def _normalised(pixels: NDArray[np.uint8], card: ModelCard) -> NDArray[np.float32]:

@@ -159,6 +159,15 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbour
         UserError: if the model carries adapters or float weights that fade out, is not the one that the card names,
             or the file can't be written.
     """
+    header, tensors = low_bit_parts(model, card, known)
+    build_low_bit(header, tensors, file)  # what could not be read again is not written
+    write_exported(file, save(tensors, metadata={HEADER: header.model_dump_json()}))
+
+
+def low_bit_parts(
+    model: nn.Module, card: ModelCard, known: Neighbours | None = None
+) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return the header, with its hash, and the tensors that `save_low_bit` writes of a model."""
     check_merged(model)
     tensors, layers = dict(model.state_dict()), {}
     for name, weight in packed_weights(model).items():
@@ -168,18 +177,17 @@ def save_low_bit(model: nn.Module, file: Path, card: ModelCard, known: Neighbour
         tensors |= {f"{_KNOWN}{name}": torch.from_numpy(part) for name, part in parts_of(known).items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = LowBitHeader(card=card, layers=layers)
-    _build(header, tensors, file)  # what could not be read again is not written
-    write_exported(file, save(tensors, metadata={HEADER: header.signed(low_bit_digest(header, tensors))}))
+    return header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors
 
 
 def open_low_bit(file: Path) -> Classifier:
     """Return the classifier in a file; raises UserError as `load_low_bit`."""
-    header, tensors = _read_low_bit(file)
+    header, tensors = read_low_bit(file)
     known = None
     if header.card.unlike is not None:
         parts = {name.removeprefix(_KNOWN): part for name, part in tensors.items() if name.startswith(_KNOWN)}
         known = neighbours_from({name: part.numpy() for name, part in parts.items()}, file)
-    return torch_classifier(_build(header, tensors, file), header.card, known)
+    return torch_classifier(build_low_bit(header, tensors, file), header.card, known)
 
 
 def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
@@ -188,18 +196,19 @@ def load_low_bit(file: Path) -> tuple[nn.Module, ModelCard]:
     Raises:
         UserError: if the file is cut off, was changed after it was written, or is not of this layout.
     """
-    header, tensors = _read_low_bit(file)
-    return _build(header, tensors, file), header.card
+    header, tensors = read_low_bit(file)
+    return build_low_bit(header, tensors, file), header.card
 
 
-def _read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
+def read_low_bit(file: Path) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return what is in a file that `save_low_bit` has written; raises UserError as `load_low_bit`."""
     texts, tensors = read_safetensors(file)
     header = LowBitHeader.read(texts.get(HEADER), file, "safetensors")
     header.check(low_bit_digest(header, tensors), file)
     return header, tensors
 
 
-def low_bit_digest(header: LowBitHeader, tensors: dict[str, Tensor]) -> str:
+def low_bit_digest(header: Header, tensors: dict[str, Tensor]) -> str:
     """Return the SHA-256 over the header without its hash, and over name, dtype, shape and bytes of each tensor."""
     fields = header.model_dump(mode="json", exclude={"sha256"})
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
@@ -210,8 +219,12 @@ def low_bit_digest(header: LowBitHeader, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _build(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.Module:
-    """Return the model that header and tensors describe, on the tensors' own memory."""
+def build_low_bit(header: LowBitHeader, tensors: dict[str, Tensor], file: Path) -> nn.Module:
+    """Return the model that header and tensors describe, on the tensors' own memory.
+
+    Raises:
+        UserError: naming the file, if they describe none.
+    """
     card = header.card
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(_KNOWN)}
     model: nn.Module = create_skeleton(card.architecture, card.image_size, len(card.class_names))

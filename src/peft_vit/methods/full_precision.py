@@ -6,12 +6,13 @@ budget. How a probe is fitted is told in `training.linear_probe`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from peft_vit.adapters import attach_adapters, freeze_backbone
+from peft_vit.adapters import attach_adapters, freeze_backbone, store_in_bits
 from peft_vit.adapters.peft_format import import_peft, read_peft
 from peft_vit.allocation import (
     AdaLoRAController,
@@ -21,8 +22,10 @@ from peft_vit.allocation import (
     largest_ranks,
     schedule_for,
 )
-from peft_vit.backbones import BackboneShape, find_sites, fused_sites
+from peft_vit.allocation.starting_ranks import PLAIN, Adapters
+from peft_vit.backbones import BackboneShape, Site, find_sites, fused_sites
 from peft_vit.config import RULE_OF_A_BUDGET, AdaLoraConfig, ExperimentConfig, Frozen, LoraConfig, QaLoraConfig
+from peft_vit.config.methods import StoredAdapterConfig
 from peft_vit.errors import UserError
 from peft_vit.methods.method import (
     DEFAULT_RANK,
@@ -60,19 +63,24 @@ def _prepare_lora(model: nn.Module, experiment: ExperimentConfig, context: Prepa
     sites = find_sites(model, settings.targets)
     # A rule sees the head that training starts from, so its ranks come later.
     attach_adapters(model, sites, settings.rank or 0, scale=settings.scale, seed=context.seed)
-    return [] if settings.ranks is None else [StartingRanks(settings.ranks, sites, seed=context.seed)]
+    return stored_adapters(model, settings, Adapters("lora", 1, settings.adapter_bits), sites, context.seed)
+
+
+def stored_adapters(
+    model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site], seed: int
+) -> list[Hook]:
+    """Let a model's adapters have the bits that settings say, and return what chooses their ranks, if a rule does."""
+    store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding == "training")
+    if settings.ranks is None:
+        return []
+    return [StartingRanks(settings.ranks, sites, seed=seed, adapters=adapters)]
 
 
 def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(LoraConfig)
     if settings.rank is not None:
         check_rank_at("lora.rank", sites_of("lora", settings, shape), settings.rank)
-    if settings.ranks is not None:
-        sites, rule = sites_of("lora", settings, shape), settings.ranks
-        check_rank_at("lora.ranks.site_rank", sites, rule.site_rank)
-        check_starting_ranks(rule, sites)
-        if rule.reads_images:
-            check_images("lora.ranks.calibration_images", rule.calibration_images, train_images)
+    check_ranks_of(settings, Adapters("lora", 1, settings.adapter_bits), shape, train_images)
     if settings.start is not None:
         try:
             read_peft(Path(settings.start), fused_sites(shape.sites), dict.fromkeys(shape.head, ()), any_head=True)
@@ -80,10 +88,44 @@ def _check_lora(experiment: ExperimentConfig, shape: BackboneShape, total_steps:
             raise UserError(str(error), field="lora.start") from None
 
 
+def check_ranks_of(settings: StoredAdapterConfig, adapters: Adapters, shape: BackboneShape, train_images: int) -> None:
+    """Refuse a budget of ranks that does not fit the sites, or that asks for more images than there are.
+
+    Raises:
+        UserError: with the setting, below the experiment.
+    """
+    if settings.ranks is None:
+        return
+    sites, field = sites_of(adapters.section, settings, shape), f"{adapters.section}.ranks"
+    check_rank_at(f"{field}.site_rank", sites, settings.ranks.site_rank, adapters.pool)
+    check_starting_ranks(settings.ranks, sites, adapters)
+    if settings.ranks.reads_images:
+        check_images(f"{field}.calibration_images", settings.ranks.calibration_images, train_images)
+
+
 def _lora_defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
+    if options.adapter_bytes is not None:
+        return {"lora": stored_in(options.adapter_bytes, PLAIN, options.shape.sites)}
     if options.budget is not None:
         return {"lora": {"ranks": {"rule": RULE_OF_A_BUDGET, "budget": options.budget, "unit": options.budget_unit}}}
     return {"lora": {"rank": options.rank or DEFAULT_RANK}}
+
+
+def stored_in(total_bytes: int, adapters: Adapters, sites: Sequence[Site]) -> dict[str, Any]:
+    """Return the settings by which updates take so many bytes in their files: ranks `even`, before bits.
+
+    The bits are the fewest with which they buy at most rank DEFAULT_RANK everywhere: ranks of one bit are worth more
+    than the bits of fewer ranks (arXiv 2307.16867, on float weights). Whether that is the best rule is not measured.
+
+    Raises:
+        UserError: if they buy no rank of one bit.
+    """
+    costs = {bits: adapters._replace(bits=bits).costs("bytes", sites) for bits in (1, 2, 4, 8, 16)}
+    if total_bytes < (least := int(costs[1].min())):
+        reason = f"expected at least {least} B, which one rank of the smallest matrix takes in one bit"
+        raise UserError(f"{reason}, got {total_bytes} B", field="--adapter-bytes")
+    bits = next((bits for bits, cost in costs.items() if total_bytes <= DEFAULT_RANK * int(cost.sum())), 16)
+    return {"adapter_bits": bits, "ranks": {"rule": "even", "budget": total_bytes, "unit": "bytes"}}
 
 
 LORA = Method(

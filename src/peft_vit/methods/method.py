@@ -51,6 +51,7 @@ class TrainOptions:
         budget: over all matrices, in `budget_unit`; bytes are those of the values in float32.
         steps: of the run.
         shape: of the backbone.
+        adapter_bytes: of the updates' values in their file, in as few bits as the method finds best.
     """
 
     rank: int | None
@@ -58,10 +59,13 @@ class TrainOptions:
     steps: int
     shape: BackboneShape
     budget_unit: Literal["ranks", "bytes"] = "ranks"
+    adapter_bytes: int | None = None
 
     @property
     def below_one_rank_a_matrix(self) -> bool:
         """Whether the budget is too small for one rank on each matrix."""
+        if self.adapter_bytes is not None:
+            return self.adapter_bytes < int(rank_costs("bytes", self.shape.sites, bits=1).sum())
         if self.budget is None:
             return False
         return self.budget < int(rank_costs(self.budget_unit, self.shape.sites).sum())

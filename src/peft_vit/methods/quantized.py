@@ -9,10 +9,19 @@ from typing import Any
 from torch import nn
 
 from peft_vit.adapters import freeze_backbone
+from peft_vit.allocation.starting_ranks import Adapters
 from peft_vit.backbones import BackboneShape, Site, find_sites
 from peft_vit.config import BITS_OF_TYPE, ExperimentConfig, Frozen, QaLoraConfig, QuantizationType
 from peft_vit.errors import UserError
-from peft_vit.methods.full_precision import adalora_defaults, check_adalora, prepare_adalora, shorten_adalora
+from peft_vit.methods.full_precision import (
+    adalora_defaults,
+    check_adalora,
+    check_ranks_of,
+    prepare_adalora,
+    shorten_adalora,
+    stored_adapters,
+    stored_in,
+)
 from peft_vit.methods.method import (
     DEFAULT_RANK,
     Method,
@@ -102,18 +111,28 @@ def _shorten(experiment: ExperimentConfig, total_steps: int, steps: int, every: 
     return {"qa_lora": settings.model_copy(update=short)}
 
 
+def _adapters(settings: QaLoraConfig) -> Adapters:
+    return Adapters("qa_lora", settings.pool, settings.adapter_bits)
+
+
 def _prepare(model: nn.Module, experiment: ExperimentConfig, context: PrepareContext) -> list[Hook]:
-    return [_trainer(model, experiment, context)]
+    settings, trainer = experiment.need(QaLoraConfig), _trainer(model, experiment, context)
+    sites = find_sites(model, settings.targets)
+    return [trainer, *stored_adapters(model, settings, _adapters(settings), sites, context.seed)]
 
 
 def _check(experiment: ExperimentConfig, shape: BackboneShape, total_steps: int, train_images: int) -> None:
     settings = experiment.need(QaLoraConfig)
     ranks_are_chosen = settings.adaptive_bits is not None and settings.adaptive_bits.ranks
     _check_packing(experiment, shape, total_steps, train_images, rank=0 if ranks_are_chosen else settings.fixed_rank)
+    check_ranks_of(settings, _adapters(settings), shape, train_images)
 
 
 def _defaults(options: TrainOptions) -> dict[str, dict[str, Any]]:
     packing, sites = packed_by_default(options.shape.sites), options.shape.sites
+    if options.adapter_bytes is not None:
+        adapters = Adapters("qa_lora", packing.get("group_size", 1))
+        return {"qa_lora": packing | stored_in(options.adapter_bytes, adapters, sites)}
     # A pooled adapter sees one input a group: a rank above their number would be wasted.
     group = packing.get("group_size", 1)
     most = min(min(site.in_features // group, site.out_features) for site in sites)

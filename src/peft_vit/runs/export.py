@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_vit.adapters import packed_weights
 from peft_vit.adapters.peft_format import export_peft
 from peft_vit.config import CARD_FILE, EXPORTS, PEFT_FILE, ExportFormat, QuantizationType, Rounding
-from peft_vit.data import LabelledImages
+from peft_vit.data import Data, LabelledImages
 from peft_vit.deployment import (
     Classifier,
     Merged,
@@ -44,7 +44,7 @@ _COMPARED_WITH = 128  # training images, where the run validated on none
 _ELSEWHERE = "choose another place"
 LARGEST_LOSS = 0.5  # points of accuracy that activations in 8 bits may lose where nothing else is said
 
-_Split: TypeAlias = Literal["validation", "training", "test"]
+Split: TypeAlias = Literal["validation", "training", "test"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Comparison:
     """An exported file, opened again, against the run's model as it was trained; both in float32."""
 
     images: int
-    split: _Split  # of the run, that they are of
+    split: Split  # of the run, that they are of
     same_predictions: float  # share
     logit_error: float  # largest difference over the largest magnitude
     trained_accuracy: float
@@ -196,8 +196,7 @@ def export_run_to_file(
             writer_of(format)(merged.model, made, card, run.known)
     if data is None:
         return Exported(merged, None, missing)
-    split: _Split = "validation" if len(data.validation) else "training"
-    images = data.validation if split == "validation" else _spread(data.train, _COMPARED_WITH)
+    images, split = images_to_compare(data)
     if not int8:
         comparison = compare(torch_classifier(run.model, card), open_exported(file), images, split)
         return Exported(merged, comparison, float_bytes=float_bytes)
@@ -231,7 +230,7 @@ def compare_int8(run_dir: Path) -> Comparison:
 
 
 def _try_int8(
-    run: RestoredRun, merged: nn.Module, card: ModelCard, images: LabelledImages, split: _Split
+    run: RestoredRun, merged: nn.Module, card: ModelCard, images: LabelledImages, split: Split
 ) -> tuple[Comparison, bytes]:
     """Return what products in 8 bits do to a run's model, and the file's content."""
     with tempfile.TemporaryDirectory() as folder:
@@ -240,12 +239,19 @@ def _try_int8(
         return compare(torch_classifier(run.model, card), open_exported(trial), images, split), trial.read_bytes()
 
 
+def images_to_compare(data: Data) -> tuple[LabelledImages, Split]:
+    """Return a run's validation images, or of its training images some where there are none, and which they are."""
+    if len(data.validation):
+        return data.validation, "validation"
+    return _spread(data.train, _COMPARED_WITH), "training"
+
+
 def _spread(images: LabelledImages, count: int) -> LabelledImages:
     """Return so many of the images, or all, at even distances."""
     return images.chosen(np.linspace(0, len(images) - 1, min(len(images), count)).round().astype(int))
 
 
-def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: _Split) -> Comparison:
+def compare(trained: Classifier, exported: Classifier, images: LabelledImages, split: Split) -> Comparison:
     """Return how far a classifier's outputs are from another's, on labelled images of a run's split."""
     logits: list[tuple[Tensor, Tensor]] = []  # (B, classes) each
     labels = []

@@ -496,6 +496,7 @@ def experiment_for(
         budget_unit="ranks" if budget is None else budget.unit,
         steps=steps,
         shape=shape,
+        adapter_bytes=None if request.adapter_bytes is None else bytes_of(request.adapter_bytes),
     )
     if not request.is_probe:
         rate = method.learning_rate_for(options) if request.learning_rate is None else request.learning_rate

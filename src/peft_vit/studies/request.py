@@ -222,6 +222,7 @@ class TrainRequest(Request):
         OnlyWith(method=("lora", "peft_lora", "qa_lora", "peft"), remedy="leave it out; adaptive ranks have --budget"),
         _UNLESS_IMPORTED,
         OnlyWith(budget=None),
+        OnlyWith(adapter_bytes=None),
     ] = Field(
         default=None,
         ge=1,
@@ -238,6 +239,13 @@ class TrainRequest(Request):
         default=None,
         description="The size of the updates of all layers together: a sum of ranks, or a size such as 100kB. Without "
         "it, adalora and qa_adalora use four ranks for each weight matrix. With lora it replaces --rank.",
+    )
+    adapter_bytes: Annotated[
+        WrittenSize, OnlyWith(method=("lora", "qa_lora")), OnlyWith(budget=None), _UNLESS_IMPORTED
+    ] = Field(
+        default=None,
+        description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora in "
+        "place of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
     )
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."
@@ -305,6 +313,7 @@ class TrainRequest(Request):
         short = {
             "rank": "r{}",
             "budget": "budget {}",
+            "adapter_bytes": "{}",
             "image_size": "{}px",
             "shots": "{} shots",
             "init_adapter": "from {0.name}",

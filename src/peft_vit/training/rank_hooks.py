@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from peft_vit.adapters import SiteAdapter, check_gradients, set_ranks, site_adapters
 from peft_vit.adapters.peft_layers import ADAPTER, peft_layers, peft_ranks
 from peft_vit.adapters.peft_tuner import attach_peft_adalora
-from peft_vit.allocation import AdaLoRAController, CalibrationBatch, check_fisher, choose_starting_ranks, rank_costs
+from peft_vit.allocation import AdaLoRAController, CalibrationBatch, check_fisher, choose_starting_ranks
+from peft_vit.allocation.starting_ranks import PLAIN, Adapters
 from peft_vit.backbones import Site
 from peft_vit.config import PeftAdaLoraConfig, StartingRanksConfig
 from peft_vit.errors import UserError
@@ -30,12 +31,15 @@ class StartingRanks(Hook):
         config: the rule and its budget.
         sites: that carry adapters, which have no rank yet.
         seed: of the run.
+        adapters: what a rank of them costs.
     """
 
     name = "starting_ranks"
 
-    def __init__(self, config: StartingRanksConfig, sites: Sequence[Site], *, seed: int) -> None:
-        self._config, self._sites, self._seed = config, sites, seed
+    def __init__(
+        self, config: StartingRanksConfig, sites: Sequence[Site], *, seed: int, adapters: Adapters = PLAIN
+    ) -> None:
+        self._config, self._sites, self._seed, self._adapters = config, sites, seed, adapters
         self._ranks: dict[str, int] = {}
         self._scores: dict[str, float] = {}
 
@@ -46,8 +50,9 @@ class StartingRanks(Hook):
             if self._config.reads_images:
                 images, labels = context.calibration_batch(self._config.calibration_images)
                 batch = CalibrationBatch(images, labels, context.loss)
-            chosen = choose_starting_ranks(model, self._sites, self._config, seed=self._seed, batch=batch)
-            self._ranks, self._scores = chosen
+            self._ranks, self._scores = choose_starting_ranks(
+                model, self._sites, self._config, seed=self._seed, batch=batch, adapters=self._adapters
+            )
         set_ranks(model, self._ranks)
         check_gradients(model)
 
@@ -61,7 +66,7 @@ class StartingRanks(Hook):
 
     def record(self, model: nn.Module) -> dict[str, Any]:
         """Return the ranks, and the score of each site's first rank if the rule scores."""
-        costs = rank_costs(self._config.unit, self._sites)
+        costs = self._adapters.costs(self._config.unit, self._sites)
         cost = int(costs @ [self._ranks[site.name] for site in self._sites])
         entry = RankEntry(step=0, budget=self._config.budget, ranks=self._ranks, unit=self._config.unit, cost=cost)
         scores = [ImportanceEntry(step=0, scores=self._scores)] if self._scores else []

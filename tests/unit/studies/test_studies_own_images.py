@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from peft_vit.backbones import describe
-from peft_vit.config import METHOD_KINDS, RULE_OF_A_BUDGET, DataConfig, named_backbone
+from peft_vit.config import DEFAULT_MODEL, METHOD_KINDS, RULE_OF_A_BUDGET, DataConfig, bytes_of, named_backbone
 from peft_vit.data import load_data, open_index
 from peft_vit.errors import UserError
 from peft_vit.methods import METHODS
@@ -212,6 +212,9 @@ REFUSED = {  # what is asked for, the option that is named, and a part of what i
         for budget in (0, "0", "-3", "many", "1.5", "9 MBytes")
     },
     "rank and budget": ({"rank": 4, "budget": 9}, "--budget"),
+    "rank and bytes": ({"rank": 4, "adapter_bytes": "8kB"}, "--adapter-bytes"),
+    "bytes of another method": ({"adapter_bytes": "8kB", "method": "adalora"}, "no effect with --method adalora"),
+    "fewer bytes than a rank": ({"adapter_bytes": "19B"}, "expected at least 20 B, which one rank of the smallest"),
     "int8 of full": ({"method": "full", "compute": "int8"}, "no effect with --method full, since no layer is frozen"),
     "int8 of PEFT": ({"method": "peft_lora", "compute": "int8"}, "since the layers are PEFT's"),
     "steps and epochs": ({"steps": 30, "epochs": 2}, "--epochs"),
@@ -434,6 +437,21 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         METHODS[experiment.method].check(experiment, describe(study.backbone, size), 60, 100)
 
 
+@pytest.mark.parametrize(
+    ("method", "size", "bits"),
+    [("lora", "8kB", 1), ("lora", "80kB", 1), ("lora", "100kB", 2), ("lora", "9MB", 16), ("qa_lora", "80kB", 2)],
+)
+def test_bytes_buy_ranks_before_bits(asked, method, size, bits) -> None:
+    study, _ = study_of(asked(method, model=DEFAULT_MODEL, image_size=56, adapter_bytes=size, steps=60))
+    (experiment,) = study.experiments
+    settings = experiment.lora or experiment.qa_lora
+    assert (settings.adapter_bits, settings.ranks.rule, settings.ranks.unit) == (bits, "even", "bytes")
+    assert settings.ranks.budget == bytes_of(size)
+    METHODS[method].check(experiment, describe(study.backbone, 56), 60, 100)
+    few = METHODS["lora"].few_ranks_learning_rate
+    assert (experiment.training.learning_rate == few) == (method == "lora" and size == "8kB")
+
+
 # --- what a call is called ------------------------------------------------------------------------------------------
 
 
@@ -443,6 +461,7 @@ def test_groups_and_ranks_fit_every_site(asked, model, size, group, rank) -> Non
         ({}, "lora", ""),
         ({"method": "qa_lora", "rank": 4, "image_size": 112}, "qa-lora-r4-112px", "--image-size 112 --rank 4"),
         ({"budget": "100kB", "minutes": 2.5}, "lora-budget-100kb-2-5-min", "--minutes 2.5 --budget 100kB"),
+        ({"adapter_bytes": "8kB"}, "lora-8kb", "--adapter-bytes 8kB"),
         ({"init_adapter": "a/My_Adapter"}, "lora-from-my-adapter", "--init-adapter a/My_Adapter"),
         ({"model": "x" * 99, "smoke": True}, f"lora-smoke-{'x' * 37}", f"--model {'x' * 99} --smoke"),
     ],

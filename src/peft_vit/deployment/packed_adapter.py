@@ -1,0 +1,210 @@
+"""An adapter and its head alone, in few bytes: a file that belongs to a backbone whose hash it names.
+
+Of each site dW = B A with B (out, r), which has the scale in it, and A (r, in / pool). The rows of A and the columns of
+B are stored as `quantization.row_rounding` says, site by site in the model's order; so are the rows of the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, TypeAlias, get_args
+
+import torch
+from pydantic import Field
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from peft_vit.adapters import AdaptedLinear, SiteAdapter, adapted_modules, trained_tensors
+from peft_vit.adapters.adapter_file import read_safetensors
+from peft_vit.adapters.peft_layers import tuner_layers
+from peft_vit.backbones import Backbone, Site
+from peft_vit.backbones.backbone import linear_layers
+from peft_vit.deployment.model_card import HEADER, Header, ModelCard
+from peft_vit.deployment.torch_files import LowBitHeader, low_bit_digest, low_bit_parts
+from peft_vit.errors import UserError, named
+from peft_vit.quantization.row_rounding import pack_rows, unpack_rows
+
+_OF_HEAD = "head_"  # before "codes" and "scales"
+_HEAD_ROWS = ("head_codes", "head_scales")
+_Rank = Annotated[int, Field(ge=0, le=65_536)]
+StoredBits: TypeAlias = Literal[1, 2, 4, 8, 16, 32]
+
+
+class AdapterHeader(Header):
+    """What an adapter's file says of itself."""
+
+    base: str  # SHA-256 that the backbone's file says of itself
+    weights: str  # how that holds its matrices
+    bits: StoredBits
+    head_bits: StoredBits
+    pool: int = Field(ge=1)  # inputs on which an update is constant
+    ranks: tuple[_Rank, ...]  # of each site in the model's order
+
+
+class Update(NamedTuple):
+    """What an adapter adds to the outputs of one module: inputs @ right.T @ left."""
+
+    right: Tensor  # (R, in), R the ranks of all sites of the module
+    left: Tensor  # (R, out), zero where a rank is not of a row's site
+
+
+@dataclass(frozen=True)
+class PackedAdapter:
+    """An adapter as its file holds it."""
+
+    header: AdapterHeader
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of_model(
+        cls, model: nn.Module, card: ModelCard, base: LowBitHeader, bits: StoredBits, head_bits: StoredBits
+    ) -> PackedAdapter:
+        """Return what was trained of a model, without what tells images unlike its own.
+
+        Raises:
+            UserError: if more than adapters and head was trained, or the PEFT library has done it.
+        """
+        backbone = Backbone(model)
+        others = [name for name in trained_tensors(model) if ".sites." not in name and not backbone.is_of_head(name)]
+        if others or tuner_layers(model):
+            why = f"{others[0]} was trained, too" if others else "the PEFT library trained it"
+            raise UserError(f"{why}; a bundle takes runs of lora, adalora, qa_lora, qa_adalora, linear and qa_linear")
+        factors, ranks, pools = [], [], {1}
+        for site in backbone.sites:
+            adapter, rows = _adapter_on(model, site)
+            ranks.append(0 if adapter is None else adapter.rank)
+            if adapter is not None and adapter.rank:
+                # Rounded ones, rounded again, need not be the same.
+                left, right = adapter.exact_factors() if adapter.bits == bits else adapter.factors()
+                factors += [right, left[rows].T]  # (r, in / pool), (r, out)
+                pools.add(adapter.pool)
+        header = AdapterHeader(
+            card=card.model_copy(update={"unlike": None, "integer_bits": None}),
+            base=base.sha256,
+            weights=number_formats(base),
+            bits=bits,
+            head_bits=head_bits,
+            pool=max(pools),
+            ranks=tuple(ranks),
+        )
+        tensors = pack_rows(factors, bits)
+        weight, bias = _head_of(backbone)
+        tensors |= {f"{_OF_HEAD}{name}": tensor for name, tensor in pack_rows([weight], head_bits).items()}
+        tensors["head_bias"] = bias.half() if head_bits < 32 else bias
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        return cls(header.model_copy(update={"sha256": low_bit_digest(header, tensors)}), tensors)
+
+    @classmethod
+    def read(cls, file: Path) -> PackedAdapter:
+        """Return a file's adapter; raises UserError if it is none, is damaged, or was changed after it was written."""
+        texts, tensors = read_safetensors(file)
+        header = AdapterHeader.read(texts.get(HEADER), file, "bundle")
+        header.check(low_bit_digest(header, tensors), file)
+        return cls(header, tensors)
+
+    def content(self) -> bytes:
+        """Return the file's content."""
+        return save(self.tensors, metadata={HEADER: self.header.model_dump_json()})
+
+    def check(self, base: LowBitHeader, sites: Sequence[Site], width: int, file: Path) -> None:
+        """Refuse an adapter of another backbone, or one that does not fit.
+
+        Raises:
+            UserError: saying how the two backbones differ.
+        """
+        theirs, ours = self.header.card, base.card
+        differences = {
+            "the model": (theirs.model, ours.model),
+            "weights": (theirs.weights_sha256, ours.weights_sha256),
+            "images": (f"{theirs.image_size} px", f"{ours.image_size} px"),
+            "matrices in": (self.header.weights, number_formats(base)),
+            "a backbone of SHA-256": (self.header.base, base.sha256),
+        }
+        for what, (of_adapter, of_base) in differences.items():
+            if of_adapter != of_base:
+                message = f"was trained on {what} {of_adapter}, and this backbone has {of_base}"
+                raise UserError(f"{message}; put it into another bundle", file=file)
+        with named(file):
+            if len(self.header.ranks) != len(sites):
+                raise UserError(f"has ranks of {len(self.header.ranks)} matrices, the model {len(sites)}")
+            self.updates(sites)
+            self.head(width)
+
+    def updates(self, sites: Sequence[Site]) -> dict[str, Update]:
+        """Return what it adds, by module, in float32."""
+        rows = {site.module: site.rows[1] for site in sites}  # the last one's: all of the module
+        header, ranked = self.header, [pair for pair in zip(sites, self.header.ranks, strict=True) if pair[1]]
+        shapes = [
+            (rank, size) for site, rank in ranked for size in (site.in_features // header.pool, site.out_features)
+        ]
+        parts = {name: tensor for name, tensor in self.tensors.items() if name in ("codes", "scales")}
+        factors = unpack_rows(parts, shapes, header.bits)
+        by_module: dict[str, list[tuple[Site, Tensor, Tensor]]] = {}
+        for (site, _), right, left in zip(ranked, factors[::2], factors[1::2], strict=True):
+            by_module.setdefault(site.module, []).append((site, right, left))
+        return {module: _joined(parts, header.pool, rows[module]) for module, parts in by_module.items()}
+
+    def head(self, width: int) -> tuple[Tensor, Tensor]:
+        """Return weight (classes, width) and bias (classes,) in float32."""
+        header, bias = self.header, self.tensors.get("head_bias", torch.empty(0))
+        parts = {key.removeprefix(_OF_HEAD): tensor for key, tensor in self.tensors.items() if key in _HEAD_ROWS}
+        (weight,) = unpack_rows(parts, [(len(bias), width)], header.head_bits)
+        return weight, bias.float()
+
+
+def trained_bits(model: nn.Module) -> StoredBits | None:
+    """Return the bits that a model's adapters were trained to be stored in; None: they were not."""
+    adapters = [adapter for _, module in adapted_modules(model) for _, adapter in module.adapters()]
+    return next((bits for bits in get_args(StoredBits) if adapters and adapters[0].bits == bits), None)
+
+
+def number_formats(base: LowBitHeader) -> str:
+    """Return how a backbone holds its matrices: "float32", or "nf4 in groups of 32"."""
+    formats = {f"{layer.type} in groups of {layer.group_size or 'a row'}" for layer in base.layers.values()}
+    return " and ".join(sorted(formats)) or "float32"
+
+
+def backbone_of(model: nn.Module, card: ModelCard) -> tuple[LowBitHeader, dict[str, Tensor]]:
+    """Return a model's backbone as `save_low_bit` writes it, on the model's memory; it has a head of one class.
+
+    The model is changed: its adapters go, and its head.
+    """
+    for _, module in adapted_modules(model):
+        module.sites, module.multiplies_integers = nn.ModuleDict(), False
+    for name, layer in Backbone(model).heads.items():
+        head = nn.Linear(layer.in_features, 1)
+        nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+        model.set_submodule(name, head)
+    nothing = {"calibrated": None, "unlike": None, "integer_bits": None, "interpolation": "bicubic", "channels": 3}
+    return low_bit_parts(model, card.model_copy(update={**nothing, "run": "backbone", "class_names": ("backbone",)}))
+
+
+def _joined(parts: Sequence[tuple[Site, Tensor, Tensor]], pool: int, rows: int) -> Update:
+    """Return the update of a module of sites with A (r, in / pool) and B transposed, (r, out_s)."""
+    right = torch.cat([right for _, right, _ in parts]).repeat_interleave(pool, dim=1)  # (R, in)
+    if len(parts) == 1 and parts[0][0].out_features == rows:
+        return Update(right, parts[0][2])
+    left, start = right.new_zeros(len(right), rows), 0  # (R, out)
+    for site, _, of_site in parts:
+        left[start : start + len(of_site), site.span] = of_site
+        start += len(of_site)
+    return Update(right, left)
+
+
+def _adapter_on(model: nn.Module, site: Site) -> tuple[SiteAdapter | None, slice]:
+    """Return the adapter on a site, and the rows of it that are the site's: PEFT's q, k and v share one."""
+    module = model.get_submodule(site.module)
+    for place, adapter in module.adapters() if isinstance(module, AdaptedLinear) else ():
+        (start, stop), (first, last) = place.rows, site.rows
+        if start <= first and last <= stop:
+            return adapter, slice(first - start, last - start)
+    return None, slice(0)
+
+
+def _head_of(backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Return weight (classes, width) and bias (classes,) of the head on all its features side by side."""
+    layers = linear_layers(backbone.head)
+    weight = torch.cat([layer.weight.detach() / len(layers) for layer in layers], dim=1)  # (classes, width)
+    return weight, torch.stack([layer.bias.detach() for layer in layers]).mean(0)

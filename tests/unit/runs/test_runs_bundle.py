@@ -1,0 +1,198 @@
+"""Bundles: what they compute is what each model alone computes, files are read as written, others' are refused."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from done_runs import do, do_one, restored, with_settings
+from PIL import Image
+from safetensors.torch import save
+from tiny_models import CARD, random_model
+
+from peft_vit import Bundle
+from peft_vit.adapters import adapted_modules, attach_adapters, site_adapters, store_in_bits
+from peft_vit.backbones import Backbone, find_sites
+from peft_vit.config import StartingRanksConfig
+from peft_vit.deployment.model_card import HEADER
+from peft_vit.deployment.packed_adapter import PackedAdapter, backbone_of
+from peft_vit.errors import UserError
+from peft_vit.records import run_folder
+from peft_vit.runs.bundle import export_bundle
+from peft_vit.runs.restore import restore_run
+
+pytestmark = pytest.mark.part("runner")
+IMAGES = np.random.default_rng(0).normal(size=(5, 3, 32, 32)).astype(np.float32)
+EVEN = StartingRanksConfig(rule="even", budget=200, unit="bytes")
+MIXED = ["b", "a", "none", "b", "a"]
+
+
+def write(model, card, folder, name, bits=32):
+    """Write a model's adapter, and its backbone if it is the folder's first."""
+    header, tensors = backbone_of(copy.deepcopy(model), card)
+    (folder / "backbone.safetensors").write_bytes(save(tensors, metadata={HEADER: header.model_dump_json()}))
+    packed = PackedAdapter.of_model(model, card, header, bits, max(bits, 4))
+    (folder / f"{name}.safetensors").write_bytes(packed.content())
+    return packed
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["test_vit", "tiny_distilled", "tiny_swin_v2", "tiny_hiera", "tiny_eva02", "tiny_eva02_fused", "tiny_pool"],
+)
+def test_a_mixed_batch_is_what_each_model_says_alone(family, tmp_path, fill_adapters) -> None:
+    card, models = CARD.model_copy(update={"model": family}), {}
+    for seed, name in enumerate(("a", "b", "none")):
+        model = random_model(family)
+        classes = 5 - seed
+        heads = {name: layer for name, layer in model.named_modules() if getattr(layer, "out_features", 0) == 5}
+        for place, layer in heads.items():
+            model.set_submodule(place, torch.nn.Linear(layer.in_features, classes))
+        sites = find_sites(model)
+        ranks = {site.name: 0 if name == "none" else (place + seed) % 3 for place, site in enumerate(sites)}
+        attach_adapters(model, sites, ranks, scale=1.7, seed=seed)
+        fill_adapters(model, seed)
+        models[name] = model.eval()
+        write(model, card.model_copy(update={"class_names": card.class_names[:classes]}), tmp_path, name)
+    bundle = Bundle.load(tmp_path)
+    assert bundle.names == ("a", "b", "none")
+    mixed = bundle.logits(IMAGES, MIXED)
+    for place, (name, logits) in enumerate(zip(MIXED, mixed, strict=True)):
+        with torch.inference_mode():
+            expected = models[name](torch.from_numpy(IMAGES[place : place + 1]))[0].numpy()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
+        (alone,) = bundle.logits(IMAGES[place : place + 1], name)
+        np.testing.assert_allclose(logits, alone, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.fixture
+def runs(study, tmp_path) -> list[Path]:
+    """Return the folders of two runs on one backbone: a probe and a LoRA on the same packed weights, or both seeds."""
+
+    def done(*methods):
+        records = do(study(*methods), tmp_path)
+        return [run_folder(tmp_path, record.spec).rename(tmp_path / record.spec.experiment.name) for record in records]
+
+    return done
+
+
+@pytest.mark.parametrize("methods", [("qa_lora", "qa_linear"), ("lora", "adalora", "linear")])
+def test_runs_become_a_bundle_and_back(runs, tmp_path, methods) -> None:
+    made, folder = runs(*methods), tmp_path / "bundle"
+    done = export_bundle(made[:1], folder)
+    done += export_bundle(made[1:], folder)  # the same backbone, which gets more adapters
+    assert [adapter.name for adapter in done] == list(methods)
+    bundle, exact = Bundle.load(folder), Bundle(made[0], dict(zip(methods, made, strict=True)))
+    names = [*methods, *methods][:4]
+    both = zip(names, bundle.logits(IMAGES[:4], names), exact.logits(IMAGES[:4], names), strict=True)
+    for place, (name, stored, logits) in enumerate(both):
+        run = restore_run(tmp_path / name)
+        with torch.inference_mode():
+            expected = run.model(torch.from_numpy(IMAGES[place : place + 1]))[0].numpy()
+        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(stored, expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+        assert bundle.cards[name] == run.card.model_copy(update={"unlike": None})
+    for adapter in done:
+        content = (folder / f"{adapter.name}.safetensors").read_bytes()
+        assert adapter.comparison.same_predictions == 1
+        assert adapter.file_bytes == len(content)
+        assert PackedAdapter.read(folder / f"{adapter.name}.safetensors").content() == content
+
+
+def test_images_of_several_adapters_are_predicted_together(runs, tmp_path) -> None:
+    made, folder = runs("lora", "linear"), tmp_path / "bundle"
+    export_bundle(made, folder)
+    bundle, file = Bundle.load(folder), tmp_path / "image.png"
+    Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3)).save(file)
+    together = bundle.predict([str(file), file], ["linear", "lora"], top=2)
+    for name, said in zip(("linear", "lora"), together, strict=True):
+        (alone,) = bundle.predict([file], name, top=2)
+        assert (said.class_name, said.top[0][0]) == (alone.class_name, alone.top[0][0])
+        assert said.probability == pytest.approx(alone.probability, abs=1e-5)
+
+
+def refused(call, *said) -> None:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_does_not_belong_together_is_refused_in_one_line(runs, tmp_path) -> None:
+    floats, packed, full = runs("lora", "qa_lora", "full")
+    one_each = tmp_path / "one_each"
+    refused(lambda: export_bundle([floats, packed], one_each), "qa_lora", "nf4 in groups of 16", "float32")
+    assert not one_each.exists()
+    refused(lambda: Bundle(packed, {"x": floats}), str(floats), "float32")
+    refused(lambda: export_bundle([full], one_each), "full", "was trained, too")
+    refused(lambda: export_bundle([floats, tmp_path / "other" / "lora"], one_each), "can't be the name of two")
+    refused(lambda: Bundle.load(tmp_path), "backbone.safetensors")
+    export_bundle([floats], one_each)
+    refused(lambda: export_bundle([floats], one_each), "lora.safetensors", "--overwrite")
+    export_bundle([floats], one_each, overwrite=True)
+    bundle, file = Bundle.load(one_each), one_each / "lora.safetensors"
+    refused(lambda: bundle.classifier("lara"), "'lara'", "lora")
+    refused(lambda: bundle.logits(IMAGES, ["lora"]), "5 images, got 1")
+    foreign = PackedAdapter.read(file)
+    for field, value in {"model": "other_vit", "image_size": 48, "weights_sha256": "a" * 64}.items():
+        card = foreign.header.card.model_copy(update={field: value})
+        other = PackedAdapter(foreign.header.model_copy(update={"card": card}), foreign.tensors)
+        refused(lambda other=other: bundle.add("x", other, file), str(file), str(value), "another bundle")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused(lambda: Bundle.load(one_each), str(file), "was changed")
+
+
+@pytest.mark.parametrize("change", [{"ranks": (1,)}, {"bits": 8}, {"head_bits": 4}, {"pool": 2}])
+def test_a_header_that_tells_of_other_tensors_is_refused(tmp_path, change) -> None:
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model), 1, scale=1.0, seed=0)
+    packed = write(model, CARD, tmp_path, "a")
+    bundle = Bundle.load(tmp_path)
+    with pytest.raises(UserError, match="here"):
+        bundle.add("b", PackedAdapter(packed.header.model_copy(update=change), packed.tensors), Path("here"))
+
+
+STORED = {
+    "after": ("lora", {"rank": 2, "adapter_bits": 4, "adapter_rounding": "after"}),
+    "below one rank": ("lora", {"rank": None, "adapter_bits": 1, "ranks": EVEN}),
+    "on packed weights": ("qa_lora", {"rank": None, "adapter_bits": 2, "ranks": EVEN}),
+}
+
+
+@pytest.mark.parametrize("case", STORED)
+def test_a_run_in_few_bits_is_restored_and_stored_as_it_was_trained(study, tmp_path, case) -> None:
+    method, settings = STORED[case]
+    record = do_one(with_settings(study(method), method, **settings), tmp_path)
+    run = restored(record, tmp_path)
+    if "ranks" in settings:
+        spent = record.rank_history[0]
+        assert spent.unit == "bytes"
+        assert 0.8 * EVEN.budget < spent.cost <= EVEN.budget
+    (done,) = export_bundle([run_folder(tmp_path, record.spec)], tmp_path / "bundle")
+    packed = PackedAdapter.read(tmp_path / "bundle" / f"{done.name}.safetensors")
+    assert (packed.header.bits, packed.header.head_bits) == (settings["adapter_bits"], 4)
+    if "ranks" in settings:
+        stored = sum(packed.tensors[name].nbytes for name in ("codes", "scales"))
+        assert spent.cost - 12 < stored <= spent.cost
+    backbone = Backbone(run.model)
+    updates = packed.updates(backbone.sites)
+    for name, module in adapted_modules(run.model):
+        expected = torch.cat([adapter.delta() for _, adapter in module.adapters()])  # (out, in)
+        update = updates.get(name)
+        stored = torch.zeros_like(expected) if update is None else update.left.T @ update.right
+        torch.testing.assert_close(stored, expected, rtol=1e-6, atol=1e-9)  # not float16's 1e-3: the same codes
+
+
+def test_values_are_rounded_while_training_only_if_asked_for(study, tmp_path) -> None:
+    model = random_model("test_vit")
+    attach_adapters(model, find_sites(model), 1, scale=2.0, seed=0)
+    adapter = next(iter(site_adapters(model).values()))
+    exact = adapter.lora_A.detach().clone()
+    for while_training, in_training in ((True, 2), (False, len(exact.unique()))):
+        store_in_bits(model, 1, while_training=while_training)
+        assert len(adapter.train().factors()[1].unique()) == in_training
+        assert len(adapter.eval().factors()[1].unique()) == 2
