@@ -387,7 +387,7 @@ def train(
         memory_limit: of the training process, as in "1GB".
         rank: of each matrix, for lora, peft_lora, qa_lora; None: 8.
         budget: for adalora and qa_adalora, ranks over all matrices, or their bytes as in "100kB".
-        adapter_bytes: for lora and qa_lora in place of rank, of all updates in a file, in few bits, as in "8kB".
+        adapter_bytes: for lora and qa_lora instead of rank, of all updates in a file, in few bits, as in "8kB".
         init_adapter: folder of a PEFT LoRA adapter to go on from.
         precision: auto, fp32 or bf16.
         compute: auto, float, or int8, which multiplies 8-bit integers in frozen layers.

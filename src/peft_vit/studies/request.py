@@ -250,8 +250,8 @@ class TrainRequest(Request):
         WrittenSize, OnlyWith(method=("lora", "qa_lora")), OnlyWith(budget=None), _UNLESS_IMPORTED
     ] = Field(
         default=None,
-        description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora in "
-        "place of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
+        description="The most that the updates of all layers may take in a file, such as 8kB, with lora and qa_lora "
+        "instead of --rank. They are trained in as few bits as it takes, from 1 to 16; export --bundle writes them.",
     )
     init_adapter: Annotated[Path | None, Option(keys=("start",)), OnlyWith(method="lora")] = Field(
         default=None, description="Start from the PEFT library's LoRA adapter in this folder. Works with --method lora."

@@ -28,7 +28,7 @@ from peft_vit.studies.image_sizes import expected_gain
 from peft_vit.studies.within_time import Outcome
 from peft_vit.tasks.classification import log_softmax
 from peft_vit.tuning.context import FOLDS, TuningContext
-from peft_vit.tuning.costs import FEWEST_FOLDS, Costs
+from peft_vit.tuning.costs import ENOUGH_STEPS, FEWEST_FOLDS, Costs
 from peft_vit.tuning.limits import within_memory
 from peft_vit.tuning.recipe import Recipe, shared_training
 
@@ -181,11 +181,13 @@ class Folds:
         return difference > errors * error
 
     def gains_by_steps(self, recipe: Recipe) -> bool:
-        """Tell whether more steps gain: as folds show with twice of them, else as half of them let expect."""
+        """Tell whether more steps gain: as folds show with twice of them, else as half of them or none let expect."""
         own = recipe.plain
         twice, half = self.difference(replace(own, steps=2 * own.steps), own), self.difference(own, own.half)
-        if twice is not None or half is None:
-            return twice is not None and twice[0] > 0
+        if twice is not None:
+            return twice[0] > 0
+        if half is None:  # there was no time for it: few steps as a rule are too few
+            return 0 < own.steps < ENOUGH_STEPS
         difference, error = half
         usual = expected_gain(own.steps) - expected_gain(own.half.steps)
         return difference * _USUAL_SD**2 + usual * error**2 > 0  # the mean of a normal prior and what was seen
