@@ -77,8 +77,8 @@ _LATER = {
     ),
 }
 _LATER_OF_EXPERIMENT = {
-    "lora": ("ranks",),
-    "qa_lora": ("rounding", "calibration_images", "use_double_quant"),
+    "lora": ("ranks", "adapter_bits", "adapter_rounding"),
+    "qa_lora": ("rounding", "calibration_images", "use_double_quant", "ranks", "adapter_bits", "adapter_rounding"),
     "training": (
         "steps",
         "validate_every",
