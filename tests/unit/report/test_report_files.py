@@ -212,7 +212,9 @@ def test_what_is_left_out_is_told_above_every_number_and_by_the_command(format: 
     printed = capsys.readouterr()
     markdown, left_out = (out / "analysis_summary.md").read_text(), f"Left out: {unfinished.BAD}: "
     assert "analysis_summary.md" in printed.out
-    (line,) = printed.err.splitlines()
+    (line,) = (
+        line for line in printed.err.splitlines() if not line.startswith("writing the report")
+    )  # on a busy machine
     assert line.startswith(f"left out: {results / unfinished.BAD}: is not a readable record")
     assert markdown.index(left_out) < markdown.index("70.0")
     if format == "html":
