@@ -104,7 +104,7 @@ DATA = {"dataset": "elpv", "image_size": 84, "train_images": 512, "validation_im
 
 def configuration(experiments: list[ExperimentConfig] | list[dict[str, Any]], **changes: Any) -> StudyConfig:
     """Return the study, of other experiments and with other settings."""
-    sections = [e.model_dump(exclude_none=True) if isinstance(e, ExperimentConfig) else e for e in experiments]
+    sections = [e.model_dump(exclude_defaults=True) if isinstance(e, ExperimentConfig) else e for e in experiments]
     training = {"epochs": EPOCHS, "learning_rate": 0.001}
     mapping = {
         "name": "quickstart",
