@@ -213,10 +213,10 @@ class StoredAdapterConfig(AdapterConfig):
         default=None,
         description="of a value of an update in its file, one scale a row beside them; bytes of ranks are then those",
     )
-    adapter_rounding: Annotated[Literal["training", "after"], OnlyWith(adapter_bits=...)] = Field(
-        default="training",
+    adapter_rounding: Annotated[Literal["training", "after"] | None, OnlyWith(adapter_bits=...)] = Field(
+        default=None,
         description="when values are rounded to adapter_bits: from the first step on, with the gradient of unrounded "
-        "ones (straight-through), or only where the model is validated, tested and exported",
+        "ones (straight-through), or only where the model is validated, tested and exported; default: training",
     )
 
 

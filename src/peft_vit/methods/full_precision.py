@@ -70,7 +70,7 @@ def stored_adapters(
     model: nn.Module, settings: StoredAdapterConfig, adapters: Adapters, sites: Sequence[Site], seed: int
 ) -> list[Hook]:
     """Let a model's adapters have the bits that settings say, and return what chooses their ranks, if a rule does."""
-    store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding == "training")
+    store_in_bits(model, settings.adapter_bits, while_training=settings.adapter_rounding != "after")
     if settings.ranks is None:
         return []
     return [StartingRanks(settings.ranks, sites, seed=seed, adapters=adapters)]

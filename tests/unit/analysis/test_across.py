@@ -224,7 +224,7 @@ def test_what_stands_twice_is_refused_by_name(tmp_path) -> None:
     copied = records("b", {"lora_r4": A})  # another name, the same images, seeds and settings
     with pytest.raises(UserError, match=r"'b/lora_r4/seed_0'.* holds it as 'a/lora_r4/seed_0' too"):
         load_across([first, planted.write(tmp_path / "three", copied)])
-    with pytest.raises(UserError, match=r"holds one study \(a\), and it takes two"):
+    with pytest.raises(UserError, match=r"holds one study \(a\), and this needs two"):
         load_across([first])
     assert list(load_across([first, second])) == ["a", "b"]
 
