@@ -39,12 +39,17 @@ README_ONLY = {r"not decided": "say what is known", r"hypothes[ei]s": "one link 
 README_LINES, README_WORDS, PAGES_WORDS = 110, 700, 33_000
 _FENCE = re.compile(r"^```.*?^```$|^ {4}.*?$|`[^`\n]*`|<!-- .*? -->|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
 _DATA = re.compile(r"^CSV: .*$", re.MULTILINE)  # names of columns in a file, which stay
+_REGISTERED = re.findall(  # sentences that studies have tested stay as they were declared
+    r'"([^"\n]{20,})"', (ROOT / "src/peft_vit/analysis/sentences.py").read_text(encoding="utf-8")
+)
 _GENERATED = re.compile(r"<!-- (\S+) -->.*?<!-- /\1 -->", re.DOTALL)
 
 
 def prose_of(text: str, *, with_code: bool = False) -> str:
     """Return a page without code and links' targets; its lines keep their numbers."""
     pattern = _DATA if with_code else _FENCE
+    for sentence in _REGISTERED:
+        text = text.replace(sentence, " " * len(sentence))
     return pattern.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text).lower()
 
 
