@@ -145,8 +145,9 @@ def checked_on(calibrated: Calibrated | None, test: Outputs, flagged: int | None
     p = probabilities(test.logits, 1.0 if calibrated is None else calibrated.temperature)  # (N, classes)
     own = 1 - class_scores(p, test.labels)  # (N,)
     rows = np.arange(len(p))
-    asked = [] if calibrated is None else [c for c in _SHOWN if c in calibrated.coverages]
-    sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in asked if calibrated is not None}
+    sets = {}
+    if calibrated is not None:
+        sets = {c: prediction_sets(p, calibrated.threshold(c)) for c in _SHOWN if c in calibrated.coverages}
     return TestedCalibration(
         nll=float(-np.log(np.maximum(own, np.finfo(float).tiny)).mean()),
         probability=p[rows, test.logits.argmax(1)].clip(0, 1).tolist(),

@@ -9,11 +9,11 @@ import numpy as np
 
 from peft_vit.errors import UserError
 from peft_vit.evaluation import calibrate
-from peft_vit.records import RECORD_FILE, RunRecord, read_record, run_folder
+from peft_vit.records import RunRecord
 from peft_vit.runs.held_out import Outputs, checked_on
 from peft_vit.statistics import TemperaturePrior
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.within_time import Outcome
+from peft_vit.studies.within_time import Outcome, finished_runs
 from peft_vit.tasks import metric_of
 
 # No image that tells the temperature has chosen a step, and they are few: it is less known than after validation.
@@ -48,12 +48,9 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
         UserError: if none of them has finished.
     """
     outcomes, predicted = [], []
-    for run in plan.runs:
-        folder = run_folder(results_dir, run.spec)
-        own = read_record(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else None
-        if own is not None and own.status == "done":
-            outcomes.append(Outcome.of(own, folder))
-            predicted.append(None if own.probe_test is None else np.asarray(own.probe_test.predicted))
+    for own, folder in finished_runs(plan, results_dir):
+        outcomes.append(Outcome.of(own, folder))
+        predicted.append(None if own.probe_test is None else np.asarray(own.probe_test.predicted))
     if not outcomes:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
     logits, labels, images = (

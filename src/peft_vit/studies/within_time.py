@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,14 @@ Outcomes = dict[tuple[str, int], Outcome]  # by name of the experiment, and seed
 Runner = Callable[[Mapping[str, Any], Limit, Only | None], Outcomes]
 
 
+def finished_runs(plan: Plan, results_dir: Path) -> Iterator[tuple[RunRecord, Path]]:
+    """Yield the record and the folder of each run of a plan that is done."""
+    for run in plan.runs:
+        folder = run_folder(results_dir, run.spec)
+        if (folder / RECORD_FILE).exists() and (record := read_record(folder / RECORD_FILE)).status == "done":
+            yield record, folder
+
+
 @dataclass(frozen=True)
 class StudyRunner:
     """Does runs in processes of this machine, or on a cluster.
@@ -107,21 +115,13 @@ class StudyRunner:
                 make_executor = partial(open_executor, self.executor, plan, self.results_dir)
                 deadline = Deadline(plan, self.results_dir, limit, self.executor)
                 failed = drive(plan, lock, make_executor, self._say, deadline=deadline)
-        done = self._outcomes(whole)
+        done = {
+            (record.spec.experiment.name, record.spec.seed): Outcome.of(record, folder)
+            for record, folder in finished_runs(whole, self.results_dir)
+        }
         if failed and not done:
             raise UserError(f"every run failed: {next(iter(failed.values()))}", file=file)
         return done
-
-    def _outcomes(self, plan: Plan) -> Outcomes:
-        found: Outcomes = {}
-        for run in plan.runs:
-            folder = run_folder(self.results_dir, run.spec)
-            if not (folder / RECORD_FILE).exists():
-                continue
-            record = read_record(folder / RECORD_FILE)
-            if record.status == "done":
-                found[run.spec.experiment.name, run.spec.seed] = Outcome.of(record, folder)
-        return found
 
     def _say(self, event: StudyEvent) -> None:
         if isinstance(event, Notice):

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import scipy
 from numpy.typing import NDArray
 
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
@@ -30,6 +29,7 @@ from peft_vit.tasks.task import (
     Meaning,
     Named,
     Task,
+    least_loss_temperature,
     ranked_cells,
     ranked_columns,
     short,
@@ -43,8 +43,6 @@ LARGEST_IMBALANCE = 3.0  # largest class over smallest; above, a constant guess 
 ECE_BINS = 15
 _LARGEST_GRADIENT = 1e-7  # at which a linear head has converged; L-BFGS ends there or at its most iterations
 _MOST_ITERATIONS = 10_000
-# Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
-_LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 
 
 # --- measures of logits -----------------------------------------------------------------------------------------------
@@ -334,11 +332,7 @@ class _Classification(Task):
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return what logits have to be divided by for the lowest NLL (arXiv 1706.04599)."""
-
-        def nll(log_temperature: float) -> float:
-            return float(self.loss(outputs / math.exp(log_temperature), labels, None))
-
-        return math.exp(float(scipy.optimize.minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded").x))
+        return least_loss_temperature(lambda factor: float(self.loss(outputs / factor, labels, None)))
 
     def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the least power of two with which the loss is at least half of what guessing costs, log(classes) / 2.

@@ -18,6 +18,7 @@ from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
 from peft_vit.statistics import TemperaturePrior
 from peft_vit.tasks.task import (
+    LOG_TEMPERATURES,
     DecidingMetric,
     Floats,
     Labels,
@@ -25,6 +26,7 @@ from peft_vit.tasks.task import (
     Named,
     Task,
     bootstrapped,
+    least_loss_temperature,
     ranked_cells,
     ranked_columns,
 )
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 _CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
 _EFFECTIVE = 0.999  # beta of effective numbers
-_LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 
 
 # --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
@@ -230,11 +231,7 @@ class _Multilabel(Task):
 
     def temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return what outputs have to be divided by for the lowest loss."""
-
-        def loss(log_temperature: float) -> float:
-            return float(self.loss(outputs / math.exp(log_temperature), labels, None))
-
-        return math.exp(float(scipy.optimize.minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x))
+        return least_loss_temperature(lambda factor: float(self.loss(outputs / factor, labels, None)))
 
     def training_temperature(self, outputs: Tensor, labels: Tensor) -> float:
         """Return the least power of two with which the loss is at least half of what guessing by frequency costs."""
@@ -296,7 +293,7 @@ class _Multilabel(Task):
             nll = ((np.logaddexp(0, scaled) - y * scaled) * known).sum()
             return float(nll + (log_t - math.log(prior.median)) ** 2 / (2 * prior.spread**2))
 
-        log_t = scipy.optimize.minimize_scalar(loss, bounds=_LOG_TEMPERATURES, method="bounded").x
+        log_t = scipy.optimize.minimize_scalar(loss, bounds=LOG_TEMPERATURES, method="bounded").x
         decision = Decision(images=images, temperature=math.exp(float(log_t)))
         scores = self.predicted(outputs, decision)
         each = (_threshold(score, truth) for score, truth in zip(scores.T, labels.T, strict=True))

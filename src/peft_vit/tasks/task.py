@@ -6,11 +6,13 @@ so that reports can be made without it; a loss takes it from the tensors' own li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 
 from peft_vit.config import TaskName
@@ -21,6 +23,8 @@ from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
+LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
@@ -292,6 +296,14 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
         return []
+
+
+def least_loss_temperature(loss: Callable[[float], float]) -> float:
+    """Return what outputs have to be divided by for the lowest loss, which is given for each divisor."""
+    found = scipy.optimize.minimize_scalar(
+        lambda log_t: loss(math.exp(log_t)), bounds=LOG_TEMPERATURES, method="bounded"
+    )
+    return math.exp(float(found.x))
 
 
 def short(outputs: NDArray[np.float32]) -> list[list[float]]:
