@@ -73,6 +73,7 @@ from peft_vit.config.training import (
     LABEL_SMOOTHING,
     ActivationCheckpointing,
     Augmentation,
+    ClassWeights,
     ColorJitter,
     Compute,
     ComputeSetting,

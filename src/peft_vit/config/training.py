@@ -20,6 +20,7 @@ Flips = Literal["none", "horizontal", "both"]
 Compute = Literal["float", "int8"]
 ComputeSetting = Literal["auto", "float", "int8"]  # auto is decided when a call begins
 TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
+ClassWeights = Literal["none", "balanced", "effective"]
 MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
 MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
 MetricOfTask = Literal["auto", "accuracy", "balanced_accuracy", "map", "auroc", "mae", "rmse", "r2"]
@@ -147,6 +148,10 @@ AUGMENTATION_OF_FLIPS: dict[Flips, tuple[Augmentation, ...]] = {
 }
 
 
+def _once_a_switch(value: Any) -> Any:
+    return {False: "none", True: "balanced"}[value] if isinstance(value, bool) else value
+
+
 def _in_order(augmentation: tuple[Augmentation, ...]) -> tuple[Augmentation, ...]:
     names = [change.name for change in augmentation]
     for place, name in enumerate(names):
@@ -229,7 +234,11 @@ class TrainingConfig(Settings):
         description="what changes training images, in this order; [] nothing",
     )
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of a label spread over all classes")
-    class_weights: bool = Field(default=False, description="weigh each image by its class's inverse frequency")
+    class_weights: Annotated[ClassWeights, BeforeValidator(_once_a_switch)] = Field(
+        default="none",
+        description="of classes in the loss. balanced, once `true`: by the inverse of their images' number; effective: "
+        "by that of their effective number, (1 - 0.999^n) / 0.001 (arXiv 1901.05555)",
+    )
     head_start: Literal["random", "probe"] = Field(
         default="random",
         description="probe: the head starts as the linear probe of the frozen backbone (arXiv 2202.10054)",

@@ -148,6 +148,9 @@ class RunSpec(_Value):
             experiment["training"].add("augmentation")
         content = self.model_dump(mode="json", exclude=left_out | {"experiment": experiment})
         content["experiment"] = with_digested(content["experiment"])
+        training = content["experiment"]["training"]
+        once = {"none": False, "balanced": True}  # what class_weights were as long as there was one way
+        training["class_weights"] = once.get(training["class_weights"], training["class_weights"])
         if flips is not None:
             content["data"]["flips"] = flips  # where flips were said when there was nothing else
         return hashlib.sha256(to_json(content)).hexdigest()

@@ -398,6 +398,8 @@ def _made(record: RunRecord) -> Iterator[tuple[str, str]]:
         kept = "" if record.chosen_step is None else f", of which step {record.chosen_step} was kept"
         size = f"{len(record.steps):,} of {training.batch_size} images"
         yield "Steps", f"{size}{kept}; learning rate {training.learning_rate:g}"
+    if training.class_weights != "none":
+        yield "Class weights", f"{training.class_weights}, in the loss"
     if (counted := record.parameters) is not None:
         yield "Trained", f"{counted.final:,} of {counted.backbone_total + counted.head:,} parameters"
     yield "Time", f"{fixed(record.seconds, 0)} s" if record.seconds < 100 else f"{fixed(record.seconds / 60, 1)} min"

@@ -493,6 +493,7 @@ def experiment_for(
 ) -> dict[str, Any]:
     """Return an experiment as a configuration holds it, with the defaults of `train` for what was not asked for."""
     training: dict[str, Any] = {"batch_size": request.batch_size, "compute": compute, "metric": "auto"}
+    training["class_weights"] = request.class_weights
     method, budget = METHODS[request.method], request.budget
     options = TrainOptions(
         rank=request.rank,

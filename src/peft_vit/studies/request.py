@@ -15,6 +15,7 @@ from peft_vit.config import (
     METHOD_KINDS,
     SEEDS,
     ActivationCheckpointing,
+    ClassWeights,
     ComputeSetting,
     Device,
     MethodName,
@@ -210,6 +211,11 @@ class TrainRequest(Request):
     )
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
         default=None, gt=0, description="The highest learning rate. Without it, the method's own."
+    )
+    class_weights: ClassWeights = Field(
+        default="none",
+        description="Let rare classes count more in the loss. balanced: an image the more, the fewer its class has. "
+        "effective: likewise, but less and less above some hundred images (arXiv 1901.05555).",
     )
     batch_size: int = Field(default=32, ge=1, description="Train on this many images in each step.")
     micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_vit.config import ClassWeights
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import (
     Interval,
@@ -29,6 +30,7 @@ from peft_vit.tasks.task import (
     Meaning,
     Named,
     Task,
+    counted_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -180,9 +182,13 @@ class _Classification(Task):
         """Return the classes."""
         return labels
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return n / (classes * n_c) for each class c, (classes,); over the images they average to 1."""
-        weights: Floats = counts.sum() / (len(counts) * counts)
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return weights in inverse proportion to `counted_images`, (classes,); over the images they average to 1.
+
+        Balanced, that is n / (classes * n_c) of class c.
+        """
+        known = counted_images(counts, how)
+        weights: Floats = counts.sum() / ((counts / known).sum() * known)
         return weights
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:

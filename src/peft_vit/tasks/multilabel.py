@@ -14,6 +14,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
+from peft_vit.config import ClassWeights
 from peft_vit.errors import UserError
 from peft_vit.records import Decision, Metrics
 from peft_vit.statistics import TemperaturePrior
@@ -26,6 +27,7 @@ from peft_vit.tasks.task import (
     Named,
     Task,
     bootstrapped,
+    counted_images,
     least_loss_temperature,
     ranked_cells,
     ranked_columns,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _CELLS = {"": math.nan, "0": 0.0, "1": 1.0, "0.0": 0.0, "1.0": 1.0, "false": 0.0, "true": 1.0}
-_EFFECTIVE = 0.999  # beta of effective numbers
 
 
 # --- measures: each image weighs as often as it is drawn --------------------------------------------------------------
@@ -175,9 +176,9 @@ class _Multilabel(Task):
         """Return which images have each label, (N, K)."""
         return np.asarray(labels == 1)
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return (1 - b) / (1 - b^n_c) by effective numbers, b = 0.999, with a mean of 1 (arXiv 1901.05555)."""
-        weights: Floats = (1 - _EFFECTIVE) / (1 - _EFFECTIVE ** np.maximum(counts, 1))
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return weights in inverse proportion to `counted_images`, with a mean of 1, (K,)."""
+        weights: Floats = 1 / counted_images(counts, how)
         return weights / weights.mean()
 
     def _each(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class _Regression(Task):
 
     name = "regression"
     right_is = "share of images within half a standard deviation"
+    weighs = False
     outputs = "numbers"
     linear = "ridge regression"
     scatters = True
@@ -137,10 +138,6 @@ class _Regression(Task):
         """Return the task with mean and standard deviation of the training images."""
         spread = labels.std(0)
         return type(self)(tuple(labels.mean(0).tolist()), tuple(np.where(spread > 0, spread, 1.0).tolist()))
-
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return 1 for each number."""
-        return np.ones(len(counts))
 
     def _errors(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return output - t, (N, K)."""

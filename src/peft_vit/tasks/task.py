@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from peft_vit.config import TaskName
+from peft_vit.config import ClassWeights, TaskName
 from peft_vit.errors import UserError
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
+_EFFECTIVE = 0.999  # beta of effective numbers
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
 Meaning: TypeAlias = Calibrated | Decision | None  # of outputs, see `Task.decide`
@@ -109,6 +110,7 @@ class Task(Protocol):
         metrics: which may decide, by name.
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
+        weighs: outputs may have other weights in the loss than 1.
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
         linear: what people call its linear head.
@@ -121,6 +123,7 @@ class Task(Protocol):
     metrics: Mapping[str, DecidingMetric]
     least_outputs: int = 1
     smooths: bool = False
+    weighs: bool = True
     gap: str = ""
     outputs: str = "classes"
     linear: str = "logistic regression"
@@ -197,8 +200,8 @@ class Task(Protocol):
         """Return how many outputs the head has, for the names of what is predicted."""
         return len(names)
 
-    def loss_weights(self, counts: NDArray[np.int64]) -> Floats:
-        """Return the weight of each output in the loss, (K,), so that all classes count the same."""
+    def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
+        """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
 
     def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean loss of training."""
@@ -296,6 +299,21 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """Return what a page says of each output on test images: its name, and measures; none: it says it otherwise."""
         return []
+
+
+def counted_images(counts: NDArray[np.int64], how: ClassWeights) -> Floats:
+    """Return what the images of each class count for, (K,): their number, or their effective number.
+
+    That is (1 - b^n) / (1 - b) of n images: of a class that has many, a further one brings hardly anything new. With
+    b = 0.999 a class of 100 images counts for 95, and none for more than 1,000 (Cui et al. 2019, arXiv 1901.05555).
+
+    Args:
+        counts: images of each class, (K,).
+        how: balanced, effective.
+    """
+    images = np.maximum(counts, 1).astype(float)
+    effective: Floats = (1 - _EFFECTIVE**images) / (1 - _EFFECTIVE)
+    return effective if how == "effective" else images
 
 
 def least_loss_temperature(loss: Callable[[float], float]) -> float:
