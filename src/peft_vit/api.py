@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
     from peft_vit.config import (
         ActivationCheckpointing,
+        ClassWeights,
         ComputeSetting,
         Device,
+        LossName,
+        MetricOfTask,
         MetricSetting,
         PrecisionSetting,
         TaskName,
@@ -345,6 +348,9 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
+    metric: MetricOfTask = "auto",
+    loss: LossName | None = None,
+    class_weights: ClassWeights = "none",
     batch_size: int = 32,
     micro_batch_size: int | None = None,
     activation_checkpointing: ActivationCheckpointing | None = None,
@@ -381,6 +387,9 @@ def train(
         steps: optimiser steps at most; None: what the minutes allow.
         epochs: instead of steps: exactly as many.
         learning_rate: None: by method.
+        metric: that decides which step and which image size are taken; auto: that of the task.
+        loss: that training makes less; None: that of the task.
+        class_weights: none, balanced or effective, by which rare classes count more in the loss.
         batch_size: images a step.
         micro_batch_size: images of a step at a time, to save memory.
         activation_checkpointing: blocks, light or adaptive, to save more memory.
@@ -430,7 +439,7 @@ def _asked(kind: type[_Request], given: dict[str, Any]) -> _Request:
     kind.of(images=".", **others)
     from peft_vit.data.in_memory import write_table
 
-    return kind.of(images=write_table(images, labels)[0], **others)
+    return kind.of(images=write_table(images, labels, of_classes=False)[0], **others)
 
 
 def load_results(directory: str | Path) -> ResultTables:

@@ -145,9 +145,9 @@ class DataConfig(Settings):
     hub_subset: Annotated[str | None, OnlyWith(dataset="hf")] = Field(
         default=None, min_length=1, description="for hf: the set's configuration, if it has several"
     )
-    task: Annotated[TaskName | None, OnlyWith(dataset="csv")] = Field(
+    task: Annotated[TaskName | None, OnlyWith(dataset=("csv", "hf"))] = Field(
         default=None,
-        description="for csv: classification (one class an image), multilabel (several, or none) or regression "
+        description="for csv and hf: classification (one class an image), multilabel (several, or none) or regression "
         "(numbers); default: what the labels look like",
     )
     image_size: int = Field(

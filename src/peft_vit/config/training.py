@@ -23,7 +23,10 @@ TaskName = Literal["classification", "multilabel", "regression"]  # see `tasks`
 ClassWeights = Literal["none", "balanced", "effective"]
 MetricName = Literal["accuracy", "balanced_accuracy"]  # of classes that may decide, see `tasks`
 MetricSetting = Literal["auto", "accuracy", "balanced_accuracy"]  # auto is decided when a call begins
-MetricOfTask = Literal["auto", "accuracy", "balanced_accuracy", "map", "auroc", "mae", "rmse", "r2"]
+MetricOfTask = Literal[
+    "auto", "accuracy", "balanced_accuracy", "map", "auroc", "f1_macro", "f1_micro", "mae", "rmse", "r2", "spearman"
+]
+LossName = Literal["cross_entropy", "binary_cross_entropy", "asymmetric", "huber", "mse", "quantile"]
 # What `train` and `tune` take. A model that has learned its few images by heart is otherwise sure of all others, too:
 # with 20 validation images of solar cells no temperature mends that (docs/explanation/probabilities.md).
 LABEL_SMOOTHING = 0.1
@@ -238,6 +241,12 @@ class TrainingConfig(Settings):
         default="none",
         description="of classes in the loss. balanced, once `true`: by the inverse of their images' number; effective: "
         "by that of their effective number, (1 - 0.999^n) / 0.001 (arXiv 1901.05555)",
+    )
+    loss: LossName | None = Field(
+        default=None,
+        description="that training makes less. Of classes cross_entropy; of several labels binary_cross_entropy, or "
+        "asymmetric, in which easy absent ones count little (arXiv 2009.14119); of standardized numbers huber, mse, or "
+        "quantile, which aims at the median. Default: the first of these",
     )
     head_start: Literal["random", "probe"] = Field(
         default="random",

@@ -85,6 +85,7 @@ _LATER_OF_EXPERIMENT = {
         "patience",
         "head_start",
         "label_smoothing",
+        "loss",
         "warmup_share",
         "layer_decay",
         "micro_batch_size",
@@ -267,6 +268,7 @@ class ProbeTest(_Value):
 
     metrics: Metrics
     predicted: _Answers
+    thresholds: tuple[_Share, ...] = Field(default=(), exclude_if=lambda kept: not kept)  # of labels, see `Decision`
 
 
 class RankEntry(_Value):

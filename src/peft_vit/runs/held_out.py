@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,14 +78,15 @@ def calibration_of(
     unlike: Unlike | None = found["unlike"]
     if neighbours is not None and unlike is not None and test.middle is not None:
         flagged = int((neighbours.distances(test.middle) > unlike.threshold).sum())
-    tested = _tested(found["calibrated"], found["decision"], test, task, flagged)
+    tested = tested_on(found["calibrated"], found["decision"], test, task, flagged)
     features = None if content is None else hashlib.sha256(content).hexdigest()
     return {**found, "features_sha256": features, "tested_calibration": tested}, content
 
 
-def _tested(
+def tested_on(
     calibrated: Calibrated | None, decision: Decision | None, test: Outputs, task: Task, flagged: int | None
 ) -> TestedCalibration:
+    """Return what the meaning of outputs comes to on test images, of which some are flagged."""
     if decision is None:
         return checked_on(calibrated, test, flagged)
     covered, widths = task.covered(decision, test.logits, test.labels)
@@ -109,13 +111,17 @@ def unlike_by_training(
     fields = {
         "unlike": unlike,
         "features_sha256": hashlib.sha256(content).hexdigest(),
-        "tested_calibration": _tested(None, decision, test, task, flagged),
+        "tested_calibration": tested_on(None, decision, test, task, flagged),
     }
     return fields, content
 
 
 def believed(
-    validation: Outputs, known: Neighbours | None, task: Task, prior: TemperaturePrior = PRIOR
+    validation: Outputs,
+    known: Neighbours | None,
+    task: Task,
+    prior: TemperaturePrior = PRIOR,
+    images: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Return what outputs mean, and when an image is unlike others, by images that were not trained on.
 
@@ -124,12 +130,13 @@ def believed(
         known: features of training images, which tell what is unlike them; None: nothing does.
         task: that the model learned.
         prior: of the temperature.
+        images: that they are of; equal ones count as one. None: all differ.
 
     Returns:
         `decision`, or `calibrated` where the task has none, and `unlike`, as fields of a record or a card.
     """
     decision = task.decide(validation.logits, validation.labels, prior)
-    calibrated = calibrate(validation.logits, validation.labels, prior=prior) if decision is None else None
+    calibrated = calibrate(validation.logits, validation.labels, images, prior) if decision is None else None
     unlike = None
     if known is not None and validation.middle is not None:
         threshold = conformal_quantile(known.distances(validation.middle), LIKE)

@@ -247,6 +247,9 @@ def _settled(study: StudyConfig, index: ImageIndex) -> StudyConfig:
     for place, own in enumerate(study.experiments):
         with _below(place):
             index.task.metric(own.training.metric)
+            if own.training.loss not in (None, *index.task.loss_names):
+                message = f"{own.training.loss} is no loss of {index.task.name}; give "
+                raise UserError(message + " or ".join(index.task.loss_names), field="training.loss")
             if own.training.class_weights != "none" and not index.task.weighs:
                 message = f"has no effect on {index.task.outputs}, which have no classes; leave it out"
                 raise UserError(message, field="training.class_weights")

@@ -18,7 +18,9 @@ from peft_vit.config import (
     ClassWeights,
     ComputeSetting,
     Device,
+    LossName,
     MethodName,
+    MetricOfTask,
     PrecisionSetting,
     TaskName,
     WrittenSize,
@@ -212,10 +214,21 @@ class TrainRequest(Request):
     learning_rate: Annotated[float | None, _WITH_STEPS] = Field(
         default=None, gt=0, description="The highest learning rate. Without it, the method's own."
     )
+    metric: MetricOfTask = Field(
+        default="auto",
+        description="What decides: which step and which image size are taken, and what is reported first. Of classes "
+        "accuracy or balanced_accuracy; of several labels map, auroc, f1_macro or f1_micro; of numbers mae, rmse, r2 "
+        "or spearman. auto: the first of these; balanced_accuracy above 3x imbalance of classes.",
+    )
+    loss: Annotated[LossName | None, _WITH_STEPS] = Field(
+        default=None,
+        description="What training makes less. Of several labels binary_cross_entropy or asymmetric; of numbers huber, "
+        "mse or quantile, which aims at the median. Without it, the first of these; of classes cross_entropy.",
+    )
     class_weights: ClassWeights = Field(
         default="none",
         description="Let rare classes count more in the loss. balanced: an image the more, the fewer its class has. "
-        "effective: likewise, but less and less above some hundred images (arXiv 1901.05555).",
+        "effective: the same, but less and less above some hundred images (arXiv 1901.05555).",
     )
     batch_size: int = Field(default=32, ge=1, description="Train on this many images in each step.")
     micro_batch_size: Annotated[int | None, _WITH_STEPS] = Field(

@@ -21,7 +21,7 @@ from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetrie
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
 from peft_vit.studies.scheduler import Deadline, drive
-from peft_vit.tasks import DecidingMetric
+from peft_vit.tasks import TASKS, DecidingMetric, Labels, Task, rows_of
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,28 @@ class Outcome:
 
     Attributes:
         images: their positions in the data set, (n,).
-        labels: their classes, (n,).
-        logits: what it says of them, (n, classes).
+        labels: of them, n.
+        logits: what it says of them, (n, K).
         seconds: that the run took.
         folder: of its files.
     """
 
     images: NDArray[np.int64]
-    labels: NDArray[np.int64]
+    labels: Labels
     logits: NDArray[np.float64]
     seconds: float
     folder: Path
 
     @classmethod
-    def of(cls, record: RunRecord, folder: Path) -> Self:
-        """Read it off the record of a run that is done, with its logits."""
+    def of(cls, record: RunRecord, folder: Path, task: Task | None = None) -> Self:
+        """Read it off the record of a run that is done; its logits are as a task has them, None: one not fitted."""
         predictions = record.predictions
         assert predictions is not None
         assert predictions.logits is not None
-        images, labels = (np.asarray(values, np.int64) for values in (predictions.images, predictions.labels))
-        return cls(images, labels, np.asarray(predictions.logits, np.float64), record.seconds, folder)
+        task = task or TASKS[record.spec.task]
+        logits = task.aligned(np.asarray(predictions.logits, np.float64), task.restored(record.decision))
+        images = np.asarray(predictions.images, np.int64)
+        return cls(images, rows_of(predictions.labels), logits, record.seconds, folder)
 
     @property
     def right(self) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from peft_vit.config import ClassWeights, TaskName
+from peft_vit.config import ClassWeights, LossName, TaskName
 from peft_vit.errors import UserError
 from peft_vit.records import Calibrated, Decision, Metrics, Predictions
 from peft_vit.statistics import Interval, TemperaturePrior, bootstrap_interval
@@ -40,7 +40,9 @@ class DecidingMetric:
         name: what `training.metric` calls it, and its field of `Metrics`.
         words: what people call it.
         interval: of labels and what was predicted of them: its value, and where it may lie with other test images.
+            Probabilities from which on labels are told may follow, (K,) or of each image (N, K).
         gain: of labels and what was predicted of them before and after: the value after minus the one before, likewise.
+            Thresholds of both may follow.
         suffix: said behind a value where one may take it for another metric.
         sign: 1 if the higher value is the better one, -1 if the lower one is.
         equal_classes: each class counts as much as any other, however many images it has.
@@ -50,8 +52,8 @@ class DecidingMetric:
 
     name: str
     words: str
-    interval: Callable[[Labels, Labels], Interval]
-    gain: Callable[[Labels, Labels, Labels], Interval]
+    interval: Callable[..., Interval]
+    gain: Callable[..., Interval]
     suffix: str = ""
     sign: Literal[1, -1] = 1
     equal_classes: bool = False
@@ -80,7 +82,7 @@ class DecidingMetric:
 
 
 def bootstrapped(
-    name: str, words: str, statistic: Callable[[Labels, Labels, Floats], Floats], **more: Any
+    name: str, words: str, statistic: Callable[[Labels, Labels, Floats], Floats], *, told: bool = False, **more: Any
 ) -> DecidingMetric:
     """Return a metric whose intervals are bootstraps over images, that of a gain over the same images of both.
 
@@ -88,15 +90,22 @@ def bootstrapped(
         name: as in `DecidingMetric`.
         words: likewise.
         statistic: of labels (N, K), what was predicted (N, K), and weights of images (B, N): its values (B,).
+        told: it is of what is told, 1 from a label's threshold on, by default 1/2.
         more: other attributes.
     """
 
-    def interval(labels: Labels, predicted: Labels) -> Interval:
-        y, p = (np.asarray(rows, dtype=float) for rows in (labels, predicted))  # what is not known is None in records
+    def taken(predicted: Labels, thresholds: Sequence[float]) -> Floats:
+        p = np.asarray(predicted, dtype=float)
+        return (p >= (thresholds if len(thresholds) else 0.5)).astype(float) if told else p
+
+    def interval(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Interval:
+        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)  # what is not known is None in records
         return bootstrap_interval(len(y), lambda weights: statistic(y, p, weights))
 
-    def gain(labels: Labels, before: Labels, after: Labels) -> Interval:
-        y, p, q = (np.asarray(rows, dtype=float) for rows in (labels, before, after))
+    def gain(
+        labels: Labels, before: Labels, after: Labels, was: Sequence[float] = (), now: Sequence[float] = ()
+    ) -> Interval:
+        y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
         return bootstrap_interval(len(y), lambda weights: statistic(y, q, weights) - statistic(y, p, weights))
 
     return DecidingMetric(name, words, interval, gain, **more)
@@ -107,7 +116,8 @@ class Task(Protocol):
 
     Attributes:
         name: what configurations call it.
-        metrics: which may decide, by name.
+        metrics: which may decide, by name; the first is the default.
+        loss_names: what may be made less in training; the first is the default.
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
         weighs: outputs may have other weights in the loss than 1.
@@ -121,6 +131,7 @@ class Task(Protocol):
 
     name: TaskName
     metrics: Mapping[str, DecidingMetric]
+    loss_names: tuple[LossName, ...]
     least_outputs: int = 1
     smooths: bool = False
     weighs: bool = True
@@ -179,6 +190,14 @@ class Task(Protocol):
         """Return the task as it is learned from these labels of training images."""
         return self
 
+    def restored(self, decision: Decision | None) -> Task:
+        """Return the task as it was learned by a model whose outputs mean this."""
+        return self
+
+    def aligned(self, outputs: NDArray[np.floating], learned: Task) -> NDArray[np.floating]:
+        """Return outputs of a model that has learned the same from other images, as if from these."""
+        return outputs
+
     def metric(self, name: str) -> DecidingMetric:
         """Return the metric of a name.
 
@@ -203,8 +222,15 @@ class Task(Protocol):
     def loss_weights(self, counts: NDArray[np.int64], how: ClassWeights = "balanced") -> Floats:
         """Return the weight of each output in the loss, (K,), by how many images are of its class, (K,)."""
 
-    def loss(self, outputs: Tensor, labels: Tensor, weights: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
-        """Return the mean loss of training."""
+    def loss(
+        self,
+        outputs: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        label_smoothing: float = 0.0,
+        name: LossName | None = None,
+    ) -> Tensor:
+        """Return the mean loss of training: that of a name, or the first of `loss_names`."""
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of each image without weights, (N,)."""
@@ -322,6 +348,12 @@ def least_loss_temperature(loss: Callable[[float], float]) -> float:
         lambda log_t: loss(math.exp(log_t)), bounds=LOG_TEMPERATURES, method="bounded"
     )
     return math.exp(float(found.x))
+
+
+def rows_of(answers: Sequence[Any]) -> Labels:
+    """Return labels, or what was predicted, as metrics take it: (N,), or (N, K) with NaN for what is not known."""
+    rows = np.array(answers)
+    return rows.astype(float) if rows.dtype == object else rows
 
 
 def short(outputs: NDArray[np.float32]) -> list[list[float]]:
