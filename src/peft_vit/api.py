@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         Device,
         LossName,
         MetricOfTask,
-        MetricSetting,
         PrecisionSetting,
         TaskName,
     )
@@ -269,7 +268,8 @@ def tune(
     *,
     labels: Sequence[Any] | None = None,
     margin: float = 1.0,
-    metric: MetricSetting = "auto",
+    task: TaskName | None = None,
+    metric: MetricOfTask = "auto",
     max_bytes: str | int | None = None,
     max_latency: str | None = None,
     memory_limit: str | None = None,
@@ -293,8 +293,10 @@ def tune(
     Args:
         images: a folder of images per class, a zip of it, a table of paths and labels, or what `ViTClassifier` takes.
         labels: of the images, where these are no files and hold none.
-        margin: points of accuracy that a smaller model may lose against the best one found.
-        metric: that decides: accuracy, balanced_accuracy, or auto, by how uneven the classes are.
+        margin: that a smaller model may lose against the best one found: points of the metric; of errors of numbers
+            percent of the numbers' standard deviation.
+        task: classification, multilabel or regression; None: what the columns of a table look like.
+        metric: that decides; auto: that of the task, of classes by how uneven they are.
         max_bytes: of the model's file, as in "16MB".
         max_latency: of one image on this machine, as in "50ms".
         memory_limit: of a training process, as in "1GB".

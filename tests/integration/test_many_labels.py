@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from peft_vit import load
+from peft_vit import load, load_results
 from peft_vit.errors import UserError
-from peft_vit.records import RECORD_FILE, read_record, single_run
+from peft_vit.records import RECORD_FILE, read_record, read_records, single_run
 from peft_vit.runs.execute import run_one
 from peft_vit.studies.train_runs import train_runs
 from peft_vit.training import Checkpoints, Interrupted
@@ -95,8 +95,6 @@ def test_numbers_from_a_table_to_a_prediction(command) -> None:
     command(*f"report {LATEST} --output page".split())
     assert "| heat |" in Path("page/card.md").read_text()
     assert "mae" in command("runs").out
-    command(*f"train numbers.csv {SMALL} --method linear".split())
-    assert "reports compare runs of one class an image" in command("report", "peft-vit-runs", code=2).err
 
     spec = record.spec.model_copy(update={"study": "again"})
     whole = run_one(spec)
@@ -196,7 +194,6 @@ def test_every_kind_of_method_learns_them(command, table, method) -> None:
     ("words", "message"),
     [
         (f"train labels.csv {SMALL} --shots 3", "needs one class an image, and these have multilabel labels"),
-        ("tune labels.csv", "tune compares models of one class an image; use train"),
         (f"train labels.csv {SMALL} --task regression", "expected a number in column cold, got ''"),
         (f"train images {SMALL} --task multilabel", "has a folder a class, which is no multilabel"),
         (f"train labels.csv {SMALL} --metric mae", "--metric: mae is no measure of multilabel; give map or auroc or"),
@@ -230,13 +227,39 @@ experiments:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ", 1"}, "experiments: a study of several runs is there for one class an image"),
         ({"measures": "{removal_images: 4}"}, "measures.removal_images: is there for one class an image"),
         ({"training": "metric: map, label_smoothing: 0.1"}, "training.label_smoothing: is there for one class"),
         ({"training": "metric: accuracy"}, "experiments[0].training.metric: accuracy is no measure of multilabel"),
     ],
 )
-def test_a_study_of_one_run_may_learn_them(command, changes, message) -> None:
+def test_what_a_study_of_them_can_not_do_is_refused(command, changes, message) -> None:
     settings = {"seeds": "", "measures": "{logits: true}", "training": "metric: auto"}
     Path("study.yaml").write_text(STUDY.format(**settings | changes))
     assert message in command("plan", "study.yaml", code=2).err
+
+
+@pytest.mark.parametrize(("table", "metric", "unit"), [("labels", "map", "points"), ("numbers", "mae", "%")])
+@pytest.mark.usefixtures("in_this_process")
+def test_a_study_of_several_runs_compares_them_in_the_metrics_unit(command, table, metric, unit) -> None:
+    settings = {"seeds": ", 1, 2", "measures": "{}", "training": f"metric: {metric}"}
+    probe = f"  - {{name: probe, method: linear, training: {{metric: {metric}}}}}\n"
+    text = STUDY.format(**settings) + probe
+    Path("study.yaml").write_text(text.replace("labels.csv", f"{table}.csv").replace("images: 9}}", "images: 9}"))
+    command("run", "study.yaml", "--output", "results")
+    records = {read.spec.name: read for read in read_records(Path("results"))}
+    assert len(records) == 6
+
+    def score(name: str, seed: int) -> float:
+        record = records[f"{name}/seed_{seed}"]
+        value = record.test.more[metric]
+        return value if metric == "map" else -value / np.std([row[0] for row in record.predictions.labels])
+
+    differences = [score("lora", seed) - score("probe", seed) for seed in range(3)]
+    found = load_results("results").comparisons.set_index(["experiment", "reference"])
+    assert found.loc[("lora", "probe"), "difference"] == pytest.approx(np.mean(differences))
+    command("report", "results", "--output", "page")
+    summary = Path("page/analysis_summary.md").read_text()
+    words = {"map": "mean average precision", "mae": "mean absolute error"}[metric]
+    assert f"Test {words} by method" in summary
+    assert f"difference ({unit}" in summary
+    assert "of one class an image" in command("recommend", "results", "--margin", "1", code=2).err

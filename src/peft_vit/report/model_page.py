@@ -18,9 +18,9 @@ from peft_vit.report.lines import Line, draw_reliability, draw_scatter, learning
 from peft_vit.report.markdown import escaped, section_parts, summary_parts
 from peft_vit.report.summary import caveats, images_name, run_provenance, settings
 from peft_vit.report.tables import Column, table
-from peft_vit.report.trained import beside_the_probe, test_score, thresholds_of
+from peft_vit.report.trained import beside_the_probe, test_score
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 
 CARD_FILE = "card.md"
 OUTPUTS, EXAMPLES, CLASSES, MISTAKES, BELIEF, TRAINING, IMAGES, MADE = (
@@ -277,7 +277,7 @@ def _outputs(summary: ModelSummary) -> Iterator[Block]:
     measures = []
     for name, value in test.more.items():
         metric = task.metrics.get(name)
-        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record)))
+        bounds = None if metric is None else _ends(metric.interval(labels, predicted, thresholds_of(record.decision)))
         words = name.replace("_", " ") if metric is None else metric.words
         measures.append({"measure": words, "value": value, "bounds": bounds})
     yield table(

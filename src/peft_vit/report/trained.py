@@ -12,7 +12,7 @@ from peft_vit.report.document import Raw, Table
 from peft_vit.report.formatting import bounds_of, count, gain_of, value_of
 from peft_vit.report.tables import Column, table
 from peft_vit.statistics import Interval
-from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of
+from peft_vit.tasks import TASKS, DecidingMetric, metric_of, rows_of, thresholds_of
 
 _FEWEST_TESTED = 5  # images; fewer say next to nothing
 
@@ -21,12 +21,7 @@ def test_score(record: RunRecord) -> Interval:
     """Return what decides in a finished run, on the test images, with its interval."""
     own = record.predictions
     assert own is not None
-    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted), thresholds_of(record))
-
-
-def thresholds_of(record: RunRecord) -> tuple[float, ...]:
-    """Return from which probabilities on a model tells its labels; none of other models."""
-    return () if record.decision is None else record.decision.thresholds
+    return metric_of(record.spec).interval(rows_of(own.labels), rows_of(own.predicted), thresholds_of(record.decision))
 
 
 def test_line(record: RunRecord) -> str:
@@ -74,7 +69,7 @@ def beside_the_probe(record: RunRecord) -> list[str]:
         if record.chosen_step == 0:
             none = "Training did not improve on it on validation images, so the model is this regression."
             return [of_probe, none]
-        gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record))
+        gain = metric.gain(labels, before, after, test.thresholds, thresholds_of(record.decision))
         assert gain.low is not None
         assert gain.high is not None
         worst, best = sorted((metric.sign * gain.low, metric.sign * gain.high))

@@ -11,13 +11,9 @@ import numpy as np
 from peft_vit.errors import UserError
 from peft_vit.records import RunRecord
 from peft_vit.runs.held_out import Outputs, believed, tested_on
-from peft_vit.statistics import TemperaturePrior
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.within_time import Outcome, finished_runs
-from peft_vit.tasks import TASKS, Labels, Task, metric_of, rows_of
-
-# No image that tells the temperature has chosen a step, and they are few: it is less known than after validation.
-_PRIOR = TemperaturePrior(median=1.5, spread=0.6)
+from peft_vit.studies.within_time import Outcome, finished_runs, pooled
+from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, metric_of, rows_of, thresholds_of
 
 
 class ByFolds(NamedTuple):
@@ -51,14 +47,12 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     finished = list(finished_runs(plan, results_dir))
     if not finished:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
-    outcomes = [Outcome.of(own, folder, task) for own, folder in finished]
-    logits, labels, images = (
-        np.concatenate([getattr(outcome, of) for outcome in outcomes]) for of in ("logits", "labels", "images")
-    )
+    outcomes = [Outcome.of(own, folder) for own, folder in finished]
+    logits, labels, images = pooled(outcomes, task)
     assert tested is not None
     assert tested.logits is not None
     of_test = Outputs(np.asarray(tested.logits, np.float32), rows_of(tested.labels), None)
-    measured = believed(Outputs(logits, labels, None), None, task, _PRIOR, images.tolist())
+    measured = believed(Outputs(logits, labels, None), None, task, OF_FOLDS, images.tolist())
     del measured["unlike"]  # which training images have told
     if (decision := measured["decision"]) is not None:
         positions = np.asarray(tested.images)
@@ -86,9 +80,9 @@ def _by_others(task: Task, outcomes: Sequence[Outcome]) -> tuple[Labels, Labels]
     each = []
     for own in outcomes:
         others = [other for other in outcomes if other is not own] or [own]
-        logits, labels = (np.concatenate([getattr(other, of) for other in others]) for of in ("logits", "labels"))
-        meaning = task.decide(logits, labels, _PRIOR)
-        each.append((task.predicted(own.logits, meaning), () if meaning is None else meaning.thresholds))
+        logits, labels, _ = pooled(others, task)
+        meaning = task.decide(logits, labels, OF_FOLDS)
+        each.append((task.predicted(pooled([own], task)[0], meaning), thresholds_of(meaning)))
     return _joined(each)
 
 

@@ -52,6 +52,10 @@ IMAGES = (
     "Your labelled images: a folder with a subfolder for each class, a zip of it, or a CSV or Parquet file with the "
     "columns path and label, or instead of label a column for each class (0, 1) or columns of numbers."
 )
+TASK = (
+    "What to learn from a table: classification (one class an image), multilabel (several, or none) or regression "
+    "(numbers). Without it, what its columns look like."
+)
 MEMORY_LIMIT = "The most memory that training may take, such as 1GB. The fastest way to stay below it is used."
 PRECISION = "The number format to train in. auto: bf16 if the device supports it, else fp32."
 COMPUTE = "How frozen layers multiply. int8: in 8-bit integers. auto: int8 where that is faster here."
@@ -176,11 +180,7 @@ class TrainRequest(Request):
         "the same on 4-bit weights, which makes the model's file about a fifth as large. peft_lora, peft_adalora, "
         "peft: with the PEFT library.",
     )
-    task: TaskName | None = Field(
-        default=None,
-        description="What to learn from a table: classification (one class an image), multilabel (several, or none) or "
-        "regression (numbers). Without it, what its columns look like.",
-    )
+    task: TaskName | None = Field(default=None, description=TASK)
     shots: Annotated[int | None, Option(keys=("shots_per_class",))] = Field(
         default=None,
         ge=1,

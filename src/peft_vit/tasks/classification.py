@@ -118,9 +118,20 @@ def _balanced_gain(labels: Classes, before: Classes, after: Classes, *_: Any) ->
     return mean_of_groups([_accuracy_gain(labels[own], before[own], after[own]) for own in classes])
 
 
-ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval, _accuracy_gain)
+def _right(labels: Classes, predicted: Classes, *_: Any) -> Floats:
+    return (predicted == labels).astype(float)
+
+
+ACCURACY = DecidingMetric("accuracy", "accuracy", _accuracy_interval, _accuracy_gain, _right, counts_images=True)
 BALANCED_ACCURACY = DecidingMetric(
-    "balanced_accuracy", "balanced accuracy", _balanced_interval, _balanced_gain, suffix=" balanced", equal_classes=True
+    "balanced_accuracy",
+    "balanced accuracy",
+    _balanced_interval,
+    _balanced_gain,
+    _right,
+    suffix=" balanced",
+    equal_classes=True,
+    counts_images=True,
 )
 
 
@@ -133,6 +144,7 @@ class _Classification(Task):
     name = "classification"
     metrics: Mapping[str, DecidingMetric] = {metric.name: metric for metric in (ACCURACY, BALANCED_ACCURACY)}
     loss_names = ("cross_entropy",)
+    compared_by = "accuracy"
     least_outputs = 2
     smooths = True
     gap = "balanced {} accuracy is the mean over {} of {} classes"

@@ -146,6 +146,7 @@ class _Multilabel(Task):
     loss_names = ("binary_cross_entropy", "asymmetric")
     right_is = "share of images with all labels right"
     outputs = "labels"
+    fifth_of = "each label"
     linear = "logistic regression a label"
     note = "A label is told from its threshold on, which has the largest F1 on the validation images."
     gap = "{} mean average precision is the mean over {} of {} classes"

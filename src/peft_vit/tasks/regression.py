@@ -79,11 +79,30 @@ def _spearman(labels: Labels, predicted: Labels, weights: Floats) -> Floats:
     return np.mean([of_number(y, p) for y, p in zip(labels.T, predicted.T, strict=True)], axis=0)
 
 
+_ERROR: dict[str, Any] = {"sign": -1, "is_share": False, "has_unit": True, "as_share": "r2"}
 METRICS: Mapping[str, DecidingMetric] = {
     metric.name: metric
     for metric in (
-        bootstrapped("mae", "mean absolute error", _mae, sign=-1, is_share=False, suffix=" mean error", as_share="r2"),
-        bootstrapped("rmse", "root mean squared error", _rmse, sign=-1, is_share=False, suffix=" RMSE", as_share="r2"),
+        bootstrapped(
+            "mae",
+            "mean absolute error",
+            _mae,
+            sign=-1,
+            is_share=False,
+            has_unit=True,
+            suffix=" mean error",
+            as_share="r2",
+        ),
+        bootstrapped(
+            "rmse",
+            "root mean squared error",
+            _rmse,
+            sign=-1,
+            is_share=False,
+            has_unit=True,
+            suffix=" RMSE",
+            as_share="r2",
+        ),
         bootstrapped("r2", "R²", _r2, is_share=False, suffix=" R²"),
         bootstrapped("spearman", "Spearman's correlation", _spearman, is_share=False, suffix=" Spearman's"),
     )
@@ -106,6 +125,7 @@ class _Regression(Task):
     right_is = "share of images within half a standard deviation"
     weighs = False
     outputs = "numbers"
+    fifth_of = "each part of their range"
     linear = "ridge regression"
     scatters = True
     note = "Errors are in the number's unit; beside them stands that of always saying the median."

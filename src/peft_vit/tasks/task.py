@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Ends and search are not those of `statistics.fit_temperature`: with its own every training would start elsewhere.
 LOG_TEMPERATURES = (math.log(0.1), math.log(100.0))
+_AT_ONCE = 1_000_000  # weights held at a time
 _EFFECTIVE = 0.999  # beta of effective numbers
 Labels: TypeAlias = NDArray[Any]
 Floats: TypeAlias = NDArray[np.float64]
@@ -43,10 +44,14 @@ class DecidingMetric:
             Probabilities from which on labels are told may follow, (K,) or of each image (N, K).
         gain: of labels and what was predicted of them before and after: the value after minus the one before, likewise.
             Thresholds of both may follow.
+        by_image: of what `interval` takes: what each image brings, (N,), whose mean is the value. Of balanced accuracy
+            that is the mean in which each class counts the same.
         suffix: said behind a value where one may take it for another metric.
         sign: 1 if the higher value is the better one, -1 if the lower one is.
         equal_classes: each class counts as much as any other, however many images it has.
         is_share: it lies between 0 and 1, and is said in percent.
+        counts_images: it is a share of images, so that each brings 0 or 1.
+        has_unit: it is in the unit of the labels.
         as_share: a measure that says the same from 0 to 1.
     """
 
@@ -54,10 +59,13 @@ class DecidingMetric:
     words: str
     interval: Callable[..., Interval]
     gain: Callable[..., Interval]
+    by_image: Callable[..., Floats]
     suffix: str = ""
     sign: Literal[1, -1] = 1
     equal_classes: bool = False
     is_share: bool = True
+    counts_images: bool = False
+    has_unit: bool = False
     as_share: str = ""
 
     def of(self, metrics: Metrics) -> float:
@@ -108,7 +116,30 @@ def bootstrapped(
         y, p, q = np.asarray(labels, dtype=float), taken(before, was), taken(after, now)
         return bootstrap_interval(len(y), lambda weights: statistic(y, q, weights) - statistic(y, p, weights))
 
-    return DecidingMetric(name, words, interval, gain, **more)
+    def by_image(labels: Labels, predicted: Labels, thresholds: Sequence[float] = ()) -> Floats:
+        y, p = np.asarray(labels, dtype=float), taken(predicted, thresholds)
+        return pseudo_values(len(y), lambda weights: statistic(y, p, weights))
+
+    return DecidingMetric(name, words, interval, gain, by_image, **more)
+
+
+def pseudo_values(images: int, statistic: Callable[[Floats], Floats]) -> Floats:
+    """Return N T - (N - 1) T_i for each of N images, where T_i is a statistic T without image i: jackknife, (N,).
+
+    Of a mean they are its terms. Of other statistics their mean has less bias than T, and their variance over N is
+    about that of T. Source: Tukey, Annals of Mathematical Statistics 29 (1958), p. 614.
+
+    Args:
+        images: N.
+        statistic: of weights (B, N): its values (B,).
+    """
+    whole, without = float(statistic(np.ones((1, images)))[0]), np.empty(images)
+    block = max(1, _AT_ONCE // images)
+    for start in range(0, images, block):
+        left_out = 1 - np.eye(images)[start : start + block]  # (B, N)
+        without[start : start + block] = statistic(left_out)
+    values: Floats = images * whole - (images - 1) * np.nan_to_num(without, nan=whole)
+    return values
 
 
 class Task(Protocol):
@@ -118,9 +149,11 @@ class Task(Protocol):
         name: what configurations call it.
         metrics: which may decide, by name; the first is the default.
         loss_names: what may be made less in training; the first is the default.
+        compared_by: the name of that by which studies compare; empty: that which decides.
         least_outputs: names that there have to be at least.
         smooths: labels may be smoothed.
         weighs: outputs may have other weights in the loss than 1.
+        fifth_of: of what a split takes a fifth.
         gap: what a split says whose images lack a class, of its name.
         outputs: what people call them.
         linear: what people call its linear head.
@@ -132,9 +165,11 @@ class Task(Protocol):
     name: TaskName
     metrics: Mapping[str, DecidingMetric]
     loss_names: tuple[LossName, ...]
+    compared_by: str = ""
     least_outputs: int = 1
     smooths: bool = False
     weighs: bool = True
+    fifth_of: str = "each class"
     gap: str = ""
     outputs: str = "classes"
     linear: str = "logistic regression"
