@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,11 +116,7 @@ def unlike_by_training(
 
 
 def believed(
-    validation: Outputs,
-    known: Neighbours | None,
-    task: Task,
-    prior: TemperaturePrior = PRIOR,
-    images: Sequence[int] | None = None,
+    validation: Outputs, known: Neighbours | None, task: Task, prior: TemperaturePrior = PRIOR
 ) -> dict[str, Any]:
     """Return what outputs mean, and when an image is unlike others, by images that were not trained on.
 
@@ -130,13 +125,12 @@ def believed(
         known: features of training images, which tell what is unlike them; None: nothing does.
         task: that the model learned.
         prior: of the temperature.
-        images: that they are of; equal ones count as one. None: all differ.
 
     Returns:
         `decision`, or `calibrated` where the task has none, and `unlike`, as fields of a record or a card.
     """
     decision = task.decide(validation.logits, validation.labels, prior)
-    calibrated = calibrate(validation.logits, validation.labels, images, prior) if decision is None else None
+    calibrated = calibrate(validation.logits, validation.labels, prior=prior) if decision is None else None
     unlike = None
     if known is not None and validation.middle is not None:
         threshold = conformal_quantile(known.distances(validation.middle), LIKE)

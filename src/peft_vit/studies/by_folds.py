@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from peft_vit.errors import UserError
-from peft_vit.records import RunRecord
-from peft_vit.runs.held_out import Outputs, believed, tested_on
+from peft_vit.records import Decision, RunRecord
+from peft_vit.runs.held_out import Outputs, tested_on
 from peft_vit.studies.plan import Plan
-from peft_vit.studies.within_time import Outcome, finished_runs, pooled
+from peft_vit.studies.within_time import Outcome, finished_runs, meaning_on, pooled
 from peft_vit.tasks import OF_FOLDS, TASKS, Labels, Task, metric_of, rows_of, thresholds_of
 
 
@@ -48,19 +48,21 @@ def known_by_folds(record: RunRecord, plan: Plan, results_dir: Path) -> ByFolds:
     if not finished:
         raise UserError("every training on folds failed; the same command tries again", file=results_dir)
     outcomes = [Outcome.of(own, folder) for own, folder in finished]
-    logits, labels, images = pooled(outcomes, task)
+    labels = np.concatenate([outcome.labels for outcome in outcomes])
     assert tested is not None
     assert tested.logits is not None
     of_test = Outputs(np.asarray(tested.logits, np.float32), rows_of(tested.labels), None)
-    measured = believed(Outputs(logits, labels, None), None, task, OF_FOLDS, images.tolist())
-    del measured["unlike"]  # which training images have told
-    if (decision := measured["decision"]) is not None:
+    meaning = meaning_on(outcomes, task, OF_FOLDS)
+    decision = meaning if isinstance(meaning, Decision) else None
+    calibrated = None if isinstance(meaning, Decision) else meaning
+    measured: dict[str, Any] = {"calibrated": calibrated, "decision": decision}
+    if decision is not None:
         positions = np.asarray(tested.images)
         again = task.predictions(of_test.logits, of_test.labels, positions, keep_logits=True, decision=decision)
         measured["predictions"] = again.model_copy(update={"files": tested.files})
         measured["test"] = task.measure(of_test.logits, of_test.labels, decision)
     flagged = None if record.tested_calibration is None else record.tested_calibration.unlike
-    measured["tested_calibration"] = tested_on(measured["calibrated"], decision, of_test, task, flagged)
+    measured["tested_calibration"] = tested_on(calibrated, decision, of_test, task, flagged)
     score = metric.interval(labels, *_by_others(task, outcomes))
     upper = score.high if metric.sign > 0 else score.low
     assert upper is not None

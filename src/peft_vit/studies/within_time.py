@@ -18,6 +18,7 @@ from peft_vit.forecasting.time_limit import Limit
 from peft_vit.records import RECORD_FILE, Calibrated, Decision, RunRecord, read_record, run_folder
 from peft_vit.records.progress import study_lock
 from peft_vit.safe_io import folder_below
+from peft_vit.statistics import TemperaturePrior
 from peft_vit.studies.executors import ExecutorName, Notice, RunEnded, RunRetried, StudyEvent, open_executor
 from peft_vit.studies.plan import Plan, plan_study
 from peft_vit.studies.profiling import measure_step
@@ -73,10 +74,16 @@ def pooled(outcomes: Iterable[Outcome], task: Task) -> tuple[NDArray[np.float64]
     return logits, np.concatenate([own.labels for own in runs]), np.concatenate([own.images for own in runs])
 
 
-def meaning_on(outcomes: Iterable[Outcome], task: Task) -> Calibrated | Decision:
-    """Return what outputs of a task mean, as it was learned, from what like models said of images on folds."""
+def meaning_on(outcomes: Iterable[Outcome], task: Task, prior: TemperaturePrior | None = None) -> Calibrated | Decision:
+    """Return what outputs of a task mean, as it was learned, from what like models said of images on folds.
+
+    Args:
+        outcomes: of these models.
+        task: with what of it follows from training images.
+        prior: of the temperature of a softmax; None: the images decide alone.
+    """
     logits, labels, images = pooled(outcomes, task)
-    return task.decide(logits, labels, OF_FOLDS) or calibrate(logits, labels, images.tolist())
+    return task.decide(logits, labels, OF_FOLDS) or calibrate(logits, labels, images.tolist(), prior)
 
 
 Only = tuple[Sequence[str], Sequence[int]]

@@ -198,8 +198,8 @@ class Folds:
         if trained.is_probe or not seeds:
             return None
         labels = np.concatenate([done[seed].labels for seed in seeds])
-        lost = (scores.best - self._by_image(own, seeds) for own in (trained.half, trained))
-        return gain_of_twice(*lost, scores.image_weights(labels), share=1.0)
+        of_half, of_all = (scores.best - self._by_image(own, seeds) for own in (trained.half, trained))
+        return gain_of_twice(of_half, of_all, scores.image_weights(labels), share=1.0)
 
     def _by_image(self, recipe: Recipe, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Return what images of some folds bring to the score, seed after seed, see `Scores.by_image`."""

@@ -146,8 +146,8 @@ def gain_of_labels(context: TuningContext, probe: Recipe, regress: Regress) -> I
         if found.brought_by_half is None:
             return None
         scores = context.scores
-        lost = (scores.best - own / scores.deviation for own in (found.brought_by_half, found.brought))
-        return asdict(gain_of_twice(*lost, scores.image_weights(found.labels), share=1 - 1 / FOLDS))
+        of_half, of_all = (scores.best - own / scores.deviation for own in (found.brought_by_half, found.brought))
+        return asdict(gain_of_twice(of_half, of_all, scores.image_weights(found.labels), share=1 - 1 / FOLDS))
 
     try:
         kept = context.state.once(f"labels {probe.place}", forecast)
